@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers: torch and triton only, nothing of lora_fast."""

@@ -1,0 +1,60 @@
+"""Which implementation runs: the Triton kernels or their plain-torch twins. Nothing falls back silently."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from . import checks
+
+BACKENDS = ("auto", "triton", "torch")
+_chosen = checks.choice(os.environ.get("LORA_FAST_BACKEND", "auto"), "LORA_FAST_BACKEND", BACKENDS)
+
+
+class set_backend:
+    """Choose the backend: ``lf.set_backend("torch")``, or for a block: ``with lf.set_backend("torch"): ...``.
+
+    Args:
+        name: ``"auto"`` (Triton on CUDA tensors, torch elsewhere), ``"triton"`` or ``"torch"``. Triton on CPU tensors
+            needs ``TRITON_INTERPRET=1`` in the environment before the first call.
+
+    Raises:
+        ArgumentError: an unknown name.
+    """
+
+    def __init__(self, name: str):
+        global _chosen
+        self._before = _chosen
+        _chosen = checks.choice(name, "backend", BACKENDS)
+
+    def __enter__(self) -> set_backend:
+        return self
+
+    def __exit__(self, *error) -> None:
+        global _chosen
+        _chosen = self._before
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def uses_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether tensors of this device and dtype go to the Triton kernels.
+
+    Raises:
+        BackendError: Triton was asked for (or follows from CUDA) and cannot run here.
+    """
+    if _chosen == "torch" or (_chosen == "auto" and device.type != "cuda"):
+        return False
+    if device.type != "cuda" and not interpreting():
+        raise checks.BackendError(
+            f"backend 'triton' on {device.type} tensors: expected a CUDA device, or TRITON_INTERPRET=1 set before "
+            "Python starts; lf.set_backend('auto') uses plain torch here"
+        )
+    if dtype == torch.float64:
+        raise checks.BackendError(
+            "backend 'triton' with float64: expected float16, bfloat16 or float32; lf.set_backend('torch') computes float64"
+        )
+    return True

@@ -1,0 +1,91 @@
+"""Errors, said once: which argument, what was expected, what came. Nothing here touches data, so every check runs
+before a kernel starts and costs no device synchronisation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_RANK = 256
+
+
+class ArgumentError(ValueError):
+    """An argument that does not fit: names it, says what was expected and what came."""
+
+    def __init__(self, argument: str, expected: str, got: object):
+        self.argument, self.expected, self.got = argument, expected, got
+        super().__init__(f"{argument}: expected {expected}, got {got}")
+
+    def __reduce__(self):
+        return type(self), (self.argument, self.expected, self.got)
+
+
+class BackendError(RuntimeError):
+    """The chosen backend cannot run here."""
+
+
+def rank(r: object, argument: str = "r") -> int:
+    if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= MAX_RANK:
+        raise ArgumentError(argument, f"an integer from 1 to {MAX_RANK}", repr(r))
+    return r
+
+
+def positive(value: object, argument: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise ArgumentError(argument, "a finite number above 0", repr(value))
+    return float(value)
+
+
+def probability(value: object, argument: str = "dropout") -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:  # NaN fails too
+        raise ArgumentError(argument, "a probability from 0 to 1", repr(value))
+    return float(value)
+
+
+def choice(value: object, argument: str, options: tuple[str, ...]) -> str:
+    if value not in options:
+        raise ArgumentError(argument, f"one of {', '.join(options)}", repr(value))
+    return value
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p) -> None:
+    """Shapes, dtypes and devices of ``functional.lora_linear``; the dtypes of x and weight are those after autocast."""
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B)):
+        if tensor is None and name == "bias":
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise ArgumentError(name, "a torch.Tensor", type(tensor).__name__)
+        if tensor.dtype not in FLOATS:
+            raise ArgumentError(name, "a dtype among float16, bfloat16, float32, float64", tensor.dtype)
+        if tensor.device != x.device:
+            raise ArgumentError(name, f"a tensor on x's device {x.device}", tensor.device)
+    if weight.dim() != 2:
+        raise ArgumentError("weight", "shape (d_out, d_in)", _shape(weight))
+    d_out, d_in = weight.shape
+    if x.dim() < 1 or x.shape[-1] != d_in:
+        raise ArgumentError("x", f"shape (..., {d_in}) to fit weight {_shape(weight)}", _shape(x))
+    if bias is not None and _shape(bias) != (d_out,):
+        raise ArgumentError("bias", f"shape ({d_out},) to fit weight {_shape(weight)}", _shape(bias))
+    if lora_A.dim() != 2 or lora_A.shape[1] != d_in or not 1 <= lora_A.shape[0] <= MAX_RANK:
+        raise ArgumentError("lora_A", f"shape (r, {d_in}) with r from 1 to {MAX_RANK}", _shape(lora_A))
+    if _shape(lora_B) != (d_out, lora_A.shape[0]):
+        raise ArgumentError("lora_B", f"shape ({d_out}, {lora_A.shape[0]}) to fit weight and lora_A", _shape(lora_B))
+    if weight.requires_grad:
+        raise ArgumentError("weight", "a frozen tensor (its gradient is never formed)", "requires_grad=True")
+    if not (isinstance(scaling, (int, float)) and math.isfinite(scaling)):
+        raise ArgumentError("scaling", "a finite number", repr(scaling))
+    probability(dropout_p, "dropout_p")
+
+
+def same_dtype(x, weight, bias) -> None:
+    """nn.Linear's rule outside autocast: x, weight and bias share one dtype. The adapters may differ: they are cast."""
+    if x.dtype != weight.dtype:
+        raise ArgumentError("x", f"weight's dtype {weight.dtype} (or an autocast region)", x.dtype)
+    if bias is not None and bias.dtype != weight.dtype:
+        raise ArgumentError("bias", f"weight's dtype {weight.dtype}", bias.dtype)

