@@ -20,14 +20,10 @@ def forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed) -> tuple[
     rows = x.reshape(-1, x.shape[-1])
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    if backend.uses_triton(x.device, x.dtype):
-        from .kernels import layer
-
-        y, s = layer.forward(rows, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
-    else:
-        keep, scale = _mask(rows, scaling, dropout_p, seed)
-        s = reference.project(rows, lora_A, scale, keep)
-        y = reference.linear(rows, weight, bias, s, lora_B)
+    ops = _ops(x)
+    keep, scale = _mask(ops, rows, scaling, dropout_p, seed)
+    s = ops.project(rows, lora_A, scale, keep)
+    y = ops.linear(rows, weight, bias, s, lora_B)
     return y.view(*x.shape[:-1], weight.shape[0]), s
 
 
@@ -35,33 +31,33 @@ def backward(dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs) 
     """dx, dbias, da, db, each None where ``needs`` (four bools in that order) says so."""
     need_x, need_bias, need_a, need_b = needs
     dy_rows, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    weight = weight.to(dy.dtype)
+    ops = _ops(dy)
     dx = da = db = None
-    if backend.uses_triton(dy.device, dy.dtype):
-        from .kernels import layer
-
-        dx, da, db = layer.backward(
-            dy_rows, rows, s, weight, lora_A, lora_B, scaling, dropout_p, seed, (need_x, need_a, need_b)
-        )
-    else:
-        if need_b:
-            db = reference.grad_b(dy_rows, s, lora_B)
-        if need_x or need_a:
-            keep, scale = _mask(rows, scaling, dropout_p, seed)
-            ds = reference.grad_s(dy_rows, lora_B)
-            if need_a:
-                da = reference.grad_a(rows, ds, lora_A, scale, keep)
-            if need_x:
-                dx = reference.grad_x(dy_rows, weight, ds, lora_A, scale, keep)
-    dbias = dy_rows.sum(0) if need_bias else None
-    return [dx.view(x.shape) if need_x else None, dbias, da, db]
+    if need_x or need_a or need_b:
+        ds, db = ops.grad_s_b(dy_rows, s, lora_B, need_x or need_a, need_b)
+    if need_x or need_a:
+        keep, scale = _mask(ops, rows, scaling, dropout_p, seed)
+    if need_a:
+        da = ops.grad_a(rows, ds, lora_A, scale, keep)
+    if need_x:
+        dx = ops.grad_x(dy_rows, weight.to(dy.dtype), ds, lora_A, scale, keep).view(x.shape)
+    return [dx, dy_rows.sum(0) if need_bias else None, da, db]
 
 
-def _mask(rows, scaling, dropout_p, seed) -> tuple[Tensor | None, float]:
+def _ops(tensor: Tensor):
+    """The Triton launchers or their torch twins: two modules with the same functions."""
+    if not backend.uses_triton(tensor.device, tensor.dtype):
+        return reference
+    from .kernels import layer
+
+    return layer
+
+
+def _mask(ops, rows, scaling, dropout_p, seed):
+    """The dropout mask as ``ops`` takes it (None without dropout), and scaling with 1/(1-p) in it."""
     if dropout_p == 0.0:
         return None, scaling
-    keep = reference.draw_mask(int(seed), *rows.shape, dropout_p, rows.device)
-    return keep, scaling * reference.keep_scale(dropout_p)
+    return ops.draw_mask(seed, *rows.shape, dropout_p, rows.device), scaling * reference.keep_scale(dropout_p)
 
 
 class LoRALinearFunction(torch.autograd.Function):

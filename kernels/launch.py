@@ -1,0 +1,43 @@
+"""What every launcher needs: row-contiguous views, the device guard, the dropout arguments."""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+
+
+class Keep(NamedTuple):
+    """A dropout mask that is never stored: an element is kept when its 16-bit number is at least ``drop_level``."""
+
+    seed: int | torch.Tensor  # a 0-d int64 tensor on the device where the value must not reach the host
+    drop_level: int
+
+    @staticmethod
+    def arguments(keep: "Keep | None") -> tuple[int | torch.Tensor, int]:
+        return (0, 0) if keep is None else keep
+
+    @staticmethod
+    def in_memory(keep: "Keep | None") -> bool:
+        return keep is not None and isinstance(keep.seed, torch.Tensor)
+
+
+def draw_mask(seed: int | torch.Tensor, n_tokens: int, d_in: int, dropout_p: float, device: torch.device) -> Keep:
+    """Twin of ``reference.philox_mask``: the kernels make the mask where they need it."""
+    return Keep(seed, round((1 << 16) * dropout_p))
+
+
+def rows(tensor: torch.Tensor) -> torch.Tensor:
+    """A matrix whose rows are contiguous; any leading dimension passes, anything else is copied."""
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+
+
+def on_device(tensor: torch.Tensor):
+    """Launches go to the tensor's device, whichever is current."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def precision(tensor: torch.Tensor) -> str:
+    """Of products: float32 follows torch's own setting (``torch.backends.cuda.matmul.allow_tf32``)."""
+    return "tf32" if tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"

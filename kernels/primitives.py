@@ -1,0 +1,82 @@
+"""Small jit helpers shared by the kernels, and the one place that knows Triton's interpreter.
+
+The interpreter holds bfloat16 as bit patterns: its arithmetic and ``tl.dot`` on them give garbage and its cast to
+bfloat16 truncates. ``dot``, ``drop`` and ``round_to`` are what the kernels use instead.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+PHILOX_ROUNDS = tl.constexpr(7)
+
+
+@triton.jit
+def dot(lhs, rhs, acc, PRECISION: tl.constexpr):
+    """acc + lhs @ rhs, accumulated in float32."""
+    if INTERPRET:
+        lhs = lhs.to(tl.float32)
+        rhs = rhs.to(tl.float32)
+    return tl.dot(lhs, rhs, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def round_to(value, dtype: tl.constexpr):
+    """A float32 block in ``dtype``, to nearest, ties to even."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(value == value, rounded, 0x7FC0)
+        result = rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = value.to(dtype)
+    return result
+
+
+@triton.jit
+def cast(value, dtype: tl.constexpr):
+    """A block in ``dtype``: adapters in float32 over 16-bit activations are cast here."""
+    if value.dtype == dtype:
+        result = value
+    else:
+        result = round_to(value.to(tl.float32), dtype)
+    return result
+
+
+@triton.jit
+def drop(value, keep):
+    """value where kept, value · 0 elsewhere: a NaN stays a NaN."""
+    if INTERPRET:
+        zero = round_to(value.to(tl.float32) * 0.0, value.dtype)
+    else:
+        zero = value * 0.0
+    return tl.where(keep, value, zero)
+
+
+@triton.jit
+def keep_mask(seed, i_t, o_col, drop_level, SEED_IN_MEMORY: tl.constexpr, BLOCK_COL: tl.constexpr):
+    """The dropout mask of tokens ``i_t`` [BLOCK_T] and columns ``o_col`` … ``o_col + BLOCK_COL`` (multiples of 8):
+    bool [BLOCK_T, BLOCK_COL].
+
+    Philox 4x32-7 (Salmon et al., SC 2011), key = seed, counter = (token, column // 8, 0, 0): one call gives eight
+    16-bit numbers, one for each of eight neighbouring columns, so a thread that holds eight of them needs no other.
+    """
+    if SEED_IN_MEMORY:
+        seed = tl.load(seed)
+    i_group = o_col // 8 + tl.arange(0, BLOCK_COL // 8)
+    zero = tl.zeros([i_t.shape[0], BLOCK_COL // 8], dtype=tl.uint32)
+    word0, word1, word2, word3 = tl.philox(
+        seed, zero + i_t.to(tl.uint32)[:, None], zero + i_group.to(tl.uint32)[None, :], zero, zero, PHILOX_ROUNDS
+    )
+    level = drop_level.to(tl.uint32)
+    low = tl.join(
+        tl.join((word0 & 0xFFFF) >= level, (word2 & 0xFFFF) >= level),
+        tl.join((word1 & 0xFFFF) >= level, (word3 & 0xFFFF) >= level),
+    )
+    high = tl.join(
+        tl.join((word0 >> 16) >= level, (word2 >> 16) >= level),
+        tl.join((word1 >> 16) >= level, (word3 >> 16) >= level),
+    )
+    return tl.reshape(tl.join(low, high), [i_t.shape[0], BLOCK_COL])  # [..., word // 2, word % 2, half]

@@ -1,0 +1,130 @@
+"""Tile configurations: (op, element size, arch, rank) → one row of one table. Nothing here is measured at run time.
+
+The rows for 16-bit elements compile without spills for their arch at every rank (tests/test_compiled.py). Which tiles
+are fastest is not verified on a GPU.
+"""
+
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+PROGRAMS = 128  # programs that a split reduction aims at: about one wave, the same number on every device
+SUM_BLOCK = 1024  # elements a program of lora_sum_partials_kernel adds
+GROUP = 8  # row tiles of the GEMM that share columns of W in L2
+INTERPRETED_ARCH = 80
+INTERPRETED_MULTIPROCESSORS = 2
+
+
+class Tile(NamedTuple):
+    t: int  # tokens
+    outer: int  # columns that a program owns (of the result, or of the tensor it reduces)
+    inner: int  # columns of one step of the contraction
+    r: int  # rank columns in one product
+    warps: int
+    stages: int
+
+
+# (op, bytes of an element, first arch it is for) → rows (largest rank class, tokens, outer, inner, warps, stages)
+TABLE = {
+    ("project", 2, 80): [(16, 64, 0, 128, 4, 4), (64, 64, 0, 128, 4, 3), (128, 64, 0, 64, 4, 3), (256, 64, 0, 64, 8, 3)],
+    ("grad_s_b", 2, 80): [(16, 32, 256, 0, 8, 3), (64, 32, 128, 0, 8, 3), (128, 32, 128, 0, 8, 2), (256, 16, 64, 0, 8, 2)],
+    ("grad_s_b", 2, 90): [(16, 32, 512, 0, 8, 3), (64, 64, 256, 0, 8, 3), (128, 64, 128, 0, 8, 3), (256, 32, 64, 0, 8, 2)],
+    ("grad_a", 2, 80): [(16, 32, 256, 0, 8, 3), (64, 32, 128, 0, 8, 3), (128, 32, 128, 0, 8, 2), (256, 16, 64, 0, 8, 2)],
+    ("grad_a", 2, 90): [(16, 32, 512, 0, 8, 3), (64, 64, 256, 0, 8, 3), (128, 64, 128, 0, 8, 3), (256, 32, 64, 0, 8, 2)],
+    ("linear", 2, 80): [(256, 128, 128, 32, 8, 3)],
+    ("linear_tma", 2, 90): [(256, 128, 256, 64, 8, 3)],
+    ("update", 2, 80): [(256, 64, 128, 0, 4, 1)],
+    ("project", 4, 80): [(64, 32, 0, 64, 4, 2), (256, 32, 0, 32, 8, 2)],
+    ("grad_s_b", 4, 80): [(64, 32, 64, 0, 4, 2), (256, 16, 32, 0, 8, 2)],
+    ("grad_a", 4, 80): [(64, 32, 64, 0, 4, 2), (256, 16, 32, 0, 8, 2)],
+    ("linear", 4, 80): [(256, 64, 64, 32, 4, 2)],
+    ("update", 4, 80): [(256, 32, 64, 0, 4, 1)],
+}
+GEMM_RANK = 32  # the GEMM takes larger ranks in steps of this
+
+# Longest contraction at which the Triton GEMM is chosen over cuBLAS + in-place update; 16-bit elements only.
+FUSED_UP_TO = {80: 4096, 90: 8192, 100: 0}
+
+_assumed: dict = {}
+
+
+@contextmanager
+def assume(arch: int | None = None, strategy: str | None = None):
+    """For tests and inspection: choose tiles as on this arch (80, 90, 100, …), and this GEMM strategy."""
+    before = dict(_assumed)
+    _assumed.update({key: value for key, value in (("arch", arch), ("strategy", strategy)) if value is not None})
+    try:
+        yield
+    finally:
+        _assumed.clear()
+        _assumed.update(before)
+
+
+def arch(device: torch.device) -> int:
+    """Compute capability as one number: 80, 90, 100, …"""
+    if "arch" in _assumed:
+        return _assumed["arch"]
+    return _arch(device.index) if device.type == "cuda" else INTERPRETED_ARCH
+
+
+@lru_cache
+def _arch(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def multiprocessors(device: torch.device) -> int:
+    return _multiprocessors(device.index) if device.type == "cuda" else INTERPRETED_MULTIPROCESSORS
+
+
+@lru_cache
+def _multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@lru_cache
+def _tile(op: str, element_size: int, arch: int, r: int, largest_r: int = 256) -> Tile:
+    first_arch = max(first for name, size, first in TABLE if (name, size) == (op, element_size) and first <= arch)
+    block_r = max(16, triton.next_power_of_2(r))
+    row = next(row for row in TABLE[op, element_size, first_arch] if block_r <= row[0])
+    _, t, outer, inner, warps, stages = row
+    return Tile(t, outer, inner, min(block_r, largest_r), warps, stages)
+
+
+def project(x: torch.Tensor, r: int) -> Tile:
+    return _tile("project", x.element_size(), arch(x.device), r)
+
+
+def grad_s_b(dy: torch.Tensor, r: int) -> Tile:
+    return _tile("grad_s_b", dy.element_size(), arch(dy.device), r)
+
+
+def grad_a(x: torch.Tensor, r: int) -> Tile:
+    return _tile("grad_a", x.element_size(), arch(x.device), r)
+
+
+def linear(left: torch.Tensor, r: int, tma: bool) -> Tile:
+    return _tile("linear_tma" if tma else "linear", left.element_size(), arch(left.device), r, GEMM_RANK)
+
+
+def update(result: torch.Tensor, r: int) -> Tile:
+    return _tile("update", result.element_size(), arch(result.device), r, GEMM_RANK)
+
+
+def strategy(left: torch.Tensor, d_in: int) -> str:
+    """``"fused"`` or ``"cublas"`` (see linear.py) for a contraction of length d_in."""
+    if "strategy" in _assumed:
+        return _assumed["strategy"]
+    first_arch = max(first for first in FUSED_UP_TO if first <= arch(left.device))
+    return "fused" if left.element_size() == 2 and d_in <= FUSED_UP_TO[first_arch] else "cublas"
+
+
+def uses_tma(*matrices: torch.Tensor) -> bool:
+    """TMA reads 16-bit matrices from sm_90 on, where addresses and rows are multiples of 16 bytes."""
+    return arch(matrices[0].device) >= 90 and all(
+        m.element_size() == 2 and m.data_ptr() % 16 == 0 and m.stride(0) % 8 == 0 and m.stride(0) >= m.shape[1] > 0
+        for m in matrices
+    )
