@@ -1,9 +1,33 @@
-"""LoRA fine-tuning on NVIDIA GPUs: fused Triton kernels behind thin torch modules. Start with ``inject_`` or ``fuse_``."""
+"""LoRA fine-tuning on NVIDIA GPUs: fused Triton kernels behind thin torch modules.
+
+Start with ``inject_`` (a plain model) or ``fuse_`` (a PEFT model).
+"""
 
 from . import functional
 from .backend import set_backend
-from .checks import ArgumentError, BackendError
+from .checkpoint import load_adapter, save_adapter
+from .checks import ArgumentError, BackendError, CheckpointError, MissingPackageError
 from .linear import LoRALinear
+from .merging import merge_, unmerge_
+from .report import Report
+from .surgery import LoRAConfig, fuse_, inject_, unfuse_
 
 __version__ = "0.1.0"
-__all__ = ["ArgumentError", "BackendError", "LoRALinear", "functional", "set_backend"]
+__all__ = [
+    "ArgumentError",
+    "BackendError",
+    "CheckpointError",
+    "LoRAConfig",
+    "LoRALinear",
+    "MissingPackageError",
+    "Report",
+    "functional",
+    "fuse_",
+    "inject_",
+    "load_adapter",
+    "merge_",
+    "save_adapter",
+    "set_backend",
+    "unfuse_",
+    "unmerge_",
+]

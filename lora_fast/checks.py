@@ -22,6 +22,14 @@ class ArgumentError(ValueError):
         return type(self), (self.argument, self.expected, self.got)
 
 
+class CheckpointError(ArgumentError):
+    """An adapter's files that cannot be read, written, or do not fit the model."""
+
+
+class MissingPackageError(ImportError):
+    """An optional package that this call needs; the message has the pip line."""
+
+
 class BackendError(RuntimeError):
     """The chosen backend cannot run here."""
 

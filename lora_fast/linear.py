@@ -87,7 +87,8 @@ class LoRALinear(nn.Module):
             raise checks.ArgumentError("linear", "a torch.nn.Linear", type(linear).__name__)
         weight, bias = linear.weight, linear.bias
         if weight.dtype not in checks.FLOATS:
-            raise checks.ArgumentError("linear.weight", "a dtype among float16, bfloat16, float32, float64", weight.dtype)
+            expected = "a dtype among float16, bfloat16, float32, float64"
+            raise checks.ArgumentError("linear.weight", expected, weight.dtype)
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -127,6 +128,19 @@ class LoRALinear(nn.Module):
         dropout_p = self.dropout_p if self.training else 0.0
         return functional.lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout_p)
 
+    def merge(self) -> None:
+        """Fold the adapter into ``weight`` with one rounding; the original is kept until ``unmerge``."""
+        if not self.merged:
+            original = self.weight.data
+            self.weight.data = merged_weight(original, [(self.lora_A, self.lora_B, self.scaling)])
+            self._unmerged_weight = original
+
+    def unmerge(self) -> None:
+        """Restore every bit of the weight from before ``merge``."""
+        if self.merged:
+            self.weight.data = self._unmerged_weight
+            self._unmerged_weight = None
+
     @property
     def merged(self) -> bool:
         return self._unmerged_weight is not None
@@ -134,3 +148,13 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         rows = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{rows}, r={self.r}, alpha={self.alpha:g}, dropout={self.dropout_p:g}" + (", merged" * self.merged)
+
+
+@torch.no_grad()
+def merged_weight(weight: Tensor, adapters: list[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """A new tensor weight + Σ scaling · b a over the (a, b, scaling) given, summed in float32 (float64 for a float64
+    weight) and rounded once to weight's dtype. weight: (d_out, d_in), a: (r, d_in), b: (d_out, r)."""
+    total = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    for a, b, scaling in adapters:
+        total = torch.addmm(total, b.to(total.dtype), a.to(total.dtype), alpha=scaling)
+    return total.to(weight.dtype)

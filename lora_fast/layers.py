@@ -1,0 +1,36 @@
+"""Which adapter layers a model has, ours and PEFT's. PEFT is imported only where it is needed."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+from . import checks
+from .linear import LoRALinear
+
+
+def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name → layer of every LoRALinear and every PEFT layer."""
+    ours = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {**ours, **peft_layers(model)}
+
+
+def peft_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name → layer of every PEFT layer; none, and no import, where PEFT has not been imported."""
+    if "peft" not in sys.modules:
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def fused_class() -> type[nn.Module]:
+    """FusedLoraLinear; MissingPackageError where PEFT is not installed."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise checks.MissingPackageError("this needs PEFT: pip install 'lora-fast[hf]'") from error
+    from .peft_linear import FusedLoraLinear
+
+    return FusedLoraLinear

@@ -1,0 +1,214 @@
+"""Model surgery, in place: fused layers into a plain model or into an existing PEFT model.
+
+Every function plans first, then acts: an error leaves the model as it was, and the report names every layer changed
+and, for every other candidate, the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from . import checks, targets
+from .layers import fused_class, peft_layers
+from .linear import INITS, LoRALinear
+from .report import Report
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What ``inject_`` puts in (Hu et al., arXiv 2106.09685).
+
+    Args:
+        r: rank, 1 to 256.
+        alpha: scale of the adapter; its product is scaled by alpha / r, or alpha / sqrt(r) with ``use_rslora``.
+        dropout: probability of dropping an element of a layer's input on the adapter's way, in training only.
+        target_modules: ``"all-linear"`` (every nn.Linear but the output embeddings), a list of module names or ends of
+            names (``["q_proj", "v_proj"]``), or a regular expression for whole names; as in PEFT.
+        use_rslora: rank-stabilised scaling (Kalajdzievski, arXiv 2312.03732).
+        init: of lora_A, ``"kaiming"`` or ``"gaussian"``; lora_B starts at 0.
+
+    Raises:
+        ArgumentError: a value out of range.
+    """
+
+    r: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    target_modules: str | list[str] = targets.ALL_LINEAR
+    use_rslora: bool = False
+    init: str = "kaiming"
+
+    def __post_init__(self) -> None:
+        checks.rank(self.r)
+        checks.positive(self.alpha, "alpha")
+        checks.probability(self.dropout)
+        targets.check(self.target_modules)
+        if not isinstance(self.use_rslora, bool):
+            raise checks.ArgumentError("use_rslora", "True or False", repr(self.use_rslora))
+        checks.choice(self.init, "init", INITS)
+
+    def layer_settings(self) -> dict:
+        """The keyword arguments of ``LoRALinear.from_linear``."""
+        return {name: getattr(self, name) for name in ("r", "alpha", "dropout", "use_rslora", "init")}
+
+
+def inject_(model: nn.Module, config: LoRAConfig, *, allow_empty: bool = False) -> Report:
+    """Replace linear layers of a plain model by ``LoRALinear`` over the same weights, and freeze everything but the
+    adapters.
+
+    Only layers whose type is exactly ``torch.nn.Linear``, on any device (meta included), with plain parameters and no
+    hooks are replaced; others that ``config.target_modules`` names are left alone, with the reason in the report. A
+    weight tied to another module's may be adapted (it is frozen and only read). Adapters are float32 over 16-bit
+    weights, else in the weight's dtype.
+
+    Args:
+        model: any module that contains nn.Linear layers.
+        config: what to put in, and where.
+        allow_empty: accept that no layer fits; the model then stays as it is.
+
+    Raises:
+        ArgumentError: nothing to replace (with the closest names), a model that is itself a linear layer or already
+            has PEFT layers. The model is then unchanged.
+    """
+    if not isinstance(config, LoRAConfig):
+        raise checks.ArgumentError("config", "an lf.LoRAConfig", type(config).__name__)
+    check_plain(model)
+    found = targets.candidates(model, config.target_modules)
+    report = Report("injected", left=targets.left_alone(model, found, config.target_modules))
+    report.changed = {name: f"LoRALinear(r={config.r})" for name in found if name not in report.left}
+    if not report.changed and not allow_empty:
+        near = targets.closest(model, config.target_modules)
+        expected = f"at least one torch.nn.Linear, by a regular expression or a list of name ends (closest: {near})"
+        got = f"{config.target_modules!r}" + (f"; left {report.reasons()}" if report.left else "")
+        raise checks.ArgumentError("target_modules", expected, got)
+    replace_(model, {name: config.layer_settings() for name in report.changed})
+    return report
+
+
+def check_plain(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise checks.ArgumentError("model", "a torch.nn.Module", type(model).__name__)
+    if isinstance(model, (nn.Linear, LoRALinear)):
+        expected = "a module that contains linear layers; for a single layer, lf.LoRALinear.from_linear"
+        raise checks.ArgumentError("model", expected, type(model).__name__)
+    if peft_layers(model):
+        expected = "a model without PEFT layers; fuse those with lf.fuse_"
+        raise checks.ArgumentError("model", expected, type(model).__name__)
+
+
+def replace_(model: nn.Module, settings: dict[str, dict]) -> None:
+    """Put a LoRALinear in the place of each named nn.Linear, wherever the model holds it, and freeze all but adapters.
+    All layers are built before the first is placed; a failure on the way leaves the model as it was."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        linears = {name: model.get_submodule(name) for name in settings}
+        fused = {linears[name]: LoRALinear.from_linear(linears[name], **settings[name]) for name in settings}
+    except BaseException:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+    if not fused:
+        return
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if child in fused:
+                setattr(parent, key, fused[child])
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    adapters = {id(parameter) for layer in layers for parameter in (layer.lora_A, layer.lora_B)}
+    for parameter in model.parameters():
+        if id(parameter) not in adapters:
+            parameter.requires_grad_(False)
+
+
+def fuse_(
+    peft_model: nn.Module,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    strict: bool = False,
+    *,
+    allow_empty: bool = False,
+) -> Report:
+    """Give the LoRA layers of an existing PEFT model the fused forward, in place: module objects, parameters, adapters
+    and state_dict keys stay as they are, and PEFT goes on working with them. Call it again after adding adapters on
+    new layers.
+
+    A fused layer checks at every call whether the fused op computes what PEFT would (one active, plain adapter, no
+    hooks, …); where it does not, PEFT's forward runs and the layer's ``fallback_reason`` says why.
+
+    Args:
+        peft_model: any module that holds PEFT layers: a PeftModel, or a model after ``add_adapter``.
+        filter_fn: (name, layer) → whether to fuse it.
+        strict: raise if a layer that ``filter_fn`` admits cannot be fused.
+        allow_empty: accept that no layer is fused.
+
+    Raises:
+        ArgumentError: no layer to fuse, or ``strict`` and a layer left alone. The model is then unchanged.
+        MissingPackageError: PEFT is not installed.
+    """
+    fused = fused_class()
+    report, chosen, unwanted = Report("fused"), [], {}
+    for name, layer in peft_layers(peft_model).items():
+        if filter_fn is not None and not filter_fn(name, layer):
+            report.left[name] = "excluded by filter_fn"
+        elif type(layer) is fused:
+            report.left[name] = "already fused"
+        elif (reason := _unfusable(layer)) is not None:
+            report.left[name] = unwanted[name] = reason
+        else:
+            report.changed[name] = fused.__name__
+            chosen.append(layer)
+    if strict and unwanted:
+        got = Report("fused", left=unwanted).reasons()
+        raise checks.ArgumentError("peft_model", "only layers that can be fused (strict=True)", got)
+    report.require_change("peft_model", "at least one LoRA layer of PEFT to fuse", allow_empty)
+    for layer in chosen:
+        layer.__class__ = fused
+    return report
+
+
+def _unfusable(layer: nn.Module) -> str | None:
+    """Why a PEFT layer cannot run fused with any of its adapters as things are, or None."""
+    from peft.tuners import lora
+
+    from .peft_linear import fused_arguments
+
+    if type(layer) is not lora.Linear:
+        return f"PEFT layer {type(layer).__module__}.{type(layer).__name__}"
+    if layer.merged_adapters:
+        return "merged: unmerge it first"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced"
+    if layer.base_layer.weight.dtype not in checks.FLOATS:
+        return f"weight of dtype {layer.base_layer.weight.dtype}"
+    calls = [fused_arguments(layer, adapter) for adapter in layer.lora_A]
+    if any(isinstance(call, tuple) for call in calls):
+        return None
+    return calls[0] if calls else "no adapter"
+
+
+def unfuse_(peft_model: nn.Module, *, allow_empty: bool = False) -> Report:
+    """Give fused layers PEFT's own forward back; the inverse of ``fuse_``. Merged layers have to be unmerged first.
+
+    Raises:
+        ArgumentError: no fused layer, and not ``allow_empty``. The model is then unchanged.
+        MissingPackageError: PEFT is not installed.
+    """
+    fused = fused_class()
+    from peft.tuners import lora
+
+    report = Report("unfused")
+    for name, layer in peft_layers(peft_model).items():
+        if type(layer) is not fused:
+            report.left[name] = "not fused"
+        elif layer.merged_adapters:
+            report.left[name] = "merged: unmerge it first"
+        else:
+            report.changed[name] = "peft.tuners.lora.Linear"
+    report.require_change("peft_model", "at least one fused layer", allow_empty)
+    for name in report.changed:
+        layer = peft_model.get_submodule(name)
+        layer.__dict__.pop("fallback_reason", None)
+        layer.__class__ = lora.Linear
+    return report

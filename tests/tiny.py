@@ -1,0 +1,78 @@
+"""A tiny random Llama, its batches, and snapshots that show whether a model is as it was, to the last bit."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lora_fast as lf
+
+VOCABULARY = 97
+
+
+def llama(seed=0, dtype=torch.float32, tied=False, hidden=64, layers=2):
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        use_cache=False,
+    )
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def peft_llama(seed=0, dtype=torch.float32, r=4, alpha=8, dropout=0.0, targets="all-linear", filled=True, **options):
+    """A PeftModel over ``llama``; ``filled`` gives lora_B random values, so that the adapter does something."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, **options)
+    model = get_peft_model(llama(seed, dtype), config)
+    if filled:
+        fill(model)
+    return model
+
+
+def fill(model, seed=1):
+    """Random lora_B: a fresh one is zero, and would hide most mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            values = torch.randn(parameter.shape, generator=generator) / 8
+            parameter.data.copy_(values)
+    return model
+
+
+def injected_llama(seed=0, dtype=torch.float32, tied=False, **config):
+    model = llama(seed, dtype, tied)
+    lf.inject_(model, lf.LoRAConfig(**{"r": 4, "alpha": 8, **config}))
+    return fill(model)
+
+
+def batch(seed=0, rows=2, length=12):
+    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def snapshot(model):
+    """Everything a failed call must leave: modules and parameters by identity, flags, classes, and every bit."""
+    return {
+        "modules": [(name, id(module), type(module)) for name, module in model.named_modules()],
+        "parameters": [(name, id(p), p.requires_grad, p.dtype) for name, p in model.named_parameters()],
+        "bits": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "buffers": [name for name, _ in model.named_buffers()],
+    }
+
+
+def assert_unchanged(model, before):
+    after = snapshot(model)
+    for part in ("modules", "parameters", "buffers"):
+        assert after[part] == before[part], part
+    assert_same_tensors(after["bits"], before["bits"])
+
+
+def assert_same_tensors(these, those):
+    assert these.keys() == those.keys()
+    for name, tensor in these.items():
+        assert torch.equal(tensor, those[name]), name
