@@ -1,0 +1,142 @@
+"""The terminal: one progress bar, short notes, errors in one paragraph."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..checks import ArgumentError
+from .settings import Settings, option
+
+if TYPE_CHECKING:
+    from .measure import Record
+
+COLOURS = {"fused": "blue", "eager": "dark_orange"}
+
+
+class Interrupted(Exception):
+    """Ctrl-C. Its argument: the folder to resume from, or None if nothing was written."""
+
+
+class Diverged(Exception):
+    """The loss is not a finite number any more."""
+
+
+@contextlib.contextmanager
+def exit_codes(display: Display) -> Iterator[None]:
+    """Foreseen ends become a paragraph and an exit code: 2 for input that does not fit, 1 for a run that diverged, 130
+    for Ctrl-C. Anything else keeps its traceback."""
+    try:
+        yield
+    except ArgumentError as error:
+        display.error(str(error))
+        raise typer.Exit(2) from None
+    except Diverged as error:
+        display.error(str(error))
+        raise typer.Exit(1) from None
+    except (KeyboardInterrupt, Interrupted) as error:
+        folder = error.args[0] if error.args else None
+        if folder is None:
+            display.note("Interrupted before training began: nothing was written.")
+        else:
+            display.note("Interrupted. Go on with:")
+            display.note(f"  lora-fast finetune --output {shlex.quote(str(folder))} --resume", style="cyan")
+        raise typer.Exit(130) from None
+
+
+class Display:
+    """Progress of one run after the other. Where no terminal listens, only the notes remain."""
+
+    def __init__(self):
+        self.console = Console(highlight=False)
+        self._progress: Progress | None = None
+
+    def note(self, text: str, style: str = "") -> None:
+        self.console.print(text, style=style, markup=False, soft_wrap=True)
+
+    def error(self, text: str) -> None:
+        Console(stderr=True, highlight=False).print(f"Error: {text}", style="red", markup=False, soft_wrap=True)
+
+    def working(self, text: str):
+        """A spinner while the block runs."""
+        return self.console.status(text)
+
+    @contextlib.contextmanager
+    def training(self, engine: str, total: int, done: int) -> Iterator[None]:
+        columns = (
+            TextColumn(f"[{COLOURS[engine]}]{engine:<5}[/] {{task.description:<13}}"),
+            BarColumn(bar_width=None, complete_style=COLOURS[engine], finished_style=COLOURS[engine]),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+        )
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
+            self._progress = progress
+            self._task = progress.add_task("held-out loss", total=total, completed=done, figures="")
+            yield
+        self._progress = None
+
+    def evaluating(self) -> None:
+        self._progress.update(self._task, description="held-out loss")
+
+    def step(self, step: int, loss: float, seconds: float) -> None:
+        figures = f"loss {loss:.3f} · {seconds:.2f} s/step"
+        self._progress.update(self._task, completed=step, figures=figures)
+
+    def held_out(self, step: int, loss: float) -> None:
+        self.note(f"  step {step:>4}   held-out loss {loss:.3f}", style="dim")
+        self._progress.update(self._task, description="training")
+
+    def finished(self, settings: Settings, runs: list[Record], folder: Path, source: str, prompt: str) -> None:
+        """The table, the samples, where everything is and what to try next."""
+        from . import report
+
+        self.console.print(_table(runs, report.table(runs)))
+        self._sample("before", prompt, runs[0].sample_before)
+        for run in runs:
+            self._sample("after" if len(runs) == 1 else f"after, {run.engine}", prompt, run.sample_after)
+        adapter = folder / (runs[0].engine if settings.compare else "") / "adapter"
+        self.note(f"\nreport    {folder / 'report.html'}\nfigures   {folder / 'metrics.json'}\nadapter   {adapter}")
+        self.note("\nUse it in Python:", style="bold")
+        load = f"AutoModelForCausalLM.from_pretrained({source!r})"
+        self.note(f"  model = peft.PeftModel.from_pretrained({load}, {str(adapter)!r})", style="cyan")
+        self.note("Next, " + ("your own text:" if settings.compare else "both engines, side by side:"), style="bold")
+        self.note(f"  {_next_command(settings)}", style="cyan")
+
+    def _sample(self, when: str, prompt: str, text: str) -> None:
+        self.console.print(f"[bold]{when}[/]  [dim]{_literal(prompt)}[/] {_literal(text)}")
+
+
+def _table(runs: list[Record], rows: list[tuple[str, list[str], str]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("", no_wrap=True)
+    for run in runs:
+        table.add_column(run.engine, style=COLOURS[run.engine])
+    if len(runs) > 1:
+        table.add_column("compared", style="bold")
+    for what, values, note in rows:
+        table.add_row(what, *values, *([note] if len(runs) > 1 else []))
+    return table
+
+
+def _literal(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(" ".join(text.split()))
+
+
+def _next_command(settings: Settings) -> str:
+    """The same settings on both engines; after that, a text of one's own."""
+    if settings.compare:
+        return "lora-fast finetune --data your_text.txt --epochs 1"
+    changed = {n: v for n, v in settings.as_dict().items() if v != getattr(Settings(), n) and n != "engine"}
+    words = [word for name, value in changed.items() for word in (option(name), str(value))]
+    return shlex.join(["lora-fast", "finetune", *words, "--compare"])

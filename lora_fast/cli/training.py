@@ -1,0 +1,228 @@
+"""One engine's run: PEFT's model, fused or as it is, in transformers' Trainer, with everything measured on the way."""
+
+from __future__ import annotations
+
+import collections
+import math
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers.trainer_callback import PrinterCallback
+
+from .. import fuse_
+from ..checks import ArgumentError
+from . import models, run_folder
+from .data import TokenData
+from .display import Display, Diverged
+from .measure import Record, Stopwatch, bytes_saved_for_backward
+from .settings import Settings
+
+SAMPLE_TOKENS = 40
+EVALUATIONS, CHECKPOINTS = 4, 4  # in a run, evenly spaced; one more evaluation before the first step
+
+
+class StopRequest:
+    """While it is open, the first Ctrl-C asks for a stop at the next safe place; the second one stops at once."""
+
+    def __init__(self, display: Display):
+        self.asked, self._display = False, display
+
+    def __enter__(self) -> StopRequest:
+        self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *error) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, *signal_and_frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self._display.note("Stopping after this step; Ctrl-C again stops at once.")
+
+
+@dataclass
+class Job:
+    """What both engines share."""
+
+    settings: Settings
+    source: str
+    dtype: torch.dtype
+    tokenizer: transformers.PreTrainedTokenizerBase
+    data: TokenData
+    prompt: str
+    display: Display
+    stop: StopRequest
+    total: int = field(init=False)
+
+    def __post_init__(self):
+        self.total = self.settings.total_steps(len(self.data.train))
+
+
+def prepare(job: Job, engine: str) -> tuple[PeftModel, str]:
+    """The model with fresh adapters, the same for both engines, and the report of what was fused.
+
+    Raises:
+        ArgumentError: targets that match nothing.
+    """
+    settings = job.settings
+    base = models.load_model(job.source, job.dtype)
+    check_targets(base, settings.target_modules)
+    transformers.set_seed(settings.seed)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, config)
+    if engine == "eager":
+        return model, "PEFT's own layers"
+    return model, str(fuse_(model))
+
+
+def check_targets(model: torch.nn.Module, targets: str | list[str]) -> None:
+    """Each name must match a linear layer: PEFT itself is silent unless none of them does."""
+    linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    names = [name for name, module in model.named_modules() if isinstance(module, linear)]
+    for target in () if targets == "all-linear" else targets:
+        if not any(name == target or name.endswith("." + target) for name in names):
+            found = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+            raise ArgumentError("--targets", f"all-linear, or some of {found}", repr(target))
+
+
+def train(job: Job, engine: str, model: PeftModel, layers: str, folder: Path) -> Record:
+    """Trains to the end, from the last whole checkpoint under ``folder`` if there is one, and saves the adapter.
+
+    Raises:
+        KeyboardInterrupt: after the first Ctrl-C, once a checkpoint is saved; at the second one.
+        Diverged: the loss became infinite or NaN.
+    """
+    checkpoint = run_folder.last_checkpoint(folder)
+    args = _arguments(job, folder, resumed=checkpoint is not None)
+    record = Record(engine, layers=layers, tokens_per_step=args.train_batch_size * args.gradient_accumulation_steps)
+    record.tokens_per_step *= job.settings.seq_len
+    record.trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if checkpoint is not None:
+        record = Record(**run_folder.read_json(checkpoint / run_folder.RECORD))
+    recorder = Recorder(job, record, Stopwatch(args.device))
+    trainer = transformers.Trainer(
+        model, args, train_dataset=job.data.train, eval_dataset=job.data.held_out, callbacks=[recorder]
+    )
+    trainer.remove_callback(PrinterCallback)
+    if not record.sample_before:
+        record.sample_before = sample(model, job.tokenizer, job.prompt)
+    if len(record.losses) == job.total:  # interrupted after the last step
+        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+    else:
+        with job.display.training(engine, job.total, done=len(record.losses)):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if len(record.losses) < job.total:
+        raise KeyboardInterrupt
+    record.layers += fallbacks(model)
+    record.sample_after = sample(model, job.tokenizer, job.prompt)
+    model.save_pretrained(folder / "adapter")
+    return record
+
+
+def fallbacks(model: PeftModel) -> str:
+    """Fused layers whose last call had to run PEFT's own forward, and why."""
+    reasons = [getattr(module, "fallback_reason", None) for module in model.modules()]
+    counts = collections.Counter(filter(None, reasons))
+    return "".join(f"; {count} ran PEFT's forward ({reason})" for reason, count in counts.items())
+
+
+def _arguments(job: Job, folder: Path, resumed: bool) -> transformers.TrainingArguments:
+    settings = job.settings
+    on_gpu = torch.cuda.is_available()
+    args = transformers.TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=job.total,
+        per_device_train_batch_size=settings.batch,
+        per_device_eval_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=max(1, job.total // 20),
+        weight_decay=0.0,
+        seed=settings.seed,
+        bf16=job.dtype == torch.bfloat16,
+        fp16=job.dtype == torch.float16,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_on_start=not resumed,
+        prediction_loss_only=True,
+        save_strategy="no",  # Recorder says when
+        save_total_limit=2,  # the last one may be cut short by a crash
+        label_names=["labels"],
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_gpu,
+        disable_tqdm=True,
+        report_to="none",
+        log_level="error",
+    )
+    if args.device.type == "cuda":
+        args._n_gpu = 1  # Trainer would spread a batch over all GPUs with DataParallel
+    return args
+
+
+class Recorder(transformers.TrainerCallback):
+    """Writes down what happens, decides when to evaluate and to save, and stops at a finished step on Ctrl-C."""
+
+    def __init__(self, job: Job, record: Record, stopwatch: Stopwatch):
+        self.job, self.record, self.stopwatch = job, record, stopwatch
+        self.record.memory_kind = stopwatch.memory_kind
+        self._evaluate_at = {math.ceil(job.total * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
+        self._save_every = job.settings.save_every or math.ceil(job.total / CHECKPOINTS)
+
+    def on_train_begin(self, args, state, control, model, **others):
+        if not self.record.saved_bytes:
+            rows = [self.job.data.train[i] for i in range(min(args.train_batch_size, len(self.job.data.train)))]
+            batch = transformers.default_data_collator(rows)
+            self.record.saved_bytes = bytes_saved_for_backward(model.train(), batch)
+
+    def on_step_begin(self, args, state, control, **others):
+        self.stopwatch.start()
+
+    def on_step_end(self, args, state, control, **others):
+        seconds, memory = self.stopwatch.stop()
+        self.record.seconds.append(seconds)
+        self.record.memory.append(memory)
+        step = state.global_step
+        control.should_evaluate = step in self._evaluate_at
+        control.should_save = step % self._save_every == 0 or step == state.max_steps
+        if self.job.stop.asked:
+            control.should_save = control.should_training_stop = True
+        if control.should_evaluate:
+            self.job.display.evaluating()
+
+    def on_log(self, args, state, control, logs, **others):
+        if "loss" not in logs:
+            return
+        self.record.losses.append(logs["loss"])
+        self.job.display.step(state.global_step, logs["loss"], self.record.seconds[-1])
+        if not math.isfinite(logs["loss"]):
+            raise Diverged(f"the loss is {logs['loss']} at step {state.global_step}: try a smaller --lr")
+
+    def on_evaluate(self, args, state, control, metrics, **others):
+        self.record.held_out.append((state.global_step, metrics["eval_loss"]))
+        self.job.display.held_out(state.global_step, metrics["eval_loss"])
+
+    def on_save(self, args, state, control, **others):
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        run_folder.write_json(checkpoint / run_folder.RECORD, self.record.as_dict())
+
+
+@torch.no_grad()
+def sample(model: PeftModel, tokenizer, prompt: str) -> str:
+    """The likeliest continuation of ``prompt``: no randomness, so before and after can be compared."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    settings = {"do_sample": False, "repetition_penalty": 1.1, "use_cache": True}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    output = model.eval().generate(**inputs, max_new_tokens=SAMPLE_TOKENS, pad_token_id=pad, **settings)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
