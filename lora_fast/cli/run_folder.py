@@ -63,14 +63,15 @@ def start(folder: Path, settings: Settings, fingerprint: str) -> None:
         raise ArgumentError("--output", "a folder that can be written", f"{str(folder)!r}: {error.strerror}") from error
 
 
-def saved_settings(folder: Path, given: dict[str, object]) -> Settings:
+def saved_settings(folder: Path | None, given: dict[str, object]) -> Settings:
     """The settings of the run to resume. ``given``: the options typed this time, which must agree with them.
 
     Raises:
         ArgumentError: no run there, a finished one, or an option that differs.
     """
-    if not (folder / RUN).is_file():
-        raise ArgumentError("--resume", "--output with the folder of an interrupted run", repr(str(folder)))
+    if folder is None or not (folder / RUN).is_file():
+        got = "no --output" if folder is None else f"{str(folder)!r}, which holds none"
+        raise ArgumentError("--resume", "--output with the folder of an interrupted run", got)
     if (folder / METRICS).exists():
         raise ArgumentError("--resume", "an interrupted run", f"{str(folder)!r}, which has finished")
     saved = read_json(folder / RUN)["settings"]
