@@ -1,6 +1,7 @@
 """A tiny random Llama, its batches, and snapshots that show whether a model is as it was, to the last bit."""
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_fast as lf
@@ -21,7 +22,11 @@ def llama(seed=0, dtype=torch.float32, tied=False, hidden=64, layers=2):
         use_cache=False,
     )
     torch.manual_seed(seed)
-    return LlamaForCausalLM(config).to(dtype)
+    model = LlamaForCausalLM(config)
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "LlamaRMSNorm":  # computes in float32 whatever the model's dtype: no oracle
+            model.set_submodule(name, nn.RMSNorm(hidden, eps=config.rms_norm_eps))
+    return model.to(dtype)
 
 
 def peft_llama(seed=0, dtype=torch.float32, r=4, alpha=8, dropout=0.0, targets="all-linear", filled=True, **options):
@@ -53,6 +58,12 @@ def injected_llama(seed=0, dtype=torch.float32, tied=False, **config):
 
 def batch(seed=0, rows=2, length=12):
     return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(model, ids):
+    """Next-token cross-entropy in the model's own dtype (transformers' own computes in float32)."""
+    logits = model(input_ids=ids).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
 def snapshot(model):

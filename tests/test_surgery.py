@@ -1,0 +1,361 @@
+"""inject_, merge_, unmerge_ on plain models: what is replaced, what is left and why, and that errors change nothing."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import assert_same_tensors, assert_unchanged, batch, fill, injected_llama, llama, peft_llama, snapshot
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import lora_fast as lf
+
+LLAMA_LINEARS = 14  # in two layers
+
+
+class QuantLinear(nn.Linear):
+    """Stands for bitsandbytes' layers: a subclass with its own forward."""
+
+
+class ShardedTensor(torch.Tensor):
+    """Stands for DTensor: a parameter of another tensor type."""
+
+
+class Zoo(nn.Module):
+    """One layer of every kind that a fused layer cannot stand in for, and a plain one."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain = nn.Linear(8, 8)
+        self.quant = QuantLinear(8, 8)
+        self.conv1d = Conv1D(8, 8)
+        self.embedding = nn.Embedding(8, 8)
+        self.hooked = nn.Linear(8, 8)
+        self.hooked.register_forward_hook(lambda module, args, output: output)
+        self.patched = nn.Linear(8, 8)
+        self.patched.forward = lambda x: x
+        self.parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.sharded = nn.Linear(8, 8)
+        self.sharded.weight = nn.Parameter(torch.zeros(8, 8).as_subclass(ShardedTensor))
+        self.integer = nn.Linear(8, 8)
+        self.integer.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 8)
+        self.injected = lf.LoRALinear(8, 8, r=2, alpha=2)
+
+
+ZOO_REASONS = {
+    "quant": "subclass of torch.nn.Linear",
+    "conv1d": "Conv1D, not torch.nn.Linear",
+    "hooked": "hooks",
+    "patched": "replaced forward",
+    "parametrized": "parametrized",
+    "sharded": "ShardedTensor",
+    "integer": "torch.int8",
+    "encoder.linear1": "TransformerEncoderLayer",
+    "encoder.self_attn.out_proj": "NonDynamicallyQuantizableLinear",
+    "injected": "already a LoRALinear",
+}
+
+
+def test_inject_reports_every_layer():
+    model = llama()
+    report = lf.inject_(model, lf.LoRAConfig(r=4))
+    assert len(report.changed) == LLAMA_LINEARS
+    assert all(isinstance(model.get_submodule(name), lf.LoRALinear) for name in report.changed)
+    assert str(report) == "injected 14 layers; left 1: lm_head (output embeddings)"
+
+
+def test_inject_trains_the_adapters_only():
+    model = llama()
+    lf.inject_(model, lf.LoRAConfig(r=4))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
+    assert len(trained) == 2 * LLAMA_LINEARS
+
+
+def test_inject_starts_as_the_model_was():
+    model = llama()
+    weights, logits = dict(model.named_parameters()), model(batch()).logits
+    lf.inject_(model, lf.LoRAConfig(r=4))
+    assert torch.equal(model(batch()).logits, logits)
+    assert all(parameter is weights[name] for name, parameter in model.named_parameters() if name in weights)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        "all-linear",
+        ["q_proj", "v_proj"],
+        ["model.layers.0.self_attn.q_proj"],
+        ["layers.1.mlp.up_proj", "lm_head"],
+        r".*\.(k|o)_proj",
+    ],
+    ids=["all-linear", "suffixes", "full-name", "part-names", "regex"],
+)
+def test_inject_targets_what_peft_targets(targets):
+    report = lf.inject_(llama(), lf.LoRAConfig(r=4, target_modules=targets))
+    peft = get_peft_model(llama(), LoraConfig(r=4, target_modules=targets))
+    assert set(report.changed) == set(peft.targeted_module_names)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "(?!injected).*"], ids=["all-linear", "regex"])
+def test_inject_leaves_what_it_cannot_replace(targets):
+    model = Zoo()
+    report = lf.inject_(model, lf.LoRAConfig(r=2, target_modules=targets))
+    assert list(report.changed) == ["plain"]
+    for name, reason in ZOO_REASONS.items():
+        if name != "injected" or targets == "all-linear":
+            assert reason in report.left[name], name
+
+
+def test_report_groups_many_names():
+    report = lf.Report("fused", {"a": ""}, {f"block.{i}": "hooks" for i in range(6)} | {"head": "tied"})
+    assert str(report) == "fused 1 layer; left 6: block.0, block.1, block.2, block.3 and 2 more (hooks); 1: head (tied)"
+
+
+def test_report_names_targets_without_a_module():
+    report = lf.inject_(llama(), lf.LoRAConfig(r=4, target_modules=["q_proj", "wi"]))
+    assert report.left == {"wi": "no module of this name"}
+
+
+def test_inject_replaces_a_shared_module_everywhere():
+    model = nn.ModuleDict({"first": nn.Linear(8, 8), "other": nn.Linear(8, 8)})
+    model["again"] = model["first"]
+    report = lf.inject_(model, lf.LoRAConfig(r=2))
+    assert list(report.changed) == ["first", "other"]
+    assert model["again"] is model["first"] and isinstance(model["again"], lf.LoRALinear)
+
+
+def test_inject_again_keeps_the_first_adapters():
+    model = injected_llama(target_modules=["q_proj"])
+    first = model.model.layers[0].self_attn.q_proj
+    report = lf.inject_(model, lf.LoRAConfig(r=2))
+    assert len(report.changed) == LLAMA_LINEARS - 2
+    assert model.model.layers[0].self_attn.q_proj is first and first.lora_A.requires_grad
+
+
+def test_inject_on_the_meta_device():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8))
+    lf.inject_(model, lf.LoRAConfig(r=2))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.to_empty(device="cpu")
+    model[0].reset_parameters()
+    assert model(torch.ones(1, 8)).isfinite().all() and model[0].lora_A.abs().sum() > 0
+
+
+def test_allow_empty_leaves_the_model_alone():
+    model = llama()
+    before = snapshot(model)
+    report = lf.inject_(model, lf.LoRAConfig(target_modules=["nothing"]), allow_empty=True)
+    assert not report.changed
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "argument"),
+    [
+        ({"r": 0}, "r"),
+        ({"r": 257}, "r"),
+        ({"r": 4.0}, "r"),
+        ({"r": True}, "r"),
+        ({"alpha": 0}, "alpha"),
+        ({"alpha": float("nan")}, "alpha"),
+        ({"dropout": 1.5}, "dropout"),
+        ({"dropout": float("nan")}, "dropout"),
+        ({"target_modules": []}, "target_modules"),
+        ({"target_modules": ["q_proj", 3]}, "target_modules"),
+        ({"target_modules": None}, "target_modules"),
+        ({"target_modules": "*proj"}, "target_modules"),
+        ({"use_rslora": 1}, "use_rslora"),
+        ({"init": "zero"}, "init"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else str(next(iter(value.items()))),
+)
+def test_config_refuses(settings, argument):
+    with pytest.raises(lf.ArgumentError) as raised:
+        lf.LoRAConfig(**settings)
+    assert raised.value.argument == argument
+
+
+@pytest.mark.parametrize(
+    ("build", "config", "says"),
+    [
+        (llama, lf.LoRAConfig(target_modules=["q_prj"]), ["target_modules", "q_proj", "q_prj"]),
+        (llama, lf.LoRAConfig(target_modules="q_proj"), ["target_modules", "regular expression"]),
+        (llama, lf.LoRAConfig(target_modules=["embed_tokens"]), ["Embedding, not torch.nn.Linear"]),
+        (lambda: nn.Sequential(QuantLinear(8, 8)), lf.LoRAConfig(), ["QuantLinear, a subclass"]),
+        (lambda: nn.Sequential(nn.ReLU()), lf.LoRAConfig(), ["no torch.nn.Linear"]),
+        (lambda: nn.Linear(8, 8), lf.LoRAConfig(), ["model", "LoRALinear.from_linear"]),
+        (peft_llama, lf.LoRAConfig(), ["model", "lf.fuse_"]),
+        (injected_llama, lf.LoRAConfig(), ["already a LoRALinear"]),
+        (llama, {"r": 4}, ["config", "lf.LoRAConfig", "dict"]),
+    ],
+    ids=["typo", "no-full-match", "embedding", "quantised", "no-linear", "a-linear", "peft", "twice", "not-a-config"],
+)
+def test_inject_refuses_and_changes_nothing(build, config, says):
+    model = build()
+    before = snapshot(model)
+    with pytest.raises(lf.ArgumentError) as raised:
+        lf.inject_(model, config)
+    assert all(part in str(raised.value) for part in says), raised.value
+    assert_unchanged(model, before)
+
+
+def test_inject_refuses_what_is_no_module():
+    with pytest.raises(lf.ArgumentError, match=r"model: expected a torch.nn.Module, got list"):
+        lf.inject_([nn.Linear(8, 8)], lf.LoRAConfig())
+
+
+def test_a_failure_while_building_changes_nothing(monkeypatch):
+    model = llama()
+    before, build, built = snapshot(model), lf.LoRALinear.from_linear, []
+
+    def fail_at_the_third(*args, **kwargs):
+        if len(built) == 2:
+            raise MemoryError
+        built.append(build(*args, **kwargs))
+        return built[-1]
+
+    monkeypatch.setattr(lf.LoRALinear, "from_linear", fail_at_the_third)
+    with pytest.raises(MemoryError):
+        lf.inject_(model, lf.LoRAConfig(r=4))
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_merge_rounds_once_and_unmerge_restores_every_bit(dtype):
+    model = injected_llama(dtype=dtype)
+    before, logits = snapshot(model), model(batch()).logits
+    report = lf.merge_(model)
+    assert len(report.changed) == LLAMA_LINEARS
+    for name in report.changed:
+        layer, wide = model.get_submodule(name), torch.promote_types(dtype, torch.float32)
+        a, b, weight = layer.lora_A.to(wide), layer.lora_B.to(wide), before["bits"][f"{name}.weight"].to(wide)
+        assert torch.equal(layer.weight, torch.addmm(weight, b, a, alpha=2.0).to(dtype)), name
+    merged = model(batch()).logits
+    assert not torch.equal(merged, logits)
+    if dtype == torch.float64:
+        assert (merged - logits).norm() <= 8 * torch.finfo(dtype).eps * logits.norm()
+    lf.unmerge_(model)
+    assert_unchanged(model, before)
+    assert torch.equal(model(batch()).logits, logits)
+
+
+def test_merging_leaves_tied_weights():
+    model = injected_llama(tied=True, target_modules=["lm_head", "q_proj"])
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    before = model.lm_head.weight.clone()
+    report = lf.merge_(model)
+    assert len(report.changed) == 2 and "model.embed_tokens" in report.left["lm_head"]
+    assert torch.equal(model.lm_head.weight, before)
+
+
+def test_a_merged_model_can_be_copied_and_cast():
+    model = injected_llama(target_modules=["q_proj"])
+    weight = model.model.layers[0].self_attn.q_proj.weight.clone()
+    lf.merge_(model)
+    assert "_unmerged_weight" not in " ".join(model.state_dict())
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model))).double()
+    lf.unmerge_(twin)
+    assert torch.equal(twin.model.layers[0].self_attn.q_proj.weight, weight.double())
+    assert model.model.layers[0].self_attn.q_proj.merged
+
+
+def test_a_failure_while_merging_unmerges(monkeypatch):
+    model = injected_llama()
+    before, merge = snapshot(model), lf.LoRALinear.merge
+
+    def fail_at_the_last(layer):
+        if layer is model.model.layers[1].mlp.down_proj:
+            raise MemoryError
+        merge(layer)
+
+    monkeypatch.setattr(lf.LoRALinear, "merge", fail_at_the_last)
+    with pytest.raises(MemoryError):
+        lf.merge_(model)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("act", "says"),
+    [
+        (lambda model: lf.merge_(model, rounding="up"), ["rounding", "nearest", "up"]),
+        (lambda model: lf.unmerge_(model), ["model", "at least one merged layer", "not merged"]),
+        (lambda model: lf.merge_(model.model.embed_tokens), ["model", "at least one layer to merge"]),
+    ],
+    ids=["rounding", "unmerge-unmerged", "no-adapters"],
+)
+def test_merging_refuses_and_changes_nothing(act, says):
+    model = injected_llama()
+    before = snapshot(model)
+    with pytest.raises(lf.ArgumentError) as raised:
+        act(model)
+    assert all(part in str(raised.value) for part in says), raised.value
+    assert_unchanged(model, before)
+
+
+def test_merging_twice_is_refused():
+    model = injected_llama()
+    lf.merge_(model)
+    before = snapshot(model)
+    with pytest.raises(lf.ArgumentError, match="already merged"):
+        lf.merge_(model)
+    assert_unchanged(model, before)
+    assert not lf.merge_(model, allow_empty=True).changed
+
+
+@pytest.mark.parametrize("move", ["deepcopy", "pickle", "torch.save", "state_dict"])
+def test_an_injected_model_survives(move):
+    model = injected_llama(dropout=0.1).eval()
+    if move == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif move == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    elif move == "torch.save":
+        file = io.BytesIO()
+        torch.save(model, file)
+        twin = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    else:
+        twin = injected_llama(seed=5, dropout=0.1).eval()
+        twin.load_state_dict(model.state_dict())
+    assert_same_tensors(twin.state_dict(), model.state_dict())
+    assert torch.equal(twin(batch()).logits, model(batch()).logits)
+
+
+def test_dropout_only_in_training():
+    model = injected_llama(dropout=0.5)
+    assert not torch.equal(model(batch()).logits, model(batch()).logits)
+    model.eval()
+    assert torch.equal(model(batch()).logits, model(batch()).logits)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_gradient_checkpointing_changes_no_bit(reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = fill(injected_llama(dropout=0.2).train())
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(3)
+        model(input_ids=batch(), labels=batch()).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert_same_tensors(*gradients)
+
+
+def test_importing_is_light():
+    code = "import lora_fast, sys; print([m for m in ('peft', 'transformers', 'typer', 'kernels') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_without_peft_fuse_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(lf.MissingPackageError, match="pip install"):
+        lf.fuse_(nn.Sequential(nn.Linear(8, 8)))
