@@ -23,7 +23,7 @@ from .checks import CheckpointError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
+KEY = re.compile(re.escape(PREFIX) + r"(.+)\.(lora_A|lora_B|base_layer)\.weight")
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base weights
 UNSUPPORTED = (  # settings of PEFT that make more, or other, than one plain adapter per linear layer
     "lora_bias",
@@ -40,10 +40,17 @@ HARMLESS = ("use_rslora", "loftq_config", "corda_config", "eva_config", "lora_ga
 
 @dataclass
 class Adapter:
-    """What a folder holds, checked. pairs: module name → (lora_A, lora_B); config: the JSON object."""
+    """What a folder holds, checked.
+
+    Attributes:
+        config: the JSON object.
+        pairs: module name → lora_A (r, d_in), lora_B (d_out, r).
+        base_weights: module name → the frozen weight (d_out, d_in), which PEFT adds where it adapts the embeddings.
+    """
 
     config: dict
     pairs: dict[str, tuple[Tensor, Tensor]]
+    base_weights: dict[str, Tensor]
 
     def settings(self, name: str) -> dict:
         """r, alpha, dropout and use_rslora of one layer: arguments of ``LoRALinear.from_linear``."""
@@ -75,7 +82,11 @@ def read(path: str | os.PathLike) -> Adapter:
         got = "a file" if folder.exists() else "nothing there"
         raise CheckpointError("path", f"a folder with {CONFIG} and {WEIGHTS}", f"{str(folder)!r}: {got}")
     config = _read_config(_read_bytes(folder / CONFIG))
-    return Adapter(config, _pairs(_read_tensors(_read_bytes(folder / WEIGHTS)), config))
+    layers = _layers(_read_tensors(_read_bytes(folder / WEIGHTS)), config)
+    pairs = {name: (layer["lora_A"], layer["lora_B"]) for name, layer in layers.items()}
+    return Adapter(
+        config, pairs, {name: layer["base_layer"] for name, layer in layers.items() if "base_layer" in layer}
+    )
 
 
 def write(path: str | os.PathLike, files: dict[str, bytes]) -> None:
@@ -190,27 +201,26 @@ def _read_tensors(data: bytes) -> dict[str, Tensor]:
     return tensors
 
 
-def _pairs(tensors: dict[str, Tensor], config: dict) -> dict[str, tuple[Tensor, Tensor]]:
-    factors: dict[str, dict[str, Tensor]] = {}
+def _layers(tensors: dict[str, Tensor], config: dict) -> dict[str, dict[str, Tensor]]:
+    """Module name → its tensors by role, checked: both factors, of the config's rank."""
+    layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
         if match is None:
             raise CheckpointError(f"key {key}", f"{PREFIX}<module>.lora_A.weight or .lora_B.weight", "an extra key")
         if tensor.dtype not in checks.FLOATS:
             raise CheckpointError(f"key {key}", "float16, bfloat16, float32 or float64", tensor.dtype)
-        factors.setdefault(match[1], {})[match[2]] = tensor
-    pairs = {}
-    for name, pair in factors.items():
-        for factor in "AB":
-            if factor not in pair:
-                raise CheckpointError(f"key {PREFIX}{name}.lora_{factor}.weight", "in the file", "missing")
+        layers.setdefault(match[1], {})[match[2]] = tensor
+    for name, layer in layers.items():
         r = _settings(config, name)["r"]
-        for factor, dim in (("A", 0), ("B", 1)):
-            shape = tuple(pair[factor].shape)
-            if len(shape) != 2 or shape[dim] != r:
-                expected = f"a matrix of rank {r} (dimension {dim})"
-                raise CheckpointError(f"key {PREFIX}{name}.lora_{factor}.weight", expected, f"shape {shape}")
-        pairs[name] = pair["A"], pair["B"]
-    if not pairs:
+        for factor, dim in (("lora_A", 0), ("lora_B", 1)):
+            key = f"key {PREFIX}{name}.{factor}.weight"
+            if factor not in layer:
+                raise CheckpointError(key, "in the file", "missing")
+            if layer[factor].dim() != 2 or layer[factor].shape[dim] != r:
+                raise CheckpointError(
+                    key, f"a matrix with {r} in dimension {dim}, the rank", tuple(layer[factor].shape)
+                )
+    if not layers:
         raise CheckpointError(WEIGHTS, "at least one pair of keys lora_A, lora_B", "none")
-    return pairs
+    return layers

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -69,54 +70,65 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
     adapter = adapter_files.read(path)
     ours = _lora_linears(model)
     if peft_layers(model):
-        _load(adapter, _peft_slots(model, adapter))
+        _load(adapter, _peft_slots(model))
     elif ours:
-        slots = {}
-        for name, layer in ours.items():
-            _check_state(name, layer, layer.scaling, adapter)
-            slots[name] = layer.lora_A, layer.lora_B
-        _load(adapter, slots)
+        _load(adapter, {name: _slot(name, layer) for name, layer in ours.items()})
     else:
         _inject(model, adapter)
     shapes = {name: f"lora_A {tuple(a.shape)}, lora_B {tuple(b.shape)}" for name, (a, b) in adapter.pairs.items()}
     return Report("loaded", shapes)
 
 
-def _load(adapter: Adapter, slots: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """Check every pair against its slot, then copy."""
-    _same_names(set(slots), adapter)
+@dataclass
+class _Slot:
+    """Where one layer's pair goes: its adapter's parameters, scaling, and frozen weight."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    weight: Tensor
+
+
+def _load(adapter: Adapter, slots: dict[str, _Slot]) -> None:
+    """Check everything against the slots, then copy."""
+    _check_names(set(slots), adapter)
     for name, slot in slots.items():
-        for factor, parameter, tensor in zip("AB", slot, adapter.pairs[name], strict=True):
-            _check_tensor(f"key {PREFIX}{name}.lora_{factor}.weight", tensor, tuple(parameter.shape), parameter.dtype)
+        a, b = adapter.pairs[name]
+        _check_tensor(f"{name}.lora_A", a, tuple(slot.lora_A.shape), slot.lora_A.dtype)
+        _check_tensor(f"{name}.lora_B", b, tuple(slot.lora_B.shape), slot.lora_B.dtype)
+        _check_base(name, slot.weight, adapter)
+        if not math.isclose(slot.scaling, adapter.scaling(name), rel_tol=1e-9):
+            expected = f"scale {slot.scaling:g}, as in the model (a plain model takes the file's)"
+            raise CheckpointError(f"lora_alpha of {name}", expected, f"{adapter.scaling(name):g}")
     with torch.no_grad():
         for name, slot in slots.items():
-            for parameter, tensor in zip(slot, adapter.pairs[name], strict=True):
-                parameter.copy_(tensor)
+            slot.lora_A.copy_(adapter.pairs[name][0])
+            slot.lora_B.copy_(adapter.pairs[name][1])
 
 
 def _inject(model: nn.Module, adapter: Adapter) -> None:
     """A plain model: the layers of the file take the place of its linear layers."""
     surgery.check_plain(model)
     names = {_clean(name): name for name, _ in model.named_modules() if name}
-    _same_names({name for name in names if name in adapter.pairs or adapter.targets(name)}, adapter)
+    _check_names({name for name in names if name in adapter.pairs or adapter.targets(name)}, adapter)
     settings = {}
-    for name, pair in adapter.pairs.items():
+    for name, (a, b) in adapter.pairs.items():
         linear = model.get_submodule(names[name])
         reason = targets.unsupported(linear, model.get_submodule(names[name].rpartition(".")[0]))
         if reason is not None or not adapter.targets(name):
             got = reason or "not among them"
             raise CheckpointError(f"keys of {name}", "a torch.nn.Linear among the config's target_modules", got)
-        r, dtype = pair[0].shape[0], torch.promote_types(linear.weight.dtype, torch.float32)
-        shapes = {"A": (r, linear.in_features), "B": (linear.out_features, r)}
-        for factor, tensor in zip("AB", pair, strict=True):
-            _check_tensor(f"key {PREFIX}{name}.lora_{factor}.weight", tensor, shapes[factor], dtype)
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        _check_tensor(f"{name}.lora_A", a, (a.shape[0], linear.in_features), dtype)
+        _check_tensor(f"{name}.lora_B", b, (linear.out_features, a.shape[0]), dtype)
+        _check_base(name, linear.weight, adapter)
         settings[names[name]] = adapter.settings(name)
     surgery.replace_(model, settings)
     layers = _lora_linears(model)
-    _load(adapter, {name: (layers[name].lora_A, layers[name].lora_B) for name in adapter.pairs})
+    _load(adapter, {name: _slot(name, layers[name]) for name in adapter.pairs})
 
 
-def _same_names(expected: set[str], adapter: Adapter) -> None:
+def _check_names(expected: set[str], adapter: Adapter) -> None:
     missing, extra = sorted(expected - set(adapter.pairs)), sorted(set(adapter.pairs) - expected)
     for names, got in ((missing, "missing"), (extra, "an extra key: the model has no such layer")):
         if names:
@@ -125,19 +137,29 @@ def _same_names(expected: set[str], adapter: Adapter) -> None:
             raise CheckpointError(key, f"one pair for each of the model's {len(expected)} layers", got)
 
 
-def _check_tensor(key: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(tensor.shape) != shape:
-        raise CheckpointError(key, f"shape {shape}", tuple(tensor.shape))
+        raise CheckpointError(f"key {PREFIX}{name}.weight", f"shape {shape}", tuple(tensor.shape))
     if torch.promote_types(tensor.dtype, dtype) != dtype:
-        raise CheckpointError(key, f"a dtype that the model's {dtype} adapter holds without loss", tensor.dtype)
+        expected = f"a dtype that the model's {dtype} adapter holds without loss"
+        raise CheckpointError(f"key {PREFIX}{name}.weight", expected, tensor.dtype)
 
 
-def _check_state(name: str, layer: nn.Module, scaling: float, adapter: Adapter) -> None:
+def _check_base(name: str, weight: Tensor, adapter: Adapter) -> None:
+    saved = adapter.base_weights.get(name)
+    if saved is not None and not torch.equal(saved, weight.detach().to("cpu", saved.dtype)):
+        expected = "the model's own frozen weight"
+        raise CheckpointError(f"key {PREFIX}{name}.base_layer.weight", expected, "other values or another shape")
+
+
+def _slot(name: str, layer: LoRALinear) -> _Slot:
+    _check_unmerged(name, layer)
+    return _Slot(layer.lora_A, layer.lora_B, layer.scaling, layer.weight)
+
+
+def _check_unmerged(name: str, layer: nn.Module) -> None:
     if layer.merged:
         raise CheckpointError("model", "unmerged layers (lf.unmerge_)", f"{name} merged")
-    if name in adapter.pairs and not math.isclose(scaling, adapter.scaling(name), rel_tol=1e-9):
-        expected = f"scale {scaling:g}, as in the model (a plain model takes the file's)"
-        raise CheckpointError(f"lora_alpha and r of {name}", expected, f"{adapter.scaling(name):g}")
 
 
 def _lora_linears(model: nn.Module) -> dict[str, LoRALinear]:
@@ -227,12 +249,13 @@ def _peft_files(model: nn.Module) -> dict[str, bytes]:
         return {name: (saved / name).read_bytes() for name in (WEIGHTS, CONFIG)}
 
 
-def _peft_slots(model: nn.Module, adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
-    active, layers = _active_layers(model)
+def _peft_slots(model: nn.Module) -> dict[str, _Slot]:
+    adapter, layers = _active_layers(model)
     slots = {}
     for name, layer in layers.items():
-        if active in layer.lora_variant or layer.lora_B[active].bias is not None:
+        a, b = layer.lora_A[adapter], layer.lora_B[adapter]
+        if adapter in layer.lora_variant or b.bias is not None:
             raise CheckpointError("model", "a plain LoRA adapter", f"{name} with a variant or a bias on lora_B")
-        _check_state(name, layer, layer.scaling[active], adapter)
-        slots[name] = layer.lora_A[active].weight, layer.lora_B[active].weight
+        _check_unmerged(name, layer)
+        slots[name] = _Slot(a.weight, b.weight, layer.scaling[adapter], layer.get_base_layer().weight)
     return slots
