@@ -84,9 +84,8 @@ def read(path: str | os.PathLike) -> Adapter:
     config = _read_config(_read_bytes(folder / CONFIG))
     layers = _layers(_read_tensors(_read_bytes(folder / WEIGHTS)), config)
     pairs = {name: (layer["lora_A"], layer["lora_B"]) for name, layer in layers.items()}
-    return Adapter(
-        config, pairs, {name: layer["base_layer"] for name, layer in layers.items() if "base_layer" in layer}
-    )
+    base_weights = {name: layer["base_layer"] for name, layer in layers.items() if "base_layer" in layer}
+    return Adapter(config, pairs, base_weights)
 
 
 def write(path: str | os.PathLike, files: dict[str, bytes]) -> None:
@@ -204,7 +203,7 @@ def _read_tensors(data: bytes) -> dict[str, Tensor]:
 def _layers(tensors: dict[str, Tensor], config: dict) -> dict[str, dict[str, Tensor]]:
     """Module name → its tensors by role, checked: both factors, of the config's rank."""
     layers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):
         match = KEY.fullmatch(key)
         if match is None:
             raise CheckpointError(f"key {key}", f"{PREFIX}<module>.lora_A.weight or .lora_B.weight", "an extra key")
@@ -218,9 +217,8 @@ def _layers(tensors: dict[str, Tensor], config: dict) -> dict[str, dict[str, Ten
             if factor not in layer:
                 raise CheckpointError(key, "in the file", "missing")
             if layer[factor].dim() != 2 or layer[factor].shape[dim] != r:
-                raise CheckpointError(
-                    key, f"a matrix with {r} in dimension {dim}, the rank", tuple(layer[factor].shape)
-                )
+                expected, got = f"a matrix with the rank, {r}, in dimension {dim}", tuple(layer[factor].shape)
+                raise CheckpointError(key, expected, got)
     if not layers:
         raise CheckpointError(WEIGHTS, "at least one pair of keys lora_A, lora_B", "none")
     return layers

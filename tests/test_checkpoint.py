@@ -357,7 +357,7 @@ BAD = {
     "dropout-2": (edit_config(lora_dropout=2), ["lora_dropout", "2"]),
     "no-targets": (edit_config(target_modules=None), ["target_modules", "None"]),
     "bad-pattern": (edit_config(rank_pattern={"(": 3}), ["rank_pattern"]),
-    "other-rank": (edit_config(r=5), ["lora_A.weight", "5 in dimension 0", "(4, "]),
+    "other-rank": (edit_config(r=5), ["lora_A.weight", "the rank, 5, in dimension 0", "(4, "]),
     "truncated": (write_bytes(WEIGHTS, lambda data: data[:-100]), [WEIGHTS, "safetensors"]),
     "truncated-header": (write_bytes(WEIGHTS, lambda data: data[:20]), [WEIGHTS, "safetensors"]),
     "empty": (write_bytes(WEIGHTS, b""), [WEIGHTS, "safetensors"]),
