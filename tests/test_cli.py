@@ -139,20 +139,21 @@ def test_ctrl_c_saves_the_step_and_resuming_ends_bitwise_where_the_whole_run_doe
     same_result(finished, folder)
 
 
-def test_a_run_that_died_resumes_from_its_last_whole_checkpoint(place, finished, monkeypatch):
-    folder = place / "died"
+@pytest.mark.parametrize(("last_step", "remaining"), [(5, [3, 4, 5, 6]), (1, [1, 2, 3, 4, 5, 6])])
+def test_a_run_that_died_resumes_from_its_last_whole_checkpoint(place, finished, monkeypatch, last_step, remaining):
+    folder = place / f"died_{last_step}"
 
     def die():
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch:
-        at_step(patch, 5, die)
+        at_step(patch, last_step, die)
         result = invoke(place, "--output", folder, "--dropout", 0.2, "--accumulation", 2, "--save-every", 2)
     assert isinstance(result.exception, RuntimeError)  # a real failure keeps its traceback
-    (folder / "checkpoints/checkpoint-4" / run_folder.RECORD).unlink()  # as if it had died while saving
+    (folder / "checkpoints/checkpoint-4" / run_folder.RECORD).unlink(missing_ok=True)  # as if it had died while saving
     steps = at_step(monkeypatch, 0, None)
     assert resume(folder).exit_code == 0
-    assert steps == [3, 4, 5, 6]
+    assert steps == remaining
     same_result(finished, folder)
 
 
@@ -359,6 +360,24 @@ def bad_files(place, tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_model_without_a_layer_to_fuse_is_named_before_anything_is_written(place, tmp_path):
+    letters = tiny_model.byte_tokenizer()
+    letters.save_pretrained(tmp_path / "gpt2")
+    config = transformers.GPT2Config(vocab_size=len(letters), n_embd=16, n_layer=1, n_head=1, eos_token_id=256)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    result = invoke(place, "--model", tmp_path / "gpt2", "--output", tmp_path / "out")
+    refused(result, "--engine: expected eager where no layer can be fused", "Conv1D")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bfloat16_trains_on_a_cpu_too(place, tmp_path):
+    assert invoke(place, "--output", tmp_path / "out", "--dtype", "bfloat16", "--compare").exit_code == 0
+    figures = metrics(tmp_path / "out")
+    fused, eager = (figures["runs"][engine]["losses"] for engine in ("fused", "eager"))
+    assert fused == pytest.approx(eager, abs=0.05)
+    assert figures["runs"]["fused"]["layers"] == "fused 14 layers"  # none ran PEFT's forward
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(place):
     result = invoke(place, "--output", place / "diverged", "--lr", 1e30)
     assert result.exit_code == 1
@@ -407,7 +426,7 @@ def test_held_out_blocks_are_never_trained_on_and_nothing_is_lost(tmp_path):
     train, held_out = ({tuple(row.tolist()) for row in part.ids} for part in (tokens.train, tokens.held_out))
     count = (len(text) + 1) // SEQ_LEN
     assert len(tokens.train) + len(tokens.held_out) == count
-    assert len(tokens.held_out) == max(1, min(16, count // 20))
+    assert len(tokens.held_out) == max(1, min(8, count // 20))
     assert len(train | held_out) == count
 
 

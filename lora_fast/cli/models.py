@@ -50,6 +50,7 @@ def quieten() -> None:
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")  # between those two
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # peft corrects it
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -101,7 +102,7 @@ def load_model(source: str, dtype):
 def _named_error(source: str, expected: str):
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ArgumentError("--model", expected, f"{source!r}: {first_line}") from error
 

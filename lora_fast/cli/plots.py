@@ -21,6 +21,7 @@ _STYLE = {
     "xtick.color": _INK,
     "ytick.color": _INK,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.15,
     "grid.color": _INK,
     "legend.frameon": False,
@@ -49,8 +50,7 @@ def step_time(runs: list[Record]) -> str:
             colour, median = COLOURS[run.engine], run.step_time()["median"]
             axes.plot(range(1, len(run.seconds) + 1), run.seconds, ".", color=colour, label=run.engine, markersize=6)
             axes.axhline(median, color=colour, linewidth=1.2, label=f"{run.engine}, median {median:.3g} s")
-        axes.set(xlabel="step", ylabel="seconds")
-        axes.set_ylim(bottom=0)
+        axes.set(xlabel="step", ylabel="seconds", ylim=(0, 1.35 * max(max(run.seconds) for run in runs)))
 
     return _svg("time", draw)
 
@@ -60,11 +60,12 @@ def saved(runs: list[Record]) -> str:
         values = [run.saved_bytes / 2**20 for run in runs]
         names = [run.engine for run in runs]
         bars = axes.barh(names, values, color=[COLOURS[name] for name in names], height=0.5)
-        axes.bar_label(bars, fmt="%.0f MiB", padding=4)
-        axes.set(xlabel="MiB", xlim=(0, max(values) * 1.2))
+        axes.bar_label(bars, fmt="%.1f MiB", padding=4)
+        axes.set(xlabel="MiB", xlim=(0, max(values) * 1.25))
         axes.grid(axis="y", visible=False)
+        axes.invert_yaxis()
 
-    return _svg("saved", draw, legend=False, height=0.8 + 0.45 * len(runs))
+    return _svg("saved", draw, legend=False)
 
 
 def memory(runs: list[Record]) -> str:
@@ -72,18 +73,17 @@ def memory(runs: list[Record]) -> str:
         for run in runs:
             steps = range(1, len(run.memory) + 1)
             axes.plot(steps, [size / 2**20 for size in run.memory], color=COLOURS[run.engine], label=run.engine)
-        axes.set(xlabel="step", ylabel="MiB")
-        axes.set_ylim(bottom=0)
+        axes.set(xlabel="step", ylabel="MiB", ylim=(0, 1.35 * max(max(run.memory) for run in runs) / 2**20))
 
     return _svg("memory", draw)
 
 
-def _svg(name: str, draw, legend: bool = True, height: float = 3.0) -> str:
+def _svg(name: str, draw, legend: bool = True) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(7.2, height), layout="constrained")
+        figure = Figure(figsize=(6, 3.2), layout="constrained")
         axes = figure.subplots()
         draw(axes)
         if legend:

@@ -35,8 +35,8 @@ def table(runs: list[Record]) -> list[tuple[str, list[str], str]]:
     kept = [f"{run.saved_bytes / 2**20:.1f} MiB" for run in runs]
     rows = [
         ("held-out loss, before", [before for before, _ in held_out], ""),
-        ("held-out loss, after", [after for _, after in held_out], "max |Δ| {max_held_out_difference:.1e}"),
-        ("training loss, last", [f"{run.losses[-1]:.4f}" for run in runs], "max |Δ| {max_loss_difference:.1e}"),
+        ("held-out loss, after", [after for _, after in held_out], "max |Δ| {max_held_out_difference:.1g}"),
+        ("training loss, last", [f"{run.losses[-1]:.4f}" for run in runs], "max |Δ| {max_loss_difference:.1g}"),
         ("step time, median", [f"{t['median']:.3f} s" for t in times], "eager / fused {step_time_ratio:.3f}"),
         ("step time, p20–p80", [f"{t['p20']:.3f}–{t['p80']:.3f} s" for t in times], ""),
         ("tokens per second", pace, ""),

@@ -91,7 +91,8 @@ def option(name: str) -> str:
 
 def absolute(name: str) -> str:
     """A path that exists becomes absolute, so that a run can be resumed from any folder; other names stay."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    packaged = name in (Settings.model, Settings.data)
+    return str(Path(name).resolve()) if Path(name).exists() and not packaged else name
 
 
 def _at_least(value: int | None, least: int, name: str) -> None:

@@ -67,7 +67,7 @@ def prepare(job: Job, engine: str) -> tuple[PeftModel, str]:
     """The model with fresh adapters, the same for both engines, and the report of what was fused.
 
     Raises:
-        ArgumentError: targets that match nothing.
+        ArgumentError: targets that match nothing, or nothing that can be fused.
     """
     settings = job.settings
     base = models.load_model(job.source, job.dtype)
@@ -83,7 +83,10 @@ def prepare(job: Job, engine: str) -> tuple[PeftModel, str]:
     model = get_peft_model(base, config)
     if engine == "eager":
         return model, "PEFT's own layers"
-    return model, str(fuse_(model))
+    try:
+        return model, str(fuse_(model))
+    except ArgumentError as error:
+        raise ArgumentError("--engine", "eager where no layer can be fused", error.got) from error
 
 
 def check_targets(model: torch.nn.Module, targets: str | list[str]) -> None:
@@ -139,7 +142,7 @@ def fallbacks(model: PeftModel) -> str:
 
 def _arguments(job: Job, folder: Path, resumed: bool) -> transformers.TrainingArguments:
     settings = job.settings
-    on_gpu = torch.cuda.is_available()
+    on_cpu = not torch.cuda.is_available()
     args = transformers.TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=job.total,
@@ -161,13 +164,14 @@ def _arguments(job: Job, folder: Path, resumed: bool) -> transformers.TrainingAr
         save_total_limit=2,  # the last one may be cut short by a crash
         label_names=["labels"],
         remove_unused_columns=False,
-        dataloader_pin_memory=on_gpu,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
         disable_tqdm=True,
         report_to="none",
         log_level="error",
     )
-    if args.device.type == "cuda":
-        args._n_gpu = 1  # Trainer would spread a batch over all GPUs with DataParallel
+    if args.device.type == "cuda":  # asking for the device counts the GPUs
+        args._n_gpu = 1  # with more, Trainer would spread a batch over them with DataParallel
     return args
 
 
