@@ -86,9 +86,10 @@ def bytes_saved_for_backward(model: torch.nn.Module, batch: dict[str, torch.Tens
 def environment() -> dict[str, object]:
     """Where the figures come from."""
     packages = ("lora-fast", "torch", "triton", "transformers", "peft", "accelerate")
-    on_gpu = torch.cuda.is_available()
+    threads = torch.get_num_threads()
+    on_cpu = f"CPU, {threads} thread{'s' * (threads > 1)}"
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else on_cpu,
         "machine": platform.machine(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},

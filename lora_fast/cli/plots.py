@@ -61,9 +61,8 @@ def saved(runs: list[Record]) -> str:
         names = [run.engine for run in runs]
         bars = axes.barh(names, values, color=[COLOURS[name] for name in names], height=0.5)
         axes.bar_label(bars, fmt="%.1f MiB", padding=4)
-        axes.set(xlabel="MiB", xlim=(0, max(values) * 1.25))
+        axes.set(xlabel="MiB", xlim=(0, max(values) * 1.25), ylim=(1.6, -0.6))  # downwards
         axes.grid(axis="y", visible=False)
-        axes.invert_yaxis()
 
     return _svg("saved", draw, legend=False)
 

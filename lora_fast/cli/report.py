@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 from . import plots, run_folder
@@ -31,12 +32,13 @@ def table(runs: list[Record]) -> list[tuple[str, list[str], str]]:
     times = [run.step_time() for run in runs]
     on_gpu = "GPU" in runs[0].memory_kind
     held_out = [[f"{loss:.4f}" for _, loss in (run.held_out[0], run.held_out[-1])] for run in runs]
+    last = [f"{statistics.mean(run.losses[-10:]):.4f}" for run in runs]
     pace = [f"{run.tokens_per_step / time['median']:.0f}" for run, time in zip(runs, times, strict=True)]
     kept = [f"{run.saved_bytes / 2**20:.1f} MiB" for run in runs]
     rows = [
         ("held-out loss, before", [before for before, _ in held_out], ""),
         ("held-out loss, after", [after for _, after in held_out], "max |Δ| {max_held_out_difference:.1g}"),
-        ("training loss, last", [f"{run.losses[-1]:.4f}" for run in runs], "max |Δ| {max_loss_difference:.1g}"),
+        ("training loss, last 10", last, "max |Δ| {max_loss_difference:.1g}"),
         ("step time, median", [f"{t['median']:.3f} s" for t in times], "eager / fused {step_time_ratio:.3f}"),
         ("step time, p20–p80", [f"{t['p20']:.3f}–{t['p80']:.3f} s" for t in times], ""),
         ("tokens per second", pace, ""),
@@ -53,7 +55,8 @@ def notes(runs: list[Record]) -> list[str]:
     said = [
         "Step time: forward, backward, gradient clipping and optimizer update; data loading, evaluation, checkpoints "
         "and logging are outside.",
-        "Held-out loss: mean over blocks of text that are never trained on.",
+        "Held-out loss: mean over blocks of text that are never trained on. Training loss, last 10: mean of the last "
+        "ten steps, each on other text; the largest difference is over all steps.",
         "Kept for backward: bytes of all distinct tensors that one micro-batch's forward pass stores for its backward "
         "pass, the model's own weights not counted; the output logits, the same for both engines, are in it.",
     ]
