@@ -178,7 +178,7 @@ def _update(result, thin, factor, scale, keep, flags) -> None:
 def _fused(left, weight, bias, thin, factor, result, scale, keep, flags) -> None:
     (n_tokens, d_in), d_out = left.shape, result.shape[1]
     tma = tiles.uses_tma(left, weight, result)
-    tile = tiles.linear(left, flags["R"], tma)
+    tile = tiles.linear(left, flags["R"], tma, keep is not None)
     matrices = left, weight, result
     if tma:
         weight_block = [tile.outer, tile.inner] if flags["TRANSPOSED"] else [tile.inner, tile.outer]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-PROGRAMS = 128  # programs that a split reduction aims at: about one wave, the same number on every device
+PROGRAMS = 120  # programs that a split reduction aims at: about one wave, the same number on every device
 SUM_BLOCK = 1024  # elements a program of lora_sum_partials_kernel adds
 GROUP = 8  # row tiles of the GEMM that share columns of W in L2
 INTERPRETED_ARCH = 80
@@ -29,20 +29,28 @@ class Tile(NamedTuple):
 
 # (op, bytes of an element, first arch it is for) → rows (largest rank class, tokens, outer, inner, warps, stages)
 TABLE = {
-    ("project", 2, 80): [(16, 64, 0, 128, 4, 4), (64, 64, 0, 128, 4, 3), (128, 64, 0, 64, 4, 3), (256, 64, 0, 64, 8, 3)],
-    ("grad_s_b", 2, 80): [(16, 32, 256, 0, 8, 3), (64, 32, 128, 0, 8, 3), (128, 32, 128, 0, 8, 2), (256, 16, 64, 0, 8, 2)],
-    ("grad_s_b", 2, 90): [(16, 32, 512, 0, 8, 3), (64, 64, 256, 0, 8, 3), (128, 64, 128, 0, 8, 3), (256, 32, 64, 0, 8, 2)],
-    ("grad_a", 2, 80): [(16, 32, 256, 0, 8, 3), (64, 32, 128, 0, 8, 3), (128, 32, 128, 0, 8, 2), (256, 16, 64, 0, 8, 2)],
-    ("grad_a", 2, 90): [(16, 32, 512, 0, 8, 3), (64, 64, 256, 0, 8, 3), (128, 64, 128, 0, 8, 3), (256, 32, 64, 0, 8, 2)],
+    ("project", 2, 80): [(16, 64, 0, 128, 4, 4), (64, 64, 0, 128, 8, 3), (128, 64, 0, 64, 8, 3), (256, 64, 0, 64, 8, 2)],
+    ("project_short", 2, 80): [(64, 16, 0, 128, 4, 4), (256, 16, 0, 64, 8, 3)],
+    ("project_short", 2, 100): [(64, 16, 0, 128, 8, 4), (256, 16, 0, 64, 8, 3)],
+    ("grad_s_b", 2, 80): [(16, 32, 512, 0, 8, 3), (64, 64, 128, 0, 8, 3), (128, 32, 64, 0, 8, 3), (256, 16, 64, 0, 8, 2)],
+    ("grad_s_b", 2, 90): [(16, 32, 512, 0, 8, 3), (64, 64, 256, 0, 8, 3), (128, 64, 128, 0, 8, 3), (256, 16, 64, 0, 8, 2)],
+    ("grad_a", 2, 80): [(16, 32, 512, 0, 8, 3), (64, 64, 256, 0, 8, 3), (256, 64, 128, 0, 8, 3)],
+    ("grad_a", 2, 100): [(64, 64, 256, 0, 8, 3), (256, 64, 128, 0, 8, 3)],
     ("linear", 2, 80): [(256, 128, 128, 32, 8, 3)],
+    ("linear_dropout", 2, 80): [(256, 128, 64, 32, 8, 3)],
     ("linear_tma", 2, 90): [(256, 128, 256, 64, 8, 3)],
-    ("update", 2, 80): [(256, 64, 128, 0, 4, 1)],
+    ("linear_tma_dropout", 2, 90): [(256, 128, 128, 64, 8, 4)],
+    ("update", 2, 80): [(256, 64, 128, 0, 8, 1)],
+    ("update", 2, 100): [(256, 64, 128, 0, 4, 1)],
     ("project", 4, 80): [(64, 32, 0, 64, 4, 2), (256, 32, 0, 32, 8, 2)],
-    ("grad_s_b", 4, 80): [(64, 32, 64, 0, 4, 2), (256, 16, 32, 0, 8, 2)],
-    ("grad_a", 4, 80): [(64, 32, 64, 0, 4, 2), (256, 16, 32, 0, 8, 2)],
-    ("linear", 4, 80): [(256, 64, 64, 32, 4, 2)],
+    ("project_short", 4, 80): [(64, 16, 0, 64, 4, 2), (256, 16, 0, 32, 8, 2)],
+    ("grad_s_b", 4, 80): [(16, 32, 64, 0, 4, 2), (64, 32, 64, 0, 8, 2), (256, 16, 32, 0, 8, 2)],
+    ("grad_a", 4, 80): [(64, 32, 64, 0, 4, 2), (128, 16, 32, 0, 8, 2), (256, 32, 32, 0, 8, 2)],
+    ("linear", 4, 80): [(256, 64, 64, 32, 8, 2)],
+    ("linear_dropout", 4, 80): [(256, 64, 64, 32, 8, 2)],
     ("update", 4, 80): [(256, 32, 64, 0, 4, 1)],
 }
+SHORT = 2048  # up to this many tokens project takes smaller blocks, so that enough programs read x
 GEMM_RANK = 32  # the GEMM takes larger ranks in steps of this
 
 # Longest contraction at which the Triton GEMM is chosen over cuBLAS + in-place update; 16-bit elements only.
@@ -95,7 +103,8 @@ def _tile(op: str, element_size: int, arch: int, r: int, largest_r: int = 256) -
 
 
 def project(x: torch.Tensor, r: int) -> Tile:
-    return _tile("project", x.element_size(), arch(x.device), r)
+    op = "project_short" if x.shape[0] <= SHORT else "project"
+    return _tile(op, x.element_size(), arch(x.device), r)
 
 
 def grad_s_b(dy: torch.Tensor, r: int) -> Tile:
@@ -106,8 +115,9 @@ def grad_a(x: torch.Tensor, r: int) -> Tile:
     return _tile("grad_a", x.element_size(), arch(x.device), r)
 
 
-def linear(left: torch.Tensor, r: int, tma: bool) -> Tile:
-    return _tile("linear_tma" if tma else "linear", left.element_size(), arch(left.device), r, GEMM_RANK)
+def linear(left: torch.Tensor, r: int, tma: bool, dropout: bool) -> Tile:
+    op = "linear" + "_tma" * tma + "_dropout" * dropout
+    return _tile(op, left.element_size(), arch(left.device), r, GEMM_RANK)
 
 
 def update(result: torch.Tensor, r: int) -> Tile:

@@ -1,0 +1,50 @@
+"""Count what kernels ask of memory, exactly, by running them in Triton's interpreter (``TRITON_INTERPRET=1``)."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+
+
+@dataclass
+class Traffic:
+    """Bytes that the launches within asked to load and store, and the kernels launched, in order."""
+
+    loaded: int = 0
+    stored: int = 0
+    launches: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return self.loaded + self.stored
+
+
+@contextmanager
+def traffic():
+    """Within: every launch adds to the ``Traffic`` that this yields. Masked-off elements do not count."""
+    counted = Traffic()
+    builder, function = InterpreterBuilder, InterpretedFunction
+    load, store, run = builder.create_masked_load, builder.create_masked_store, function.run
+
+    def counting_load(self, ptrs, mask, *args, **kwargs):
+        counted.loaded += _bytes(ptrs, mask)
+        return load(self, ptrs, mask, *args, **kwargs)
+
+    def counting_store(self, ptrs, value, mask, *args, **kwargs):
+        counted.stored += _bytes(ptrs, mask)
+        return store(self, ptrs, value, mask, *args, **kwargs)
+
+    def counting_run(self, *args, **kwargs):
+        counted.launches.append(self.__name__)
+        return run(self, *args, **kwargs)
+
+    builder.create_masked_load, builder.create_masked_store, function.run = counting_load, counting_store, counting_run
+    try:
+        yield counted
+    finally:
+        builder.create_masked_load, builder.create_masked_store, function.run = load, store, run
+
+
+def _bytes(ptrs, mask) -> int:
+    return int(np.count_nonzero(mask.data)) * (ptrs.get_element_ty().primitive_bitwidth // 8)
