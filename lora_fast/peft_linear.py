@@ -9,12 +9,16 @@ from __future__ import annotations
 import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Dropout, Identity, Linear, Parameter
 
-from . import checks, functional, linear
+from . import functional
+from .checks import MAX_RANK
+from .linear import merged_weight
 from .targets import is_hooked
 
-PLAIN = (nn.Parameter, Tensor)  # neither a DTensor nor a quantised subclass
+PLAIN = (Parameter, Tensor)  # neither a DTensor nor a quantised subclass
+DROPOUTS = (Identity, Dropout)
 
 
 class FusedLoraLinear(lora.Linear):
@@ -75,7 +79,7 @@ class FusedLoraLinear(lora.Linear):
         base = self.get_base_layer()
         original = self._buffers.get("_unmerged_weight", base.weight.data)
         pairs = [(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in merged]
-        weight = linear.merged_weight(original, pairs)
+        weight = merged_weight(original, pairs)
         if safe_merge and not torch.isfinite(weight).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
         self.register_buffer("_unmerged_weight", original, persistent=False)
@@ -94,7 +98,7 @@ class FusedLoraLinear(lora.Linear):
     def _is_plain(self, name: str) -> bool:
         """Whether the adapter's share of the base weight is scaling · b a, nothing else."""
         base, biased = self.get_base_layer(), self.lora_B[name].bias is not None
-        return type(base) is nn.Linear and not self.fan_in_fan_out and name not in self.lora_variant and not biased
+        return type(base) is Linear and not self.fan_in_fan_out and name not in self.lora_variant and not biased
 
 
 def fused_arguments(layer: lora.Linear, adapter: str) -> tuple | str:
@@ -104,29 +108,29 @@ def fused_arguments(layer: lora.Linear, adapter: str) -> tuple | str:
         (weight, bias, lora_A, lora_B, scaling, dropout_p), or the reason as a string.
     """
     modules = layer._modules
-    if adapter not in modules["lora_A"]._modules:
+    base, a = modules["base_layer"], modules["lora_A"]._modules.get(adapter)
+    if a is None:
         return f"no adapter {adapter!r} in this layer"
-    base, a, b = modules["base_layer"], modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
-    dropout = modules["lora_dropout"]._modules[adapter]
-    if type(base) is not nn.Linear:
+    b, dropout = modules["lora_B"]._modules[adapter], modules["lora_dropout"]._modules[adapter]
+    if type(base) is not Linear:
         return f"base layer {type(base).__name__}, not torch.nn.Linear"
     if adapter in layer.lora_variant:
         return f"variant {type(layer.lora_variant[adapter]).__name__}"
     if layer.fan_in_fan_out:
         return "fan_in_fan_out"
-    if type(a) is not nn.Linear or type(b) is not nn.Linear or type(dropout) not in (nn.Identity, nn.Dropout):
+    if type(a) is not Linear or type(b) is not Linear or type(dropout) not in DROPOUTS:
         return f"adapter of {type(a).__name__}, {type(b).__name__}, {type(dropout).__name__}"
     if is_hooked(base) or is_hooked(a) or is_hooked(b) or is_hooked(dropout):
         return "hooks, or a replaced forward, on the base layer or the adapter"
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    lora_a, lora_b = a._parameters.get("weight"), b._parameters.get("weight")
+    parameters, b_parameters = base._parameters, b._parameters
+    weight, lora_a, lora_b = parameters.get("weight"), a._parameters.get("weight"), b_parameters.get("weight")
     if type(weight) not in PLAIN or type(lora_a) not in PLAIN or type(lora_b) not in PLAIN:
         return f"weight of type {type(weight).__name__}, adapter of {type(lora_a).__name__}, {type(lora_b).__name__}"
     if weight.requires_grad:
         return "trainable base weight"
-    if b._parameters.get("bias") is not None:
+    if b_parameters.get("bias") is not None:
         return "bias on lora_B"
-    if layer.r[adapter] > checks.MAX_RANK:
-        return f"rank {layer.r[adapter]}, above {checks.MAX_RANK}"
-    dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    return weight, bias, lora_a, lora_b, layer.scaling[adapter], dropout_p
+    if layer.r[adapter] > MAX_RANK:
+        return f"rank {layer.r[adapter]}, above {MAX_RANK}"
+    dropout_p = dropout.p if dropout.training and type(dropout) is Dropout else 0.0
+    return weight, parameters.get("bias"), lora_a, lora_b, layer.scaling[adapter], dropout_p

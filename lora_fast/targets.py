@@ -81,12 +81,13 @@ def unsupported(module: nn.Module, parent: nn.Module) -> str | None:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling the module does more, or other, than its class's forward."""
+    state = module.__dict__
     return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-        or "forward" in module.__dict__
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
     )
 
 

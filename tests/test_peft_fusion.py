@@ -410,6 +410,7 @@ def test_merge_rounds_once_and_unmerge_restores_every_bit(way, dtype):
             a, b = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
             weight = before["bits"][f"{name}.base_layer.weight"].float()
             assert torch.equal(layer.base_layer.weight, torch.addmm(weight, b, a, alpha=2.0).to(dtype)), name
+    assert model.state_dict().keys() == before["bits"].keys()
     lf.unmerge_(model) if way == "lf.merge_" else model.unmerge_adapter()
     assert_unchanged(model, before)
 
