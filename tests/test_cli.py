@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -208,6 +209,22 @@ def test_only_the_fused_engine_calls_the_fused_op(place, tmp_path, monkeypatch, 
     assert invoke(place, "--output", tmp_path / "out", "--steps", 1, "--engine", engine).exit_code == 0
     assert bool(called) is calls
     assert list(metrics(tmp_path / "out")["runs"]) == [engine]
+
+
+def test_the_first_engine_s_model_is_gone_before_the_second_is_loaded(place, tmp_path, monkeypatch):
+    from lora_fast.cli import training
+
+    prepare, seen = training.prepare, []
+
+    def watched(job, engine):
+        assert [model() for model in seen] == [None] * len(seen)
+        model, layers = prepare(job, engine)
+        seen.append(weakref.ref(model))
+        return model, layers
+
+    monkeypatch.setattr(training, "prepare", watched)
+    assert invoke(place, "--output", tmp_path / "out", "--steps", 1, "--compare").exit_code == 0
+    assert len(seen) == 2
 
 
 def test_both_engines_train_alike(compared):

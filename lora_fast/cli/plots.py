@@ -30,7 +30,7 @@ _STYLE = {
 _WIDTH = {"fused": {"linewidth": 1.6, "zorder": 3}, "eager": {"linewidth": 5, "alpha": 0.45, "zorder": 2}}
 
 
-def loss(runs: list[Record]) -> str:
+def loss(runs: list[Record], wide: bool) -> str:
     """Training loss of each step, held-out loss where it was taken."""
 
     def draw(axes):
@@ -41,7 +41,7 @@ def loss(runs: list[Record]) -> str:
             axes.plot(*zip(*run.held_out, strict=True), label=f"{run.engine}, held out", **look)
         axes.set(xlabel="steps done", ylabel="loss (nats per token)")
 
-    return _svg("loss", draw)
+    return _svg("loss", draw, width=12.4 if wide else 6)
 
 
 def step_time(runs: list[Record]) -> str:
@@ -64,7 +64,7 @@ def saved(runs: list[Record]) -> str:
         axes.set(xlabel="MiB", xlim=(0, max(values) * 1.25), ylim=(1.6, -0.6))  # downwards
         axes.grid(axis="y", visible=False)
 
-    return _svg("saved", draw, legend=False)
+    return _svg("saved", draw, legend=False, steps=False)
 
 
 def memory(runs: list[Record]) -> str:
@@ -77,14 +77,17 @@ def memory(runs: list[Record]) -> str:
     return _svg("memory", draw)
 
 
-def _svg(name: str, draw, legend: bool = True) -> str:
+def _svg(name: str, draw, legend: bool = True, steps: bool = True, width: float = 6) -> str:
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(6, 3.2), layout="constrained")
+        figure = Figure(figsize=(width, 3.2), layout="constrained")
         axes = figure.subplots()
         draw(axes)
+        if steps:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if legend:
             axes.legend(ncols=2)
         out = io.StringIO()

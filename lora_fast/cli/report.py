@@ -62,7 +62,12 @@ def notes(runs: list[Record]) -> list[str]:
     ]
     if len(runs) > 1:
         first, second = (run.engine for run in runs)
-        said.append(f"Both from the same seed, one after the other in one process: {first} first, then {second}.")
+        said.append(
+            f"Both from the same seed, one after the other in one process: {first} first, then {second}. What else the "
+            "machine did meanwhile is in the times: a wide span from p20 to p80 shows it."
+        )
+    if _share_a_process(runs):
+        said.append("The process's size is in metrics.json only: in the second run it includes what the first left.")
     return said
 
 
@@ -85,12 +90,15 @@ def html(settings: Settings, runs: list[Record], environment: dict, prompt: str)
 
     loader = jinja2.PackageLoader("lora_fast.cli", package_path="")
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    alone = not _share_a_process(runs)
+    loss = plots.loss(runs, wide=not alone)  # an odd number of figures: the first one has a row to itself
     figures = [
-        ("Loss", "Solid: training loss of each step. Dashed, with dots: held-out loss.", plots.loss(runs)),
+        ("Loss", "Solid: training loss of each step. Dashed, with dots: held-out loss.", loss),
         ("Step time", "One dot a step; the line is the median.", plots.step_time(runs)),
         ("Kept for backward", "What one forward pass stores until its backward pass.", plots.saved(runs)),
-        ("Memory", f"MiB, {runs[0].memory_kind}{_carried_over(runs)}.", plots.memory(runs)),
     ]
+    if alone:
+        figures.append(("Memory", f"MiB, {runs[0].memory_kind}.", plots.memory(runs)))
     return page.get_template("report.html.jinja").render(
         title=f"{Path(settings.model).name} on {Path(settings.data).name}",
         settings=settings.as_dict(),
@@ -104,7 +112,6 @@ def html(settings: Settings, runs: list[Record], environment: dict, prompt: str)
     )
 
 
-def _carried_over(runs: list[Record]) -> str:
-    if len(runs) < 2 or "GPU" in runs[0].memory_kind:
-        return ""
-    return "; the second run starts with whatever the first one's allocations left in the process"
+def _share_a_process(runs: list[Record]) -> bool:
+    """Whether the memory figures are sizes of one process that ran two engines: the second would carry the first."""
+    return len(runs) > 1 and "GPU" not in runs[0].memory_kind

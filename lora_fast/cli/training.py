@@ -42,7 +42,7 @@ class StopRequest:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        self._display.note("Stopping after this step; Ctrl-C again stops at once.")
+        self._display.note("Stopping after the current step; Ctrl-C again stops at once.")
 
 
 @dataclass
