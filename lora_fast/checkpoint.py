@@ -21,7 +21,7 @@ from .layers import peft_layers
 from .linear import LoRALinear
 from .report import Report
 
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # torch.compile, FSDP, checkpointing
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of inner modules
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
@@ -37,8 +37,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
         CheckpointError: no adapter, more than one active adapter, adapters without data (meta device) or sharded, or
             a path that cannot be written. An adapter that was in the folder is then still whole.
     """
-    ours = _lora_linears(model)
-    if peft_layers(model):
+    model = _unwrap(model)
+    theirs, ours = peft_layers(model), _lora_linears(model)
+    if theirs:
         files = _peft_files(model)
     elif ours:
         tensors = {}
@@ -50,7 +51,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
     else:
         raise CheckpointError("model", "LoRA layers (lf.inject_, or PEFT)", f"{type(model).__name__} without any")
     adapter_files.write(path, files)
-    return Report("saved", dict.fromkeys(ours or _active_layers(model)[1], os.fspath(path)))
+    return Report("saved", dict.fromkeys(_active_layers(model)[1] if theirs else ours, os.fspath(path)))
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
@@ -67,9 +68,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
         CheckpointError: files that cannot be read, are damaged, use PEFT features beyond plain LoRA, or do not fit the
             model: a missing or extra key, a shape, a scale, a dtype that would lose bits. The model is then unchanged.
     """
-    adapter = adapter_files.read(path)
-    ours = _lora_linears(model)
-    if peft_layers(model):
+    model, adapter = _unwrap(model), adapter_files.read(path)
+    theirs, ours = peft_layers(model), _lora_linears(model)
+    if theirs:
         _load(adapter, _peft_slots(model))
     elif ours:
         _load(adapter, {name: _slot(name, layer) for name, layer in ours.items()})
@@ -169,6 +170,13 @@ def _lora_linears(model: nn.Module) -> dict[str, LoRALinear]:
     return {_clean(name): module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and data parallelism's wrappers."""
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return _unwrap(model.module)
+    return _unwrap(model._orig_mod) if hasattr(model, "_orig_mod") else model
+
+
 def _clean(name: str) -> str:
     """A module's name without the wrappers that only some runs have."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
@@ -231,7 +239,7 @@ def _active_layers(model: nn.Module) -> tuple[str, dict[str, nn.Module]]:
     if len(active) != 1:
         raise CheckpointError("model", "one active adapter", ", ".join(sorted(active)) or "none")
     adapter = active.pop()
-    prefix = PREFIX if isinstance(getattr(model, "_orig_mod", model), PeftModel) else ""
+    prefix = PREFIX if isinstance(model, PeftModel) else ""
     holding = {name: layer for name, layer in layers.items() if adapter in getattr(layer, "lora_A", ())}
     return adapter, {_clean(name).removeprefix(prefix): layer for name, layer in holding.items()}
 
@@ -240,13 +248,14 @@ def _peft_files(model: nn.Module) -> dict[str, bytes]:
     from peft import PeftModel
 
     adapter, _ = _active_layers(model)
-    model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PeftModel):
         raise CheckpointError("model", "a PeftModel or LoRALinear layers", f"PEFT layers in a {type(model).__name__}")
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, selected_adapters=[adapter])
         saved = Path(folder) if adapter == "default" else Path(folder) / adapter
-        return {name: (saved / name).read_bytes() for name in (WEIGHTS, CONFIG)}
+        config, tensors = (saved / CONFIG).read_bytes(), safetensors.torch.load((saved / WEIGHTS).read_bytes())
+    tensors = {_clean(key): tensor for key, tensor in tensors.items()}
+    return {WEIGHTS: safetensors.torch.save(tensors, metadata={"format": "pt"}), CONFIG: config}
 
 
 def _peft_slots(model: nn.Module) -> dict[str, _Slot]:

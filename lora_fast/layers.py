@@ -12,12 +12,14 @@ from .linear import LoRALinear
 
 def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Name → layer of every LoRALinear and every PEFT layer."""
-    ours = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    return {**ours, **peft_layers(model)}
+    theirs = peft_layers(model)
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)} | theirs
 
 
 def peft_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Name → layer of every PEFT layer; none, and no import, where PEFT has not been imported."""
+    if not isinstance(model, nn.Module):
+        raise checks.ArgumentError("model", "a torch.nn.Module", type(model).__name__)
     if "peft" not in sys.modules:
         return {}
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -89,8 +89,7 @@ def inject_(model: nn.Module, config: LoRAConfig, *, allow_empty: bool = False) 
 
 
 def check_plain(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise checks.ArgumentError("model", "a torch.nn.Module", type(model).__name__)
+    """Raises ArgumentError unless it is a module, without PEFT layers, whose inner layers can be replaced."""
     if isinstance(model, (nn.Linear, LoRALinear)):
         expected = "a module that contains linear layers; for a single layer, lf.LoRALinear.from_linear"
         raise checks.ArgumentError("model", expected, type(model).__name__)

@@ -168,10 +168,23 @@ def test_a_name_that_ends_another_is_not_taken_for_it(tmp_path):
         assert_same_tensors(adapters_of(twin), adapters_of(model))
 
 
-def test_a_compiled_model_saves_the_plain_names(tmp_path):
-    model = injected_llama()
-    lf.save_adapter(torch.compile(model, backend="eager"), tmp_path)
-    assert_same_tensors(safetensors.torch.load_file(tmp_path / WEIGHTS), adapters_of(model))
+def compile_block(model):
+    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    layers[0] = torch.compile(layers[0], backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("build", [injected_llama, peft_llama], ids=["injected", "peft"])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda model: torch.compile(model, backend="eager"), nn.DataParallel, compile_block],
+    ids=["compiled", "data-parallel", "compiled-block"],
+)
+def test_a_wrapped_model_has_the_plain_names(wrap, build, tmp_path):
+    wrapped, plain = wrap(build()), adapters_of(build())
+    lf.save_adapter(wrapped, tmp_path)
+    assert_same_tensors(safetensors.torch.load_file(tmp_path / WEIGHTS), plain)
+    assert lf.load_adapter(wrapped, tmp_path).changed[LAYER] == "lora_A (4, 64), lora_B (64, 4)"
 
 
 def test_16_bit_adapters_widen_exactly(tmp_path):

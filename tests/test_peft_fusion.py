@@ -8,7 +8,7 @@ import pickle
 import budget
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners import lora
 from tiny import (
@@ -61,8 +61,8 @@ DTYPES = {
 
 def build_layer(base_dtype, adapter_dtype, bias):
     torch.manual_seed(0)
-    base = nn.Linear(48, 40, bias=bias).to(base_dtype).requires_grad_(False)
-    layer = lora.Linear(base, "default", LoraConfig(r=5, lora_alpha=9), r=5, lora_alpha=9)
+    base = nn.Sequential(nn.Linear(48, 40, bias=bias)).to(base_dtype)
+    layer = get_peft_model(base, LoraConfig(r=5, lora_alpha=9, target_modules=["0"])).base_model.model[0]
     nn.init.normal_(layer.lora_B["default"].weight, std=0.2)
     layer.lora_A.to(adapter_dtype), layer.lora_B.to(adapter_dtype)
     return layer

@@ -207,9 +207,12 @@ def test_inject_refuses_and_changes_nothing(build, config, says):
     assert_unchanged(model, before)
 
 
-def test_inject_refuses_what_is_no_module():
+@pytest.mark.parametrize(
+    "act", [lambda m: lf.inject_(m, lf.LoRAConfig()), lf.fuse_, lf.unfuse_, lf.merge_, lf.unmerge_]
+)
+def test_what_is_no_module_is_refused(act):
     with pytest.raises(lf.ArgumentError, match=r"model: expected a torch.nn.Module, got list"):
-        lf.inject_([nn.Linear(8, 8)], lf.LoRAConfig())
+        act([nn.Linear(8, 8)])
 
 
 def test_a_failure_while_building_changes_nothing(monkeypatch):
