@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
-from peft.tuners import lora
 from tiny import (
     assert_same_tensors,
     assert_unchanged,
@@ -164,6 +163,15 @@ def patch_layer(model):
     layer.forward = layer.forward
 
 
+class ShardedTensor(torch.Tensor):
+    """Stands for DTensor: a parameter of another tensor type."""
+
+
+def shard_base(model):
+    base = model.get_submodule(PROBE).base_layer
+    base.weight = nn.Parameter(base.weight.data.as_subclass(ShardedTensor), requires_grad=False)
+
+
 UNFUSABLE = {
     "dora": ({"use_dora": True}, None, "variant DoraLinearVariant"),
     "lora-bias": ({"lora_bias": True}, None, "bias on lora_B"),
@@ -172,6 +180,7 @@ UNFUSABLE = {
     "replaced-base-forward": ({}, patch_base, "replaced forward"),
     "replaced-forward": ({}, patch_layer, "its forward was replaced"),
     "trainable-base": ({}, train_base, "trainable base weight"),
+    "sharded": ({}, shard_base, "weight of type ShardedTensor"),
     "lora-hook": ({}, hook_lora, "hooks"),
     "dropout": ({}, own_dropout, "AlphaDropout"),
     "merged": ({}, merge_all, "merged: unmerge it first"),
