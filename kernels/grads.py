@@ -1,7 +1,7 @@
 """Gradients of the adapter: dS and db in one pass over dy, da in one pass over x.
 
-Math      y = x Wᵀ + S bᵀ with S = scaling (keep∘x) aᵀ gives
-              dS = dy b        db = dyᵀ S        da = scaling dSᵀ (keep∘x)
+Math      y = x Wᵀ + scaling S bᵀ with S = (keep∘x) aᵀ gives, with dS the gradient of S,
+              dS = scaling dy b        db = scaling dyᵀ S        da = dSᵀ (keep∘x)
           Both dS and db need all of dy, along different dimensions: one program owns a column chunk and a token range,
           so that one read of dy serves both.
 Grid      (column chunks, token splits). dS is summed over column chunks and db (da) over token splits: programs write
@@ -33,6 +33,7 @@ def lora_grad_s_b_kernel(
     stride_dy,
     stride_b,
     tokens_per_split,
+    scaling,
     R: tl.constexpr,
     NEED_S: tl.constexpr,
     NEED_B: tl.constexpr,
@@ -61,13 +62,13 @@ def lora_grad_s_b_kernel(
         if NEED_S:
             b_ds = dot(b_dy, b_b, tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32), PRECISION)
             p_ds = ds + (i_chunk * n_tokens + i_t[:, None]) * R + i_r[None, :]
-            tl.store(p_ds, round_to(b_ds, ds.dtype.element_ty), mask=m_s)
+            tl.store(p_ds, round_to(b_ds * scaling, ds.dtype.element_ty), mask=m_s)
         if NEED_B:
             b_s = tl.load(s + i_t[:, None] * R + i_r[None, :], mask=m_s, other=0.0)  # [BLOCK_T, BLOCK_R]
             b_db = dot(tl.trans(b_dy), b_s, b_db, PRECISION)
     if NEED_B:
         p_db = db + (i_split * d_out + i_out[:, None]) * R + i_r[None, :]
-        tl.store(p_db, round_to(b_db, db.dtype.element_ty), mask=m_b)
+        tl.store(p_db, round_to(b_db * scaling, db.dtype.element_ty), mask=m_b)
 
 
 @triton.jit(do_not_specialize=["seed", "drop_level"])
@@ -79,7 +80,6 @@ def lora_grad_a_kernel(
     d_in,
     stride_x,
     tokens_per_split,
-    scaling,
     seed,
     drop_level,
     R: tl.constexpr,
@@ -108,7 +108,7 @@ def lora_grad_a_kernel(
             b_x = drop(b_x, keep_mask(seed, i_t, o_in, drop_level, SEED_IN_MEMORY, BLOCK_IN))
         b_da = dot(tl.trans(b_x), b_ds, b_da, PRECISION)
     p_da = da + (i_split * R + i_r[None, :]) * d_in + i_in[:, None]
-    tl.store(p_da, round_to(b_da * scaling, da.dtype.element_ty), mask=m_in[:, None] & m_r[None, :])
+    tl.store(p_da, round_to(b_da, da.dtype.element_ty), mask=m_in[:, None] & m_r[None, :])
 
 
 @triton.jit
@@ -145,9 +145,15 @@ def sum_block(partial, total, numel, n_partials, i_block, BLOCK: tl.constexpr):
 
 
 def grad_s_b(
-    dy: torch.Tensor, s: torch.Tensor, lora_B: torch.Tensor, need_s: bool = True, need_b: bool = True
+    dy: torch.Tensor,
+    s: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    need_s: bool = True,
+    need_b: bool = True,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """dS (n_tokens, r) in dy's dtype and db (d_out, r) in lora_B's, each None where not needed.
+    """dS = scaling · dy b (n_tokens, r) in dy's dtype and db = scaling · dyᵀ S (d_out, r) in lora_B's, each
+    None where not needed.
     Twin: ``reference.grad_s_b``."""
     dy, lora_B = rows(dy), rows(lora_B)
     (n_tokens, d_out), r = dy.shape, lora_B.shape[1]
@@ -170,6 +176,7 @@ def grad_s_b(
             dy.stride(0),
             lora_B.stride(0),
             tokens_per_split,
+            scaling,
             R=r,
             NEED_S=need_s,
             NEED_B=need_b,
@@ -184,10 +191,8 @@ def grad_s_b(
     return ds, db
 
 
-def grad_a(
-    x: torch.Tensor, ds: torch.Tensor, lora_A: torch.Tensor, scaling: float, keep: Keep | None = None
-) -> torch.Tensor:
-    """da (r, d_in) in lora_A's dtype. Twin: ``reference.grad_a``."""
+def grad_a(x: torch.Tensor, ds: torch.Tensor, lora_A: torch.Tensor, keep: Keep | None = None) -> torch.Tensor:
+    """da = dSᵀ (keep∘x) (r, d_in) in lora_A's dtype. Twin: ``reference.grad_a``."""
     x = rows(x)
     (n_tokens, d_in), r = x.shape, lora_A.shape[0]
     da = torch.empty((r, d_in), dtype=lora_A.dtype, device=x.device)
@@ -205,7 +210,6 @@ def grad_a(
             d_in,
             x.stride(0),
             tokens_per_split,
-            scaling,
             *Keep.arguments(keep),
             R=r,
             DROPOUT=keep is not None,

@@ -1,7 +1,7 @@
-"""The GEMM with the adapter in it: y = x Wᵀ + S bᵀ + bias, and dx = dy W + scaling · keep∘(dS a).
+"""The GEMM with the adapter in it: y = x Wᵀ + scaling S bᵀ + bias, and dx = dy W + keep∘(dS a).
 
-Math      Both are: result = left · W' + scale · keep∘(thin · factor) + bias, with W' = Wᵀ, thin = S, factor = bᵀ forward
-          and W' = W, thin = dS, factor = a backward. The accumulator starts from the thin product: no second pass over
+Math      Both are: result = left · W' + keep∘(thin · factor) + bias, with W' = Wᵀ, thin = S, factor = scaling bᵀ
+          forward and W' = W, thin = dS, factor = a backward. The accumulator starts from the thin product: no second pass over
           the result, one rounding.
 Strategy  "fused": one persistent Triton GEMM (TMA descriptors from sm_90 on, pointers before).
           "cublas": cuBLAS for left · W', then ``lora_update_kernel`` adds the thin product to the result in place.
@@ -26,11 +26,11 @@ from .primitives import cast, dot, drop, keep_mask, round_to
 
 @triton.jit
 def thin_product(
-    thin, factor, i_t, i_out, o_out, m_t, m_out, stride_factor, scale, seed, drop_level, R: tl.constexpr,
+    thin, factor, i_t, i_out, o_out, m_t, m_out, stride_factor, scaling, seed, drop_level, R: tl.constexpr,
     TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, SEED_IN_MEMORY: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """scale · keep∘(thin · factor) for one tile: float32 [BLOCK_T, BLOCK_OUT]."""
+    """keep∘(thin · factor) for one tile: float32 [BLOCK_T, BLOCK_OUT]."""
     dtype: tl.constexpr = thin.dtype.element_ty
     b_acc = tl.zeros([BLOCK_T, BLOCK_OUT], dtype=tl.float32)
     for o_r in tl.range(0, R, BLOCK_R, num_stages=1):
@@ -43,8 +43,8 @@ def thin_product(
             p_factor = factor + i_r[:, None].to(tl.int64) * stride_factor + i_out[None, :]
         b_factor = tl.load(p_factor, mask=m_r[:, None] & m_out[None, :], other=0.0)  # [BLOCK_R, BLOCK_OUT]
         b_acc = dot(b_thin, cast(b_factor, dtype), b_acc, PRECISION)
-    if not TRANSPOSED:
-        b_acc *= scale
+    if TRANSPOSED:
+        b_acc *= scaling
     if DROPOUT:
         b_acc = drop(b_acc, keep_mask(seed, i_t, o_out, drop_level, SEED_IN_MEMORY, BLOCK_OUT))
     return b_acc
@@ -53,7 +53,7 @@ def thin_product(
 @triton.jit(do_not_specialize=["seed", "drop_level"])
 def lora_linear_kernel(
     left, weight, bias, thin, factor, result, n_tokens, d_out, d_in,
-    stride_left, stride_weight, stride_factor, scale, seed, drop_level,
+    stride_left, stride_weight, stride_factor, scaling, seed, drop_level,
     R: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     SEED_IN_MEMORY: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -72,7 +72,7 @@ def lora_linear_kernel(
         i_out = o_out.to(tl.int64) + tl.arange(0, BLOCK_OUT)
         m_t, m_out = i_t < n_tokens, i_out < d_out
         b_acc = thin_product(
-            thin, factor, i_t, i_out, o_out, m_t, m_out, stride_factor, scale, seed, drop_level, R, TRANSPOSED,
+            thin, factor, i_t, i_out, o_out, m_t, m_out, stride_factor, scaling, seed, drop_level, R, TRANSPOSED,
             DROPOUT, SEED_IN_MEMORY, PRECISION, BLOCK_T, BLOCK_OUT, BLOCK_R,
         )  # fmt: skip
         if HAS_BIAS:
@@ -101,11 +101,11 @@ def lora_linear_kernel(
 
 @triton.jit(do_not_specialize=["seed", "drop_level"])
 def lora_update_kernel(
-    result, thin, factor, n_tokens, d_out, stride_factor, scale, seed, drop_level,
+    result, thin, factor, n_tokens, d_out, stride_factor, scaling, seed, drop_level,
     R: tl.constexpr, TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, SEED_IN_MEMORY: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """result += scale · keep∘(thin · factor), in place."""
+    """result += keep∘(thin · factor), in place."""
     dtype: tl.constexpr = thin.dtype.element_ty
     n_tiles_out = tl.cdiv(d_out, BLOCK_OUT)
     o_t = (tl.program_id(0) // n_tiles_out).to(tl.int64) * BLOCK_T
@@ -114,7 +114,7 @@ def lora_update_kernel(
     i_out = o_out.to(tl.int64) + tl.arange(0, BLOCK_OUT)
     m_t, m_out = i_t < n_tokens, i_out < d_out
     b_acc = thin_product(
-        thin, factor, i_t, i_out, o_out, m_t, m_out, stride_factor, scale, seed, drop_level, R, TRANSPOSED,
+        thin, factor, i_t, i_out, o_out, m_t, m_out, stride_factor, scaling, seed, drop_level, R, TRANSPOSED,
         DROPOUT, SEED_IN_MEMORY, PRECISION, BLOCK_T, BLOCK_OUT, BLOCK_R,
     )  # fmt: skip
     p_result = result + i_t[:, None] * d_out + i_out[None, :]
@@ -124,25 +124,25 @@ def lora_update_kernel(
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, s: torch.Tensor, lora_B: torch.Tensor
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    s: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
 ) -> torch.Tensor:
-    """y (n_tokens, d_out) = x Wᵀ + bias + S bᵀ in x's dtype. Twin: ``reference.linear``."""
-    return _linear(x, weight, bias, s, lora_B, 1.0, None, transposed=True)
+    """y (n_tokens, d_out) = x Wᵀ + bias + scaling · S bᵀ in x's dtype. Twin: ``reference.linear``."""
+    return _linear(x, weight, bias, s, lora_B, scaling, None, transposed=True)
 
 
 def grad_x(
-    dy: torch.Tensor,
-    weight: torch.Tensor,
-    ds: torch.Tensor,
-    lora_A: torch.Tensor,
-    scaling: float,
-    keep: Keep | None = None,
+    dy: torch.Tensor, weight: torch.Tensor, ds: torch.Tensor, lora_A: torch.Tensor, keep: Keep | None = None
 ) -> torch.Tensor:
-    """dx (n_tokens, d_in) = dy W + scaling · keep∘(dS a) in dy's dtype. Twin: ``reference.grad_x``."""
-    return _linear(dy, weight, None, ds, lora_A, scaling, keep, transposed=False)
+    """dx (n_tokens, d_in) = dy W + keep∘(dS a) in dy's dtype. Twin: ``reference.grad_x``."""
+    return _linear(dy, weight, None, ds, lora_A, 1.0, keep, transposed=False)
 
 
-def _linear(left, weight, bias, thin, factor, scale, keep, transposed) -> torch.Tensor:
+def _linear(left, weight, bias, thin, factor, scaling, keep, transposed) -> torch.Tensor:
     left, weight, factor = rows(left), rows(weight), rows(factor)
     n_tokens, d_in = left.shape
     d_out = weight.shape[0] if transposed else weight.shape[1]
@@ -158,24 +158,24 @@ def _linear(left, weight, bias, thin, factor, scale, keep, transposed) -> torch.
     with on_device(left):
         if tiles.strategy(left, d_in) == "cublas":
             result = F.linear(left, weight, bias) if transposed else torch.mm(left, weight)
-            _update(result, thin, factor, scale, keep, flags)
+            _update(result, thin, factor, scaling, keep, flags)
         else:
             result = torch.empty((n_tokens, d_out), dtype=left.dtype, device=left.device)
-            _fused(left, weight, bias, thin, factor, result, scale, keep, flags)
+            _fused(left, weight, bias, thin, factor, result, scaling, keep, flags)
     return result
 
 
-def _update(result, thin, factor, scale, keep, flags) -> None:
+def _update(result, thin, factor, scaling, keep, flags) -> None:
     n_tokens, d_out = result.shape
     tile = tiles.update(result, flags["R"])
     grid = triton.cdiv(n_tokens, tile.t) * triton.cdiv(d_out, tile.outer)
     lora_update_kernel[(grid,)](
-        result, thin, factor, n_tokens, d_out, factor.stride(0), scale, *Keep.arguments(keep), **flags,
+        result, thin, factor, n_tokens, d_out, factor.stride(0), scaling, *Keep.arguments(keep), **flags,
         BLOCK_T=tile.t, BLOCK_OUT=tile.outer, BLOCK_R=tile.r, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
-def _fused(left, weight, bias, thin, factor, result, scale, keep, flags) -> None:
+def _fused(left, weight, bias, thin, factor, result, scaling, keep, flags) -> None:
     (n_tokens, d_in), d_out = left.shape, result.shape[1]
     tma = tiles.uses_tma(left, weight, result)
     tile = tiles.linear(left, flags["R"], tma, keep is not None)
@@ -188,7 +188,7 @@ def _fused(left, weight, bias, thin, factor, result, scale, keep, flags) -> None
     programs = min(n_tiles, tiles.multiprocessors(left.device))
     lora_linear_kernel[(programs,)](
         matrices[0], matrices[1], bias, thin, factor, matrices[2], n_tokens, d_out, d_in,
-        left.stride(0), weight.stride(0), factor.stride(0), scale, *Keep.arguments(keep), **flags,
+        left.stride(0), weight.stride(0), factor.stride(0), scaling, *Keep.arguments(keep), **flags,
         HAS_BIAS=bias is not None, TMA=tma, GROUP=tiles.GROUP,
         BLOCK_T=tile.t, BLOCK_OUT=tile.outer, BLOCK_IN=tile.inner, BLOCK_R=tile.r,
         num_warps=tile.warps, num_stages=tile.stages,

@@ -1,6 +1,7 @@
-"""S = scaling · (keep∘x) aᵀ, the adapter's way down (Hu et al., arXiv 2106.09685, eq. 3).
+"""S = (keep∘x) aᵀ, the adapter's way down (Hu et al., arXiv 2106.09685, eq. 3).
 
-Math      S[t, :] = scaling Σ_i keep[t, i] x[t, i] a[:, i]; keep is the dropout mask, 1/(1-p) is part of scaling.
+Math      S[t, :] = Σ_i keep[t, i] x[t, i] a[:, i]; keep is the dropout mask. scaling, with 1/(1-p) in it, is applied
+          where S is used (linear.py, grads.py), to sums that are float32.
 Grid      one program per BLOCK_T tokens walks all of d_in; x is read once, a once per program (from L2).
 Shapes    x (n_tokens, d_in) f16/bf16/f32, a (r, d_in) any float, S (n_tokens, r) in x's dtype. a is cast to x's dtype,
           sums are float32, one rounding at the store.
@@ -26,7 +27,6 @@ def lora_project_kernel(
     d_in,
     stride_x,
     stride_a,
-    scaling,
     seed,
     drop_level,
     R: tl.constexpr,
@@ -54,10 +54,10 @@ def lora_project_kernel(
             b_x = drop(b_x, keep_mask(seed, i_t, o_in, drop_level, SEED_IN_MEMORY, BLOCK_IN))
         b_s = dot(b_x, cast(b_a, dtype), b_s, PRECISION)
     p_s = s + i_t[:, None] * R + i_r[None, :]
-    tl.store(p_s, round_to(b_s * scaling, dtype), mask=m_t[:, None] & m_r[None, :])
+    tl.store(p_s, round_to(b_s, dtype), mask=m_t[:, None] & m_r[None, :])
 
 
-def project(x: torch.Tensor, lora_A: torch.Tensor, scaling: float, keep: Keep | None = None) -> torch.Tensor:
+def project(x: torch.Tensor, lora_A: torch.Tensor, keep: Keep | None = None) -> torch.Tensor:
     """x (n_tokens, d_in), lora_A (r, d_in) → S (n_tokens, r) in x's dtype. Twin: ``reference.project``."""
     x, lora_A = rows(x), rows(lora_A)
     n_tokens, d_in = x.shape
@@ -75,7 +75,6 @@ def project(x: torch.Tensor, lora_A: torch.Tensor, scaling: float, keep: Keep | 
             d_in,
             x.stride(0),
             lora_A.stride(0),
-            scaling,
             *Keep.arguments(keep),
             R=r,
             DROPOUT=keep is not None,

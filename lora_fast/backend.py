@@ -40,21 +40,21 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def uses_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether tensors of this device and dtype go to the Triton kernels.
+def uses_triton(tensor: torch.Tensor) -> bool:
+    """Whether work on this tensor goes to the Triton kernels.
 
     Raises:
         BackendError: Triton was asked for (or follows from CUDA) and cannot run here.
     """
-    if _chosen == "torch" or (_chosen == "auto" and device.type != "cuda"):
+    if _chosen != "triton" and (_chosen == "torch" or not tensor.is_cuda):
         return False
-    if device.type != "cuda" and not interpreting():
+    if not tensor.is_cuda and not interpreting():
         raise checks.BackendError(
-            f"backend 'triton' on {device.type} tensors: expected a CUDA device, or TRITON_INTERPRET=1 set before "
+            f"backend 'triton' on {tensor.device} tensors: expected a CUDA device, or TRITON_INTERPRET=1 set before "
             "Python starts; lf.set_backend('auto') uses plain torch here"
         )
-    if dtype == torch.float64:
+    if tensor.dtype == torch.float64:
         raise checks.BackendError(
-            "backend 'triton' with float64: expected float16, bfloat16 or float32; lf.set_backend('torch') computes float64"
+            "backend 'triton' with float64: expected float16, bfloat16 or float32; lf.set_backend('torch') computes it"
         )
     return True

@@ -9,6 +9,7 @@ import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_RANK = 256
+NUMBERS = (float, int)
 
 
 class ArgumentError(ValueError):
@@ -62,8 +63,14 @@ def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p) -> None:
-    """Shapes, dtypes and devices of ``functional.lora_linear``; the dtypes of x and weight are those after autocast."""
+def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: bool) -> None:
+    """The arguments of ``functional.lora_linear``. One expression accepts; what it does not is looked at again, piece by
+    piece, for the message: this runs at every call of every layer."""
+    try:
+        if _fits(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast):
+            return
+    except (AttributeError, IndexError, TypeError, ValueError):  # not a tensor, not a matrix: named below
+        pass
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B)):
         if tensor is None and name == "bias":
             continue
@@ -86,14 +93,41 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p) -> None:
         raise ArgumentError("lora_B", f"shape ({d_out}, {lora_A.shape[0]}) to fit weight and lora_A", _shape(lora_B))
     if weight.requires_grad:
         raise ArgumentError("weight", "a frozen tensor (its gradient is never formed)", "requires_grad=True")
-    if not (isinstance(scaling, (int, float)) and math.isfinite(scaling)):
+    if type(scaling) not in NUMBERS or not math.isfinite(scaling):
         raise ArgumentError("scaling", "a finite number", repr(scaling))
     probability(dropout_p, "dropout_p")
-
-
-def same_dtype(x, weight, bias) -> None:
-    """nn.Linear's rule outside autocast: x, weight and bias share one dtype. The adapters may differ: they are cast."""
     if x.dtype != weight.dtype:
         raise ArgumentError("x", f"weight's dtype {weight.dtype} (or an autocast region)", x.dtype)
-    if bias is not None and bias.dtype != weight.dtype:
-        raise ArgumentError("bias", f"weight's dtype {weight.dtype}", bias.dtype)
+    raise ArgumentError("bias", f"weight's dtype {weight.dtype}", bias.dtype)
+
+
+def _fits(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: bool) -> bool:
+    d_out, d_in = weight.shape
+    r, a_in = lora_A.shape
+    device, dtype = x.device, x.dtype
+    return (
+        x.shape[-1] == d_in == a_in
+        and lora_B.shape == (d_out, r)
+        and 0 < r <= MAX_RANK
+        and dtype in FLOATS
+        and (weight.dtype is dtype or (autocast and weight.dtype in FLOATS))
+        and lora_A.dtype in FLOATS
+        and lora_B.dtype in FLOATS
+        and weight.device == device
+        and lora_A.device == device
+        and lora_B.device == device
+        and not weight.requires_grad
+        and (bias is None or _bias_fits(bias, d_out, device, dtype, autocast))
+        and type(scaling) in NUMBERS
+        and -math.inf < scaling < math.inf
+        and type(dropout_p) in NUMBERS
+        and 0.0 <= dropout_p <= 1.0
+    )
+
+
+def _bias_fits(bias, d_out: int, device: torch.device, dtype: torch.dtype, autocast: bool) -> bool:
+    return (
+        bias.shape == (d_out,)
+        and bias.device == device
+        and (bias.dtype is dtype or (autocast and bias.dtype in FLOATS))
+    )

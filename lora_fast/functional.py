@@ -5,11 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import autograd, checks
+from . import autograd, backend, checks
 
 __all__ = ["lora_linear"]
 
 _SEEDS = 1 << 62
+# Looked up once: a layer's call costs host time. Function.apply is a Python method that serves functorch (vmap, grad);
+# without functorch all it does is call the method that it overrides.
+_any_autocast, _traced, _functorch = (
+    torch._C._is_any_autocast_enabled,
+    torch.compiler.is_compiling,
+    torch._C._are_functorch_transforms_active,
+)
+_apply = super(torch.autograd.Function, autograd.LoRALinearFunction).apply
 
 
 def lora_linear(
@@ -25,7 +33,7 @@ def lora_linear(
     """A frozen linear layer with its LoRA adapter (Hu et al., arXiv 2106.09685, eq. 3) as one differentiable op:
     ``y = x Wᵀ + bias + scaling · dropout(x) aᵀ bᵀ``.
 
-    Saved for backward: x and S = scaling · dropout(x) aᵀ, nothing else. Under autocast x, weight and bias are cast to
+    Saved for backward: x and S = dropout(x) aᵀ, nothing else. Under autocast x, weight and bias are cast to
     the autocast dtype, as ``nn.Linear`` does. Products accumulate in float32 and are rounded once per result.
 
     Args:
@@ -46,16 +54,17 @@ def lora_linear(
         ArgumentError: shapes, dtypes, devices or values that do not fit.
         BackendError: the Triton backend was chosen and cannot run here.
     """
-    checks.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    autocast = _any_autocast() and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    checks.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast)
+    if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    else:
-        checks.same_dtype(x, weight, bias)
-    traced = torch.compiler.is_compiling()
+    traced = _traced()
     seed = _seed(seed, x.device, traced) if dropout_p > 0.0 else None
     if traced:
-        return autograd.lora_linear_op(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)[0]
-    return autograd.LoRALinearFunction.apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+        triton = backend.uses_triton(x)
+        return autograd.lora_linear_op(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, triton)[0]
+    apply = autograd.LoRALinearFunction.apply if _functorch() else _apply
+    return apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
 
 
 def _seed(seed: int | None, device: torch.device, traced: bool) -> int | Tensor:

@@ -56,7 +56,7 @@ class FusedLoraLinear(lora.Linear):
         if type(call) is str:
             return call
         weight, bias = call[0], call[1]
-        if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
+        if x.dtype is not weight.dtype or (bias is not None and bias.dtype is not weight.dtype):
             if torch.float64 in (x.dtype, weight.dtype) or not torch.is_autocast_enabled(x.device.type):
                 return f"{x.dtype} input to {weight.dtype} weights"
         elif not self.cast_input_dtype_enabled:

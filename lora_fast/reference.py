@@ -1,8 +1,7 @@
 """Plain-torch twin of every op: the specification, the oracle of the tests, and the backend on a CPU.
 
 Any floating dtype, float64 included. ``x`` and ``dy`` are (n_tokens, d); ``keep`` is the dropout mask, a bool
-(n_tokens, d_in), or None. ``scaling`` is s = alpha/r, times ``keep_scale(dropout_p)`` where there is a mask: the factor
-1/(1-p) is applied to the thin product, not to x. Nothing here is autograd-aware.
+(n_tokens, d_in), or None. ``scaling`` is s = alpha/r, times ``keep_scale(dropout_p)`` where there is a mask. Nothing here is autograd-aware.
 """
 
 from __future__ import annotations
@@ -27,42 +26,40 @@ def keep_scale(dropout_p: float) -> float:
     return 1.0 / kept if kept else 0.0
 
 
-def project(x: Tensor, lora_A: Tensor, scaling: float, keep: Tensor | None = None) -> Tensor:
-    """S = scaling · (keep∘x) aᵀ: (n_tokens, d_in), (r, d_in) → (n_tokens, r) in x's dtype."""
-    return torch.mm(_kept(x, keep), lora_A.to(x.dtype).t()).mul_(scaling)
+def project(x: Tensor, lora_A: Tensor, keep: Tensor | None = None) -> Tensor:
+    """S = (keep∘x) aᵀ: (n_tokens, d_in), (r, d_in) → (n_tokens, r) in x's dtype."""
+    a = lora_A if lora_A.dtype is x.dtype else lora_A.to(x.dtype)
+    return F.linear(x if keep is None else x * keep, a)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, lora_B: Tensor) -> Tensor:
-    """y = x Wᵀ + bias + S bᵀ: → (n_tokens, d_out) in x's dtype."""
-    return F.linear(x, weight, bias).addmm_(s, lora_B.to(x.dtype).t())
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """y = x Wᵀ + bias + scaling · S bᵀ: → (n_tokens, d_out) in x's dtype."""
+    b = lora_B if lora_B.dtype is x.dtype else lora_B.to(x.dtype)
+    return F.linear(x, weight, bias).addmm_(s, b.t(), alpha=scaling)
 
 
 def grad_s_b(
-    dy: Tensor, s: Tensor, lora_B: Tensor, need_s: bool = True, need_b: bool = True
+    dy: Tensor, s: Tensor, lora_B: Tensor, scaling: float, need_s: bool = True, need_b: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dS = dy b: (n_tokens, r) in dy's dtype; db = dyᵀ S: (d_out, r) in b's dtype; each None where not needed."""
-    ds = torch.mm(dy, lora_B.to(dy.dtype)) if need_s else None
-    db = torch.mm(dy.t(), s).to(lora_B.dtype) if need_b else None
-    return ds, db
+    """dS = scaling · dy b: (n_tokens, r) in dy's dtype; db = scaling · dyᵀ S: (d_out, r) in b's dtype; None where not
+    needed. The scaled products are addmm with beta = 0, which reads its first argument's shape only."""
+    b = lora_B if lora_B.dtype is dy.dtype else lora_B.to(dy.dtype)
+    ds = torch.addmm(s, dy, b, beta=0, alpha=scaling) if need_s else None
+    db = torch.addmm(b, dy.t(), s, beta=0, alpha=scaling) if need_b else None
+    return ds, db if b is lora_B or db is None else db.to(lora_B.dtype)
 
 
-def grad_a(x: Tensor, ds: Tensor, lora_A: Tensor, scaling: float, keep: Tensor | None = None) -> Tensor:
-    """da = scaling · dSᵀ (keep∘x): → (r, d_in) in a's dtype."""
-    return torch.mm(ds.t(), _kept(x, keep)).mul_(scaling).to(lora_A.dtype)
+def grad_a(x: Tensor, ds: Tensor, lora_A: Tensor, keep: Tensor | None = None) -> Tensor:
+    """da = dSᵀ (keep∘x): → (r, d_in) in a's dtype."""
+    da = torch.mm(ds.t(), x if keep is None else x * keep)
+    return da if da.dtype is lora_A.dtype else da.to(lora_A.dtype)
 
 
-def grad_x(
-    dy: Tensor, weight: Tensor, ds: Tensor, lora_A: Tensor, scaling: float, keep: Tensor | None = None
-) -> Tensor:
-    """dx = dy W + scaling · keep∘(dS a): → (n_tokens, d_in) in dy's dtype."""
+def grad_x(dy: Tensor, weight: Tensor, ds: Tensor, lora_A: Tensor, keep: Tensor | None = None) -> Tensor:
+    """dx = dy W + keep∘(dS a): → (n_tokens, d_in) in dy's dtype."""
+    a = lora_A if lora_A.dtype is dy.dtype else lora_A.to(dy.dtype)
     dx = torch.mm(dy, weight)
-    if keep is None:
-        return dx.addmm_(ds, lora_A.to(dy.dtype), alpha=scaling)
-    return dx.add_(torch.mm(ds, lora_A.to(dy.dtype)).mul_(keep), alpha=scaling)
-
-
-def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
-    return x if keep is None else x * keep
+    return dx.addmm_(ds, a) if keep is None else dx.add_(torch.mm(ds, a).mul_(keep))
 
 
 def draw_mask(seed: int | Tensor, n_tokens: int, d_in: int, dropout_p: float, device: torch.device) -> Tensor:

@@ -19,12 +19,12 @@ def launches(arch: int, dtype: torch.dtype, adapter: torch.dtype, r: int, dropou
     lora_A, lora_B = torch.zeros(r, D_IN, dtype=adapter), torch.zeros(D_OUT, r, dtype=adapter)
     keep = layer.draw_mask(1 << 40, N_TOKENS, D_IN, dropout_p, x.device) if dropout_p else None
     with tiles.assume(arch=arch, strategy=strategy), compiled.recorded() as recorded:
-        layer.project(x, lora_A, 2.0, keep)
-        layer.project(x[:64], lora_A, 2.0, keep)
-        layer.linear(x, weight, bias, thin, lora_B)
-        layer.grad_s_b(dy, thin, lora_B)
-        layer.grad_a(x, thin, lora_A, 2.0, keep)
-        layer.grad_x(dy, weight, thin, lora_A, 2.0, keep)
+        layer.project(x, lora_A, keep)
+        layer.project(x[:64], lora_A, keep)
+        layer.linear(x, weight, bias, thin, lora_B, 2.0)
+        layer.grad_s_b(dy, thin, lora_B, 2.0)
+        layer.grad_a(x, thin, lora_A, keep)
+        layer.grad_x(dy, weight, thin, lora_A, keep)
     return recorded
 
 

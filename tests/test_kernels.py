@@ -82,11 +82,11 @@ def run_kernels(t: dict, case: dict) -> tuple:
     keep = layer.draw_mask(seed, *t["x"].shape, dropout_p, DEVICE) if dropout_p else None
     scale = scaling * (reference.keep_scale(dropout_p) if dropout_p else 1.0)
     with tiles.assume(arch=None if DEVICE.type == "cuda" else case["arch"], strategy=case["strategy"]), poisoned_empty():
-        s = layer.project(t["x"], t["lora_A"], scale, keep)
-        y = layer.linear(t["x"], t["weight"], t["bias"], s, t["lora_B"])
-        ds, db = layer.grad_s_b(t["dy"], s, t["lora_B"])
-        da = layer.grad_a(t["x"], ds, t["lora_A"], scale, keep)
-        dx = layer.grad_x(t["dy"], t["weight"], ds, t["lora_A"], scale, keep)
+        s = layer.project(t["x"], t["lora_A"], keep)
+        y = layer.linear(t["x"], t["weight"], t["bias"], s, t["lora_B"], scale)
+        ds, db = layer.grad_s_b(t["dy"], s, t["lora_B"], scale)
+        da = layer.grad_a(t["x"], ds, t["lora_A"], keep)
+        dx = layer.grad_x(t["dy"], t["weight"], ds, t["lora_A"], keep)
     return y, dx, t["dy"].sum(0), da, db
 
 
@@ -194,7 +194,7 @@ def test_mask_is_philox(n_tokens, d_in, in_memory):
     """The kernel's mask, read off S = 1·(keep∘x)·I, is the twin's, bit for bit."""
     seed = (1 << 61) + 12345
     keep = layer.draw_mask(torch.tensor(seed, device=DEVICE) if in_memory else seed, n_tokens, d_in, 0.3, DEVICE)
-    got = layer.project(torch.ones(n_tokens, d_in, device=DEVICE), torch.eye(d_in, device=DEVICE), 1.0, keep)
+    got = layer.project(torch.ones(n_tokens, d_in, device=DEVICE), torch.eye(d_in, device=DEVICE), keep)
     assert torch.equal(got.bool().cpu(), reference.philox_mask(seed, n_tokens, d_in, 0.3))
 
 
@@ -218,9 +218,9 @@ def test_few_tokens(n_tokens):
 
 def test_only_what_is_needed():
     t = make_tensors({**random_case(2), "layout": "contiguous"})
-    s = layer.project(t["x"], t["lora_A"], 1.0)
-    assert layer.grad_s_b(t["dy"], s, t["lora_B"], True, False)[1] is None
-    assert layer.grad_s_b(t["dy"], s, t["lora_B"], False, True)[0] is None
+    s = layer.project(t["x"], t["lora_A"])
+    assert layer.grad_s_b(t["dy"], s, t["lora_B"], 1.0, True, False)[1] is None
+    assert layer.grad_s_b(t["dy"], s, t["lora_B"], 1.0, False, True)[0] is None
 
 
 def test_addresses_beyond_int32():
@@ -231,13 +231,13 @@ def test_addresses_beyond_int32():
     far = torch.empty(stride + 64, dtype=torch.float16, device=DEVICE).as_strided((2, 64), (stride, 1))
     far.copy_(torch.arange(128).view(2, 64))
     eye = torch.eye(64, dtype=torch.float16, device=DEVICE)
-    assert torch.equal(layer.project(far, eye, 1.0), far)
+    assert torch.equal(layer.project(far, eye), far)
     s = torch.zeros(2, 1, dtype=torch.float16, device=DEVICE)
     factor = torch.zeros(64, 1, dtype=torch.float16, device=DEVICE)
     with tiles.assume(strategy="fused"):
-        assert torch.equal(layer.linear(far, eye, None, s, factor), far)
-    assert torch.equal(layer.grad_a(far, s + 1, factor.t(), 1.0), far.sum(0, keepdim=True))
-    assert torch.equal(layer.grad_s_b(far, s + 1, factor + 1)[1], far.sum(0).unsqueeze(1))
+        assert torch.equal(layer.linear(far, eye, None, s, factor, 1.0), far)
+    assert torch.equal(layer.grad_a(far, s + 1, factor.t()), far.sum(0, keepdim=True))
+    assert torch.equal(layer.grad_s_b(far, s + 1, factor + 1, 1.0)[1], far.sum(0).unsqueeze(1))
 
 
 def test_rows_copies_only_what_it_must():
