@@ -1,4 +1,4 @@
-"""Packaging. The folder kernels/ is installed as lora_fast.kernels; everything else about tools is in pyproject.toml."""
+"""Packaging. The folder kernels/ is installed as lora_fast.kernels; what tools need is in pyproject.toml."""
 
 from pathlib import Path
 

@@ -42,7 +42,8 @@ def traffic(console: Console) -> None:
         )
         asked, least = [], []
         for run, operands in passes:
-            with console.status(f"r = {r}, adapters {adapter}"), tiles.assume(arch=90), interpreted.traffic() as counted:
+            console.print(f"counting r = {r}, adapters {adapter} …", end="\r")
+            with tiles.assume(arch=90), interpreted.traffic() as counted:
                 run()
             asked.append(counted.total)
             least.append(sum(t.numel() * t.element_size() for t in operands))
@@ -94,14 +95,14 @@ def saved_bytes(module: nn.Module, x: torch.Tensor, autocast: bool) -> int:
         return tensor
 
     alive: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            module(x)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        module(x)
     return sum(size for address, size in kept.items() if address not in own)
 
 
 def saved(console: Console) -> None:
-    """As FACTS has it: 1024×1024, 4,096 tokens, bfloat16 base."""
+    """What one layer keeps for backward, its own parameters left out."""
     table = Table(title="MiB saved for backward: 1024×1024, 4,096 tokens, r = 16, bfloat16 base (x + S = 8.125)")
     for column in ("", "dropout 0", "dropout 0.1"):
         table.add_column(column, justify="right")
@@ -125,7 +126,7 @@ def saved(console: Console) -> None:
 
 
 def host(console: Console) -> None:
-    """Forward + backward of one 16×16 layer, (1, 4, 16) input, one thread: what an adapter adds to its frozen linear."""
+    """What an adapter adds to its frozen linear: forward + backward of a 16×16 layer, (1, 4, 16) input, one thread."""
     import copy
     import gc
 

@@ -92,8 +92,10 @@ def main() -> None:
     options = parser.parse_args()
     models.quieten()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    table = Table(title=f"SmolLM2-135M, r={options.rank}, {options.batch}×{options.seq_len} tokens, {name}, torch {torch.__version__}")
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
+    tokens = f"{options.batch}×{options.seq_len} tokens"
+    table = Table(title=f"SmolLM2-135M, r={options.rank}, {tokens}, {name}, torch {torch.__version__}")
     for column in ("dropout", "PEFT s/step", "ours s/step", "PEFT / ours (p20–p80)", "goal", "verdict"):
         table.add_column(column, justify="right")
     results = []
@@ -107,7 +109,8 @@ def main() -> None:
         table.add_row(f"{dropout:g}", *medians, f"{ratio:.3f} ({low:.3f}–{high:.3f})", goal and f"≥ {goal}", verdict)
     Console().print(table)
     if options.json:
-        options.json.write_text(json.dumps({"options": vars(options) | {"json": None}, "device": name, "results": results}, indent=1))
+        conditions = {"rank": options.rank, "tokens": tokens, "device": name, "torch": torch.__version__}
+        options.json.write_text(json.dumps({**conditions, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """The GEMM with the adapter in it: y = x Wᵀ + scaling S bᵀ + bias, and dx = dy W + keep∘(dS a).
 
 Math      Both are: result = left · W' + keep∘(thin · factor) + bias, with W' = Wᵀ, thin = S, factor = scaling bᵀ
-          forward and W' = W, thin = dS, factor = a backward. The accumulator starts from the thin product: no second pass over
-          the result, one rounding.
+          forward and W' = W, thin = dS, factor = a backward. The accumulator starts from the thin product: no second
+          pass over the result, one rounding.
 Strategy  "fused": one persistent Triton GEMM (TMA descriptors from sm_90 on, pointers before).
           "cublas": cuBLAS for left · W', then ``lora_update_kernel`` adds the thin product to the result in place.
           ``tiles.strategy`` picks; the second rounding of "cublas" is within the error budget.
-Grid      fused: one program per multiprocessor walks tiles of the result, tokens fastest within a group of rows, so that
-          neighbours share W in L2. update: one program per tile.
-Shapes    left (n_tokens, d_in), W (d_out, d_in) or (d_in, d_out) as stored, thin (n_tokens, r), result (n_tokens, d_out)
-          in left's dtype; here d_in is what is summed over and d_out the result's columns, in both directions.
+Grid      fused: one program per multiprocessor walks tiles of the result, tokens fastest within a group of rows, so
+          that neighbours share W in L2. update: one program per tile.
+Shapes    left (n_tokens, d_in), W (d_out, d_in) or (d_in, d_out) as stored, thin (n_tokens, r), result
+          (n_tokens, d_out) in left's dtype; here d_in is what is summed over and d_out the result's columns, in both
+          directions.
 Roofline  2·n_tokens·d_in·d_out operations: compute bound; the thin product adds r/d_in of it.
 """
 

@@ -64,8 +64,8 @@ def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: bool) -> None:
-    """The arguments of ``functional.lora_linear``. One expression accepts; what it does not is looked at again, piece by
-    piece, for the message: this runs at every call of every layer."""
+    """The arguments of ``functional.lora_linear``. One expression accepts; what it does not is looked at again, piece
+    by piece, for the message: this runs at every call of every layer."""
     try:
         if _fits(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast):
             return

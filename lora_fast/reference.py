@@ -1,7 +1,8 @@
 """Plain-torch twin of every op: the specification, the oracle of the tests, and the backend on a CPU.
 
 Any floating dtype, float64 included. ``x`` and ``dy`` are (n_tokens, d); ``keep`` is the dropout mask, a bool
-(n_tokens, d_in), or None. ``scaling`` is s = alpha/r, times ``keep_scale(dropout_p)`` where there is a mask. Nothing here is autograd-aware.
+(n_tokens, d_in), or None. ``scaling`` is s = alpha/r, times ``keep_scale(dropout_p)`` where there is a mask. Nothing
+here is autograd-aware.
 """
 
 from __future__ import annotations

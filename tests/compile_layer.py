@@ -12,9 +12,11 @@ from lora_fast.kernels import compiled, layer, tiles
 N_TOKENS, D_IN, D_OUT = 4096, 640, 768  # more than tiles.SHORT, more than one column chunk
 
 
-def launches(arch: int, dtype: torch.dtype, adapter: torch.dtype, r: int, dropout_p: float, padding: int, strategy: str):
+def launches(arch, dtype, adapter, r, dropout_p, padding, strategy) -> list[compiled.Launch]:
+    """One layer's launches, both passes, with matrices whose rows are ``padding`` elements longer than they show."""
     make = lambda rows, columns: torch.zeros(rows, columns + padding, dtype=dtype)[:, :columns]
-    x, dy, weight, bias = make(N_TOKENS, D_IN), make(N_TOKENS, D_OUT), make(D_OUT, D_IN), torch.zeros(D_OUT, dtype=dtype)
+    x, dy, weight = make(N_TOKENS, D_IN), make(N_TOKENS, D_OUT), make(D_OUT, D_IN)
+    bias = torch.zeros(D_OUT, dtype=dtype)
     thin = torch.zeros(N_TOKENS, r, dtype=dtype)
     lora_A, lora_B = torch.zeros(r, D_IN, dtype=adapter), torch.zeros(D_OUT, r, dtype=adapter)
     keep = layer.draw_mask(1 << 40, N_TOKENS, D_IN, dropout_p, x.device) if dropout_p else None

@@ -18,7 +18,8 @@ NAMES = ("y", "dx", "dbias", "da", "db")
 def random_case(seed: int) -> dict:
     """A shape with small and odd sizes often, a layout, dtypes, dropout and a kernel configuration."""
     draw = random.Random(seed)
-    size = lambda limit: draw.choice([1, 2, 7, 8, 16, 17, 33, 64, 65]) if draw.random() < 0.5 else draw.randint(1, limit)
+    odd = [1, 2, 7, 8, 16, 17, 33, 64, 65]
+    size = lambda limit: draw.choice(odd) if draw.random() < 0.5 else draw.randint(1, limit)
     dtype = draw.choice([torch.float16, torch.float32])
     return {
         "seed": seed,
@@ -81,7 +82,8 @@ def run_kernels(t: dict, case: dict) -> tuple:
     scaling, dropout_p, seed = 1.5, case["dropout_p"], (1 << 40) + case["seed"]
     keep = layer.draw_mask(seed, *t["x"].shape, dropout_p, DEVICE) if dropout_p else None
     scale = scaling * (reference.keep_scale(dropout_p) if dropout_p else 1.0)
-    with tiles.assume(arch=None if DEVICE.type == "cuda" else case["arch"], strategy=case["strategy"]), poisoned_empty():
+    arch = None if DEVICE.type == "cuda" else case["arch"]
+    with tiles.assume(arch=arch, strategy=case["strategy"]), poisoned_empty():
         s = layer.project(t["x"], t["lora_A"], keep)
         y = layer.linear(t["x"], t["weight"], t["bias"], s, t["lora_B"], scale)
         ds, db = layer.grad_s_b(t["dy"], s, t["lora_B"], scale)

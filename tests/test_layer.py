@@ -72,9 +72,10 @@ def test_dtypes_and_autocast(dtype, autocast, adapter, backend):
     computed_in = autocast or dtype
 
     def run(kind, call, scale=1.0):
-        leaves = {k: v.detach().to(kind or v.dtype).requires_grad_(k in ("x", "lora_A", "lora_B")) for k, v in t.items()}
+        trained = ("x", "lora_A", "lora_B")
+        leaves = {k: v.detach().to(kind or v.dtype).requires_grad_(k in trained) for k, v in t.items()}
         y = call(leaves["x"] * scale, *list(leaves.values())[1:], 1.5)
-        y.float().sum().backward() if kind is None else y.sum().backward()
+        y.sum().backward()
         return y.detach(), leaves["x"].grad, leaves["lora_A"].grad, leaves["lora_B"].grad
 
     with torch.autocast(DEVICE.type, autocast or torch.bfloat16, enabled=autocast is not None):
@@ -368,4 +369,5 @@ def test_backend_is_restored():
             pass
         with pytest.raises(lf.BackendError):
             lora_linear(*tensors(torch.float64).values(), 1.0)
-    assert lora_linear(*tensors(torch.float64, shape=(3, 10)).values(), 1.0).dtype == torch.float64 or DEVICE.type == "cuda"
+    if DEVICE.type == "cpu":
+        assert lora_linear(*tensors(torch.float64).values(), 1.0).dtype == torch.float64
