@@ -1,0 +1,92 @@
+"""How the package is put together: light to import, installed under one name, imports that run downwards only."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# A module may import from its own layer and from those after it.
+LAYERS = [
+    ["cli"],
+    ["surgery", "merging", "checkpoint", "adapter_files", "peft_linear", "layers", "report", "targets"],
+    ["linear"],
+    ["functional"],
+    ["autograd"],
+    ["kernels", "reference", "backend"],
+    ["checks"],
+]
+DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+
+
+def run(code: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_is_light():
+    heavy = ["triton", "transformers", "peft", "accelerate", "typer", "rich", "matplotlib", "jinja2"]
+    loaded = run(
+        "import torch, sys; before = set(sys.modules); import lora_fast;"
+        f"print(*[m for m in {heavy} if m in set(sys.modules) - before])"
+    )
+    assert loaded == ""
+
+
+def test_import_adds_few_modules():
+    """Half a second over torch is the goal; modules are counted, since a timed test fails on a busy machine."""
+    added = run("import torch, sys; n = len(sys.modules); import lora_fast; print(len(sys.modules) - n)")
+    assert int(added) < 200
+
+
+def test_no_module_is_called_kernels():
+    assert run("import lora_fast.kernels.layer, sys; print('kernels' in sys.modules)") == "False"
+
+
+def test_every_public_name_exists():
+    missing = run("import lora_fast as lf; print(*[name for name in lf.__all__ if not hasattr(lf, name)])")
+    assert missing == ""
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of the project that a file of lora_fast/ imports, wherever in the file."""
+    inside_cli = path.parent.name == "cli"
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == (2 if inside_cli else 1):
+            found |= {node.module.split(".")[0]} if node.module else {name.name for name in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lora_fast").glob("*.py")), ids=lambda path: path.stem)
+def test_imports_run_downwards(path):
+    if path.stem == "__init__":
+        return
+    for name in imported(path) & DEPTH.keys():
+        assert DEPTH[path.stem] <= DEPTH[name], f"{path.stem} imports {name}"
+    if path.stem == "reference":
+        assert not imported(path)
+    if path.stem not in ("functional", "autograd"):
+        assert not imported(path) & {"kernels", "reference"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.stem)
+def test_kernels_import_torch_and_triton_only(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.level == 0):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
+            for name in names:
+                root = name.split(".")[0]
+                assert root in {"torch", "triton", "numpy"} or root in sys.stdlib_module_names, name
+
+
+@pytest.mark.parametrize("command", [[], ["finetune"]], ids=["lora-fast", "finetune"])
+def test_help_has_an_example(command):
+    program = str(Path(sys.executable).with_name("lora-fast"))
+    shown = subprocess.run([program, *command, "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "lora-fast finetune" in shown.stdout and "xample" in shown.stdout
