@@ -3,7 +3,7 @@
 Start with ``inject_`` (a plain model) or ``fuse_`` (a PEFT model).
 """
 
-from . import functional
+from . import functional, methods, optim
 from .backend import set_backend
 from .checkpoint import load_adapter, save_adapter
 from .checks import ArgumentError, BackendError, CheckpointError, MissingPackageError
@@ -26,6 +26,8 @@ __all__ = [
     "inject_",
     "load_adapter",
     "merge_",
+    "methods",
+    "optim",
     "save_adapter",
     "set_backend",
     "unfuse_",

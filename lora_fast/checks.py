@@ -47,6 +47,31 @@ def positive(value: object, argument: str) -> float:
     return float(value)
 
 
+def nonnegative(value: object, argument: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise ArgumentError(argument, "a finite number of at least 0", repr(value))
+    return float(value)
+
+
+def count(value: object, argument: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ArgumentError(argument, "an integer of at least 1", repr(value))
+    return value
+
+
+def flag(value: object, argument: str) -> bool:
+    if not isinstance(value, bool):
+        raise ArgumentError(argument, "True or False", repr(value))
+    return value
+
+
+def betas(value: object, argument: str = "betas") -> tuple[float, float]:
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    if not pair or not all(isinstance(beta, NUMBERS) and 0.0 <= beta < 1.0 for beta in value):  # NaN fails too
+        raise ArgumentError(argument, "two numbers from 0 to below 1", repr(value))
+    return tuple(value)
+
+
 def probability(value: object, argument: str = "dropout") -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:  # NaN fails too
         raise ArgumentError(argument, "a probability from 0 to 1", repr(value))

@@ -29,7 +29,7 @@ def merge_(model: nn.Module, rounding: str = "nearest", *, allow_empty: bool = F
     """
     checks.choice(rounding, "rounding", ROUNDINGS)
     layers = adapter_layers(model)
-    owners = _weight_owners(model)
+    owners = weight_owners(model)
     report = Report("merged")
     for name, layer in layers.items():
         reason = _unmergeable(layer) or _tied(layer, owners)
@@ -80,7 +80,7 @@ def _unmergeable(layer: nn.Module) -> str | None:
     return None if all(layer._is_plain(name) for name in active) else "adapter that is more than scaling · b a"
 
 
-def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
+def weight_owners(model: nn.Module) -> dict[int, list[str]]:
     """id of each parameter → names of the modules that hold it."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():

@@ -12,11 +12,15 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import from its own layer and from those after it.
 LAYERS = [
     ["cli"],
+    ["optim", "metrics"],
+    ["methods"],
+    ["stacks"],
+    ["pairs"],
     ["surgery", "merging", "checkpoint", "adapter_files", "peft_linear", "layers", "report", "targets"],
     ["linear"],
     ["functional"],
-    ["autograd"],
-    ["kernels", "reference", "backend"],
+    ["autograd", "step"],
+    ["kernels", "reference", "reference_step", "reference_scalora", "backend"],
     ["checks"],
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
@@ -55,24 +59,29 @@ def test_every_public_name_exists():
 
 def imported(path: Path) -> set[str]:
     """The modules of the project that a file of lora_fast/ imports, wherever in the file."""
-    inside_cli = path.parent.name == "cli"
+    inside = path.parent.name in ("cli", "methods")
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level == (2 if inside_cli else 1):
+        if isinstance(node, ast.ImportFrom) and node.level == (2 if inside else 1):
             found |= {node.module.split(".")[0]} if node.module else {name.name for name in node.names}
     return found
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "lora_fast").glob("*.py")), ids=lambda path: path.stem)
+SOURCES = sorted([*(ROOT / "lora_fast").glob("*.py"), *(ROOT / "lora_fast" / "methods").glob("*.py")])
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_imports_run_downwards(path):
     if path.stem == "__init__":
         return
+    layer = "methods" if path.parent.name == "methods" else path.stem
     for name in imported(path) & DEPTH.keys():
-        assert DEPTH[path.stem] <= DEPTH[name], f"{path.stem} imports {name}"
-    if path.stem == "reference":
+        assert DEPTH[layer] <= DEPTH[name], f"{path.stem} imports {name}"
+    twins = {"reference", "reference_step", "reference_scalora"}
+    if layer in twins:
         assert not imported(path)
-    if path.stem not in ("functional", "autograd"):
-        assert not imported(path) & {"kernels", "reference"}
+    if layer not in ("functional", "autograd", "step"):
+        assert not imported(path) & {"kernels", *twins}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.stem)

@@ -1,0 +1,17 @@
+"""LoRA+ (Hayou et al., arXiv 2402.12354): b learns faster than a."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .. import checks
+
+
+@dataclass(frozen=True)
+class LoRAPlus:
+    """The learning rate of b is ``ratio`` times that of a: the optimizer gives b a parameter group of its own."""
+
+    ratio: float = 16.0
+
+    def __post_init__(self) -> None:
+        checks.positive(self.ratio, "ratio")

@@ -1,0 +1,71 @@
+"""LoRA-RITE (Yen et al., arXiv 2410.20625): an update that does not depend on how the product is split.
+
+With aᵀ = U_a R_a and b = U_b R_b (QR), for a (and for bᵀ with the roles exchanged):
+
+    g = R_b⁻ᵀ da, clipped together with all others to norm 1        P = U_bᵀ U_b,old
+    V = β₂ P V Pᵀ + (1−β₂) g gᵀ/d_in        m = β₁ P m + (1−β₁) (V^½ + ε)⁻¹ g        a −= lr (R_b⁻¹ m + wd a)
+
+betas bias-corrected: β (1−β^{t−1}) / (1−βᵗ); inverses are pseudo-inverses, so that b = 0 gives 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .. import checks, step
+from ..pairs import Pair
+from ..stacks import Factor, Shapes, Stack
+
+
+@dataclass(frozen=True)
+class LoRARITE:
+    """An update of its own, with the optimizer's learning rate, betas and weight decay.
+
+    Args:
+        eps: ε, in the place of the optimizer's.
+        clip: global norm to which the unmagnified gradients are clipped.
+    """
+
+    eps: float = 1e-6
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.positive(self.eps, "eps")
+        checks.positive(self.clip, "clip")
+
+    def layout(self, pair: Pair) -> tuple[Shapes, Shapes]:
+        dtype = torch.promote_types(pair.a.dtype, torch.float32)
+        (r, d_in), d_out = pair.a.shape, pair.b.shape[0]
+        square = ((r, r), dtype)
+        return (
+            {"exp_avg": ((r, d_in), dtype), "second_moment": square, "basis": ((d_out, r), dtype)},
+            {"exp_avg": ((d_out, r), dtype), "second_moment": square, "basis": ((d_in, r), dtype)},
+        )
+
+    def update(self, stacks: list[Stack], memory: dict) -> None:
+        sides = []  # factor, its (L, r, d) value, gradient and moment, the other factor's U and R⁻¹
+        for stack in stacks:
+            da, db = stack.gradients()
+            a, b = stack.a, stack.b
+            u_b, _, inverse_b = step.rite_factor(b.value)
+            u_a, _, inverse_a = step.rite_factor(a.value.mT)
+            moment_a, moment_b = a.state["exp_avg"], b.state["exp_avg"].mT
+            sides.append((a, a.value, inverse_b.mT @ step.wide(da), moment_a, u_b, inverse_b, stack.count))
+            sides.append((b, b.value.mT, inverse_a.mT @ step.wide(db).mT, moment_b, u_a, inverse_a, stack.count))
+        device = sides[0][2].device
+        norm = torch.stack([side[2].square().sum().to(device) for side in sides]).sum().sqrt()
+        clip = (self.clip / norm).clamp(max=1.0)
+        for factor, value, g, moment, u, inverse, count in sides:
+            self._move(factor, value, g * clip.to(g.device), moment, u, inverse, count)
+
+    def _move(self, factor: Factor, value, g, moment, u, inverse, count: int) -> None:
+        lr, weight_decay = factor.settings["lr"], factor.settings["weight_decay"]
+        betas = [beta * (1 - beta ** (count - 1)) / (1 - beta**count) for beta in factor.settings["betas"]]
+        state = factor.state
+        m, v = step.rite_update(g, moment, state["second_moment"], u, state["basis"], *betas, self.eps)
+        moment.copy_(m)
+        state["second_moment"].copy_(v)
+        state["basis"].copy_(u)
+        value -= (lr * (inverse @ m + weight_decay * step.wide(value))).to(value.dtype)

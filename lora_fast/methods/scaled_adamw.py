@@ -1,0 +1,32 @@
+"""Scaled (Riemannian) AdamW (Zhang & Pilanci, arXiv 2402.02347): both moments see preconditioned gradients,
+
+    da ← (bᵀb + δI)⁻¹ da        db ← db (a aᵀ + δI)⁻¹        both from the factors before the step
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .. import checks, step
+from ..stacks import Stack
+
+
+@dataclass(frozen=True)
+class ScaledAdamW:
+    """Gradients in the metric of the other factor.
+
+    Args:
+        damping: δ, above 0: bᵀb is 0 at the start.
+    """
+
+    damping: float = 1e-6
+
+    def __post_init__(self) -> None:
+        checks.positive(self.damping, "damping")
+
+    def before(self, stacks: list[Stack], memory: dict) -> None:
+        for stack in stacks:
+            da, db = stack.gradients()
+            ka, kb, *_ = step.grams(stack.a.value, stack.b.value)
+            stack.a.grad = (step.spd_inverse(kb, self.damping) @ step.wide(da)).to(da.dtype)
+            stack.b.grad = (step.wide(db) @ step.spd_inverse(ka, self.damping)).to(db.dtype)

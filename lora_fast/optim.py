@@ -1,0 +1,247 @@
+"""LoRAAdamW: torch's AdamW for adapters, with the methods of ``lf.methods``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from . import checks, pairs, step
+from .methods import LoRAPlus, compose
+from .pairs import Pair
+from .stacks import Stack, adamw_state, build
+
+__all__ = ["LoRAAdamW"]
+
+WRAPPERS = ("module", "_orig_mod")  # parts of names that come from wrapping a model
+
+
+class LoRAAdamW(torch.optim.Optimizer):
+    """AdamW for the adapters of a model, with methods that use both factors of a pair; without any it is torch's fused
+    AdamW, bit for bit.
+
+    A step: the methods' changes of the gradients (ScaleReg; ScaLoRA's scaling and merge; preconditioners), AdamW with
+    decoupled weight decay, the methods' changes of the factors (iLoRA, decoupled ScaleReg, BaLoRA). Clipping comes
+    before the step, so it acts on raw gradients.
+
+    With a method that uses both factors, factors of equal shape are kept in one stack: at a step each parameter's
+    ``data`` becomes a slice of it (checked at every step; a parameter that was moved is stacked anew). State is per
+    parameter as in torch's AdamW, so ``state_dict`` does not depend on that.
+
+    Args:
+        model: a model with LoRALinear or PEFT layers (their active adapters), or (lora_A, lora_B[, scaling[, weight]])
+            pairs. A model's other trainable parameters (``modules_to_save``, norms, DoRA's magnitudes, …) are trained
+            by plain AdamW in a parameter group of their own, the last.
+        lr: learning rate, of lora_A where LoRAPlus gives lora_B a group of its own.
+        betas, eps, weight_decay: as torch.optim.AdamW, but for the default of weight_decay.
+        methods: instances from ``lf.methods``.
+
+    Raises:
+        ArgumentError: nothing to train, pairs that do not fit or share a tensor, a frozen factor whose method needs
+            both, methods without a meaning together, values out of range, ScaLoRA on weights it cannot change.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable,
+        lr: float | Tensor = 2e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        methods: object = (),
+    ):
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        _check_settings(defaults)
+        self._methods = compose(methods)
+        self._middle = tuple(method for method in self._methods if type(method) is not LoRAPlus)
+        self._pairs: list[tuple[Pair, int, int]] = []
+        self._forget_stacks()
+        found = pairs.of_model(model) if isinstance(model, nn.Module) else pairs.of_tensors(model)
+        groups = [{"params": found}] if found else []
+        if isinstance(model, nn.Module):
+            ours = {id(factor) for pair in found for factor in (pair.a, pair.b)}
+            rest = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
+            groups += [{"params": rest}] if rest else []
+        if not groups:
+            raise checks.ArgumentError("model", "adapters, or anything else to train", "no trainable parameter")
+        super().__init__(groups, defaults)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add pairs (as the constructor takes them), or plain parameters, which plain AdamW trains. Other keys are the
+        group's own settings; with LoRAPlus, pairs become two groups."""
+        group = dict(param_group)
+        _check_settings({name: group[name] for name in ("lr", "betas", "eps", "weight_decay") if name in group})
+        entries = group.pop("params", None)
+        entries = [entries] if isinstance(entries, Tensor) else list(entries or ())
+        if not entries:
+            raise checks.ArgumentError("params", "at least one pair or parameter", "none")
+        if not any(_is_pair(entry) for entry in entries):
+            place = f"params[{len(self.param_groups)}]"
+            named = [p if isinstance(p, tuple) else (f"{place}.{i}", p) for i, p in enumerate(entries)]
+            super().add_param_group({"params": named, **group, "methods": []})
+            return
+        added = pairs.of_tensors(entries, f"params[{len(self.param_groups)}]")
+        pairs.check(added, {id(p) for other in self.param_groups for p in other["params"]})
+        self._check_methods(added)
+        self._add_pairs(added, group)
+
+    def _add_pairs(self, added: list[Pair], group: dict) -> None:
+        plus = next((method for method in self._methods if type(method) is LoRAPlus), None)
+        group["methods"] = [repr(method) for method in self._methods]
+        first = len(self.param_groups)
+        named = [[(f"{p.name}.lora_A", p.a), (f"{p.name}.lora_B", p.b)] for p in added]
+        trained = [[entry for entry in pair if entry[1].requires_grad] for pair in named]
+        if plus is None:
+            super().add_param_group({"params": [entry for pair in trained for entry in pair], **group})
+        else:
+            lr = group.pop("lr", self.defaults["lr"])
+            for factor, rate in (("lora_A", lr), ("lora_B", lr * plus.ratio)):
+                entries = [entry for pair in trained for entry in pair if entry[0].endswith(factor)]
+                if entries:
+                    super().add_param_group({"params": entries, **group, "lr": rate})
+        self._pairs += [(pair, first, first if plus is None else first + 1) for pair in added]
+        self._forget_stacks()
+
+    def _check_methods(self, added: list[Pair]) -> None:
+        for method in self._middle:
+            for pair in added:
+                for name, factor in (("lora_A", pair.a), ("lora_B", pair.b)):
+                    if not factor.requires_grad:
+                        expected = f"a trained factor ({type(method).__name__} uses both)"
+                        raise checks.ArgumentError(f"{pair.name}.{name}", expected, "requires_grad=False")
+            if hasattr(method, "check"):
+                method.check([pair for pair, *_ in self._pairs] + added)
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        """One step on the gradients that are there; parameters without one are left alone, as in torch.
+
+        Raises:
+            ArgumentError: a gradient for one factor of a pair only, with a method that uses both. Nothing has changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        stacks = self._current_stacks() if self._middle else []
+        if stacks:
+            self._step_pairs(stacks)
+        paired = {p for pair, *_ in self._pairs for p in (pair.a, pair.b)} if self._middle else ()
+        for group in self.param_groups:
+            self._step_plain([p for p in group["params"] if p.grad is not None and p not in paired], group)
+        return loss
+
+    def _step_pairs(self, stacks: list[Stack]) -> None:
+        memory = self.param_groups[self._pairs[0][1]].setdefault("method_state", {})
+        for stack in stacks:
+            stack.begin(self.param_groups)
+        for method in self._middle:
+            if hasattr(method, "before"):
+                method.before(stacks, memory)
+        update = next((method.update for method in self._middle if hasattr(method, "update")), None)
+        if update is not None:
+            update(stacks, memory)
+        else:
+            for factor in (factor for stack in stacks for factor in (stack.a, stack.b)):
+                _adamw(*factor.operands(), factor.settings)
+        for method in self._middle:
+            if hasattr(method, "after"):
+                method.after(stacks, memory)
+
+    def _step_plain(self, parameters: list[Tensor], group: dict) -> None:
+        by_kind: dict[tuple, list[Tensor]] = {}
+        for p in parameters:
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            by_kind.setdefault((p.device, p.dtype), []).append(p)
+        for kind in by_kind.values():
+            states = [self.state[p] for p in kind]
+            moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1)
+            _adamw(kind, [p.grad for p in kind], *moments, steps, group)
+
+    def _current_stacks(self) -> list[Stack]:
+        """The stacks of all pairs that have gradients, built anew if that set, or a parameter's place, has changed."""
+        active = []
+        for i, (pair, *_) in enumerate(self._pairs):
+            missing = (pair.a.grad is None) + (pair.b.grad is None)
+            if missing == 1:
+                factor = "lora_A" if pair.a.grad is None else "lora_B"
+                methods = ", ".join(type(method).__name__ for method in self._middle)
+                raise checks.ArgumentError(f"{pair.name}.{factor}.grad", f"a gradient ({methods}: both)", "None")
+            if not missing:
+                active.append(i)
+        intact = all(factor.intact() for stack in self._stacks for factor in (stack.a, stack.b))
+        if active != self._active or not intact:
+            layout = next((method.layout for method in self._middle if hasattr(method, "layout")), adamw_state)
+            self._stacks = build([self._pairs[i] for i in active], self.state, layout)
+            self._active = active
+        return self._stacks
+
+    def _forget_stacks(self) -> None:
+        self._stacks: list[Stack] = []
+        self._active: list[int] = []
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Continue from a ``state_dict`` of the same model, methods and order; the next steps are the same bits.
+
+        Raises:
+            ArgumentError: it is of other parameters, another order of them, or other methods. Nothing has changed.
+        """
+        saved = state_dict["param_groups"]
+        _check_saved(self.param_groups, saved, state_dict["state"])
+        super().load_state_dict(state_dict)
+        order = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip((i for group in saved for i in group["params"]), order, strict=True):
+            for name, value in state_dict["state"].get(i, {}).items():  # torch has cast it to p's dtype
+                self.state[p][name] = value.detach().to(p.device, copy=True)
+        self._forget_stacks()
+
+    def __getstate__(self) -> dict:
+        own = {"_methods": self._methods, "_middle": self._middle, "_pairs": self._pairs, "_stacks": [], "_active": []}
+        return super().__getstate__() | own
+
+
+def _adamw(p: list, g: list, m: list, v: list, steps: list, group: dict) -> None:
+    if p:
+        step.adamw(p, g, m, v, steps, group["lr"], group["betas"], group["eps"], group["weight_decay"])
+
+
+def _is_pair(entry: object) -> bool:
+    return isinstance(entry, Pair) or (isinstance(entry, (tuple, list)) and not (entry and isinstance(entry[0], str)))
+
+
+def _check_settings(settings: dict) -> None:
+    for name, value in settings.items():
+        if name == "betas":
+            checks.betas(value)
+        elif not isinstance(value, Tensor):
+            checks.nonnegative(value, name)
+
+
+def _check_saved(groups: list[dict], saved: list[dict], state: dict) -> None:
+    """Raises ArgumentError unless the saved groups have these parameters, in this order, and these methods."""
+    sizes, saved_sizes = ([len(group["params"]) for group in some] for some in (groups, saved))
+    if sizes != saved_sizes:
+        raise checks.ArgumentError("state_dict", f"groups of {sizes} parameters", saved_sizes)
+    for group, other in zip(groups, saved, strict=True):
+        ours, theirs = group.get("methods", []), other.get("methods", [])
+        if ours != theirs:
+            raise checks.ArgumentError("state_dict", f"methods {ours}", theirs)
+        names = other.get("param_names", group.get("param_names", []))
+        for name, theirs in zip(group.get("param_names", []), names, strict=True):
+            if _bare(name) != _bare(theirs):
+                raise checks.ArgumentError("state_dict", f"parameter {name} in this place", theirs)
+        for p, i in zip(group["params"], other["params"], strict=True):
+            moment = state.get(i, {}).get("exp_avg")
+            if moment is not None and moment.shape != p.shape:
+                raise checks.ArgumentError("state_dict", f"moments of shape {tuple(p.shape)}", tuple(moment.shape))
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

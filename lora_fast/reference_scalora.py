@@ -1,0 +1,155 @@
+"""Plain-torch twins of ScaLoRA's operations (arXiv 2510.23818): the scaling from Grams, and the merge into a weight.
+
+Math, with x = [α²; β²] and every scale relative to κ = 1 (x is inversely proportional to κ, and does not depend on the
+gradients' scale):
+
+    M x = λ      M = [[Kb∘Kp, K∘K], [(K∘K)ᵀ, Kq∘Ka]]      λ = [diag Kp; diag Kq]
+
+column: that system, valid if all x ≥ 0 (Theorem 5). scalar: one α, one β (Theorem 3). nnls: min ½xᵀMx − λᵀx over x ≥ 0,
+whose optimum is the paper's wherever one of its forms is optimal.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SOLVERS = ("nnls", "paper", "column", "scalar")
+ROUNDINGS = ("nearest", "stochastic", "compensated")
+RIDGE = 1e-7  # added to the equilibrated system's unit diagonal
+DEAD = 1e-12  # of the largest diagonal entry of its own block: a coordinate below has no say and keeps scale 1
+COLLINEAR = 1e-6
+SWEEPS = 20
+
+
+def scalora_scaling(
+    ka: Tensor, kb: Tensor, kp: Tensor, kq: Tensor, k: Tensor, kappa: float | Tensor, solver: str = "nnls"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """α (L, r) for b's columns and a's gradient rows, β (L, r) for a's rows and b's gradient columns, info (L,).
+
+    Five (L, r, r) Grams, gradients at any common scale. info is 0 where the unconstrained optimum is valid, else 1;
+    solver "column" then leaves both factors as they are. A coordinate without a say keeps scale 1.
+    """
+    x, alive, info = scalora_solve(ka, kb, kp, kq, k, solver)
+    scale = torch.where(alive, x / kappa, 1.0).sqrt()
+    r = ka.shape[-1]
+    return scale[:, :r], scale[:, r:], info
+
+
+def scalora_solve(
+    ka: Tensor, kb: Tensor, kp: Tensor, kq: Tensor, k: Tensor, solver: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (L, 2r) for κ = 1, which of its entries have a say (L, 2r), info (L,)."""
+    m, lam = _system(ka, kb, kp, kq, k)
+    alive = _alive(m, ka.shape[-1])
+    if solver == "scalar":
+        x, info = _scalar(m, lam, ka.shape[-1]), torch.zeros(len(m), dtype=torch.int32, device=m.device)
+    else:
+        x, info = _columnwise(m, lam, alive, solver)
+    if solver == "column":
+        alive = alive & (info == 0)[:, None]
+    return x, alive, info
+
+
+def _system(ka: Tensor, kb: Tensor, kp: Tensor, kq: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """M (L, 2r, 2r) and λ (L, 2r), of gradients divided by one power of two a pair."""
+    size = kp.diagonal(dim1=-2, dim2=-1).sum(-1) + kq.diagonal(dim1=-2, dim2=-1).sum(-1)
+    exponent = (torch.frexp(size)[1] // 2)[:, None, None]
+    kp, kq = torch.ldexp(kp, -2 * exponent), torch.ldexp(kq, -2 * exponent)
+    cross = torch.ldexp(k, -exponent).square()
+    top, bottom = torch.cat([kb * kp, cross], -1), torch.cat([cross.mT, kq * ka], -1)
+    lam = torch.cat([kp.diagonal(dim1=-2, dim2=-1), kq.diagonal(dim1=-2, dim2=-1)], -1)
+    return torch.cat([top, bottom], -2), lam
+
+
+def _alive(m: Tensor, r: int) -> Tensor:
+    blocks = m.diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, r))
+    return ~(blocks <= DEAD * blocks.amax(-1, keepdim=True)).flatten(-2)  # a NaN is alive
+
+
+def _columnwise(m: Tensor, lam: Tensor, alive: Tensor, solver: str) -> tuple[Tensor, Tensor]:
+    """Solvers that give every column its own scale, on the system equilibrated to a unit diagonal."""
+    diagonal = m.diagonal(dim1=-2, dim2=-1)
+    d = torch.where(alive, diagonal, 1.0).rsqrt() * alive
+    eye = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
+    unit = d[:, :, None] * m * d[:, None, :] + torch.where(alive, RIDGE, 1.0)[:, :, None] * eye
+    rhs = d * lam
+    z = _solve(unit, rhs)
+    valid = (z >= 0).all(-1)
+    info = (~valid).to(torch.int32)
+    if solver == "nnls":
+        z = torch.where(valid[:, None], z, _nonnegative(unit, rhs, z))
+    x = d * z
+    if solver == "paper":
+        x = torch.where(valid[:, None], x, _scalar(m, lam, m.shape[-1] // 2))
+    return x, info
+
+
+def _solve(m: Tensor, rhs: Tensor) -> Tensor:
+    factor = torch.linalg.cholesky_ex(m)[0]
+    return torch.cholesky_solve(rhs[:, :, None], factor)[:, :, 0]
+
+
+def _nonnegative(m: Tensor, rhs: Tensor, start: Tensor) -> Tensor:
+    """min ½zᵀMz − rhsᵀz over z ≥ 0: cyclic coordinate descent finds the zeros, a solve on the rest polishes."""
+    diagonal = m.diagonal(dim1=-2, dim2=-1)
+    z = start.clamp(min=0)
+    for _ in range(SWEEPS):
+        for j in range(m.shape[-1]):
+            slope = rhs[:, j] - (m[:, j] * z).sum(-1)
+            z[:, j] = (z[:, j] + slope / diagonal[:, j]).clamp(min=0)
+    free = z > 0
+    eye = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
+    reduced = torch.where(free[:, :, None] & free[:, None, :], m, eye)
+    polished = _solve(reduced, rhs * free)
+    return torch.where((polished >= 0).all(-1, keepdim=True), polished, z)
+
+
+def _scalar(m: Tensor, lam: Tensor, r: int) -> Tensor:
+    """Theorem 3: (L, 2r) with one value for all α², one for all β²."""
+    pa, pb = lam[:, :r].sum(-1), lam[:, r:].sum(-1)
+    maa, mbb, c = m[:, :r, :r].sum((-1, -2)), m[:, r:, r:].sum((-1, -2)), m[:, :r, r:].sum((-1, -2))
+    ca, cb, det = pa * mbb - pb * c, pb * maa - pa * c, maa * mbb - c * c
+    zero = torch.zeros_like(pa)
+    only_a, only_b = (ca > 0) & (cb <= 0), (cb > 0) & (ca <= 0)
+    both = (ca >= 0) & (cb >= 0) & (det > COLLINEAR * maa * mbb) & ~only_a & ~only_b
+    only_a = only_a | (~both & ~only_b & (maa > 0))
+    alpha = torch.where(both, ca / det, torch.where(only_a, pa / maa, zero))
+    beta = torch.where(both, cb / det, torch.where(only_a, zero, pb / mbb))
+    return torch.cat([alpha[:, None].expand(-1, r), beta[:, None].expand(-1, r)], -1)
+
+
+def merge_(
+    weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, rounding: str, seed: int = 0, residual: Tensor | None = None
+) -> None:
+    """weight += b diag(scale) a in place: (d_out, d_in), (r, d_in), (d_out, r), (r,); summed in float32 (float64) and
+    rounded once. "compensated" keeps what rounding lost in ``residual``, which has weight's shape and dtype."""
+    if weight.dtype in (torch.float32, torch.float64):
+        weight.addmm_((b * scale).to(weight.dtype), a.to(weight.dtype))
+        return
+    total = weight.float()
+    if rounding == "compensated":
+        total += residual
+    total.addmm_(b.float() * scale.float(), a.float())
+    if rounding == "stochastic":
+        weight.copy_(stochastic_round(total, weight.dtype, seed))
+        return
+    weight.copy_(total)
+    if rounding == "compensated":
+        residual.copy_(total.sub_(weight))
+
+
+def stochastic_round(x: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    """float32 → float16 or bfloat16, up or down with the probability that makes the expectation exact.
+
+    A random number is added to the bits that the cast drops; below float16's normal range the spacing is fixed, and a
+    floor after adding a uniform number does the same.
+    """
+    dropped = 16 if dtype == torch.bfloat16 else 13
+    generator = torch.Generator(x.device).manual_seed(seed)
+    noise = torch.randint(1 << dropped, x.shape, generator=generator, device=x.device, dtype=torch.int32)
+    rounded = ((x.view(torch.int32) + noise) & -(1 << dropped)).view(torch.float32)
+    if dtype == torch.float16:
+        small = torch.floor(x * 2.0**24 + noise * 2.0**-dropped) * 2.0**-24
+        rounded = torch.where(x.abs() < 2.0**-14, small, rounded)
+    return torch.where(torch.isfinite(x), rounded, x).to(dtype)
