@@ -123,10 +123,15 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d_in) → (..., d_out)."""
-        if self.merged:
+        if self._buffers["_unmerged_weight"] is not None:
             return nn.functional.linear(x, self.weight, self.bias)
+        p = self._parameters
+        if len(p) == 4:  # nn.Module.__getattr__ costs host time at every call
+            weight, bias, lora_A, lora_B = p["weight"], p["bias"], p["lora_A"], p["lora_B"]
+        else:  # parametrized or flattened (FSDP1): a parameter is an attribute of another kind
+            weight, bias, lora_A, lora_B = self.weight, self.bias, self.lora_A, self.lora_B
         dropout_p = self.dropout_p if self.training else 0.0
-        return functional.lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout_p)
+        return functional.lora_linear(x, weight, bias, lora_A, lora_B, self.scaling, dropout_p)
 
     def merge(self) -> None:
         """Fold the adapter into ``weight`` with one rounding; the original is kept until ``unmerge``."""
