@@ -19,7 +19,8 @@ LAYERS = [
     ["surgery", "merging", "checkpoint", "adapter_files", "peft_linear", "layers", "report", "targets"],
     ["linear"],
     ["functional"],
-    ["autograd", "step"],
+    ["autograd", "grouped"],
+    ["step"],
     ["kernels", "reference", "reference_step", "reference_scalora", "backend"],
     ["checks"],
 ]

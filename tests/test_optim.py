@@ -1,0 +1,443 @@
+"""LoRAAdamW as an optimizer: what a user of torch expects, and what it refuses."""
+
+import copy
+import io
+import math
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import lora_fast as lf
+from lora_fast import methods as M
+
+EVERY = {
+    "plain": [],
+    "lora+": [M.LoRAPlus(4.0)],
+    "scale-reg": [M.ScaleReg(lam=0.05)],
+    "scaled adamw": [M.ScaledAdamW()],
+    "ilora lora+": [M.ILoRA(lam=1.0), M.LoRAPlus(4.0)],
+    "pilora": [M.PiLoRA()],
+    "balora": [M.BaLoRA()],
+    "scalora": [M.ScaLoRA(interval=3)],
+    "scalora compensated": [M.ScaLoRA(interval=3, rounding="compensated")],
+    "lora-rite": [M.LoRARITE()],
+}
+SHAPES = [(12, 20, 4), (12, 20, 4), (9, 7, 3), (20, 12, 4)]
+every_method = pytest.mark.parametrize("methods", EVERY.values(), ids=EVERY.keys())
+
+
+def pairs(seed=0, dtype=torch.float32, weight_dtype=None, zero_b=False, shapes=SHAPES):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g)
+    found = []
+    for d_out, d_in, r in shapes:
+        a, b, w = draw(r, d_in) / d_in**0.5, draw(d_out, r) * (not zero_b), draw(d_out, d_in) / 4
+        found.append((nn.Parameter(a.to(dtype)), nn.Parameter(b.to(dtype)), 2.0, w.to(weight_dtype or dtype)))
+    return found
+
+
+def set_gradients(chosen, seed, scale=1.0):
+    """Consistent gradients, a daᵀ = dbᵀb, of a random gradient of each effective weight."""
+    g = torch.Generator().manual_seed(seed)
+    for a, b, s, w in chosen:
+        full = torch.randn(w.shape, generator=g) * scale
+        a.grad = (s * b.detach().float().T @ full).to(a.dtype)
+        b.grad = (s * full @ a.detach().float().T).to(b.dtype)
+
+
+def train(optimizer, chosen, steps, first=0):
+    for i in range(first, first + steps):
+        set_gradients(chosen, i)
+        optimizer.step()
+
+
+def bits(chosen, optimizer=None):
+    tensors = [x.detach().clone() for a, b, _, w in chosen for x in (a, b, w)]
+    if optimizer is not None:
+        states = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+        tensors += [value.clone() for state in states for _, value in sorted(state.items())]
+    return tensors
+
+
+def same(these, those):
+    return len(these) == len(those) and all(torch.equal(x, y) for x, y in zip(these, those, strict=True))
+
+
+@pytest.mark.parametrize("methods", [[], [M.ILoRA(lam=0.0)]], ids=["listed", "stacked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_plain_is_torchs_fused_adamw_to_the_bit(dtype, methods):
+    ours, theirs = pairs(dtype=dtype), pairs(dtype=dtype)
+    settings = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1}
+    optimizer = lf.optim.LoRAAdamW(ours, methods=methods, **settings)
+    reference = torch.optim.AdamW([p for pair in theirs for p in pair[:2]], fused=True, **settings)
+    for i in range(20):
+        set_gradients(ours, i)
+        for (a, b, *_), (x, y, *_) in zip(ours, theirs, strict=True):
+            x.grad, y.grad = a.grad.clone(), b.grad.clone()
+        optimizer.step()
+        reference.step()
+        assert same(bits(ours), bits(theirs))
+
+
+def test_state_looks_like_torchs():
+    chosen = pairs()
+    optimizer = lf.optim.LoRAAdamW(chosen, methods=[M.ILoRA()])
+    assert optimizer.state_dict()["state"] == {}
+    train(optimizer, chosen, 2)
+    state = optimizer.state_dict()["state"]
+    assert len(state) == 8
+    parameters = [p for pair in chosen for p in pair[:2]]
+    for i, p in enumerate(parameters):
+        assert set(state[i]) == {"step", "exp_avg", "exp_avg_sq"}
+        assert state[i]["exp_avg"].shape == p.shape and state[i]["step"].item() == 2
+    reference = torch.optim.AdamW(parameters, fused=True)
+    reference.load_state_dict(
+        lf_state := {**optimizer.state_dict(), "param_groups": reference.state_dict()["param_groups"]}
+    )
+    assert torch.equal(reference.state[parameters[0]]["exp_avg"], lf_state["state"][0]["exp_avg"])
+
+
+@every_method
+def test_the_same_bits_on_repeat(methods):
+    ends = []
+    for _ in range(2):
+        chosen = pairs(weight_dtype=torch.bfloat16)
+        train(optimizer := lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=methods), chosen, 12)
+        ends.append(bits(chosen, optimizer))
+    assert same(*ends)
+
+
+@every_method
+@pytest.mark.parametrize("at", [0, 1, 4, 9])
+def test_the_same_bits_after_resume(methods, at):
+    straight = pairs(weight_dtype=torch.bfloat16)
+    train(whole := lf.optim.LoRAAdamW(straight, lr=1e-2, methods=methods), straight, 12)
+    first = pairs(weight_dtype=torch.bfloat16)
+    train(before := lf.optim.LoRAAdamW(first, lr=1e-2, methods=methods), first, at)
+    file = io.BytesIO()
+    torch.save(before.state_dict(), file)
+    file.seek(0)
+    second = [
+        (nn.Parameter(a.detach().clone()), nn.Parameter(b.detach().clone()), s, w.clone()) for a, b, s, w in first
+    ]
+    after = lf.optim.LoRAAdamW(second, lr=1e-2, methods=methods)
+    after.load_state_dict(torch.load(file, weights_only=True))
+    train(after, second, 12 - at, first=at)
+    assert same(bits(straight, whole), bits(second, after))
+
+
+@every_method
+def test_16_bit_adapters_resume_to_the_bit(methods):
+    build = lambda: pairs(dtype=torch.bfloat16)
+    straight, first = build(), build()
+    train(whole := lf.optim.LoRAAdamW(straight, lr=1e-2, methods=methods), straight, 6)
+    train(before := lf.optim.LoRAAdamW(first, lr=1e-2, methods=methods), first, 3)
+    after = lf.optim.LoRAAdamW(first, lr=1e-2, methods=methods)
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    train(after, first, 3, first=3)
+    assert same(bits(straight, whole), bits(first, after))
+
+
+@every_method
+def test_moved_parameters_are_stacked_anew(methods):
+    still, moved = pairs(), pairs()
+    one, other = (lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=methods) for chosen in (still, moved))
+    for i in range(5):
+        train(one, still, 1, first=i)
+        train(other, moved, 1, first=i)
+        moved[i % 4][i % 2].data = moved[i % 4][i % 2].data.clone()
+    assert same(bits(still), bits(moved))
+
+
+@every_method
+def test_a_skipped_step_changes_no_bit(methods):
+    chosen = pairs()
+    optimizer = lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=methods)
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    for i in range(6):
+        set_gradients(chosen, i, scale=16.0)
+        scaler.scale(torch.zeros(()))  # initialises the scaler
+        bad = i in (0, 3)
+        if bad:
+            chosen[1][0].grad[0, 0] = math.nan
+        before, saved = bits(chosen, optimizer), copy.deepcopy(optimizer.state_dict())
+        scaler.step(optimizer)
+        assert same(before, bits(chosen, optimizer)) == bad
+        if bad:
+            assert saved["param_groups"] == optimizer.state_dict()["param_groups"]
+        scaler.update(16.0)
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "lora-rite" and "scalora" not in name])
+def test_gradients_of_some_pairs_only(name):
+    """Each pair goes its own way, as if it were alone with its gradients (LoRA-RITE's pairs share a norm, ScaLoRA's κ)."""
+    methods = EVERY[name]
+    together, alone = pairs(), pairs()
+    optimizer = lf.optim.LoRAAdamW(together, lr=1e-2, methods=methods)
+    single = [lf.optim.LoRAAdamW([pair], lr=1e-2, methods=methods) for pair in alone]
+    for i in range(8):
+        set_gradients(together, i)
+        set_gradients(alone, i)
+        for j in range(4):
+            if (i + j) % 3 == 0:
+                together[j][0].grad = together[j][1].grad = None
+            else:
+                single[j].step()
+        optimizer.step()
+    for got, want in zip(bits(together), bits(alone), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert {int(optimizer.state[a]["step"]) for a, *_ in together} == {5, 6}
+
+
+@every_method
+@pytest.mark.parametrize("case", ["b = 0", "zero lr", "zero gradient", "rank-deficient gradient"])
+def test_edges_stay_finite(methods, case):
+    chosen = pairs(zero_b=case == "b = 0")
+    optimizer = lf.optim.LoRAAdamW(chosen, lr=0.0 if case == "zero lr" else 1e-2, methods=methods)
+    start = bits(chosen)
+    for i in range(5):
+        set_gradients(chosen, i, scale=0.0 if case == "zero gradient" else 1.0)
+        if case == "rank-deficient gradient":
+            for a, b, *_ in chosen:
+                a.grad[1:], b.grad[:, 1:] = 0, 0
+        optimizer.step()
+    assert all(torch.isfinite(x).all() for x in bits(chosen, optimizer))
+    rebuilds = any(isinstance(method, (M.BaLoRA, M.ScaLoRA)) for method in methods)
+    if case == "zero lr" and not rebuilds:
+        assert same(start, bits(chosen))
+    if case == "b = 0":
+        assert all(b.norm() > 0 and a.norm() > 0 for a, b, *_ in chosen)
+
+
+def test_one_sided_gradient():
+    chosen = pairs()
+    set_gradients(chosen, 0)
+    chosen[2][1].grad = None
+    before = bits(chosen)
+    with pytest.raises(lf.ArgumentError, match=r"model\[2\].lora_B.grad: expected a gradient \(ILoRA"):
+        lf.optim.LoRAAdamW(chosen, methods=[M.ILoRA()]).step()
+    assert same(before, bits(chosen))
+    lf.optim.LoRAAdamW(chosen).step()
+    assert torch.equal(chosen[2][1], before[7]) and not torch.equal(chosen[2][0], before[6])
+
+
+def test_groups_schedulers_and_zero_grad():
+    chosen = pairs()
+    optimizer = lf.optim.LoRAAdamW(chosen, lr=0.1, methods=[M.LoRAPlus(8.0), M.ILoRA()])
+    assert [(len(group["params"]), group["lr"]) for group in optimizer.param_groups] == [(4, 0.1), (4, 0.8)]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5**i)
+    train(optimizer, chosen, 1)
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.4]
+    optimizer.zero_grad()
+    assert chosen[0][0].grad is None
+    before = bits(chosen)
+    assert optimizer.step(lambda: torch.tensor(3.0)) == 3.0
+    assert same(before, bits(chosen))
+    assert len(lf.optim.LoRAAdamW(chosen).param_groups) == 1
+
+
+def test_closure_runs_with_gradients():
+    model = tiny.injected_llama()
+    optimizer = lf.optim.LoRAAdamW(model, lr=1e-2, methods=[M.ILoRA()])
+    batch, losses = tiny.batch(), []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = tiny.loss_of(model, batch)
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        losses.append(optimizer.step(closure).item())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("methods", [[], [M.LoRAPlus(2.0)], [M.PiLoRA()]], ids=["plain", "lora+", "pilora"])
+def test_add_param_group(methods):
+    chosen, extra = pairs(), pairs(seed=1, shapes=[(5, 6, 2)])
+    optimizer = lf.optim.LoRAAdamW(chosen, methods=methods)
+    optimizer.add_param_group({"params": extra, "lr": 0.5, "weight_decay": 0.0})
+    other = nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [other]})
+    other.grad = torch.ones(3)
+    start = bits(chosen + extra)
+    train(optimizer, chosen + extra, 1)
+    assert not any(
+        torch.equal(x, y) for i, (x, y) in enumerate(zip(start, bits(chosen + extra), strict=True)) if i % 3 < 2
+    )
+    assert 0.4 < (extra[0][0].detach() - start[-3]).abs().median() < 2.1
+    assert torch.allclose(other, torch.full((3,), 1 - 2e-4))
+    with pytest.raises(lf.ArgumentError, match="a tensor of its own"):
+        optimizer.add_param_group({"params": chosen[:1]})
+
+
+@pytest.mark.parametrize("kind", ["lora_fast", "peft", "fused peft"])
+def test_models(kind, tmp_path):
+    model = tiny.injected_llama() if kind == "lora_fast" else tiny.peft_llama()
+    if kind == "fused peft":
+        lf.fuse_(model)
+    optimizer = lf.optim.LoRAAdamW(model, lr=1e-2, methods=[M.PiLoRA(), M.LoRAPlus(2.0)])
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2 * 14
+    losses = []
+    for _ in range(6):
+        loss = tiny.loss_of(model, tiny.batch())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    lf.save_adapter(model, tmp_path / "ours")
+    fresh = tiny.injected_llama() if kind == "lora_fast" else tiny.peft_llama()
+    lf.load_adapter(fresh, tmp_path / "ours")
+    assert (
+        torch.equal(fresh(input_ids=tiny.batch()).logits, model(input_ids=tiny.batch()).logits) or kind == "fused peft"
+    )
+    if kind != "lora_fast":
+        model.save_pretrained(tmp_path / "theirs")
+        size = (tmp_path / "theirs" / "adapter_model.safetensors").stat().st_size
+        assert size < 1.2 * (tmp_path / "ours" / "adapter_model.safetensors").stat().st_size
+    clone = copy.deepcopy(model)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), clone.parameters(), strict=True))
+
+
+def test_other_trainable_parameters_have_a_group_of_their_own():
+    model = tiny.peft_llama(targets=["q_proj"], modules_to_save=["lm_head"])
+    optimizer = lf.optim.LoRAAdamW(model, lr=1e-2, methods=[M.ILoRA()])
+    assert [len(group["params"]) for group in optimizer.param_groups] == [4, 1]
+    head = optimizer.param_groups[1]["params"][0]
+    before = head.detach().clone()
+    tiny.loss_of(model, tiny.batch()).backward()
+    optimizer.step()
+    assert not torch.equal(head, before) and set(optimizer.state[head]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@every_method
+def test_copies_of_the_optimizer_go_on(methods):
+    chosen = pairs()
+    optimizer = lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=methods)
+    train(optimizer, chosen, 2)
+    twin, pairs_of_twin = copy.deepcopy((optimizer, chosen))
+    train(optimizer, chosen, 4, first=2)
+    train(twin, pairs_of_twin, 4, first=2)
+    assert same(bits(chosen, optimizer), bits(pairs_of_twin, twin))
+
+
+WRONG_VALUES = [
+    (M.LoRAPlus, {"ratio": 0.0}, "ratio"),
+    (M.LoRAPlus, {"ratio": math.nan}, "ratio"),
+    (M.ScaleReg, {"lam": -1.0}, "lam"),
+    (M.ScaleReg, {"eps": 0.0}, "eps"),
+    (M.ScaledAdamW, {"damping": 0.0}, "damping"),
+    (M.ScaledAdamW, {"damping": math.inf}, "damping"),
+    (M.ILoRA, {"lam": math.nan}, "lam"),
+    (M.ILoRA, {"rho": -1.0}, "rho"),
+    (M.PiLoRA, {"damping": -1e-3}, "damping"),
+    (M.ScaLoRA, {"kappa": 0.0}, "kappa"),
+    (M.ScaLoRA, {"interval": 0}, "interval"),
+    (M.ScaLoRA, {"interval": 2.5}, "interval"),
+    (M.ScaLoRA, {"solver": "best"}, "solver"),
+    (M.ScaLoRA, {"rounding": "up"}, "rounding"),
+    (M.ScaLoRA, {"limit": 1.0}, "limit"),
+    (M.BaLoRA, {"every": 0}, "every"),
+    (M.BaLoRA, {"gauge": "polar"}, "gauge"),
+    (M.BaLoRA, {"transport": "v"}, "transport"),
+    (M.LoRARITE, {"eps": 0}, "eps"),
+]
+
+
+@pytest.mark.parametrize("kind, values, name", WRONG_VALUES, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_hyperparameters_out_of_range(kind, values, name):
+    with pytest.raises(lf.ArgumentError, match=f"^{name}: expected"):
+        kind(**values)
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        [M.PiLoRA(), M.ScaledAdamW()],
+        [M.PiLoRA(), M.ILoRA()],
+        [M.ScaLoRA(), M.BaLoRA()],
+        [M.ScaLoRA(), M.ScaledAdamW()],
+        [M.LoRARITE(), M.LoRAPlus()],
+        [M.LoRARITE(), M.ScaleReg()],
+        [M.ILoRA(), M.ILoRA(lam=2.0)],
+        ["ilora"],
+        [M.ILoRA],
+    ],
+    ids=str,
+)
+def test_methods_without_a_meaning_together(methods):
+    with pytest.raises(lf.ArgumentError, match=r"^methods: expected"):
+        lf.optim.LoRAAdamW(pairs(), methods=methods)
+
+
+def test_scaled_adamw_and_ilora_are_pilora():
+    ends = []
+    for methods in ([M.ILoRA(lam=1.0), M.ScaledAdamW()], [M.PiLoRA(lam=1.0)]):
+        chosen = pairs()
+        train(lf.optim.LoRAAdamW(chosen, methods=methods), chosen, 3)
+        ends.append(bits(chosen))
+    assert same(*ends)
+
+
+def wrong_pairs():
+    a, b = nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(5, 4))
+    return {
+        "unpaired": ([(a, None)], "both factors"),
+        "no pair": ([a, b], "a pair"),
+        "ranks differ": ([(a, nn.Parameter(torch.ones(5, 3)))], r"shape \(d_out, 4\)"),
+        "not a matrix": ([(nn.Parameter(torch.ones(4)), b)], "a floating-point matrix"),
+        "dtypes differ": ([(a, nn.Parameter(torch.ones(5, 4).double()))], "torch.float32 on cpu"),
+        "shared": ([(a, b), (a, nn.Parameter(torch.ones(5, 4)))], r"that model\[0\].lora_A also holds"),
+        "weight": ([(a, b, 1.0, torch.ones(6, 5))], r"shape \(5, 6\)"),
+        "scaling": ([(a, b, math.nan)], "a finite number"),
+        "nothing": ([], "no trainable parameter"),
+        "frozen model": (tiny.llama().requires_grad_(False), "no trainable parameter"),
+    }
+
+
+@pytest.mark.parametrize("case", wrong_pairs())
+def test_wrong_pairs(case):
+    model, message = wrong_pairs()[case]
+    with pytest.raises(lf.ArgumentError, match=message):
+        lf.optim.LoRAAdamW(model)
+
+
+def test_frozen_factor():
+    chosen = pairs()
+    chosen[1][0].requires_grad_(False)
+    with pytest.raises(lf.ArgumentError, match=r"model\[1\].lora_A: expected a trained factor"):
+        lf.optim.LoRAAdamW(chosen, methods=[M.BaLoRA()])
+    assert len(lf.optim.LoRAAdamW(chosen).param_groups[0]["params"]) == 7
+
+
+@pytest.mark.parametrize(
+    "name, value", [("lr", -1.0), ("lr", math.nan), ("betas", (0.9, 1.0)), ("eps", -1), ("weight_decay", math.inf)]
+)
+def test_wrong_settings(name, value):
+    with pytest.raises(lf.ArgumentError, match=f"^{name}: expected"):
+        lf.optim.LoRAAdamW(pairs(), **{name: value})
+
+
+def test_state_of_something_else():
+    chosen = pairs()
+    saved = lf.optim.LoRAAdamW(chosen, methods=[M.ILoRA(lam=1.0)])
+    train(saved, chosen, 2)
+    state = saved.state_dict()
+    cases = {
+        "methods": lf.optim.LoRAAdamW(pairs(), methods=[M.BaLoRA()]),
+        "lam=2.0": lf.optim.LoRAAdamW(pairs(), methods=[M.ILoRA(lam=2.0)]),
+        "moments of shape": lf.optim.LoRAAdamW(pairs()[::-1], methods=[M.ILoRA(lam=1.0)]),
+        "groups of": lf.optim.LoRAAdamW(pairs()[:2], methods=[M.ILoRA(lam=1.0)]),
+    }
+    for message, optimizer in cases.items():
+        with pytest.raises(lf.ArgumentError, match=f"^state_dict: .*{message}"):
+            optimizer.load_state_dict(state)
+        assert not optimizer.state
+    model, other = tiny.peft_llama(targets=["q_proj"]), tiny.peft_llama(targets=["o_proj"])
+    with pytest.raises(lf.ArgumentError, match=r"parameter .*o_proj"):
+        lf.optim.LoRAAdamW(other).load_state_dict(lf.optim.LoRAAdamW(model).state_dict())
