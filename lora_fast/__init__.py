@@ -3,7 +3,7 @@
 Start with ``inject_`` (a plain model) or ``fuse_`` (a PEFT model).
 """
 
-from . import functional, methods, optim
+from . import functional, methods, metrics, optim
 from .backend import set_backend
 from .checkpoint import load_adapter, save_adapter
 from .checks import ArgumentError, BackendError, CheckpointError, MissingPackageError
@@ -27,6 +27,7 @@ __all__ = [
     "load_adapter",
     "merge_",
     "methods",
+    "metrics",
     "optim",
     "save_adapter",
     "set_backend",

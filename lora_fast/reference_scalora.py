@@ -19,7 +19,7 @@ ROUNDINGS = ("nearest", "stochastic", "compensated")
 RIDGE = 1e-7  # added to the equilibrated system's unit diagonal
 DEAD = 1e-12  # of the largest diagonal entry of its own block: a coordinate below has no say and keeps scale 1
 COLLINEAR = 1e-6
-SWEEPS = 20
+PIVOTS, ROUNDS = 8, 2
 
 
 def scalora_scaling(
@@ -91,18 +91,33 @@ def _solve(m: Tensor, rhs: Tensor) -> Tensor:
 
 
 def _nonnegative(m: Tensor, rhs: Tensor, start: Tensor) -> Tensor:
-    """min ½zᵀMz − rhsᵀz over z ≥ 0: cyclic coordinate descent finds the zeros, a solve on the rest polishes."""
+    """min ½zᵀMz − rhsᵀz over z ≥ 0, from the unconstrained solution.
+
+    Block pivoting first: solve on the free coordinates, exchange every one whose value or slope has the wrong sign (Kim
+    & Park, SIAM J. Sci. Comput. 2011); a few rounds find the optimum's zeros nearly always. What then is not optimal is
+    led down by cyclic sweeps of coordinate descent and steps towards the solution on the free coordinates, cut short
+    where they would leave the bounds.
+    """
+    z = start
+    for _ in range(PIVOTS):
+        slope = rhs - (m @ z[:, :, None])[:, :, 0]
+        z = _solve_free(m, rhs, (z > 0) | ((z == 0) & (slope > 0)))
+    z = z.clamp(min=0)
     diagonal = m.diagonal(dim1=-2, dim2=-1)
-    z = start.clamp(min=0)
-    for _ in range(SWEEPS):
+    for _ in range(ROUNDS):
         for j in range(m.shape[-1]):
             slope = rhs[:, j] - (m[:, j] * z).sum(-1)
             z[:, j] = (z[:, j] + slope / diagonal[:, j]).clamp(min=0)
-    free = z > 0
+        target = _solve_free(m, rhs, z > 0)
+        reach = torch.where(target < 0, z / (z - target), 1.0).amin(-1, keepdim=True)
+        z = torch.lerp(z, target, reach).clamp(min=0)
+    return z
+
+
+def _solve_free(m: Tensor, rhs: Tensor, free: Tensor) -> Tensor:
+    """The solution on the free coordinates; exactly 0 on the others."""
     eye = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
-    reduced = torch.where(free[:, :, None] & free[:, None, :], m, eye)
-    polished = _solve(reduced, rhs * free)
-    return torch.where((polished >= 0).all(-1, keepdim=True), polished, z)
+    return _solve(torch.where(free[:, :, None] & free[:, None, :], m, eye), rhs * free)
 
 
 def _scalar(m: Tensor, lam: Tensor, r: int) -> Tensor:

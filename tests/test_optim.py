@@ -172,7 +172,7 @@ def test_a_skipped_step_changes_no_bit(methods):
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name != "lora-rite" and "scalora" not in name])
 def test_gradients_of_some_pairs_only(name):
-    """Each pair goes its own way, as if it were alone with its gradients (LoRA-RITE's pairs share a norm, ScaLoRA's κ)."""
+    """Each pair goes its own way, as if it were alone (LoRA-RITE's pairs share a norm, ScaLoRA's κ)."""
     methods = EVERY[name]
     together, alone = pairs(), pairs()
     optimizer = lf.optim.LoRAAdamW(together, lr=1e-2, methods=methods)

@@ -106,7 +106,7 @@ class ScaLoRA:
     def _apply(self, stack: Stack, alpha: Tensor, beta: Tensor) -> None:
         a, b = stack.a, stack.b
         for i, pair in enumerate(stack.pairs):
-            seed = (self.seed << 40) + (stack.count << 32) + zlib.crc32(pair.name.encode()) & (1 << 63) - 1
+            seed = zlib.crc32(f"{self.seed} {stack.count} {pair.name}".encode())  # torch's CPU generator takes 32 bits
             residual = b.state["merge_residual"][i] if "merge_residual" in b.state else None
             rest = pair.scaling * (1 - alpha[i] * beta[i])
             step.merge_(pair.weight.data, a.value[i], b.value[i], rest, self.rounding, seed, residual)

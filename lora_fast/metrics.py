@@ -1,0 +1,95 @@
+"""What a model's adapters are like, from r×r Grams: no product s b a is ever formed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import pairs, step
+from .pairs import Pair
+
+__all__ = ["AdapterStats", "adapter_stats"]
+
+SIGNIFICANT = 0.005  # singular values above are counted
+
+
+@dataclass(frozen=True)
+class AdapterStats:
+    """One adapter, with ΔW = s b a and ρ = r / d_out.
+
+    Attributes:
+        norm_a, norm_b: Frobenius norms. rms_ratio: root mean square of a's entries over that of b's.
+        frobenius, spectral, nuclear: norms of ΔW.
+        rank: number of singular values of ΔW above 0.005. erank: its stable rank, ‖ΔW‖_F² / ‖ΔW‖₂².
+        unbalanced: ‖a aᵀ − bᵀb‖_F. imbalance: ‖a aᵀ − ρ bᵀb‖_F, what iLoRA pulls to 0.
+        conditioning: (σ₁(a)² + σ₁(b)²) / min(σ_r(a)², σ_r(b)²).
+    """
+
+    norm_a: float
+    norm_b: float
+    rms_ratio: float
+    frobenius: float
+    spectral: float
+    nuclear: float
+    rank: int
+    erank: float
+    unbalanced: float
+    imbalance: float
+    conditioning: float
+
+
+@torch.no_grad()
+def adapter_stats(model: nn.Module) -> dict[str, AdapterStats]:
+    """Statistics of every adapter that trains, by its layer's name (and PEFT's adapter name).
+
+    Batched over adapters of equal shape; one copy from the device for all of them. A singular value of ΔW below about
+    1e-3 of the largest carries the rounding of float32 Grams.
+
+    Raises:
+        ArgumentError: not a module.
+    """
+    found = pairs.of_model(model)
+    pairs.check(found, set())
+    groups: dict[tuple, list[Pair]] = {}
+    for pair in found:
+        groups.setdefault((pair.a.shape, pair.b.shape, pair.a.dtype, pair.a.device), []).append(pair)
+    if not groups:
+        return {}
+    device = found[0].a.device
+    columns = [_measure(members).to(device) for members in groups.values()]
+    rows = torch.cat(columns).tolist()  # the one copy
+    names = [pair.name for members in groups.values() for pair in members]
+    order = {pair.name: i for i, pair in enumerate(found)}
+    stats = {name: AdapterStats(*row[:6], int(row[6]), *row[7:]) for name, row in zip(names, rows, strict=True)}
+    return dict(sorted(stats.items(), key=lambda item: order[item[0]]))
+
+
+def _measure(members: list[Pair]) -> Tensor:
+    """(L, 11) in float64: AdapterStats's fields of pairs of one shape."""
+    a, b = torch.stack([pair.a for pair in members]), torch.stack([pair.b for pair in members])
+    ka, kb = (gram.double() for gram in step.grams(a, b)[:2])
+    scaling = torch.tensor([abs(pair.scaling) for pair in members], dtype=torch.float64, device=ka.device)
+    eigen_a, eigen_b = (torch.linalg.eigvalsh(k).clamp(min=0) for k in (ka, kb))
+    values, q = torch.linalg.eigh(ka)
+    root = q * values.clamp(min=0).sqrt()[:, None, :]
+    sigma = scaling[:, None] * torch.linalg.eigvalsh(root.mT @ kb @ root).clamp(min=0).sqrt()
+    size_a, size_b = eigen_a.sum(-1), eigen_b.sum(-1)
+    largest, frobenius = sigma[:, -1], sigma.square().sum(-1).sqrt()
+    smallest = torch.minimum(eigen_a[:, 0], eigen_b[:, 0])
+    rho = b.shape[2] / b.shape[1]
+    fields = [
+        size_a.sqrt(),
+        size_b.sqrt(),
+        ((size_a / a[0].numel()) / (size_b / b[0].numel())).sqrt(),
+        frobenius,
+        largest,
+        sigma.sum(-1),
+        (sigma > SIGNIFICANT).sum(-1).double(),
+        torch.where(largest > 0, (frobenius / largest).square(), 0.0),
+        torch.linalg.matrix_norm(ka - kb),
+        torch.linalg.matrix_norm(ka - rho * kb),
+        (eigen_a[:, -1] + eigen_b[:, -1]) / smallest,
+    ]
+    return torch.stack(fields, -1)
