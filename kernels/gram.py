@@ -1,0 +1,224 @@
+"""The five r×r Grams of every adapter pair, in one launch.
+
+Math      Ka = a aᵀ   Kb = bᵀb   Kp = da daᵀ   Kq = dbᵀdb   K = da aᵀ
+          With x = aᵀ or b and y = daᵀ or db, tiles [BLOCK_D, BLOCK_R], they are xᵀx, yᵀy and yᵀx summed over d.
+Grid      (chunks of all factors, blocks of the Gram): one program per chunk of d of one factor; above rank 64 the Gram
+          itself is cut into 64×64 blocks, one program each. A factor's last program to arrive, found by an integer
+          counter, adds the partial sums in the order of the chunks: the same inputs give the same bits, and there is
+          no second launch. Counters are left at zero; launches that share a table must be ordered (one stream).
+Shapes    a, da (r, d_in), b, db (d_out, r), any float, ranks may differ → float32 (n_pairs, R, R), R the largest rank,
+          zero beyond a pair's own. 16-bit products are exact in the float32 accumulator, float32 ones "ieee".
+Roofline  every operand once against 2 r operations an element and Gram: memory bound for 16-bit; partial sums add
+          3 r / chunk of the bytes (chunk 2048 at r = 16).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import grouped_tiles
+from .launch import on_device
+from .primitives import dot
+from .table import (
+    COUNT,
+    FIRST,
+    INDEX,
+    SIDE,
+    SIDE_A,
+    TL_DTYPE,
+    Factor,
+    Table,
+    entry,
+    group,
+    offsets,
+    sizes,
+    tensor_at,
+)
+
+
+@triton.jit
+def block_offsets(i_row, i_col, R_MAX: tl.constexpr):
+    return i_row[:, None] * R_MAX + i_col[None, :]
+
+
+@triton.jit
+def deposit(b_gram, p_partial, p_total, i_row, i_col, count, R_MAX: tl.constexpr):
+    """A program's Gram block: to its place among the partial sums, or to the result where it is the only one."""
+    o_block = block_offsets(i_row, i_col, R_MAX)
+    mask = (i_row < R_MAX)[:, None] & (i_col < R_MAX)[None, :]
+    if count == 1:
+        tl.store(p_total + o_block, b_gram, mask=mask)
+    else:
+        tl.store(p_partial + o_block, b_gram, mask=mask)
+
+
+@triton.jit
+def last_to_arrive(counter, count):
+    """Whether this program is the last of ``count`` to come here: then all their stores can be read."""
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
+    tl.debug_barrier()
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def add_up(p_partial, p_total, stride, i_row, i_col, count, R_MAX: tl.constexpr):
+    """total = Σ_k partial[k], k ascending."""
+    o_block = block_offsets(i_row, i_col, R_MAX)
+    mask = (i_row < R_MAX)[:, None] & (i_col < R_MAX)[None, :]
+    b_total = tl.zeros([i_row.shape[0], i_col.shape[0]], dtype=tl.float32)
+    for _ in range(0, count):
+        b_total += tl.load(p_partial + o_block, mask=mask, other=0.0, cache_modifier=".cg")
+        p_partial += stride
+    tl.store(p_total + o_block, b_total, mask=mask)
+
+
+@triton.jit
+def load_block(p, i_d, i_r, d, r, IS_A: tl.constexpr):
+    mask = (i_d < d)[:, None] & (i_r < r)[None, :]
+    return tl.load(p + offsets(i_d, i_r, d, r, IS_A), mask=mask, other=0.0)  # [BLOCK_D, BLOCK_R]
+
+
+@triton.jit
+def gram_factor(
+    entries, partials, totals, counters, i_tensor, i_chunk, n_pairs,
+    XX: tl.constexpr, YY: tl.constexpr, YX: tl.constexpr, IS_A: tl.constexpr, DTYPE_X: tl.constexpr,
+    DTYPE_Y: tl.constexpr, UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, R_MAX: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one factor. XX, YY, YX: the result a Gram goes to, -1 where it is not wanted."""
+    WHOLE: tl.constexpr = R_MAX <= BLOCK_R
+    N_BLOCKS: tl.constexpr = (R_MAX + BLOCK_R - 1) // BLOCK_R
+    SIZE: tl.constexpr = R_MAX * R_MAX
+    x = tensor_at(entries, i_tensor, 0, DTYPE_X, ALIGNED)
+    y = tensor_at(entries, i_tensor, 1, DTYPE_Y, ALIGNED)
+    d, r = sizes(entries, i_tensor, UNIFORM_R, ALIGNED)
+    i_row = (tl.program_id(1) // N_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
+    i_col = (tl.program_id(1) % N_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
+    b_xx = tl.zeros([BLOCK_R, BLOCK_R], dtype=tl.float32)
+    b_yy = tl.zeros([BLOCK_R, BLOCK_R], dtype=tl.float32)
+    b_yx = tl.zeros([BLOCK_R, BLOCK_R], dtype=tl.float32)
+    start = i_chunk.to(tl.int64) * CHUNK
+    for o_d in range(start, tl.minimum(start + CHUNK, d), BLOCK_D):
+        i_d = o_d + tl.arange(0, BLOCK_D)
+        if XX >= 0 or YX >= 0:
+            b_x = load_block(x, i_d, i_col, d, r, IS_A)
+        if YY >= 0 or YX >= 0:
+            b_y = load_block(y, i_d, i_row, d, r, IS_A)
+        if XX >= 0:
+            b_x_row = b_x if WHOLE else load_block(x, i_d, i_row, d, r, IS_A)
+            b_xx = dot(tl.trans(b_x_row), b_x, b_xx, "ieee")
+        if YY >= 0:
+            b_y_col = b_y if WHOLE else load_block(y, i_d, i_col, d, r, IS_A)
+            b_yy = dot(tl.trans(b_y), b_y_col, b_yy, "ieee")
+        if YX >= 0:
+            b_yx = dot(tl.trans(b_y), b_x, b_yx, "ieee")
+    index, first = entry(entries, i_tensor, INDEX), entry(entries, i_tensor, FIRST)
+    count = entry(entries, i_tensor, COUNT)
+    p_first, stride = partials + first * 3 * SIZE, 3 * SIZE
+    p_mine = p_first + i_chunk.to(tl.int64) * stride
+    p_total = totals + index * SIZE
+    o_xx, o_yy, o_yx = XX * n_pairs * SIZE, YY * n_pairs * SIZE, YX * n_pairs * SIZE
+    if XX >= 0:
+        deposit(b_xx, p_mine, p_total + o_xx, i_row, i_col, count, R_MAX)
+    if YY >= 0:
+        deposit(b_yy, p_mine + SIZE, p_total + o_yy, i_row, i_col, count, R_MAX)
+    if YX >= 0:
+        deposit(b_yx, p_mine + 2 * SIZE, p_total + o_yx, i_row, i_col, count, R_MAX)
+    if count > 1:  # noqa: SIM102 - a jit function evaluates both sides of an `and`
+        if last_to_arrive(counters + i_tensor * N_BLOCKS * N_BLOCKS + tl.program_id(1), count):
+            if XX >= 0:
+                add_up(p_first, p_total + o_xx, stride, i_row, i_col, count, R_MAX)
+            if YY >= 0:
+                add_up(p_first + SIZE, p_total + o_yy, stride, i_row, i_col, count, R_MAX)
+            if YX >= 0:
+                add_up(p_first + 2 * SIZE, p_total + o_yx, stride, i_row, i_col, count, R_MAX)
+
+
+@triton.jit
+def lora_gram_kernel(
+    entries, tiles, partials, totals, counters, n_pairs, DTYPE_A: tl.constexpr, DTYPE_DA: tl.constexpr,
+    KA: tl.constexpr, KB: tl.constexpr, KP: tl.constexpr, KQ: tl.constexpr, K: tl.constexpr,
+    UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, R_MAX: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    i_tensor, i_chunk = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
+    if entry(entries, i_tensor, SIDE) == SIDE_A:
+        gram_factor(
+            entries, partials, totals, counters, i_tensor, i_chunk, n_pairs, KA, KP, K, True, DTYPE_A, DTYPE_DA,
+            UNIFORM_R, ALIGNED, R_MAX, CHUNK, BLOCK_D, BLOCK_R,
+        )  # fmt: skip
+    else:
+        gram_factor(
+            entries, partials, totals, counters, i_tensor, i_chunk, n_pairs, KB, KQ, -1, False, DTYPE_A, DTYPE_DA,
+            UNIFORM_R, ALIGNED, R_MAX, CHUNK, BLOCK_D, BLOCK_R,
+        )  # fmt: skip
+
+
+class Grams(NamedTuple):
+    """Each float32 (n_pairs, R, R), or None where it was not asked for."""
+
+    ka: torch.Tensor | None
+    kb: torch.Tensor | None
+    kp: torch.Tensor | None
+    kq: torch.Tensor | None
+    k: torch.Tensor | None
+
+
+def gram(
+    a: list[torch.Tensor],
+    b: list[torch.Tensor],
+    da: list[torch.Tensor] | None = None,
+    db: list[torch.Tensor] | None = None,
+    wanted: tuple[str, ...] = ("ka", "kb"),
+) -> Grams:
+    """a (r, d_in), b (d_out, r) and their gradients, one of each per pair → the Grams named in ``wanted``: ka = a aᵀ,
+    kb = bᵀb, kp = da daᵀ, kq = dbᵀdb, k = da aᵀ. All tensors contiguous; da and db only where wanted."""
+    unknown = set(wanted) - set(Grams._fields)
+    if unknown:
+        raise ValueError(f"lora_fast: wanted: expected some of {Grams._fields}, got {sorted(unknown)}")
+    slots = {name: wanted.index(name) if name in wanted else -1 for name in Grams._fields}
+    n_pairs, r_max = len(a), max((t.shape[0] for t in a), default=1)
+    totals = torch.empty((len(wanted), n_pairs, r_max, r_max), dtype=torch.float32, device=a[0].device if a else None)
+    if n_pairs and wanted:
+        factors = []
+        if {"ka", "kp", "k"} & set(wanted):
+            factors += [Factor((x, y), True, i) for i, (x, y) in enumerate(zip(a, da or a, strict=True))]
+        if {"kb", "kq"} & set(wanted):
+            factors += [Factor((x, y), False, i) for i, (x, y) in enumerate(zip(b, db or b, strict=True))]
+        tile = grouped_tiles.tile("gram", max(16, r_max))
+        for table in group(factors, tile.chunk):
+            _launch(table, totals, slots, tile)
+    return Grams(*(totals[slot] if slot >= 0 else None for slot in slots.values()))
+
+
+def factor_grams(tensors: list[torch.Tensor], is_a: list[bool]) -> torch.Tensor:
+    """p pᵀ where rank is first, pᵀp where it is last, for any list: float32 (n, R, R), R the largest rank."""
+    r_max = max((t.shape[0 if side else 1] for t, side in zip(tensors, is_a, strict=True)), default=1)
+    device = tensors[0].device if tensors else None
+    totals = torch.empty((1, len(tensors), r_max, r_max), dtype=torch.float32, device=device)
+    if tensors:
+        tile = grouped_tiles.tile("gram", max(16, r_max))
+        slots = {"ka": 0, "kb": 0, "kp": -1, "kq": -1, "k": -1}
+        factors = [Factor((t, t), side, i) for i, (t, side) in enumerate(zip(tensors, is_a, strict=True))]
+        for table in group(factors, tile.chunk):
+            _launch(table, totals, slots, tile)
+    return totals[0]
+
+
+def _launch(table: Table, totals: torch.Tensor, slots: dict[str, int], tile: grouped_tiles.Tile) -> None:
+    _, n_pairs, r_max, _ = totals.shape
+    n_blocks = triton.cdiv(r_max, tile.r) ** 2
+    partials = torch.empty((table.programs, 3, r_max, r_max), dtype=torch.float32, device=totals.device)
+    dtype_x, dtype_y = (TL_DTYPE[dtype] for dtype in table.dtypes)
+    with on_device(totals):
+        lora_gram_kernel[(table.programs, n_blocks)](
+            table.entries, table.tiles, partials, totals, table.counters, n_pairs, DTYPE_A=dtype_x, DTYPE_DA=dtype_y,
+            **{name.upper(): slot for name, slot in slots.items()},
+            UNIFORM_R=table.uniform_r, ALIGNED=table.aligned, R_MAX=r_max,
+            CHUNK=tile.chunk, BLOCK_D=tile.d, BLOCK_R=tile.r, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip

@@ -1,0 +1,69 @@
+"""Run by test_step_kernels.py in a process of its own, without the interpreter: compiles the launches of the adapter
+step for one arch and prints what each uses, one JSON object a line."""
+
+import json
+import sys
+
+import torch
+
+from lora_fast.kernels import compiled, gram, step
+
+D_IN, D_OUT = 4096, 1024
+
+
+def tensors(r: int, dtype: torch.dtype, ranks: list[int] | None = None) -> tuple[list, list]:
+    ranks = ranks or [r, r]
+    return [torch.zeros(k, D_IN, dtype=dtype) for k in ranks], [torch.zeros(D_OUT, k, dtype=dtype) for k in ranks]
+
+
+def run_gram(r: int, dtype: torch.dtype) -> None:
+    a, b = tensors(r, dtype)
+    gram.gram(a, b, a, b, ("ka", "kb", "kp", "kq", "k"))
+
+
+def run_step(r: int, dtype: torch.dtype, **options) -> None:
+    """Two factors; ``options`` switch work on."""
+    a, b = tensors(r, dtype)
+    row, square = torch.ones(4, r), torch.zeros(4, r, r)
+    work = step.Work(
+        additive=row[:, 0].contiguous() if options.get("add") else None,
+        matrices=square if options.get("matrix") else None,
+        scale_p=row if options.get("scale") else None,
+        scale_g=row if options.get("scale") else None,
+        gram=options.get("gram", False),
+    )
+    factors = [(t, t, t.float(), t.float()) for t in a + b]
+    step.step_(factors, [True, True, False, False], torch.ones(1, 5, dtype=torch.float64), torch.ones(1), work)
+
+
+def run_plain(r: int, dtype: torch.dtype) -> None:
+    run_step(r, dtype)
+
+
+def run_full(r: int, dtype: torch.dtype) -> None:
+    run_step(r, dtype, add=True, matrix=True, scale=True, gram=True)
+
+
+def run_transform(r: int, dtype: torch.dtype) -> None:
+    a, b = tensors(r, dtype)
+    step.transform_(a + b, [True, True, False, False], torch.zeros(4, r, r))
+
+
+OPS = {"gram": run_gram, "plain": run_plain, "full": run_full, "transform": run_transform}
+
+
+def main(arch: int, jobs: list[str]) -> None:
+    """A job is op:dtype:ranks, as gram:float32:1,16."""
+    for op, dtype, ranks in (job.split(":") for job in jobs):
+        for r in (int(r) for r in ranks.split(",")):
+            with compiled.recorded() as launches:
+                OPS[op](r, getattr(torch, dtype))
+            for launch in launches:
+                used = compiled.resources(compiled.compile_for(launch, arch))
+                row = {"kernel": launch.kernel.__name__, "op": op, "r": r, "dtype": dtype}
+                row |= {"registers": used.registers, "stack": used.stack, "spills": used.spills, "shared": used.shared}
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

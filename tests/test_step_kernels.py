@@ -1,0 +1,400 @@
+"""The grouped kernels of the adapter step against float64, through Triton's interpreter (natively on a CUDA machine):
+mixed shapes and ranks, poisoned buffers, determinism, exact traffic, launches that do not grow with the layers."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from budget import check, error
+from triton.runtime.interpreter import InterpretedFunction
+
+from lora_fast.kernels import gram, interpreted, step, table
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block: CUDA programming guide, table 30
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+ALL = gram.Grams._fields
+MIXED = [(4, 33, 70), (7, 64, 5), (16, 2300, 1), (1, 1, 9), (16, 512, 4096), (3, 8, 16)]  # r, d_in, d_out
+DEEP = [(16, 5000, 4100)]  # several chunks each way
+RANKS = [1, 8, 17, 33, 64, 100, 256]
+
+
+@contextmanager
+def poisoned_empty():
+    """torch.empty full of NaN: a kernel that leaves an element unwritten, or reads one, shows."""
+    empty = torch.empty
+    torch.empty = lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan"))
+    try:
+        yield
+    finally:
+        torch.empty = empty
+
+
+def randn(*shape, seed=0, dtype=FLOAT32):
+    generator = torch.Generator().manual_seed(hash((shape, seed)) % (1 << 31))
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def pairs(shapes, dtype, seed=0):
+    """a, b, da, db: lists of one tensor per pair."""
+    a = [randn(r, d_in, seed=seed + i, dtype=dtype) for i, (r, d_in, _) in enumerate(shapes)]
+    b = [randn(d_out, r, seed=seed + i + 100, dtype=dtype) for i, (r, _, d_out) in enumerate(shapes)]
+    da = [randn(*t.shape, seed=seed + i + 200, dtype=dtype) for i, t in enumerate(a)]
+    db = [randn(*t.shape, seed=seed + i + 300, dtype=dtype) for i, t in enumerate(b)]
+    return a, b, da, db
+
+
+def check_padded(name, got, exact, eager, computed_in=FLOAT32):
+    """A padded (R, R) result: right within its own rank, zero beyond."""
+    r = exact.shape[0]
+    check(name, got[:r, :r], exact, error(eager, exact), computed_in)
+    assert got[r:].eq(0).all() and got[:, r:].eq(0).all(), f"{name}: not zero beyond rank {r}"
+
+
+def gram_formulas(a, b, da, db):
+    return {"ka": a @ a.T, "kb": b.T @ b, "kp": da @ da.T, "kq": db.T @ db, "k": da @ a.T}
+
+
+def check_grams(shapes, dtype, wanted=ALL):
+    tensors = pairs(shapes, dtype)
+    with poisoned_empty():
+        got = gram.gram(*tensors, wanted)
+    for i, of_pair in enumerate(zip(*tensors, strict=True)):
+        exact = gram_formulas(*(t.double() for t in of_pair))
+        eager = gram_formulas(*(t.float() for t in of_pair))
+        for name in wanted:
+            check_padded(f"{name} of pair {i}", getattr(got, name)[i], exact[name], eager[name])
+    for name in set(ALL) - set(wanted):
+        assert getattr(got, name) is None
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16])
+def test_grams_of_mixed_pairs(dtype):
+    check_grams(MIXED, dtype)
+
+
+@pytest.mark.parametrize("r", RANKS)
+def test_grams_of_every_rank(r):
+    check_grams([(r, 70, 33), (max(1, r // 2), 16, 128)], FLOAT32)
+
+
+@pytest.mark.parametrize("wanted", [("ka",), ("kb",), ("kp", "k"), ("kq", "kb"), ("k", "ka", "kb")], ids="-".join)
+def test_subsets_of_grams(wanted):
+    check_grams([(5, 3000, 2100), (4, 9, 8)], FLOAT32, wanted)
+
+
+def test_grams_of_mixed_dtypes():
+    """Factors and gradients of two dtypes each: one launch for each combination."""
+    a, b, da, db = pairs([(4, 40, 24), (8, 2200, 16)], FLOAT32)
+    a[1], da[1], b[0] = a[1].half(), da[1].half(), b[0].bfloat16()
+    got = gram.gram(a, b, da, db, ALL)
+    for i, of_pair in enumerate(zip(a, b, da, db, strict=True)):
+        exact, eager = (gram_formulas(*(t.to(d) for t in of_pair)) for d in (torch.float64, FLOAT32))
+        for name in ALL:
+            check_padded(f"{name} of pair {i}", getattr(got, name)[i], exact[name], eager[name])
+
+
+def test_grams_of_nothing():
+    assert gram.gram([], []).ka.shape == (0, 1, 1)
+    empty = gram.gram([torch.empty(3, 0, device=DEVICE)], [torch.empty(0, 3, device=DEVICE)])
+    assert empty.ka.eq(0).all() and empty.kb.eq(0).all()
+
+
+def test_nan_stays_in_its_pair():
+    a, b, da, db = pairs([(4, 2500, 16)] * 3, FLOAT32)
+    clean = gram.gram(a, b, da, db, ALL)
+    a[1][2, 2400] = float("nan")
+    got = gram.gram(a, b, da, db, ALL)
+    assert got.ka[1].isnan().any() and got.k[1].isnan().any()
+    for name, pair in itertools.product(ALL, (0, 2)):
+        assert torch.equal(getattr(got, name)[pair], getattr(clean, name)[pair])
+
+
+@pytest.mark.parametrize("bad, message", [("strided", "contiguous"), ("float64", "float32"), ("shape", "shape")])
+def test_bad_tensors_are_named(bad, message):
+    a, b, da, db = pairs([(4, 16, 8)], FLOAT32)
+    da[0] = {"strided": da[0].T.contiguous().T, "float64": da[0].double(), "shape": da[0][:, :8].contiguous()}[bad]
+    with pytest.raises(ValueError, match=message):
+        gram.gram(a, b, da, db, ALL)
+
+
+# ---- AdamW and what surrounds it
+
+
+def step_case(ranks, dtype, seed=0, lengths=(70, 33, 600, 5, 1100), state=FLOAT32):
+    """Factors (p, g, m, v) with sides alternating, and everything that step_ can be given."""
+    n, r_max = len(ranks), max(ranks)
+    is_a = [i % 2 == 0 for i in range(n)]
+    shapes = [(r, d) if side else (d, r) for r, d, side in zip(ranks, itertools.cycle(lengths), is_a, strict=False)]
+    factors = []
+    for i, shape in enumerate(shapes):
+        p, g = randn(*shape, seed=seed + i, dtype=dtype), randn(*shape, seed=seed + i + 50, dtype=dtype)
+        m = (0.1 * randn(*shape, seed=seed + i + 100)).to(state)
+        v = (0.01 * randn(*shape, seed=seed + i + 150).square()).to(state)
+        factors.append((p, g, m, v))
+    hyper = torch.tensor([[1e-2 * (i + 1), 0.9, 0.999, 1e-8, 0.1 * i] for i in range(n)], dtype=torch.float64)
+    extras = {
+        "additive": randn(n, seed=seed + 1),
+        "matrices": randn(n, r_max, r_max, seed=seed + 2) / r_max**0.5,
+        "scale_p": 0.5 + randn(n, r_max, seed=seed + 3).abs(),
+        "scale_g": 0.5 + randn(n, r_max, seed=seed + 4).abs(),
+    }
+    steps = torch.tensor([1.0, 2.0, 10.0, 1000.0, 1.0])[:n] if n <= 5 else torch.arange(1.0, n + 1)
+    return factors, is_a, hyper.to(DEVICE), steps.to(DEVICE), extras
+
+
+def step_formula(tensors, is_a, hyper, t, extras, dtype):
+    """The step of one factor in ``dtype``: new p, m, v."""
+    p, g, m, v = (x.to(dtype) for x in tensors)
+    r = p.shape[0 if is_a else 1]
+    c, matrix, d, e = (None if x is None else x.to(dtype) for x in extras)
+    if c is not None:
+        g = g + c * p
+    if matrix is not None:
+        g = matrix[:r, :r] @ g if is_a else g @ matrix[:r, :r]
+    if d is not None:
+        d, e = (x[:r, None] if is_a else x[:r] for x in (d, e))
+        p, g, m, v = d * p, e * g, e * m, e * e * v
+    lr, beta1, beta2, eps, decay = hyper
+    m = m + (1 - beta1) * (g - m)
+    v = beta2 * v + (1 - beta2) * g * g
+    p = p * (1 - lr * decay) - lr / (1 - beta1**t) * m / (v.sqrt() / (1 - beta2**t) ** 0.5 + eps)
+    return p, m, v
+
+
+def check_step(ranks, dtype, on, want_gram, state=FLOAT32):
+    factors, is_a, hyper, steps, extras = step_case(ranks, dtype, state=state)
+    before = [tuple(t.clone() for t in tensors) for tensors in factors]
+    extras = {name: value if name in on else None for name, value in extras.items()}
+    with poisoned_empty():
+        got_gram = step.step_(factors, is_a, hyper, steps, step.Work(**extras, gram=want_gram))
+    for i, tensors in enumerate(factors):
+        of_factor = [None if x is None else x[i] for x in extras.values()]
+        arguments = before[i], is_a[i], hyper[i].tolist(), steps[i].item(), of_factor
+        exact, eager = step_formula(*arguments, torch.float64), step_formula(*arguments, FLOAT32)
+        assert torch.equal(tensors[1], before[i][1]), "the gradient is only read"
+        for name, got, right, plain in zip("pmv", (tensors[0], *tensors[2:]), exact, eager, strict=True):
+            check(f"{name} of factor {i}", got, right, error(plain.to(got.dtype), right), got.dtype)
+        if want_gram:
+            p = tensors[0].double()
+            right, plain = (x @ x.T if is_a[i] else x.T @ x for x in (p, p.float()))
+            check_padded(f"gram of factor {i}", got_gram[i], right, plain)
+    assert (got_gram is None) == (not want_gram)
+
+
+EVERYTHING = ("additive", "matrices", "scale_p", "scale_g")
+WORK = [(), ("additive",), ("matrices",), ("additive", "matrices"), ("scale_p", "scale_g"), EVERYTHING]
+
+
+@pytest.mark.parametrize("want_gram", [False, True], ids=["", "gram"])
+@pytest.mark.parametrize("on", WORK, ids=lambda on: "-".join(on) or "adamw")
+def test_step(on, want_gram):
+    check_step([4, 7, 16, 1, 3], FLOAT32, on, want_gram)
+
+
+@pytest.mark.parametrize("dtype, state", [(FLOAT16, FLOAT32), (BFLOAT16, FLOAT32), (BFLOAT16, BFLOAT16)])
+@pytest.mark.parametrize("on", [(), EVERYTHING], ids=["adamw", "everything"])
+def test_step_in_16_bits(dtype, state, on):
+    check_step([4, 7, 16, 1, 8], dtype, on, True, state)
+
+
+@pytest.mark.parametrize("r", RANKS)
+def test_step_of_every_rank(r):
+    check_step([r, r, max(1, r // 2)], FLOAT32, EVERYTHING, True)
+
+
+def test_step_is_torchs_adamw():
+    """Ten steps beside torch.optim.AdamW: as far from float64's as float32's are."""
+    shapes = [(16, 200), (300, 16)]
+    start = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
+    runs = {}
+    for dtype in (torch.float64, FLOAT32):
+        parameters = [torch.nn.Parameter(p.to(dtype, copy=True)) for p in start]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1)
+        for t in range(10):
+            for i, p in enumerate(parameters):
+                p.grad = randn(*p.shape, seed=1000 * t + i).to(dtype)
+            optimizer.step()
+        runs[dtype] = [p.detach() for p in parameters]
+    factors = [(p.clone(), torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p)) for p in start]
+    hyper = torch.tensor([[1e-2, 0.9, 0.99, 1e-6, 0.1]], dtype=torch.float64, device=DEVICE)
+    for t in range(10):
+        for i, tensors in enumerate(factors):
+            tensors[1].copy_(randn(*tensors[1].shape, seed=1000 * t + i))
+        step.step_(factors, [True, False], hyper, torch.tensor([t + 1.0], device=DEVICE))
+    for (p, *_), exact, eager in zip(factors, runs[torch.float64], runs[FLOAT32], strict=True):
+        check("p", p, exact, error(eager, exact), FLOAT32)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16])
+@pytest.mark.parametrize("r", [1, 8, 40, 64, 150])
+def test_transform(r, dtype):
+    factors, is_a, *_, extras = step_case([r, r, max(1, r - 3)], dtype)
+    tensors, matrices = [f[0] for f in factors], extras["matrices"]
+    before, versions = [t.clone() for t in tensors], [t._version for t in tensors]
+    step.transform_(tensors, is_a, matrices)
+    for i, (p, old) in enumerate(zip(tensors, before, strict=True)):
+        k = old.shape[0 if is_a[i] else 1]
+        formula = lambda x, m, i=i, k=k: m[i, :k, :k] @ x if is_a[i] else x @ m[i, :k, :k]
+        exact, eager = formula(old.double(), matrices.double()), formula(old.float(), matrices).to(dtype)
+        check(f"factor {i}", p, exact, error(eager, exact), dtype)
+    assert all(t._version > v for t, v in zip(tensors, versions, strict=True)), "autograd is told"
+
+
+def test_step_of_nothing():
+    hyper, steps = torch.ones(1, 5, dtype=torch.float64, device=DEVICE), torch.ones(1, device=DEVICE)
+    assert step.step_([], [], hyper, steps, step.Work(gram=True)).shape == (0, 1, 1)
+    step.transform_([], [], torch.empty(0, 1, 1, device=DEVICE))
+
+
+@pytest.mark.parametrize("name", ["matrices", "scale_g", "additive", "hyper"])
+def test_bad_work_is_named(name):
+    factors, is_a, hyper, steps, extras = step_case([4, 4], FLOAT32)
+    if name == "hyper":
+        hyper = hyper.float()
+    else:
+        extras[name] = extras[name].repeat(2, *[1] * (extras[name].ndim - 1))
+    with pytest.raises(ValueError, match=name):
+        step.step_(factors, is_a, hyper, steps, step.Work(**extras))
+
+
+def test_same_inputs_same_bits():
+    def run():
+        factors, is_a, hyper, steps, extras = step_case([16, 16, 5], FLOAT32, lengths=(1500, 1100, 700))
+        grams = step.step_(factors, is_a, hyper, steps, step.Work(**extras, gram=True))
+        step.transform_([f[0] for f in factors], is_a, extras["matrices"])
+        five = gram.gram(*pairs(DEEP, FLOAT32), ALL)
+        return [grams, *five, *(t for f in factors for t in f)]
+
+    first = run()
+    for _ in range(3):
+        assert all(torch.equal(one, again) for one, again in zip(first, run(), strict=True))
+
+
+# ---- The table
+
+
+def test_table_is_kept_until_an_address_changes():
+    a, b, *_ = pairs([(4, 16, 8)], FLOAT32)
+    rows = lambda: [table.Factor((a[0],), True, 0), table.Factor((b[0],), False, 0)]
+    first = table.group(rows(), 64)[0]
+    assert table.group(rows(), 64)[0] is first
+    moved = a[0].clone()
+    a[0] = moved
+    second = table.group(rows(), 64)[0]
+    assert second is not first and second.entries[0, 0] == moved.data_ptr()
+    assert second.tiles is first.tiles, "the tile map depends on sizes alone"
+    a[0] = a[0].view(16, 4)
+    assert table.group(rows(), 64)[0] is not second, "same address, other shape"
+
+
+def test_table_forgets():
+    held = [randn(4, 16, seed=i) for i in range(2 * table.KEPT)]
+    for tensor in held:
+        table.group([table.Factor((tensor,), True, 0)], 64)
+    assert len(table._tables) <= table.KEPT
+
+
+def test_moved_gradients_are_followed():
+    """Fresh gradients every step, as after zero_grad(set_to_none=True)."""
+    a, b, da, db = pairs([(4, 16, 8)], FLOAT32)
+    for seed in range(5):
+        da = [randn(*da[0].shape, seed=seed)]
+        got = gram.gram(a, b, da, db, ("k",)).k[0]
+        torch.testing.assert_close(got, da[0] @ a[0].T)
+
+
+# ---- Counted by the interpreter, and compiled
+
+COUNTED = pytest.mark.skipif(DEVICE.type == "cuda", reason="counted by the interpreter")
+
+
+def size(*tensors: torch.Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def llama_pairs(r, dtype):
+    """Factors of one layer: 4096 square, grouped-query, and the wide way up and down."""
+    shapes = [(r, 4096, 4096), (r, 4096, 1024), (r, 4096, 14336), (r, 14336, 4096)]
+    return pairs(shapes if r <= 16 else [(r, 8192, 8192)], dtype)
+
+
+@COUNTED
+@pytest.mark.parametrize("r, dtype", [(16, FLOAT32), (16, BFLOAT16), (64, FLOAT32)])
+def test_gram_traffic(r, dtype):
+    tensors = llama_pairs(r, dtype)
+    with interpreted.traffic() as counted:
+        got = gram.gram(*tensors, ALL)
+    minimum = size(*got, *(t for of_kind in tensors for t in of_kind))
+    assert minimum <= counted.total <= 1.05 * minimum, f"{counted.total / minimum:.4f}"
+
+
+@COUNTED
+@pytest.mark.parametrize(
+    "r, on, want_gram",
+    [(16, (), False), (8, EVERYTHING, True), (16, EVERYTHING, True), (64, EVERYTHING, True)],
+    ids=["16-adamw", "8-everything", "16-everything", "64-everything"],
+)
+def test_step_traffic(r, on, want_gram):
+    """p, g, m, v read once and p, m, v written once, and the Grams."""
+    a, b, *_ = llama_pairs(r, FLOAT32)
+    factors = [(t, t.clone(), t.clone(), t.abs()) for t in a + b]
+    n = len(factors)
+    extras = {"additive": (n,), "matrices": (n, r, r), "scale_p": (n, r), "scale_g": (n, r)}
+    extras = {name: torch.ones(shape) for name, shape in extras.items() if name in on}
+    hyper, steps = torch.full((n, 5), 0.5, dtype=torch.float64), torch.ones(n)
+    with interpreted.traffic() as counted:
+        is_a = [True] * len(a) + [False] * len(b)
+        got = step.step_(factors, is_a, hyper, steps, step.Work(**extras, gram=want_gram))
+    minimum = 7 * size(*a, *b) + size(*extras.values()) + (size(got) if want_gram else 0)
+    assert minimum <= counted.total <= 1.05 * minimum, f"{counted.total / minimum:.4f}"
+
+
+@COUNTED
+def test_transform_traffic():
+    a, b, *_ = llama_pairs(16, FLOAT32)
+    matrices = torch.zeros(8, 16, 16)
+    with interpreted.traffic() as counted:
+        step.transform_(a + b, [True] * 4 + [False] * 4, matrices)
+    minimum = 2 * size(*a, *b) + size(matrices)
+    assert minimum <= counted.total <= 1.05 * minimum, f"{counted.total / minimum:.4f}"
+
+
+@COUNTED
+@pytest.mark.parametrize("n_pairs", [1, 24, 224])
+def test_launches_do_not_grow(n_pairs, monkeypatch):
+    monkeypatch.setattr(InterpretedFunction, "run", lambda *args, **kwargs: None)  # counted, not made
+    shapes = [(2 + i % 3, 16 + 8 * (i % 2), 8) for i in range(n_pairs)]
+    a, b, da, db = pairs(shapes, FLOAT32)
+    factors = [(p, g, torch.zeros_like(p), torch.zeros_like(p)) for p, g in zip(a + b, da + db, strict=True)]
+    is_a = [True] * n_pairs + [False] * n_pairs
+    hyper, max_rank = torch.tensor([[1e-2, 0.9, 0.999, 1e-8, 0.0]], dtype=torch.float64), min(n_pairs + 1, 4)
+    with interpreted.traffic() as counted:
+        gram.gram(a, b, da, db, ALL)
+        step.step_(factors, is_a, hyper, torch.ones(1), step.Work(gram=True))
+        step.transform_(a + b, is_a, torch.zeros(2 * n_pairs, max_rank, max_rank))
+    assert counted.launches == ["lora_gram_kernel", "lora_step_kernel", "lora_transform_kernel"]
+
+
+JOBS = ["gram:float32:1,16,64,128", "gram:bfloat16:8,64", "plain:float32:16", "full:float32:1,16,64,128"]
+JOBS += ["full:bfloat16:8", "transform:float32:8,16,64,128"]
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100], ids=lambda arch: f"sm_{arch}")
+def test_step_compiles_clean(arch):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    worker = [sys.executable, str(Path(__file__).with_name("compile_step.py")), str(arch), *JOBS]
+    done = subprocess.run(worker, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) >= sum(len(job.split(",")) for job in JOBS)
+    for row in rows:
+        where = f"sm_{arch} {row}"
+        assert row["stack"] == 0 and row["spills"] == 0, where
+        assert row["shared"] <= SHARED_LIMIT[arch], where
