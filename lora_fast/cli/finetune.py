@@ -10,6 +10,7 @@ import typer
 
 from . import run_folder
 from .display import Display, exit_codes
+from .methods import METHODS
 from .settings import DEFAULT_STEPS, Settings, absolute
 
 _BY_DEFAULT = Settings()
@@ -31,6 +32,8 @@ _OUTPUT = "A new folder for the results: if not given, the next number in runs/.
 _SAVE_EVERY = "Steps between checkpoints: if not given, a quarter of the run."
 _DTYPE = "auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16 or float16."
 _RESUME = "Continue the interrupted run in --output exactly where it stopped, with its settings."
+_METHOD = f"How the adapters are trained: {', '.join(METHODS)}."
+_METHOD_OPTIONS = "Of the method: lam=0.1,rho=0.05. A wrong one lists those there are."
 _ENGINE = "fused: one operation a layer. eager: PEFT's layers as they are."
 _COMPARE = "Run both engines from the same seed and lay their curves over each other."
 
@@ -52,6 +55,8 @@ def finetune(
     accumulation: Annotated[int, _option("Training", "Forward passes in one step.")] = _BY_DEFAULT.accumulation,
     dtype: Annotated[str, _option("Training", _DTYPE, metavar="NAME")] = _BY_DEFAULT.dtype,
     seed: Annotated[int, _option("Training", "Decides the fresh adapters and the order.")] = _BY_DEFAULT.seed,
+    method: Annotated[str, _option("Method", _METHOD, metavar="NAME")] = _BY_DEFAULT.method,
+    method_options: Annotated[str | None, _option("Method", _METHOD_OPTIONS, metavar="KEY=VALUE,…")] = None,
     engine: Annotated[str, _option("Engine", _ENGINE, metavar="fused|eager")] = _BY_DEFAULT.engine,
     compare: Annotated[bool, _option("Engine", _COMPARE, "--compare")] = False,
     output: Annotated[Path | None, _option("Results", _OUTPUT)] = None,
@@ -78,6 +83,10 @@ def finetune(
     - `lora-fast finetune --model Qwen/Qwen3-0.6B --data notes.txt --epochs 2 --rank 32 --alpha 64`
 
         your own model, text and adapter
+
+    - `lora-fast finetune --method ilora --method-options lam=0.1`
+
+        another method for the same adapters
 
     - `lora-fast finetune --output runs/smollm2-kjv-1 --resume`
 

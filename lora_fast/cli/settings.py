@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .. import checks
 from ..checks import ArgumentError
+from . import methods
 
 ENGINES = ("fused", "eager")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -32,6 +33,8 @@ class Settings:
     accumulation: int = 1
     dtype: str = "auto"
     seed: int = 0
+    method: str = "lora"
+    method_options: str | None = None
     prompt: str | None = None
     save_every: int | None = None
     engine: str = "fused"
@@ -75,6 +78,7 @@ class Settings:
         if not 0 <= self.seed < 2**32:
             raise ArgumentError("--seed", "an integer from 0 to 2**32 - 1", self.seed)
         checks.choice(self.engine, "--engine", ENGINES)
+        methods.build(self.method, self.method_options)
         checks.choice(self.dtype, "--dtype", DTYPES)
         if not all(self.target_modules):
             raise ArgumentError("--targets", "all-linear, or module names separated by commas", repr(self.targets))

@@ -15,7 +15,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from .. import fuse_
 from ..checks import ArgumentError
-from . import models, run_folder
+from ..optim import LoRAAdamW
+from . import methods, models, run_folder
 from .data import TokenData
 from .display import Display, Diverged
 from .measure import Record, Stopwatch, bytes_saved_for_backward
@@ -115,7 +116,12 @@ def train(job: Job, engine: str, model: PeftModel, layers: str, folder: Path) ->
         record = Record(**run_folder.read_json(checkpoint / run_folder.RECORD))
     recorder = Recorder(job, record, Stopwatch(args.device))
     trainer = transformers.Trainer(
-        model, args, train_dataset=job.data.train, eval_dataset=job.data.held_out, callbacks=[recorder]
+        model,
+        args,
+        train_dataset=job.data.train,
+        eval_dataset=job.data.held_out,
+        callbacks=[recorder],
+        optimizer_cls_and_kwargs=_optimizer(job.settings, model),
     )
     trainer.remove_callback(PrinterCallback)
     if not record.sample_before:
@@ -173,6 +179,12 @@ def _arguments(job: Job, folder: Path, resumed: bool) -> transformers.TrainingAr
     if args.device.type == "cuda":  # asking for the device counts the GPUs
         args._n_gpu = 1  # with more, Trainer would spread a batch over them with DataParallel
     return args
+
+
+def _optimizer(settings: Settings, model: PeftModel) -> tuple[type, dict] | None:
+    """What Trainer builds the optimizer of: LoRAAdamW for a method, its own AdamW for plain LoRA."""
+    chosen = methods.build(settings.method, settings.method_options)
+    return (LoRAAdamW, {"model": model, "lr": settings.lr, "methods": chosen}) if chosen else None
 
 
 class Recorder(transformers.TrainerCallback):
