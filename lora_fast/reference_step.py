@@ -88,13 +88,15 @@ def adamw(p: list, g: list, m: list, v: list, steps: list, lr, betas, eps: float
 
 
 def imbalance_step(a: Tensor, b: Tensor, rho: float, h_a: float | Tensor, h_b: float | Tensor) -> tuple[Tensor, Tensor]:
-    """iLoRA: what to subtract from a and to add to b: h D a and h ρ b D with D = a aᵀ − ρ bᵀb, each h clipped to
-    1 / ((1+ρ) max(σ₁(a)², ρ σ₁(b)²)), σ₁² bounded by the Gram's largest absolute row sum."""
+    """iLoRA: a − h D a and b + h ρ b D with D = a aᵀ − ρ bᵀb, each h clipped to 1 / ((1+ρ) max(σ₁(a)², ρ σ₁(b)²)), σ₁²
+    bounded by the Gram's largest absolute row sum. In float32 (float64)."""
+    a, b = wide(a), wide(b)
     ka, kb, *_ = grams(a, b)
     largest = torch.maximum(_row_sum(ka), rho * _row_sum(kb))
     bound = (1.0 / ((1.0 + rho) * largest))[:, None, None]  # infinite for a pair of zeros, whose D is 0
     d = ka - rho * kb
-    return (bound.clamp(max=h_a) * d) @ wide(a), wide(b) @ (rho * bound.clamp(max=h_b) * d)
+    new_a = torch.baddbmm(a, bound.clamp(max=h_a) * d, a, alpha=-1)
+    return new_a, torch.baddbmm(b, b, rho * bound.clamp(max=h_b) * d)
 
 
 def _row_sum(k: Tensor) -> Tensor:
