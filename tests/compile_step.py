@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from lora_fast.kernels import compiled, gram, step
+from lora_fast.kernels import compiled, gram, solve, step
 
 D_IN, D_OUT = 4096, 1024
 
@@ -49,7 +49,14 @@ def run_transform(r: int, dtype: torch.dtype) -> None:
     step.transform_(a + b, [True, True, False, False], torch.zeros(4, r, r))
 
 
-OPS = {"gram": run_gram, "plain": run_plain, "full": run_full, "transform": run_transform}
+def run_solve(r: int, dtype: torch.dtype) -> None:
+    matrices = torch.zeros(3, r, r, dtype=dtype)
+    solve.spd_solve(matrices, matrices)
+    solve.spd_solve(matrices, damping=0.5, ranks=torch.ones(3, dtype=torch.int32))
+    solve.small_inverse(matrices)
+
+
+OPS = {"gram": run_gram, "plain": run_plain, "full": run_full, "transform": run_transform, "solve": run_solve}
 
 
 def main(arch: int, jobs: list[str]) -> None:
