@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 GAUGES = ("symmetric", "svd", "svd_signed")
+CACHED = 1 << 18  # elements of a stack that are transformed at a time on a CPU
 BALANCE_FLOOR = 1e-6  # of the largest singular value: below, a direction is not rescaled further
 
 
@@ -87,16 +88,33 @@ def adamw(p: list, g: list, m: list, v: list, steps: list, lr, betas, eps: float
     )  # fmt: skip
 
 
-def imbalance_step(a: Tensor, b: Tensor, rho: float, h_a: float | Tensor, h_b: float | Tensor) -> tuple[Tensor, Tensor]:
-    """iLoRA: a − h D a and b + h ρ b D with D = a aᵀ − ρ bᵀb, each h clipped to 1 / ((1+ρ) max(σ₁(a)², ρ σ₁(b)²)), σ₁²
-    bounded by the Gram's largest absolute row sum. In float32 (float64)."""
-    a, b = wide(a), wide(b)
+def imbalance_step_(a: Tensor, b: Tensor, rho: float, h_a: float | Tensor, h_b: float | Tensor) -> None:
+    """iLoRA, in place: a − h D a and b + h ρ b D with D = a aᵀ − ρ bᵀb, each h clipped to
+    1 / ((1+ρ) max(σ₁(a)², ρ σ₁(b)²)), σ₁² bounded by the Gram's largest absolute row sum."""
+    for a_part, b_part in _in_cache(a, b):
+        wide_a, wide_b = wide(a_part), wide(b_part)
+        ka, kb, *_ = grams(wide_a, wide_b)
+        largest = torch.maximum(_row_sum(ka), rho * _row_sum(kb))
+        bound = (1.0 / ((1.0 + rho) * largest))[:, None, None]  # infinite for a pair of zeros, whose D is 0
+        d = ka - rho * kb
+        a_part.copy_(torch.baddbmm(wide_a, bound.clamp(max=h_a) * d, wide_a, alpha=-1))
+        b_part.copy_(torch.baddbmm(wide_b, wide_b, rho * bound.clamp(max=h_b) * d))
+
+
+def precondition_(da: Tensor, db: Tensor, a: Tensor, b: Tensor, damping: float) -> None:
+    """Scaled AdamW, in place: da ← (bᵀb + δI)⁻¹ da, db ← db (a aᵀ + δI)⁻¹."""
     ka, kb, *_ = grams(a, b)
-    largest = torch.maximum(_row_sum(ka), rho * _row_sum(kb))
-    bound = (1.0 / ((1.0 + rho) * largest))[:, None, None]  # infinite for a pair of zeros, whose D is 0
-    d = ka - rho * kb
-    new_a = torch.baddbmm(a, bound.clamp(max=h_a) * d, a, alpha=-1)
-    return new_a, torch.baddbmm(b, b, rho * bound.clamp(max=h_b) * d)
+    inverse_a, inverse_b = spd_inverse(torch.cat([ka, kb]), damping).chunk(2)
+    for da_part, inverse in _in_cache(da, inverse_b):
+        da_part.copy_(inverse @ wide(da_part))
+    for db_part, inverse in _in_cache(db, inverse_a):
+        db_part.copy_(wide(db_part) @ inverse)
+
+
+def _in_cache(*stacks: Tensor):
+    """Parts of the stacks that a CPU's cache holds; elsewhere the stacks as they are."""
+    size = max(1, CACHED // stacks[0][0].numel()) if stacks[0].device.type == "cpu" else len(stacks[0])
+    return zip(*(stack.split(size) for stack in stacks), strict=True)
 
 
 def _row_sum(k: Tensor) -> Tensor:

@@ -42,6 +42,4 @@ class ILoRA:
         for stack in stacks:
             a, b = stack.a.value, stack.b.value
             h_a, h_b = stack.a.settings["lr"] * self.lam, stack.b.settings["lr"] * self.lam
-            new_a, new_b = step.imbalance_step(a, b, self.ratio(*b.shape[:0:-1]), h_a, h_b)
-            a.copy_(new_a)
-            b.copy_(new_b)
+            step.imbalance_step_(a, b, self.ratio(*b.shape[:0:-1]), h_a, h_b)

@@ -26,7 +26,4 @@ class ScaledAdamW:
 
     def before(self, stacks: list[Stack], memory: dict) -> None:
         for stack in stacks:
-            da, db = stack.gradients()
-            ka, kb, *_ = step.grams(stack.a.value, stack.b.value)
-            stack.a.grad = (step.spd_inverse(kb, self.damping) @ step.wide(da)).to(da.dtype)
-            stack.b.grad = (step.wide(db) @ step.spd_inverse(ka, self.damping)).to(db.dtype)
+            step.precondition_(*stack.gradients(), stack.a.value, stack.b.value, self.damping)
