@@ -17,6 +17,7 @@ Caching   a table is kept by addresses, shapes and dtypes. A gradient that moves
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -112,25 +113,29 @@ def _table(factors: tuple[Factor, ...], chunk: int, flat: bool) -> Table:
     key = chunk, flat, factors[0].tensors[0].device, tuple(
         (tuple((t.data_ptr(), t.dtype) for t in f.tensors), tuple(f.tensors[0].shape), f.is_a, f.index) for f in factors
     )  # fmt: skip
-    table = _tables.get(key)
-    if table is None:
-        table = _tables[key] = _build(factors, chunk, flat)
+    return kept(key, lambda: _build(factors, chunk, flat))
+
+
+def kept(key: tuple, build: Callable):
+    """What ``build`` makes for a key, made once and kept until ``KEPT`` others were used since."""
+    if key not in _tables:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "lora_fast: a tensor of the step has moved since the last step, and a CUDA graph is being captured: "
+                "run the step once on the tensors to be captured first, and keep their gradients where they are"
+            )
+        _tables[key] = build()
         while len(_tables) > KEPT:
             _tables.popitem(last=False)
     _tables.move_to_end(key)
-    return table
+    return _tables[key]
 
 
 def _build(factors: tuple[Factor, ...], chunk: int, flat: bool) -> Table:
     _check(factors)
     device = factors[0].tensors[0].device
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "lora_fast: a tensor of the step has moved since the last step, and a CUDA graph is being captured: "
-            "run the step once on the tensors to be captured first, and keep their gradients where they are"
-        )
     shapes = [(f.tensors[0].numel(), 1) if flat else f.d_r for f in factors]
-    tiles, first, count = _tile_map(tuple(d for d, _ in shapes), chunk, device)
+    tiles, first, count = tile_map(tuple(d for d, _ in shapes), chunk, device)
     rows = []
     for i, (factor, (d, r)) in enumerate(zip(factors, shapes, strict=True)):
         addresses = [t.data_ptr() for t in factor.tensors] + [0] * (ADDRESSES - len(factor.tensors))
@@ -152,17 +157,21 @@ def _check(factors: tuple[Factor, ...]) -> None:
                     f"lora_fast: the tensors of a factor need one shape and all factors one device, got "
                     f"{tuple(tensor.shape)} on {tensor.device} beside {tuple(first.shape)} on {first.device}"
                 )
-            if tensor.dtype not in TL_DTYPE:
-                raise ValueError(f"lora_fast: expected float16, bfloat16 or float32, got {tensor.dtype}")
-            if not tensor.is_contiguous():
-                raise ValueError(
-                    f"lora_fast: a grouped launch needs contiguous tensors, got strides {tensor.stride()} "
-                    f"of shape {tuple(tensor.shape)}"
-                )
+            check_storage(tensor)
+
+
+def check_storage(tensor: torch.Tensor) -> None:
+    if tensor.dtype not in TL_DTYPE:
+        raise ValueError(f"lora_fast: expected float16, bfloat16 or float32, got {tensor.dtype}")
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"lora_fast: a grouped launch needs contiguous tensors, got strides {tensor.stride()} "
+            f"of shape {tuple(tensor.shape)}"
+        )
 
 
 @lru_cache(maxsize=64)
-def _tile_map(lengths: tuple[int, ...], chunk: int, device: torch.device) -> tuple[torch.Tensor, list, list]:
+def tile_map(lengths: tuple[int, ...], chunk: int, device: torch.device) -> tuple[torch.Tensor, list, list]:
     """(tensor, chunk) of every program, the first program of every tensor and how many it has. A tensor without
     elements still has one, so that its results are written."""
     count = [max(1, triton.cdiv(d, chunk)) for d in lengths]

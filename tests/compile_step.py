@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from lora_fast.kernels import compiled, gram, solve, step
+from lora_fast.kernels import compiled, gram, merge, solve, step
 
 D_IN, D_OUT = 4096, 1024
 
@@ -56,7 +56,16 @@ def run_solve(r: int, dtype: torch.dtype) -> None:
     solve.small_inverse(matrices)
 
 
+def run_merge(r: int, dtype: torch.dtype) -> None:
+    """float32 adapters into weights of ``dtype``."""
+    a, b = tensors(r, torch.float32)
+    weights, scale = [torch.zeros(D_OUT, D_IN, dtype=dtype) for _ in a], torch.zeros(2, r)
+    merge.merge_(weights, a, b, scale, "stochastic", 1 << 40)
+    merge.merge_(weights, a, b, scale, "compensated", residuals=[w.clone() for w in weights])
+
+
 OPS = {"gram": run_gram, "plain": run_plain, "full": run_full, "transform": run_transform, "solve": run_solve}
+OPS["merge"] = run_merge
 
 
 def main(arch: int, jobs: list[str]) -> None:

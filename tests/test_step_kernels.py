@@ -14,7 +14,7 @@ import torch
 from budget import check, error
 from triton.runtime.interpreter import InterpretedFunction
 
-from lora_fast.kernels import gram, interpreted, solve, step, table
+from lora_fast.kernels import gram, interpreted, merge, solve, step, table
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block: CUDA programming guide, table 30
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -169,8 +169,8 @@ def step_formula(tensors, is_a, hyper, t, extras, dtype):
     return p, m, v
 
 
-def check_step(ranks, dtype, on, want_gram, state=FLOAT32):
-    factors, is_a, hyper, steps, extras = step_case(ranks, dtype, state=state)
+def check_step(ranks, dtype, on, want_gram, state=FLOAT32, lengths=(70, 33, 600, 5, 1100)):
+    factors, is_a, hyper, steps, extras = step_case(ranks, dtype, state=state, lengths=lengths)
     before = [tuple(t.clone() for t in tensors) for tensors in factors]
     extras = {name: value if name in on else None for name, value in extras.items()}
     with poisoned_empty():
@@ -207,7 +207,7 @@ def test_step_in_16_bits(dtype, state, on):
 
 @pytest.mark.parametrize("r", RANKS)
 def test_step_of_every_rank(r):
-    check_step([r, r, max(1, r // 2)], FLOAT32, EVERYTHING, True)
+    check_step([r, r, max(1, r // 2)], FLOAT32, EVERYTHING, True, lengths=(20, 33, 17))
 
 
 def test_step_is_torchs_adamw():
@@ -394,6 +394,111 @@ def test_bad_matrices_are_named(shape, dtype):
         solve.small_inverse(torch.ones(shape, dtype=dtype, device=DEVICE))
 
 
+# ---- The merge
+
+
+def merge_case(shapes, dtype, adapter=FLOAT32):
+    """Layers (r, d_out, d_in): weights, a, b, scale."""
+    weights = [randn(d_out, d_in, seed=i, dtype=dtype) for i, (_, d_out, d_in) in enumerate(shapes)]
+    a = [randn(r, d_in, seed=i, dtype=adapter) for i, (r, _, d_in) in enumerate(shapes)]
+    b = [randn(d_out, r, seed=i, dtype=adapter) for i, (r, d_out, _) in enumerate(shapes)]
+    scale = 0.02 * randn(len(shapes), max(r for r, *_ in shapes))
+    return weights, a, b, scale
+
+
+def merge_formula(w, a, b, scale, dtype):
+    return w.to(dtype) + (b.to(dtype) * scale[: a.shape[0]].to(dtype)) @ a.to(dtype)
+
+
+LAYERS = [(4, 40, 24), (7, 1, 9), (3, 1030, 520), (1, 33, 1030)]
+
+
+@pytest.mark.parametrize("rounding", merge.ROUNDINGS)
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16])
+def test_merge(dtype, rounding):
+    """Nearest: the budget. Stochastic: one of the two neighbours. Compensated: nearest, and the sum is kept."""
+    weights, a, b, scale = merge_case(LAYERS, dtype)
+    before = [w.clone() for w in weights]
+    residuals = [0.001 * w for w in weights] if rounding == "compensated" else None
+    carried = [r.double() for r in residuals] if residuals else [0.0] * len(weights)
+    merge.merge_(weights, a, b, scale, rounding, 11, residuals)
+    for i, w in enumerate(weights):
+        exact = merge_formula(before[i], a[i], b[i], scale[i], torch.float64)
+        eager = merge_formula(before[i], a[i], b[i], scale[i], FLOAT32)
+        if residuals and dtype != FLOAT32:
+            exact, eager = exact + carried[i], eager + carried[i].float()
+        if rounding != "stochastic" or dtype == FLOAT32:
+            check(f"layer {i}", w, exact, error(eager.to(dtype), exact), dtype)
+        spacing = exact.abs().clamp(min=2.0**-14) * torch.finfo(dtype).eps
+        slack = exact.abs().amax() * 16 * torch.finfo(FLOAT32).eps
+        assert ((w.double() - exact).abs() <= spacing + slack).all()
+        if residuals and dtype != FLOAT32:
+            kept = w.double() + residuals[i].double()
+            assert error(kept, exact) <= torch.finfo(dtype).eps ** 2 + 4 * torch.finfo(FLOAT32).eps
+
+
+@pytest.mark.parametrize("adapter", [FLOAT16, BFLOAT16])
+@pytest.mark.parametrize("r", [1, 16, 17, 100])
+def test_merge_of_every_rank(r, adapter):
+    weights, a, b, scale = merge_case([(r, 50, 70), (max(1, r - 1), 20, 16)], FLOAT32, adapter)
+    before = [w.clone() for w in weights]
+    merge.merge_(weights, a, b, scale)
+    for i, w in enumerate(weights):
+        exact, eager = (merge_formula(before[i], a[i], b[i], scale[i], d) for d in (torch.float64, FLOAT32))
+        check(f"layer {i}", w, exact, error(eager, exact), FLOAT32)
+
+
+@pytest.mark.parametrize("dtype, start", [(BFLOAT16, 1.0), (FLOAT16, 1.0), (FLOAT16, 2.0**-15), (BFLOAT16, -3.0)])
+def test_stochastic_rounding_loses_nothing_in_expectation(dtype, start):
+    """A change of a tenth of the spacing: nearest loses it all, stochastic keeps its mean within 5 deviations."""
+    spacing = torch.nextafter(torch.tensor(abs(start), dtype=dtype), torch.tensor(9.0, dtype=dtype)).item() - abs(start)
+    a, b = [torch.ones(1, 512, device=DEVICE)], [torch.ones(256, 1, device=DEVICE)]
+    scale = torch.full((1, 1), spacing / 10, device=DEVICE)
+    moved = {}
+    for rounding in ("nearest", "stochastic"):
+        w = torch.full((256, 512), start, dtype=dtype, device=DEVICE)
+        merge.merge_([w], a, b, scale, rounding, seed=3)
+        moved[rounding] = (w.double() - start) / spacing
+    assert moved["nearest"].eq(0).all()
+    assert set(moved["stochastic"].unique().tolist()) == {0.0, 1.0}
+    deviation = (0.1 * 0.9 / moved["stochastic"].numel()) ** 0.5
+    assert abs(moved["stochastic"].mean().item() - 0.1) <= 5 * deviation
+
+
+def test_noise_is_philox_of_seed_layer_and_element():
+    """Same seed, same bits, given as a number or in memory; another seed, layer or element, other bits."""
+
+    def run(seed):
+        weights, a, b, scale = merge_case([(4, 64, 520)] * 2, BFLOAT16)
+        weights[1], a[1], b[1], scale[1] = weights[0].clone(), a[0].clone(), b[0].clone(), scale[0]
+        merge.merge_(weights, a, b, scale, "stochastic", seed)
+        return weights
+
+    first, again, other = run(7), run(torch.tensor(7, device=DEVICE)), run(8)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0]) and not torch.equal(first[0], first[1])
+
+
+def test_merge_keeps_nan_and_inf():
+    for dtype, rounding in itertools.product((BFLOAT16, FLOAT16), ("nearest", "stochastic")):
+        weights, a, b, scale = merge_case([(2, 16, 16)], dtype)
+        weights[0][0, :2] = torch.tensor([float("nan"), float("inf")])
+        merge.merge_(weights, a, b, scale, rounding)
+        assert weights[0][0, 0].isnan() and weights[0][0, 1].isinf() and weights[0].isfinite().sum() == 254
+
+
+@pytest.mark.parametrize(
+    "bad, message", [("rounding", "rounding"), ("tied", "share"), ("a", "layer 0"), ("scale", "scale")]
+)
+def test_bad_merges_are_named(bad, message):
+    weights, a, b, scale = merge_case([(2, 16, 16)] * 2, BFLOAT16)
+    weights = weights[:1] * 2 if bad == "tied" else weights
+    a[0] = a[0][:, :8].contiguous() if bad == "a" else a[0]
+    scale = scale[:1] if bad == "scale" else scale
+    with pytest.raises(ValueError, match=message):
+        merge.merge_(weights, a, b, scale, "up" if bad == "rounding" else "nearest")
+
+
 # ---- The table
 
 
@@ -484,6 +589,17 @@ def test_transform_traffic():
 
 
 @COUNTED
+@pytest.mark.parametrize("dtype, rounding, passes", [(BFLOAT16, "stochastic", 2), (BFLOAT16, "compensated", 4)])
+def test_merge_traffic(dtype, rounding, passes):
+    weights, a, b, scale = merge_case([(16, 4096, 512)], dtype)
+    residuals = [torch.zeros_like(weights[0])] if rounding == "compensated" else None
+    with interpreted.traffic() as counted:
+        merge.merge_(weights, a, b, scale, rounding, 0, residuals)
+    minimum = passes * size(*weights) + size(*a, *b, scale)
+    assert minimum <= counted.total <= 1.05 * minimum, f"{counted.total / minimum:.4f}"
+
+
+@COUNTED
 @pytest.mark.parametrize("n_pairs", [1, 24, 224])
 def test_launches_do_not_grow(n_pairs, monkeypatch):
     monkeypatch.setattr(InterpretedFunction, "run", lambda *args, **kwargs: None)  # counted, not made
@@ -496,11 +612,15 @@ def test_launches_do_not_grow(n_pairs, monkeypatch):
         gram.gram(a, b, da, db, ALL)
         step.step_(factors, is_a, hyper, torch.ones(1), step.Work(gram=True))
         step.transform_(a + b, is_a, torch.zeros(2 * n_pairs, max_rank, max_rank))
-    assert counted.launches == ["lora_gram_kernel", "lora_step_kernel", "lora_transform_kernel"]
+        solve.spd_solve(torch.zeros(2 * n_pairs, max_rank, max_rank))
+        merge.merge_([torch.zeros(8, t.shape[1]) for t in a], a, b, torch.zeros(n_pairs, max_rank))
+    names = ["gram", "step", "transform", "spd_solve", "merge"]
+    assert counted.launches == [f"lora_{name}_kernel" for name in names]
 
 
 JOBS = ["gram:float32:1,16,64,128", "gram:bfloat16:8,64", "plain:float32:16", "full:float32:1,16,64,128"]
-JOBS += ["full:bfloat16:8", "transform:float32:8,16,64,128", "solve:float32:1,8,16,32,64"]
+JOBS += ["full:bfloat16:8", "transform:float32:8,16,64,128", "solve:float32:1,8,32,64"]
+JOBS += ["merge:bfloat16:8,64", "merge:float16:16"]
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100], ids=lambda arch: f"sm_{arch}")
