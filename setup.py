@@ -21,6 +21,13 @@ setup(
     package_dir={"lora_fast.kernels": "kernels"},
     package_data={"lora_fast": ["py.typed"], "lora_fast.cli": ["*.html.jinja"]},
     install_requires=["torch>=2.9", "triton>=3.6; platform_system == 'Linux'", "numpy>=1.26", "safetensors>=0.6"],
-    extras_require={"hf": HF, "cli": CLI + HF, "test": TEST, "demo": DEMO, "all": HF + CLI + TEST + DEMO},
+    extras_require={
+        "hf": HF,
+        "cli": CLI + HF,
+        "bench": CLI + HF + DEMO,
+        "test": TEST,
+        "demo": DEMO,
+        "all": HF + CLI + TEST + DEMO,
+    },
     entry_points={"console_scripts": ["lora-fast = lora_fast.cli:main"]},
 )
