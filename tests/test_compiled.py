@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block: CUDA programming guide, table 30
+from lora_fast.kernels.compiled import SHARED_LIMIT
+
 SMALL, LARGE = "1,8,16", "64,128,256"
 KERNELS = {
     "lora_project_kernel",

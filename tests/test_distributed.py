@@ -51,4 +51,5 @@ def worker(rank: int, kind: str, folder: str) -> None:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_gradients_are_those_of_one_process(kind, tmp_path):
+    """The assertions are the worker's: mp.spawn raises what fails there."""
     mp.spawn(worker, (kind, str(tmp_path)), nprocs=WORLD)

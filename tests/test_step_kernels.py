@@ -15,8 +15,8 @@ from budget import check, error
 from triton.runtime.interpreter import InterpretedFunction
 
 from lora_fast.kernels import gram, interpreted, merge, solve, step, table
+from lora_fast.kernels.compiled import SHARED_LIMIT
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block: CUDA programming guide, table 30
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 ALL = gram.Grams._fields
