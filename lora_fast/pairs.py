@@ -24,6 +24,7 @@ class Pair:
         scaling: alpha / r.
         weight: the frozen (d_out, d_in) weight that it adapts, or None.
         unmergeable: why nothing may be merged into that weight, or None.
+        layer: the module whose ``weight`` it is, or None; what is merged is noted there (changed_base.py).
     """
 
     name: str
@@ -32,6 +33,7 @@ class Pair:
     scaling: float = 1.0
     weight: Tensor | None = None
     unmergeable: str | None = None
+    layer: nn.Module | None = None
 
 
 def of_model(model: nn.Module) -> list[Pair]:
@@ -42,7 +44,7 @@ def of_model(model: nn.Module) -> list[Pair]:
     for name, layer in model.named_modules():
         if isinstance(layer, LoRALinear):
             reason = "already merged" if layer.merged else _shared(layer.weight, owners)
-            found.append(Pair(name, layer.lora_A, layer.lora_B, layer.scaling, layer.weight, reason))
+            found.append(Pair(name, layer.lora_A, layer.lora_B, layer.scaling, layer.weight, reason, layer))
     for name, layer in peft_layers(model).items():
         factors_a, factors_b = getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})
         for adapter in layer.active_adapters:
@@ -50,7 +52,8 @@ def of_model(model: nn.Module) -> list[Pair]:
             if a is None or b is None or a.dim() != 2 or b.dim() != 2:
                 continue
             weight, reason = _base_weight(layer, adapter, owners)
-            found.append(Pair(f"{name}.{adapter}", a, b, float(layer.scaling[adapter]), weight, reason))
+            holder = None if weight is None else layer.get_base_layer()
+            found.append(Pair(f"{name}.{adapter}", a, b, float(layer.scaling[adapter]), weight, reason, holder))
     return [pair for pair in found if pair.a.requires_grad or pair.b.requires_grad]
 
 

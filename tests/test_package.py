@@ -12,12 +12,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import from its own layer and from those after it.
 LAYERS = [
     ["cli"],
+    ["hf"],
     ["optim", "metrics"],
     ["methods"],
     ["stacks"],
     ["pairs"],
     ["surgery", "merging", "checkpoint", "adapter_files", "peft_linear", "layers", "report", "targets"],
     ["linear"],
+    ["changed_base"],
     ["functional"],
     ["autograd", "grouped"],
     ["step"],
