@@ -18,7 +18,6 @@ import torch
 import triton
 import triton.language as tl
 
-from . import grouped_tiles
 from .launch import on_device
 from .primitives import dot
 from .table import (
@@ -36,6 +35,7 @@ from .table import (
     sizes,
     tensor_at,
 )
+from .tiles import GroupedTile, grouped
 
 
 @triton.jit
@@ -190,7 +190,7 @@ def gram(
             factors += [Factor((x, y), True, i) for i, (x, y) in enumerate(zip(a, da or a, strict=True))]
         if {"kb", "kq"} & set(wanted):
             factors += [Factor((x, y), False, i) for i, (x, y) in enumerate(zip(b, db or b, strict=True))]
-        tile = grouped_tiles.tile("gram", max(16, r_max))
+        tile = grouped("gram", max(16, r_max))
         for table in group(factors, tile.chunk):
             _launch(table, totals, slots, tile)
     return Grams(*(totals[slot] if slot >= 0 else None for slot in slots.values()))
@@ -202,7 +202,7 @@ def factor_grams(tensors: list[torch.Tensor], is_a: list[bool]) -> torch.Tensor:
     device = tensors[0].device if tensors else None
     totals = torch.empty((1, len(tensors), r_max, r_max), dtype=torch.float32, device=device)
     if tensors:
-        tile = grouped_tiles.tile("gram", max(16, r_max))
+        tile = grouped("gram", max(16, r_max))
         slots = {"ka": 0, "kb": 0, "kp": -1, "kq": -1, "k": -1}
         factors = [Factor((t, t), side, i) for i, (t, side) in enumerate(zip(tensors, is_a, strict=True))]
         for table in group(factors, tile.chunk):
@@ -210,7 +210,7 @@ def factor_grams(tensors: list[torch.Tensor], is_a: list[bool]) -> torch.Tensor:
     return totals[0]
 
 
-def _launch(table: Table, totals: torch.Tensor, slots: dict[str, int], tile: grouped_tiles.Tile) -> None:
+def _launch(table: Table, totals: torch.Tensor, slots: dict[str, int], tile: GroupedTile) -> None:
     _, n_pairs, r_max, _ = totals.shape
     n_blocks = triton.cdiv(r_max, tile.r) ** 2
     partials = torch.empty((table.programs, 3, r_max, r_max), dtype=torch.float32, device=totals.device)

@@ -1,4 +1,5 @@
-"""Tile configurations: (op, element size, arch, rank) → one row of one table. Nothing here is measured at run time.
+"""Tile configurations: the layer's by (op, element size, arch, rank), the grouped step's by (op, rank). Nothing here is
+measured at run time.
 
 Every row compiles without spills for sm_80, sm_90 and sm_100 (tests/test_compiled.py says at which ranks). Which tiles
 are fastest, and FUSED_UP_TO, is not verified on a GPU.
@@ -72,6 +73,33 @@ TABLE = {
     ("linear_dropout", 4, 80): [(256, 64, 64, 32, 8, 2)],
     ("update", 4, 80): [(256, 32, 64, 0, 8, 1)],
 }
+
+
+class GroupedTile(NamedTuple):
+    d: int  # rows of d in one step
+    r: int  # rank columns of one tile
+    chunk: int  # rows of d that a program walks: the order of summation, so it must not depend on the device
+    warps: int
+    stages: int
+
+
+# op → rows (largest rank class, d, r, chunk, warps, stages)
+GROUPED = {
+    "gram": [
+        (16, 64, 16, 2048, 4, 3),
+        (32, 64, 32, 4096, 4, 3),
+        (64, 16, 64, 8192, 8, 2),
+        (256, 16, 64, 8192, 8, 2),
+    ],
+    "step": [
+        (1, 2048, 1, 4096, 8, 1),
+        (16, 128, 16, 512, 8, 1),
+        (32, 64, 32, 512, 8, 1),
+        (64, 32, 64, 1024, 8, 1),
+        (128, 16, 128, 1024, 8, 1),
+        (256, 16, 256, 1024, 8, 1),
+    ],
+}
 SHORT = 2048  # up to this many tokens project takes smaller blocks, so that enough programs read x
 GEMM_RANK = 32  # the GEMM takes larger ranks in steps of this
 
@@ -122,6 +150,12 @@ def _tile(op: str, element_size: int, arch: int, r: int, largest_r: int = 256) -
     row = next(row for row in TABLE[op, element_size, first_arch] if block_r <= row[0])
     _, t, outer, inner, warps, stages = row
     return Tile(t, outer, inner, min(block_r, largest_r), warps, stages)
+
+
+def grouped(op: str, r: int) -> GroupedTile:
+    """``r``: the largest rank of the launch; 1 only for elementwise work (products need 16 columns)."""
+    rank_class = triton.next_power_of_2(r)
+    return GroupedTile(*next(row for row in GROUPED[op] if rank_class <= row[0])[1:])
 
 
 def project(x: torch.Tensor, r: int) -> Tile:

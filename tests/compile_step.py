@@ -33,7 +33,7 @@ def run_step(r: int, dtype: torch.dtype, **options) -> None:
         gram=options.get("gram", False),
     )
     factors = [(t, t, t.float(), t.float()) for t in a + b]
-    step.step_(factors, [True, True, False, False], torch.ones(1, 5, dtype=torch.float64), torch.ones(1), work)
+    step.step_(factors, [True, True, False, False], torch.ones(1, 5, dtype=torch.float64), torch.ones(4), work)
 
 
 def run_plain(r: int, dtype: torch.dtype) -> None:

@@ -146,7 +146,7 @@ def step_case(ranks, dtype, seed=0, lengths=(70, 33, 600, 5, 1100), state=FLOAT3
         "scale_p": 0.5 + randn(n, r_max, seed=seed + 3).abs(),
         "scale_g": 0.5 + randn(n, r_max, seed=seed + 4).abs(),
     }
-    steps = torch.tensor([1.0, 2.0, 10.0, 1000.0, 1.0])[:n] if n <= 5 else torch.arange(1.0, n + 1)
+    steps = torch.tensor([0.0, 1.0, 9.0, 999.0, 0.0])[:n] if n <= 5 else torch.arange(0.0, n)
     return factors, is_a, hyper.to(DEVICE), steps.to(DEVICE), extras
 
 
@@ -171,10 +171,11 @@ def step_formula(tensors, is_a, hyper, t, extras, dtype):
 
 def check_step(ranks, dtype, on, want_gram, state=FLOAT32, lengths=(70, 33, 600, 5, 1100)):
     factors, is_a, hyper, steps, extras = step_case(ranks, dtype, state=state, lengths=lengths)
-    before = [tuple(t.clone() for t in tensors) for tensors in factors]
+    before, taken = [tuple(t.clone() for t in tensors) for tensors in factors], steps.clone()
     extras = {name: value if name in on else None for name, value in extras.items()}
     with poisoned_empty():
         got_gram = step.step_(factors, is_a, hyper, steps, step.Work(**extras, gram=want_gram))
+    assert torch.equal(steps, taken + 1)
     for i, tensors in enumerate(factors):
         of_factor = [None if x is None else x[i] for x in extras.values()]
         arguments = before[i], is_a[i], hyper[i].tolist(), steps[i].item(), of_factor
@@ -225,31 +226,32 @@ def test_step_is_torchs_adamw():
         runs[dtype] = [p.detach() for p in parameters]
     factors = [(p.clone(), torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p)) for p in start]
     hyper = torch.tensor([[1e-2, 0.9, 0.99, 1e-6, 0.1]], dtype=torch.float64, device=DEVICE)
+    steps = torch.zeros(2, device=DEVICE)
     for t in range(10):
         for i, tensors in enumerate(factors):
             tensors[1].copy_(randn(*tensors[1].shape, seed=1000 * t + i))
-        step.step_(factors, [True, False], hyper, torch.tensor([t + 1.0], device=DEVICE))
+        step.step_(factors, [True, False], hyper, steps)
     for (p, *_), exact, eager in zip(factors, runs[torch.float64], runs[FLOAT32], strict=True):
         check("p", p, exact, error(eager, exact), FLOAT32)
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16])
-@pytest.mark.parametrize("r", [1, 8, 40, 64, 150])
-def test_transform(r, dtype):
+@pytest.mark.parametrize("add", [False, True], ids=["", "add"])
+@pytest.mark.parametrize("r, dtype", [(1, FLOAT32), (8, FLOAT16), (40, FLOAT32), (64, FLOAT16), (150, FLOAT32)])
+def test_transform(r, dtype, add):
     factors, is_a, *_, extras = step_case([r, r, max(1, r - 3)], dtype)
     tensors, matrices = [f[0] for f in factors], extras["matrices"]
     before, versions = [t.clone() for t in tensors], [t._version for t in tensors]
-    step.transform_(tensors, is_a, matrices)
+    step.transform_(tensors, is_a, matrices, add)
     for i, (p, old) in enumerate(zip(tensors, before, strict=True)):
         k = old.shape[0 if is_a[i] else 1]
-        formula = lambda x, m, i=i, k=k: m[i, :k, :k] @ x if is_a[i] else x @ m[i, :k, :k]
+        formula = lambda x, m, i=i, k=k: (m[i, :k, :k] @ x if is_a[i] else x @ m[i, :k, :k]) + x * add
         exact, eager = formula(old.double(), matrices.double()), formula(old.float(), matrices).to(dtype)
         check(f"factor {i}", p, exact, error(eager, exact), dtype)
     assert all(t._version > v for t, v in zip(tensors, versions, strict=True)), "autograd is told"
 
 
 def test_step_of_nothing():
-    hyper, steps = torch.ones(1, 5, dtype=torch.float64, device=DEVICE), torch.ones(1, device=DEVICE)
+    hyper, steps = torch.ones(1, 5, dtype=torch.float64, device=DEVICE), torch.ones(0, device=DEVICE)
     assert step.step_([], [], hyper, steps, step.Work(gram=True)).shape == (0, 1, 1)
     step.transform_([], [], torch.empty(0, 1, 1, device=DEVICE))
 
@@ -610,7 +612,7 @@ def test_launches_do_not_grow(n_pairs, monkeypatch):
     hyper, max_rank = torch.tensor([[1e-2, 0.9, 0.999, 1e-8, 0.0]], dtype=torch.float64), min(n_pairs + 1, 4)
     with interpreted.traffic() as counted:
         gram.gram(a, b, da, db, ALL)
-        step.step_(factors, is_a, hyper, torch.ones(1), step.Work(gram=True))
+        step.step_(factors, is_a, hyper, torch.zeros(2 * n_pairs), step.Work(gram=True))
         step.transform_(a + b, is_a, torch.zeros(2 * n_pairs, max_rank, max_rank))
         solve.spd_solve(torch.zeros(2 * n_pairs, max_rank, max_rank))
         merge.merge_([torch.zeros(8, t.shape[1]) for t in a], a, b, torch.zeros(n_pairs, max_rank))
