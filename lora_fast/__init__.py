@@ -1,7 +1,10 @@
 """LoRA fine-tuning on NVIDIA GPUs: fused Triton kernels behind thin torch modules.
 
-Start with ``inject_`` (a plain model) or ``fuse_`` (a PEFT model).
+Start with ``inject_`` (a plain model) or ``fuse_`` (a PEFT model). ``lora_fast.hf`` (for transformers' Trainer) is
+loaded at its first use.
 """
+
+from importlib import import_module
 
 from . import functional, methods, metrics, optim
 from .backend import set_backend
@@ -34,3 +37,9 @@ __all__ = [
     "unfuse_",
     "unmerge_",
 ]
+
+
+def __getattr__(name: str):
+    if name == "hf":
+        return import_module(".hf", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

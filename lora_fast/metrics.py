@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,7 @@ def adapter_stats(model: nn.Module) -> dict[str, AdapterStats]:
     """Statistics of every adapter that trains, by its layer's name (and PEFT's adapter name).
 
     Batched over adapters of equal shape; one copy from the device for all of them. A singular value of ΔW below about
-    1e-3 of the largest carries the rounding of float32 Grams.
+    1e-3 of the largest carries the rounding of float32 Grams. Factors that are not finite give NaN for every figure.
 
     Raises:
         ArgumentError: not a module.
@@ -62,7 +63,8 @@ def adapter_stats(model: nn.Module) -> dict[str, AdapterStats]:
     rows = torch.cat(columns).tolist()  # the one copy
     names = [pair.name for members in groups.values() for pair in members]
     order = {pair.name: i for i, pair in enumerate(found)}
-    stats = {name: AdapterStats(*row[:6], int(row[6]), *row[7:]) for name, row in zip(names, rows, strict=True)}
+    ranked = [[*row[:6], row[6] if math.isnan(row[6]) else int(row[6]), *row[7:]] for row in rows]
+    stats = {name: AdapterStats(*row) for name, row in zip(names, ranked, strict=True)}
     return dict(sorted(stats.items(), key=lambda item: order[item[0]]))
 
 
@@ -70,6 +72,8 @@ def _measure(members: list[Pair]) -> Tensor:
     """(L, 11) in float64: AdapterStats's fields of pairs of one shape."""
     a, b = torch.stack([pair.a for pair in members]), torch.stack([pair.b for pair in members])
     ka, kb = (gram.double() for gram in step.grams(a, b)[:2])
+    finite = (ka.isfinite() & kb.isfinite()).all(-1).all(-1)
+    ka, kb = (gram.where(finite[:, None, None], 0.0) for gram in (ka, kb))  # eigh fails on others, for all at once
     scaling = torch.tensor([abs(pair.scaling) for pair in members], dtype=torch.float64, device=ka.device)
     eigen_a, eigen_b = (torch.linalg.eigvalsh(k).clamp(min=0) for k in (ka, kb))
     values, q = torch.linalg.eigh(ka)
@@ -92,4 +96,4 @@ def _measure(members: list[Pair]) -> Tensor:
         torch.linalg.matrix_norm(ka - rho * kb),
         (eigen_a[:, -1] + eigen_b[:, -1]) / smallest,
     ]
-    return torch.stack(fields, -1)
+    return torch.stack(fields, -1).where(finite[:, None], torch.nan)

@@ -1,0 +1,88 @@
+"""For transformers' Trainer and what is built on it (TRL): the optimizer, and the adapters' statistics in the logs.
+
+    trainer = Trainer(model, args, …, optimizer_cls_and_kwargs=lf.hf.optimizer_cls_and_kwargs(model, args, methods))
+    trainer.add_callback(lf.hf.AdapterStatsCallback(trainer, every=10))
+
+Loaded at the first use of ``lf.hf``, since it imports transformers.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import fields
+
+from torch import nn
+
+from . import checks
+from .metrics import AdapterStats, adapter_stats
+from .optim import LoRAAdamW
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+except ImportError as error:
+    raise checks.MissingPackageError("lora_fast.hf needs transformers: pip install 'lora-fast[hf]'") from error
+
+__all__ = ["AdapterStatsCallback", "optimizer_cls_and_kwargs", "summary"]
+
+RATIOS = ("rms_ratio", "conditioning")  # their mean over layers is the geometric one
+
+
+def optimizer_cls_and_kwargs(model: nn.Module, args: TrainingArguments, methods: object = ()) -> tuple[type, dict]:
+    """What ``Trainer(optimizer_cls_and_kwargs=…)`` takes, to train ``model`` by LoRAAdamW.
+
+    Args:
+        model: the one that the Trainer gets, with its adapters.
+        args: learning rate, betas, epsilon and weight decay are read from here, as for Trainer's own AdamW.
+        methods: instances from ``lf.methods``.
+    """
+    settings = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+    }
+    return LoRAAdamW, {"model": model, "methods": methods, **settings}
+
+
+class AdapterStatsCallback(TrainerCallback):
+    """Logs ``summary`` of the adapters before the first step, every ``every`` steps and after the last, through
+    ``trainer.log``: it reaches every place that the Trainer reports to. One copy from the device each time."""
+
+    def __init__(self, trainer: Trainer, every: int = 10):
+        self._trainer, self._every = trainer, checks.count(every, "every")
+
+    def on_train_begin(self, args, state, control, model, **others):
+        if state.global_step == 0:  # not resumed
+            self._log(state, control, model)
+
+    def on_step_end(self, args, state, control, model, **others):
+        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
+            self._log(state, control, model)
+
+    def _log(self, state, control, model: nn.Module) -> None:
+        if state.is_world_process_zero:
+            due = control.should_log  # of the loss of this step: any log clears it
+            self._trainer.log(summary(adapter_stats(model)))
+            control.should_log = due
+
+
+def summary(stats: dict[str, AdapterStats]) -> dict[str, float]:
+    """Each figure of ``lf.metrics.adapter_stats`` over all adapters: ``adapter/<figure>_mean``, ``_min``, ``_max``.
+
+    The mean is geometric for ratios (rms_ratio, conditioning). A value that is not finite, as b = 0 makes the ratio, is
+    left out.
+    """
+    flat = {}
+    for name in (field.name for field in fields(AdapterStats)):
+        values = [float(getattr(layer, name)) for layer in stats.values()]
+        if values and not any(map(math.isnan, values)):
+            flat |= {f"adapter/{name}_min": min(values), f"adapter/{name}_max": max(values)}
+            flat[f"adapter/{name}_mean"] = _mean(values, geometric=name in RATIOS)
+    return {name: value for name, value in flat.items() if math.isfinite(value)}
+
+
+def _mean(values: list[float], geometric: bool) -> float:
+    if geometric and min(values) > 0 and math.isfinite(max(values)):
+        return statistics.geometric_mean(values)
+    return statistics.fmean(values)

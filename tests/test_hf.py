@@ -1,0 +1,108 @@
+"""lora_fast.hf in transformers' Trainer: what the optimizer is built of, what is logged and when."""
+
+import math
+import statistics
+
+import pytest
+import tiny
+import torch
+import transformers
+from transformers.trainer_callback import PrinterCallback
+
+import lora_fast as lf
+
+STEPS = 5
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, i):
+        ids = tiny.batch(i, rows=1)[0]
+        return {"input_ids": ids, "labels": ids}
+
+
+class Log(transformers.TrainerCallback):
+    """Stands for wandb and the like: what a callback hears, with the step."""
+
+    def __init__(self):
+        self.heard = []
+
+    def on_log(self, args, state, control, logs, **others):
+        self.heard.append((state.global_step, dict(logs)))
+
+
+def trainer_of(model, folder, methods=(), **changes):
+    settings = {"learning_rate": 3e-3, "adam_beta2": 0.99, "weight_decay": 0.01, "max_steps": STEPS, "save_steps": 2}
+    args = transformers.TrainingArguments(
+        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, **(settings | changes)
+    )
+    choice = lf.hf.optimizer_cls_and_kwargs(model, args, methods)
+    trainer = transformers.Trainer(model, args, train_dataset=Rows(), optimizer_cls_and_kwargs=choice)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def adapter_logs(heard):
+    return {step: logs for step, logs in heard if "adapter/norm_a_mean" in logs}
+
+
+def test_the_optimizer_has_the_trainer_s_own_settings(tmp_path):
+    trainer = trainer_of(tiny.peft_llama(), tmp_path, [lf.methods.ILoRA(lam=0.5)])
+    optimizer = trainer.create_optimizer()
+    group = optimizer.param_groups[0]
+    assert type(optimizer) is lf.optim.LoRAAdamW and group["methods"] == [repr(lf.methods.ILoRA(lam=0.5))]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (3e-3, (0.9, 0.99), 0.01)
+
+
+def test_statistics_reach_every_listener_when_they_are_due_and_no_loss_is_lost(tmp_path):
+    model, log = tiny.peft_llama(), Log()
+    trainer = trainer_of(model, tmp_path)
+    trainer.add_callback(lf.hf.AdapterStatsCallback(trainer, every=2))
+    trainer.add_callback(log)
+    trainer.train()
+    assert list(adapter_logs(log.heard)) == [0, 2, 4, 5]
+    assert [step for step, logs in log.heard if "loss" in logs] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in trainer.state.log_history if "adapter/rank_min" in row] == [0, 2, 4, 5]
+    last = adapter_logs(log.heard)[5]
+    norms = [layer.norm_b for layer in lf.metrics.adapter_stats(model).values()]
+    assert last["adapter/norm_b_min"] == min(norms) and last["adapter/norm_b_max"] == max(norms)
+    assert last["adapter/norm_b_mean"] == pytest.approx(sum(norms) / len(norms))
+
+
+def test_a_resumed_run_logs_and_trains_as_the_whole_one(tmp_path):
+    runs = []
+    for checkpoint in (None, tmp_path / "checkpoint-2"):
+        trainer = trainer_of(tiny.peft_llama(), tmp_path, [lf.methods.BaLoRA()])
+        trainer.add_callback(lf.hf.AdapterStatsCallback(trainer, every=2))
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        runs.append([row for row in trainer.state.log_history if "adapter/rank_min" in row])
+    assert [row["step"] for row in runs[0]] == [0, 2, 4, 5]
+    assert runs[0] == runs[1]
+
+
+def test_ratios_have_a_geometric_mean_and_values_that_are_not_finite_are_left_out():
+    stats = lf.metrics.adapter_stats(tiny.peft_llama())
+    ratios = [layer.rms_ratio for layer in stats.values()]
+    assert lf.hf.summary(stats)["adapter/rms_ratio_mean"] == pytest.approx(statistics.geometric_mean(ratios))
+    fresh = lf.hf.summary(lf.metrics.adapter_stats(tiny.peft_llama(filled=False)))
+    assert fresh["adapter/norm_b_max"] == 0 and "adapter/rms_ratio_mean" not in fresh
+    assert lf.hf.summary({}) == {}
+
+
+def test_one_adapter_of_nan_leaves_the_others_figures_alone():
+    model = tiny.peft_llama()
+    before = lf.metrics.adapter_stats(model)
+    name = next(iter(before))
+    lf.layers.peft_layers(model)[name.rpartition(".")[0]].lora_A["default"].weight.data[0, 0] = math.nan
+    after = lf.metrics.adapter_stats(model)
+    assert math.isnan(after[name].rank) and math.isnan(after[name].spectral)
+    assert {k: v for k, v in after.items() if k != name} == {k: v for k, v in before.items() if k != name}
+    assert lf.hf.summary(after) == {}
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True])
+def test_a_bad_interval_is_named(every):
+    with pytest.raises(lf.ArgumentError, match="every: expected an integer of at least 1"):
+        lf.hf.AdapterStatsCallback(None, every)
