@@ -34,10 +34,10 @@ class ChangedBase:
 
     def add(self, a: Tensor, b: Tensor, rest: Tensor) -> None:
         """Keep a term. From a GPU the copies go into pinned memory and are not waited for."""
-        term = (b * rest).to(b.dtype), a.clone()
         if b.is_cuda:
             self._copying_from.add(b.device)
-        self.terms.append(tuple(tensor.to("cpu", non_blocking=True) for tensor in term))
+        kept_b = (b * rest).to("cpu", b.dtype, non_blocking=True)
+        self.terms.append((kept_b, a.to("cpu", non_blocking=True, copy=True)))
 
     def kept(self) -> list[Term] | None:
         """``terms``, once they have arrived."""
@@ -53,6 +53,11 @@ class ChangedBase:
 def of(module: nn.Module) -> ChangedBase | None:
     """What is known of the module's own weight; None: unchanged."""
     return getattr(module, ATTRIBUTE, None)
+
+
+def mark(module: nn.Module, terms: list[Term] | None = None) -> None:
+    """Note that the module's own weight has changed, by these terms or, with None, in a way that it alone can tell."""
+    setattr(module, ATTRIBUTE, ChangedBase(terms))
 
 
 @torch.no_grad()
@@ -77,10 +82,9 @@ def record(layer: nn.Module | None, a: Tensor, b: Tensor, rest: Tensor, keep: st
         return
     if keep == "terms" and a.is_cuda and torch.cuda.is_current_stream_capturing():
         raise checks.ArgumentError("keep", "'weights' in a CUDA graph (a replay cannot keep terms)", "'terms'")
+    if of(layer) is None:
+        mark(layer, [] if keep == "terms" else None)
     known = of(layer)
-    if known is None:
-        known = ChangedBase([] if keep == "terms" else None)
-        setattr(layer, ATTRIBUTE, known)
     if keep == "weights":
         known.terms = None
     elif known.terms is not None:

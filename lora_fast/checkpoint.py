@@ -1,4 +1,8 @@
-"""Adapters in PEFT's format, both ways: PEFT reads what is saved here, and what PEFT saves loads here, bit for bit."""
+"""Adapters in PEFT's format, both ways: PEFT reads what is saved here, and what PEFT saves loads here, bit for bit.
+
+An adapter whose training changed the frozen weights (ScaLoRA) is saved with what they have become: changed_base.py has
+what is known of them, adapter_files.py how the files say it.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import adapter_files, surgery, targets
-from .adapter_files import CONFIG, PREFIX, WEIGHTS, Adapter
+from . import adapter_files, base_weights, files, surgery, targets
+from .adapter_files import CONFIG, PREFIX, WEIGHTS, Adapter, check_tensor
 from .checks import CheckpointError
 from .layers import peft_layers
 from .linear import LoRALinear
@@ -24,34 +28,54 @@ from .report import Report
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of inner modules
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
+def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = False) -> Report:
     """Write the model's adapter into a folder, as PEFT does: ``adapter_config.json``, ``adapter_model.safetensors``.
 
     Takes the adapters of ``LoRALinear`` layers, or the active adapter of a PeftModel. Different ranks or scales of
     layers become PEFT's rank_pattern and alpha_pattern. Each file is replaced atomically and synced to disk.
 
+    Where training has merged into frozen weights (ScaLoRA), the adapter fits no other base, so what they have become is
+    saved in the same files, and the report says so. It follows what ScaLoRA kept:
+
+    - whole weights: every bit, and as large as they are. PEFT restores them by itself, vLLM refuses the file, and
+      llama.cpp's converter leaves them out: give both the merged model.
+    - the terms that were merged, as further ranks of the adapter: PEFT, and a server that admits the rank, read a plain
+      adapter of a larger rank. A 16-bit weight comes back only to its rounding (stochastic rounding is not repeated).
+
+    ``load_adapter`` puts either back into the weights. PEFT does not save them again: to train on and save, load with
+    ``load_adapter``. Whoever wants no adapter at all: ``merge_`` and the model's own ``state_dict``, or, with PEFT,
+    ``merge_and_unload().save_pretrained``; both contain the changed weights.
+
+    Args:
+        exact: for checkpoints: whole weights also where terms were kept, and those terms beside them, so that training
+            goes on to the same bits after ``load_adapter``. In a subclass of transformers' Trainer, ``_save(output_dir,
+            state_dict)`` calls this after ``super()``'s: the two files take the place of PEFT's;
+            ``_load_from_checkpoint(folder, model)`` calls ``load_adapter`` and not ``super()``'s.
+
     Returns:
         The layers saved.
 
     Raises:
-        CheckpointError: no adapter, more than one active adapter, adapters without data (meta device) or sharded, or
-            a path that cannot be written. An adapter that was in the folder is then still whole.
+        CheckpointError: no adapter, more than one active adapter, adapters without data (meta device) or sharded, a
+            changed weight that the adapter has no layer on, or that PEFT has merged, or a path that cannot be written.
+            An adapter that was in the folder is then still whole.
     """
     model = _unwrap(model)
-    theirs, ours = peft_layers(model), _lora_linears(model)
-    if theirs:
-        files = _peft_files(model)
-    elif ours:
+    if peft_layers(model):
+        layers = _active_layers(model)[1]
+        config, tensors = _peft_files(model)
+    elif layers := _lora_linears(model):
         tensors = {}
-        for name, layer in ours.items():
+        for name, layer in layers.items():
             for factor in ("lora_A", "lora_B"):
-                tensors[f"{PREFIX}{name}.{factor}.weight"] = _data(f"{name}.{factor}", getattr(layer, factor))
-        config = json.dumps(_config(model, ours), indent=2, sort_keys=True).encode()
-        files = {WEIGHTS: safetensors.torch.save(tensors, metadata={"format": "pt"}), CONFIG: config}
+                tensors[f"{PREFIX}{name}.{factor}.weight"] = files.to_host(f"{name}.{factor}", getattr(layer, factor))
+        config = _config(model, layers)
     else:
         raise CheckpointError("model", "LoRA layers (lf.inject_, or PEFT)", f"{type(model).__name__} without any")
-    adapter_files.write(path, files)
-    return Report("saved", dict.fromkeys(_active_layers(model)[1] if theirs else ours, os.fspath(path)))
+    changes = base_weights.collect(model, layers, exact)
+    report = Report("saved", dict.fromkeys(layers, os.fspath(path)), note=base_weights.note(changes, "saved"))
+    adapter_files.write(path, config, tensors, changes)
+    return report
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
@@ -59,45 +83,48 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
 
     A model with ``LoRALinear`` layers, or a PEFT model (its active adapter), has to have the file's layers, ranks and
     scales; its parameters keep their identity. A plain model first gets the file's layers, as by ``inject_``.
-    Everything is checked before the model is touched.
+    Frozen weights that the adapter's training had changed are restored: whole ones bit for bit, terms by adding them to
+    the model's weights, which have to be the unchanged ones. Everything is checked before the model is touched.
 
     Returns:
-        The layers loaded.
+        The layers loaded; its note says which frozen weights were restored.
 
     Raises:
         CheckpointError: files that cannot be read, are damaged, use PEFT features beyond plain LoRA, or do not fit the
-            model: a missing or extra key, a shape, a scale, a dtype that would lose bits. The model is then unchanged.
+            model: a missing or extra key, a shape, a scale, a dtype that would lose bits, a base weight that training
+            has changed already, or that other modules share. The model is then unchanged.
     """
     model, adapter = _unwrap(model), adapter_files.read(path)
     theirs, ours = peft_layers(model), _lora_linears(model)
     if theirs:
-        _load(adapter, _peft_slots(model))
+        _load(model, adapter, _peft_slots(model))
     elif ours:
-        _load(adapter, {name: _slot(name, layer) for name, layer in ours.items()})
+        _load(model, adapter, {name: _slot(name, layer) for name, layer in ours.items()})
     else:
         _inject(model, adapter)
     shapes = {name: f"lora_A {tuple(a.shape)}, lora_B {tuple(b.shape)}" for name, (a, b) in adapter.pairs.items()}
-    return Report("loaded", shapes)
+    return Report("loaded", shapes, note=base_weights.note(adapter.changes, "restored"))
 
 
 @dataclass
 class _Slot:
-    """Where one layer's pair goes: its adapter's parameters, scaling, and frozen weight."""
+    """Where one layer's pair goes: its adapter's parameters, scaling, and the module that holds its frozen weight."""
 
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
-    weight: Tensor
+    holder: nn.Module
 
 
-def _load(adapter: Adapter, slots: dict[str, _Slot]) -> None:
+def _load(model: nn.Module, adapter: Adapter, slots: dict[str, _Slot]) -> None:
     """Check everything against the slots, then copy."""
     _check_names(set(slots), adapter)
+    holders = {name: slot.holder for name, slot in slots.items()}
+    base_weights.check(model, holders, adapter)
     for name, slot in slots.items():
         a, b = adapter.pairs[name]
-        _check_tensor(f"{name}.lora_A", a, tuple(slot.lora_A.shape), slot.lora_A.dtype)
-        _check_tensor(f"{name}.lora_B", b, tuple(slot.lora_B.shape), slot.lora_B.dtype)
-        _check_base(name, slot.weight, adapter)
+        check_tensor(f"{name}.lora_A", a, tuple(slot.lora_A.shape), slot.lora_A.dtype)
+        check_tensor(f"{name}.lora_B", b, tuple(slot.lora_B.shape), slot.lora_B.dtype)
         if not math.isclose(slot.scaling, adapter.scaling(name), rel_tol=1e-9):
             expected = f"scale {slot.scaling:g}, as in the model (a plain model takes the file's)"
             raise CheckpointError(f"lora_alpha of {name}", expected, f"{adapter.scaling(name):g}")
@@ -105,6 +132,7 @@ def _load(adapter: Adapter, slots: dict[str, _Slot]) -> None:
         for name, slot in slots.items():
             slot.lora_A.copy_(adapter.pairs[name][0])
             slot.lora_B.copy_(adapter.pairs[name][1])
+    base_weights.restore_(holders, adapter)
 
 
 def _inject(model: nn.Module, adapter: Adapter) -> None:
@@ -112,21 +140,21 @@ def _inject(model: nn.Module, adapter: Adapter) -> None:
     surgery.check_plain(model)
     names = {_clean(name): name for name, _ in model.named_modules() if name}
     _check_names({name for name in names if name in adapter.pairs or adapter.targets(name)}, adapter)
-    settings = {}
+    settings, linears = {}, {}
     for name, (a, b) in adapter.pairs.items():
-        linear = model.get_submodule(names[name])
+        linear = linears[name] = model.get_submodule(names[name])
         reason = targets.unsupported(linear, model.get_submodule(names[name].rpartition(".")[0]))
         if reason is not None or not adapter.targets(name):
             got = reason or "not among them"
             raise CheckpointError(f"keys of {name}", "a torch.nn.Linear among the config's target_modules", got)
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
-        _check_tensor(f"{name}.lora_A", a, (a.shape[0], linear.in_features), dtype)
-        _check_tensor(f"{name}.lora_B", b, (linear.out_features, a.shape[0]), dtype)
-        _check_base(name, linear.weight, adapter)
+        check_tensor(f"{name}.lora_A", a, (a.shape[0], linear.in_features), dtype)
+        check_tensor(f"{name}.lora_B", b, (linear.out_features, a.shape[0]), dtype)
         settings[names[name]] = adapter.settings(name)
+    base_weights.check(model, linears, adapter)
     surgery.replace_(model, settings)
     layers = _lora_linears(model)
-    _load(adapter, {name: _slot(name, layers[name]) for name in adapter.pairs})
+    _load(model, adapter, {name: _slot(name, layers[name]) for name in adapter.pairs})
 
 
 def _check_names(expected: set[str], adapter: Adapter) -> None:
@@ -138,24 +166,9 @@ def _check_names(expected: set[str], adapter: Adapter) -> None:
             raise CheckpointError(key, f"one pair for each of the model's {len(expected)} layers", got)
 
 
-def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tuple(tensor.shape) != shape:
-        raise CheckpointError(f"key {PREFIX}{name}.weight", f"shape {shape}", tuple(tensor.shape))
-    if torch.promote_types(tensor.dtype, dtype) != dtype:
-        expected = f"a dtype that the model's {dtype} adapter holds without loss"
-        raise CheckpointError(f"key {PREFIX}{name}.weight", expected, tensor.dtype)
-
-
-def _check_base(name: str, weight: Tensor, adapter: Adapter) -> None:
-    saved = adapter.base_weights.get(name)
-    if saved is not None and not torch.equal(saved, weight.detach().to("cpu", saved.dtype)):
-        expected = "the model's own frozen weight"
-        raise CheckpointError(f"key {PREFIX}{name}.base_layer.weight", expected, "other values or another shape")
-
-
 def _slot(name: str, layer: LoRALinear) -> _Slot:
     _check_unmerged(name, layer)
-    return _Slot(layer.lora_A, layer.lora_B, layer.scaling, layer.weight)
+    return _Slot(layer.lora_A, layer.lora_B, layer.scaling, layer)
 
 
 def _check_unmerged(name: str, layer: nn.Module) -> None:
@@ -182,33 +195,20 @@ def _clean(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def _data(name: str, parameter: Tensor) -> Tensor:
-    if type(parameter) is not nn.Parameter or parameter.is_meta:
-        got = f"{type(parameter).__name__} on {parameter.device}"
-        raise CheckpointError(name, "a parameter with data, not sharded", got)
-    return parameter.detach().cpu().clone(memory_format=torch.contiguous_format)
-
-
 def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict:
     """PEFT's config of these layers: the first one's rank and alpha, and patterns for those that differ."""
     use_rslora = all(layer.use_rslora for layer in layers.values())
     ranks = {name: layer.r for name, layer in layers.items()}
     alphas = {name: _alpha(layer, use_rslora) for name, layer in layers.items()}
-    first = next(iter(layers))
-    longest_first = sorted(layers, key=len, reverse=True)  # PEFT takes the first pattern that matches a name's end
     modules = [_clean(name) for name, _ in model.named_modules()]
     ambiguous = any(name not in layers and targets.matches(list(layers), name) for name in modules)
-    return {
+    config = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
-        "r": ranks[first],
-        "lora_alpha": alphas[first],
-        "lora_dropout": layers[first].dropout_p,
+        "lora_dropout": next(iter(layers.values())).dropout_p,
         "target_modules": "|".join(map(re.escape, layers)) if ambiguous else sorted(layers),
-        "rank_pattern": _pattern({name: ranks[name] for name in longest_first}),
-        "alpha_pattern": _pattern({name: alphas[name] for name in longest_first}),
         "use_rslora": use_rslora,
         "use_dora": False,
         "bias": "none",
@@ -217,6 +217,8 @@ def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict:
         "init_lora_weights": True,
         "modules_to_save": None,
     }
+    adapter_files.set_ranks(config, ranks, alphas)
+    return config
 
 
 def _alpha(layer: LoRALinear, use_rslora: bool) -> float:
@@ -224,10 +226,6 @@ def _alpha(layer: LoRALinear, use_rslora: bool) -> float:
     unit = math.sqrt(layer.r) if use_rslora else layer.r
     alpha = layer.alpha if layer.alpha / unit == layer.scaling else layer.scaling * unit
     return int(alpha) if float(alpha).is_integer() else alpha
-
-
-def _pattern(values: dict[str, float]) -> dict[str, float]:
-    return {re.escape(name): value for name, value in values.items()} if len(set(values.values())) > 1 else {}
 
 
 def _active_layers(model: nn.Module) -> tuple[str, dict[str, nn.Module]]:
@@ -244,7 +242,8 @@ def _active_layers(model: nn.Module) -> tuple[str, dict[str, nn.Module]]:
     return adapter, {_clean(name).removeprefix(prefix): layer for name, layer in holding.items()}
 
 
-def _peft_files(model: nn.Module) -> dict[str, bytes]:
+def _peft_files(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
+    """Config and tensors as PEFT saves them."""
     from peft import PeftModel
 
     adapter, _ = _active_layers(model)
@@ -253,9 +252,9 @@ def _peft_files(model: nn.Module) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, selected_adapters=[adapter])
         saved = Path(folder) if adapter == "default" else Path(folder) / adapter
-        config, tensors = (saved / CONFIG).read_bytes(), safetensors.torch.load((saved / WEIGHTS).read_bytes())
-    tensors = {_clean(key): tensor for key, tensor in tensors.items()}
-    return {WEIGHTS: safetensors.torch.save(tensors, metadata={"format": "pt"}), CONFIG: config}
+        config = json.loads((saved / CONFIG).read_bytes())
+        tensors = safetensors.torch.load((saved / WEIGHTS).read_bytes())
+    return config, {_clean(key): tensor for key, tensor in tensors.items()}
 
 
 def _peft_slots(model: nn.Module) -> dict[str, _Slot]:
@@ -266,5 +265,5 @@ def _peft_slots(model: nn.Module) -> dict[str, _Slot]:
         if adapter in layer.lora_variant or b.bias is not None:
             raise CheckpointError("model", "a plain LoRA adapter", f"{name} with a variant or a bias on lora_B")
         _check_unmerged(name, layer)
-        slots[name] = _Slot(a.weight, b.weight, layer.scaling[adapter], layer.get_base_layer().weight)
+        slots[name] = _Slot(a.weight, b.weight, layer.scaling[adapter], layer.get_base_layer())
     return slots

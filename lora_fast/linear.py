@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import checks, functional
+from . import changed_base, checks, functional
 
 INITS = ("kaiming", "gaussian")
 
@@ -106,6 +106,8 @@ class LoRALinear(nn.Module):
         layer.reset_adapter()
         layer.weight = weight.requires_grad_(False)
         layer.bias = None if bias is None else bias.requires_grad_(False)
+        if changed_base.of(linear) is not None:
+            changed_base.mark(layer)  # merged further since, for all we know: what was kept of it tells nothing
         return layer.train(linear.training)
 
     def reset_parameters(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import checks
 from .layers import adapter_layers, fused_class
@@ -78,6 +78,14 @@ def _unmergeable(layer: nn.Module) -> str | None:
     if set(active) <= set(layer.merged_adapters):
         return "already merged"
     return None if all(layer._is_plain(name) for name in active) else "adapter that is more than scaling · b a"
+
+
+def original_weight(layer: nn.Module) -> Tensor | None:
+    """A layer's frozen weight without its adapters; None where PEFT has merged them and kept no original."""
+    kept = layer._buffers.get("_unmerged_weight")
+    if kept is not None or layer.merged:
+        return kept
+    return layer.weight
 
 
 def weight_owners(model: nn.Module) -> dict[int, list[str]]:

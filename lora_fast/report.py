@@ -15,15 +15,18 @@ class Report:
     action: what was done, in the past tense ("fused").
     changed: module name → what it became.
     left: candidate's name → why it was left alone.
+    note: what else there is to say, in a sentence.
     """
 
     action: str
     changed: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    note: str = ""
 
     def __str__(self) -> str:
         layers = "layer" if len(self.changed) == 1 else "layers"
-        return f"{self.action} {len(self.changed)} {layers}" + (f"; left {self.reasons()}" if self.left else "")
+        left = f"; left {self.reasons()}" if self.left else ""
+        return f"{self.action} {len(self.changed)} {layers}{left}" + (f". {self.note}" if self.note else "")
 
     def reasons(self) -> str:
         """The candidates left alone, grouped by reason: ``1: lm_head (output embeddings)``."""

@@ -14,10 +14,14 @@ LAYERS = [
     ["cli"],
     ["hf"],
     ["optim", "metrics"],
-    ["methods"],
-    ["stacks"],
+    ["batches", "methods"],
+    ["stacks", "groups"],
+    ["batch"],
     ["pairs"],
-    ["surgery", "merging", "checkpoint", "adapter_files", "peft_linear", "layers", "report", "targets"],
+    ["checkpoint"],
+    ["base_weights"],
+    ["adapter_files", "files"],
+    ["surgery", "merging", "peft_linear", "layers", "report", "targets"],
     ["linear"],
     ["changed_base"],
     ["functional"],
@@ -83,7 +87,7 @@ def test_imports_run_downwards(path):
     twins = {"reference", "reference_step", "reference_scalora"}
     if layer in twins:
         assert not imported(path)
-    if layer not in ("functional", "autograd", "step"):
+    if layer not in ("functional", "autograd", "step", "groups"):
         assert not imported(path) & {"kernels", *twins}
 
 

@@ -1,0 +1,125 @@
+"""Frozen weights that training has changed, between a model and an adapter's files."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import changed_base, checks, files
+from .adapter_files import PREFIX, Adapter, Change, check_tensor
+from .changed_base import Term
+from .checks import CheckpointError
+from .linear import LoRALinear, merged_weight
+from .merging import original_weight, weight_owners
+
+MIB = 2**20
+
+
+def collect(model: nn.Module, layers: dict[str, nn.Module], exact: bool) -> dict[str, Change]:
+    """What the files have to say of the changed weights: the terms where they were kept, else, or if ``exact``, the
+    weight. ``layers``: name → LoRALinear or PEFT layer, those of the adapter that is saved.
+
+    Raises:
+        CheckpointError: a changed weight in none of these layers, merged by PEFT, sharded or without data.
+    """
+    holders = {name: _holder(layer) for name, layer in layers.items()}
+    _check_no_other(model, [*holders.values()], "changed base weights in the adapter's own layers only")
+    changes = {}
+    for name, layer in layers.items():
+        known = changed_base.of(holders[name])
+        if known is None:
+            continue
+        term = _joined(known.kept(), holders[name].weight)
+        if exact or term is None or not _takes_ranks(layer):
+            changes[name] = Change(_weight(name, layer), term if exact else None)
+        elif len(term[1]):
+            changes[name] = Change(None, term)
+    return changes
+
+
+def check(model: nn.Module, holders: dict[str, nn.Module], adapter: Adapter) -> None:
+    """Raises CheckpointError unless the adapter fits the model's base, or its changes can be put into it. ``holders``:
+    layer's name → the module that holds its frozen weight."""
+    owners = weight_owners(model)
+    for name, holder in holders.items():
+        if name in adapter.changes:
+            _check_change(name, holder, adapter.changes[name], owners)
+        saved = adapter.base_weights.get(name)
+        if saved is not None and not torch.equal(saved, holder.weight.detach().to("cpu", saved.dtype)):
+            expected = "the model's own frozen weight"
+            raise CheckpointError(f"key {PREFIX}{name}.base_layer.weight", expected, "other values or another shape")
+    restored = [holders[name] for name in adapter.changes]
+    _check_no_other(model, restored, "the base that the adapter was trained on")
+
+
+@torch.no_grad()
+def restore_(holders: dict[str, nn.Module], adapter: Adapter) -> None:
+    """Put the changes, checked, into the weights, and note there what is known of them."""
+    for name, change in adapter.changes.items():
+        weight, term = holders[name].weight, change.term
+        if change.weight is not None:
+            weight.copy_(change.weight)
+        else:
+            b, a = (factor.to(weight.device) for factor in term)
+            weight.copy_(merged_weight(weight, [(a, b, 1.0)]))
+        changed_base.mark(holders[name], None if term is None else [tuple(factor.clone() for factor in term)])
+
+
+def note(changes: dict[str, Change], done: str) -> str:
+    """A sentence for the report; nothing where nothing changed."""
+    weights = [change.weight for change in changes.values() if change.weight is not None]
+    ranks = [len(change.term[1]) for change in changes.values() if change.weight is None]
+    parts = []
+    if weights:
+        parts.append(f"{len(weights)} weights {done} whole, {sum(w.nbytes for w in weights) / MIB:.1f} MiB")
+    if ranks:
+        parts.append(f"{len(ranks)} {done} as terms, rank up to {max(ranks)}")
+    return f"The base has changed: {'; '.join(parts)}" if parts else ""
+
+
+def _holder(layer: nn.Module) -> nn.Module:
+    return layer if isinstance(layer, LoRALinear) else layer.get_base_layer()
+
+
+def _check_no_other(model: nn.Module, holders: list[nn.Module], expected: str) -> None:
+    """Raises CheckpointError if the weight of any module but these has changed."""
+    for name, module in model.named_modules():
+        if changed_base.of(module) is not None and not any(module is holder for holder in holders):
+            raise CheckpointError("model", expected, f"{name}.weight, changed by merges during training")
+
+
+def _joined(terms: list[Term] | None, weight: Tensor) -> Term | None:
+    """All terms as one, b (d_out, k) and a (k, d_in), without those that added nothing."""
+    if terms is None:
+        return None
+    terms = [(b, a) for b, a in terms if b.any()]
+    if not terms:
+        return torch.empty(weight.shape[0], 0), torch.empty(0, weight.shape[1])
+    return torch.cat([b for b, _ in terms], 1), torch.cat([a for _, a in terms])
+
+
+def _takes_ranks(layer: nn.Module) -> bool:
+    """Whether further ranks of its adapter are the same as a change of its weight."""
+    return isinstance(layer, LoRALinear) or not any(name in layer.lora_variant for name in layer.active_adapters)
+
+
+def _weight(name: str, layer: nn.Module) -> Tensor:
+    weight = original_weight(layer)
+    if weight is None:
+        raise CheckpointError("model", "unmerged layers", f"{name} merged by PEFT, which keeps no original")
+    return files.to_host(f"{name}.weight", weight)
+
+
+def _check_change(name: str, holder: nn.Module, change: Change, owners: dict[int, list[str]]) -> None:
+    weight, shared = holder.weight, owners.get(id(holder.weight), [])
+    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or weight.dtype not in checks.FLOATS:
+        got = f"{type(weight).__name__} of {weight.dtype} on {weight.device}"
+        raise CheckpointError(f"{name}.weight", "a plain floating-point weight, for its change to be restored", got)
+    if len(shared) > 1:
+        expected = "a weight of its own, for its change to be restored"
+        raise CheckpointError(f"{name}.weight", expected, f"one weight held by {' and '.join(shared)}")
+    if change.weight is not None:
+        check_tensor(f"{name}.base_layer", change.weight, tuple(weight.shape), weight.dtype)
+    elif changed_base.of(holder) is not None:
+        expected = "the unchanged weight, for terms to be added to it"
+        raise CheckpointError(f"{name}.weight", expected, "one that training, or another load, has changed")
