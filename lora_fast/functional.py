@@ -6,9 +6,19 @@ import torch
 from torch import Tensor
 
 from . import autograd, backend, checks
-from .grouped import gram, hyperbalance, merge_, scalora_scaling, small_inverse, spd_solve
+from .grouped import Work, adapter_step_, gram, hyperbalance, merge_, scalora_scaling, small_inverse, spd_solve
 
-__all__ = ["gram", "hyperbalance", "lora_linear", "merge_", "scalora_scaling", "small_inverse", "spd_solve"]
+__all__ = [
+    "Work",
+    "adapter_step_",
+    "gram",
+    "hyperbalance",
+    "lora_linear",
+    "merge_",
+    "scalora_scaling",
+    "small_inverse",
+    "spd_solve",
+]
 
 _SEEDS = 1 << 62
 # Looked up once: a layer's call costs host time. Function.apply is a Python method that serves functorch (vmap, grad);

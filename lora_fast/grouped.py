@@ -1,16 +1,15 @@
-"""Public functions of the adapter step: lists of tensors are grouped by shape and each group is one batched call.
-
-No kernel serves these yet: on CUDA, too, the plain-torch twins compute them, batched, without waiting for the device.
-"""
+"""Public functions of the adapter step: a list of tensors is one grouped launch for each rank on the Triton backend,
+one batched call for each shape on the torch backend."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks, step
+from . import backend, checks, step
 
 Tensors = Tensor | Sequence[Tensor]
 
@@ -30,9 +29,9 @@ def gram(tensors: Sequence[Tensor], dim: int) -> list[Tensor]:
     """
     if dim not in (0, 1):
         raise checks.ArgumentError("dim", "0 or 1", repr(dim))
-    tensors = _matrices("tensors", tensors)
-    product = (lambda x: step.wide(x) @ step.wide(x).mT) if dim == 1 else (lambda x: step.wide(x).mT @ step.wide(x))
-    return [result for (result,) in _batched(lambda x: (product(x),), tensors)]
+    is_a = [dim == 1] * len(_matrices("tensors", tensors))
+    compute = lambda *members: (step.factor_grams(*members),)
+    return [result for (result,) in _together(compute, lambda x: x.shape[1 - dim], tensors, is_a)]
 
 
 def spd_solve(matrices: Tensor, rhs: Tensor, damping: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -84,8 +83,13 @@ def scalora_scaling(
     single = isinstance(a, Tensor)
     lists = [_matrices(name, [x] if single else x) for name, x in (("a", a), ("b", b), ("da", da), ("db", db))]
     _check_lists(*lists)
-    compute = lambda *stacked: step.scalora_scaling(*step.grams(*stacked), kappa, solver)
-    return _unpack(_batched(compute, *lists), 3, single)
+
+    def compute(*members: list[Tensor]) -> tuple[Tensor, ...]:
+        x, alive, info = step.scalora_solve(step.pair_grams(*members), solver)
+        factors, *_ = step.scales(x, alive, kappa, torch.ones_like(x[:, 0]), 0.0, None)
+        return (*factors.chunk(2), info)
+
+    return _unpack(_together(compute, lambda a: a.shape[0], *lists), 3, single)
 
 
 def hyperbalance(a: Tensors, b: Tensors, gauge: str = "symmetric") -> tuple[Tensors, Tensors]:
@@ -105,12 +109,12 @@ def hyperbalance(a: Tensors, b: Tensors, gauge: str = "symmetric") -> tuple[Tens
     single = isinstance(a, Tensor)
     lists = [_matrices(name, [x] if single else x) for name, x in (("a", a), ("b", b))]
     _check_lists(*lists)
-    return _unpack(_batched(lambda a, b: _balanced(a, b, gauge), *lists), 2, single)
+    return _unpack(_together(lambda a, b: _balanced(a, b, gauge), lambda a: a.shape[0], *lists), 2, single)
 
 
-def _balanced(a: Tensor, b: Tensor, gauge: str) -> tuple[Tensor, Tensor]:
-    t, t_inverse = step.hyperbalance(*step.grams(a, b)[:2], gauge)
-    return (t_inverse @ step.wide(a)).to(a.dtype), (step.wide(b) @ t).to(b.dtype)
+def _balanced(a: list[Tensor], b: list[Tensor], gauge: str) -> tuple[list[Tensor], list[Tensor]]:
+    t, t_inverse = step.hyperbalance(*step.pair_grams(a, b)[:2], gauge)
+    return step.transformed(a, True, t_inverse), step.transformed(b, False, t)
 
 
 @torch.no_grad()
@@ -140,19 +144,96 @@ def merge_(
         raise checks.ArgumentError("weight", "a frozen floating-point tensor", got)
     scale = torch.as_tensor(scale, dtype=step.wide(a).dtype, device=a.device).expand(a.shape[0])
     seed = int(torch.randint(1 << 62, (), dtype=torch.int64)) if seed is None else seed
-    step.merge_(weight, a, b, scale, rounding, seed)
+    step.merge_([weight], [a], [b], scale[None], rounding, seed)
     return weight
 
 
-def _batched(compute: Callable, *lists: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-    """compute's results for each position of the lists, called once on the stacks of each shape, dtype and device."""
+class Work(NamedTuple):
+    """What ``adapter_step_`` does to each of n factors besides AdamW, in this order; None: nothing. R is the largest
+    rank; beyond its own rank a factor's numbers do not count.
+
+    Attributes:
+        additive: c (n,): g ← g + c p.
+        matrices: M (n, R, R): g ← M g for an a, g ← g M for a b.
+        scale_p, scale_g: d and e (n, R), a number for each rank row of an a, column of a b: p ← d p, g ← e g, m ← e m,
+            v ← e² v. They come together.
+        gram: whether the Grams of the new factors are wanted.
+    """
+
+    additive: Tensor | None = None
+    matrices: Tensor | None = None
+    scale_p: Tensor | None = None
+    scale_g: Tensor | None = None
+    gram: bool = False
+
+
+@torch.no_grad()
+def adapter_step_(
+    factors: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+    is_a: Sequence[bool],
+    hyper: Tensor,
+    steps: Tensor,
+    work: Work | None = None,
+) -> Tensor | None:
+    """Pass 2 of the adapter step, in place: what a method does to gradients, factors and moments, then torch's AdamW;
+    one launch for all factors on the Triton backend.
+
+    Args:
+        factors: parameter, gradient (only read), exp_avg, exp_avg_sq of each, of one shape.
+        is_a: whether rank is its first dimension, (r, d_in), or its last, (d_out, r).
+        hyper: float64 (n, 5): learning rate, beta1, beta2, eps, weight decay of each.
+        steps: float32 (n,): steps taken by each, counted up here.
+        work: what there is to do besides AdamW.
+
+    Returns:
+        float32 (n, R, R) with ``work.gram``: p pᵀ of an a, pᵀp of a b, as they are afterwards, zero beyond the rank.
+
+    Raises:
+        ArgumentError: shapes or dtypes that do not fit. Nothing has changed.
+    """
+    work = work or Work()
+    _check_factors(factors, is_a)
+    r = max((f[0].shape[0 if side else 1] for f, side in zip(factors, is_a, strict=True)), default=1)
+    n = len(factors)
+    wide = torch.float64 if n and factors[0][0].dtype == torch.float64 else torch.float32
+    _check_rows("hyper", hyper, (n, 5), torch.float64)
+    _check_rows("steps", steps, (n,), torch.float32)
+    for name, shape in (("additive", (n,)), ("matrices", (n, r, r)), ("scale_p", (n, r)), ("scale_g", (n, r))):
+        if getattr(work, name) is not None:
+            _check_rows(name, getattr(work, name), shape, wide)
+    if (work.scale_p is None) != (work.scale_g is None):
+        raise checks.ArgumentError("scale_p, scale_g", "both or neither", "one of them")
+    return step.adapter_step_(list(factors), list(is_a), hyper, steps, work)
+
+
+def _check_factors(factors: Sequence, is_a: Sequence[bool]) -> None:
+    if len(is_a) != len(factors):
+        raise checks.ArgumentError("is_a", f"{len(factors)} values, as factors", len(is_a))
+    for i, tensors in enumerate(factors):
+        _matrices(f"factors[{i}]", tensors)
+        for j, x in enumerate(tensors):
+            if x.shape != tensors[0].shape or x.device != factors[0][0].device:
+                expected = f"shape {tuple(tensors[0].shape)} on {factors[0][0].device}"
+                raise checks.ArgumentError(f"factors[{i}][{j}]", expected, f"{tuple(x.shape)} on {x.device}")
+
+
+def _check_rows(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(x.shape) != shape or x.dtype != dtype:
+        raise checks.ArgumentError(name, f"{dtype} {shape}", f"{x.dtype} {tuple(x.shape)}")
+
+
+def _together(compute: Callable, rank: Callable, *lists: Sequence) -> list[tuple[Tensor, ...]]:
+    """compute's results for each position of the lists, called once on all positions of a rank (Triton) or of a shape
+    (torch) and of a device and dtype. ``rank``: of a position's first tensor."""
     groups: dict[tuple, list[int]] = {}
     for i, members in enumerate(zip(*lists, strict=True)):
-        groups.setdefault(tuple((x.shape, x.dtype, x.device) for x in members), []).append(i)
+        tensors = [x for x in members if isinstance(x, Tensor)]
+        sizes = rank(tensors[0]) if backend.uses_triton(tensors[0]) else tuple(x.shape for x in tensors)
+        groups.setdefault((sizes, *((x.dtype, x.device) for x in tensors)), []).append(i)
     results: list[tuple[Tensor, ...]] = [()] * len(lists[0])
     for indices in groups.values():
-        stacked = compute(*(torch.stack([tensors[i] for i in indices]) for tensors in lists))
-        for i, result in zip(indices, zip(*stacked, strict=True), strict=True):
+        computed = compute(*([members[i] for i in indices] for members in lists))
+        for i, result in zip(indices, zip(*computed, strict=True), strict=True):
             results[i] = result
     return results
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from . import checks, pairs, step
+from . import batches, checks, pairs, step
+from .batch import Batch, Member
 from .methods import LoRAPlus, compose
+from .methods.method import Method
 from .pairs import Pair
-from .stacks import Stack, adamw_state, build
 
 __all__ = ["LoRAAdamW"]
 
@@ -19,15 +20,18 @@ WRAPPERS = ("module", "_orig_mod")  # parts of names that come from wrapping a m
 
 class LoRAAdamW(torch.optim.Optimizer):
     """AdamW for the adapters of a model, with methods that use both factors of a pair; without any it is torch's fused
-    AdamW, bit for bit.
+    AdamW, on the torch backend bit for bit.
 
     A step: the methods' changes of the gradients (ScaleReg; ScaLoRA's scaling and merge; preconditioners), AdamW with
     decoupled weight decay, the methods' changes of the factors (iLoRA, decoupled ScaleReg, BaLoRA). Clipping comes
     before the step, so it acts on raw gradients.
 
-    With a method that uses both factors, factors of equal shape are kept in one stack: at a step each parameter's
-    ``data`` becomes a slice of it (checked at every step; a parameter that was moved is stacked anew). State is per
-    parameter as in torch's AdamW, so ``state_dict`` does not depend on that.
+    On the Triton backend all pairs of one rank take each of these in one launch, however many layers there are, and
+    nothing waits for the device: a step can be captured in a CUDA graph, once one has been run on the tensors to be
+    captured (not verified on a GPU). On the torch backend, with a method that uses both factors, factors of equal shape
+    are kept in one stack: at a step each parameter's ``data`` becomes a slice of it (checked at every step; a parameter
+    that was moved is stacked anew). State is per parameter as in torch's AdamW, so ``state_dict`` does not depend on
+    any of that.
 
     Args:
         model: a model with LoRALinear or PEFT layers (their active adapters), or (lora_A, lora_B[, scaling[, weight]])
@@ -55,8 +59,8 @@ class LoRAAdamW(torch.optim.Optimizer):
         _check_settings(defaults)
         self._methods = compose(methods)
         self._middle = tuple(method for method in self._methods if type(method) is not LoRAPlus)
-        self._pairs: list[tuple[Pair, int, int]] = []
-        self._forget_stacks()
+        self._pairs: list[Member] = []
+        self._forget_batches()
         found = pairs.of_model(model) if isinstance(model, nn.Module) else pairs.of_tensors(model)
         groups = [{"params": found}] if found else []
         if isinstance(model, nn.Module):
@@ -101,7 +105,7 @@ class LoRAAdamW(torch.optim.Optimizer):
                 if entries:
                     super().add_param_group({"params": entries, **group, "lr": rate})
         self._pairs += [(pair, first, first if plus is None else first + 1) for pair in added]
-        self._forget_stacks()
+        self._forget_batches()
 
     def _check_methods(self, added: list[Pair]) -> None:
         for method in self._middle:
@@ -110,8 +114,7 @@ class LoRAAdamW(torch.optim.Optimizer):
                     if not factor.requires_grad:
                         expected = f"a trained factor ({type(method).__name__} uses both)"
                         raise checks.ArgumentError(f"{pair.name}.{name}", expected, "requires_grad=False")
-            if hasattr(method, "check"):
-                method.check([pair for pair, *_ in self._pairs] + added)
+            method.check([pair for pair, *_ in self._pairs] + added)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -124,30 +127,29 @@ class LoRAAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        stacks = self._current_stacks() if self._middle else []
-        if stacks:
-            self._step_pairs(stacks)
-        paired = {p for pair, *_ in self._pairs for p in (pair.a, pair.b)} if self._middle else ()
+        current = self._current_batches()
+        if current:
+            self._step_pairs(current)
+        paired = {p for batch in current for pair in batch.pairs for p in (pair.a, pair.b)}
         for group in self.param_groups:
             self._step_plain([p for p in group["params"] if p.grad is not None and p not in paired], group)
         return loss
 
-    def _step_pairs(self, stacks: list[Stack]) -> None:
+    def _step_pairs(self, current: list[Batch]) -> None:
         memory = self.param_groups[self._pairs[0][1]].setdefault("method_state", {})
-        for stack in stacks:
-            stack.begin(self.param_groups)
+        for batch in current:
+            batch.begin(self.param_groups)
         for method in self._middle:
-            if hasattr(method, "before"):
-                method.before(stacks, memory)
-        update = next((method.update for method in self._middle if hasattr(method, "update")), None)
-        if update is not None:
-            update(stacks, memory)
-        else:
-            for factor in (factor for stack in stacks for factor in (stack.a, stack.b)):
-                _adamw(*factor.operands(), factor.settings)
-        for method in self._middle:
-            if hasattr(method, "after"):
-                method.after(stacks, memory)
+            method.plan(current, memory)
+        if any(method.replaces for method in self._middle):
+            return
+        followers = [method for method in self._middle if method.follows]
+        for batch in current:
+            for method in self._middle:
+                method.before(batch)
+            batch.adamw(grams=bool(followers))
+            for method in followers:
+                method.after(batch)
 
     def _step_plain(self, parameters: list[Tensor], group: dict) -> None:
         by_kind: dict[tuple, list[Tensor]] = {}
@@ -165,27 +167,30 @@ class LoRAAdamW(torch.optim.Optimizer):
             torch._foreach_add_(steps, 1)
             _adamw(kind, [p.grad for p in kind], *moments, steps, group)
 
-    def _current_stacks(self) -> list[Stack]:
-        """The stacks of all pairs that have gradients, built anew if that set, or a parameter's place, has changed."""
+    def _current_batches(self) -> list[Batch]:
+        """Batches of all pairs that have gradients, built anew if that set, the backend or a parameter's place has
+        changed; none where plain AdamW on a list of tensors serves as well."""
+        triton = not any(method.replaces for method in self._middle) and batches.grouped([p for p, *_ in self._pairs])
+        if not (self._middle or triton):
+            return []
         active = []
         for i, (pair, *_) in enumerate(self._pairs):
             missing = (pair.a.grad is None) + (pair.b.grad is None)
-            if missing == 1:
+            if missing == 1 and self._middle:
                 factor = "lora_A" if pair.a.grad is None else "lora_B"
                 methods = ", ".join(type(method).__name__ for method in self._middle)
                 raise checks.ArgumentError(f"{pair.name}.{factor}.grad", f"a gradient ({methods}: both)", "None")
             if not missing:
                 active.append(i)
-        intact = all(factor.intact() for stack in self._stacks for factor in (stack.a, stack.b))
-        if active != self._active or not intact:
-            layout = next((method.layout for method in self._middle if hasattr(method, "layout")), adamw_state)
-            self._stacks = build([self._pairs[i] for i in active], self.state, layout)
-            self._active = active
-        return self._stacks
+        if (triton, active) != self._built_for or not all(batch.intact() for batch in self._batches):
+            layout = next((m.layout for m in self._middle if type(m).layout is not Method.layout), Method().layout)
+            self._batches = batches.build([self._pairs[i] for i in active], self.state, layout, triton)
+            self._built_for = triton, active
+        return self._batches
 
-    def _forget_stacks(self) -> None:
-        self._stacks: list[Stack] = []
-        self._active: list[int] = []
+    def _forget_batches(self) -> None:
+        self._batches: list[Batch] = []
+        self._built_for: tuple[bool, list[int]] = False, []
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue from a ``state_dict`` of the same model, methods and order; the next steps are the same bits.
@@ -200,11 +205,11 @@ class LoRAAdamW(torch.optim.Optimizer):
         for i, p in zip((i for group in saved for i in group["params"]), order, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():  # torch has cast it to p's dtype
                 self.state[p][name] = value.detach().to(p.device, copy=True)
-        self._forget_stacks()
+        self._forget_batches()
 
     def __getstate__(self) -> dict:
-        own = {"_methods": self._methods, "_middle": self._middle, "_pairs": self._pairs, "_stacks": [], "_active": []}
-        return super().__getstate__() | own
+        own = {"_methods": self._methods, "_middle": self._middle, "_pairs": self._pairs}
+        return super().__getstate__() | own | {"_batches": [], "_built_for": (False, [])}
 
 
 def _adamw(p: list, g: list, m: list, v: list, steps: list, group: dict) -> None:

@@ -22,24 +22,15 @@ COLLINEAR = 1e-6
 PIVOTS, ROUNDS = 8, 2
 
 
-def scalora_scaling(
-    ka: Tensor, kb: Tensor, kp: Tensor, kq: Tensor, k: Tensor, kappa: float | Tensor, solver: str = "nnls"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """α (L, r) for b's columns and a's gradient rows, β (L, r) for a's rows and b's gradient columns, info (L,).
-
-    Five (L, r, r) Grams, gradients at any common scale. info is 0 where the unconstrained optimum is valid, else 1;
-    solver "column" then leaves both factors as they are. A coordinate without a say keeps scale 1.
-    """
-    x, alive, info = scalora_solve(ka, kb, kp, kq, k, solver)
-    scale = torch.where(alive, x / kappa, 1.0).sqrt()
-    r = ka.shape[-1]
-    return scale[:, :r], scale[:, r:], info
-
-
 def scalora_solve(
     ka: Tensor, kb: Tensor, kp: Tensor, kq: Tensor, k: Tensor, solver: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x (L, 2r) for κ = 1, which of its entries have a say (L, 2r), info (L,)."""
+    """x (L, 2r) for κ = 1, first α² (of b's columns and a's gradient rows), then β²; which of its entries have a say
+    (L, 2r); info (L,).
+
+    Five (L, r, r) Grams, gradients at any common scale. info is 0 where the unconstrained optimum is valid, else 1;
+    solver "column" then leaves both factors as they are.
+    """
     m, lam = _system(ka, kb, kp, kq, k)
     alive = _alive(m, ka.shape[-1])
     if solver == "scalar":
@@ -49,6 +40,17 @@ def scalora_solve(
     if solver == "column":
         alive = alive & (info == 0)[:, None]
     return x, alive, info
+
+
+def scales(
+    x: Tensor, alive: Tensor, kappa: float | Tensor, scaling: Tensor, low: float, high: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From ``scalora_solve``'s x to what a step applies, with s = √(x/κ) between ``low`` and ``high``, and 1 for what
+    has no say or where κ is 0: of the factors [α for b; β for a] (2L, r), of their gradients [β; α] (2L, r), and what
+    is merged before, scaling (1 − α∘β) (L, r)."""
+    kappa = torch.as_tensor(kappa, device=x.device)
+    alpha, beta = torch.where(alive & (kappa > 0), (x / kappa.to(x.dtype)).sqrt().clamp(low, high), 1.0).chunk(2, -1)
+    return torch.cat([alpha, beta]), torch.cat([beta, alpha]), scaling[:, None] * (1 - alpha * beta)
 
 
 def _system(ka: Tensor, kb: Tensor, kp: Tensor, kq: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 GAUGES = ("symmetric", "svd", "svd_signed")
-CACHED = 1 << 18  # elements of a stack that are transformed at a time on a CPU
 BALANCE_FLOOR = 1e-6  # of the largest singular value: below, a direction is not rescaled further
 
 
@@ -88,37 +87,74 @@ def adamw(p: list, g: list, m: list, v: list, steps: list, lr, betas, eps: float
     )  # fmt: skip
 
 
-def imbalance_step_(a: Tensor, b: Tensor, rho: float, h_a: float | Tensor, h_b: float | Tensor) -> None:
-    """iLoRA, in place: a − h D a and b + h ρ b D with D = a aᵀ − ρ bᵀb, each h clipped to
-    1 / ((1+ρ) max(σ₁(a)², ρ σ₁(b)²)), σ₁² bounded by the Gram's largest absolute row sum."""
-    for a_part, b_part in _in_cache(a, b):
-        wide_a, wide_b = wide(a_part), wide(b_part)
-        ka, kb, *_ = grams(wide_a, wide_b)
-        largest = torch.maximum(_row_sum(ka), rho * _row_sum(kb))
-        bound = (1.0 / ((1.0 + rho) * largest))[:, None, None]  # infinite for a pair of zeros, whose D is 0
-        d = ka - rho * kb
-        a_part.copy_(torch.baddbmm(wide_a, bound.clamp(max=h_a) * d, wide_a, alpha=-1))
-        b_part.copy_(torch.baddbmm(wide_b, wide_b, rho * bound.clamp(max=h_b) * d))
+def adapter_step_(
+    factors: list[tuple[Tensor, Tensor, Tensor, Tensor]], is_a: list[bool], hyper: Tensor, steps: Tensor,
+    additive: Tensor | None, matrices: Tensor | None, scale_p: Tensor | None, scale_g: Tensor | None, gram: bool,
+) -> Tensor | None:  # fmt: skip
+    """Pass 2 on (p, g, m, v) of any shapes, in place but for g; ``grouped.Work`` says what else there is. Returns the
+    Grams of the new p, (n, R, R), if asked."""
+    steps += 1
+    by_shape: dict[tuple, list[int]] = {}
+    for i, (tensors, side) in enumerate(zip(factors, is_a, strict=True)):
+        by_shape.setdefault((tensors[0].shape, side, *(x.dtype for x in tensors)), []).append(i)
+    largest = max((f[0].shape[0 if side else 1] for f, side in zip(factors, is_a, strict=True)), default=1)
+    totals = torch.zeros(len(factors), largest, largest, dtype=torch.float32, device=hyper.device) if gram else None
+    for (_, side, *_), members in by_shape.items():
+        stacks = [torch.stack([factors[i][j] for i in members]) for j in range(4)]
+        r = stacks[0].shape[1 if side else 2]
+        own = [None if x is None else x[members] for x in (additive, matrices, scale_p, scale_g)]
+        own = [x if x is None else x[tuple([slice(None)] + [slice(r)] * (x.dim() - 1))] for x in own]
+        moved = _step_of(*map(wide, stacks), side, hyper[members], steps[members], *own)
+        for j, new in zip((0, 2, 3), moved, strict=True):
+            for i, x in zip(members, new, strict=True):
+                factors[i][j].copy_(x)
+        if gram:
+            p = wide(torch.stack([factors[i][0] for i in members]))
+            totals[members, :r, :r] = (p @ p.mT if side else p.mT @ p).float()
+    return totals
 
 
-def precondition_(da: Tensor, db: Tensor, a: Tensor, b: Tensor, damping: float) -> None:
-    """Scaled AdamW, in place: da ← (bᵀb + δI)⁻¹ da, db ← db (a aᵀ + δI)⁻¹."""
-    ka, kb, *_ = grams(a, b)
-    inverse_a, inverse_b = spd_inverse(torch.cat([ka, kb]), damping).chunk(2)
-    for da_part, inverse in _in_cache(da, inverse_b):
-        da_part.copy_(inverse @ wide(da_part))
-    for db_part, inverse in _in_cache(db, inverse_a):
-        db_part.copy_(wide(db_part) @ inverse)
+def _step_of(p, g, m, v, is_a: bool, hyper: Tensor, t: Tensor, additive, matrices, scale_p, scale_g) -> tuple:
+    """New p, m, v of stacks (L, …)."""
+    if additive is not None:
+        g = g + additive[:, None, None] * p
+    if matrices is not None:
+        g = matrices @ g if is_a else g @ matrices
+    if scale_p is not None:
+        d, e = ((x[:, :, None] if is_a else x[:, None, :]) for x in (scale_p, scale_g))
+        p, g, m, v = d * p, e * g, e * m, e * e * v
+    lr, beta1, beta2, eps, decay = hyper[:, :, None, None].unbind(1)
+    t = t.double()[:, None, None]
+    of = lambda x: x.to(p.dtype)
+    m = m + of(1 - beta1) * (g - m)
+    v = of(beta2) * v + of(1 - beta2) * g * g
+    p = of(1 - lr * decay) * p - of(lr / (1 - beta1**t)) * (m / (v.sqrt() / of((1 - beta2**t).sqrt()) + of(eps)))
+    return p, m, v
 
 
-def _in_cache(*stacks: Tensor):
-    """Parts of the stacks that a CPU's cache holds; elsewhere the stacks as they are."""
-    size = max(1, CACHED // stacks[0][0].numel()) if stacks[0].device.type == "cpu" else len(stacks[0])
-    return zip(*(stack.split(size) for stack in stacks), strict=True)
+def imbalance(
+    ka: Tensor, kb: Tensor, rho: Tensor, lr_a: float | Tensor, lr_b: float | Tensor, lam: float
+) -> Tensor:
+    """iLoRA: what is added to b and a, as b M and M a: M = h_b ρ D, then −h_a D, (2L, r, r), with D = Ka − ρ Kb and
+    h = lr λ clipped to 1 / ((1+ρ) max(σ₁(a)², ρ σ₁(b)²)), σ₁² at most the largest absolute row sum of its Gram."""
+    rho = rho[:, None, None]
+    largest = torch.maximum(_row_sum(ka), rho * _row_sum(kb))
+    bound = 1.0 / ((1.0 + rho) * largest)  # infinite for a pair of zeros, whose D is 0
+    d = ka - rho * kb
+    return torch.cat([rho * bound.clamp(max=lr_b * lam) * d, -bound.clamp(max=lr_a * lam) * d])
+
+
+def scale_reg(ka: Tensor, kb: Tensor, entries_a: Tensor, entries_b: Tensor, lam: float, eps: float) -> Tensor:
+    """Scale regularization: the gradient of λ ℓ² is coefficient · factor, (2L,), b's first. 0 where a = 0.
+    entries_a, entries_b: (L,), the factors' sizes."""
+    size_a, size_b = (k.diagonal(dim1=-2, dim2=-1).sum(-1) for k in (ka, kb))
+    tilt = 4 * lam * ((size_a / entries_a).log() - (size_b / entries_b + eps).log())
+    coefficients = torch.stack([-tilt / (size_b + eps * entries_b), tilt / size_a])
+    return coefficients.masked_fill(size_a == 0, 0.0).flatten()
 
 
 def _row_sum(k: Tensor) -> Tensor:
-    return k.abs().sum(-1).amax(-1)
+    return k.abs().sum(-1).amax(-1)[:, None, None]
 
 
 def hyperbalance(ka: Tensor, kb: Tensor, gauge: str = "symmetric") -> tuple[Tensor, Tensor]:
@@ -163,13 +199,14 @@ def rite_factor(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rite_update(
-    g: Tensor, m: Tensor, v: Tensor, u: Tensor, u_old: Tensor, beta1: float, beta2: float, eps: float
+    g: Tensor, m: Tensor, v: Tensor, u: Tensor, u_old: Tensor, beta1: Tensor, beta2: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """LoRA-RITE: the next moments (m, v) for unmagnified gradients g (L, r, d): moments are carried into the new basis,
-    V is the average of g gᵀ/d, m that of (V^½ + ε)⁻¹ g; the betas are bias-corrected."""
+    V is the average of g gᵀ/d, m that of (V^½ + ε)⁻¹ g; the betas are bias-corrected, float64 (L, 1, 1)."""
+    keep_m, new_m, keep_v, new_v = (x.to(g.dtype) for x in (beta1, 1 - beta1, beta2, 1 - beta2))
     carry = u.mT @ u_old
     v = carry @ v @ carry.mT
-    v = beta2 * v + (1 - beta2) * (g @ g.mT / g.shape[-1])
+    v = keep_v * v + new_v * (g @ g.mT / g.shape[-1])
     values, q = torch.linalg.eigh(0.5 * (v + v.mT))
     whitened = q @ ((q.mT @ g) / (values.clamp(min=0).sqrt() + eps)[:, :, None])
-    return beta1 * (carry @ m) + (1 - beta1) * whitened, v
+    return keep_m * (carry @ m) + new_m * whitened, v

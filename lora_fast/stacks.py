@@ -1,122 +1,131 @@
-"""Pairs of equal shape kept in one tensor: parameters and their state are views into stacks, so that a method's algebra
-is one batched call. What the optimizer shows to the outside stays per parameter, as in torch."""
+"""Batches in plain torch: pairs of equal shape kept in one tensor. Parameters and their state are views into stacks, so
+that a method's algebra is one batched call."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from .pairs import Pair
+from . import reference_scalora, reference_step
+from .batch import Batch, Member, Shapes
+from .reference_step import Grams, wide
 
-Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
-
-
-def adamw_state(pair: Pair) -> tuple[Shapes, Shapes]:
-    """Shapes and dtypes of the state of a and of b: AdamW's moments."""
-    return tuple({"exp_avg": (p.shape, p.dtype), "exp_avg_sq": (p.shape, p.dtype)} for p in (pair.a, pair.b))
+CACHED = 1 << 18  # elements of a factor's stack on a CPU, so that a step's passes over it find it in the cache
 
 
-@dataclass(eq=False)
 class Factor:
     """One factor of all pairs of a stack.
 
     Attributes:
-        value: (L, …), whose slices are the parameters. grad: (L, …), stacked when a method asks; None before.
-        state: name → (L, …); the parameters' own state holds the slices.
-        steps: (L,) float32, on the parameters' device. group: the index of its parameter group.
+        value: (L, …), whose slices are the parameters. state: name → (L, …), whose slices are their state.
+        grad: (L, …), as a method has changed it, or None where the parameters' own are still right.
+        steps: (L,) float32, on the parameters' device.
     """
 
-    parameters: list[Tensor]
-    value: Tensor
-    state: dict[str, Tensor]
-    steps: Tensor
-    group: int
-    grad: Tensor | None = None
-    settings: dict = field(default_factory=dict)
-    _places: list[int] = field(default_factory=list)
-    _slices: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, parameters: list[Tensor], shapes: Shapes, states: dict, group: int) -> Factor:
+    def __init__(self, parameters: list[Tensor], shapes: Shapes, states: dict):
         """Stack parameters and state, and make both slices of the stacks. New state is zero."""
-        value = torch.stack([p.data for p in parameters])
+        self.parameters, self.grad = parameters, None
+        self.value = torch.stack([p.data for p in parameters])
         counts = [states[p].get("step", torch.zeros(())) for p in parameters]
-        steps = torch.stack([count.to(value.device, torch.float32) for count in counts])
-        state = {}
+        self.steps = torch.stack([count.to(self.value.device, torch.float32) for count in counts])
+        self.state: dict[str, Tensor] = {}
         for name, (shape, dtype) in shapes.items():
-            state[name] = torch.zeros(len(parameters), *shape, dtype=dtype, device=value.device)
+            self.state[name] = torch.zeros(len(parameters), *shape, dtype=dtype, device=self.value.device)
             for i, p in enumerate(parameters):
                 if name in states[p]:
-                    state[name][i].copy_(states[p][name])
+                    self.state[name][i].copy_(states[p][name])
         for i, p in enumerate(parameters):
-            p.data = value[i]
-            states[p].update({"step": steps[i]} | {name: stack[i] for name, stack in state.items()})
-        factor = cls(parameters, value, state, steps, group)
-        factor._places = [p.data_ptr() for p in parameters]
-        factor._slices = {"value": list(value), "step": list(steps)} | {k: list(stack) for k, stack in state.items()}
-        return factor
+            p.data = self.value[i]
+            states[p].update({"step": self.steps[i]} | {name: stack[i] for name, stack in self.state.items()})
+        self._places = [p.data_ptr() for p in parameters]
+        stacks = {"value": self.value, "step": self.steps} | self.state
+        self._slices = {name: list(stack) for name, stack in stacks.items()}
 
     def intact(self) -> bool:
         """Whether every parameter is still a slice of the stack."""
         return all(p.data_ptr() == place for p, place in zip(self.parameters, self._places, strict=True))
 
-    def operands(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """p, g, m, v, step for AdamW: whole stacks where the gradient is stacked, else slices."""
-        if self.grad is not None:
-            moments = [self.state["exp_avg"]], [self.state["exp_avg_sq"]]
-            return [self.value], [self.grad], *moments, self._slices["step"][:1]
-        slices = self._slices
-        grads = [p.grad for p in self.parameters]
-        return slices["value"], grads, slices["exp_avg"], slices["exp_avg_sq"], slices["step"]
+    def gradient(self) -> Tensor:
+        """(L, …), what the methods have made of it so far; a copy, or theirs."""
+        return torch.stack([p.grad for p in self.parameters]) if self.grad is None else self.grad
+
+    def adamw(self, settings: dict) -> None:
+        names = ("value", "exp_avg", "exp_avg_sq", "step")
+        if self.grad is None:
+            p, m, v, steps = (self._slices[name] for name in names)
+            g = [parameter.grad for parameter in self.parameters]
+        else:
+            p, m, v = [self.value], [self.state["exp_avg"]], [self.state["exp_avg_sq"]]
+            g, steps, self.grad = [self.grad], self._slices["step"][:1], None
+        options = (settings[name] for name in ("lr", "betas", "eps", "weight_decay"))
+        reference_step.adamw(p, g, m, v, steps, *options)
 
 
-@dataclass(eq=False)
-class Stack:
-    """Pairs of one shape, dtype, device, parameter group and number of steps; ``count`` has the step under way."""
+class Stack(Batch):
+    """Pairs of one shape and dtype. a.value (L, r, d_in), b.value (L, d_out, r)."""
 
-    pairs: list[Pair]
-    a: Factor
-    b: Factor
-    count: int
+    def __init__(self, members: list[Member], count: int, states: dict, shapes: tuple[Shapes, Shapes]):
+        super().__init__(members, count)
+        self.a = Factor([pair.a for pair in self.pairs], shapes[0], states)
+        self.b = Factor([pair.b for pair in self.pairs], shapes[1], states)
 
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        """da (L, r, d_in) and db (L, d_out, r): copies, which a method may change, or replace (``a.grad``)."""
-        if self.a.grad is None:
-            self.a.grad = torch.stack([p.grad for p in self.a.parameters])
-            self.b.grad = torch.stack([p.grad for p in self.b.parameters])
-        return self.a.grad, self.b.grad
+    @classmethod
+    def of(cls, members: list[Member], count: int, states: dict, layout: Callable) -> list[Stack]:
+        """One stack; on a CPU as many as keep each in its cache."""
+        pair = members[0][0]
+        size = len(members) if pair.a.is_cuda else max(1, CACHED // max(1, pair.a.numel(), pair.b.numel()))
+        parts = [members[i : i + size] for i in range(0, len(members), size)]
+        return [cls(part, count, states, layout(pair)) for part in parts]
 
-    def begin(self, groups: list[dict]) -> None:
-        """A new step: count it, forget the gradients of the last, read the settings (learning rate, …)."""
-        self.count += 1
+    def begin(self, param_groups: list[dict]) -> None:
+        super().begin(param_groups)
         for factor in (self.a, self.b):
             factor.steps += 1
             factor.grad = None
-            factor.settings = groups[factor.group]
 
+    def intact(self) -> bool:
+        return self.a.intact() and self.b.intact()
 
-def build(
-    pairs: list[tuple[Pair, int, int]], states: dict, layout: Callable[[Pair], tuple[Shapes, Shapes]]
-) -> list[Stack]:
-    """Stacks of (pair, group of a, group of b). ``states`` is the optimizer's state; ``layout`` gives the state that a
-    pair's factors have. Reads step counts, so a device is waited for; runs only when the set of pairs changes."""
-    keyed = [(_key(pair, states) + (group_a, group_b), pair) for pair, group_a, group_b in pairs]
-    order = sorted(range(len(keyed)), key=lambda i: str(keyed[i][0]))  # a stable sort: order within a stack is kept
-    stacks = []
-    for key, members in groupby(order, key=lambda i: keyed[i][0]):
-        members = [keyed[i][1] for i in members]
-        shapes_a, shapes_b = layout(members[0])
-        a = Factor.of([pair.a for pair in members], shapes_a, states, key[-2])
-        b = Factor.of([pair.b for pair in members], shapes_b, states, key[-1])
-        stacks.append(Stack(members, a, b, key[-3]))
-    return stacks
+    def grams(self, gradients: bool = False) -> Grams:
+        of_gradients = (self.a.gradient(), self.b.gradient()) if gradients else ()
+        return reference_step.grams(self.a.value, self.b.value, *of_gradients)
 
+    def add_to_gradients(self, coefficients: Tensor) -> None:
+        for factor, c in zip((self.b, self.a), coefficients.chunk(2), strict=True):
+            factor.grad = (wide(factor.gradient()) + c[:, None, None] * factor.value).to(factor.value.dtype)
 
-def _key(pair: Pair, states: dict) -> tuple:
-    steps = [int(states[p]["step"]) if "step" in states[p] else 0 for p in (pair.a, pair.b)]
-    weight = None if pair.weight is None else pair.weight.dtype
-    return tuple(pair.a.shape), tuple(pair.b.shape), pair.a.dtype, pair.a.device, weight, steps[1], steps[0]
+    def precondition(self, damping: float) -> None:
+        ka, kb, *_ = self.grams()
+        for_b, for_a = reference_step.spd_inverse(torch.cat([ka, kb]), damping).chunk(2)
+        self.a.grad = (for_a @ wide(self.a.gradient())).to(self.a.value.dtype)
+        self.b.grad = (wide(self.b.gradient()) @ for_b).to(self.b.value.dtype)
+
+    def scale(self, factors: Tensor, gradients: Tensor) -> None:
+        axes = (slice(None), None), (slice(None), slice(None), None)  # columns of b, rows of a
+        rows = zip((self.b, self.a), axes, factors.chunk(2), gradients.chunk(2), strict=True)
+        for factor, axis, of_factor, of_gradient in rows:
+            of_factor, of_gradient = (x[axis].to(factor.value.dtype) for x in (of_factor, of_gradient))
+            factor.grad = factor.gradient() * of_gradient
+            factor.value *= of_factor
+            factor.state["exp_avg"] *= of_gradient
+            factor.state["exp_avg_sq"] *= of_gradient.square()
+
+    def merge(self, rest: Tensor, rounding: str, seed: int) -> None:
+        residuals = self.b.state.get("merge_residual", [None] * len(self.pairs))
+        for pair, a, b, of_pair, residual in zip(self.pairs, self.a.value, self.b.value, rest, residuals, strict=True):
+            own = zlib.crc32(f"{seed} {self.count} {pair.name}".encode())  # torch's CPU generator takes 32 bits
+            reference_scalora.merge_(pair.weight.data, a, b, of_pair, rounding, own, residual)
+
+    def adamw(self, grams: bool) -> None:
+        self.a.adamw(self.settings_a)
+        self.b.adamw(self.settings_b)
+
+    def transform(self, matrices: Tensor, of: str = "value", add: bool = False) -> None:
+        for_b, for_a = matrices.chunk(2)
+        a, b = (factor.value if of == "value" else factor.state[of] for factor in (self.a, self.b))
+        wide_a, wide_b = wide(a), wide(b)
+        a.copy_(torch.baddbmm(wide_a, for_a, wide_a) if add else for_a @ wide_a)
+        b.copy_(torch.baddbmm(wide_b, wide_b, for_b) if add else wide_b @ for_b)

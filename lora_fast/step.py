@@ -1,23 +1,24 @@
-"""The adapter step's operations on stacked pairs: the one place that decides who computes them.
+"""The adapter step's operations: the one place that decides who computes them, Triton or plain torch.
 
-The plain-torch twins do, on every device: they run on CUDA as they are, batched over all pairs of one shape, and wait
-for no device. Methods and optimizer call these names only, so that kernels can take their place here.
+First those on r×r matrices, (L, r, r); then those on lists of factors, of one rank for Triton, of one shape for plain
+torch (``adapter_step_`` takes any).
 """
 
-from .reference_scalora import ROUNDINGS, SOLVERS, merge_, scalora_scaling, scalora_solve
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backend, reference_scalora, reference_step
+from .reference_scalora import ROUNDINGS, SOLVERS
 from .reference_step import (
     GAUGES,
     Grams,
     adamw,
     grams,
     hyperbalance,
-    imbalance_step_,
-    precondition_,
     rite_factor,
     rite_update,
-    small_inverse,
-    spd_inverse,
-    spd_solve,
     wide,
 )
 
@@ -27,17 +28,130 @@ __all__ = [
     "SOLVERS",
     "Grams",
     "adamw",
+    "adapter_step_",
+    "factor_grams",
     "grams",
     "hyperbalance",
-    "imbalance_step_",
+    "imbalance",
     "merge_",
-    "precondition_",
+    "pair_grams",
     "rite_factor",
     "rite_update",
-    "scalora_scaling",
+    "scale_reg",
+    "scales",
     "scalora_solve",
     "small_inverse",
-    "spd_inverse",
     "spd_solve",
+    "transformed",
     "wide",
 ]
+
+
+def imbalance(ka: Tensor, kb: Tensor, rho: Tensor, lr_a: float | Tensor, lr_b: float | Tensor, lam: float) -> Tensor:
+    """iLoRA's middle: see ``reference_step.imbalance``."""
+    if backend.uses_triton(ka):
+        from .kernels import middle
+
+        return middle.imbalance(ka, kb, rho, lr_a, lr_b, lam)
+    return reference_step.imbalance(ka, kb, rho, lr_a, lr_b, lam)
+
+
+def scale_reg(ka: Tensor, kb: Tensor, entries_a: Tensor, entries_b: Tensor, lam: float, eps: float) -> Tensor:
+    """Scale regularization's middle: see ``reference_step.scale_reg``."""
+    if backend.uses_triton(ka):
+        from .kernels import middle
+
+        return middle.scale_reg(ka, kb, entries_a, entries_b, lam, eps)
+    return reference_step.scale_reg(ka, kb, entries_a, entries_b, lam, eps)
+
+
+def scalora_solve(grams: Grams, solver: str) -> tuple[Tensor, Tensor, Tensor]:
+    """ScaLoRA's Hadamard system: see ``reference_scalora.scalora_solve``."""
+    if backend.uses_triton(grams.ka):
+        from .kernels import hadamard
+
+        return hadamard.scalora_solve(*grams, solver)
+    return reference_scalora.scalora_solve(*grams, solver)
+
+
+def scales(
+    x: Tensor, alive: Tensor, kappa: float | Tensor, scaling: Tensor, low: float, high: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ScaLoRA's scales: see ``reference_scalora.scales``."""
+    if backend.uses_triton(x):
+        from .kernels import hadamard
+
+        return hadamard.scales(x, alive, kappa, scaling, low, high)
+    return reference_scalora.scales(x, alive, kappa, scaling, low, high)
+
+
+def spd_solve(matrices: Tensor, rhs: Tensor, damping: float = 0.0) -> tuple[Tensor, Tensor]:
+    """See ``reference_step.spd_solve``."""
+    if backend.uses_triton(matrices):
+        from .kernels import solve
+
+        return solve.spd_solve(matrices.float(), rhs.float(), damping)
+    return reference_step.spd_solve(matrices, rhs, damping)
+
+
+def small_inverse(matrices: Tensor) -> Tensor:
+    """See ``reference_step.small_inverse``."""
+    if backend.uses_triton(matrices):
+        from .kernels import solve
+
+        return solve.small_inverse(matrices.float())
+    return reference_step.small_inverse(matrices)
+
+
+def factor_grams(factors: list[Tensor], is_a: list[bool]) -> Tensor:
+    """x xᵀ of an a, xᵀx of a b: (n, r, r)."""
+    if backend.uses_triton(factors[0]):
+        from .kernels import gram
+
+        return gram.factor_grams([x.contiguous() for x in factors], is_a)
+    x = wide(torch.stack(factors))
+    return x @ x.mT if is_a[0] else x.mT @ x
+
+
+def pair_grams(a: list[Tensor], b: list[Tensor], da: list[Tensor] | None = None, db: list | None = None) -> Grams:
+    """The Grams of a list of pairs, with gradients all five."""
+    lists = [a, b] if da is None else [a, b, da, db]
+    if backend.uses_triton(a[0]):
+        from .kernels import gram
+
+        lists = [[x.contiguous() for x in members] for members in lists]
+        return Grams(*gram.gram(*lists, wanted=Grams._fields[: 2 if da is None else 5]))
+    return grams(*(torch.stack(members) for members in lists))
+
+
+def transformed(factors: list[Tensor], is_a: bool, matrices: Tensor) -> list[Tensor]:
+    """M x of each a, x M of each b, rounded to its dtype."""
+    if backend.uses_triton(factors[0]):
+        from .kernels import step as kernel
+
+        results = [x.clone(memory_format=torch.contiguous_format) for x in factors]
+        kernel.transform_(results, [is_a] * len(results), matrices.contiguous())
+        return results
+    x = torch.stack(factors)
+    return list((matrices @ wide(x) if is_a else wide(x) @ matrices).to(x.dtype))
+
+
+def merge_(weights: list, a: list, b: list, scale: Tensor, rounding: str, seed: int) -> None:
+    """weights[i] += b[i] diag(scale[i]) a[i]: see ``reference_scalora.merge_``."""
+    if backend.uses_triton(weights[0]):
+        from .kernels import merge
+
+        factors = ([x.contiguous() for x in members] for members in (a, b))
+        merge.merge_(weights, *factors, scale.contiguous(), rounding, seed)
+        return
+    for weight, of_a, of_b, of_scale in zip(weights, a, b, scale, strict=True):
+        reference_scalora.merge_(weight, of_a, of_b, of_scale, rounding, seed)
+
+
+def adapter_step_(factors: list, is_a: list[bool], hyper: Tensor, steps: Tensor, work) -> Tensor | None:
+    """See ``grouped.adapter_step_``."""
+    if factors and backend.uses_triton(factors[0][0]):
+        from .kernels import step as kernel
+
+        return kernel.step_(factors, is_a, hyper, steps, kernel.Work(*work))
+    return reference_step.adapter_step_(factors, is_a, hyper, steps, *work)

@@ -87,7 +87,7 @@ def test_imports_run_downwards(path):
     twins = {"reference", "reference_step", "reference_scalora"}
     if layer in twins:
         assert not imported(path)
-    if layer not in ("functional", "autograd", "step", "groups"):
+    if layer not in ("functional", "autograd", "step", "groups", "stacks"):
         assert not imported(path) & {"kernels", *twins}
 
 

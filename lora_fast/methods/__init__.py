@@ -1,8 +1,6 @@
 """The methods: one file each, a frozen dataclass of hyperparameters and what it does in a step.
 
-A method has, where it needs them, ``before(stacks, memory)`` (changes stacked gradients, factors or moments before
-AdamW), ``after(stacks, memory)`` (changes the factors after it) or ``update`` (takes AdamW's place), and ``layout`` if
-its state is not AdamW's. ``memory`` is a dict that is saved with the optimizer's state.
+What a method can do is in method.py; with which others it has a meaning, in the table below.
 """
 
 from __future__ import annotations

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from .. import checks, step
-from ..stacks import Stack
+from ..batch import Batch
+from .method import Method
 
 TRANSPORTS = ("none", "m", "mv")
 
 
 @dataclass(frozen=True)
-class BaLoRA:
+class BaLoRA(Method):
     """b ← b T and a ← T⁻¹ a with a aᵀ = bᵀb afterwards.
 
     Args:
@@ -32,27 +33,21 @@ class BaLoRA:
     gauge: str = "symmetric"
     transport: str = "none"
 
+    follows = True
+
     def __post_init__(self) -> None:
         checks.count(self.every, "every")
         checks.choice(self.gauge, "gauge", step.GAUGES)
         checks.choice(self.transport, "transport", TRANSPORTS)
 
-    def after(self, stacks: list[Stack], memory: dict) -> None:
-        for stack in stacks:
-            if stack.count % self.every:
-                continue
-            a, b = stack.a.value, stack.b.value
-            t, t_inverse = step.hyperbalance(*step.grams(a, b)[:2], self.gauge)
-            _left(a, t_inverse)
-            _left(b.mT, t.mT)
-            if self.transport != "none":
-                _left(stack.a.state["exp_avg"], t.mT)
-                _left(stack.b.state["exp_avg"].mT, t_inverse)
-            if self.transport == "mv":
-                _left(stack.a.state["exp_avg_sq"], t.mT.square())
-                _left(stack.b.state["exp_avg_sq"].mT, t_inverse.square())
-
-
-def _left(x: Tensor, matrices: Tensor) -> None:
-    """x ← matrices x in place, (L, r, d)."""
-    x.copy_(matrices @ step.wide(x))
+    def after(self, batch: Batch) -> None:
+        if not batch.due(self.every):
+            return
+        ka, kb, *_ = batch.grams()
+        t, t_inverse = step.hyperbalance(ka, kb, self.gauge)
+        batch.transform(torch.cat([t, t_inverse]))
+        moments = torch.cat([t_inverse.mT, t.mT])
+        if self.transport != "none":
+            batch.transform(moments, of="exp_avg")
+        if self.transport == "mv":
+            batch.transform(moments.square(), of="exp_avg_sq")

@@ -11,11 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import checks, step
-from ..stacks import Stack
+from ..batch import Batch
+from ..pairs import Pair
+from .method import Method
 
 
 @dataclass(frozen=True)
-class ILoRA:
+class ILoRA(Method):
     """Decoupled regularisation of the imbalance between the factors.
 
     Args:
@@ -28,6 +30,8 @@ class ILoRA:
     rho_scale: float = 1.0
     rho_exponent: float = 1.0
 
+    follows = True
+
     def __post_init__(self) -> None:
         checks.nonnegative(self.lam, "lam")
         if self.rho is not None:
@@ -35,11 +39,11 @@ class ILoRA:
         checks.positive(self.rho_scale, "rho_scale")
         checks.nonnegative(self.rho_exponent, "rho_exponent")
 
-    def ratio(self, r: int, d_out: int) -> float:
-        return self.rho_scale * (r / d_out) ** self.rho_exponent if self.rho is None else self.rho
+    def after(self, batch: Batch) -> None:
+        ka, kb, *_ = batch.grams()
+        lr_a, lr_b = batch.settings_a["lr"], batch.settings_b["lr"]
+        batch.transform(step.imbalance(ka, kb, batch.per_pair("rho", self._ratio), lr_a, lr_b, self.lam), add=True)
 
-    def after(self, stacks: list[Stack], memory: dict) -> None:
-        for stack in stacks:
-            a, b = stack.a.value, stack.b.value
-            h_a, h_b = stack.a.settings["lr"] * self.lam, stack.b.settings["lr"] * self.lam
-            step.imbalance_step_(a, b, self.ratio(*b.shape[:0:-1]), h_a, h_b)
+    def _ratio(self, pair: Pair) -> float:
+        d_out, r = pair.b.shape
+        return self.rho_scale * (r / d_out) ** self.rho_exponent if self.rho is None else self.rho

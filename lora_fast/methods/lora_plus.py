@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import checks
+from .method import Method
 
 
 @dataclass(frozen=True)
-class LoRAPlus:
+class LoRAPlus(Method):
     """The learning rate of b is ``ratio`` times that of a: the optimizer gives b a parameter group of its own."""
 
     ratio: float = 16.0

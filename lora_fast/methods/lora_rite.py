@@ -15,12 +15,14 @@ from dataclasses import dataclass
 import torch
 
 from .. import checks, step
+from ..batch import Shapes
 from ..pairs import Pair
-from ..stacks import Factor, Shapes, Stack
+from ..stacks import Factor, Stack
+from .method import Method
 
 
 @dataclass(frozen=True)
-class LoRARITE:
+class LoRARITE(Method):
     """An update of its own, with the optimizer's learning rate, betas and weight decay.
 
     Args:
@@ -30,6 +32,8 @@ class LoRARITE:
 
     eps: float = 1e-6
     clip: float = 1.0
+
+    replaces = True
 
     def __post_init__(self) -> None:
         checks.positive(self.eps, "eps")
@@ -44,25 +48,27 @@ class LoRARITE:
             {"exp_avg": ((d_out, r), dtype), "second_moment": square, "basis": ((d_in, r), dtype)},
         )
 
-    def update(self, stacks: list[Stack], memory: dict) -> None:
-        sides = []  # factor, its (L, r, d) value, gradient and moment, the other factor's U and R⁻¹
+    def plan(self, stacks: list[Stack], memory: dict) -> None:
+        sides = []  # factor, its settings, its (L, r, d) value, gradient and moment, the other factor's U and R⁻¹
         for stack in stacks:
-            da, db = stack.gradients()
             a, b = stack.a, stack.b
+            da, db = a.gradient(), b.gradient()
             u_b, _, inverse_b = step.rite_factor(b.value)
             u_a, _, inverse_a = step.rite_factor(a.value.mT)
             moment_a, moment_b = a.state["exp_avg"], b.state["exp_avg"].mT
-            sides.append((a, a.value, inverse_b.mT @ step.wide(da), moment_a, u_b, inverse_b, stack.count))
-            sides.append((b, b.value.mT, inverse_a.mT @ step.wide(db).mT, moment_b, u_a, inverse_a, stack.count))
-        device = sides[0][2].device
-        norm = torch.stack([side[2].square().sum().to(device) for side in sides]).sum().sqrt()
+            settings_a, settings_b = stack.settings_a, stack.settings_b
+            sides.append((a, settings_a, a.value, inverse_b.mT @ step.wide(da), moment_a, u_b, inverse_b))
+            sides.append((b, settings_b, b.value.mT, inverse_a.mT @ step.wide(db).mT, moment_b, u_a, inverse_a))
+        device = sides[0][3].device
+        norm = torch.stack([side[3].square().sum().to(device) for side in sides]).sum().sqrt()
         clip = (self.clip / norm).clamp(max=1.0)
-        for factor, value, g, moment, u, inverse, count in sides:
-            self._move(factor, value, g * clip.to(g.device), moment, u, inverse, count)
+        for factor, settings, value, g, *rest in sides:
+            self._move(factor, settings, value, g * clip.to(g.device), *rest)
 
-    def _move(self, factor: Factor, value, g, moment, u, inverse, count: int) -> None:
-        lr, weight_decay = factor.settings["lr"], factor.settings["weight_decay"]
-        betas = [beta * (1 - beta ** (count - 1)) / (1 - beta**count) for beta in factor.settings["betas"]]
+    def _move(self, factor: Factor, settings: dict, value, g, moment, u, inverse) -> None:
+        lr, weight_decay = settings["lr"], settings["weight_decay"]
+        count = factor.steps.double()[:, None, None]
+        betas = [beta * (1 - beta ** (count - 1)) / (1 - beta**count) for beta in settings["betas"]]
         state = factor.state
         m, v = step.rite_update(g, moment, state["second_moment"], u, state["basis"], *betas, self.eps)
         moment.copy_(m)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import checks
-from ..stacks import Stack
+from ..batch import Batch
 from .ilora import ILoRA
+from .method import Method
 from .scaled_adamw import ScaledAdamW
 
 
 @dataclass(frozen=True)
-class PiLoRA:
+class PiLoRA(Method):
     """Gradients in the metric of the other factor, and regularisation of the imbalance; as ScaledAdamW and ILoRA.
 
     Args:
@@ -22,12 +23,14 @@ class PiLoRA:
     lam: float = 1.0
     damping: float = 1e-6
 
+    follows = True
+
     def __post_init__(self) -> None:
         checks.nonnegative(self.lam, "lam")
         checks.positive(self.damping, "damping")
 
-    def before(self, stacks: list[Stack], memory: dict) -> None:
-        ScaledAdamW(self.damping).before(stacks, memory)
+    def before(self, batch: Batch) -> None:
+        ScaledAdamW(self.damping).before(batch)
 
-    def after(self, stacks: list[Stack], memory: dict) -> None:
-        ILoRA(self.lam).after(stacks, memory)
+    def after(self, batch: Batch) -> None:
+        ILoRA(self.lam).after(batch)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .. import checks, step
-from ..stacks import Stack
+from ..batch import Batch
+from .method import Method
 
 
 @dataclass(frozen=True)
-class ScaleReg:
+class ScaleReg(Method):
     """Pulls the mean squares of the two factors together.
 
     Args:
@@ -34,29 +36,21 @@ class ScaleReg:
         checks.positive(self.eps, "eps")
         checks.flag(self.decoupled, "decoupled")
 
-    def before(self, stacks: list[Stack], memory: dict) -> None:
-        if self.decoupled:
-            return
-        for stack in stacks:
-            da, db = stack.gradients()
-            c_a, c_b = self._coefficients(stack)
-            da += c_a * stack.a.value
-            db += c_b * stack.b.value
+    @property
+    def follows(self) -> bool:
+        return self.decoupled
 
-    def after(self, stacks: list[Stack], memory: dict) -> None:
+    def before(self, batch: Batch) -> None:
         if not self.decoupled:
-            return
-        for stack in stacks:
-            c_a, c_b = self._coefficients(stack)
-            stack.a.value *= 1 - stack.a.settings["lr"] * c_a
-            stack.b.value *= 1 - stack.b.settings["lr"] * c_b
+            batch.add_to_gradients(self._coefficients(batch))
 
-    def _coefficients(self, stack: Stack) -> tuple[Tensor, Tensor]:
-        """(L, 1, 1) each: the gradient of λ ℓ² is c_a a, c_b b. 0 for a factor that is 0."""
-        a, b = step.wide(stack.a.value), step.wide(stack.b.value)
-        size_a, size_b = a.flatten(1).square().sum(-1)[:, None, None], b.flatten(1).square().sum(-1)[:, None, None]
-        per_a, per_b = a[0].numel(), b[0].numel()
-        tilt = 4 * self.lam * ((size_a / per_a).log() - (size_b / per_b + self.eps).log())
-        c_a = (tilt / size_a).masked_fill(size_a == 0, 0.0)
-        c_b = (-tilt / (size_b + self.eps * per_b)).masked_fill(size_a == 0, 0.0)
-        return c_a, c_b
+    def after(self, batch: Batch) -> None:
+        if self.decoupled:
+            c_b, c_a = self._coefficients(batch).chunk(2)
+            shrunk = torch.cat([c_b * -batch.settings_b["lr"], c_a * -batch.settings_a["lr"]])
+            batch.transform(torch.diag_embed(shrunk[:, None].expand(-1, batch.pairs[0].a.shape[0])), add=True)
+
+    def _coefficients(self, batch: Batch) -> Tensor:
+        ka, kb, *_ = batch.grams()
+        sizes = (batch.per_pair("entries_a", lambda p: p.a.numel()), batch.per_pair("entries_b", lambda p: p.b.numel()))
+        return step.scale_reg(ka, kb, *sizes, self.lam, self.eps)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .. import checks, step
-from ..stacks import Stack
+from .. import checks
+from ..batch import Batch
+from .method import Method
 
 
 @dataclass(frozen=True)
-class ScaledAdamW:
+class ScaledAdamW(Method):
     """Gradients in the metric of the other factor.
 
     Args:
@@ -24,6 +25,5 @@ class ScaledAdamW:
     def __post_init__(self) -> None:
         checks.positive(self.damping, "damping")
 
-    def before(self, stacks: list[Stack], memory: dict) -> None:
-        for stack in stacks:
-            step.precondition_(*stack.gradients(), stack.a.value, stack.b.value, self.damping)
+    def before(self, batch: Batch) -> None:
+        batch.precondition(self.damping)

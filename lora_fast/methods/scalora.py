@@ -9,22 +9,22 @@ so that W + s b a stays as it was. Notation: the paper's A, B are b, aᵀ. The e
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .. import checks, step
+from .. import changed_base, checks, step
+from ..batch import Batch, Shapes, adamw_state
 from ..pairs import Pair, check_mergeable
-from ..stacks import Shapes, Stack, adamw_state
+from .method import Method
 
 FLOOR = 1e-3  # of a scale: no column dies
 WIDE = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class ScaLoRA:
+class ScaLoRA(Method):
     """Optimal scaling of the factors, with the rest merged into the weight.
 
     Args:
@@ -36,6 +36,8 @@ class ScaLoRA:
             most of the merge in bfloat16.
         limit: scales stay between 1 / limit and limit; None for no limit but that no column dies.
         seed: of the stochastic rounding.
+        keep: what of the weights' change ``lf.save_adapter`` can store: "weights" (they are saved whole, to the bit) or
+            "terms" (each merge's low-rank term, kept in the CPU's memory).
     """
 
     kappa: float | None = None
@@ -44,6 +46,7 @@ class ScaLoRA:
     rounding: str = "stochastic"
     limit: float | None = 4.0
     seed: int = 0
+    keep: str = "weights"
 
     def __post_init__(self) -> None:
         if self.kappa is not None:
@@ -51,6 +54,7 @@ class ScaLoRA:
         checks.count(self.interval, "interval")
         checks.choice(self.solver, "solver", step.SOLVERS)
         checks.choice(self.rounding, "rounding", step.ROUNDINGS)
+        checks.choice(self.keep, "keep", changed_base.KEEP)
         if self.limit is not None and checks.positive(self.limit, "limit") <= 1:
             raise checks.ArgumentError("limit", "a number above 1, or None", repr(self.limit))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
@@ -65,56 +69,53 @@ class ScaLoRA:
             state_b["merge_residual"] = (pair.weight.shape, pair.weight.dtype)
         return state_a, state_b
 
-    def before(self, stacks: list[Stack], memory: dict) -> None:
-        due = [stack for stack in stacks if (stack.count - 1) % self.interval == 0]
+    def plan(self, batches: list[Batch], memory: dict) -> None:
+        due = [batch for batch in batches if batch.due(self.interval, phase=1)]
         if not due:
             return
-        solved = self._solve(due)
+        together = _by_rank(due)
+        solved = [step.scalora_solve(grams, self.solver)[:2] for _, grams in together]
         kappa = self.kappa if self.kappa is not None else self._calibrated(solved, memory)
         low, high = (FLOOR, None) if self.limit is None else (1 / self.limit, self.limit)
-        for stack, (x, alive) in zip(due, solved, strict=True):
-            at = kappa.to(x.device, x.dtype) if isinstance(kappa, Tensor) else kappa
-            scale = torch.where(alive & (at > 0), (x / at).sqrt().clamp(low, high), 1.0)
-            self._apply(stack, *scale.chunk(2, -1))
-
-    def _solve(self, stacks: list[Stack]) -> list[tuple[Tensor, Tensor]]:
-        """x (L, 2r) for κ = 1 and which of its entries have a say, for each stack: solved together for each rank."""
-        grams = [step.grams(stack.a.value, stack.b.value, *stack.gradients()) for stack in stacks]
-        together: dict[tuple, list[int]] = {}
-        for i, gram in enumerate(grams):
-            together.setdefault((gram.ka.shape[-1], gram.ka.dtype, gram.ka.device), []).append(i)
-        solved: dict[int, tuple[Tensor, Tensor]] = {}
-        for members in together.values():
-            joined = (torch.cat(parts) for parts in zip(*(grams[i] for i in members), strict=True))
-            x, alive, _ = step.scalora_solve(*joined, self.solver)
-            lengths = [len(grams[i].ka) for i in members]
-            solved |= dict(zip(members, zip(x.split(lengths), alive.split(lengths), strict=True), strict=True))
-        return [solved[i] for i in range(len(stacks))]
+        for (members, _), (x, alive) in zip(together, solved, strict=True):
+            scaling = _joined([batch.per_pair("scaling", lambda pair: pair.scaling) for batch in members])
+            self._apply(members, *step.scales(x, alive, kappa, scaling, low, high))
 
     def _calibrated(self, solved: list[tuple[Tensor, Tensor]], memory: dict) -> Tensor:
         """κ from memory, or, while that holds none (0), the one that makes the geometric mean of β 1. Decided on the
         device: gradients of 0 leave it at 0."""
         device = solved[0][0].device
-        beta = torch.cat([x.chunk(2, -1)[1].flatten().to(device, torch.float64) for x, _ in solved])
-        alive = torch.cat([alive.chunk(2, -1)[1].flatten().to(device) for _, alive in solved]) & (beta > 0)
+        beta = _joined([x.chunk(2, -1)[1].flatten().to(device, torch.float64) for x, _ in solved])
+        alive = _joined([alive.chunk(2, -1)[1].flatten().to(device) for _, alive in solved]) & (beta > 0)
         logs = torch.where(alive, beta, 1.0).log().sum() / alive.sum()
         now = torch.where(alive.any(), logs.exp(), 0.0)
         before = memory.get("kappa", torch.zeros((), dtype=torch.float64)).to(device)
         memory["kappa"] = torch.where(before > 0, before, now)
         return memory["kappa"]
 
-    def _apply(self, stack: Stack, alpha: Tensor, beta: Tensor) -> None:
-        a, b = stack.a, stack.b
-        for i, pair in enumerate(stack.pairs):
-            seed = zlib.crc32(f"{self.seed} {stack.count} {pair.name}".encode())  # torch's CPU generator takes 32 bits
-            residual = b.state["merge_residual"][i] if "merge_residual" in b.state else None
-            rest = pair.scaling * (1 - alpha[i] * beta[i])
-            step.merge_(pair.weight.data, a.value[i], b.value[i], rest, self.rounding, seed, residual)
-        rows, columns = alpha[:, :, None].to(a.value.dtype), beta[:, None, :].to(a.value.dtype)
-        a.value *= beta[:, :, None].to(a.value.dtype)
-        b.value *= alpha[:, None, :].to(a.value.dtype)
-        a.grad, b.grad = a.grad * rows, b.grad * columns
-        a.state["exp_avg"] *= rows
-        a.state["exp_avg_sq"] *= rows.square()
-        b.state["exp_avg"] *= columns
-        b.state["exp_avg_sq"] *= columns.square()
+    def _apply(self, members: list[Batch], factors: Tensor, gradients: Tensor, rest: Tensor) -> None:
+        """Merge and scale; the tensors hold the members' pairs one after the other (twice in the first two)."""
+        lengths = [len(batch.pairs) for batch in members]
+        split = lambda x: [part.flatten(0, 1) for part in x.unflatten(0, (2, -1)).split(lengths, 1)]
+        parts = zip(members, split(factors), split(gradients), rest.split(lengths), strict=True)
+        for batch, of_factors, of_gradients, of_merge in parts:
+            for pair, of_pair in zip(batch.pairs, of_merge, strict=True):
+                changed_base.record(pair.layer, pair.a, pair.b, of_pair, self.keep)
+            batch.merge(of_merge, self.rounding, self.seed)
+            batch.scale(of_factors, of_gradients)
+
+
+def _by_rank(batches: list[Batch]) -> list[tuple[list[Batch], step.Grams]]:
+    """Batches of one rank, dtype and device, with all their Grams in one: they are solved together."""
+    together: dict[tuple, list[tuple[Batch, step.Grams]]] = {}
+    for batch in batches:
+        grams = batch.grams(gradients=True)
+        together.setdefault((grams.ka.shape[-1], grams.ka.dtype, grams.ka.device), []).append((batch, grams))
+    return [
+        ([batch for batch, _ in members], step.Grams(*map(_joined, zip(*(grams for _, grams in members), strict=True))))
+        for members in together.values()
+    ]
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

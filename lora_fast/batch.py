@@ -1,0 +1,100 @@
+"""What the optimizer and its methods work on: a batch of adapter pairs, and what can be done to all of it at once.
+
+Two kinds, one interface: a ``Stack`` (stacks.py, plain torch) holds pairs of one shape in one tensor; a ``Group``
+(groups.py, Triton) holds all pairs of one rank, whatever their sizes, and every operation is one launch. What the
+optimizer shows to the outside stays per parameter, as in torch.
+
+Numbers per factor come in one tensor of 2L rows, those of the batch's b first, then those of its a.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .pairs import Pair
+from .step import Grams
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+Member = tuple[Pair, int, int]  # a pair, and the parameter groups of its a and b
+
+
+def adamw_state(pair: Pair) -> tuple[Shapes, Shapes]:
+    """Shapes and dtypes of the state of a and of b: AdamW's moments."""
+    return tuple({"exp_avg": (p.shape, p.dtype), "exp_avg_sq": (p.shape, p.dtype)} for p in (pair.a, pair.b))
+
+
+class Batch(ABC):
+    """Pairs that have taken the same number of steps.
+
+    Attributes:
+        pairs: L of them. count: their steps, the one under way included.
+        settings_a, settings_b: lr, betas, eps and weight_decay of this step.
+    """
+
+    def __init__(self, members: list[Member], count: int):
+        self.pairs = [pair for pair, *_ in members]
+        self.count = count
+        self._groups = members[0][1:]
+        self._per_pair: dict[str, Tensor] = {}
+
+    def begin(self, param_groups: list[dict]) -> None:
+        """A new step: count it and read the settings."""
+        self.count += 1
+        self.settings_a, self.settings_b = (param_groups[i] for i in self._groups)
+
+    def due(self, every: int, phase: int = 0) -> bool:
+        """Whether this step's number, less ``phase``, is a multiple of ``every``.
+
+        Raises:
+            ArgumentError: ``every`` is not 1 and a CUDA graph is captured: each replay would do what this one does.
+        """
+        device = self.pairs[0].a.device
+        if every > 1 and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise checks.ArgumentError("interval, every", "1 where a CUDA graph is captured", every)
+        return (self.count - phase) % every == 0
+
+    def per_pair(self, name: str, of: Callable[[Pair], float]) -> Tensor:
+        """A number of each pair, (L,) in float32 (float64 for float64 pairs); ``name`` is what it is kept under."""
+        if name not in self._per_pair:
+            like = self.pairs[0].a
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            self._per_pair[name] = torch.tensor([of(pair) for pair in self.pairs], dtype=dtype, device=like.device)
+        return self._per_pair[name]
+
+    @abstractmethod
+    def intact(self) -> bool:
+        """Whether the parameters are still where the batch expects them."""
+
+    @abstractmethod
+    def grams(self, gradients: bool = False) -> Grams:
+        """Of the factors as they are and, if asked, of their raw gradients: (L, r, r) each."""
+
+    @abstractmethod
+    def add_to_gradients(self, coefficients: Tensor) -> None:
+        """g += coefficient · p for every factor: (2L,)."""
+
+    @abstractmethod
+    def precondition(self, damping: float) -> None:
+        """da ← (bᵀb + δI)⁻¹ da, db ← db (a aᵀ + δI)⁻¹."""
+
+    @abstractmethod
+    def scale(self, factors: Tensor, gradients: Tensor) -> None:
+        """Columns of b and rows of a times ``factors``, (2L, r); of their gradients and first moments times
+        ``gradients``, of their second moments times its square."""
+
+    @abstractmethod
+    def merge(self, rest: Tensor, rounding: str, seed: int) -> None:
+        """W += b diag(rest) a for every pair: (L, r). ``seed``: of stochastic rounding, together with the step."""
+
+    @abstractmethod
+    def adamw(self, grams: bool) -> None:
+        """AdamW on what the gradients have become. ``grams``: those of the result will be asked for."""
+
+    @abstractmethod
+    def transform(self, matrices: Tensor, of: str = "value", add: bool = False) -> None:
+        """b ← b M, a ← M a, or b += b M, a += M a: (2L, r, r). ``of``: the factors, or a state of theirs."""

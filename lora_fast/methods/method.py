@@ -1,0 +1,35 @@
+"""What a method can do in a step. A method is a frozen dataclass of hyperparameters that overrides what it needs."""
+
+from __future__ import annotations
+
+from ..batch import Batch, Shapes, adamw_state
+from ..pairs import Pair
+
+
+class Method:
+    """A step runs, for all methods in their order: ``plan``; then for each batch ``before``, AdamW, ``after``.
+
+    Attributes:
+        follows: whether ``after`` does anything: AdamW then leaves the Grams of its result.
+        replaces: whether the method is an update of its own: ``plan`` does it all, and AdamW does not run. It works on
+            plain-torch stacks on every device.
+    """
+
+    follows = False
+    replaces = False
+
+    def check(self, pairs: list[Pair]) -> None:
+        """Raises ArgumentError if the method cannot train these."""
+
+    def layout(self, pair: Pair) -> tuple[Shapes, Shapes]:
+        """Shapes and dtypes of the state of a and of b; they hold AdamW's at least, unless the method replaces it."""
+        return adamw_state(pair)
+
+    def plan(self, batches: list[Batch], memory: dict) -> None:
+        """What needs all batches at once. ``memory`` is saved with the optimizer's state."""
+
+    def before(self, batch: Batch) -> None:
+        """Changes gradients, factors or moments."""
+
+    def after(self, batch: Batch) -> None:
+        """Changes the factors that AdamW left."""
