@@ -12,7 +12,17 @@ import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
-from tiny import assert_same_tensors, assert_unchanged, batch, fill, injected_llama, llama, peft_llama, snapshot
+from tiny import (
+    assert_same_tensors,
+    assert_unchanged,
+    batch,
+    fill,
+    injected_llama,
+    llama,
+    loss_of,
+    peft_llama,
+    snapshot,
+)
 from torch import nn
 
 import lora_fast as lf
@@ -489,7 +499,7 @@ def test_weights_that_others_share_are_not_restored(target, build, says, keep, t
 def test_weights_without_data_are_not_restored(keep, tmp_path):
     lf.save_adapter(merge_some(injected(), keep), tmp_path)
     model = llama().to("meta")
-    with pytest.raises(lf.CheckpointError, match="a plain floating-point weight, .* on meta"):
+    with pytest.raises(lf.CheckpointError, match=r"a plain floating-point weight, .* on meta"):
         lf.load_adapter(model, tmp_path)
     assert type(model.get_submodule(LAYER)) is nn.Linear
 
@@ -523,3 +533,62 @@ def test_whole_weights_may_be_loaded_over_a_changed_base(tmp_path):
     other = merge_some(injected(), "terms", merges=1)
     lf.load_adapter(other, tmp_path)
     assert_same_tensors(weights_of(other), weights_of(saved))
+
+
+# in training
+
+
+def train(model, optimizer, steps, first=0):
+    for i in range(first, first + steps):
+        loss_of(model, batch(seed=i)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def scalora(model, **options):
+    return lf.optim.LoRAAdamW(model, lr=1e-2, methods=[lf.methods.ScaLoRA(interval=2, **options)])
+
+
+@pytest.mark.parametrize("keep", ["weights", "terms"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_scalora_trained_comes_back(kind, keep, tmp_path):
+    model, before = KINDS[kind](filled=False) if kind != "injected" else injected(), weights_of(KINDS[kind]())
+    train(model, scalora(model, keep=keep), 3)
+    assert "The base has changed" in lf.save_adapter(model, tmp_path).note
+    fresh = KINDS[kind]()
+    lf.load_adapter(fresh, tmp_path)
+    trained, restored = weights_of(model), weights_of(fresh)
+    for name in list(before)[::3]:
+        exact = trained[name].double() - before[name].double()
+        assert exact.any(), f"{name} has not changed"
+        budget.check(name, restored[name] - before[name], exact, 0.0, torch.float32)
+    if keep == "weights":
+        assert_same_tensors(restored, trained)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keep", "rounding"),
+    [
+        ("injected", "weights", "stochastic"),
+        ("fused", "terms", "stochastic"),
+        ("peft", "weights", "compensated"),
+        ("injected", "terms", "nearest"),
+    ],
+)
+def test_scalora_goes_on_to_the_same_bits_after_a_checkpoint(kind, keep, rounding, tmp_path):
+    model = KINDS[kind](dtype=torch.bfloat16)
+    optimizer = scalora(model, keep=keep, rounding=rounding)
+    train(model, optimizer, 3)
+    lf.save_adapter(model, tmp_path / "checkpoint", exact=True)
+    state = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, 3, first=3)
+
+    resumed = KINDS[kind](seed=0, dtype=torch.bfloat16)
+    lf.load_adapter(resumed, tmp_path / "checkpoint")
+    optimizer = scalora(resumed, keep=keep, rounding=rounding)
+    optimizer.load_state_dict(state)
+    train(resumed, optimizer, 3, first=3)
+    assert_same_tensors(weights_of(resumed), weights_of(model))
+    for which, twin in (("one", model), ("other", resumed)):
+        lf.save_adapter(twin, tmp_path / which)
+    assert_same_tensors(read(tmp_path / "one")[0], read(tmp_path / "other")[0])
