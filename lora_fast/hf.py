@@ -15,6 +15,7 @@ from dataclasses import fields
 from torch import nn
 
 from . import checks
+from .checkpoint import load_adapter, save_adapter
 from .metrics import AdapterStats, adapter_stats
 from .optim import LoRAAdamW
 
@@ -23,7 +24,7 @@ try:
 except ImportError as error:
     raise checks.MissingPackageError("lora_fast.hf needs transformers: pip install 'lora-fast[hf]'") from error
 
-__all__ = ["AdapterStatsCallback", "optimizer_cls_and_kwargs", "summary"]
+__all__ = ["AdapterStatsCallback", "ExactCheckpoints", "optimizer_cls_and_kwargs", "summary"]
 
 RATIOS = ("rms_ratio", "conditioning")  # their mean over layers is the geometric one
 
@@ -65,6 +66,21 @@ class AdapterStatsCallback(TrainerCallback):
             due = control.should_log  # of the loss of this step: any log clears it
             self._trainer.log(summary(adapter_stats(model)))
             control.should_log = due
+
+
+class ExactCheckpoints:
+    """Goes ahead of a Trainer class for ScaLoRA, which changes the frozen weights: a checkpoint holds them too, and a
+    resumed run continues to the same bits.
+
+        class ScaLoRATrainer(lf.hf.ExactCheckpoints, Trainer): pass
+    """
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        save_adapter(self.model, output_dir or self.args.output_dir, exact=True)  # PEFT's two files, with the base
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_adapter(self.model if model is None else model, resume_from_checkpoint)
 
 
 def summary(stats: dict[str, AdapterStats]) -> dict[str, float]:

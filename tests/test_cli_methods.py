@@ -1,4 +1,5 @@
-"""lora-fast finetune --method: each method trains, differs from plain LoRA, and resumes to the same bits."""
+"""lora-fast finetune --method: each method trains, differs from plain LoRA, resumes to the same bits, and several are
+compared."""
 
 import json
 import signal
@@ -6,17 +7,35 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cli import at_step, invoke, place, resume, same_result  # noqa: F401  (place is a fixture)
+from test_cli import (
+    Page,
+    at_step,
+    held_out_loss_in_peft,
+    invoke,
+    metrics,
+    place,  # noqa: F401  (a fixture)
+    refused,
+    resume,
+    same_result,
+)
 
 from lora_fast import methods
-from lora_fast.cli.methods import METHODS, build
+from lora_fast.cli import memory, run_folder
+from lora_fast.cli.methods import METHODS, read
+from lora_fast.cli.settings import Settings
+
+SEVERAL = ("lora", "ilora:lam=2", "lora:lr=2e-3")
+
+
+def adapter(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def plain(place):  # noqa: F811
     """The adapter of plain LoRA."""
     assert invoke(place, "--output", place / "plain").exit_code == 0
-    return load_file(place / "plain" / "adapter" / "adapter_model.safetensors")
+    return adapter(place / "plain")
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "lora"])
@@ -24,13 +43,22 @@ def test_each_method_trains(place, plain, method):  # noqa: F811
     folder = place / f"method {method}"
     result = invoke(place, "--output", folder, "--method", method)
     assert result.exit_code == 0, result.output
-    run = json.loads((folder / "metrics.json").read_text())["runs"]["fused"]
+    run = metrics(folder)["runs"]["fused"]
     assert run["held_out"][-1][1] < run["held_out"][0][1]
-    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
-    assert adapter.keys() == plain.keys() and not all(torch.equal(adapter[key], plain[key]) for key in plain)
+    assert run["method"] == method and METHODS[method][0].__name__ in run["options"]
+    trained = adapter(folder)
+    assert trained.keys() >= plain.keys() and not all(torch.equal(trained[key], plain[key]) for key in plain)
 
 
-@pytest.mark.parametrize("method", ["ilora", "balora", "lora-rite"])
+def test_peft_loads_scalora_s_adapter_with_the_weights_that_it_changed(place):  # noqa: F811
+    folder = place / "for peft"
+    assert invoke(place, "--output", folder, "--method", "scalora").exit_code == 0
+    run = metrics(folder)["runs"]["fused"]
+    assert "14 weights saved whole" in run["layers"]
+    assert held_out_loss_in_peft(place, folder) == pytest.approx(run["held_out"][-1][1], abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ilora", "balora", "lora-rite", "scalora:interval=2"])
 def test_resumes_to_the_same_bits(place, monkeypatch, method):  # noqa: F811
     whole, stopped = place / f"whole {method}", place / f"stopped {method}"
     assert invoke(place, "--output", whole, "--method", method).exit_code == 0
@@ -42,25 +70,126 @@ def test_resumes_to_the_same_bits(place, monkeypatch, method):  # noqa: F811
     same_result(whole, stopped)
 
 
-def test_options_become_hyperparameters():
-    assert build("ilora", "lam=0.5, rho_scale=2") == [methods.ILoRA(lam=0.5, rho_scale=2)]
-    assert build("balora", "gauge=svd,every=3") == [methods.BaLoRA(gauge="svd", every=3)]
-    assert build("scale-reg", "decoupled=true") == [methods.ScaleReg(decoupled=True)]
-    assert build("lora", None) == []
+@pytest.fixture(scope="module")
+def compared(place):  # noqa: F811
+    options = [word for method in SEVERAL for word in ("--method", method)]
+    result = invoke(place, "--output", place / "several", "--compare", *options)
+    assert result.exit_code == 0, result.output
+    assert "ilora:lam=2 (2 of 3): fused 14 layers" in result.output
+    return place / "several"
+
+
+def test_a_comparison_starts_every_method_alike_and_records_what_a_choice_needs(compared, plain):
+    figures = metrics(compared)
+    assert list(figures["runs"]) == list(figures["comparison"]) == list(SEVERAL)
+    first, second, third = (figures["runs"][name] for name in SEVERAL)
+    assert first["losses"][0] == second["losses"][0] == third["losses"][0]
+    assert len({tuple(run["losses"]) for run in (first, second, third)}) == 3
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in adapter(compared / "lora").items())  # as if alone
+    for name, run in figures["runs"].items():
+        row = figures["comparison"][name]
+        assert len(run["optimizer_seconds"]) == len(run["seconds"]) == len(run["losses"])
+        assert all(0 < part < whole for part, whole in zip(run["optimizer_seconds"], run["seconds"], strict=True))
+        assert [moment["step"] for moment in run["adapter"]] == [0, 1, 2, 3, 4, 5, 6]
+        assert row["held_out_before"] == first["held_out"][0][1] and row["held_out_after"] == run["held_out"][-1][1]
+        assert row["norm_b"] == run["adapter"][-1]["adapter/norm_b_mean"] > 0
+        assert 0 < row["state_bytes"] <= row["peak_bytes"]
+    assert figures["comparison"]["lora"]["step_over_baseline"] == 1
+    trained = sum(tensor.numel() for tensor in plain.values())
+    assert figures["comparison"]["lora"]["state_bytes"] == pytest.approx(2 * 4 * trained, rel=0.05)  # and step counts
+
+
+def test_the_page_of_a_comparison_explains_each_method(compared):
+    text = (compared / "report.html").read_text()
+    page = Page(text)
+    assert page.addresses == [] and len(page.ids) == len(set(page.ids))
+    words = " ".join(" ".join(page.words).split())
+    for name in SEVERAL:
+        assert read(name).sentence in words and words.count(name) > 8  # the table, the legends
+    for expected in ("ILoRA(lam=2, rho=None", "learning rate 0.002", "Norm of b", "Effective rank", "less lora's"):
+        assert expected in words, expected
+    assert metrics(compared)["runs"]["lora"]["adapter"][0].get("adapter/rms_ratio_mean") is None  # b = 0: no ratio
+
+
+def test_a_comparison_goes_on_where_it_was_interrupted(place, compared, monkeypatch):  # noqa: F811
+    folder = place / "stopped in the second"
+    options = [word for method in SEVERAL for word in ("--method", method)]
+    seen = []
+
+    def stop_in_the_second():
+        seen.append(1)
+        if len(seen) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        at_step(patched, 3, stop_in_the_second)
+        assert invoke(place, "--output", folder, "--compare", *options).exit_code == 130
+    assert (folder / "lora" / run_folder.RECORD).exists() and not (folder / "ilora-lam=2" / run_folder.RECORD).exists()
+    steps = at_step(monkeypatch, 0, None)
+    assert resume(folder, "--method", "lora").exit_code == 2  # not those of the run
+    result = resume(folder, *options)
+    assert result.exit_code == 0, result.output
+    assert steps == [5, 6, 1, 2, 3, 4, 5, 6]
+    one, two = metrics(compared)["runs"], metrics(folder)["runs"]
+    for name in SEVERAL:
+        for what in ("losses", "held_out", "adapter"):
+            assert one[name][what] == two[name][what], (name, what)
+
+
+def test_a_method_that_diverges_leaves_the_others(place, tmp_path):  # noqa: F811
+    result = invoke(place, "--output", tmp_path / "out", "--compare", "--method", "lora:lr=1e30", "--method", "lora")
+    assert result.exit_code == 0, result.output
+    assert "going on without it" in result.output
+    figures = metrics(tmp_path / "out")
+    assert "loss is nan at step 2" in figures["runs"]["lora:lr=1e30"]["diverged"]
+    assert figures["comparison"]["lora:lr=1e30"]["held_out_after"] is None
+    assert figures["runs"]["lora"]["held_out"][-1][1] < figures["runs"]["lora"]["held_out"][0][1]
+    words = " ".join(Page((tmp_path / "out" / "report.html").read_text()).words)
+    assert "diverged" in words and "Lowest held-out loss: lora," in words
+
+
+def test_peak_bytes_are_those_alive_at_once():
+    with memory.PeakBytes() as counted:
+        a = torch.zeros(1000)
+        b = a + 1
+        view = b[:10]
+        del b
+        assert counted.peak == 8000
+        del view
+        for _ in range(3):
+            a = a + 1  # the old one goes
+        a.add_(1)
+    assert counted.peak == 8000
+
+
+def test_choices_become_hyperparameters():
+    assert read("ilora:lam=0.5, rho_scale=2").instances == (methods.ILoRA(lam=0.5, rho_scale=2),)
+    assert read("balora:gauge=svd,every=3").instances == (methods.BaLoRA(gauge="svd", every=3),)
+    assert read("scale-reg:decoupled=true").instances == (methods.ScaleReg(decoupled=True),)
+    assert read("scalora:limit=none,kappa=2").instances == (methods.ScaLoRA(limit=None, kappa=2),)
+    assert (read("lora:lr=3e-4").instances, read("lora:lr=3e-4").lr, read("lora").lr) == ((), 3e-4, None)
+
+
+def test_settings_survive_json():
+    settings = Settings(method=("lora", "ilora:lam=1"), compare=True)
+    assert Settings(**json.loads(json.dumps(settings.as_dict()))) == settings
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         (("--method", "nonsense"), "--method: expected one of lora, lora+"),
-        (("--method", "ilora", "--method-options", "lambda=1"), "lam=0.1"),
-        (("--method", "ilora", "--method-options", "lam"), "lam=0.1"),
-        (("--method", "ilora", "--method-options", "lam=nan"), "--method-options lam"),
-        (("--method-options", "lam=1"), "lora has no options"),
+        (("--method", "ilora:lambda=1"), "--method: expected ilora:KEY=VALUE,… with lam=0.1, rho=None"),
+        (("--method", "ilora:lam"), "lam=0.1"),
+        (("--method", "ilora:lam=1,lam=2"), "lam=0.1"),
+        (("--method", "ilora:lam=nan"), "--method ilora:lam: expected a finite number"),
+        (("--method", "lora:lr=0"), "--method lora:lr: expected a finite number above 0"),
+        (("--method", "lora:lam=1"), "with lr=(that of --lr)"),
+        (("--method", "lora", "--method", "ilora"), "--method: expected one method, or several with --compare"),
+        (("--method", "lora", "--method", "lora", "--compare"), "--method: expected each method with its options once"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_bad_methods_are_named(place, options, message):  # noqa: F811
-    result = invoke(place, "--output", place / "never", *options)
-    assert result.exit_code == 2 and message in " ".join(result.output.split())
+    refused(invoke(place, "--output", place / "never", *options), message)
     assert not (place / "never").exists()

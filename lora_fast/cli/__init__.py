@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from .finetune import finetune
+from .finetune import EPILOG, finetune
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", add_completion=False)
 
@@ -45,7 +45,7 @@ def lora_fast(
     """
 
 
-app.command()(finetune)
+app.command(epilog=EPILOG)(finetune)
 
 
 def main() -> None:

@@ -8,18 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import rich.table
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.text import Text
 
 from ..checks import ArgumentError
-from .settings import Settings, option
+from .palette import colours
+from .settings import Run, Settings, option
 
 if TYPE_CHECKING:
     from .measure import Record
-
-COLOURS = {"fused": "blue", "eager": "dark_orange"}
+    from .tables import Table
 
 
 class Interrupted(Exception):
@@ -27,7 +28,11 @@ class Interrupted(Exception):
 
 
 class Diverged(Exception):
-    """The loss is not a finite number any more."""
+    """The loss is not a finite number any more. ``record``: the run until then."""
+
+    def __init__(self, message: str, record: Record):
+        super().__init__(message)
+        self.record = record
 
 
 @contextlib.contextmanager
@@ -70,10 +75,12 @@ class Display:
         return self.console.status(text)
 
     @contextlib.contextmanager
-    def training(self, engine: str, total: int, done: int) -> Iterator[None]:
+    def training(self, run: Run, runs: list[Run], total: int, done: int) -> Iterator[None]:
+        colour = colours(other.label for other in runs)[run.label]
+        place = f"{runs.index(run) + 1}/{len(runs)} " if len(runs) > 1 else ""
         columns = (
-            TextColumn(f"[{COLOURS[engine]}]{engine:<5}[/] {{task.description:<13}}"),
-            BarColumn(bar_width=None, complete_style=COLOURS[engine], finished_style=COLOURS[engine]),
+            TextColumn(f"{place}[{colour}]{_literal(run.label)}[/] {{task.description:<13}}"),
+            BarColumn(bar_width=None, complete_style=colour, finished_style=colour),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True),
@@ -99,11 +106,11 @@ class Display:
         """The table, the samples, where everything is and what to try next."""
         from . import report
 
-        self.console.print(_table(runs, report.table(runs)))
+        self.console.print(_table(report.table(settings, runs)))
         self._sample("before", prompt, runs[0].sample_before)
         for run in runs:
-            self._sample("after" if len(runs) == 1 else f"after, {run.engine}", prompt, run.sample_after)
-        adapter = folder / (runs[0].engine if settings.compare else "") / "adapter"
+            self._sample("after" if len(runs) == 1 else f"after, {run.label}", prompt, run.sample_after)
+        adapter = folder / settings.runs[0].folder / "adapter"
         self.note(f"\nreport    {folder / 'report.html'}\nfigures   {folder / 'metrics.json'}\nadapter   {adapter}")
         self.note("\nUse it in Python:", style="bold")
         load = f"AutoModelForCausalLM.from_pretrained({source!r})"
@@ -115,15 +122,13 @@ class Display:
         self.console.print(f"[bold]{when}[/]  [dim]{_literal(prompt)}[/] {_literal(text)}")
 
 
-def _table(runs: list[Record], rows: list[tuple[str, list[str], str]]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("", no_wrap=True)
-    for run in runs:
-        table.add_column(run.engine, style=COLOURS[run.engine])
-    if len(runs) > 1:
-        table.add_column("compared", style="bold")
-    for what, values, note in rows:
-        table.add_row(what, *values, *([note] if len(runs) > 1 else []))
+def _table(content: Table) -> rich.table.Table:
+    table = rich.table.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    shown = range(len(content.head)) if content.short is None else content.short
+    for i in shown:
+        table.add_column(Text(content.head[i].text, style=content.head[i].colour))
+    for row in content.rows:
+        table.add_row(*(Text(row[i].text, style=row[i].colour or ("bold" if row[i].strong else "")) for i in shown))
     return table
 
 
@@ -137,6 +142,9 @@ def _next_command(settings: Settings) -> str:
     """The same settings on both engines; after that, a text of one's own."""
     if settings.compare:
         return "lora-fast finetune --data your_text.txt --epochs 1"
-    changed = {n: v for n, v in settings.as_dict().items() if v != getattr(Settings(), n) and n != "engine"}
+    default = Settings().as_dict()
+    changed = {name: value for name, value in settings.as_dict().items() if value != default[name] and name != "engine"}
+    if "method" in changed:
+        changed["method"] = settings.method[0]
     words = [word for name, value in changed.items() for word in (option(name), str(value))]
     return shlex.join(["lora-fast", "finetune", *words, "--compare"])

@@ -10,7 +10,7 @@ import typer
 
 from . import run_folder
 from .display import Display, exit_codes
-from .methods import METHODS
+from .methods import METHODS, overview
 from .settings import DEFAULT_STEPS, Settings, absolute
 
 _BY_DEFAULT = Settings()
@@ -32,10 +32,10 @@ _OUTPUT = "A new folder for the results: if not given, the next number in runs/.
 _SAVE_EVERY = "Steps between checkpoints: if not given, a quarter of the run."
 _DTYPE = "auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16 or float16."
 _RESUME = "Continue the interrupted run in --output exactly where it stopped, with its settings."
-_METHOD = f"How the adapters are trained: {', '.join(METHODS)}."
-_METHOD_OPTIONS = "Of the method: lam=0.1,rho=0.05. A wrong one lists those there are."
+_METHOD = f"How the adapters are trained: {', '.join(METHODS)}. With options: ilora:lam=0.1,lr=5e-4. Listed below."
 _ENGINE = "fused: one operation a layer. eager: PEFT's layers as they are."
-_COMPARE = "Run both engines from the same seed and lay their curves over each other."
+_COMPARE = "From the same seed, run each --method given, or with one method both engines, and overlay the curves."
+EPILOG = overview()
 
 
 def finetune(
@@ -55,10 +55,9 @@ def finetune(
     accumulation: Annotated[int, _option("Training", "Forward passes in one step.")] = _BY_DEFAULT.accumulation,
     dtype: Annotated[str, _option("Training", _DTYPE, metavar="NAME")] = _BY_DEFAULT.dtype,
     seed: Annotated[int, _option("Training", "Decides the fresh adapters and the order.")] = _BY_DEFAULT.seed,
-    method: Annotated[str, _option("Method", _METHOD, metavar="NAME")] = _BY_DEFAULT.method,
-    method_options: Annotated[str | None, _option("Method", _METHOD_OPTIONS, metavar="KEY=VALUE,…")] = None,
-    engine: Annotated[str, _option("Engine", _ENGINE, metavar="fused|eager")] = _BY_DEFAULT.engine,
-    compare: Annotated[bool, _option("Engine", _COMPARE, "--compare")] = False,
+    method: Annotated[list[str], _option("Method", _METHOD, metavar="NAME[:KEY=VALUE,…]")] = _BY_DEFAULT.method,
+    engine: Annotated[str, _option("Method", _ENGINE, metavar="fused|eager")] = _BY_DEFAULT.engine,
+    compare: Annotated[bool, _option("Method", _COMPARE, "--compare")] = False,
     output: Annotated[Path | None, _option("Results", _OUTPUT)] = None,
     save_every: Annotated[int | None, _option("Results", _SAVE_EVERY)] = None,
     resume: Annotated[bool, _option("Results", _RESUME, "--resume")] = False,
@@ -84,9 +83,13 @@ def finetune(
 
         your own model, text and adapter
 
-    - `lora-fast finetune --method ilora --method-options lam=0.1`
+    - `lora-fast finetune --method ilora:lam=0.1`
 
         another method for the same adapters
+
+    - `lora-fast finetune --compare --method lora --method ilora --method balora:every=5 --method lora:lr=2e-3`
+
+        several, from the same start: which one to choose for this model and text
 
     - `lora-fast finetune --output runs/smollm2-kjv-1 --resume`
 
@@ -95,7 +98,7 @@ def finetune(
     display = Display()
     with exit_codes(display):
         asked = {field.name: context.params[field.name] for field in fields(Settings)}
-        asked |= {"model": absolute(model), "data": absolute(data)}
+        asked |= {"model": absolute(model), "data": absolute(data), "method": tuple(method)}
         if resume:
             typed = {n: v for n, v in asked.items() if context.get_parameter_source(n).name == "COMMANDLINE"}
             settings = run_folder.saved_settings(output, typed)

@@ -1,7 +1,8 @@
-"""What a run costs: seconds of a step, bytes kept for backward, memory of the device or the process."""
+"""What a run did and cost: its record, and the clock. Memory of tensors: memory.py."""
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 import time
@@ -13,18 +14,23 @@ import torch
 
 @dataclass
 class Record:
-    """Everything that is measured in one engine's run; saved with each checkpoint, so a resumed run has all of it."""
+    """Everything that is measured in one run; saved with each checkpoint, so a resumed run has all of it."""
 
-    engine: str
+    label: str
     losses: list[float] = field(default_factory=list)  # of each step, before its update
     seconds: list[float] = field(default_factory=list)  # of each step: forward, backward, clipping, update
+    optimizer_seconds: list[float] = field(default_factory=list)  # of each step: the update alone
     memory: list[int] = field(default_factory=list)  # bytes: see memory_kind
     memory_kind: str = ""
     held_out: list[tuple[int, float]] = field(default_factory=list)  # (steps done, loss)
+    adapter: list[dict[str, float]] = field(default_factory=list)  # lf.hf.summary, and "step"
     saved_bytes: int = 0  # kept for backward by one micro-batch, parameters and buffers not counted
+    optimizer_bytes: int = 0  # the optimizer's state after its first step
+    optimizer_peak_bytes: int = 0  # the most that was alive at once in the first step of the optimizer, with its state
     trained_parameters: int = 0
     tokens_per_step: int = 0
     layers: str = ""  # the report of fuse_
+    diverged: str = ""  # what ended the run early, of several
     sample_before: str = ""
     sample_after: str = ""
 
@@ -32,17 +38,35 @@ class Record:
         return asdict(self)
 
     def step_time(self) -> dict[str, float]:
-        """Median and the 20th and 80th percentile, in seconds."""
-        fifths = statistics.quantiles(self.seconds, n=5, method="inclusive") if len(self.seconds) > 1 else None
-        low, high = (fifths[0], fifths[3]) if fifths else (self.seconds[0], self.seconds[0])
-        return {"median": statistics.median(self.seconds), "p20": low, "p80": high}
+        """Median and the 20th and 80th percentile, in seconds, of the steps after the first, which also allocates."""
+        seconds = _settled(self.seconds)
+        fifths = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else None
+        low, high = (fifths[0], fifths[3]) if fifths else (seconds[0], seconds[0])
+        return {"median": statistics.median(seconds), "p20": low, "p80": high}
+
+    def optimizer_time(self) -> float:
+        """Mean seconds of the update after the first step: what a method does every few steps counts in full."""
+        return statistics.fmean(_settled(self.optimizer_seconds))
+
+    def curve(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one of the adapter's figures, where it is known."""
+        rows = [row for row in self.adapter if name in row]
+        return [int(row["step"]) for row in rows], [row[name] for row in rows]
+
+    def last(self, name: str) -> float:
+        """An adapter's figure at the end; NaN where it is not known."""
+        return self.adapter[-1].get(name, math.nan) if self.adapter else math.nan
+
+
+def _settled(seconds: list[float]) -> list[float]:
+    return seconds[1:] or seconds
 
 
 class Stopwatch:
-    """Times one training step, and takes the memory figure that its device offers.
+    """Times one training step and the optimizer's part of it, and takes the memory figure that its device offers.
 
-    On CUDA the host waits for the device before both readings; memory is the allocator's peak within the step. On a CPU
-    memory is the resident size of the whole process after the step.
+    On CUDA the host waits for the device before and after the step, and events on the stream time the optimizer; memory
+    is the allocator's peak within the step. On a CPU memory is the resident size of the whole process after the step.
     """
 
     def __init__(self, device: torch.device):
@@ -55,32 +79,28 @@ class Stopwatch:
             torch.cuda.reset_peak_memory_stats()
         self._started = time.perf_counter()
 
-    def stop(self) -> tuple[float, int]:
+    def optimizer_starts(self) -> None:
+        self._optimizer_started = self._mark()
+
+    def optimizer_ends(self) -> None:
+        self._optimizer_ended = self._mark()
+
+    def stop(self) -> tuple[float, float, int]:
+        """Seconds of the step, of the optimizer, and bytes."""
         if self._cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._started
-        return seconds, torch.cuda.max_memory_allocated() if self._cuda else _process_bytes()
+        if self._cuda:
+            milliseconds = self._optimizer_started.elapsed_time(self._optimizer_ended)
+            return seconds, milliseconds / 1e3, torch.cuda.max_memory_allocated()
+        return seconds, self._optimizer_ended - self._optimizer_started, _process_bytes()
 
-
-def bytes_saved_for_backward(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:
-    """Bytes of all distinct storages that one forward pass keeps for backward, the model's own tensors not counted.
-
-    Deterministic, unlike a process's memory. Leaves the random state as it was.
-    """
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss  # keeps the graph alive
-    del loss
-    return sum(kept.values())
+    def _mark(self):
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def environment() -> dict[str, object]:

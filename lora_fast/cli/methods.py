@@ -1,55 +1,92 @@
-"""``--method`` and ``--method-options``: a name and ``key=value,…`` become instances from ``lora_fast.methods``."""
+"""``--method NAME[:KEY=VALUE,…]``: the methods that there are, what each does in one sentence, and reading a choice."""
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+from dataclasses import dataclass, fields
 
 from .. import checks, methods
 from ..checks import ArgumentError
 
-# ScaLoRA is not among them: it changes the frozen weights, which an adapter's files do not hold.
-METHODS = {
-    "lora": None,
-    "lora+": methods.LoRAPlus,
-    "scale-reg": methods.ScaleReg,
-    "scaled-adamw": methods.ScaledAdamW,
-    "ilora": methods.ILoRA,
-    "pilora": methods.PiLoRA,
-    "balora": methods.BaLoRA,
-    "lora-rite": methods.LoRARITE,
-}
+METHODS = {  # name → class in lora_fast.methods, what it does
+    "lora": (None, "AdamW on both factors, as they are."),
+    "lora+": (methods.LoRAPlus, "AdamW with a higher learning rate for b than for a."),
+    "scale-reg": (methods.ScaleReg, "Adds to the loss a pull of the two factors' mean squares towards each other."),
+    "scaled-adamw": (methods.ScaledAdamW, "AdamW on gradients preconditioned by the other factor (Riemannian LoRA)."),
+    "ilora": (methods.ILoRA, "After AdamW, a pull of a aᵀ towards r/d_out · bᵀb, outside the moments."),
+    "pilora": (methods.PiLoRA, "Preconditioned gradients as in scaled-adamw, and the pull of ilora."),
+    "scalora": (methods.ScaLoRA, "Every few steps scales rows of a and columns of b best for the full gradient, and "
+                                 "merges the rest into the frozen weight."),
+    "balora": (methods.BaLoRA, "After AdamW, replaces the factors by those of the same product with a aᵀ = bᵀb."),
+    "lora-rite": (methods.LoRARITE, "An update of its own, the same however the product is split into factors."),
+}  # fmt: skip
 
 
-def build(name: str, options: str | None) -> list:
-    """What ``LoRAAdamW(methods=…)`` takes; empty for plain LoRA.
+@dataclass(frozen=True)
+class Choice:
+    """One ``--method``, read.
+
+    Attributes:
+        text: as typed. name: of METHODS.
+        instances: what ``LoRAAdamW(methods=…)`` takes; empty for plain LoRA.
+        lr: the learning rate if the method was given one of its own.
+    """
+
+    text: str
+    name: str
+    instances: tuple
+    lr: float | None
+
+    @property
+    def sentence(self) -> str:
+        return METHODS[self.name][1]
+
+    @property
+    def options(self) -> str:
+        """All of them with their values, as Python."""
+        return repr(self.instances[0]) if self.instances else "no options"
+
+
+def read(text: str) -> Choice:
+    """``ilora:lam=0.1,lr=5e-4`` → its Choice.
 
     Raises:
         ArgumentError: an unknown method, an option that it does not have, or a value out of range.
     """
-    kind = METHODS[checks.choice(name, "--method", tuple(METHODS))]
-    known = {} if kind is None else {field.name: field.default for field in fields(kind)}
+    name, _, options = text.partition(":")
+    kind = METHODS[checks.choice(name, "--method", tuple(METHODS))][0]
+    known = {"lr"} | ({field.name for field in fields(kind)} if kind else set())
     values = {}
-    for item in filter(None, (part.strip() for part in (options or "").split(","))):
-        key, equals, text = item.partition("=")
-        if key not in known or not equals:
-            raise ArgumentError("--method-options", describe(name), repr(item))
-        values[key] = _value(text)
+    for item in filter(None, (part.strip() for part in options.split(","))):
+        key, equals, value = item.partition("=")
+        if key not in known or not equals or key in values:
+            raise ArgumentError("--method", f"{name}:KEY=VALUE,… with {describe(name)}", repr(text))
+        values[key] = _value(value)
+    lr = values.pop("lr", None)
     try:
-        return [] if kind is None else [kind(**values)]
+        if lr is not None:
+            checks.positive(lr, "lr")
+        return Choice(text, name, () if kind is None else (kind(**values),), lr)
     except ArgumentError as error:
-        raise ArgumentError(f"--method-options {error.argument}", error.expected, error.got) from None
+        raise ArgumentError(f"--method {name}:{error.argument}", error.expected, error.got) from None
 
 
 def describe(name: str) -> str:
     """The options of a method with their defaults, as they are typed."""
-    kind = METHODS[name]
-    known = () if kind is None else [f"{f.name}={f.default}" for f in fields(kind) if f.default is not MISSING]
-    return f"{', '.join(known)} of {name}" if known else f"none: {name} has no options"
+    kind = METHODS[name][0]
+    own = [] if kind is None else [f"{field.name}={field.default}" for field in fields(kind)]
+    return ", ".join([*own, "lr=(that of --lr)"])
 
 
-def _value(text: str) -> bool | int | float | str:
-    if text in ("True", "true", "False", "false"):
-        return text.lower() == "true"
+def overview() -> str:
+    """Every method with its options, in Markdown, for --help."""
+    rows = (f"- `{name}` {sentence}\n\n    {describe(name)}" for name, (_, sentence) in METHODS.items())
+    return "**Methods and their options**\n\n" + "\n\n".join(rows)
+
+
+def _value(text: str) -> bool | int | float | str | None:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
     for kind in (int, float):
         try:
             return kind(text)

@@ -1,4 +1,4 @@
-"""The main job, in order: check everything, prepare the model, train it on each engine, report."""
+"""The main job, in order: check everything, prepare the model, train it in each run, report."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from pathlib import Path
 
 from ..checks import ArgumentError
 from . import data, models, report, run_folder
-from .display import Display, Interrupted
+from .display import Display, Diverged, Interrupted
 from .measure import Record, environment
-from .settings import Settings
+from .settings import Run, Settings
 
 
-def run(settings: Settings, output: Path | None, resume: bool, display: Display) -> None:
-    """Nothing is written (but the packaged model's cache) before model, data, options and output fit together.
+def run(settings: Settings, output: Path | None, resume: bool, display: Display) -> list[Record]:
+    """The whole job, into the folder ``output``; the records of ``settings.runs``, in their order.
+
+    Nothing is written (but the packaged model's cache) before model, data, options and output fit together.
 
     Raises:
         ArgumentError: something does not fit.
         Interrupted: by Ctrl-C.
-        training.Diverged: the loss is not a finite number any more.
+        Diverged: the loss of a job's only method is not a finite number any more.
     """
     source = models.locate(settings.model)
     text_path = data.locate(settings.data)
@@ -31,15 +33,16 @@ def run(settings: Settings, output: Path | None, resume: bool, display: Display)
         run_folder.check_same_data(folder, job.data.fingerprint)
     try:
         with job.stop:
-            runs = [_engine(job, engine, folder) for engine in settings.engines]
+            records = [_run(job, planned, folder) for planned in settings.runs]
     except KeyboardInterrupt:
         raise Interrupted(folder if (folder / run_folder.RUN).exists() else None) from None
-    report.write(folder, settings, runs, environment(), job.prompt)
-    display.finished(settings, runs, folder, job.source, job.prompt)
+    report.write(folder, settings, records, environment(), job.prompt)
+    display.finished(settings, records, folder, job.source, job.prompt)
+    return records
 
 
 def _job(settings: Settings, source: str, text_path: Path, text: str, display: Display):
-    """Everything that both engines share, checked against each other."""
+    """Everything that the runs share, checked against each other."""
     slow = models.needs_conversion(settings.model)
     with display.working("Converting the packaged model, once (about 20 s)" if slow else "Loading libraries"):
         from . import training  # transformers and peft: seconds
@@ -66,22 +69,30 @@ def _job(settings: Settings, source: str, text_path: Path, text: str, display: D
     return job
 
 
-def _engine(job, engine: str, folder: Path) -> Record:
+def _run(job, run: Run, folder: Path) -> Record:
     from . import training
 
-    place = folder / engine if job.settings.compare else folder
-    if (place / run_folder.RECORD).exists():  # finished before an interruption
+    runs, place = job.settings.runs, folder / run.folder
+    if len(runs) > 1 and (place / run_folder.RECORD).exists():  # finished before an interruption
         return Record(**run_folder.read_json(place / run_folder.RECORD))
-    gc.collect()  # the first engine's model, under --compare
+    gc.collect()  # the model of the run before
     with job.display.working("Loading the model"):
-        model, layers = training.prepare(job, engine)
-    job.display.note(f"{engine}: {layers}", style="bold")
+        model, layers = training.prepare(job, run)
+    of_how_many = f" ({runs.index(run) + 1} of {len(runs)})" if len(runs) > 1 else ""
+    job.display.note(f"{run.label}{of_how_many}: {layers}", style="bold")
     if not (folder / run_folder.RUN).exists():
         run_folder.start(folder, job.settings, job.data.fingerprint)
-    record = training.train(job, engine, model, layers, place)
-    if job.settings.compare:
+    try:
+        record = training.train(job, run, model, layers, place)
+    except Diverged as error:
+        if not job.settings.compares_methods:
+            raise
+        record = error.record  # the others still tell something
+        record.diverged = str(error)
+        job.display.note(f"  {record.diverged}; going on without it", style="red")
+    if len(runs) > 1:
         run_folder.write_json(place / run_folder.RECORD, record.as_dict())
-        if job.stop.asked and engine != job.settings.engines[-1]:
+        if job.stop.asked and run != runs[-1]:
             raise KeyboardInterrupt
     return record
 

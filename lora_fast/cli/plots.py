@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-from .measure import Record
-
-COLOURS = {"fused": "#2f7de1", "eager": "#e0802f"}
 _INK = "#010203"  # drawn with this, served as currentColor
 _STYLE = {
     "svg.fonttype": "none",
@@ -26,70 +25,89 @@ _STYLE = {
     "grid.color": _INK,
     "legend.frameon": False,
 }
-# Where both engines agree, the second line would hide the first: the eager one is broad and pale, the fused one thin.
-_WIDTH = {"fused": {"linewidth": 1.6, "zorder": 3}, "eager": {"linewidth": 5, "alpha": 0.45, "zorder": 2}}
+_WIDTH, _WIDE = 6, 12.4  # inches, of one column of the page and of two
+_LETTERS = {_WIDTH: 62, _WIDE: 140}  # of legend text that fit beside each other
 
 
-def loss(runs: list[Record], wide: bool) -> str:
-    """Training loss of each step, held-out loss where it was taken."""
+@dataclass(frozen=True)
+class Series:
+    """One line. ``look``: matplotlib's words for it; ``band``: the lowest and highest values around it, shaded."""
+
+    label: str
+    colour: str
+    x: Sequence[float]
+    y: Sequence[float]
+    look: dict[str, object] = field(default_factory=dict)
+    band: tuple[Sequence[float], Sequence[float]] | None = None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """``text`` stands at its end; ``span``, a lower and an upper value, is drawn as a whisker."""
+
+    label: str
+    colour: str
+    value: float
+    text: str
+    span: tuple[float, float] | None = None
+
+
+def lines(
+    name: str, series: list[Series], x: str, y: str, *, wide: bool = False, log: bool = False, zero: bool = False
+) -> str:
+    """Lines over steps, the legend above them. ``zero``: the y axis begins there. ``name``: unique on the page."""
 
     def draw(axes):
-        for run in runs:
-            look = {"color": COLOURS[run.engine], **_WIDTH[run.engine]}
-            axes.plot(range(len(run.losses)), run.losses, label=f"{run.engine}, training", **look)
-            look |= {"linestyle": "--", "marker": "o", "markersize": 5 if run.engine == "fused" else 10}
-            axes.plot(*zip(*run.held_out, strict=True), label=f"{run.engine}, held out", **look)
-        axes.set(xlabel="steps done", ylabel="loss (nats per token)")
+        for one in series:
+            axes.plot(one.x, one.y, color=one.colour, label=one.label, **one.look)
+            if one.band is not None:
+                axes.fill_between(one.x, *one.band, color=one.colour, alpha=0.15, linewidth=0)
+        axes.set(xlabel=x, ylabel=y)
+        if log:
+            axes.set_yscale("log")
+        if zero:
+            axes.set_ylim(bottom=0)
+        _whole_numbers(axes.xaxis)
 
-    return _svg("loss", draw, width=12.4 if wide else 6)
+    return _svg(name, draw, _WIDE if wide else _WIDTH, legend=[one.label for one in series])
 
 
-def step_time(runs: list[Record]) -> str:
+def bars(name: str, values: list[Bar], x: str) -> str:
+    """Horizontal bars, the first on top."""
+
     def draw(axes):
-        for run in runs:
-            colour, median = COLOURS[run.engine], run.step_time()["median"]
-            axes.plot(range(1, len(run.seconds) + 1), run.seconds, ".", color=colour, label=run.engine, markersize=6)
-            axes.axhline(median, color=colour, linewidth=1.2, label=f"{run.engine}, median {median:.3g} s")
-        axes.set(xlabel="step", ylabel="seconds", ylim=(0, 1.35 * max(max(run.seconds) for run in runs)))
-
-    return _svg("time", draw)
-
-
-def saved(runs: list[Record]) -> str:
-    def draw(axes):
-        values = [run.saved_bytes / 2**20 for run in runs]
-        names = [run.engine for run in runs]
-        bars = axes.barh(names, values, color=[COLOURS[name] for name in names], height=0.5)
-        axes.bar_label(bars, fmt="%.1f MiB", padding=4)
-        axes.set(xlabel="MiB", xlim=(0, max(values) * 1.25), ylim=(1.6, -0.6))  # downwards
+        places = range(len(values))
+        axes.barh(places, [bar.value for bar in values], color=[bar.colour for bar in values], height=0.6)
+        ends = [max(bar.value, bar.span[1] if bar.span else 0) for bar in values]
+        for place, bar, end in zip(places, values, ends, strict=True):
+            if bar.span:
+                axes.plot(bar.span, [place, place], color=_INK, linewidth=1.2, alpha=0.7)
+            axes.annotate(bar.text, (end, place), (4, 0), textcoords="offset points", va="center")
+        axes.set_yticks(places, [bar.label for bar in values])
+        axes.set(xlabel=x, xlim=(0, max(ends) * 1.4 or 1), ylim=(len(values) - 0.4, -0.6))
         axes.grid(axis="y", visible=False)
 
-    return _svg("saved", draw, legend=False, steps=False)
+    return _svg(name, draw, _WIDTH, height=max(2.4, 1 + 0.32 * len(values)))
 
 
-def memory(runs: list[Record]) -> str:
-    def draw(axes):
-        for run in runs:
-            steps = range(1, len(run.memory) + 1)
-            axes.plot(steps, [size / 2**20 for size in run.memory], color=COLOURS[run.engine], label=run.engine)
-        axes.set(xlabel="step", ylabel="MiB", ylim=(0, 1.35 * max(max(run.memory) for run in runs) / 2**20))
-
-    return _svg("memory", draw)
-
-
-def _svg(name: str, draw, legend: bool = True, steps: bool = True, width: float = 6) -> str:
-    import matplotlib
-    from matplotlib.figure import Figure
+def _whole_numbers(axis) -> None:
     from matplotlib.ticker import MaxNLocator
 
+    axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _svg(name: str, draw: Callable, width: float, height: float = 3.2, legend: Sequence[str] = ()) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    columns = max(1, _LETTERS[width] // (6 + max(map(len, legend), default=0)))
+    rows = -(-len(legend) // columns)
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(width, 3.2), layout="constrained")
+        figure = Figure(figsize=(width, height + 0.2 * rows), layout="constrained")
         axes = figure.subplots()
         draw(axes)
-        if steps:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if legend:
-            axes.legend(ncols=2)
+        if len(legend) > 1:
+            figure.legend(loc="outside upper left", ncols=columns)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True)
     svg = out.getvalue()

@@ -5,7 +5,8 @@
     adapter/        the result, in PEFT's format
     metrics.json    every figure;  report.html   the same for the eye
 
-Under --compare the sub-folders fused/ and eager/ hold a checkpoints/, an adapter/ and a record.json each.
+Under --compare a sub-folder for each run (fused/ and eager/, or one a method) holds a checkpoints/, an adapter/ and,
+once that run has finished, a record.json.
 """
 
 from __future__ import annotations
@@ -74,11 +75,12 @@ def saved_settings(folder: Path | None, given: dict[str, object]) -> Settings:
         raise ArgumentError("--resume", "--output with the folder of an interrupted run", got)
     if (folder / METRICS).exists():
         raise ArgumentError("--resume", "an interrupted run", f"{str(folder)!r}, which has finished")
-    saved = read_json(folder / RUN)["settings"]
+    saved = Settings(**read_json(folder / RUN)["settings"])
     for name, value in given.items():
-        if saved[name] != value:
-            raise ArgumentError(option(name), f"{saved[name]!r}, as in the run that is resumed", repr(value))
-    return Settings(**saved)
+        if getattr(saved, name) != value:
+            expected = f"{getattr(saved, name)!r}, as in the run that is resumed"
+            raise ArgumentError(option(name), expected, repr(value))
+    return saved
 
 
 def check_same_data(folder: Path, fingerprint: str) -> None:

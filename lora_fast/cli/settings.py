@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,8 +17,19 @@ DEFAULT_STEPS = 40
 
 
 @dataclass(frozen=True)
+class Run:
+    """One training run of the job: its name in tables, plots and metrics.json, what it trains with, and its folder
+    below the job's; a job of one run has no sub-folder."""
+
+    label: str
+    engine: str
+    method: methods.Choice
+    folder: str
+
+
+@dataclass(frozen=True)
 class Settings:
-    """Everything that decides the result of a run; saved beside it, and compared when it is resumed."""
+    """Everything that decides the result of a job; saved beside it, and compared when it is resumed."""
 
     model: str = "smollm2"
     data: str = "kjv"
@@ -33,17 +45,27 @@ class Settings:
     accumulation: int = 1
     dtype: str = "auto"
     seed: int = 0
-    method: str = "lora"
-    method_options: str | None = None
+    method: tuple[str, ...] = ("lora",)
     prompt: str | None = None
     save_every: int | None = None
     engine: str = "fused"
     compare: bool = False
 
+    def __post_init__(self):
+        object.__setattr__(self, "method", tuple(self.method))  # a list from the command line and from JSON
+
     @property
-    def engines(self) -> tuple[str, ...]:
-        """In the order in which they run."""
-        return ENGINES if self.compare else (self.engine,)
+    def compares_methods(self) -> bool:
+        return len(self.method) > 1
+
+    @property
+    def runs(self) -> list[Run]:
+        """In their order: one for each method, or with one method for each engine that is asked for."""
+        chosen = [methods.read(text) for text in self.method]
+        if self.compares_methods:
+            return [Run(choice.text, self.engine, choice, _folder_name(choice.text)) for choice in chosen]
+        engines = ENGINES if self.compare else (self.engine,)
+        return [Run(engine, engine, chosen[0], engine if self.compare else "") for engine in engines]
 
     @property
     def target_modules(self) -> str | list[str]:
@@ -78,7 +100,11 @@ class Settings:
         if not 0 <= self.seed < 2**32:
             raise ArgumentError("--seed", "an integer from 0 to 2**32 - 1", self.seed)
         checks.choice(self.engine, "--engine", ENGINES)
-        methods.build(self.method, self.method_options)
+        if self.compares_methods and not self.compare:
+            raise ArgumentError("--method", "one method, or several with --compare", " ".join(self.method))
+        folders = [run.folder for run in self.runs]
+        if len(set(folders)) < len(folders):
+            raise ArgumentError("--method", "each method with its options once", " ".join(self.method))
         checks.choice(self.dtype, "--dtype", DTYPES)
         if not all(self.target_modules):
             raise ArgumentError("--targets", "all-linear, or module names separated by commas", repr(self.targets))
@@ -91,6 +117,10 @@ class Settings:
 def option(name: str) -> str:
     """The option as typed: seq_len → --seq-len."""
     return "--" + name.replace("_", "-")
+
+
+def _folder_name(method: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "-", method)
 
 
 def absolute(name: str) -> str:

@@ -1,4 +1,4 @@
-"""One engine's run: PEFT's model, fused or as it is, in transformers' Trainer, with everything measured on the way."""
+"""One run: PEFT's model, fused or as it is, in transformers' Trainer, with everything measured on the way."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from pathlib import Path
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils._pytree import tree_leaves
 from transformers.trainer_callback import PrinterCallback
 
-from .. import fuse_
+from .. import fuse_, hf, save_adapter
 from ..checks import ArgumentError
-from ..optim import LoRAAdamW
-from . import methods, models, run_folder
+from ..methods import ScaLoRA
+from . import models, run_folder
 from .data import TokenData
 from .display import Display, Diverged
-from .measure import Record, Stopwatch, bytes_saved_for_backward
-from .settings import Settings
+from .measure import Record, Stopwatch
+from .memory import PeakBytes, distinct_bytes, saved_for_backward
+from .settings import Run, Settings
 
 SAMPLE_TOKENS = 40
 EVALUATIONS, CHECKPOINTS = 4, 4  # in a run, evenly spaced; one more evaluation before the first step
+STATISTICS = 60  # of the adapters in a run, at most about
 
 
 class StopRequest:
@@ -48,7 +51,7 @@ class StopRequest:
 
 @dataclass
 class Job:
-    """What both engines share."""
+    """What all runs share."""
 
     settings: Settings
     source: str
@@ -64,8 +67,8 @@ class Job:
         self.total = self.settings.total_steps(len(self.data.train))
 
 
-def prepare(job: Job, engine: str) -> tuple[PeftModel, str]:
-    """The model with fresh adapters, the same for both engines, and the report of what was fused.
+def prepare(job: Job, run: Run) -> tuple[PeftModel, str]:
+    """The model with fresh adapters, the same for every run, and the report of what was fused.
 
     Raises:
         ArgumentError: targets that match nothing, or nothing that can be fused.
@@ -82,7 +85,7 @@ def prepare(job: Job, engine: str) -> tuple[PeftModel, str]:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, config)
-    if engine == "eager":
+    if run.engine == "eager":
         return model, "PEFT's own layers"
     try:
         return model, str(fuse_(model))
@@ -100,43 +103,62 @@ def check_targets(model: torch.nn.Module, targets: str | list[str]) -> None:
             raise ArgumentError("--targets", f"all-linear, or some of {found}", repr(target))
 
 
-def train(job: Job, engine: str, model: PeftModel, layers: str, folder: Path) -> Record:
+def train(job: Job, run: Run, model: PeftModel, layers: str, folder: Path) -> Record:
     """Trains to the end, from the last whole checkpoint under ``folder`` if there is one, and saves the adapter.
 
     Raises:
         KeyboardInterrupt: after the first Ctrl-C, once a checkpoint is saved; at the second one.
-        Diverged: the loss became infinite or NaN.
+        Diverged: the loss became infinite or NaN. It holds the record so far.
     """
     checkpoint = run_folder.last_checkpoint(folder)
-    args = _arguments(job, folder, resumed=checkpoint is not None)
-    record = Record(engine, layers=layers, tokens_per_step=args.train_batch_size * args.gradient_accumulation_steps)
-    record.tokens_per_step *= job.settings.seq_len
-    record.trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if checkpoint is not None:
-        record = Record(**run_folder.read_json(checkpoint / run_folder.RECORD))
-    recorder = Recorder(job, record, Stopwatch(args.device))
-    trainer = transformers.Trainer(
-        model,
-        args,
-        train_dataset=job.data.train,
-        eval_dataset=job.data.held_out,
-        callbacks=[recorder],
-        optimizer_cls_and_kwargs=_optimizer(job.settings, model),
-    )
-    trainer.remove_callback(PrinterCallback)
+    trainer, recorder = _trainer(job, run, model, folder, checkpoint)
+    record = recorder.record
+    record.layers = record.layers or layers
     if not record.sample_before:
         record.sample_before = sample(model, job.tokenizer, job.prompt)
     if len(record.losses) == job.total:  # interrupted after the last step
-        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+        trainer._load_from_checkpoint(str(checkpoint))
     else:
-        with job.display.training(engine, job.total, done=len(record.losses)):
+        with job.display.training(run, job.settings.runs, job.total, done=len(record.losses)):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if len(record.losses) < job.total:
         raise KeyboardInterrupt
     record.layers += fallbacks(model)
     record.sample_after = sample(model, job.tokenizer, job.prompt)
-    model.save_pretrained(folder / "adapter")
+    if _changes_base(run):
+        record.layers += f". {save_adapter(model, folder / 'adapter').note}"
+    else:
+        model.save_pretrained(folder / "adapter")
     return record
+
+
+class ScaLoRATrainer(hf.ExactCheckpoints, transformers.Trainer):
+    """Its checkpoints hold the frozen weights that have changed."""
+
+
+def _changes_base(run: Run) -> bool:
+    return any(isinstance(method, ScaLoRA) for method in run.method.instances)
+
+
+def _trainer(
+    job: Job, run: Run, model: PeftModel, folder: Path, checkpoint: Path | None
+) -> tuple[transformers.Trainer, Recorder]:
+    """Plain LoRA is trained by the Trainer's own AdamW, a method by LoRAAdamW."""
+    args = _arguments(job, run, folder, resumed=checkpoint is not None)
+    record = Record(run.label)
+    if checkpoint is not None:
+        record = Record(**run_folder.read_json(checkpoint / run_folder.RECORD))
+    record.tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * job.settings.seq_len
+    record.trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    recorder = Recorder(job, record, Stopwatch(args.device))
+    own = hf.optimizer_cls_and_kwargs(model, args, run.method.instances) if run.method.instances else None
+    data = {"train_dataset": job.data.train, "eval_dataset": job.data.held_out}
+    kind = ScaLoRATrainer if _changes_base(run) else transformers.Trainer
+    trainer = kind(model, args, callbacks=[recorder], optimizer_cls_and_kwargs=own, **data)
+    trainer.remove_callback(PrinterCallback)
+    every = math.ceil(job.total / STATISTICS)
+    trainer.add_callback(hf.AdapterStatsCallback(trainer, every))  # after the recorder: it has stopped the clock
+    return trainer, recorder
 
 
 def fallbacks(model: PeftModel) -> str:
@@ -146,7 +168,7 @@ def fallbacks(model: PeftModel) -> str:
     return "".join(f"; {count} ran PEFT's forward ({reason})" for reason, count in counts.items())
 
 
-def _arguments(job: Job, folder: Path, resumed: bool) -> transformers.TrainingArguments:
+def _arguments(job: Job, run: Run, folder: Path, resumed: bool) -> transformers.TrainingArguments:
     settings = job.settings
     on_cpu = not torch.cuda.is_available()
     args = transformers.TrainingArguments(
@@ -155,7 +177,7 @@ def _arguments(job: Job, folder: Path, resumed: bool) -> transformers.TrainingAr
         per_device_train_batch_size=settings.batch,
         per_device_eval_batch_size=settings.batch,
         gradient_accumulation_steps=settings.accumulation,
-        learning_rate=settings.lr,
+        learning_rate=run.method.lr or settings.lr,
         lr_scheduler_type="linear",
         warmup_steps=max(1, job.total // 20),
         weight_decay=0.0,
@@ -181,18 +203,13 @@ def _arguments(job: Job, folder: Path, resumed: bool) -> transformers.TrainingAr
     return args
 
 
-def _optimizer(settings: Settings, model: PeftModel) -> tuple[type, dict] | None:
-    """What Trainer builds the optimizer of: LoRAAdamW for a method, its own AdamW for plain LoRA."""
-    chosen = methods.build(settings.method, settings.method_options)
-    return (LoRAAdamW, {"model": model, "lr": settings.lr, "methods": chosen}) if chosen else None
-
-
 class Recorder(transformers.TrainerCallback):
     """Writes down what happens, decides when to evaluate and to save, and stops at a finished step on Ctrl-C."""
 
     def __init__(self, job: Job, record: Record, stopwatch: Stopwatch):
         self.job, self.record, self.stopwatch = job, record, stopwatch
         self.record.memory_kind = stopwatch.memory_kind
+        self._counting: PeakBytes | None = None
         self._evaluate_at = {math.ceil(job.total * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
         self._save_every = job.settings.save_every or math.ceil(job.total / CHECKPOINTS)
 
@@ -200,14 +217,29 @@ class Recorder(transformers.TrainerCallback):
         if not self.record.saved_bytes:
             rows = [self.job.data.train[i] for i in range(min(args.train_batch_size, len(self.job.data.train)))]
             batch = transformers.default_data_collator(rows)
-            self.record.saved_bytes = bytes_saved_for_backward(model.train(), batch)
+            self.record.saved_bytes = saved_for_backward(model.train(), batch)
 
     def on_step_begin(self, args, state, control, **others):
         self.stopwatch.start()
 
+    def on_pre_optimizer_step(self, args, state, control, **others):
+        if not self.record.optimizer_bytes:
+            self._counting = PeakBytes()
+            self._counting.__enter__()
+        self.stopwatch.optimizer_starts()
+
+    def on_optimizer_step(self, args, state, control, optimizer, **others):
+        self.stopwatch.optimizer_ends()
+        if self._counting is not None:
+            self._counting.__exit__(None, None, None)
+            self.record.optimizer_peak_bytes = self._counting.peak
+            self.record.optimizer_bytes = distinct_bytes(tree_leaves(optimizer.state_dict()))
+            self._counting = None
+
     def on_step_end(self, args, state, control, **others):
-        seconds, memory = self.stopwatch.stop()
+        seconds, optimizer_seconds, memory = self.stopwatch.stop()
         self.record.seconds.append(seconds)
+        self.record.optimizer_seconds.append(optimizer_seconds)
         self.record.memory.append(memory)
         step = state.global_step
         control.should_evaluate = step in self._evaluate_at
@@ -218,16 +250,23 @@ class Recorder(transformers.TrainerCallback):
             self.job.display.evaluating()
 
     def on_log(self, args, state, control, logs, **others):
+        figures = {name: value for name, value in logs.items() if name.startswith("adapter/")}
+        if figures:
+            self.record.adapter.append({"step": state.global_step, **figures})
         if "loss" not in logs:
             return
+        self._check_finite("loss", logs["loss"], state.global_step)
         self.record.losses.append(logs["loss"])
         self.job.display.step(state.global_step, logs["loss"], self.record.seconds[-1])
-        if not math.isfinite(logs["loss"]):
-            raise Diverged(f"the loss is {logs['loss']} at step {state.global_step}: try a smaller --lr")
 
     def on_evaluate(self, args, state, control, metrics, **others):
+        self._check_finite("held-out loss", metrics["eval_loss"], state.global_step)
         self.record.held_out.append((state.global_step, metrics["eval_loss"]))
         self.job.display.held_out(state.global_step, metrics["eval_loss"])
+
+    def _check_finite(self, what: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise Diverged(f"the {what} is {value} at step {step}: try a smaller --lr", self.record)
 
     def on_save(self, args, state, control, **others):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -1,0 +1,232 @@
+"""What the report says of several methods: enough to choose one."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+
+from .measure import Record
+from .palette import colours
+from .plots import Bar, Series, bars, lines
+from .settings import Settings
+from .tables import Cell, Table
+
+MIB = 2**20
+
+
+def baseline(settings: Settings, runs: list[Record]) -> Record:
+    """What the others are measured against: the first plain LoRA that did not diverge, else the first run."""
+    plain = [run for run, planned in zip(runs, settings.runs, strict=True) if planned.method.name == "lora"]
+    return next((run for run in plain if not run.diverged), runs[0])
+
+
+def comparison(settings: Settings, runs: list[Record]) -> dict[str, dict[str, float | str]]:
+    """The table's figures, by method. A diverged run has no final loss."""
+    base = baseline(settings, runs)
+    return {run.label: _figures(run, base) for run in runs}
+
+
+def _figures(run: Record, base: Record) -> dict[str, float | str]:
+    step, base_step = (one.step_time()["median"] for one in (run, base))
+    after = math.nan if run.diverged else run.held_out[-1][1]
+    return {
+        "held_out_before": run.held_out[0][1],
+        "held_out_after": after,
+        "held_out_over_baseline": after - (math.nan if base.diverged else base.held_out[-1][1]),
+        "training_loss_last_10": math.nan if run.diverged else statistics.mean(run.losses[-10:]),
+        "norm_a": run.last("adapter/norm_a_mean"),
+        "norm_b": run.last("adapter/norm_b_mean"),
+        "rms_ratio": run.last("adapter/rms_ratio_mean"),
+        "rank": run.last("adapter/rank_mean"),
+        "erank": run.last("adapter/erank_mean"),
+        "step_seconds": step,
+        "step_over_baseline": step / base_step,
+        "optimizer_seconds": run.optimizer_time(),
+        "optimizer_over_baseline": run.optimizer_time() - base.optimizer_time(),
+        "state_bytes": run.optimizer_bytes,
+        "peak_bytes": run.optimizer_peak_bytes,
+    }
+
+
+def headline(settings: Settings, runs: list[Record]) -> str:
+    figures = comparison(settings, runs)
+    done = [run for run in runs if not run.diverged]
+    if not done:
+        return "Every method diverged: try a smaller --lr"
+    best = min(done, key=lambda run: figures[run.label]["held_out_after"])
+    base = baseline(settings, runs)
+    before, after = best.held_out[0][1], best.held_out[-1][1]
+    said = f"Lowest held-out loss: {best.label}, {before:.4f} → {after:.4f}"
+    if best is base or base.diverged:
+        return said
+    gain, slower = -figures[best.label]["held_out_over_baseline"], figures[best.label]["step_over_baseline"]
+    return f"{said}, {gain:.4f} below {base.label}'s; its step takes {slower:.2f} times as long"
+
+
+def table(settings: Settings, runs: list[Record]) -> Table:
+    """A row for each method. Strong: the best of a column where less is better."""
+    base = baseline(settings, runs).label
+    figures = list(comparison(settings, runs).values())
+    columns: list[tuple[str, str, Callable[[float], str], bool, bool]] = [  # head, figure, text, less is better, short
+        ("held-out loss before", "held_out_before", "{:.4f}".format, False, False),
+        ("held-out loss after", "held_out_after", "{:.4f}".format, True, True),
+        (f"after, less {base}'s", "held_out_over_baseline", "{:+.4f}".format, False, True),
+        ("training loss, last 10", "training_loss_last_10", "{:.4f}".format, True, False),
+        ("‖a‖", "norm_a", "{:.3g}".format, False, True),
+        ("‖b‖", "norm_b", "{:.3g}".format, False, True),
+        ("rms a / b", "rms_ratio", "{:.3g}".format, False, True),
+        ("rank", "rank", "{:.1f}".format, False, False),
+        ("erank", "erank", "{:.2f}".format, False, True),
+        ("step, s", "step_seconds", "{:.3f}".format, True, True),
+        (f"step over {base}'s", "step_over_baseline", "{:.3f}".format, False, False),
+        ("optimizer, ms", "optimizer_seconds", lambda seconds: f"{1e3 * seconds:.1f}", True, True),
+        (f"optimizer, less {base}'s, ms", "optimizer_over_baseline", lambda s: f"{1e3 * s:+.1f}", False, False),
+        ("optimizer state, MiB", "state_bytes", lambda size: f"{size / MIB:.1f}", True, False),
+        ("peak in its step, MiB", "peak_bytes", lambda size: f"{size / MIB:.1f}", True, False),
+    ]
+    cells = [[Cell(run.label, colour)] for run, colour in zip(runs, _colours(runs).values(), strict=True)]
+    for _, name, text, less_is_better, _ in columns:
+        values = [row[name] for row in figures]
+        texts = ["–" if math.isnan(value) else text(value) for value in values]
+        best = text(min((v for v in values if not math.isnan(v)), default=math.nan)) if less_is_better else None
+        for row, shown in zip(cells, texts, strict=True):
+            row.append(Cell(shown, strong=shown == best))
+    for row, run in zip(cells, runs, strict=True):
+        if run.diverged:
+            row[2] = Cell("diverged")
+    short = [0, *(i + 1 for i, column in enumerate(columns) if column[4])]
+    return Table([Cell("method"), *(Cell(column[0]) for column in columns)], cells, short)
+
+
+def figures(settings: Settings, runs: list[Record]) -> list[tuple[str, str, str]]:
+    """Heading, caption, drawing."""
+    base = baseline(settings, runs)
+    by_layer = "Mean over all adapters."
+    return [
+        (
+            "Training loss",
+            "Of each step, before its update. At one step every method sees the same batch.",
+            _over_steps("loss", runs, lambda run: (range(len(run.losses)), run.losses), "nats per token"),
+        ),
+        (
+            f"Training loss, less {base.label}'s",
+            f"At the same step, on the same batch: below 0 is better than {base.label}.",
+            _over_steps("difference", runs, lambda run: _difference(run, base), "nats per token"),
+        ),
+        (
+            "Held-out loss",
+            "On text that is never trained on.",
+            _over_steps("held-out", runs, lambda run: zip(*run.held_out, strict=True), "nats per token", marker="o"),
+        ),
+        ("Norm of a", f"‖a‖, Frobenius. {by_layer}", _adapter("norm-a", runs, "norm_a", "‖a‖")),
+        ("Norm of b", f"‖b‖, Frobenius; 0 at the start. {by_layer}", _adapter("norm-b", runs, "norm_b", "‖b‖")),
+        (
+            "Ratio of the factors",
+            "Root mean square of a's entries over that of b's: geometric mean over all adapters.",
+            _adapter("ratio", runs, "rms_ratio", "rms(a) / rms(b)", log=True),
+        ),
+        (
+            "Rank",
+            f"Singular values of ΔW = s·b·a above 0.005. {by_layer}",
+            _adapter("rank", runs, "rank", "singular values", zero=True),
+        ),
+        (
+            "Effective rank",
+            f"Stable rank of ΔW, ‖ΔW‖²_F / ‖ΔW‖²₂. {by_layer}",
+            _adapter("erank", runs, "erank", "erank"),
+        ),
+        ("Optimizer time", "Mean of the steps after the first.", _optimizer_bars(settings, runs)),
+        (
+            f"Step time over {base.label}'s",
+            "Medians of whole steps; the whisker is from the 20th to the 80th percentile.",
+            _step_bars(settings, runs),
+        ),
+        (
+            "Memory of the optimizer",
+            "The most it held at once in its first step, its state included.",
+            _memory_bars(runs),
+        ),
+        ("Step time", "Of each whole step.", _over_steps("time", runs, _dots, "seconds", zero=True, **DOTS)),
+    ]
+
+
+def notes(settings: Settings, runs: list[Record]) -> list[str]:
+    """How the figures were taken."""
+    base = baseline(settings, runs).label
+    said = [
+        f"Every method from the same weights, the same fresh adapters and the same batches (seed {settings.seed}), one "
+        "after the other in one process. One seed: a difference in loss that another seed could turn round decides "
+        "nothing, and methods may want other learning rates (--method NAME:lr=…).",
+        "Step time: median over forward, backward, gradient clipping and optimizer update; data loading, evaluation, "
+        "statistics, checkpoints and logging are outside, and so is the first step, which allocates. The methods share "
+        f"all but the optimizer, so what a step takes longer than {base}'s beyond the optimizer's own time is what "
+        "else the machine did meanwhile.",
+        "Optimizer time: mean over the steps after the first, so that what a method does every few steps counts.",
+        "Optimizer memory: tensors that were made and alive at once during the optimizer's first step (scratch inside "
+        "a single operation is not seen), and its state afterwards.",
+        "Norms, ratio, rank: of the adapters, by lora_fast.metrics.adapter_stats. The mean over adapters is the "
+        "geometric one for the ratio, arithmetic for the rest.",
+    ]
+    if any(planned.method.name == "scalora" for planned in settings.runs):
+        said.append("scalora: norms, rank and erank are of the adapter alone, without what it merged into the weights.")
+    said += [f"{run.label}: {run.diverged}." for run in runs if run.diverged]
+    layers = dict.fromkeys(run.layers for run in runs)
+    return [*said, *(f"Layers: {text}." for text in layers)]
+
+
+DOTS = {"linestyle": "", "marker": ".", "markersize": 5}
+
+
+def _colours(runs: list[Record]) -> dict[str, str]:
+    return colours(run.label for run in runs)
+
+
+def _over_steps(name: str, runs: list[Record], curve: Callable, y: str, zero=False, log=False, **look) -> str:
+    look = {"linewidth": 1.5, "alpha": 0.9, **look}
+    series = [
+        Series(run.label, colour, *curve(run), look) for run, colour in zip(runs, _colours(runs).values(), strict=True)
+    ]
+    return lines(name, series, "steps done", y, zero=zero, log=log)
+
+
+def _adapter(name: str, runs: list[Record], figure: str, y: str, **axis) -> str:
+    return _over_steps(name, runs, lambda run: run.curve(f"adapter/{figure}_mean"), y, **axis)
+
+
+def _difference(run: Record, base: Record) -> tuple[range, list[float]]:
+    differences = [a - b for a, b in zip(run.losses, base.losses, strict=False)]  # one may have diverged
+    return range(len(differences)), differences
+
+
+def _dots(run: Record) -> tuple[range, list[float]]:
+    return range(1, len(run.seconds) + 1), run.seconds
+
+
+def _optimizer_bars(settings: Settings, runs: list[Record]) -> str:
+    base = 1e3 * baseline(settings, runs).optimizer_time()
+    named = _colours(runs).items()
+    times = [1e3 * run.optimizer_time() for run in runs]
+    values = [
+        Bar(label, colour, time, f"{time:.1f} ({time - base:+.1f})")
+        for (label, colour), time in zip(named, times, strict=True)
+    ]
+    return bars("optimizer", values, f"ms a step (less {baseline(settings, runs).label}'s)")
+
+
+def _step_bars(settings: Settings, runs: list[Record]) -> str:
+    base = baseline(settings, runs)
+    values = []
+    for run, colour in zip(runs, _colours(runs).values(), strict=True):
+        low, middle, high = (run.step_time()[q] / base.step_time()["median"] for q in ("p20", "median", "p80"))
+        values.append(Bar(run.label, colour, middle, f"{middle:.3f}", (low, high)))
+    return bars("step", values, f"times {base.label}'s median, {base.step_time()['median']:.3g} s")
+
+
+def _memory_bars(runs: list[Record]) -> str:
+    values = [
+        Bar(run.label, colour, run.optimizer_peak_bytes / MIB,
+            f"{run.optimizer_peak_bytes / MIB:.1f}, of it state {run.optimizer_bytes / MIB:.1f}")
+        for run, colour in zip(runs, _colours(runs).values(), strict=True)
+    ]  # fmt: skip
+    return bars("optimizer-memory", values, "MiB")
