@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from . import changed_base, checks, files
 from .adapter_files import PREFIX, Adapter, Change, check_tensor
-from .changed_base import Term
+from .changed_base import Term, holder
 from .checks import CheckpointError
-from .linear import LoRALinear, merged_weight
+from .linear import merged_weight
 from .merging import original_weight, weight_owners
 
 MIB = 2**20
@@ -22,14 +24,12 @@ def collect(model: nn.Module, layers: dict[str, nn.Module], exact: bool) -> dict
     Raises:
         CheckpointError: a changed weight in none of these layers, merged by PEFT, sharded or without data.
     """
-    holders = {name: _holder(layer) for name, layer in layers.items()}
-    _check_no_other(model, [*holders.values()], "changed base weights in the adapter's own layers only")
+    _check_no_other(model, layers.values(), "changed base weights in the adapter's own layers only")
     changes = {}
     for name, layer in layers.items():
-        known = changed_base.of(holders[name])
-        if known is None:
+        if not changed_base.is_changed(holder(layer)):
             continue
-        term = _joined(known.kept(), holders[name].weight)
+        term = _joined(changed_base.kept_terms(layer), layer.weight)
         if exact or term is None or not _takes_ranks(layer):
             changes[name] = Change(_weight(name, layer), term if exact else None)
         elif len(term[1]):
@@ -37,32 +37,31 @@ def collect(model: nn.Module, layers: dict[str, nn.Module], exact: bool) -> dict
     return changes
 
 
-def check(model: nn.Module, holders: dict[str, nn.Module], adapter: Adapter) -> None:
-    """Raises CheckpointError unless the adapter fits the model's base, or its changes can be put into it. ``holders``:
-    layer's name → the module that holds its frozen weight."""
+def check(model: nn.Module, layers: dict[str, nn.Module], adapter: Adapter) -> None:
+    """Raises CheckpointError unless the adapter fits the model's base, or its changes can be put into it. ``layers``:
+    the adapter's, or the plain linear layers that they will take the place of."""
     owners = weight_owners(model)
-    for name, holder in holders.items():
+    for name, layer in layers.items():
         if name in adapter.changes:
-            _check_change(name, holder, adapter.changes[name], owners)
+            _check_change(name, layer, adapter.changes[name], owners)
         saved = adapter.base_weights.get(name)
-        if saved is not None and not torch.equal(saved, holder.weight.detach().to("cpu", saved.dtype)):
+        if saved is not None and not torch.equal(saved, layer.weight.detach().to("cpu", saved.dtype)):
             expected = "the model's own frozen weight"
             raise CheckpointError(f"key {PREFIX}{name}.base_layer.weight", expected, "other values or another shape")
-    restored = [holders[name] for name in adapter.changes]
-    _check_no_other(model, restored, "the base that the adapter was trained on")
+    _check_no_other(model, [layers[name] for name in adapter.changes], "the base that the adapter was trained on")
 
 
 @torch.no_grad()
-def restore_(holders: dict[str, nn.Module], adapter: Adapter) -> None:
-    """Put the changes, checked, into the weights, and note there what is known of them."""
+def restore_(layers: dict[str, nn.Module], adapter: Adapter) -> None:
+    """Put the changes, checked, into the weights, and note what is known of them."""
     for name, change in adapter.changes.items():
-        weight, term = holders[name].weight, change.term
+        weight, term = layers[name].weight, change.term
         if change.weight is not None:
             weight.copy_(change.weight)
         else:
             b, a = (factor.to(weight.device) for factor in term)
             weight.copy_(merged_weight(weight, [(a, b, 1.0)]))
-        changed_base.mark(holders[name], None if term is None else [tuple(factor.clone() for factor in term)])
+        changed_base.mark(layers[name], None if term is None else [tuple(factor.clone() for factor in term)])
 
 
 def note(changes: dict[str, Change], done: str) -> str:
@@ -77,14 +76,11 @@ def note(changes: dict[str, Change], done: str) -> str:
     return f"The base has changed: {'; '.join(parts)}" if parts else ""
 
 
-def _holder(layer: nn.Module) -> nn.Module:
-    return layer if isinstance(layer, LoRALinear) else layer.get_base_layer()
-
-
-def _check_no_other(model: nn.Module, holders: list[nn.Module], expected: str) -> None:
-    """Raises CheckpointError if the weight of any module but these has changed."""
+def _check_no_other(model: nn.Module, layers: Iterable[nn.Module], expected: str) -> None:
+    """Raises CheckpointError if the weight of any layer but these has changed."""
+    holders = {id(holder(layer)) for layer in layers}
     for name, module in model.named_modules():
-        if changed_base.of(module) is not None and not any(module is holder for holder in holders):
+        if changed_base.is_changed(module) and id(module) not in holders:
             raise CheckpointError("model", expected, f"{name}.weight, changed by merges during training")
 
 
@@ -100,7 +96,7 @@ def _joined(terms: list[Term] | None, weight: Tensor) -> Term | None:
 
 def _takes_ranks(layer: nn.Module) -> bool:
     """Whether further ranks of its adapter are the same as a change of its weight."""
-    return isinstance(layer, LoRALinear) or not any(name in layer.lora_variant for name in layer.active_adapters)
+    return not any(name in layer.lora_variant for name in getattr(layer, "active_adapters", ()))
 
 
 def _weight(name: str, layer: nn.Module) -> Tensor:
@@ -110,8 +106,8 @@ def _weight(name: str, layer: nn.Module) -> Tensor:
     return files.to_host(f"{name}.weight", weight)
 
 
-def _check_change(name: str, holder: nn.Module, change: Change, owners: dict[int, list[str]]) -> None:
-    weight, shared = holder.weight, owners.get(id(holder.weight), [])
+def _check_change(name: str, layer: nn.Module, change: Change, owners: dict[int, list[str]]) -> None:
+    weight, shared = layer.weight, owners.get(id(layer.weight), [])
     if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or weight.dtype not in checks.FLOATS:
         got = f"{type(weight).__name__} of {weight.dtype} on {weight.device}"
         raise CheckpointError(f"{name}.weight", "a plain floating-point weight, for its change to be restored", got)
@@ -120,6 +116,6 @@ def _check_change(name: str, holder: nn.Module, change: Change, owners: dict[int
         raise CheckpointError(f"{name}.weight", expected, f"one weight held by {' and '.join(shared)}")
     if change.weight is not None:
         check_tensor(f"{name}.base_layer", change.weight, tuple(weight.shape), weight.dtype)
-    elif changed_base.of(holder) is not None:
+    elif changed_base.is_changed(holder(layer)):
         expected = "the unchanged weight, for terms to be added to it"
         raise CheckpointError(f"{name}.weight", expected, "one that training, or another load, has changed")

@@ -108,19 +108,19 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
 
 @dataclass
 class _Slot:
-    """Where one layer's pair goes: its adapter's parameters, scaling, and the module that holds its frozen weight."""
+    """Where one layer's pair goes: its adapter's parameters, scaling, and the layer itself."""
 
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
-    holder: nn.Module
+    layer: nn.Module
 
 
 def _load(model: nn.Module, adapter: Adapter, slots: dict[str, _Slot]) -> None:
     """Check everything against the slots, then copy."""
     _check_names(set(slots), adapter)
-    holders = {name: slot.holder for name, slot in slots.items()}
-    base_weights.check(model, holders, adapter)
+    layers = {name: slot.layer for name, slot in slots.items()}
+    base_weights.check(model, layers, adapter)
     for name, slot in slots.items():
         a, b = adapter.pairs[name]
         check_tensor(f"{name}.lora_A", a, tuple(slot.lora_A.shape), slot.lora_A.dtype)
@@ -132,7 +132,7 @@ def _load(model: nn.Module, adapter: Adapter, slots: dict[str, _Slot]) -> None:
         for name, slot in slots.items():
             slot.lora_A.copy_(adapter.pairs[name][0])
             slot.lora_B.copy_(adapter.pairs[name][1])
-    base_weights.restore_(holders, adapter)
+    base_weights.restore_(layers, adapter)
 
 
 def _inject(model: nn.Module, adapter: Adapter) -> None:
@@ -265,5 +265,5 @@ def _peft_slots(model: nn.Module) -> dict[str, _Slot]:
         if adapter in layer.lora_variant or b.bias is not None:
             raise CheckpointError("model", "a plain LoRA adapter", f"{name} with a variant or a bias on lora_B")
         _check_unmerged(name, layer)
-        slots[name] = _Slot(a.weight, b.weight, layer.scaling[adapter], layer.get_base_layer())
+        slots[name] = _Slot(a.weight, b.weight, layer.scaling[adapter], layer)
     return slots

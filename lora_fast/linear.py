@@ -106,8 +106,8 @@ class LoRALinear(nn.Module):
         layer.reset_adapter()
         layer.weight = weight.requires_grad_(False)
         layer.bias = None if bias is None else bias.requires_grad_(False)
-        if changed_base.of(linear) is not None:
-            changed_base.mark(layer)  # merged further since, for all we know: what was kept of it tells nothing
+        if changed_base.is_changed(linear):
+            changed_base.mark(layer)
         return layer.train(linear.training)
 
     def reset_parameters(self) -> None:

@@ -24,7 +24,7 @@ class Pair:
         scaling: alpha / r.
         weight: the frozen (d_out, d_in) weight that it adapts, or None.
         unmergeable: why nothing may be merged into that weight, or None.
-        layer: the module whose ``weight`` it is, or None; what is merged is noted there (changed_base.py).
+        layer: the LoRALinear or PEFT layer, or None; what is merged into its weight is noted there (changed_base.py).
     """
 
     name: str
@@ -52,8 +52,7 @@ def of_model(model: nn.Module) -> list[Pair]:
             if a is None or b is None or a.dim() != 2 or b.dim() != 2:
                 continue
             weight, reason = _base_weight(layer, adapter, owners)
-            holder = None if weight is None else layer.get_base_layer()
-            found.append(Pair(f"{name}.{adapter}", a, b, float(layer.scaling[adapter]), weight, reason, holder))
+            found.append(Pair(f"{name}.{adapter}", a, b, float(layer.scaling[adapter]), weight, reason, layer))
     return [pair for pair in found if pair.a.requires_grad or pair.b.requires_grad]
 
 

@@ -10,7 +10,7 @@ import budget
 import pytest
 import safetensors.torch
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from tiny import (
     assert_same_tensors,
@@ -160,8 +160,8 @@ def test_terms_bring_a_16_bit_weight_back_to_its_rounding(tmp_path):
     fresh = llama(dtype=torch.bfloat16)
     lf.load_adapter(fresh, tmp_path)
     for name, module in fresh.named_modules():
-        if (known := changed_base.of(module)) is not None:
-            exact = before[name].double() + sum(b.double() @ a.double() for b, a in known.kept())
+        if changed_base.is_changed(module):
+            exact = before[name].double() + sum(b.double() @ a.double() for b, a in changed_base.kept_terms(module))
             budget.check(name, module.weight, exact, budget.error(exact.bfloat16(), exact), torch.float32)
 
 
@@ -266,7 +266,7 @@ def test_a_copy_s_terms_are_its_own():
     model = merge_some(injected(), "terms", merges=1)
     twin = copy.deepcopy(model)
     merge_some(twin, "terms", merges=1)
-    assert len(changed_base.of(model.get_submodule(LAYER)).kept()) == 1
+    assert len(changed_base.kept_terms(model.get_submodule(LAYER))) == 1
 
 
 def test_the_terms_are_those_of_the_moment():
@@ -275,13 +275,23 @@ def test_the_terms_are_those_of_the_moment():
     a, b = pair.a.detach().clone(), pair.b.detach().clone()
     changed_base.record(pair.layer, pair.a, pair.b, torch.full((RANK,), 2.0), "terms")
     pair.a.data.zero_(), pair.b.data.zero_()
-    ((kept_b, kept_a),) = changed_base.of(pair.layer).kept()
+    ((kept_b, kept_a),) = changed_base.kept_terms(pair.layer)
     assert torch.equal(kept_a, a) and torch.equal(kept_b, 2 * b)
 
 
-def test_layers_injected_after_peft_unloads_are_known_to_be_changed(tmp_path):
-    model = merge_some(peft(), "terms").unload()
+def inject(model):
     lf.inject_(model, lf.LoRAConfig(r=2, target_modules=TARGETS))
+    return model
+
+
+def wrap(model):
+    return get_peft_model(model, LoraConfig(r=2, target_modules=TARGETS))
+
+
+@pytest.mark.parametrize("again", [inject, wrap])
+def test_a_base_that_peft_lets_go_of_is_known_to_be_changed(again, tmp_path):
+    """Its terms no longer tell all: the adapter has been merged too."""
+    model = again(merge_some(peft(), "terms").merge_and_unload())
     assert f"{LAYERS} weights saved whole" in lf.save_adapter(model, tmp_path).note
 
 
@@ -294,9 +304,9 @@ def test_terms_are_not_kept_in_a_cuda_graph(monkeypatch):
     layer, on_gpu = nn.Linear(3, 4), SimpleNamespace(is_cuda=True)
     with pytest.raises(lf.ArgumentError, match="keep: expected 'weights'"):
         changed_base.record(layer, on_gpu, on_gpu, on_gpu, "terms")
-    assert changed_base.of(layer) is None
+    assert not changed_base.is_changed(layer)
     changed_base.record(layer, on_gpu, on_gpu, on_gpu, "weights")
-    assert changed_base.of(layer) is not None
+    assert changed_base.is_changed(layer)
 
 
 # merging the adapter
@@ -462,12 +472,12 @@ def test_spoilt_files_change_nothing(case, kind, models, tmp_path):
 
 
 def assert_refused(model, folder, says):
-    before, known = snapshot(model), [changed_base.of(module) for module in model.modules()]
+    before, known = snapshot(model), [changed_base.is_changed(module) for module in model.modules()]
     with pytest.raises(lf.CheckpointError) as raised:
         lf.load_adapter(model, folder)
     assert all(part in str(raised.value) for part in says), raised.value
     assert_unchanged(model, before)
-    assert all(changed_base.of(module) is was for module, was in zip(model.modules(), known, strict=True))
+    assert [changed_base.is_changed(module) for module in model.modules()] == known
 
 
 def tied_llama():
