@@ -106,7 +106,8 @@ def test_the_page_of_a_comparison_explains_each_method(compared):
     words = " ".join(" ".join(page.words).split())
     for name in SEVERAL:
         assert read(name).sentence in words and words.count(name) > 8  # the table, the legends
-    for expected in ("ILoRA(lam=2, rho=None", "learning rate 0.002", "Norm of b", "Effective rank", "less lora's"):
+    options, figures = ("ILoRA(lam=2, rho=None", "learning rate 0.002"), ("Norm of b", "overhead, % of lora's step")
+    for expected in (*options, *figures):
         assert expected in words, expected
     assert metrics(compared)["runs"]["lora"]["adapter"][0].get("adapter/rms_ratio_mean") is None  # b = 0: no ratio
 

@@ -1,7 +1,9 @@
 """lora_fast.hf in transformers' Trainer: what the optimizer is built of, what is logged and when."""
 
 import math
+import re
 import statistics
+from pathlib import Path
 
 import pytest
 import tiny
@@ -33,13 +35,17 @@ class Log(transformers.TrainerCallback):
         self.heard.append((state.global_step, dict(logs)))
 
 
-def trainer_of(model, folder, methods=(), **changes):
+class ScaLoRATrainer(lf.hf.ExactCheckpoints, transformers.Trainer):
+    pass
+
+
+def trainer_of(model, folder, methods=(), kind=transformers.Trainer, **changes):
     settings = {"learning_rate": 3e-3, "adam_beta2": 0.99, "weight_decay": 0.01, "max_steps": STEPS, "save_steps": 2}
     args = transformers.TrainingArguments(
         str(folder), use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, **(settings | changes)
     )
     choice = lf.hf.optimizer_cls_and_kwargs(model, args, methods)
-    trainer = transformers.Trainer(model, args, train_dataset=Rows(), optimizer_cls_and_kwargs=choice)
+    trainer = kind(model, args, train_dataset=Rows(), optimizer_cls_and_kwargs=choice)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -71,15 +77,33 @@ def test_statistics_reach_every_listener_when_they_are_due_and_no_loss_is_lost(t
     assert last["adapter/norm_b_mean"] == pytest.approx(sum(norms) / len(norms))
 
 
-def test_a_resumed_run_logs_and_trains_as_the_whole_one(tmp_path):
-    runs = []
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [(lf.methods.BaLoRA(), transformers.Trainer), (lf.methods.ScaLoRA(interval=2), ScaLoRATrainer)],
+    ids=["BaLoRA", "ScaLoRA"],
+)
+def test_a_resumed_run_logs_and_trains_as_the_whole_one(tmp_path, method, kind):
+    runs, models = [], []
     for checkpoint in (None, tmp_path / "checkpoint-2"):
-        trainer = trainer_of(tiny.peft_llama(), tmp_path, [lf.methods.BaLoRA()])
+        models.append(tiny.peft_llama())
+        trainer = trainer_of(models[-1], tmp_path, [method], kind)
         trainer.add_callback(lf.hf.AdapterStatsCallback(trainer, every=2))
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         runs.append([row for row in trainer.state.log_history if "adapter/rank_min" in row])
     assert [row["step"] for row in runs[0]] == [0, 2, 4, 5]
     assert runs[0] == runs[1]
+    tiny.assert_same_tensors(*(model.state_dict() for model in models))
+
+
+def test_the_readme_s_lines_for_the_trainer_run(tmp_path):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "lf.hf" in block)
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, max_steps=2)
+    names = {"lf": lf, "transformers": transformers, "model": tiny.peft_llama(), "args": args, "data": Rows()}
+    exec(code, names)
+    names["trainer"].train()
+    assert type(names["trainer"].optimizer.optimizer) is lf.optim.LoRAAdamW
+    assert [row["step"] for row in names["trainer"].state.log_history if "adapter/rank_min" in row] == [0, 2]
 
 
 def test_ratios_have_a_geometric_mean_and_values_that_are_not_finite_are_left_out():

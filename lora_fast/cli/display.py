@@ -104,29 +104,31 @@ class Display:
 
     def finished(self, settings: Settings, runs: list[Record], folder: Path, source: str, prompt: str) -> None:
         """The table, the samples, where everything is and what to try next."""
-        from . import report
+        from . import method_report, report
 
-        self.console.print(_table(report.table(settings, runs)))
+        for table in report.tables(settings, runs):
+            self.console.print(_table(table))
         self._sample("before", prompt, runs[0].sample_before)
         for run in runs:
             self._sample("after" if len(runs) == 1 else f"after, {run.label}", prompt, run.sample_after)
-        adapter = folder / settings.runs[0].folder / "adapter"
+        chosen = method_report.best(runs) if settings.compares_methods else runs[0]
+        adapter = folder / settings.runs[runs.index(chosen)].folder / "adapter"
         self.note(f"\nreport    {folder / 'report.html'}\nfigures   {folder / 'metrics.json'}\nadapter   {adapter}")
         self.note("\nUse it in Python:", style="bold")
         load = f"AutoModelForCausalLM.from_pretrained({source!r})"
         self.note(f"  model = peft.PeftModel.from_pretrained({load}, {str(adapter)!r})", style="cyan")
         self.note("Next, " + ("your own text:" if settings.compare else "both engines, side by side:"), style="bold")
-        self.note(f"  {_next_command(settings)}", style="cyan")
+        self.note(f"  {_next_command(settings, settings.runs[runs.index(chosen)].method.text)}", style="cyan")
 
     def _sample(self, when: str, prompt: str, text: str) -> None:
         self.console.print(f"[bold]{when}[/]  [dim]{_literal(prompt)}[/] {_literal(text)}")
 
 
 def _table(content: Table) -> rich.table.Table:
-    table = rich.table.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = rich.table.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title=content.title, title_justify="left")
     shown = range(len(content.head)) if content.short is None else content.short
     for i in shown:
-        table.add_column(Text(content.head[i].text, style=content.head[i].colour))
+        table.add_column(Text(content.head[i].text, style=content.head[i].colour), no_wrap=i == 0, vertical="bottom")
     for row in content.rows:
         table.add_row(*(Text(row[i].text, style=row[i].colour or ("bold" if row[i].strong else "")) for i in shown))
     return table
@@ -138,13 +140,12 @@ def _literal(text: str) -> str:
     return escape(" ".join(text.split()))
 
 
-def _next_command(settings: Settings) -> str:
-    """The same settings on both engines; after that, a text of one's own."""
+def _next_command(settings: Settings, method: str) -> str:
+    """The same settings on both engines; after that, the best method on a text of one's own."""
+    chosen = ["--method", method] if (method,) != Settings().method else []
     if settings.compare:
-        return "lora-fast finetune --data your_text.txt --epochs 1"
-    default = Settings().as_dict()
-    changed = {name: value for name, value in settings.as_dict().items() if value != default[name] and name != "engine"}
-    if "method" in changed:
-        changed["method"] = settings.method[0]
+        return shlex.join(["lora-fast", "finetune", *chosen, "--data", "your_text.txt", "--epochs", "1"])
+    default, passed_over = Settings().as_dict(), ("engine", "method")
+    changed = {n: v for n, v in settings.as_dict().items() if v != default[n] and n not in passed_over}
     words = [word for name, value in changed.items() for word in (option(name), str(value))]
-    return shlex.join(["lora-fast", "finetune", *words, "--compare"])
+    return shlex.join(["lora-fast", "finetune", *words, *chosen, "--compare"])

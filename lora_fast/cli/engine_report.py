@@ -38,7 +38,7 @@ def headline(settings: Settings, runs: list[Record]) -> str:
     return f"{said} · loss curves apart by at most {apart:.1g} · step time, eager over fused: {ratio:.2f}"
 
 
-def table(settings: Settings, runs: list[Record]) -> Table:
+def tables(settings: Settings, runs: list[Record]) -> list[Table]:
     """A row for each figure, a column for each run, and the comparison."""
     compared = comparison(settings, runs)
     times = [run.step_time() for run in runs]
@@ -61,9 +61,9 @@ def table(settings: Settings, runs: list[Record]) -> Table:
         rows.append(("peak GPU memory in a step", [f"{max(run.memory) / 2**20:.0f} MiB" for run in runs], ""))
     head = [Cell(""), *(Cell(label, colour) for label, colour in _colours(runs).items())]
     if compared is None:
-        return Table(head, [[Cell(what), *map(Cell, values)] for what, values, _ in rows])
+        return [Table("", head, [[Cell(what), *map(Cell, values)] for what, values, _ in rows])]
     body = [[Cell(what), *map(Cell, values), Cell(note.format(**compared))] for what, values, note in rows]
-    return Table([*head, Cell("compared")], body)
+    return [Table("", [*head, Cell("compared")], body)]
 
 
 def figures(settings: Settings, runs: list[Record]) -> list[tuple[str, str, str]]:

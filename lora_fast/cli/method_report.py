@@ -44,31 +44,36 @@ def _figures(run: Record, base: Record) -> dict[str, float | str]:
         "step_over_baseline": step / base_step,
         "optimizer_seconds": run.optimizer_time(),
         "optimizer_over_baseline": run.optimizer_time() - base.optimizer_time(),
+        "overhead": (run.optimizer_time() - base.optimizer_time()) / base_step,
         "state_bytes": run.optimizer_bytes,
         "peak_bytes": run.optimizer_peak_bytes,
     }
 
 
+def best(runs: list[Record]) -> Record:
+    """The lowest held-out loss of those that did not diverge; the first of all if every one did."""
+    return min((run for run in runs if not run.diverged), key=lambda run: run.held_out[-1][1], default=runs[0])
+
+
 def headline(settings: Settings, runs: list[Record]) -> str:
-    figures = comparison(settings, runs)
-    done = [run for run in runs if not run.diverged]
-    if not done:
+    lowest, base = best(runs), baseline(settings, runs)
+    if lowest.diverged:
         return "Every method diverged: try a smaller --lr"
-    best = min(done, key=lambda run: figures[run.label]["held_out_after"])
-    base = baseline(settings, runs)
-    before, after = best.held_out[0][1], best.held_out[-1][1]
-    said = f"Lowest held-out loss: {best.label}, {before:.4f} → {after:.4f}"
-    if best is base or base.diverged:
+    said = f"Lowest held-out loss: {lowest.label}, {lowest.held_out[0][1]:.4f} → {lowest.held_out[-1][1]:.4f}"
+    if lowest is base or base.diverged:
         return said
-    gain, slower = -figures[best.label]["held_out_over_baseline"], figures[best.label]["step_over_baseline"]
-    return f"{said}, {gain:.4f} below {base.label}'s; its step takes {slower:.2f} times as long"
+    figures = comparison(settings, runs)[lowest.label]
+    gain, overhead = -figures["held_out_over_baseline"], 100 * figures["overhead"]
+    return f"{said}, {gain:.4f} below {base.label}'s; the overhead of its optimizer is {overhead:+.1f} % of a step"
 
 
-def table(settings: Settings, runs: list[Record]) -> Table:
+Column = tuple[str, str, Callable[[float], str], bool, bool]  # head, figure, text, less is better, in the terminal
+
+
+def tables(settings: Settings, runs: list[Record]) -> list[Table]:
     """A row for each method. Strong: the best of a column where less is better."""
     base = baseline(settings, runs).label
-    figures = list(comparison(settings, runs).values())
-    columns: list[tuple[str, str, Callable[[float], str], bool, bool]] = [  # head, figure, text, less is better, short
+    learnt: list[Column] = [
         ("held-out loss before", "held_out_before", "{:.4f}".format, False, False),
         ("held-out loss after", "held_out_after", "{:.4f}".format, True, True),
         (f"after, less {base}'s", "held_out_over_baseline", "{:+.4f}".format, False, True),
@@ -78,25 +83,43 @@ def table(settings: Settings, runs: list[Record]) -> Table:
         ("rms a / b", "rms_ratio", "{:.3g}".format, False, True),
         ("rank", "rank", "{:.1f}".format, False, False),
         ("erank", "erank", "{:.2f}".format, False, True),
+    ]
+    cost: list[Column] = [
         ("step, s", "step_seconds", "{:.3f}".format, True, True),
         (f"step over {base}'s", "step_over_baseline", "{:.3f}".format, False, False),
-        ("optimizer, ms", "optimizer_seconds", lambda seconds: f"{1e3 * seconds:.1f}", True, True),
-        (f"optimizer, less {base}'s, ms", "optimizer_over_baseline", lambda s: f"{1e3 * s:+.1f}", False, False),
-        ("optimizer state, MiB", "state_bytes", lambda size: f"{size / MIB:.1f}", True, False),
-        ("peak in its step, MiB", "peak_bytes", lambda size: f"{size / MIB:.1f}", True, False),
+        ("optimizer, ms", "optimizer_seconds", _milliseconds, True, True),
+        (f"less {base}'s, ms", "optimizer_over_baseline", lambda seconds: f"{1e3 * seconds:+.1f}", False, False),
+        (f"overhead, % of {base}'s step", "overhead", lambda share: f"{100 * share:+.1f}", False, True),
+        ("optimizer state, MiB", "state_bytes", _mib, True, False),
+        ("peak in its step, MiB", "peak_bytes", _mib, True, True),
     ]
-    cells = [[Cell(run.label, colour)] for run, colour in zip(runs, _colours(runs).values(), strict=True)]
+    figures = list(comparison(settings, runs).values())
+    return [
+        _table("What was learnt", learnt, figures, runs),
+        _table("What it cost", cost, figures, runs),
+    ]
+
+
+def _table(title: str, columns: list[Column], figures: list[dict], runs: list[Record]) -> Table:
+    rows = [[Cell(label, colour)] for label, colour in _colours(runs).items()]
     for _, name, text, less_is_better, _ in columns:
         values = [row[name] for row in figures]
         texts = ["–" if math.isnan(value) else text(value) for value in values]
-        best = text(min((v for v in values if not math.isnan(v)), default=math.nan)) if less_is_better else None
-        for row, shown in zip(cells, texts, strict=True):
-            row.append(Cell(shown, strong=shown == best))
-    for row, run in zip(cells, runs, strict=True):
-        if run.diverged:
-            row[2] = Cell("diverged")
+        least = text(min((value for value in values if not math.isnan(value)), default=math.nan))
+        tells = less_is_better and len(set(texts)) > 1
+        for row, run, shown in zip(rows, runs, texts, strict=True):
+            ended = run.diverged and name == "held_out_after"
+            row.append(Cell("diverged" if ended else shown, strong=tells and shown == least))
     short = [0, *(i + 1 for i, column in enumerate(columns) if column[4])]
-    return Table([Cell("method"), *(Cell(column[0]) for column in columns)], cells, short)
+    return Table(title, [Cell("method"), *(Cell(column[0]) for column in columns)], rows, short)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f}"
+
+
+def _mib(size: float) -> str:
+    return f"{size / MIB:.3g}"
 
 
 def figures(settings: Settings, runs: list[Record]) -> list[tuple[str, str, str]]:
@@ -161,7 +184,8 @@ def notes(settings: Settings, runs: list[Record]) -> list[str]:
         "Step time: median over forward, backward, gradient clipping and optimizer update; data loading, evaluation, "
         "statistics, checkpoints and logging are outside, and so is the first step, which allocates. The methods share "
         f"all but the optimizer, so what a step takes longer than {base}'s beyond the optimizer's own time is what "
-        "else the machine did meanwhile.",
+        "else the machine did meanwhile: the overhead, the optimizer's time less that of "
+        f"{base} over the median step of {base}, is the figure to quote.",
         "Optimizer time: mean over the steps after the first, so that what a method does every few steps counts.",
         "Optimizer memory: tensors that were made and alive at once during the optimizer's first step (scratch inside "
         "a single operation is not seen), and its state afterwards.",
@@ -226,7 +250,7 @@ def _step_bars(settings: Settings, runs: list[Record]) -> str:
 def _memory_bars(runs: list[Record]) -> str:
     values = [
         Bar(run.label, colour, run.optimizer_peak_bytes / MIB,
-            f"{run.optimizer_peak_bytes / MIB:.1f}, of it state {run.optimizer_bytes / MIB:.1f}")
+            f"{_mib(run.optimizer_peak_bytes)}, of it state {_mib(run.optimizer_bytes)}")
         for run, colour in zip(runs, _colours(runs).values(), strict=True)
     ]  # fmt: skip
     return bars("optimizer-memory", values, "MiB")

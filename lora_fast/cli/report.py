@@ -16,9 +16,9 @@ def _teller(settings: Settings):
     return method_report if settings.compares_methods else engine_report
 
 
-def table(settings: Settings, runs: list[Record]) -> Table:
+def tables(settings: Settings, runs: list[Record]) -> list[Table]:
     """The figures, for the terminal and the page."""
-    return _teller(settings).table(settings, runs)
+    return _teller(settings).tables(settings, runs)
 
 
 def write(folder: Path, settings: Settings, runs: list[Record], environment: dict, prompt: str) -> None:
@@ -63,7 +63,7 @@ def html(settings: Settings, runs: list[Record], environment: dict, prompt: str)
         environment=environment,
         prompt=prompt,
         headline=teller.headline(settings, runs),
-        table=teller.table(settings, runs),
+        tables=teller.tables(settings, runs),
         notes=teller.notes(settings, runs),
         figures=teller.figures(settings, runs),
         steps=max(len(run.losses) for run in runs),

@@ -18,6 +18,7 @@ class Cell:
 class Table:
     """Rows under a head. ``short``: the columns for a terminal; None for all."""
 
+    title: str
     head: list[Cell]
     rows: list[list[Cell]]
     short: list[int] | None = None
