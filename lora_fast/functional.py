@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from . import autograd, backend, checks
+from .cayley import cayley
 from .grouped import Work, adapter_step_, gram, hyperbalance, merge_, scalora_scaling, small_inverse, spd_solve
 
 __all__ = [
     "Work",
     "adapter_step_",
+    "cayley",
     "gram",
     "hyperbalance",
     "lora_linear",

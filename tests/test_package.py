@@ -25,9 +25,9 @@ LAYERS = [
     ["linear"],
     ["changed_base"],
     ["functional"],
-    ["autograd", "grouped"],
+    ["autograd", "grouped", "cayley"],
     ["step"],
-    ["kernels", "reference", "reference_step", "reference_scalora", "backend"],
+    ["kernels", "reference", "reference_step", "reference_scalora", "reference_cayley", "backend"],
     ["checks"],
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
@@ -84,10 +84,10 @@ def test_imports_run_downwards(path):
     layer = "methods" if path.parent.name == "methods" else path.stem
     for name in imported(path) & DEPTH.keys():
         assert DEPTH[layer] <= DEPTH[name], f"{path.stem} imports {name}"
-    twins = {"reference", "reference_step", "reference_scalora"}
+    twins = {"reference", "reference_step", "reference_scalora", "reference_cayley"}
     if layer in twins:
         assert not imported(path)
-    if layer not in ("functional", "autograd", "step", "groups", "stacks"):
+    if layer not in ("functional", "autograd", "step", "cayley", "groups", "stacks"):
         assert not imported(path) & {"kernels", *twins}
 
 

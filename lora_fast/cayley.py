@@ -1,0 +1,231 @@
+"""The Cayley transform of all pairs as one autograd node: what it keeps, which implementation runs.
+
+Values come first (``compute``), a node for them second (``attach``), so that one forward's values can serve another
+node: a layer that activation checkpointing runs again. The node keeps its parameters, Wi and the scales by itself, not
+as saved tensors: a checkpointed region then saves as many tensors in its second run as in its first, whether the
+transform ran inside it or before it. Under torch.compile the registered op ``lora_fast::cayley`` runs instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backend, checks, reference_cayley
+
+
+class Free(NamedTuple):
+    """The free parameters of many pairs: a (r, d_in), b (d_out, r) and, for pairs whose b is scaled, scale (r,), with
+    the bound and power of each scale (``reference_cayley.bounded_scales``); else these three are empty."""
+
+    a: list[Tensor]
+    b: list[Tensor]
+    scale: list[Tensor] = []  # noqa: RUF012  (never changed)
+    bounds: list[float] = []  # noqa: RUF012
+    powers: list[float] = []  # noqa: RUF012
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.a, *self.b, *self.scale]
+
+
+class Values(NamedTuple):
+    """What the transform gives for each pair, without a graph: a (r, d_in), b (d_out, r) with its columns scaled, Wi
+    (r, r), scale (r,) (none: empty). Float32, or float64 for float64 parameters."""
+
+    a: list[Tensor]
+    b: list[Tensor]
+    inverses: list[Tensor]
+    scales: list[Tensor]
+
+
+def cayley(
+    free_a: Tensor | Sequence[Tensor], free_b: Tensor | Sequence[Tensor]
+) -> tuple[Tensor, Tensor] | tuple[list[Tensor], list[Tensor]]:
+    """The Cayley transform of NB-LoRA, of one pair or of lists of pairs (any shapes and ranks): differentiable, with
+    one autograd node for all pairs, which keeps only an (r, r) matrix of each besides its arguments.
+
+    Args:
+        free_a: (r, d_in), r from 1 to 256 and at most d_in. free_b: (d_out, r), in free_a's dtype.
+
+    Returns:
+        a (r, d_in) and b (d_out, r) with a aᵀ + bᵀb = I, or lists of them; in float32, or float64 for float64 pairs.
+        A NaN in a pair makes that pair NaN.
+
+    Raises:
+        ArgumentError: shapes or dtypes that do not fit.
+        BackendError: the Triton backend was chosen and cannot run here.
+    """
+    if isinstance(free_a, Tensor):
+        a, b = cayley([free_a], [free_b])
+        return a[0], b[0]
+    _check(free_a, free_b)
+    return factors(Free(list(free_a), list(free_b)))
+
+
+def factors(free: Free) -> tuple[list[Tensor], list[Tensor]]:
+    """a and b of every pair, differentiable where gradients are enabled and any parameter asks for one."""
+    if torch.compiler.is_compiling():
+        made = cayley_op(*free, backend.uses_triton(free.a[0]))
+        n = len(free.a)
+        return made[:n], made[n : 2 * n]
+    return attach(free, compute(free))
+
+
+def compute(free: Free) -> Values:
+    """The values, by whatever backend serves the parameters."""
+    ops = _ops(backend.uses_triton(free.a[0]))
+    with torch.inference_mode(False), torch.no_grad(), _no_autocast(free.a[0]):
+        scales = reference_cayley.bounded_scales(*free[2:]) if free.scale else []
+        return Values(*ops.cayley(free.a, free.b, scales or None), scales)
+
+
+def attach(free: Free, values: Values) -> tuple[list[Tensor], list[Tensor]]:
+    """a and b of ``values`` with the graph that leads to the parameters."""
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in free.tensors):
+        return values.a, values.b
+    made = CayleyFunction.apply(free, values, *free.tensors)
+    n = len(free.a)
+    return list(made[:n]), list(made[n:])
+
+
+def _ops(triton: bool):
+    """No kernel serves this yet: the plain-torch twins run on CUDA, too, without waiting for the device."""
+    return reference_cayley
+
+
+@contextmanager
+def _no_autocast(x: Tensor):
+    """The transform computes in its parameters' precision also where the layers around it do not."""
+    with torch.autocast(x.device.type, enabled=False):
+        yield
+
+
+class CayleyFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, free, values, *tensors):
+        ctx.set_materialize_grads(False)
+        ctx.free, ctx.inverses, ctx.scales = free, values.inverses, values.scales
+        ctx.versions = [x._version for x in tensors]
+        return tuple(x.detach() for x in (*values.a, *values.b))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise RuntimeError("cayley has no second derivative: call backward without create_graph=True")
+        if ctx.versions != [x._version for x in ctx.free.tensors]:
+            raise RuntimeError("cayley: a free parameter has been modified by an inplace operation since the forward")
+        return None, None, *backward(ctx.free, ctx.inverses, ctx.scales, grads)
+
+
+def backward(free: Free, inverses: list[Tensor], scales: list[Tensor], grads: Sequence[Tensor | None]) -> list:
+    """The gradients of free.a, free.b and free.scale, in one list; None for a pair that had none."""
+    n = len(free.a)
+    used = [i for i in range(n) if grads[i] is not None or grads[n + i] is not None]
+    results: list[Tensor | None] = [None] * len(free.tensors)
+    if not used:
+        return results
+    pick = lambda tensors: [tensors[i] for i in used]
+    a, b = pick(free.a), pick(free.b)
+    grad_a = [torch.zeros_like(x) if g is None else g for x, g in zip(a, pick(grads[:n]), strict=True)]
+    grad_b = [torch.zeros_like(x) if g is None else g for x, g in zip(b, pick(grads[n:]), strict=True)]
+    ops = _ops(backend.uses_triton(a[0]))
+    with _no_autocast(a[0]):
+        lists = ops.cayley_backward(a, b, pick(scales) if scales else None, pick(inverses), grad_a, grad_b)
+        if scales:
+            scale = reference_cayley.bounded_scales_backward(
+                pick(free.scale), pick(free.powers), pick(scales), lists[2]
+            )
+            lists = *lists[:2], scale
+    for k, made in enumerate(lists[: len(free.tensors) // n]):
+        for i, gradient in zip(used, made, strict=True):
+            results[k * n + i] = gradient
+    return results
+
+
+@torch.library.custom_op("lora_fast::cayley", mutates_args=())
+def cayley_op(
+    free_a: Sequence[Tensor],
+    free_b: Sequence[Tensor],
+    free_scale: Sequence[Tensor],
+    bounds: Sequence[float],
+    powers: Sequence[float],
+    triton: bool,
+) -> list[Tensor]:
+    """a, b, Wi and the scales of every pair, in one list."""
+    values = compute(Free(list(free_a), list(free_b), list(free_scale), list(bounds), list(powers)))
+    return [x.clone() for part in values for x in part]  # an op's results may not share memory, as slices of stacks do
+
+
+@cayley_op.register_fake
+def _(free_a, free_b, free_scale, bounds, powers, triton):
+    wide = lambda x, *shape: x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    a, b = [wide(x, *x.shape) for x in free_a], [wide(x, *x.shape) for x in free_b]
+    return [*a, *b, *(wide(x, len(x), len(x)) for x in free_a), *(wide(x, len(x)) for x in free_scale)]
+
+
+@torch.library.custom_op("lora_fast::cayley_backward", mutates_args=())
+def cayley_backward_op(
+    free_a: Sequence[Tensor],
+    free_b: Sequence[Tensor],
+    free_scale: Sequence[Tensor],
+    powers: Sequence[float],
+    inverses: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    triton: bool,
+) -> list[Tensor]:
+    """The gradients of free_a, free_b and free_scale, in one list."""
+    free = Free(list(free_a), list(free_b), list(free_scale), [], list(powers))
+    return [x.clone() for x in backward(free, list(inverses), list(scales), grads)]
+
+
+@cayley_backward_op.register_fake
+def _(free_a, free_b, free_scale, powers, inverses, scales, grads, triton):
+    return [torch.empty_like(x) for x in (*free_a, *free_b, *free_scale)]
+
+
+def _setup_context(ctx, inputs, output):
+    free_a, free_b, free_scale, _, powers, triton = inputs
+    n = len(free_a)
+    ctx.save_for_backward(*free_a, *free_b, *free_scale, *output[2 * n :])
+    ctx.n, ctx.powers, ctx.triton = n, powers, triton
+
+
+def _op_backward(ctx, grads):
+    n, scaled = ctx.n, len(ctx.powers)
+    parts, saved = [], list(ctx.saved_tensors)
+    for size in (n, n, scaled, n, scaled):
+        parts.append(saved[:size])
+        del saved[:size]
+    free_a, free_b, free_scale, inverses, scales = parts
+    made = cayley_backward_op(free_a, free_b, free_scale, ctx.powers, inverses, scales, grads[: 2 * n], ctx.triton)
+    none = None if scaled else []  # torch takes an empty list of numbers for one of tensors
+    return made[:n], made[n : 2 * n], made[2 * n :], none, none, None
+
+
+cayley_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+def _check(free_a: Sequence[Tensor], free_b: Sequence[Tensor]) -> None:
+    if len(free_a) != len(free_b) or not free_a:
+        raise checks.ArgumentError("free_b", f"{len(free_a) or 'at least one'} matrices, as free_a", len(free_b))
+    device = getattr(free_a[0], "device", None)
+    for i, (a, b) in enumerate(zip(free_a, free_b, strict=True)):
+        for name, x in (("free_a", a), ("free_b", b)):
+            if not isinstance(x, Tensor):
+                raise checks.ArgumentError(f"{name}[{i}]", "a torch.Tensor", type(x).__name__)
+            if x.dim() != 2 or x.dtype not in checks.FLOATS or x.device != device:
+                got = f"{x.dtype} {tuple(x.shape)} on {x.device}"
+                raise checks.ArgumentError(f"{name}[{i}]", f"a floating-point matrix on {device}", got)
+        rank, d_in = a.shape
+        if not 1 <= rank <= min(d_in, checks.MAX_RANK):
+            expected = f"shape (r, d_in) with r from 1 to {checks.MAX_RANK} and at most d_in"
+            raise checks.ArgumentError(f"free_a[{i}]", expected, tuple(a.shape))
+        if b.shape[1] != rank or b.dtype != a.dtype:
+            expected = f"{a.dtype} of shape (d_out, {rank}) to fit free_a"
+            raise checks.ArgumentError(f"free_b[{i}]", expected, f"{b.dtype} {tuple(b.shape)}")
