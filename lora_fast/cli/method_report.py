@@ -140,7 +140,7 @@ def figures(settings: Settings, runs: list[Record]) -> list[tuple[str, str, str]
         (
             "Held-out loss",
             "On text that is never trained on.",
-            _over_steps("held-out", runs, lambda run: zip(*run.held_out, strict=True), "nats per token", marker="o"),
+            _over_steps("held-out", runs, lambda run: zip(*run.held_out, strict=True), "nats per token", **HOLLOW),
         ),
         ("Norm of a", f"‖a‖, Frobenius. {by_layer}", _adapter("norm-a", runs, "norm_a", "‖a‖")),
         ("Norm of b", f"‖b‖, Frobenius; 0 at the start. {by_layer}", _adapter("norm-b", runs, "norm_b", "‖b‖")),
@@ -199,7 +199,9 @@ def notes(settings: Settings, runs: list[Record]) -> list[str]:
     return [*said, *(f"Layers: {text}." for text in layers)]
 
 
-DOTS = {"linestyle": "", "marker": ".", "markersize": 5}
+MARKERS, SHAPES = 5, "os^Dv*PXh"  # in a curve, about
+DOTS = {"linestyle": "", "marker": ".", "markevery": 1}
+HOLLOW = {"markersize": 7, "fillstyle": "none", "markevery": 1}
 
 
 def _colours(runs: list[Record]) -> dict[str, str]:
@@ -207,10 +209,15 @@ def _colours(runs: list[Record]) -> dict[str, str]:
 
 
 def _over_steps(name: str, runs: list[Record], curve: Callable, y: str, zero=False, log=False, **look) -> str:
-    look = {"linewidth": 1.5, "alpha": 0.9, **look}
-    series = [
-        Series(run.label, colour, *curve(run), look) for run, colour in zip(runs, _colours(runs).values(), strict=True)
-    ]
+    """Each curve has its own shape of marker, at other steps than the others': curves that agree hide each other, but
+    not the markers."""
+    series = []
+    for i, (run, colour) in enumerate(zip(runs, _colours(runs).values(), strict=True)):
+        steps, values = map(list, curve(run))
+        between = max(len(runs), len(steps) // MARKERS)
+        own = {"linewidth": 1.5, "marker": SHAPES[i % len(SHAPES)], "markersize": 5}
+        own["markevery"] = (i * between // len(runs), between)
+        series.append(Series(run.label, colour, steps, values, own | look))
     return lines(name, series, "steps done", y, zero=zero, log=log)
 
 

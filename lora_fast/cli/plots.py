@@ -66,7 +66,7 @@ def lines(
         if log:
             axes.set_yscale("log")
         if zero:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.08 * axes.dataLim.ymax or 1)
         _whole_numbers(axes.xaxis)
 
     return _svg(name, draw, _WIDE if wide else _WIDTH, legend=[one.label for one in series])
