@@ -168,6 +168,7 @@ def _put(config: dict, tensors: dict[str, Tensor], changes: dict[str, Change]) -
                 tensors[key("terms_B")], tensors[key("terms_A")] = change.term
             continue
         noted[name] = {"r": ranks[name], "lora_alpha": alphas[name]}
+        tensors.pop(key("base_layer"), None)  # PEFT's, of an output embedding: changed, it would count twice
         (more_b, more_a), b, a = change.term, tensors[key("lora_B")], tensors[key("lora_A")]
         scaling = _scaling(own[name])
         tensors[key("lora_B")] = torch.cat([b, (more_b / scaling).to(b.dtype)], 1)

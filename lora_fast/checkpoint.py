@@ -37,8 +37,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = Fal
     Where training has merged into frozen weights (ScaLoRA), the adapter fits no other base, so what they have become is
     saved in the same files, and the report says so. It follows what ScaLoRA kept:
 
-    - whole weights: every bit, and as large as they are. PEFT restores them by itself, vLLM refuses the file, and
-      llama.cpp's converter leaves them out: give both the merged model.
+    - whole weights: every bit, and as large as they are. PEFT restores them by itself; vLLM refuses the file and
+      llama.cpp's converter leaves them out, so give those the merged model.
     - the terms that were merged, as further ranks of the adapter: PEFT, and a server that admits the rank, read a plain
       adapter of a larger rank. A 16-bit weight comes back only to its rounding (stochastic rounding is not repeated).
 

@@ -189,22 +189,29 @@ def test_many_terms_may_exceed_the_largest_rank(tmp_path):
 
 
 def test_terms_of_some_layers_only(tmp_path):
-    """Ranks then differ between layers: PEFT's patterns; the others' bases are whole or unchanged."""
+    """Ranks then differ between layers: PEFT's patterns. Of the others one is whole, one has not changed."""
     model = injected()
-    for pair, keep in zip(pairs.of_model(model), ("terms", "weights", "terms"), strict=False):
+    found = pairs.of_model(model)
+    for pair, keep in zip(found, ("terms", "weights", "terms"), strict=False):
         changed_base.record(pair.layer, pair.a, pair.b, torch.ones(RANK), keep)
         pair.weight.data += pair.b @ pair.a
+    report = lf.save_adapter(model, tmp_path)
+    assert "1 weights saved whole" in report.note and f"2 saved as terms, rank up to {RANK}" in report.note
+    theirs, ours = (twin.eval() for twin in (PeftModel.from_pretrained(llama(), tmp_path), injected()))
+    lf.load_adapter(ours, tmp_path)
+    for pair in (found[1], found[3]):
+        assert torch.equal(ours.get_submodule(pair.name).weight, pair.weight)
+    exact, eager = (twin.double().eval()(batch()).logits for twin in (model, ours))
+    budget.check("logits", theirs.double()(batch()).logits, exact, budget.error(eager, exact), torch.float32)
+
+
+def test_the_output_embedding_s_terms_count_once(tmp_path):
+    """PEFT stores the weight of an adapted output embedding of its own accord."""
+    model = merge_some(fused(targets=["lm_head"]), "terms")
     lf.save_adapter(model, tmp_path)
-    fresh = injected()
-    lf.load_adapter(fresh, tmp_path)
-    assert [
-        module.weight.equal(model.get_submodule(name).weight)
-        for name, module in fresh.named_modules()
-        if isinstance(module, lf.LoRALinear)
-    ].count(False) <= 2
-    theirs = PeftModel.from_pretrained(llama(), tmp_path).eval()
-    exact = model.double().eval()(batch()).logits
-    eager = fresh.double().eval()(batch()).logits
+    theirs, ours = (twin.eval() for twin in (PeftModel.from_pretrained(llama(), tmp_path), llama()))
+    lf.load_adapter(ours, tmp_path)
+    exact, eager = (twin.double().eval()(batch()).logits for twin in (model, ours))
     budget.check("logits", theirs.double()(batch()).logits, exact, budget.error(eager, exact), torch.float32)
 
 
@@ -341,12 +348,10 @@ def test_another_adapter_of_a_changed_base_is_saved_with_it(tmp_path):
     model.set_adapter("second")
     lf.save_adapter(fill(model), tmp_path)
     assert json.loads((tmp_path / CONFIG).read_text())["r"] == 3 + 2 * RANK
-    theirs = PeftModel.from_pretrained(llama(), tmp_path).eval().double()
-    exact, eager = model.double().eval()(batch()).logits, llama().double()
-    lf.load_adapter(eager, tmp_path)
-    budget.check(
-        "logits", theirs(batch()).logits, exact, budget.error(eager.eval()(batch()).logits, exact), torch.float32
-    )
+    theirs, ours = (twin.eval() for twin in (PeftModel.from_pretrained(llama(), tmp_path), llama()))
+    lf.load_adapter(ours, tmp_path)
+    exact, eager = (twin.double().eval()(batch()).logits for twin in (model, ours))
+    budget.check("logits", theirs.double()(batch()).logits, exact, budget.error(eager, exact), torch.float32)
 
 
 def test_a_variant_s_base_is_saved_whole(tmp_path):
@@ -562,7 +567,7 @@ def scalora(model, **options):
 @pytest.mark.parametrize("keep", ["weights", "terms"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_scalora_trained_comes_back(kind, keep, tmp_path):
-    model, before = KINDS[kind](filled=False) if kind != "injected" else injected(), weights_of(KINDS[kind]())
+    model, before = KINDS[kind](), weights_of(KINDS[kind]())
     train(model, scalora(model, keep=keep), 3)
     assert "The base has changed" in lf.save_adapter(model, tmp_path).note
     fresh = KINDS[kind]()
