@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from lora_fast.kernels import compiled, gram, merge, solve, step
+from lora_fast.kernels import compiled, gram, hadamard, merge, solve, step
 
 D_IN, D_OUT = 4096, 1024
 
@@ -64,8 +64,15 @@ def run_merge(r: int, dtype: torch.dtype) -> None:
     merge.merge_(weights, a, b, scale, "compensated", residuals=[w.clone() for w in weights])
 
 
+def run_scalora(r: int, dtype: torch.dtype) -> None:
+    for solver in ("nnls", "paper"):
+        x, alive, _ = hadamard.scalora_solve(*torch.zeros(5, 3, r, r), solver)
+    hadamard.scales(x, alive, torch.ones((), dtype=torch.float64), torch.ones(3), 0.25, None)
+
+
 OPS = {"gram": run_gram, "plain": run_plain, "full": run_full, "transform": run_transform, "solve": run_solve}
 OPS["merge"] = run_merge
+OPS["scalora"] = run_scalora
 
 
 def main(arch: int, jobs: list[str]) -> None:
