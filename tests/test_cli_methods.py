@@ -5,6 +5,7 @@ import json
 import signal
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 from test_cli import (
@@ -19,8 +20,10 @@ from test_cli import (
     same_result,
 )
 
+import lora_fast as lf
 from lora_fast import methods
 from lora_fast.cli import memory, run_folder
+from lora_fast.cli.change import mean_erank
 from lora_fast.cli.methods import METHODS, read
 from lora_fast.cli.settings import Settings
 
@@ -55,6 +58,7 @@ def test_peft_loads_scalora_s_adapter_with_the_weights_that_it_changed(place):  
     assert invoke(place, "--output", folder, "--method", "scalora").exit_code == 0
     run = metrics(folder)["runs"]["fused"]
     assert "14 weights saved whole" in run["layers"]
+    assert run["change_erank"] > 0
     assert held_out_loss_in_peft(place, folder) == pytest.approx(run["held_out"][-1][1], abs=1e-5)
 
 
@@ -147,6 +151,19 @@ def test_a_method_that_diverges_leaves_the_others(place, tmp_path):  # noqa: F81
     assert figures["runs"]["lora"]["held_out"][-1][1] < figures["runs"]["lora"]["held_out"][0][1]
     words = " ".join(Page((tmp_path / "out" / "report.html").read_text()).words)
     assert "diverged" in words and "Lowest held-out loss: lora," in words
+
+
+def test_the_erank_of_all_change_is_that_of_a_whole_svd():
+    torch.manual_seed(0)
+    start, model = tiny.llama(), tiny.peft_llama()
+    eranks = []
+    for name, layer in lf.layers.peft_layers(model).items():
+        weight = layer.get_base_layer().weight
+        weight.data += torch.randn(len(weight), 3) @ torch.randn(3, weight.shape[1])
+        before = start.get_submodule(name.removeprefix("base_model.model.")).weight
+        sigma = torch.linalg.svdvals((weight - before + layer.get_delta_weight("default")).double())
+        eranks.append((sigma.square().sum() / sigma[0].square()).item())
+    assert mean_erank(model, start) == pytest.approx(sum(eranks) / len(eranks), rel=1e-3)
 
 
 def test_peak_bytes_are_those_alive_at_once():

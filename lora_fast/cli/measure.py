@@ -24,6 +24,7 @@ class Record:
     memory_kind: str = ""
     held_out: list[tuple[int, float]] = field(default_factory=list)  # (steps done, loss)
     adapter: list[dict[str, float]] = field(default_factory=list)  # lf.hf.summary, and "step"
+    change_erank: float | None = None  # of W + s b a − W₀, where training has changed W itself
     saved_bytes: int = 0  # kept for backward by one micro-batch, parameters and buffers not counted
     optimizer_bytes: int = 0  # the optimizer's state after its first step
     optimizer_peak_bytes: int = 0  # the most that was alive at once in the first step of the optimizer, with its state

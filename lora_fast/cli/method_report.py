@@ -40,6 +40,7 @@ def _figures(run: Record, base: Record) -> dict[str, float | str]:
         "rms_ratio": run.last("adapter/rms_ratio_mean"),
         "rank": run.last("adapter/rank_mean"),
         "erank": run.last("adapter/erank_mean"),
+        "change_erank": run.last("adapter/erank_mean") if run.change_erank is None else run.change_erank,
         "step_seconds": step,
         "step_over_baseline": step / base_step,
         "optimizer_seconds": run.optimizer_time(),
@@ -83,7 +84,10 @@ def tables(settings: Settings, runs: list[Record]) -> list[Table]:
         ("rms a / b", "rms_ratio", "{:.3g}".format, False, True),
         ("rank", "rank", "{:.1f}".format, False, False),
         ("erank", "erank", "{:.2f}".format, False, True),
+        ("erank with merges", "change_erank", "{:.2f}".format, False, False),
     ]
+    if all(run.change_erank is None for run in runs):
+        learnt.pop()  # it is the erank again
     cost: list[Column] = [
         ("step, s", "step_seconds", "{:.3f}".format, True, True),
         (f"step over {base}'s", "step_over_baseline", "{:.3f}".format, False, False),
@@ -192,8 +196,11 @@ def notes(settings: Settings, runs: list[Record]) -> list[str]:
         "Norms, ratio, rank: of the adapters, by lora_fast.metrics.adapter_stats. The mean over adapters is the "
         "geometric one for the ratio, arithmetic for the rest.",
     ]
-    if any(planned.method.name == "scalora" for planned in settings.runs):
-        said.append("scalora: norms, rank and erank are of the adapter alone, without what it merged into the weights.")
+    if any(run.change_erank is not None for run in runs):
+        said.append(
+            "scalora merges into the frozen weights: its norms, rank and erank are of the adapter alone; erank with "
+            "merges is of all that training changed, W + s·b·a − W₀ (for the other methods, ΔW), at the end."
+        )
     said += [f"{run.label}: {run.diverged}." for run in runs if run.diverged]
     layers = dict.fromkeys(run.layers for run in runs)
     return [*said, *(f"Layers: {text}." for text in layers)]

@@ -18,6 +18,7 @@ from .. import fuse_, hf, save_adapter
 from ..checks import ArgumentError
 from ..methods import ScaLoRA
 from . import models, run_folder
+from .change import mean_erank
 from .data import TokenData
 from .display import Display, Diverged
 from .measure import Record, Stopwatch
@@ -127,6 +128,8 @@ def train(job: Job, run: Run, model: PeftModel, layers: str, folder: Path) -> Re
     record.sample_after = sample(model, job.tokenizer, job.prompt)
     if _changes_base(run):
         record.layers += f". {save_adapter(model, folder / 'adapter').note}"
+        with job.display.working("Measuring how far the weights have moved"):
+            record.change_erank = mean_erank(model, models.load_model(job.source, job.dtype))
     else:
         model.save_pretrained(folder / "adapter")
     return record
