@@ -20,6 +20,7 @@ from torch import nn
 
 import lora_fast as lf
 from lora_fast import methods as M
+from lora_fast.cli.memory import PeakBytes
 
 LAYERS = 30
 # (d_out, d_in) of q, o; k, v; gate, up; down
@@ -97,6 +98,19 @@ def compare(ours, theirs, repeats: int, steps: int, device: str) -> dict:
     return taken
 
 
+def extra_memory(rank: int, device: str) -> dict[str, float]:
+    """Peak of what a step allocates beside parameters, gradients, state and weights, over the parameters' bytes."""
+    extra = {}
+    for method in [None, M.ScaleReg(), M.ILoRA(), M.PiLoRA(), M.ScaLoRA(interval=1), M.BaLoRA(), M.LoRARITE()]:
+        some = pairs(rank, weights=isinstance(method, M.ScaLoRA), device=device)
+        optimizer = lf.optim.LoRAAdamW(some, methods=method or ())
+        optimizer.step()
+        with PeakBytes() as memory:
+            optimizer.step()
+        extra[type(method).__name__ if method else "plain"] = memory.peak / sum(p.nbytes for p in flat(some))
+    return extra
+
+
 def comparisons(rank: int, device: str):
     """Name, goal, ours, theirs, whether the figure is ours over theirs, steps a turn."""
     fresh = lambda **options: pairs(rank, device=device, **options)
@@ -135,9 +149,12 @@ def main() -> None:
         table.add_row(name, f"{mine * 1e3:.1f}", f"{other * 1e3:.1f}", spread, goal)
         results.append({"figure": name, "goal": goal, "ratios": ratios, "seconds": taken})
     Console(width=120).print(table)
+    extra = extra_memory(options.rank, device)
+    figures = ", ".join(f"{name} {times:.2f}" for name, times in extra.items())
+    Console(width=120).print(f"Peak extra memory of a step over the adapters' own bytes: {figures}")
     if options.json:
         conditions = {"rank": options.rank, "device": place, "torch": torch.__version__}
-        options.json.write_text(json.dumps({**conditions, "results": results}, indent=1))
+        options.json.write_text(json.dumps({**conditions, "results": results, "extra_memory": extra}, indent=1))
 
 
 if __name__ == "__main__":
