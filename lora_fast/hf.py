@@ -62,9 +62,9 @@ class AdapterStatsCallback(TrainerCallback):
             self._log(state, control, model)
 
     def _log(self, state, control, model: nn.Module) -> None:
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and (figures := summary(adapter_stats(model))):
             due = control.should_log  # of the loss of this step: any log clears it
-            self._trainer.log(summary(adapter_stats(model)))
+            self._trainer.log(figures)
             control.should_log = due
 
 

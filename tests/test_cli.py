@@ -381,11 +381,16 @@ def bad_files(place, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_model_without_a_layer_to_fuse_is_named_before_anything_is_written(place, tmp_path):
+def gpt2(folder: Path) -> None:
+    """A tiny model whose layers are Conv1D."""
     letters = tiny_model.byte_tokenizer()
-    letters.save_pretrained(tmp_path / "gpt2")
+    letters.save_pretrained(folder)
     config = transformers.GPT2Config(vocab_size=len(letters), n_embd=16, n_layer=1, n_head=1, eos_token_id=256)
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+
+
+def test_a_model_without_a_layer_to_fuse_is_named_before_anything_is_written(place, tmp_path):
+    gpt2(tmp_path / "gpt2")
     result = invoke(place, "--model", tmp_path / "gpt2", "--output", tmp_path / "out")
     refused(result, "--engine: expected eager where no layer can be fused", "Conv1D")
     assert not (tmp_path / "out").exists()

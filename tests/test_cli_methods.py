@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from test_cli import (
     Page,
     at_step,
+    gpt2,
     held_out_loss_in_peft,
     invoke,
     metrics,
@@ -164,6 +165,14 @@ def test_the_erank_of_all_change_is_that_of_a_whole_svd():
         sigma = torch.linalg.svdvals((weight - before + layer.get_delta_weight("default")).double())
         eranks.append((sigma.square().sum() / sigma[0].square()).item())
     assert mean_erank(model, start) == pytest.approx(sum(eranks) / len(eranks), rel=1e-3)
+
+
+def test_a_method_that_cannot_train_the_model_is_named_before_any_has_run(place, tmp_path):  # noqa: F811
+    gpt2(tmp_path / "gpt2")  # its layers hold transposed weights
+    options = ("--engine", "eager", "--compare", "--method", "lora", "--method", "scalora")
+    result = invoke(place, "--model", tmp_path / "gpt2", "--output", tmp_path / "out", *options)
+    refused(result, "--method scalora: ", "expected a weight that ScaLoRA can merge into")
+    assert not (tmp_path / "out").exists()
 
 
 def test_peak_bytes_are_those_alive_at_once():

@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from .. import fuse_, hf, save_adapter
 from ..checks import ArgumentError
 from ..methods import ScaLoRA
+from ..optim import LoRAAdamW
 from . import models, run_folder
 from .change import mean_erank
 from .data import TokenData
@@ -72,7 +73,8 @@ def prepare(job: Job, run: Run) -> tuple[PeftModel, str]:
     """The model with fresh adapters, the same for every run, and the report of what was fused.
 
     Raises:
-        ArgumentError: targets that match nothing, or nothing that can be fused.
+        ArgumentError: targets that match nothing, nothing that can be fused, or a method of the job (this run's or a
+            later one's) that cannot train this model.
     """
     settings = job.settings
     base = models.load_model(job.source, job.dtype)
@@ -86,12 +88,22 @@ def prepare(job: Job, run: Run) -> tuple[PeftModel, str]:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, config)
+    for other in settings.runs:
+        if other.method.instances:
+            _check_method(model, other)
     if run.engine == "eager":
         return model, "PEFT's own layers"
     try:
         return model, str(fuse_(model))
     except ArgumentError as error:
         raise ArgumentError("--engine", "eager where no layer can be fused", error.got) from error
+
+
+def _check_method(model: PeftModel, run: Run) -> None:
+    try:
+        LoRAAdamW(model, methods=run.method.instances)
+    except ArgumentError as error:
+        raise ArgumentError(f"--method {run.method.name}: {error.argument}", error.expected, error.got) from None
 
 
 def check_targets(model: torch.nn.Module, targets: str | list[str]) -> None:
