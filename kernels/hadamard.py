@@ -205,7 +205,7 @@ def solve(
     going = finite.to(tl.int32)
     invalid, first, rounds = 1 - going, 1, 0
     fewest, tries, ridge = n + 1, TRIES + 0, RIDGE + 0.0
-    while going > 0:
+    while (going > 0) & (rounds < ROUNDS):
         if REGISTERS:
             b_z, bad = solve_in_registers(unit, b_rhs, free, ridge, n, BLOCK_N)
             b_mz, b_size = times_in_registers(unit, b_z)
@@ -225,7 +225,7 @@ def solve(
             fewest = tl.minimum(fewest, n_wrong)
             last = tl.max(tl.where(wrong > 0, i_n, -1), 0)
             free = tl.where((tries >= 0) | (i_n == last), free ^ wrong, free)
-            going = tl.where((n_wrong > 0) & (rounds < ROUNDS) & EXCHANGE, 1, 0)
+            going = tl.where((n_wrong > 0) & EXCHANGE, 1, 0)
     return tl.where(b_z < 0.0, 0.0, b_z), invalid
 
 
