@@ -17,7 +17,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["lora_fast", "lora_fast.kernels", "lora_fast.cli", "lora_fast.methods"],
+    packages=["lora_fast", "lora_fast.kernels", "lora_fast.cli", "lora_fast.cli.experiments", "lora_fast.methods"],
     package_dir={"lora_fast.kernels": "kernels"},
     package_data={"lora_fast": ["py.typed"], "lora_fast.cli": ["*.html.jinja"]},
     install_requires=["torch>=2.9", "triton>=3.6; platform_system == 'Linux'", "numpy>=1.26", "safetensors>=0.6"],

@@ -8,6 +8,8 @@ import typer
 
 from .. import __version__
 from .finetune import EPILOG, finetune
+from .reproduce import EPILOG as EXPERIMENTS
+from .reproduce import reproduce
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", add_completion=False)
 
@@ -39,6 +41,10 @@ def lora_fast(
 
         your own model and text
 
+    - `lora-fast reproduce --quick`
+
+        what the methods' papers show, run again and put beside their numbers
+
     - `lora-fast finetune --help`
 
         every option of a command
@@ -46,6 +52,7 @@ def lora_fast(
 
 
 app.command(epilog=EPILOG)(finetune)
+app.command(epilog=EXPERIMENTS)(reproduce)
 
 
 def main() -> None:

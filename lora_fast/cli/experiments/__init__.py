@@ -1,0 +1,24 @@
+"""What the papers show and a machine without a GPU and a network can show again: one file per experiment.
+
+**To add one**: a file with ``run(session) -> Result`` (result.py) and a row here.
+"""
+
+from __future__ import annotations
+
+EXPERIMENTS = {  # name → its module in this package, what it shows
+    "scalora-regression": (
+        "scalora_regression",
+        "ScaLoRA Fig. 1: linear regression by plain gradient descent, where LoRA of rank 8 stops at its floor.",
+    ),
+    "balora-factorisation": (
+        "balora_factorisation",
+        "BaLoRA: factorisation of a 20×20 matrix, at each method's best of 50 learning rates.",
+    ),
+    "ilora-overhead": ("ilora_overhead", "iLoRA Fig. 1: what its regulariser adds to the time of a training step."),
+    "scalora-overhead": ("scalora_overhead", "ScaLoRA Table 10: time over LoRA's when scaling every 1 to 100 steps."),
+    "scale-norms": (
+        "scale_norms",
+        "Scale regularization: ‖a‖, ‖b‖ and their ratio while SmolLM2 trains, by four methods.",
+    ),
+    "smollm2-methods": ("smollm2_methods", "All methods on SmolLM2 at equal steps: loss curves and held-out loss."),
+}

@@ -1,0 +1,51 @@
+"""What every experiment gets: where to write, how much to do, and a progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..display import Display
+from ..measure import Record
+
+
+@dataclass(frozen=True)
+class Session:
+    """One call of ``lora-fast reproduce``.
+
+    Attributes:
+        folder: of all results. quick: less of everything.
+        trained: method → record of its training run, for the experiments that look at the same runs.
+    """
+
+    folder: Path
+    quick: bool
+    display: Display
+    trained: dict[str, Record] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def progress(self, text: str, total: int) -> Iterator[Callable[[], None]]:
+        """A bar of ``total`` parts; call what it gives once a part is done."""
+        console = self.display.console
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+        )
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task(text, total=total)
+            yield lambda: progress.advance(task)
+
+
+def machine() -> str:
+    """Conditions of a timing, in words: threads, and what else the machine was doing."""
+    threads, cores, load = torch.get_num_threads(), os.cpu_count(), os.getloadavg()[0]
+    busy = " (it was not quiet: the figures are rough)" if load > cores else ""
+    return f"torch {torch.__version__} on {threads} of {cores} CPU cores, load average {load:.1f} before{busy}"
