@@ -233,6 +233,11 @@ def test_bad_input_is_named(tmp_path, options, message):
     assert shown.exit_code == 2 and message in " ".join(shown.output.split())
 
 
+def test_help_teaches():
+    shown = CliRunner().invoke(app, ["reproduce", "--help"]).output
+    assert "lora-fast reproduce --quick" in shown and all(name in shown for name in EXPERIMENTS)
+
+
 def test_every_experiment_is_there():
     for module, what in EXPERIMENTS.values():
         assert callable(importlib.import_module(f"lora_fast.cli.experiments.{module}").run) and what.endswith(".")

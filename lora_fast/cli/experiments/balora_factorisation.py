@@ -83,10 +83,12 @@ def run(session: Session) -> Result:
         f"deviation {PRETRAINED}, a Gaussian of variance 1/{RANK}, float64, seeds 0 to {SEEDS - 1}.",
         f"Statistic: mean gap over the {SEEDS} seeds at the learning rate, of {RATES} from 1e{LOWEST} to 1e{HIGHEST} "
         f"(Adam: 1e{ADAM_LOWEST} to 1e{ADAM_HIGHEST}), that makes this mean smallest.",
-        f"How large target, pretrained matrix and a are, and how many steps Adam takes ({ADAM_STEPS} here), the source "
-        "leaves open; these are the natural scales at which its numbers for gradient descent come out.",
+        "How large target, pretrained matrix and a are is not given with the numbers, nor the statistic: of several "
+        "natural choices this one was taken because its figures for gradient descent come out.",
+        "The numbers for Adam are of an independent check of the method, not of the paper; its number of steps is not "
+        f"given either, {ADAM_STEPS} here.",
         f"The slowest seed decides such a mean. Over {groups} groups of {SEEDS} seeds: LoRA {spread[0]}, BaLoRA "
-        f"{spread[1]} (gradient descent). So the order is the finding, and the factor of two holds for this group.",
+        f"{spread[1]} (gradient descent). So the order is what is reproduced; the factor of two holds for this group.",
     ]
     curves = {"LoRA": descent[0][0], "BaLoRA": descent[0][1]}
     names = {None: "LoRA, Adam", "symmetric": "BaLoRA, Adam, symmetric", "svd": "BaLoRA, Adam, svd"}

@@ -35,7 +35,7 @@ def run(session: Session) -> Result:
     ]
     notes = [
         f"SmolLM2-135M, float32, rank {steps.RANK} on its 210 linear layers, {steps.BATCH}×{steps.seq_len(session)} "
-        f"tokens; {conditions}. The paper: larger models on a GPU.",
+        f"tokens; {conditions}. The paper: GPUs.",
         f"{rounds} rounds of three steps: LoRA, ScaLoRA scaling, ScaLoRA not scaling. Medians: forward and backward, "
         f"the same for all, {passes:.3f} s; optimizer {lora:.4f}, {scaling:.4f}, {resting:.4f} s. A row is the mean "
         "over I steps, of which one scales.",
