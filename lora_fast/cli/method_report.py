@@ -146,6 +146,11 @@ def figures(settings: Settings, runs: list[Record]) -> list[tuple[str, str, str]
             "On text that is never trained on.",
             _over_steps("held-out", runs, lambda run: zip(*run.held_out, strict=True), "nats per token", **HOLLOW),
         ),
+        (
+            f"Held-out loss, less {base.label}'s",
+            f"After the same number of steps: below 0 is better than {base.label}.",
+            _over_steps("gain", runs, lambda run: _held_out_difference(run, base), "nats per token", **HOLLOW),
+        ),
         ("Norm of a", f"‖a‖, Frobenius. {by_layer}", _adapter("norm-a", runs, "norm_a", "‖a‖")),
         ("Norm of b", f"‖b‖, Frobenius; 0 at the start. {by_layer}", _adapter("norm-b", runs, "norm_b", "‖b‖")),
         (
@@ -174,7 +179,6 @@ def figures(settings: Settings, runs: list[Record]) -> list[tuple[str, str, str]
             "The most it held at once in its first step, its state included.",
             _memory_bars(runs),
         ),
-        ("Step time", "Of each whole step.", _over_steps("time", runs, _dots, "seconds", zero=True, **DOTS)),
     ]
 
 
@@ -207,7 +211,6 @@ def notes(settings: Settings, runs: list[Record]) -> list[str]:
 
 
 MARKERS, SHAPES = 5, "os^Dv*PXh"  # in a curve, about
-DOTS = {"linestyle": "", "marker": ".", "markevery": 1}
 HOLLOW = {"markersize": 7, "fillstyle": "none", "markevery": 1}
 
 
@@ -237,8 +240,9 @@ def _difference(run: Record, base: Record) -> tuple[range, list[float]]:
     return range(len(differences)), differences
 
 
-def _dots(run: Record) -> tuple[range, list[float]]:
-    return range(1, len(run.seconds) + 1), run.seconds
+def _held_out_difference(run: Record, base: Record) -> tuple[list[int], list[float]]:
+    pairs = list(zip(run.held_out, base.held_out, strict=False))
+    return [step for (step, _), _ in pairs], [loss - other for (_, loss), (_, other) in pairs]
 
 
 def _optimizer_bars(settings: Settings, runs: list[Record]) -> str:
