@@ -12,8 +12,9 @@ from .checkpoint import load_adapter, save_adapter
 from .checks import ArgumentError, BackendError, CheckpointError, MissingPackageError
 from .linear import LoRALinear
 from .merging import merge_, unmerge_
+from .nb_linear import NBLoRALinear
 from .report import Report
-from .surgery import LoRAConfig, fuse_, inject_, unfuse_
+from .surgery import LoRAConfig, NBLoRAConfig, fuse_, inject_, unfuse_
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "LoRAConfig",
     "LoRALinear",
     "MissingPackageError",
+    "NBLoRAConfig",
+    "NBLoRALinear",
     "Report",
     "functional",
     "fuse_",

@@ -8,12 +8,15 @@ from torch import nn
 
 from . import checks
 from .linear import LoRALinear
+from .nb_linear import NBLoRALinear
+
+OURS = (LoRALinear, NBLoRALinear)
 
 
 def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Name → layer of every LoRALinear and every PEFT layer."""
+    """Name → layer of every layer of ours and of PEFT's."""
     theirs = peft_layers(model)
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)} | theirs
+    return {name: module for name, module in model.named_modules() if isinstance(module, OURS)} | theirs
 
 
 def peft_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -38,6 +38,8 @@ class LoRALinear(nn.Module):
         ArgumentError: r, alpha, dropout or init out of range.
     """
 
+    TRAINED = ("lora_A", "lora_B")  # parameters
+
     def __init__(
         self,
         in_features: int,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from . import checks
-from .layers import adapter_layers, fused_class
-from .linear import LoRALinear
+from .layers import OURS, adapter_layers, fused_class
 from .report import Report
 
 ROUNDINGS = ("nearest",)
@@ -16,8 +15,9 @@ def merge_(model: nn.Module, rounding: str = "nearest", *, allow_empty: bool = F
     """Fold adapters into their weights: W + scaling · b a, summed in float32 and rounded once. The original weights
     are kept (a second copy in memory) for ``unmerge_``; adapters stay as they are.
 
-    Works on ``LoRALinear`` and on fused PEFT layers (their active adapters). Left alone: PEFT layers that are not
-    fused (PEFT's own merge does not restore every bit) and weights tied to another module's, which would change too.
+    Works on ``LoRALinear``, ``NBLoRALinear`` and fused PEFT layers (their active adapters). Left alone: PEFT layers
+    that are not fused (PEFT's own merge does not restore every bit) and weights tied to another module's, which would
+    change too.
 
     Args:
         model: any module with such layers.
@@ -66,7 +66,7 @@ def unmerge_(model: nn.Module, *, allow_empty: bool = False) -> Report:
 
 
 def _unmergeable(layer: nn.Module) -> str | None:
-    if isinstance(layer, LoRALinear):
+    if isinstance(layer, OURS):
         return "already merged" if layer.merged else None
     if type(layer) is not fused_class():
         return "not fused: use lf.fuse_ first (PEFT's own merge does not restore every bit)"

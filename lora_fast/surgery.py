@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from . import checks, targets
-from .layers import fused_class, peft_layers
+from .layers import OURS, fused_class, peft_layers
 from .linear import INITS, LoRALinear
+from .nb_linear import NORMS, NBLoRALinear, share_factors_
 from .report import Report
 
 
@@ -55,9 +56,55 @@ class LoRAConfig:
         return {name: getattr(self, name) for name in ("r", "alpha", "dropout", "use_rslora", "init")}
 
 
-def inject_(model: nn.Module, config: LoRAConfig, *, allow_empty: bool = False) -> Report:
-    """Replace linear layers of a plain model by ``LoRALinear`` over the same weights, and freeze everything but the
-    adapters.
+@dataclass(frozen=True)
+class NBLoRAConfig:
+    """Norm-bounded adapters for ``inject_`` ("Norm-Bounded Low-Rank Adaptation"; see ``NBLoRALinear``).
+
+    Args:
+        r: rank, 1 to 256 and at most each layer's d_in.
+        norm: ``"spectral"``, ``"frobenius"`` or ``"nuclear"``.
+        bound: on the norm of each layer's ΔW; None: 1, √r or r.
+        bound_ratio: instead of ``bound``, each layer's bound as a multiple of its frozen weight's own norm (the nuclear
+            and spectral norms of a large model's weights take minutes).
+        learn_scale: train how the bound is shared out among the singular values.
+        dropout, target_modules: as in LoRAConfig.
+
+    Raises:
+        ArgumentError: a value out of range.
+    """
+
+    r: int = 16
+    norm: str = "nuclear"
+    bound: float | None = None
+    bound_ratio: float | None = None
+    learn_scale: bool = True
+    dropout: float = 0.0
+    target_modules: str | list[str] = targets.ALL_LINEAR
+
+    def __post_init__(self) -> None:
+        checks.rank(self.r)
+        checks.choice(self.norm, "norm", tuple(NORMS))
+        for name in ("bound", "bound_ratio"):
+            if getattr(self, name) is not None:
+                checks.positive(getattr(self, name), name)
+        if self.bound is not None and self.bound_ratio is not None:
+            raise checks.ArgumentError("bound_ratio", "None where bound is given", repr(self.bound_ratio))
+        checks.flag(self.learn_scale, "learn_scale")
+        checks.probability(self.dropout)
+        targets.check(self.target_modules)
+
+    def layer_settings(self) -> dict:
+        """The keyword arguments of ``NBLoRALinear.from_linear``."""
+        names = ("r", "norm", "bound", "bound_ratio", "learn_scale", "dropout")
+        return {name: getattr(self, name) for name in names}
+
+
+LAYERS = {LoRAConfig: LoRALinear, NBLoRAConfig: NBLoRALinear}
+
+
+def inject_(model: nn.Module, config: LoRAConfig | NBLoRAConfig, *, allow_empty: bool = False) -> Report:
+    """Replace linear layers of a plain model by ``LoRALinear`` or ``NBLoRALinear`` over the same weights, and freeze
+    everything but the adapters. The model then computes all norm-bounded layers' factors at once before each forward.
 
     Only layers whose type is exactly ``torch.nn.Linear``, on any device (meta included), with plain parameters and no
     hooks are replaced; others that ``config.target_modules`` names are left alone, with the reason in the report. A
@@ -73,24 +120,25 @@ def inject_(model: nn.Module, config: LoRAConfig, *, allow_empty: bool = False) 
         ArgumentError: nothing to replace (with the closest names), a model that is itself a linear layer or already
             has PEFT layers. The model is then unchanged.
     """
-    if not isinstance(config, LoRAConfig):
-        raise checks.ArgumentError("config", "an lf.LoRAConfig", type(config).__name__)
+    kind = LAYERS.get(type(config))
+    if kind is None:
+        raise checks.ArgumentError("config", "an lf.LoRAConfig or lf.NBLoRAConfig", type(config).__name__)
     check_plain(model)
     found = targets.candidates(model, config.target_modules)
     report = Report("injected", left=targets.left_alone(model, found, config.target_modules))
-    report.changed = {name: f"LoRALinear(r={config.r})" for name in found if name not in report.left}
+    report.changed = {name: f"{kind.__name__}(r={config.r})" for name in found if name not in report.left}
     if not report.changed and not allow_empty:
         near = targets.closest(model, config.target_modules)
         expected = f"at least one torch.nn.Linear, by a regular expression or a list of name ends (closest: {near})"
         got = f"{config.target_modules!r}" + (f"; left {report.reasons()}" if report.left else "")
         raise checks.ArgumentError("target_modules", expected, got)
-    replace_(model, {name: config.layer_settings() for name in report.changed})
+    replace_(model, {name: config.layer_settings() for name in report.changed}, kind)
     return report
 
 
 def check_plain(model: object) -> None:
     """Raises ArgumentError unless it is a module, without PEFT layers, whose inner layers can be replaced."""
-    if isinstance(model, (nn.Linear, LoRALinear)):
+    if isinstance(model, (nn.Linear, *OURS)):
         expected = "a module that contains linear layers; for a single layer, lf.LoRALinear.from_linear"
         raise checks.ArgumentError("model", expected, type(model).__name__)
     if peft_layers(model):
@@ -98,13 +146,13 @@ def check_plain(model: object) -> None:
         raise checks.ArgumentError("model", expected, type(model).__name__)
 
 
-def replace_(model: nn.Module, settings: dict[str, dict]) -> None:
-    """Put a LoRALinear in the place of each named nn.Linear, wherever the model holds it, and freeze all but adapters.
-    All layers are built before the first is placed; a failure on the way leaves the model as it was."""
+def replace_(model: nn.Module, settings: dict[str, dict], kind: type[nn.Module] = LoRALinear) -> None:
+    """Put a layer of the kind in the place of each named nn.Linear, wherever the model holds it, and freeze all but
+    adapters. All layers are built before the first is placed; a failure on the way leaves the model as it was."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         linears = {name: model.get_submodule(name) for name in settings}
-        fused = {linears[name]: LoRALinear.from_linear(linears[name], **settings[name]) for name in settings}
+        fused = {linears[name]: _build(kind, name, linears[name], settings[name]) for name in settings}
     except BaseException:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
@@ -115,11 +163,20 @@ def replace_(model: nn.Module, settings: dict[str, dict]) -> None:
         for key, child in list(parent._modules.items()):
             if child in fused:
                 setattr(parent, key, fused[child])
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    adapters = {id(parameter) for layer in layers for parameter in (layer.lora_A, layer.lora_B)}
+    layers = [module for module in model.modules() if isinstance(module, OURS)]
+    adapters = {id(getattr(layer, name)) for layer in layers for name in layer.TRAINED}
     for parameter in model.parameters():
         if id(parameter) not in adapters:
             parameter.requires_grad_(False)
+    if kind is NBLoRALinear:
+        share_factors_(model)
+
+
+def _build(kind: type[nn.Module], name: str, linear: nn.Linear, settings: dict) -> nn.Module:
+    try:
+        return kind.from_linear(linear, **settings)
+    except checks.ArgumentError as error:
+        raise checks.ArgumentError(error.argument, f"{error.expected} ({name})", error.got) from error
 
 
 def fuse_(

@@ -8,7 +8,7 @@ import re
 from torch import nn
 
 from . import checks
-from .linear import LoRALinear
+from .layers import OURS
 
 ALL_LINEAR = "all-linear"
 
@@ -60,10 +60,10 @@ def left_alone(model: nn.Module, found: dict[str, nn.Module], target_modules: st
 
 
 def unsupported(module: nn.Module, parent: nn.Module) -> str | None:
-    """Why LoRALinear cannot stand in for the module, or None."""
+    """Why no layer of ours can stand in for the module, or None."""
     kind = type(module).__name__
-    if isinstance(module, LoRALinear):
-        return "already a LoRALinear"
+    if isinstance(module, OURS):
+        return f"already a {kind}"
     if nn.utils.parametrize.is_parametrized(module):
         return "parametrized weight"
     if type(module) is not nn.Linear:

@@ -1,0 +1,241 @@
+"""NBLoRALinear: a frozen linear layer and its norm-bounded adapter; and a model's hooks that compute all their factors
+at once."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from . import changed_base, checks, factors, functional
+from .linear import merged_weight
+
+NORMS = {"spectral": 0.0, "frobenius": 0.5, "nuclear": 1.0}  # name → 1 / p of the Schatten norm
+
+
+class NBLoRALinear(nn.Module):
+    """Linear layer with a low-rank adapter whose norm cannot exceed a bound ("Norm-Bounded Low-Rank Adaptation").
+
+    ``y = x Wᵀ + bias + dropout(x) aᵀ bᵀ``, computed as one fused op. a and b are not trained themselves: they are the
+    Cayley transform of free parameters, with the scales folded into b, so that the singular values of ΔW = b a are at
+    most sv (both sorted) and the norm of sv is at most the bound, whatever values training gives the parameters:
+    sv = bound · softmax(free_scale / √r)^(1/p) with p = 1 (nuclear), 2 (Frobenius) or ∞ (spectral: sv = bound).
+
+    A layer called by itself computes its own factors. In a model that ``lf.inject_`` made, or that ``share_factors_``
+    was called on, all layers' factors are computed at once before the model's forward.
+
+    Args:
+        in_features: d_in.
+        out_features: d_out.
+        r: rank, 1 to 256 and at most d_in.
+        norm: ``"spectral"``, ``"frobenius"`` or ``"nuclear"``.
+        bound: on the norm of ΔW; None: 1 (spectral), √r (Frobenius), r (nuclear), which make all sv 1 at the start.
+        learn_scale: train how the bound is shared out among the singular values (in the spectral norm it is not).
+        dropout: probability of dropping an element of x on the adapter's way, in training only.
+        bias: whether the frozen layer has one.
+        device: of all parameters.
+        dtype: of all parameters (``from_linear`` gives the adapter float32 where the weight is 16-bit).
+
+    Attributes:
+        weight: (d_out, d_in), frozen. bias: (d_out,), frozen, or None.
+        free_a: (r, d_in), free_b: (d_out, r), trained. free_scale: (r,), trained with ``learn_scale``.
+        bound: may be changed at any time.
+        merged: True while ``weight`` contains the adapter.
+
+    Raises:
+        ArgumentError: r, norm, bound or dropout out of range.
+    """
+
+    TRAINED = factors.FREE  # parameters
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        r: int,
+        norm: str = "nuclear",
+        bound: float | None = None,
+        learn_scale: bool = True,
+        dropout: float = 0.0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.r = checks.rank(r)
+        if r > in_features:
+            raise checks.ArgumentError("r", f"at most in_features, {in_features}", r)
+        self.norm = checks.choice(norm, "norm", tuple(NORMS))
+        self.power = NORMS[norm]
+        self.bound = r**self.power if bound is None else checks.positive(bound, "bound")
+        self.learn_scale = checks.flag(learn_scale, "learn_scale")
+        self.dropout_p = checks.probability(dropout)
+        place = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **place), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features, **place), requires_grad=False) if bias else None
+        self.free_a = nn.Parameter(torch.empty(r, in_features, **place))
+        self.free_b = nn.Parameter(torch.empty(out_features, r, **place))
+        self.free_scale = nn.Parameter(torch.empty(r, **place), requires_grad=learn_scale and self.power > 0)
+        self.register_buffer("_unmerged_weight", None, persistent=False)
+        self.kept: factors.Kept | None = None  # this layer's factors, for as long as they hold
+        self.shared: tuple[Tensor, Tensor] | None = None  # those of the model's forward that is running
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        r: int,
+        norm: str = "nuclear",
+        bound: float | None = None,
+        bound_ratio: float | None = None,
+        learn_scale: bool = True,
+        dropout: float = 0.0,
+    ) -> NBLoRALinear:
+        """The layer over ``linear``'s own parameters (shared, not copied, and frozen from now on).
+
+        ``bound_ratio`` gives the bound as a multiple of the weight's own norm, instead of ``bound``. The adapter is on
+        the weight's device, in float32 where the weight is 16-bit, else in the weight's dtype.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise checks.ArgumentError("linear", "a torch.nn.Linear", type(linear).__name__)
+        weight, bias = linear.weight, linear.bias
+        if weight.dtype not in checks.FLOATS:
+            expected = "a dtype among float16, bfloat16, float32, float64"
+            raise checks.ArgumentError("linear.weight", expected, weight.dtype)
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            r=r,
+            norm=norm,
+            bound=bound if bound_ratio is None else _bound_from(weight, norm, bound, bound_ratio),
+            learn_scale=learn_scale,
+            dropout=dropout,
+            bias=bias is not None,
+            device="meta",
+            dtype=torch.promote_types(weight.dtype, torch.float32),
+        )
+        for name in factors.FREE:
+            free = getattr(layer, name)
+            fresh = nn.Parameter(torch.empty_like(free, device=weight.device), requires_grad=free.requires_grad)
+            setattr(layer, name, fresh)
+        layer.reset_adapter()
+        layer.weight = weight.requires_grad_(False)
+        layer.bias = None if bias is None else bias.requires_grad_(False)
+        if changed_base.is_changed(linear):
+            changed_base.mark(layer)
+        return layer.train(linear.training)
+
+    def reset_parameters(self) -> None:
+        """nn.Linear's initialisation of weight and bias, and a fresh adapter."""
+        nn.Linear.reset_parameters(self)
+        self.reset_adapter()
+
+    def reset_adapter(self) -> None:
+        """A fresh adapter: ``free_a`` Kaiming, the rest 0; so b = 0, a aᵀ = I, and all singular values share the bound
+        equally."""
+        nn.init.kaiming_uniform_(self.free_a, a=math.sqrt(5))
+        nn.init.zeros_(self.free_b)
+        nn.init.zeros_(self.free_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., d_in) → (..., d_out)."""
+        if self._buffers["_unmerged_weight"] is not None:
+            return nn.functional.linear(x, self.weight, self.bias)
+        a, b = self.shared or factors.of_layers([self])[0]
+        dropout_p = self.dropout_p if self.training else 0.0
+        return functional.lora_linear(x, self.weight, self.bias, a, b, 1.0, dropout_p)
+
+    @torch.no_grad()
+    def plain_factors(self) -> tuple[Tensor, Tensor]:
+        """a (r, d_in) and b (d_out, r) of the same adapter as plain LoRA with scaling 1, in at least float32."""
+        return factors.of_layers([self])[0]
+
+    def merge(self) -> None:
+        """Fold the adapter into ``weight`` with one rounding; the original is kept until ``unmerge``."""
+        if not self.merged:
+            original = self.weight.data
+            self.weight.data = merged_weight(original, [(*self.plain_factors(), 1.0)])
+            self._unmerged_weight = original
+
+    def unmerge(self) -> None:
+        """Restore every bit of the weight from before ``merge``."""
+        if self.merged:
+            self.weight.data = self._unmerged_weight
+            self._unmerged_weight = None
+
+    @property
+    def merged(self) -> bool:
+        return self._unmerged_weight is not None
+
+    def train(self, mode: bool = True) -> NBLoRALinear:
+        self.kept = None
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True) -> NBLoRALinear:
+        self.kept = None  # what moves to another device leaves nothing behind
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        """For deepcopy, pickle and torch.save: without the factors, which are computed again."""
+        return self.__dict__ | {"kept": None, "shared": None}
+
+    def extra_repr(self) -> str:
+        rows = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        adapter = f"r={self.r}, norm={self.norm}, bound={self.bound:g}, dropout={self.dropout_p:g}"
+        return f"{rows}, {adapter}" + (", merged" * self.merged)
+
+
+def _bound_from(weight: Tensor, norm: str, bound: float | None, ratio: float) -> float:
+    """ratio times the weight's norm."""
+    checks.choice(norm, "norm", tuple(NORMS))
+    checks.positive(ratio, "bound_ratio")
+    if bound is not None:
+        raise checks.ArgumentError("bound_ratio", "None where bound is given", f"{ratio:g} and bound {bound:g}")
+    if weight.is_meta:
+        raise checks.ArgumentError("bound_ratio", "a weight with data", "a weight on the meta device")
+    size = matrix_norm(weight, norm)
+    if not 0.0 < size < math.inf:
+        raise checks.ArgumentError("bound_ratio", "a weight whose norm is finite and above 0", f"norm {size:g}")
+    return ratio * size
+
+
+@torch.no_grad()
+def matrix_norm(matrix: Tensor, norm: str) -> float:
+    """A norm of ``NORMS``, from the eigenvalues of the smaller Gram in float64."""
+    matrix = matrix.double()
+    if norm == "frobenius":
+        return matrix.norm().item()
+    gram = matrix @ matrix.mT if len(matrix) <= matrix.shape[1] else matrix.mT @ matrix
+    if not gram.isfinite().all():
+        return math.nan
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    return (singular.sum() if norm == "nuclear" else singular[-1]).item()
+
+
+def share_factors_(model: nn.Module) -> None:
+    """From now on the model computes the factors of all its NBLoRALinear layers at once before each forward; those that
+    are sharded (DTensor) or merged are left out. Copies of the model do so, too."""
+    if before_forward not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(before_forward)
+        model.register_forward_hook(after_forward, always_call=True)
+
+
+def before_forward(model: nn.Module, args: tuple) -> None:
+    places: dict[torch.device, list[NBLoRALinear]] = {}
+    for layer in model.modules():
+        if isinstance(layer, NBLoRALinear) and not layer.merged and type(layer.free_a) in (nn.Parameter, Tensor):
+            places.setdefault(layer.free_a.device, []).append(layer)
+    for layers in places.values():
+        for layer, shared in zip(layers, factors.of_layers(layers), strict=True):
+            layer.shared = shared
+
+
+def after_forward(model: nn.Module, args: tuple, output: object) -> None:
+    for layer in model.modules():
+        if isinstance(layer, NBLoRALinear):
+            layer.shared = None
