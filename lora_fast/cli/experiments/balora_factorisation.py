@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ... import functional
 from .result import Result, claim, compared, draw, noted, number
-from .session import Session
+from .session import Session, one_thread
 
 SIZE, RANK, SEEDS, RATES = 20, 4, 8, 50
 STEPS, ADAM_STEPS = 100, 300
@@ -51,7 +51,7 @@ def run(session: Session) -> Result:
         for low, high in ((LOWEST, HIGHEST), (ADAM_LOWEST, ADAM_HIGHEST))
     )
     first = Problem.random(range(SEEDS))
-    with session.progress("methods", 2 * groups + 3) as done:
+    with one_thread(), session.progress("methods", 2 * groups + 3) as done:
         descent = []
         for group in range(groups):
             problem = Problem.random(range(group * SEEDS, (group + 1) * SEEDS))

@@ -76,17 +76,17 @@ def measure(session: Session, rounds: int) -> dict[str, Times]:
 def column_shares(session: Session) -> dict[int, float]:
     """Per cent of the layers, for each rank."""
     shares = {}
-    with session.progress("column solutions", len(RANKS) * (SHARE_STEPS + 1)) as done:
-        for rank in RANKS:
-            model, batches = steps.prepare(session, rank)
-            optimizer = LoRAAdamW(model, lr=1e-4, methods=[methods.ScaLoRA(interval=1)])
-            taken = []
+    for rank in RANKS:
+        model, batches = steps.prepare(session, rank)
+        optimizer = LoRAAdamW(model, lr=1e-4, methods=[methods.ScaLoRA(interval=1)])
+        taken = []
+        with session.progress(f"column solutions, rank {rank}", SHARE_STEPS + 1) as done:
             for _ in range(SHARE_STEPS + 1):
                 steps.gradients(model, next(batches))
                 taken.append(column_share(pairs.of_model(model)))
                 optimizer.step()
                 done()
-            shares[rank] = 100 * statistics.mean(taken[1:])
+        shares[rank] = 100 * statistics.mean(taken[1:])
     return shares
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ... import functional
 from .result import Result, Row, compared, draw, noted, number
-from .session import Session
+from .session import Session, one_thread
 
 SIZE, SAMPLES, RANK, STEPS, SEED = 64, 100, 8, 200, 0
 RATES = {"LoRA": (2e-4, 1e-2), 1: (8e-3, 2.1e-2), 3: (5e-3, 1.3e-2), 10: (4e-3, 8e-3)}  # lowest, highest
@@ -83,7 +83,7 @@ def run(session: Session) -> Result:
     tried = {name: [(rate, 1.0) for rate in _rates(name, rates)] for name in RATES}
     for interval in INTERVALS:
         tried[interval] = [(rate, caution) for caution in CAUTION for rate, _ in tried[interval]]
-    with session.progress("runs", sum(map(len, tried.values())) + 1) as done:
+    with one_thread(), session.progress("runs", sum(map(len, tried.values())) + 1) as done:
         curves = {"full": full(problem, 1 / smoothness)}
         ranks, chosen = {}, {}
         for name, settings in tried.items():
@@ -99,25 +99,11 @@ def run(session: Session) -> Result:
     rows = _rows(problem, curves, ranks) + [
         noted(f"ScaLoRA I = 1 at η = {GIVEN_RATE}: starts that diverge", f"{unstable} of {starts}")
     ]
-    notes = [
-        f"Seed {SEED}, float64, {STEPS} steps, L = {smoothness:.1f}; b = 0, a Gaussian of variance 1/{SIZE}, {starts} "
-        "draws of it.",
-        f"Full fine-tuning at rate 1/L; else, for each draw, the best at the last step of {rates} rates: "
-        + ", ".join(f"{low:g} to {high:g} ({_title(name)})" for name, (low, high) in RATES.items())
-        + f"; for ScaLoRA with κ of {CAUTION[0]:g} and {CAUTION[1]:g} times L η. Curves and figures: medians over "
-        "the draws.",
-        f"Chosen, medians: LoRA η = {chosen['LoRA'][0]:.2g}; "
-        + "; ".join(f"{_title(i)} η = {chosen[i][0]:.2g}, κ = {chosen[i][1]:g} L η" for i in INTERVALS)
-        + ".",
-        "At a rate at which a start survives, its first steps may still go up before they go down.",
-        "The numbers in the paper's column come from an independent transcription of its equations on this same "
-        "problem; its figure prints none.",
-    ]
     return Result(
         source="ScaLoRA, Fig. 1",
         rows=rows,
         plots=[_plot(problem, curves)],
-        notes=notes,
+        notes=_notes(smoothness, starts, rates, chosen),
         data={"gaps": _text_keys(curves), "chosen": _text_keys(chosen)},
     )
 
@@ -184,6 +170,23 @@ def _rows(problem: Problem, curves: dict, ranks: dict) -> list[Row]:
             rows.append(compared(f"{_title(name)}, gap after {mark} steps", value, curves[name][mark]))
     rows += [compared(f"{_title(i)}, gap after {STEPS} steps", EXPECTED[i], curves[i][STEPS]) for i in INTERVALS[1:]]
     return [*rows, compared("ScaLoRA I = 1, rank of W", EXPECTED["rank"], ranks[1])]
+
+
+def _notes(smoothness: float, starts: int, rates: int, chosen: dict) -> list[str]:
+    return [
+        f"Seed {SEED}, float64, {STEPS} steps, L = {smoothness:.1f}; b = 0, a Gaussian of variance 1/{SIZE}, {starts} "
+        "draws of it.",
+        f"Full fine-tuning at rate 1/L; else, for each draw, the best at the last step of {rates} rates: "
+        + ", ".join(f"{low:g} to {high:g} ({_title(name)})" for name, (low, high) in RATES.items())
+        + f"; for ScaLoRA with κ of {CAUTION[0]:g} and {CAUTION[1]:g} times L η. Curves and figures: medians over "
+        "the draws.",
+        f"Chosen, medians: LoRA η = {chosen['LoRA'][0]:.2g}; "
+        + "; ".join(f"{_title(i)} η = {chosen[i][0]:.2g}, κ = {chosen[i][1]:g} L η" for i in INTERVALS)
+        + ".",
+        "At a rate at which a start survives, its first steps may still go up before they go down.",
+        "The numbers in the paper's column come from an independent transcription of its equations on this same "
+        "problem: the figure itself is a plot.",
+    ]
 
 
 def _plot(problem: Problem, curves: dict):

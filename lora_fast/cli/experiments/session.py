@@ -44,6 +44,17 @@ class Session:
             yield lambda: progress.advance(task)
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """While it is open, torch computes on one thread: on small matrices more of them only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def machine() -> str:
     """Conditions of a timing, in words: threads, and what else the machine was doing."""
     threads, cores, load = torch.get_num_threads(), os.cpu_count(), os.getloadavg()[0]

@@ -38,7 +38,7 @@ def train(session: Session, methods: list[str]) -> dict[str, Record]:
 
 
 def settings(session: Session, methods: list[str]) -> Settings:
-    steps, seq_len = (5, 64) if session.quick else (20, 128)
+    steps, seq_len = (5, 64) if session.quick else (16, 128)
     return Settings(method=tuple(methods), compare=True, steps=steps, seq_len=seq_len, save_every=steps).check()
 
 
