@@ -1,40 +1,26 @@
-"""Matrices too large for registers, worked on in memory by one program: blocked Cholesky, its triangular solves, and the
-sum of outer products that all blocked algorithms here are made of.
+"""Matrices too large for registers, worked on in memory by one program: blocked Cholesky, its triangular solves, and
+the sum of outer products of which blocked algorithms are made.
 
 Math      A + δI = UᵀU (U upper triangular), then Uᵀy = rhs, U x = y. Left-looking: BLOCK rows of A, less what U's
           earlier rows give, are one panel in registers, eliminated row by row; the solves go by blocks of rows the same
           way. Nothing is inverted, so both are backward stable without pivoting (Higham, Accuracy and Stability of
           Numerical Algorithms, 2nd ed., theorems 10.3 and 10.4).
-Grid      the caller's: a whole program works on one matrix, at most as wide as a constexpr power of two. What one thread
-          wrote another may read after a barrier: the functions start and end with one, so a caller needs none.
+Grid      the caller's: a whole program works on one matrix, at most as wide as a constexpr power of two. What one
+          thread wrote another may read after a barrier: the functions start and end with one, a caller needs none.
 Shapes    float32, row-major; ``stride`` is from row to row.
 Roofline  n³/3 operations, and 2 n² for each right-hand side, from cache; 3 n dependent row steps: latency bound. Outer
           products need a tenth of the registers that a float32 ``tl.dot`` takes, so more programs share a processor.
-          Launch with ``maxnreg=128``: left to itself ptxas spills a few registers to fit one program more.
+          Launch with 8 warps and ``maxnreg=registers(BLOCK_N)``: left to itself ptxas spills some to fit one more
+          program.
 """
 
 import triton
 import triton.language as tl
 
+from .primitives import column, over, row
+
 BLOCK = tl.constexpr(16)  # rows of a panel
 UNROLL = tl.constexpr(4)
-
-
-@triton.jit
-def column(b_matrix, i_col, j):
-    """Column j of a block, by a sum of one term: [rows]."""
-    return tl.sum(tl.where(i_col[None, :] == j, b_matrix, 0.0), 1)
-
-
-@triton.jit
-def row(b_matrix, i_row, j):
-    return tl.sum(tl.where(i_row[:, None] == j, b_matrix, 0.0), 0)
-
-
-@triton.jit
-def over(vector, scalar):
-    """vector / scalar, correctly rounded."""
-    return tl.div_rn(vector, tl.zeros_like(vector) + scalar)
 
 
 @triton.jit
@@ -48,9 +34,23 @@ def add_products(b_sum, sign, p_left, step_left, m_left, p_right, step_right, m_
 
 
 @triton.jit
+def copy(source, stride_source, target, stride, n, BLOCK_N: tl.constexpr):
+    """target (n, n) ← source (n, n)."""
+    tl.debug_barrier()
+    i_n = tl.arange(0, BLOCK_N)
+    for o in tl.range(0, n, BLOCK, num_stages=1):
+        i_row = o + tl.arange(0, BLOCK)
+        mask = (i_row < n)[:, None] & (i_n < n)[None, :]
+        b_rows = tl.load(source + i_row[:, None] * stride_source + i_n[None, :], mask=mask, other=0.0)
+        tl.store(target + i_row[:, None] * stride + i_n[None, :], b_rows, mask=mask)
+    tl.debug_barrier()
+
+
+@triton.jit
 def cholesky(matrix, upper, n, stride, damping, BLOCK_N: tl.constexpr):
-    """upper ← U with UᵀU = matrix + damping I, both (n, n) with one stride, n ≤ BLOCK_N; below U's diagonal rubbish.
-    Returns 0, or the order (from 1) of the first leading minor that is not positive definite: U is then of no use."""
+    """upper ← U with UᵀU = matrix + damping I, both (n, n) with one stride and possibly the same memory, n ≤ BLOCK_N;
+    below U's diagonal is rubbish. Returns 0, or the order (from 1) of the first leading minor that is not positive
+    definite: U is then of no use."""
     i_n, i_block = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK)
     bad = 0
     for o in tl.range(0, n, BLOCK, num_stages=1):
@@ -62,16 +62,16 @@ def cholesky(matrix, upper, n, stride, damping, BLOCK_N: tl.constexpr):
         b_panel = tl.load(matrix + o_panel, mask=m_panel, other=0.0)  # [BLOCK, BLOCK_N]
         b_panel += tl.where(i_row[:, None] == i_n[None, :], damping, 0.0)
         b_panel = add_products(b_panel, -1.0, upper + i_row, stride, m_row, upper + i_n, stride, m_n, o)
-        for j in range(0, tl.minimum(BLOCK, n - o)):
-            b_row, b_column = row(b_panel, i_block, j), column(b_panel, i_n, o + j)
-            pivot = tl.sum(tl.where(i_block == j, b_column, 0.0), 0)
+        for j in range(o, tl.minimum(o + BLOCK, n)):
+            b_row, b_column = row(b_panel, i_row, j), column(b_panel, i_n, j)
+            pivot = tl.sum(tl.where(i_row == j, b_column, 0.0), 0)
             good = (pivot > 0.0) & (pivot < float("inf"))
-            bad = tl.where((bad == 0) & (good == 0), o + j + 1, bad)
+            bad = tl.where((bad == 0) & (good == 0), j + 1, bad)
             root = tl.sqrt_rn(pivot)
             b_row, b_column = over(b_row, root), over(b_column, root)
-            update = b_panel - b_column[:, None] * b_row[None, :]
-            later, own = (i_block > j)[:, None], (i_block == j)[:, None]
-            b_panel = tl.where(later, update, tl.where(own, b_row[None, :], b_panel))
+            later = b_panel - b_column[:, None] * b_row[None, :]
+            b_panel = tl.where((i_row == j)[:, None], b_row[None, :], tl.where((i_row > j)[:, None], later, b_panel))
+        tl.debug_barrier()
         tl.store(upper + o_panel, b_panel, mask=m_panel)
     tl.debug_barrier()
     return bad
@@ -80,7 +80,7 @@ def cholesky(matrix, upper, n, stride, damping, BLOCK_N: tl.constexpr):
 @triton.jit
 def cholesky_solve(upper, rhs, x, n, k, stride, stride_x, BLOCK_K: tl.constexpr):
     """x with UᵀU x = rhs, U from ``cholesky``; rhs and x (n, k), stride_x from row to row, possibly the same memory;
-    rhs None: the first k columns of I. BLOCK_K ≥ 16 columns at a time."""
+    rhs None: the first k columns of I. BLOCK_K columns at a time."""
     i_block = tl.arange(0, BLOCK)
     last = (n - 1) // BLOCK * BLOCK
     for o_k in tl.range(0, k, BLOCK_K, num_stages=1):
@@ -96,11 +96,10 @@ def cholesky_solve(upper, rhs, x, n, k, stride, stride_x, BLOCK_K: tl.constexpr)
             else:
                 b_x = tl.load(rhs + o_x, mask=m_x, other=0.0)
             b_x = add_products(b_x, -1.0, upper + i_row, stride, m_row, x + i_k, stride_x, m_k, o)
-            for j in range(0, tl.minimum(BLOCK, n - o)):
-                p_row = upper + (o + j) * stride
-                b_u = tl.load(p_row + i_row, mask=(i_block > j) & m_row, other=0.0)
-                b_solved = over(row(b_x, i_block, j), tl.load(p_row + o + j))
-                b_x = tl.where(i_block[:, None] == j, b_solved[None, :], b_x - b_u[:, None] * b_solved[None, :])
+            for j in range(o, tl.minimum(o + BLOCK, n)):
+                b_u = tl.load(upper + j * stride + i_row, mask=(i_row > j) & m_row, other=0.0)
+                b_solved = over(row(b_x, i_row, j), tl.load(upper + j * (stride + 1)))
+                b_x = tl.where((i_row == j)[:, None], b_solved[None, :], b_x - b_u[:, None] * b_solved[None, :])
             tl.debug_barrier()
             tl.store(x + o_x, b_x, mask=m_x)
         for o_back in tl.range(0, n, BLOCK, num_stages=1):  # U x = y, upwards
@@ -112,13 +111,18 @@ def cholesky_solve(upper, rhs, x, n, k, stride, stride_x, BLOCK_K: tl.constexpr)
             b_x = tl.load(x + o_x, mask=m_x, other=0.0)
             after = o + BLOCK
             p_u, p_x = upper + i_row * stride + after, x + after * stride_x + i_k
-            b_x = add_products(b_x, -1.0, p_u, 1, m_row, p_x, stride_x, m_k, n - after)
-            size = tl.minimum(BLOCK, n - o)
-            for back in range(1, size + 1):
-                j = size - back
-                b_u = tl.load(upper + i_row * stride + o + j, mask=i_block < j, other=0.0)
-                b_solved = over(row(b_x, i_block, j), tl.load(upper + (o + j) * (stride + 1)))
-                b_x = tl.where(i_block[:, None] == j, b_solved[None, :], b_x - b_u[:, None] * b_solved[None, :])
+            b_x = add_products(b_x, -1.0, p_u, 1, m_row, p_x, stride_x, m_k, tl.maximum(n - after, 0))
+            end = tl.minimum(after, n)
+            for back in range(1, end - o + 1):
+                j = end - back
+                b_u = tl.load(upper + i_row * stride + j, mask=i_row < j, other=0.0)
+                b_solved = over(row(b_x, i_row, j), tl.load(upper + j * (stride + 1)))
+                b_x = tl.where((i_row == j)[:, None], b_solved[None, :], b_x - b_u[:, None] * b_solved[None, :])
             tl.debug_barrier()
             tl.store(x + o_x, b_x, mask=m_x)
     tl.debug_barrier()
+
+
+def registers(block_n: int) -> int:
+    """For each thread, at most: ``maxnreg`` of the launch."""
+    return 128 if block_n <= 128 else 255

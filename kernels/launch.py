@@ -1,9 +1,11 @@
-"""What every launcher needs: row-contiguous views, the device guard, the dropout arguments."""
+"""What every launcher needs: checks, row-contiguous views, the device guard, the dropout arguments."""
 
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
+
+LARGEST_RANK = 256
 
 
 class Keep(NamedTuple):
@@ -29,6 +31,17 @@ def draw_mask(seed: int | torch.Tensor, n_tokens: int, d_in: int, dropout_p: flo
 def rows(tensor: torch.Tensor) -> torch.Tensor:
     """A matrix whose rows are contiguous; any leading dimension passes, anything else is copied."""
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+
+
+def check_square(name: str, matrices: torch.Tensor) -> tuple[int, int]:
+    """n and r of float32 (n, r, r), r from 1 to ``LARGEST_RANK``."""
+    n, *sides = matrices.shape
+    if len(sides) != 2 or sides[0] != sides[1] or not 1 <= sides[0] <= LARGEST_RANK or matrices.dtype != torch.float32:
+        raise ValueError(
+            f"lora_fast: {name}: expected float32 (n, r, r), r from 1 to {LARGEST_RANK}, "
+            f"got {matrices.dtype} {tuple(matrices.shape)}"
+        )
+    return n, sides[0]
 
 
 def on_device(tensor: torch.Tensor):

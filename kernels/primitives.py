@@ -56,6 +56,24 @@ def drop(value, keep):
 
 
 @triton.jit
+def column(b_matrix, i_col, j):
+    """Column j of a block, by a sum of one term: [rows]."""
+    return tl.sum(tl.where(i_col[None, :] == j, b_matrix, 0.0), 1)
+
+
+@triton.jit
+def row(b_matrix, i_row, j):
+    """Row j of a block, by a sum of one term: [columns]."""
+    return tl.sum(tl.where(i_row[:, None] == j, b_matrix, 0.0), 0)
+
+
+@triton.jit
+def over(block, scalar):
+    """block / scalar, correctly rounded."""
+    return tl.div_rn(block, tl.zeros_like(block) + scalar)
+
+
+@triton.jit
 def keep_mask(seed, i_t, o_col, drop_level, SEED_IN_MEMORY: tl.constexpr, BLOCK_COL: tl.constexpr):
     """The dropout mask of tokens ``i_t`` [BLOCK_T] and columns ``o_col`` … ``o_col + BLOCK_COL`` (multiples of 8):
     bool [BLOCK_T, BLOCK_COL].

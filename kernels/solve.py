@@ -1,13 +1,13 @@
-"""Batches of small matrices: SPD solves with damping, and inverses without pivoting.
+"""Batches of SPD systems: solutions, or inverses, with damping.
 
-Math      spd_solve: A + δI = L D Lᵀ (L unit lower triangular), then L y = rhs, Lᵀ x = D⁻¹ y. Backward stable without
-          pivoting, because A is SPD; the first pivot that is not positive (or is NaN) ends it: info is its order, from
-          1, and x is NaN.
-          small_inverse: Gauss-Jordan without pivoting, where the symmetric part is at least I every pivot is at least
-          1; then one refinement W ← 2W − W M W.
-Grid      one program per matrix (and per BLOCK_K columns of the right-hand side), the matrix in registers. A bad
-          matrix cannot touch its neighbours.
-Shapes    (n, r, r) float32 contiguous, r up to 64; n any number. Larger matrices: torch.linalg (the twins).
+Math      A + δI = L D Lᵀ (L unit lower triangular), then L y = rhs, Lᵀ x = D⁻¹ y; above rank 64 blocked Cholesky
+          (blocked.py). Backward stable without pivoting, because A is SPD; the first pivot that is not positive (or is
+          NaN) ends it: info is its order, from 1, and x is NaN. A Gram that rounding left indefinite may have a second
+          attempt with r ε tr A more damping: its eigenvalues are off by no more.
+Grid      up to rank 64 one program per matrix (and per BLOCK_K columns of the right-hand side), the matrix in
+          registers; above, up to SLOTS programs that go through the matrices, each with U in its slot of a scratch
+          buffer that stays in L2. A bad matrix cannot touch its neighbours.
+Shapes    (n, r, r) float32 contiguous, r from 1 to 256; n any number.
 Roofline  r³ operations on 4 r² bytes, one dependent step per column: latency bound; the batch hides it.
 """
 
@@ -15,57 +15,37 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import on_device
-from .primitives import dot
+from .blocked import cholesky, cholesky_solve, copy, registers
+from .launch import check_square, on_device
+from .primitives import column, over, row
 
-LARGEST = 64  # rank whose matrix fits in registers
-RHS = 64  # columns of the right-hand side of one program, at most
-
-
-@triton.jit
-def column(b_matrix, i_col, j):
-    """Column j of a block, by a sum of one term: [rows]."""
-    return tl.sum(tl.where(i_col[None, :] == j, b_matrix, 0.0), 1)
+IN_REGISTERS = 64  # largest rank whose matrix a program holds
+SLOTS = 512  # programs, at most, that work in memory
+WARPS = {16: 1, 32: 4, 64: 8}  # of a matrix in registers, by its padded rank
+RHS = 64  # columns of the right-hand side in registers, at most
+EPS = tl.constexpr(2.0**-23)  # of float32
 
 
 @triton.jit
-def row(b_matrix, i_row, j):
-    return tl.sum(tl.where(i_row[:, None] == j, b_matrix, 0.0), 0)
-
-
-@triton.jit
-def product(lhs, rhs, r, BLOCK_R: tl.constexpr):
-    """lhs @ rhs: float32 [BLOCK_R, BLOCK_R]. At 64, where a dot would spill, column by row."""
-    b_product = tl.zeros([BLOCK_R, BLOCK_R], dtype=tl.float32)
-    if BLOCK_R < 64:
-        b_product = dot(lhs, rhs, b_product, "ieee")
-    else:
-        i_r = tl.arange(0, BLOCK_R)
-        for j in range(0, r):
-            b_product += column(lhs, i_r, j)[:, None] * row(rhs, i_r, j)[None, :]
-    return b_product
-
-
-@triton.jit
-def lora_spd_solve_kernel(
-    matrices, rhs, solutions, info, ranks, damping, r, k,
-    INVERSE: tl.constexpr, RANKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """INVERSE: the right-hand side is I. RANKS: matrix i counts up to ranks[i], beyond it the solution is 0."""
-    i_matrix = tl.program_id(0).to(tl.int64)
-    i_r, i_row = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_R)[:, None]
-    i_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    own = tl.load(ranks + i_matrix) if RANKS else r
-    inside = (i_row < own) & (i_r[None, :] < own)
-    p_matrix = matrices + i_matrix * r * r + i_row * r + i_r[None, :]
-    b_a = tl.load(p_matrix, mask=inside, other=0.0)  # [BLOCK_R, BLOCK_R]
-    b_a += tl.where(i_row == i_r[None, :], tl.where(i_row < own, damping, 1.0), 0.0)
-    m_rhs = (i_row < own) & (i_k < k)[None, :]
+def load_rhs(rhs, r, own, i_row, i_k, k, INVERSE: tl.constexpr):
+    """Columns i_k of a right-hand side, or of I: [rows, columns], zero from row ``own`` on."""
+    mask = (i_row < own)[:, None] & (i_k < k)[None, :]
     if INVERSE:
-        b_x = tl.where((i_row == i_k[None, :]) & m_rhs, 1.0, 0.0)  # [BLOCK_R, BLOCK_K]
+        b_rhs = tl.where((i_row[:, None] == i_k[None, :]) & mask, 1.0, 0.0)
     else:
-        b_x = tl.load(rhs + (i_matrix * r + i_row) * k + i_k[None, :], mask=m_rhs, other=0.0)
-    b_d = tl.zeros([BLOCK_R], dtype=tl.float32) + 1.0  # D
+        b_rhs = tl.load(rhs + i_row[:, None] * k + i_k[None, :], mask=mask, other=0.0)
+    return b_rhs
+
+
+@triton.jit
+def eliminate(matrix, b_x, r, own, damping, i_r, MORE: tl.constexpr):
+    """L below the diagonal of its block, D, L⁻¹ b_x and info, of matrix + damping I; MORE: and r ε tr on top."""
+    i_row, i_col = i_r[:, None], i_r[None, :]
+    b_a = tl.load(matrix + i_row * r + i_col, mask=(i_row < own) & (i_col < own), other=0.0)  # [BLOCK_R, BLOCK_R]
+    if MORE:
+        damping += own * EPS * tl.sum(tl.sum(tl.where(i_row == i_col, b_a, 0.0), 1), 0)
+    b_a += tl.where(i_row == i_col, tl.where(i_row < own, damping, 1.0), 0.0)
+    b_d = tl.zeros_like(i_r).to(tl.float32) + 1.0
     bad = 0
     for j in range(0, own):
         b_column = column(b_a, i_r, j)
@@ -73,92 +53,117 @@ def lora_spd_solve_kernel(
         good = (pivot > 0.0) & (pivot < float("inf"))
         bad = tl.where((bad == 0) & (good == 0), j + 1, bad)
         b_d = tl.where(i_r == j, pivot, b_d)
-        b_l = tl.where(i_r > j, tl.div_rn(b_column, tl.zeros_like(b_column) + pivot), 0.0)  # L's column below 1
-        below = i_r[None, :] > j
+        b_l = tl.where(i_r > j, over(b_column, pivot), 0.0)  # L's column below 1
         update = b_a - b_l[:, None] * tl.where(i_r > j, b_column, 0.0)[None, :]
-        b_a = tl.where(below, update, tl.where(i_r[None, :] == j, b_l[:, None], b_a))
+        b_a = tl.where(i_col > j, update, tl.where(i_col == j, b_l[:, None], b_a))
         b_x -= b_l[:, None] * row(b_x, i_r, j)[None, :]
+    return b_a, b_d, b_x, bad
+
+
+@triton.jit(do_not_specialize=["r", "k"])
+def lora_spd_solve_kernel(
+    matrices, rhs, solutions, info, ranks, damping, r, k, INVERSE: tl.constexpr, RETRY: tl.constexpr,
+    RANKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """INVERSE: the right-hand side is I. RANKS: matrix i counts up to ranks[i], beyond it the solution is 0."""
+    i_matrix = tl.program_id(0).to(tl.int64)
+    i_r, i_row = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_R)[:, None]
+    i_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    own = tl.load(ranks + i_matrix) if RANKS else r
+    matrix, o_rhs = matrices + i_matrix * r * r, i_matrix * r * k
+    b_x = load_rhs(None if INVERSE else rhs + o_rhs, r, own, i_r, i_k, k, INVERSE)  # [BLOCK_R, BLOCK_K]
+    b_l, b_d, b_x, bad = eliminate(matrix, b_x, r, own, damping, i_r, False)
+    if RETRY:  # noqa: SIM102 - a jit function evaluates both sides of an `and`
+        if bad != 0:
+            b_x = load_rhs(None if INVERSE else rhs + o_rhs, r, own, i_r, i_k, k, INVERSE)
+            b_l, b_d, b_x, bad = eliminate(matrix, b_x, r, own, damping, i_r, True)
     b_x = tl.div_rn(b_x, b_d[:, None] + tl.zeros_like(b_x))
     for back in range(1, own + 1):
         j = own - back
-        b_l = tl.where(i_r > j, column(b_a, i_r, j), 0.0)
-        solved = tl.sum(b_l[:, None] * b_x, 0)
+        b_column = tl.where(i_r > j, column(b_l, i_r, j), 0.0)
+        solved = tl.sum(b_column[:, None] * b_x, 0)
         b_x = tl.where(i_row == j, b_x - solved[None, :], b_x)
     b_x = tl.where((bad == 0) | (i_row >= own), b_x, float("nan"))
-    m_x = (i_row < r) & (i_k < k)[None, :]
-    tl.store(solutions + (i_matrix * r + i_row) * k + i_k[None, :], b_x, mask=m_x)
+    tl.store(solutions + o_rhs + i_row * k + i_k[None, :], b_x, mask=(i_row < r) & (i_k < k)[None, :])
     if tl.program_id(1) == 0:
         tl.store(info + i_matrix, bad)
 
 
-@triton.jit
-def lora_small_inverse_kernel(matrices, inverses, r, BLOCK_R: tl.constexpr):
-    i_matrix = tl.program_id(0).to(tl.int64)
-    i_r, i_row, i_col = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_R)[:, None], tl.arange(0, BLOCK_R)[None, :]
-    o_matrix = i_matrix * r * r + i_row * r + i_col
-    inside = (i_row < r) & (i_col < r)
-    b_matrix = tl.load(matrices + o_matrix, mask=inside, other=0.0)  # [BLOCK_R, BLOCK_R], as all that follows
-    b_matrix = tl.where(inside, b_matrix, tl.where(i_row == i_col, 1.0, 0.0))
-    b_w = b_matrix
-    for j in range(0, r):
-        b_column, b_row = column(b_w, i_r, j), row(b_w, i_r, j)
-        reciprocal = 1.0 / tl.sum(tl.where(i_r == j, b_row, 0.0), 0)
-        b_row = tl.where(i_r == j, reciprocal, b_row * reciprocal)
-        rest = tl.where(i_col == j, 0.0, b_w) - b_column[:, None] * b_row[None, :]
-        b_w = tl.where(i_row == j, b_row[None, :], rest)
-    b_residual = tl.where(i_row == i_col, 2.0, 0.0) - product(b_matrix, b_w, r, BLOCK_R)
-    tl.store(inverses + o_matrix, product(b_w, b_residual, r, BLOCK_R), mask=inside)
+@triton.jit(do_not_specialize=["n", "r", "k"])
+def lora_spd_solve_blocked_kernel(
+    matrices, rhs, solutions, info, uppers, ranks, damping, n, r, k, INVERSE: tl.constexpr, RETRY: tl.constexpr,
+    RANKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The same, with the matrix in memory."""
+    i_r = tl.arange(0, BLOCK_R)
+    upper = uppers + tl.program_id(0).to(tl.int64) * BLOCK_R * BLOCK_R
+    for i_matrix in tl.range(tl.program_id(0).to(tl.int64), n, tl.num_programs(0), num_stages=1):
+        own = tl.load(ranks + i_matrix) if RANKS else r
+        matrix, solution = matrices + i_matrix * r * r, solutions + i_matrix * r * k
+        copy(matrix, r, upper, BLOCK_R, own, BLOCK_R)
+        bad = cholesky(upper, upper, own, BLOCK_R, damping, BLOCK_R)
+        if RETRY:  # noqa: SIM102 - as above
+            if bad != 0:
+                trace = tl.sum(tl.load(matrix + i_r * (r + 1), mask=i_r < own, other=0.0), 0)
+                copy(matrix, r, upper, BLOCK_R, own, BLOCK_R)
+                bad = cholesky(upper, upper, own, BLOCK_R, damping + own * EPS * trace, BLOCK_R)
+        if INVERSE:
+            cholesky_solve(upper, None, solution, own, k, BLOCK_R, k, BLOCK_K)
+        else:
+            cholesky_solve(upper, rhs + i_matrix * r * k, solution, own, k, BLOCK_R, k, BLOCK_K)
+        for i in range(tl.where(bad == 0, own, 0), r):  # rows that are NaN, or beyond the rank
+            for o_k in range(0, k, BLOCK_K):
+                i_k = o_k + tl.arange(0, BLOCK_K)
+                b_rest = tl.zeros([BLOCK_K], dtype=tl.float32) + tl.where(i < own, float("nan"), 0.0)
+                tl.store(solution + i * k + i_k, b_rest, mask=i_k < k)
+        tl.store(info + i_matrix, bad)
 
 
 def spd_solve(
     matrices: torch.Tensor,
-    rhs: torch.Tensor | None = None,
+    rhs: torch.Tensor,
     damping: float = 0.0,
     ranks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x with (matrices + damping I) x = rhs: (n, r, r), (n, r, k) → (n, r, k), info int32 (n,). ``rhs`` None: the
-    inverses (n, r, r). ``ranks``, int32 (n,): the rank of each matrix, padded to r; x is 0 beyond.
-    Twin: ``reference_step.spd_solve``."""
-    n, r = _check("matrices", matrices)
-    if rhs is not None and (rhs.shape[:2] != (n, r) or rhs.ndim != 3 or rhs.dtype != torch.float32):
+    """x with (matrices + damping I) x = rhs: (n, r, r), (n, r, k) → (n, r, k), info int32 (n,). ``ranks``, int32 (n,):
+    the rank of each matrix, padded to r; x is 0 beyond. Twin: ``reference_step.spd_solve``."""
+    n, r = check_square("matrices", matrices)
+    if rhs.shape[:2] != (n, r) or rhs.ndim != 3 or rhs.dtype != torch.float32:
         raise ValueError(f"lora_fast: rhs: expected float32 ({n}, {r}, k), got {rhs.dtype} {tuple(rhs.shape)}")
+    return _launch(matrices, rhs.contiguous(), damping, ranks, retry=False)
+
+
+def spd_inverse(matrices: torch.Tensor, damping: float, ranks: torch.Tensor | None = None) -> torch.Tensor:
+    """(matrices + damping I)⁻¹ of Grams, (n, r, r): what rounding left indefinite gets r ε tr more damping, in the same
+    launch, and is NaN where that does not help. ``ranks`` as in ``spd_solve``. Twin: ``reference_step.spd_inverse``."""
+    check_square("matrices", matrices)
+    return _launch(matrices, None, damping, ranks, retry=True)[0]
+
+
+def _launch(
+    matrices: torch.Tensor, rhs: torch.Tensor | None, damping: float, ranks: torch.Tensor | None, retry: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``rhs`` None: the inverses."""
+    n, r, _ = matrices.shape
     k = r if rhs is None else rhs.shape[2]
     x = torch.empty((n, r, k), dtype=torch.float32, device=matrices.device)
     info = torch.empty(n, dtype=torch.int32, device=matrices.device)
     if n == 0:
         return x, info
-    block_r, block_k = max(16, triton.next_power_of_2(r)), min(RHS, max(16, triton.next_power_of_2(max(1, k))))
+    flags = {"INVERSE": rhs is None, "RETRY": retry, "RANKS": ranks is not None}
+    matrices, damping = matrices.contiguous(), float(damping)
+    block_r, block_k = max(16, triton.next_power_of_2(r)), max(16, triton.next_power_of_2(max(1, k)))
     with on_device(matrices):
-        lora_spd_solve_kernel[(n, max(1, triton.cdiv(k, block_k)))](
-            matrices.contiguous(), None if rhs is None else rhs.contiguous(), x, info, ranks, float(damping), r, k,
-            INVERSE=rhs is None, RANKS=ranks is not None, BLOCK_R=block_r, BLOCK_K=block_k, num_warps=_warps(block_r),
-        )  # fmt: skip
+        if r <= IN_REGISTERS:
+            block_k = min(RHS, block_k)
+            lora_spd_solve_kernel[(n, max(1, triton.cdiv(k, block_k)))](
+                matrices, rhs, x, info, ranks, damping, r, k, **flags, BLOCK_R=block_r, BLOCK_K=block_k,
+                num_warps=WARPS[block_r],
+            )  # fmt: skip
+        else:
+            uppers = torch.empty((min(n, SLOTS), block_r, block_r), dtype=torch.float32, device=matrices.device)
+            lora_spd_solve_blocked_kernel[(len(uppers),)](
+                matrices, rhs, x, info, uppers, ranks, damping, n, r, k, **flags, BLOCK_R=block_r,
+                BLOCK_K=min(block_r, block_k), num_warps=8, maxnreg=registers(block_r),
+            )  # fmt: skip
     return x, info
-
-
-def small_inverse(matrices: torch.Tensor) -> torch.Tensor:
-    """Inverses of (n, r, r) whose symmetric part is at least I. Twin: ``reference_step.small_inverse``."""
-    n, r = _check("matrices", matrices)
-    inverses = torch.empty((n, r, r), dtype=torch.float32, device=matrices.device)
-    if n == 0:
-        return inverses
-    block_r = max(16, triton.next_power_of_2(r))
-    with on_device(matrices):
-        lora_small_inverse_kernel[(n,)](
-            matrices.contiguous(), inverses, r, BLOCK_R=block_r, num_warps=_warps(block_r)
-        )  # fmt: skip
-    return inverses
-
-
-def _warps(block_r: int) -> int:
-    return {16: 1, 32: 4, 64: 8}[block_r]
-
-
-def _check(name: str, matrices: torch.Tensor) -> tuple[int, int]:
-    n, *sides = matrices.shape
-    if len(sides) != 2 or sides[0] != sides[1] or not 1 <= sides[0] <= LARGEST or matrices.dtype != torch.float32:
-        raise ValueError(
-            f"lora_fast: {name}: expected float32 (n, r, r), r from 1 to {LARGEST}, "
-            f"got {matrices.dtype} {tuple(matrices.shape)}"
-        )
-    return n, sides[0]

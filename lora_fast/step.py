@@ -97,9 +97,9 @@ def spd_solve(matrices: Tensor, rhs: Tensor, damping: float = 0.0) -> tuple[Tens
 def small_inverse(matrices: Tensor) -> Tensor:
     """See ``reference_step.small_inverse``."""
     if backend.uses_triton(matrices):
-        from .kernels import solve
+        from .kernels import inverse
 
-        return solve.small_inverse(matrices.float())
+        return inverse.small_inverse(matrices.float())
     return reference_step.small_inverse(matrices)
 
 

@@ -1,12 +1,12 @@
-"""Run by test_step_kernels.py in a process of its own, without the interpreter: compiles the launches of the adapter
-step for one arch and prints what each uses, one JSON object a line."""
+"""Run by the kernels' tests in a process of its own, without the interpreter: compiles the launches of the adapter step
+for one arch and prints what each uses, one JSON object a line."""
 
 import json
 import sys
 
 import torch
 
-from lora_fast.kernels import compiled, gram, hadamard, merge, solve, step
+from lora_fast.kernels import compiled, gram, hadamard, inverse, merge, solve, step
 
 D_IN, D_OUT = 4096, 1024
 
@@ -52,8 +52,8 @@ def run_transform(r: int, dtype: torch.dtype) -> None:
 def run_solve(r: int, dtype: torch.dtype) -> None:
     matrices = torch.zeros(3, r, r, dtype=dtype)
     solve.spd_solve(matrices, matrices)
-    solve.spd_solve(matrices, damping=0.5, ranks=torch.ones(3, dtype=torch.int32))
-    solve.small_inverse(matrices)
+    solve.spd_inverse(matrices, damping=0.5, ranks=torch.ones(3, dtype=torch.int32))
+    inverse.small_inverse(matrices)
 
 
 def run_merge(r: int, dtype: torch.dtype) -> None:

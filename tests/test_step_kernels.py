@@ -6,40 +6,22 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from budget import check, error
+from launching import DEVICE, poisoned_empty, randn, size
 from triton.runtime.interpreter import InterpretedFunction
 
 from lora_fast.kernels import gram, interpreted, merge, solve, step, table
 from lora_fast.kernels.compiled import SHARED_LIMIT
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 ALL = gram.Grams._fields
 MIXED = [(4, 33, 70), (7, 64, 5), (16, 2300, 1), (1, 1, 9), (16, 512, 4096), (3, 8, 16)]  # r, d_in, d_out
 DEEP = [(16, 5000, 4100)]  # several chunks each way
 RANKS = [1, 8, 17, 33, 64, 100, 256]
-
-
-@contextmanager
-def poisoned_empty():
-    """torch.empty full of NaN: a kernel that leaves an element unwritten, or reads one, shows."""
-    empty = torch.empty
-    fill = lambda t: t.fill_(float("nan") if t.is_floating_point() else -7)
-    torch.empty = lambda *args, **kwargs: fill(empty(*args, **kwargs))
-    try:
-        yield
-    finally:
-        torch.empty = empty
-
-
-def randn(*shape, seed=0, dtype=FLOAT32):
-    generator = torch.Generator().manual_seed(hash((shape, seed)) % (1 << 31))
-    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
 
 
 def pairs(shapes, dtype, seed=0):
@@ -280,122 +262,6 @@ def test_same_inputs_same_bits():
         assert all(torch.equal(one, again) for one, again in zip(first, run(), strict=True))
 
 
-# ---- Small matrices
-
-
-def spd(n, r, condition, seed=0):
-    """Random SPD matrices with eigenvalues from 1 down to 1 / condition."""
-    q = torch.linalg.qr(randn(n, r, r, seed=seed).double())[0]
-    values = torch.logspace(0, -torch.tensor(condition).log10().item(), r, dtype=torch.float64, device=DEVICE)
-    return ((q * values) @ q.mT).float()
-
-
-def lapack_ratio(matrices, x, rhs):
-    """The largest of ‖b − A x‖ / (‖A‖ ‖x‖ r ε), 1-norms."""
-    norm = lambda t: t.double().abs().sum(-2).amax(-1)
-    residual = rhs.double() - matrices.double() @ x.double()
-    scale = norm(matrices) * norm(x) * matrices.shape[-1] * torch.finfo(FLOAT32).eps
-    return (norm(residual) / scale).max().item()
-
-
-@pytest.mark.parametrize("k", [3, 70])
-@pytest.mark.parametrize("r, n", [(1, 3), (2, 20), (7, 20), (16, 20), (33, 5), (64, 3)])
-def test_spd_solve(r, n, k):
-    matrices, rhs = spd(n, r, 1e6, seed=k), randn(n, r, k)
-    with poisoned_empty():
-        x, info = solve.spd_solve(matrices, rhs)
-    assert info.eq(0).all() and lapack_ratio(matrices, x, rhs) <= 5
-
-
-@pytest.mark.parametrize("r", [1, 8, 21, 64])
-def test_spd_inverse_with_damping(r):
-    """Of Grams without full rank: the damping is what makes them definite."""
-    thin = randn(10, r, max(1, r // 2))
-    matrices, damping = thin @ thin.mT, 1e-2
-    x, info = solve.spd_solve(matrices, damping=damping)
-    eye = torch.eye(r, device=DEVICE)
-    assert info.eq(0).all() and lapack_ratio(matrices + damping * eye, x, eye.expand(10, r, r)) <= 5
-
-
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of the NaN that is meant
-def test_not_definite_is_flagged_and_stays_alone():
-    matrices, rhs = spd(6, 12, 1e3), randn(6, 12, 4)
-    clean, _ = solve.spd_solve(matrices, rhs)
-    matrices[1, 4, 4] = -1.0
-    matrices[3, 7, 2] = matrices[3, 2, 7] = float("nan")
-    matrices[4] = 0.0
-    x, info = solve.spd_solve(matrices, rhs)
-    assert info.tolist() == [0, 5, 0, 8, 1, 0]  # the order of the leading minor; the NaN shows in the eighth
-    assert x[info != 0].isnan().all() and torch.equal(x[info == 0], clean[info == 0])
-
-
-def test_spd_solve_of_padded_ranks():
-    """Grams of mixed ranks, zero beyond their own: solved within it, zero beyond."""
-    ranks = torch.tensor([1, 5, 12, 8], dtype=torch.int32, device=DEVICE)
-    matrices, rhs = torch.zeros(4, 12, 12, device=DEVICE), randn(4, 12, 3)
-    for i, r in enumerate(ranks.tolist()):
-        matrices[i, :r, :r] = spd(1, r, 1e4, seed=i)[0]
-    for given in (rhs, None):
-        x, info = solve.spd_solve(matrices, given, ranks=ranks)
-        assert info.eq(0).all()
-        for i, r in enumerate(ranks.tolist()):
-            right = torch.eye(r, device=DEVICE) if given is None else given[i, :r]
-            k = right.shape[1]
-            assert lapack_ratio(matrices[i, :r, :r], x[i, :r, :k], right) <= 5
-            assert x[i, r:].eq(0).all()
-
-
-@pytest.mark.parametrize("r", [1, 2, 9, 16, 50, 64])
-def test_small_inverse(r):
-    """Symmetric part I + a positive matrix, skew part large: within Cayley's 12 r ε of M W = I, per ‖M‖."""
-    skew = 5 * randn(6, r, r, seed=1)
-    thin = randn(6, r, 3)
-    matrices = torch.eye(r, device=DEVICE) + skew - skew.mT + thin @ thin.mT
-    with poisoned_empty():
-        w = solve.small_inverse(matrices)
-    exact = torch.linalg.inv(matrices.double())
-    norm = lambda t: t.double().abs().sum(-2).amax(-1)
-    assert (norm(w - exact) <= 12 * r * torch.finfo(FLOAT32).eps * norm(exact)).all()
-
-
-def test_nan_matrix_stays_alone():
-    matrices = torch.eye(6, device=DEVICE) + spd(3, 6, 10)
-    clean = solve.small_inverse(matrices)
-    matrices[1, 2, 2] = float("nan")
-    got = solve.small_inverse(matrices)
-    assert got[1].isnan().any() and torch.equal(got[::2], clean[::2])
-
-
-@pytest.mark.parametrize("n", [0, 1, 40])
-def test_batches(n):
-    matrices = spd(n, 4, 100) if n else torch.empty(0, 4, 4, device=DEVICE)
-    x, info = solve.spd_solve(matrices, randn(n, 4, 2))
-    assert x.shape == (n, 4, 2) and info.shape == (n,)
-    assert solve.small_inverse(matrices).shape == (n, 4, 4)
-
-
-def test_seventy_thousand_matrices(monkeypatch):
-    """More than 65,535, the limit of a grid's other axes; interpreted, only the grid is looked at."""
-    matrices = (torch.eye(2, device=DEVICE) * 2).expand(70_000, 2, 2).contiguous()
-    if DEVICE.type == "cuda":
-        assert torch.equal(solve.small_inverse(matrices), matrices / 4)
-        assert torch.equal(solve.spd_solve(matrices)[0], matrices / 4)
-        return
-    grids = []
-    monkeypatch.setattr(InterpretedFunction, "run", lambda self, *args, grid, **kwargs: grids.append(grid))
-    solve.spd_solve(matrices)
-    solve.small_inverse(matrices)
-    assert grids == [(70_000, 1), (70_000,)]
-
-
-@pytest.mark.parametrize("shape, dtype", [((2, 3, 4), FLOAT32), ((2, 65, 65), FLOAT32), ((2, 3, 3), torch.float64)])
-def test_bad_matrices_are_named(shape, dtype):
-    with pytest.raises(ValueError, match="matrices: expected float32"):
-        solve.spd_solve(torch.ones(shape, dtype=dtype, device=DEVICE))
-    with pytest.raises(ValueError, match="matrices: expected float32"):
-        solve.small_inverse(torch.ones(shape, dtype=dtype, device=DEVICE))
-
-
 # ---- The merge
 
 
@@ -539,10 +405,6 @@ def test_moved_gradients_are_followed():
 COUNTED = pytest.mark.skipif(DEVICE.type == "cuda", reason="counted by the interpreter")
 
 
-def size(*tensors: torch.Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 def llama_pairs(r, dtype):
     """Factors of one layer: 4096 square, grouped-query, and the wide way up and down."""
     shapes = [(r, 4096, 4096), (r, 4096, 1024), (r, 4096, 14336), (r, 14336, 4096)]
@@ -614,14 +476,14 @@ def test_launches_do_not_grow(n_pairs, monkeypatch):
         gram.gram(a, b, da, db, ALL)
         step.step_(factors, is_a, hyper, torch.zeros(2 * n_pairs), step.Work(gram=True))
         step.transform_(a + b, is_a, torch.zeros(2 * n_pairs, max_rank, max_rank))
-        solve.spd_solve(torch.zeros(2 * n_pairs, max_rank, max_rank))
+        solve.spd_inverse(torch.zeros(2 * n_pairs, max_rank, max_rank), 0.5)
         merge.merge_([torch.zeros(8, t.shape[1]) for t in a], a, b, torch.zeros(n_pairs, max_rank))
     names = ["gram", "step", "transform", "spd_solve", "merge"]
     assert counted.launches == [f"lora_{name}_kernel" for name in names]
 
 
 JOBS = ["gram:float32:1,16,64,128", "gram:bfloat16:8,64", "plain:float32:16", "full:float32:1,16,64,128"]
-JOBS += ["full:bfloat16:8", "transform:float32:8,16,64,128", "solve:float32:1,8,32,64"]
+JOBS += ["full:bfloat16:8", "transform:float32:8,16,64,128"]
 JOBS += ["merge:bfloat16:8,64", "merge:float16:16"]
 
 
