@@ -39,7 +39,9 @@ def train(session: Session, methods: list[str]) -> dict[str, Record]:
 
 def settings(session: Session, methods: list[str]) -> Settings:
     steps, seq_len = (5, 64) if session.quick else (16, 128)
-    return Settings(method=tuple(methods), compare=True, steps=steps, seq_len=seq_len, save_every=steps).check()
+    return Settings(
+        method=tuple(methods), compare=len(methods) > 1, steps=steps, seq_len=seq_len, save_every=steps
+    ).check()
 
 
 def conditions(session: Session) -> str:
