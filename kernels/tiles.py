@@ -110,10 +110,12 @@ _assumed: dict = {}
 
 
 @contextmanager
-def assume(arch: int | None = None, strategy: str | None = None):
-    """For tests and inspection: choose tiles as on this arch (80, 90, 100, …), and this GEMM strategy."""
+def assume(arch: int | None = None, strategy: str | None = None, tma: bool | None = None):
+    """For tests, inspection and the ahead-of-time build: choose tiles as on this arch (80, 90, 100, …), this GEMM
+    strategy, and no TMA where ``tma`` is False."""
     before = dict(_assumed)
-    _assumed.update({key: value for key, value in (("arch", arch), ("strategy", strategy)) if value is not None})
+    given = {"arch": arch, "strategy": strategy, "tma": tma}
+    _assumed.update({key: value for key, value in given.items() if value is not None})
     try:
         yield
     finally:
@@ -190,7 +192,7 @@ def strategy(left: torch.Tensor, d_in: int) -> str:
 
 def uses_tma(*matrices: torch.Tensor) -> bool:
     """TMA reads 16-bit matrices from sm_90 on, where addresses and rows are multiples of 16 bytes."""
-    return arch(matrices[0].device) >= 90 and all(
+    return arch(matrices[0].device) >= 90 and _assumed.get("tma", True) and all(
         m.element_size() == 2 and m.data_ptr() % 16 == 0 and m.stride(0) % 8 == 0 and m.stride(0) >= m.shape[1] > 0
         for m in matrices
     )

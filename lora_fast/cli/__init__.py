@@ -8,6 +8,8 @@ import typer
 
 from .. import __version__
 from .finetune import EPILOG, finetune
+from .inspect import EPILOG as INSPECTIONS
+from .inspect import inspect
 from .reproduce import EPILOG as EXPERIMENTS
 from .reproduce import reproduce
 
@@ -45,6 +47,10 @@ def lora_fast(
 
         what the methods' papers show, run again and put beside their numbers
 
+    - `lora-fast inspect --arch 90 --rank 16`
+
+        what the kernels compile to: registers, spills, tensor cores, traffic; no GPU needed
+
     - `lora-fast finetune --help`
 
         every option of a command
@@ -52,6 +58,7 @@ def lora_fast(
 
 
 app.command(epilog=EPILOG)(finetune)
+app.command(epilog=INSPECTIONS)(inspect)
 app.command(epilog=EXPERIMENTS)(reproduce)
 
 

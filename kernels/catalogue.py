@@ -1,0 +1,239 @@
+"""Every launch that the package makes, op by op, at the sizes of a real layer: what ``inspected.py`` compiles and
+counts, what the tests hold to the rules, what the ahead-of-time library embeds. A new kernel is added here, once.
+
+An op is a function (r, dtype, **variant) that runs its launcher. A counted op returns the bytes that any
+implementation must move: each operand once. (The GEMM is not counted: it reads its operands again, from L2, by design;
+nor is r×r work, which fits in a cache.) Neither compiling nor counting looks at values: large tensors are left empty.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+
+from . import gram as grams
+from . import hadamard, inverse, launch, layer, merge, middle, solve, step, tiles
+
+N_TOKENS, SHORT, D_IN, D_OUT = 8192, 64, 4096, 4096
+PAIRS = ((4096, 4096), (4096, 1024))  # (d_in, d_out) of the adapter pairs of a grouped launch
+SEED = 1 << 40
+
+
+class Op(NamedTuple):
+    run: Callable[..., int | None]
+    ranks: dict[str, tuple[int, ...]]  # dtype → ranks
+    variants: Iterable[dict] = ({},)
+    tensor_cores: tuple[str, ...] = ()  # kernels whose 16-bit products must use them
+    counted: bool = False
+
+
+class Case(NamedTuple):
+    """One call of an op."""
+
+    op: str
+    dtype: str
+    r: int
+    variant: dict
+
+    def run(self) -> int | None:
+        return OPS[self.op].run(self.r, getattr(torch, self.dtype), **self.variant)
+
+    @property
+    def counted(self) -> bool:
+        """Masks cost no memory, and the ratio is one of many tokens."""
+        return OPS[self.op].counted and not self.variant.get("dropout") and not self.variant.get("short")
+
+    def __str__(self) -> str:
+        words = [name if value is True else f"{name} {value}" for name, value in self.variant.items() if value]
+        return " ".join([self.op, self.dtype, f"r={self.r}", *words])
+
+
+def cases(ops: Iterable[str] | None = None, ranks: Iterable[int] | None = None) -> list[Case]:
+    """Of these ops and ranks; of all, where None."""
+    return [
+        Case(name, dtype, r, variant)
+        for name in (OPS if ops is None else ops)
+        for dtype, known in OPS[name].ranks.items()
+        for r in known
+        if ranks is None or r in ranks
+        for variant in OPS[name].variants
+        if dtype != "float32" or variant.get("adapter") is None  # float32 adapters over float32 are the default
+    ]
+
+
+def variants(**values: Iterable) -> list[dict]:
+    """Every combination."""
+    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+
+
+def size(*tensors: torch.Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+# ---- The layer
+
+
+def _adapter(adapter: str | None, dtype: torch.dtype) -> torch.dtype:
+    return dtype if adapter is None else getattr(torch, adapter)
+
+
+def _matrix(rows: int, columns: int, dtype: torch.dtype, padding: int = 0) -> torch.Tensor:
+    """``padding``: rows are that many elements longer than they show."""
+    return torch.empty(rows, columns + padding, dtype=dtype)[:, :columns]
+
+
+def _keep(dropout: float, n_tokens: int = N_TOKENS) -> launch.Keep | None:
+    return layer.draw_mask(SEED, n_tokens, D_IN, dropout, torch.device("cpu")) if dropout else None
+
+
+def project(r: int, dtype: torch.dtype, adapter: str | None, dropout: float, short: bool) -> int:
+    x, a = _matrix(SHORT if short else N_TOKENS, D_IN, dtype), _matrix(r, D_IN, _adapter(adapter, dtype))
+    return size(x, a, layer.project(x, a, _keep(dropout, len(x))))
+
+
+def _gemm_tokens(strategy: str) -> int:
+    """cuBLAS's part is computed even where launches are only recorded."""
+    return 1 if strategy == "cublas" else N_TOKENS
+
+
+def linear(
+    r: int, dtype: torch.dtype, adapter: str | None, strategy: str, padding: int, bias: bool = True
+) -> None:
+    n_tokens = _gemm_tokens(strategy)
+    x, weight = _matrix(n_tokens, D_IN, dtype, padding), _matrix(D_OUT, D_IN, dtype, padding)
+    s, b = _matrix(n_tokens, r, dtype), _matrix(D_OUT, r, _adapter(adapter, dtype))
+    with tiles.assume(strategy=strategy):
+        layer.linear(x, weight, torch.zeros(D_OUT, dtype=dtype) if bias else None, s, b, 2.0)
+
+
+def grad_x(r: int, dtype: torch.dtype, adapter: str | None, strategy: str, padding: int, dropout: float) -> None:
+    n_tokens = _gemm_tokens(strategy)
+    dy, weight = _matrix(n_tokens, D_OUT, dtype, padding), _matrix(D_OUT, D_IN, dtype, padding)
+    ds, a = _matrix(n_tokens, r, dtype), _matrix(r, D_IN, _adapter(adapter, dtype))
+    with tiles.assume(strategy=strategy):
+        layer.grad_x(dy, weight, ds, a, _keep(dropout))
+
+
+def grad_s_b(r: int, dtype: torch.dtype, adapter: str | None) -> int:
+    dy, s, b = _matrix(N_TOKENS, D_OUT, dtype), _matrix(N_TOKENS, r, dtype), _matrix(D_OUT, r, _adapter(adapter, dtype))
+    return size(dy, s, b, *layer.grad_s_b(dy, s, b, 2.0))
+
+
+def grad_a(r: int, dtype: torch.dtype, adapter: str | None, dropout: float) -> int:
+    x, ds, a = _matrix(N_TOKENS, D_IN, dtype), _matrix(N_TOKENS, r, dtype), _matrix(r, D_IN, _adapter(adapter, dtype))
+    return size(x, ds, layer.grad_a(x, ds, a, _keep(dropout)))
+
+
+# ---- The step
+
+
+def _pairs(r: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    a = [torch.zeros(r, d_in, dtype=dtype) for d_in, _ in PAIRS]
+    return a, [torch.zeros(d_out, r, dtype=dtype) for _, d_out in PAIRS]
+
+
+def gram(r: int, dtype: torch.dtype) -> int:
+    (a, b), (da, db) = _pairs(r, dtype), _pairs(r, dtype)
+    return size(*a, *b, *da, *db, *grams.gram(a, b, da, db, grams.Grams._fields))
+
+
+def adamw_step(r: int, dtype: torch.dtype, add: bool, matrix: bool, scale: bool, gram: bool) -> int:
+    """p and g in ``dtype``, m and v in float32."""
+    a, b = _pairs(r, dtype)
+    n = len(a + b)
+    factors = [(p, torch.zeros_like(p), torch.zeros_like(p, dtype=torch.float32), p.float()) for p in a + b]
+    hyper, steps = torch.ones(1, step.HYPER, dtype=torch.float64), torch.ones(n)
+    rows = torch.zeros(n, r) if scale else None
+    work = step.Work(torch.zeros(n) if add else None, torch.zeros(n, r, r) if matrix else None, rows, rows, gram)
+    summed = step.step_(factors, [True] * len(a) + [False] * len(b), hyper, steps, work)
+    extras = [t for t in (*work[:4], summed) if t is not None]
+    return size(*(t for p, g, m, v in factors for t in (p, p, g, m, m, v, v)), *extras)
+
+
+def transform(r: int, dtype: torch.dtype, add: bool) -> int:
+    a, b = _pairs(r, dtype)
+    matrices = torch.zeros(len(a + b), r, r)
+    step.transform_(a + b, [True] * len(a) + [False] * len(b), matrices, add)
+    return 2 * size(*a, *b) + size(matrices)
+
+
+def imbalance(r: int, dtype: torch.dtype) -> None:
+    square = torch.zeros(3, r, r, dtype=dtype)
+    middle.imbalance(square, square, torch.zeros(3), 1e-3, 1e-3, 0.1)
+
+
+def scale_reg(r: int, dtype: torch.dtype) -> None:
+    square, row = torch.zeros(3, r, r, dtype=dtype), torch.zeros(3)
+    middle.scale_reg(square, square, row, row, 0.1, 1e-8)
+
+
+def spd_solve(r: int, dtype: torch.dtype) -> None:
+    matrices = torch.zeros(3, r, r, dtype=dtype)
+    solve.spd_solve(matrices, matrices, damping=0.5)
+
+
+def spd_inverse(r: int, dtype: torch.dtype) -> None:
+    solve.spd_inverse(torch.zeros(3, r, r, dtype=dtype), 0.5, torch.ones(3, dtype=torch.int32))
+
+
+def small_inverse(r: int, dtype: torch.dtype) -> None:
+    inverse.small_inverse(torch.zeros(3, r, r, dtype=dtype))
+
+
+def scalora(r: int, dtype: torch.dtype, solver: str) -> None:
+    x, alive, _ = hadamard.scalora_solve(*torch.zeros(5, 3, r, r, dtype=dtype), solver)
+    hadamard.scales(x, alive, torch.ones((), dtype=torch.float64), torch.ones(3), 0.25, None)
+
+
+def merge_weights(r: int, dtype: torch.dtype, rounding: str) -> int:
+    """float32 adapters into weights of ``dtype``."""
+    a, b = _pairs(r, torch.float32)
+    weights = [_matrix(d_out, d_in, dtype) for d_in, d_out in PAIRS]
+    residuals = [torch.empty_like(w) for w in weights] if rounding == "compensated" else []
+    scale = torch.zeros(len(a), r)
+    merge.merge_(weights, a, b, scale, rounding, SEED, residuals or None)
+    return 2 * size(*weights, *residuals) + size(*a, *b, scale)
+
+
+# ---- The table
+
+_LAYER = {"bfloat16": (1, 8, 16, 64, 128, 256), "float16": (16,), "float32": (16, 128)}
+_ADAPTERS, _DROPOUT = (None, "float32"), (0.0, 0.1)
+_GEMM = variants(adapter=_ADAPTERS, strategy=("fused",), padding=(0, 4))  # rows of 4 more: no TMA
+_GEMM += variants(adapter=_ADAPTERS, strategy=("cublas",), padding=(0,))
+_SMALL, _SQUARE = {"float32": (16, 32, 64, 128, 256)}, {"float32": (1, 16, 64, 128)}
+_STEPS = [dict.fromkeys(("add", "matrix", "scale", "gram"), on) for on in (False, True)]
+
+OPS = {
+    "project": Op(
+        project, _LAYER, variants(adapter=_ADAPTERS, dropout=_DROPOUT, short=(False, True)),
+        ("lora_project_kernel",), counted=True,
+    ),
+    "linear": Op(linear, _LAYER, [*_GEMM, _GEMM[0] | {"bias": False}], ("lora_linear_kernel", "lora_update_kernel")),
+    "grad_s_b": Op(grad_s_b, _LAYER, variants(adapter=_ADAPTERS), ("lora_grad_s_b_kernel",), counted=True),
+    "grad_a": Op(
+        grad_a, _LAYER, variants(adapter=_ADAPTERS, dropout=_DROPOUT), ("lora_grad_a_kernel",), counted=True
+    ),
+    "grad_x": Op(
+        grad_x, _LAYER, [form | {"dropout": p} for form in _GEMM for p in _DROPOUT],
+        ("lora_linear_kernel", "lora_update_kernel"),
+    ),
+    "gram": Op(
+        gram, {"float32": (1, 16, 64, 128), "bfloat16": (8, 64)}, tensor_cores=("lora_gram_kernel",), counted=True
+    ),
+    "adamw_step": Op(adamw_step, {"float32": (1, 16, 64, 128), "bfloat16": (8,)}, _STEPS, counted=True),
+    "transform": Op(transform, {"float32": (8, 16, 64, 128)}, variants(add=(False, True)), counted=True),
+    "imbalance": Op(imbalance, _SQUARE),
+    "scale_reg": Op(scale_reg, _SQUARE),
+    "spd_solve": Op(spd_solve, _SMALL),
+    "spd_inverse": Op(spd_inverse, _SMALL),
+    "small_inverse": Op(small_inverse, _SMALL),
+    "scalora": Op(scalora, {"float32": (8, 32, 64, 128)}, variants(solver=("nnls", "paper"))),
+    "merge": Op(
+        merge_weights, {"bfloat16": (8, 64), "float16": (16,)}, variants(rounding=("stochastic", "compensated")),
+        counted=True,
+    ),
+}  # fmt: skip

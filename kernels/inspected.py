@@ -1,0 +1,74 @@
+"""What the catalogue's launches compile to and how much they move, held to the rules, without a GPU.
+
+``compile_case`` needs Triton as it is, ``count_case`` its interpreter (``TRITON_INTERPRET=1`` before triton is
+imported): one process each.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from . import compiled, interpreted, tiles
+from .catalogue import OPS, Case
+
+ARCHS = tuple(compiled.SHARED_LIMIT)
+GEMM = "lora_linear_kernel"
+GLOBAL_ACCESS = r"LDG\.|LDGSTS\.|STG\."
+WIDE_ACCESS = rf"({GLOBAL_ACCESS})(\S+\.)?128(\.|$)"
+
+
+def compile_case(case: Case, arch: int) -> list[dict]:
+    """A row for each launch of the case: where it comes from, what it uses, ``broken``: the rules it breaks."""
+    with tiles.assume(arch=arch), compiled.recorded() as launches:
+        case.run()
+    return [_row(case, arch, launch) for launch in launches]
+
+
+def _row(case: Case, arch: int, launch: compiled.Launch) -> dict:
+    kernel = compiled.compile_for(launch, arch)
+    used = compiled.resources(kernel)
+    name = launch.kernel.__name__
+    tensor_core = compiled.GEMM_TENSOR_CORE if name == GEMM else compiled.TENSOR_CORE
+    row = {
+        "op": case.op,
+        "kernel": name,
+        "dtype": case.dtype,
+        "r": case.r,
+        "variant": case.variant,
+        "tile": {k: v for k, v in launch.arguments.items() if k.startswith(("BLOCK", "CHUNK"))} | launch.options,
+        "arch": arch,
+        "registers": used.registers,
+        "stack": used.stack,
+        "spills": used.spills,
+        "shared": used.shared,
+        "occupancy": used.occupancy(arch),
+        "tensor_core": used.count(tensor_core[arch]),
+        "tma_loads": used.count("UTMALDG"),
+        "accesses": used.count(GLOBAL_ACCESS),
+        "wide_accesses": used.count(WIDE_ACCESS),
+        "hash": kernel.metadata.hash,
+    }
+    return row | {"broken": broken(case, row)}
+
+
+def broken(case: Case, row: dict) -> list[str]:
+    """Nothing spills, shared memory fits, 16-bit products run on tensor cores, and the GEMM reads 16-bit matrices
+    through TMA from sm_90 on where their rows are aligned, nowhere else."""
+    arch, half = row["arch"], case.dtype != "float32"
+    tma = row["kernel"] == GEMM and half and arch >= 90 and not case.variant["padding"]
+    rules = {
+        f"{row['spills']} spills": row["spills"] > 0,
+        f"{row['stack']} bytes of stack": row["stack"] > 0,
+        f"{row['shared']} bytes of shared memory": row["shared"] > compiled.SHARED_LIMIT[arch],
+        "no tensor-core instruction": half and row["kernel"] in OPS[case.op].tensor_cores and not row["tensor_core"],
+        f"{row['tma_loads']} TMA loads": tma != (row["tma_loads"] > 0),
+    }
+    return [rule for rule, broken in rules.items() if broken]
+
+
+def count_case(case: Case, arch: int) -> float:
+    """Bytes that the launches of a counted case ask of memory, over each operand once."""
+    warnings.simplefilter("ignore", RuntimeWarning)  # of numpy: values are what memory held
+    with tiles.assume(arch=arch), interpreted.traffic() as counted:
+        least = case.run()
+    return counted.total / least

@@ -1,0 +1,193 @@
+"""lora-fast inspect: what every kernel compiles to on every arch, held to the rules, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..checks import ArgumentError
+
+if TYPE_CHECKING:
+    from ..kernels.catalogue import Case
+
+Job = tuple["Case", int]  # and an arch
+EPILOG = """
+**Examples**
+
+- `lora-fast inspect --arch 90 --rank 16`
+
+    one arch and rank: a few minutes
+
+- `lora-fast inspect --op gram --op adamw_step --no-traffic`
+
+    two ops, compiled only
+
+- `lora-fast inspect --json > kernels.json`
+
+    everything, for a program to read
+"""
+
+
+def inspect(
+    arch: Annotated[list[int] | None, typer.Option(help="80, 90 or 100; again for more. All, if not given.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="An op, as project or gram; again for more.")] = None,
+    rank: Annotated[list[int] | None, typer.Option(help="A rank among those listed; again for more.")] = None,
+    traffic: Annotated[bool, typer.Option(help="Also count the bytes moved, in Triton's interpreter.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output instead of tables.")] = False,
+    processes: Annotated[int, typer.Option(help="Compilations at a time.", min=1)] = os.cpu_count() or 1,
+) -> None:
+    """What every kernel compiles to, in every configuration, for sm_80, sm_90 and sm_100. Needs no GPU.
+
+    Registers, stack, spills, shared memory, an estimate of occupancy, tensor-core and TMA instructions, 128-bit loads
+    and stores, and the bytes moved over each operand once. The exit code is 1 where a rule is broken: a spill, a stack,
+    too much shared memory, 16-bit products off the tensor cores, a GEMM without TMA from sm_90 on. Everything takes
+    about half an hour the first time on two cores; Triton keeps what it compiled.
+    """
+    try:
+        jobs = _jobs(arch, op, rank)
+    except ArgumentError as error:
+        Console(stderr=True, highlight=False).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    rows = measure(jobs, traffic, processes)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        _show(rows)
+    if any(row["broken"] for row in rows):
+        raise typer.Exit(1)
+
+
+def _jobs(archs: list[int] | None, ops: list[str] | None, ranks: list[int] | None) -> list[Job]:
+    from ..kernels import catalogue, inspected
+
+    for name, chosen, known in (("arch", archs, inspected.ARCHS), ("op", ops, tuple(catalogue.OPS))):
+        for value in chosen or ():
+            if value not in known:
+                raise ArgumentError(f"--{name}", f"one of {', '.join(map(str, known))}", value)
+    cases = catalogue.cases(ops or None, ranks or None)
+    if not cases:
+        listed = sorted({case.r for case in catalogue.cases(ops or None)})
+        raise ArgumentError("--rank", f"some of {', '.join(map(str, listed))}", ", ".join(map(str, ranks)))
+    return [(case, arch) for arch in archs or inspected.ARCHS for case in cases]
+
+
+def measure(jobs: list[Job], traffic: bool, processes: int) -> list[dict]:
+    """A row for each kernel, in the order of the jobs; launches that compile to the same kernel share one."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        compiled = _in_parallel(_compile, jobs, processes, False, progress)
+        counted = {}  # archs that share a case's tiles share its traffic
+        for job, rows in zip(jobs, compiled, strict=True):
+            if traffic and job[0].counted:
+                counted.setdefault(_tiles(job, rows), job)
+        measured = _in_parallel(_count, list(counted.values()), processes, True, progress)
+        ratios = dict(zip(counted, measured, strict=True))
+    kernels: dict[str, dict] = {}
+    for job, rows in zip(jobs, compiled, strict=True):
+        for row in rows:
+            kernels.setdefault(row.pop("hash"), row | {"traffic": ratios.get(_tiles(job, rows))})
+    return list(kernels.values())
+
+
+def _tiles(job: Job, rows: list[dict]) -> str:
+    return f"{job[0]} {[row['tile'] for row in rows]}"
+
+
+def _compile(job: Job) -> list[dict]:
+    from ..kernels import inspected
+
+    return inspected.compile_case(*job)
+
+
+def _count(job: Job) -> float:
+    from ..kernels import inspected
+
+    return inspected.count_case(*job)
+
+
+def _in_parallel(work: Callable, jobs: list[Job], processes: int, interpret: bool, progress: Progress) -> list:
+    """work(job) of every job, in processes that compile or interpret, which Triton decides when it is imported."""
+    if not jobs:
+        return []
+    task = progress.add_task("", total=len(jobs))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(processes, len(jobs)), context, _prepare, (interpret,))
+    try:
+        futures = {pool.submit(work, job): job for job in jobs}
+        for future in as_completed(futures):
+            future.result()
+            case, arch = futures[future]
+            progress.update(task, advance=1, description=f"{'counted' if interpret else 'compiled'} sm_{arch} {case}")
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return [future.result() for future in futures]
+
+
+def _prepare(interpret: bool) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.pop("TRITON_INTERPRET", None)
+    if interpret:
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _show(rows: list[dict]) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 140  # a file or a pipe has no width of its own
+    for arch in dict.fromkeys(row["arch"] for row in rows):
+        of_arch = [row for row in rows if row["arch"] == arch]
+        table = Table(title=f"sm_{arch}: {len(of_arch)} kernels", title_justify="left", box=None, pad_edge=False)
+        for column in ("kernel", "for", "tile"):
+            table.add_column(column)
+        for column in ("regs", "stack", "spills", "KiB", "warps", "tensor", "TMA", "wide", "traffic"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in of_arch:
+            table.add_row(*_cells(row), style="red" if row["broken"] else "")
+        console.print(table)
+        console.print()
+    broken = [row for row in rows if row["broken"]]
+    for row in broken:
+        where = f"sm_{row['arch']} {row['kernel']} of {row['op']}, {_what_for(row)}"
+        console.print(f"{where}: {', '.join(row['broken'])}", style="red", soft_wrap=True)
+    console.print(
+        "r: rank. KiB: shared memory of a block. warps: resident at once, of all that a multiprocessor holds, an "
+        "estimate. tensor, TMA: instructions. wide: 128-bit accesses, of all to global memory. traffic: bytes asked "
+        "over each operand once, by all of its kernels.",
+        style="dim",
+    )
+    verdict = f"{len(broken)} break a rule" if broken else "no rule broken"
+    console.print(f"{len(rows)} kernels, {verdict}.", style="red" if broken else "green")
+
+
+def _cells(row: dict) -> list[str]:
+    tile = row["tile"]
+    blocks = [f"{name.removeprefix('BLOCK_').lower()} {size}" for name, size in tile.items() if name.isupper()]
+    return [
+        row["kernel"].removeprefix("lora_").removesuffix("_kernel"),
+        _what_for(row),
+        ", ".join([*blocks, f"{tile['num_warps']} warps"]),
+        str(row["registers"]),
+        str(row["stack"]),
+        str(row["spills"]),
+        f"{row['shared'] / 1024:.0f}",
+        f"{row['occupancy']:.0%}",
+        str(row["tensor_core"] or "–"),
+        str(row["tma_loads"] or "–"),
+        f"{row['wide_accesses']}/{row['accesses']}",
+        "" if row["traffic"] is None else f"{row['traffic']:.2f}",
+    ]
+
+
+def _what_for(row: dict) -> str:
+    words = [f"{name} {value}" if isinstance(value, str) else name for name, value in row["variant"].items() if value]
+    return ", ".join([row["dtype"], f"r {row['r']}", *words])

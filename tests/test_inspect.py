@@ -1,0 +1,82 @@
+"""lora-fast inspect: rows, JSON, exit codes, and the rules themselves."""
+
+import json
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from lora_fast.cli import app
+from lora_fast.kernels import inspected
+from lora_fast.kernels.catalogue import Case
+
+CLEAN = {
+    "kernel": "lora_linear_kernel",
+    "arch": 90,
+    "stack": 0,
+    "spills": 0,
+    "shared": 1024,
+    "tensor_core": 6,
+    "tma_loads": 2,
+}
+ALIGNED = Case("linear", "bfloat16", 16, {"adapter": None, "strategy": "fused", "padding": 0})
+
+
+def run(*options: str):
+    return CliRunner().invoke(app, ["inspect", *options])
+
+
+def test_table_and_json_of_one_op():
+    options = ("--op", "small_inverse", "--op", "gram", "--arch", "80", "--rank", "1", "--processes", "1")
+    table, as_json = run(*options), run(*options, "--json")
+    assert table.exit_code == as_json.exit_code == 0, table.output + as_json.output
+    assert "small_inverse" in table.stdout and "2 kernels, no rule broken." in table.stdout
+    rows = {row["kernel"]: row for row in json.loads(as_json.stdout)}
+    assert rows.keys() == {"lora_gram_kernel", "lora_small_inverse_kernel"}
+    gram = rows["lora_gram_kernel"]
+    assert 0 < gram["registers"] <= 255 and 0 < gram["occupancy"] <= 1 and 0 < gram["wide_accesses"] <= gram["accesses"]
+    assert 1.0 <= gram["traffic"] <= 1.1 and rows["lora_small_inverse_kernel"]["traffic"] is None
+
+
+def test_broken_rule_is_the_exit_code(monkeypatch):
+    row = CLEAN | {"op": "linear", "dtype": "bfloat16", "r": 16, "variant": {}, "tile": {"num_warps": 4}}
+    row |= {"registers": 255, "occupancy": 0.125, "accesses": 1, "wide_accesses": 1, "traffic": None}
+    row |= {"broken": ["8 bytes of stack"]}
+    monkeypatch.setattr(sys.modules["lora_fast.cli.inspect"], "measure", lambda *_: [row])
+    shown = run("--op", "linear")
+    assert shown.exit_code == 1 and "8 bytes of stack" in shown.stdout and "1 break a rule" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "change, rule",
+    [
+        ({"spills": 3}, "3 spills"),
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"shared": 1 << 20}, "1048576 bytes of shared memory"),
+        ({"tensor_core": 0}, "no tensor-core instruction"),
+        ({"tma_loads": 0}, "0 TMA loads"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, dict) else "",
+)
+def test_each_rule(change, rule):
+    assert inspected.broken(ALIGNED, CLEAN) == []
+    assert inspected.broken(ALIGNED, CLEAN | change) == [rule]
+
+
+def test_no_tma_before_hopper_nor_with_unaligned_rows():
+    unaligned = ALIGNED._replace(variant=ALIGNED.variant | {"padding": 4})
+    assert inspected.broken(ALIGNED, CLEAN | {"arch": 80, "tma_loads": 0}) == []
+    assert inspected.broken(unaligned, CLEAN) == ["2 TMA loads"]
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (("--arch", "70"), "--arch: expected one of 80, 90, 100, got 70"),
+        (("--op", "prject"), "--op: expected one of project"),
+        (("--op", "transform", "--rank", "3"), "--rank: expected some of 8, 16, 64, 128, got 3"),
+    ],
+)
+def test_what_there_is_not(options, said):
+    shown = run(*options)
+    assert shown.exit_code == 2 and said in shown.output
