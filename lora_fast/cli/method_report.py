@@ -16,9 +16,9 @@ MIB = 2**20
 
 
 def baseline(settings: Settings, runs: list[Record]) -> Record:
-    """What the others are measured against: the first plain LoRA that did not diverge, else the first run."""
+    """What the others are measured against: the first plain LoRA, else the first run; of those that did not diverge."""
     plain = [run for run, planned in zip(runs, settings.runs, strict=True) if planned.method.name == "lora"]
-    return next((run for run in plain if not run.diverged), runs[0])
+    return next((run for run in [*plain, *runs] if not run.diverged), runs[0])
 
 
 def comparison(settings: Settings, runs: list[Record]) -> dict[str, dict[str, float | str]]:
