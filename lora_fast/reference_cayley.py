@@ -12,8 +12,8 @@ Backward  from ga and gb (with respect to the scaled b), where C = b̃ᵀgb and 
 Notation  the paper's (X, Y) are (ã, b̃ᵀ), its (A, B) are (a, bᵀ). Its printed backward (25) has a sign error.
 Shapes    lists of pairs of any shapes and ranks: free_a (r, d_in) with r ≤ d_in, free_b (d_out, r), scale (r,),
           inverse Wi (r, r). Results in float32, or float64 for float64 pairs; gradients in the dtype of what they
-          belong to. The r×r algebra of a forward is in float64: float32 loses the symmetric part of M to a skew part a
-          hundred times as large, and a aᵀ + bᵀb = I with it.
+          belong to. M and Wi are computed in float64: in float32, a skew part a hundred times as large, or rows
+          that point nearly the same way, cost M its smallest eigenvalues, and a aᵀ + bᵀb = I with them.
 Saved     Wi only; all pairs of one rank are inverted in one batch.
 """
 
@@ -36,14 +36,14 @@ def cayley(
 
 def _cayley(free_a, free_b, scales=None) -> tuple:
     """The same of pairs of one rank: Grams part by part, all inverses at once, products part by part."""
-    rank, parts = free_a[0].shape[0], _parts(free_a, free_b)
+    rank, dtype, parts = free_a[0].shape[0], _wide(free_a[0][:0]).dtype, _parts(free_a, free_b)
     stacks = lambda part: (_stack(free_a, part), _stack(free_b, part))
     grams, a1 = zip(*(_gram(*stacks(part)) for part in parts), strict=True)
     a1, grams = torch.cat(a1), torch.cat(grams)
     eye = torch.eye(rank, dtype=torch.float64, device=a1.device)
-    inverses = torch.linalg.inv_ex(eye + grams.double() + (a1.double().mT - a1.double()))[0]
-    first = (2 * inverses.mT - eye).to(a1.dtype)
-    inverses = inverses.to(a1.dtype).contiguous()
+    inverses = torch.linalg.inv_ex(eye + grams + (a1.mT - a1))[0]
+    first = (2 * inverses.mT - eye).to(dtype)
+    inverses = inverses.to(dtype).contiguous()
     right = -2 * inverses
     if scales is not None:
         right = right * _stack(scales, [i for part in parts for i in part])[:, None]
@@ -59,8 +59,8 @@ def _cayley(free_a, free_b, scales=None) -> tuple:
 
 
 def _gram(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a2 a2ᵀ + b̃ᵀb̃, and a1."""
-    rank = a.shape[1]
+    """a2 a2ᵀ + b̃ᵀb̃ and a1, both in float64."""
+    rank, a, b = a.shape[1], a.double(), b.double()
     a1, a2 = a[..., :rank], a[..., rank:]
     return torch.baddbmm(a2 @ a2.mT, b.mT, b), a1
 
