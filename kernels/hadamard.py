@@ -23,8 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocked import cholesky, cholesky_solve, over, row
+from .blocked import cholesky, cholesky_solve, registers
 from .launch import on_device
+from .primitives import over, row
 
 SOLVERS = ("nnls", "paper", "column", "scalar")
 NNLS, PAPER, COLUMN, SCALAR = (tl.constexpr(i) for i in range(4))
@@ -36,8 +37,7 @@ ROUNDING = tl.constexpr(1e-6)  # a slope's, relative to the sum of its terms' si
 TRIES, ROUNDS = tl.constexpr(3), tl.constexpr(100)
 IN_REGISTERS = 64  # size of the largest system there
 CHUNK = 16  # rows of a system in memory at a time
-# BLOCK_N → warps, registers: left to itself ptxas spills a few of them to fit one program more.
-LAUNCH = {16: (1, 255), 32: (4, 255), 64: (8, 255), 128: (8, 128), 256: (8, 255)}
+WARPS = {16: 1, 32: 4, 64: 8, 128: 8, 256: 8}  # by BLOCK_N
 BLOCK = 256  # scales of one program
 
 
@@ -343,14 +343,14 @@ def scalora_solve(
     if n == 0:
         return x, alive, info
     block_n = max(16, triton.next_power_of_2(2 * r))
-    scratch = None
-    if block_n > IN_REGISTERS and solver != "scalar":
+    in_registers, scratch = block_n <= IN_REGISTERS, None
+    if not in_registers and solver != "scalar":
         scratch = torch.empty((n, 2, 2 * r, 2 * r), dtype=torch.float32, device=ka.device)
-    warps, registers = LAUNCH[block_n]
     with on_device(ka):
         lora_scalora_solve_kernel[(n,)](
             ka, kb, kp, kq, k, x, alive, info, scratch, r, SOLVER=SOLVERS.index(solver), BLOCK_N=block_n,
-            REGISTERS=block_n <= IN_REGISTERS, CHUNK=CHUNK, num_warps=warps, maxnreg=registers,
+            REGISTERS=in_registers, CHUNK=CHUNK, num_warps=WARPS[block_n],
+            maxnreg=255 if in_registers else registers(block_n),  # see blocked.py
         )  # fmt: skip
     return x, alive, info
 

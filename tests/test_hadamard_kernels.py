@@ -11,7 +11,7 @@ import pytest
 import torch
 import transcription as T
 from budget import DRAWS, check, error
-from test_step_kernels import DEVICE, poisoned_empty
+from launching import DEVICE, poisoned_empty
 from triton.runtime.interpreter import InterpretedFunction
 
 from lora_fast import reference_scalora as twin
