@@ -10,7 +10,7 @@ from .. import __version__
 from .finetune import EPILOG, finetune
 from .inspect import EPILOG as INSPECTIONS
 from .inspect import inspect
-from .reproduce import EPILOG as EXPERIMENTS
+from .reproduce import EPILOG as REPRODUCE_EPILOG
 from .reproduce import reproduce
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", add_completion=False)
@@ -59,7 +59,7 @@ def lora_fast(
 
 app.command(epilog=EPILOG)(finetune)
 app.command(epilog=INSPECTIONS)(inspect)
-app.command(epilog=EXPERIMENTS)(reproduce)
+app.command(epilog=REPRODUCE_EPILOG)(reproduce)
 
 
 def main() -> None:
