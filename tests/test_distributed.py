@@ -11,14 +11,15 @@ from torch import nn
 import lora_fast as lf
 
 WORLD = 2
+CONFIGS = (lf.LoRAConfig(r=4, alpha=8), lf.NBLoRAConfig(r=4))
 
 
-def model() -> nn.Module:
+def model(config) -> nn.Module:
     torch.manual_seed(0)
     made = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
-    lf.inject_(made, lf.LoRAConfig(r=4, alpha=8))
+    lf.inject_(made, config)
     for layer in (made[0], made[2]):
-        nn.init.normal_(layer.lora_B, std=0.1)
+        nn.init.normal_(getattr(layer, layer.TRAINED[1]), std=0.1)
     return made
 
 
@@ -37,16 +38,28 @@ def wrapped(made: nn.Module, kind: str) -> nn.Module:
 def worker(rank: int, kind: str, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/{kind}", rank=rank, world_size=WORLD)
-    alone, x = model(), torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
-    sharded = wrapped(copy.deepcopy(alone), kind)
-    alone(x).pow(2).mean().backward()
-    sharded(x.chunk(WORLD)[rank]).pow(2).mean().backward()
-    expected = [p.grad for p in alone.parameters() if p.requires_grad]
-    got = [p.grad for p in sharded.parameters() if p.requires_grad]
-    for gradient, true in zip(got, expected, strict=True):
-        gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-        assert (gradient - true).norm() <= 8 * torch.finfo(true.dtype).eps * true.norm()
+    for config in CONFIGS:
+        train(rank, kind, config)
     dist.destroy_process_group()
+
+
+def train(rank: int, kind: str, config) -> None:
+    """Two steps, each with an evaluation before it."""
+    alone, x = model(config), torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+    sharded = wrapped(copy.deepcopy(alone), kind)
+    trained = [[p for p in made.parameters() if p.requires_grad] for made in (alone, sharded)]
+    optimizers = [torch.optim.SGD(parameters, lr=0.01) for parameters in trained]
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(sharded(x), alone(x))
+        alone(x).pow(2).mean().backward()
+        sharded(x.chunk(WORLD)[rank]).pow(2).mean().backward()
+        for true, p in zip(*trained, strict=True):
+            gradient = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            assert (gradient - true.grad).norm() <= 16 * torch.finfo(true.dtype).eps * true.grad.norm()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
