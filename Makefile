@@ -1,5 +1,6 @@
 # make demo   fine-tune a real model on real text (about three minutes on 2 CPU cores)
 # make test   the whole suite
+# make aot    the kernels without Python: build/aot/liblora_fast.so and its tests (cmake and a C compiler needed)
 # make env    the environment alone: .venv with the versions of constraints.txt
 # make bench  the figures of README.md that a CPU machine can measure
 
@@ -8,7 +9,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: env demo test bench lint clean
+.PHONY: env demo test bench lint clean aot
 env: $(STAMP)
 
 $(STAMP): setup.py pyproject.toml constraints.txt Makefile
@@ -24,6 +25,11 @@ demo: env
 
 test: env lint
 	$(BIN)/pytest -n 2 --dist worksteal
+
+aot: env
+	cmake -S . -B build/aot -DPython3_EXECUTABLE=$(abspath $(BIN))/python
+	cmake --build build/aot
+	ctest --test-dir build/aot --output-on-failure
 
 lint: env
 	$(BIN)/ruff check .
