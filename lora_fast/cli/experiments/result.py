@@ -64,7 +64,7 @@ def overhead(what: str, paper: float, ours: float) -> Row:
         verdict, met = "less than in the paper, other hardware", True
     else:
         verdict, met = f"missed by {_times(far)}, other hardware", False
-    return Row(what, f"{paper:.2f}", f"{ours:.2f}", verdict, met)
+    return Row(what, f"{paper:.2f}", f"{ours:.3f}", verdict, met)
 
 
 def claim(what: str, paper: str, ours: str, holds: bool) -> Row:
