@@ -16,7 +16,7 @@ from torch import Tensor
 
 SOLVERS = ("nnls", "paper", "column", "scalar")
 ROUNDINGS = ("nearest", "stochastic", "compensated")
-RIDGE = 1e-7  # added to the equilibrated system's unit diagonal
+RIDGES = (1e-7, 1e-6, 1e-5)  # added to the equilibrated system's unit diagonal: the first with which it factors
 DEAD = 1e-12  # of the largest diagonal entry of its own block: a coordinate below has no say and keeps scale 1
 COLLINEAR = 1e-6
 PIVOTS, ROUNDS = 8, 2
@@ -29,27 +29,31 @@ def scalora_solve(
     (L, 2r); info (L,).
 
     Five (L, r, r) Grams, gradients at any common scale. info is 0 where the unconstrained optimum is valid, else 1;
-    solver "column" then leaves both factors as they are.
+    solver "column" then leaves both factors as they are. x is 0 for what has no say. A pair whose Grams are not finite
+    gets NaN, with a say, and info 1.
     """
     m, lam = _system(ka, kb, kp, kq, k)
     alive = _alive(m, ka.shape[-1])
+    sound = torch.stack([gram.isfinite().flatten(1).all(-1) for gram in (ka, kb, kp, kq, k)]).all(0)
     if solver == "scalar":
         x, info = _scalar(m, lam, ka.shape[-1]), torch.zeros(len(m), dtype=torch.int32, device=m.device)
     else:
         x, info = _columnwise(m, lam, alive, solver)
     if solver == "column":
         alive = alive & (info == 0)[:, None]
-    return x, alive, info
+    x, alive = torch.where(alive, x, 0.0), alive | ~sound[:, None]
+    return x.masked_fill(~sound[:, None], torch.nan), alive, info.masked_fill(~sound, 1)
 
 
 def scales(
     x: Tensor, alive: Tensor, kappa: float | Tensor, scaling: Tensor, low: float, high: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From ``scalora_solve``'s x to what a step applies, with s = √(x/κ) between ``low`` and ``high``, and 1 for what
-    has no say or where κ is 0: of the factors [α for b; β for a] (2L, r), of their gradients [β; α] (2L, r), and what
-    is merged before, scaling (1 − α∘β) (L, r)."""
+    """From ``scalora_solve``'s x to what a step applies, √(x/κ) between ``low`` and ``high``, and 1 for what has no say
+    or where κ is 0 or less: of the factors [α for b; β for a] (2L, r), of their gradients [β; α] (2L, r), and what is
+    merged before, scaling (1 − α∘β) (L, r)."""
     kappa = torch.as_tensor(kappa, device=x.device)
-    alpha, beta = torch.where(alive & (kappa > 0), (x / kappa.to(x.dtype)).sqrt().clamp(low, high), 1.0).chunk(2, -1)
+    scale = torch.where(alive & ~(kappa <= 0), (x / kappa.to(x.dtype)).sqrt().clamp(low, high), 1.0)
+    alpha, beta = scale.chunk(2, -1)
     return torch.cat([alpha, beta]), torch.cat([beta, alpha]), scaling[:, None] * (1 - alpha * beta)
 
 
@@ -73,8 +77,7 @@ def _columnwise(m: Tensor, lam: Tensor, alive: Tensor, solver: str) -> tuple[Ten
     """Solvers that give every column its own scale, on the system equilibrated to a unit diagonal."""
     diagonal = m.diagonal(dim1=-2, dim2=-1)
     d = torch.where(alive, diagonal, 1.0).rsqrt() * alive
-    eye = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
-    unit = d[:, :, None] * m * d[:, None, :] + torch.where(alive, RIDGE, 1.0)[:, :, None] * eye
+    unit = _factorable(d[:, :, None] * m * d[:, None, :], alive)
     rhs = d * lam
     z = _solve(unit, rhs)
     valid = (z >= 0).all(-1)
@@ -85,6 +88,18 @@ def _columnwise(m: Tensor, lam: Tensor, alive: Tensor, solver: str) -> tuple[Ten
     if solver == "paper":
         x = torch.where(valid[:, None], x, _scalar(m, lam, m.shape[-1] // 2))
     return x, info
+
+
+def _factorable(unit: Tensor, alive: Tensor) -> Tensor:
+    """The system with the least ridge that lets it factor in its precision: rounding leaves a singular one indefinite.
+    What has no say gets the identity."""
+    eye = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
+    tries = [unit + torch.where(alive, ridge, 1.0)[:, :, None] * eye for ridge in RIDGES]
+    result = tries[-1]
+    for attempt in tries[-2::-1]:
+        fails = torch.linalg.cholesky_ex(attempt)[1] != 0
+        result = torch.where(fails[:, None, None], result, attempt)
+    return result
 
 
 def _solve(m: Tensor, rhs: Tensor) -> Tensor:

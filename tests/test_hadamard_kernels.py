@@ -118,7 +118,7 @@ def test_nnls_against_lawson_and_hanson():
     given = grams(*tensors)
     x, _, info = hadamard.scalora_solve(*given, "nnls")
     m, rhs, d = unit_system(given)
-    ridge = twin.RIDGE * torch.eye(10, dtype=torch.float64, device=DEVICE)
+    ridge = twin.RIDGES[0] * torch.eye(10, dtype=torch.float64, device=DEVICE)
     exact = torch.stack([T.nnls(m[i] + ridge, rhs[i]) for i in range(4)]) * d
     assert info.any()
     check("x", x, exact, twin_error(tensors, "nnls"), torch.float32)

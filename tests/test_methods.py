@@ -31,6 +31,9 @@ METHODS = {
     "balora scaled": [M.BaLoRA(), M.ScaledAdamW(damping=1e-2)],
     "scalora": [M.ScaLoRA(interval=5)],
     "scalora kappa": [M.ScaLoRA(kappa=30.0, interval=10), M.LoRAPlus(2.0)],
+    "scalora paper": [M.ScaLoRA(kappa=30.0, interval=1, solver="paper")],
+    "scalora column": [M.ScaLoRA(interval=4, solver="column"), M.LoRAPlus(2.0)],
+    "scalora scalar": [M.ScaLoRA(interval=4, solver="scalar")],
     "lora-rite": [M.LoRARITE()],
 }
 

@@ -107,6 +107,30 @@ def test_nnls_is_the_optimum():
     assert 4 <= constrained <= 20
 
 
+@pytest.mark.parametrize("d", [1, 2, 4])
+def test_nnls_of_singular_systems(d):
+    """Where M is singular by dimension, float32 too finds scales that are finite, and to a thousandth as good."""
+    for seed in range(30):
+        layer, g, *_ = case(seed, r=4, d_in=d, d_out=d)
+        worth = {}
+        for dtype in (torch.float32, torch.float64):
+            a, b = layer.a.to(dtype), layer.b.to(dtype)
+            da, db = layer.s * b.T @ g.to(dtype), layer.s * g.to(dtype) @ a.T
+            alpha, beta, _ = F.scalora_scaling(a, b, da, db, layer.s, kappa=3.0)
+            assert alpha.isfinite().all() and beta.isfinite().all()
+            worth[dtype] = objective(layer, g, 3.0, alpha.double(), beta.double())
+        assert worth[torch.float32] <= worth[torch.float64] + 1e-3 * g.square().sum()
+
+
+def test_grams_that_are_not_finite_give_nan():
+    layer, g, *_ = case(0)
+    da, db = layer.s * layer.b.T @ g, layer.s * g @ layer.a.T
+    da[0, 0] = float("nan")
+    for solver in ("nnls", "paper", "column", "scalar"):
+        alpha, beta, info = F.scalora_scaling(layer.a, layer.b, da, db, layer.s, 3.0, solver)
+        assert alpha.isnan().all() and beta.isnan().all() and info == 1
+
+
 def test_column_and_paper():
     for layer, g, da, db in CASES:
         results = {

@@ -178,16 +178,35 @@ def scalora_x(layer, da, db, solver="nnls"):
     d = m.diagonal()[alive].rsqrt()
     unit = d[:, None] * m[alive][:, alive] * d + 1e-7 * torch.eye(len(d), dtype=m.dtype)
     z = torch.linalg.solve(unit, d * lam[alive])
-    if (z < 0).any():
-        assert solver == "nnls"
+    valid = bool((z >= 0).all())
+    if solver == "scalar" or (solver == "paper" and not valid):
+        return scalora_scalar(m, lam), alive
+    if solver == "nnls" and not valid:
         z = nnls(unit, d * lam[alive])
     x = torch.zeros_like(lam)
     x[alive] = d * z
-    return x, alive
+    return x, alive & (valid or solver != "column")
+
+
+def scalora_scalar(m, lam):
+    """Theorem 3: one α², one β²."""
+    r = len(lam) // 2
+    pa, pb = lam[:r].sum().item(), lam[r:].sum().item()
+    maa, mbb, c = m[:r, :r].sum().item(), m[r:, r:].sum().item(), m[:r, r:].sum().item()
+    ca, cb, det = pa * mbb - pb * c, pb * maa - pa * c, maa * mbb - c * c
+    if ca > 0 >= cb:
+        alpha, beta = pa / maa, 0.0
+    elif cb > 0 >= ca:
+        alpha, beta = 0.0, pb / mbb
+    elif min(ca, cb) >= 0 and det > 1e-6 * maa * mbb:
+        alpha, beta = ca / det, cb / det
+    else:
+        alpha, beta = (pa / maa, 0.0) if maa > 0 else (0.0, pb / mbb)
+    return torch.tensor([alpha] * r + [beta] * r, dtype=lam.dtype)
 
 
 def scalora_step(run, method, grads):
-    solved = [scalora_x(layer, *grad) for layer, grad in zip(run.layers, grads, strict=True)]
+    solved = [scalora_x(layer, *grad, method.solver) for layer, grad in zip(run.layers, grads, strict=True)]
     if run.kappa is None:
         beta2 = torch.cat([x[len(x) // 2 :][alive[len(x) // 2 :]] for x, alive in solved])
         run.kappa = method.kappa or math.exp(beta2[beta2 > 0].log().mean().item())

@@ -1,0 +1,169 @@
+"""The optimizer on the Triton kernels, through the interpreter (natively on a CUDA machine): against the transcription
+of the methods, in launches and torch operations a step, and as an optimizer."""
+
+import copy
+import io
+
+import pytest
+import test_methods as plain_torch
+import test_optim as behaviour
+import torch
+import transcription as T
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lora_fast as lf
+from lora_fast import methods as M
+from lora_fast.groups import Group
+from lora_fast.kernels import interpreted
+
+ONE_RANK, TWO_RANKS = [(24, 40, 4), (9, 50, 4), (17, 33, 4)], [(24, 40, 4), (9, 50, 4), (17, 33, 3)]
+LONG = {
+    "ilora lora+": [M.ILoRA(lam=1.0), M.LoRAPlus(4.0)],
+    "pilora": [M.PiLoRA(lam=1.0, damping=1e-2)],
+    "scalora": [M.ScaLoRA(interval=5)],
+    "balora mv": [M.BaLoRA(every=3, transport="mv"), M.ScaledAdamW(damping=1e-2)],
+}
+SHORT = {
+    "plain": [],
+    "scale-reg": [M.ScaleReg(lam=0.05), M.ScaledAdamW(damping=1e-2)],
+    "scale-reg decoupled": [M.ScaleReg(lam=0.05, decoupled=True)],
+    "ilora clipped": [M.ILoRA(lam=1e4, rho_scale=2.0)],
+    "scalora paper": [M.ScaLoRA(kappa=30.0, interval=1, solver="paper"), M.LoRAPlus(2.0)],
+}
+CASES = [(*case, 200, ONE_RANK) for case in LONG.items()]
+CASES += [(*case, 25, TWO_RANKS) for case in SHORT.items()]
+
+
+@pytest.mark.parametrize("name, methods, steps, shapes", CASES, ids=[name for name, *_ in CASES])
+def test_against_the_transcription(name, methods, steps, shapes, monkeypatch):
+    monkeypatch.setattr(plain_torch.layers, "__defaults__", (0, shapes, False))
+    monkeypatch.setattr(plain_torch.gradient_stream, "__defaults__", (shapes, 1))
+    exact = plain_torch.run(T.Run, torch.float64, methods, steps)
+    formulas = plain_torch.distance(plain_torch.run(T.Run, torch.float32, methods, steps), exact)
+    with lf.set_backend("triton"):
+        work = plain_torch.run(plain_torch.Ours, torch.float32, methods, steps)
+    batches = work.optimizer._batches
+    assert all(isinstance(batch, Group) for batch in batches) and len(batches) == len({r for *_, r in shapes})
+    assert plain_torch.distance(work, exact) <= 1.1 * formulas + plain_torch.ULPS * torch.finfo(torch.float32).eps
+
+
+class Operations(TorchDispatchMode):
+    """Torch operations that compute something: on a GPU each is a launch."""
+
+    FREE = ("empty", "empty_like", "empty_strided", "_record_function_enter_new", "_record_function_exit")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name not in self.FREE and not function.is_view:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+SCALING = ["gram", "scalora_solve", "scales", "merge", "step"]
+LAUNCHES = {
+    "plain": ([], ["step"]),
+    "lora+": ([M.LoRAPlus()], ["step"]),
+    "scaled adamw": ([M.ScaledAdamW()], ["gram", "spd_solve", "step"]),
+    "scale-reg": ([M.ScaleReg()], ["gram", "scale_reg", "step"]),
+    "ilora": ([M.ILoRA()], ["step", "imbalance", "transform"]),
+    "pilora": ([M.PiLoRA()], ["gram", "spd_solve", "step", "imbalance", "transform"]),
+    "scalora": ([M.ScaLoRA(kappa=1.0, interval=1)], SCALING),
+    "scalora between": ([M.ScaLoRA(kappa=1.0, interval=100)], ["step"]),
+    "balora": ([M.BaLoRA()], ["step", "transform"]),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts launches")
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches_do_not_grow_with_the_layers(name, monkeypatch):
+    methods, expected = LAUNCHES[name]
+    computed = []
+    for n_pairs in (1, 24, 224):
+        shapes = [(8 + 8 * (i % 2), 16 + 8 * (i % 3), 2) for i in range(n_pairs)]
+        chosen = behaviour.pairs(shapes=shapes)
+        behaviour.set_gradients(chosen, 0)
+        with lf.set_backend("triton"):
+            optimizer = lf.optim.LoRAAdamW(chosen, methods=methods)
+            with monkeypatch.context() as patch:  # counted, not made
+                patch.setattr(interpreted.InterpretedFunction, "run", lambda *args, **kwargs: None)
+                for _ in range(2):  # tables of addresses are made at the first steps
+                    optimizer.step()
+                with interpreted.traffic() as counted, Operations() as operations:
+                    optimizer.step()
+        assert counted.launches == [f"lora_{kernel}_kernel" for kernel in expected]
+        computed.append(operations.names)
+    assert computed[0] == computed[1] == computed[2]
+    if name != "balora":  # whose eigenproblem is torch's
+        assert computed[0] == []
+
+
+MIXED = [M.PiLoRA()], [M.ScaLoRA(interval=3)], [M.ScaleReg(lam=0.05)], []
+
+
+@pytest.mark.parametrize("methods", MIXED, ids=["pilora", "scalora", "scale-reg", "plain"])
+def test_the_same_bits_on_repeat_and_after_resume(methods):
+    start = lambda: behaviour.pairs(weight_dtype=torch.bfloat16)
+    with lf.set_backend("triton"):
+        straight, again, resumed = start(), start(), start()
+        for chosen in (straight, again):
+            behaviour.train(whole := lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=methods), chosen, 6)
+        assert behaviour.same(behaviour.bits(straight), behaviour.bits(again))
+        behaviour.train(before := lf.optim.LoRAAdamW(resumed, lr=1e-2, methods=methods), resumed, 3)
+        torch.save(before.state_dict(), file := io.BytesIO())
+        file.seek(0)
+        after = lf.optim.LoRAAdamW(resumed, lr=1e-2, methods=methods)
+        after.load_state_dict(torch.load(file))
+        behaviour.train(after, resumed, 3, first=3)
+    assert behaviour.same(behaviour.bits(straight, whole), behaviour.bits(resumed, after))
+
+
+def test_the_backend_may_change_between_steps():
+    """State is per parameter: steps on either backend follow each other."""
+    ours, torchs = behaviour.pairs(), behaviour.pairs()
+    mixed, reference = (lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=[M.ILoRA()]) for chosen in (ours, torchs))
+    for i in range(4):
+        with lf.set_backend("triton" if i % 2 else "torch"):
+            behaviour.train(mixed, ours, 1, first=i)
+        behaviour.train(reference, torchs, 1, first=i)
+    for got, want in zip(behaviour.bits(ours, mixed), behaviour.bits(torchs, reference), strict=True):
+        assert (got - want).norm() <= 8 * torch.finfo(torch.float32).eps * want.norm()
+
+
+def test_gradients_of_some_pairs_and_of_one_factor():
+    """Without a method that uses both factors, a lone factor takes plain AdamW; pairs without gradients rest."""
+    chosen = behaviour.pairs()
+    behaviour.set_gradients(chosen, 0)
+    chosen[0][0].grad = chosen[1][0].grad = chosen[1][1].grad = None
+    before = behaviour.bits(chosen)
+    with lf.set_backend("triton"):
+        (optimizer := lf.optim.LoRAAdamW(chosen)).step()
+        moved = [not torch.equal(x, y) for x, y in zip(behaviour.bits(chosen), before, strict=True)]
+        assert moved == [False, True, False] + [False] * 3 + [True, True, False] * 2
+        with pytest.raises(lf.ArgumentError, match=r"lora_A\.grad"):
+            lf.optim.LoRAAdamW(chosen, methods=[M.ILoRA()]).step()
+    assert optimizer.state[chosen[0][1]]["step"].item() == 1
+
+
+def test_strided_parameters_and_learning_rates_in_tensors():
+    chosen = behaviour.pairs()
+    with torch.no_grad():
+        chosen[0][0].data = chosen[0][0].data.T.contiguous().T
+    behaviour.set_gradients(chosen, 0)
+    twin = copy.deepcopy(chosen)
+    behaviour.set_gradients(twin, 0)
+    with lf.set_backend("triton"):
+        lf.optim.LoRAAdamW(chosen, lr=torch.tensor(1e-2), methods=[M.ILoRA(lam=1.0)]).step()
+    lf.optim.LoRAAdamW(twin, lr=1e-2, methods=[M.ILoRA(lam=1.0)]).step()
+    for got, want in zip(behaviour.bits(chosen), behaviour.bits(twin), strict=True):
+        assert (got - want).norm() <= 8 * torch.finfo(torch.float32).eps * want.norm()
+
+
+def test_float64_is_refused_by_name():
+    chosen = behaviour.pairs(dtype=torch.float64)
+    behaviour.set_gradients(chosen, 0)
+    with lf.set_backend("triton"), pytest.raises(lf.BackendError, match="float64"):
+        lf.optim.LoRAAdamW(chosen, methods=[M.ILoRA()]).step()
