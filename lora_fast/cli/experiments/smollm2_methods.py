@@ -42,10 +42,11 @@ def held_out(record: Record) -> float:
 
 def _paint(axes, records: dict[str, Record]) -> None:
     colour = colours(records)
-    for name, record in records.items():
+    for width, (name, record) in zip(range(len(records), 0, -1), records.items(), strict=True):  # equal curves show
+        look = {"color": colour[name], "label": name, "linewidth": 0.7 + 0.6 * width}
         recent = [record.losses[max(0, i - 2) : i + 1] for i in range(len(record.losses))]
-        axes[0].plot([sum(window) / len(window) for window in recent], color=colour[name], label=name)
-        axes[1].plot(*zip(*record.held_out, strict=True), "o-", color=colour[name], label=name, markersize=4)
+        axes[0].plot([sum(window) / len(window) for window in recent], **look)
+        axes[1].plot(*zip(*record.held_out, strict=True), "o-", markersize=4, **look)
     for axis, what in zip(axes, ("training loss", "held-out loss"), strict=True):
         axis.set(xlabel="steps", ylabel=f"{what} (nats per token)")
     axes[1].legend(fontsize=8, ncols=2)
