@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,9 +115,15 @@ def read(path: str | os.PathLike) -> Adapter:
     return adapter
 
 
-def write(path: str | os.PathLike, config: dict, tensors: dict[str, Tensor], changes: dict[str, Change]) -> None:
-    """Write the folder's two files, each atomically. ``config`` and ``tensors``: an adapter, as PEFT has it; changes go
-    into both, in place.
+def write(
+    path: str | os.PathLike,
+    config: dict,
+    tensors: dict[str, Tensor],
+    changes: dict[str, Change],
+    beside: dict[str, Callable[[Path], object] | None],
+) -> None:
+    """Write the folder's two files and those ``beside`` them (as ``files.write``), each atomically. ``config`` and
+    ``tensors``: an adapter, as PEFT has it; changes go into both, in place.
 
     Raises:
         CheckpointError: the folder or a file in it cannot be written; what was there before still is.
@@ -128,7 +135,7 @@ def write(path: str | os.PathLike, config: dict, tensors: dict[str, Tensor], cha
         WEIGHTS: lambda file: safetensors.torch.save_file(tensors, file, metadata),
         CONFIG: lambda file: file.write_text(text, encoding="utf-8"),
     }
-    files.write(path, writers)
+    files.write(path, writers | beside)
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

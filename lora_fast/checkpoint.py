@@ -18,11 +18,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import adapter_files, base_weights, files, surgery, targets
+from . import adapter_files, base_weights, checks, files, free_files, surgery, targets
 from .adapter_files import CONFIG, PREFIX, WEIGHTS, Adapter, check_tensor
 from .checks import CheckpointError
-from .layers import peft_layers
+from .free_files import SIDECAR, FreeLayer
+from .layers import OURS, peft_layers
 from .linear import LoRALinear
+from .nb_linear import NBLoRALinear
 from .report import Report
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of inner modules
@@ -31,8 +33,10 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  
 def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = False) -> Report:
     """Write the model's adapter into a folder, as PEFT does: ``adapter_config.json``, ``adapter_model.safetensors``.
 
-    Takes the adapters of ``LoRALinear`` layers, or the active adapter of a PeftModel. Different ranks or scales of
-    layers become PEFT's rank_pattern and alpha_pattern. Each file is replaced atomically and synced to disk.
+    Takes the adapters of ``LoRALinear`` and ``NBLoRALinear`` layers, or the active adapter of a PeftModel. Different
+    ranks or scales of layers become PEFT's rank_pattern and alpha_pattern. A norm-bounded adapter is saved as the plain
+    one it equals (its scales in lora_B, alpha = r), with its free parameters in a file beside, for ``load_adapter``.
+    Each file is replaced atomically and synced to disk.
 
     Where training has merged into frozen weights (ScaLoRA), the adapter fits no other base, so what they have become is
     saved in the same files, and the report says so. It follows what ScaLoRA kept:
@@ -60,21 +64,23 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = Fal
             changed weight that the adapter has no layer on, or that PEFT has merged, or a path that cannot be written.
             An adapter that was in the folder is then still whole.
     """
-    model = _unwrap(model)
+    model, sidecar = _unwrap(model), None
     if peft_layers(model):
         layers = _active_layers(model)[1]
         config, tensors = _peft_files(model)
-    elif layers := _lora_linears(model):
+    elif layers := _our_layers(model):
         tensors = {}
         for name, layer in layers.items():
             for factor in ("lora_A", "lora_B"):
                 tensors[f"{PREFIX}{name}.{factor}.weight"] = files.to_host(f"{name}.{factor}", getattr(layer, factor))
         config = _config(model, layers)
+        factors = lambda name: [tensors[f"{PREFIX}{name}.{factor}.weight"] for factor in ("lora_A", "lora_B")]
+        sidecar = free_files.writer(_bounded(layers), {name: tuple(factors(name)) for name in layers})
     else:
         raise CheckpointError("model", "LoRA layers (lf.inject_, or PEFT)", f"{type(model).__name__} without any")
     changes = base_weights.collect(model, layers, exact)
     report = Report("saved", dict.fromkeys(layers, os.fspath(path)), note=base_weights.note(changes, "saved"))
-    adapter_files.write(path, config, tensors, changes)
+    adapter_files.write(path, config, tensors, changes, {SIDECAR: sidecar})
     return report
 
 
@@ -83,6 +89,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
 
     A model with ``LoRALinear`` layers, or a PEFT model (its active adapter), has to have the file's layers, ranks and
     scales; its parameters keep their identity. A plain model first gets the file's layers, as by ``inject_``.
+    ``NBLoRALinear`` layers get their free parameters back bit for bit where the folder has them, for the same norm and
+    bound; of a plain adapter they get those that equal it, if it is within their bound.
     Frozen weights that the adapter's training had changed are restored: whole ones bit for bit, terms by adding them to
     the model's weights, which have to be the unchanged ones. Everything is checked before the model is touched.
 
@@ -91,17 +99,19 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
 
     Raises:
         CheckpointError: files that cannot be read, are damaged, use PEFT features beyond plain LoRA, or do not fit the
-            model: a missing or extra key, a shape, a scale, a dtype that would lose bits, a base weight that training
-            has changed already, or that other modules share. The model is then unchanged.
+            model: a missing or extra key, a shape, a scale, a dtype that would lose bits, a bound, a base weight that
+            training has changed already, or that other modules share. The model is then unchanged.
     """
     model, adapter = _unwrap(model), adapter_files.read(path)
-    theirs, ours = peft_layers(model), _lora_linears(model)
+    theirs, ours = peft_layers(model), _our_layers(model)
     if theirs:
-        _load(model, adapter, _peft_slots(model))
-    elif ours:
-        _load(model, adapter, {name: _slot(name, layer) for name, layer in ours.items()})
+        _load(model, adapter, _peft_slots(model), {})
     else:
-        _inject(model, adapter)
+        sidecar = free_files.read(path, adapter.pairs)
+        if ours:
+            _load(model, adapter, _slots(ours), _free(_bounded(ours), adapter, sidecar))
+        else:
+            _inject(model, adapter, sidecar)
     shapes = {name: f"lora_A {tuple(a.shape)}, lora_B {tuple(b.shape)}" for name, (a, b) in adapter.pairs.items()}
     return Report("loaded", shapes, note=base_weights.note(adapter.changes, "restored"))
 
@@ -116,10 +126,13 @@ class _Slot:
     layer: nn.Module
 
 
-def _load(model: nn.Module, adapter: Adapter, slots: dict[str, _Slot]) -> None:
-    """Check everything against the slots, then copy."""
-    _check_names(set(slots), adapter)
-    layers = {name: slot.layer for name, slot in slots.items()}
+_Values = tuple[NBLoRALinear, tuple[Tensor, Tensor, Tensor]]  # a layer and the free parameters it gets
+
+
+def _load(model: nn.Module, adapter: Adapter, slots: dict[str, _Slot], free: dict[str, _Values]) -> None:
+    """Check everything against the slots, then copy; ``free`` is checked."""
+    _check_names(slots.keys() | free.keys(), adapter)
+    layers = {name: slot.layer for name, slot in slots.items()} | {name: layer for name, (layer, _) in free.items()}
     base_weights.check(model, layers, adapter)
     for name, slot in slots.items():
         a, b = adapter.pairs[name]
@@ -132,15 +145,49 @@ def _load(model: nn.Module, adapter: Adapter, slots: dict[str, _Slot]) -> None:
         for name, slot in slots.items():
             slot.lora_A.copy_(adapter.pairs[name][0])
             slot.lora_B.copy_(adapter.pairs[name][1])
+    for layer, values in free.values():
+        layer.assign_(*values)
     base_weights.restore_(layers, adapter)
 
 
-def _inject(model: nn.Module, adapter: Adapter) -> None:
-    """A plain model: the layers of the file take the place of its linear layers."""
+def _free(layers: dict[str, NBLoRALinear], adapter: Adapter, sidecar: dict[str, FreeLayer]) -> dict[str, _Values]:
+    """What each layer gets: the sidecar's parameters, or those that the plain adapter has under the layer's bound."""
+    free = {}
+    for name, layer in layers.items():
+        if name not in adapter.pairs:
+            continue  # _load names all that are missing
+        if name in sidecar:
+            _check_free(name, layer, sidecar[name])
+            free[name] = layer, sidecar[name].tensors
+            continue
+        a, b = adapter.pairs[name]
+        check_tensor(f"{name}.lora_A", a, (a.shape[0], layer.in_features), torch.float64)
+        check_tensor(f"{name}.lora_B", b, (layer.out_features, a.shape[0]), torch.float64)
+        try:
+            free[name] = layer, layer.projected(a, b, adapter.scaling(name))
+        except checks.ArgumentError as error:
+            raise CheckpointError(f"adapter of {name}", error.expected, error.got) from error
+    return free
+
+
+def _check_free(name: str, layer: NBLoRALinear, saved: FreeLayer) -> None:
+    for key, value in saved.settings.items():
+        if value != getattr(layer, key):
+            expected = f"{getattr(layer, key)!r}, as in the model (a plain model takes the file's)"
+            raise CheckpointError(f"{key} of {name}", expected, repr(value))
+    for free, tensor in zip(layer.TRAINED, saved.tensors, strict=True):
+        own = getattr(layer, free)
+        if tensor.shape != own.shape or torch.promote_types(tensor.dtype, own.dtype) != own.dtype:
+            expected = f"{own.dtype} of shape {tuple(own.shape)}, or a dtype that it holds without loss"
+            raise CheckpointError(f"key {name}.{free}", expected, f"{tensor.dtype} {tuple(tensor.shape)}")
+
+
+def _inject(model: nn.Module, adapter: Adapter, sidecar: dict[str, FreeLayer]) -> None:
+    """A plain model: the layers of the files take the place of its linear layers."""
     surgery.check_plain(model)
     names = {_clean(name): name for name, _ in model.named_modules() if name}
     _check_names({name for name in names if name in adapter.pairs or adapter.targets(name)}, adapter)
-    settings, linears = {}, {}
+    settings, bounded, linears = {}, {}, {}
     for name, (a, b) in adapter.pairs.items():
         linear = linears[name] = model.get_submodule(names[name])
         reason = targets.unsupported(linear, model.get_submodule(names[name].rpartition(".")[0]))
@@ -150,11 +197,16 @@ def _inject(model: nn.Module, adapter: Adapter) -> None:
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         check_tensor(f"{name}.lora_A", a, (a.shape[0], linear.in_features), dtype)
         check_tensor(f"{name}.lora_B", b, (linear.out_features, a.shape[0]), dtype)
-        settings[names[name]] = adapter.settings(name)
+        plain = adapter.settings(name)
+        if name in sidecar:
+            bounded[names[name]] = {"r": plain["r"], "dropout": plain["dropout"], **sidecar[name].settings}
+        else:
+            settings[names[name]] = plain
     base_weights.check(model, linears, adapter)
     surgery.replace_(model, settings)
-    layers = _lora_linears(model)
-    _load(model, adapter, {name: _slot(name, layers[name]) for name in adapter.pairs})
+    surgery.replace_(model, bounded, NBLoRALinear)
+    layers = _our_layers(model)
+    _load(model, adapter, _slots(layers), _free(_bounded(layers), adapter, sidecar))
 
 
 def _check_names(expected: set[str], adapter: Adapter) -> None:
@@ -166,9 +218,14 @@ def _check_names(expected: set[str], adapter: Adapter) -> None:
             raise CheckpointError(key, f"one pair for each of the model's {len(expected)} layers", got)
 
 
-def _slot(name: str, layer: LoRALinear) -> _Slot:
-    _check_unmerged(name, layer)
-    return _Slot(layer.lora_A, layer.lora_B, layer.scaling, layer)
+def _slots(layers: dict[str, nn.Module]) -> dict[str, _Slot]:
+    """Of those that are LoRALinear."""
+    slots = {}
+    for name, layer in layers.items():
+        _check_unmerged(name, layer)
+        if isinstance(layer, LoRALinear):
+            slots[name] = _Slot(layer.lora_A, layer.lora_B, layer.scaling, layer)
+    return slots
 
 
 def _check_unmerged(name: str, layer: nn.Module) -> None:
@@ -176,11 +233,15 @@ def _check_unmerged(name: str, layer: nn.Module) -> None:
         raise CheckpointError("model", "unmerged layers (lf.unmerge_)", f"{name} merged")
 
 
-def _lora_linears(model: nn.Module) -> dict[str, LoRALinear]:
-    if isinstance(model, LoRALinear):
-        expected = "a module that contains LoRALinear layers (their names become the keys)"
-        raise CheckpointError("model", expected, "a single LoRALinear")
-    return {_clean(name): module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+def _our_layers(model: nn.Module) -> dict[str, nn.Module]:
+    if isinstance(model, OURS):
+        expected = "a module that contains adapter layers (their names become the keys)"
+        raise CheckpointError("model", expected, f"a single {type(model).__name__}")
+    return {_clean(name): module for name, module in model.named_modules() if isinstance(module, OURS)}
+
+
+def _bounded(layers: dict[str, nn.Module]) -> dict[str, NBLoRALinear]:
+    return {name: layer for name, layer in layers.items() if isinstance(layer, NBLoRALinear)}
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -195,7 +256,7 @@ def _clean(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict:
+def _config(model: nn.Module, layers: dict[str, nn.Module]) -> dict:
     """PEFT's config of these layers: the first one's rank and alpha, and patterns for those that differ."""
     use_rslora = all(layer.use_rslora for layer in layers.values())
     ranks = {name: layer.r for name, layer in layers.items()}
@@ -221,7 +282,7 @@ def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict:
     return config
 
 
-def _alpha(layer: LoRALinear, use_rslora: bool) -> float:
+def _alpha(layer: nn.Module, use_rslora: bool) -> float:
     """The alpha that gives the layer's scaling, also where the scaling was edited; whole numbers as int, as PEFT."""
     unit = math.sqrt(layer.r) if use_rslora else layer.r
     alpha = layer.alpha if layer.alpha / unit == layer.scaling else layer.scaling * unit

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from .checks import CheckpointError
 
 
-def write(path: str | os.PathLike, writers: dict[str, Callable[[Path], object]]) -> None:
+def write(path: str | os.PathLike, writers: dict[str, Callable[[Path], object] | None]) -> None:
     """Write files into a folder (made if need be): each writer fills a file beside its target; they are synced to disk,
-    then each is renamed over its target. A file that is there with the same bytes is not touched.
+    then each is renamed over its target. A file that is there with the same bytes is not touched. A writer None removes
+    the file.
 
     Raises:
         CheckpointError: the folder or a file in it cannot be written; what was there before still is.
@@ -34,12 +35,16 @@ def write(path: str | os.PathLike, writers: dict[str, Callable[[Path], object]])
             target = folder / name
             if target.is_dir():
                 raise IsADirectoryError(f"{target} is a folder")
+            if writer is None:
+                continue
             temporary[target] = folder / f".{name}.{uuid.uuid4().hex}"
             writer(temporary[target])
             _sync(temporary[target])
         for target, written in temporary.items():
             if not (target.exists() and filecmp.cmp(target, written, shallow=False)):
                 os.replace(written, target)
+        for name in writers.keys() - {target.name for target in temporary}:
+            (folder / name).unlink(missing_ok=True)
         _sync(folder)
     except (OSError, SafetensorError) as error:  # SafetensorError: its own name for a full disk
         raise CheckpointError("path", "a folder that can be written", f"{str(folder)!r}: {error}") from error

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import changed_base, checks, factors, functional
+from . import changed_base, checks, factors, functional, projection
 from .linear import merged_weight
 
 NORMS = {"spectral": 0.0, "frobenius": 0.5, "nuclear": 1.0}  # name → 1 / p of the Schatten norm
@@ -48,6 +48,7 @@ class NBLoRALinear(nn.Module):
     """
 
     TRAINED = factors.FREE  # parameters
+    scaling, use_rslora = 1.0, False  # of the plain LoRA adapter that it equals, with lora_A and lora_B
 
     def __init__(
         self,
@@ -154,6 +155,36 @@ class NBLoRALinear(nn.Module):
     def plain_factors(self) -> tuple[Tensor, Tensor]:
         """a (r, d_in) and b (d_out, r) of the same adapter as plain LoRA with scaling 1, in at least float32."""
         return factors.of_layers([self])[0]
+
+    @property
+    def lora_A(self) -> Tensor:
+        return self.plain_factors()[0]
+
+    @property
+    def lora_B(self) -> Tensor:
+        return self.plain_factors()[1]
+
+    @property
+    def alpha(self) -> float:
+        return float(self.r)
+
+    def projected(self, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """free_a, free_b and free_scale, in float64, with which the layer's ΔW is scaling · lora_B lora_A; every
+        product within the bound has them. lora_A: (k, d_in), lora_B: (d_out, k), any k.
+
+        Raises:
+            ArgumentError: a norm above the bound, or a rank above r, with the singular values; NaN or Inf.
+        """
+        place = self.free_a.device
+        return projection.free_parameters(
+            lora_A.to(place), lora_B.to(place), scaling, self.r, self.bound, self.power, self.learn_scale
+        )
+
+    @torch.no_grad()
+    def assign_(self, free_a: Tensor, free_b: Tensor, free_scale: Tensor) -> None:
+        """Copy free parameters into the layer's own."""
+        for name, value in zip(factors.FREE, (free_a, free_b, free_scale), strict=True):
+            getattr(self, name).copy_(value)
 
     def merge(self) -> None:
         """Fold the adapter into ``weight`` with one rounding; the original is kept until ``unmerge``."""
