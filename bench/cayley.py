@@ -4,18 +4,18 @@
     python bench/cayley.py --only transform
 
 The transform with its trained scales (nuclear norm), forward and backward, is compared with the paper's formula under
-autograd, one layer after the other, and batched over layers of one shape. The two sides of a comparison take turns (AB, BA, …), and the figure is the median of
-the ratios. Run the tests first: a figure means nothing else.
+autograd, one layer after the other, and batched over layers of one shape. The two sides of a comparison take turns (AB,
+BA, …), and the figure is the median of the ratios. Run the tests first: a figure means nothing else.
 """
 
 import argparse
 import copy
 import json
 import statistics
+import time
 from pathlib import Path
 
 import torch
-from optim import LAYERS, SHAPES, compare
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -24,6 +24,11 @@ from train_step import batches, step_seconds
 import lora_fast as lf
 from lora_fast import cayley
 from lora_fast.cli import models
+
+
+LAYERS = 30
+# (d_out, d_in) of q, o; k, v; gate, up; down
+SHAPES = [(576, 576)] * 2 + [(192, 576)] * 2 + [(1536, 576)] * 2 + [(576, 1536)]
 
 
 class Transform:
@@ -99,6 +104,21 @@ def trainings(rank: int, seq_len: int, batch: int, device: torch.device) -> tupl
     return tuple(Training(model, batches(seq_len, batch, device)) for model in (bounded, plain))
 
 
+def compare(mine, other, repeats: int, device: str) -> dict:
+    """Seconds of a step of both, taking turns; the first turn warms up."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    taken, sides = {"ours": [], "theirs": []}, {"ours": mine, "theirs": other}
+    for turn in range(repeats + 1):
+        for side in ("ours", "theirs") if turn % 2 else ("theirs", "ours"):
+            synchronize()
+            start = time.perf_counter()
+            sides[side].step()
+            synchronize()
+            if turn:
+                taken[side].append(time.perf_counter() - start)
+    return taken
+
+
 def bytes_kept(rank: int, device: str) -> tuple[int, int]:
     """What a node keeps besides its parameters, and the bytes of a and b."""
     a, b = ours(*Transform(ours, rank, device).free)
@@ -126,7 +146,7 @@ def main() -> None:
     results = []
 
     def row(name: str, goal: str, mine, other, ours_on_top: bool, repeats: int) -> None:
-        taken = compare(mine, other, repeats, 1, device.type)
+        taken = compare(mine, other, repeats, device.type)
         both = zip(taken["ours"], taken["theirs"], strict=True)
         ratios = [mine / other if ours_on_top else other / mine for mine, other in both]
         cuts = statistics.quantiles(ratios, n=5)
