@@ -25,7 +25,6 @@ import lora_fast as lf
 from lora_fast import cayley
 from lora_fast.cli import models
 
-
 LAYERS = 30
 # (d_out, d_in) of q, o; k, v; gate, up; down
 SHAPES = [(576, 576)] * 2 + [(192, 576)] * 2 + [(1536, 576)] * 2 + [(576, 1536)]
