@@ -205,7 +205,8 @@ _ADAPTERS, _DROPOUT = (None, "float32"), (0.0, 0.1)
 _GEMM = variants(adapter=_ADAPTERS, strategy=("fused",), padding=(0, 4))  # rows of 4 more: no TMA
 _GEMM += variants(adapter=_ADAPTERS, strategy=("cublas",), padding=(0,))
 _SMALL, _SQUARE = {"float32": (16, 32, 64, 128, 256)}, {"float32": (1, 16, 64, 128)}
-_STEPS = [dict.fromkeys(("add", "matrix", "scale", "gram"), on) for on in (False, True)]
+_WORK = ("add", "matrix", "scale", "gram")
+_STEPS = [{name: name in on for name in _WORK} for on in ((), ("matrix",), ("gram",), ("matrix", "gram"), _WORK)]
 
 OPS = {
     "project": Op(
@@ -224,7 +225,7 @@ OPS = {
     "gram": Op(
         gram, {"float32": (1, 16, 64, 128), "bfloat16": (8, 64)}, tensor_cores=("lora_gram_kernel",), counted=True
     ),
-    "adamw_step": Op(adamw_step, {"float32": (1, 16, 64, 128), "bfloat16": (8,)}, _STEPS, counted=True),
+    "adamw_step": Op(adamw_step, {"float32": (1, 16, 64, 128), "bfloat16": (16, 32)}, _STEPS, counted=True),
     "transform": Op(transform, {"float32": (8, 16, 64, 128)}, variants(add=(False, True)), counted=True),
     "imbalance": Op(imbalance, _SQUARE),
     "scale_reg": Op(scale_reg, _SQUARE),

@@ -292,7 +292,15 @@ def _launch_step(table: Table, hyper, steps, work: Work, totals, r_max: int, til
             SCALE=work.scale_p is not None, GRAM=totals is not None,
             UNIFORM_R=table.uniform_r, ALIGNED=table.aligned, R_MAX=r_max, CHUNK=tile.chunk, BLOCK_D=tile.d,
             BLOCK_R=tile.r, BLOCK_K=_block_k(tile), num_warps=tile.warps, num_stages=tile.stages,
+            maxnreg=_registers(tile, work.matrices is not None, totals is not None),
         )  # fmt: skip
+
+
+def _registers(tile: GroupedTile, matrix: bool, gram: bool) -> int | None:
+    """A thread's, said where ptxas, left to itself, spills to fit one program more on a multiprocessor."""
+    if gram:
+        return 255 if tile.r * (1 + matrix) >= 64 else None
+    return 128 if matrix and tile.r == 16 else None
 
 
 def transform_(tensors: list[torch.Tensor], is_a: list[bool], matrices: torch.Tensor, add: bool = False) -> None:
