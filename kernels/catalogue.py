@@ -232,7 +232,7 @@ OPS = {
     "spd_solve": Op(spd_solve, _SMALL),
     "spd_inverse": Op(spd_inverse, _SMALL),
     "small_inverse": Op(small_inverse, _SMALL),
-    "scalora": Op(scalora, {"float32": (8, 32, 64, 128)}, variants(solver=("nnls", "paper"))),
+    "scalora": Op(scalora, {"float32": (32, 128)}, variants(solver=("nnls", "paper"))),
     "merge": Op(
         merge_weights, {"bfloat16": (8, 64), "float16": (16,)}, variants(rounding=("stochastic", "compensated")),
         counted=True,
