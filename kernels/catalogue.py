@@ -200,7 +200,7 @@ def merge_weights(r: int, dtype: torch.dtype, rounding: str) -> int:
 
 # ---- The table
 
-_LAYER = {"bfloat16": (1, 8, 16, 64, 128, 256), "float16": (16,), "float32": (16, 128)}
+_LAYER = {"bfloat16": (8, 16, 64, 128, 256), "float16": (16,), "float32": (16, 128)}
 _ADAPTERS, _DROPOUT = (None, "float32"), (0.0, 0.1)
 _GEMM = variants(adapter=_ADAPTERS, strategy=("fused",), padding=(0, 4))  # rows of 4 more: no TMA
 _GEMM += variants(adapter=_ADAPTERS, strategy=("cublas",), padding=(0,))

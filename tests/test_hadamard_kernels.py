@@ -1,7 +1,6 @@
 """ScaLoRA's Hadamard system as a kernel, through Triton's interpreter (natively on a CUDA machine): against the twin in
 float64, the conditions of the optimum, the theorem's cases, what has no say, what is not finite, the scales."""
 
-
 import pytest
 import torch
 import transcription as T
