@@ -157,7 +157,7 @@ def _linear(left, weight, bias, thin, factor, scaling, keep, transposed) -> torc
         "PRECISION": precision(left),
     }
     with on_device(left):
-        if tiles.strategy(left, d_in) == "cublas":
+        if tiles.strategy(left, d_out, flags["R"], transposed, flags["DROPOUT"]) == "cublas":
             result = F.linear(left, weight, bias) if transposed else torch.mm(left, weight)
             _update(result, thin, factor, scaling, keep, flags)
         else:
@@ -179,7 +179,7 @@ def _update(result, thin, factor, scaling, keep, flags) -> None:
 def _fused(left, weight, bias, thin, factor, result, scaling, keep, flags) -> None:
     (n_tokens, d_in), d_out = left.shape, result.shape[1]
     tma = tiles.uses_tma(left, weight, result)
-    tile = tiles.linear(left, flags["R"], tma, keep is not None)
+    tile = tiles.linear(left, d_out, flags["R"], flags["TRANSPOSED"], tma, flags["DROPOUT"])
     matrices = left, weight, result
     if tma:
         weight_block = [tile.outer, tile.inner] if flags["TRANSPOSED"] else [tile.inner, tile.outer]

@@ -1,5 +1,5 @@
 """Tile configurations: the layer's by (op, element size, arch, rank), the grouped step's by (op, rank). Nothing here is
-measured at run time.
+measured at run time; what ``lora-fast tune`` has measured before (tuned.py) comes first for the layer.
 
 Every row compiles without spills for sm_80, sm_90 and sm_100 (tests/test_compiled.py says at which ranks). Which tiles
 are fastest, and FUSED_UP_TO, is not verified on a GPU.
@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 import triton
+
+from . import tuned
 
 PROGRAMS = 120  # programs that a split reduction aims at: about one wave, the same number on every device
 SUM_BLOCK = 1024  # elements a program of lora_sum_partials_kernel adds
@@ -147,11 +149,29 @@ def _multiprocessors(index: int | None) -> int:
 
 @lru_cache
 def _tile(op: str, element_size: int, arch: int, r: int, largest_r: int = 256) -> Tile:
+    return _with_rank(_row(op, element_size, arch, r), r, largest_r)
+
+
+def _row(op: str, element_size: int, arch: int, r: int) -> tuple[int, ...]:
+    """t, outer, inner, warps, stages of the table's row."""
     first_arch = max(first for name, size, first in TABLE if (name, size) == (op, element_size) and first <= arch)
-    block_r = max(16, triton.next_power_of_2(r))
-    row = next(row for row in TABLE[op, element_size, first_arch] if block_r <= row[0])
-    _, t, outer, inner, warps, stages = row
-    return Tile(t, outer, inner, min(block_r, largest_r), warps, stages)
+    rank_class = rank_block(r)
+    return next(row for row in TABLE[op, element_size, first_arch] if rank_class <= row[0])[1:]
+
+
+def _with_rank(row: tuple[int, ...], r: int, largest_r: int = 256) -> Tile:
+    t, outer, inner, warps, stages = row
+    return Tile(t, outer, inner, min(rank_block(r), largest_r), warps, stages)
+
+
+def rank_block(r: int) -> int:
+    """Columns that hold r: a power of two, 16 at least."""
+    return max(16, triton.next_power_of_2(r))
+
+
+def _tuned(op: str, tensor: torch.Tensor, d_in: int, d_out: int, r: int) -> tuned.Choice | None:
+    """Nothing while another arch or strategy is assumed."""
+    return None if _assumed else tuned.find(op, tensor, d_in, d_out, r)
 
 
 def grouped(op: str, r: int) -> GroupedTile:
@@ -161,33 +181,65 @@ def grouped(op: str, r: int) -> GroupedTile:
 
 
 def project(x: torch.Tensor, r: int) -> Tile:
+    if measured := _tuned("project", x, x.shape[1], 0, r):
+        return _with_rank(measured, r)
     op = "project_short" if x.shape[0] <= SHORT else "project"
     return _tile(op, x.element_size(), arch(x.device), r)
 
 
 def grad_s_b(dy: torch.Tensor, r: int) -> Tile:
+    if measured := _tuned("grad_s_b", dy, 0, dy.shape[1], r):
+        return _with_rank(measured, r)
     return _tile("grad_s_b", dy.element_size(), arch(dy.device), r)
 
 
 def grad_a(x: torch.Tensor, r: int) -> Tile:
+    if measured := _tuned("grad_a", x, x.shape[1], 0, r):
+        return _with_rank(measured, r)
     return _tile("grad_a", x.element_size(), arch(x.device), r)
 
 
-def linear(left: torch.Tensor, r: int, tma: bool, dropout: bool) -> Tile:
+def linear(left: torch.Tensor, d_out: int, r: int, forward: bool, tma: bool, dropout: bool) -> Tile:
+    """Of the fused GEMM, left (n_tokens, d_in) to (n_tokens, d_out); not forward: dx from dy."""
+    if measured := _tuned(gemm(forward, dropout) + ("_tma" if tma else "_pointer"), left, left.shape[1], d_out, r):
+        return _with_rank(measured, r, GEMM_RANK)
     op = "linear" + "_tma" * tma + "_dropout" * dropout
     return _tile(op, left.element_size(), arch(left.device), r, GEMM_RANK)
+
+
+def candidates(op: str, element_size: int, arch: int, r: int) -> list[tuple[int, ...]]:
+    """Tiles (t, outer, inner, warps, stages) worth measuring for a row of TABLE: the default, every row for this rank
+    and arch or an older one, and the default with one number changed. Not all of them fit on every device."""
+    default = _row(op, element_size, arch, r)
+    found = [default]
+    for (name, size, first), rows in TABLE.items():
+        if (name, size) == (op, element_size) and first <= arch:
+            found += [row[1:] for row in rows if rank_block(r) <= row[0]]
+    for i, value in enumerate(default):
+        is_stages, is_warps = i == 4, i == 3
+        for other in (value - 1, value + 1) if is_stages else (value // 2, value * 2):
+            if 1 <= other <= 6 if is_stages else 4 <= other <= 8 if is_warps else 16 <= other <= 512:
+                found.append((*default[:i], other, *default[i + 1 :]))
+    return list(dict.fromkeys(found))
+
+
+def gemm(forward: bool, dropout: bool) -> str:
+    """Its name in tuned.py: forward has no mask of its own, S carries it."""
+    return "linear" if forward else "grad_x" + "_dropout" * dropout
 
 
 def update(result: torch.Tensor, r: int) -> Tile:
     return _tile("update", result.element_size(), arch(result.device), r, GEMM_RANK)
 
 
-def strategy(left: torch.Tensor, d_in: int) -> str:
-    """``"fused"`` or ``"cublas"`` (see linear.py) for a contraction of length d_in."""
+def strategy(left: torch.Tensor, d_out: int, r: int, forward: bool, dropout: bool) -> str:
+    """``"fused"`` or ``"cublas"`` (see linear.py), of the GEMM from left (n_tokens, d_in) to (n_tokens, d_out)."""
     if "strategy" in _assumed:
         return _assumed["strategy"]
+    if measured := _tuned(gemm(forward, dropout), left, left.shape[1], d_out, r):
+        return measured
     first_arch = max(first for first in FUSED_UP_TO if first <= arch(left.device))
-    return "fused" if left.element_size() == 2 and d_in <= FUSED_UP_TO[first_arch] else "cublas"
+    return "fused" if left.element_size() == 2 and left.shape[1] <= FUSED_UP_TO[first_arch] else "cublas"
 
 
 def uses_tma(*matrices: torch.Tensor) -> bool:

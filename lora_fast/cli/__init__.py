@@ -12,6 +12,7 @@ from .inspect import EPILOG as INSPECTIONS
 from .inspect import inspect
 from .reproduce import EPILOG as REPRODUCE_EPILOG
 from .reproduce import reproduce
+from .tune import tune
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", add_completion=False)
 
@@ -60,6 +61,7 @@ def lora_fast(
 app.command(epilog=EPILOG)(finetune)
 app.command(epilog=INSPECTIONS)(inspect)
 app.command(epilog=REPRODUCE_EPILOG)(reproduce)
+app.command()(tune)
 
 
 def main() -> None:

@@ -70,6 +70,9 @@ class Display:
     def error(self, text: str) -> None:
         Console(stderr=True, highlight=False).print(f"Error: {text}", style="red", markup=False, soft_wrap=True)
 
+    def show(self, table: Table) -> None:
+        self.console.print(_table(table))
+
     def working(self, text: str):
         """A spinner while the block runs."""
         return self.console.status(text)
@@ -107,7 +110,7 @@ class Display:
         from . import method_report, report
 
         for table in report.tables(settings, runs):
-            self.console.print(_table(table))
+            self.show(table)
         self._sample("before", prompt, runs[0].sample_before)
         for run in runs:
             self._sample("after" if len(runs) == 1 else f"after, {run.label}", prompt, run.sample_after)

@@ -1,0 +1,235 @@
+"""lora-fast tune: the file it keeps, what the launchers do with it, and the search with a clock of the test's own. Only
+the timing itself needs a GPU."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+
+import pytest
+import tiny_model
+import torch
+from typer.testing import CliRunner
+
+from lora_fast.cli import app, tuning
+from lora_fast.cli.tune import layer_shapes, results
+from lora_fast.kernels import interpreted, layer, tiles, tuned
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPE = tuning.Shape(n_tokens=48, d_in=64, d_out=32, r=4, dropout=0.1, dtype=torch.float16)
+OPS = ("project", "linear", "grad_s_b", "grad_a", "grad_x_dropout")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuned._table.cache_clear()
+    yield tmp_path / "lora_fast" / "tuned.json"
+    tuned._table.cache_clear()
+
+
+def invoke(*options: str):
+    return CliRunner().invoke(app, ["tune", *options])
+
+
+def a_table() -> tuned.Table:
+    key = tuned.key("linear", torch.bfloat16, 8000, 4096, 14336, 16)
+    return {key: "fused", key._replace(op="linear_tma"): (128, 256, 64, 8, 3)}
+
+
+def test_the_file_keeps_what_is_written(cache):
+    assert tuned.read() == {}
+    devices = {"a GPU, sm_90, triton 3.7.1": a_table(), "another": {}}
+    tuned.write(devices)
+    assert tuned.read() == devices
+    assert [path.name for path in cache.parent.iterdir()] == ["tuned.json"]
+
+
+DAMAGE = {
+    "cut short": lambda text: text[: len(text) // 2],
+    "another format": lambda text: text.replace('"format": 1', '"format": 2'),
+    "not an object": lambda text: "[1, 2]",
+    "an unknown strategy": lambda text: text.replace('"fused"', '"magic"'),
+    "a tile of four": lambda text: text.replace("8,\n    3", "8").replace("8,\n     3", "8"),
+    "a size that is text": lambda text: text.replace("14336", '"14336"'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_file_is_named_and_launches_go_on_with_a_warning(cache, damage, monkeypatch):
+    tuned.write({"gpu": a_table()})
+    before = cache.read_text()
+    cache.write_text(damage(before))
+    assert cache.read_text() != before
+    with pytest.raises(ValueError, match=r"tuned\.json"):
+        tuned.read()
+    shown = invoke("--show")
+    assert shown.exit_code == 2 and "--clear" in shown.output
+    monkeypatch.setattr(tuned, "device_name", lambda device: "gpu")
+    with pytest.warns(UserWarning, match="tune --clear"):
+        assert tuned._table(torch.device("cuda", 0)) == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuned._table(torch.device("cuda", 0)) == {}  # said once
+
+
+def test_each_device_has_its_own_choices_and_a_cpu_none(monkeypatch):
+    tuned.write({"gpu": a_table()})
+    monkeypatch.setattr(tuned, "device_name", lambda device: ("gpu", "other")[device.index])
+    assert tuned._table(torch.device("cuda", 0)) == a_table()
+    assert tuned._table(torch.device("cuda", 1)) == {}
+    assert tuned._table(torch.device("cpu")) == {}
+
+
+@pytest.mark.parametrize(("n_tokens", "d_out", "r", "found"), [
+    (8192, 14336, 16, "fused"), (4097, 14336, 16, "fused"), (4096, 14336, 16, None),
+    (8192, 4096, 16, None), (8192, 14336, 8, None),
+])  # fmt: skip
+def test_a_choice_holds_for_its_shape_and_rank_and_tokens_up_to_a_power_of_two(n_tokens, d_out, r, found):
+    left = torch.empty(n_tokens, 4096, dtype=torch.bfloat16, device="meta")
+    with tuned.using(a_table()):
+        assert tuned.find("linear", left, 4096, d_out, r) == found
+        assert tuned.find("linear", left.float(), 4096, d_out, r) is None
+
+
+def test_measured_comes_before_the_default_and_after_what_is_assumed():
+    x = torch.empty(48, 64, dtype=torch.float16)
+    default = tiles.project(x, 4)
+    measured = {tuned.key("project", x.dtype, 48, 64, 0, 4): (32, 0, 64, 8, 2)}
+    with tuned.using(measured):
+        assert tiles.project(x, 4) == (32, 0, 64, 16, 8, 2) != default
+        with tiles.assume(arch=90):
+            assert tiles.project(x, 4) != (32, 0, 64, 16, 8, 2)
+    assert tiles.project(x, 4) == default
+    key = tuned.key("linear", x.dtype, 48, 64, 32, 4)
+    with tuned.using({key: "cublas"}):
+        assert tiles.strategy(x, 32, 4, forward=True, dropout=False) == "cublas"
+        assert tiles.strategy(x, 32, 4, forward=False, dropout=True) == "fused"
+        with tiles.assume(strategy="fused"):
+            assert tiles.strategy(x, 32, 4, forward=True, dropout=False) == "fused"
+
+
+def case_of(op: str, shape: tuning.Shape = SHAPE) -> tuning.Case:
+    return next(case for case in tuning.cases(shape, DEVICE) if case.key.op == op)
+
+
+def test_every_op_of_a_layer_is_a_case():
+    assert tuple(case.key.op for case in tuning.cases(SHAPE, DEVICE)) == OPS
+    plain = tuple(case.key.op for case in tuning.cases(replace(SHAPE, dropout=0.0), DEVICE))
+    assert plain == (*OPS[:-1], "grad_x")
+
+
+def clock(best: int, seconds: list):
+    """Says that candidate ``best`` takes ``seconds[1]`` and every other one ``seconds[0]``."""
+
+    def timer(calls):
+        return [seconds[i == best] for i in range(len(calls))]
+
+    return timer
+
+
+@pytest.mark.parametrize("op", ["linear", "grad_a"])
+def test_the_fastest_is_chosen_and_then_runs(op):
+    case = case_of(op)
+    case = replace(case, candidates=case.candidates[:3])
+    outcome = tuning.search(case, clock(1, [2e-3, 1e-3]))
+    assert outcome.choice == case.candidates[1] and outcome.failed == 0
+    assert (outcome.default, outcome.best) == (2e-3, 1e-3)
+    table: tuned.Table = {}
+    tuning.remember(table, case, outcome)
+    assert table == case.candidates[1]
+    if op == "linear" and DEVICE.type == "cpu":
+        with tuned.using(table), interpreted.traffic() as counted:
+            case.call()
+        assert counted.launches == ["lora_update_kernel"]  # cuBLAS, then the update
+    tuning.remember(table, case, tuning.search(case, clock(0, [2e-3, 1e-3])))
+    assert table == {}  # the default won: what was known is forgotten
+
+
+def test_what_gains_less_than_noise_leaves_the_default():
+    case = case_of("grad_a")
+    outcome = tuning.search(replace(case, candidates=case.candidates[:2]), clock(1, [1e-3, 0.99e-3]))
+    assert outcome.choice == {} and outcome.best == outcome.default
+
+
+def test_candidates_that_fail_or_differ_are_never_timed():
+    case = case_of("project")
+    broken, wrong = case.candidates[1], case.candidates[2]
+    asked = []
+
+    def call():
+        chosen = tuned._used[-1]
+        if chosen == broken:
+            raise RuntimeError("out of resource: shared memory")
+        return torch.full((4, 4), 2.0 if chosen == wrong else 1.0)
+
+    def timer(calls):
+        asked.append(len(calls))
+        return [1.0] * len(calls)
+
+    outcome = tuning.search(replace(case, call=call, candidates=case.candidates[:4]), timer)
+    assert asked == [2] and (outcome.tried, outcome.failed) == (2, 2)
+
+
+def test_no_call_under_the_clock_changes_its_inputs():
+    """Every tensor that a call closes over is the same to the last bit after two calls of every kind."""
+    for case in tuning.cases(SHAPE, DEVICE):
+        tensors = [c.cell_contents for c in case.call.__closure__ if isinstance(c.cell_contents, torch.Tensor)]
+        before = [tensor.clone() for tensor in tensors]
+        assert len(tensors) >= 2
+        for choice in ({}, case.candidates[1]):
+            with tuned.using(choice):
+                case.call()
+        assert all(torch.equal(one, other) for one, other in zip(tensors, before, strict=True)), case.key.op
+
+
+def test_candidates_begin_with_the_default_and_differ():
+    for op, size in {(op, size) for op, size, _ in tiles.TABLE if op != "update"}:
+        found = tiles.candidates(op, size, 90, 16)
+        assert found[0] == tiles._tile(op, size, 90, 16)[:3] + tiles._tile(op, size, 90, 16)[4:]
+        assert len(found) == len(set(found)) > 3
+        assert all(side & (side - 1) == 0 for tile in found for side in tile[:4])
+
+
+def test_shapes_come_from_the_configuration_alone(tmp_path):
+    folder = tiny_model.save(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    assert layer_shapes(str(folder), "all-linear") == [(32, 32), (32, 16), (32, 64), (64, 32)]
+    assert layer_shapes(str(folder), ["down_proj"]) == [(64, 32)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_it_says_so_before_anything_else(cache):
+    result = invoke("--model", "/nowhere", "--rank", "0")
+    assert result.exit_code == 2
+    assert "lora-fast tune: expected a CUDA GPU to measure on, got none" in result.output
+    assert not cache.exists()
+
+
+def test_show_and_clear_work_anywhere(cache):
+    assert "Nothing measured yet" in invoke("--show").output
+    tuned.write({"a GPU, sm_90, triton 3.7.1": a_table()})
+    shown = invoke("--show").output
+    assert "a GPU, sm_90" in shown and "4096→14336" in shown and "128×256×64×8×3" in shown and "8,192" in shown
+    assert json.loads(cache.read_text())["format"] == tuned.FORMAT
+    assert "Removed" in invoke("--clear").output and not cache.exists()
+    assert "Nothing to remove" in invoke("--clear").output
+
+
+def test_the_results_are_a_table_of_what_was_chosen():
+    case = case_of("linear")
+    rows = results([tuning.Outcome(case.key, 2e-3, 1e-3, case.candidates[1], 5, 1)]).rows
+    assert [cell.text for cell in rows[0]] == [
+        "linear", "64→32", "2000.0 µs", "1000.0 µs", "2.00", "cublas", "5, 1 unfit",
+    ]  # fmt: skip
+
+
+def test_the_layer_with_measured_tiles_is_still_the_layer():
+    x = torch.randn(48, 64, dtype=torch.float16, device=DEVICE)
+    a = torch.randn(4, 64, device=DEVICE)
+    with tuned.using({tuned.key("project", x.dtype, 48, 64, 0, 4): (32, 0, 32, 4, 2)}):
+        s = layer.project(x, a)
+    exact = x.double() @ a.half().double().t()
+    assert (s.double() - exact).norm() <= torch.finfo(torch.float16).eps * exact.norm()
