@@ -43,7 +43,8 @@ class LoRAAdamW(torch.optim.Optimizer):
 
     Raises:
         ArgumentError: nothing to train, pairs that do not fit or share a tensor, a frozen factor whose method needs
-            both, methods without a meaning together, values out of range, ScaLoRA on weights it cannot change.
+            both, methods without a meaning together or without a pair to work on, values out of range, ScaLoRA on
+            weights it cannot change.
     """
 
     def __init__(
@@ -69,6 +70,9 @@ class LoRAAdamW(torch.optim.Optimizer):
             groups += [{"params": rest}] if rest else []
         if not groups:
             raise checks.ArgumentError("model", "adapters, or anything else to train", "no trainable parameter")
+        if self._methods and not found:
+            expected = "none for a model without trained LoRA factors (NB-LoRA's free parameters take plain AdamW)"
+            raise checks.ArgumentError("methods", expected, ", ".join(map(repr, self._methods)))
         super().__init__(groups, defaults)
 
     def add_param_group(self, param_group: dict) -> None:

@@ -498,6 +498,11 @@ def test_plain_adamw_trains_it():
     assert losses[-1] < losses[0] and not any(torch.equal(p, q) for p, q in zip(trained(model), before, strict=True))
 
 
+def test_methods_of_factors_are_refused():
+    with pytest.raises(lf.ArgumentError, match=r"^methods: expected none for a model without trained LoRA factors"):
+        lf.optim.LoRAAdamW(stack_of(), methods=[lf.methods.ILoRA()])
+
+
 def test_inject_again_joins_the_same_transform(transforms):
     model = llama()
     lf.inject_(model, lf.NBLoRAConfig(r=4, target_modules=["q_proj"]))
