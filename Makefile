@@ -35,8 +35,10 @@ lint: env
 	$(BIN)/ruff check .
 
 bench: env
-	$(BIN)/python bench/layer.py
+	$(BIN)/python bench/counts.py
 	$(BIN)/python bench/train_step.py
+	$(BIN)/python bench/nb_train_step.py
+	$(BIN)/python bench/run.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,179 +1,24 @@
-"""Figures of one layer that need no GPU: traffic, launches, bytes saved for backward, host time.
+"""The whole layer, forward and backward: y = x Wᵀ + s (k∘x) aᵀ bᵀ; dx, da, db."""
 
-    python bench/layer.py                      # all of them, about two minutes
-    python bench/layer.py --only saved host
-
-Traffic and launches are counted by Triton's interpreter at 4096×4096 and 8,192 tokens, so they are exact; the GEMM
-itself is left out of the traffic (it re-reads its operands from L2 by design). Goals: README.
-"""
-
-import argparse
-import os
-import statistics
-import sys
-import time
-
-os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: traffic is counted in its interpreter
-
-import torch
-from rich.console import Console
-from rich.table import Table
-from torch import nn
-
-import lora_fast as lf
-from lora_fast.kernels import interpreted, layer, tiles
-
-SECTIONS = ("traffic", "launches", "saved", "host")
-N_TOKENS, D = 8192, 4096
+from measure import Comparison, Setting, Work, size
+from providers import layer
+from shapes import Case, Scale
 
 
-def traffic(console: Console) -> None:
-    """Bytes that each thin pass asks for over each operand once."""
-    table = Table(title=f"Traffic over minimum, {D}×{D}, {N_TOKENS} tokens, 16-bit activations (goal ≤ 1.3 at r = 16)")
-    for column in ("r", "adapters", "S = x aᵀ", "dS, db", "da", "all three"):
-        table.add_column(column, justify="right")
-    for r, adapter in ((16, torch.float16), (16, torch.float32), (64, torch.float16)):
-        x, thin = torch.zeros(N_TOKENS, D, dtype=torch.float16), torch.zeros(N_TOKENS, r, dtype=torch.float16)
-        a, b = torch.zeros(r, D, dtype=adapter), torch.zeros(D, r, dtype=adapter)
-        passes = (
-            (lambda x=x, a=a: layer.project(x, a), (x, a, thin)),
-            (lambda x=x, thin=thin, b=b: layer.grad_s_b(x, thin, b, 1.0), (x, thin, b, thin, b)),
-            (lambda x=x, thin=thin, a=a: layer.grad_a(x, thin, a), (x, thin, a)),
-        )
-        asked, least = [], []
-        for run, operands in passes:
-            console.print(f"counting r = {r}, adapters {adapter} …", end="\r")
-            with tiles.assume(arch=90), interpreted.traffic() as counted:
-                run()
-            asked.append(counted.total)
-            least.append(sum(t.numel() * t.element_size() for t in operands))
-        ratios = [one / other for one, other in zip([*asked, sum(asked)], [*least, sum(least)], strict=True)]
-        table.add_row(str(r), str(adapter).removeprefix("torch."), *(f"{ratio:.3f}" for ratio in ratios))
-    console.print(table)
+def cases(scale: Scale) -> list[Case]:
+    return scale.layers("layer", scale.dropouts)
 
 
-def launches(console: Console) -> None:
-    """Kernel launches of one layer, cuBLAS's own counted with them."""
-    table = Table(title="Launches of one layer (goal ≤ 2 forward, ≤ 5 backward)")
-    for column in ("strategy", "dropout", "forward", "backward"):
-        table.add_column(column, justify="right")
-    for strategy in ("fused", "cublas"):
-        for dropout_p in (0.0, 0.1):
-            counts = []
-            x = torch.randn(4096, 640, dtype=torch.float16, requires_grad=True)
-            module = lf.LoRALinear(640, 640, r=16, alpha=16, dropout=dropout_p, dtype=torch.float16)
-            with lf.set_backend("triton"), tiles.assume(arch=90, strategy=strategy):
-                with interpreted.traffic() as counted:
-                    y = module(x)
-                counts.append(len(counted.launches) + (strategy == "cublas"))
-                with interpreted.traffic() as counted:
-                    y.backward(torch.ones_like(y))
-                counts.append(len(counted.launches) + (strategy == "cublas"))
-            table.add_row(strategy, f"{dropout_p:g}", *map(str, counts))
-    console.print(table)
-
-
-def peft_layer(linear: nn.Linear, dropout: float, adapter: torch.dtype):
-    from peft import LoraConfig
-    from peft.tuners.lora import Linear
-
-    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=dropout)
-    wrapped = Linear(linear.requires_grad_(False), "default", config, r=16, lora_alpha=32)
-    wrapped.lora_A.to(adapter), wrapped.lora_B.to(adapter)
-    return wrapped.train()
-
-
-def saved_bytes(module: nn.Module, x: torch.Tensor, autocast: bool) -> int:
-    """Bytes that one call keeps for backward, each storage once, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        alive.append(tensor)  # so that no address is used twice
-        return tensor
-
-    alive: list[torch.Tensor] = []
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
-    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        module(x)
-    return sum(size for address, size in kept.items() if address not in own)
-
-
-def saved(console: Console) -> None:
-    """What one layer keeps for backward, its own parameters left out."""
-    table = Table(title="MiB saved for backward: 1024×1024, 4,096 tokens, r = 16, bfloat16 base (x + S = 8.125)")
-    for column in ("", "dropout 0", "dropout 0.1"):
-        table.add_column(column, justify="right")
-    x = torch.randn(4096, 1024).bfloat16().requires_grad_()
-    linear = lambda: nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16)
-    fused = lambda dropout: lf.LoRALinear.from_linear(linear(), r=16, alpha=32, dropout=dropout)
-    rows = (
-        ("PEFT, float32 adapters (its default)", lambda p: peft_layer(linear(), p, torch.float32), False),
-        ("PEFT, bfloat16 adapters", lambda p: peft_layer(linear(), p, torch.bfloat16), False),
-        ("PEFT, autocast", lambda p: peft_layer(linear(), p, torch.float32), True),
-        ("ours, torch backend", fused, False),
-        ("ours, Triton backend", fused, False),
+def build(case: Case, setting: Setting) -> Comparison:
+    op, providers = layer(case, setting)
+    (d_in, d_out), t, r = case.shape, case.n_tokens, case.r
+    s_bytes = t * r * op.x.element_size()
+    once = size(op.x, op.weight, op.lora_A, op.lora_B, op.dy) + s_bytes  # y is as large as dy
+    forward = Work(once, 2 * t * (d_in * d_out + r * (d_in + d_out)))
+    backward = Work(  # x, dy, S, W, a, b in; dx, da, db out
+        once + size(op.x, op.lora_A, op.lora_B),
+        2 * t * (d_in * d_out + 2 * r * (d_in + d_out)),
     )
-    for name, build, autocast in rows:
-        sizes = []
-        for dropout in (0.0, 0.1):
-            with lf.set_backend("triton" if "Triton" in name else "auto"), console.status(name):
-                sizes.append(saved_bytes(build(dropout), x, autocast) / 2**20)
-        table.add_row(name, *(f"{size:.3f}" for size in sizes))
-    console.print(table)
-
-
-def host(console: Console) -> None:
-    """What an adapter adds to its frozen linear: forward + backward of a 16×16 layer, (1, 4, 16) input, one thread."""
-    import copy
-    import gc
-
-    from lora_fast.peft_linear import FusedLoraLinear
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    frozen = nn.Linear(16, 16).requires_grad_(False)
-    peft = peft_layer(frozen, 0.0, torch.float32)
-    fused = copy.copy(peft)
-    fused.__class__ = FusedLoraLinear
-    engines = {"linear": frozen, "PEFT": peft, "fused PEFT layer": fused}
-    engines["LoRALinear"] = lf.LoRALinear.from_linear(frozen, r=16, alpha=32)
-    x, dy = torch.randn(1, 4, 16, requires_grad=True), torch.randn(1, 4, 16)
-    seconds = {name: [] for name in engines}
-    gc.disable()
-    for repeat in range(220):
-        for name, module in engines.items():
-            start = time.perf_counter()
-            for _ in range(20):
-                module(x).backward(dy)
-            if repeat >= 20:
-                seconds[name].append((time.perf_counter() - start) / 20 * 1e6)
-    gc.enable()
-    torch.set_num_threads(threads)
-    table = Table(title="Host time, forward + backward, 16×16, 4 tokens, one thread (goal: added ≤ 0.6 of PEFT's)")
-    for column in ("", "µs, median (p10)", "added to linear, over PEFT's: median (p10)"):
-        table.add_column(column, justify="right")
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    lows = {name: statistics.quantiles(values, n=10)[0] for name, values in seconds.items()}
-    share = lambda of, name: (of[name] - of["linear"]) / (of["PEFT"] - of["linear"])
-    for name in engines:
-        ratio = "" if name == "linear" else f"{share(medians, name):.2f} ({share(lows, name):.2f})"
-        table.add_row(name, f"{medians[name]:.1f} ({lows[name]:.1f})", ratio)
-    console.print(table)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections to run")
-    wanted = parser.parse_args().only
-    console = Console()
-    console.print(f"torch {torch.__version__}, Python {sys.version.split()[0]}")
-    for section in SECTIONS:
-        if section in wanted:
-            globals()[section](console)
-
-
-if __name__ == "__main__":
-    main()
+    full = Work(*(sum(both) for both in zip(forward, backward, strict=True)))
+    exact = op.exact if not case.dropout else None  # every provider draws its own mask: nothing to compare with
+    return Comparison(providers, {"forward": forward, "backward": backward, "full": full}, exact)

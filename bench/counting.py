@@ -1,0 +1,76 @@
+"""Bytes and launches of our kernels, counted exactly by Triton's interpreter.
+
+    python bench/counting.py SECONDS < cases.json > counts.json
+
+A process of its own: TRITON_INTERPRET must be set before triton is imported, and the suite's timings on a CPU are of
+the torch twins. Tiles and strategy ("fused") are those of sm_90; launches do not depend on sizes, traffic hardly: it is
+counted at ``TOKENS`` tokens and ``PAIRS`` pairs at most.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from measure import Provider, Setting, once
+from shapes import Case, from_dict
+from suite import module
+
+from lora_fast.kernels import interpreted, tiles
+
+TOKENS, PAIRS = 64, 2
+
+
+def small(case: Case) -> Case:
+    """What is counted in its place."""
+    return replace(case, n_tokens=min(case.n_tokens, TOKENS), pairs=case.pairs[:PAIRS])
+
+
+def count(case: Case) -> dict:
+    """One run of ours, forward and backward, the steady state of an optimizer: {"traffic": bytes asked for over the
+    least possible, "launches"}; {} for a method that runs no kernel of ours."""
+    comparison = module(case.op).build(case, Setting(torch.device("cpu"), triton=True))
+    ours = "ours, fused" if "ours, fused" in comparison.providers else "ours"
+    with tiles.assume(arch=90):
+        provider: Provider = comparison.providers[ours]()
+        if case.op == "step":
+            once(provider)  # builds tables and state
+        with interpreted.traffic() as counted:
+            once(provider)
+    if not counted.launches:
+        return {}
+    least = comparison.work.get("full", comparison.work["forward"]).bytes
+    return {"traffic": counted.total / least, "launches": len(counted.launches)}
+
+
+def in_own_process(cases: list[Case], seconds: float) -> dict[Case, dict]:
+    """What ``count`` gives for each case; after that many seconds no other is begun."""
+    wanted = list(dict.fromkeys(small(case) for case in cases))
+    command = [sys.executable, str(Path(__file__).resolve()), str(seconds)]
+    given = json.dumps([asdict(case) for case in wanted])
+    done = subprocess.run(command, input=given, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"bench/counting.py failed:\n{done.stderr[-3000:]}")
+    found = dict(zip(wanted, json.loads(done.stdout), strict=False))
+    return {case: found.get(small(case), {}) for case in cases}
+
+
+def main() -> None:
+    end = time.monotonic() + float(sys.argv[1])
+    found = []
+    for given in json.load(sys.stdin):
+        if time.monotonic() > end:
+            break
+        found.append(count(from_dict(given)))
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The optimizer's step on all adapter pairs of a model: LoRAAdamW and its methods against what there is.
+
+Only the shapes of the model are used; gradients are random and the same for every provider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from measure import Comparison, Provider, Setting, Unavailable, Work
+from pairs import Pairs
+from providers import backend
+from shapes import Case, Scale
+from torch import nn
+
+import lora_fast as lf
+from lora_fast import methods as M
+
+LR, LAM = 2e-4, 0.1
+METHODS: dict[str, tuple] = {
+    "AdamW": (),
+    "ILoRA": (M.ILoRA(lam=LAM),),
+    "PiLoRA": (M.PiLoRA(),),
+    "ScaleReg": (M.ScaleReg(),),
+    "ScaLoRA, 10 steps": (M.ScaLoRA(interval=10),),
+    "BaLoRA": (M.BaLoRA(),),
+    "LoRARITE": (M.LoRARITE(),),
+}
+
+
+def cases(scale: Scale) -> list[Case]:
+    return scale.steps("step", tuple(METHODS))
+
+
+def steps(variant: str) -> int:
+    """Of one run: ScaLoRA merges in one of ten."""
+    return 10 if "10 steps" in variant else 1
+
+
+class Trained:
+    """Pairs as parameters with gradients; with a weight each for the methods that change it."""
+
+    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype = torch.float32):
+        pairs = Pairs.of(case, device)
+        self.a, self.b = ([nn.Parameter(t.to(dtype)) for t in some] for some in (pairs.a, pairs.b))
+        for p, g in zip(self.flat, pairs.da + pairs.db, strict=True):
+            p.grad = g.to(dtype)
+        weight = lambda d_in, d_out: torch.zeros(d_out, d_in, dtype=dtype, device=device)
+        weights = [(weight(*shape),) if "ScaLoRA" in case.variant else () for shape in case.pairs]
+        self.pairs = [(a, b, 2.0, *w) for a, b, w in zip(self.a, self.b, weights, strict=True)]
+
+    @property
+    def flat(self) -> list[nn.Parameter]:
+        return self.a + self.b
+
+
+class LoopedILoRA:
+    """iLoRA as one writes it from the paper: torch's AdamW, then a Python loop over the layers."""
+
+    def __init__(self, trained: Trained, fused: bool):
+        self.pairs = trained.pairs
+        self.adamw = torch.optim.AdamW(trained.flat, lr=LR, weight_decay=0.0, fused=fused or None)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.adamw.step()
+        for a, b, *_ in self.pairs:
+            rho = a.shape[0] / b.shape[0]
+            d = a @ a.T - rho * b.T @ b
+            change = LR * LAM * d @ a
+            b.add_(b @ d, alpha=LR * LAM * rho)
+            a.sub_(change)
+
+
+def riemannian(trained: Trained):
+    """PEFT's optimizer over a model that holds the pairs; named as PEFT's layers are."""
+    try:
+        from peft.optimizers import create_riemannian_optimizer
+    except ImportError as error:
+        raise Unavailable(f"PEFT's Riemannian optimizer cannot be imported: {error}") from error
+    model = nn.Module()
+    for i, (a, b) in enumerate(zip(trained.a, trained.b, strict=True)):
+        layer = nn.Module()
+        layer.lora_A, layer.lora_B = nn.ModuleDict({"default": nn.Module()}), nn.ModuleDict({"default": nn.Module()})
+        layer.lora_A["default"].weight, layer.lora_B["default"].weight = a, b
+        model.add_module(f"layer{i}", layer)
+    return create_riemannian_optimizer(model, torch.optim.AdamW, lr=LR, weight_decay=0.0)
+
+
+def build(case: Case, setting: Setting) -> Comparison:
+    def provider(make: Callable, name: str = "auto", comparable: bool = True) -> Callable[[], Provider]:
+        def build_one() -> Provider:
+            trained = Trained(case, setting.device)
+            context = lambda: backend(name)
+            with context():
+                optimizer = make(trained)
+
+            def run():
+                for _ in range(steps(case.variant)):
+                    optimizer.step()
+
+            named = lambda _: {str(i): p for i, p in enumerate(trained.flat)}
+            return Provider(run, results=named if comparable else None, context=context)
+
+        return build_one
+
+    def exact() -> dict[str, torch.Tensor]:
+        trained = Trained(case, setting.device, torch.float64)
+        with backend("torch"):
+            optimizer = lf.optim.LoRAAdamW(trained.pairs, lr=LR, methods=METHODS[case.variant])
+            for _ in range(steps(case.variant)):
+                optimizer.step()
+        return {str(i): p.detach() for i, p in enumerate(trained.flat)}
+
+    plain = lambda fused: lambda trained: torch.optim.AdamW(trained.flat, lr=LR, weight_decay=0.0, fused=fused or None)
+    looped = lambda fused: lambda trained: LoopedILoRA(trained, fused)
+    lora_adamw = lambda *methods: lambda trained: lf.optim.LoRAAdamW(trained.pairs, lr=LR, methods=methods)
+    name = "triton" if setting.triton else "torch"
+    mine = provider(lora_adamw(*METHODS[case.variant]), name)
+    if case.variant == "AdamW":
+        providers = {"torch's fused AdamW": provider(plain(True)), "torch's AdamW": provider(plain(False))}
+        providers["ours"] = mine
+    elif case.variant == "ILoRA":
+        loops = {f"loop on torch's {kind}AdamW": provider(looped(bool(kind))) for kind in ("", "fused ")}
+        providers = loops | {"torch's fused AdamW alone": provider(plain(True), comparable=False), "ours": mine}
+    elif case.variant == "PiLoRA":
+        providers = {"PEFT's Riemannian": provider(riemannian, comparable=False), "ours": mine}
+    else:
+        providers = {"ours without a method": provider(lora_adamw(), name, comparable=False), "ours": mine}
+    numel = sum(p.numel() for p in Trained(case, setting.device).flat)
+    runs = steps(case.variant)  # p, g, m, v read, p, m, v written, once a step; AdamW's dozen operations
+    return Comparison(providers, {"forward": Work(28 * numel * runs, 12 * numel * runs)}, exact)
+

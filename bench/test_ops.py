@@ -1,0 +1,36 @@
+"""Every case of the suite as a benchmark of pytest-benchmark: one round runs each provider once, in turn. The rows go
+into the benchmark's extra_info; bench/run.py reads them from pytest-benchmark's JSON."""
+
+from dataclasses import asdict
+
+import pytest
+from measure import ceilings, measure
+from shapes import SCALES
+from suite import OPS, cases, here, module
+
+CEILINGS = {}
+
+
+def pytest_generate_tests(metafunc):
+    scale = SCALES[metafunc.config.getoption("--scale")]
+    ops = tuple(filter(None, metafunc.config.getoption("--ops").split(","))) or OPS
+    found = cases(ops, scale)
+    metafunc.parametrize("case", found, ids=[f"{case.op}: {case.name}" for case in found])
+
+
+@pytest.fixture
+def scale(pytestconfig):
+    return SCALES[pytestconfig.getoption("--scale")]
+
+
+def test_op(case, scale, benchmark):
+    setting = here()
+    if case.dtype not in CEILINGS:
+        CEILINGS[case.dtype] = ceilings(setting.device, case.dtype)
+    comparison = module(case.op).build(case, setting)
+    if not scale.compiled:
+        comparison.providers.pop("torch.compile", None)
+    drive = lambda run, rounds: benchmark.pedantic(run, rounds=rounds)
+    rows = measure(case, comparison, setting, CEILINGS[case.dtype], scale.seconds, drive)
+    benchmark.extra_info["rows"] = [asdict(row) for row in rows]
+    benchmark.extra_info["ceilings"] = CEILINGS[case.dtype]._asdict()
