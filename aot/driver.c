@@ -18,11 +18,12 @@ static struct {
     CUresult (*init)(unsigned);
     CUresult (*context_device)(CUdevice *);
     CUresult (*device_attribute)(int *, CUdevice_attribute, CUdevice);
-    CUresult (*load)(CUlibrary *, const void *, CUjit_option *, void **, unsigned, CUlibraryOption *, void **, unsigned);
+    CUresult (*load)(CUlibrary *, const void *, CUjit_option *, void **, unsigned, CUlibraryOption *, void **,
+                     unsigned);
     CUresult (*get_kernel)(CUkernel *, CUlibrary, const char *);
     CUresult (*set_attribute)(CUfunction_attribute, int, CUkernel, CUdevice);
-    CUresult (*launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void **,
-                       void **);
+    CUresult (*launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream,
+                       void **, void **);
     CUresult (*error_name)(CUresult, const char **);
 } driver;
 static pthread_once_t opened = PTHREAD_ONCE_INIT;
@@ -132,7 +133,8 @@ static int value_of(const char *name, size_t length, char kind, const struct arg
     return LORA_FAST_OK;
 }
 
-int lora_fast_launch(int row, int64_t grid_x, int64_t grid_y, const struct argument *arguments, lora_fast_stream stream) {
+int lora_fast_launch(int row, int64_t grid_x, int64_t grid_y, const struct argument *arguments,
+                     lora_fast_stream stream) {
     uint64_t values[MOST_PARAMS] = {0};
     void *pointers[MOST_PARAMS] = {NULL};
     int count = 0;
@@ -154,8 +156,8 @@ int lora_fast_launch(int row, int64_t grid_x, int64_t grid_y, const struct argum
         CALL(driver.context_device(&device));
         CALL(driver.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, kernel->shared, function, device));
     }
-    return driver.launch((CUfunction)function, grid_x, grid_y, 1, kernel->threads, 1, 1, kernel->shared, stream, pointers,
-                         NULL);
+    return driver.launch((CUfunction)function, grid_x, grid_y, 1, kernel->threads, 1, 1, kernel->shared, stream,
+                         pointers, NULL);
 }
 
 int lora_fast_check_addresses(int count, const void *const *addresses) {

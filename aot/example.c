@@ -1,12 +1,12 @@
-/* The forward pass of one LoRA layer, as an engine would call it. Here without memory of a device, so that it builds and
-   runs anywhere: with a GPU, take the addresses from cudaMalloc and the stream from cudaStreamCreate. */
+/* The forward pass of one LoRA layer, as an engine would call it. Here without memory of a device, so that it builds
+   and runs anywhere: with a GPU, take the addresses from cudaMalloc and the stream from cudaStreamCreate. */
 
 #include "lora_fast.h"
 
 #include <stdio.h>
 
-static int forward(const lora_fast_layer *layer, const void *x, const void *weight, const void *a, const void *b, void *s,
-                   void *y, lora_fast_stream stream) {
+static int forward(const lora_fast_layer *layer, const void *x, const void *weight, const void *a, const void *b,
+                   void *s, void *y, lora_fast_stream stream) {
     int error = lora_fast_project(layer, x, a, s, stream);
     if (!error) error = lora_fast_linear(layer, x, weight, NULL, s, b, y, stream);
     return error;

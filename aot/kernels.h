@@ -50,7 +50,8 @@ struct argument {
 int lora_fast_find(int *row, const char *format, ...) __attribute__((format(printf, 2, 3)));
 /* The same for any arch, without a driver: for constants that are the same on all. */
 int lora_fast_find_any(int *row, const char *format, ...) __attribute__((format(printf, 2, 3)));
-int lora_fast_launch(int row, int64_t grid_x, int64_t grid_y, const struct argument *arguments, lora_fast_stream stream);
+int lora_fast_launch(int row, int64_t grid_x, int64_t grid_y, const struct argument *arguments,
+                     lora_fast_stream stream);
 int lora_fast_multiprocessors(int *count);
 
 /* LORA_FAST_MISALIGNED or LORA_FAST_BAD_ARGUMENT (a null pointer) for the first address that does not fit. */

@@ -13,7 +13,8 @@ static int check(const lora_fast_layer *layer) {
 #define DROPOUT (layer->drop_level > 0)
 #define MASK NAMED_INTEGER("seed", layer->seed), NAMED_INTEGER("drop_level", layer->drop_level)
 
-API int lora_fast_project(const lora_fast_layer *layer, const void *x, const void *a, void *s, lora_fast_stream stream) {
+API int lora_fast_project(const lora_fast_layer *layer, const void *x, const void *a, void *s,
+                          lora_fast_stream stream) {
     int row;
     CALL(check(layer));
     CALL(CHECK_ADDRESSES(x, a, s));

@@ -1,13 +1,13 @@
-/* lora_fast without Python: the kernels of LoRA layers and of their optimizer step, for CUDA engines written in C or C++.
+/* lora_fast without Python: the kernels of LoRA layers and of their optimizer step, for CUDA engines in C or C++.
 
-   Every function takes device addresses, sizes and a stream (CUstream and cudaStream_t are the same pointer), launches on
-   the current context's device and returns at once. It returns 0, a negative lora_fast_error, or a positive CUresult;
-   lora_fast_error_name has the name of each. Nothing is allocated: where a function needs memory of its own, it says how
-   much. The same inputs give the same bits. The driver (libcuda.so.1) is opened at the first launch, not before.
+   Every function takes device addresses, sizes and a stream (CUstream and cudaStream_t are the same pointer), launches
+   on the current context's device and returns at once. It returns 0, a negative lora_fast_error, or a positive
+   CUresult; lora_fast_error_name has the name of each. Nothing is allocated: where a function needs memory of its own,
+   it says how much. The same inputs give the same bits. The driver (libcuda.so.1) is opened at the first launch.
 
    The library holds the kernels that it was built for: archs, dtypes and ranks are options of the build, and
-   lora_fast_kernels lists what is there. Matrices are row-major without gaps. Every address and every row length but r is
-   a multiple of 16 (n_tokens is any number): LORA_FAST_MISALIGNED otherwise. Not verified on a GPU. */
+   lora_fast_kernels lists what is there. Matrices are row-major without gaps. Every address is a multiple of 16 bytes,
+   d_in and d_out are multiples of 16 (n_tokens is any number): LORA_FAST_MISALIGNED otherwise. Not verified on a GPU. */
 
 #ifndef LORA_FAST_H
 #define LORA_FAST_H
@@ -57,7 +57,7 @@ LORA_FAST_API const lora_fast_kernel *lora_fast_kernels(int *count);
 
    x (n_tokens, d_in), weight (d_out, d_in), bias (d_out) or NULL, a (r, d_in), b (d_out, r), s and ds (n_tokens, r),
    y and dy (n_tokens, d_out), dx (n_tokens, d_in), da and db as a and b. Forward: project, linear; save x and s.
-   Backward: grad_s_b, grad_a, grad_x. */
+   Backward, of at least one token: grad_s_b, grad_a, grad_x. */
 typedef struct {
     int n_tokens, d_in, d_out, r;
     lora_fast_dtype dtype;   /* of x, weight, bias, s, y and their gradients */
@@ -91,7 +91,7 @@ typedef struct {
     int64_t d;              /* b: d_out; a: d_in; MERGE: d_out */
     int64_t d_in;           /* MERGE alone: the weight's row length */
     int is_a;               /* 1: the tensors are (r, d), as a is; 0: (d, r), as b is */
-    int index;              /* its row in what else the launch takes: GRAM, MERGE: the pair; STEP, TRANSFORM: the factor */
+    int index;              /* its row in what else the launch takes: the pair for GRAM and MERGE, else the factor */
 } lora_fast_factor;
 
 typedef enum { LORA_FAST_GRAM, LORA_FAST_STEP, LORA_FAST_TRANSFORM, LORA_FAST_MERGE } lora_fast_op;
@@ -129,9 +129,9 @@ typedef struct {
     const float *scale_p, *scale_g; /* (n, r), both or none, per rank: p *= scale_p, g, m *= scale_g, v *= scale_g² */
     float *grams;                  /* (n, r, r): out, p pᵀ or pᵀp of the new p */
 } lora_fast_work;
-/* STEP: AdamW on every factor (p, g, m, v), in place; m and v are float32. hyper, device, double (n, 5), or (1, 5) for all:
-   learning rate, beta1, beta2, eps, weight decay. steps, device, float (n): steps taken, counted up here. work NULL: AdamW
-   alone. workspace: with grams. */
+/* STEP: AdamW on every factor (p, g, m, v), in place; m and v are float32. hyper: double (n, 5), or (1, 5) for all, of
+   learning rate, beta1, beta2, eps, weight decay; steps: float (n), steps taken, counted up here; both on the device.
+   work NULL: AdamW alone. workspace: with grams. Grams up to r = 64; above, lora_fast_gram afterwards. */
 LORA_FAST_API int lora_fast_adamw_step(const lora_fast_group *group, const double *hyper, int hyper_rows, float *steps,
                                        const lora_fast_work *work, void *workspace, lora_fast_stream stream);
 /* TRANSFORM: p = M p for a, p M for b, in place; add: p += instead. matrices float32 (n, r, r). */
@@ -148,8 +148,8 @@ LORA_FAST_API int lora_fast_merge(const lora_fast_group *group, const float *sca
 
 /* Bytes of device memory for spd_solve and small_inverse of n matrices: 0 up to r = 64. */
 LORA_FAST_API size_t lora_fast_small_workspace(int n, int r);
-/* x with (matrices + damping I) x = rhs; matrices (n, r, r) symmetric positive definite, rhs and x (n, r, k), r up to 256.
-   info (n): 0, or the order of the first minor that is not positive; that x is NaN. */
+/* x with (matrices + damping I) x = rhs; matrices (n, r, r) symmetric positive definite, rhs and x (n, r, k), r up to
+   256. info (n): 0, or the order of the first minor that is not positive; that x is NaN. */
 LORA_FAST_API int lora_fast_spd_solve(int n, int r, int k, const float *matrices, const float *rhs, float damping,
                                       float *x, int32_t *info, void *workspace, lora_fast_stream stream);
 /* Inverses of (n, r, r) whose symmetric part is at least I. */
@@ -164,11 +164,12 @@ LORA_FAST_API size_t lora_fast_scalora_workspace(int n, int r);
 LORA_FAST_API int lora_fast_scalora_solve(int n, int r, const float *grams, lora_fast_solver solver, float *x,
                                           unsigned char *alive, int32_t *info, void *workspace,
                                           lora_fast_stream stream);
-/* From x and alive: what lora_fast_adamw_step (scale_p, scale_g: (2n, r), b's rows first) and lora_fast_merge (rest: (n, r))
-   take. kappa: one double; scaling (n): alpha / r of each pair; all on the device. Scales stay within low … high. */
-LORA_FAST_API int lora_fast_scalora_scales(int n, int r, const float *x, const unsigned char *alive, const double *kappa,
-                                           const float *scaling, float low, float high, float *scale_p, float *scale_g,
-                                           float *rest, lora_fast_stream stream);
+/* From x and alive: what lora_fast_adamw_step takes (scale_p, scale_g: (2n, r), b's rows first), and lora_fast_merge
+   (rest: (n, r)). kappa: one double; scaling (n): alpha / r of each pair; all on the device. Scales stay within low …
+   high. */
+LORA_FAST_API int lora_fast_scalora_scales(int n, int r, const float *x, const unsigned char *alive,
+                                           const double *kappa, const float *scaling, float low, float high,
+                                           float *scale_p, float *scale_g, float *rest, lora_fast_stream stream);
 
 #ifdef __cplusplus
 }

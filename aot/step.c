@@ -1,5 +1,5 @@
-/* The step and the small matrices: tables as kernels/table.py and merge.py build them, grids as gram.py, step.py, solve.py
-   and hadamard.py choose them. */
+/* The step and the small matrices: tables as kernels/table.py and merge.py build them, grids as gram.py, step.py,
+   solve.py, inverse.py and hadamard.py choose them. */
 
 #include "kernels.h"
 
@@ -202,8 +202,8 @@ API size_t lora_fast_scalora_workspace(int n, int r) {
     return r > HADAMARD_IN_REGISTERS ? sizeof(float) * n * 2 * (2 * r) * (2 * r) : 0;
 }
 
-API int lora_fast_scalora_solve(int n, int r, const float *grams, lora_fast_solver solver, float *x, unsigned char *alive,
-                                int32_t *info, void *workspace, lora_fast_stream stream) {
+API int lora_fast_scalora_solve(int n, int r, const float *grams, lora_fast_solver solver, float *x,
+                                unsigned char *alive, int32_t *info, void *workspace, lora_fast_stream stream) {
     static const char *const names[] = {"nnls", "paper", "column", "scalar"};
     int row;
     if (n < 0 || r < 1 || (unsigned)solver > 3) return LORA_FAST_BAD_ARGUMENT;
@@ -222,8 +222,8 @@ API int lora_fast_scalora_solve(int n, int r, const float *grams, lora_fast_solv
 }
 
 API int lora_fast_scalora_scales(int n, int r, const float *x, const unsigned char *alive, const double *kappa,
-                                 const float *scaling, float low, float high, float *scale_p, float *scale_g, float *rest,
-                                 lora_fast_stream stream) {
+                                 const float *scaling, float low, float high, float *scale_p, float *scale_g,
+                                 float *rest, lora_fast_stream stream) {
     int row;
     if (n < 0 || r < 1 || (int64_t)n * r > INT32_MAX) return LORA_FAST_BAD_ARGUMENT;
     CALL(CHECK_ADDRESSES(x, alive, kappa, scaling, scale_p, scale_g, rest));

@@ -66,7 +66,10 @@ EXPORT CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned gr
     if (stub_count == MOST) return CUDA_ERROR_OUT_OF_MEMORY;
     struct handle *handle = (struct handle *)function;
     struct note *note = &stub_notes[stub_count++];
-    *note = (struct note){handle->cubin, handle->name, {grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared, 0, {0}};
+    unsigned grid[] = {grid_x, grid_y, grid_z}, block[] = {block_x, block_y, block_z};
+    *note = (struct note){.cubin = handle->cubin, .name = handle->name, .shared = shared};
+    memcpy(note->grid, grid, sizeof grid);
+    memcpy(note->block, block, sizeof block);
     for (; params[note->count]; note->count++) note->values[note->count] = *(unsigned long long *)params[note->count];
     return CUDA_SUCCESS;
 }

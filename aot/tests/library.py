@@ -1,0 +1,82 @@
+"""liblora_fast.so from Python: aot/lora_fast.h in ctypes."""
+
+import ctypes
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint, c_ulonglong, c_void_p
+
+import torch
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NO_DRIVER, BAD_ARGUMENT, MISALIGNED, NO_ARCH, NO_KERNEL = -1, -2, -3, -4, -5
+
+
+class Kernel(Structure):
+    _fields_ = [("key", c_char_p), ("params", c_char_p), ("arch", c_int), ("cubin", c_void_p)]
+
+
+class Layer(Structure):
+    _fields_ = [(name, c_int) for name in ("n_tokens", "d_in", "d_out", "r", "dtype", "adapter")]
+    _fields_ += [("scaling", c_float), ("drop_level", c_int), ("seed", c_int64)]
+
+
+class Factor(Structure):
+    _fields_ = [("tensors", c_void_p * 4), ("d", c_int64), ("d_in", c_int64), ("is_a", c_int), ("index", c_int)]
+
+
+class Group(Structure):
+    _fields_ = [(name, c_int) for name in ("op", "dtype", "r", "n_factors", "flat", "n_programs", "chunk")]
+    _fields_ += [("bytes", c_size_t), ("device", c_void_p)]
+
+
+class Work(Structure):
+    _fields_ = [(name, c_void_p) for name in ("additive", "matrices", "scale_p", "scale_g", "grams")]
+
+
+class Note(Structure):
+    _fields_ = [("cubin", c_void_p), ("name", c_char_p), ("grid", c_uint * 3), ("block", c_uint * 3)]
+    _fields_ += [("shared", c_uint), ("count", c_uint), ("values", c_ulonglong * 40)]
+
+
+class Library:
+    """liblora_fast.so: a method for each function, tensors as their addresses; what is not 0 is an error."""
+
+    def __init__(self, path: str, stream: int | None = None):
+        self.library, self.stream = ctypes.CDLL(path), stream
+        self.library.lora_fast_error_name.restype = c_char_p
+        self.library.lora_fast_kernels.restype = POINTER(Kernel)
+        for name in ("gram_workspace", "scalora_workspace", "small_workspace"):
+            getattr(self.library, f"lora_fast_{name}").restype = c_size_t
+        count = c_int()
+        self.kernels = self.library.lora_fast_kernels(byref(count))[: count.value]
+        self.keys = {kernel.key.decode() for kernel in self.kernels}
+
+    def status(self, name: str, *arguments) -> int:
+        return getattr(self.library, f"lora_fast_{name}")(*map(_argument, arguments), c_void_p(self.stream))
+
+    def error_name(self, status: int) -> str:
+        return self.library.lora_fast_error_name(status).decode()
+
+    def __call__(self, name: str, *arguments) -> None:
+        status = self.status(name, *arguments)
+        assert status == 0, f"{name}: {self.error_name(status)}"
+
+    def has(self, key: str) -> bool:
+        return any(key in known for known in self.keys)
+
+    def group(self, op: int, dtype: torch.dtype, r: int, factors: list[Factor], flat: bool = False) -> tuple:
+        """The group, and its table as bytes in host memory."""
+        group = Group(op, DTYPES.index(dtype), r, len(factors), int(flat))
+        array = (Factor * len(factors))(*factors)
+        assert self.library.lora_fast_plan(byref(group), array) == 0
+        host = torch.zeros(group.bytes, dtype=torch.uint8)
+        assert self.library.lora_fast_fill(byref(group), array, c_void_p(host.data_ptr())) == 0
+        return group, host
+
+
+def _argument(value):
+    if isinstance(value, torch.Tensor):
+        return c_void_p(value.data_ptr())
+    if isinstance(value, Structure):
+        return byref(value)
+    if isinstance(value, float):
+        return c_float(value)
+    return c_void_p(None) if value is None else value
