@@ -70,7 +70,7 @@ def add_up(p_partial, p_total, stride, i_row, i_col, count, R_MAX: tl.constexpr)
     """total = Σ_k partial[k], k ascending."""
     o_block = block_offsets(i_row, i_col, R_MAX)
     mask = (i_row < R_MAX)[:, None] & (i_col < R_MAX)[None, :]
-    b_total = tl.zeros([i_row.shape[0], i_col.shape[0]], dtype=tl.float32)
+    b_total = tl.zeros([i_row.shape[0], i_col.shape[0]], dtype=p_total.dtype.element_ty)
     for _ in range(0, count):
         b_total += tl.load(p_partial + o_block, mask=mask, other=0.0, cache_modifier=".cg")
         p_partial += stride

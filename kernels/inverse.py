@@ -5,7 +5,7 @@ Math      Gauss-Jordan without pivoting: the symmetric part of every Schur compl
           Above rank 64 by blocks: BLOCK columns of W are a panel in registers, in which BLOCK pivots are taken; with P
           the panel's pivot rows, every other column becomes W with the rows P zeroed, plus panel · W[P].
 Grid      up to rank 64 one program per matrix, in registers; above, up to SLOTS programs that go through the matrices,
-          W and I − M W in a slot of a scratch buffer that stays in L2.
+          M, W and I − M W in a slot of a scratch buffer that stays in L2.
 Shapes    (n, r, r) float32 contiguous, r from 1 to 256; n any number.
 Roofline  6 r³ operations on 8 r² bytes, one dependent step per column: latency bound; the batch hides it.
 """
@@ -89,33 +89,42 @@ def gauss_jordan(w, r, stride, BLOCK_R: tl.constexpr):
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["n", "r"])
-def lora_small_inverse_blocked_kernel(matrices, inverses, scratch, n, r, BLOCK_R: tl.constexpr):
-    """The same, with the matrix in memory: W and the residual in the program's two slots of ``scratch``."""
+@triton.jit
+def invert(matrix, w, residual, r, BLOCK_R: tl.constexpr):
+    """w ← the inverse of matrix; residual ← I − M W before the refinement. All (r, r) with BLOCK_R from row to row,
+    float32; of a float64 matrix the residual is exact, and W as good as float32 holds it. Starts and ends with a
+    barrier."""
     i_r, i_block = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK)
     m_r = i_r < r
-    w = scratch + tl.program_id(0).to(tl.int64) * 2 * BLOCK_R * BLOCK_R
-    residual = w + BLOCK_R * BLOCK_R
-    for i_matrix in tl.range(tl.program_id(0).to(tl.int64), n, tl.num_programs(0), num_stages=1):
-        o_matrix = i_matrix * r * r
-        copy(matrices + o_matrix, r, w, BLOCK_R, r, BLOCK_R)
-        gauss_jordan(w, r, BLOCK_R, BLOCK_R)
-        for o in tl.range(0, r, BLOCK, num_stages=1):
-            i_row = o + i_block
-            m_row = i_row < r
-            b_rows = tl.where(i_row[:, None] == i_r[None, :], 1.0, 0.0)  # [BLOCK, BLOCK_R]
-            p_left = matrices + o_matrix + i_row * r
-            b_rows = add_products(b_rows, -1.0, p_left, 1, m_row, w + i_r, BLOCK_R, m_r, r)
-            tl.store(residual + i_row[:, None] * BLOCK_R + i_r[None, :], b_rows, mask=m_row[:, None] & m_r[None, :])
+    copy(matrix, BLOCK_R, w, BLOCK_R, r, BLOCK_R)
+    gauss_jordan(w, r, BLOCK_R, BLOCK_R)
+    for o in tl.range(0, r, BLOCK, num_stages=1):
+        i_row = o + i_block
+        m_row = i_row < r
+        b_rows = tl.where(i_row[:, None] == i_r[None, :], 1.0, 0.0).to(matrix.dtype.element_ty)  # [BLOCK, BLOCK_R]
+        b_rows = add_products(b_rows, -1.0, matrix + i_row * BLOCK_R, 1, m_row, w + i_r, BLOCK_R, m_r, r)
+        tl.store(residual + i_row[:, None] * BLOCK_R + i_r[None, :], b_rows, mask=m_row[:, None] & m_r[None, :])
+    tl.debug_barrier()
+    for o in tl.range(0, r, BLOCK, num_stages=1):
+        i_row = o + i_block
+        m_row = i_row < r
+        p_rows, mask = w + i_row[:, None] * BLOCK_R + i_r[None, :], m_row[:, None] & m_r[None, :]
+        b_rows = tl.load(p_rows, mask=mask, other=0.0)
+        b_rows = add_products(b_rows, 1.0, w + i_row * BLOCK_R, 1, m_row, residual + i_r, BLOCK_R, m_r, r)
         tl.debug_barrier()
-        for o in tl.range(0, r, BLOCK, num_stages=1):
-            i_row = o + i_block
-            m_row = i_row < r
-            mask = m_row[:, None] & m_r[None, :]
-            b_rows = tl.load(w + i_row[:, None] * BLOCK_R + i_r[None, :], mask=mask, other=0.0)
-            p_left = w + i_row * BLOCK_R
-            b_rows = add_products(b_rows, 1.0, p_left, 1, m_row, residual + i_r, BLOCK_R, m_r, r)
-            tl.store(inverses + o_matrix + i_row[:, None] * r + i_r[None, :], b_rows, mask=mask)
+        tl.store(p_rows, b_rows, mask=mask)
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["n", "r"])
+def lora_small_inverse_blocked_kernel(matrices, inverses, scratch, n, r, BLOCK_R: tl.constexpr):
+    """The same, in memory: M, W and I − M W in the program's three slots of ``scratch``."""
+    matrix = scratch + tl.program_id(0).to(tl.int64) * 3 * BLOCK_R * BLOCK_R
+    w, residual = matrix + BLOCK_R * BLOCK_R, matrix + 2 * BLOCK_R * BLOCK_R
+    for i_matrix in tl.range(tl.program_id(0).to(tl.int64), n, tl.num_programs(0), num_stages=1):
+        copy(matrices + i_matrix * r * r, r, matrix, BLOCK_R, r, BLOCK_R)
+        invert(matrix, w, residual, r, BLOCK_R)
+        copy(w, BLOCK_R, inverses + i_matrix * r * r, r, r, BLOCK_R)
 
 
 def small_inverse(matrices: torch.Tensor) -> torch.Tensor:
@@ -127,9 +136,11 @@ def small_inverse(matrices: torch.Tensor) -> torch.Tensor:
     matrices, block_r = matrices.contiguous(), max(16, triton.next_power_of_2(r))
     with on_device(matrices):
         if r <= IN_REGISTERS:
-            lora_small_inverse_kernel[(n,)](matrices, inverses, r, BLOCK_R=block_r, num_warps=WARPS[block_r])
+            lora_small_inverse_kernel[(n,)](
+                matrices, inverses, r, BLOCK_R=block_r, num_warps=WARPS[block_r], maxnreg=255
+            )  # fmt: skip
         else:
-            scratch = torch.empty((min(n, SLOTS), 2, block_r, block_r), dtype=torch.float32, device=matrices.device)
+            scratch = torch.empty((min(n, SLOTS), 3, block_r, block_r), dtype=torch.float32, device=matrices.device)
             lora_small_inverse_blocked_kernel[(len(scratch),)](
                 matrices, inverses, scratch, n, r, BLOCK_R=block_r, num_warps=8, maxnreg=registers(block_r)
             )  # fmt: skip

@@ -15,11 +15,11 @@ PHILOX_ROUNDS = tl.constexpr(7)
 
 @triton.jit
 def dot(lhs, rhs, acc, PRECISION: tl.constexpr):
-    """acc + lhs @ rhs, accumulated in float32."""
+    """acc + lhs @ rhs, accumulated in acc's dtype: float32, or float64 as both operands are."""
     if INTERPRET:
-        lhs = lhs.to(tl.float32)
-        rhs = rhs.to(tl.float32)
-    return tl.dot(lhs, rhs, acc, input_precision=PRECISION)
+        lhs = lhs.to(acc.dtype)
+        rhs = rhs.to(acc.dtype)
+    return tl.dot(lhs, rhs, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit

@@ -158,7 +158,7 @@ def _launch(
             block_k = min(RHS, block_k)
             lora_spd_solve_kernel[(n, max(1, triton.cdiv(k, block_k)))](
                 matrices, rhs, x, info, ranks, damping, r, k, **flags, BLOCK_R=block_r, BLOCK_K=block_k,
-                num_warps=WARPS[block_r],
+                num_warps=WARPS[block_r], maxnreg=255,
             )  # fmt: skip
         else:
             uppers = torch.empty((min(n, SLOTS), block_r, block_r), dtype=torch.float32, device=matrices.device)

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from lora_fast.kernels import compiled, gram, hadamard, inverse, merge, solve, step
+from lora_fast.kernels import compiled, gram, hadamard, merge, step
 
 D_IN, D_OUT = 4096, 1024
 
@@ -49,13 +49,6 @@ def run_transform(r: int, dtype: torch.dtype) -> None:
     step.transform_(a + b, [True, True, False, False], torch.zeros(4, r, r))
 
 
-def run_solve(r: int, dtype: torch.dtype) -> None:
-    matrices = torch.zeros(3, r, r, dtype=dtype)
-    solve.spd_solve(matrices, matrices)
-    solve.spd_inverse(matrices, damping=0.5, ranks=torch.ones(3, dtype=torch.int32))
-    inverse.small_inverse(matrices)
-
-
 def run_merge(r: int, dtype: torch.dtype) -> None:
     """float32 adapters into weights of ``dtype``."""
     a, b = tensors(r, torch.float32)
@@ -70,7 +63,7 @@ def run_scalora(r: int, dtype: torch.dtype) -> None:
     hadamard.scales(x, alive, torch.ones((), dtype=torch.float64), torch.ones(3), 0.25, None)
 
 
-OPS = {"gram": run_gram, "plain": run_plain, "full": run_full, "transform": run_transform, "solve": run_solve}
+OPS = {"gram": run_gram, "plain": run_plain, "full": run_full, "transform": run_transform}
 OPS["merge"] = run_merge
 OPS["scalora"] = run_scalora
 
