@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from . import gram as grams
-from . import hadamard, inverse, launch, layer, merge, middle, solve, step, tiles
+from . import cayley, hadamard, inverse, launch, layer, merge, middle, solve, step, tiles
 
 N_TOKENS, SHORT, D_IN, D_OUT = 8192, 64, 4096, 4096
 PAIRS = ((4096, 4096), (4096, 1024))  # (d_in, d_out) of the adapter pairs of a grouped launch
@@ -183,6 +183,13 @@ def small_inverse(r: int, dtype: torch.dtype) -> None:
     inverse.small_inverse(torch.zeros(3, r, r, dtype=dtype))
 
 
+def cayley_both_ways(r: int, dtype: torch.dtype, scaled: bool) -> None:
+    free_a, free_b = _pairs(r, dtype)
+    scales = [torch.zeros(r) for _ in free_a] if scaled else None
+    a, b, inverses = cayley.cayley(free_a, free_b, scales)
+    cayley.cayley_backward(free_a, free_b, scales, inverses, a, b)
+
+
 def scalora(r: int, dtype: torch.dtype, solver: str) -> None:
     x, alive, _ = hadamard.scalora_solve(*torch.zeros(5, 3, r, r, dtype=dtype), solver)
     hadamard.scales(x, alive, torch.ones((), dtype=torch.float64), torch.ones(3), 0.25, None)
@@ -232,6 +239,7 @@ OPS = {
     "spd_solve": Op(spd_solve, _SMALL),
     "spd_inverse": Op(spd_inverse, _SMALL),
     "small_inverse": Op(small_inverse, _SMALL),
+    "cayley": Op(cayley_both_ways, _SMALL | {"bfloat16": (16, 128)}, variants(scaled=(True,))),
     "scalora": Op(scalora, {"float32": (32, 128)}, variants(solver=("nnls", "paper"))),
     "merge": Op(
         merge_weights, {"bfloat16": (8, 64), "float16": (16,)}, variants(rounding=("stochastic", "compensated")),
