@@ -7,9 +7,11 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .doctor import doctor
 from .finetune import EPILOG, finetune
 from .inspect import EPILOG as INSPECTIONS
 from .inspect import inspect
+from .profile import profile
 from .reproduce import EPILOG as REPRODUCE_EPILOG
 from .reproduce import reproduce
 from .tune import tune
@@ -61,7 +63,9 @@ def lora_fast(
 app.command(epilog=EPILOG)(finetune)
 app.command(epilog=INSPECTIONS)(inspect)
 app.command(epilog=REPRODUCE_EPILOG)(reproduce)
+app.command()(profile)
 app.command()(tune)
+app.command()(doctor)
 
 
 def main() -> None:

@@ -1,0 +1,79 @@
+"""lora-fast doctor: what is here, what works, and what to do about what does not. The checks are in checkup.py."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from .display import Display, exit_codes
+from .tables import Cell, Table
+
+_JSON = "Print everything as JSON, and nothing else."
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help=_JSON)] = False) -> None:
+    """Look at this installation: versions, devices, which backend runs and why, and what works.
+
+    Every check does the real thing in a small way: a layer forward and backward against its formula, the kernels, a
+    compilation, an optimizer step, a PEFT model fused. Half a minute at most. Exit code 0 if the core works, 1 if not.
+
+    **Examples**
+
+    - `lora-fast doctor`
+
+        what to do about what does not work stands below it
+
+    - `lora-fast doctor --json > doctor.json`
+
+        for a bug report
+    """
+    display = Display()
+    with exit_codes(display):
+        from . import checkup
+
+        found = []
+        for check in checkup.checks():
+            if as_json:
+                found.append(checkup.examine(check))
+            else:
+                with display.working(check.name):
+                    found.append(checkup.examine(check))
+        name, why = checkup.which_backend()
+        works = all(finding.works for finding in found if finding.core) and name != "none"
+        about = {
+            "versions": checkup.versions(),
+            "devices": checkup.devices(),
+            "backend": {"name": name, "why": why},
+            "interpreter": checkup.interpreter(),
+        }
+        if as_json:
+            checks = [vars(finding) for finding in found]
+            typer.echo(json.dumps({"core_works": works, **about, "checks": checks}, indent=1, ensure_ascii=False))
+        else:
+            _show(display, about, found, works)
+    if not works:
+        raise typer.Exit(1)
+
+
+def _show(display: Display, about: dict, found: list, works: bool) -> None:
+    head = [Cell(""), Cell("")]
+    rows = list(about["versions"].items())
+    rows += [("device" if i == 0 else "", text) for i, text in enumerate(about["devices"])]
+    rows.append(("backend", f"{about['backend']['name']}: {about['backend']['why']}"))
+    rows.append(("Triton's interpreter", about["interpreter"]))
+    display.show(Table("", head, [[Cell(name), Cell(text)] for name, text in rows]))
+    display.note("")
+    marks = {True: Cell("works", "green"), False: Cell("fails", "red")}
+    display.show(Table("", [Cell(""), *head], [[Cell(f.name), marks[f.works], Cell(f.seen)] for f in found]))
+    for finding in found:
+        if not finding.works:
+            display.note(f"\n{finding.name}: {finding.seen}", style="bold")
+            display.note(f"  {finding.remedy}")
+    broken = [finding.name for finding in found if not finding.works]
+    if works:
+        rest = f"; what does not: {', '.join(broken)}." if broken else ", and so does all the rest."
+        display.note(f"\nThe core works{rest}")
+    else:
+        display.error("the core does not work here: " + (", ".join(broken) or about["backend"]["why"]))

@@ -1,0 +1,79 @@
+"""The order of a profile: build, take turns, memory, layers one by one, traces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..display import Display
+from ..experiments.session import machine
+from ..measure import environment
+from ..memory import saved_for_backward
+from ..progress import Bar, bar
+from ..settings import Settings
+from . import engines as engine_builder
+from . import layers, recording, roofline, steps
+from .engines import FUSED, Engines
+from .result import Measured, Result
+from .steps import Spread
+
+SKIPPED = "not asked for (--no-compile)"
+OPTIONS = ("model", "rank", "alpha", "dropout", "targets", "steps", "batch", "seq_len", "dtype", "seed")
+
+
+def measure(settings: Settings, source: str, dtype: object, compiled: bool, folder: Path, display: Display) -> Result:
+    """Everything; the traces go into ``folder``, which is made only when the measurements are done."""
+    with display.working("Loading the model"):
+        engines = engine_builder.build(settings, source, dtype, compiled)
+    conditions = machine()
+    batch = engine_builder.random_batch(engines.device, engines.vocabulary, settings.batch, settings.seq_len)
+    count = len(engines.found)
+    parts = count * (settings.steps + 3) + len(layers.by_shape(engines))
+    with bar(display, parts) as progress:
+        times, why = steps.take_turns(engines, batch, settings.steps, progress.doing, progress.advance)
+        memory = _memory(engines, batch, progress)
+        progress.doing("ceilings of the device")
+        roof = roofline.ceilings(engines.device, engines.dtype)
+        found = layers.measure(engines, batch, settings.rank, roof, progress.doing, progress.advance)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = _files(engines, batch, folder, progress)
+    tokens = settings.batch * settings.seq_len
+    measured = {}
+    for label, taken in times.items():
+        ratios = [one / other for one, other in zip(taken.step, times[FUSED].step, strict=True)]
+        parts_of = [Spread.of(values) for values in (taken.forward, taken.backward, taken.optimizer, taken.step)]
+        pace = tokens / parts_of[-1].median
+        measured[label] = Measured(taken, *parts_of, Spread.of(ratios), pace, *memory[label], files[label])
+    return Result(
+        settings={name: getattr(settings, name) for name in OPTIONS},
+        environment=environment(),
+        machine=conditions,
+        fusing=str(engines.fusing),
+        fused_layers=len(engines.fusing.changed),
+        skipped=why if compiled else SKIPPED,
+        ceilings=roof,
+        engines=measured,
+        layers=found,
+    )
+
+
+def _memory(engines: Engines, batch: dict, progress: Bar) -> dict[str, tuple[int, int | None]]:
+    """Label → bytes kept for backward, peak bytes."""
+    found = {}
+    for label, engine in engines.found.items():
+        progress.doing(f"memory, {label}")
+        with engines.precision():
+            saved = saved_for_backward(engine.model, batch)
+        found[label] = saved, steps.peak_bytes(engines, engine, batch)
+        progress.advance()
+    return found
+
+
+def _files(engines: Engines, batch: dict, folder: Path, progress: Bar) -> dict[str, list[str]]:
+    found = {}
+    for label, engine in engines.found.items():
+        progress.doing(f"trace, {label}")
+        found[label] = [recording.trace(engines, engine, batch, folder)]
+        if engines.device.type == "cuda":
+            found[label].append(recording.snapshot(engines, engine, batch, folder))
+        progress.advance()
+    return found
