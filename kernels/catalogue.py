@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import gram as grams
 from . import cayley, hadamard, inverse, launch, layer, merge, middle, solve, step, tiles
+from . import gram as grams
 
 N_TOKENS, SHORT, D_IN, D_OUT = 8192, 64, 4096, 4096
 PAIRS = ((4096, 4096), (4096, 1024))  # (d_in, d_out) of the adapter pairs of a grouped launch
@@ -183,9 +183,9 @@ def small_inverse(r: int, dtype: torch.dtype) -> None:
     inverse.small_inverse(torch.zeros(3, r, r, dtype=dtype))
 
 
-def cayley_both_ways(r: int, dtype: torch.dtype, scaled: bool) -> None:
+def cayley_both_ways(r: int, dtype: torch.dtype) -> None:
     free_a, free_b = _pairs(r, dtype)
-    scales = [torch.zeros(r) for _ in free_a] if scaled else None
+    scales = [torch.zeros(r) for _ in free_a]
     a, b, inverses = cayley.cayley(free_a, free_b, scales)
     cayley.cayley_backward(free_a, free_b, scales, inverses, a, b)
 
@@ -239,7 +239,7 @@ OPS = {
     "spd_solve": Op(spd_solve, _SMALL),
     "spd_inverse": Op(spd_inverse, _SMALL),
     "small_inverse": Op(small_inverse, _SMALL),
-    "cayley": Op(cayley_both_ways, _SMALL | {"bfloat16": (16, 128)}, variants(scaled=(True,))),
+    "cayley": Op(cayley_both_ways, {"float32": (16, 64, 256)}),
     "scalora": Op(scalora, {"float32": (32, 128)}, variants(solver=("nnls", "paper"))),
     "merge": Op(
         merge_weights, {"bfloat16": (8, 64), "float16": (16,)}, variants(rounding=("stochastic", "compensated")),

@@ -94,7 +94,11 @@ def attach(free: Free, values: Values) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _ops(triton: bool):
-    """No kernel serves this yet: the plain-torch twins run on CUDA, too, without waiting for the device."""
+    """The kernels, or their plain-torch twins."""
+    if triton:
+        from .kernels import cayley as kernels
+
+        return kernels
     return reference_cayley
 
 
