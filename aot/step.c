@@ -6,6 +6,7 @@
 #include <string.h>
 
 enum { COLUMNS = 10, COUNTERS = 16, HYPER = 5, LARGEST_RANK = 256, HADAMARD_RANK = 128, HADAMARD_IN_REGISTERS = 32 };
+enum { SCRATCHES = 3 }; /* matrices that kernels/inverse.py works on beside the result; solve.py takes one */
 
 static int find_any(const lora_fast_group *group, int *row) {
     const char *dtype = lora_fast_dtype_name(group->dtype);
@@ -166,7 +167,7 @@ static int slots(int n) { return n < lora_fast_slots ? n : lora_fast_slots; }
 
 API size_t lora_fast_small_workspace(int n, int r) {
     size_t side = rank_class(r, 16);
-    return blocked(r) ? slots(n) * 2 * side * side * sizeof(float) : 0;
+    return blocked(r) ? slots(n) * SCRATCHES * side * side * sizeof(float) : 0;
 }
 
 API int lora_fast_spd_solve(int n, int r, int k, const float *matrices, const float *rhs, float damping, float *x,

@@ -1,7 +1,7 @@
 """One case of each op that the library embeds: tensors, the Python launcher, the C function, and where C's own buffers
 are to go."""
 
-from ctypes import POINTER, byref, c_int64, c_size_t, c_void_p
+from ctypes import byref, c_int64, c_size_t, c_void_p
 
 import torch
 from library import DTYPES, NO_KERNEL, Factor, Group, Layer, Library, Work
@@ -11,12 +11,12 @@ from lora_fast.kernels import gram, hadamard, inverse, layer, merge, solve, step
 
 class Case:
     """``tensors``: by name, inputs and what is changed in place. ``python`` and ``c`` take them and return the results;
-    ``own``: for each launch, the addresses that the C side passes for what the Python launcher allocates."""
+    ``own``: for each launch, what the C side passes for what the Python launcher allocates."""
 
     def __init__(self, library: Library, device: torch.device, dtype: torch.dtype, r: int):
         self.library, self.device, self.dtype, self.r = library, device, dtype, r
         self.tensors: dict[str, torch.Tensor] = {}
-        self.own: list[dict[str, int]] = []
+        self.own: list[dict[str, torch.Tensor]] = []
         self.table = None
 
     def add(self, name: str, *shape: int, dtype: torch.dtype | None = None, fill=None) -> None:
@@ -106,7 +106,7 @@ def grad_s_b(library, device, dtype, r, adapter):
         ds, db, parts = case.empty(N_TOKENS, r), torch.empty_like(t["b"]), workspace(case, config)
         library("grad_s_b", config, t["dy"], t["s"], t["b"], ds, db, parts)
         chunks = -(-D_OUT // tiles.grad_s_b(t["dy"], r).outer)
-        second = parts.data_ptr() + 4 * chunks * N_TOKENS * r
+        second = parts[4 * chunks * N_TOKENS * r :]
         case.own = [{"ds": parts, "db": second}]
         case.own += [{"partial0": parts, "total0": ds, "partial1": second, "total1": db}]
         return [ds, db]
@@ -176,8 +176,7 @@ def gram_case(library, device, dtype, r):
 
     def c(t):
         group = plan(case, t, 0, factors, by_pair=True)
-        library.library.lora_fast_gram_workspace.argtypes = [POINTER(Group)]
-        parts = case.scratch(library.library.lora_fast_gram_workspace(byref(group)))
+        parts = case.scratch(library.gram_workspace(group))
         grams = case.empty(5, 2, r, r, dtype=torch.float32)
         library("gram", group, 2, grams, parts)
         case.own = [{"partials": parts, "totals": grams}]
@@ -205,7 +204,7 @@ def adamw_step(library, device, dtype, r, add, matrix, scale, gram):
     def c(t):
         group = plan(case, t, 1, factors, flat)
         grams = case.empty(4, r, r, dtype=torch.float32) if gram else None
-        parts = case.scratch(4 * group.n_programs * r * r)
+        parts = case.scratch(library.gram_workspace(group))
         address = lambda x: None if x is None else x.data_ptr()
         work = Work(*(address(t[name]) for name in ("additive", "matrices", "scale_p", "scale_g")), address(grams))
         library("adamw_step", group, t["hyper"], 1, t["steps"], work, parts)
@@ -279,7 +278,7 @@ def spd_solve(library, device, dtype, r):
 
     def c(t):
         x, info = torch.empty_like(t["rhs"]), case.empty(3, dtype=torch.int32)
-        parts = case.scratch(library.library.lora_fast_small_workspace(3, r))
+        parts = case.scratch(library.small_workspace(3, r))
         library("spd_solve", 3, r, r, t["matrices"], t["rhs"], 0.5, x, info, parts)
         case.own = [{"solutions": x, "info": info, "uppers": parts}]
         return [x, info]
@@ -293,7 +292,7 @@ def small_inverse(library, device, dtype, r):
     case.python = lambda t: [inverse.small_inverse(t["matrices"])]
 
     def c(t):
-        inverses, parts = torch.empty_like(t["matrices"]), case.scratch(8 * 3 * r * r)
+        inverses, parts = torch.empty_like(t["matrices"]), case.scratch(library.small_workspace(3, r))
         library("small_inverse", 3, r, t["matrices"], inverses, parts)
         case.own = [{"inverses": inverses, "scratch": parts}]
         return [inverses]
@@ -313,7 +312,7 @@ def scalora(library, device, dtype, r, solver):
 
     def c(t):
         x, alive = case.empty(3, 2 * r), case.empty(3, 2 * r, dtype=torch.bool)
-        info, parts = case.empty(3, dtype=torch.int32), case.scratch(3 * 2 * (2 * r) ** 2 * 4)
+        info, parts = case.empty(3, dtype=torch.int32), case.scratch(library.scalora_workspace(3, r))
         library("scalora_solve", 3, r, t["matrices"], hadamard.SOLVERS.index(solver), x, alive, info, parts)
         scale_p, scale_g, rest = case.empty(6, r), case.empty(6, r), case.empty(3, r)
         library("scalora_scales", 3, r, x, alive, t["kappa"], t["scaling"], 0.25, 4.0, scale_p, scale_g, rest)

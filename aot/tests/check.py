@@ -88,9 +88,9 @@ def compare(name: str, case: Case, i: int, note: Note, kernel: Kernel, launch: c
         elif param == "counters":
             assert slot == case.tables[param], where
         elif kind == "p":
-            own = case.own[i].get(param) if case.own else None
-            expected = value if own is None else own
-            assert slot == (expected if isinstance(expected, int) else expected.data_ptr()), where
+            expected = case.own[i].get(param, value) if case.own else value
+            assert slot == expected.data_ptr(), where
+            assert expected.nbytes >= value.nbytes, f"{where}: room for {expected.nbytes} bytes, needs {value.nbytes}"
         elif kind == "f":
             assert ctypes.c_float.from_buffer_copy(ctypes.c_uint(slot)).value == ctypes.c_float(value).value, where
         else:

@@ -47,7 +47,6 @@ class Library:
             getattr(self.library, f"lora_fast_{name}").restype = c_size_t
         count = c_int()
         self.kernels = self.library.lora_fast_kernels(byref(count))[: count.value]
-        self.keys = {kernel.key.decode() for kernel in self.kernels}
 
     def status(self, name: str, *arguments) -> int:
         return getattr(self.library, f"lora_fast_{name}")(*map(_argument, arguments), c_void_p(self.stream))
@@ -59,8 +58,14 @@ class Library:
         status = self.status(name, *arguments)
         assert status == 0, f"{name}: {self.error_name(status)}"
 
-    def has(self, key: str) -> bool:
-        return any(key in known for known in self.keys)
+    def gram_workspace(self, group: Group) -> int:
+        return self.library.lora_fast_gram_workspace(byref(group))
+
+    def small_workspace(self, n: int, r: int) -> int:
+        return self.library.lora_fast_small_workspace(n, r)
+
+    def scalora_workspace(self, n: int, r: int) -> int:
+        return self.library.lora_fast_scalora_workspace(n, r)
 
     def group(self, op: int, dtype: torch.dtype, r: int, factors: list[Factor], flat: bool = False) -> tuple:
         """The group, and its table as bytes in host memory."""
