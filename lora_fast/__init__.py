@@ -14,7 +14,8 @@ from .linear import LoRALinear
 from .merging import merge_, unmerge_
 from .nb_linear import NBLoRALinear
 from .report import Report
-from .surgery import LoRAConfig, NBLoRAConfig, fuse_, inject_, unfuse_
+from .sing_linear import SingLoRALinear, count_steps_
+from .surgery import LoRAConfig, NBLoRAConfig, SingLoRAConfig, fuse_, inject_, unfuse_
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +28,9 @@ __all__ = [
     "NBLoRAConfig",
     "NBLoRALinear",
     "Report",
+    "SingLoRAConfig",
+    "SingLoRALinear",
+    "count_steps_",
     "functional",
     "fuse_",
     "inject_",

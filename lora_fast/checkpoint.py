@@ -26,6 +26,7 @@ from .layers import OURS, peft_layers
 from .linear import LoRALinear
 from .nb_linear import NBLoRALinear
 from .report import Report
+from .sing_linear import SingLoRALinear
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of inner modules
 
@@ -223,6 +224,9 @@ def _slots(layers: dict[str, nn.Module]) -> dict[str, _Slot]:
     slots = {}
     for name, layer in layers.items():
         _check_unmerged(name, layer)
+        if isinstance(layer, SingLoRALinear):
+            expected = "layers with two factors (the model's own state_dict has SingLoRA's matrix)"
+            raise CheckpointError("model", expected, f"{name}, a SingLoRALinear")
         if isinstance(layer, LoRALinear):
             slots[name] = _Slot(layer.lora_A, layer.lora_B, layer.scaling, layer)
     return slots

@@ -9,8 +9,9 @@ from torch import nn
 from . import checks
 from .linear import LoRALinear
 from .nb_linear import NBLoRALinear
+from .sing_linear import SingLoRALinear
 
-OURS = (LoRALinear, NBLoRALinear)
+OURS = (LoRALinear, NBLoRALinear, SingLoRALinear)
 
 
 def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:

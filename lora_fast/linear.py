@@ -12,7 +12,28 @@ from . import changed_base, checks, functional
 INITS = ("kaiming", "gaussian")
 
 
-class LoRALinear(nn.Module):
+class Mergeable:
+    """Of a layer with ``weight``, lora_A, lora_B, scaling and a buffer ``_unmerged_weight``, None at first."""
+
+    def merge(self) -> None:
+        """Fold the adapter into ``weight`` with one rounding; the original is kept until ``unmerge``."""
+        if not self.merged:
+            original = self.weight.data
+            self.weight.data = merged_weight(original, [(self.lora_A, self.lora_B, self.scaling)])
+            self._unmerged_weight = original
+
+    def unmerge(self) -> None:
+        """Restore every bit of the weight from before ``merge``."""
+        if self.merged:
+            self.weight.data = self._unmerged_weight
+            self._unmerged_weight = None
+
+    @property
+    def merged(self) -> bool:
+        return self._unmerged_weight is not None
+
+
+class LoRALinear(Mergeable, nn.Module):
     """Linear layer with a low-rank adapter (Hu et al., arXiv 2106.09685), computed as one fused op.
 
     ``y = x Wᵀ + bias + scaling · dropout(x) aᵀ bᵀ``, scaling = alpha / r.
@@ -85,32 +106,7 @@ class LoRALinear(nn.Module):
 
         The adapter is on the weight's device, in float32 where the weight is 16-bit, else in the weight's dtype.
         """
-        if not isinstance(linear, nn.Linear):
-            raise checks.ArgumentError("linear", "a torch.nn.Linear", type(linear).__name__)
-        weight, bias = linear.weight, linear.bias
-        if weight.dtype not in checks.FLOATS:
-            expected = "a dtype among float16, bfloat16, float32, float64"
-            raise checks.ArgumentError("linear.weight", expected, weight.dtype)
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            r=r,
-            alpha=alpha,
-            dropout=dropout,
-            bias=bias is not None,
-            use_rslora=use_rslora,
-            init=init,
-            device="meta",
-            dtype=torch.promote_types(weight.dtype, torch.float32),
-        )
-        layer.lora_A = nn.Parameter(torch.empty_like(layer.lora_A, device=weight.device))
-        layer.lora_B = nn.Parameter(torch.empty_like(layer.lora_B, device=weight.device))
-        layer.reset_adapter()
-        layer.weight = weight.requires_grad_(False)
-        layer.bias = None if bias is None else bias.requires_grad_(False)
-        if changed_base.is_changed(linear):
-            changed_base.mark(layer)
-        return layer.train(linear.training)
+        return over_linear(cls, linear, r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora, init=init)
 
     def reset_parameters(self) -> None:
         """nn.Linear's initialisation of weight and bias, and a fresh adapter."""
@@ -137,26 +133,31 @@ class LoRALinear(nn.Module):
         dropout_p = self.dropout_p if self.training else 0.0
         return functional.lora_linear(x, weight, bias, lora_A, lora_B, self.scaling, dropout_p)
 
-    def merge(self) -> None:
-        """Fold the adapter into ``weight`` with one rounding; the original is kept until ``unmerge``."""
-        if not self.merged:
-            original = self.weight.data
-            self.weight.data = merged_weight(original, [(self.lora_A, self.lora_B, self.scaling)])
-            self._unmerged_weight = original
-
-    def unmerge(self) -> None:
-        """Restore every bit of the weight from before ``merge``."""
-        if self.merged:
-            self.weight.data = self._unmerged_weight
-            self._unmerged_weight = None
-
-    @property
-    def merged(self) -> bool:
-        return self._unmerged_weight is not None
-
     def extra_repr(self) -> str:
         rows = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{rows}, r={self.r}, alpha={self.alpha:g}, dropout={self.dropout_p:g}" + (", merged" * self.merged)
+
+
+def over_linear(kind: type[nn.Module], linear: nn.Linear, **settings) -> nn.Module:
+    """An adapter layer of the kind over ``linear``'s own parameters (shared, not copied, and frozen from now on). The
+    adapter, fresh, is on the weight's device, in float32 where the weight is 16-bit, else in the weight's dtype."""
+    if not isinstance(linear, nn.Linear):
+        raise checks.ArgumentError("linear", "a torch.nn.Linear", type(linear).__name__)
+    weight, bias = linear.weight, linear.bias
+    if weight.dtype not in checks.FLOATS:
+        expected = "a dtype among float16, bfloat16, float32, float64"
+        raise checks.ArgumentError("linear.weight", expected, weight.dtype)
+    place = {"device": "meta", "dtype": torch.promote_types(weight.dtype, torch.float32)}
+    layer = kind(linear.in_features, linear.out_features, bias=bias is not None, **settings, **place)
+    for name in kind.TRAINED:
+        free = getattr(layer, name)
+        setattr(layer, name, nn.Parameter(torch.empty_like(free, device=weight.device), free.requires_grad))
+    layer.reset_adapter()
+    layer.weight = weight.requires_grad_(False)
+    layer.bias = None if bias is None else bias.requires_grad_(False)
+    if changed_base.is_changed(linear):
+        changed_base.mark(layer)
+    return layer.train(linear.training)
 
 
 @torch.no_grad()

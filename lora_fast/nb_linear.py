@@ -8,13 +8,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import changed_base, checks, factors, functional, projection
-from .linear import merged_weight
+from . import checks, factors, functional, projection
+from .linear import Mergeable, over_linear
 
 NORMS = {"spectral": 0.0, "frobenius": 0.5, "nuclear": 1.0}  # name → 1 / p of the Schatten norm
 
 
-class NBLoRALinear(nn.Module):
+class NBLoRALinear(Mergeable, nn.Module):
     """Linear layer with a low-rank adapter whose norm cannot exceed a bound ("Norm-Bounded Low-Rank Adaptation").
 
     ``y = x Wᵀ + bias + dropout(x) aᵀ bᵀ``, computed as one fused op. a and b are not trained themselves: they are the
@@ -102,34 +102,9 @@ class NBLoRALinear(nn.Module):
         ``bound_ratio`` gives the bound as a multiple of the weight's own norm, instead of ``bound``. The adapter is on
         the weight's device, in float32 where the weight is 16-bit, else in the weight's dtype.
         """
-        if not isinstance(linear, nn.Linear):
-            raise checks.ArgumentError("linear", "a torch.nn.Linear", type(linear).__name__)
-        weight, bias = linear.weight, linear.bias
-        if weight.dtype not in checks.FLOATS:
-            expected = "a dtype among float16, bfloat16, float32, float64"
-            raise checks.ArgumentError("linear.weight", expected, weight.dtype)
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            r=r,
-            norm=norm,
-            bound=bound if bound_ratio is None else _bound_from(weight, norm, bound, bound_ratio),
-            learn_scale=learn_scale,
-            dropout=dropout,
-            bias=bias is not None,
-            device="meta",
-            dtype=torch.promote_types(weight.dtype, torch.float32),
-        )
-        for name in factors.FREE:
-            free = getattr(layer, name)
-            fresh = nn.Parameter(torch.empty_like(free, device=weight.device), requires_grad=free.requires_grad)
-            setattr(layer, name, fresh)
-        layer.reset_adapter()
-        layer.weight = weight.requires_grad_(False)
-        layer.bias = None if bias is None else bias.requires_grad_(False)
-        if changed_base.is_changed(linear):
-            changed_base.mark(layer)
-        return layer.train(linear.training)
+        if bound_ratio is not None:
+            bound = _bound_from(linear, norm, bound, bound_ratio)
+        return over_linear(cls, linear, r=r, norm=norm, bound=bound, learn_scale=learn_scale, dropout=dropout)
 
     def reset_parameters(self) -> None:
         """nn.Linear's initialisation of weight and bias, and a fresh adapter."""
@@ -186,23 +161,6 @@ class NBLoRALinear(nn.Module):
         for name, value in zip(factors.FREE, (free_a, free_b, free_scale), strict=True):
             getattr(self, name).copy_(value)
 
-    def merge(self) -> None:
-        """Fold the adapter into ``weight`` with one rounding; the original is kept until ``unmerge``."""
-        if not self.merged:
-            original = self.weight.data
-            self.weight.data = merged_weight(original, [(*self.plain_factors(), 1.0)])
-            self._unmerged_weight = original
-
-    def unmerge(self) -> None:
-        """Restore every bit of the weight from before ``merge``."""
-        if self.merged:
-            self.weight.data = self._unmerged_weight
-            self._unmerged_weight = None
-
-    @property
-    def merged(self) -> bool:
-        return self._unmerged_weight is not None
-
     def train(self, mode: bool = True) -> NBLoRALinear:
         self.kept = None
         return super().train(mode)
@@ -221,8 +179,11 @@ class NBLoRALinear(nn.Module):
         return f"{rows}, {adapter}" + (", merged" * self.merged)
 
 
-def _bound_from(weight: Tensor, norm: str, bound: float | None, ratio: float) -> float:
+def _bound_from(linear: nn.Linear, norm: str, bound: float | None, ratio: float) -> float:
     """ratio times the weight's norm."""
+    if not isinstance(linear, nn.Linear):
+        raise checks.ArgumentError("linear", "a torch.nn.Linear", type(linear).__name__)
+    weight = linear.weight
     checks.choice(norm, "norm", tuple(NORMS))
     checks.positive(ratio, "bound_ratio")
     if bound is not None:

@@ -12,6 +12,7 @@ from .batch import Batch, Member
 from .methods import LoRAPlus, compose
 from .methods.method import Method
 from .pairs import Pair
+from .sing_linear import count_steps_
 
 __all__ = ["LoRAAdamW"]
 
@@ -74,6 +75,8 @@ class LoRAAdamW(torch.optim.Optimizer):
             expected = "none for a model without trained LoRA factors (NB-LoRA's free parameters take plain AdamW)"
             raise checks.ArgumentError("methods", expected, ", ".join(map(repr, self._methods)))
         super().__init__(groups, defaults)
+        if isinstance(model, nn.Module):
+            count_steps_(model, self)
 
     def add_param_group(self, param_group: dict) -> None:
         """Add pairs (as the constructor takes them), or plain parameters, which plain AdamW trains. Other keys are the

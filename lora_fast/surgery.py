@@ -16,6 +16,7 @@ from .layers import OURS, fused_class, peft_layers
 from .linear import INITS, LoRALinear
 from .nb_linear import NORMS, NBLoRALinear, share_factors_
 from .report import Report
+from .sing_linear import SingLoRALinear
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,46 @@ class NBLoRAConfig:
         return {name: getattr(self, name) for name in names}
 
 
-LAYERS = {LoRAConfig: LoRALinear, NBLoRAConfig: NBLoRALinear}
+@dataclass(frozen=True)
+class SingLoRAConfig:
+    """Adapters of one matrix for ``inject_`` (SingLoRA; see ``SingLoRALinear``).
+
+    Args:
+        r: rank, 1 to 256.
+        alpha: scale of the adapter; its product is scaled by alpha / r.
+        ramp_steps: optimizer steps that lead the adapter in (``lf.count_steps_``); 0: it counts from the start.
+        dropout, target_modules: as in LoRAConfig.
+
+    Raises:
+        ArgumentError: a value out of range.
+    """
+
+    r: int = 16
+    alpha: float = 16
+    ramp_steps: int = 100
+    dropout: float = 0.0
+    target_modules: str | list[str] = targets.ALL_LINEAR
+
+    def __post_init__(self) -> None:
+        checks.rank(self.r)
+        checks.positive(self.alpha, "alpha")
+        if self.ramp_steps != 0:
+            checks.count(self.ramp_steps, "ramp_steps")
+        checks.probability(self.dropout)
+        targets.check(self.target_modules)
+
+    def layer_settings(self) -> dict:
+        """The keyword arguments of ``SingLoRALinear.from_linear``."""
+        return {name: getattr(self, name) for name in ("r", "alpha", "ramp_steps", "dropout")}
 
 
-def inject_(model: nn.Module, config: LoRAConfig | NBLoRAConfig, *, allow_empty: bool = False) -> Report:
-    """Replace linear layers of a plain model by ``LoRALinear`` or ``NBLoRALinear`` over the same weights, and freeze
+LAYERS = {LoRAConfig: LoRALinear, NBLoRAConfig: NBLoRALinear, SingLoRAConfig: SingLoRALinear}
+
+
+def inject_(
+    model: nn.Module, config: LoRAConfig | NBLoRAConfig | SingLoRAConfig, *, allow_empty: bool = False
+) -> Report:
+    """Replace linear layers of a plain model by the config's adapter layers over the same weights, and freeze
     everything but the adapters. The model then computes all norm-bounded layers' factors at once before each forward.
 
     Only layers whose type is exactly ``torch.nn.Linear``, on any device (meta included), with plain parameters and no
@@ -122,7 +158,9 @@ def inject_(model: nn.Module, config: LoRAConfig | NBLoRAConfig, *, allow_empty:
     """
     kind = LAYERS.get(type(config))
     if kind is None:
-        raise checks.ArgumentError("config", "an lf.LoRAConfig or lf.NBLoRAConfig", type(config).__name__)
+        raise checks.ArgumentError(
+            "config", "an lf.LoRAConfig, lf.NBLoRAConfig or lf.SingLoRAConfig", type(config).__name__
+        )
     check_plain(model)
     found = targets.candidates(model, config.target_modules)
     report = Report("injected", left=targets.left_alone(model, found, config.target_modules))
