@@ -310,7 +310,7 @@ def transform_(tensors: list[torch.Tensor], is_a: list[bool], matrices: torch.Te
     _check("matrices", matrices, (len(tensors), r_max, r_max), torch.float32)
     if not tensors:
         return
-    tile = grouped("step", max(16, r_max))
+    tile = grouped("transform", max(16, r_max))
     rows = [Factor((t,), side, i) for i, (t, side) in enumerate(zip(tensors, is_a, strict=True))]
     with on_device(matrices):
         for table in group(rows, tile.chunk):

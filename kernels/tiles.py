@@ -101,6 +101,13 @@ GROUPED = {
         (128, 16, 128, 1024, 8, 1),
         (256, 16, 256, 1024, 8, 1),
     ],
+    "transform": [
+        (16, 128, 16, 512, 8, 1),
+        (32, 64, 32, 512, 8, 1),
+        (64, 16, 64, 1024, 8, 1),
+        (128, 16, 128, 1024, 8, 1),
+        (256, 16, 256, 1024, 8, 1),
+    ],
 }
 SHORT = 2048  # up to this many tokens project takes smaller blocks, so that enough programs read x
 GEMM_RANK = 32  # the GEMM takes larger ranks in steps of this
