@@ -7,12 +7,12 @@ Math      With ã = [a1 | a2], a1 (r, r), and D = diag(scale), I where there is 
               d a1 = S − Sᵀ    d a2 = −R a2 − 2 W ga2    d b̃ = −b̃ R − 2 gb D Wᵀ
           Seen as d rows of r columns (table.py), every tall product is x A, or x A + y B, and every sum xᵀy.
 Grid      three launches each way, however many pairs: (1) xᵀy of all factors, as gram.py; (2) the r×r algebra and what
-          belongs to a1, up to SLOTS programs that go through the pairs, in memory (blocked.py); (3) the tall products,
-          one program per chunk of d. One more set for each dtype of parameters.
-Shapes    ã (r, d_in), b̃ (d_out, r), one float dtype a pair → a, b, W float32; gradients in ã's dtype.
-          Ranks from 1 to 256, mixed; r×r scratch is padded to the largest.
-          float32 but for M and I − M W, which are float64, products and sums: M loses its smallest eigenvalues
-          to a large skew part, or to rows that are nearly alike, and a aᵀ + bᵀb = I with them.
+          belongs to a1, cayley_middle.py; (3) the tall products, one program per chunk of d. One more set for each
+          dtype of parameters.
+Shapes    ã (r, d_in), b̃ (d_out, r), one float dtype a pair → a, b, W float32; gradients in ã's dtype. Ranks from 1 to
+          256, mixed; r×r scratch is padded to the largest. Arithmetic is float32, but M and I − M W are float64, sums
+          and products: a large skew part, or rows that are nearly alike, would cost M its smallest eigenvalues, and
+          a aᵀ + bᵀb = I with them.
 Backward  keeps W only.
 Roofline  ã and b̃ read twice and written once (backward: three reads more); r×r work is bound by latency.
 """
@@ -21,9 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocked import BLOCK, add_products, registers
+from .blocked import registers
+from .cayley_middle import WARPS, lora_cayley_backward_kernel, lora_cayley_inverse_kernel, pair_table
 from .gram import add_up, deposit, last_to_arrive, load_block
-from .inverse import invert
 from .launch import LARGEST_RANK, on_device
 from .primitives import dot, round_to
 from .solve import SLOTS
@@ -38,18 +38,13 @@ from .table import (
     Factor,
     entry,
     group,
-    kept,
     offsets,
     sizes,
     tensor_at,
-    to_device,
 )
 from .tiles import grouped
 
-ROWS = tl.constexpr(4)  # of r×r matrices that come from several places, at a time: their addresses take registers
 IN_REGISTERS = 64  # largest rank class whose r×r matrices stay in registers while a factor passes
-WARPS = {16: 1, 32: 2, 64: 4, 128: 8, 256: 8}  # of the r×r work, by the largest rank, padded
-D_IN, R, FIELDS = (tl.constexpr(field) for field in (5, 6, 7))  # of a pair, after its addresses
 
 
 # ---- xᵀy over the factors
@@ -112,129 +107,6 @@ def lora_cayley_inner_kernel(
             entries, partials, totals, counters, i_tensor, i_chunk, False, X, Y, SAME, SUM, UNIFORM_R, ALIGNED, R_MAX,
             CHUNK, BLOCK_D, BLOCK_R,
         )  # fmt: skip
-
-
-# ---- The r×r algebra of a pair
-
-
-@triton.jit
-def address(pairs, i_pair, FIELD: tl.constexpr, DTYPE: tl.constexpr):
-    return tl.load(pairs + i_pair * FIELDS + FIELD).to(tl.pointer_type(DTYPE))
-
-
-@triton.jit
-def load_scale(pairs, i_pair, i, r, SCALED: tl.constexpr):
-    b_scale = tl.full(i.shape, 1.0, tl.float32)
-    if SCALED:
-        b_scale = tl.load(address(pairs, i_pair, 3, tl.float32) + i, mask=i < r, other=0.0)
-    return b_scale
-
-
-@triton.jit(do_not_specialize=["n"])
-def lora_cayley_inverse_kernel(
-    pairs, totals, factors, matrices, scratch, n, P: tl.constexpr, SCALED: tl.constexpr, R_MAX: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """W, a's first r columns, and what multiplies the rest: −2 W for a, −2 W D for b. Of a pair: ã, a, W, scale."""
-    SIZE: tl.constexpr = R_MAX * R_MAX
-    SLOT: tl.constexpr = BLOCK_R * BLOCK_R
-    i_r, i_few = tl.arange(0, BLOCK_R), tl.arange(0, ROWS)
-    i_slot = tl.program_id(0).to(tl.int64)
-    matrix, w, residual = matrices + i_slot * SLOT, scratch + i_slot * 2 * SLOT, scratch + (i_slot * 2 + 1) * SLOT
-    for i_pair in tl.range(i_slot, n, tl.num_programs(0), num_stages=1):
-        free_a, a = address(pairs, i_pair, 0, P), address(pairs, i_pair, 1, tl.float32)
-        inverse = address(pairs, i_pair, 2, tl.float32)
-        d_in, r = tl.load(pairs + i_pair * FIELDS + D_IN), tl.load(pairs + i_pair * FIELDS + R).to(tl.int32)
-        gram_a, gram_b = totals + i_pair * SIZE, totals + (n + i_pair) * SIZE
-        times_a, times_b = factors + i_pair * SIZE, factors + (n + i_pair) * SIZE
-        b_scale = load_scale(pairs, i_pair, i_r, r, SCALED)[None, :]
-        tl.debug_barrier()
-        for o in tl.range(0, r, ROWS, num_stages=1):
-            i_row = o + i_few
-            mask = (i_row < r)[:, None] & (i_r < r)[None, :]
-            o_gram = i_row[:, None] * R_MAX + i_r[None, :]
-            b_m = tl.load(gram_a + o_gram, mask=mask, other=0.0) + tl.load(gram_b + o_gram, mask=mask, other=0.0)
-            b_m += tl.where(i_row[:, None] == i_r[None, :], 1.0, 0.0)  # [ROWS, BLOCK_R] float64
-            b_m += tl.load(free_a + i_r[None, :] * d_in + i_row[:, None], mask=mask, other=0.0).to(tl.float32)
-            b_m -= tl.load(free_a + i_row[:, None] * d_in + i_r[None, :], mask=mask, other=0.0).to(tl.float32)
-            tl.store(matrix + i_row[:, None] * BLOCK_R + i_r[None, :], b_m, mask=mask)
-        invert(matrix, w, residual, r, BLOCK_R)
-        for o in tl.range(0, r, ROWS, num_stages=1):
-            i_row = o + i_few
-            mask = (i_row < r)[:, None] & (i_r < r)[None, :]
-            b_w = tl.load(w + i_row[:, None] * BLOCK_R + i_r[None, :], mask=mask, other=0.0)
-            tl.store(inverse + i_row[:, None] * r + i_r[None, :], b_w, mask=mask)
-            o_factor = i_row[:, None] * R_MAX + i_r[None, :]
-            tl.store(times_a + o_factor, -2.0 * b_w, mask=mask)
-            tl.store(times_b + o_factor, -2.0 * b_w * b_scale, mask=mask)
-            b_a = 2.0 * b_w - tl.where(i_row[:, None] == i_r[None, :], 1.0, 0.0)
-            tl.store(a + i_r[None, :] * d_in + i_row[:, None], b_a, mask=mask)
-
-
-@triton.jit(do_not_specialize=["n"])
-def lora_cayley_backward_kernel(
-    pairs, totals, factors, scratch, n, P: tl.constexpr, SCALED: tl.constexpr, R_MAX: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """d a1, d scale, and what multiplies the rest: −R the parameters, −2 Wᵀ ga, −2 D Wᵀ gb. Of a pair: ga, dã, W,
-    scale, d scale."""
-    SIZE: tl.constexpr = R_MAX * R_MAX
-    SLOT: tl.constexpr = BLOCK_R * BLOCK_R
-    i_r, i_block, i_few = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK), tl.arange(0, ROWS)
-    turned = scratch + tl.program_id(0).to(tl.int64) * 3 * SLOT
-    t, half = turned + SLOT, turned + 2 * SLOT
-    for i_pair in tl.range(tl.program_id(0).to(tl.int64), n, tl.num_programs(0), num_stages=1):
-        grad_a, da = address(pairs, i_pair, 0, tl.float32), address(pairs, i_pair, 1, P)
-        w = address(pairs, i_pair, 2, tl.float32)
-        d_in, r = tl.load(pairs + i_pair * FIELDS + D_IN), tl.load(pairs + i_pair * FIELDS + R).to(tl.int32)
-        m_r = i_r < r
-        sum_a, sum_b = totals + i_pair * SIZE, totals + (n + i_pair) * SIZE
-        b_scale = load_scale(pairs, i_pair, i_r, r, SCALED)[None, :]
-        b_dscale = tl.zeros([BLOCK_R], dtype=tl.float32)
-        tl.debug_barrier()
-        for o in tl.range(0, r, ROWS, num_stages=1):  # T; Wᵀ
-            i_row = o + i_few
-            mask = (i_row < r)[:, None] & m_r[None, :]
-            o_sum, o_slot = i_row[:, None] * R_MAX + i_r[None, :], i_row[:, None] * BLOCK_R + i_r[None, :]
-            b_c = tl.load(sum_b + o_sum, mask=mask, other=0.0)  # [ROWS, BLOCK_R], as all that follows
-            b_t = tl.load(grad_a + i_r[None, :] * d_in + i_row[:, None], mask=mask, other=0.0)
-            b_t -= tl.load(sum_a + o_sum, mask=mask, other=0.0) + b_c * b_scale
-            tl.store(t + o_slot, b_t, mask=mask)
-            tl.store(turned + o_slot, tl.load(w + i_r[None, :] * r + i_row[:, None], mask=mask, other=0.0), mask=mask)
-            if SCALED:
-                b_w = tl.load(w + i_row[:, None] * r + i_r[None, :], mask=mask, other=0.0)
-                b_dscale -= 2.0 * tl.sum(b_w * b_c, 0)
-        if SCALED:
-            tl.store(address(pairs, i_pair, 4, tl.float32) + i_r, b_dscale, mask=m_r)
-        tl.debug_barrier()
-        for o in tl.range(0, r, BLOCK, num_stages=1):  # Wᵀ T
-            i_row = o + i_block
-            m_row = i_row < r
-            b_half = tl.zeros([BLOCK, BLOCK_R], dtype=tl.float32)
-            b_half = add_products(b_half, 1.0, turned + i_row * BLOCK_R, 1, m_row, t + i_r, BLOCK_R, m_r, r)
-            o_slot = i_row[:, None] * BLOCK_R + i_r[None, :]
-            tl.store(half + o_slot, b_half, mask=m_row[:, None] & m_r[None, :])
-        tl.debug_barrier()
-        s = t
-        for o in tl.range(0, r, BLOCK, num_stages=1):  # S = 2 Wᵀ T Wᵀ, in T's place
-            i_row = o + i_block
-            m_row = i_row < r
-            b_s = tl.zeros([BLOCK, BLOCK_R], dtype=tl.float32)
-            b_s = add_products(b_s, 2.0, half + i_row * BLOCK_R, 1, m_row, turned + i_r, BLOCK_R, m_r, r)
-            tl.store(s + i_row[:, None] * BLOCK_R + i_r[None, :], b_s, mask=m_row[:, None] & m_r[None, :])
-        tl.debug_barrier()
-        for o in tl.range(0, r, ROWS, num_stages=1):
-            i_row = o + i_few
-            mask = (i_row < r)[:, None] & m_r[None, :]
-            o_slot, o_factor = i_row[:, None] * BLOCK_R + i_r[None, :], i_row[:, None] * R_MAX + i_r[None, :]
-            b_s = tl.load(s + o_slot, mask=mask, other=0.0)
-            b_st = tl.load(s + i_r[None, :] * BLOCK_R + i_row[:, None], mask=mask, other=0.0)
-            b_turned = -2.0 * tl.load(turned + o_slot, mask=mask, other=0.0)
-            tl.store(da + i_row[:, None] * d_in + i_r[None, :], round_to(b_s - b_st, P), mask=mask)
-            tl.store(factors + i_pair * SIZE + o_factor, -(b_s + b_st), mask=mask)
-            tl.store(factors + (n + i_pair) * SIZE + o_factor, b_turned, mask=mask)
-            b_turned *= load_scale(pairs, i_pair, i_row, r, SCALED)[:, None]
-            tl.store(factors + (2 * n + i_pair) * SIZE + o_factor, b_turned, mask=mask)
 
 
 # ---- x A + y B over the factors
@@ -319,7 +191,7 @@ def cayley(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     """a (r, d_in), b · diag(scale) (d_out, r) and W (r, r) of every pair, float32, from free_a and free_b in one float
     dtype a pair; scales float32 (r,). Twin: ``reference_cayley.cayley``."""
-    _check(free_a, free_b)
+    _check(free_a, free_b, scales)
     if not free_a:
         return [], [], []
     free_a, free_b = ([x.contiguous() for x in xs] for xs in (free_a, free_b))
@@ -336,7 +208,7 @@ def cayley(
         matrices = torch.empty((slots, block_r, block_r), dtype=torch.float64, device=times.device)
         with on_device(times):
             lora_cayley_inverse_kernel[(slots,)](
-                _pairs(x_a, out_a, w, scale), totals, times, matrices, new(slots, 2, block_r, block_r), n,
+                pair_table(x_a, out_a, w, scale), totals, times, matrices, new(slots, 2, block_r, block_r), n,
                 P=TL_DTYPE[x_a[0].dtype], SCALED=scale is not None, R_MAX=r_max, BLOCK_R=block_r,
                 num_warps=WARPS[block_r], maxnreg=registers(block_r),
             )  # fmt: skip
@@ -354,7 +226,7 @@ def cayley_backward(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor] | None]:
     """The gradients of free_a, free_b, in their dtypes, and of scales (None without), from those of a and of the scaled
     b, any float dtype. Twin: ``reference_cayley.cayley_backward``."""
-    _check(free_a, free_b)
+    _check(free_a, free_b, scales)
     if not free_a:
         return [], [], None
     free_a, free_b = ([x.contiguous() for x in xs] for xs in (free_a, free_b))
@@ -373,7 +245,7 @@ def cayley_backward(
         times = totals.new_empty((3 * n, r_max, r_max))
         with on_device(times):
             lora_cayley_backward_kernel[(slots,)](
-                _pairs(g_a, out_a, pick(inverses), *scale), totals, times,
+                pair_table(g_a, out_a, pick(inverses), *scale), totals, times,
                 totals.new_empty((slots, 3, block_r, block_r)), n, P=TL_DTYPE[x_a[0].dtype],
                 SCALED=scale[0] is not None, R_MAX=r_max, BLOCK_R=block_r, num_warps=WARPS[block_r],
                 maxnreg=registers(block_r),
@@ -416,17 +288,6 @@ def _outer(factors: list[Factor], times: torch.Tensor, n: int, r_max: int, backw
         )  # fmt: skip
 
 
-def _pairs(*lists: list[torch.Tensor] | None) -> torch.Tensor:
-    """int64 (n, FIELDS): the addresses of up to five tensors of a pair, the first of which is as free_a; d_in, r."""
-    known = [xs for xs in lists if xs is not None]
-    key = tuple(tuple(x.data_ptr() for x in xs) if xs else None for xs in lists), tuple(x.shape for x in known[0])
-    empty = [0] * len(known[0])
-    columns = [[x.data_ptr() for x in xs] if xs else empty for xs in lists] + [empty] * (D_IN.value - len(lists))
-    rows = [[*addresses, x.shape[1], x.shape[0]] for *addresses, x in zip(*columns, known[0], strict=True)]
-    device = known[0][0].device
-    return kept(("pairs", device, key), lambda: to_device(rows, torch.int64, device))
-
-
 def _shapes(free_a: torch.Tensor, free_b: torch.Tensor) -> tuple:
     """Of a, b and W."""
     return free_a.shape, free_b.shape, (len(free_a), len(free_a))
@@ -446,15 +307,16 @@ def _by_dtype(tensors: list[torch.Tensor]) -> list[list[int]]:
     return list(places.values())
 
 
-def _check(free_a: list[torch.Tensor], free_b: list[torch.Tensor]) -> None:
+def _check(free_a: list[torch.Tensor], free_b: list[torch.Tensor], scales: list[torch.Tensor] | None) -> None:
     for i, (a, b) in enumerate(zip(free_a, free_b, strict=True)):
-        if a.ndim != 2 or b.ndim != 2 or not 1 <= a.shape[0] <= LARGEST_RANK or a.shape[0] > a.shape[1]:
-            got = f"{tuple(a.shape)} and {tuple(b.shape)}"
-        elif b.shape[1] != a.shape[0] or a.dtype != b.dtype:
-            got = f"{a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}"
-        else:
-            continue
-        raise ValueError(
-            f"lora_fast: pair {i}: expected free_a (r, d_in) and free_b (d_out, r) of one dtype, r at most d_in and "
-            f"{LARGEST_RANK}, got {got}"
-        )
+        fits = a.ndim == b.ndim == 2 and 1 <= a.shape[0] <= min(a.shape[1], LARGEST_RANK)
+        if not fits or b.shape[1] != a.shape[0] or a.dtype != b.dtype:
+            raise ValueError(
+                f"lora_fast: pair {i}: expected free_a (r, d_in) and free_b (d_out, r) of one dtype, r at most d_in "
+                f"and {LARGEST_RANK}, got {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}"
+            )
+    for i, (a, scale) in enumerate(zip(free_a, scales or [], strict=bool(scales))):
+        if scale.shape != a.shape[:1] or scale.dtype != torch.float32 or not scale.is_contiguous():
+            raise ValueError(
+                f"lora_fast: scale {i}: expected contiguous float32 ({len(a)},), got {scale.dtype} {tuple(scale.shape)}"
+            )

@@ -145,6 +145,8 @@ def _launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``rhs`` None: the inverses."""
     n, r, _ = matrices.shape
+    if ranks is not None and (ranks.shape != (n,) or ranks.dtype != torch.int32):
+        raise ValueError(f"lora_fast: ranks: expected int32 ({n},), got {ranks.dtype} {tuple(ranks.shape)}")
     k = r if rhs is None else rhs.shape[2]
     x = torch.empty((n, r, k), dtype=torch.float32, device=matrices.device)
     info = torch.empty(n, dtype=torch.int32, device=matrices.device)

@@ -210,3 +210,11 @@ def test_traffic(r, d, monkeypatch):
 def test_bad_pairs_are_named(a, b, dtype):
     with pytest.raises(ValueError, match="pair 0: expected free_a"):
         cayley.cayley([torch.ones(a, device=DEVICE)], [torch.ones(b, dtype=dtype, device=DEVICE)])
+
+
+@pytest.mark.parametrize(
+    "scale", [torch.ones(4), torch.ones(3, dtype=BFLOAT16), torch.ones(6)[::2]], ids=["length", "dtype", "strided"]
+)
+def test_bad_scales_are_named(scale):
+    with pytest.raises(ValueError, match="scale 0: expected contiguous float32"):
+        cayley.cayley(*pairs([(3, 5, 4)]), [scale.to(DEVICE)])

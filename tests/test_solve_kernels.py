@@ -255,3 +255,9 @@ def test_bad_matrices_are_named(shape, dtype):
 def test_bad_right_hand_sides_are_named(shape):
     with pytest.raises(ValueError, match="rhs: expected float32"):
         solve.spd_solve(torch.ones(2, 3, 3, device=DEVICE), torch.ones(shape, device=DEVICE))
+
+
+@pytest.mark.parametrize("ranks", [torch.ones(3, dtype=torch.int32), torch.ones(2)], ids=["three", "float"])
+def test_bad_ranks_are_named(ranks):
+    with pytest.raises(ValueError, match="ranks: expected int32"):
+        solve.spd_inverse(torch.ones(2, 3, 3, device=DEVICE), 0.0, ranks.to(DEVICE))
