@@ -103,8 +103,8 @@ def test_kernels_import_torch_and_triton_only(path):
                 assert root in {"torch", "triton", "numpy"} or root in sys.stdlib_module_names, name
 
 
-@pytest.mark.parametrize("command", [[], ["finetune"]], ids=["lora-fast", "finetune"])
+@pytest.mark.parametrize("command", ["", "finetune", "profile", "tune", "doctor"], ids=lambda name: name or "lora-fast")
 def test_help_has_an_example(command):
     program = str(Path(sys.executable).with_name("lora-fast"))
-    shown = subprocess.run([program, *command, "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0 and "lora-fast finetune" in shown.stdout and "xample" in shown.stdout
+    shown = subprocess.run([program, *command.split(), "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and f"lora-fast {command or 'finetune'}" in shown.stdout and "xample" in shown.stdout

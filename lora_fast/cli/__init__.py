@@ -8,6 +8,7 @@ import typer
 
 from .. import __version__
 from .doctor import doctor
+from .bench import bench
 from .finetune import EPILOG, finetune
 from .inspect import EPILOG as INSPECTIONS
 from .inspect import inspect
@@ -45,6 +46,14 @@ def lora_fast(
     - `lora-fast finetune --model Qwen/Qwen3-0.6B --data notes.txt`
 
         your own model and text
+
+    - `lora-fast profile --no-compile`
+
+        what fusing brings for a model on this machine, or that it brings nothing
+
+    - `lora-fast doctor`
+
+        versions, devices, what works and what to do about what does not
 
     - `lora-fast reproduce --quick`
 
