@@ -109,7 +109,7 @@ def off_identity(a, b):
 @pytest.mark.parametrize("case", ["skew part of 100", "rows alike"])
 def test_orthogonal(case):
     """Where M in float32 would have lost its smallest eigenvalues."""
-    shapes = [(r, r + 8, 5) for r in (1, 2, 3, 4, 5, 8, 16) for _ in range(6)]
+    shapes = [(r, r + 8, 5) for r in (1, 2, 3, 4, 5, 8, 16) for _ in range(3)]
     free_a, free_b = pairs(shapes, skew=100.0 if case == "skew part of 100" else 1.0)
     if case == "rows alike":
         free_a = [10 * (0.1 * x + 0.9 * x[:1]) for x in free_a]
@@ -136,7 +136,7 @@ def test_nan_stays_in_its_pair(which):
 
 
 def test_same_inputs_same_bits():
-    lists = pairs([(8, 5000, 2500)])
+    lists = pairs([(3, 4200, 60)])
     grads = like(lists[0]), like(lists[1])
 
     def run():
@@ -187,7 +187,7 @@ def test_launches_do_not_grow(n, monkeypatch):
 
 
 @COUNTED
-@pytest.mark.parametrize("r, d", [(16, 4096), (64, 4096)])
+@pytest.mark.parametrize("r, d", [(16, 4096), (64, 2048)])
 def test_traffic(r, d, monkeypatch):
     """Two passes over the factors each way: at most 1.05 of every operand once in each. The r×r work, which also writes
     the first r columns of a, stays in a cache."""
