@@ -122,7 +122,7 @@ def step() -> Canvas:
     """An optimizer step for all pairs: tall passes and the r×r algebra between them."""
     c = Canvas(55)
     c.text(2, 52, "One step, all adapter pairs of one rank", weight="bold", size=12)
-    c.text(2, 48.8, "solid: always.  dashed: for the methods named.  The number of launches does not grow with the layers.", FAINT)
+    c.text(2, 48.8, "solid: always.  dashed: for the methods named.  Launches do not grow with the layers.", FAINT)
     x, width, height = 31, 34, 8
     top = [37, 26.5, 16, 5.5]
     boxes = [
@@ -146,7 +146,7 @@ def step() -> Canvas:
     c.box(3, 24, 19, 13, "one pair\na (r, d_in)\nb (d_out, r)\ngradients da, db\nmoments m, v", TENSOR)
     c.arrow((12.5, 37), (12.5, 41), (31, 41))
     c.arrow((12.5, 24), (12.5, 20), (31, 20))
-    c.text(3, 2.2, "r×r matrices are float32; once batches are built nothing waits for the device", FAINT, size=9)
+    c.text(3, 2.2, "r×r matrices are float32", FAINT, size=9)
     return c
 
 
