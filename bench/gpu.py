@@ -1,10 +1,14 @@
-"""Everything about the layer that only a GPU can show, in one command.
+"""Everything that only a GPU can show, in one command of at most nine minutes on an H100 or H200.
 
-    python bench/gpu.py                        # on an NVIDIA GPU: tests, repeats, graph capture, timings
-    python bench/gpu.py --dry-run              # anywhere: the same sections at tiny sizes, nothing written
+    python bench/gpu.py                        # on an NVIDIA GPU
+    python bench/gpu.py --dry-run              # anywhere: the same sections at tiny sizes, interpreted; nothing written
+    python bench/gpu.py --only layers steps    # some sections
 
-Writes bench/results/<device>-<date>.json with device, driver, versions and commit. A section that fails is reported and
-the rest goes on. Timings are medians of interleaved runs in bfloat16, with L2 flushed between them.
+Timings of the layer, of the optimizer's step and of training steps; error budgets, repeats, CUDA graphs, tensors beyond
+2³¹ elements, memcheck, the test suite. Every section is a process of its own with a budget of seconds: what fails, or
+runs out of time, is reported and the rest goes on. Writes results/<device>-<date>.json after every section, plots where
+matplotlib is there, and prints goal / measured / verdict. Needs torch, Triton and this package (without a network:
+pip install --no-deps --no-build-isolation -e .).
 """
 
 import argparse
@@ -12,206 +16,110 @@ import datetime
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
+import tempfile
+import time
 import traceback
 from pathlib import Path
 
 if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
+import gpu_checks
+import gpu_timings
 import torch
-from torch import nn
+from gpu_goals import Verdict, verdicts
 
-import lora_fast as lf
-from lora_fast.kernels import tiles
+import lora_fast
 
 HERE = Path(__file__).resolve().parent
-SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024))  # (d_in, d_out)
-GOALS = {"PEFT": {0.0: {(4096, 4096): 1.3, (4096, 14336): 1.25}, 0.1: {(4096, 4096): 1.5, (4096, 14336): 1.5}}}
-GOALS["addmm_"] = {0.0: {(4096, 4096): 1.15, (4096, 14336): 1.15}, 0.1: {}}
+MINUTES = 9
+SECTIONS = {  # name → (what runs, seconds)
+    "layers": (gpu_timings.layers, 130),
+    "steps": (gpu_timings.steps, 50),
+    "small": (gpu_timings.small, 40),
+    "training": (gpu_timings.training, 60),
+    "errors": (gpu_checks.errors, 30),
+    "repeats": (gpu_checks.repeats, 45),
+    "graphs": (gpu_checks.graphs, 40),
+    "large": (gpu_checks.large, 60),
+    "memcheck": (gpu_checks.memcheck, 60),
+    "suite": (gpu_checks.suite, 240),  # what is left
+}
+HIDDEN = {"families": (gpu_checks.families, 60)}  # run by memcheck
 
 
-class InPlaceLoRA(torch.autograd.Function):
-    """The best public style by hand: cuBLAS and in-place updates, S recomputed in backward; no dropout, no bias."""
-
-    @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, scaling):
-        ctx.save_for_backward(x, weight, lora_A, lora_B)
-        ctx.scaling = scaling
-        rows = x.view(-1, x.shape[-1])
-        y = rows @ weight.t()
-        return y.addmm_(rows @ lora_A.to(x.dtype).t(), lora_B.to(x.dtype).t(), alpha=scaling).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, lora_A, lora_B = ctx.saved_tensors
-        a, b = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
-        rows, dy_rows = x.view(-1, x.shape[-1]), dy.view(-1, dy.shape[-1])
-        ds = dy_rows @ b
-        da, db = ds.t() @ rows, dy_rows.t() @ (rows @ a.t())
-        dx = (dy_rows @ weight).addmm_(ds, a, alpha=ctx.scaling)
-        return dx.view(x.shape), None, (da * ctx.scaling).to(lora_A.dtype), (db * ctx.scaling).to(lora_B.dtype), None
+def run_section(name: str, dry_run: bool, seconds: float, path: Path | None) -> bool:
+    """Runs a section here, writing its figures to ``path`` as they come; whether none is wrong."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found: dict = {"figures": {}}
+    try:
+        run = {**SECTIONS, **HIDDEN}[name][0]
+        for figure, values in run(gpu_checks.Options(dry_run, device, seconds)):
+            found["figures"][figure] = values
+            print(f"  {figure}: {summary(values)}", flush=True)
+            if path:
+                path.write_text(json.dumps(found))
+    except Exception:
+        found["error"] = traceback.format_exc()[-3000:]
+        print(found["error"], flush=True)
+    if path:
+        path.write_text(json.dumps(found))
+    return "error" not in found and all(figure.get("ok") is not False for figure in found["figures"].values())
 
 
-def suite(options) -> dict:
-    """The test suite, its kernels natively."""
-    if options.dry_run:
-        return {"verdict": "skipped in a dry run"}
-    tests = HERE.parent / "tests"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
-    command += [f"--ignore={tests / name}" for name in ("test_compiled.py", "test_cli.py")]  # need no GPU
-    done = subprocess.run(command, capture_output=True, text=True, timeout=360, cwd=HERE)
-    return {"returncode": done.returncode, "tail": done.stdout[-2000:]}
+def summary(values: dict) -> str:
+    """Of one figure, a line."""
+    if "rows" in values:
+        modes = {row["mode"] for row in values["rows"]}
+        main = "full" if "full" in modes else "forward"
+        shown = [row for row in values["rows"] if row["mode"] == main and row["p50"] is not None]
+        lacking = [row for row in values["rows"] if row["unavailable"]]
+        missing = [f"{row['provider']} not measured ({row['unavailable']})" for row in lacking]
+        return ", ".join([f"{row['provider']} {row['p50']:.4g} µs" for row in shown] + missing)
+    if "ok" in values:
+        rest = {k: v for k, v in values.items() if k not in ("ok", "tail") and not isinstance(v, dict)}
+        word = {True: "ok", False: "WRONG", None: "not known"}[values["ok"]]
+        return " ".join([word, *(f"{k}={v}" for k, v in rest.items())])
+    return str(values)
 
 
-def layer(d_in: int, d_out: int, r: int, dropout: float, device) -> lf.LoRALinear:
-    torch.manual_seed(0)
-    linear = nn.Linear(d_in, d_out, bias=False, device=device, dtype=torch.bfloat16)
-    module = lf.LoRALinear.from_linear(linear, r=r, alpha=2 * r, dropout=dropout)
-    nn.init.normal_(module.lora_B, std=0.02)
-    return module
+def in_own_process(name: str, dry_run: bool, seconds: float, folder: Path) -> dict:
+    """A section's figures as far as it came; "error" says why it went no further."""
+    path = folder / f"{name}.json"
+    command = [sys.executable, __file__, "--section", name, "--seconds", f"{seconds:.0f}", "--json", str(path)]
+    start = time.monotonic()
+    process = subprocess.Popen(command + (["--dry-run"] if dry_run else []), start_new_session=True)
+    error = None
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)  # its own session: with everything that it started
+        process.wait()
+        error = f"out of time after {seconds:.0f} s"
+    found = json.loads(path.read_text()) if path.exists() else {"figures": {}}
+    if error or (process.returncode and "error" not in found and not path.exists()):
+        found["error"] = error or f"ended with exit status {process.returncode}"
+    if process.returncode and process.returncode < 0 and not error:
+        found["error"] = f"killed by signal {-process.returncode}"
+    return found | {"seconds": round(time.monotonic() - start, 1)}
 
 
-def forward_backward(module, x, dy):
-    x.grad = None
-    for p in module.parameters():
-        p.grad = None
-    y = module(x)
-    y.backward(dy)
-    return [y, x.grad, *(p.grad for p in module.parameters() if p.requires_grad)]
-
-
-def repeats(options) -> dict:
-    """The same inputs give the same bits, call after call, with both strategies."""
-    n_tokens, d, count = (64, 64, 3) if options.dry_run else (4096, 4096, 1000)
-    differing = {}
-    for strategy in ("fused", "cublas"):
-        module = layer(d, d, 16, 0.0, options.device)
-        x = torch.randn(n_tokens, d, device=options.device, dtype=torch.bfloat16, requires_grad=True)
-        dy = torch.randn(n_tokens, d, device=options.device, dtype=torch.bfloat16)
-        with lf.set_backend("triton"), tiles.assume(strategy=strategy):
-            first = [t.detach().clone() for t in forward_backward(module, x, dy)]
-            differing[strategy] = 0
-            for _ in range(count):
-                again = forward_backward(module, x, dy)
-                differing[strategy] += not all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    return {"runs": count, "differing": differing}
-
-
-def graph(options) -> dict:
-    """A captured step replays to the bits of an eager one; with dropout, replays draw different masks."""
-    if options.device.type != "cuda":
-        return {"verdict": "needs a GPU"}
-    module = layer(1024, 1024, 16, 0.0, options.device)
-    x = torch.randn(512, 1024, device=options.device, dtype=torch.bfloat16, requires_grad=True)
-    dy = torch.randn_like(x)
-    eager = [t.detach().clone() for t in forward_backward(module, x, dy)]
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        forward_backward(module, x, dy)
-    torch.cuda.current_stream().wait_stream(side)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        outputs = forward_backward(module, x, dy)
-    captured.replay()
-    same = all(torch.equal(a, b) for a, b in zip(eager, outputs, strict=True))
-    dropped = layer(1024, 1024, 16, 0.5, options.device)
-    dropped(x)  # compiles before capture
-    with torch.cuda.graph(again := torch.cuda.CUDAGraph()):
-        y = dropped(x)
-    again.replay()
-    first = y.clone()
-    again.replay()
-    return {"replay equals eager": same, "replays draw new masks": not torch.equal(first, y)}
-
-
-def timings(options) -> dict:
-    """Forward + backward of each engine, and ours over theirs."""
-    n_tokens, shapes, rounds = (64, ((64, 128),), 2) if options.dry_run else (8192, SHAPES, 15)
-    rows = []
-    for d_in, d_out in shapes:
-        for r in (16,) if options.dry_run else (16, 64):
-            for dropout in (0.0, 0.1):
-                engines = build_engines(d_in, d_out, r, dropout, options.device)
-                x = torch.randn(n_tokens, d_in, device=options.device, dtype=torch.bfloat16, requires_grad=True)
-                dy = torch.randn(n_tokens, d_out, device=options.device, dtype=torch.bfloat16)
-                row = {"d_in": d_in, "d_out": d_out, "r": r, "dropout": dropout, "n_tokens": n_tokens}
-                row["microseconds"] = time_engines(engines, x, dy, rounds, options.device)
-                rows.append(row)
-    return {"rows": rows}
-
-
-def build_engines(d_in: int, d_out: int, r: int, dropout: float, device) -> dict:
-    from peft import LoraConfig
-    from peft.tuners.lora import Linear
-
-    ours = layer(d_in, d_out, r, dropout, device)
-    frozen = nn.Linear(d_in, d_out, bias=False, device="meta")
-    frozen.weight = ours.weight
-    peft = Linear(frozen, "default", LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout), r=r, lora_alpha=2 * r)
-    engines = {"frozen linear": frozen, "PEFT": peft.to(device).train()}
-    engines |= {"ours, fused": ("fused", ours), "ours, cublas": ("cublas", ours), "ours, table": (None, ours)}
-    if dropout == 0.0:
-        run = lambda x: InPlaceLoRA.apply(x, ours.weight, ours.lora_A, ours.lora_B, ours.scaling)
-        engines["addmm_"] = run
-    return engines
-
-
-def time_engines(engines: dict, x, dy, rounds: int, device) -> dict:
-    """Median microseconds a forward + backward; engines take turns, L2 is flushed before each."""
-    cache = torch.empty(256 << 20 if device.type == "cuda" else 1, dtype=torch.int8, device=device)
-    taken = {name: [] for name in engines}
-    for turn in range(rounds + 3):
-        for name, engine in engines.items():
-            strategy, module = engine if isinstance(engine, tuple) else (None, engine)
-            backend = "triton" if name.startswith("ours") else "auto"
-            with lf.set_backend(backend), tiles.assume(strategy=strategy):
-                cache.zero_()
-                elapsed = time_once(module, x, dy, device)
-            if turn >= 3:
-                taken[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in taken.items()}
-
-
-def time_once(module, x, dy, device) -> float:
-    x.grad = None
-    if device.type != "cuda":
-        module(x).backward(dy)
-        return 0.0  # a dry run measures nothing
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    module(x).backward(dy)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3
-
-
-def report(rows: list[dict]) -> None:
-    """The table goal / measured / verdict."""
-    for row in rows:
-        ours = row["microseconds"]["ours, table"]
-        print(f"\n{row['d_in']}→{row['d_out']}, r={row['r']}, dropout {row['dropout']:g}, {row['n_tokens']} tokens")
-        for name, other in row["microseconds"].items():
-            goals = GOALS.get(name, {}).get(row["dropout"], {}) if row["r"] == 16 else {}
-            goal = goals.get((row["d_in"], row["d_out"]))
-            verdict = "" if goal is None else f"goal ≥ {goal}: {'met' if other / ours >= goal else 'missed'}"
-            print(f"  {name:16}{other:10.1f} µs   over ours {other / ours:5.2f}   {verdict}")
-
-
-def conditions(options) -> dict:
-    def output(*command):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+def conditions() -> dict:
+    def output(*command: str) -> str:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+        except FileNotFoundError:
+            return "unknown"
         return done.stdout.strip() if done.returncode == 0 else "unknown"
 
     import triton
 
     return {
-        "device": torch.cuda.get_device_name() if options.device.type == "cuda" else "cpu",
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        if options.device.type == "cuda"
-        else "none",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "lora_fast": lora_fast.__version__,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": output("git", "rev-parse", "HEAD"),
@@ -219,30 +127,73 @@ def conditions(options) -> dict:
     }
 
 
+def show(found: list[Verdict]) -> str:
+    width = [max(len(row[k]) for row in (*found, Verdict._fields)) for k in range(4)]
+    lines = (Verdict._fields, *found)
+    return "\n".join("  ".join(word.ljust(n) for word, n in zip(row, width, strict=True)).rstrip() for row in lines)
+
+
+def draw(results: dict, path: Path) -> str:
+    """Bars of the layer's providers, one panel a shape; or why there is no plot."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        return f"no plots: {error}"
+    layers = results.get("layers", {}).get("figures", {})
+    figures = {name: found["rows"] for name, found in layers.items() if "rows" in found}
+    if not figures:
+        return "no plots: the layer was not measured"
+    drawing = Figure(figsize=(12, 2.6 * -(-len(figures) // 2)), layout="constrained")
+    panels = drawing.subplots(-(-len(figures) // 2), 2, squeeze=False).flat
+    for axes, (name, rows) in zip(panels, figures.items(), strict=False):
+        rows = [row for row in rows if row["mode"] == "full" and row["p50"] is not None]
+        axes.barh([row["provider"] for row in rows], [row["p50"] for row in rows])
+        axes.set(title=name, xlabel="µs, forward + backward, median")
+        axes.invert_yaxis()
+    drawing.savefig(path, dpi=120)
+    return f"plots: {path}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, nothing timed; runs without a GPU")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder for the JSON")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, no figure means anything, nothing written")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder for the JSON and the plots")
+    parser.add_argument("--section", choices=[*SECTIONS, *HIDDEN], help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--seconds", type=float, default=600, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if options.device.type != "cuda" and not options.dry_run:
+    if not torch.cuda.is_available() and not options.dry_run:
         parser.error("no CUDA device: use --dry-run, or run this on a machine with an NVIDIA GPU")
-    results, failed = {"conditions": conditions(options)}, []
-    for section in (timings, repeats, graph, suite):
-        print(f"── {section.__name__}: {section.__doc__}", flush=True)
-        try:
-            results[section.__name__] = section(options)
-        except Exception:
-            results[section.__name__] = {"error": traceback.format_exc()}
-            failed.append(section.__name__)
-        print(json.dumps(results[section.__name__], indent=1)[:3000], flush=True)
+    if options.section:
+        sys.exit(not run_section(options.section, options.dry_run, options.seconds, options.json))
+    results: dict = {"conditions": conditions()}
+    device = re.sub(r"[^A-Za-z0-9]+", "-", results["conditions"]["device"]).strip("-").lower()
+    path = options.results / f"{device}-{results['conditions']['date']}.json"
+    end = time.monotonic() + 60 * MINUTES
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.only:
+            run, seconds = SECTIONS[name]
+            seconds = 600 if options.dry_run else min(seconds, end - time.monotonic())
+            print(f"── {name}: {run.__doc__.splitlines()[0]}", flush=True)
+            if seconds < 1:
+                results[name] = {"figures": {}, "error": f"not begun: {MINUTES} minutes were over"}
+            else:
+                results[name] = in_own_process(name, options.dry_run, seconds, Path(folder))
+                print(f"  {results[name]['seconds']} s", flush=True)
+            results["verdicts"] = [row._asdict() for row in verdicts(results)]
+            if not options.dry_run:
+                path.write_text(json.dumps(results, indent=1))
+    print(f"\n{show(verdicts(results))}\n")
+    if options.dry_run:
+        print("A dry run: the sections work; no figure above means anything.")
+    unfinished = {name: results[name]["error"] for name in options.only if results[name].get("error")}
+    for name, error in unfinished.items():
+        print(f"{name}: {error.strip().splitlines()[-1]}")
     if not options.dry_run:
-        report(results["timings"].get("rows", []))
-        name = re.sub(r"[^A-Za-z0-9]+", "-", results["conditions"]["device"]).strip("-").lower()
-        path = options.results / f"{name}-{results['conditions']['date']}.json"
-        path.write_text(json.dumps(results, indent=1))
-        print(f"\nwritten: {path}")
-    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+        print(f"written: {path}\n{draw(results, path.with_suffix('.png'))}")
+    wrong = [n for n in options.only for f in results[n]["figures"].values() if f.get("ok") is False]
+    sys.exit(f"unfinished or wrong: {', '.join(dict.fromkeys([*unfinished, *wrong]))}" if unfinished or wrong else 0)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ import torch
 from shapes import Case
 from torch import Tensor
 
-from lora_fast.cli.memory import PeakBytes, distinct_bytes
-
 MODES = ("forward", "backward", "full")
 FEWEST, MOST = 5, 100  # rounds
 
@@ -145,13 +143,7 @@ def measure(
         exact = comparison.exact() if comparison.exact else {}
         extra = {name: _examine(provider, exact, setting.device) for name, provider in ready.items()}
         del exact
-        rounds = Rounds(ready, setting.device)
-        start = time.perf_counter()
-        rounds.run()  # warms up
-        rounds.run()
-        once = (time.perf_counter() - start) / 2
-        rounds.seconds.clear()
-        drive(rounds.run, max(FEWEST, min(MOST, int(seconds / once))))
+        rounds = timed(ready, setting.device, seconds, drive)
     rows = []
     baseline = next(iter(ready))
     for name, provider in ready.items():
@@ -164,6 +156,27 @@ def measure(
             row.peak, row.saved, row.error = extra[name]
             rows.append(row)
     return rows + [Row(asdict(case), name, "full", unavailable=why) for name, why in missing.items()]
+
+
+def timed(providers: dict[str, Provider], device: torch.device, seconds: float, drive: Callable) -> Rounds:
+    """As many rounds as fit in ``seconds``, within bounds, after two that warm up; 0 seconds: two that mean nothing."""
+    rounds = Rounds(providers, device)
+    if not seconds:
+        drive(rounds.run, 2)
+        return rounds
+    start = time.perf_counter()
+    rounds.run()
+    rounds.run()
+    round_seconds = (time.perf_counter() - start) / 2
+    rounds.seconds.clear()
+    drive(rounds.run, max(FEWEST, min(MOST, int(seconds / round_seconds))))
+    return rounds
+
+
+def simply(run: Callable[[], None], rounds: int) -> None:
+    """What drives the rounds where pytest-benchmark does not."""
+    for _ in range(rounds):
+        run()
 
 
 def _ready(comparison: Comparison) -> tuple[dict[str, Provider], dict[str, str]]:
@@ -211,6 +224,8 @@ def _examine(
         return torch.cuda.max_memory_allocated(device) - before, saved, error
     if provider.compiled:
         return None, saved, error  # PeakBytes would see the uncompiled code run
+    from lora_fast.cli.memory import PeakBytes  # not above: a GPU machine may lack what the command line needs
+
     with PeakBytes() as memory:
         once(provider)
     return memory.peak, saved, error
@@ -229,7 +244,8 @@ def _saved(provider: Provider) -> int:
     provider.prepare()
     with provider.context(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         value = provider.forward()
-    return distinct_bytes(kept + provider.keeps(value))
+    storages = [tensor.untyped_storage() for tensor in kept + provider.keeps(value)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:

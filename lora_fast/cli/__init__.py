@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from .doctor import doctor
 from .bench import bench
+from .doctor import doctor
 from .finetune import EPILOG, finetune
 from .inspect import EPILOG as INSPECTIONS
 from .inspect import inspect
@@ -63,6 +63,10 @@ def lora_fast(
 
         what the kernels compile to: registers, spills, tensor cores, traffic; no GPU needed
 
+    - `lora-fast bench --quick`
+
+        every op beside eager torch, torch.compile and PEFT; needs the repository
+
     - `lora-fast finetune --help`
 
         every option of a command
@@ -74,6 +78,7 @@ app.command(epilog=INSPECTIONS)(inspect)
 app.command(epilog=REPRODUCE_EPILOG)(reproduce)
 app.command()(profile)
 app.command()(tune)
+app.command()(bench)
 app.command()(doctor)
 
 

@@ -1,0 +1,282 @@
+"""The microbenchmark suite and the GPU program: every op has right results by every provider at tiny sizes; the files
+of a run; comparison; goals; README's GPU table."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCH = ROOT / "bench"
+sys.path.insert(0, str(BENCH))  # its files import each other by their bare names, as scripts do
+
+import compare  # noqa: E402
+import gpu  # noqa: E402
+import gpu_goals  # noqa: E402
+import gpu_timings  # noqa: E402
+import measure  # noqa: E402
+import readme_table  # noqa: E402
+import shapes  # noqa: E402
+import suite  # noqa: E402
+
+SETTING = measure.Setting(torch.device("cpu"), triton=False)
+CEILINGS = measure.Ceilings("float32", 1e11, 1e10)
+ULPS = 64  # of the worst conditioned, the inverse; a wrong formula is wrong by far more
+TINY = suite.cases(suite.OPS, shapes.SCALES["tiny"])
+
+
+def rows_of(case):
+    comparison = suite.module(case.op).build(case, SETTING)
+    comparison.providers.pop("torch.compile", None)
+    return measure.measure(case, comparison, SETTING, CEILINGS, 0.0, measure.simply)
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: f"{case.op}: {case.name}")
+def test_every_provider_computes_the_op(case):
+    """Nobody is further from float64 than a few roundings; times, memory and work are there."""
+    rows = rows_of(case)
+    assert "ours" in {row.provider for row in rows}
+    for row in rows:
+        assert not row.unavailable
+        assert 0 < row.p20 <= row.p50 <= row.p80 and row.bytes > 0 and row.operations > 0 and row.peak >= 0
+        assert row.error is None or row.error <= ULPS * torch.finfo(torch.float32).eps, row.provider
+
+
+def test_a_wrong_result_shows():
+    case = next(case for case in TINY if case.op == "project")
+    comparison = suite.module("project").build(case, SETTING)
+    comparison.providers = {"wrong": lambda: measure.Provider(lambda: {"s": torch.zeros(16, 4)}, results=lambda x: x)}
+    (row,) = measure.measure(case, comparison, SETTING, CEILINGS, 0.0, measure.simply)
+    assert row.error == pytest.approx(1.0)
+
+
+def test_what_cannot_run_is_a_row_with_its_reason():
+    def missing():
+        raise measure.Unavailable("no such package")
+
+    case = next(case for case in TINY if case.op == "project")
+    comparison = suite.module("project").build(case, SETTING)
+    comparison.providers["other"] = missing
+    comparison.providers.pop("torch.compile")
+    rows = measure.measure(case, comparison, SETTING, CEILINGS, 0.0, measure.simply)
+    assert [row.unavailable for row in rows if row.provider == "other"] == ["no such package"]
+
+
+def test_saved_bytes_of_the_layer_are_x_and_s():
+    case = next(case for case in TINY if case.op == "layer")
+    saved = {row.provider: row.saved for row in rows_of(case)}
+    (d_in, _), element = case.shape, 4
+    assert saved["ours"] == case.n_tokens * (d_in + case.r) * element
+    assert saved["addmm_"] == case.n_tokens * d_in * element
+
+
+def test_work_is_counted_once():
+    """x, W, a, b read, y and S written."""
+    case = shapes.Case("layer", "", ((64, 64),), 16, 128, "bfloat16")
+    work = suite.module("layer").build(case, SETTING).work["forward"]
+    assert work.bytes == 2 * (128 * 64 * 2 + 64 * 64 + 128 * 16) + 4 * (2 * 16 * 64)  # adapters are float32
+    assert work.operations == 2 * 128 * (64 * 64 + 16 * (64 + 64))
+
+
+def test_providers_take_turns():
+    order = []
+    sides = {name: measure.Provider(lambda name=name: order.append(name)) for name in "abc"}
+    rounds = measure.Rounds(sides, SETTING.device)
+    for _ in range(3):
+        rounds.run()
+    assert "".join(order) == "abcbcacab"
+
+
+def test_the_table_of_shapes():
+    assert len(shapes.MODELS["Llama-3-8B"].pairs) == 224 and len(shapes.MODELS["SmolLM2-135M"].pairs) == 210
+    every = shapes.distinct(tuple(shapes.MODELS))
+    assert set(gpu_timings.SHAPES) <= set(every) and (18944, 3584) in every and len(every) == 12
+    assert set(shapes.SCALES["gpu"].ranks) == {8, 16, 32, 64, 128}
+
+
+def test_cases_survive_json():
+    for case in TINY:
+        assert shapes.from_dict(json.loads(json.dumps(asdict(case)))) == case
+
+
+def run_of(rows, device="a CPU"):
+    versions = {"lora-fast": "0.1.0", "torch": "2"}
+    where = {"device": device, "machine": "x86_64", "python": "3", "versions": versions}
+    return {
+        "environment": where, "scale": "tiny", "on_gpu": False, "load": "0", "cores": 1, "timestamp": "now",
+        "tests": ["project"], "what": {"project": "S", "layer": "y"}, "ceilings": [CEILINGS._asdict()],
+        "rows": [asdict(row) for row in rows],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run():
+    rows = [row for case in TINY if case.op in ("project", "layer") for row in rows_of(case)]
+    rows += [measure.Row(asdict(TINY[0]), "absent", "full", unavailable="<not> installed")]
+    return run_of(rows)
+
+
+def test_files_of_a_run(run, tmp_path):
+    report = suite.module("report")
+    report.write(tmp_path, run, compare.compare(run, run))
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"] == json.loads(json.dumps(run["rows"]))
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "bench.csv").read_text())))
+    assert list(lines[0]) == list(report.COLUMNS)
+    assert {line["metric_name"] for line in lines} == {"speed", "memory", "saved", "error"}
+    assert {line["kernel_operation_mode"] for line in lines} == {"forward", "backward", "full"}
+    page = (tmp_path / "bench.html").read_text()
+    assert "&lt;not&gt; installed" in page and "<svg" in page and "Not a GPU" in page
+    assert "http" not in page.replace("http://www.w3.org", "")  # self-contained
+    assert len(list((tmp_path / "plots").glob("*.svg"))) == 2
+
+
+def test_comparison_marks_what_is_beyond_noise(run):
+    assert not any(change.beyond_noise for change in compare.compare(run, run))
+    slower = json.loads(json.dumps(run))
+    changed = next(row for row in slower["rows"] if row["provider"] == "ours" and row["mode"] == "full")
+    changed["ratio"] = [value / 100 for value in changed["ratio"]]
+    marked = [change for change in compare.compare(run, slower) if change.beyond_noise]
+    assert [(change.provider, change.mode) for change in marked] == [("ours", "full")]
+    assert marked[0].times == pytest.approx(0.01)
+
+
+def test_two_devices_are_compared_by_ratios_alone(run):
+    first = run["rows"][0]["provider"]
+    other = {**run, "environment": {**run["environment"], "device": "another"}}
+    assert first in {change.provider for change in compare.compare(run, run)}
+    assert first not in {change.provider for change in compare.compare(run, other)}
+
+
+def test_tests_named_by_the_suite_exist():
+    nodes = [node for op in suite.OPS for node in suite.TESTS[op]]
+    for path, test in (node.split("::") for node in nodes):
+        assert f"def {test.split('[')[0]}(" in (ROOT / path).read_text(), test
+
+
+def test_a_red_test_means_no_numbers(tmp_path):
+    """run.py with a failing test in the place of an op's."""
+    red = tmp_path / "test_red.py"
+    red.write_text("def test_red():\n    assert False\n")
+    code = f"import suite; suite.TESTS['project'] = ({str(red)!r},)\nimport run; run.main()"
+    command = [sys.executable, "-c", code, "project", "--scale", "tiny", "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=BENCH, capture_output=True, text=True)
+    assert done.returncode == 1 and "a test is red" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_lora_fast_bench_runs_the_suite(tmp_path):
+    from typer.testing import CliRunner
+
+    from lora_fast.cli import app
+
+    shown = CliRunner().invoke(app, ["bench", "--help"])
+    assert shown.exit_code == 0 and "lora-fast bench --quick" in shown.output
+    code = "from lora_fast.cli import main; main()"
+    command = [sys.executable, "-c", code, "bench", "nothing"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "expected some of project" in done.stderr
+
+
+def test_lora_fast_bench_without_the_repository(monkeypatch, tmp_path):
+    from typer.testing import CliRunner
+
+    from lora_fast.cli import app
+
+    monkeypatch.setattr(sys.modules["lora_fast.cli.bench"], "SUITE", tmp_path / "bench" / "run.py")
+    done = CliRunner().invoke(app, ["bench"])
+    assert done.exit_code == 2 and "installed without it" in done.output
+
+
+# ---- gpu.py
+
+
+def test_goals_are_read_from_what_is_measured():
+    """Every goal's figure exists under the name that the sections give it."""
+    scale = shapes.Scale({}, (gpu_timings.MODEL,), (gpu_timings.RANK,), ("bfloat16",), (0.0,), 0, 0)
+    tokens = gpu_timings.N_TOKENS
+    found = {name: {"figures": {}} for name in ("layers", "steps", "small", "training")}
+    for case in (
+        shapes.Case("layer", "", (shape,), 16, tokens, "bfloat16", dropout)
+        for shape in gpu_timings.SHAPES
+        for dropout in (0.0, 0.1)
+    ):
+        found["layers"]["figures"][case.name] = rows("full", "PEFT", "addmm_", "frozen linear", "ours")
+    for section, op in (("steps", "step"), ("small", "solve")):
+        for case in suite.module(op).cases(scale):
+            names = suite.module(op).build(replace(case, pairs=((8, 8),), r=2), SETTING).providers
+            found[section]["figures"][f"{op}: {case.name}"] = rows("forward", *names)
+    for name in ("NB-LoRA", "ScaLoRA"):
+        found["training"]["figures"][name] = {"over LoRA": (1.0, 1.0, 1.0)}
+    timed = [row for row in gpu_goals.verdicts(found) if row.goal != "all"]
+    assert len(timed) == 14 and all(row.verdict in ("met", "missed") for row in timed)
+
+
+def rows(mode, *providers):
+    return {"rows": [{"provider": name, "mode": mode, "p50": 10.0} for name in providers]}
+
+
+def test_nothing_measured_is_no_verdict():
+    assert {row.verdict for row in gpu_goals.verdicts({})} == {"not measured"}
+
+
+@pytest.mark.parametrize(
+    "figures, verdict",
+    [([True, True], "met"), ([True, False], "missed"), ([True, None], "not measured"), ([], "not measured")],
+)
+def test_checks_are_met_only_if_all_are_right(figures, verdict):
+    section = {"figures": {str(i): {"ok": ok} for i, ok in enumerate(figures)}}
+    (row,) = [row for row in gpu_goals.verdicts({"repeats": section}) if row.figure == gpu_goals.CHECKS["repeats"]]
+    assert row.verdict == verdict
+
+
+def test_dry_run_of_some_sections():
+    """The rest, and the whole of these: python bench/gpu.py --dry-run."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(BENCH / "gpu.py"), "--dry-run", "--only", "errors", "memcheck"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "── errors" in done.stdout and "fused: ok" in done.stdout and "no memory was checked" in done.stdout
+    assert not list((BENCH / "results").glob("cpu-*.json"))
+
+
+def test_a_section_that_fails_is_reported(monkeypatch, tmp_path):
+    def broken(options):
+        yield "first", {"ok": True}
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setitem(gpu.SECTIONS, "errors", (broken, 1))
+    assert not gpu.run_section("errors", True, 1, tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["figures"] == {"first": {"ok": True}} and "out of luck" in found["error"]
+
+
+def test_seconds_of_the_sections_fit():
+    last = list(gpu.SECTIONS)[-1]
+    assert last == "suite" and sum(seconds for name, (_, seconds) in gpu.SECTIONS.items() if name != last) < 540
+
+
+# ---- README
+
+
+def test_readme_shows_the_newest_results():
+    text = (ROOT / "README.md").read_text()
+    assert readme_table.with_table(text, BENCH / "results") == text, "run python bench/readme_table.py"
+    if readme_table.newest(BENCH / "results") is None:
+        assert "Not verified on a GPU" in text
+
+
+def test_table_of_results(tmp_path):
+    assert "Not verified on a GPU" in readme_table.table(tmp_path)
+    verdict = gpu_goals.Verdict("PEFT / ours", "≥ 1.3", "1.4", "met")._asdict()
+    where = {"device": "H", "driver": "1", "torch": "2", "triton": "3"}
+    for date, figure in (("2030-01-02", "new"), ("2030-01-01", "old")):
+        found = {"conditions": {**where, "date": date}, "verdicts": [{**verdict, "figure": figure}]}
+        (tmp_path / f"h-{date}.json").write_text(json.dumps(found))
+    shown = readme_table.table(tmp_path)
+    assert "| new | ≥ 1.3 | 1.4 | met |" in shown and "old" not in shown and "2030-01-02" in shown
