@@ -50,7 +50,7 @@ def inspect(
     Registers, stack, spills, shared memory, an estimate of occupancy, tensor-core and TMA instructions, 128-bit loads
     and stores, and the bytes moved over each operand once. The exit code is 1 where a rule is broken: a spill, a stack,
     too much shared memory, 16-bit products off the tensor cores, a GEMM without TMA from sm_90 on. Everything takes
-    about half an hour the first time on two cores; Triton keeps what it compiled.
+    tens of minutes the first time on two cores; Triton keeps what it compiled.
     """
     try:
         jobs = _jobs(arch, op, rank)
