@@ -407,7 +407,7 @@ def memcheck(options: Options) -> Figures:
         command = [tool, "--tool", "memcheck", "--error-exitcode", "9", *command]
     # each tensor an allocation of its own, so that a byte beyond its end is seen
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=options.seconds, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=options.seconds - 5, env=environment)
     output = done.stdout + done.stderr
     checked = "compute-sanitizer" if tool and not options.dry_run else "not installed: no memory was checked"
     ok = done.returncode == 0 if tool or done.returncode else None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import torch
 from gpu_checks import Figures, Options
-from measure import Ceilings, Provider, Setting, ceilings, measure, simply, spread, timed
+from measure import Ceilings, Provider, Setting, Unavailable, ceilings, measure, once, simply, spread, timed
 from shapes import Case, Scale
 from suite import module
 
@@ -23,7 +24,24 @@ def _rows(case: Case, options: Options, limits: Ceilings) -> list[dict]:
     comparison = module(case.op).build(case, setting)
     if (case.op, case.r, case.pairs) != ("layer", RANK, ((4096, 4096),)) or options.dry_run:
         comparison.providers.pop("torch.compile", None)  # compiling takes longer than all the rest of a case
+    comparison.providers = {name: _surviving(build) for name, build in comparison.providers.items()}
     return [asdict(row) for row in measure(case, comparison, setting, limits, seconds, simply)]
+
+
+def _surviving(build: Callable[[], Provider]) -> Callable[[], Provider]:
+    """A provider that fails in its first run is not measured, with the reason; the others are."""
+
+    def run() -> Provider:
+        try:
+            provider = build()
+            once(provider)
+            return provider
+        except Unavailable:
+            raise
+        except Exception as error:
+            raise Unavailable(f"{type(error).__name__}: {str(error)[:300]}") from error
+
+    return run
 
 
 def layers(options: Options) -> Figures:

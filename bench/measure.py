@@ -140,11 +140,13 @@ def measure(
     """``drive(run, rounds)`` calls ``run`` that many times (pytest-benchmark does, in the suite)."""
     with torch.random.fork_rng():
         ready, missing = _ready(comparison)
+        rows = [Row(asdict(case), name, "full", unavailable=why) for name, why in missing.items()]
+        if not ready:
+            return rows
         exact = comparison.exact() if comparison.exact else {}
         extra = {name: _examine(provider, exact, setting.device) for name, provider in ready.items()}
         del exact
         rounds = timed(ready, setting.device, seconds, drive)
-    rows = []
     baseline = next(iter(ready))
     for name, provider in ready.items():
         for mode in MODES if provider.backward is not None else MODES[:1]:
@@ -155,7 +157,7 @@ def measure(
             row.ratio = spread([r / t for r, t in zip(reference, times, strict=True)])
             row.peak, row.saved, row.error = extra[name]
             rows.append(row)
-    return rows + [Row(asdict(case), name, "full", unavailable=why) for name, why in missing.items()]
+    return rows
 
 
 def timed(providers: dict[str, Provider], device: torch.device, seconds: float, drive: Callable) -> Rounds:
