@@ -16,7 +16,7 @@ from torch import nn
 
 from . import checks
 from .checkpoint import load_adapter, save_adapter
-from .metrics import AdapterStats, adapter_stats
+from .metrics import AdapterStats, adapter_stats, bound_stats
 from .optim import LoRAAdamW
 
 try:
@@ -62,7 +62,7 @@ class AdapterStatsCallback(TrainerCallback):
             self._log(state, control, model)
 
     def _log(self, state, control, model: nn.Module) -> None:
-        if state.is_world_process_zero and (figures := summary(adapter_stats(model))):
+        if state.is_world_process_zero and (figures := summary(adapter_stats(model)) | _bounds(model)):
             due = control.should_log  # of the loss of this step: any log clears it
             self._trainer.log(figures)
             control.should_log = due
@@ -96,6 +96,15 @@ def summary(stats: dict[str, AdapterStats]) -> dict[str, float]:
             flat |= {f"adapter/{name}_min": min(values), f"adapter/{name}_max": max(values)}
             flat[f"adapter/{name}_mean"] = _mean(values, geometric=name in RATIOS)
     return {name: value for name, value in flat.items() if math.isfinite(value)}
+
+
+def _bounds(model: nn.Module) -> dict[str, float]:
+    """How much of their bounds norm-bounded layers use: ``adapter/bound_used_mean``, ``_min``, ``_max``."""
+    used = [layer.used for layer in bound_stats(model).values()]
+    if not used:
+        return {}
+    name = "adapter/bound_used"
+    return {f"{name}_mean": statistics.fmean(used), f"{name}_min": min(used), f"{name}_max": max(used)}
 
 
 def _mean(values: list[float], geometric: bool) -> float:

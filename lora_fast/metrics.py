@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from . import pairs, step
+from .nb_linear import NBLoRALinear, factors_of
 from .pairs import Pair
+from .sing_linear import SingLoRALinear
 
-__all__ = ["AdapterStats", "adapter_stats"]
+__all__ = ["AdapterStats", "BoundStats", "adapter_stats", "bound_stats"]
 
 SIGNIFICANT = 0.005  # singular values above are counted
 
@@ -51,7 +53,7 @@ def adapter_stats(model: nn.Module) -> dict[str, AdapterStats]:
     Raises:
         ArgumentError: not a module.
     """
-    found = pairs.of_model(model)
+    found = pairs.of_model(model) + _derived(model)
     pairs.check(found, set())
     groups: dict[tuple, list[Pair]] = {}
     for pair in found:
@@ -66,6 +68,38 @@ def adapter_stats(model: nn.Module) -> dict[str, AdapterStats]:
     ranked = [[*row[:6], row[6] if math.isnan(row[6]) else int(row[6]), *row[7:]] for row in rows]
     stats = {name: AdapterStats(*row) for name, row in zip(names, ranked, strict=True)}
     return dict(sorted(stats.items(), key=lambda item: order[item[0]]))
+
+
+@dataclass(frozen=True)
+class BoundStats:
+    """One norm-bounded layer: the norm's name, its bound, its value for ΔW, and the value over the bound."""
+
+    norm: str
+    bound: float
+    value: float
+    used: float
+
+
+def bound_stats(model: nn.Module) -> dict[str, BoundStats]:
+    """How much of its bound each NBLoRALinear uses, by its name. One copy from the device for all.
+
+    Raises:
+        ArgumentError: not a module.
+    """
+    stats, found = adapter_stats(model), {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, NBLoRALinear) and name in stats:
+            value = getattr(stats[name], layer.norm)
+            found[name] = BoundStats(layer.norm, layer.bound, value, value / layer.bound)
+    return found
+
+
+def _derived(model: nn.Module) -> list[Pair]:
+    """The factors of layers that train other parameters."""
+    names = {layer: name for name, layer in model.named_modules()}
+    bounded = [Pair(names[layer], a, b) for layer, (a, b) in factors_of(model)]
+    single = [layer for layer in names if isinstance(layer, SingLoRALinear)]
+    return bounded + [Pair(names[layer], layer.lora_A, layer.lora_B, layer.scaling) for layer in single]
 
 
 def _measure(members: list[Pair]) -> Tensor:

@@ -218,13 +218,17 @@ def share_factors_(model: nn.Module) -> None:
 
 
 def before_forward(model: nn.Module, args: tuple) -> None:
+    for layer, shared in factors_of(model):
+        layer.shared = shared
+
+
+def factors_of(model: nn.Module) -> list[tuple[NBLoRALinear, tuple[Tensor, Tensor]]]:
+    """a (r, d_in) and b (d_out, r) of every NBLoRALinear that is not merged or sharded, one transform a device."""
     places: dict[torch.device, list[NBLoRALinear]] = {}
     for layer in model.modules():
         if isinstance(layer, NBLoRALinear) and not layer.merged and type(layer.free_a) in (nn.Parameter, Tensor):
             places.setdefault(layer.free_a.device, []).append(layer)
-    for layers in places.values():
-        for layer, shared in zip(layers, factors.of_layers(layers), strict=True):
-            layer.shared = shared
+    return [pair for layers in places.values() for pair in zip(layers, factors.of_layers(layers), strict=True)]
 
 
 def after_forward(model: nn.Module, args: tuple, output: object) -> None:

@@ -63,7 +63,19 @@ def test_peft_loads_scalora_s_adapter_with_the_weights_that_it_changed(place):  
     assert held_out_loss_in_peft(place, folder) == pytest.approx(run["held_out"][-1][1], abs=1e-5)
 
 
-@pytest.mark.parametrize("method", ["ilora", "balora", "lora-rite", "scalora:interval=2"])
+def test_nb_lora_beside_plain_lora(place):  # noqa: F811
+    """Compared with plain LoRA; its adapter is one that plain PEFT reads, within the bound."""
+    folder, method = place / "bounded", "nb-lora:norm=spectral,bound=0.5,lr=0.1"
+    assert invoke(place, "--output", folder, "--compare", "--method", method).exit_code == 0
+    runs = metrics(folder)["runs"]
+    assert list(runs) == ["lora", method]
+    used = [point["adapter/bound_used_max"] for point in runs[method]["adapter"]]
+    assert used[0] == 0 < used[-1] <= 1 + 1e-5
+    place_of = folder / Settings(method=("lora", method), compare=True).runs[1].folder
+    assert held_out_loss_in_peft(place, place_of) == pytest.approx(runs[method]["held_out"][-1][1], abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ilora", "balora", "lora-rite", "scalora:interval=2", "nb-lora:norm=spectral"])
 def test_resumes_to_the_same_bits(place, monkeypatch, method):  # noqa: F811
     whole, stopped = place / f"whole {method}", place / f"stopped {method}"
     assert invoke(place, "--output", whole, "--method", method).exit_code == 0
@@ -212,6 +224,9 @@ def test_settings_survive_json():
         (("--method", "ilora:lam=nan"), "--method ilora:lam: expected a finite number"),
         (("--method", "lora:lr=0"), "--method lora:lr: expected a finite number above 0"),
         (("--method", "lora:lam=1"), "with lr=(that of --lr)"),
+        (("--method", "nb-lora:norm=l2"), "--method nb-lora:norm: expected one of spectral, frobenius, nuclear"),
+        (("--method", "nb-lora:bound=0"), "--method nb-lora:bound: expected a finite number above 0"),
+        (("--method", "nb-lora", "--engine", "eager"), "--engine: expected fused for nb-lora"),
         (("--method", "lora", "--method", "ilora"), "--method: expected one method, or several with --compare"),
         (("--method", "lora", "--method", "lora", "--compare"), "--method: expected each method with its options once"),
     ],

@@ -498,6 +498,19 @@ def test_plain_adamw_trains_it():
     assert losses[-1] < losses[0] and not any(torch.equal(p, q) for p, q in zip(trained(model), before, strict=True))
 
 
+@pytest.mark.parametrize("norm, order", [("spectral", 2), ("frobenius", "fro"), ("nuclear", "nuc")])
+def test_how_much_of_the_bound_is_used(norm, order):
+    model = stack_of(norm=norm)
+    stats = lf.metrics.bound_stats(model)
+    assert len(stats) == 3
+    for name, layer in model.named_modules():
+        if name in stats:
+            a, b = layer.plain_factors()
+            value = torch.linalg.matrix_norm(b @ a, order).item()
+            assert stats[name] == lf.metrics.BoundStats(norm, 1.5, stats[name].value, stats[name].value / 1.5)
+            assert stats[name].value == pytest.approx(value, rel=1e-5) and 0 < stats[name].used <= 1
+
+
 def test_methods_of_factors_are_refused():
     with pytest.raises(lf.ArgumentError, match=r"^methods: expected none for a model without trained LoRA factors"):
         lf.optim.LoRAAdamW(stack_of(), methods=[lf.methods.ILoRA()])

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 from .. import checks, methods
 from ..checks import ArgumentError
+from ..surgery import NBLoRAConfig
+
+
+@dataclass(frozen=True)
+class NBLoRA:
+    """Not an optimizer's method but adapters of another kind: the options of ``lf.NBLoRAConfig`` that are their own."""
+
+    norm: str = NBLoRAConfig.norm
+    bound: float | None = None
+    bound_ratio: float | None = None
+    learn_scale: bool = True
+
+    def __post_init__(self):
+        self.config()
+
+    def config(self, **others) -> NBLoRAConfig:
+        return NBLoRAConfig(**asdict(self), **others)
+
 
 METHODS = {  # name → class in lora_fast.methods, what it does
     "lora": (None, "AdamW on both factors, as they are."),
@@ -18,6 +36,8 @@ METHODS = {  # name → class in lora_fast.methods, what it does
                                  "merges the rest into the frozen weight."),
     "balora": (methods.BaLoRA, "After AdamW, replaces the factors by those of the same product with a aᵀ = bᵀb."),
     "lora-rite": (methods.LoRARITE, "An update of its own, the same however the product is split into factors."),
+    "nb-lora": (NBLoRA, "AdamW on free parameters whose Cayley transform gives a and b, so that the norm of their "
+                        "product cannot exceed a bound. With --compare, beside plain LoRA."),
 }  # fmt: skip
 
 
@@ -27,7 +47,8 @@ class Choice:
 
     Attributes:
         text: as typed. name: of METHODS.
-        instances: what ``LoRAAdamW(methods=…)`` takes; empty for plain LoRA.
+        instances: what ``LoRAAdamW(methods=…)`` takes; empty for plain LoRA and NB-LoRA.
+        bounded: NB-LoRA's options; None for the others.
         lr: the learning rate if the method was given one of its own.
     """
 
@@ -35,6 +56,7 @@ class Choice:
     name: str
     instances: tuple
     lr: float | None
+    bounded: NBLoRA | None = None
 
     @property
     def sentence(self) -> str:
@@ -43,7 +65,7 @@ class Choice:
     @property
     def options(self) -> str:
         """All of them with their values, as Python."""
-        return repr(self.instances[0]) if self.instances else "no options"
+        return repr(self.bounded or self.instances[0]) if self.bounded or self.instances else "no options"
 
 
 def read(text: str) -> Choice:
@@ -65,7 +87,8 @@ def read(text: str) -> Choice:
     try:
         if lr is not None:
             checks.positive(lr, "lr")
-        return Choice(text, name, () if kind is None else (kind(**values),), lr)
+        made = () if kind is None else (kind(**values),)
+        return Choice(text, name, (), lr, *made) if kind is NBLoRA else Choice(text, name, made, lr)
     except ArgumentError as error:
         raise ArgumentError(f"--method {name}:{error.argument}", error.expected, error.got) from None
 

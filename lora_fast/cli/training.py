@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils._pytree import tree_leaves
 from transformers.trainer_callback import PrinterCallback
 
-from .. import fuse_, hf, save_adapter
+from .. import fuse_, hf, inject_, load_adapter, save_adapter
 from ..checks import ArgumentError
 from ..methods import ScaLoRA
 from ..optim import LoRAAdamW
@@ -80,6 +80,8 @@ def prepare(job: Job, run: Run) -> tuple[PeftModel, str]:
     base = models.load_model(job.source, job.dtype)
     check_targets(base, settings.target_modules)
     transformers.set_seed(settings.seed)
+    if run.method.bounded:
+        return _bounded(base, run, settings)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -97,6 +99,14 @@ def prepare(job: Job, run: Run) -> tuple[PeftModel, str]:
         return model, str(fuse_(model))
     except ArgumentError as error:
         raise ArgumentError("--engine", "eager where no layer can be fused", error.got) from error
+
+
+def _bounded(base: transformers.PreTrainedModel, run: Run, settings: Settings):
+    targets = {"r": settings.rank, "dropout": settings.dropout, "target_modules": settings.target_modules}
+    try:
+        return base, str(inject_(base, run.method.bounded.config(**targets)))
+    except ArgumentError as error:
+        raise ArgumentError(f"--method {run.method.name}: {error.argument}", error.expected, error.got) from error
 
 
 def _check_method(model: PeftModel, run: Run) -> None:
@@ -142,6 +152,8 @@ def train(job: Job, run: Run, model: PeftModel, layers: str, folder: Path) -> Re
         record.layers += f". {save_adapter(model, folder / 'adapter').note}"
         with job.display.working("Measuring how far the weights have moved"):
             record.change_erank = mean_erank(model, models.load_model(job.source, job.dtype))
+    elif run.method.bounded:
+        save_adapter(model, folder / "adapter")
     else:
         model.save_pretrained(folder / "adapter")
     return record
@@ -149,6 +161,16 @@ def train(job: Job, run: Run, model: PeftModel, layers: str, folder: Path) -> Re
 
 class ScaLoRATrainer(hf.ExactCheckpoints, transformers.Trainer):
     """Its checkpoints hold the frozen weights that have changed."""
+
+
+class BoundedTrainer(transformers.Trainer):
+    """Its checkpoints hold the adapter and its free parameters, not the frozen model."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        save_adapter(self.model, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        load_adapter(self.model if model is None else model, resume_from_checkpoint)
 
 
 def _changes_base(run: Run) -> bool:
@@ -168,7 +190,8 @@ def _trainer(
     recorder = Recorder(job, record, Stopwatch(args.device))
     own = hf.optimizer_cls_and_kwargs(model, args, run.method.instances) if run.method.instances else None
     data = {"train_dataset": job.data.train, "eval_dataset": job.data.held_out}
-    kind = ScaLoRATrainer if _changes_base(run) else transformers.Trainer
+    plain = BoundedTrainer if run.method.bounded else transformers.Trainer
+    kind = ScaLoRATrainer if _changes_base(run) else plain
     trainer = kind(model, args, callbacks=[recorder], optimizer_cls_and_kwargs=own, **data)
     trainer.remove_callback(PrinterCallback)
     every = math.ceil(job.total / STATISTICS)
