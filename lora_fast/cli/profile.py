@@ -48,7 +48,7 @@ def profile(
 
     - `lora-fast profile`
 
-        the packaged model: about two minutes on two quiet CPU cores, no network
+        the packaged model: two to three minutes on two quiet CPU cores, no network
 
     - `lora-fast profile --model Qwen/Qwen3-0.6B --rank 32 --dropout 0.05 --batch 8 --seq-len 1024`
 
@@ -107,4 +107,5 @@ def run(settings: Settings, given: set[str], compiled: bool, folder: Path, displ
         display.note("")
     display.note(f"{result.fusing}" + (f"; PEFT compiled left out: {result.skipped}" if result.skipped else ""))
     display.note(result.verdict(), style="bold")
+    display.note(result.machine, style="dim")
     display.note(f"\npage      {folder / PAGE}\nfigures   {folder / FIGURES}\ntraces    {folder}/trace-*.json.gz")

@@ -130,8 +130,9 @@ def results(outcomes: list) -> Table:
         gain = f"{one.default / one.best:.2f}" if one.choice else ""
         micro = [f"{1e6 * seconds:.1f} µs" for seconds in (one.default, one.best)]
         tried = f"{one.tried}" + (f", {one.failed} unfit" if one.failed else "")
-        rows.append([one.key.op, _shape(one.key), *micro, gain, _choice(one.choice) or "the default", tried])
-    return Table("", [Cell(text) for text in head], [[Cell(text) for text in row] for row in rows])
+        words = [one.key.op, _shape(one.key), *micro, gain, _choice(one.choice) or "the default", tried]
+        rows.append([Cell(word) for word in words])
+    return Table("", [Cell(text) for text in head], rows, short=[0, 1, 2, 3, 5])
 
 
 def _shape(key) -> str:
