@@ -20,5 +20,10 @@ EXPERIMENTS = {  # name → its module in this package, what it shows
         "scale_norms",
         "Scale regularization: ‖a‖, ‖b‖ and their ratio while SmolLM2 trains, by four methods.",
     ),
+    "nb-lora-inverse": ("nb_lora_inverse", "NB-LoRA Table 6: the time of an r×r inverse, one by one and batched."),
+    "nb-lora-rates": (
+        "nb_lora_rates",
+        "NB-LoRA Fig. 3: SmolLM2's held-out loss over learning rates up to 0.1, LoRA against NB-LoRA.",
+    ),
     "smollm2-methods": ("smollm2_methods", "All methods on SmolLM2 at equal steps: loss curves and held-out loss."),
 }
