@@ -16,8 +16,11 @@ import time
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: traffic is counted in its interpreter
 
 import torch
+from measure import Setting, saved_bytes
+from providers import layer as providers_of
 from rich.console import Console
 from rich.table import Table
+from shapes import Case
 from torch import nn
 
 import lora_fast as lf
@@ -25,6 +28,7 @@ from lora_fast.kernels import interpreted, layer, tiles
 
 SECTIONS = ("traffic", "launches", "saved", "host")
 N_TOKENS, D = 8192, 4096
+PEFTS = ("PEFT", "PEFT, bfloat16 adapters", "PEFT, autocast")
 
 
 def traffic(console: Console) -> None:
@@ -73,56 +77,31 @@ def launches(console: Console) -> None:
     console.print(table)
 
 
-def peft_layer(linear: nn.Linear, dropout: float, adapter: torch.dtype):
-    from peft import LoraConfig
-    from peft.tuners.lora import Linear
-
-    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=dropout)
-    wrapped = Linear(linear.requires_grad_(False), "default", config, r=16, lora_alpha=32)
-    wrapped.lora_A.to(adapter), wrapped.lora_B.to(adapter)
-    return wrapped.train()
-
-
-def saved_bytes(module: nn.Module, x: torch.Tensor, autocast: bool) -> int:
-    """Bytes that one call keeps for backward, each storage once, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        alive.append(tensor)  # so that no address is used twice
-        return tensor
-
-    alive: list[torch.Tensor] = []
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
-    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        module(x)
-    return sum(size for address, size in kept.items() if address not in own)
-
-
 def saved(console: Console) -> None:
     """What one layer keeps for backward, its own parameters left out."""
     table = Table(title="MiB saved for backward: 1024×1024, 4,096 tokens, r = 16, bfloat16 base (x + S = 8.125)")
     for column in ("", "dropout 0", "dropout 0.1"):
         table.add_column(column, justify="right")
-    x = torch.randn(4096, 1024).bfloat16().requires_grad_()
-    linear = lambda: nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16)
-    fused = lambda dropout: lf.LoRALinear.from_linear(linear(), r=16, alpha=32, dropout=dropout)
-    rows = (
-        ("PEFT, float32 adapters (its default)", lambda p: peft_layer(linear(), p, torch.float32), False),
-        ("PEFT, bfloat16 adapters", lambda p: peft_layer(linear(), p, torch.bfloat16), False),
-        ("PEFT, autocast", lambda p: peft_layer(linear(), p, torch.float32), True),
-        ("ours, torch backend", fused, False),
-        ("ours, Triton backend", fused, False),
-    )
-    for name, build, autocast in rows:
-        sizes = []
-        for dropout in (0.0, 0.1):
-            with lf.set_backend("triton" if "Triton" in name else "auto"), console.status(name):
-                sizes.append(saved_bytes(build(dropout), x, autocast) / 2**20)
-        table.add_row(name, *(f"{size:.3f}" for size in sizes))
+    sizes: dict[str, list[str]] = {}
+    for dropout in (0.0, 0.1):
+        case = Case("layer", "", ((1024, 1024),), 16, 4096, "bfloat16", dropout)
+        for backend, triton, names in (("torch", False, PEFTS + ("ours",)), ("Triton", True, ("ours",))):
+            _, providers = providers_of(case, Setting(torch.device("cpu"), triton))
+            for name in names:
+                with console.status(name):
+                    size = saved_bytes(providers[name]()) / 2**20
+                shown = f"ours, {backend} backend" if name == "ours" else name
+                sizes.setdefault(shown, []).append(f"{size:.3f}")
+    for name, both in sizes.items():
+        table.add_row(name, *both)
     console.print(table)
+
+
+def peft_layer(linear: nn.Linear):
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    return Linear(linear, "default", LoraConfig(r=16, lora_alpha=32), r=16, lora_alpha=32).train()
 
 
 def host(console: Console) -> None:
@@ -135,7 +114,7 @@ def host(console: Console) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     frozen = nn.Linear(16, 16).requires_grad_(False)
-    peft = peft_layer(frozen, 0.0, torch.float32)
+    peft = peft_layer(frozen)
     fused = copy.copy(peft)
     fused.__class__ = FusedLoraLinear
     engines = {"linear": frozen, "PEFT": peft, "fused PEFT layer": fused}

@@ -217,7 +217,7 @@ def _examine(
         found = provider.results(value)
         error = max(relative_error(found[name], right) for name, right in exact.items())
     del value
-    saved = _saved(provider) if provider.backward is not None else None
+    saved = saved_bytes(provider) if provider.backward is not None else None
     provider.prepare()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -233,7 +233,7 @@ def _examine(
     return memory.peak, saved, error
 
 
-def _saved(provider: Provider) -> int:
+def saved_bytes(provider: Provider) -> int:
     """Bytes of the distinct storages that forward keeps for backward, its own tensors left out."""
     own = {t.untyped_storage().data_ptr() for t in provider.own}
     kept = []

@@ -245,6 +245,14 @@ def test_dry_run_of_some_sections():
     assert not list((BENCH / "results").glob("cpu-*.json"))
 
 
+def test_gpu_needs_no_package_of_the_command_line():
+    """A GPU machine may have torch and Triton alone."""
+    extras = ("typer", "rich", "matplotlib", "jinja2", "peft", "transformers", "pytest", "pytest_benchmark", "psutil")
+    code = f"import sys; sys.modules.update(dict.fromkeys({extras!r})); import gpu; print(len(gpu.SECTIONS))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=BENCH, capture_output=True, text=True)
+    assert done.stdout.strip() == "10", done.stderr
+
+
 def test_a_section_that_fails_is_reported(monkeypatch, tmp_path):
     def broken(options):
         yield "first", {"ok": True}
