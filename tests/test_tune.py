@@ -4,6 +4,7 @@ the timing itself needs a GPU."""
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from dataclasses import replace
 
@@ -148,6 +149,17 @@ def test_the_fastest_is_chosen_and_then_runs(op):
     assert table == {}  # the default won: what was known is forgotten
 
 
+def test_shapes_share_what_they_have_in_common_and_each_is_kept_when_it_is_done(monkeypatch):
+    """The second shape has the first one's d_in: its project and grad_a are known already."""
+    monkeypatch.setattr(tiles, "candidates", lambda *arguments: [(32, 32, 32, 4, 2), (32, 64, 64, 4, 2)])
+    table: tuned.Table = {}
+    sizes = []
+    shapes = [SHAPE, replace(SHAPE, d_out=48)]
+    outcomes = tuning.search_all(shapes, DEVICE, table, clock(1, [2e-3, 1e-3]), lambda: sizes.append(len(table)))
+    assert [one.key.op for one in outcomes] == [*OPS, "linear", "grad_s_b", "grad_x_dropout"]
+    assert sizes == [5, 8] and all(one.choice.items() <= table.items() for one in outcomes)
+
+
 def test_what_gains_less_than_noise_leaves_the_default():
     case = case_of("grad_a")
     outcome = tuning.search(replace(case, candidates=case.candidates[:2]), clock(1, [1e-3, 0.99e-3]))
@@ -198,6 +210,44 @@ def test_shapes_come_from_the_configuration_alone(tmp_path):
     (folder / "model.safetensors").unlink()
     assert layer_shapes(str(folder), "all-linear") == [(32, 32), (32, 16), (32, 64), (64, 32)]
     assert layer_shapes(str(folder), ["down_proj"]) == [(64, 32)]
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """The command on a tiny model, on the test's own device and with two candidates for each tile."""
+    monkeypatch.setattr(sys.modules["lora_fast.cli.tune"], "_gpu", lambda: DEVICE)
+    monkeypatch.setattr(tuned, "device_name", lambda device: "a GPU")
+    monkeypatch.setattr(tiles, "candidates", lambda *arguments: [(32, 32, 32, 4, 2), (32, 64, 64, 4, 2)])
+    folder = tiny_model.save(tmp_path / "model")
+    return ("--model", str(folder), "--rank", "4", "--batch", "1", "--seq-len", "16", "--dtype", "float32")
+
+
+def test_the_command_measures_every_shape_and_keeps_what_won(tiny, monkeypatch):
+    monkeypatch.setattr(tuning, "time_on_gpu", clock(1, [2e-3, 1e-3]))
+    result = invoke(*tiny)
+    assert result.exit_code == 0, result.output
+    assert "4 layer shapes on a GPU" in result.output and "64→32" in result.output
+    table = tuned.read()["a GPU"]
+    assert {key.op for key in table} == {"project", "linear", "grad_s_b", "grad_a", "grad_x"}
+    assert {choice for key, choice in table.items() if key.op == "linear"} == {"cublas"}
+    monkeypatch.setattr(tuning, "time_on_gpu", clock(0, [2e-3, 1e-3]))
+    assert invoke(*tiny).exit_code == 0
+    assert tuned.read() == {"a GPU": {}}  # measured again: the defaults are best now
+
+
+def test_ctrl_c_keeps_the_shapes_that_are_done(tiny, monkeypatch):
+    asked = []
+
+    def timer(calls):
+        asked.append(calls)
+        if len(asked) == 6:
+            raise KeyboardInterrupt
+        return [2e-3, *[1e-3] * (len(calls) - 1)]
+
+    monkeypatch.setattr(tuning, "time_on_gpu", timer)
+    result = invoke(*tiny)
+    assert result.exit_code == 130 and "1 of 4 shapes are kept" in result.output
+    assert len(tuned.read()["a GPU"]) == 5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -300,5 +300,3 @@ def _driver() -> str:
         return subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")[0]
     except (OSError, subprocess.SubprocessError):
         return NO_DRIVER
-
-

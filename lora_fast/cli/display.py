@@ -50,7 +50,7 @@ def exit_codes(display: Display) -> Iterator[None]:
     except (KeyboardInterrupt, Interrupted) as error:
         folder = error.args[0] if error.args else None
         if folder is None:
-            display.note("Interrupted before training began: nothing has changed.")
+            display.note("Interrupted: nothing has been written.")
         else:
             display.note("Interrupted. Go on with:")
             display.note(f"  lora-fast finetune --output {shlex.quote(str(folder))} --resume", style="cyan")

@@ -67,16 +67,13 @@ def run(settings: Settings, display: Display) -> None:
     Raises:
         ArgumentError: no GPU, options that do not fit, or a damaged file.
     """
-    _require_gpu()
+    device = _gpu()
     settings.check()
-    import torch
-
     from ..kernels import tuned
     from . import models, tuning
     from .progress import bar
 
     known = _read()
-    device = torch.device("cuda", torch.cuda.current_device())
     dtype = models.choose_dtype(settings.dtype)
     source = models.cached(settings.model, models.locate(settings.model))
     tokens = settings.batch * settings.seq_len
@@ -85,18 +82,23 @@ def run(settings: Settings, display: Display) -> None:
         for d_in, d_out in layer_shapes(source, settings.target_modules)
     ]
     table = known.setdefault(tuned.device_name(device), {})
-    display.note(f"{len(shapes)} layer shapes on {torch.cuda.get_device_name(device)}")
-    outcomes: dict[tuned.Key, tuning.Outcome] = {}
-    with bar(display, len(shapes)) as progress:
-        for shape in shapes:
-            progress.doing(f"{shape.d_in} → {shape.d_out}")
-            for case in tuning.cases(shape, device):
-                if case.key not in outcomes:
-                    outcomes[case.key] = tuning.search(case, tuning.time_on_gpu)
-                    tuning.remember(table, case, outcomes[case.key])
-            tuned.write(known)
-            progress.advance()
-    display.show(results(list(outcomes.values())))
+    display.note(f"{len(shapes)} layer shapes on {tuned.device_name(device)}")
+    finished = 0
+
+    def keep() -> None:
+        nonlocal finished
+        tuned.write(known)
+        finished += 1
+        progress.advance()
+
+    try:
+        with bar(display, len(shapes)) as progress:
+            progress.doing("layer shapes")
+            outcomes = tuning.search_all(shapes, device, table, tuning.time_on_gpu, keep)
+    except KeyboardInterrupt:
+        display.note(f"Interrupted: {finished} of {len(shapes)} shapes are kept in {tuned.path()}.")
+        raise typer.Exit(130) from None
+    display.show(results(outcomes))
     display.note(f"\nkept in    {tuned.path()}")
 
 
@@ -143,12 +145,14 @@ def _choice(table: dict) -> str:
     return " ".join(choice if isinstance(choice, str) else "×".join(map(str, choice)) for choice in table.values())
 
 
-def _require_gpu() -> None:
+def _gpu():
+    """The current CUDA device."""
     import torch
 
     if not torch.cuda.is_available():
         got = "none (the defaults need no tuning; --show and --clear work anywhere)"
         raise ArgumentError("lora-fast tune", "a CUDA GPU to measure on", got)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _read() -> dict:

@@ -89,6 +89,20 @@ def cases(shape: Shape, device: torch.device) -> Iterator[Case]:
     yield gemm(False, dy, d_in, lambda: layer.grad_x(dy, weight, s, a, keep))
 
 
+def search_all(
+    shapes: list[Shape], device: torch.device, table: tuned.Table, timer: Timer, done: Callable[[], None]
+) -> list[Outcome]:
+    """Every case of every shape once, into ``table``; ``done`` after each shape."""
+    outcomes: dict[tuned.Key, Outcome] = {}
+    for shape in shapes:
+        for case in cases(shape, device):
+            if case.key not in outcomes:
+                outcomes[case.key] = search(case, timer)
+                remember(table, case, outcomes[case.key])
+        done()
+    return list(outcomes.values())
+
+
 def search(case: Case, timer: Timer) -> Outcome:
     """Times all candidates that run and agree with the default, in turns."""
     expected = _results(case, {})
