@@ -239,7 +239,7 @@ OPS = {
     "spd_solve": Op(spd_solve, _SMALL),
     "spd_inverse": Op(spd_inverse, _SMALL),
     "small_inverse": Op(small_inverse, _SMALL),
-    "cayley": Op(cayley_both_ways, {"float32": (16, 64, 256)}),
+    "cayley": Op(cayley_both_ways, {"float32": (16, 64, 256), "bfloat16": (64,)}),
     "scalora": Op(scalora, {"float32": (32, 128)}, variants(solver=("nnls", "paper"))),
     "merge": Op(
         merge_weights, {"bfloat16": (8, 64), "float16": (16,)}, variants(rounding=("stochastic", "compensated")),

@@ -53,7 +53,10 @@ IN_REGISTERS = 64  # largest rank class whose r×r matrices stay in registers wh
 @triton.jit
 def load_below(p, i_d, i_r, d, r, IS_A: tl.constexpr, DTYPE: tl.constexpr):
     """Rows i_d of a factor, as DTYPE; of an a, without its first r."""
-    b = load_block(p, i_d, i_r, d, r, IS_A).to(tl.float32).to(DTYPE)  # [BLOCK_D, BLOCK_R]
+    b = load_block(p, i_d, i_r, d, r, IS_A).to(tl.float32)  # [BLOCK_D, BLOCK_R]
+    if DTYPE == tl.float64:
+        b = tl.sum(b[:, :, None], 2)  # as it is: Triton 3.7 cannot compile a float64 dot that it knows was 16 bits
+    b = b.to(DTYPE)
     if IS_A:
         b = tl.where((i_d >= r)[:, None], b, 0.0)
     return b
