@@ -90,7 +90,7 @@ def draw(rows: list[dict]) -> dict[str, str]:
             bars = []
             for row in members:
                 label, value, span = row["provider"], row["p50"], (row["p20"], row["p80"])
-                bars.append(plots.Bar(label, colour[label], value, f"{value:.4g}", span))
+                bars.append(plots.Bar(label, colour[label], value, microseconds(value), span))
             drawn[name] = plots.bars(file_name(name), bars, f"µs, median and p20–p80, r={ranks[0]}")
             continue
         lines = []
@@ -102,6 +102,11 @@ def draw(rows: list[dict]) -> dict[str, str]:
             lines.append(plots.Series(provider, colour[provider], x, values[1], {"marker": "o"}, band))
         drawn[name] = plots.lines(file_name(name), lines, "rank", "µs, median and p20–p80", zero=True)
     return drawn
+
+
+def microseconds(value: float) -> str:
+    """Four digits, or whole ones."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def title(case: Case) -> str:
@@ -116,9 +121,9 @@ def file_name(name: str) -> str:
 def page(run: dict, drawn: dict[str, str], changes: list[Change]) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["case"] = lambda given: from_dict(given)
     environment.filters["mib"] = lambda size: "–" if size is None else f"{size / 2**20:.4g}"
     environment.filters["number"] = lambda value, form="{:.4g}": "–" if value is None else form.format(value)
+    environment.filters["microseconds"] = microseconds
     ops: dict[str, dict] = {}
     for row in shown(run["rows"]):
         case = from_dict(row["case"])

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from compare import Change, compare
 from counting import in_own_process
-from report import shown, write
+from report import microseconds, shown, write
 from rich.console import Console
 from rich.table import Table
 from shapes import SCALES, from_dict
@@ -32,7 +32,7 @@ from lora_fast.cli.measure import environment
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-COUNTING_SECONDS = {"cpu": 45, "cpu-quick": 5, "tiny": 5}
+COUNTING_SECONDS = {"cpu": 60, "cpu-quick": 20, "tiny": 5}
 
 
 def pytest(*arguments: str) -> int:
@@ -76,7 +76,7 @@ def table(rows: list[dict]) -> Table:
         if row["provider"] == "ours":
             saved = "" if row["saved"] is None else f"{row['saved'] / 2**20:.2f}"
             error = "" if row["error"] is None else f"{row['error']:.1e}"
-            time = f"{row['p50']:.4g} ({row['p20']:.4g}–{row['p80']:.4g})"
+            time = "{} ({}–{})".format(*(microseconds(row[name]) for name in ("p50", "p20", "p80")))
             share = f"{row['roofline']:.2f}"
             found.add_row(case.op, case.name, time, f"{row['ratio'][1]:.2f} {firsts[case]}", share, saved, error)
     return found

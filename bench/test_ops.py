@@ -15,7 +15,7 @@ def pytest_generate_tests(metafunc):
     scale = SCALES[metafunc.config.getoption("--scale")]
     ops = tuple(filter(None, metafunc.config.getoption("--ops").split(","))) or OPS
     found = cases(ops, scale)
-    metafunc.parametrize("case", found, ids=[f"{case.op}: {case.name}" for case in found])
+    metafunc.parametrize("case", found, ids=[f"{case.op}: {case.name}".replace("→", "->") for case in found])
 
 
 @pytest.fixture

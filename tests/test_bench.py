@@ -38,7 +38,7 @@ def rows_of(case):
     return measure.measure(case, comparison, SETTING, CEILINGS, 0.0, measure.simply)
 
 
-@pytest.mark.parametrize("case", TINY, ids=lambda case: f"{case.op}: {case.name}")
+@pytest.mark.parametrize("case", TINY, ids=lambda case: f"{case.op}: {case.name}".replace("→", "->"))
 def test_every_provider_computes_the_op(case):
     """Nobody is further from float64 than a few roundings; times, memory and work are there."""
     rows = rows_of(case)
