@@ -255,6 +255,11 @@ def _tall(elements: int, d: int, device: torch.device) -> Tensor:
     return x
 
 
+def _thin(n: int, device: torch.device) -> Tensor:
+    """(n, 16), zero but for the last rows."""
+    return _tall((n - TAIL - 1) * 16, 16, device)
+
+
 def project(elements: int, d: int, device: torch.device):
     from lora_fast.kernels import layer as ops
 
@@ -265,8 +270,8 @@ def project(elements: int, d: int, device: torch.device):
 def linear(strategy: str, elements: int, d: int, device: torch.device):
     from lora_fast.kernels import layer as ops
 
-    x, weight, s, b = _tall(elements, d, device), rows(d, d, device), None, rows(d, 16, device)
-    s = _tall(len(x) * 16 - 16 * (TAIL + 1), 16, device)
+    x, weight, b = _tall(elements, d, device), rows(d, d, device), rows(d, 16, device)
+    s = _thin(len(x), device)
     with tiles.assume(strategy=strategy):
         y = ops.linear(x, weight, None, s, b, 2.0)[-TAIL:]
     return {"y": y}, {"y": x[-TAIL:].double() @ weight.double().T + 2 * (s[-TAIL:].double() @ b.double().T)}
@@ -276,7 +281,7 @@ def grads(elements: int, d: int, device: torch.device):
     from lora_fast.kernels import layer as ops
 
     dy, b = _tall(elements, d, device), rows(d, 16, device)
-    s = _tall(len(dy) * 16 - 16 * (TAIL + 1), 16, device)
+    s = _thin(len(dy), device)
     ds, db = ops.grad_s_b(dy, s, b, 2.0)
     da = ops.grad_a(dy, s, b.T.contiguous())
     tail_dy, tail_s = dy[-TAIL:].double(), s[-TAIL:].double()
@@ -318,7 +323,7 @@ def merge(elements: int, d: int, device: torch.device):
     from lora_fast.kernels import merge as ops
 
     weight, a = _tall(elements, d, device), rows(16, d, device)
-    b = _tall(len(weight) * 16 - 16 * (TAIL + 1), 16, device)
+    b = _thin(len(weight), device)
     want = weight[-TAIL:].double() + b[-TAIL:].double() @ a.double()
     ops.merge_([weight], [a], [b], torch.ones(1, 16, device=device))
     return {"w": weight[-TAIL:]}, {"w": want}
@@ -336,10 +341,9 @@ def _matrices(elements: int, device: torch.device) -> Tensor:
 def spd_solve(elements: int, d: int, device: torch.device):
     from lora_fast.kernels import solve as ops
 
-    matrices = _matrices(elements, device)
-    return {"x": ops.spd_inverse(matrices, 0.5)[-1]}, {
-        "x": torch.linalg.inv(matrices[-1].double() + 0.5 * torch.eye(16, device=device))
-    }
+    matrices, damping = _matrices(elements, device), 0.5
+    want = torch.linalg.inv(matrices[-1].double() + damping * torch.eye(16, device=device))
+    return {"x": ops.spd_inverse(matrices, damping)[-1]}, {"x": want}
 
 
 def small_inverse(elements: int, d: int, device: torch.device):
