@@ -25,7 +25,7 @@ from .blocked import registers
 from .cayley_middle import WARPS, lora_cayley_backward_kernel, lora_cayley_inverse_kernel, pair_table
 from .gram import add_up, deposit, last_to_arrive, load_block
 from .launch import LARGEST_RANK, on_device
-from .primitives import dot, round_to
+from .primitives import dot, round_to, widened
 from .solve import SLOTS
 from .step import load_matrix
 from .table import (
@@ -53,10 +53,7 @@ IN_REGISTERS = 64  # largest rank class whose r×r matrices stay in registers wh
 @triton.jit
 def load_below(p, i_d, i_r, d, r, IS_A: tl.constexpr, DTYPE: tl.constexpr):
     """Rows i_d of a factor, as DTYPE; of an a, without its first r."""
-    b = load_block(p, i_d, i_r, d, r, IS_A).to(tl.float32)  # [BLOCK_D, BLOCK_R]
-    if DTYPE == tl.float64:
-        b = tl.sum(b[:, :, None], 2)  # as it is: Triton 3.7 cannot compile a float64 dot that it knows was 16 bits
-    b = b.to(DTYPE)
+    b = widened(load_block(p, i_d, i_r, d, r, IS_A)).to(DTYPE)  # [BLOCK_D, BLOCK_R]
     if IS_A:
         b = tl.where((i_d >= r)[:, None], b, 0.0)
     return b
@@ -122,11 +119,11 @@ def tall_product(
 ):  # fmt: skip
     """b_sum + rows i_d of p times the matrix, which is in registers where BLOCK_K is BLOCK_R."""
     if BLOCK_K == BLOCK_R:
-        b_sum = dot(load_block(p, i_d, i_r, d, r, IS_A).to(tl.float32), b_matrix, b_sum, "ieee")
+        b_sum = dot(widened(load_block(p, i_d, i_r, d, r, IS_A)), b_matrix, b_sum, "ieee")
     else:
         for o_k in tl.range(0, R_MAX, BLOCK_K, num_stages=1):
             i_k = o_k + tl.arange(0, BLOCK_K)
-            b_p = load_block(p, i_d, i_k, d, r, IS_A).to(tl.float32)  # [BLOCK_D, BLOCK_K]
+            b_p = widened(load_block(p, i_d, i_k, d, r, IS_A))  # [BLOCK_D, BLOCK_K]
             b_sum = dot(b_p, load_matrix(matrix, i_k, i_r, r, False, R_MAX), b_sum, "ieee")
     return b_sum
 

@@ -23,6 +23,17 @@ def dot(lhs, rhs, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def widened(block):
+    """A matrix in float32, for a dot in full precision. Triton (3.7) looks through casts for the dtype that was loaded:
+    with 16 bits it multiplies the float32 operands in TF32 on sm_100, "ieee" or not, and breaks on float64 ones. It
+    does not look through a sum, here of one term."""
+    wide = block.to(tl.float32)
+    if block.dtype != tl.float32:
+        wide = tl.sum(wide[:, :, None], 2)
+    return wide
+
+
+@triton.jit
 def round_to(value, dtype: tl.constexpr):
     """A float32 block in ``dtype``, to nearest, ties to even."""
     if INTERPRET and dtype == tl.bfloat16:
