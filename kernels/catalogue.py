@@ -233,7 +233,9 @@ OPS = {
         gram, {"float32": (1, 16, 64, 128), "bfloat16": (8, 64)}, tensor_cores=("lora_gram_kernel",), counted=True
     ),
     "adamw_step": Op(adamw_step, {"float32": (1, 16, 64, 128), "bfloat16": (16, 32)}, _STEPS, counted=True),
-    "transform": Op(transform, {"float32": (8, 16, 64, 128)}, variants(add=(False, True)), counted=True),
+    "transform": Op(
+        transform, {"float32": (8, 16, 64, 128), "bfloat16": (16, 64)}, variants(add=(False, True)), counted=True
+    ),
     "imbalance": Op(imbalance, _SQUARE),
     "scale_reg": Op(scale_reg, _SQUARE),
     "spd_solve": Op(spd_solve, _SMALL),

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from . import tiles
 from .launch import Keep, on_device, precision, rows
-from .primitives import cast, dot, drop, keep_mask, round_to
+from .primitives import cast, dot, drop, keep_mask, round_to, settled
 
 
 @triton.jit
@@ -106,6 +106,8 @@ def lora_grad_a_kernel(
         b_ds = tl.load(ds + i_t[:, None] * R + i_r[None, :], mask=m_t[:, None] & m_r[None, :], other=0.0)
         if DROPOUT:
             b_x = drop(b_x, keep_mask(seed, i_t, o_in, drop_level, SEED_IN_MEMORY, BLOCK_IN))
+            if b_x.dtype == tl.float32:
+                b_x = settled(b_x)
         b_da = dot(tl.trans(b_x), b_ds, b_da, PRECISION)
     p_da = da + (i_split * R + i_r[None, :]) * d_in + i_in[:, None]
     tl.store(p_da, round_to(b_da, da.dtype.element_ty), mask=m_in[:, None] & m_r[None, :])

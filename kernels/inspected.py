@@ -6,6 +6,7 @@ imported): one process each.
 
 from __future__ import annotations
 
+import re
 import warnings
 
 from . import compiled, interpreted, tiles
@@ -44,6 +45,7 @@ def _row(case: Case, arch: int, launch: compiled.Launch) -> dict:
         "occupancy": used.occupancy(arch),
         "tensor_core": used.count(tensor_core[arch]),
         "tma_loads": used.count("UTMALDG"),
+        "tf32": len(re.findall(r"mma\S*tf32", kernel.asm["ptx"])),
         "accesses": used.count(GLOBAL_ACCESS),
         "wide_accesses": used.count(WIDE_ACCESS),
         "hash": kernel.metadata.hash,
@@ -52,8 +54,9 @@ def _row(case: Case, arch: int, launch: compiled.Launch) -> dict:
 
 
 def broken(case: Case, row: dict) -> list[str]:
-    """Nothing spills, shared memory fits, 16-bit products run on tensor cores, and the GEMM reads 16-bit matrices
-    through TMA from sm_90 on where their rows are aligned, nowhere else."""
+    """Nothing spills, shared memory fits, 16-bit products run on tensor cores, float32 ones are not rounded to TF32
+    (unless torch is set so), and the GEMM reads 16-bit matrices through TMA from sm_90 on where their rows are aligned,
+    nowhere else."""
     arch, half = row["arch"], case.dtype != "float32"
     tma = row["kernel"] == GEMM and half and arch >= 90 and not case.variant["padding"]
     rules = {
@@ -62,6 +65,7 @@ def broken(case: Case, row: dict) -> list[str]:
         f"{row['shared']} bytes of shared memory": row["shared"] > compiled.SHARED_LIMIT[arch],
         "no tensor-core instruction": half and row["kernel"] in OPS[case.op].tensor_cores and not row["tensor_core"],
         f"{row['tma_loads']} TMA loads": tma != (row["tma_loads"] > 0),
+        f"{row['tf32']} products in TF32": row["tf32"] > 0,
     }
     return [rule for rule, broken in rules.items() if broken]
 

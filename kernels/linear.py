@@ -145,7 +145,7 @@ def grad_x(
 
 def _linear(left, weight, bias, thin, factor, scaling, keep, transposed) -> torch.Tensor:
     left, weight, factor = rows(left), rows(weight), rows(factor)
-    n_tokens, d_in = left.shape
+    n_tokens = left.shape[0]
     d_out = weight.shape[0] if transposed else weight.shape[1]
     if n_tokens == 0 or d_out == 0:
         return torch.empty((n_tokens, d_out), dtype=left.dtype, device=left.device)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .launch import on_device
-from .primitives import PHILOX_ROUNDS, dot, round_to
+from .primitives import PHILOX_ROUNDS, dot, round_to, widened
 from .table import ADDRESSES, INDEX, TL_DTYPE, D, R, check_storage, entry, kept, tensor_at, tile_map, to_device
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
@@ -59,7 +59,7 @@ def round_stochastic(value, b_noise, DTYPE: tl.constexpr):
 def load_a(a, o_k, i_in, r, d_in, BLOCK_R: tl.constexpr):
     i_k = o_k + tl.arange(0, BLOCK_R)
     mask = (i_k < r)[:, None] & (i_in < d_in)[None, :]
-    return tl.load(a + i_k[:, None].to(tl.int64) * d_in + i_in[None, :], mask=mask, other=0.0).to(tl.float32)
+    return widened(tl.load(a + i_k[:, None].to(tl.int64) * d_in + i_in[None, :], mask=mask, other=0.0))
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -94,7 +94,7 @@ def lora_merge_kernel(
             i_k = o_k + tl.arange(0, BLOCK_R)
             m_k = i_k < r
             p_b = b + i_out[:, None] * r + i_k[None, :]
-            b_b = tl.load(p_b, mask=(i_out < d_out)[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+            b_b = widened(tl.load(p_b, mask=(i_out < d_out)[:, None] & m_k[None, :], other=0.0))
             b_b *= tl.load(scale + index * R_MAX + i_k, mask=m_k, other=0.0)[None, :]  # [BLOCK_OUT, BLOCK_R]
             b_total = dot(b_b, b_a if WHOLE else load_a(a, o_k, i_in, r, d_in, BLOCK_R), b_total, "ieee")
         if ROUNDING == STOCHASTIC:

@@ -23,13 +23,19 @@ def dot(lhs, rhs, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def settled(block):
+    """The same matrix, for a dot in full precision. Triton (3.7) looks through casts, sums and selections for dtypes
+    that were loaded: with 16 bits among them it multiplies float32 operands in TF32 on sm_100, "ieee" or not, and
+    breaks on float64 ones. It does not look through a reduction, here of one term."""
+    return tl.sum(block[:, :, None], 2)
+
+
+@triton.jit
 def widened(block):
-    """A matrix in float32, for a dot in full precision. Triton (3.7) looks through casts for the dtype that was loaded:
-    with 16 bits it multiplies the float32 operands in TF32 on sm_100, "ieee" or not, and breaks on float64 ones. It
-    does not look through a sum, here of one term."""
+    """A matrix in float32, for a dot in full precision."""
     wide = block.to(tl.float32)
     if block.dtype != tl.float32:
-        wide = tl.sum(wide[:, :, None], 2)
+        wide = settled(wide)
     return wide
 
 

@@ -27,7 +27,7 @@ import triton.language as tl
 from . import gram as grams
 from .gram import add_up, deposit, last_to_arrive, load_block
 from .launch import on_device
-from .primitives import dot, round_to
+from .primitives import dot, round_to, widened
 from .table import (
     COUNT,
     FIRST,
@@ -94,9 +94,9 @@ def times_matrix(
     """b_acc + (x + c p) M for rows i_d where M is too large for registers: float32 [BLOCK_D, BLOCK_R]."""
     for o_k in tl.range(0, R_MAX, BLOCK_K, num_stages=1):
         i_k = o_k + tl.arange(0, BLOCK_K)
-        b_x = load_block(x, i_d, i_k, d, r, IS_A).to(tl.float32)  # [BLOCK_D, BLOCK_K]
+        b_x = widened(load_block(x, i_d, i_k, d, r, IS_A))  # [BLOCK_D, BLOCK_K]
         if ADD:
-            b_x += c * load_block(p, i_d, i_k, d, r, IS_A).to(tl.float32)
+            b_x += c * widened(load_block(p, i_d, i_k, d, r, IS_A))
         b_acc = dot(b_x, load_matrix(matrix, i_k, i_r, r, IS_A, R_MAX), b_acc, "ieee")
     tl.debug_barrier()  # all of x and p is read before any of it is written
     return b_acc
@@ -137,14 +137,15 @@ def step_factor(
         i_d = o_d + tl.arange(0, BLOCK_D)
         mask = (i_d < d)[:, None] & m_r[None, :]
         o_tile = offsets(i_d, i_r, d, r, IS_A)  # [BLOCK_D, BLOCK_R], as all that follows
-        b_p = tl.load(p + o_tile, mask=mask, other=0.0).to(tl.float32)
+        b_p = tl.load(p + o_tile, mask=mask, other=0.0)
+        b_p = widened(b_p) if ADD and MATRIX else b_p.to(tl.float32)
         b_m = tl.load(m + o_tile, mask=mask, other=0.0).to(tl.float32)
         b_v = tl.load(v + o_tile, mask=mask, other=0.0).to(tl.float32)
         if MATRIX and BLOCK_K < BLOCK_R:
             b_g = tl.zeros([BLOCK_D, BLOCK_R], dtype=tl.float32)
             b_g = times_matrix(b_g, g, p, c, p_matrix, i_d, i_r, d, r, IS_A, ADD, R_MAX, BLOCK_K)
         else:
-            b_g = tl.load(g + o_tile, mask=mask, other=0.0).to(tl.float32)
+            b_g = widened(tl.load(g + o_tile, mask=mask, other=0.0))
             if ADD:
                 b_g += c * b_p
             if MATRIX:
@@ -215,7 +216,7 @@ def transform_factor(
                 b_new += load_block(p, i_d, i_r, d, r, IS_A).to(tl.float32)
             b_new = times_matrix(b_new, p, p, 0.0, matrix, i_d, i_r, d, r, IS_A, False, R_MAX, BLOCK_K)
         else:
-            b_p = load_block(p, i_d, i_r, d, r, IS_A).to(tl.float32)  # [BLOCK_D, BLOCK_R]
+            b_p = widened(load_block(p, i_d, i_r, d, r, IS_A))  # [BLOCK_D, BLOCK_R]
             b_new = dot(b_p, b_matrix, b_p if ADD else b_new, "ieee")
         mask = (i_d < d)[:, None] & (i_r < r)[None, :]
         tl.store(p + offsets(i_d, i_r, d, r, IS_A), round_to(b_new, P), mask=mask)
