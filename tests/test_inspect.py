@@ -18,6 +18,7 @@ CLEAN = {
     "shared": 1024,
     "tensor_core": 6,
     "tma_loads": 2,
+    "tf32": 0,
 }
 ALIGNED = Case("linear", "bfloat16", 16, {"adapter": None, "strategy": "fused", "padding": 0})
 
@@ -58,6 +59,7 @@ def test_broken_rule_is_the_exit_code(monkeypatch):
         ({"shared": 1 << 20}, "1048576 bytes of shared memory"),
         ({"tensor_core": 0}, "no tensor-core instruction"),
         ({"tma_loads": 0}, "0 TMA loads"),
+        ({"tf32": 4}, "4 products in TF32"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, dict) else "",
 )
