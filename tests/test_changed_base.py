@@ -303,7 +303,12 @@ def test_a_base_that_peft_lets_go_of_is_known_to_be_changed(again, tmp_path):
 
 
 def test_bare_pairs_have_nowhere_to_note_it():
-    changed_base.record(None, torch.ones(2, 3), torch.ones(4, 2), torch.ones(2), "terms")
+    """They are merged into all the same."""
+    a, b, weight = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(4, 2)), torch.zeros(4, 3)
+    a.grad, b.grad = torch.arange(6.0).view(2, 3), torch.arange(8.0).view(4, 2)
+    method = lf.methods.ScaLoRA(kappa=1.0, interval=1, keep="terms")
+    lf.optim.LoRAAdamW([(a, b, 1.0, weight)], methods=[method]).step()
+    assert weight.ne(0).any() and not weight.__dict__
 
 
 def test_terms_are_not_kept_in_a_cuda_graph(monkeypatch):
