@@ -25,7 +25,7 @@ import lora_fast as lf
 from lora_fast import methods
 from lora_fast.cli import memory, run_folder
 from lora_fast.cli.change import mean_erank
-from lora_fast.cli.methods import METHODS, read
+from lora_fast.cli.methods import METHODS, read, with_bounds
 from lora_fast.cli.settings import Settings
 
 SEVERAL = ("lora", "ilora:lam=2", "lora:lr=2e-3")
@@ -65,14 +65,28 @@ def test_peft_loads_scalora_s_adapter_with_the_weights_that_it_changed(place):  
 
 def test_nb_lora_beside_plain_lora(place):  # noqa: F811
     """Compared with plain LoRA; its adapter is one that plain PEFT reads, within the bound."""
-    folder, method = place / "bounded", "nb-lora:norm=spectral,bound=0.5,lr=0.1"
-    assert invoke(place, "--output", folder, "--compare", "--method", method).exit_code == 0
+    folder, method = place / "bounded", "nb-lora:norm=spectral,lr=0.1,bound=0.5"
+    options = ("--compare", "--method", "nb-lora:norm=spectral,lr=0.1", "--bound", 0.5)
+    assert invoke(place, "--output", folder, *options).exit_code == 0
     runs = metrics(folder)["runs"]
     assert list(runs) == ["lora", method]
     used = [point["adapter/bound_used_max"] for point in runs[method]["adapter"]]
     assert used[0] == 0 < used[-1] <= 1 + 1e-5
     place_of = folder / Settings(method=("lora", method), compare=True).runs[1].folder
     assert held_out_loss_in_peft(place, place_of) == pytest.approx(runs[method]["held_out"][-1][1], abs=1e-5)
+
+
+def test_resuming_takes_the_bound_of_the_run_or_no_other(place, monkeypatch):  # noqa: F811
+    folder, options = place / "bound kept", ("--compare", "--method", "nb-lora", "--norm", "frobenius", "--bound", 0.5)
+    with monkeypatch.context() as patched:
+        at_step(patched, 1, lambda: signal.raise_signal(signal.SIGINT))
+        assert invoke(place, "--output", folder, *options).exit_code == 130
+    refused(resume(folder, *options[:-1], 2), "--method: expected ('lora', 'nb-lora:norm=frobenius,bound=0.5'), as in")
+    result = resume(folder, *options)
+    assert result.exit_code == 0, result.output
+    run = metrics(folder)["runs"]["nb-lora:norm=frobenius,bound=0.5"]
+    assert "norm='frobenius', bound=0.5" in run["options"]
+    assert "norm='frobenius', bound=0.5" in (folder / "report.html").read_text().replace("&#39;", "'")
 
 
 @pytest.mark.parametrize("method", ["ilora", "balora", "lora-rite", "scalora:interval=2", "nb-lora:norm=spectral"])
@@ -209,6 +223,17 @@ def test_choices_become_hyperparameters():
     assert (read("lora:lr=3e-4").instances, read("lora:lr=3e-4").lr, read("lora").lr) == ((), 3e-4, None)
 
 
+def test_bounds_go_to_every_nb_lora_without_its_own():
+    given = ("lora", "nb-lora", "nb-lora:norm=spectral", "nb-lora:lr=0.1,bound_ratio=0.5")
+    assert with_bounds(given, "frobenius", 2.0, None) == (
+        "lora",
+        "nb-lora:norm=frobenius,bound=2.0",
+        "nb-lora:norm=spectral,bound=2.0",
+        "nb-lora:lr=0.1,bound_ratio=0.5,norm=frobenius",
+    )
+    assert with_bounds(given, None, None, None) == given
+
+
 def test_settings_survive_json():
     settings = Settings(method=("lora", "ilora:lam=1"), compare=True)
     assert Settings(**json.loads(json.dumps(settings.as_dict()))) == settings
@@ -226,11 +251,19 @@ def test_settings_survive_json():
         (("--method", "lora:lam=1"), "with lr=(that of --lr)"),
         (("--method", "nb-lora:norm=l2"), "--method nb-lora:norm: expected one of spectral, frobenius, nuclear"),
         (("--method", "nb-lora:bound=0"), "--method nb-lora:bound: expected a finite number above 0"),
+        (("--norm", "spectral"), "--norm: expected a --method nb-lora that leaves norm open, got --method lora"),
+        (("--method", "nb-lora:norm=nuclear", "--norm", "spectral"), "--norm: expected a --method nb-lora that leaves"),
+        (("--method", "nb-lora:bound=1", "--bound-ratio", 0.5), "--bound-ratio: expected a --method nb-lora that"),
+        (("--method", "nb-lora", "--norm", "l2"), "--norm: expected one of spectral, frobenius, nuclear, got 'l2'"),
+        (("--method", "nb-lora", "--bound", 0), "--bound: expected a finite number above 0, got 0.0"),
+        (("--method", "nb-lora", "--bound", "nan"), "--bound: expected a finite number above 0, got nan"),
+        (("--method", "nb-lora", "--bound-ratio", -1), "--bound-ratio: expected a finite number above 0, got -1.0"),
+        (("--method", "nb-lora", "--bound", 1, "--bound-ratio", 1), "--bound-ratio: expected either --bound or"),
         (("--method", "nb-lora", "--engine", "eager"), "--engine: expected fused for nb-lora"),
         (("--method", "lora", "--method", "ilora"), "--method: expected one method, or several with --compare"),
         (("--method", "lora", "--method", "lora", "--compare"), "--method: expected each method with its options once"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_bad_methods_are_named(place, options, message):  # noqa: F811
     refused(invoke(place, "--output", place / "never", *options), message)

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from ..nb_linear import NORMS
 from . import run_folder
 from .display import Display, exit_codes
-from .methods import METHODS, overview
+from .methods import METHODS, overview, with_bounds
 from .settings import DEFAULT_STEPS, Settings, absolute
 
 _BY_DEFAULT = Settings()
@@ -35,6 +36,10 @@ _RESUME = "Continue the interrupted run in --output exactly where it stopped, wi
 _METHOD = f"How the adapters are trained: {', '.join(METHODS)}. With options: ilora:lam=0.1,lr=5e-4. Listed below."
 _ENGINE = "fused: one operation a layer. eager: PEFT's layers as they are."
 _COMPARE = "From the same seed, run each --method given, or with one method both engines, and overlay the curves."
+_NORM = "Which norm is bounded: nuclear, the sum of the singular values, if not given; spectral: the largest of them."
+_BOUND = "On the norm of each layer's change ΔW: if not given, rank (nuclear), √rank (frobenius) or 1 (spectral)."
+_BOUND_RATIO = "Instead of --bound, a multiple of the norm of each layer's own weight: 0.1 lets it change by a tenth."
+_BOUNDED = "Bounds (--method nb-lora)"
 EPILOG = overview()
 
 
@@ -58,6 +63,9 @@ def finetune(
     method: Annotated[list[str], _option("Method", _METHOD, metavar="NAME[:KEY=VALUE,…]")] = _BY_DEFAULT.method,
     engine: Annotated[str, _option("Method", _ENGINE, metavar="fused|eager")] = _BY_DEFAULT.engine,
     compare: Annotated[bool, _option("Method", _COMPARE, "--compare")] = False,
+    norm: Annotated[str | None, _option(_BOUNDED, _NORM, metavar="|".join(NORMS))] = None,
+    bound: Annotated[float | None, _option(_BOUNDED, _BOUND)] = None,
+    bound_ratio: Annotated[float | None, _option(_BOUNDED, _BOUND_RATIO)] = None,
     output: Annotated[Path | None, _option("Results", _OUTPUT)] = None,
     save_every: Annotated[int | None, _option("Results", _SAVE_EVERY)] = None,
     resume: Annotated[bool, _option("Results", _RESUME, "--resume")] = False,
@@ -91,6 +99,10 @@ def finetune(
 
         several, from the same start: which one to choose for this model and text
 
+    - `lora-fast finetune --compare --method nb-lora --norm spectral --bound 0.5`
+
+        a change of every weight that cannot exceed a bound, beside plain LoRA
+
     - `lora-fast finetune --output runs/smollm2-kjv-1 --resume`
 
         goes on after Ctrl-C or a crash, with the same result as without it
@@ -98,7 +110,8 @@ def finetune(
     display = Display()
     with exit_codes(display):
         asked = {field.name: context.params[field.name] for field in fields(Settings)}
-        asked |= {"model": absolute(model), "data": absolute(data), "method": tuple(method)}
+        asked |= {"model": absolute(model), "data": absolute(data)}
+        asked |= {"method": with_bounds(tuple(method), norm, bound, bound_ratio)}
         if resume:
             typed = {n: v for n, v in asked.items() if context.get_parameter_source(n).name == "COMMANDLINE"}
             settings = run_folder.saved_settings(output, typed)

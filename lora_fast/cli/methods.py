@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 
 from .. import checks, methods
 from ..checks import ArgumentError
+from ..nb_linear import NORMS
 from ..surgery import NBLoRAConfig
 
 
@@ -91,6 +92,42 @@ def read(text: str) -> Choice:
         return Choice(text, name, (), lr, *made) if kind is NBLoRA else Choice(text, name, made, lr)
     except ArgumentError as error:
         raise ArgumentError(f"--method {name}:{error.argument}", error.expected, error.got) from None
+
+
+def with_bounds(
+    texts: tuple[str, ...], norm: str | None, bound: float | None, bound_ratio: float | None
+) -> tuple[str, ...]:
+    """The methods, with --norm, --bound and --bound-ratio among the options of every nb-lora without its own:
+    from here on nothing else carries them.
+
+    Raises:
+        ArgumentError: a value out of range, both bounds, or an option that no method takes.
+    """
+    if norm is not None:
+        checks.choice(norm, "--norm", tuple(NORMS))
+    if bound is not None:
+        checks.positive(bound, "--bound")
+    if bound_ratio is not None:
+        checks.positive(bound_ratio, "--bound-ratio")
+    if bound is not None and bound_ratio is not None:
+        raise ArgumentError("--bound-ratio", "either --bound or --bound-ratio", "both")
+    given = ("--norm", norm, ["norm"]), ("--bound", bound, ["bound", "bound_ratio"])
+    for flag, value, keys in (*given, ("--bound-ratio", bound_ratio, ["bound_ratio", "bound"])):
+        if value is not None:
+            before, texts = texts, tuple(_with_option(text, keys, value) for text in texts)
+            if texts == before:
+                expected = f"a --method nb-lora that leaves {' and '.join(sorted(keys))} open"
+                raise ArgumentError(flag, expected, f"--method {' '.join(texts)}")
+    return texts
+
+
+def _with_option(text: str, keys: list[str], value: object) -> str:
+    """``text`` with the first key's value, if it is nb-lora and has none of the keys."""
+    name, _, options = text.partition(":")
+    items = [item for item in options.split(",") if item.strip()]
+    if name != "nb-lora" or any(item.partition("=")[0].strip() in keys for item in items):
+        return text
+    return f"{name}:{','.join([*items, f'{keys[0]}={value}'])}"
 
 
 def describe(name: str) -> str:

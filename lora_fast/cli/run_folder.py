@@ -11,6 +11,7 @@ once that run has finished, a record.json.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -76,8 +77,9 @@ def saved_settings(folder: Path | None, given: dict[str, object]) -> Settings:
     if (folder / METRICS).exists():
         raise ArgumentError("--resume", "an interrupted run", f"{str(folder)!r}, which has finished")
     saved = Settings(**read_json(folder / RUN)["settings"])
+    typed = dataclasses.replace(saved, **given)  # as a new run would take them: nb-lora with --compare adds lora
     for name, value in given.items():
-        if getattr(saved, name) != value:
+        if getattr(saved, name) != getattr(typed, name):
             expected = f"{getattr(saved, name)!r}, as in the run that is resumed"
             raise ArgumentError(option(name), expected, repr(value))
     return saved
