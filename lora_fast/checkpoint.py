@@ -11,6 +11,7 @@ import math
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +25,7 @@ from .checks import CheckpointError
 from .free_files import SIDECAR, FreeLayer
 from .layers import OURS, peft_layers
 from .linear import LoRALinear
-from .nb_linear import NBLoRALinear
 from .report import Report
-from .sing_linear import SingLoRALinear
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of inner modules
 
@@ -34,10 +33,10 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  
 def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = False) -> Report:
     """Write the model's adapter into a folder, as PEFT does: ``adapter_config.json``, ``adapter_model.safetensors``.
 
-    Takes the adapters of ``LoRALinear`` and ``NBLoRALinear`` layers, or the active adapter of a PeftModel. Different
-    ranks or scales of layers become PEFT's rank_pattern and alpha_pattern. A norm-bounded adapter is saved as the plain
-    one it equals (its scales in lora_B, alpha = r), with its free parameters in a file beside, for ``load_adapter``.
-    Each file is replaced atomically and synced to disk.
+    Takes the adapters of our layers, or the active adapter of a PeftModel. Different ranks or scales of layers become
+    PEFT's rank_pattern and alpha_pattern. NB-LoRA's and SingLoRA's adapters are saved as the plain ones they equal (all
+    but alpha / r in lora_B), with what they train themselves in a file beside, for ``load_adapter``. Each file is
+    replaced atomically and synced to disk.
 
     Where training has merged into frozen weights (ScaLoRA), the adapter fits no other base, so what they have become is
     saved in the same files, and the report says so. It follows what ScaLoRA kept:
@@ -76,7 +75,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = Fal
                 tensors[f"{PREFIX}{name}.{factor}.weight"] = files.to_host(f"{name}.{factor}", getattr(layer, factor))
         config = _config(model, layers)
         factors = lambda name: [tensors[f"{PREFIX}{name}.{factor}.weight"] for factor in ("lora_A", "lora_B")]
-        sidecar = free_files.writer(_bounded(layers), {name: tuple(factors(name)) for name in layers})
+        sidecar = free_files.writer(layers, {name: tuple(factors(name)) for name in layers})
     else:
         raise CheckpointError("model", "LoRA layers (lf.inject_, or PEFT)", f"{type(model).__name__} without any")
     changes = base_weights.collect(model, layers, exact)
@@ -88,10 +87,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = Fal
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
     """Read an adapter folder written by ``save_adapter`` or PEFT into the model, in place.
 
-    A model with ``LoRALinear`` layers, or a PEFT model (its active adapter), has to have the file's layers, ranks and
-    scales; its parameters keep their identity. A plain model first gets the file's layers, as by ``inject_``.
-    ``NBLoRALinear`` layers get their free parameters back bit for bit where the folder has them, for the same norm and
-    bound; of a plain adapter they get those that equal it, if it is within their bound.
+    A model with our layers, or a PEFT model (its active adapter), has to have the file's layers, ranks and scales; its
+    parameters keep their identity. A plain model first gets the file's layers, as by ``inject_``.
+    ``NBLoRALinear`` and ``SingLoRALinear`` layers get their own parameters back bit for bit where the folder has them,
+    for the same settings (norm and bound; alpha and ramp). Of a plain adapter, ``NBLoRALinear`` layers get those that
+    equal it, if it is within their bound.
     Frozen weights that the adapter's training had changed are restored: whole ones bit for bit, terms by adding them to
     the model's weights, which have to be the unchanged ones. Everything is checked before the model is touched.
 
@@ -110,7 +110,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
     else:
         sidecar = free_files.read(path, adapter.pairs)
         if ours:
-            _load(model, adapter, _slots(ours), _free(_bounded(ours), adapter, sidecar))
+            _load(model, adapter, _slots(ours), _free(ours, adapter, sidecar))
         else:
             _inject(model, adapter, sidecar)
     shapes = {name: f"lora_A {tuple(a.shape)}, lora_B {tuple(b.shape)}" for name, (a, b) in adapter.pairs.items()}
@@ -127,7 +127,7 @@ class _Slot:
     layer: nn.Module
 
 
-_Values = tuple[NBLoRALinear, tuple[Tensor, Tensor, Tensor]]  # a layer and the free parameters it gets
+_Values = tuple[nn.Module, Sequence[Tensor]]  # a layer, and what the tensors that its FREE names get
 
 
 def _load(model: nn.Module, adapter: Adapter, slots: dict[str, _Slot], free: dict[str, _Values]) -> None:
@@ -151,11 +151,11 @@ def _load(model: nn.Module, adapter: Adapter, slots: dict[str, _Slot], free: dic
     base_weights.restore_(layers, adapter)
 
 
-def _free(layers: dict[str, NBLoRALinear], adapter: Adapter, sidecar: dict[str, FreeLayer]) -> dict[str, _Values]:
-    """What each layer gets: the sidecar's parameters, or those that the plain adapter has under the layer's bound."""
+def _free(layers: dict[str, nn.Module], adapter: Adapter, sidecar: dict[str, FreeLayer]) -> dict[str, _Values]:
+    """What each layer with tensors of its own gets: the sidecar's, or those that it has for the plain adapter."""
     free = {}
     for name, layer in layers.items():
-        if name not in adapter.pairs:
+        if not layer.FREE or name not in adapter.pairs:
             continue  # _load names all that are missing
         if name in sidecar:
             _check_free(name, layer, sidecar[name])
@@ -171,12 +171,14 @@ def _free(layers: dict[str, NBLoRALinear], adapter: Adapter, sidecar: dict[str, 
     return free
 
 
-def _check_free(name: str, layer: NBLoRALinear, saved: FreeLayer) -> None:
-    for key, value in saved.settings.items():
-        if value != getattr(layer, key):
-            expected = f"{getattr(layer, key)!r}, as in the model (a plain model takes the file's)"
-            raise CheckpointError(f"{key} of {name}", expected, repr(value))
-    for free, tensor in zip(layer.TRAINED, saved.tensors, strict=True):
+def _check_free(name: str, layer: nn.Module, saved: FreeLayer) -> None:
+    in_model = {"kind": free_files.kind_of(layer).__name__} | {key: getattr(layer, key) for key in layer.SETTINGS}
+    in_file = {"kind": saved.kind.__name__} | saved.settings
+    for key, value in in_model.items():
+        if in_file[key] != value:
+            expected = f"{value!r}, as in the model (a plain model takes the file's)"
+            raise CheckpointError(f"{key} of {name}", expected, repr(in_file[key]))
+    for free, tensor in zip(layer.FREE, saved.tensors, strict=True):
         own = getattr(layer, free)
         if tensor.shape != own.shape or torch.promote_types(tensor.dtype, own.dtype) != own.dtype:
             expected = f"{own.dtype} of shape {tuple(own.shape)}, or a dtype that it holds without loss"
@@ -188,7 +190,7 @@ def _inject(model: nn.Module, adapter: Adapter, sidecar: dict[str, FreeLayer]) -
     surgery.check_plain(model)
     names = {_clean(name): name for name, _ in model.named_modules() if name}
     _check_names({name for name in names if name in adapter.pairs or adapter.targets(name)}, adapter)
-    settings, bounded, linears = {}, {}, {}
+    layers, linears = {}, {}
     for name, (a, b) in adapter.pairs.items():
         linear = linears[name] = model.get_submodule(names[name])
         reason = targets.unsupported(linear, model.get_submodule(names[name].rpartition(".")[0]))
@@ -198,16 +200,15 @@ def _inject(model: nn.Module, adapter: Adapter, sidecar: dict[str, FreeLayer]) -
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         check_tensor(f"{name}.lora_A", a, (a.shape[0], linear.in_features), dtype)
         check_tensor(f"{name}.lora_B", b, (linear.out_features, a.shape[0]), dtype)
-        plain = adapter.settings(name)
+        kind, settings = LoRALinear, adapter.settings(name)
         if name in sidecar:
-            bounded[names[name]] = {"r": plain["r"], "dropout": plain["dropout"], **sidecar[name].settings}
-        else:
-            settings[names[name]] = plain
+            kind = sidecar[name].kind
+            settings = {"r": settings["r"], "dropout": settings["dropout"], **sidecar[name].settings}
+        layers[names[name]] = kind, settings
     base_weights.check(model, linears, adapter)
-    surgery.replace_(model, settings)
-    surgery.replace_(model, bounded, NBLoRALinear)
-    layers = _our_layers(model)
-    _load(model, adapter, _slots(layers), _free(_bounded(layers), adapter, sidecar))
+    surgery.replace_(model, layers)
+    ours = _our_layers(model)
+    _load(model, adapter, _slots(ours), _free(ours, adapter, sidecar))
 
 
 def _check_names(expected: set[str], adapter: Adapter) -> None:
@@ -224,9 +225,6 @@ def _slots(layers: dict[str, nn.Module]) -> dict[str, _Slot]:
     slots = {}
     for name, layer in layers.items():
         _check_unmerged(name, layer)
-        if isinstance(layer, SingLoRALinear):
-            expected = "layers with two factors (the model's own state_dict has SingLoRA's matrix)"
-            raise CheckpointError("model", expected, f"{name}, a SingLoRALinear")
         if isinstance(layer, LoRALinear):
             slots[name] = _Slot(layer.lora_A, layer.lora_B, layer.scaling, layer)
     return slots
@@ -242,10 +240,6 @@ def _our_layers(model: nn.Module) -> dict[str, nn.Module]:
         expected = "a module that contains adapter layers (their names become the keys)"
         raise CheckpointError("model", expected, f"a single {type(model).__name__}")
     return {_clean(name): module for name, module in model.named_modules() if isinstance(module, OURS)}
-
-
-def _bounded(layers: dict[str, nn.Module]) -> dict[str, NBLoRALinear]:
-    return {name: layer for name, layer in layers.items() if isinstance(layer, NBLoRALinear)}
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -1,7 +1,9 @@
-"""The sidecar of a norm-bounded adapter, ``free_parameters.safetensors``: what its plain LoRA files cannot tell.
+"""The sidecar of layers that train other parameters than two factors, ``free_parameters.safetensors``: what their plain
+LoRA files cannot tell.
 
-It holds each layer's free parameters, bit for bit, and in its metadata the layers' norms and bounds and a digest of the
-adapter's factors, so that a sidecar is not taken for that of another adapter. PEFT passes over the file.
+It holds each such layer's own tensors (its class's ``FREE``), bit for bit, and in its metadata the layers' classes and
+settings (``SETTINGS``) and a digest of the adapter's factors, so that a sidecar is not taken for that of another
+adapter. PEFT passes over the file.
 """
 
 from __future__ import annotations
@@ -9,49 +11,55 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checks, files
 from .checks import CheckpointError
-from .factors import FREE
-from .nb_linear import NORMS, NBLoRALinear
+from .layers import OURS
 
 SIDECAR = "free_parameters.safetensors"
-SETTINGS = ("norm", "bound", "learn_scale")
+KINDS = {kind.__name__: kind for kind in OURS if kind.FREE}
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass
 class FreeLayer:
-    """One layer of a sidecar: settings of NBLoRALinear (norm, bound, learn_scale), and free_a, free_b, free_scale."""
+    """One layer of a sidecar: its class, the settings that its constructor takes besides sizes, r and dropout, and the
+    tensors that the class's ``FREE`` names."""
 
+    kind: type[nn.Module]
     settings: dict
     tensors: list[Tensor]
 
 
-def writer(layers: dict[str, NBLoRALinear], pairs: Pairs) -> Callable[[Path], None] | None:
-    """What writes the sidecar (``files.write``); None without a norm-bounded layer. ``pairs``: as the adapter's file
-    has them."""
-    if not layers:
+def writer(layers: dict[str, nn.Module], pairs: Pairs) -> Callable[[Path], None] | None:
+    """What writes the sidecar of these layers (``files.write``); None where no layer needs one. ``pairs``: as the
+    adapter's file has them."""
+    free = {name: layer for name, layer in layers.items() if layer.FREE}
+    if not free:
         return None
-    tensors = {
-        f"{name}.{free}": files.to_host(f"{name}.{free}", getattr(x, free))
-        for name, x in layers.items()
-        for free in FREE
-    }
-    settings = {name: {key: getattr(layer, key) for key in SETTINGS} for name, layer in layers.items()}
-    metadata = {"format": "pt", "layers": json.dumps(settings), "adapter": _digest(pairs, layers)}
+    tensors, noted = {}, {}
+    for name, layer in free.items():
+        keys = {f"{name}.{own}": getattr(layer, own) for own in layer.FREE}
+        tensors |= {key: files.to_host(key, tensor) for key, tensor in keys.items()}
+        noted[name] = {"kind": kind_of(layer).__name__, **{key: getattr(layer, key) for key in layer.SETTINGS}}
+    metadata = {"format": "pt", "layers": json.dumps(noted), "adapter": _digest(pairs, free)}
     return lambda file: safetensors.torch.save_file(tensors, file, metadata)
 
 
+def kind_of(layer: nn.Module) -> type[nn.Module]:
+    """Which of ``KINDS`` the layer is; a subclass of one is that one."""
+    return next(kind for kind in KINDS.values() if isinstance(layer, kind))
+
+
 def read(path: str | os.PathLike, pairs: Pairs) -> dict[str, FreeLayer]:
-    """The norm-bounded layers of a folder whose adapter has these pairs; none without a sidecar.
+    """The layers in the sidecar of a folder whose adapter has these pairs; none without a sidecar.
 
     Raises:
         CheckpointError: a sidecar that is damaged, or belongs to another adapter.
@@ -62,30 +70,36 @@ def read(path: str | os.PathLike, pairs: Pairs) -> dict[str, FreeLayer]:
     tensors, metadata = files.read_tensors(file)
     found = {}
     try:
-        for name, settings in json.loads(metadata["layers"]).items():
-            found[name] = FreeLayer(_settings(settings), [tensors.pop(f"{name}.{free}") for free in FREE])
+        for name, noted in json.loads(metadata["layers"]).items():
+            kind = KINDS[noted["kind"]]
+            settings = {key: noted[key] for key in kind.SETTINGS}
+            found[name] = FreeLayer(kind, settings, [tensors.pop(f"{name}.{own}") for own in kind.FREE])
         digest = metadata["adapter"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(SIDECAR, "free parameters and settings of each layer", repr(error)) from error
+        raise CheckpointError(SIDECAR, "the class, settings and tensors of each layer", repr(error)) from error
     if tensors or not found.keys() <= pairs.keys() or digest != _digest(pairs, found):
         raise CheckpointError(SIDECAR, "the sidecar of the adapter beside it", "one of another adapter")
     for name, layer in found.items():
-        (r, d_in), d_out = pairs[name][0].shape, pairs[name][1].shape[0]
-        for free, tensor, shape in zip(FREE, layer.tensors, ((r, d_in), (d_out, r), (r,)), strict=True):
-            if tuple(tensor.shape) != shape or tensor.dtype not in checks.FLOATS:
-                raise CheckpointError(f"key {name}.{free}", f"shape {shape}", f"{tensor.dtype} {tuple(tensor.shape)}")
+        _check(name, layer, *pairs[name])
     return found
 
 
-def _settings(noted: dict) -> dict:
-    """Checked."""
-    checks.choice(noted["norm"], "norm", tuple(NORMS))
-    checks.positive(noted["bound"], "bound")
-    checks.flag(noted["learn_scale"], "learn_scale")
-    return {key: noted[key] for key in SETTINGS}
+def _check(name: str, layer: FreeLayer, a: Tensor, b: Tensor) -> None:
+    """Raises CheckpointError unless a layer with these factors takes the settings and has such tensors."""
+    (r, d_in), d_out = a.shape, len(b)
+    try:
+        like = layer.kind(d_in, d_out, r=r, device="meta", **layer.settings)
+    except checks.ArgumentError as error:
+        raise CheckpointError(f"{error.argument} of {name} in {SIDECAR}", error.expected, error.got) from error
+    for own, tensor in zip(layer.kind.FREE, layer.tensors, strict=True):
+        shape, dtype = getattr(like, own).shape, getattr(like, own).dtype
+        dtype = a.dtype if dtype.is_floating_point else dtype  # the factors have the widest of the layer's
+        if tensor.shape != shape or torch.promote_types(tensor.dtype, dtype) != dtype:
+            expected = f"{dtype} of shape {tuple(shape)}, or a dtype that it holds without loss"
+            raise CheckpointError(f"key {name}.{own}", expected, f"{tensor.dtype} {tuple(tensor.shape)}")
 
 
-def _digest(pairs: Pairs, names) -> str:
+def _digest(pairs: Pairs, names: Iterable[str]) -> str:
     """SHA-256 of the named layers' factors."""
     found = hashlib.sha256()
     for name in sorted(names):

@@ -60,6 +60,8 @@ class LoRALinear(Mergeable, nn.Module):
     """
 
     TRAINED = ("lora_A", "lora_B")  # parameters
+    FREE = ()  # tensors that lora_A and lora_B do not tell: none
+    SETTINGS = ("alpha", "use_rslora")  # besides r and dropout
 
     def __init__(
         self,

@@ -47,7 +47,8 @@ class NBLoRALinear(Mergeable, nn.Module):
         ArgumentError: r, norm, bound or dropout out of range.
     """
 
-    TRAINED = factors.FREE  # parameters
+    TRAINED = FREE = factors.FREE  # parameters; tensors that lora_A and lora_B do not tell
+    SETTINGS = ("norm", "bound", "learn_scale")  # besides r and dropout
     scaling, use_rslora = 1.0, False  # of the plain LoRA adapter that it equals, with lora_A and lora_B
 
     def __init__(
@@ -156,9 +157,9 @@ class NBLoRALinear(Mergeable, nn.Module):
         )
 
     @torch.no_grad()
-    def assign_(self, free_a: Tensor, free_b: Tensor, free_scale: Tensor) -> None:
-        """Copy free parameters into the layer's own."""
-        for name, value in zip(factors.FREE, (free_a, free_b, free_scale), strict=True):
+    def assign_(self, *values: Tensor) -> None:
+        """Copy values into the layer's own tensors, in ``FREE``'s order."""
+        for name, value in zip(self.FREE, values, strict=True):
             getattr(self, name).copy_(value)
 
     def train(self, mode: bool = True) -> NBLoRALinear:

@@ -40,6 +40,8 @@ class SingLoRALinear(Mergeable, nn.Module):
     """
 
     TRAINED = ("free_s",)  # parameters
+    FREE = ("free_s", "steps")  # tensors that lora_A and lora_B do not tell
+    SETTINGS = ("alpha", "ramp_steps")  # besides r and dropout
     use_rslora = False  # of the plain LoRA adapter that it equals, with lora_A, lora_B, alpha and scaling
 
     def __init__(
@@ -61,7 +63,6 @@ class SingLoRALinear(Mergeable, nn.Module):
         self.alpha = checks.positive(alpha, "alpha")
         self.ramp_steps = checks.count(ramp_steps, "ramp_steps") if ramp_steps != 0 else 0
         self.dropout_p = checks.probability(dropout)
-        self.scaling = self.alpha / r
         place = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(out_features, in_features, **place), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, **place), requires_grad=False) if bias else None
@@ -92,6 +93,10 @@ class SingLoRALinear(Mergeable, nn.Module):
         self.steps = torch.zeros((), dtype=torch.int64, device=self.free_s.device)
 
     @property
+    def scaling(self) -> float:
+        return self.alpha / self.r
+
+    @property
     def lora_A(self) -> Tensor:
         return self.free_s[: self.in_features].t()
 
@@ -112,6 +117,17 @@ class SingLoRALinear(Mergeable, nn.Module):
             raise RuntimeError("SingLoRALinear with ramp_steps: call lf.count_steps_(model, optimizer) before training")
         dropout_p = self.dropout_p if self.training else 0.0
         return functional.lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout_p)
+
+    def projected(self, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> tuple[Tensor, ...]:
+        """Always an ArgumentError: two factors are not one matrix, and do not tell how many steps were counted."""
+        expected = "SingLoRA's own matrix and steps beside it (as lf.save_adapter writes them)"
+        raise checks.ArgumentError("adapter", expected, "plain LoRA")
+
+    @torch.no_grad()
+    def assign_(self, *values: Tensor) -> None:
+        """Copy values into the layer's own tensors, in ``FREE``'s order."""
+        for name, value in zip(self.FREE, values, strict=True):
+            getattr(self, name).copy_(value)
 
     def extra_repr(self) -> str:
         rows = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

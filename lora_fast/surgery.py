@@ -170,7 +170,7 @@ def inject_(
         expected = f"at least one torch.nn.Linear, by a regular expression or a list of name ends (closest: {near})"
         got = f"{config.target_modules!r}" + (f"; left {report.reasons()}" if report.left else "")
         raise checks.ArgumentError("target_modules", expected, got)
-    replace_(model, {name: config.layer_settings() for name in report.changed}, kind)
+    replace_(model, {name: (kind, config.layer_settings()) for name in report.changed})
     return report
 
 
@@ -184,13 +184,14 @@ def check_plain(model: object) -> None:
         raise checks.ArgumentError("model", expected, type(model).__name__)
 
 
-def replace_(model: nn.Module, settings: dict[str, dict], kind: type[nn.Module] = LoRALinear) -> None:
-    """Put a layer of the kind in the place of each named nn.Linear, wherever the model holds it, and freeze all but
-    adapters. All layers are built before the first is placed; a failure on the way leaves the model as it was."""
+def replace_(model: nn.Module, kinds: dict[str, tuple[type[nn.Module], dict]]) -> None:
+    """Put a layer in the place of each named nn.Linear, wherever the model holds it, and freeze all but adapters.
+    ``kinds``: name → its class and the arguments of ``from_linear``. All layers are built before the first is placed; a
+    failure on the way leaves the model as it was."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        linears = {name: model.get_submodule(name) for name in settings}
-        fused = {linears[name]: _build(kind, name, linears[name], settings[name]) for name in settings}
+        linears = {name: model.get_submodule(name) for name in kinds}
+        fused = {linears[name]: _build(name, linears[name], *kinds[name]) for name in kinds}
     except BaseException:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
@@ -206,11 +207,11 @@ def replace_(model: nn.Module, settings: dict[str, dict], kind: type[nn.Module] 
     for parameter in model.parameters():
         if id(parameter) not in adapters:
             parameter.requires_grad_(False)
-    if kind is NBLoRALinear:
+    if any(isinstance(layer, NBLoRALinear) for layer in fused.values()):
         share_factors_(model)
 
 
-def _build(kind: type[nn.Module], name: str, linear: nn.Linear, settings: dict) -> nn.Module:
+def _build(name: str, linear: nn.Linear, kind: type[nn.Module], settings: dict) -> nn.Module:
     try:
         return kind.from_linear(linear, **settings)
     except checks.ArgumentError as error:

@@ -150,8 +150,8 @@ def rewritten(path, change):
 DAMAGES = {
     "other factors": (other_factors, "the adapter beside it"),
     "cut off": (lambda path: (path / SIDECAR).write_bytes((path / SIDECAR).read_bytes()[:-9]), "whole safetensors"),
-    "no metadata": (lambda path: rewritten(path, lambda m, t: m.clear()), "settings of each layer"),
-    "a tensor missing": (lambda path: rewritten(path, lambda m, t: t.popitem()), "free parameters"),
+    "no metadata": (lambda path: rewritten(path, lambda m, t: m.clear()), "settings and tensors of each layer"),
+    "a tensor missing": (lambda path: rewritten(path, lambda m, t: t.popitem()), "tensors of each layer"),
     "a tensor more": (lambda path: rewritten(path, lambda m, t: t.update(x=torch.zeros(1))), "the adapter beside it"),
     "another shape": (
         lambda path: rewritten(path, lambda m, t: t.update({k: v[:-1].clone() for k, v in t.items() if "scale" in k})),
@@ -159,7 +159,7 @@ DAMAGES = {
     ),
     "a bound of 0": (
         lambda path: rewritten(path, lambda m, t: m.update(layers=m["layers"].replace("1.5", "0.0"))),
-        "settings of each layer",
+        r"^bound of model.* in free_parameters.safetensors: .*above 0",
     ),
 }
 
