@@ -4,7 +4,7 @@ what is trained for us. (Norm-bounded ones: test_nb_files.py.)"""
 import pytest
 import torch
 from peft import PeftModel
-from test_nb_files import logits, rewritten
+from test_nb_files import assert_peft_logits, logits, rewritten
 from test_nb_linear import scatter
 from tiny import assert_unchanged, batch, llama, loss_of, snapshot
 
@@ -74,7 +74,7 @@ def test_training_goes_on_to_the_same_bits(tmp_path):
 def test_peft_reads_it(steps, tmp_path):
     model = trained(steps)
     lf.save_adapter(model, tmp_path)
-    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
+    assert_peft_logits(model, PeftModel.from_pretrained(llama(), tmp_path))
 
 
 def test_three_parametrisations_in_one_model(tmp_path):
@@ -102,9 +102,8 @@ def saved(tmp_path):
     return tmp_path
 
 
-def each(change):
-    """Of every layer's tensor that ``change`` names."""
-    own, made = change
+def each(own, made):
+    """A change of that tensor of every layer."""
     return lambda m, t: t.update({key: made(value) for key, value in t.items() if key.endswith(own)})
 
 
@@ -113,10 +112,10 @@ def noted(old, new):
 
 
 DAMAGES = {
-    "another shape": (each(("free_s", lambda x: x[:-1].clone())), r"^key model.*\.free_s: .*shape \(64, 4\).* \(63, 4\)$"),
-    "float64": (each(("free_s", lambda x: x.double())), r"^key model.*\.free_s: .*float32.* got torch.float64"),
-    "half a step": (each(("steps", lambda x: x + 0.5)), r"^key model.*\.steps: .*int64.* got torch.float32"),
-    "steps of each row": (each(("steps", lambda x: x.expand(4).clone())), r"^key model.*\.steps: .*shape \(\)"),
+    "another shape": (each("free_s", lambda x: x[:-1].clone()), r"^key model.*\.free_s: .*\(64, 4\).* \(63, 4\)$"),
+    "float64": (each("free_s", lambda x: x.double()), r"^key model.*\.free_s: .*float32.* got torch.float64"),
+    "half a step": (each("steps", lambda x: x + 0.5), r"^key model.*\.steps: .*int64.* got torch.float32"),
+    "steps of each row": (each("steps", lambda x: x.expand(4).clone()), r"^key model.*\.steps: .*shape \(\)"),
     "alpha of 0": (noted(str(ALPHA), "0.0"), r"^alpha of model.* in free_parameters.safetensors: .*above 0"),
     "a ramp of -7": (noted(f'"ramp_steps": {RAMP}', '"ramp_steps": -7'), r"^ramp_steps of model.*at least 1"),
     "another kind": (noted("SingLoRALinear", "NBLoRALinear"), "class, settings and tensors of each layer"),
@@ -159,7 +158,7 @@ def test_a_plain_adapter_is_no_single_matrix(saved):
     (saved / SIDECAR).unlink()
     model = single_llama()
     before = snapshot(model)
-    with pytest.raises(lf.CheckpointError, match=r"^adapter of model.*own matrix and steps beside it.* got plain LoRA$"):
+    with pytest.raises(lf.CheckpointError, match=r"^adapter of model.*own matrix and steps.* got plain LoRA$"):
         lf.load_adapter(model, saved)
     assert_unchanged(model, before)
 

@@ -1,13 +1,15 @@
 """Norm-bounded adapters on disk: plain LoRA for everyone else, the free parameters bit for bit for us."""
 
+import copy
 import json
 
 import pytest
 import safetensors.torch
 import torch
+from budget import check, error
 from peft import PeftModel
-from test_nb_linear import layers_of, scatter
-from tiny import assert_unchanged, batch, llama, snapshot
+from test_nb_linear import NORMS, layers_of, scatter
+from tiny import assert_unchanged, batch, llama, peft_llama, snapshot
 
 import lora_fast as lf
 from lora_fast.free_files import SIDECAR
@@ -41,15 +43,33 @@ def saved(tmp_path):
     return model, tmp_path
 
 
-@pytest.mark.parametrize("norm", ["spectral", "nuclear"])
+def assert_peft_logits(ours, peft) -> None:
+    """Both models' logits are equally far from PEFT's in float64, and far from those of the frozen model."""
+    got, theirs, exact = logits(ours), logits(peft), logits(copy.deepcopy(peft).double())
+    check("logits", got, exact, error(theirs, exact), torch.float32)
+    assert error(logits(llama()), exact) > 1e-2
+
+
+@pytest.mark.parametrize("norm", NORMS)
 def test_peft_reads_it(norm, tmp_path):
-    model = bounded_llama(norm=norm, target_modules=["q_proj", "down_proj"])
+    model = bounded_llama(norm=norm)
     lf.save_adapter(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 4 and not config["use_rslora"]
     assert not config["rank_pattern"] and not config["alpha_pattern"]
-    peft = PeftModel.from_pretrained(llama(), tmp_path)
-    torch.testing.assert_close(logits(peft), logits(model))
+    assert_peft_logits(model, PeftModel.from_pretrained(llama(), tmp_path))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_takes_peft_s_adapter(norm, tmp_path):
+    """Projected: what PEFT saved gives the same logits in norm-bounded layers, and PEFT reads it again from there."""
+    peft = peft_llama(use_rslora=True)
+    peft.save_pretrained(tmp_path)
+    model = bounded_llama(scattered=False, norm=norm, bound=40.0)
+    lf.load_adapter(model, tmp_path)
+    assert_peft_logits(model, peft)
+    lf.save_adapter(model, tmp_path)
+    assert_peft_logits(model, PeftModel.from_pretrained(llama(), tmp_path))
 
 
 def test_restores_every_bit_of_a_model_with_layers(saved):
