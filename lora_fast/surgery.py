@@ -15,6 +15,7 @@ from . import checks, targets
 from .layers import OURS, fused_class, peft_layers
 from .linear import INITS, LoRALinear
 from .nb_linear import NORMS, NBLoRALinear, share_factors_
+from .progress import bar
 from .report import Report
 from .sing_linear import SingLoRALinear
 
@@ -137,7 +138,11 @@ LAYERS = {LoRAConfig: LoRALinear, NBLoRAConfig: NBLoRALinear, SingLoRAConfig: Si
 
 
 def inject_(
-    model: nn.Module, config: LoRAConfig | NBLoRAConfig | SingLoRAConfig, *, allow_empty: bool = False
+    model: nn.Module,
+    config: LoRAConfig | NBLoRAConfig | SingLoRAConfig,
+    *,
+    allow_empty: bool = False,
+    progress: bool = True,
 ) -> Report:
     """Replace linear layers of a plain model by the config's adapter layers over the same weights, and freeze
     everything but the adapters. The model then computes all norm-bounded layers' factors at once before each forward.
@@ -151,6 +156,7 @@ def inject_(
         model: any module that contains nn.Linear layers.
         config: what to put in, and where.
         allow_empty: accept that no layer fits; the model then stays as it is.
+        progress: show a bar on stderr (tqdm's) if it takes more than two seconds, as the norms of large weights do.
 
     Raises:
         ArgumentError: nothing to replace (with the closest names), a model that is itself a linear layer or already
@@ -170,7 +176,7 @@ def inject_(
         expected = f"at least one torch.nn.Linear, by a regular expression or a list of name ends (closest: {near})"
         got = f"{config.target_modules!r}" + (f"; left {report.reasons()}" if report.left else "")
         raise checks.ArgumentError("target_modules", expected, got)
-    replace_(model, {name: (kind, config.layer_settings()) for name in report.changed})
+    replace_(model, {name: (kind, config.layer_settings()) for name in report.changed}, progress)
     return report
 
 
@@ -184,14 +190,15 @@ def check_plain(model: object) -> None:
         raise checks.ArgumentError("model", expected, type(model).__name__)
 
 
-def replace_(model: nn.Module, kinds: dict[str, tuple[type[nn.Module], dict]]) -> None:
+def replace_(model: nn.Module, kinds: dict[str, tuple[type[nn.Module], dict]], progress: bool = False) -> None:
     """Put a layer in the place of each named nn.Linear, wherever the model holds it, and freeze all but adapters.
     ``kinds``: name → its class and the arguments of ``from_linear``. All layers are built before the first is placed; a
     failure on the way leaves the model as it was."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         linears = {name: model.get_submodule(name) for name in kinds}
-        fused = {linears[name]: _build(name, linears[name], *kinds[name]) for name in kinds}
+        names = bar(kinds, "Adapter layers") if progress else kinds
+        fused = {linears[name]: _build(name, linears[name], *kinds[name]) for name in names}
     except BaseException:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)

@@ -21,7 +21,7 @@ LAYERS = [
     ["checkpoint"],
     ["base_weights", "free_files"],
     ["adapter_files", "files"],
-    ["surgery", "merging", "peft_linear", "layers", "report", "targets"],
+    ["surgery", "merging", "peft_linear", "layers", "report", "targets", "progress"],
     ["nb_linear", "sing_linear"],
     ["linear"],
     ["factors", "projection"],

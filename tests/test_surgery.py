@@ -362,3 +362,40 @@ def test_without_peft_fuse_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(lf.MissingPackageError, match="pip install"):
         lf.fuse_(nn.Sequential(nn.Linear(8, 8)))
+
+
+# ── progress ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def bars(monkeypatch) -> list[dict]:
+    """What tqdm is called with; its place is taken by one that counts."""
+    made = []
+
+    def counting(items, **options):
+        made.append(options | {"done": 0})
+        for item in items:
+            yield item
+            made[-1]["done"] += 1
+
+    monkeypatch.setattr("tqdm.tqdm", counting)
+    return made
+
+
+def test_a_bar_for_what_takes_long(bars):
+    lf.inject_(llama(), lf.NBLoRAConfig(r=2, bound_ratio=0.1))
+    (made,) = bars
+    assert made["done"] == LLAMA_LINEARS and made["delay"] == 2 and not made["leave"] and made["unit"] == "layer"
+
+
+def test_no_bar_where_none_is_asked_for(bars, tmp_path):
+    model = llama()
+    lf.inject_(model, lf.NBLoRAConfig(r=2), progress=False)
+    lf.save_adapter(model, tmp_path)
+    lf.load_adapter(llama(), tmp_path)
+    assert not bars
+
+
+def test_without_tqdm_there_is_no_bar(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert len(lf.inject_(llama(), lf.LoRAConfig(r=2)).changed) == LLAMA_LINEARS
