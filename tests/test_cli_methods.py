@@ -6,7 +6,9 @@ import signal
 
 import pytest
 import tiny
+import tiny_model
 import torch
+import transformers
 from safetensors.torch import load_file
 from test_cli import (
     Page,
@@ -63,8 +65,9 @@ def test_peft_loads_scalora_s_adapter_with_the_weights_that_it_changed(place):  
     assert held_out_loss_in_peft(place, folder) == pytest.approx(run["held_out"][-1][1], abs=1e-5)
 
 
-def test_nb_lora_beside_plain_lora(place):  # noqa: F811
-    """Compared with plain LoRA; its adapter is one that plain PEFT reads, within the bound."""
+def test_nb_lora_beside_plain_lora(place, plain):  # noqa: F811
+    """Compared with plain LoRA, which ends where it would alone; its adapter is one that plain PEFT reads, within the
+    bound."""
     folder, method = place / "bounded", "nb-lora:norm=spectral,lr=0.1,bound=0.5"
     options = ("--compare", "--method", "nb-lora:norm=spectral,lr=0.1", "--bound", 0.5)
     assert invoke(place, "--output", folder, *options).exit_code == 0
@@ -72,6 +75,9 @@ def test_nb_lora_beside_plain_lora(place):  # noqa: F811
     assert list(runs) == ["lora", method]
     used = [point["adapter/bound_used_max"] for point in runs[method]["adapter"]]
     assert used[0] == 0 < used[-1] <= 1 + 1e-5
+    assert "Spectral norm of each ΔW at most 0.5" in runs[method]["layers"]
+    beside = adapter(folder / "lora")
+    assert beside.keys() == plain.keys() and all(torch.equal(beside[key], plain[key]) for key in plain)
     place_of = folder / Settings(method=("lora", method), compare=True).runs[1].folder
     assert held_out_loss_in_peft(place, place_of) == pytest.approx(runs[method]["held_out"][-1][1], abs=1e-5)
 
@@ -89,7 +95,10 @@ def test_resuming_takes_the_bound_of_the_run_or_no_other(place, monkeypatch):  #
     assert "norm='frobenius', bound=0.5" in (folder / "report.html").read_text().replace("&#39;", "'")
 
 
-@pytest.mark.parametrize("method", ["ilora", "balora", "lora-rite", "scalora:interval=2", "nb-lora:norm=spectral"])
+RESUMED = ["ilora", "balora", "lora-rite", "scalora:interval=2", "nb-lora:norm=spectral", "sing-lora:ramp_steps=5"]
+
+
+@pytest.mark.parametrize("method", RESUMED)
 def test_resumes_to_the_same_bits(place, monkeypatch, method):  # noqa: F811
     whole, stopped = place / f"whole {method}", place / f"stopped {method}"
     assert invoke(place, "--output", whole, "--method", method).exit_code == 0
@@ -99,6 +108,16 @@ def test_resumes_to_the_same_bits(place, monkeypatch, method):  # noqa: F811
     result = resume(stopped)
     assert result.exit_code == 0, result.output
     same_result(whole, stopped)
+
+
+def test_sing_lora_is_led_in_over_a_quarter_of_the_run_unless_told_otherwise(place):  # noqa: F811
+    """The adapter in PEFT's files is the one of the last step, led in as far as it was then."""
+    for method, steps in (("sing-lora", 2), ("sing-lora:ramp_steps=9", 9)):
+        folder = place / f"ramp {method}"
+        assert invoke(place, "--output", folder, "--method", method, "--alpha", 8).exit_code == 0
+        run = metrics(folder)["runs"]["fused"]
+        assert run["layers"].endswith(f"ΔW led in over the first {steps} steps")
+        assert held_out_loss_in_peft(place, folder) == pytest.approx(run["held_out"][-1][1], abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +220,27 @@ def test_a_method_that_cannot_train_the_model_is_named_before_any_has_run(place,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("later", "message"),
+    [
+        ("nb-lora:norm=spectral,lr=1", "--method nb-lora:norm=spectral,lr=1: r: expected at most in_features, 32"),
+        ("nb-lora:bound_ratio=1", "--method nb-lora:bound_ratio=1: bound_ratio: expected a weight whose norm is finite"),
+    ],
+    ids=["rank", "zero weight"],
+)
+def test_a_later_run_that_cannot_begin_is_named_in_time(place, tmp_path, later, message):  # noqa: F811
+    model = transformers.AutoModelForCausalLM.from_pretrained(place / "model")
+    if "ratio" in later:
+        torch.nn.init.zeros_(model.model.layers[1].mlp.up_proj.weight)
+    model.save_pretrained(tmp_path / "model")
+    tiny_model.byte_tokenizer().save_pretrained(tmp_path / "model")
+    rank = 4 if "ratio" in later else 33
+    options = ("--model", tmp_path / "model", "--rank", rank, "--compare", "--method", "lora", "--method", later)
+    result = invoke(place, "--output", tmp_path / "out", *options)
+    refused(result, message)
+    assert not (tmp_path / "out").exists()
+
+
 def test_peak_bytes_are_those_alive_at_once():
     with memory.PeakBytes() as counted:
         a = torch.zeros(1000)
@@ -260,6 +300,8 @@ def test_settings_survive_json():
         (("--method", "nb-lora", "--bound-ratio", -1), "--bound-ratio: expected a finite number above 0, got -1.0"),
         (("--method", "nb-lora", "--bound", 1, "--bound-ratio", 1), "--bound-ratio: expected either --bound or"),
         (("--method", "nb-lora", "--engine", "eager"), "--engine: expected fused for nb-lora"),
+        (("--method", "sing-lora", "--engine", "eager"), "--engine: expected fused for sing-lora"),
+        (("--method", "sing-lora:ramp_steps=-1"), "--method sing-lora:ramp_steps: expected an integer of at least 1"),
         (("--method", "lora", "--method", "ilora"), "--method: expected one method, or several with --compare"),
         (("--method", "lora", "--method", "lora", "--compare"), "--method: expected each method with its options once"),
     ],

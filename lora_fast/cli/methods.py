@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
+
+from torch import nn
 
 from .. import checks, methods
 from ..checks import ArgumentError
-from ..nb_linear import NORMS
-from ..surgery import NBLoRAConfig
+from ..nb_linear import NORMS, NBLoRALinear
+from ..sing_linear import SingLoRALinear
+from ..surgery import NBLoRAConfig, SingLoRAConfig
+
+RAMP = 0.25  # share of a run that leads SingLoRA's adapters in, if its steps are not given
 
 
 @dataclass(frozen=True)
@@ -20,13 +26,41 @@ class NBLoRA:
     learn_scale: bool = True
 
     def __post_init__(self):
-        self.config()
+        self.config(alpha=1.0, steps=1)
 
-    def config(self, **others) -> NBLoRAConfig:
-        return NBLoRAConfig(**asdict(self), **others)
+    def config(self, alpha: float, steps: int, **layers) -> NBLoRAConfig:
+        """What ``inject_`` takes in a run of so many steps; ``layers``: r, dropout, target_modules."""
+        return NBLoRAConfig(**asdict(self), **layers)
+
+    def note(self, model: nn.Module) -> str:
+        """What holds for the layers in the model, in words."""
+        bounds = [layer.bound for layer in model.modules() if isinstance(layer, NBLoRALinear)]
+        low, high = f"{min(bounds):.4g}", f"{max(bounds):.4g}"
+        return f"{self.norm.capitalize()} norm of each ΔW at most {low if low == high else f'{low} to {high}'}"
 
 
-METHODS = {  # name → class in lora_fast.methods, what it does
+@dataclass(frozen=True)
+class SingLoRA:
+    """Adapters of another kind: the options of ``lf.SingLoRAConfig`` that are their own. ``ramp_steps`` None: a share
+    of the run, RAMP."""
+
+    ramp_steps: int | None = None
+
+    def __post_init__(self):
+        self.config(alpha=1.0, steps=1)
+
+    def config(self, alpha: float, steps: int, **layers) -> SingLoRAConfig:
+        """As NBLoRA's."""
+        ramp_steps = math.ceil(RAMP * steps) if self.ramp_steps is None else self.ramp_steps
+        return SingLoRAConfig(alpha=alpha, ramp_steps=ramp_steps, **layers)
+
+    def note(self, model: nn.Module) -> str:
+        """As NBLoRA's."""
+        ramp_steps = next(layer.ramp_steps for layer in model.modules() if isinstance(layer, SingLoRALinear))
+        return f"ΔW led in over the first {ramp_steps} steps" if ramp_steps else "ΔW in full from the first step"
+
+
+METHODS = {  # name → class in lora_fast.methods, or of ADAPTERS, what it does
     "lora": (None, "AdamW on both factors, as they are."),
     "lora+": (methods.LoRAPlus, "AdamW with a higher learning rate for b than for a."),
     "scale-reg": (methods.ScaleReg, "Adds to the loss a pull of the two factors' mean squares towards each other."),
@@ -39,7 +73,10 @@ METHODS = {  # name → class in lora_fast.methods, what it does
     "lora-rite": (methods.LoRARITE, "An update of its own, the same however the product is split into factors."),
     "nb-lora": (NBLoRA, "AdamW on free parameters whose Cayley transform gives a and b, so that the norm of their "
                         "product cannot exceed a bound. With --compare, beside plain LoRA."),
+    "sing-lora": (SingLoRA, "AdamW on one matrix that is both factors, led in over the first ramp_steps steps: "
+                            f"{RAMP:.0%} of the run, if not given. With --compare, beside plain LoRA."),
 }  # fmt: skip
+ADAPTERS = (NBLoRA, SingLoRA)  # adapters of our own layers, which PEFT does not have
 
 
 @dataclass(frozen=True)
@@ -48,16 +85,16 @@ class Choice:
 
     Attributes:
         text: as typed. name: of METHODS.
-        instances: what ``LoRAAdamW(methods=…)`` takes; empty for plain LoRA and NB-LoRA.
-        bounded: NB-LoRA's options; None for the others.
+        instances: what ``LoRAAdamW(methods=…)`` takes; empty for plain LoRA and for adapters of another kind.
         lr: the learning rate if the method was given one of its own.
+        adapters: of another kind than LoRA's, or None.
     """
 
     text: str
     name: str
     instances: tuple
     lr: float | None
-    bounded: NBLoRA | None = None
+    adapters: NBLoRA | SingLoRA | None = None
 
     @property
     def sentence(self) -> str:
@@ -66,7 +103,12 @@ class Choice:
     @property
     def options(self) -> str:
         """All of them with their values, as Python."""
-        return repr(self.bounded or self.instances[0]) if self.bounded or self.instances else "no options"
+        return repr(self.adapters or self.instances[0]) if self.adapters or self.instances else "no options"
+
+
+def has_own_layers(text: str) -> bool:
+    """Whether a ``--method`` trains adapters that PEFT's layers do not have."""
+    return METHODS.get(text.partition(":")[0], (None,))[0] in ADAPTERS
 
 
 def read(text: str) -> Choice:
@@ -89,7 +131,7 @@ def read(text: str) -> Choice:
         if lr is not None:
             checks.positive(lr, "lr")
         made = () if kind is None else (kind(**values),)
-        return Choice(text, name, (), lr, *made) if kind is NBLoRA else Choice(text, name, made, lr)
+        return Choice(text, name, (), lr, *made) if kind in ADAPTERS else Choice(text, name, made, lr)
     except ArgumentError as error:
         raise ArgumentError(f"--method {name}:{error.argument}", error.expected, error.got) from None
 

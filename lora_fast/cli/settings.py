@@ -53,8 +53,8 @@ class Settings:
 
     def __post_init__(self):
         method = tuple(self.method)  # a list from the command line and from JSON
-        if self.compare and len(method) == 1 and method[0].partition(":")[0] == "nb-lora":
-            method = ("lora", *method)  # PEFT's engine has no norm-bounded layer to compare with
+        if self.compare and len(method) == 1 and methods.has_own_layers(method[0]):
+            method = ("lora", *method)  # PEFT's engine has no such layer to compare with
         object.__setattr__(self, "method", method)
 
     @property
@@ -105,8 +105,9 @@ class Settings:
         checks.choice(self.engine, "--engine", ENGINES)
         if self.compares_methods and not self.compare:
             raise ArgumentError("--method", "one method, or several with --compare", " ".join(self.method))
-        if self.engine == "eager" and any(run.method.bounded for run in self.runs):
-            raise ArgumentError("--engine", "fused for nb-lora, which PEFT's layers do not have", self.engine)
+        ours = [run.method.name for run in self.runs if run.method.adapters]
+        if self.engine == "eager" and ours:
+            raise ArgumentError("--engine", f"fused for {ours[0]}, which PEFT's layers do not have", self.engine)
         folders = [run.folder for run in self.runs]
         if len(set(folders)) < len(folders):
             raise ArgumentError("--method", "each method with its options once", " ".join(self.method))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import copy
+import dataclasses
 import math
 import signal
 from dataclasses import dataclass, field
@@ -10,14 +12,16 @@ from pathlib import Path
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch.utils._pytree import tree_leaves
 from transformers.trainer_callback import PrinterCallback
 
-from .. import fuse_, hf, inject_, load_adapter, save_adapter
+from .. import NBLoRAConfig, SingLoRAConfig, files, fuse_, hf, inject_, save_adapter
 from ..checks import ArgumentError
 from ..methods import ScaLoRA
 from ..optim import LoRAAdamW
+from ..report import Report
 from . import models, run_folder
 from .change import mean_erank
 from .data import TokenData
@@ -64,24 +68,59 @@ class Job:
     display: Display
     stop: StopRequest
     total: int = field(init=False)
+    tried: bool = field(init=False, default=False)  # the later runs, on the model
 
     def __post_init__(self):
         self.total = self.settings.total_steps(len(self.data.train))
 
 
-def prepare(job: Job, run: Run) -> tuple[PeftModel, str]:
-    """The model with fresh adapters, the same for every run, and the report of what was fused.
+def prepare(job: Job, run: Run) -> tuple[torch.nn.Module, str]:
+    """The model with fresh adapters, and the report of what was injected or fused. The first time, the runs that follow
+    are tried on it, too.
 
     Raises:
-        ArgumentError: targets that match nothing, nothing that can be fused, or a method of the job (this run's or a
-            later one's) that cannot train this model.
+        ArgumentError: targets that match nothing, nothing that can be fused, or a run, this one or a later one, that
+            cannot train this model.
     """
-    settings = job.settings
     base = models.load_model(job.source, job.dtype)
-    check_targets(base, settings.target_modules)
-    transformers.set_seed(settings.seed)
-    if run.method.bounded:
-        return _bounded(base, run, settings)
+    check_targets(base, job.settings.target_modules)
+    if not job.tried:
+        for later in job.settings.runs[job.settings.runs.index(run) + 1 :]:
+            _try(job, later, base)
+        job.tried = True
+    transformers.set_seed(job.settings.seed)  # the same adapters for every run
+    model, layers = _with_adapters(job, run, base)
+    _check_methods(run, model)
+    return model, layers
+
+
+def _try(job: Job, run: Run, base: transformers.PreTrainedModel) -> None:
+    """Raises ArgumentError unless the run could begin. On modules of its own over the same weights: ``base`` stays as
+    it is, and takes no more memory than the run will."""
+    modules = copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})
+    if run.method.adapters is None:
+        _check_methods(run, _with_adapters(job, run, modules)[0])
+        return
+    config = _config(job, run)
+    if getattr(config, "bound_ratio", None) is not None:
+        config = dataclasses.replace(config, norm="frobenius")  # fails on the same weights, and is quick
+    _inject(run, modules, config)
+
+
+def _check_methods(run: Run, model: torch.nn.Module) -> None:
+    try:
+        if run.method.instances:
+            LoRAAdamW(model, methods=run.method.instances)
+    except ArgumentError as error:
+        raise _of_method(run, error) from error
+
+
+def _with_adapters(job: Job, run: Run, base: transformers.PreTrainedModel) -> tuple[torch.nn.Module, str]:
+    if run.method.adapters is not None:
+        report = _inject(run, base, _config(job, run))
+        report.note = run.method.adapters.note(base)
+        return base, str(report)
+    settings = job.settings
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -90,9 +129,6 @@ def prepare(job: Job, run: Run) -> tuple[PeftModel, str]:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, config)
-    for other in settings.runs:
-        if other.method.instances:
-            _check_method(model, other)
     if run.engine == "eager":
         return model, "PEFT's own layers"
     try:
@@ -101,19 +137,21 @@ def prepare(job: Job, run: Run) -> tuple[PeftModel, str]:
         raise ArgumentError("--engine", "eager where no layer can be fused", error.got) from error
 
 
-def _bounded(base: transformers.PreTrainedModel, run: Run, settings: Settings):
-    targets = {"r": settings.rank, "dropout": settings.dropout, "target_modules": settings.target_modules}
-    try:
-        return base, str(inject_(base, run.method.bounded.config(**targets)))
-    except ArgumentError as error:
-        raise ArgumentError(f"--method {run.method.name}: {error.argument}", error.expected, error.got) from error
+def _config(job: Job, run: Run) -> NBLoRAConfig | SingLoRAConfig:
+    settings = job.settings
+    layers = {"r": settings.rank, "dropout": settings.dropout, "target_modules": settings.target_modules}
+    return run.method.adapters.config(settings.alpha, job.total, **layers)
 
 
-def _check_method(model: PeftModel, run: Run) -> None:
+def _inject(run: Run, base: transformers.PreTrainedModel, config: NBLoRAConfig | SingLoRAConfig) -> Report:
     try:
-        LoRAAdamW(model, methods=run.method.instances)
+        return inject_(base, config)
     except ArgumentError as error:
-        raise ArgumentError(f"--method {run.method.name}: {error.argument}", error.expected, error.got) from None
+        raise _of_method(run, error) from error
+
+
+def _of_method(run: Run, error: ArgumentError) -> ArgumentError:
+    return ArgumentError(f"--method {run.method.text}: {error.argument}", error.expected, error.got)
 
 
 def check_targets(model: torch.nn.Module, targets: str | list[str]) -> None:
@@ -126,7 +164,7 @@ def check_targets(model: torch.nn.Module, targets: str | list[str]) -> None:
             raise ArgumentError("--targets", f"all-linear, or some of {found}", repr(target))
 
 
-def train(job: Job, run: Run, model: PeftModel, layers: str, folder: Path) -> Record:
+def train(job: Job, run: Run, model: torch.nn.Module, layers: str, folder: Path) -> Record:
     """Trains to the end, from the last whole checkpoint under ``folder`` if there is one, and saves the adapter.
 
     Raises:
@@ -152,7 +190,7 @@ def train(job: Job, run: Run, model: PeftModel, layers: str, folder: Path) -> Re
         record.layers += f". {save_adapter(model, folder / 'adapter').note}"
         with job.display.working("Measuring how far the weights have moved"):
             record.change_erank = mean_erank(model, models.load_model(job.source, job.dtype))
-    elif run.method.bounded:
+    elif run.method.adapters is not None:
         save_adapter(model, folder / "adapter")
     else:
         model.save_pretrained(folder / "adapter")
@@ -163,14 +201,20 @@ class ScaLoRATrainer(hf.ExactCheckpoints, transformers.Trainer):
     """Its checkpoints hold the frozen weights that have changed."""
 
 
-class BoundedTrainer(transformers.Trainer):
-    """Its checkpoints hold the adapter and its free parameters, not the frozen model."""
+class AdapterTrainer(transformers.Trainer):
+    """Its checkpoints hold the state of adapters of our own layers, not the frozen model."""
+
+    FILE = "adapters.safetensors"
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        save_adapter(self.model, output_dir or self.args.output_dir)
+        frozen = {name for name, p in self.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        state = self.model.state_dict()
+        trained = {name: files.to_host(name, state[name]) for name in state.keys() - frozen}
+        files.write(output_dir or self.args.output_dir, {self.FILE: lambda file: save_file(trained, file)})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        load_adapter(self.model if model is None else model, resume_from_checkpoint)
+        trained, _ = files.read_tensors(Path(resume_from_checkpoint) / self.FILE)
+        (self.model if model is None else model).load_state_dict(trained, strict=False)
 
 
 def _changes_base(run: Run) -> bool:
@@ -178,9 +222,9 @@ def _changes_base(run: Run) -> bool:
 
 
 def _trainer(
-    job: Job, run: Run, model: PeftModel, folder: Path, checkpoint: Path | None
+    job: Job, run: Run, model: torch.nn.Module, folder: Path, checkpoint: Path | None
 ) -> tuple[transformers.Trainer, Recorder]:
-    """Plain LoRA is trained by the Trainer's own AdamW, a method by LoRAAdamW."""
+    """Plain LoRA is trained by the Trainer's own AdamW, everything else by LoRAAdamW."""
     args = _arguments(job, run, folder, resumed=checkpoint is not None)
     record = Record(run.label)
     if checkpoint is not None:
@@ -188,18 +232,19 @@ def _trainer(
     record.tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * job.settings.seq_len
     record.trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     recorder = Recorder(job, record, Stopwatch(args.device))
-    own = hf.optimizer_cls_and_kwargs(model, args, run.method.instances) if run.method.instances else None
+    ours = run.method.instances or run.method.adapters
+    optimizer = hf.optimizer_cls_and_kwargs(model, args, run.method.instances) if ours else None
     data = {"train_dataset": job.data.train, "eval_dataset": job.data.held_out}
-    plain = BoundedTrainer if run.method.bounded else transformers.Trainer
+    plain = AdapterTrainer if run.method.adapters else transformers.Trainer
     kind = ScaLoRATrainer if _changes_base(run) else plain
-    trainer = kind(model, args, callbacks=[recorder], optimizer_cls_and_kwargs=own, **data)
+    trainer = kind(model, args, callbacks=[recorder], optimizer_cls_and_kwargs=optimizer, **data)
     trainer.remove_callback(PrinterCallback)
     every = math.ceil(job.total / STATISTICS)
     trainer.add_callback(hf.AdapterStatsCallback(trainer, every))  # after the recorder: it has stopped the clock
     return trainer, recorder
 
 
-def fallbacks(model: PeftModel) -> str:
+def fallbacks(model: torch.nn.Module) -> str:
     """Fused layers whose last call had to run PEFT's own forward, and why."""
     reasons = [getattr(module, "fallback_reason", None) for module in model.modules()]
     counts = collections.Counter(filter(None, reasons))
@@ -312,7 +357,7 @@ class Recorder(transformers.TrainerCallback):
 
 
 @torch.no_grad()
-def sample(model: PeftModel, tokenizer, prompt: str) -> str:
+def sample(model: torch.nn.Module, tokenizer, prompt: str) -> str:
     """The likeliest continuation of ``prompt``: no randomness, so before and after can be compared."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     settings = {"do_sample": False, "repetition_penalty": 1.1, "use_cache": True}

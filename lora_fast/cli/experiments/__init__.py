@@ -18,7 +18,7 @@ EXPERIMENTS = {  # name → its module in this package, what it shows
     "scalora-overhead": ("scalora_overhead", "ScaLoRA Table 10: time over LoRA's when scaling every 1 to 100 steps."),
     "scale-norms": (
         "scale_norms",
-        "Scale regularization: ‖a‖, ‖b‖ and their ratio while SmolLM2 trains, by four methods.",
+        "Scale regularization: ‖a‖, ‖b‖ and their ratio while SmolLM2 trains, by five methods.",
     ),
     "nb-lora-inverse": ("nb_lora_inverse", "NB-LoRA Table 6: the time of an r×r inverse, one by one and batched."),
     "nb-lora-rates": (

@@ -9,7 +9,7 @@ from . import training
 from .result import Result, claim, draw, noted
 from .session import Session
 
-METHODS = ["lora", "lora+", "scale-reg", "lora-rite"]
+METHODS = ["lora", "lora+", "sing-lora", "lora-rite", "scale-reg"]
 FIGURES = {"norm_a": "‖a‖", "norm_b": "‖b‖", "rms_ratio": "rms of a over rms of b"}
 
 
@@ -25,7 +25,8 @@ def run(session: Session) -> Result:
     notes = [
         training.conditions(session),
         "Means over all adapters, geometric for the ratio; b = 0 at the start, where no ratio exists.",
-        "The paper also shows SingLoRA, which is not among the methods here.",
+        "sing-lora: both factors are one matrix, so their ratio is that of the ramp, which counts in ‖b‖, and of the "
+        "rows that the smaller one lacks.",
     ]
     plot = draw("scale-norms", "Means over all adapters.", lambda axes: _paint(axes, records), panels=3)
     data = {name: record.adapter for name, record in records.items()}
