@@ -4,15 +4,17 @@
     python bench/gpu.py --dry-run              # anywhere: the same sections at tiny sizes, interpreted; nothing written
     python bench/gpu.py --only layers steps    # some sections
 
-Timings of the layer, of the optimizer's step and of training steps; error budgets, repeats, CUDA graphs, tensors beyond
-2³¹ elements, memcheck, the test suite. Every section is a process of its own with a budget of seconds: what fails, or
-runs out of time, is reported and the rest goes on. Writes results/<device>-<date>.json after every section, plots where
-matplotlib is there, and prints goal / measured / verdict. Needs torch, Triton and this package (without a network:
-pip install --no-deps --no-build-isolation -e .).
+Timings of the layer, of the optimizer's step and of training steps, one section after the other; then, side by side,
+error budgets, repeats, CUDA graphs, tensors beyond 2³¹ elements, memcheck and the test suite. Every section runs in
+processes of its own with a budget of seconds: what fails, hangs or takes its process down is reported and the rest goes
+on. Writes results/<device>-<date>.json after every section, plots where matplotlib is there, and prints goal / measured
+/ verdict. Needs torch, Triton and this package (without a network: pip install --no-deps --no-build-isolation -e .).
 """
 
 import argparse
+import asyncio
 import datetime
+import faulthandler
 import json
 import os
 import re
@@ -20,90 +22,94 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 
 if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
-import gpu_checks
-import gpu_timings
 import torch
+from gpu_errors import errors
+from gpu_families import families, large
 from gpu_goals import Verdict, verdicts
+from gpu_graphs import graphs
+from gpu_memcheck import memcheck
+from gpu_repeats import repeats
+from gpu_section import Options, Progress, Section, in_processes, run
+from gpu_suite import suite
+from gpu_timings import layers, small, steps
+from gpu_training import training
 
 import lora_fast
 
 HERE = Path(__file__).resolve().parent
 MINUTES = 9
-SECTIONS = {  # name → (what runs, seconds)
-    "layers": (gpu_timings.layers, 130),
-    "steps": (gpu_timings.steps, 50),
-    "small": (gpu_timings.small, 40),
-    "training": (gpu_timings.training, 60),
-    "errors": (gpu_checks.errors, 30),
-    "repeats": (gpu_checks.repeats, 45),
-    "graphs": (gpu_checks.graphs, 40),
-    "large": (gpu_checks.large, 60),
-    "memcheck": (gpu_checks.memcheck, 60),
-    "suite": (gpu_checks.suite, 240),  # what is left
+REST = 60 * MINUTES  # what the timed sections leave
+SECTIONS = {
+    "layers": Section(layers, 170, 60, alone=True),
+    "steps": Section(steps, 70, 40, alone=True),
+    "small": Section(small, 50, 30, alone=True),
+    "training": Section(training, 60, 60, alone=True),
+    "errors": Section(errors, REST, 60),
+    "repeats": Section(repeats, REST, 60),
+    "graphs": Section(graphs, REST, 40),
+    "large": Section(large, REST, 60),
+    "memcheck": Section(memcheck, REST, REST),
+    "suite": Section(suite, REST, REST),
 }
-HIDDEN = {"families": (gpu_checks.families, 60)}  # run by memcheck
+HIDDEN = {"families": Section(families, REST, REST)}  # run by memcheck
 
 
-def run_section(name: str, dry_run: bool, seconds: float, path: Path | None) -> bool:
-    """Runs a section here, writing its figures to ``path`` as they come; whether none is wrong."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found: dict = {"figures": {}}
-    try:
-        run = {**SECTIONS, **HIDDEN}[name][0]
-        for figure, values in run(gpu_checks.Options(dry_run, device, seconds)):
-            found["figures"][figure] = values
-            print(f"  {figure}: {summary(values)}", flush=True)
-            if path:
-                path.write_text(json.dumps(found))
-    except Exception:
-        found["error"] = traceback.format_exc()[-3000:]
-        print(found["error"], flush=True)
-    if path:
-        path.write_text(json.dumps(found))
-    return "error" not in found and all(figure.get("ok") is not False for figure in found["figures"].values())
+class Run:
+    """One run of the program: its results, and where they are kept."""
 
+    def __init__(self, names: list[str], dry_run: bool, folder: Path):
+        self.names, self.dry_run = names, dry_run
+        self.results: dict = {"conditions": conditions()}
+        device = re.sub(r"[^A-Za-z0-9]+", "-", self.results["conditions"]["device"]).strip("-").lower()
+        self.path = folder / f"{device}-{self.results['conditions']['date']}.json"
+        self.end = time.monotonic() + 60 * MINUTES
 
-def summary(values: dict) -> str:
-    """Of one figure, a line."""
-    if "rows" in values:
-        modes = {row["mode"] for row in values["rows"]}
-        main = "full" if "full" in modes else "forward"
-        shown = [row for row in values["rows"] if row["mode"] == main and row["p50"] is not None]
-        lacking = [row for row in values["rows"] if row["unavailable"]]
-        missing = [f"{row['provider']} not measured ({row['unavailable']})" for row in lacking]
-        return ", ".join([f"{row['provider']} {row['p50']:.4g} µs" for row in shown] + missing)
-    if "ok" in values:
-        rest = {k: v for k, v in values.items() if k not in ("ok", "tail") and not isinstance(v, dict)}
-        word = {True: "ok", False: "WRONG", None: "not known"}[values["ok"]]
-        return " ".join([word, *(f"{k}={v}" for k, v in rest.items())])
-    return str(values)
+    async def all_sections(self) -> None:
+        cores = os.cpu_count() or 1
+        self.turns = asyncio.Semaphore(1 if self.dry_run else max(1, cores // 2))
+        with tempfile.TemporaryDirectory() as folder:
+            for name in self.names:
+                if SECTIONS[name].alone:
+                    await self.section(name, Path(folder))
+            async with asyncio.TaskGroup() as checks:
+                for name in self.names:
+                    if not SECTIONS[name].alone:
+                        checks.create_task(self.section(name, Path(folder)))
 
+    async def section(self, name: str, folder: Path) -> None:
+        async with self.turns:
+            section = SECTIONS[name]
+            seconds = 600 if self.dry_run else min(section.seconds, self.end - time.monotonic())
+            print(f"── {name}: {section.jobs.__doc__.splitlines()[0]}", flush=True)
+            if seconds < 1:
+                found = {"figures": {}, "error": f"not begun: {MINUTES} minutes were over"}
+            else:
+                arguments = ["--dry-run"] if self.dry_run else []
+                found = await in_processes(name, section, seconds, folder, arguments)
+                print(f"  {name}: {found['seconds']} s", flush=True)
+            self.results[name] = found
+            self.results["verdicts"] = [row._asdict() for row in verdicts(self.results)]
+            if not self.dry_run:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.path.write_text(json.dumps(self.results, indent=1))
 
-def in_own_process(name: str, dry_run: bool, seconds: float, folder: Path) -> dict:
-    """A section's figures as far as it came; "error" says why it went no further."""
-    path = folder / f"{name}.json"
-    command = [sys.executable, __file__, "--section", name, "--seconds", f"{seconds:.0f}", "--json", str(path)]
-    start = time.monotonic()
-    process = subprocess.Popen(command + (["--dry-run"] if dry_run else []), start_new_session=True)
-    error = None
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # its own session: with everything that it started
-        process.wait()
-        error = f"out of time after {seconds:.0f} s"
-    found = json.loads(path.read_text()) if path.exists() else {"figures": {}}
-    if error or (process.returncode and "error" not in found and not path.exists()):
-        found["error"] = error or f"ended with exit status {process.returncode}"
-    if process.returncode and process.returncode < 0 and not error:
-        found["error"] = f"killed by signal {-process.returncode}"
-    return found | {"seconds": round(time.monotonic() - start, 1)}
+    def told(self) -> str:
+        """The table, and what is unfinished or wrong; "" of the latter if nothing is."""
+        print(f"\n{show(verdicts(self.results))}\n")
+        unfinished = {name: self.results[name]["error"] for name in self.names if "error" in self.results[name]}
+        for name, error in unfinished.items():
+            print(f"{name}: {error}")
+        if self.dry_run:
+            print("A dry run: the sections work; no figure above means anything.")
+        else:
+            print(f"written: {self.path}\n{draw(self.results, self.path.with_suffix('.png'))}")
+        wrong = [n for n in self.names for f in self.results[n]["figures"].values() if f.get("ok") is False]
+        return ", ".join(dict.fromkeys([*unfinished, *wrong]))
 
 
 def conditions() -> dict:
@@ -118,7 +124,7 @@ def conditions() -> dict:
 
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
         "lora_fast": lora_fast.__version__,
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -143,15 +149,26 @@ def draw(results: dict, path: Path) -> str:
     figures = {name: found["rows"] for name, found in layers.items() if "rows" in found}
     if not figures:
         return "no plots: the layer was not measured"
-    drawing = Figure(figsize=(12, 2.6 * -(-len(figures) // 2)), layout="constrained")
-    panels = drawing.subplots(-(-len(figures) // 2), 2, squeeze=False).flat
+    lines = -(-len(figures) // 2)
+    drawing = Figure(figsize=(12, 2.6 * lines), layout="constrained")
+    panels = drawing.subplots(lines, 2, squeeze=False).flat
     for axes, (name, rows) in zip(panels, figures.items(), strict=False):
         rows = [row for row in rows if row["mode"] == "full" and row["p50"] is not None]
         axes.barh([row["provider"] for row in rows], [row["p50"] for row in rows])
         axes.set(title=name, xlabel="µs, forward + backward, median")
         axes.invert_yaxis()
+    for axes in panels:  # an odd one out
+        axes.set_axis_off()
     drawing.savefig(path, dpi=120)
     return f"plots: {path}"
+
+
+def one_section(name: str, dry_run: bool, seconds: float, path: Path | None) -> bool:
+    """In this process; whether nothing is wrong."""
+    faulthandler.enable()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options = Options(dry_run, device, seconds, Progress.of(path) if path else Progress())
+    return run(name, {**SECTIONS, **HIDDEN}[name], options, again=path is not None)
 
 
 def main() -> None:
@@ -166,34 +183,11 @@ def main() -> None:
     if not torch.cuda.is_available() and not options.dry_run:
         parser.error("no CUDA device: use --dry-run, or run this on a machine with an NVIDIA GPU")
     if options.section:
-        sys.exit(not run_section(options.section, options.dry_run, options.seconds, options.json))
-    results: dict = {"conditions": conditions()}
-    device = re.sub(r"[^A-Za-z0-9]+", "-", results["conditions"]["device"]).strip("-").lower()
-    path = options.results / f"{device}-{results['conditions']['date']}.json"
-    end = time.monotonic() + 60 * MINUTES
-    with tempfile.TemporaryDirectory() as folder:
-        for name in options.only:
-            run, seconds = SECTIONS[name]
-            seconds = 600 if options.dry_run else min(seconds, end - time.monotonic())
-            print(f"── {name}: {run.__doc__.splitlines()[0]}", flush=True)
-            if seconds < 1:
-                results[name] = {"figures": {}, "error": f"not begun: {MINUTES} minutes were over"}
-            else:
-                results[name] = in_own_process(name, options.dry_run, seconds, Path(folder))
-                print(f"  {results[name]['seconds']} s", flush=True)
-            results["verdicts"] = [row._asdict() for row in verdicts(results)]
-            if not options.dry_run:
-                path.write_text(json.dumps(results, indent=1))
-    print(f"\n{show(verdicts(results))}\n")
-    if options.dry_run:
-        print("A dry run: the sections work; no figure above means anything.")
-    unfinished = {name: results[name]["error"] for name in options.only if results[name].get("error")}
-    for name, error in unfinished.items():
-        print(f"{name}: {error.strip().splitlines()[-1]}")
-    if not options.dry_run:
-        print(f"written: {path}\n{draw(results, path.with_suffix('.png'))}")
-    wrong = [n for n in options.only for f in results[n]["figures"].values() if f.get("ok") is False]
-    sys.exit(f"unfinished or wrong: {', '.join(dict.fromkeys([*unfinished, *wrong]))}" if unfinished or wrong else 0)
+        sys.exit(not one_section(options.section, options.dry_run, options.seconds, options.json))
+    whole = Run(options.only, options.dry_run, options.results)
+    asyncio.run(whole.all_sections())
+    trouble = whole.told()
+    sys.exit(f"unfinished or wrong: {trouble}" if trouble else 0)
 
 
 if __name__ == "__main__":

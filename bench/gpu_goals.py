@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
+TRAINING = "Llama-3-8B, 4 blocks, r=16, 4096 tokens, bfloat16"
 SIGNS = {"≥": operator.ge, "≤": operator.le}
 
 
@@ -68,7 +69,7 @@ def _goals() -> list[Goal]:
         Goal("torch.linalg.inv in a loop / ours", "≥", 100, _over("small", inverses, "torch, loop", "ours", "forward")),
     ]
     for name, limit in (("NB-LoRA", 1.02), ("ScaLoRA", 1.03)):
-        read = lambda found, name=name: found["training"]["figures"][name]["over LoRA"][1]
+        read = lambda found, name=name: found["training"]["figures"][TRAINING][name]["over LoRA"][1]
         every = " (every 10 steps)" if name == "ScaLoRA" else ""
         goals.append(Goal(f"{name}{every} training step / LoRA's", "≤", limit, read))
     return goals

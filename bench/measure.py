@@ -112,7 +112,7 @@ class Rounds:
         marks = {}
         for name in names[first:] + names[:first]:
             marks[name] = self._time(self.providers[name])
-        _wait(self.device)
+        wait(self.device)
         for name, (start, middle, end) in marks.items():
             self.seconds.setdefault(name, []).append((_elapsed(start, middle), _elapsed(middle, end)))
         self.turn += 1
@@ -293,7 +293,7 @@ def _seconds(run: Callable, device: torch.device) -> float:
     start = _mark(device)
     run()
     end = _mark(device)
-    _wait(device)
+    wait(device)
     return _elapsed(start, end)
 
 
@@ -309,17 +309,18 @@ def _elapsed(start, end) -> float:
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _flush(device: torch.device) -> None:
-    """L2 holds nothing of the operands afterwards."""
+    """L2 holds nothing of the operands afterwards. It takes the device long enough for the host to prepare a launch."""
     if device.type == "cuda":
         _scratch(device).zero_()
 
 
 @functools.lru_cache
 def _scratch(device: torch.device) -> Tensor:
-    return torch.empty(256 << 20, dtype=torch.int8, device=device)
+    return torch.empty(512 << 20, dtype=torch.int8, device=device)

@@ -1,13 +1,11 @@
-"""The microbenchmark suite and the GPU program: every op has right results by every provider at tiny sizes; the files
-of a run; comparison; goals; README's GPU table."""
+"""The microbenchmark suite: results of every op by every provider at tiny sizes; the files of a run; comparison."""
 
 import csv
 import io
 import json
-import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,11 +16,8 @@ BENCH = ROOT / "bench"
 sys.path.insert(0, str(BENCH))  # its files import each other by their bare names, as scripts do
 
 import compare  # noqa: E402
-import gpu  # noqa: E402
-import gpu_goals  # noqa: E402
 import gpu_timings  # noqa: E402
 import measure  # noqa: E402
-import readme_table  # noqa: E402
 import shapes  # noqa: E402
 import suite  # noqa: E402
 
@@ -191,100 +186,3 @@ def test_lora_fast_bench_without_the_repository(monkeypatch, tmp_path):
     monkeypatch.setattr(sys.modules["lora_fast.cli.bench"], "SUITE", tmp_path / "bench" / "run.py")
     done = CliRunner().invoke(app, ["bench"])
     assert done.exit_code == 2 and "installed without it" in done.output
-
-
-# ---- gpu.py
-
-
-def test_goals_are_read_from_what_is_measured():
-    """Every goal's figure exists under the name that the sections give it."""
-    scale = shapes.Scale({}, (gpu_timings.MODEL,), (gpu_timings.RANK,), ("bfloat16",), (0.0,), 0, 0)
-    tokens = gpu_timings.N_TOKENS
-    found = {name: {"figures": {}} for name in ("layers", "steps", "small", "training")}
-    for case in (
-        shapes.Case("layer", "", (shape,), 16, tokens, "bfloat16", dropout)
-        for shape in gpu_timings.SHAPES
-        for dropout in (0.0, 0.1)
-    ):
-        found["layers"]["figures"][case.name] = rows("full", "PEFT", "addmm_", "frozen linear", "ours")
-    for section, op in (("steps", "step"), ("small", "solve")):
-        for case in suite.module(op).cases(scale):
-            names = suite.module(op).build(replace(case, pairs=((8, 8),), r=2), SETTING).providers
-            found[section]["figures"][f"{op}: {case.name}"] = rows("forward", *names)
-    for name in ("NB-LoRA", "ScaLoRA"):
-        found["training"]["figures"][name] = {"over LoRA": (1.0, 1.0, 1.0)}
-    timed = [row for row in gpu_goals.verdicts(found) if row.goal != "all"]
-    assert len(timed) == 14 and all(row.verdict in ("met", "missed") for row in timed)
-
-
-def rows(mode, *providers):
-    return {"rows": [{"provider": name, "mode": mode, "p50": 10.0} for name in providers]}
-
-
-def test_nothing_measured_is_no_verdict():
-    assert {row.verdict for row in gpu_goals.verdicts({})} == {"not measured"}
-
-
-@pytest.mark.parametrize(
-    "figures, verdict",
-    [([True, True], "met"), ([True, False], "missed"), ([True, None], "not measured"), ([], "not measured")],
-)
-def test_checks_are_met_only_if_all_are_right(figures, verdict):
-    section = {"figures": {str(i): {"ok": ok} for i, ok in enumerate(figures)}}
-    (row,) = [row for row in gpu_goals.verdicts({"repeats": section}) if row.figure == gpu_goals.CHECKS["repeats"]]
-    assert row.verdict == verdict
-
-
-def test_dry_run_of_some_sections():
-    """The rest, and the whole of these: python bench/gpu.py --dry-run."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(BENCH / "gpu.py"), "--dry-run", "--only", "errors", "memcheck"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "── errors" in done.stdout and "fused: ok" in done.stdout and "no memory was checked" in done.stdout
-    assert not list((BENCH / "results").glob("cpu-*.json"))
-
-
-def test_gpu_needs_no_package_of_the_command_line():
-    """A GPU machine may have torch and Triton alone."""
-    extras = ("typer", "rich", "matplotlib", "jinja2", "peft", "transformers", "pytest", "pytest_benchmark", "psutil")
-    code = f"import sys; sys.modules.update(dict.fromkeys({extras!r})); import gpu; print(len(gpu.SECTIONS))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=BENCH, capture_output=True, text=True)
-    assert done.stdout.strip() == "10", done.stderr
-
-
-def test_a_section_that_fails_is_reported(monkeypatch, tmp_path):
-    def broken(options):
-        yield "first", {"ok": True}
-        raise RuntimeError("out of luck")
-
-    monkeypatch.setitem(gpu.SECTIONS, "errors", (broken, 1))
-    assert not gpu.run_section("errors", True, 1, tmp_path / "found.json")
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["figures"] == {"first": {"ok": True}} and "out of luck" in found["error"]
-
-
-def test_seconds_of_the_sections_fit():
-    last = list(gpu.SECTIONS)[-1]
-    assert last == "suite" and sum(seconds for name, (_, seconds) in gpu.SECTIONS.items() if name != last) < 540
-
-
-# ---- README
-
-
-def test_readme_shows_the_newest_results():
-    text = (ROOT / "README.md").read_text()
-    assert readme_table.with_table(text, BENCH / "results") == text, "run python bench/readme_table.py"
-    if readme_table.newest(BENCH / "results") is None:
-        assert "Not verified on a GPU" in text
-
-
-def test_table_of_results(tmp_path):
-    assert "Not verified on a GPU" in readme_table.table(tmp_path)
-    verdict = gpu_goals.Verdict("PEFT / ours", "≥ 1.3", "1.4", "met")._asdict()
-    where = {"device": "H", "driver": "1", "torch": "2", "triton": "3"}
-    for date, figure in (("2030-01-02", "new"), ("2030-01-01", "old")):
-        found = {"conditions": {**where, "date": date}, "verdicts": [{**verdict, "figure": figure}]}
-        (tmp_path / f"h-{date}.json").write_text(json.dumps(found))
-    shown = readme_table.table(tmp_path)
-    assert "| new | ≥ 1.3 | 1.4 | met |" in shown and "old" not in shown and "2030-01-02" in shown
