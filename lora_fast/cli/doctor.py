@@ -1,4 +1,4 @@
-"""lora-fast doctor: what is here, what works, and what to do about what does not. The checks are in checkup.py."""
+"""lora-fast doctor: what is here (installation.py), what works, and what to do about what does not (checkup.py)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from .display import Display, exit_codes
 from .tables import Cell, Table
 
 _JSON = "Print everything as JSON, and nothing else."
+_COLOURS = {"works": "green", "fails": "red", "none": "yellow"}
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help=_JSON)] = False) -> None:
     """Look at this installation: versions, devices, which backend runs and why, and what works.
 
     Every check does the real thing in a small way: a layer forward and backward against its formula, the kernels, a
-    compilation, an optimizer step, a PEFT model fused. Half a minute at most. Exit code 0 if the core works, 1 if not.
+    compilation, an optimizer step, a PEFT model fused. Half a minute at most. Exit code 0 if the core works (the
+    layer on the backend that is used here, an optimizer step, adapter files), 1 if not.
 
     **Examples**
 
@@ -31,7 +33,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help=_JSON)] = False)
     """
     display = Display()
     with exit_codes(display):
-        from . import checkup
+        with display.working("Loading libraries"):
+            from . import checkup, installation
 
         found = []
         for check in checkup.checks():
@@ -40,13 +43,13 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help=_JSON)] = False)
             else:
                 with display.working(check.name):
                     found.append(checkup.examine(check))
-        name, why = checkup.which_backend()
-        works = all(finding.works for finding in found if finding.core) and name != "none"
+        name, why = installation.which_backend()
+        works = all(finding.state == checkup.WORKS for finding in found if finding.core) and name != "none"
         about = {
-            "versions": checkup.versions(),
-            "devices": checkup.devices(),
+            "versions": installation.versions(),
+            "devices": installation.devices(),
             "backend": {"name": name, "why": why},
-            "interpreter": checkup.interpreter(),
+            "interpreter": installation.interpreter(),
         }
         if as_json:
             checks = [vars(finding) for finding in found]
@@ -58,22 +61,21 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help=_JSON)] = False)
 
 
 def _show(display: Display, about: dict, found: list, works: bool) -> None:
-    head = [Cell(""), Cell("")]
     rows = list(about["versions"].items())
     rows += [("device" if i == 0 else "", text) for i, text in enumerate(about["devices"])]
     rows.append(("backend", f"{about['backend']['name']}: {about['backend']['why']}"))
     rows.append(("Triton's interpreter", about["interpreter"]))
-    display.show(Table("", head, [[Cell(name), Cell(text)] for name, text in rows]))
+    display.show(Table("", [Cell("this machine"), Cell("")], [[Cell(name), Cell(text)] for name, text in rows]))
     display.note("")
-    marks = {True: Cell("works", "green"), False: Cell("fails", "red")}
-    display.show(Table("", [Cell(""), *head], [[Cell(f.name), marks[f.works], Cell(f.seen)] for f in found]))
+    head = [Cell("check"), Cell(""), Cell("seen")]
+    display.show(Table("", head, [[Cell(f.name), Cell(f.state, _COLOURS[f.state]), Cell(f.seen)] for f in found]))
     for finding in found:
-        if not finding.works:
+        if finding.remedy:
             display.note(f"\n{finding.name}: {finding.seen}", style="bold")
             display.note(f"  {finding.remedy}")
-    broken = [finding.name for finding in found if not finding.works]
+    broken = ", ".join(finding.name for finding in found if finding.state == "fails")
     if works:
-        rest = f"; what does not: {', '.join(broken)}." if broken else ", and so does all the rest."
+        rest = f"; what does not: {broken}." if broken else ", and so does all that is here."
         display.note(f"\nThe core works{rest}")
     else:
-        display.error("the core does not work here: " + (", ".join(broken) or about["backend"]["why"]))
+        display.error("the core does not work here: " + (broken or about["backend"]["why"]))
