@@ -16,7 +16,7 @@ from torch import nn
 
 from . import checks
 from .checkpoint import load_adapter, save_adapter
-from .metrics import AdapterStats, adapter_stats, bound_stats
+from .metrics import AdapterStats, BoundStats, adapter_stats, bound_stats
 from .optim import LoRAAdamW
 
 try:
@@ -48,10 +48,15 @@ def optimizer_cls_and_kwargs(model: nn.Module, args: TrainingArguments, methods:
 
 class AdapterStatsCallback(TrainerCallback):
     """Logs ``summary`` of the adapters before the first step, every ``every`` steps and after the last, through
-    ``trainer.log``: it reaches every place that the Trainer reports to. One copy from the device each time."""
+    ``trainer.log``: it reaches every place that the Trainer reports to. One copy from the device each time.
+
+    Attributes:
+        bounds: while it logs and after, what ``lf.metrics.bound_stats`` says of each norm-bounded layer.
+    """
 
     def __init__(self, trainer: Trainer, every: int = 10):
         self._trainer, self._every = trainer, checks.count(every, "every")
+        self.bounds: dict[str, BoundStats] = {}
 
     def on_train_begin(self, args, state, control, model, **others):
         if state.global_step == 0:  # not resumed
@@ -62,7 +67,11 @@ class AdapterStatsCallback(TrainerCallback):
             self._log(state, control, model)
 
     def _log(self, state, control, model: nn.Module) -> None:
-        if state.is_world_process_zero and (figures := summary(adapter_stats(model)) | _bounds(model)):
+        if not state.is_world_process_zero:
+            return
+        stats = adapter_stats(model)
+        self.bounds = bound_stats(model, stats)
+        if figures := summary(stats, self.bounds):
             due = control.should_log  # of the loss of this step: any log clears it
             self._trainer.log(figures)
             control.should_log = due
@@ -83,28 +92,22 @@ class ExactCheckpoints:
         load_adapter(self.model if model is None else model, resume_from_checkpoint)
 
 
-def summary(stats: dict[str, AdapterStats]) -> dict[str, float]:
-    """Each figure of ``lf.metrics.adapter_stats`` over all adapters: ``adapter/<figure>_mean``, ``_min``, ``_max``.
+def summary(stats: dict[str, AdapterStats], bounds: dict[str, BoundStats] | None = None) -> dict[str, float]:
+    """Each figure of ``lf.metrics.adapter_stats`` over all adapters: ``adapter/<figure>_mean``, ``_min``, ``_max``; and
+    ``adapter/bound_used_…`` of ``lf.metrics.bound_stats``, how much of their bounds norm-bounded layers use.
 
     The mean is geometric for ratios (rms_ratio, conditioning). A value that is not finite, as b = 0 makes the ratio, is
     left out.
     """
+    names = [field.name for field in fields(AdapterStats)]
+    figures = {name: [float(getattr(layer, name)) for layer in stats.values()] for name in names}
+    figures["bound_used"] = [layer.used for layer in (bounds or {}).values()]
     flat = {}
-    for name in (field.name for field in fields(AdapterStats)):
-        values = [float(getattr(layer, name)) for layer in stats.values()]
+    for name, values in figures.items():
         if values and not any(map(math.isnan, values)):
             flat |= {f"adapter/{name}_min": min(values), f"adapter/{name}_max": max(values)}
             flat[f"adapter/{name}_mean"] = _mean(values, geometric=name in RATIOS)
     return {name: value for name, value in flat.items() if math.isfinite(value)}
-
-
-def _bounds(model: nn.Module) -> dict[str, float]:
-    """How much of their bounds norm-bounded layers use: ``adapter/bound_used_mean``, ``_min``, ``_max``."""
-    used = [layer.used for layer in bound_stats(model).values()]
-    if not used:
-        return {}
-    name = "adapter/bound_used"
-    return {f"{name}_mean": statistics.fmean(used), f"{name}_min": min(used), f"{name}_max": max(used)}
 
 
 def _mean(values: list[float], geometric: bool) -> float:

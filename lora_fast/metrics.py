@@ -80,13 +80,16 @@ class BoundStats:
     used: float
 
 
-def bound_stats(model: nn.Module) -> dict[str, BoundStats]:
-    """How much of its bound each NBLoRALinear uses, by its name. One copy from the device for all.
+def bound_stats(model: nn.Module, stats: dict[str, AdapterStats] | None = None) -> dict[str, BoundStats]:
+    """How much of its bound each NBLoRALinear uses, by its name. One copy from the device for all, or none with
+    ``stats``, what ``adapter_stats`` says of the model now.
 
     Raises:
         ArgumentError: not a module.
     """
-    stats, found = adapter_stats(model), {}
+    if stats is None:
+        stats = adapter_stats(model)
+    found = {}
     for name, layer in model.named_modules():
         if isinstance(layer, NBLoRALinear) and name in stats:
             value = getattr(stats[name], layer.norm)

@@ -1,10 +1,12 @@
 """lora-fast finetune --method: each method trains, differs from plain LoRA, resumes to the same bits, and several are
 compared."""
 
+import io
 import json
 import signal
 
 import pytest
+import rich.console
 import tiny
 import tiny_model
 import torch
@@ -25,8 +27,9 @@ from test_cli import (
 
 import lora_fast as lf
 from lora_fast import methods
-from lora_fast.cli import memory, run_folder
+from lora_fast.cli import bound_report, memory, run_folder
 from lora_fast.cli.change import mean_erank
+from lora_fast.cli.display import Display
 from lora_fast.cli.methods import METHODS, read, with_bounds
 from lora_fast.cli.settings import Settings
 
@@ -78,6 +81,15 @@ def test_nb_lora_beside_plain_lora(place, plain):  # noqa: F811
     assert "Spectral norm of each ΔW at most 0.5" in runs[method]["layers"]
     beside = adapter(folder / "lora")
     assert beside.keys() == plain.keys() and all(torch.equal(beside[key], plain[key]) for key in plain)
+    bounds, used_at_end = runs[method]["bounds"], metrics(folder)["comparison"][method]["bound_used_mean"]
+    assert len(bounds) == 14 and runs["lora"]["bounds"] == {}
+    assert all(row["norm"] == "spectral" and row["bound"] == 0.5 for row in bounds.values())
+    assert [max(values) / 0.5 for values in zip(*(row["values"] for row in bounds.values()), strict=True)] == used
+    assert sum(row["values"][-1] / 0.5 for row in bounds.values()) / 14 == pytest.approx(used_at_end)
+    page = Page((folder / "report.html").read_text())
+    assert page.addresses == [] and len(page.ids) == len(set(page.ids))
+    for said in ("spectral norm of ΔW, at most 0.5", "mlp.down_proj", "% of the bound", f"{100 * used_at_end:.1f}%"):
+        assert said in " ".join(page.words), said
     place_of = folder / Settings(method=("lora", method), compare=True).runs[1].folder
     assert held_out_loss_in_peft(place, place_of) == pytest.approx(runs[method]["held_out"][-1][1], abs=1e-5)
 
@@ -183,7 +195,7 @@ def test_a_comparison_goes_on_where_it_was_interrupted(place, compared, monkeypa
     assert steps == [5, 6, 1, 2, 3, 4, 5, 6]
     one, two = metrics(compared)["runs"], metrics(folder)["runs"]
     for name in SEVERAL:
-        for what in ("losses", "held_out", "adapter"):
+        for what in ("losses", "held_out", "adapter", "bounds"):
             assert one[name][what] == two[name][what], (name, what)
 
 
@@ -224,7 +236,7 @@ def test_a_method_that_cannot_train_the_model_is_named_before_any_has_run(place,
     ("later", "message"),
     [
         ("nb-lora:norm=spectral,lr=1", "--method nb-lora:norm=spectral,lr=1: r: expected at most in_features, 32"),
-        ("nb-lora:bound_ratio=1", "--method nb-lora:bound_ratio=1: bound_ratio: expected a weight whose norm is finite"),
+        ("nb-lora:bound_ratio=1", "--method nb-lora:bound_ratio=1: bound_ratio: expected a weight whose norm is"),
     ],
     ids=["rank", "zero weight"],
 )
@@ -239,6 +251,23 @@ def test_a_later_run_that_cannot_begin_is_named_in_time(place, tmp_path, later, 
     result = invoke(place, "--output", tmp_path / "out", *options)
     refused(result, message)
     assert not (tmp_path / "out").exists()
+
+
+def test_layers_have_their_place_by_kind_and_depth():
+    names = ["model.layers.0.mlp.up", "model.layers.10.mlp.up", "model.layers.0.attn.q"]
+    assert list(bound_report._places(names).values()) == [("mlp.up", 0), ("mlp.up", 10), ("attn.q", 0)]
+    assert bound_report._places(["head"]) == {"head": ("head", 0)}
+    assert list(bound_report._places(["e.0.x", "d.0.x"]).values()) == [("e.x", 0), ("d.x", 0)]
+
+
+def test_the_terminal_says_how_much_of_the_bounds_is_used():
+    display = Display()
+    display.console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=80)
+    runs = Settings(method=("nb-lora",)).runs
+    with display.training(runs[0], runs, 2, 0):
+        display.step(1, 1.0, 1.0)
+        display.bounds([0.25, 0.75])
+    assert "mean 50.0%, most 75.0%" in display.console.file.getvalue()
 
 
 def test_peak_bytes_are_those_alive_at_once():

@@ -77,6 +77,19 @@ def test_statistics_reach_every_listener_when_they_are_due_and_no_loss_is_lost(t
     assert last["adapter/norm_b_mean"] == pytest.approx(sum(norms) / len(norms))
 
 
+def test_the_use_of_bounds_is_logged_and_each_layer_s_is_at_hand(tmp_path):
+    model = tiny.llama()
+    lf.inject_(model, lf.NBLoRAConfig(r=4, norm="frobenius", bound=0.5))
+    trainer = trainer_of(model, tmp_path, learning_rate=0.1)
+    callback = lf.hf.AdapterStatsCallback(trainer, every=2)
+    trainer.add_callback(callback)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "adapter/bound_used_mean" in row]
+    assert rows[0]["adapter/bound_used_max"] == 0 < rows[-1]["adapter/bound_used_min"]
+    assert callback.bounds == lf.metrics.bound_stats(model)
+    assert rows[-1]["adapter/bound_used_max"] == max(layer.used for layer in callback.bounds.values())
+
+
 @pytest.mark.parametrize(
     ("method", "kind"),
     [(lf.methods.BaLoRA(), transformers.Trainer), (lf.methods.ScaLoRA(interval=2), ScaLoRATrainer)],

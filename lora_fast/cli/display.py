@@ -6,6 +6,7 @@ import contextlib
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import rich.table
@@ -57,12 +58,23 @@ def exit_codes(display: Display) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+class _Bar(Progress):
+    """A progress bar with a line below it, while there is one."""
+
+    below = ""
+
+    def get_renderables(self):
+        yield from super().get_renderables()
+        if self.below:
+            yield Text(self.below, style="dim")
+
+
 class Display:
     """Progress of one run after the other. Where no terminal listens, only the notes remain."""
 
     def __init__(self):
         self.console = Console(highlight=False)
-        self._progress: Progress | None = None
+        self._progress: _Bar | None = None
 
     def note(self, text: str, style: str = "") -> None:
         self.console.print(text, style=style, markup=False, soft_wrap=True)
@@ -88,7 +100,7 @@ class Display:
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True),
         )
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
+        with _Bar(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
             self._progress = progress
             self._task = progress.add_task("held-out loss", total=total, completed=done, figures="")
             yield
@@ -100,6 +112,11 @@ class Display:
     def step(self, step: int, loss: float, seconds: float) -> None:
         figures = f"loss {loss:.3f} · {seconds:.2f} s/step"
         self._progress.update(self._task, completed=step, figures=figures)
+
+    def bounds(self, used: list[float]) -> None:
+        """``used``: how much of its bound each norm-bounded layer uses, 0 to 1."""
+        if used:
+            self._progress.below = f"  of the layers' bounds used: mean {fmean(used):.1%}, most {max(used):.1%}"
 
     def held_out(self, step: int, loss: float) -> None:
         self.note(f"  step {step:>4}   held-out loss {loss:.3f}", style="dim")

@@ -57,6 +57,9 @@ def tables(settings: Settings, runs: list[Record]) -> list[Table]:
         ("kept for backward", kept, "eager / fused {saved_bytes_ratio:.3f}"),
         ("trained parameters", [f"{run.trained_parameters:,}" for run in runs], ""),
     ]
+    if runs[0].bounds:
+        used = [f"{run.last('adapter/bound_used_mean'):.1%}, {run.last('adapter/bound_used_max'):.1%}" for run in runs]
+        rows.append(("bound used, mean and most", used, ""))
     if "GPU" in runs[0].memory_kind:
         rows.append(("peak GPU memory in a step", [f"{max(run.memory) / 2**20:.0f} MiB" for run in runs], ""))
     head = [Cell(""), *(Cell(label, colour) for label, colour in _colours(runs).items())]

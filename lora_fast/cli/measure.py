@@ -11,6 +11,8 @@ from importlib import metadata
 
 import torch
 
+from ..metrics import BoundStats
+
 
 @dataclass
 class Record:
@@ -24,6 +26,7 @@ class Record:
     memory_kind: str = ""
     held_out: list[tuple[int, float]] = field(default_factory=list)  # (steps done, loss)
     adapter: list[dict[str, float]] = field(default_factory=list)  # lf.hf.summary, and "step"
+    bounds: dict[str, dict] = field(default_factory=dict)  # of each norm-bounded layer: see add_bounds
     change_erank: float | None = None  # of W + s b a − W₀, where training has changed W itself
     saved_bytes: int = 0  # kept for backward by one micro-batch, parameters and buffers not counted
     optimizer_bytes: int = 0  # the optimizer's state after its first step
@@ -37,6 +40,16 @@ class Record:
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
+
+    def add_bounds(self, stats: dict[str, BoundStats]) -> None:
+        """Layer → the norm's name, its bound, and ``values``, the norm of its ΔW at each step that ``adapter`` has."""
+        for name, layer in stats.items():
+            row = self.bounds.setdefault(name, {"norm": layer.norm, "bound": layer.bound, "values": []})
+            row["values"].append(layer.value)
+
+    def bounds_used(self) -> dict[str, float]:
+        """Layer → how much of its bound it used at the last of those steps, 0 to 1."""
+        return {name: row["values"][-1] / row["bound"] for name, row in self.bounds.items()}
 
     def step_time(self) -> dict[str, float]:
         """Median and the 20th and 80th percentile, in seconds, of the steps after the first, which also allocates."""

@@ -41,6 +41,8 @@ def _figures(run: Record, base: Record) -> dict[str, float | str]:
         "rank": run.last("adapter/rank_mean"),
         "erank": run.last("adapter/erank_mean"),
         "change_erank": run.last("adapter/erank_mean") if run.change_erank is None else run.change_erank,
+        "bound_used_mean": run.last("adapter/bound_used_mean"),
+        "bound_used_max": run.last("adapter/bound_used_max"),
         "step_seconds": step,
         "step_over_baseline": step / base_step,
         "optimizer_seconds": run.optimizer_time(),
@@ -79,8 +81,8 @@ def tables(settings: Settings, runs: list[Record]) -> list[Table]:
         ("held-out loss after", "held_out_after", "{:.4f}".format, True, True),
         (f"after, less {base}'s", "held_out_over_baseline", "{:+.4f}".format, False, True),
         ("training loss, last 10", "training_loss_last_10", "{:.4f}".format, True, False),
-        ("‖a‖", "norm_a", "{:.3g}".format, False, True),
-        ("‖b‖", "norm_b", "{:.3g}".format, False, True),
+        ("‖a‖", "norm_a", "{:.3g}".format, False, False),
+        ("‖b‖", "norm_b", "{:.3g}".format, False, False),
         ("rms a / b", "rms_ratio", "{:.3g}".format, False, True),
         ("rank", "rank", "{:.1f}".format, False, False),
         ("erank", "erank", "{:.2f}".format, False, True),
@@ -88,6 +90,8 @@ def tables(settings: Settings, runs: list[Record]) -> list[Table]:
     ]
     if all(run.change_erank is None for run in runs):
         learnt.pop()  # it is the erank again
+    if any(run.bounds for run in runs):
+        learnt.append(("bound used", "bound_used_mean", "{:.1%}".format, False, True))
     cost: list[Column] = [
         ("step, s", "step_seconds", "{:.3f}".format, True, True),
         (f"step over {base}'s", "step_over_baseline", "{:.3f}".format, False, False),
@@ -187,7 +191,7 @@ def notes(settings: Settings, runs: list[Record]) -> list[str]:
     base = baseline(settings, runs).label
     said = [
         f"Every method from the same weights, the same fresh adapters and the same batches (seed {settings.seed}), one "
-        "after the other in one process. One seed: a difference in loss that another seed could turn round decides "
+        f"after the other in one process. One seed: a difference in loss that another seed could turn round decides "
         "nothing, and methods may want other learning rates (--method NAME:lr=…).",
         "Step time: median over forward, backward, gradient clipping and optimizer update; data loading, evaluation, "
         "statistics, checkpoints and logging are outside, and so is the first step, which allocates. The methods share "
@@ -200,6 +204,11 @@ def notes(settings: Settings, runs: list[Record]) -> list[str]:
         "Norms, ratio, rank: of the adapters, by lora_fast.metrics.adapter_stats. The mean over adapters is the "
         "geometric one for the ratio, arithmetic for the rest.",
     ]
+    if any(planned.method.adapters for planned in settings.runs):
+        said.append(
+            "nb-lora and sing-lora have fresh adapters of another kind; their a and b are what the trained parameters "
+            "make of them. Their work in the forward and the backward pass is in the step's time, not the optimizer's."
+        )
     if any(run.change_erank is not None for run in runs):
         said.append(
             "scalora merges into the frozen weights: its norms, rank and erank are of the adapter alone; erank with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ _STYLE = {
     "legend.frameon": False,
 }
 _WIDTH, _WIDE = 6, 12.4  # inches, of one column of the page and of two
+MOST_NUMBERS = 40  # beside each other in a wide drawing
 _LETTERS = {_WIDTH: 62, _WIDE: 140}  # of legend text that fit beside each other
 
 
@@ -88,6 +90,35 @@ def bars(name: str, values: list[Bar], x: str) -> str:
         axes.grid(axis="y", visible=False)
 
     return _svg(name, draw, _WIDTH, height=max(2.4, 1 + 0.32 * len(values)))
+
+
+def cells(name: str, rows: list[str], columns: list[int], values: list[list[float]], x: str, unit: str) -> str:
+    """A wide table of coloured cells, ``values[row][column]``, from 0 to the largest; NaN stays empty. The numbers are
+    written in as long as they fit."""
+
+    def draw(axes):
+        import matplotlib
+
+        top = max((value for row in values for value in row if not math.isnan(value)), default=0) or 1
+        scale = matplotlib.colormaps["viridis"].resampled(20)
+        mesh = axes.pcolormesh(values, cmap=scale, vmin=0, vmax=top, edgecolor=_INK, linewidth=0.2)
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                if len(columns) <= MOST_NUMBERS and not math.isnan(value):
+                    ink = "white" if value < 0.6 * top else "black"
+                    text = f"{value:.0f}" if top >= 10 else f"{value:.2g}"
+                    axes.text(j + 0.5, i + 0.5, text, color=ink, ha="center", va="center", fontsize=8)
+        every = -(-len(columns) // MOST_NUMBERS)
+        axes.set_xticks([j + 0.5 for j in range(0, len(columns), every)], columns[::every])
+        axes.set_yticks([i + 0.5 for i in range(len(rows))], rows)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.grid(visible=False)
+        axes.invert_yaxis()
+        axes.set(xlabel=x)
+        axes.figure.colorbar(mesh, ax=axes, label=unit, fraction=0.03, pad=0.01).outline.set_visible(False)
+
+    return _svg(name, draw, _WIDE, height=1.2 + 0.28 * len(rows))
 
 
 def _whole_numbers(axis) -> None:

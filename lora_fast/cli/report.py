@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from . import engine_report, method_report, run_folder
+from . import bound_report, engine_report, method_report, run_folder
 from .measure import Record
 from .palette import colours
 from .settings import Run, Settings
@@ -66,5 +66,6 @@ def html(settings: Settings, runs: list[Record], environment: dict, prompt: str)
         tables=teller.tables(settings, runs),
         notes=teller.notes(settings, runs),
         figures=teller.figures(settings, runs),
+        wide_figures=bound_report.figures(runs),
         steps=max(len(run.losses) for run in runs),
     )

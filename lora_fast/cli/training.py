@@ -239,8 +239,8 @@ def _trainer(
     kind = ScaLoRATrainer if _changes_base(run) else plain
     trainer = kind(model, args, callbacks=[recorder], optimizer_cls_and_kwargs=optimizer, **data)
     trainer.remove_callback(PrinterCallback)
-    every = math.ceil(job.total / STATISTICS)
-    trainer.add_callback(hf.AdapterStatsCallback(trainer, every))  # after the recorder: it has stopped the clock
+    recorder.statistics = hf.AdapterStatsCallback(trainer, math.ceil(job.total / STATISTICS))
+    trainer.add_callback(recorder.statistics)  # after the recorder: it has stopped the clock
     return trainer, recorder
 
 
@@ -287,7 +287,13 @@ def _arguments(job: Job, run: Run, folder: Path, resumed: bool) -> transformers.
 
 
 class Recorder(transformers.TrainerCallback):
-    """Writes down what happens, decides when to evaluate and to save, and stops at a finished step on Ctrl-C."""
+    """Writes down what happens, decides when to evaluate and to save, and stops at a finished step on Ctrl-C.
+
+    Attributes:
+        statistics: what logs those of the adapters.
+    """
+
+    statistics: hf.AdapterStatsCallback
 
     def __init__(self, job: Job, record: Record, stopwatch: Stopwatch):
         self.job, self.record, self.stopwatch = job, record, stopwatch
@@ -336,6 +342,8 @@ class Recorder(transformers.TrainerCallback):
         figures = {name: value for name, value in logs.items() if name.startswith("adapter/")}
         if figures:
             self.record.adapter.append({"step": state.global_step, **figures})
+            self.record.add_bounds(self.statistics.bounds)
+            self.job.display.bounds(list(self.record.bounds_used().values()))
         if "loss" not in logs:
             return
         self._check_finite("loss", logs["loss"], state.global_step)
