@@ -144,6 +144,11 @@ def arch(device: torch.device) -> int:
 @lru_cache
 def _arch(index: int | None) -> int:
     major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        raise RuntimeError(
+            f"lora_fast: expected a GPU of sm_80 (Ampere) or later, got sm_{major}{minor}: "
+            "lf.set_backend('torch') runs plain torch on it"
+        )
     return 10 * major + minor
 
 

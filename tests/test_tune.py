@@ -155,7 +155,10 @@ def test_shapes_share_what_they_have_in_common_and_each_is_kept_when_it_is_done(
     table: tuned.Table = {}
     sizes = []
     shapes = [SHAPE, replace(SHAPE, d_out=48)]
-    outcomes = tuning.search_all(shapes, DEVICE, table, clock(1, [2e-3, 1e-3]), lambda: sizes.append(len(table)))
+    said = []
+    done = lambda: sizes.append(len(table))
+    outcomes = tuning.search_all(shapes, DEVICE, table, clock(1, [2e-3, 1e-3]), said.append, done)
+    assert said == [one.key for one in outcomes]
     assert [one.key.op for one in outcomes] == [*OPS, "linear", "grad_s_b", "grad_x_dropout"]
     assert sizes == [5, 8] and all(one.choice.items() <= table.items() for one in outcomes)
 
@@ -183,6 +186,18 @@ def test_candidates_that_fail_or_differ_are_never_timed():
 
     outcome = tuning.search(replace(case, call=call, candidates=case.candidates[:4]), timer)
     assert asked == [2] and (outcome.tried, outcome.failed) == (2, 2)
+
+
+def test_results_that_differ_by_the_order_of_a_sum_agree_and_wrong_ones_do_not():
+    key = tuned.key("linear", torch.float32, 48, 4096, 32, 4)
+    left, right = torch.randn(2, 64, 4096, generator=torch.Generator().manual_seed(0))
+    products = left * right
+    in_turn = products.cumsum(1)[:, -1]  # one number after the other: a tile that walks the whole row
+    in_pairs = products.sum(1)
+    assert not torch.equal(in_turn, in_pairs)
+    assert tuning._close(in_turn, in_pairs, key)
+    assert not tuning._close(products[:, 1:].sum(1), in_pairs, key)
+    assert not tuning._close(in_pairs * torch.nan, in_pairs, key)
 
 
 def test_no_call_under_the_clock_changes_its_inputs():
@@ -256,6 +271,19 @@ def test_without_a_gpu_it_says_so_before_anything_else(cache):
     assert result.exit_code == 2
     assert "lora-fast tune: expected a CUDA GPU to measure on, got none" in result.output
     assert not cache.exists()
+
+
+def test_kernels_in_the_interpreter_are_not_timed(cache, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    result = invoke()
+    assert result.exit_code == 2 and "unset it" in result.output and not cache.exists()
+
+
+def test_a_gpu_older_than_the_kernels_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    with pytest.raises(RuntimeError, match=r"sm_80 \(Ampere\) or later, got sm_75"):
+        tiles._arch.__wrapped__(0)
 
 
 def test_show_and_clear_work_anywhere(cache):

@@ -93,8 +93,8 @@ def run(settings: Settings, display: Display) -> None:
 
     try:
         with bar(display, len(shapes)) as progress:
-            progress.doing("layer shapes")
-            outcomes = tuning.search_all(shapes, device, table, tuning.time_on_gpu, keep)
+            doing = lambda key: progress.doing(f"{key.op} {_shape(key)}")
+            outcomes = tuning.search_all(shapes, device, table, tuning.time_on_gpu, doing, keep)
     except KeyboardInterrupt:
         display.note(f"Interrupted: {finished} of {len(shapes)} shapes are kept in {tuned.path()}.")
         raise typer.Exit(130) from None
@@ -149,9 +149,13 @@ def _gpu():
     """The current CUDA device."""
     import torch
 
+    from .installation import interpreting
+
     if not torch.cuda.is_available():
         got = "none (the defaults need no tuning; --show and --clear work anywhere)"
         raise ArgumentError("lora-fast tune", "a CUDA GPU to measure on", got)
+    if interpreting():
+        raise ArgumentError("lora-fast tune", "compiled kernels", "TRITON_INTERPRET in the environment: unset it")
     return torch.device("cuda", torch.cuda.current_device())
 
 
