@@ -128,7 +128,8 @@ class LoRAAdamW(torch.optim.Optimizer):
         """One step on the gradients that are there; parameters without one are left alone, as in torch.
 
         Raises:
-            ArgumentError: a gradient for one factor of a pair only, with a method that uses both. Nothing has changed.
+            ArgumentError: a gradient for one factor of a pair only, with a method that uses both; pairs that a method
+            cannot train on this backend. Nothing has changed.
         """
         loss = None
         if closure is not None:
@@ -190,6 +191,8 @@ class LoRAAdamW(torch.optim.Optimizer):
             if not missing:
                 active.append(i)
         if (triton, active) != self._built_for or not all(batch.intact() for batch in self._batches):
+            for method in self._middle:
+                method.check([self._pairs[i][0] for i in active])
             layout = next((m.layout for m in self._middle if type(m).layout is not Method.layout), Method().layout)
             self._batches = batches.build([self._pairs[i] for i in active], self.state, layout, triton)
             self._built_for = triton, active

@@ -33,6 +33,7 @@ __all__ = [
     "grams",
     "hyperbalance",
     "imbalance",
+    "largest_scalora_rank",
     "merge_",
     "pair_grams",
     "rite_factor",
@@ -72,6 +73,13 @@ def scalora_solve(grams: Grams, solver: str) -> tuple[Tensor, Tensor, Tensor]:
 
         return hadamard.scalora_solve(*grams, solver)
     return reference_scalora.scalora_solve(*grams, solver)
+
+
+def largest_scalora_rank() -> int:
+    """Of ``scalora_solve`` on the Triton backend; the twin takes any."""
+    from .kernels import hadamard
+
+    return hadamard.LARGEST
 
 
 def scales(

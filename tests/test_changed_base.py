@@ -617,3 +617,41 @@ def test_scalora_goes_on_to_the_same_bits_after_a_checkpoint(kind, keep, roundin
     for which, twin in (("one", model), ("other", resumed)):
         lf.save_adapter(twin, tmp_path / which)
     assert_same_tensors(read(tmp_path / "one")[0], read(tmp_path / "other")[0])
+
+
+def transposed(layer):
+    """The same weight, by columns."""
+    layer.weight.data = layer.weight.data.t().contiguous().t()
+
+
+REFUSED = {
+    "by columns": (r"q_proj\S*\.weight: expected a contiguous weight.* got strides \(1, 64\)$", {}, transposed),
+    "rank": (r"q_proj\S*\.lora_A: expected a rank of at most 128.* got 129$", {"r": 129}, lambda layer: None),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_kernels_cannot_merge_is_refused_before_anything_changes(case, kind):
+    """By the constructor, or, where the backend came later, by the step; the torch backend takes both."""
+    message, config, change = REFUSED[case]
+
+    def made():
+        model = KINDS[kind](**config)
+        change(changed_base.holder(model.get_submodule(f"base_model.model.{LAYER}" if kind != "injected" else LAYER)))
+        return model, scalora(model)
+
+    (model, optimizer), (other, expected) = made(), made()
+    with lf.set_backend("triton"), pytest.raises(lf.ArgumentError, match=message):
+        scalora(model)
+    loss_of(model, batch(seed=0)).backward()
+    before, places = snapshot(model), [p.data_ptr() for p in model.parameters()]
+    with lf.set_backend("triton"), pytest.raises(lf.ArgumentError, match=message):
+        optimizer.step()
+    assert_unchanged(model, before)
+    assert not optimizer.state_dict()["state"] and [p.data_ptr() for p in model.parameters()] == places
+    assert not any(changed_base.is_changed(module) for module in model.modules())
+    optimizer.step()  # as if nothing had been tried
+    train(other, expected, 1)
+    assert_same_tensors(snapshot(model)["bits"], snapshot(other)["bits"])
+    assert all(state["step"] == 1 for state in optimizer.state_dict()["state"].values())

@@ -19,7 +19,8 @@ class Method:
     replaces = False
 
     def check(self, pairs: list[Pair]) -> None:
-        """Raises ArgumentError if the method cannot train these."""
+        """Raises ArgumentError if the method cannot train these on the backend that now serves them. Asked of all pairs
+        when they are added, and of those that a step works on before the first step and after a change of them."""
 
     def layout(self, pair: Pair) -> tuple[Shapes, Shapes]:
         """Shapes and dtypes of the state of a and of b; they hold AdamW's at least, unless the method replaces it."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import changed_base, checks, step
+from .. import batches, changed_base, checks, step
 from ..batch import Batch, Shapes, adamw_state
 from ..pairs import Pair, check_mergeable
 from .method import Method
@@ -62,6 +62,16 @@ class ScaLoRA(Method):
 
     def check(self, pairs: list[Pair]) -> None:
         check_mergeable(pairs)
+        if not batches.grouped(pairs):
+            return
+        largest = step.largest_scalora_rank()
+        for pair in pairs:
+            if len(pair.a) > largest:
+                expected = f"a rank of at most {largest} for ScaLoRA on the Triton backend"
+                raise checks.ArgumentError(f"{pair.name}.lora_A", expected, len(pair.a))
+            if not pair.weight.is_contiguous():
+                expected = "a contiguous weight, for ScaLoRA's merges on the Triton backend"
+                raise checks.ArgumentError(f"{pair.name}.weight", expected, f"strides {pair.weight.stride()}")
 
     def layout(self, pair: Pair) -> tuple[Shapes, Shapes]:
         state_a, state_b = adamw_state(pair)
