@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from . import changed_base, checks, files
 from .adapter_files import PREFIX, Adapter, Change, check_tensor
+from .adapter_linear import merged_weight
 from .changed_base import Term, holder
 from .checks import CheckpointError
-from .linear import merged_weight
 from .merging import original_weight, weight_owners
 
 MIB = 2**20

@@ -4,17 +4,18 @@ at once."""
 from __future__ import annotations
 
 import math
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from . import checks, factors, functional, projection
-from .linear import Mergeable, over_linear
+from . import checks, factors, projection
+from .adapter_linear import AdapterLinear
 
 NORMS = {"spectral": 0.0, "frobenius": 0.5, "nuclear": 1.0}  # name → 1 / p of the Schatten norm
 
 
-class NBLoRALinear(Mergeable, nn.Module):
+class NBLoRALinear(AdapterLinear):
     """Linear layer with a low-rank adapter whose norm cannot exceed a bound ("Norm-Bounded Low-Rank Adaptation").
 
     ``y = x Wᵀ + bias + dropout(x) aᵀ bᵀ``, computed as one fused op. a and b are not trained themselves: they are the
@@ -26,30 +27,23 @@ class NBLoRALinear(Mergeable, nn.Module):
     was called on, all layers' factors are computed at once before the model's forward.
 
     Args:
-        in_features: d_in.
-        out_features: d_out.
-        r: rank, 1 to 256 and at most d_in.
+        in_features, out_features, r, dropout, bias, device, dtype: as AdapterLinear; r at most d_in.
         norm: ``"spectral"``, ``"frobenius"`` or ``"nuclear"``.
         bound: on the norm of ΔW; None: 1 (spectral), √r (Frobenius), r (nuclear), which make all sv 1 at the start.
         learn_scale: train how the bound is shared out among the singular values (in the spectral norm it is not).
-        dropout: probability of dropping an element of x on the adapter's way, in training only.
-        bias: whether the frozen layer has one.
-        device: of all parameters.
-        dtype: of all parameters (``from_linear`` gives the adapter float32 where the weight is 16-bit).
 
     Attributes:
-        weight: (d_out, d_in), frozen. bias: (d_out,), frozen, or None.
+        weight, bias, merged: as AdapterLinear.
         free_a: (r, d_in), free_b: (d_out, r), trained. free_scale: (r,), trained with ``learn_scale``.
         bound: may be changed at any time.
-        merged: True while ``weight`` contains the adapter.
 
     Raises:
         ArgumentError: r, norm, bound or dropout out of range.
     """
 
-    TRAINED = FREE = factors.FREE  # parameters; tensors that lora_A and lora_B do not tell
-    SETTINGS = ("norm", "bound", "learn_scale")  # besides r and dropout
-    scaling, use_rslora = 1.0, False  # of the plain LoRA adapter that it equals, with lora_A and lora_B
+    TRAINED = FREE = factors.FREE
+    SETTINGS = ("norm", "bound", "learn_scale")
+    scaling = 1.0
 
     def __init__(
         self,
@@ -65,52 +59,28 @@ class NBLoRALinear(Mergeable, nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.r = checks.rank(r)
+        super().__init__(in_features, out_features, r, dropout, bias, device, dtype)
         if r > in_features:
             raise checks.ArgumentError("r", f"at most in_features, {in_features}", r)
         self.norm = checks.choice(norm, "norm", tuple(NORMS))
         self.power = NORMS[norm]
         self.bound = r**self.power if bound is None else checks.positive(bound, "bound")
         self.learn_scale = checks.flag(learn_scale, "learn_scale")
-        self.dropout_p = checks.probability(dropout)
         place = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, **place), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features, **place), requires_grad=False) if bias else None
         self.free_a = nn.Parameter(torch.empty(r, in_features, **place))
         self.free_b = nn.Parameter(torch.empty(out_features, r, **place))
         self.free_scale = nn.Parameter(torch.empty(r, **place), requires_grad=learn_scale and self.power > 0)
-        self.register_buffer("_unmerged_weight", None, persistent=False)
         self.kept: factors.Kept | None = None  # this layer's factors, for as long as they hold
         self.shared: tuple[Tensor, Tensor] | None = None  # those of the model's forward that is running
         self.reset_parameters()
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        *,
-        r: int,
-        norm: str = "nuclear",
-        bound: float | None = None,
-        bound_ratio: float | None = None,
-        learn_scale: bool = True,
-        dropout: float = 0.0,
-    ) -> NBLoRALinear:
-        """The layer over ``linear``'s own parameters (shared, not copied, and frozen from now on).
-
-        ``bound_ratio`` gives the bound as a multiple of the weight's own norm, instead of ``bound``. The adapter is on
-        the weight's device, in float32 where the weight is 16-bit, else in the weight's dtype.
-        """
+    def from_linear(cls, linear: nn.Linear, *, bound_ratio: float | None = None, **settings) -> Self:
+        """As AdapterLinear's. ``bound_ratio`` gives the bound as a multiple of the weight's own norm, instead of
+        ``bound``."""
         if bound_ratio is not None:
-            bound = _bound_from(linear, norm, bound, bound_ratio)
-        return over_linear(cls, linear, r=r, norm=norm, bound=bound, learn_scale=learn_scale, dropout=dropout)
-
-    def reset_parameters(self) -> None:
-        """nn.Linear's initialisation of weight and bias, and a fresh adapter."""
-        nn.Linear.reset_parameters(self)
-        self.reset_adapter()
+            settings["bound"] = _bound_from(linear, bound_ratio, **settings)
+        return super().from_linear(linear, **settings)
 
     def reset_adapter(self) -> None:
         """A fresh adapter: ``free_a`` Kaiming, the rest 0; so b = 0, a aᵀ = I, and all singular values share the bound
@@ -119,13 +89,8 @@ class NBLoRALinear(Mergeable, nn.Module):
         nn.init.zeros_(self.free_b)
         nn.init.zeros_(self.free_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., d_in) → (..., d_out)."""
-        if self._buffers["_unmerged_weight"] is not None:
-            return nn.functional.linear(x, self.weight, self.bias)
-        a, b = self.shared or factors.of_layers([self])[0]
-        dropout_p = self.dropout_p if self.training else 0.0
-        return functional.lora_linear(x, self.weight, self.bias, a, b, 1.0, dropout_p)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.shared or factors.of_layers([self])[0]
 
     @torch.no_grad()
     def plain_factors(self) -> tuple[Tensor, Tensor]:
@@ -156,17 +121,11 @@ class NBLoRALinear(Mergeable, nn.Module):
             lora_A.to(place), lora_B.to(place), scaling, self.r, self.bound, self.power, self.learn_scale
         )
 
-    @torch.no_grad()
-    def assign_(self, *values: Tensor) -> None:
-        """Copy values into the layer's own tensors, in ``FREE``'s order."""
-        for name, value in zip(self.FREE, values, strict=True):
-            getattr(self, name).copy_(value)
-
-    def train(self, mode: bool = True) -> NBLoRALinear:
+    def train(self, mode: bool = True) -> Self:
         self.kept = None
         return super().train(mode)
 
-    def _apply(self, fn, recurse: bool = True) -> NBLoRALinear:
+    def _apply(self, fn, recurse: bool = True) -> Self:
         self.kept = None  # what moves to another device leaves nothing behind
         return super()._apply(fn, recurse)
 
@@ -174,13 +133,8 @@ class NBLoRALinear(Mergeable, nn.Module):
         """For deepcopy, pickle and torch.save: without the factors, which are computed again."""
         return self.__dict__ | {"kept": None, "shared": None}
 
-    def extra_repr(self) -> str:
-        rows = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        adapter = f"r={self.r}, norm={self.norm}, bound={self.bound:g}, dropout={self.dropout_p:g}"
-        return f"{rows}, {adapter}" + (", merged" * self.merged)
 
-
-def _bound_from(linear: nn.Linear, norm: str, bound: float | None, ratio: float) -> float:
+def _bound_from(linear: nn.Linear, ratio: float, norm: str = "nuclear", bound: float | None = None, **others) -> float:
     """ratio times the weight's norm."""
     if not isinstance(linear, nn.Linear):
         raise checks.ArgumentError("linear", "a torch.nn.Linear", type(linear).__name__)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import Dropout, Identity, Linear, Parameter
 
 from . import functional
+from .adapter_linear import merged_weight
 from .checks import MAX_RANK
-from .linear import merged_weight
 from .targets import is_hooked
 
 PLAIN = (Parameter, Tensor)  # neither a DTensor nor a quantised subclass

@@ -94,6 +94,7 @@ def test_compile_fullgraph():
     layer = layer_of(ramp_steps=4)
     optimizer = torch.optim.SGD([layer.free_s], lr=0.1)
     lf.count_steps_(layer, optimizer)
+    torch.compiler.reset()  # what other tests have compiled counts as a compilation of the same forward
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):
