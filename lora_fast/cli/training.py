@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
 from torch.utils._pytree import tree_leaves
 from transformers.trainer_callback import PrinterCallback
 
-from .. import NBLoRAConfig, SingLoRAConfig, files, fuse_, hf, inject_, save_adapter
+from .. import NBLoRAConfig, SingLoRAConfig, fuse_, hf, inject_, load_adapter, save_adapter
 from ..checks import ArgumentError
 from ..methods import ScaLoRA
 from ..optim import LoRAAdamW
@@ -202,19 +201,13 @@ class ScaLoRATrainer(hf.ExactCheckpoints, transformers.Trainer):
 
 
 class AdapterTrainer(transformers.Trainer):
-    """Its checkpoints hold the state of adapters of our own layers, not the frozen model."""
-
-    FILE = "adapters.safetensors"
+    """Its checkpoints hold the adapter with the parameters behind it, not the frozen model."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        frozen = {name for name, p in self.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        state = self.model.state_dict()
-        trained = {name: files.to_host(name, state[name]) for name in state.keys() - frozen}
-        files.write(output_dir or self.args.output_dir, {self.FILE: lambda file: save_file(trained, file)})
+        save_adapter(self.model, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        trained, _ = files.read_tensors(Path(resume_from_checkpoint) / self.FILE)
-        (self.model if model is None else model).load_state_dict(trained, strict=False)
+        load_adapter(self.model if model is None else model, resume_from_checkpoint)
 
 
 def _changes_base(run: Run) -> bool:
