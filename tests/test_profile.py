@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import html
 import html.parser
 import json
 from pathlib import Path
@@ -209,7 +210,9 @@ def test_the_verdict_says_plainly_when_there_is_no_gain(built, batch, ratio, sai
     result.engines[E.EAGER].over_fused = ratio
     assert said in result.verdict()
     result.fused_layers = 0
-    assert result.verdict() == "No gain: no layer could be fused."
+    assert result.verdict() == "No gain: no layer ran fused."
+    result.fused_layers, result.fallbacks = 3, {"hooks": 2, "merged": 1}
+    assert result.verdict() == "No gain: no layer ran fused."
 
 
 def made(built) -> Result:
@@ -220,17 +223,33 @@ def made(built) -> Result:
     one = [spread(1, 1)] * 5
     found = {label: Measured(times, *one, 10.0, 2**20, None, ["trace.json.gz"]) for label in E.LABELS}
     thirds = dict.fromkeys((E.BASE, E.EAGER, E.FUSED), spread(1, 2))
-    layer = layers.Layer("q", 2, 8, 16, thirds, dict.fromkeys(thirds, 0.5), {E.EAGER: 1e-7, E.FUSED: 2e-7}, "hooks")
+    layer = layers.Layer("q", 2, 8, 16, thirds, dict.fromkeys(thirds, 0.5), {E.EAGER: 1e-7, E.FUSED: 2e-7})
     where = {"device": "CPU", "versions": {}}
-    return Result(settings().as_dict(), where, "quiet", "fused 1 layer", 1, "", roofline.Ceilings(1e12, 1e10), found,
-                  [layer])  # fmt: skip
+    roof = roofline.Ceilings(1e12, 1e10)
+    return Result(settings().as_dict(), where, "quiet", "fused 3 layers", 3, {}, "", roof, found, [layer])
 
 
-def test_what_was_not_counted_and_what_fell_back_are_said(built):
+def test_what_was_not_counted_is_said(built):
     result = made(built)
     cells = [cell.text for table in page.tables(result) for row in table.rows for cell in row]
     assert "not counted" in cells and "50 · 50 · 50 %" in cells and "1.0e-07 · 2.0e-07" in cells
-    assert any("PEFT's own forward: hooks" in note for note in page.notes(result))
+
+
+def test_layers_that_ran_peft_s_forward_are_counted_with_their_reason(folder, batch):
+    built = E.build(settings(), str(folder), torch.float32, compiled=False)
+    fused = built.found[E.FUSED]
+    steps.step(built, fused, batch)
+    assert built.fallbacks() == {}
+    for name in list(built.fusing.changed)[:2]:
+        fused.model.get_submodule(name).get_base_layer().register_forward_hook(lambda *arguments: None)
+    steps.step(built, fused, batch)
+    ((reason, count),) = built.fallbacks().items()
+    assert count == 2 and reason.startswith("hooks")
+    result = made(built)
+    result.fallbacks = built.fallbacks()
+    assert result.layers_said() == f"fused 3 layers; 2 of them ran PEFT's own forward: {reason}"
+    assert html.escape(result.layers_said()) in page.html(result, "title").replace("&#39;", "&#x27;")
+    assert result.verdict() != "No gain: no layer ran fused."
 
 
 def test_the_tables_fit_a_terminal_of_80_columns(built):

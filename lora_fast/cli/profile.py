@@ -105,7 +105,7 @@ def run(settings: Settings, given: set[str], compiled: bool, folder: Path, displ
     for table in page.tables(result):
         display.show(table)
         display.note("")
-    display.note(f"{result.fusing}" + (f"; PEFT compiled left out: {result.skipped}" if result.skipped else ""))
+    display.note(result.layers_said() + (f"; PEFT compiled left out: {result.skipped}" if result.skipped else ""))
     display.note(result.verdict(), style="bold")
     display.note(result.machine, style="dim")
     display.note(f"\npage      {folder / PAGE}\nfigures   {folder / FIGURES}\ntraces    {folder}/trace-*.json.gz")

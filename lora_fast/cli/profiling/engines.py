@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,11 @@ class Engines:
     dtype: torch.dtype
     device: torch.device
     vocabulary: int
+
+    def fallbacks(self) -> dict[str, int]:
+        """Why layers of the fused engine ran PEFT's own forward the last time → how many of them."""
+        reasons = (getattr(module, "fallback_reason", None) for module in self.found[FUSED].model.modules())
+        return dict(Counter(filter(None, reasons)))
 
     def precision(self):
         """The context of every forward pass: with 16-bit weights autocast, as transformers' Trainer does."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from ..display import Display
 from ..experiments.session import machine
 from ..measure import environment
@@ -25,11 +27,14 @@ def measure(settings: Settings, source: str, dtype: object, compiled: bool, fold
     with display.working("Loading the model"):
         engines = engine_builder.build(settings, source, dtype, compiled)
     conditions = machine()
+    if engines.device.type == "cuda":
+        conditions = f"{torch.cuda.get_device_name(engines.device)}; {conditions}"
     batch = engine_builder.random_batch(engines.device, engines.vocabulary, settings.batch, settings.seq_len)
     count = len(engines.found)
     parts = count * (settings.steps + 3) + len(layers.by_shape(engines))
     with bar(display, parts) as progress:
         times, why = steps.take_turns(engines, batch, settings.steps, progress.doing, progress.advance)
+        fallbacks = engines.fallbacks()
         memory = _memory(engines, batch, progress)
         progress.doing("ceilings of the device")
         roof = roofline.ceilings(engines.device, engines.dtype)
@@ -49,6 +54,7 @@ def measure(settings: Settings, source: str, dtype: object, compiled: bool, fold
         machine=conditions,
         fusing=str(engines.fusing),
         fused_layers=len(engines.fusing.changed),
+        fallbacks=fallbacks,
         skipped=why if compiled else SKIPPED,
         ceilings=roof,
         engines=measured,

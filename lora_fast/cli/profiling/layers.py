@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from .steps import Clock, Spread
 
 CHECKED_TOKENS = 256  # for the gradients' errors: float64 is slow
 ROUNDS = 10
+LEAD_BYTES = 1 << 30
 
 
 @dataclass
@@ -25,7 +27,6 @@ class Layer:
     Attributes:
         seconds: forward + backward, of base, PEFT eager and fused. share: the least seconds over them.
         error: PEFT eager and fused: the largest relative L2 error of dx, da and db against float64.
-        fallback: why the fused layer ran PEFT's own forward, if it did.
     """
 
     name: str
@@ -35,7 +36,6 @@ class Layer:
     seconds: dict[str, Spread]
     share: dict[str, float]
     error: dict[str, float]
-    fallback: str
 
 
 def measure(
@@ -59,8 +59,7 @@ def measure(
             r = 0 if label == BASE else rank
             work = layer_work(x.numel() // d_in, d_in, d_out, r, engines.dtype.itemsize, adapter=4)
             share[label] = roof.least_seconds(work) / spread.median
-        fallback = getattr(layers[FUSED], "fallback_reason", None) or ""
-        found.append(Layer(name, len(names), d_in, d_out, seconds, share, errors, fallback))
+        found.append(Layer(name, len(names), d_in, d_out, seconds, share, errors))
         done()
     return found
 
@@ -125,12 +124,19 @@ def gradient_errors(engines: Engines, layers: dict[str, nn.Module], x: Tensor, d
 
 
 def timed(engines: Engines, layers: dict[str, nn.Module], x: Tensor, dy: Tensor) -> dict[str, list[float]]:
-    """Label → seconds of forward + backward in each round, the layers taking turns."""
+    """Label → seconds of forward + backward in each round, the layers taking turns.
+
+    A GPU writes a large tensor before each: in the meantime the host queues the layer's launches, and the L2 cache
+    loses what it holds of the operands.
+    """
+    lead = torch.empty(LEAD_BYTES, dtype=torch.uint8, device="cuda") if engines.device.type == "cuda" else None
     seconds: dict[str, list[float]] = {label: [] for label in layers}
     order = list(layers.items())
     for i in range(-1, ROUNDS):  # the first round warms up
         first = i % len(order)
         for label, layer in order[first:] + order[:first]:
+            if lead is not None:
+                lead.zero_()
             clock = Clock(engines.device)
             with engines.precision():
                 gradients(layer, x, dy)

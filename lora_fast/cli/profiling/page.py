@@ -18,14 +18,15 @@ def tables(result: Result) -> list[Table]:
 
 
 def _times(result: Result) -> Table:
-    head = ["ms a step", *PARTS, "step (p20–p80)", "tokens/s", "over fused"]
+    head = ["ms a step", *PARTS, "step", "p20–p80", "tokens/s", "over\nfused"]
     rows = []
     for label, one in result.engines.items():
         parts = [_ms(spread.median) for spread in (one.forward, one.backward, one.optimizer)]
         parts[2] = "" if label == BASE else parts[2]
-        step = f"{_ms(one.step.median)} ({_ms(one.step.p20)}–{_ms(one.step.p80)})"
+        spread = f"{_ms(one.step.p20)}–{_ms(one.step.p80)}"
         ratio = "" if label == FUSED else f"{one.over_fused.median:.2f}"
-        rows.append([_named(label), *map(Cell, (*parts, step, f"{one.tokens_per_second:,.0f}", ratio))])
+        words = (*parts, _ms(one.step.median), spread, f"{one.tokens_per_second:,.0f}", ratio)
+        rows.append([_named(label), *map(Cell, words)])
     return Table("", [Cell(text) for text in head], rows)
 
 
@@ -82,7 +83,6 @@ def notes(result: Result) -> list[str]:
     """How the figures were taken."""
     size = f"{result.settings['batch']} × {result.settings['seq_len']} random tokens"
     said = [
-        f"Layers of the fused engine: {result.fusing}.",
         f"One step: forward and backward pass over {size}, and the optimizer's update; the same batch each time. The "
         f"engines take turns step by step ({result.settings['steps']} counted steps each, one before that not counted) "
         "and share every weight. Over fused: the median of the ratios of steps in the same round.",
@@ -97,13 +97,13 @@ def notes(result: Result) -> list[str]:
         f"Share of roofline (base · eager · fused): the least time for the layer's operations and bytes, each operand "
         f"once, at this device's own ceilings, over the median of {ROUNDS} rounds. Ceilings: "
         f"{result.ceilings.operations / 1e12:.3g} TFLOP/s in one square GEMM, {result.ceilings.bytes / 1e9:.3g} GB/s "
-        "in one copy, read and written. What fits into caches can be above 100 %.",
+        "in one copy, read and written. What fits into caches can be above 100 %; a GPU's L2 cache is overwritten "
+        "before each run.",
         f"Conditions: {result.machine}.",
     ]
     if result.skipped:
-        said.insert(1, f"{COMPILED}: left out, {result.skipped}.")
-    fallbacks = {layer.fallback for layer in result.layers} - {""}
-    return said + [f"A fused layer ran PEFT's own forward: {reason}." for reason in sorted(fallbacks)]
+        said.append(f"{COMPILED}: left out, {result.skipped}.")
+    return said
 
 
 def html(result: Result, title: str) -> str:

@@ -26,7 +26,7 @@ def trace(engines: Engines, engine: Engine, batch: dict, folder: Path) -> str:
 
 def snapshot(engines: Engines, engine: Engine, batch: dict, folder: Path) -> str:
     """The CUDA allocator's history over one step (open it in https://pytorch.org/memory_viz); the file's name."""
-    torch.cuda.memory._record_memory_history()
+    torch.cuda.memory._record_memory_history(stacks="python")  # C++ frames take minutes to name
     try:
         step(engines, engine, batch)
         name = f"memory-{file_name(engine)}.pickle"

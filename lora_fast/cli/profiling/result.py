@@ -33,13 +33,16 @@ class Measured:
 
 @dataclass
 class Result:
-    """``fusing``: what ``fuse_`` said. ``skipped``: why there is no compiled engine, or "". ``machine``: conditions."""
+    """``fusing``: what ``fuse_`` said. ``fused_layers``: how many of its layers it changed, ``fallbacks``: why some of
+    these ran PEFT's own forward, and how many. ``skipped``: why there is no compiled engine, or "". ``machine``:
+    conditions."""
 
     settings: dict[str, object]
     environment: dict[str, object]
     machine: str
     fusing: str
     fused_layers: int
+    fallbacks: dict[str, int]
     skipped: str
     ceilings: Ceilings
     engines: dict[str, Measured]
@@ -49,13 +52,18 @@ class Result:
         """The largest gradient error of the layers looked at."""
         return max(layer.error[label] for layer in self.layers)
 
+    def layers_said(self) -> str:
+        """How many layers were fused, which not and why, and which ran PEFT's own forward nevertheless."""
+        fallbacks = [f"{count} of them ran PEFT's own forward: {reason}" for reason, count in self.fallbacks.items()]
+        return "; ".join([self.fusing, *fallbacks])
+
     def as_dict(self) -> dict[str, object]:
         return asdict(self) | {"verdict": self.verdict()}
 
     def verdict(self) -> str:
         """Whether fusing pays here. A gain is one only where the 20th percentile of the ratios is above 1."""
-        if not self.fused_layers:
-            return "No gain: no layer could be fused."
+        if self.fused_layers == sum(self.fallbacks.values()):
+            return "No gain: no layer ran fused."
         said = [_compared(EAGER, self.engines[EAGER].over_fused)]
         if COMPILED in self.engines:
             said.append(_compared(COMPILED, self.engines[COMPILED].over_fused))

@@ -59,6 +59,6 @@ def layer_work(n_tokens: int, d_in: int, d_out: int, r: int, element: int, adapt
     Forward reads x and W and writes y; backward reads dy and W and writes dx; of the adapter it reads x again, a and b
     in both passes, and writes their gradients.
     """
-    operations = 4 * n_tokens * d_in * d_out + 12 * n_tokens * r * (d_in + d_out) // 2
+    operations = 4 * n_tokens * d_in * d_out + 6 * n_tokens * r * (d_in + d_out)
     activations = n_tokens * (2 * d_in + 2 * d_out + (d_in if r else 0))
     return Work(operations, element * (activations + 2 * d_in * d_out) + adapter * 3 * r * (d_in + d_out))

@@ -52,7 +52,6 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
-        self.wait()
         self._marks = []
         self.mark()
 
@@ -62,13 +61,10 @@ class Clock:
             event.record()
         self._marks.append(event if self._cuda else time.perf_counter())
 
-    def wait(self) -> None:
+    def seconds(self) -> tuple[float, ...]:
+        """Between one mark and the next, once the device has passed them all."""
         if self._cuda:
             torch.cuda.synchronize()
-
-    def seconds(self) -> tuple[float, ...]:
-        """Between one mark and the next."""
-        self.wait()
         pairs = zip(self._marks, self._marks[1:], strict=False)
         return tuple(a.elapsed_time(b) / 1e3 if self._cuda else b - a for a, b in pairs)
 
