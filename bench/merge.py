@@ -1,4 +1,5 @@
-"""W += b diag(scale) a for every weight of some blocks: what ScaLoRA merges, at 16 bits rounded once."""
+"""W += b diag(scale) a for every weight of some blocks: what ScaLoRA merges, at 16 bits rounded once. Every run begins
+with the same weights, written back before the clock starts."""
 
 from dataclasses import replace
 
@@ -45,8 +46,9 @@ def build(case: Case, setting: Setting) -> Comparison:
     named = lambda own: {str(i): weight for i, weight in enumerate(own)}
 
     def provider(run, name: str = "auto") -> Provider:
-        own = weights()
-        return Provider(lambda: run(own), results=named, context=lambda: backend(name))
+        own, start = weights(), weights()
+        prepare = lambda: torch._foreach_copy_(own, start)
+        return Provider(lambda: run(own), results=named, prepare=prepare, context=lambda: backend(name))
 
     def exact() -> dict[str, torch.Tensor]:
         return named(eager([weight.double() for weight in weights()]))

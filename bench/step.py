@@ -1,6 +1,10 @@
 """The optimizer's step on all adapter pairs of a model: LoRAAdamW and its methods against what there is.
 
-Only the shapes of the model are used; gradients are random and the same for every provider.
+Only the shapes of the model are used; gradients are random and the same for every provider. Every run begins where the
+first one did: factors, gradients (PEFT's Riemannian optimizer writes into them, and would diverge on its own results)
+and the optimizer's state are written back, in place and in that order, before the clock starts. That is alike for all
+providers, and before L2 is flushed; where it is not flushed, on a CPU, each of them starts with the same kinds of bytes
+freshly written. ScaLoRA's weights are not restored: what they hold makes no difference to a step.
 """
 
 from __future__ import annotations
@@ -53,10 +57,22 @@ class Trained:
         weight = lambda d_in, d_out: torch.zeros(d_out, d_in, dtype=weights, device=device)
         frozen = [(weight(*shape),) if weights else () for shape in case.pairs]
         self.pairs = [(a, b, 2.0, *w) for a, b, w in zip(self.a, self.b, frozen, strict=True)]
+        self._start = [t.clone() for t in self._moving]
 
     @property
     def flat(self) -> list[nn.Parameter]:
         return self.a + self.b
+
+    @property
+    def _moving(self) -> list[torch.Tensor]:
+        return [p.data for p in self.flat] + [p.grad for p in self.flat]
+
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Back to where a first step begins."""
+        torch._foreach_copy_(self._moving, self._start)
+        for p in self.flat:
+            for state in optimizer.state.get(p, {}).values():
+                state.zero_()
 
 
 class LoopedILoRA:
@@ -65,6 +81,7 @@ class LoopedILoRA:
     def __init__(self, trained: Trained, fused: bool):
         self.pairs = trained.pairs
         self.adamw = torch.optim.AdamW(trained.flat, lr=LR, weight_decay=0.0, fused=fused or None)
+        self.state = self.adamw.state
 
     @torch.no_grad()
     def step(self) -> None:
@@ -110,7 +127,8 @@ def build(case: Case, setting: Setting) -> Comparison:
                     optimizer.step()
 
             named = lambda _: {str(i): p for i, p in enumerate(trained.flat)}
-            return Provider(run, results=named if comparable else None, context=context)
+            prepare = lambda: trained.restore(optimizer)
+            return Provider(run, None, named if comparable else None, prepare, context, own=trained.flat)
 
         return build_one
 

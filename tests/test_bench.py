@@ -44,6 +44,18 @@ def test_every_provider_computes_the_op(case):
         assert row.error is None or row.error <= ULPS * torch.finfo(torch.float32).eps, row.provider
 
 
+@pytest.mark.parametrize("case", [case for case in TINY if case.op in ("step", "merge")], ids=lambda case: case.name)
+def test_every_run_starts_where_the_first_did(case):
+    """However long a measurement is, nothing diverges: each run gives the bits of the first."""
+    for build in suite.module(case.op).build(case, SETTING).providers.values():
+        provider = build()
+        read = lambda value, of=provider: of.results(value) if of.results else dict(enumerate(of.own))
+        first = {name: t.detach().clone() for name, t in read(measure.once(provider)).items()}
+        for _ in range(3):
+            last = read(measure.once(provider))
+        assert first and all(torch.equal(first[name], last[name]) for name in first)
+
+
 def test_a_wrong_result_shows():
     case = next(case for case in TINY if case.op == "project")
     comparison = suite.module("project").build(case, SETTING)
