@@ -3,55 +3,49 @@
 Grid      up to SLOTS programs that go through the pairs, each in its own scratch of BLOCK_R × BLOCK_R matrices, which
           stays in L2 (blocked.py). A NaN stays in its pair.
 Shapes    of a pair, by address: ã or ga, a or dã (r, d_in), W (r, r), scale and d scale (r,). Sums over the factors and
-          what multiplies them: (n, R, R), R the largest rank.
+          what multiplies them: (n, R, R), R the largest rank. A pair's row in the table is that of its a; moving
+          tensors (moving.py), n of each: forward a, b, W, scale; backward dã, db̃, d scale, ga, gb, W, scale.
 Roofline  some 6 r³ operations, one dependent step per column: latency bound; the batch hides it.
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from .blocked import BLOCK, add_products
 from .inverse import invert
 from .primitives import round_to
-from .table import kept, to_device
+from .table import D, R, entry, pointer_at, tensor_at
 
 ROWS = tl.constexpr(4)  # of matrices that come from several places, at a time: their addresses take registers
 WARPS = {16: 1, 32: 2, 64: 4, 128: 8, 256: 8}  # by the largest rank, padded
-D_IN, R, FIELDS = (tl.constexpr(field) for field in (5, 6, 7))  # of a pair, after its addresses
 
 
 @triton.jit
-def address(pairs, i_pair, FIELD: tl.constexpr, DTYPE: tl.constexpr):
-    return tl.load(pairs + i_pair * FIELDS + FIELD).to(tl.pointer_type(DTYPE))
-
-
-@triton.jit
-def load_scale(pairs, i_pair, i, r, SCALED: tl.constexpr):
+def load_scale(p_address, i, r, SCALED: tl.constexpr):
     b_scale = tl.full(i.shape, 1.0, tl.float32)
     if SCALED:
-        b_scale = tl.load(address(pairs, i_pair, 3, tl.float32) + i, mask=i < r, other=0.0)
+        b_scale = tl.load(pointer_at(p_address, tl.float32, False) + i, mask=i < r, other=0.0)
     return b_scale
 
 
 @triton.jit(do_not_specialize=["n"])
 def lora_cayley_inverse_kernel(
-    pairs, totals, factors, matrices, scratch, n, P: tl.constexpr, SCALED: tl.constexpr, R_MAX: tl.constexpr,
+    entries, moving, totals, factors, matrices, scratch, n, P: tl.constexpr, SCALED: tl.constexpr, R_MAX: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """W, a's first r columns, and what multiplies the rest: −2 W for a, −2 W D for b. Of a pair: ã, a, W, scale."""
+    """W, a's first r columns, and what multiplies the rest: −2 W for a, −2 W D for b."""
     SIZE: tl.constexpr = R_MAX * R_MAX
     SLOT: tl.constexpr = BLOCK_R * BLOCK_R
     i_r, i_few = tl.arange(0, BLOCK_R), tl.arange(0, ROWS)
     i_slot = tl.program_id(0).to(tl.int64)
     matrix, w, residual = matrices + i_slot * SLOT, scratch + i_slot * 2 * SLOT, scratch + (i_slot * 2 + 1) * SLOT
     for i_pair in tl.range(i_slot, n, tl.num_programs(0), num_stages=1):
-        free_a, a = address(pairs, i_pair, 0, P), address(pairs, i_pair, 1, tl.float32)
-        inverse = address(pairs, i_pair, 2, tl.float32)
-        d_in, r = tl.load(pairs + i_pair * FIELDS + D_IN), tl.load(pairs + i_pair * FIELDS + R).to(tl.int32)
+        free_a, a = tensor_at(entries, i_pair, 0, P, False), pointer_at(moving + i_pair, tl.float32, False)
+        inverse = pointer_at(moving + 2 * n + i_pair, tl.float32, False)
+        d_in, r = entry(entries, i_pair, D), entry(entries, i_pair, R).to(tl.int32)
         gram_a, gram_b = totals + i_pair * SIZE, totals + (n + i_pair) * SIZE
         times_a, times_b = factors + i_pair * SIZE, factors + (n + i_pair) * SIZE
-        b_scale = load_scale(pairs, i_pair, i_r, r, SCALED)[None, :]
+        b_scale = load_scale(moving + 3 * n + i_pair, i_r, r, SCALED)[None, :]
         tl.debug_barrier()
         for o in tl.range(0, r, ROWS, num_stages=1):
             i_row = o + i_few
@@ -77,23 +71,22 @@ def lora_cayley_inverse_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def lora_cayley_backward_kernel(
-    pairs, totals, factors, scratch, n, P: tl.constexpr, SCALED: tl.constexpr, R_MAX: tl.constexpr,
+    entries, moving, totals, factors, scratch, n, P: tl.constexpr, SCALED: tl.constexpr, R_MAX: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """d a1, d scale, and what multiplies the rest: −R the parameters, −2 Wᵀ ga, −2 D Wᵀ gb. Of a pair: ga, dã, W,
-    scale, d scale."""
+    """d a1, d scale, and what multiplies the rest: −R the parameters, −2 Wᵀ ga, −2 D Wᵀ gb."""
     SIZE: tl.constexpr = R_MAX * R_MAX
     SLOT: tl.constexpr = BLOCK_R * BLOCK_R
     i_r, i_block, i_few = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK), tl.arange(0, ROWS)
     turned = scratch + tl.program_id(0).to(tl.int64) * 3 * SLOT
     t, half = turned + SLOT, turned + 2 * SLOT
     for i_pair in tl.range(tl.program_id(0).to(tl.int64), n, tl.num_programs(0), num_stages=1):
-        grad_a, da = address(pairs, i_pair, 0, tl.float32), address(pairs, i_pair, 1, P)
-        w = address(pairs, i_pair, 2, tl.float32)
-        d_in, r = tl.load(pairs + i_pair * FIELDS + D_IN), tl.load(pairs + i_pair * FIELDS + R).to(tl.int32)
+        da, grad_a = pointer_at(moving + i_pair, P, False), pointer_at(moving + 3 * n + i_pair, tl.float32, False)
+        w, scale = pointer_at(moving + 5 * n + i_pair, tl.float32, False), moving + 6 * n + i_pair
+        d_in, r = entry(entries, i_pair, D), entry(entries, i_pair, R).to(tl.int32)
         m_r = i_r < r
         sum_a, sum_b = totals + i_pair * SIZE, totals + (n + i_pair) * SIZE
-        b_scale = load_scale(pairs, i_pair, i_r, r, SCALED)[None, :]
+        b_scale = load_scale(scale, i_r, r, SCALED)[None, :]
         b_dscale = tl.zeros([BLOCK_R], dtype=tl.float32)
         tl.debug_barrier()
         for o in tl.range(0, r, ROWS, num_stages=1):  # T; Wᵀ
@@ -109,7 +102,7 @@ def lora_cayley_backward_kernel(
                 b_w = tl.load(w + i_row[:, None] * r + i_r[None, :], mask=mask, other=0.0)
                 b_dscale -= 2.0 * tl.sum(b_w * b_c, 0)
         if SCALED:
-            tl.store(address(pairs, i_pair, 4, tl.float32) + i_r, b_dscale, mask=m_r)
+            tl.store(pointer_at(moving + 2 * n + i_pair, tl.float32, False) + i_r, b_dscale, mask=m_r)
         tl.debug_barrier()
         for o in tl.range(0, r, BLOCK, num_stages=1):  # Wᵀ T
             i_row = o + i_block
@@ -137,16 +130,5 @@ def lora_cayley_backward_kernel(
             tl.store(da + i_row[:, None] * d_in + i_r[None, :], round_to(b_s - b_st, P), mask=mask)
             tl.store(factors + i_pair * SIZE + o_factor, -(b_s + b_st), mask=mask)
             tl.store(factors + (n + i_pair) * SIZE + o_factor, b_turned, mask=mask)
-            b_turned *= load_scale(pairs, i_pair, i_row, r, SCALED)[:, None]
+            b_turned *= load_scale(scale, i_row, r, SCALED)[:, None]
             tl.store(factors + (2 * n + i_pair) * SIZE + o_factor, b_turned, mask=mask)
-
-
-def pair_table(*lists: list[torch.Tensor] | None) -> torch.Tensor:
-    """int64 (n, FIELDS): the addresses of up to five tensors of a pair, the first of which is as free_a; d_in, r."""
-    known = [xs for xs in lists if xs is not None]
-    key = tuple(tuple(x.data_ptr() for x in xs) if xs else None for xs in lists), tuple(x.shape for x in known[0])
-    empty = [0] * len(known[0])
-    columns = [[x.data_ptr() for x in xs] if xs else empty for xs in lists] + [empty] * (D_IN.value - len(lists))
-    rows = [[*addresses, x.shape[1], x.shape[0]] for *addresses, x in zip(*columns, known[0], strict=True)]
-    device = known[0][0].device
-    return kept(("pairs", device, key), lambda: to_device(rows, torch.int64, device))

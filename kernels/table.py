@@ -13,7 +13,8 @@ Caching   a table is kept by addresses, shapes and dtypes. A gradient that moves
           allocator tends to hand the same addresses out again, so the last ``KEPT`` tables stay. The tile map depends
           on sizes alone. Capture in a CUDA graph: the addresses are baked into the table, as they would be into kernel
           arguments, so run the step once on the tensors to be captured (static gradients, set_to_none=False) before; a
-          new address while capturing is an error, for the copy it needs would read host memory at every replay.
+          new address while capturing is an error, for the copy it needs would read host memory at every replay. What a
+          graph has used is kept for good. Tensors that move in a graph, too, are listed apart (moving.py).
 """
 
 from collections import OrderedDict
@@ -30,7 +31,7 @@ D, R, SIDE, INDEX, FIRST, COUNT = (tl.constexpr(column) for column in range(4, 1
 COLUMNS = tl.constexpr(10)
 SIDE_A = tl.constexpr(1)
 BLOCKS = 16  # arrivals that a kernel may count for each tensor: 4 × 4 blocks of 64 at rank 256
-KEPT = 16  # tables kept; one is a few kilobytes
+KEPT = 32  # tables kept; one is a few kilobytes
 
 TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -43,7 +44,13 @@ def entry(entries, i_tensor, COLUMN: tl.constexpr):
 @triton.jit
 def tensor_at(entries, i_tensor, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """The pointer to a tensor of the table. ALIGNED: it, and every row of an a, starts at a multiple of 16 bytes."""
-    pointer = entry(entries, i_tensor, COLUMN).to(tl.pointer_type(DTYPE))
+    return pointer_at(entries + i_tensor * COLUMNS + COLUMN, DTYPE, ALIGNED)
+
+
+@triton.jit
+def pointer_at(p_address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer whose address is in memory."""
+    pointer = tl.load(p_address).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
@@ -98,6 +105,12 @@ class Factor(NamedTuple):
 
 
 _tables: OrderedDict = OrderedDict()
+_captured: dict = {}  # what CUDA graphs read at every replay
+
+
+def capturing() -> bool:
+    """Whether launches go into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def group(factors: list[Factor], chunk: int, flat: bool = False) -> list[Table]:
@@ -117,9 +130,12 @@ def _table(factors: tuple[Factor, ...], chunk: int, flat: bool) -> Table:
 
 
 def kept(key: tuple, build: Callable):
-    """What ``build`` makes for a key, made once and kept until ``KEPT`` others were used since."""
+    """What ``build`` makes for a key, made once and kept until ``KEPT`` others were used since; for good where a CUDA
+    graph has used it."""
+    if key in _captured:
+        return _captured[key]
     if key not in _tables:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if capturing():
             raise RuntimeError(
                 "lora_fast: a tensor of the step has moved since the last step, and a CUDA graph is being captured: "
                 "run the step once on the tensors to be captured first, and keep their gradients where they are"
@@ -128,6 +144,9 @@ def kept(key: tuple, build: Callable):
         while len(_tables) > KEPT:
             _tables.popitem(last=False)
     _tables.move_to_end(key)
+    if capturing():
+        _captured[key] = _tables.pop(key)
+        return _captured[key]
     return _tables[key]
 
 

@@ -11,7 +11,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import lora_fast as lf
 from lora_fast import reference_cayley as twin
-from lora_fast.kernels import cayley, interpreted
+from lora_fast.kernels import cayley, interpreted, table
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 COUNTED = pytest.mark.skipif(DEVICE.type == "cuda", reason="counted by the interpreter")
@@ -153,6 +153,71 @@ def test_more_pairs_than_programs(monkeypatch):
     monkeypatch.setattr(cayley, "SLOTS", 2)
     for xs, ys in zip(all_at_once, run(), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_a_graph_needs_no_address_from_the_host(dtype, monkeypatch):
+    """A call finds all that the one before left on the device, with everything but the parameters elsewhere; a
+    parameter that has moved is an error."""
+    monkeypatch.setattr(table, "_captured", {})
+    lists = pairs(MIXED[:4], dtype)
+    kept = []  # so that nothing gets an address again
+
+    def run():
+        scales = scales_of(lists[0])
+        a, b, inverses = cayley.cayley(*lists, scales)
+        grads = like(a), like(b, 50)
+        kept.append((scales, a, b, inverses, grads))
+        da, db, dscales = cayley.cayley_backward(*lists, scales, inverses, *grads)
+        return [*a, *b, *inverses, *da, *db, *dscales]
+
+    outside = run()
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "capturing", lambda: True)
+        patch.setattr(table, "to_device", None)
+        within = run()
+        with monkeypatch.context() as outside_again:
+            outside_again.setattr(table, "capturing", lambda: False)
+            for i in range(table.KEPT + 1):
+                table.kept(("another", i), object)
+        run()  # a graph's tables are not let go
+        for tensors in lists:
+            tensors[0] = tensors[0].clone()
+        with pytest.raises(RuntimeError, match="a CUDA graph is being captured"):
+            run()
+    assert all(torch.equal(x, y) for x, y in zip(outside, within, strict=True))
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="captures a CUDA graph")
+def test_replay_follows_the_parameters():
+    lists = pairs(MIXED)
+
+    def run():
+        scales = [x.square() + 1 for x in scales_in]
+        a, b, inverses = cayley.cayley(*lists, scales)
+        lists_of = cayley.cayley_backward(*lists, scales, inverses, [x.sin() for x in a], [x.cos() for x in b])
+        return [x for xs in (a, b, *lists_of) for x in xs]
+
+    scales_in = scales_of(lists[0])
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="relaxed"):  # a kernel may be compiled at its first capture
+        captured = run()
+    for tensors in (*lists, scales_in):
+        torch._foreach_mul_(tensors, 1.25)
+    graph.replay()
+    assert all(torch.equal(x, y) for x, y in zip(captured, run(), strict=True))
+
+
+def test_unaligned_gradients():
+    """Views that start anywhere are taken as they come."""
+    lists = pairs([(8, 64, 32)])
+    a, b, inverses = cayley.cayley(*lists)
+    aside = lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+    plain = cayley.cayley_backward(*lists, None, inverses, a, b)
+    moved = cayley.cayley_backward(*lists, None, inverses, [aside(a[0])], [aside(b[0])])
+    assert aside(a[0]).data_ptr() % 16, "not aligned"
+    assert all(torch.equal(x[0], y[0]) for x, y in zip(plain[:2], moved[:2], strict=True))
 
 
 def test_no_pairs():
