@@ -51,6 +51,7 @@ def cases(ops: list[str] | None, dtypes: list[str], ranks: list[int]) -> list[Ca
         stepping = _cases("adamw_step", dtype, ranks, steps)
         found += [case for case in stepping if case.r <= step.GRAM_RANK or not case.variant["gram"]]
         found += _cases("transform", dtype, ranks, variants(add=(False, True)))
+        found += _cases("cayley", dtype, ranks, variants(backward=(False, True)))
     for dtype in dtypes:
         roundings = ("nearest",) if dtype == "float32" else ("nearest", "stochastic", "compensated")
         found += _cases("merge", dtype, ranks, variants(rounding=roundings))

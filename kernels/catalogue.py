@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import cayley, hadamard, inverse, launch, layer, merge, middle, scales, solve, step, tiles
+from . import cayley, hadamard, inverse, launch, layer, merge, middle, rescale, solve, step, tiles
 from . import gram as grams
 
 N_TOKENS, SHORT, D_IN, D_OUT = 8192, 64, 4096, 4096
@@ -195,7 +195,7 @@ def cayley_transform(r: int, dtype: torch.dtype, backward: bool) -> None:
 
 def scalora(r: int, dtype: torch.dtype, solver: str) -> None:
     x, alive, _ = hadamard.scalora_solve(*torch.zeros(5, 3, r, r, dtype=dtype), solver)
-    scales.scales(x, alive, torch.ones((), dtype=torch.float64), torch.ones(3), 0.25, None)
+    rescale.scales(x, alive, torch.ones((), dtype=torch.float64), torch.ones(3), 0.25, None)
 
 
 def merge_weights(r: int, dtype: torch.dtype, rounding: str) -> int:
@@ -244,7 +244,7 @@ OPS = {
     "spd_solve": Op(spd_solve, _SMALL),
     "spd_inverse": Op(spd_inverse, _SMALL),
     "small_inverse": Op(small_inverse, _SMALL),
-    "cayley": Op(cayley_transform, {"float32": (16, 64, 256), "bfloat16": (64,)}, variants(backward=(False, True))),
+    "cayley": Op(cayley_transform, {"float32": (16, 64, 256), "bfloat16": (64, 128)}, variants(backward=(False, True))),
     "scalora": Op(scalora, {"float32": (32, 128)}, variants(solver=("nnls", "paper"))),
     "merge": Op(
         merge_weights, {"bfloat16": (8, 64), "float16": (16,)}, variants(rounding=("stochastic", "compensated")),
