@@ -153,15 +153,14 @@ def frozen(op: Operands) -> Provider:
 
 def peft(op: Operands, case: Case, adapter: torch.dtype, autocast: bool = False) -> Provider:
     try:
-        from peft import LoraConfig
-        from peft.tuners.lora import Linear
+        from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise Unavailable(f"peft cannot be imported: {error}") from error
     d_in, d_out = case.shape
     base = nn.Linear(d_in, d_out, bias=False, device="meta")
     base.weight = nn.Parameter(op.weight, requires_grad=False)
-    config = LoraConfig(r=case.r, lora_alpha=op.scaling * case.r, lora_dropout=case.dropout)
-    module = Linear(base, "default", config, r=case.r, lora_alpha=op.scaling * case.r).train()
+    config = LoraConfig(r=case.r, lora_alpha=op.scaling * case.r, lora_dropout=case.dropout, target_modules=["base"])
+    module = inject_adapter_in_model(config, nn.ModuleDict({"base": base}))["base"].train()
     trained = []
     for factor, value in ((module.lora_A, op.lora_A), (module.lora_B, op.lora_B)):
         factor["default"].weight = nn.Parameter(value.detach().to(adapter, copy=True))
