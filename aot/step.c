@@ -1,5 +1,5 @@
 /* The step and the small matrices: tables as kernels/table.py and merge.py build them, grids as gram.py, step.py,
-   solve.py, inverse.py and hadamard.py choose them. */
+   solve.py, inverse.py, hadamard.py and rescale.py choose them. */
 
 #include "kernels.h"
 

@@ -44,6 +44,13 @@ def check_square(name: str, matrices: torch.Tensor) -> tuple[int, int]:
     return n, sides[0]
 
 
+def check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+        raise ValueError(
+            f"lora_fast: {name}: expected contiguous {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+        )
+
+
 def on_device(tensor: torch.Tensor):
     """Launches go to the tensor's device, whichever is current."""
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from . import gram as grams
 from .gram import add_up, deposit, last_to_arrive, load_block
-from .launch import on_device
+from .launch import check_tensor, on_device
 from .primitives import dot, round_to, widened
 from .table import (
     COUNT,
@@ -308,7 +308,7 @@ def transform_(tensors: list[torch.Tensor], is_a: list[bool], matrices: torch.Te
     """p ← M p (rank first) or p ← p M (rank last) for every factor, in place; with ``add``, p ← p + M p or p + p M.
     matrices: float32 (n, R, R), R the largest rank."""
     r_max = _largest_rank([(t,) for t in tensors], is_a)
-    _check("matrices", matrices, (len(tensors), r_max, r_max), torch.float32)
+    check_tensor("matrices", matrices, (len(tensors), r_max, r_max), torch.float32)
     if not tensors:
         return
     tile = grouped("transform", max(16, r_max))
@@ -333,19 +333,12 @@ def _largest_rank(factors: list[tuple], is_a: list[bool]) -> int:
 
 
 def _check_work(n: int, r_max: int, hyper: torch.Tensor, steps: torch.Tensor, work: Work) -> None:
-    _check("hyper", hyper, (1 if hyper.shape[0] == 1 else n, HYPER), torch.float64)
-    _check("steps", steps, (n,), torch.float32)
+    check_tensor("hyper", hyper, (1 if hyper.shape[0] == 1 else n, HYPER), torch.float64)
+    check_tensor("steps", steps, (n,), torch.float32)
     if (work.scale_p is None) != (work.scale_g is None):
         raise ValueError("lora_fast: scale_p and scale_g come together, got one of them")
-    for name, shape in {"additive": (n,), "matrices": (n, r_max, r_max), "scale_p": (n, r_max)}.items():
-        _check(name, getattr(work, name), shape, torch.float32)
-    _check("scale_g", work.scale_g, (n, r_max), torch.float32)
-
-
-def _check(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tensor is None:
-        return
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-        raise ValueError(
-            f"lora_fast: {name}: expected contiguous {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
-        )
+    scales = (n, r_max)
+    shapes = {"additive": (n,), "matrices": (n, r_max, r_max), "scale_p": scales, "scale_g": scales}
+    for name, shape in shapes.items():
+        if getattr(work, name) is not None:
+            check_tensor(name, getattr(work, name), shape, torch.float32)

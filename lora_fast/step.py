@@ -87,9 +87,9 @@ def scales(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ScaLoRA's scales: see ``reference_scalora.scales``."""
     if backend.uses_triton(x):
-        from .kernels import hadamard
+        from .kernels import rescale
 
-        return hadamard.scales(x, alive, kappa, scaling, low, high)
+        return rescale.scales(x, alive, kappa, scaling, low, high)
     return reference_scalora.scales(x, alive, kappa, scaling, low, high)
 
 

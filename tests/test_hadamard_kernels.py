@@ -9,7 +9,7 @@ from launching import DEVICE, poisoned_empty
 from triton.runtime.interpreter import InterpretedFunction
 
 from lora_fast import reference_scalora as twin
-from lora_fast.kernels import hadamard, interpreted
+from lora_fast.kernels import hadamard, interpreted, rescale
 
 EPS = torch.finfo(torch.float32).eps
 # numpy's, of values that a kernel computes and does not choose
@@ -170,7 +170,7 @@ def test_what_is_not_finite_stays_in_its_pair(r, value, solver):
     assert x[:-1].isnan().all() and alive[:-1].all() and info[:-1].eq(1).all()
     for got, want in zip((x, alive, info), clean, strict=True):
         assert torch.equal(got[-1], want[0])
-    scale = hadamard.scales(x, alive, 2.0, torch.ones(len(x), device=DEVICE), 0.25, 4.0)[0]
+    scale = rescale.scales(x, alive, 2.0, torch.ones(len(x), device=DEVICE), 0.25, 4.0)[0]
     assert scale[: len(places)].isnan().all() and scale[len(places)].isfinite().all()
 
 
@@ -211,10 +211,10 @@ def test_any_number_of_pairs(n, monkeypatch):
     grids = []
     monkeypatch.setattr(InterpretedFunction, "run", lambda self, *args, grid, **kwargs: grids.append(grid))
     x, alive, info = hadamard.scalora_solve(*torch.zeros(5, n, 2, 2, device=DEVICE), "nnls")
-    scales = hadamard.scales(x, alive, 1.0, torch.ones(n, device=DEVICE), 0.25, 4.0)
+    scales = rescale.scales(x, alive, 1.0, torch.ones(n, device=DEVICE), 0.25, 4.0)
     assert x.shape == alive.shape == (n, 4) and info.shape == (n,)
     assert [s.shape for s in scales] == [(2 * n, 2), (2 * n, 2), (n, 2)]
-    assert grids == ([(n,), (-(-n * 2 // hadamard.BLOCK),)] if n else [])
+    assert grids == ([(n,), (-(-n * 2 // rescale.BLOCK),)] if n else [])
 
 
 @pytest.mark.parametrize("in_memory", [False, True], ids=["number", "in memory"])
@@ -229,7 +229,7 @@ def test_scales(low, high, in_memory):
     scaling = torch.rand(n, generator=generator).to(DEVICE)
     as_given = lambda v: torch.tensor(v, dtype=torch.float64, device=DEVICE) if in_memory else v
     with poisoned_empty():
-        scale_p, scale_g, rest = hadamard.scales(x, alive, as_given(0.7), scaling, low, high)
+        scale_p, scale_g, rest = rescale.scales(x, alive, as_given(0.7), scaling, low, high)
     want = torch.where(alive, (x.double() / 0.7).sqrt().clamp(low, high), 1.0)
     alpha, beta = want[:, :r], want[:, r:]
     torch.testing.assert_close(scale_p.double(), torch.cat([alpha, beta]), rtol=EPS, atol=0, equal_nan=True)
@@ -239,9 +239,9 @@ def test_scales(low, high, in_memory):
     assert (rest.double() - left).abs().nan_to_num().le((2 * EPS * size).nan_to_num()).all()
     assert scale_p[5, 1].isnan() and scale_g[n + 5, 1].isnan() and rest[5, 1].isnan()
     for kappa in (0.0, -1.0):
-        scale_p, scale_g, rest = hadamard.scales(x, alive, as_given(kappa), scaling, low, high)
+        scale_p, scale_g, rest = rescale.scales(x, alive, as_given(kappa), scaling, low, high)
         assert scale_p.eq(1).all() and scale_g.eq(1).all() and rest.eq(0).all()
-    assert hadamard.scales(x, alive, as_given(float("nan")), scaling, low, high)[0][:n][alive[:, :r]].isnan().all()
+    assert rescale.scales(x, alive, as_given(float("nan")), scaling, low, high)[0][:n][alive[:, :r]].isnan().all()
 
 
 BAD = {
@@ -251,9 +251,9 @@ BAD = {
     "shape": (lambda g: hadamard.scalora_solve(*g[:4], g[4][:1], "nnls"), "k: expected"),
     "dtype": (lambda g: hadamard.scalora_solve(g[0], g[1].double(), *g[2:], "nnls"), "kb: expected"),
     "strides": (lambda g: hadamard.scalora_solve(*g[:2], g[2].mT, *g[3:], "nnls"), "kp: expected contiguous"),
-    "alive": (lambda g: hadamard.scales(torch.ones(2, 4), torch.ones(2, 4), 1.0, torch.ones(2), 0.1, 2), "alive"),
+    "alive": (lambda g: rescale.scales(torch.ones(2, 4), torch.ones(2, 4), 1.0, torch.ones(2), 0.1, 2), "alive"),
     "kappa": (
-        lambda g: hadamard.scales(torch.ones(2, 4), torch.ones(2, 4).bool(), torch.ones(1), torch.ones(2), 0.1, 2),
+        lambda g: rescale.scales(torch.ones(2, 4), torch.ones(2, 4).bool(), torch.ones(1), torch.ones(2), 0.1, 2),
         "kappa",
     ),
 }

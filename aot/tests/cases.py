@@ -6,7 +6,7 @@ from ctypes import byref, c_int64, c_size_t, c_void_p
 import torch
 from library import DTYPES, NO_KERNEL, Factor, Group, Layer, Library, Work
 
-from lora_fast.kernels import gram, hadamard, inverse, layer, merge, solve, step, tiles
+from lora_fast.kernels import gram, hadamard, inverse, layer, merge, rescale, solve, step, tiles
 
 
 class Case:
@@ -308,7 +308,7 @@ def scalora(library, device, dtype, r, solver):
 
     def python(t):
         x, alive, info = hadamard.scalora_solve(*t["matrices"], solver)
-        return [x, alive, info, *hadamard.scales(x, alive, t["kappa"], t["scaling"], 0.25, 4.0)]
+        return [x, alive, info, *rescale.scales(x, alive, t["kappa"], t["scaling"], 0.25, 4.0)]
 
     def c(t):
         x, alive = case.empty(3, 2 * r), case.empty(3, 2 * r, dtype=torch.bool)
