@@ -88,7 +88,8 @@ def test_nb_lora_beside_plain_lora(place, plain):  # noqa: F811
     assert sum(row["values"][-1] / 0.5 for row in bounds.values()) / 14 == pytest.approx(used_at_end)
     page = Page((folder / "report.html").read_text())
     assert page.addresses == [] and len(page.ids) == len(set(page.ids))
-    for said in ("spectral norm of ΔW, at most 0.5", "mlp.down_proj", "% of the bound", f"{100 * used_at_end:.1f}%"):
+    limits = "Spectral norm of each ΔW at most 0.5. Each bound"
+    for said in (limits, "mlp.down_proj", "% of the bound", f"{100 * used_at_end:.1f}%"):
         assert said in " ".join(page.words), said
     place_of = folder / Settings(method=("lora", method), compare=True).runs[1].folder
     assert held_out_loss_in_peft(place, place_of) == pytest.approx(runs[method]["held_out"][-1][1], abs=1e-5)

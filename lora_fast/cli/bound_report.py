@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from . import methods
 from .measure import Record
 from .palette import colours
 from .plots import Series, cells, lines
@@ -19,13 +20,6 @@ def figures(runs: list[Record]) -> list[tuple[str, str, str]]:
         ("How much of their bounds the layers use", caption, _over_steps(runs, bounded)),
         *(_by_layer(run, i, several=len(bounded) > 1) for i, run in enumerate(bounded)),
     ]
-
-
-def told(run: Record) -> str:
-    """The norm and the bounds of a run, in words."""
-    norm, bounds = (next(iter(run.bounds.values()))["norm"], [row["bound"] for row in run.bounds.values()])
-    low, high = f"{min(bounds):.4g}", f"{max(bounds):.4g}"
-    return f"{norm} norm of ΔW, at most {low if low == high else f'{low} to {high}, by layer'}"
 
 
 def _over_steps(runs: list[Record], bounded: list[Record]) -> str:
@@ -46,7 +40,8 @@ def _by_layer(run: Record, i: int, several: bool) -> tuple[str, str, str]:
     for name, (kind, depth) in places.items():
         values[rows.index(kind)][columns.index(depth)] = 100 * used[name]
     heading = "The same, of each layer at the end" + (f": {run.label}" if several else "")
-    caption = f"% of its bound; {told(run)}. Each bound, and each norm over the steps, is in metrics.json."
+    norm, bounds = next(iter(run.bounds.values()))["norm"], [row["bound"] for row in run.bounds.values()]
+    caption = f"{methods.limits(norm, bounds)}. Each bound, and each norm over the steps, is in metrics.json."
     return heading, caption, cells(f"layers-{i}", rows, columns, values, "depth", "% of the bound")
 
 

@@ -137,8 +137,10 @@ class Display:
         self.note("\nUse it in Python:", style="bold")
         load = f"AutoModelForCausalLM.from_pretrained({source!r})"
         self.note(f"  model = peft.PeftModel.from_pretrained({load}, {str(adapter)!r})", style="cyan")
-        self.note("Next, " + ("your own text:" if settings.compare else "both engines, side by side:"), style="bold")
-        self.note(f"  {_next_command(settings, settings.runs[runs.index(chosen)].method.text)}", style="cyan")
+        method = settings.runs[runs.index(chosen)].method
+        beside = "beside plain LoRA:" if method.adapters else "both engines, side by side:"
+        self.note("Next, " + ("your own text:" if settings.compare else beside), style="bold")
+        self.note(f"  {_next_command(settings, method.text)}", style="cyan")
 
     def _sample(self, when: str, prompt: str, text: str) -> None:
         self.console.print(f"[bold]{when}[/]  [dim]{_literal(prompt)}[/] {_literal(text)}")
@@ -161,7 +163,7 @@ def _literal(text: str) -> str:
 
 
 def _next_command(settings: Settings, method: str) -> str:
-    """The same settings on both engines; after that, the best method on a text of one's own."""
+    """The same settings, compared; after that, the best method on a text of one's own."""
     chosen = ["--method", method] if (method,) != Settings().method else []
     if settings.compare:
         return shlex.join(["lora-fast", "finetune", *chosen, "--data", "your_text.txt", "--epochs", "1"])

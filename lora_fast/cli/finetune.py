@@ -35,7 +35,10 @@ _DTYPE = "auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16 or float
 _RESUME = "Continue the interrupted run in --output exactly where it stopped, with its settings."
 _METHOD = f"How the adapters are trained: {', '.join(METHODS)}. With options: ilora:lam=0.1,lr=5e-4. Listed below."
 _ENGINE = "fused: one operation a layer. eager: PEFT's layers as they are."
-_COMPARE = "From the same seed, run each --method given, or with one method both engines, and overlay the curves."
+_COMPARE = (
+    "From the same seed, run each --method given, and overlay the curves. With one: on both engines; nb-lora and "
+    "sing-lora, which PEFT does not have, beside lora."
+)
 _NORM = "Which norm is bounded: nuclear, the sum of the singular values, if not given; spectral: the largest of them."
 _BOUND = "On the norm of each layer's change ΔW: if not given, rank (nuclear), √rank (frobenius) or 1 (spectral)."
 _BOUND_RATIO = "Instead of --bound, a multiple of the norm of each layer's own weight: 0.1 lets it change by a tenth."

@@ -34,9 +34,7 @@ class NBLoRA:
 
     def note(self, model: nn.Module) -> str:
         """What holds for the layers in the model, in words."""
-        bounds = [layer.bound for layer in model.modules() if isinstance(layer, NBLoRALinear)]
-        low, high = f"{min(bounds):.4g}", f"{max(bounds):.4g}"
-        return f"{self.norm.capitalize()} norm of each ΔW at most {low if low == high else f'{low} to {high}'}"
+        return limits(self.norm, [layer.bound for layer in model.modules() if isinstance(layer, NBLoRALinear)])
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,9 @@ METHODS = {  # name → class in lora_fast.methods, or of ADAPTERS, what it does
     "balora": (methods.BaLoRA, "After AdamW, replaces the factors by those of the same product with a aᵀ = bᵀb."),
     "lora-rite": (methods.LoRARITE, "An update of its own, the same however the product is split into factors."),
     "nb-lora": (NBLoRA, "AdamW on free parameters whose Cayley transform gives a and b, so that the norm of their "
-                        "product cannot exceed a bound. With --compare, beside plain LoRA."),
+                        "product cannot exceed a bound."),
     "sing-lora": (SingLoRA, "AdamW on one matrix that is both factors, led in over the first ramp_steps steps: "
-                            f"{RAMP:.0%} of the run, if not given. With --compare, beside plain LoRA."),
+                            f"{RAMP:.0%} of the run, if not given."),
 }  # fmt: skip
 ADAPTERS = (NBLoRA, SingLoRA)  # adapters of our own layers, which PEFT does not have
 
@@ -134,6 +132,12 @@ def read(text: str) -> Choice:
         return Choice(text, name, (), lr, *made) if kind in ADAPTERS else Choice(text, name, made, lr)
     except ArgumentError as error:
         raise ArgumentError(f"--method {name}:{error.argument}", error.expected, error.got) from None
+
+
+def limits(norm: str, bounds: list[float]) -> str:
+    """The bounds of all layers, in words."""
+    low, high = f"{min(bounds):.4g}", f"{max(bounds):.4g}"
+    return f"{norm.capitalize()} norm of each ΔW at most {low if low == high else f'{low} to {high}'}"
 
 
 def with_bounds(
