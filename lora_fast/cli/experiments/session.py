@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .. import progress
 from ..display import Display
 from ..measure import Record
 
@@ -32,16 +32,9 @@ class Session:
     @contextlib.contextmanager
     def progress(self, text: str, total: int) -> Iterator[Callable[[], None]]:
         """A bar of ``total`` parts; call what it gives once a part is done."""
-        console = self.display.console
-        columns = (
-            TextColumn("  {task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-        )
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task(text, total=total)
-            yield lambda: progress.advance(task)
+        with progress.bar(self.display, total) as bar:
+            bar.doing(text)
+            yield bar.advance
 
 
 @contextlib.contextmanager
