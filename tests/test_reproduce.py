@@ -222,6 +222,21 @@ def test_training_runs_are_shared(tmp_path, monkeypatch):
     assert asked[0][1] != asked[1][1]
 
 
+@pytest.mark.parametrize("ratio, met", [(2.0, True), (-9.0, False)], ids=["nearer to 1", "further"])
+def test_the_norms_are_shown_for_the_paper_s_five_methods(tmp_path, ratio, met):
+    from lora_fast.cli.experiments import scale_norms, session
+    from lora_fast.cli.measure import Record
+
+    ratios = {"lora": 7.0, "lora+": 0.5, "sing-lora": 1.0, "lora-rite": 20.0, "scale-reg": ratio}
+    trained = {
+        name: Record(name, adapter=[{"step": 5, "adapter/norm_a_mean": 1.0, "adapter/rms_ratio_mean": ratio}])
+        for name, ratio in ratios.items()
+    }
+    shown = scale_norms.run(session.Session(tmp_path, True, None, trained))
+    assert [row.what.partition(":")[0] for row in shown.rows[1:]] == list(ratios)
+    assert shown.rows[0].met is met and shown.plots[0].png.startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     "options, message",
     [(("nonsense",), "NAME: expected some of scalora-regression"), (("--quick",), "--output: expected a new or empty")],

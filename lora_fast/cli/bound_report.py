@@ -17,7 +17,7 @@ def figures(runs: list[Record]) -> list[tuple[str, str, str]]:
         return []
     caption = "‖ΔW‖ over its bound: the mean over the layers, and the least to the most. 100 % cannot be passed."
     return [
-        ("How much of their bounds the layers use", caption, _over_steps(runs, bounded)),
+        ("Bound used, over the steps", caption, _over_steps(runs, bounded)),
         *(_by_layer(run, i, several=len(bounded) > 1) for i, run in enumerate(bounded)),
     ]
 
@@ -39,7 +39,7 @@ def _by_layer(run: Record, i: int, several: bool) -> tuple[str, str, str]:
     values = [[math.nan] * len(columns) for _ in rows]
     for name, (kind, depth) in places.items():
         values[rows.index(kind)][columns.index(depth)] = 100 * used[name]
-    heading = "The same, of each layer at the end" + (f": {run.label}" if several else "")
+    heading = "Bound used, by layer at the end" + (f": {run.label}" if several else "")
     norm, bounds = next(iter(run.bounds.values()))["norm"], [row["bound"] for row in run.bounds.values()]
     caption = f"{methods.limits(norm, bounds)}. Each bound, and each norm over the steps, is in metrics.json."
     return heading, caption, cells(f"layers-{i}", rows, columns, values, "depth", "% of the bound")
