@@ -94,7 +94,7 @@ def layer() -> Canvas:
     c.text(32, 33, "x, and k from the seed", FAINT, size=9)
     c.arrow((75, 36.5), (75, 26), colour=SAVED[1])
     c.text(76, 31.5, "S", FAINT, size=9)
-    c.text(20, 16.5, "only where x needs a gradient", FAINT, size=9)
+    c.text(20, 15.3, "dx only where x needs a gradient", FAINT, size=9)
     c.text(20, 1.7, "k from the seed here, too", FAINT, size=9)
     return c
 

@@ -22,7 +22,7 @@ from .optim import LoRAAdamW
 try:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 except ImportError as error:
-    raise checks.MissingPackageError("lora_fast.hf needs transformers: pip install 'lora-fast[hf]'") from error
+    raise checks.MissingPackageError("lora_fast.hf needs transformers: pip install transformers accelerate") from error
 
 __all__ = ["AdapterStatsCallback", "ExactCheckpoints", "optimizer_cls_and_kwargs", "summary"]
 

@@ -36,7 +36,7 @@ def fused_class() -> type[nn.Module]:
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise checks.MissingPackageError("this needs PEFT: pip install 'lora-fast[hf]'") from error
+        raise checks.MissingPackageError("this needs PEFT: pip install peft transformers accelerate") from error
     from .peft_linear import FusedLoraLinear
 
     return FusedLoraLinear

@@ -1,0 +1,117 @@
+"""docs/troubleshooting.md quotes errors. Each is raised here and must read as it is quoted, so that a search for its
+text finds the page."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import lora_fast as lf
+from lora_fast import backend, checks
+from lora_fast.batch import Batch
+from lora_fast.changed_base import record
+from lora_fast.cli import run_folder
+from lora_fast.kernels import table, tiles
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+QUOTED = re.findall(r"(?<!\*)\*`([^`]+)`\*(?!\*)", " ".join(PAGE.split()))
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+
+
+def injected() -> nn.Module:
+    model = plain()
+    lf.inject_(model, lf.LoRAConfig(r=2))
+    return model
+
+
+def linear(weight_dtype=torch.float32, device="cpu", trained=False):
+    weight = torch.ones(6, 8, dtype=weight_dtype, requires_grad=trained)
+    a, b = torch.ones(2, 8, device=device, requires_grad=True), torch.ones(6, 2, requires_grad=True)
+    return lf.functional.lora_linear(torch.ones(3, 8), weight, None, a, b, 1.0), a
+
+
+def second_derivative() -> None:
+    y, a = linear()
+    torch.autograd.grad(y.sum(), a, create_graph=True)
+
+
+def one_factor_frozen() -> None:
+    model = injected()
+    optimizer = lf.optim.LoRAAdamW(model, methods=[lf.methods.ILoRA()])
+    model(torch.ones(3, 8)).sum().backward()
+    model[0].lora_A.grad = None
+    optimizer.step()
+
+
+def another_state() -> None:
+    saved = lf.optim.LoRAAdamW(injected(), methods=[lf.methods.ILoRA()]).state_dict()
+    lf.optim.LoRAAdamW(injected()).load_state_dict(saved)
+
+
+def not_mergeable() -> None:
+    model = injected()
+    optimizer = lf.optim.LoRAAdamW([(model[0].lora_A, model[0].lora_B)], methods=[lf.methods.ScaLoRA()])
+    model(torch.ones(3, 8)).sum().backward()
+    optimizer.step()
+
+
+def on_triton(x: torch.Tensor) -> None:
+    with lf.set_backend("triton"):
+        backend.uses_triton(x)
+
+
+def due() -> None:
+    pair = SimpleNamespace(a=SimpleNamespace(device=torch.device("cuda")))
+    Batch.due(SimpleNamespace(pairs=[pair], count=1), 2)
+
+
+ERRORS = {
+    "target_modules: expected at least one torch": lambda: lf.inject_(plain(), lf.LoRAConfig(target_modules=["q"])),
+    "model: expected a model without PEFT layers": lambda: lf.inject_(
+        peft.get_peft_model(plain(), peft.LoraConfig(target_modules=["0"])), lf.LoRAConfig()
+    ),
+    "peft_model: expected": lambda: lf.fuse_(plain()),
+    "x: expected weight's dtype": lambda: linear(torch.bfloat16),
+    "… expected a tensor on x's device": lambda: linear(device="meta"),
+    "weight: expected a frozen tensor": lambda: linear(trained=True),
+    "lora_linear has no second derivative": second_derivative,
+    "… expected a gradient": one_factor_frozen,
+    "methods: expected at most one": lambda: lf.optim.LoRAAdamW(
+        injected(), methods=[lf.methods.ILoRA(), lf.methods.BaLoRA()]
+    ),
+    "expected a GPU of sm_80": lambda: tiles._arch.__wrapped__(0),
+    "LORA_FAST_BACKEND: expected": lambda: checks.choice("tritton", "LORA_FAST_BACKEND", backend.BACKENDS),
+    "backend 'triton' on cpu": lambda: on_triton(torch.ones(1)),
+    "backend 'triton' with float64": lambda: on_triton(SimpleNamespace(is_cuda=True, dtype=torch.float64)),
+    "… expected a weight that ScaLoRA": not_mergeable,
+    "state_dict: expected": another_state,
+    "--resume: expected": lambda: run_folder.saved_settings(None, {}),
+    "CheckpointError": lambda: lf.load_adapter(plain(), "/no/such/folder"),
+    "a tensor of the step has moved": lambda: table.kept(("never seen",), lambda: None),
+    "interval, every: expected 1": due,
+    "keep: expected 'weights'": lambda: record(plain()[0], SimpleNamespace(is_cuda=True), None, None, keep="terms"),
+}
+
+
+def test_every_quoted_error_is_raised_here():
+    assert {next((key for key in ERRORS if quoted.startswith(key)), quoted) for quoted in QUOTED} == set(ERRORS)
+
+
+@pytest.mark.parametrize("quoted", QUOTED)
+def test_a_quoted_error_reads_as_it_is_quoted(quoted, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(Exception, match=r".") as raised:
+        next(run for key, run in ERRORS.items() if quoted.startswith(key))()
+    said = f"{raised.type.__name__}: {' '.join(str(raised.value).split())}"
+    for part in filter(None, map(str.strip, quoted.split("…"))):
+        assert part in said
