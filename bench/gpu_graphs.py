@@ -44,7 +44,6 @@ def captured(device: torch.device, replays: list[Callable]):
 def on_a_side_stream(run: Callable[[], object], device: torch.device) -> None:
     """As torch asks it of what is captured afterwards."""
     if device.type != "cuda":
-        run()
         return
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -95,19 +94,22 @@ def of_step(name: str, d: int, device: torch.device) -> dict:
     """Some steps eagerly, then as many eagerly or replayed: the same parameters."""
     results, steps = [], 3 if device.type == "cuda" else 1
     replays: list[Callable] = []
+    options = {"interval": 1} if name == "ScaLoRA" else {}  # its interval is counted by the host
     for capture in (False, True):
         own = pairs(d, device)
+        methods = () if name == "AdamW" else getattr(lf.methods, name)(**options)
         with lf.set_backend("triton"):
-            options = {"interval": 1} if name == "ScaLoRA" else {}  # its interval is counted by the host
-            methods = () if name == "AdamW" else getattr(lf.methods, name)(**options)
             optimizer = lf.optim.LoRAAdamW(own, lr=1e-3, methods=methods)
+            step = optimizer.step
+            if device.type == "cuda":
+                for _ in range(steps):
+                    step()
+                if capture:
+                    with captured(device, replays):
+                        step()
+                    (step,) = replays
             for _ in range(steps):
-                optimizer.step()
-            if capture and device.type == "cuda":
-                with captured(device, replays):
-                    optimizer.step()
-            for _ in range(steps):
-                (replays[0] if capture and replays else optimizer.step)()
+                step()
         results.append([t.detach().clone() for pair in own for t in (*pair[:2], pair[3])])
     same = equal(*results)
     return {"ok": same, "captured": bool(replays), "replay equals eager": same}

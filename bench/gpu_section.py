@@ -131,7 +131,7 @@ def run(name: str, section: Section, options: Options, again: bool) -> bool:
             continue
         progress.running = figure
         progress.save()
-        faulthandler.dump_traceback_later(section.each, exit=True)
+        faulthandler.dump_traceback_later(options.seconds if options.dry_run else section.each, exit=True)
         raised = False
         try:
             values = job()

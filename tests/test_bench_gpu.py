@@ -75,7 +75,7 @@ def broken(options):
 given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 each = 60 if given["--section"] == "slow" else 1
 section = Section({{"jobs": jobs, "slow": slow, "broken": broken}}[given["--section"]], 60, each)
-options = Options(True, torch.device("cpu"), 1.0, Progress.of(Path(given["--json"])))
+options = Options(False, torch.device("cpu"), 1.0, Progress.of(Path(given["--json"])))
 sys.exit(not run(given["--section"], section, options, again=True))
 """
 
