@@ -180,29 +180,69 @@ def test_seconds_of_the_sections_fit():
 # ---- Goals
 
 
-def test_goals_are_read_from_what_is_measured():
-    """Every goal's figure exists under the name that the sections give it."""
+# figure → goal, measured, verdict, of the made-up results below
+EXPECTED = {
+    "PEFT / ours, 4096→4096, r=16, 8192 tokens, bfloat16": ("≥ 1.3", "1.35", "met"),
+    "PEFT / ours, 4096→4096, r=16, 8192 tokens, dropout 0.1, bfloat16": ("≥ 1.5", "1.35", "missed"),
+    "addmm_ / ours, 4096→4096, r=16, 8192 tokens, bfloat16": ("≥ 1.15", "1.15", "met"),
+    "ours / frozen linear, 4096→4096, r=16, 8192 tokens, bfloat16": ("≤ 1.12", "1.25", "missed"),
+    "PEFT / ours, 4096→14336, r=16, 8192 tokens, bfloat16": ("≥ 1.25", "1.2", "missed"),
+    "PEFT / ours, 4096→14336, r=16, 8192 tokens, dropout 0.1, bfloat16": ("≥ 1.5", "–", "not measured"),
+    "addmm_ / ours, 4096→14336, r=16, 8192 tokens, bfloat16": ("≥ 1.15", "–", "not measured"),
+    "ours / frozen linear, 4096→14336, r=16, 8192 tokens, bfloat16": ("≤ 1.12", "1", "met"),
+    "LoRAAdamW(ILoRA) / torch's fused AdamW, 224 pairs, r=16": ("≤ 1.3", "1.25", "met"),
+    "PEFT's Riemannian / LoRAAdamW(PiLoRA), 224 pairs, r=16": ("≥ 20", "19", "missed"),
+    "224 Cayley inverses, r=16, one launch": ("≤ 20 µs", "10 µs", "met"),
+    "the same with torch.linalg.inv in a loop / ours": ("≥ 100", "99", "missed"),
+    "NB-LoRA training step / LoRA's": ("≤ 1.02", "1.02", "met"),
+    "ScaLoRA (every 10 steps) training step / LoRA's": ("≤ 1.03", "–", "not measured"),
+}
+
+
+def made_up() -> dict:
+    """Results under the names that the sections give."""
+    layer = lambda d_out, dropout: shapes.Case(
+        "layer", "", ((4096, d_out),), 16, gpu_timings.N_TOKENS, "bfloat16", dropout
+    ).name
     scale = shapes.Scale({}, (gpu_timings.MODEL,), (gpu_timings.RANK,), ("bfloat16",), (0.0,), 0, 0)
-    tokens = gpu_timings.N_TOKENS
-    found = {name: {"figures": {}} for name in ("layers", "steps", "small", "training")}
-    for case in (
-        shapes.Case("layer", "", (shape,), 16, tokens, "bfloat16", dropout)
-        for shape in gpu_timings.SHAPES
-        for dropout in (0.0, 0.1)
-    ):
-        found["layers"]["figures"][case.name] = rows("full", "PEFT", "addmm_", "frozen linear", "ours")
-    for section, op in (("steps", "step"), ("small", "solve")):
+    grouped = lambda op, of: {f"{op}: {case.name}": of for case in suite.module(op).cases(scale)}
+    eager, wide = {"PEFT": 13.5, "addmm_": 11.5, "ours": 10.0, "frozen linear": 8.0}, {"PEFT": 12.0, "addmm_": None}
+    layers = {
+        layer(4096, 0.0): rows("full", eager),
+        layer(4096, 0.1): rows("full", eager),
+        layer(14336, 0.0): rows("full", wide | {"ours": 10.0, "frozen linear": 10.0}),
+        layer(14336, 0.1): {"ok": False, "error": "took more than 60 s"},
+    }
+    ours = {"ours": 10.0}
+    step = rows("forward", ours | {"torch's fused AdamW alone": 8.0, "PEFT's Riemannian": 190.0})
+    training = {"LoRA": {"over LoRA": [1.0] * 3}, "NB-LoRA": {"over LoRA": [1.0, 1.02, 1.1]}, "ScaLoRA": {}}
+    return {
+        "layers": {"figures": {"ceilings": {}} | layers, "error": "out of time after 170 s"},
+        "steps": {"figures": grouped("step", step)},
+        "small": {"figures": grouped("solve", rows("forward", ours | {"torch, loop": 990.0}))},
+        "training": {"figures": {gpu_goals.TRAINING: training}},
+    }
+
+
+def rows(mode: str, medians: dict) -> dict:
+    return {"rows": [{"provider": name, "mode": mode, "p50": p50} for name, p50 in medians.items()]}
+
+
+def test_every_goal_has_its_row_and_its_verdict():
+    """Met, missed, not measured: a provider that failed, a figure that failed, a section cut short."""
+    timed = [row for row in gpu_goals.verdicts(made_up()) if row.goal != "all"]
+    assert {row.figure: row[1:] for row in timed} == EXPECTED
+
+
+def test_providers_of_the_goals_are_those_of_the_suite():
+    """By name: a renamed provider would be "not measured" for ever."""
+    scale = shapes.Scale({}, (gpu_timings.MODEL,), (gpu_timings.RANK,), ("bfloat16",), (0.0,), 0, 0)
+    names = set(suite.module("layer").build(shapes.Case("layer", "", ((8, 8),), 2, 4), SETTING).providers)
+    for op in ("step", "solve"):
         for case in suite.module(op).cases(scale):
-            names = suite.module(op).build(replace(case, pairs=((8, 8),), r=2), SETTING).providers
-            found[section]["figures"][f"{op}: {case.name}"] = rows("forward", *names)
-    for name in ("NB-LoRA", "ScaLoRA"):
-        found["training"]["figures"].setdefault(gpu_goals.TRAINING, {})[name] = {"over LoRA": (1.0, 1.0, 1.0)}
-    timed = [row for row in gpu_goals.verdicts(found) if row.goal != "all"]
-    assert len(timed) == 14 and all(row.verdict in ("met", "missed") for row in timed)
-
-
-def rows(mode, *providers):
-    return {"rows": [{"provider": name, "mode": mode, "p50": 10.0} for name in providers]}
+            names |= set(suite.module(op).build(replace(case, pairs=((8, 8),), r=2), SETTING).providers)
+    wanted = {"PEFT", "addmm_", "ours", "frozen linear", "torch, loop"}
+    assert wanted | {"torch's fused AdamW alone", "PEFT's Riemannian"} <= names
 
 
 def test_nothing_measured_is_no_verdict():
