@@ -1,6 +1,8 @@
 """lora-fast inspect: rows, JSON, exit codes, and the rules themselves."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -48,7 +50,39 @@ def test_broken_rule_is_the_exit_code(monkeypatch):
     row |= {"broken": ["8 bytes of stack"]}
     monkeypatch.setattr(sys.modules["lora_fast.cli.inspect"], "measure", lambda *_: [row])
     shown = run("--op", "linear")
-    assert shown.exit_code == 1 and "8 bytes of stack" in shown.stdout and "1 break a rule" in shown.stdout
+    assert shown.exit_code == 1 and "8 bytes of stack" in shown.stdout and "1 of them against a rule" in shown.stdout
+
+
+A_KERNEL_THAT_SPILLS = """
+import sys
+import torch, triton, triton.language as tl
+from lora_fast.cli import app
+from lora_fast.kernels import catalogue
+
+@triton.jit
+def lora_hungry_kernel(x, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    b_x = tl.load(x + i)  # 512 registers a thread, all needed after the sum
+    tl.store(x + i, b_x * tl.sum(b_x))
+
+def hungry(r, dtype):
+    lora_hungry_kernel[(1,)](torch.empty(1 << 14, dtype=dtype), SIZE=1 << 14, num_warps=1)
+
+catalogue.OPS["hungry"] = catalogue.Op(hungry, {"float32": (16,)})
+command = sys.modules["lora_fast.cli.inspect"]
+command._in_parallel = lambda work, jobs, *rest: [work(job) for job in jobs]  # other processes do not know this op
+app(["inspect", "--op", "hungry", "--arch", "90", "--no-traffic"])
+"""
+
+
+def test_a_kernel_that_spills_is_the_exit_code(tmp_path):
+    script = tmp_path / "hungry.py"  # a file: Triton reads a kernel's source
+    script.write_text(A_KERNEL_THAT_SPILLS)
+    compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script], env=compiling, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "sm_90 lora_hungry_kernel of hungry, float32, r 16: " in done.stdout and " spills" in done.stdout
+    assert "1 kernel, 1 of them against a rule." in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def _show(rows: list[dict]) -> None:
         console.width = 140  # a file or a pipe has no width of its own
     for arch in dict.fromkeys(row["arch"] for row in rows):
         of_arch = [row for row in rows if row["arch"] == arch]
-        table = Table(title=f"sm_{arch}: {len(of_arch)} kernels", title_justify="left", box=None, pad_edge=False)
+        table = Table(title=f"sm_{arch}: {_kernels(of_arch)}", title_justify="left", box=None, pad_edge=False)
         for column in ("kernel", "for", "tile"):
             table.add_column(column)
         for column in ("regs", "stack", "spills", "KiB", "warps", "tensor", "TMA", "wide", "traffic"):
@@ -165,8 +165,12 @@ def _show(rows: list[dict]) -> None:
         "over each operand once, by all of its kernels.",
         style="dim",
     )
-    verdict = f"{len(broken)} break a rule" if broken else "no rule broken"
-    console.print(f"{len(rows)} kernels, {verdict}.", style="red" if broken else "green")
+    verdict = f"{len(broken)} of them against a rule" if broken else "no rule broken"
+    console.print(f"{_kernels(rows)}, {verdict}.", style="red" if broken else "green")
+
+
+def _kernels(rows: list[dict]) -> str:
+    return f"{len(rows)} kernel{'s' * (len(rows) > 1)}"
 
 
 def _cells(row: dict) -> list[str]:
