@@ -238,13 +238,12 @@ def saved_bytes(provider: Provider) -> int:
     own = {t.untyped_storage().data_ptr() for t in provider.own}
     kept = []
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> None:  # no backward follows; a hook's own tensor may keep the graph alive for good
         if tensor.untyped_storage().data_ptr() not in own:
             kept.append(tensor.detach())
-        return tensor
 
     provider.prepare()
-    with provider.context(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with provider.context(), torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
         value = provider.forward()
     storages = [tensor.untyped_storage() for tensor in kept + provider.keeps(value)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import html.parser
 import json
 import os
@@ -473,6 +474,21 @@ def test_bytes_saved_for_backward_are_the_distinct_storages_but_not_the_model():
             return SimpleNamespace(loss=(y * y).sum())  # keeps y, twice the same
 
     assert memory.saved_for_backward(Squares(), {"x": torch.ones(7, 3)}) == 4 * (7 * 3 + 7 * 5)
+
+
+def test_what_was_saved_for_backward_is_given_back():
+    """Else every run of a comparison would leave its weights and activations behind."""
+
+    class Exp(torch.nn.Linear):
+        def forward(self, x):
+            return SimpleNamespace(loss=super().forward(x).exp().sum())  # exp keeps its own result
+
+    model = Exp(3, 5)
+    weight = weakref.ref(model.weight)
+    memory.saved_for_backward(model, {"x": torch.ones(7, 3)})
+    del model
+    gc.collect()
+    assert weight() is None
 
 
 def test_a_converted_model_is_in_the_cache_whole_or_not_at_all(tmp_path, monkeypatch):

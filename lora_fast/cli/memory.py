@@ -55,13 +55,11 @@ def saved_for_backward(model: torch.nn.Module, batch: dict[str, Tensor]) -> int:
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: list[Tensor] = []
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> None:  # no backward follows; a hook's own tensor may keep the graph alive for good
         if tensor.untyped_storage().data_ptr() not in own:
             kept.append(tensor.detach())
-        return tensor
 
     device = next(model.parameters()).device
-    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss  # keeps the graph alive
-    del loss
+    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
+        model(**{name: tensor.to(device) for name, tensor in batch.items()})
     return distinct_bytes(kept)
