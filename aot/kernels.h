@@ -63,4 +63,10 @@ const char *lora_fast_dtype_name(lora_fast_dtype dtype);
 
 static inline int64_t divide_up(int64_t number, int64_t by) { return (number + by - 1) / by; }
 
+/* The smallest of least, 2 least, 4 least, … that holds r. */
+static inline int lora_fast_rank_class(int r, int least) {
+    while (least < r) least *= 2;
+    return least;
+}
+
 #endif

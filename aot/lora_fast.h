@@ -144,6 +144,39 @@ typedef enum { LORA_FAST_NEAREST, LORA_FAST_STOCHASTIC, LORA_FAST_COMPENSATED } 
 LORA_FAST_API int lora_fast_merge(const lora_fast_group *group, const float *scale, lora_fast_rounding rounding,
                                   int64_t seed, lora_fast_stream stream);
 
+/* ---- NB-LoRA's Cayley transform: three launches each way for the adapters of the whole model ----
+
+   Forward, from free_a (r, d_in) and free_b (d_out, r), r at most d_in: a (r, d_in), b (d_out, r) with its columns times
+   scale, and inverse (r, r). Backward, from inverse and the gradients of a and b: those of free_a, free_b and scale.
+   float32, but for the free parameters and their gradients. */
+typedef struct {
+    const void *free_a, *free_b;
+    const float *scale;           /* (r): of 1, where there is none */
+    float *inverse;               /* forward writes it, backward reads it */
+    void *made_a, *made_b;        /* out: forward a and b, backward the gradients of free_a and free_b */
+    float *made_scale;            /* out, backward alone: the gradient of scale */
+    const float *grad_a, *grad_b; /* backward alone: of a and b */
+    int64_t d_in, d_out;
+} lora_fast_cayley_pair;
+
+typedef struct {
+    lora_fast_dtype dtype;        /* of the free parameters and their gradients */
+    int r;                        /* of every pair */
+    int n_pairs;
+    int backward;                 /* 0: forward, 1: backward */
+    int n_programs[2], chunk[2];  /* filled in */
+    size_t bytes;                 /* filled in: size of the table */
+    size_t workspace;             /* filled in: bytes of device memory that lora_fast_cayley needs */
+    const void *device;           /* where you copied the table */
+} lora_fast_cayley_group;
+
+/* Set dtype, r, n_pairs and backward; the rest comes back. Then fill, copy and set device as for lora_fast_fill: once,
+   for tensors that stay where they are. Launches that share a group go to one stream. */
+LORA_FAST_API int lora_fast_cayley_plan(lora_fast_cayley_group *group, const lora_fast_cayley_pair *pairs);
+LORA_FAST_API int lora_fast_cayley_fill(const lora_fast_cayley_group *group, const lora_fast_cayley_pair *pairs,
+                                        void *host);
+LORA_FAST_API int lora_fast_cayley(const lora_fast_cayley_group *group, void *workspace, lora_fast_stream stream);
+
 /* ---- Small matrices: float32, a batch in one launch ---- */
 
 /* Bytes of device memory for spd_solve and small_inverse of n matrices: 0 up to r = 64. */

@@ -155,18 +155,12 @@ API int lora_fast_merge(const lora_fast_group *group, const float *scale, lora_f
                             stream);
 }
 
-/* The smallest of least, 2 least, 4 least, … that holds r. */
-static int rank_class(int r, int least) {
-    while (least < r) least *= 2;
-    return least;
-}
-
 static int blocked(int r) { return r > lora_fast_in_registers; }
 
 static int slots(int n) { return n < lora_fast_slots ? n : lora_fast_slots; }
 
 API size_t lora_fast_small_workspace(int n, int r) {
-    size_t side = rank_class(r, 16);
+    size_t side = lora_fast_rank_class(r, 16);
     return blocked(r) ? slots(n) * SCRATCHES * side * side * sizeof(float) : 0;
 }
 
@@ -176,7 +170,7 @@ API int lora_fast_spd_solve(int n, int r, int k, const float *matrices, const fl
     if (n < 0 || r < 1 || r > LARGEST_RANK || k < 1) return LORA_FAST_BAD_ARGUMENT;
     CALL(CHECK_ADDRESSES(matrices, rhs, x, info, blocked(r) ? workspace : x));
     CALL(lora_fast_find(&row, "lora_spd_solve%s_kernel spd_solve float32 r%d", blocked(r) ? "_blocked" : "",
-                        rank_class(r, 16)));
+                        lora_fast_rank_class(r, 16)));
     int64_t columns = blocked(r) ? 1 : divide_up(k, lora_fast_table[row].tile.BLOCK_K);
     return lora_fast_launch(row, blocked(r) ? slots(n) : n, columns,
                             (struct argument[]){POINTER(matrices), POINTER(rhs), NAMED_POINTER("solutions", x),
@@ -192,7 +186,7 @@ API int lora_fast_small_inverse(int n, int r, const float *matrices, float *inve
     if (n < 0 || r < 1 || r > LARGEST_RANK) return LORA_FAST_BAD_ARGUMENT;
     CALL(CHECK_ADDRESSES(matrices, inverses, blocked(r) ? workspace : inverses));
     CALL(lora_fast_find(&row, "lora_small_inverse%s_kernel small_inverse float32 r%d", blocked(r) ? "_blocked" : "",
-                        rank_class(r, 16)));
+                        lora_fast_rank_class(r, 16)));
     return lora_fast_launch(row, blocked(r) ? slots(n) : n, 1,
                             (struct argument[]){POINTER(matrices), POINTER(inverses),
                                                 NAMED_POINTER("scratch", workspace), INTEGER(n), INTEGER(r), END},
@@ -210,7 +204,7 @@ API int lora_fast_scalora_solve(int n, int r, const float *grams, lora_fast_solv
     if (n < 0 || r < 1 || (unsigned)solver > 3) return LORA_FAST_BAD_ARGUMENT;
     if (r > HADAMARD_RANK) return LORA_FAST_NO_KERNEL;
     CALL(CHECK_ADDRESSES(grams, x, alive, info, r > HADAMARD_IN_REGISTERS ? workspace : grams));
-    CALL(lora_fast_find(&row, "lora_scalora_solve_kernel scalora float32 r%d solver=%s", rank_class(r, 8),
+    CALL(lora_fast_find(&row, "lora_scalora_solve_kernel scalora float32 r%d solver=%s", lora_fast_rank_class(r, 8),
                         names[solver]));
     int64_t size = (int64_t)n * r * r;
     return lora_fast_launch(row, n, 1,

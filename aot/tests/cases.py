@@ -4,20 +4,22 @@ are to go."""
 from ctypes import byref, c_int64, c_size_t, c_void_p
 
 import torch
-from library import DTYPES, NO_KERNEL, Factor, Group, Layer, Library, Work
+from library import DTYPES, NO_KERNEL, CayleyPair, Factor, Group, Layer, Library, Work
 
-from lora_fast.kernels import gram, hadamard, inverse, layer, merge, rescale, solve, step, tiles
+from lora_fast.kernels import cayley, gram, hadamard, inverse, layer, merge, rescale, solve, step, tiles
 
 
 class Case:
     """``tensors``: by name, inputs and what is changed in place. ``python`` and ``c`` take them and return the results;
-    ``own``: for each launch, what the C side passes for what the Python launcher allocates."""
+    ``own``: for each launch, what the C side passes for what the Python launcher allocates; ``tables``: for each launch,
+    or once for all, address and contents of every part of its table (None: what kernels leave there)."""
 
     def __init__(self, library: Library, device: torch.device, dtype: torch.dtype, r: int):
         self.library, self.device, self.dtype, self.r = library, device, dtype, r
         self.tensors: dict[str, torch.Tensor] = {}
         self.own: list[dict[str, torch.Tensor]] = []
-        self.table = None
+        self.table: torch.Tensor | None = None  # in device memory
+        self.tables: list[dict[str, tuple[int, list | None]]] = []
 
     def add(self, name: str, *shape: int, dtype: torch.dtype | None = None, fill=None) -> None:
         generator = torch.Generator().manual_seed(len(self.tensors))
@@ -151,10 +153,11 @@ def on_device(case: Case, group: Group, host: torch.Tensor) -> None:
     case.table = host.to(case.device)
     group.device = case.table.data_ptr()
     n = group.n_factors
-    offset = {"entries": 0, "counters": 80 * n, "tiles": 144 * n}
-    case.tables = {name: group.device + at for name, at in offset.items()}
-    parts = host[: 80 * n].view(torch.int64), host[144 * n :].view(torch.int32)
-    case.contents = dict(zip(("entries", "tiles"), (part.tolist() for part in parts), strict=True))
+    counters, tiles = (group.device + at * n for at in (80, 144))
+    entries, pairs = host[: 80 * n].view(torch.int64), host[144 * n :].view(torch.int32)
+    case.tables = [
+        {"entries": (group.device, entries.tolist()), "counters": (counters, None), "tiles": (tiles, pairs.tolist())}
+    ]
 
 
 def plan(case: Case, t, op: int, factors, flat: bool = False, by_pair: bool = False) -> Group:
@@ -232,6 +235,76 @@ def transform(library, device, dtype, r, add):
 
     case.python, case.c = python, c
     return case
+
+
+def in_parts(memory: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
+    """Slices of these sizes in bytes, each from a multiple of 16; together all of it."""
+    padded = [-(-size // 16) * 16 for size in sizes]
+    assert sum(padded) == memory.nbytes, (sizes, memory.nbytes)
+    return list(memory.split(padded))
+
+
+def cayley_case(library, device, dtype, r, backward):
+    case, n = Case(library, device, dtype, r), len(PAIRS)
+    for i, (d_in, d_out) in enumerate(PAIRS):
+        case.add(f"free_a{i}", r, d_in), case.add(f"free_b{i}", d_out, r)
+        case.add(f"scale{i}", r, dtype=torch.float32)
+        if backward:
+            case.add(f"grad_a{i}", r, d_in, dtype=torch.float32), case.add(f"grad_b{i}", d_out, r, dtype=torch.float32)
+            case.add(f"inverse{i}", r, r, dtype=torch.float32)
+    for tensor in case.tensors.values():
+        tensor /= 64  # of no size that would make results overflow
+    of = lambda t, name: [t[f"{name}{i}"] for i in range(n)]
+    names = ("free_a", "free_b", "scale") + ("inverse", "grad_a", "grad_b") * backward
+
+    def python(t):
+        run = cayley.cayley_backward if backward else cayley.cayley
+        return [x for part in run(*(of(t, name) for name in names)) for x in part]
+
+    def c(t):
+        kind = dtype if backward else torch.float32
+        made_a, made_b = ([case.empty(*x.shape, dtype=kind) for x in of(t, name)] for name in ("free_a", "free_b"))
+        third = [case.empty(*((r,) if backward else (r, r)), dtype=torch.float32) for _ in range(n)]
+        pairs = []
+        for i, (d_in, d_out) in enumerate(PAIRS):
+            tensors = {name: t[f"{name}{i}"] for name in names} | {"made_a": made_a[i], "made_b": made_b[i]}
+            tensors["made_scale" if backward else "inverse"] = third[i]
+            pairs.append(CayleyPair(**{name: x.data_ptr() for name, x in tensors.items()}, d_in=d_in, d_out=d_out))
+        group, host = library.cayley_group(dtype, r, backward, pairs)
+        case.table = host.to(device)
+        group.device = case.table.data_ptr()
+        memory = case.scratch(group.workspace)
+        library("cayley", group, memory)
+        case.tables, case.own = cayley_tables(case, group, host), cayley_scratch(group, memory)
+        return made_a + made_b + third
+
+    case.python, case.c = python, c
+    return case
+
+
+def cayley_tables(case: Case, group, host: torch.Tensor) -> list[dict]:
+    """Of the three launches."""
+    n, rows = group.n_pairs, 7 if group.backward else 4
+    names = ("entries", "entries", "moving", "counters", "tiles", "tiles")
+    sizes = [160 * n, 160 * n, 8 * rows * n, 128 * n, *(8 * count for count in group.n_programs)]
+    found, offset = [], 0
+    for name, size, part in zip(names, sizes, in_parts(host, sizes), strict=True):
+        kind = torch.int64 if name in ("entries", "moving") else torch.int32
+        contents = None if name == "counters" else part[:size].view(kind).tolist()
+        found.append((name, (group.device + offset, contents)))
+        offset += part.nbytes
+    sums, products = (dict(found[i] for i in which) for which in ((0, 2, 3, 4), (1, 2, 3, 5)))
+    return [sums, sums, products]
+
+
+def cayley_scratch(group, memory: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """What the three launches take of the workspace."""
+    n, r, wide = group.n_pairs, group.r, 4 if group.backward else 8
+    side = max(16, 1 << (r - 1).bit_length())
+    sizes = [2 * n * r * r * wide, group.n_programs[0] * r * r * wide, (3 if group.backward else 2) * n * r * r * 4]
+    sizes += [0 if group.backward else n * side * side * 8, (3 if group.backward else 2) * n * side * side * 4]
+    own = dict(zip(("totals", "partials", "factors", "matrices", "scratch"), in_parts(memory, sizes), strict=True))
+    return [own] * 3
 
 
 def merge_case(library, device, dtype, r, rounding):
@@ -326,8 +399,8 @@ def scalora(library, device, dtype, r, solver):
 
 CASES = {
     "project": project, "linear": linear, "grad_s_b": grad_s_b, "grad_a": grad_a, "grad_x": grad_x, "gram": gram_case,
-    "adamw_step": adamw_step, "transform": transform, "merge": merge_case, "spd_solve": spd_solve,
-    "small_inverse": small_inverse, "scalora": scalora,
+    "adamw_step": adamw_step, "transform": transform, "cayley": cayley_case, "merge": merge_case,
+    "spd_solve": spd_solve, "small_inverse": small_inverse, "scalora": scalora,
 }  # fmt: skip
 
 

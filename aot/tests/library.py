@@ -31,6 +31,18 @@ class Work(Structure):
     _fields_ = [(name, c_void_p) for name in ("additive", "matrices", "scale_p", "scale_g", "grams")]
 
 
+class CayleyPair(Structure):
+    _fields_ = [(name, c_void_p) for name in ("free_a", "free_b", "scale", "inverse", "made_a", "made_b")]
+    _fields_ += [(name, c_void_p) for name in ("made_scale", "grad_a", "grad_b")]
+    _fields_ += [("d_in", c_int64), ("d_out", c_int64)]
+
+
+class CayleyGroup(Structure):
+    _fields_ = [(name, c_int) for name in ("dtype", "r", "n_pairs", "backward")]
+    _fields_ += [("n_programs", c_int * 2), ("chunk", c_int * 2), ("bytes", c_size_t), ("workspace", c_size_t)]
+    _fields_ += [("device", c_void_p)]
+
+
 class Note(Structure):
     _fields_ = [("cubin", c_void_p), ("name", c_char_p), ("grid", c_uint * 3), ("block", c_uint * 3)]
     _fields_ += [("shared", c_uint), ("count", c_uint), ("values", c_ulonglong * 40)]
@@ -70,11 +82,19 @@ class Library:
     def group(self, op: int, dtype: torch.dtype, r: int, factors: list[Factor], flat: bool = False) -> tuple:
         """The group, and its table as bytes in host memory."""
         group = Group(op, DTYPES.index(dtype), r, len(factors), int(flat))
-        array = (Factor * len(factors))(*factors)
-        assert self.library.lora_fast_plan(byref(group), array) == 0
+        return group, self._filled("", group, (Factor * len(factors))(*factors))
+
+    def cayley_group(self, dtype: torch.dtype, r: int, backward: int, pairs: list[CayleyPair]) -> tuple:
+        """The same for Cayley's transform."""
+        group = CayleyGroup(DTYPES.index(dtype), r, len(pairs), backward)
+        return group, self._filled("cayley_", group, (CayleyPair * len(pairs))(*pairs))
+
+    def _filled(self, prefix: str, group: Structure, rows) -> torch.Tensor:
+        plan, fill = (getattr(self.library, f"lora_fast_{prefix}{verb}") for verb in ("plan", "fill"))
+        assert plan(byref(group), rows) == 0
         host = torch.zeros(group.bytes, dtype=torch.uint8)
-        assert self.library.lora_fast_fill(byref(group), array, c_void_p(host.data_ptr())) == 0
-        return group, host
+        assert fill(byref(group), rows, c_void_p(host.data_ptr())) == 0
+        return host
 
 
 def _argument(value):
