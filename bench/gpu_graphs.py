@@ -27,6 +27,7 @@ def graphs(options: Options) -> Jobs:
         yield f"dropout, {strategy}", functools.partial(of_dropout, n, d, strategy, options.device)
     for name in ["AdamW", *(name for name in lf.methods.__all__ if name not in ("compose", *WAITING))]:
         yield f"step, {name}", functools.partial(of_step, name, d, options.device)
+    yield "training step, NB-LoRA", functools.partial(of_norm_bounded, n, d, options.device)
 
 
 @contextlib.contextmanager
@@ -111,6 +112,36 @@ def of_step(name: str, d: int, device: torch.device) -> dict:
             for _ in range(steps):
                 step()
         results.append([t.detach().clone() for pair in own for t in (*pair[:2], pair[3])])
+    same = equal(*results)
+    return {"ok": same, "captured": bool(replays), "replay equals eager": same}
+
+
+def of_norm_bounded(n: int, d: int, device: torch.device) -> dict:
+    """Forward, the transform of both layers in it, backward and optimizer: some steps eagerly, then as many eagerly or
+    replayed: the same parameters."""
+    results, steps = [], 3 if device.type == "cuda" else 1
+    replays: list[Callable] = []
+    torch.manual_seed(0)
+    x, dy, r = rows(n, d, device), rows(n, d, device), min(16, d // 4)
+    for capture in (False, True):
+        torch.manual_seed(1)
+        model = nn.Sequential(*(nn.Linear(d, d, device=device, dtype=torch.bfloat16) for _ in range(2)))
+        lf.inject_(model, lf.NBLoRAConfig(r=r))
+        optimizer = lf.optim.LoRAAdamW(model, lr=1e-3)
+
+        def train(model=model, optimizer=optimizer):
+            optimizer.zero_grad(set_to_none=False)  # gradients stay where they are
+            model(x).backward(dy)
+            optimizer.step()
+
+        with lf.set_backend("triton"):
+            on_a_side_stream(train, device)
+            if capture and device.type == "cuda":
+                with captured(device, replays):
+                    train()
+            for _ in range(steps):
+                (replays[0] if capture and replays else train)()
+        results.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
     same = equal(*results)
     return {"ok": same, "captured": bool(replays), "replay equals eager": same}
 

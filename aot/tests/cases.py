@@ -10,9 +10,9 @@ from lora_fast.kernels import cayley, gram, hadamard, inverse, layer, merge, res
 
 
 class Case:
-    """``tensors``: by name, inputs and what is changed in place. ``python`` and ``c`` take them and return the results;
-    ``own``: for each launch, what the C side passes for what the Python launcher allocates; ``tables``: for each launch,
-    or once for all, address and contents of every part of its table (None: what kernels leave there)."""
+    """``tensors``: by name, inputs and what is changed in place. ``python`` and ``c`` take them and return the results.
+    For each launch, ``own``: what the C side passes for what the Python launcher allocates; ``tables`` (or once for
+    all): address and contents of every part of its table (None: what kernels leave there)."""
 
     def __init__(self, library: Library, device: torch.device, dtype: torch.dtype, r: int):
         self.library, self.device, self.dtype, self.r = library, device, dtype, r
