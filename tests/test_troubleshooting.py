@@ -2,6 +2,8 @@
 text finds the page."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,3 +117,11 @@ def test_a_quoted_error_reads_as_it_is_quoted(quoted, monkeypatch):
     said = f"{raised.type.__name__}: {' '.join(str(raised.value).split())}"
     for part in filter(None, map(str.strip, quoted.split("…"))):
         assert part in said
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_the_command_line_without_its_packages_says_what_to_install(package):
+    code = f"import sys; sys.modules[{package!r}] = None; import lora_fast.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("lora_fast.checks.MissingPackageError") and "pip install typer rich" in last

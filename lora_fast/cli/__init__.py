@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from .. import __version__
+from ..checks import MissingPackageError
+
+try:
+    import rich  # noqa: F401
+    import typer
+except ImportError as error:
+    fix = "pip install typer rich matplotlib jinja2 psutil (in the repository: pip install '.[cli]')"
+    raise MissingPackageError(f"lora-fast, the command line, needs more packages: {fix}") from error
+
 from .bench import bench
 from .doctor import doctor
 from .finetune import EPILOG, finetune
