@@ -26,6 +26,7 @@ _DATA = (
     'trained; or {"messages": …}, through the chat template of the model. kjv: the King James text, from its package.'
 )
 _MODEL = "A folder or hub id of a causal language model. smollm2: SmolLM2-135M, from its package."
+_ALPHA = "Scale: an adapter counts alpha / rank; nb-lora has its bound instead."
 _TARGETS = "all-linear, or the names of the layers to adapt: q_proj,v_proj."
 _STEPS = f"Optimizer steps: {DEFAULT_STEPS}, unless --epochs is given."
 _PROMPT = "What the sample continues, before and after: if not given, the start of the held-out text."
@@ -53,7 +54,7 @@ def finetune(
     seq_len: Annotated[int, _option("Model and text", "Tokens in a block of text.")] = _BY_DEFAULT.seq_len,
     prompt: Annotated[str | None, _option("Model and text", _PROMPT)] = None,
     rank: Annotated[int, _option("Adapter", "Rank of the adapters, 1 to 256: more can learn more.")] = _BY_DEFAULT.rank,
-    alpha: Annotated[float, _option("Adapter", "Scale: an adapter counts alpha / rank.")] = _BY_DEFAULT.alpha,
+    alpha: Annotated[float, _option("Adapter", _ALPHA)] = _BY_DEFAULT.alpha,
     dropout: Annotated[float, _option("Adapter", "Share of an adapter's inputs dropped.")] = _BY_DEFAULT.dropout,
     targets: Annotated[str, _option("Adapter", _TARGETS)] = _BY_DEFAULT.targets,
     steps: Annotated[int | None, _option("Training", _STEPS)] = None,
