@@ -14,7 +14,7 @@ from compare import Change
 from shapes import Case, from_dict
 
 from lora_fast.cli import plots
-from lora_fast.cli.palette import colours
+from lora_fast.cli.palette import COLOURS, colours
 
 COLUMNS = (
     "kernel_name", "kernel_provider", "metric_name", "metric_unit", "kernel_operation_mode", "x_name", "x_label",
@@ -82,9 +82,11 @@ def draw(rows: list[dict]) -> dict[str, str]:
     for row in measured(shown(rows)):
         case = from_dict(row["case"])
         groups.setdefault(f"{case.op}: {title(case)}", []).append(row)
-    colour = colours(dict.fromkeys(row["provider"] for row in measured(rows)))
     drawn = {}
     for name, members in groups.items():
+        op = members[0]["case"]["op"]
+        providers = list(dict.fromkeys(row["provider"] for row in measured(rows) if row["case"]["op"] == op))
+        colour = colours(providers)
         ranks = sorted({row["case"]["r"] for row in members})
         if len(ranks) == 1:
             bars = []
@@ -99,7 +101,9 @@ def draw(rows: list[dict]) -> dict[str, str]:
             values = [[row[field] for row in own] for field in ("p20", "p50", "p80")]
             x = [row["case"]["r"] for row in own]
             band = values[0], values[2]
-            lines.append(plots.Series(provider, colour[provider], x, values[1], {"marker": "o"}, band))
+            dashed = providers.index(provider) >= len(COLOURS)  # its colour is another's too
+            look = {"marker": "o", "linestyle": "--" if dashed else "-"}
+            lines.append(plots.Series(provider, colour[provider], x, values[1], look, band))
         drawn[name] = plots.lines(file_name(name), lines, "rank", "µs, median and p20–p80", zero=True)
     return drawn
 
