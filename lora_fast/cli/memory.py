@@ -60,6 +60,7 @@ def saved_for_backward(model: torch.nn.Module, batch: dict[str, Tensor]) -> int:
             kept.append(tensor.detach())
 
     device = next(model.parameters()).device
-    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
+    gpus = [device] if device.type == "cuda" else []  # of several others, unasked, it would warn
+    with torch.random.fork_rng(gpus), torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
         model(**{name: tensor.to(device) for name, tensor in batch.items()})
     return distinct_bytes(kept)
