@@ -59,7 +59,7 @@ def _offsets(sizes: tuple[int, ...], device: torch.device) -> tuple[list[int], t
 
 
 def _slices(buffer: torch.Tensor, kinds: list[tuple], offsets: list[int]) -> list[torch.Tensor]:
-    seen = {dtype: buffer.view(dtype) for _, dtype in kinds}
+    seen = {dtype: buffer.view(dtype) for dtype in {dtype for _, dtype in kinds}}
     return [
         seen[dtype].as_strided(shape, _strides(shape), offset // dtype.itemsize)
         for (shape, dtype), offset in zip(kinds, offsets, strict=False)

@@ -124,7 +124,7 @@ def group(factors: list[Factor], chunk: int, flat: bool = False) -> list[Table]:
 
 def _table(factors: tuple[Factor, ...], chunk: int, flat: bool) -> Table:
     key = chunk, flat, factors[0].tensors[0].device, tuple(
-        (tuple((t.data_ptr(), t.dtype) for t in f.tensors), tuple(f.tensors[0].shape), f.is_a, f.index) for f in factors
+        [(f.is_a, f.index, f.tensors[0].shape, *[(t.data_ptr(), t.dtype) for t in f.tensors]) for f in factors]
     )  # fmt: skip
     return kept(key, lambda: _build(factors, chunk, flat))
 
