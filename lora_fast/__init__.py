@@ -10,12 +10,13 @@ from . import functional, methods, metrics, optim
 from .backend import set_backend
 from .checkpoint import load_adapter, save_adapter
 from .checks import ArgumentError, BackendError, CheckpointError, MissingPackageError
+from .configs import LoRAConfig, NBLoRAConfig, SingLoRAConfig
 from .linear import LoRALinear
 from .merging import merge_, unmerge_
 from .nb_linear import NBLoRALinear
 from .report import Report
 from .sing_linear import SingLoRALinear, count_steps_
-from .surgery import LoRAConfig, NBLoRAConfig, SingLoRAConfig, fuse_, inject_, unfuse_
+from .surgery import fuse_, inject_, unfuse_
 
 __version__ = "0.1.0"
 __all__ = [

@@ -7,134 +7,15 @@ and, for every other candidate, the reason.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import nn
 
 from . import checks, targets
+from .configs import AdapterConfig, LoRAConfig, NBLoRAConfig, SingLoRAConfig
 from .layers import OURS, fused_class, peft_layers
-from .linear import INITS, LoRALinear
-from .nb_linear import NORMS, NBLoRALinear, share_factors_
+from .nb_linear import NBLoRALinear, share_factors_
 from .progress import bar
 from .report import Report
-from .sing_linear import SingLoRALinear
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """What ``inject_`` puts in (Hu et al., arXiv 2106.09685).
-
-    Args:
-        r: rank, 1 to 256.
-        alpha: scale of the adapter; its product is scaled by alpha / r, or alpha / sqrt(r) with ``use_rslora``.
-        dropout: probability of dropping an element of a layer's input on the adapter's way, in training only.
-        target_modules: ``"all-linear"`` (every nn.Linear but the output embeddings), a list of module names or ends of
-            names (``["q_proj", "v_proj"]``), or a regular expression for whole names; as in PEFT.
-        use_rslora: rank-stabilised scaling (Kalajdzievski, arXiv 2312.03732).
-        init: of lora_A, ``"kaiming"`` or ``"gaussian"``; lora_B starts at 0.
-
-    Raises:
-        ArgumentError: a value out of range.
-    """
-
-    r: int = 16
-    alpha: float = 32
-    dropout: float = 0.0
-    target_modules: str | list[str] = targets.ALL_LINEAR
-    use_rslora: bool = False
-    init: str = "kaiming"
-
-    def __post_init__(self) -> None:
-        checks.rank(self.r)
-        checks.positive(self.alpha, "alpha")
-        checks.probability(self.dropout)
-        targets.check(self.target_modules)
-        if not isinstance(self.use_rslora, bool):
-            raise checks.ArgumentError("use_rslora", "True or False", repr(self.use_rslora))
-        checks.choice(self.init, "init", INITS)
-
-    def layer_settings(self) -> dict:
-        """The keyword arguments of ``LoRALinear.from_linear``."""
-        return {name: getattr(self, name) for name in ("r", "alpha", "dropout", "use_rslora", "init")}
-
-
-@dataclass(frozen=True)
-class NBLoRAConfig:
-    """Norm-bounded adapters for ``inject_`` ("Norm-Bounded Low-Rank Adaptation"; see ``NBLoRALinear``).
-
-    Args:
-        r: rank, 1 to 256 and at most each layer's d_in.
-        norm: ``"spectral"``, ``"frobenius"`` or ``"nuclear"``.
-        bound: on the norm of each layer's ΔW; None: 1, √r or r.
-        bound_ratio: instead of ``bound``, each layer's bound as a multiple of its frozen weight's own norm (the nuclear
-            and spectral norms of a large model's weights take minutes).
-        learn_scale: train how the bound is shared out among the singular values.
-        dropout, target_modules: as in LoRAConfig.
-
-    Raises:
-        ArgumentError: a value out of range.
-    """
-
-    r: int = 16
-    norm: str = "nuclear"
-    bound: float | None = None
-    bound_ratio: float | None = None
-    learn_scale: bool = True
-    dropout: float = 0.0
-    target_modules: str | list[str] = targets.ALL_LINEAR
-
-    def __post_init__(self) -> None:
-        checks.rank(self.r)
-        checks.choice(self.norm, "norm", tuple(NORMS))
-        for name in ("bound", "bound_ratio"):
-            if getattr(self, name) is not None:
-                checks.positive(getattr(self, name), name)
-        if self.bound is not None and self.bound_ratio is not None:
-            raise checks.ArgumentError("bound_ratio", "None where bound is given", repr(self.bound_ratio))
-        checks.flag(self.learn_scale, "learn_scale")
-        checks.probability(self.dropout)
-        targets.check(self.target_modules)
-
-    def layer_settings(self) -> dict:
-        """The keyword arguments of ``NBLoRALinear.from_linear``."""
-        names = ("r", "norm", "bound", "bound_ratio", "learn_scale", "dropout")
-        return {name: getattr(self, name) for name in names}
-
-
-@dataclass(frozen=True)
-class SingLoRAConfig:
-    """Adapters of one matrix for ``inject_`` (SingLoRA; see ``SingLoRALinear``).
-
-    Args:
-        r: rank, 1 to 256.
-        alpha: scale of the adapter; its product is scaled by alpha / r.
-        ramp_steps: optimizer steps that lead the adapter in (``lf.count_steps_``); 0: it counts from the start.
-        dropout, target_modules: as in LoRAConfig.
-
-    Raises:
-        ArgumentError: a value out of range.
-    """
-
-    r: int = 16
-    alpha: float = 16
-    ramp_steps: int = 100
-    dropout: float = 0.0
-    target_modules: str | list[str] = targets.ALL_LINEAR
-
-    def __post_init__(self) -> None:
-        checks.rank(self.r)
-        checks.positive(self.alpha, "alpha")
-        if self.ramp_steps != 0:
-            checks.count(self.ramp_steps, "ramp_steps")
-        checks.probability(self.dropout)
-        targets.check(self.target_modules)
-
-    def layer_settings(self) -> dict:
-        """The keyword arguments of ``SingLoRALinear.from_linear``."""
-        return {name: getattr(self, name) for name in ("r", "alpha", "ramp_steps", "dropout")}
-
-
-LAYERS = {LoRAConfig: LoRALinear, NBLoRAConfig: NBLoRALinear, SingLoRAConfig: SingLoRALinear}
 
 
 def inject_(
@@ -162,21 +43,19 @@ def inject_(
         ArgumentError: nothing to replace (with the closest names), a model that is itself a linear layer or already
             has PEFT layers. The model is then unchanged.
     """
-    kind = LAYERS.get(type(config))
-    if kind is None:
-        raise checks.ArgumentError(
-            "config", "an lf.LoRAConfig, lf.NBLoRAConfig or lf.SingLoRAConfig", type(config).__name__
-        )
+    if not isinstance(config, AdapterConfig):
+        expected = "an lf.LoRAConfig, lf.NBLoRAConfig or lf.SingLoRAConfig"
+        raise checks.ArgumentError("config", expected, type(config).__name__)
     check_plain(model)
     found = targets.candidates(model, config.target_modules)
     report = Report("injected", left=targets.left_alone(model, found, config.target_modules))
-    report.changed = {name: f"{kind.__name__}(r={config.r})" for name in found if name not in report.left}
+    report.changed = {name: f"{config.layer.__name__}(r={config.r})" for name in found if name not in report.left}
     if not report.changed and not allow_empty:
         near = targets.closest(model, config.target_modules)
         expected = f"at least one torch.nn.Linear, by a regular expression or a list of name ends (closest: {near})"
         got = f"{config.target_modules!r}" + (f"; left {report.reasons()}" if report.left else "")
         raise checks.ArgumentError("target_modules", expected, got)
-    replace_(model, {name: (kind, config.layer_settings()) for name in report.changed}, progress)
+    replace_(model, {name: (config.layer, config.layer_settings()) for name in report.changed}, progress)
     return report
 
 

@@ -21,7 +21,7 @@ LAYERS = [
     ["checkpoint"],
     ["base_weights", "free_files"],
     ["adapter_files", "files"],
-    ["surgery", "merging", "peft_linear", "layers", "report", "targets", "progress"],
+    ["surgery", "merging", "peft_linear", "configs", "layers", "report", "targets", "progress"],
     ["linear", "nb_linear", "sing_linear"],
     ["adapter_linear"],
     ["factors", "projection"],
