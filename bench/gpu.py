@@ -33,6 +33,7 @@ from gpu_families import families, large
 from gpu_goals import Verdict, verdicts
 from gpu_graphs import graphs
 from gpu_memcheck import memcheck
+from gpu_plot import draw
 from gpu_repeats import repeats
 from gpu_section import Options, Progress, Section, in_processes, run
 from gpu_suite import suite
@@ -98,8 +99,8 @@ class Run:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.path.write_text(json.dumps(self.results, indent=1))
 
-    def told(self) -> str:
-        """The table, and what is unfinished or wrong; "" of the latter if nothing is."""
+    def tell(self) -> str:
+        """Prints the table and where it is kept. Returns the names of sections that are unfinished or wrong."""
         print(f"\n{show(verdicts(self.results))}\n")
         unfinished = {name: self.results[name]["error"] for name in self.names if "error" in self.results[name]}
         for name, error in unfinished.items():
@@ -139,30 +140,6 @@ def show(found: list[Verdict]) -> str:
     return "\n".join("  ".join(word.ljust(n) for word, n in zip(row, width, strict=True)).rstrip() for row in lines)
 
 
-def draw(results: dict, path: Path) -> str:
-    """Bars of the layer's providers, one panel a shape; or why there is no plot."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        return f"no plots: {error}"
-    layers = results.get("layers", {}).get("figures", {})
-    figures = {name: found["rows"] for name, found in layers.items() if "rows" in found}
-    if not figures:
-        return "no plots: the layer was not measured"
-    lines = -(-len(figures) // 2)
-    drawing = Figure(figsize=(12, 2.6 * lines), layout="constrained")
-    panels = drawing.subplots(lines, 2, squeeze=False).flat
-    for axes, (name, rows) in zip(panels, figures.items(), strict=False):
-        rows = [row for row in rows if row["mode"] == "full" and row["p50"] is not None]
-        axes.barh([row["provider"] for row in rows], [row["p50"] for row in rows])
-        axes.set(title=name, xlabel="µs, forward + backward, median")
-        axes.invert_yaxis()
-    for axes in panels:  # an odd one out
-        axes.set_axis_off()
-    drawing.savefig(path, dpi=120)
-    return f"plots: {path}"
-
-
 def one_section(name: str, dry_run: bool, seconds: float, path: Path | None) -> bool:
     """In this process; whether nothing is wrong."""
     faulthandler.enable()
@@ -186,7 +163,7 @@ def main() -> None:
         sys.exit(not one_section(options.section, options.dry_run, options.seconds, options.json))
     whole = Run(options.only, options.dry_run, options.results)
     asyncio.run(whole.all_sections())
-    trouble = whole.told()
+    trouble = whole.tell()
     sys.exit(f"unfinished or wrong: {trouble}" if trouble else 0)
 
 

@@ -32,7 +32,7 @@ from lora_fast.cli.measure import environment
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-COUNTING_SECONDS = {"cpu": 60, "cpu-quick": 20, "tiny": 5}
+COUNTING_SECONDS = {"cpu": 60, "cpu-quick": 15, "tiny": 5}
 
 
 def pytest(*arguments: str) -> int:
