@@ -11,7 +11,7 @@ from torch import nn
 import lora_fast as lf
 
 WORLD = 2
-CONFIGS = (lf.LoRAConfig(r=4, alpha=8), lf.NBLoRAConfig(r=4))
+CONFIGS = (lf.LoRAConfig(r=4, alpha=8), lf.NBLoRAConfig(r=4), lf.SingLoRAConfig(r=4, ramp_steps=0))
 
 
 def model(config) -> nn.Module:
@@ -19,7 +19,7 @@ def model(config) -> nn.Module:
     made = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
     lf.inject_(made, config)
     for layer in (made[0], made[2]):
-        nn.init.normal_(getattr(layer, layer.TRAINED[1]), std=0.1)
+        nn.init.normal_(getattr(layer, (*layer.TRAINED, layer.TRAINED[0])[1]), std=0.1)  # b, or the one matrix
     return made
 
 

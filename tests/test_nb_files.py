@@ -112,16 +112,19 @@ def test_plain_layers_and_peft_models_take_the_plain_adapter(saved):
     torch.testing.assert_close(logits(other), logits(model))
 
 
-def test_bounds_hold_after_export(saved):
-    model, path = saved
-    tensors = safetensors.torch.load_file(path / "adapter_model.safetensors")
+@pytest.mark.parametrize("norm", NORMS)
+def test_bounds_hold_after_export(norm, tmp_path):
+    model = bounded_llama(norm=norm)
+    lf.save_adapter(model, tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
     for name, layer in model.named_modules():
         if isinstance(layer, NBLoRALinear):
             a, b = (tensors[f"base_model.model.{name}.{factor}.weight"].double() for factor in ("lora_A", "lora_B"))
             singular = torch.linalg.svdvals(b @ a)[:4]
-            shares = torch.softmax(layer.free_scale.double() / 2, 0).sort(descending=True).values
+            shares = torch.softmax(layer.free_scale.double() / 2, 0).sort(descending=True).values ** layer.power
             room = 12 * 4 * torch.finfo(torch.float32).eps
             assert (singular <= 1.5 * (shares + room)).all()
+            assert singular[0] > 0.1 * 1.5 * shares[0]
 
 
 def test_a_plain_adapter_is_projected(saved):
