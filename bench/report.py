@@ -85,7 +85,8 @@ def draw(rows: list[dict]) -> dict[str, str]:
     drawn = {}
     for name, members in groups.items():
         op = members[0]["case"]["op"]
-        providers = list(dict.fromkeys(row["provider"] for row in measured(rows) if row["case"]["op"] == op))
+        of_op = [row["provider"] for row in measured(rows) if row["case"]["op"] == op]
+        providers = list(dict.fromkeys(["ours", *of_op]))  # ours has one colour on the whole page
         colour = colours(providers)
         ranks = sorted({row["case"]["r"] for row in members})
         if len(ranks) == 1:
