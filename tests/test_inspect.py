@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from typer.testing import CliRunner
@@ -81,8 +83,32 @@ def test_a_kernel_that_spills_is_the_exit_code(tmp_path):
     compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, script], env=compiling, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
-    assert "sm_90 lora_hungry_kernel of hungry, float32, r 16: " in done.stdout and " spills" in done.stdout
+    assert "sm_90 lora_hungry_kernel of hungry, fp32 r16, w1: " in done.stdout and " spills" in done.stdout
     assert "1 kernel, 1 of them against a rule." in done.stdout
+
+
+def test_an_error_names_the_case(monkeypatch):
+    command = sys.modules["lora_fast.cli.inspect"]
+    monkeypatch.setattr(command, "ProcessPoolExecutor", lambda *arguments: ThreadPoolExecutor(1))
+    with command.Progress(disable=True) as progress, pytest.raises(ZeroDivisionError) as raised:
+        command._in_parallel(lambda job: 1 / 0, [(ALIGNED, 90)], 1, False, progress)
+    assert raised.value.__notes__ == [f"lora-fast inspect: {ALIGNED} for sm_90"]
+
+
+def test_a_row_is_readable_in_a_terminal_of_80_columns(monkeypatch):
+    variant = {"adapter": "float32", "strategy": "fused", "padding": 0, "dropout": 0.1, "bias": True}
+    tile = {"BLOCK_T": 128, "BLOCK_OUT": 256, "BLOCK_IN": 64, "BLOCK_R": 32, "num_warps": 8, "num_stages": 3}
+    row = CLEAN | {"op": "grad_x", "dtype": "bfloat16", "r": 16, "variant": variant, "tile": tile, "broken": []}
+    row |= {"registers": 168, "occupancy": 0.125, "accesses": 120, "wide_accesses": 32, "traffic": 1.02}
+    monkeypatch.setattr(sys.modules["lora_fast.cli.inspect"], "measure", lambda *_: [row])
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", run("--op", "grad_x").stdout)
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in shown and "32/120" in lines[2]
+    assert lines.index(next(line for line in lines[3:] if not line.strip())) <= 6  # the row takes four lines at most
+    for word in ("bf16", "r16", "adapter", "fused", "dropout", "bias", "t128", "out256", "in64", "w8"):
+        assert word in shown
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..kernels.catalogue import Case
 
 Job = tuple["Case", int]  # and an arch
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 EPILOG = """
 **Examples**
 
@@ -125,8 +126,10 @@ def _in_parallel(work: Callable, jobs: list[Job], processes: int, interpret: boo
     try:
         futures = {pool.submit(work, job): job for job in jobs}
         for future in as_completed(futures):
-            future.result()
             case, arch = futures[future]
+            if error := future.exception():
+                error.add_note(f"lora-fast inspect: {case} for sm_{arch}")
+                raise error
             progress.update(task, advance=1, description=f"{'counted' if interpret else 'compiled'} sm_{arch} {case}")
     finally:
         pool.shutdown(cancel_futures=True)
@@ -146,23 +149,25 @@ def _show(rows: list[dict]) -> None:
         console.width = 140  # a file or a pipe has no width of its own
     for arch in dict.fromkeys(row["arch"] for row in rows):
         of_arch = [row for row in rows if row["arch"] == arch]
-        table = Table(title=f"sm_{arch}: {_kernels(of_arch)}", title_justify="left", box=None, pad_edge=False)
-        for column in ("kernel", "for", "tile"):
-            table.add_column(column)
+        title = f"sm_{arch}: {_kernels(of_arch)}"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("kernel, for, tile")
         for column in ("regs", "stack", "spills", "KiB", "warps", "tensor", "TMA", "wide", "traffic"):
             table.add_column(column, justify="right", no_wrap=True)
         for row in of_arch:
-            table.add_row(*_cells(row), style="red" if row["broken"] else "")
+            name = row["kernel"].removeprefix("lora_").removesuffix("_kernel")
+            words = f"{name} {_what_for(row)}, {_tile(row)}"
+            table.add_row(words, *_figures(row), style="red" if row["broken"] else "")
         console.print(table)
         console.print()
     broken = [row for row in rows if row["broken"]]
     for row in broken:
-        where = f"sm_{row['arch']} {row['kernel']} of {row['op']}, {_what_for(row)}"
+        where = f"sm_{row['arch']} {row['kernel']} of {row['op']}, {_what_for(row)}, {_tile(row)}"
         console.print(f"{where}: {', '.join(row['broken'])}", style="red", soft_wrap=True)
     console.print(
-        "r: rank. KiB: shared memory of a block. warps: resident at once, of all that a multiprocessor holds, an "
-        "estimate. tensor, TMA: instructions. wide: 128-bit accesses, of all to global memory. traffic: bytes asked "
-        "over each operand once, by all of its kernels.",
+        "r: rank. w: warps of a block. KiB: its shared memory. warps: resident at once, of all that a multiprocessor "
+        "holds, an estimate. tensor, TMA: instructions. wide: 128-bit accesses, of all to global memory. traffic: "
+        "bytes asked over each operand once, by all of its kernels.",
         style="dim",
     )
     verdict = f"{len(broken)} of them against a rule" if broken else "no rule broken"
@@ -173,13 +178,23 @@ def _kernels(rows: list[dict]) -> str:
     return f"{len(rows)} kernel{'s' * (len(rows) > 1)}"
 
 
-def _cells(row: dict) -> list[str]:
+def _what_for(row: dict) -> str:
+    chosen = [name if value is True else value if name == "strategy" else f"{name} {value}"
+              for name, value in row["variant"].items() if value]  # fmt: skip
+    words = " ".join([row["dtype"], f"r{row['r']}", *chosen])
+    for long, short in SHORT.items():
+        words = words.replace(long, short)
+    return words
+
+
+def _tile(row: dict) -> str:
     tile = row["tile"]
-    blocks = [f"{name.removeprefix('BLOCK_').lower()} {size}" for name, size in tile.items() if name.isupper()]
+    sizes = [f"{name.removeprefix('BLOCK_').lower()}{size}" for name, size in tile.items() if name.isupper()]
+    return " ".join([*sizes, f"w{tile['num_warps']}"])
+
+
+def _figures(row: dict) -> list[str]:
     return [
-        row["kernel"].removeprefix("lora_").removesuffix("_kernel"),
-        _what_for(row),
-        ", ".join([*blocks, f"{tile['num_warps']} warps"]),
         str(row["registers"]),
         str(row["stack"]),
         str(row["spills"]),
@@ -190,8 +205,3 @@ def _cells(row: dict) -> list[str]:
         f"{row['wide_accesses']}/{row['accesses']}",
         "" if row["traffic"] is None else f"{row['traffic']:.2f}",
     ]
-
-
-def _what_for(row: dict) -> str:
-    words = [f"{name} {value}" if isinstance(value, str) else name for name, value in row["variant"].items() if value]
-    return ", ".join([row["dtype"], f"r {row['r']}", *words])
