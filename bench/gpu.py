@@ -49,11 +49,11 @@ SECTIONS = {
     "layers": Section(layers, 170, 60, alone=True),
     "steps": Section(steps, 70, 40, alone=True),
     "small": Section(small, 50, 30, alone=True),
-    "training": Section(training, 60, 60, alone=True),
+    "training": Section(training, 70, 70, alone=True),
     "errors": Section(errors, REST, 60),
     "repeats": Section(repeats, REST, 60),
     "graphs": Section(graphs, REST, 40),
-    "large": Section(large, REST, 60),
+    "large": Section(large, REST, 90),
     "memcheck": Section(memcheck, REST, REST),
     "suite": Section(suite, REST, REST),
 }

@@ -30,7 +30,7 @@ def check(options: Options) -> dict:
     try:
         done = subprocess.run(
             [tool, *TOOL, *command] if tool else command,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=max(1.0, options.seconds - 5),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=options.seconds,
             env=environment,
         )  # fmt: skip
     except subprocess.TimeoutExpired as late:

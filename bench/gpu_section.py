@@ -29,6 +29,7 @@ from measure import Provider, Unavailable, once, wait
 
 Jobs = Iterator[tuple[str, Callable[[], dict]]]
 PROGRAM = Path(__file__).with_name("gpu.py")
+MARGIN = 15  # seconds of its budget that a process may take to start and to end
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Progress:
 
 
 class Options(NamedTuple):
-    """What a section is given. ``seconds``: its budget."""
+    """What a section is given. ``seconds``: its budget, from when it begins."""
 
     dry_run: bool
     device: torch.device
@@ -162,7 +163,7 @@ async def in_processes(name: str, section: Section, seconds: float, folder: Path
     while not error:
         left = start + seconds - time.monotonic()
         before = Progress.of(path)
-        status = await _ended([*command, "--seconds", f"{max(left, 1):.0f}"], left)
+        status = await _ended([*command, "--seconds", f"{max(left - MARGIN, 1):.0f}"], left)
         progress = Progress.of(path)
         if progress.complete:
             break
@@ -208,5 +209,13 @@ def summary(values: dict) -> str:
     if "ok" in values:
         rest = {k: v for k, v in values.items() if k not in ("ok", "tail") and not isinstance(v, dict)}
         word = {True: "ok", False: "WRONG", None: "not known"}[values["ok"]]
-        return " ".join([word, *(f"{k}={v}" for k, v in rest.items())])
-    return str(values)
+        return " ".join([word, *(f"{k}={short(v)}" for k, v in rest.items())])
+    return short(values)
+
+
+def short(value: object) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {short(of)}" for name, of in value.items())
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(short, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -24,7 +24,7 @@ def suite(options: Options) -> Jobs:
     if importlib.util.find_spec("pytest") is None:
         yield "pytest", lambda: {"ok": None, "error": "pytest is not installed here: the suite has not run"}
         return
-    end = time.monotonic() + options.seconds - 5
+    end = time.monotonic() + options.seconds
     chosen = {"test_traffic.py": ("test_traffic.py", "masked")} if options.dry_run else whole()
     with ThreadPoolExecutor(max(1, min(MOST, (os.cpu_count() or 2) // 2))) as pool:
         left = {name: of for name, of in chosen.items() if name not in options.progress.figures}

@@ -81,7 +81,9 @@ def measured(options: Options) -> dict:
             ready[name] = options.surviving(name, build)()
         except Unavailable as reason:
             figures[name] = {"unavailable": str(reason)}
-    rounds = timed(ready, options.device, 0.0 if options.dry_run else options.seconds / 3, simply)
+    if not ready:
+        return figures
+    rounds = timed(ready, options.device, 0.0 if options.dry_run else options.seconds / 4, simply)
     steps = 1 if options.dry_run else STEPS
     for name in ready:
         times = rounds.times(name, "forward")
