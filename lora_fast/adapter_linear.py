@@ -109,6 +109,15 @@ class AdapterLinear(nn.Module):
         dropout_p = self.dropout_p if self.training else 0.0
         return functional.lora_linear(x, self.weight, self.bias, a, b, self.scaling, dropout_p)
 
+    def projected(self, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> tuple[Tensor, ...]:
+        """What the tensors that ``FREE`` names have to be for ΔW = scaling · lora_B lora_A, in ``FREE``'s order.
+
+        Raises:
+            ArgumentError: two factors do not determine them; or, where they can, not these.
+        """
+        expected = f"the parameters of a {type(self).__name__} beside it, as lf.save_adapter writes them"
+        raise checks.ArgumentError("adapter", expected, "plain LoRA")
+
     @torch.no_grad()
     def assign_(self, *values: Tensor) -> None:
         """Copy values into the tensors that ``FREE`` names, in its order."""

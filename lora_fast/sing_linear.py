@@ -85,11 +85,6 @@ class SingLoRALinear(AdapterLinear):
             raise RuntimeError("SingLoRALinear with ramp_steps: call lf.count_steps_(model, optimizer) before training")
         return self.lora_A, self.lora_B
 
-    def projected(self, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> tuple[Tensor, ...]:
-        """Always an ArgumentError: two factors are not one matrix, and do not tell how many steps were counted."""
-        expected = "SingLoRA's own matrix and steps beside it (as lf.save_adapter writes them)"
-        raise checks.ArgumentError("adapter", expected, "plain LoRA")
-
 
 def count_steps_(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """From now on each step of the optimizer leads the model's SingLoRALinear adapters one step further in. (A step

@@ -158,7 +158,9 @@ def test_a_plain_adapter_is_no_single_matrix(saved):
     (saved / SIDECAR).unlink()
     model = single_llama()
     before = snapshot(model)
-    with pytest.raises(lf.CheckpointError, match=r"^adapter of model.*own matrix and steps.* got plain LoRA$"):
+    with pytest.raises(
+        lf.CheckpointError, match=r"^adapter of model.*parameters of a SingLoRALinear beside it.* got plain LoRA$"
+    ):
         lf.load_adapter(model, saved)
     assert_unchanged(model, before)
 
