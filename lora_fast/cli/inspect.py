@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..checks import ArgumentError
+from .display import Display, exit_codes
 
 if TYPE_CHECKING:
     from ..kernels.catalogue import Case
@@ -53,12 +54,8 @@ def inspect(
     too much shared memory, 16-bit products off the tensor cores, a GEMM without TMA from sm_90 on. Everything takes
     tens of minutes the first time on two cores; Triton keeps what it compiled.
     """
-    try:
-        jobs = _jobs(arch, op, rank)
-    except ArgumentError as error:
-        Console(stderr=True, highlight=False).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-    rows = measure(jobs, traffic, processes)
+    with exit_codes(Display()):
+        rows = measure(_jobs(arch, op, rank), traffic, processes)
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:

@@ -109,3 +109,5 @@ def run(settings: Settings, given: set[str], compiled: bool, folder: Path, displ
     display.note(result.verdict(), style="bold")
     display.note(result.machine, style="dim")
     display.note(f"\npage      {folder / PAGE}\nfigures   {folder / FIGURES}\ntraces    {folder}/trace-*.json.gz")
+    if torch.cuda.is_available():
+        display.note(f"memory    {folder}/memory-*.pickle")
