@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from lora_fast import set_backend
 from lora_fast.cli import app, checkup, installation
-from lora_fast.kernels import tuned
+from lora_fast.kernels import tiles, tuned
 
 
 def invoke(*options: str):
@@ -88,9 +88,17 @@ def test_the_layer_is_compared_with_its_formula(monkeypatch):
     right = reference.grad_a
     device = torch.device("cpu")
     with set_backend("torch"):
-        assert checkup.layer_error(device) < checkup.ERROR
+        assert checkup.layer_error(device) < checkup.ERROR[torch.float32]
         monkeypatch.setattr(reference, "grad_a", lambda *arguments: 1.01 * right(*arguments))
         assert checkup.layer_error(device) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", checkup.ERROR, ids=str)
+@pytest.mark.parametrize("strategy", ["fused", "cublas"])
+def test_the_kernels_are_within_what_is_asked_of_them(dtype, strategy):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with set_backend("triton"), tiles.assume(strategy=strategy):
+        assert 0 < checkup.layer_error(device, dtype) < checkup.ERROR[dtype]
 
 
 def examined(name: str) -> checkup.Finding:

@@ -19,7 +19,7 @@ from .. import LoRAConfig, LoRALinear, backend, fuse_, inject_, load_adapter, me
 from ..optim import LoRAAdamW
 from . import installation
 
-ERROR = 1e-5  # relative L2, float32 on a few numbers: a wrong formula is wrong by far more
+ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # relative L2: a wrong formula is wrong by far more
 SECONDS = 120  # for a check in a process of its own
 ARCH = 90  # compiled for where there is no GPU
 OLDEST_ARCH = 80
@@ -128,13 +128,13 @@ def checks() -> list[Check]:
     return found
 
 
-def layer_error(device: torch.device) -> float:
+def layer_error(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
     """Both passes of a tiny layer on the chosen backend: the largest relative L2 error against the formula."""
     torch.manual_seed(0)
-    layer = LoRALinear(24, 20, r=3, alpha=6, device=device)
+    layer = LoRALinear(72, 40, r=3, alpha=6, device=device, dtype=dtype)
     nn.init.normal_(layer.lora_B)
-    x = torch.randn(10, 24, device=device, requires_grad=True)
-    dy = torch.randn(10, 20, device=device)
+    x = torch.randn(10, 72, device=device, dtype=dtype, requires_grad=True)
+    dy = torch.randn(10, 40, device=device, dtype=dtype)
     inputs = (x, layer.lora_A, layer.lora_B)
     y = layer(x)
     found = (y, *torch.autograd.grad(y, inputs, dy))
@@ -150,9 +150,9 @@ def _relative(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
-def _small(error: float) -> str:
-    if not error <= ERROR:  # NaN too
-        raise AssertionError(f"forward and backward are off by {error:.1e}, relative L2; expected at most {ERROR:.0e}")
+def _small(error: float, dtype: torch.dtype = torch.float32) -> str:
+    if not error <= ERROR[dtype]:  # NaN too
+        raise AssertionError(f"off by {error:.1e} in {dtype}, relative L2; expected at most {ERROR[dtype]:.0e}")
     return f"within {error:.1e} of float64, both passes"
 
 
@@ -208,8 +208,10 @@ def _torch_layer() -> str:
 def _gpu_layer() -> str:
     if installation.interpreting():
         raise Problem("the kernels run in Triton's interpreter, many times slower", "unset TRITON_INTERPRET")
+    device = torch.device("cuda")
     with backend.set_backend("triton"):
-        return _small(layer_error(torch.device("cuda")))
+        found = {dtype: _small(layer_error(device, dtype), dtype) for dtype in ERROR}
+    return "; ".join(f"{str(dtype).removeprefix('torch.')}: {seen}" for dtype, seen in found.items())
 
 
 def _interpreted_layer() -> str:
