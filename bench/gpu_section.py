@@ -95,7 +95,7 @@ class Options(NamedTuple):
             except Unavailable as reason:
                 failure = str(reason)
             except Exception as error:
-                failure = f"{type(error).__name__}: {str(error)[:300]}"
+                failure = of_chain(error)
                 self._go_on(failure)
             progress.trying = None
             progress.save()
@@ -139,7 +139,7 @@ def run(name: str, section: Section, options: Options, again: bool) -> bool:
         except Exception as error:
             raised = True
             traceback.print_exc()
-            values = {"ok": False, "error": f"{type(error).__name__}: {str(error)[:1000]}"}
+            values = {"ok": False, "error": of_chain(error)}
         faulthandler.cancel_dump_traceback_later()
         progress.figures[figure], progress.running = values, None
         progress.save()
@@ -191,6 +191,12 @@ async def _ended(command: list[str], seconds: float) -> int | None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
+
+
+def of_chain(error: BaseException) -> str:
+    """The error and what it came of: leaving a CUDA graph's capture raises over the error that broke the capture."""
+    said = f"{type(error).__name__}: {str(error)[:500]}"
+    return f"{said}, after {of_chain(error.__context__)}" if error.__context__ else said
 
 
 def _told(status: int) -> str:

@@ -107,6 +107,16 @@ def test_what_fails_costs_nothing_else(in_processes):
     assert figures["compared"] == lost | {"works": "measured"}
 
 
+def test_the_first_of_several_errors_is_told():
+    try:
+        try:
+            raise ValueError("no such kernel")
+        finally:
+            raise RuntimeError("capture failed")
+    except RuntimeError as error:
+        assert gpu_section.of_chain(error) == "RuntimeError: capture failed, after ValueError: no such kernel"
+
+
 def test_a_section_out_of_time_keeps_what_it_has(in_processes):
     found = in_processes("slow", 15)
     assert found["figures"] == {"first": {"ok": True}, "slow": {"ok": None, "error": "out of time"}}
