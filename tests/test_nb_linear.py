@@ -601,6 +601,16 @@ def test_bad_configs_are_named(name, settings):
         lf.NBLoRAConfig(**settings)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")], ids=str)
+def test_a_ratio_of_no_norm_is_named(value, norm):
+    linear = nn.Linear(10, 14)
+    nn.init.constant_(linear.weight, value)
+    with pytest.raises(lf.ArgumentError, match=r"^bound_ratio: .*finite and above 0, got norm (0|nan|inf)$"):
+        lf.NBLoRALinear.from_linear(linear, r=2, norm=norm, bound_ratio=0.1)
+    assert linear.weight.requires_grad
+
+
 def zeroed(model):
     nn.init.zeros_(model[1][0].weight)
     return model
@@ -622,5 +632,6 @@ def test_errors_of_inject_leave_the_model(change, config, message):
     before = snapshot(model)
     with pytest.raises(lf.ArgumentError, match=message):
         lf.inject_(model, lf.NBLoRAConfig(**{"r": 2} | config))
-    assert_unchanged(model, before) if change is not None and not next(model.parameters()).is_meta else None
+    if not next(model.parameters()).is_meta:
+        assert_unchanged(model, before)
     assert not model._forward_pre_hooks
