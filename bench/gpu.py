@@ -143,7 +143,7 @@ def show(found: list[Verdict]) -> str:
 def one_section(name: str, dry_run: bool, seconds: float, path: Path | None) -> bool:
     """In this process; whether nothing is wrong."""
     faulthandler.enable()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu" if dry_run else "cuda")
     options = Options(dry_run, device, seconds, Progress.of(path) if path else Progress())
     return run(name, {**SECTIONS, **HIDDEN}[name], options, again=path is not None)
 
