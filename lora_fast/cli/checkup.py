@@ -246,10 +246,11 @@ def _tiny_model() -> nn.Module:
 
 
 def _optimizer() -> str:
-    model = _tiny_model()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = _tiny_model().to(device)
     inject_(model, LoRAConfig(r=4, alpha=8))
     optimizer = LoRAAdamW(model, lr=0.05, methods=[methods.ILoRA()])
-    x = torch.randn(16, 16)
+    x = torch.randn(16, 16, device=device)
     losses = []
     for _ in range(5):
         loss = model(x).pow(2).mean()
