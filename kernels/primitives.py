@@ -4,12 +4,10 @@ The interpreter holds bfloat16 as bit patterns: its arithmetic and ``tl.dot`` on
 bfloat16 truncates. ``dot``, ``drop`` and ``round_to`` are what the kernels use instead.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
-INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 PHILOX_ROUNDS = tl.constexpr(7)
 
 

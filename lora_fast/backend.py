@@ -37,7 +37,8 @@ class set_backend:
 
 
 def interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    """Whether Triton's interpreter is asked for, as Triton reads it: "true" and "on" count, too."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:

@@ -52,7 +52,8 @@ def inject_(
     report.changed = {name: f"{config.layer.__name__}(r={config.r})" for name in found if name not in report.left}
     if not report.changed and not allow_empty:
         near = targets.closest(model, config.target_modules)
-        expected = f"at least one torch.nn.Linear, by a regular expression or a list of name ends (closest: {near})"
+        by = "" if config.target_modules == "all-linear" else ", by a regular expression or a list of name ends"
+        expected = f"at least one torch.nn.Linear{by} (closest: {near})"
         got = f"{config.target_modules!r}" + (f"; left {report.reasons()}" if report.left else "")
         raise checks.ArgumentError("target_modules", expected, got)
     replace_(model, {name: (config.layer, config.layer_settings()) for name in report.changed}, progress)

@@ -206,7 +206,7 @@ def _torch_layer() -> str:
 
 
 def _gpu_layer() -> str:
-    if installation.interpreting():
+    if backend.interpreting():
         raise Problem("the kernels run in Triton's interpreter, many times slower", "unset TRITON_INTERPRET")
     device = torch.device("cuda")
     with backend.set_backend("triton"):

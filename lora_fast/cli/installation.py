@@ -105,12 +105,7 @@ def which_backend() -> tuple[str, str]:
     return name, "CUDA tensors take the Triton kernels" if tensor.is_cuda else "tensors on a CPU take plain torch"
 
 
-def interpreting() -> bool:
-    """As Triton reads it: "true" and "on" count, too."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-
-
 def interpreter() -> str:
-    if not interpreting():
+    if not backend.interpreting():
         return "off"
     return f"on (TRITON_INTERPRET={os.environ['TRITON_INTERPRET']}): kernels run on the CPU, slowly, for debugging"

@@ -149,7 +149,7 @@ def _gpu():
     """The current CUDA device."""
     import torch
 
-    from .installation import interpreting
+    from ..backend import interpreting
 
     if not torch.cuda.is_available():
         got = "none (the defaults need no tuning; --show and --clear work anywhere)"
