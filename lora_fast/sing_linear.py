@@ -59,7 +59,7 @@ class SingLoRALinear(AdapterLinear):
 
     def reset_adapter(self) -> None:
         """A fresh adapter: ``free_s`` Kaiming, no step counted."""
-        nn.init.kaiming_uniform_(self.free_s, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.free_s, a=math.sqrt(5), mode="fan_out")  # of Sᵀ, as LoRA's a: fan-in is not r
         self.steps = torch.zeros((), dtype=torch.int64, device=self.free_s.device)
 
     @property

@@ -90,6 +90,12 @@ def test_starts_as_its_linear_with_a_ramp():
     assert torch.equal(layer(inputs()), linear(inputs())) and layer.weight is linear.weight
 
 
+def test_starts_at_the_scale_of_lora_s_a():
+    """Entries of ±1/√(its longer side), whatever the rank: of ±1/√r, the adapter would drown the weight."""
+    largest = layer_of(300, 200).free_s.abs().max().item()
+    assert 0.95 * 300**-0.5 < largest <= 300**-0.5 * (1 + 1e-6)
+
+
 def test_compile_fullgraph():
     layer = layer_of(ramp_steps=4)
     optimizer = torch.optim.SGD([layer.free_s], lr=0.1)
