@@ -233,7 +233,7 @@ OPS = {
         ("lora_linear_kernel", "lora_update_kernel"),
     ),
     "gram": Op(
-        gram, {"float32": (1, 16, 64, 128), "bfloat16": (8, 64)}, tensor_cores=("lora_gram_kernel",), counted=True
+        gram, {"float32": (1, 16, 32, 64, 128), "bfloat16": (8, 64)}, tensor_cores=("lora_gram_kernel",), counted=True
     ),
     "adamw_step": Op(adamw_step, {"float32": (1, 16, 64, 128), "bfloat16": (16, 32)}, _STEPS, counted=True),
     "transform": Op(
