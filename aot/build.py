@@ -83,7 +83,7 @@ def _row(case: Case, arch: int, launch: compiled.Launch) -> dict:
     kernel = compiled.compile_for(launch, arch, LENGTHS)
     used = compiled.resources(kernel)
     if used.spills or used.stack:  # where ptxas has only tried to fit one more program
-        roomy = dataclasses.replace(launch, options={"maxnreg": MOST_REGISTERS, **launch.options})
+        roomy = dataclasses.replace(launch, options=launch.options | {"maxnreg": MOST_REGISTERS})
         kernel = compiled.compile_for(roomy, arch, LENGTHS)
         used = compiled.resources(kernel)
     if used.spills or used.stack or used.shared > compiled.SHARED_LIMIT.get(arch, 99 * 1024):

@@ -110,6 +110,6 @@ def inner(factors: list[Factor], moving: Moving, r_max: int, backward: bool) -> 
             table.entries, table.tiles, moving.addresses, partials, totals, table.counters, len(factors) // 2,
             X=TL_DTYPE[table.dtypes[0]], BACKWARD=backward, SUM=tl.float32 if backward else tl.float64,
             UNIFORM_R=table.uniform_r, ALIGNED=table.aligned, R_MAX=r_max, CHUNK=tile.chunk, BLOCK_D=tile.d,
-            BLOCK_R=tile.r, num_warps=tile.warps, num_stages=tile.stages, maxnreg=128,
+            BLOCK_R=tile.r, num_warps=tile.warps, num_stages=tile.stages, maxnreg=255,
         )  # fmt: skip
     return totals, table
