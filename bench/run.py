@@ -1,6 +1,6 @@
 """The microbenchmark suite: every op by every provider, side by side. Tests first: no numbers on a red test.
 
-    python bench/run.py                          # everything; on a CPU about five minutes
+    python bench/run.py                          # everything; about two minutes on two quiet CPU cores
     python bench/run.py --quick                  # one case an op, within a minute
     python bench/run.py layer step               # some ops
     python bench/run.py --compare runs/bench-1/bench.json      # marks what changed beyond noise

@@ -25,7 +25,7 @@ def bench(
 ) -> None:
     """Time every op beside eager torch, torch.compile, PEFT and a hand-written autograd function.
 
-    On a GPU: the Triton kernels, at the sizes of real models. On a CPU: their torch twins at smaller sizes (about five
+    On a GPU: the Triton kernels, at the sizes of real models. On a CPU: their torch twins at smaller sizes (about two
     minutes), and the kernels' traffic and launches counted in Triton's interpreter. The tests of an op run first: no
     numbers on a red test. Leaves bench.json, bench.csv, plots and a page.
 
