@@ -20,7 +20,6 @@ Saved     Wi only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -81,12 +80,10 @@ def _cayley_backward(a, b, inverse, grad_a, grad_b, scale=None) -> tuple[Tensor,
 def bounded_scales(free_scales: Sequence[Tensor], bounds: Sequence[float], powers: Sequence[float]) -> list[Tensor]:
     """2 sv with sv = bound · q^power, q = softmax(free_scale / √r): sv's norm is the bound in the Schatten norm of
     exponent 1 / power (0: the spectral norm, sv = bound everywhere)."""
-
-    def of_stack(free, bound, power):
-        return ((2 * bound[:, None] * _shares(free) ** power[:, None]).to(free.dtype),)
-
-    numbers = (_on_device(tuple(values), free_scales[0].device) for values in (bounds, powers))
-    return _over_stacks(of_stack, free_scales, *numbers)[0]
+    (shares,) = _over_stacks(lambda free: (_shares(free),), free_scales)
+    scales = torch._foreach_pow(shares, list(powers))  # numbers: a launch's arguments, never copied
+    torch._foreach_mul_(scales, [2 * bound for bound in bounds])
+    return list(scales)
 
 
 def bounded_scales_backward(
@@ -94,18 +91,12 @@ def bounded_scales_backward(
 ) -> list[Tensor]:
     """The gradients of free_scales from those of scales: power/√r (u − q Σu), u = grad ∘ scale."""
 
-    def of_stack(free, power, scale, grad):
+    def of_stack(free, scale, grad):
         u = grad * scale
-        return (power[:, None] / u.shape[-1] ** 0.5 * (u - _shares(free) * u.sum(-1, keepdim=True)),)
+        return ((u - _shares(free) * u.sum(-1, keepdim=True)) / u.shape[-1] ** 0.5,)
 
-    numbers = _on_device(tuple(powers), free_scales[0].device)
-    return _cast(_over_stacks(of_stack, free_scales, numbers, scales, grads)[0], free_scales)
-
-
-@lru_cache(maxsize=64)
-def _on_device(values: tuple[float, ...], device: torch.device) -> tuple[Tensor, ...]:
-    """Numbers from the host as float64 scalars. Kept, for the copy to a device would make every forward wait for it."""
-    return torch.tensor(values, dtype=torch.float64, device=device).unbind()
+    (found,) = _over_stacks(of_stack, free_scales, scales, grads)
+    return _cast(torch._foreach_mul(found, list(powers)), free_scales)
 
 
 def _shares(free_scale: Tensor) -> Tensor:
