@@ -54,14 +54,20 @@ def on_a_side_stream(run: Callable[[], object], device: torch.device) -> None:
     torch.cuda.current_stream().wait_stream(stream)
 
 
+def captured_layer(module: nn.Module, x: Tensor, dy: Tensor, device: torch.device) -> tuple[list[Tensor], list]:
+    """Forward and backward, warmed up and captured: their results, and what runs them again (none in a dry run)."""
+    on_a_side_stream(lambda: forward_backward(module, x, dy), device)
+    replays: list[Callable] = []
+    with captured(device, replays):
+        made = forward_backward(module, x, dy)
+    return made, replays
+
+
 def of_layer(n: int, d: int, strategy: str, device: torch.device) -> dict:
     """Forward and backward, on other values than those of the capture."""
     x, dy, module = rows(n, d, device).requires_grad_(), rows(n, d, device), layer(d, d, 16, 0.0, device)
     with lf.set_backend("triton"), tiles.assume(strategy=strategy):
-        on_a_side_stream(lambda: forward_backward(module, x, dy), device)
-        replays: list[Callable] = []
-        with captured(device, replays):
-            made = forward_backward(module, x, dy)
+        made, replays = captured_layer(module, x, dy, device)
         with torch.no_grad():
             x.copy_(rows(n, d, device))
         for replay in replays:
@@ -75,10 +81,7 @@ def of_dropout(n: int, d: int, strategy: str, device: torch.device) -> dict:
     """Every replay draws a mask of its own, the same in forward and in backward: then da aᵀ = bᵀdb."""
     x, dy, module = rows(n, d, device).requires_grad_(), rows(n, d, device), layer(d, d, 16, 0.5, device)
     with lf.set_backend("triton"), tiles.assume(strategy=strategy):
-        on_a_side_stream(lambda: forward_backward(module, x, dy), device)
-        replays: list[Callable] = []
-        with captured(device, replays):
-            made = forward_backward(module, x, dy)
+        made, replays = captured_layer(module, x, dy, device)
         seen = []
         for _ in range(2):
             for replay in replays:

@@ -56,7 +56,7 @@ def reproduce(
 ) -> None:
     """Show again what the methods' papers show, as far as a machine without a GPU and a network can.
 
-    Runs each experiment (about a quarter of an hour for all on two quiet CPU cores), puts its numbers beside the
+    Runs each experiment (all of them take many minutes on a CPU), puts its numbers beside the
     paper's, says how far they are apart, and writes into a folder: reproduce.html with the table and the plots, the
     plots as PNG, and reproduce.json. Seeds are fixed. Timings are only as good as the machine is quiet. Ctrl-C keeps
     what has finished; an experiment that fails is reported, and the others go on.
