@@ -1,31 +1,149 @@
-"""What every launcher needs: checks, row-contiguous views, the device guard, the dropout arguments."""
+"""What every launcher needs: one launch with all that stays the same from call to call, checks, row-contiguous views,
+the device guard, the dropout arguments."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import device
 
 LARGEST_RANK = 256
+MOST_REGISTERS = 255  # of a thread
+REGISTERS = 1 << 16  # of a multiprocessor
 
 
-class Keep(NamedTuple):
-    """A dropout mask that is never stored: an element is kept when its 16-bit number is at least ``drop_level``."""
-
-    seed: int | torch.Tensor  # a 0-d int64 tensor on the device where the value must not reach the host
-    drop_level: int
-
-    @staticmethod
-    def arguments(keep: "Keep | None") -> tuple[int | torch.Tensor, int]:
-        return (0, 0) if keep is None else keep
-
-    @staticmethod
-    def in_memory(keep: "Keep | None") -> bool:
-        return keep is not None and isinstance(keep.seed, torch.Tensor)
+class LaunchError(RuntimeError):
+    """A kernel that cannot run on this device: names the kernel, what it needs, the limit, and what to change."""
 
 
-def draw_mask(seed: int | torch.Tensor, n_tokens: int, d_in: int, dropout_p: float, device: torch.device) -> Keep:
-    """Twin of ``reference.philox_mask``: the kernels make the mask where they need it."""
-    return Keep(seed, round((1 << 16) * dropout_p))
+class Matrix(NamedTuple):
+    """How a kernel sees a tensor that it gets as a TMA descriptor: rows × columns, its strides, and the block of one
+    copy; for a Gluon kernel, the block's layout in shared memory."""
+
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+    block: tuple[int, int]
+    layout: object | None = None
+
+    def of(self, tensor: torch.Tensor):
+        """Triton's descriptor, or Gluon's."""
+        sizes = list(self.shape), list(self.strides), list(self.block)
+        if self.layout is None:
+            return TensorDescriptor(tensor, *sizes)
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+        return GluonDescriptor(tensor, *sizes, self.layout)
+
+
+class Launch:
+    """One launch of a kernel, with all that stays the same while the signature of a call does.
+
+    A kernel's parameters come in this order: tensors, those that are TMA descriptors (``matrices``) first; numbers that
+    change from call to call; sizes and strides; constexprs, which are in ``options`` by name, with the compiler's own.
+
+    ``go(stream, tensors, numbers)`` launches. Without a stream that is through Triton's JIT, on the current one. With a
+    stream it is so the first time, and from then on ``go`` is a function that calls Triton's C launcher with the same
+    arguments (prepared.py).
+    """
+
+    __slots__ = ("go", "grid", "kernel", "matrices", "options", "sizes")
+
+    def __init__(
+        self,
+        kernel,
+        grid: tuple[int, ...],
+        sizes: tuple[int, ...],
+        options: dict,
+        matrices: tuple[Matrix, ...] = (),
+    ):
+        self.kernel, self.grid, self.sizes, self.options, self.matrices = kernel, grid, sizes, options, matrices
+        self.go = self._first
+
+    def _first(self, stream: int | None, tensors: tuple, numbers: tuple) -> None:
+        compiled = self._by_jit(tensors, numbers)
+        if stream is not None:
+            self.go = self._prepare(compiled, tensors, numbers)
+
+    def _by_jit(self, tensors: tuple, numbers: tuple, launch: bool = True):
+        """The compiled kernel, launched or only loaded.
+
+        Raises:
+            LaunchError: the device has too little of something.
+        """
+        n = len(self.matrices)
+        described = [matrix.of(tensor) for matrix, tensor in zip(self.matrices, tensors, strict=False)]
+        arguments = *described, *tensors[n:], *numbers, *self.sizes
+        try:
+            if launch:
+                return self.kernel[self.grid](*arguments, **self.options)
+            compiled = self.kernel.warmup(*arguments, grid=self.grid, **self.options)
+            _ = compiled.run  # loads it
+            return compiled
+        except OutOfResources as error:
+            raise LaunchError(self._too_large(error, device.of(tensors[0].device))) from error
+
+    def _prepare(self, compiled, tensors: tuple, numbers: tuple):
+        """From now on the C launcher. Where ptxas has let a kernel spill to fit one more block on a multiprocessor, the
+        same kernel with all the registers that a thread can have (it is loaded now: a graph may be captured next)."""
+        from .prepared import prepare
+
+        if compiled.n_spills and takes_more_registers(compiled, self.options):
+            self.options = self.options | {"maxnreg": MOST_REGISTERS}
+            compiled = self._by_jit(tensors, numbers, launch=False)
+        return prepare(compiled, self.grid, self.sizes, self.matrices)
+
+    def _too_large(self, error: OutOfResources, found: device.Device) -> str:
+        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        unit = "bytes of " if error.name == "shared memory" else ""
+        return (
+            f"lora_fast: {self.kernel.__name__} ({options}) needs {error.required} {unit}{error.name} a block, "
+            f"{found.name} (sm_{found.arch}) allows {error.limit}: choose a smaller rank, remove a measured tile "
+            "(lora-fast tune --clear), or run plain torch (lf.set_backend('torch'))"
+        )
+
+
+def takes_more_registers(compiled, options: dict) -> bool:
+    """Whether a multiprocessor has ``MOST_REGISTERS`` for each of the kernel's threads, and nobody asked for fewer."""
+    return "maxnreg" not in options and compiled.metadata.num_warps * 32 * MOST_REGISTERS <= REGISTERS
+
+
+# A dropout mask that is never stored, as kernels take it: the seed, or its address on the device where it must not
+# reach the host; 1 if it is an address; the drop level: an element is kept when its 16-bit number is at least that.
+Keep = tuple[int, int, int]
+NO_MASK: Keep = (0, 0, 0)
+
+
+def draw_mask(x: torch.Tensor, dropout_p: float, seed: int | torch.Tensor) -> Keep:
+    """Twin of ``reference.philox_mask``: the kernels make the mask of x where they need it. A seed in a tensor is a 0-d
+    int64 on the device, and lives as long as the launches that read it."""
+    level = round((1 << 16) * dropout_p)
+    return (seed.data_ptr(), 1, level) if isinstance(seed, torch.Tensor) else (seed, 0, level)
+
+
+def thin_dtype(tall: torch.Tensor, factor: torch.Tensor, rounded: bool) -> torch.dtype:
+    """Of S, from x and a, and of dS, from dy and b: the wider of both, float32 at most; or tall's, where factors are
+    ``rounded`` to it, as autocast does."""
+    if rounded or tall.dtype is factor.dtype:
+        return tall.dtype
+    wide = torch.promote_types(tall.dtype, factor.dtype)
+    return torch.float32 if wide is torch.float64 else wide
+
+
+def is_wide(tall: torch.Tensor, thin: torch.Tensor) -> bool:
+    """Whether a kernel loads a factor, S or dS in more bits than the activations', rounded or not: that takes tiles of
+    its own."""
+    return thin.element_size() > tall.element_size()
+
+
+def allocator(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], torch.Tensor]:
+    """A function that allocates contiguous tensors, in the way that costs the host least."""
+    strides = torch.empty(shape, device="meta").stride()
+    return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
 
 
 def rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -58,6 +176,18 @@ def on_device(tensor: torch.Tensor):
     return torch.cuda.device(tensor.device)
 
 
+_MATMUL = torch.backends.cuda.matmul
+_HAS_FP32_PRECISION = hasattr(_MATMUL, "fp32_precision")
+
+
+def tf32(tensor: torch.Tensor) -> bool:
+    """Whether torch's own products of it use TF32 (``torch.backends.cuda.matmul.fp32_precision``; torch refuses to read
+    ``allow_tf32`` once that is set)."""
+    if tensor.dtype is not torch.float32:
+        return False
+    return _MATMUL.fp32_precision == "tf32" if _HAS_FP32_PRECISION else _MATMUL.allow_tf32
+
+
 def precision(tensor: torch.Tensor) -> str:
-    """Of products: float32 follows torch's own setting (``torch.backends.cuda.matmul.allow_tf32``)."""
-    return "tf32" if tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """The ``input_precision`` of dots: as torch's own products of the tensor."""
+    return "tf32" if tf32(tensor) else "ieee"

@@ -1,16 +1,22 @@
 """The GEMM with the adapter in it: y = x Wᵀ + scaling S bᵀ + bias, and dx = dy W + keep∘(dS a).
 
 Math      Both are: result = left · W' + keep∘(thin · factor) + bias, with W' = Wᵀ, thin = S, factor = scaling bᵀ
-          forward and W' = W, thin = dS, factor = a backward. The accumulator starts from the thin product: no second
-          pass over the result, one rounding.
-Strategy  "fused": one persistent Triton GEMM (TMA descriptors from sm_90 on, pointers before).
-          "cublas": cuBLAS for left · W', then ``lora_update_kernel`` adds the thin product to the result in place.
-          ``tiles.strategy`` picks; the second rounding of "cublas" is within the error budget.
+          forward and W' = W, thin = dS, factor = a backward.
+Strategy  "fused": one persistent Triton GEMM (TMA descriptors from sm_90 on, pointers before). The accumulator starts
+          from the thin product: no second pass over the result, one rounding.
+          "cublas": cuBLAS for left · W' + bias, then ``lora_update_kernel`` reads that and writes the sum to a fresh
+          result. Not in place: torch knows of cuBLAS's product (activation checkpointing may keep it), and of no kernel
+          of ours. For few tokens the update also adds the partial sums of S.
+          "gluon": the fused form for sm_90, warp-specialised (gluon_linear.py).
+          ``dispatch.py`` picks; the second rounding of "cublas" is within the error budget.
 Grid      fused: one program per multiprocessor walks tiles of the result, tokens fastest within a group of rows, so
           that neighbours share W in L2. update: one program per tile.
 Shapes    left (n_tokens, d_in), W (d_out, d_in) or (d_in, d_out) as stored, thin (n_tokens, r), result
           (n_tokens, d_out) in left's dtype; here d_in is what is summed over and d_out the result's columns, in both
-          directions.
+          directions. thin and factor may be float32 beside 16 bits: they are rounded as the result is.
+Pipeline  The loop over tiles is not flattened into the one over d_in: with an accumulator that starts from a product,
+          Triton's pipeliner then keeps no product in flight (inspected.py holds the compiled loop to one). A TMA result
+          is stored in halves, which leaves shared memory for three stages of loads.
 Roofline  2·n_tokens·d_in·d_out operations: compute bound; the thin product adds r/d_in of it.
 """
 
@@ -18,52 +24,50 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import tiles
-from .launch import Keep, on_device, precision, rows
-from .primitives import cast, dot, drop, keep_mask, round_to
+from . import dispatch, tiles
+from .launch import NO_MASK, Keep, Launch, Matrix, allocator, on_device, precision, rows
+from .primitives import dot, dot_rounded, drop, keep_mask, round_to
 
 
 @triton.jit
-def thin_product(
-    thin, factor, i_t, i_out, o_out, m_t, m_out, stride_factor, scaling, seed, drop_level, R: tl.constexpr,
-    TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, SEED_IN_MEMORY: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """keep∘(thin · factor) for one tile: float32 [BLOCK_T, BLOCK_OUT]."""
-    dtype: tl.constexpr = thin.dtype.element_ty
-    b_acc = tl.zeros([BLOCK_T, BLOCK_OUT], dtype=tl.float32)
-    for o_r in tl.range(0, R, BLOCK_R, num_stages=1):
-        i_r = o_r + tl.arange(0, BLOCK_R)
-        m_r = i_r < R
-        b_thin = tl.load(thin + i_t[:, None] * R + i_r[None, :], mask=m_t[:, None] & m_r[None, :], other=0.0)
-        if TRANSPOSED:  # factor is b (d_out, r)
-            p_factor = factor + i_out[None, :] * stride_factor + i_r[:, None]
-        else:  # factor is a (r, d_out)
-            p_factor = factor + i_r[:, None].to(tl.int64) * stride_factor + i_out[None, :]
-        b_factor = tl.load(p_factor, mask=m_r[:, None] & m_out[None, :], other=0.0)  # [BLOCK_R, BLOCK_OUT]
-        b_acc = dot(b_thin, cast(b_factor, dtype), b_acc, PRECISION)
+def load_thin(thin, i_t, i_r, m_t, m_r, n_tokens, n_parts, R: tl.constexpr, PARTS: tl.constexpr):
+    """Columns i_r of S or dS: [BLOCK_T, BLOCK_R]. PARTS: of its partial sums (n_parts, n_tokens, r), added in order."""
+    p_thin = thin + i_t[:, None] * R + i_r[None, :]
+    mask = m_t[:, None] & m_r[None, :]
+    b_thin = tl.load(p_thin, mask=mask, other=0.0)
+    if PARTS:
+        for _ in range(1, n_parts):
+            p_thin += n_tokens.to(tl.int64) * R
+            b_thin += tl.load(p_thin, mask=mask, other=0.0)
+    return b_thin
+
+
+@triton.jit
+def load_factor(factor, i_r, i_out, m_r, m_out, stride_factor, TRANSPOSED: tl.constexpr):
+    """Rows i_r of the factor: [BLOCK_R, BLOCK_OUT]. TRANSPOSED: it is b (d_out, r), else a (r, d_out)."""
     if TRANSPOSED:
-        b_acc *= scaling
-    if DROPOUT:
-        b_acc = drop(b_acc, keep_mask(seed, i_t, o_out, drop_level, SEED_IN_MEMORY, BLOCK_OUT))
-    return b_acc
+        p_factor = factor + i_out[None, :] * stride_factor + i_r[:, None]
+    else:
+        p_factor = factor + i_r[:, None].to(tl.int64) * stride_factor + i_out[None, :]
+    return tl.load(p_factor, mask=m_r[:, None] & m_out[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["seed", "drop_level"])
+@triton.jit(do_not_specialize=["seed", "in_memory", "drop_level", "n_tokens"])
 def lora_linear_kernel(
-    left, weight, bias, thin, factor, result, n_tokens, d_out, d_in,
-    stride_left, stride_weight, stride_factor, scaling, seed, drop_level,
-    R: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    SEED_IN_MEMORY: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr,
+    left, weight, result, bias, thin, factor,
+    scaling, seed: tl.int64, in_memory: tl.int32, drop_level: tl.int32,
+    n_tokens, d_out, d_in, stride_left, stride_weight, stride_factor,
+    R: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """TRANSPOSED: weight is (d_out, d_in), factor (d_out, r). With TMA left, weight and result are descriptors."""
-    dtype: tl.constexpr = thin.dtype.element_ty
+    """TRANSPOSED: weight is (d_out, d_in), factor (d_out, r). With TMA left, weight and result are descriptors, of half
+    the columns for result."""
+    dtype: tl.constexpr = left.dtype if TMA else left.dtype.element_ty
     n_tiles_t, n_tiles_out = tl.cdiv(n_tokens, BLOCK_T), tl.cdiv(d_out, BLOCK_OUT)
-    for tile in tl.range(tl.program_id(0), n_tiles_t * n_tiles_out, tl.num_programs(0), flatten=TMA and R <= BLOCK_R):
+    # What a tile needs but for its place is computed anew in each: kept over the main loop, it would spill.
+    for tile in tl.range(tl.program_id(0), n_tiles_t * n_tiles_out, tl.num_programs(0), disable_licm=True):
         group = tile // (GROUP * n_tiles_out)
         group_rows = tl.minimum(n_tiles_t - group * GROUP, GROUP)
         within = tile % (GROUP * n_tiles_out)
@@ -72,10 +76,16 @@ def lora_linear_kernel(
         i_t = o_t.to(tl.int64) + tl.arange(0, BLOCK_T)
         i_out = o_out.to(tl.int64) + tl.arange(0, BLOCK_OUT)
         m_t, m_out = i_t < n_tokens, i_out < d_out
-        b_acc = thin_product(
-            thin, factor, i_t, i_out, o_out, m_t, m_out, stride_factor, scaling, seed, drop_level, R, TRANSPOSED,
-            DROPOUT, SEED_IN_MEMORY, PRECISION, BLOCK_T, BLOCK_OUT, BLOCK_R,
-        )  # fmt: skip
+        b_acc = tl.zeros([BLOCK_T, BLOCK_OUT], dtype=tl.float32)
+        for o_r in tl.range(0, R, BLOCK_R, num_stages=1):
+            i_r = o_r + tl.arange(0, BLOCK_R)
+            b_thin = load_thin(thin, i_t, i_r, m_t, i_r < R, n_tokens, 1, R, False)
+            b_factor = load_factor(factor, i_r, i_out, i_r < R, m_out, stride_factor, TRANSPOSED)
+            b_acc = dot_rounded(b_thin, b_factor, b_acc, dtype, PRECISION)
+        if TRANSPOSED:
+            b_acc *= scaling
+        if DROPOUT:
+            b_acc = drop(b_acc, keep_mask(seed, in_memory, drop_level, i_t, o_out, BLOCK_OUT))
         if HAS_BIAS:
             b_acc += tl.load(bias + i_out, mask=m_out, other=0.0).to(tl.float32)[None, :]
         for o_in in range(0, d_in, BLOCK_IN):
@@ -94,34 +104,120 @@ def lora_linear_kernel(
                 b_weight = tl.load(p_weight, mask=m_in[:, None] & m_out[None, :], other=0.0)  # [BLOCK_IN, BLOCK_OUT]
             b_acc = dot(b_left, b_weight, b_acc, PRECISION)
         if TMA:
-            result.store([o_t, o_out], round_to(b_acc, dtype))
+            low, high = tl.split(tl.permute(tl.reshape(b_acc, (BLOCK_T, 2, BLOCK_OUT // 2)), (0, 2, 1)))
+            result.store([o_t, o_out], round_to(low, dtype))
+            result.store([o_t, o_out + BLOCK_OUT // 2], round_to(high, dtype))
         else:
             p_result = result + i_t[:, None] * d_out + i_out[None, :]
             tl.store(p_result, round_to(b_acc, dtype), mask=m_t[:, None] & m_out[None, :])
 
 
-@triton.jit(do_not_specialize=["seed", "drop_level"])
+@triton.jit(do_not_specialize=["seed", "in_memory", "drop_level", "n_tokens", "n_parts"])
 def lora_update_kernel(
-    result, thin, factor, n_tokens, d_out, stride_factor, scaling, seed, drop_level,
-    R: tl.constexpr, TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, SEED_IN_MEMORY: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr,
+    base, result, thin, factor, s,
+    scaling, seed: tl.int64, in_memory: tl.int32, drop_level: tl.int32,
+    n_tokens, d_out, n_parts, stride_factor,
+    R: tl.constexpr, TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """result += keep∘(thin · factor), in place."""
-    dtype: tl.constexpr = thin.dtype.element_ty
+    """result = base + keep∘(thin · factor). PARTS: thin are partial sums of S, which is written to s."""
+    dtype: tl.constexpr = result.dtype.element_ty
     n_tiles_out = tl.cdiv(d_out, BLOCK_OUT)
-    o_t = (tl.program_id(0) // n_tiles_out).to(tl.int64) * BLOCK_T
-    o_out = (tl.program_id(0) % n_tiles_out) * BLOCK_OUT
-    i_t = o_t + tl.arange(0, BLOCK_T)
+    i_tile_out = tl.program_id(0) % n_tiles_out
+    o_out = i_tile_out * BLOCK_OUT
+    i_t = (tl.program_id(0) // n_tiles_out).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     i_out = o_out.to(tl.int64) + tl.arange(0, BLOCK_OUT)
     m_t, m_out = i_t < n_tokens, i_out < d_out
-    b_acc = thin_product(
-        thin, factor, i_t, i_out, o_out, m_t, m_out, stride_factor, scaling, seed, drop_level, R, TRANSPOSED,
-        DROPOUT, SEED_IN_MEMORY, PRECISION, BLOCK_T, BLOCK_OUT, BLOCK_R,
-    )  # fmt: skip
-    p_result = result + i_t[:, None] * d_out + i_out[None, :]
+    b_acc = tl.zeros([BLOCK_T, BLOCK_OUT], dtype=tl.float32)
+    for o_r in tl.range(0, R, BLOCK_R, num_stages=1):
+        i_r = o_r + tl.arange(0, BLOCK_R)
+        b_thin = load_thin(thin, i_t, i_r, m_t, i_r < R, n_tokens, n_parts, R, PARTS)
+        if PARTS:
+            p_s = s + i_t[:, None] * R + i_r[None, :]
+            m_s = m_t[:, None] & (i_r < R)[None, :] & (i_tile_out == 0)
+            tl.store(p_s, round_to(b_thin, s.dtype.element_ty), mask=m_s)
+        b_factor = load_factor(factor, i_r, i_out, i_r < R, m_out, stride_factor, TRANSPOSED)
+        b_acc = dot_rounded(b_thin, b_factor, b_acc, dtype, PRECISION)
+    if TRANSPOSED:
+        b_acc *= scaling
+    if DROPOUT:
+        b_acc = drop(b_acc, keep_mask(seed, in_memory, drop_level, i_t, o_out, BLOCK_OUT))
+    o_result = i_t[:, None] * d_out + i_out[None, :]
     mask = m_t[:, None] & m_out[None, :]
-    b_acc += tl.load(p_result, mask=mask, other=0.0).to(tl.float32)
-    tl.store(p_result, round_to(b_acc, dtype), mask=mask)
+    b_acc += tl.load(base + o_result, mask=mask, other=0.0).to(tl.float32)
+    tl.store(result + o_result, round_to(b_acc, dtype), mask=mask)
+
+
+class FusedGemm:
+    """The strategy "fused" for one signature. transposed: result = left · weightᵀ + …, else left · weight + …;
+    ``shape``: the result's, of any leading dimensions."""
+
+    def __init__(self, left, weight, bias, factor, r: int, dropout: bool, transposed: bool, shape: tuple[int, ...]):
+        (n_tokens, d_in), d_out = left.shape, shape[-1]
+        tma = tiles.uses_tma(left, weight, d_out)
+        tile = tiles.linear(left, d_out, r, transposed, tma, dropout)
+        weight_block = (tile.outer, tile.inner) if transposed else (tile.inner, tile.outer)
+        matrices = (
+            Matrix((n_tokens, d_in), left.stride(), (tile.t, tile.inner)),
+            Matrix(tuple(weight.shape), weight.stride(), weight_block),
+            Matrix((n_tokens, d_out), (d_out, 1), (tile.t, tile.outer // 2)),
+        )
+        n_tiles = triton.cdiv(n_tokens, tile.t) * triton.cdiv(d_out, tile.outer)
+        flags = {"R": r, "TRANSPOSED": transposed, "HAS_BIAS": bias is not None, "DROPOUT": dropout, "TMA": tma}
+        blocks = tile.options(t="BLOCK_T", outer="BLOCK_OUT", inner="BLOCK_IN", r="BLOCK_R")
+        self.empty = allocator(shape, left.dtype, left.device)
+        self.launch = Launch(
+            lora_linear_kernel,
+            (min(n_tiles, tiles.programs(left.device)),),
+            (n_tokens, d_out, d_in, left.stride(0), weight.stride(0), factor.stride(0)),
+            flags | {"PRECISION": precision(left), "GROUP": tiles.GROUP} | blocks,
+            matrices if tma else (),
+        )
+
+    def __call__(self, left, weight, bias, thin, factor, scaling: float, keep: Keep | None, stream: int | None = None):
+        result = self.empty()
+        tensors = left, weight, result, left if bias is None else bias, thin, factor
+        self.launch.go(stream, tensors, (scaling, *(keep or NO_MASK)))
+        return result
+
+
+class CublasGemm:
+    """The strategy "cublas" for one signature. With ``n_parts`` thin are so many partial sums of S, which a call writes
+    to ``s``."""
+
+    def __init__(
+        self, left, weight, bias, factor, r: int, dropout: bool, transposed: bool, shape: tuple[int, ...],
+        n_parts: int = 0,
+    ):  # fmt: skip
+        n_tokens, d_out = left.shape[0], shape[-1]
+        tile = tiles.update(left, r, n_parts > 0)
+        flags = {"R": r, "TRANSPOSED": transposed, "DROPOUT": dropout, "PARTS": n_parts > 0}
+        self.transposed = transposed
+        self.empty = allocator(shape, left.dtype, left.device)
+        self.launch = Launch(
+            lora_update_kernel,
+            (triton.cdiv(n_tokens, tile.t) * triton.cdiv(d_out, tile.outer),),
+            (n_tokens, d_out, n_parts, factor.stride(0)),
+            flags | {"PRECISION": precision(left)} | tile.options(t="BLOCK_T", outer="BLOCK_OUT", r="BLOCK_R"),
+        )
+
+    def __call__(
+        self, left, weight, bias, thin, factor, scaling: float, keep: Keep | None, stream: int | None = None, s=None
+    ):
+        base = F.linear(left, weight, bias) if self.transposed else torch.matmul(left, weight)
+        result = self.empty()
+        tensors = base, result, thin, factor, result if s is None else s
+        self.launch.go(stream, tensors, (scaling, *(keep or NO_MASK)))
+        return result
+
+
+def gemm_of(strategy: str) -> type:
+    """The class of a strategy."""
+    if strategy == "gluon":
+        from .gluon_linear import GluonGemm  # Gluon is experimental: imported where it was asked for
+
+        return GluonGemm
+    return {"fused": FusedGemm, "cublas": CublasGemm}[strategy]
 
 
 def linear(
@@ -133,64 +229,24 @@ def linear(
     scaling: float,
 ) -> torch.Tensor:
     """y (n_tokens, d_out) = x Wᵀ + bias + scaling · S bᵀ in x's dtype. Twin: ``reference.linear``."""
-    return _linear(x, weight, bias, s, lora_B, scaling, None, transposed=True)
+    return _gemm(x, weight, bias, s, lora_B, scaling, None, transposed=True)
 
 
 def grad_x(
     dy: torch.Tensor, weight: torch.Tensor, ds: torch.Tensor, lora_A: torch.Tensor, keep: Keep | None = None
 ) -> torch.Tensor:
     """dx (n_tokens, d_in) = dy W + keep∘(dS a) in dy's dtype. Twin: ``reference.grad_x``."""
-    return _linear(dy, weight, None, ds, lora_A, 1.0, keep, transposed=False)
+    return _gemm(dy, weight, None, ds, lora_A, 1.0, keep, transposed=False)
 
 
-def _linear(left, weight, bias, thin, factor, scaling, keep, transposed) -> torch.Tensor:
-    left, weight, factor = rows(left), rows(weight), rows(factor)
-    n_tokens = left.shape[0]
-    d_out = weight.shape[0] if transposed else weight.shape[1]
-    if n_tokens == 0 or d_out == 0:
-        return torch.empty((n_tokens, d_out), dtype=left.dtype, device=left.device)
-    flags = {
-        "R": thin.shape[1],
-        "TRANSPOSED": transposed,
-        "DROPOUT": keep is not None,
-        "SEED_IN_MEMORY": Keep.in_memory(keep),
-        "PRECISION": precision(left),
-    }
+def _gemm(left, weight, bias, thin, factor, scaling, keep, transposed) -> torch.Tensor:
+    left, weight, factor, r = rows(left), rows(weight), rows(factor), thin.shape[1]
+    d_out = weight.shape[0 if transposed else 1]
+    if len(left) == 0 or d_out == 0:
+        return torch.empty((len(left), d_out), dtype=left.dtype, device=left.device)
+    direction = "forward" if transposed else "backward"
+    strategy = dispatch.strategy(direction, left, weight, factor.dtype, r, keep is not None)
     with on_device(left):
-        if tiles.strategy(left, d_out, flags["R"], transposed, flags["DROPOUT"]) == "cublas":
-            result = F.linear(left, weight, bias) if transposed else torch.mm(left, weight)
-            _update(result, thin, factor, scaling, keep, flags)
-        else:
-            result = torch.empty((n_tokens, d_out), dtype=left.dtype, device=left.device)
-            _fused(left, weight, bias, thin, factor, result, scaling, keep, flags)
-    return result
-
-
-def _update(result, thin, factor, scaling, keep, flags) -> None:
-    n_tokens, d_out = result.shape
-    tile = tiles.update(result, flags["R"])
-    grid = triton.cdiv(n_tokens, tile.t) * triton.cdiv(d_out, tile.outer)
-    lora_update_kernel[(grid,)](
-        result, thin, factor, n_tokens, d_out, factor.stride(0), scaling, *Keep.arguments(keep), **flags,
-        BLOCK_T=tile.t, BLOCK_OUT=tile.outer, BLOCK_R=tile.r, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-
-
-def _fused(left, weight, bias, thin, factor, result, scaling, keep, flags) -> None:
-    (n_tokens, d_in), d_out = left.shape, result.shape[1]
-    tma = tiles.uses_tma(left, weight, result)
-    tile = tiles.linear(left, d_out, flags["R"], flags["TRANSPOSED"], tma, flags["DROPOUT"])
-    matrices = left, weight, result
-    if tma:
-        weight_block = [tile.outer, tile.inner] if flags["TRANSPOSED"] else [tile.inner, tile.outer]
-        blocks = [tile.t, tile.inner], weight_block, [tile.t, tile.outer]
-        matrices = [TensorDescriptor.from_tensor(*pair) for pair in zip(matrices, blocks, strict=True)]
-    n_tiles = triton.cdiv(n_tokens, tile.t) * triton.cdiv(d_out, tile.outer)
-    programs = min(n_tiles, tiles.multiprocessors(left.device))
-    lora_linear_kernel[(programs,)](
-        matrices[0], matrices[1], bias, thin, factor, matrices[2], n_tokens, d_out, d_in,
-        left.stride(0), weight.stride(0), factor.stride(0), scaling, *Keep.arguments(keep), **flags,
-        HAS_BIAS=bias is not None, TMA=tma, GROUP=tiles.GROUP,
-        BLOCK_T=tile.t, BLOCK_OUT=tile.outer, BLOCK_IN=tile.inner, BLOCK_R=tile.r,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        shape = len(left), d_out
+        gemm = gemm_of(strategy)(left, weight, bias, factor, r, keep is not None, transposed, shape)
+        return gemm(left, weight, bias, thin, factor, float(scaling), keep)

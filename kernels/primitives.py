@@ -51,13 +51,54 @@ def round_to(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def cast(value, dtype: tl.constexpr):
-    """A block in ``dtype``: adapters in float32 over 16-bit activations are cast here."""
-    if value.dtype == dtype:
-        result = value
+def halves(value):
+    """high and low, both bfloat16, whose sum is value to 2⁻¹⁷ of it; every float16 is such a sum exactly."""
+    wide = value.to(tl.float32)
+    high = round_to(wide, tl.bfloat16)
+    low = round_to(wide - high.to(tl.float32), tl.bfloat16)
+    return high, low
+
+
+@triton.jit
+def dot_wide(tall, thin, acc, PRECISION: tl.constexpr):
+    """acc + tall @ thin with thin's own precision: tall are activations or their gradients, thin is a factor, S or dS,
+    in tall's dtype or another. Beside 16-bit activations a float32 thin goes through the tensor cores as two bfloat16
+    halves, whatever its size: float16 halves would vanish below 1e-7 and overflow above 65,504. bfloat16 activations
+    are exact as they are; float16 ones are two halves themselves."""
+    if tall.dtype == thin.dtype:
+        acc = dot(tall, thin, acc, PRECISION)
+    elif tall.dtype == tl.float32:
+        acc = dot(tall, widened(thin), acc, PRECISION)
+    elif tall.dtype == tl.bfloat16:
+        high, low = halves(thin)
+        acc = dot(tall, low, acc, PRECISION)
+        acc = dot(tall, high, acc, PRECISION)
     else:
-        result = round_to(value.to(tl.float32), dtype)
-    return result
+        high, low = halves(thin)
+        tall_high, tall_low = halves(tall)
+        acc = dot(tall_low, low, acc, PRECISION)
+        acc = dot(tall_low, high, acc, PRECISION)
+        acc = dot(tall_high, low, acc, PRECISION)
+        acc = dot(tall_high, high, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def dot_rounded(thin, factor, acc, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + thin @ factor for a result that is rounded to ``dtype``, of S or dS and a factor in any dtypes. In bfloat16
+    thin is rounded, a token's own small error beside that of the result; the factor, whose error would be the same for
+    all tokens, is not. float16 has too few exponents for either."""
+    if thin.dtype == dtype and factor.dtype == dtype:
+        acc = dot(thin, factor, acc, PRECISION)
+    elif dtype == tl.float32:
+        acc = dot(widened(thin), widened(factor), acc, PRECISION)
+    elif dtype == tl.bfloat16:
+        acc = dot_wide(round_to(thin.to(tl.float32), dtype), factor, acc, PRECISION)
+    else:
+        high, low = halves(thin)
+        acc = dot(low, round_to(factor.to(tl.float32), tl.bfloat16), acc, PRECISION)
+        acc = dot_wide(high, factor.to(tl.float32), acc, PRECISION)
+    return acc
 
 
 @triton.jit
@@ -89,15 +130,16 @@ def over(block, scalar):
 
 
 @triton.jit
-def keep_mask(seed, i_t, o_col, drop_level, SEED_IN_MEMORY: tl.constexpr, BLOCK_COL: tl.constexpr):
+def keep_mask(seed, in_memory, drop_level, i_t, o_col, BLOCK_COL: tl.constexpr):
     """The dropout mask of tokens ``i_t`` [BLOCK_T] and columns ``o_col`` … ``o_col + BLOCK_COL`` (multiples of 8):
-    bool [BLOCK_T, BLOCK_COL].
+    bool [BLOCK_T, BLOCK_COL]. With ``in_memory`` not 0, ``seed`` is the address of the int64 seed: one compiled kernel
+    serves both, so that a graph captured after a warm-up without one loads no module.
 
     Philox 4x32-7 (Salmon et al., SC 2011), key = seed, counter = (token, column // 8, 0, 0): one call gives eight
     16-bit numbers, one for each of eight neighbouring columns, so a thread that holds eight of them needs no other.
     """
-    if SEED_IN_MEMORY:
-        seed = tl.load(seed)
+    seed = seed.to(tl.int64)  # in the interpreter a small one is 32 bits wide
+    seed = tl.load(seed.to(tl.pointer_type(tl.int64)), mask=in_memory != 0, other=seed)
     i_group = o_col // 8 + tl.arange(0, BLOCK_COL // 8)
     zero = tl.zeros([i_t.shape[0], BLOCK_COL // 8], dtype=tl.uint32)
     word0, word1, word2, word3 = tl.philox(

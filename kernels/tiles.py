@@ -1,8 +1,8 @@
-"""Tile configurations: the layer's by (op, element size, arch, rank), the grouped step's by (op, rank). Nothing here is
-measured at run time; what ``lora-fast tune`` has measured before (tuned.py) comes first for the layer.
+"""Tile configurations: the layer's by (op, element size, arch, shared memory, rank), the grouped step's by (op, rank).
+Nothing here is measured at run time; what ``lora-fast tune`` has measured before (tuned.py) comes first for the layer.
 
-Every row compiles without spills for sm_80, sm_90 and sm_100 (tests/test_compiled.py says at which ranks). Which tiles
-are fastest, and FUSED_UP_TO, is not verified on a GPU.
+Every row compiles without spills for the archs of ``device.CARDS`` (tests/test_compiled.py says at which ranks). Which
+tiles are fastest is not verified on a GPU.
 """
 
 from contextlib import contextmanager
@@ -12,13 +12,14 @@ from typing import NamedTuple
 import torch
 import triton
 
-from . import tuned
+from . import device, tuned
 
 PROGRAMS = 120  # programs that a split reduction aims at: about one wave, the same number on every device
+SPLIT_STEPS = 4  # steps of a split reduction's program, at least: fewer do not pay for the launch that adds their sums
 SUM_BLOCK = 1024  # elements a program of lora_sum_partials_kernel adds
 GROUP = 8  # row tiles of the GEMM that share columns of W in L2
-INTERPRETED_ARCH = 80
 INTERPRETED_MULTIPROCESSORS = 2
+GLUON_ARCH = 90  # the only one that gluon_linear.py is written for
 
 
 class Tile(NamedTuple):
@@ -29,53 +30,105 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    def options(self, **names: str) -> dict[str, int]:
+        """Its numbers as a kernel's constexprs, by the names given, and as the compiler's options."""
+        blocks = {constexpr: getattr(self, field) for field, constexpr in names.items()}
+        return blocks | {"num_warps": self.warps, "num_stages": self.stages}
 
-# (op, bytes of an element, first arch it is for) → rows (largest rank class, tokens, outer, inner, warps, stages)
+
+# (op, bytes of an element, first arch, KiB of shared memory a block that it needs at most) → rows (largest rank class,
+# tokens, outer, inner, warps, stages). Of the entries that a device can take, the one with the latest arch, then the
+# most memory. "_wide": factors, S or dS in float32 beside 16-bit activations.
 TABLE = {
-    ("project", 2, 80): [
+    ("project", 2, 80, 99): [
+        (16, 64, 0, 128, 4, 3),
+        (64, 64, 0, 64, 8, 3),
+        (128, 64, 0, 64, 8, 2),
+        (256, 64, 0, 32, 8, 2),
+    ],
+    ("project", 2, 80, 163): [
         (16, 64, 0, 128, 4, 4),
         (64, 64, 0, 128, 8, 3),
         (128, 64, 0, 64, 8, 3),
         (256, 64, 0, 64, 8, 2),
     ],
-    ("project_short", 2, 80): [(64, 16, 0, 128, 4, 4), (256, 16, 0, 64, 8, 3)],
-    ("project_short", 2, 100): [(64, 16, 0, 128, 8, 4), (256, 16, 0, 64, 8, 3)],
-    ("grad_s_b", 2, 80): [
+    ("project_wide", 2, 80, 99): [
+        (16, 64, 0, 64, 4, 3),
+        (64, 64, 0, 32, 8, 3),
+        (128, 64, 0, 32, 8, 2),
+        (256, 32, 0, 32, 8, 2),
+    ],
+    ("project_short", 2, 80, 99): [(256, 16, 0, 128, 4, 4)],
+    ("project_short", 2, 100, 227): [(256, 16, 0, 128, 8, 4)],
+    ("project_short_wide", 2, 80, 99): [(256, 16, 0, 128, 4, 3)],
+    ("project_short_wide", 2, 100, 227): [(256, 16, 0, 128, 8, 3)],
+    ("grad_s_b", 2, 80, 99): [
+        (16, 32, 512, 0, 8, 2),
+        (64, 64, 128, 0, 8, 3),
+        (128, 32, 64, 0, 8, 3),
+        (256, 16, 64, 0, 8, 2),
+    ],
+    ("grad_s_b", 2, 80, 163): [
         (16, 32, 512, 0, 8, 3),
         (64, 64, 128, 0, 8, 3),
         (128, 32, 64, 0, 8, 3),
         (256, 16, 64, 0, 8, 2),
     ],
-    ("grad_s_b", 2, 90): [
+    ("grad_s_b", 2, 90, 227): [
         (16, 32, 512, 0, 8, 3),
         (64, 64, 256, 0, 8, 3),
         (128, 64, 128, 0, 8, 3),
         (256, 16, 64, 0, 8, 2),
     ],
-    ("grad_a", 2, 80): [(16, 32, 512, 0, 8, 3), (64, 64, 256, 0, 8, 3), (256, 64, 128, 0, 8, 3)],
-    ("grad_a", 2, 100): [(16, 32, 256, 0, 8, 3), (64, 64, 256, 0, 8, 3), (256, 64, 128, 0, 8, 3)],
-    ("linear", 2, 80): [(256, 128, 128, 32, 8, 3)],
-    ("linear_dropout", 2, 80): [(256, 128, 64, 32, 8, 3)],
-    ("linear_tma", 2, 90): [(256, 128, 256, 64, 8, 3)],
-    ("linear_tma", 2, 100): [(16, 128, 256, 64, 8, 3), (256, 128, 128, 64, 8, 4)],
-    ("linear_tma_dropout", 2, 90): [(256, 128, 128, 64, 8, 4)],
-    ("linear_tma_dropout", 2, 100): [(16, 128, 128, 64, 8, 4), (256, 64, 128, 64, 4, 4)],
-    ("update", 2, 80): [(256, 64, 128, 0, 8, 1)],
-    ("update", 2, 100): [(256, 64, 128, 0, 4, 1)],
-    ("project", 4, 80): [
+    ("grad_s_b_wide", 2, 80, 99): [
+        (16, 32, 256, 0, 8, 3),
+        (64, 32, 128, 0, 8, 3),
+        (128, 32, 64, 0, 8, 2),
+        (256, 16, 32, 0, 8, 2),
+    ],
+    # float16 is two bfloat16 halves itself, so four products a step.
+    ("grad_s_b_wide_float16", 2, 80, 99): [
+        (16, 32, 128, 0, 8, 3),
+        (32, 32, 64, 0, 8, 3),
+        (128, 32, 32, 0, 8, 2),
+        (256, 16, 32, 0, 8, 2),
+    ],
+    ("grad_a", 2, 80, 99): [(16, 32, 256, 0, 8, 3), (64, 64, 128, 0, 8, 3), (256, 32, 128, 0, 8, 2)],
+    ("grad_a", 2, 80, 163): [
+        (16, 32, 512, 0, 8, 3),
+        (64, 64, 256, 0, 8, 3),
+        (256, 64, 128, 0, 8, 3),
+        (512, 32, 128, 0, 8, 2),
+    ],
+    ("grad_a", 2, 100, 227): [(16, 32, 256, 0, 8, 3), (64, 64, 256, 0, 8, 3), (256, 64, 128, 0, 8, 3)],
+    ("grad_a_wide", 2, 80, 99): [(16, 32, 256, 0, 8, 3), (64, 32, 128, 0, 8, 3), (256, 32, 64, 0, 8, 2)],
+    ("linear", 2, 80, 99): [(256, 128, 128, 32, 8, 3)],
+    ("linear", 2, 120, 99): [(64, 128, 128, 32, 8, 3), (128, 64, 128, 32, 8, 3), (256, 128, 128, 32, 8, 3)],
+    ("linear_dropout", 2, 80, 99): [(256, 128, 64, 32, 8, 3)],
+    ("linear_tma", 2, 90, 99): [(256, 128, 128, 32, 8, 3)],
+    ("linear_tma", 2, 90, 227): [(256, 128, 256, 64, 8, 3)],
+    ("linear_tma", 2, 100, 227): [(256, 128, 128, 64, 8, 4)],
+    ("linear_tma_dropout", 2, 90, 99): [(256, 128, 64, 32, 8, 3)],
+    ("linear_tma_dropout", 2, 90, 227): [(64, 128, 256, 64, 8, 3), (256, 128, 128, 64, 8, 4)],
+    ("linear_tma_dropout", 2, 100, 227): [(16, 128, 128, 64, 8, 4), (256, 64, 128, 64, 4, 4)],
+    ("update", 2, 80, 99): [(256, 64, 128, 0, 8, 1)],
+    ("update", 2, 100, 227): [(256, 64, 128, 0, 4, 1)],
+    ("update_few", 2, 80, 99): [(256, 16, 128, 0, 4, 1)],
+    ("project", 4, 80, 99): [
         (16, 32, 0, 64, 4, 2),
         (64, 32, 0, 32, 8, 2),
         (128, 32, 0, 32, 4, 2),
         (256, 32, 0, 32, 8, 2),
     ],
-    ("project_short", 4, 80): [(64, 16, 0, 64, 4, 2), (256, 16, 0, 32, 8, 2)],
-    ("grad_s_b", 4, 80): [(16, 32, 64, 0, 4, 2), (64, 32, 64, 0, 8, 2), (256, 16, 32, 0, 8, 2)],
-    ("grad_a", 4, 80): [(16, 32, 64, 0, 4, 2), (128, 16, 32, 0, 8, 2), (256, 32, 64, 0, 4, 2)],
-    ("linear", 4, 80): [(256, 32, 64, 32, 8, 2)],
-    ("linear", 4, 90): [(256, 32, 64, 32, 4, 2)],
-    ("linear_dropout", 4, 80): [(256, 64, 64, 32, 8, 2)],
-    ("update", 4, 80): [(256, 32, 64, 0, 8, 1)],
-    ("update", 4, 100): [(256, 32, 64, 0, 4, 1)],
+    ("project_short", 4, 80, 99): [(256, 16, 0, 64, 4, 2)],
+    ("grad_s_b", 4, 80, 99): [(16, 32, 64, 0, 4, 2), (64, 32, 64, 0, 8, 2), (256, 16, 32, 0, 8, 1)],
+    ("grad_a", 4, 80, 99): [(16, 32, 64, 0, 4, 2), (128, 16, 32, 0, 8, 2), (256, 32, 64, 0, 8, 2)],
+    ("linear", 4, 80, 99): [(256, 32, 64, 32, 8, 2)],
+    ("linear", 4, 90, 227): [(256, 32, 64, 32, 4, 2)],
+    ("linear_dropout", 4, 80, 99): [(256, 64, 64, 32, 8, 2)],
+    ("update", 4, 80, 99): [(256, 32, 64, 0, 8, 1)],
+    ("update", 4, 100, 227): [(256, 32, 64, 0, 4, 1)],
+    ("update_few", 4, 80, 99): [(256, 16, 64, 0, 4, 1)],
 }
 
 
@@ -111,21 +164,23 @@ GROUPED = {
         (256, 16, 256, 1024, 8, 1),
     ],
 }
-SHORT = 2048  # up to this many tokens project takes smaller blocks, so that enough programs read x
+SHORT = 2048  # up to this many tokens project by itself takes blocks of few
+FEW = 512  # up to this many tokens d_in may be split, too
+FEW_NUMBERS = 3 << 13  # of partial sums of S that every program of the update adds, at most: 96 KiB, from L2
+PARTIAL_NUMBERS = 1 << 18  # of partial sums that a split reduction may have in any case: 1 MiB, in L2
 GEMM_RANK = 32  # the GEMM takes larger ranks in steps of this
-
-# Longest contraction at which the Triton GEMM is chosen over cuBLAS + in-place update; 16-bit elements only.
-FUSED_UP_TO = {80: 4096, 90: 8192, 100: 0}
+SHORT_RANK = 64  # of few tokens each program of project takes so many ranks, at most
 
 _assumed: dict = {}
 
 
 @contextmanager
-def assume(arch: int | None = None, strategy: str | None = None, tma: bool | None = None):
-    """For tests, inspection and the ahead-of-time build: choose tiles as on this arch (80, 90, 100, …), this GEMM
-    strategy, and no TMA where ``tma`` is False."""
+def assume(arch: int | None = None, strategy: str | None = None, tma: bool | None = None, thin: str | None = None):
+    """For tests, inspection and the ahead-of-time build: choose as on a card of this arch (``device.CARDS``), this GEMM
+    strategy, no TMA where ``tma`` is False, and ``thin`` products in one "pass", by "cublas", or "split" for few
+    tokens."""
     before = dict(_assumed)
-    given = {"arch": arch, "strategy": strategy, "tma": tma}
+    given = {"arch": arch, "strategy": strategy, "tma": tma, "thin": thin}
     _assumed.update({key: value for key, value in given.items() if value is not None})
     try:
         yield
@@ -134,48 +189,24 @@ def assume(arch: int | None = None, strategy: str | None = None, tma: bool | Non
         _assumed.update(before)
 
 
-def arch(device: torch.device) -> int:
-    """Compute capability as one number: 80, 90, 100, …"""
-    if "arch" in _assumed:
-        return _assumed["arch"]
-    return _arch(device.index) if device.type == "cuda" else INTERPRETED_ARCH
+def is_assumed() -> bool:
+    return bool(_assumed)
 
 
-@lru_cache
-def _arch(index: int | None) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    if major < 8:
-        raise RuntimeError(
-            f"lora_fast: expected a GPU of sm_80 (Ampere) or later, got sm_{major}{minor}: "
-            "lf.set_backend('torch') runs plain torch on it"
-        )
-    return 10 * major + minor
+def assumed(name: str):
+    """What ``assume`` fixes, or None."""
+    return _assumed.get(name)
 
 
-def multiprocessors(device: torch.device) -> int:
-    return _multiprocessors(device.index) if device.type == "cuda" else INTERPRETED_MULTIPROCESSORS
+def limits(torch_device: torch.device) -> device.Device:
+    """The device's, or those of the card that is assumed."""
+    return device.CARDS[_assumed["arch"]] if "arch" in _assumed else device.of(torch_device)
 
 
-@lru_cache
-def _multiprocessors(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-@lru_cache
-def _tile(op: str, element_size: int, arch: int, r: int, largest_r: int = 256) -> Tile:
-    return _with_rank(_row(op, element_size, arch, r), r, largest_r)
-
-
-def _row(op: str, element_size: int, arch: int, r: int) -> tuple[int, ...]:
-    """t, outer, inner, warps, stages of the table's row."""
-    first_arch = max(first for name, size, first in TABLE if (name, size) == (op, element_size) and first <= arch)
-    rank_class = rank_block(r)
-    return next(row for row in TABLE[op, element_size, first_arch] if rank_class <= row[0])[1:]
-
-
-def _with_rank(row: tuple[int, ...], r: int, largest_r: int = 256) -> Tile:
-    t, outer, inner, warps, stages = row
-    return Tile(t, outer, inner, min(rank_block(r), largest_r), warps, stages)
+def programs(torch_device: torch.device) -> int:
+    """Of a persistent kernel: one for each multiprocessor."""
+    interpreted = torch_device.type != "cuda" and triton.knobs.runtime.interpret
+    return INTERPRETED_MULTIPROCESSORS if interpreted else limits(torch_device).multiprocessors
 
 
 def rank_block(r: int) -> int:
@@ -183,9 +214,60 @@ def rank_block(r: int) -> int:
     return max(16, triton.next_power_of_2(r))
 
 
-def _tuned(op: str, tensor: torch.Tensor, d_in: int, d_out: int, r: int) -> tuned.Choice | None:
-    """Nothing while another arch or strategy is assumed."""
+def is_uneven(r: int) -> bool:
+    """A rank that fills no whole number of steps: what it masks, number by number, takes registers, so it gets the
+    tiles of twice the rank."""
+    return r > GEMM_RANK and r % GEMM_RANK != 0
+
+
+def gemm_rank(r: int) -> int:
+    """Ranks that the GEMM takes at a time."""
+    return GEMM_RANK // 2 if is_uneven(r) else GEMM_RANK
+
+
+@lru_cache
+def row(op: str, element_size: int, found: device.Device, r: int) -> tuple[int, ...]:
+    """t, outer, inner, warps, stages of the table's row."""
+    entries = [
+        (first, kib)
+        for name, size, first, kib in TABLE
+        if (name, size) == (op, element_size) and first <= found.arch and kib << 10 <= found.shared_memory
+    ]
+    rank_class = rank_block(r) * (1 + is_uneven(r))
+    rows = TABLE[op, element_size, *max(entries)]
+    return next((row for row in rows if rank_class <= row[0]), rows[-1])[1:]
+
+
+def _tile(row: tuple[int, ...], r: int, largest_r: int = 256) -> Tile:
+    t, outer, inner, warps, stages = row
+    return Tile(t, outer, inner, min(rank_block(r), largest_r), warps, stages)
+
+
+def default(op: str, element_size: int, found: device.Device, r: int) -> Tile:
+    """The table's tile."""
+    largest_r = gemm_rank(r) if op.startswith(("linear", "update")) else SHORT_RANK if "_short" in op else 256
+    return _tile(row(op, element_size, found, r), r, largest_r)
+
+
+def measured(op: str, tensor: torch.Tensor, d_in: int, d_out: int, r: int) -> tuned.Choice | None:
+    """What ``lora-fast tune`` has found; nothing while anything is assumed."""
     return None if _assumed else tuned.find(op, tensor, d_in, d_out, r)
+
+
+def splits(n_tokens: int, columns: int, r: int, tile: Tile) -> tuple[int, int, int]:
+    """Of a split reduction: column chunks, token splits and tokens per split. About one wave of programs, whatever the
+    device (the split decides the order of summation, so it must not depend on how many multiprocessors there are),
+    but no more partial sums than half the bytes of what is reduced, or than are nothing in L2."""
+    n_chunks = triton.cdiv(columns, tile.outer)
+    most = max(n_tokens // (8 * r), PARTIAL_NUMBERS // (r * columns))
+    wanted = max(1, min(PROGRAMS // n_chunks, most, n_tokens // (SPLIT_STEPS * tile.t)))
+    tokens_per_split = triton.cdiv(triton.cdiv(n_tokens, wanted), tile.t) * tile.t
+    return n_chunks, triton.cdiv(n_tokens, tokens_per_split), tokens_per_split
+
+
+def _thin(op: str, name: str, tall: torch.Tensor, d_in: int, d_out: int, r: int) -> Tile:
+    found, choice = default(name, tall.element_size(), limits(tall.device), r), measured(op, tall, d_in, d_out, r)
+    return _tile(choice, r, found.r) if choice else found
 
 
 def grouped(op: str, r: int) -> GroupedTile:
@@ -194,47 +276,36 @@ def grouped(op: str, r: int) -> GroupedTile:
     return GroupedTile(*next(row for row in GROUPED[op] if rank_class <= row[0])[1:])
 
 
-def project(x: torch.Tensor, r: int) -> Tile:
-    if measured := _tuned("project", x, x.shape[1], 0, r):
-        return _with_rank(measured, r)
-    op = "project_short" if x.shape[0] <= SHORT else "project"
-    return _tile(op, x.element_size(), arch(x.device), r)
+def project(x: torch.Tensor, r: int, short: bool, wide: bool) -> Tile:
+    """``short``: blocks of few tokens, so that enough programs read x."""
+    form = "project" + "_short" * short
+    return _thin(form, form + "_wide" * wide, x, x.shape[1], 0, r)
 
 
-def grad_s_b(dy: torch.Tensor, r: int) -> Tile:
-    if measured := _tuned("grad_s_b", dy, 0, dy.shape[1], r):
-        return _with_rank(measured, r)
-    return _tile("grad_s_b", dy.element_size(), arch(dy.device), r)
+def split_of_few(n_tokens: int, d_in: int, r: int, tile: Tile) -> tuple[int, int]:
+    """Splits of d_in, and columns of each, where few tokens make few programs."""
+    splits = max(1, FEW_NUMBERS // (min(n_tokens, tile.t) * rank_block(r)))
+    d_in_per_split = triton.cdiv(triton.cdiv(d_in, splits), tile.inner) * tile.inner
+    return triton.cdiv(d_in, d_in_per_split), d_in_per_split
 
 
-def grad_a(x: torch.Tensor, r: int) -> Tile:
-    if measured := _tuned("grad_a", x, x.shape[1], 0, r):
-        return _with_rank(measured, r)
-    return _tile("grad_a", x.element_size(), arch(x.device), r)
+def grad_s_b(dy: torch.Tensor, r: int, wide: bool) -> Tile:
+    return _thin("grad_s_b", grad_s_b_row(dy.dtype, wide), dy, 0, dy.shape[1], r)
+
+
+def grad_s_b_row(dtype: torch.dtype, wide: bool) -> str:
+    return "grad_s_b" + "_wide" * wide + "_float16" * (wide and dtype is torch.float16)
+
+
+def grad_a(x: torch.Tensor, r: int, wide: bool) -> Tile:
+    return _thin("grad_a", "grad_a" + "_wide" * wide, x, x.shape[1], 0, r)
 
 
 def linear(left: torch.Tensor, d_out: int, r: int, forward: bool, tma: bool, dropout: bool) -> Tile:
     """Of the fused GEMM, left (n_tokens, d_in) to (n_tokens, d_out); not forward: dx from dy."""
-    if measured := _tuned(gemm(forward, dropout) + ("_tma" if tma else "_pointer"), left, left.shape[1], d_out, r):
-        return _with_rank(measured, r, GEMM_RANK)
-    op = "linear" + "_tma" * tma + "_dropout" * dropout
-    return _tile(op, left.element_size(), arch(left.device), r, GEMM_RANK)
-
-
-def candidates(op: str, element_size: int, arch: int, r: int) -> list[tuple[int, ...]]:
-    """Tiles (t, outer, inner, warps, stages) worth measuring for a row of TABLE: the default, every row for this rank
-    and arch or an older one, and the default with one number changed. Not all of them fit on every device."""
-    default = _row(op, element_size, arch, r)
-    found = [default]
-    for (name, size, first), rows in TABLE.items():
-        if (name, size) == (op, element_size) and first <= arch:
-            found += [row[1:] for row in rows if rank_block(r) <= row[0]]
-    for i, value in enumerate(default):
-        is_stages, is_warps = i == 4, i == 3
-        for other in (value - 1, value + 1) if is_stages else (value // 2, value * 2):
-            if 1 <= other <= 6 if is_stages else 4 <= other <= 8 if is_warps else 16 <= other <= 512:
-                found.append((*default[:i], other, *default[i + 1 :]))
-    return list(dict.fromkeys(found))
+    choice = measured(gemm(forward, dropout) + ("_tma" if tma else "_pointer"), left, left.shape[1], d_out, r)
+    name = "linear" + "_tma" * tma + "_dropout" * dropout
+    return _tile(choice, r, gemm_rank(r)) if choice else default(name, left.element_size(), limits(left.device), r)
 
 
 def gemm(forward: bool, dropout: bool) -> str:
@@ -242,23 +313,59 @@ def gemm(forward: bool, dropout: bool) -> str:
     return "linear" if forward else "grad_x" + "_dropout" * dropout
 
 
-def update(result: torch.Tensor, r: int) -> Tile:
-    return _tile("update", result.element_size(), arch(result.device), r, GEMM_RANK)
+def update(left: torch.Tensor, r: int, few: bool) -> Tile:
+    return default("update" + "_few" * few, left.element_size(), limits(left.device), r)
 
 
-def strategy(left: torch.Tensor, d_out: int, r: int, forward: bool, dropout: bool) -> str:
-    """``"fused"`` or ``"cublas"`` (see linear.py), of the GEMM from left (n_tokens, d_in) to (n_tokens, d_out)."""
-    if "strategy" in _assumed:
-        return _assumed["strategy"]
-    if measured := _tuned(gemm(forward, dropout), left, left.shape[1], d_out, r):
-        return measured
-    first_arch = max(first for first in FUSED_UP_TO if first <= arch(left.device))
-    return "fused" if left.element_size() == 2 and left.shape[1] <= FUSED_UP_TO[first_arch] else "cublas"
+def uses_tma(left: torch.Tensor, weight: torch.Tensor, d_out: int) -> bool:
+    """TMA reads and writes 16-bit matrices from sm_90 on, where addresses and rows are multiples of 16 bytes. Rows of
+    the result, too: a TMA store writes whole 16-byte pieces."""
+    return (
+        limits(left.device).arch >= 90
+        and _assumed.get("tma", True)
+        and d_out % 8 == 0
+        and all(
+            m.element_size() == 2 and m.data_ptr() % 16 == 0 and m.shape[1] >= 8
+            and m.stride(1) == 1 and m.stride(0) % 8 == 0 and m.stride(0) >= m.shape[1]
+            for m in (left, weight)
+        )
+    )  # fmt: skip
 
 
-def uses_tma(*matrices: torch.Tensor) -> bool:
-    """TMA reads 16-bit matrices from sm_90 on, where addresses and rows are multiples of 16 bytes."""
-    return arch(matrices[0].device) >= 90 and _assumed.get("tma", True) and all(
-        m.element_size() == 2 and m.data_ptr() % 16 == 0 and m.stride(0) % 8 == 0 and m.stride(0) >= m.shape[1] > 0
-        for m in matrices
+def takes_gluon(left: torch.Tensor, weight: torch.Tensor, d_out: int) -> bool:
+    """Whether the strategy "gluon" can run: it is written for Hopper's tensor cores and TMA."""
+    return limits(left.device).arch == GLUON_ARCH and uses_tma(left, weight, d_out)
+
+
+def strategies(torch_device: torch.device, dtype: torch.dtype, *widths: int) -> tuple[str, ...]:
+    """Of the GEMM, on contiguous matrices with rows of these widths: those that run there."""
+    aligned = dtype.itemsize == 2 and all(width % 8 == 0 for width in widths)
+    return ("fused", "cublas", *(("gluon",) if aligned and limits(torch_device).arch == GLUON_ARCH else ()))
+
+
+def streams(left: torch.Tensor, weight: torch.Tensor, d_out: int) -> bool:
+    """Whether the fused GEMM can load its operands ahead of their use, in pieces of 16 bytes: by TMA, or before sm_90
+    by asynchronous copies, which need sizes and strides that are multiples of 16 elements. Else it is no match for
+    cuBLAS."""
+    if left.element_size() == 2 and limits(left.device).arch >= 90:
+        return uses_tma(left, weight, d_out)
+    return all(
+        m.data_ptr() % 16 == 0 and m.stride(1) == 1 and m.stride(0) % 16 == 0 and m.shape[1] % 16 == 0
+        for m in (left, weight)
     )
+
+
+def candidates(op: str, element_size: int, found: device.Device, r: int) -> list[tuple[int, ...]]:
+    """Tiles (t, outer, inner, warps, stages) worth measuring for a row of TABLE: the default, every row for this rank
+    and arch or an older one, and the default with one number changed. Not all of them fit on every device."""
+    default = row(op, element_size, found, r)
+    tried = [default]
+    for (name, size, first, _), rows in TABLE.items():
+        if (name, size) == (op, element_size) and first <= found.arch:
+            tried += [row[1:] for row in rows if rank_block(r) <= row[0]]
+    for i, value in enumerate(default):
+        is_stages, is_warps = i == 4, i == 3
+        for other in (value - 1, value + 1) if is_stages else (value // 2, value * 2):
+            if 1 <= other <= 6 if is_stages else 4 <= other <= 8 if is_warps else 16 <= other <= 512:
+                tried.append((*default[:i], other, *default[i + 1 :]))
+    return list(dict.fromkeys(tried))

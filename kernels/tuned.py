@@ -4,7 +4,8 @@ One JSON file, ``tuned.json`` in the user's cache folder: device → choice for 
 A device is its name, its arch and Triton's version: other code is other timings. A launch takes a choice only if all of
 these agree (tokens up to the next power of two), and only the tuned ops are asked for:
 
-    "project", "grad_s_b", "grad_a"      a tile
+    "project", "project_short", "grad_s_b", "grad_a"
+                                         a tile
     "linear", "grad_x", "grad_x_dropout" the GEMM's strategy; with "_tma" or "_pointer" after it, its tile
 
 A damaged file is a warning at the first launch, and the defaults; ``read`` itself raises.
@@ -22,7 +23,7 @@ import torch
 import triton
 
 FORMAT = 1
-STRATEGIES = ("fused", "cublas")
+STRATEGIES = ("fused", "cublas", "gluon")
 TILE_FIELDS = 5  # t, outer, inner, warps, stages, as in the rows of tiles.TABLE
 
 
@@ -41,6 +42,18 @@ Choice = str | tuple[int, ...]  # a strategy, or a tile
 Table = dict[Key, Choice]
 
 _used: list[Table] = []  # of ``using``
+_changes = 0
+
+
+def changes() -> int:
+    """How often what ``find`` looks in has changed: a launch plan made before is void."""
+    return _changes
+
+
+def _changed() -> None:
+    global _changes
+    _changes += 1
+    _table.cache_clear()
 
 
 def key(op: str, dtype: torch.dtype, n_tokens: int, d_in: int, d_out: int, r: int) -> Key:
@@ -57,10 +70,12 @@ def find(op: str, tensor: torch.Tensor, d_in: int, d_out: int, r: int) -> Choice
 def using(table: Table):
     """Within: launches on any device look here instead, for tuning and tests."""
     _used.append(table)
+    _changed()
     try:
         yield
     finally:
         _used.pop()
+        _changed()
 
 
 def path() -> Path:
@@ -103,14 +118,14 @@ def write(devices: dict[str, Table]) -> None:
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path())
-    _table.cache_clear()
+    _changed()
 
 
 def clear() -> bool:
     """Forget everything; whether there was something."""
     found = path().exists()
     path().unlink(missing_ok=True)
-    _table.cache_clear()
+    _changed()
     return found
 
 

@@ -59,3 +59,8 @@ def uses_triton(tensor: torch.Tensor) -> bool:
             "backend 'triton' with float64: expected float16, bfloat16 or float32; lf.set_backend('torch') computes it"
         )
     return True
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched there now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -53,7 +53,7 @@ def lora_linear(
         x: (..., d_in), float16, bfloat16, float32 or (torch backend) float64; any strides.
         weight: (d_out, d_in) in x's dtype; frozen (``requires_grad=False``).
         bias: (d_out,) in x's dtype, or None.
-        lora_A: (r, d_in), r from 1 to 256, any floating dtype: cast to x's dtype where it is used.
+        lora_A: (r, d_in), r from 1 to 256, any floating dtype; float32 keeps its precision outside autocast.
         lora_B: (d_out, r), likewise.
         scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
         dropout_p: probability that an element of x is dropped on the way to the adapter, in steps of 1/65536.
@@ -75,9 +75,9 @@ def lora_linear(
     seed = _seed(seed, x.device, traced) if dropout_p > 0.0 else None
     if traced:
         triton = backend.uses_triton(x)
-        return autograd.lora_linear_op(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, triton)[0]
+        return autograd.lora_linear_op(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, autocast, triton)[0]
     apply = autograd.LoRALinearFunction.apply if _functorch() else _apply
-    return apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+    return apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, autocast)
 
 
 def _seed(seed: int | None, device: torch.device, traced: bool) -> int | Tensor:
@@ -85,10 +85,10 @@ def _seed(seed: int | None, device: torch.device, traced: bool) -> int | Tensor:
     under CUDA graph capture, where a number would repeat the same mask at every replay."""
     if seed is not None and not (isinstance(seed, int) and 0 <= seed < _SEEDS):
         raise checks.ArgumentError("seed", "an integer from 0 to 2**62 - 1", repr(seed))
-    if traced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if traced or backend.is_capturing(device):
         if seed is None:
             return torch.randint(_SEEDS, (), dtype=torch.int64, device=device)
         return torch.full((), seed, dtype=torch.int64, device=device)
     if seed is None:
-        return int(torch.randint(_SEEDS, (), dtype=torch.int64))
+        return torch.randint(_SEEDS, ()).item()
     return seed

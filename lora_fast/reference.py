@@ -27,46 +27,108 @@ def keep_scale(dropout_p: float) -> float:
     return 1.0 / kept if kept else 0.0
 
 
-def project(x: Tensor, lora_A: Tensor, keep: Tensor | None = None) -> Tensor:
-    """S = (keep∘x) aᵀ: (n_tokens, d_in), (r, d_in) → (n_tokens, r) in x's dtype."""
-    a = lora_A if lora_A.dtype is x.dtype else lora_A.to(x.dtype)
-    return F.linear(x if keep is None else x * keep, a)
+def project(x: Tensor, lora_A: Tensor, keep: Tensor | None = None, rounded: bool = False) -> Tensor:
+    """S = (keep∘x) aᵀ: (n_tokens, d_in), (r, d_in) → (n_tokens, r) in the wider of both dtypes; ``rounded``: in x's,
+    of a rounded to it, as under autocast."""
+    kept = x if keep is None else x * keep
+    lora_A = lora_A.to(x.dtype) if rounded else lora_A
+    return F.linear(kept, lora_A) if lora_A.dtype is x.dtype else _wide_product(kept, lora_A.t())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """y = x Wᵀ + bias + scaling · S bᵀ: → (n_tokens, d_out) in x's dtype."""
-    b = lora_B if lora_B.dtype is x.dtype else lora_B.to(x.dtype)
-    return F.linear(x, weight, bias).addmm_(s, b.t(), alpha=scaling)
+    return _add_product(F.linear(x, weight, bias), s, lora_B.t(), scaling)
 
 
 def grad_s_b(
-    dy: Tensor, s: Tensor, lora_B: Tensor, scaling: float, need_s: bool = True, need_b: bool = True
-) -> tuple[Tensor | None, Tensor | None]:
-    """dS = scaling · dy b: (n_tokens, r) in dy's dtype; db = scaling · dyᵀ S: (d_out, r) in b's dtype; None where not
-    needed. The scaled products are addmm with beta = 0, which reads its first argument's shape only."""
-    b = lora_B if lora_B.dtype is dy.dtype else lora_B.to(dy.dtype)
-    ds = torch.addmm(s, dy, b, beta=0, alpha=scaling) if need_s else None
-    db = torch.addmm(b, dy.t(), s, beta=0, alpha=scaling) if need_b else None
-    return ds, db if b is lora_B or db is None else db.to(lora_B.dtype)
+    dy: Tensor, s: Tensor, lora_B: Tensor, scaling: float, need_s: bool = True, need_b: bool = True,
+    rounded: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """dS = scaling · dy b: (n_tokens, r) in the wider of dy's and b's dtypes (``rounded``: in dy's, of b rounded to
+    it); db = scaling · dyᵀ S: (d_out, r) in b's; None where not needed."""
+    b = lora_B.to(dy.dtype) if rounded else lora_B
+    ds = _scaled_product(dy, b, scaling) if need_s else None
+    db = _scaled_product(dy.t(), s, scaling) if need_b else None
+    return ds, db if db is None or db.dtype is lora_B.dtype else db.to(lora_B.dtype)
 
 
 def grad_a(x: Tensor, ds: Tensor, lora_A: Tensor, keep: Tensor | None = None) -> Tensor:
     """da = dSᵀ (keep∘x): → (r, d_in) in a's dtype."""
-    da = torch.mm(ds.t(), x if keep is None else x * keep)
+    kept = x if keep is None else x * keep
+    da = torch.mm(ds.t(), kept) if ds.dtype is x.dtype else _wide_product(kept.t(), ds).t().contiguous()
     return da if da.dtype is lora_A.dtype else da.to(lora_A.dtype)
 
 
 def grad_x(dy: Tensor, weight: Tensor, ds: Tensor, lora_A: Tensor, keep: Tensor | None = None) -> Tensor:
     """dx = dy W + keep∘(dS a): → (n_tokens, d_in) in dy's dtype."""
-    a = lora_A if lora_A.dtype is dy.dtype else lora_A.to(dy.dtype)
-    dx = torch.mm(dy, weight)
-    return dx.addmm_(ds, a) if keep is None else dx.add_(torch.mm(ds, a).mul_(keep))
+    return _add_product(torch.mm(dy, weight), ds, lora_A, 1.0, keep)
 
 
-def draw_mask(seed: int | Tensor, n_tokens: int, d_in: int, dropout_p: float, device: torch.device) -> Tensor:
-    """The torch backend's dropout mask, a function of the seed: NumPy's SFC64 on a CPU, where it is 15 times faster
-    than torch's Bernoulli and so cheap that backward draws it again; torch's generator elsewhere."""
-    seed = int(seed)
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
+    keep: Tensor | None = None, rounded: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y (..., d_out) and S (n_tokens, r) of x (..., d_in)."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    s = project(rows, lora_A, keep, rounded)
+    y = linear(rows, weight, bias, s, lora_B, scaling)
+    return y if rows is x else y.view(*x.shape[:-1], weight.shape[0]), s
+
+
+def backward(
+    dy: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float,
+    keep: Tensor | None = None, rounded: bool = False, needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """dx (..., d_in), da (r, d_in) and db (d_out, r), each None where ``needs`` (of x, a, b) says so."""
+    need_x, need_a, need_b = needs
+    rows, dy_rows = x, dy
+    if x.dim() != 2:
+        rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    ds, db = grad_s_b(dy_rows, s, lora_B, scaling, need_x or need_a, need_b, rounded)
+    da = grad_a(rows, ds, lora_A, keep) if need_a else None
+    dx = grad_x(dy_rows, weight, ds, lora_A, keep) if need_x else None
+    return dx if dx is None or rows is x else dx.view(x.shape), da, db
+
+
+def _scaled_product(tall: Tensor, thin: Tensor, scaling: float) -> Tensor:
+    """scaling · tall thin, in the wider of both dtypes."""
+    if tall.dtype is not thin.dtype:
+        return _wide_product(tall, thin) * scaling
+    result = tall.new_empty((len(tall), thin.shape[1]))
+    return result.addmm_(tall, thin, beta=0, alpha=scaling)  # with beta = 0 what the result holds is not read
+
+
+def _wide_product(tall: Tensor, thin: Tensor) -> Tensor:
+    """tall @ thin in the wider dtype of both, with that dtype's precision. On a GPU a float32 matrix beside a
+    bfloat16 one goes through the tensor cores as its two bfloat16 halves; float16 has too few exponents for that."""
+    wide = torch.promote_types(tall.dtype, thin.dtype)
+    if tall.is_cuda and tall.dtype is torch.bfloat16 and wide is torch.float32:
+        high = thin.to(tall.dtype)
+        low = (thin - high).to(tall.dtype)
+        return torch.mm(tall, low, out_dtype=wide) + torch.mm(tall, high, out_dtype=wide)
+    return torch.mm(tall.to(wide), thin.to(wide))
+
+
+def _add_product(base: Tensor, thin: Tensor, factor: Tensor, alpha: float, keep: Tensor | None = None) -> Tensor:
+    """base + keep∘(alpha · thin factor), in place where base's own precision is enough for the product: float16 has too
+    few exponents for S, dS and factors of any size."""
+    dtype = base.dtype
+    if dtype is torch.float16 and not (thin.dtype is factor.dtype is dtype):
+        product = torch.mm(thin.float(), factor.float())
+        return torch.add(base, product if keep is None else product.mul_(keep), alpha=alpha).to(dtype)
+    thin = thin if thin.dtype is dtype else thin.to(dtype)
+    factor = factor if factor.dtype is dtype else factor.to(dtype)
+    if keep is None:
+        return base.addmm_(thin, factor, alpha=alpha)
+    return base.add_(torch.mm(thin, factor).mul_(keep), alpha=alpha)
+
+
+def draw_mask(x: Tensor, dropout_p: float, seed: int | Tensor) -> Tensor:
+    """The torch backend's dropout mask of x (..., d_in), bool (n_tokens, d_in), a function of the seed: NumPy's SFC64
+    on a CPU, where it is 15 times faster than torch's Bernoulli and so cheap that backward draws it again; torch's
+    generator elsewhere."""
+    seed, d_in, device = int(seed), x.shape[-1], x.device
+    n_tokens = x.numel() // d_in
     if device.type != "cpu":
         generator = torch.Generator(device).manual_seed(seed)
         drawn = torch.randint(DROP_LEVELS, (n_tokens, d_in), generator=generator, device=device, dtype=torch.int32)
