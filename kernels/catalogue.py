@@ -16,8 +16,10 @@ import torch
 
 from . import cayley, hadamard, inverse, launch, layer, merge, middle, rescale, solve, step, tiles
 from . import gram as grams
+from .project import Project
+from .thin import Halves
 
-N_TOKENS, SHORT, D_IN, D_OUT = 8192, 64, 4096, 4096
+N_TOKENS, SHORT, FEW, D_IN, D_OUT = 8192, 1024, 16, 4096, 4096
 PAIRS = ((4096, 4096), (4096, 1024))  # (d_in, d_out) of the adapter pairs of a grouped launch
 SEED = 1 << 40
 
@@ -44,7 +46,10 @@ class Case(NamedTuple):
     @property
     def counted(self) -> bool:
         """Masks cost no memory, and the ratio is one of many tokens."""
-        return OPS[self.op].counted and not self.variant.get("dropout") and not self.variant.get("short")
+        return OPS[self.op].counted and not self.variant.get("dropout") and self.variant.get("tokens") in (None, "many")
+
+    def runs_on(self, arch: int) -> bool:
+        return self.variant.get("strategy") != "gluon" or arch == tiles.GLUON_ARCH
 
     def __str__(self) -> str:
         words = [name if value is True else f"{name} {value}" for name, value in self.variant.items() if value]
@@ -60,8 +65,13 @@ def cases(ops: Iterable[str] | None = None, ranks: Iterable[int] | None = None) 
         for r in known
         if ranks is None or r in ranks
         for variant in OPS[name].variants
-        if dtype != "float32" or variant.get("adapter") is None  # float32 adapters over float32 are the default
+        if dtype != "float32" or not _is_of_16_bits(variant)
     ]
+
+
+def _is_of_16_bits(variant: dict) -> bool:
+    """Float32 adapters over float32 are the default; Gluon's GEMM has 16-bit operands."""
+    return variant.get("adapter") is not None or variant.get("strategy") == "gluon"
 
 
 def variants(**values: Iterable) -> list[dict]:
@@ -85,13 +95,21 @@ def _matrix(rows: int, columns: int, dtype: torch.dtype, padding: int = 0) -> to
     return torch.empty(rows, columns + padding, dtype=dtype)[:, :columns]
 
 
-def _keep(dropout: float, n_tokens: int = N_TOKENS) -> launch.Keep | None:
-    return layer.draw_mask(SEED, n_tokens, D_IN, dropout, torch.device("cpu")) if dropout else None
+def _keep(dropout: float) -> launch.Keep | None:
+    return layer.draw_mask(None, dropout, SEED) if dropout else None
 
 
-def project(r: int, dtype: torch.dtype, adapter: str | None, dropout: float, short: bool) -> int:
-    x, a = _matrix(SHORT if short else N_TOKENS, D_IN, dtype), _matrix(r, D_IN, _adapter(adapter, dtype))
-    return size(x, a, layer.project(x, a, _keep(dropout, len(x))))
+def _thin(rows: int, r: int, dtype: torch.dtype, adapter: str | None) -> torch.Tensor:
+    """S or dS."""
+    return _matrix(rows, r, torch.promote_types(dtype, _adapter(adapter, dtype)))
+
+
+def project(r: int, dtype: torch.dtype, adapter: str | None, dropout: float, tokens: str) -> int:
+    """``tokens``: "many", "short" or "few"."""
+    n_tokens = {"many": N_TOKENS, "short": SHORT, "few": FEW}[tokens]
+    x, a = _matrix(n_tokens, D_IN, dtype), _matrix(r, D_IN, _adapter(adapter, dtype))
+    keep = _keep(dropout)
+    return size(x, a, Project(x, a, keep is not None, False, tokens != "many", tokens == "few")(x, a, keep))
 
 
 def _gemm_tokens(strategy: str) -> int:
@@ -104,27 +122,43 @@ def linear(
 ) -> None:
     n_tokens = _gemm_tokens(strategy)
     x, weight = _matrix(n_tokens, D_IN, dtype, padding), _matrix(D_OUT, D_IN, dtype, padding)
-    s, b = _matrix(n_tokens, r, dtype), _matrix(D_OUT, r, _adapter(adapter, dtype))
+    s, b = _thin(n_tokens, r, dtype, adapter), _matrix(D_OUT, r, _adapter(adapter, dtype))
     with tiles.assume(strategy=strategy):
         layer.linear(x, weight, torch.zeros(D_OUT, dtype=dtype) if bias else None, s, b, 2.0)
+
+
+def few_tokens(r: int, dtype: torch.dtype, adapter: str | None, dropout: float) -> None:
+    """S in parts, cuBLAS, and the update that adds the parts."""
+    x, weight = _matrix(FEW, D_IN, dtype), _matrix(16, D_IN, dtype)
+    a, b = _matrix(r, D_IN, _adapter(adapter, dtype)), _matrix(16, r, _adapter(adapter, dtype))
+    with tiles.assume(strategy="cublas", thin="split"):
+        layer.forward(x, weight, None, a, b, 2.0, _keep(dropout))
 
 
 def grad_x(r: int, dtype: torch.dtype, adapter: str | None, strategy: str, padding: int, dropout: float) -> None:
     n_tokens = _gemm_tokens(strategy)
     dy, weight = _matrix(n_tokens, D_OUT, dtype, padding), _matrix(D_OUT, D_IN, dtype, padding)
-    ds, a = _matrix(n_tokens, r, dtype), _matrix(r, D_IN, _adapter(adapter, dtype))
+    ds, a = _thin(n_tokens, r, dtype, adapter), _matrix(r, D_IN, _adapter(adapter, dtype))
     with tiles.assume(strategy=strategy):
         layer.grad_x(dy, weight, ds, a, _keep(dropout))
 
 
 def grad_s_b(r: int, dtype: torch.dtype, adapter: str | None) -> int:
-    dy, s, b = _matrix(N_TOKENS, D_OUT, dtype), _matrix(N_TOKENS, r, dtype), _matrix(D_OUT, r, _adapter(adapter, dtype))
+    dy, s = _matrix(N_TOKENS, D_OUT, dtype), _thin(N_TOKENS, r, dtype, adapter)
+    b = _matrix(D_OUT, r, _adapter(adapter, dtype))
     return size(dy, s, b, *layer.grad_s_b(dy, s, b, 2.0))
 
 
 def grad_a(r: int, dtype: torch.dtype, adapter: str | None, dropout: float) -> int:
-    x, ds, a = _matrix(N_TOKENS, D_IN, dtype), _matrix(N_TOKENS, r, dtype), _matrix(r, D_IN, _adapter(adapter, dtype))
+    x, ds = _matrix(N_TOKENS, D_IN, dtype), _thin(N_TOKENS, r, dtype, adapter)
+    a = _matrix(r, D_IN, _adapter(adapter, dtype))
     return size(x, ds, layer.grad_a(x, ds, a, _keep(dropout)))
+
+
+def halves(r: int, dtype: torch.dtype) -> int:
+    """Of a float32 factor beside bfloat16 activations."""
+    a = _matrix(r, D_IN, torch.float32)
+    return size(a, Halves(a, above=True)(a))
 
 
 # ---- The step
@@ -210,27 +244,30 @@ def merge_weights(r: int, dtype: torch.dtype, rounding: str) -> int:
 
 # ---- The table
 
-_LAYER = {"bfloat16": (8, 16, 64, 128, 256), "float16": (16,), "float32": (16, 128)}
+_GEMMS = ("lora_linear_kernel", "lora_gluon_linear_kernel", "lora_update_kernel")
+_LAYER = {"bfloat16": (8, 16, 32, 64, 128, 256), "float16": (16,), "float32": (16, 128, 256)}
 _ADAPTERS, _DROPOUT = (None, "float32"), (0.0, 0.1)
 _GEMM = variants(adapter=_ADAPTERS, strategy=("fused",), padding=(0, 4))  # rows of 4 more: no TMA
-_GEMM += variants(adapter=_ADAPTERS, strategy=("cublas",), padding=(0,))
+_GEMM += variants(adapter=_ADAPTERS, strategy=("cublas", "gluon"), padding=(0,))
 _SMALL, _SQUARE = {"float32": (16, 32, 64, 128, 256)}, {"float32": (1, 16, 64, 128)}
 _WORK = ("add", "matrix", "scale", "gram")
 _STEPS = [{name: name in on for name in _WORK} for on in ((), ("matrix",), ("gram",), ("matrix", "gram"), _WORK)]
 
 OPS = {
     "project": Op(
-        project, _LAYER, variants(adapter=_ADAPTERS, dropout=_DROPOUT, short=(False, True)),
+        project, _LAYER, variants(adapter=_ADAPTERS, dropout=_DROPOUT, tokens=("many", "short", "few")),
         ("lora_project_kernel",), counted=True,
     ),
-    "linear": Op(linear, _LAYER, [*_GEMM, _GEMM[0] | {"bias": False}], ("lora_linear_kernel", "lora_update_kernel")),
+    "linear": Op(linear, _LAYER, [*_GEMM, _GEMM[0] | {"bias": False}], _GEMMS),
+    "few_tokens": Op(few_tokens, _LAYER, variants(adapter=_ADAPTERS, dropout=_DROPOUT), ("lora_update_kernel",)),
+    "halves": Op(halves, {"bfloat16": (64,)}, counted=True),
     "grad_s_b": Op(grad_s_b, _LAYER, variants(adapter=_ADAPTERS), ("lora_grad_s_b_kernel",), counted=True),
     "grad_a": Op(
         grad_a, _LAYER, variants(adapter=_ADAPTERS, dropout=_DROPOUT), ("lora_grad_a_kernel",), counted=True
     ),
     "grad_x": Op(
         grad_x, _LAYER, [form | {"dropout": p} for form in _GEMM for p in _DROPOUT],
-        ("lora_linear_kernel", "lora_update_kernel"),
+        _GEMMS,
     ),
     "gram": Op(
         gram, {"float32": (1, 16, 32, 64, 128), "bfloat16": (8, 64)}, tensor_cores=("lora_gram_kernel",), counted=True

@@ -40,19 +40,20 @@ EPILOG = """
 
 
 def inspect(
-    arch: Annotated[list[int] | None, typer.Option(help="80, 90 or 100; again for more. All, if not given.")] = None,
+    arch: Annotated[list[int] | None, typer.Option(help="As 90 for sm_90; again for more. All, if not given.")] = None,
     op: Annotated[list[str] | None, typer.Option(help="An op, as project or gram; again for more.")] = None,
     rank: Annotated[list[int] | None, typer.Option(help="A rank among those listed; again for more.")] = None,
     traffic: Annotated[bool, typer.Option(help="Also count the bytes moved, in Triton's interpreter.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output instead of tables.")] = False,
     processes: Annotated[int, typer.Option(help="Compilations at a time.", min=1)] = os.cpu_count() or 1,
 ) -> None:
-    """What every kernel compiles to, in every configuration, for sm_80, sm_90 and sm_100. Needs no GPU.
+    """What every kernel compiles to, in every configuration, for sm_80, 86, 89, 90, 100 and 120. Needs no GPU.
 
     Registers, stack, spills, shared memory, an estimate of occupancy, tensor-core and TMA instructions, 128-bit loads
-    and stores, and the bytes moved over each operand once. The exit code is 1 where a rule is broken: a spill, a stack,
-    too much shared memory, 16-bit products off the tensor cores, a GEMM without TMA from sm_90 on. Everything takes
-    tens of minutes the first time on two cores; Triton keeps what it compiled.
+    and stores, how far a GEMM's loop is pipelined, and the bytes moved over each operand once. The exit code is 1
+    where a rule is broken: a spill, a stack, more shared memory than the arch's cards have, 16-bit products off the
+    tensor cores, a GEMM without TMA from sm_90 on, or whose loop leaves no product in flight. Everything takes most
+    of an hour the first time on two cores; Triton keeps what it compiled.
     """
     with exit_codes(Display()):
         rows = measure(_jobs(arch, op, rank), traffic, processes)
@@ -75,7 +76,7 @@ def _jobs(archs: list[int] | None, ops: list[str] | None, ranks: list[int] | Non
     if not cases:
         listed = sorted({case.r for case in catalogue.cases(ops or None)})
         raise ArgumentError("--rank", f"some of {', '.join(map(str, listed))}", ", ".join(map(str, ranks)))
-    return [(case, arch) for arch in archs or inspected.ARCHS for case in cases]
+    return [(case, arch) for arch in archs or inspected.ARCHS for case in cases if case.runs_on(arch)]
 
 
 def measure(jobs: list[Job], traffic: bool, processes: int) -> list[dict]:
@@ -149,7 +150,7 @@ def _show(rows: list[dict]) -> None:
         title = f"sm_{arch}: {_kernels(of_arch)}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("kernel, for, tile")
-        for column in ("regs", "stack", "spills", "KiB", "warps", "tensor", "TMA", "wide", "traffic"):
+        for column in ("regs", "spills", "KiB", "warps", "tensor", "TMA", "wide", "loop", "traffic"):
             table.add_column(column, justify="right", no_wrap=True)
         for row in of_arch:
             name = row["kernel"].removeprefix("lora_").removesuffix("_kernel")
@@ -162,9 +163,10 @@ def _show(rows: list[dict]) -> None:
         where = f"sm_{row['arch']} {row['kernel']} of {row['op']}, {_what_for(row)}, {_tile(row)}"
         console.print(f"{where}: {', '.join(row['broken'])}", style="red", soft_wrap=True)
     console.print(
-        "r: rank. w: warps of a block. KiB: its shared memory. warps: resident at once, of all that a multiprocessor "
-        "holds, an estimate. tensor, TMA: instructions. wide: 128-bit accesses, of all to global memory. traffic: "
-        "bytes asked over each operand once, by all of its kernels.",
+        "r: rank. w: warps of a block. spills: accesses of local memory, and its bytes. KiB: a block's shared memory. "
+        "warps: resident at once, of all that a multiprocessor holds, an estimate. tensor, TMA: instructions. wide: "
+        "128-bit accesses, of all to global memory. loop: instructions of a GEMM's step, products in flight, steps "
+        "that loads are ahead. traffic: bytes asked over each operand once, by all of its kernels.",
         style="dim",
     )
     verdict = f"{len(broken)} of them against a rule" if broken else "no rule broken"
@@ -193,12 +195,12 @@ def _tile(row: dict) -> str:
 def _figures(row: dict) -> list[str]:
     return [
         str(row["registers"]),
-        str(row["stack"]),
-        str(row["spills"]),
+        f"{row['spills']}/{row['stack']}",
         f"{row['shared'] / 1024:.0f}",
         f"{row['occupancy']:.0%}",
         str(row["tensor_core"] or "–"),
         str(row["tma_loads"] or "–"),
         f"{row['wide_accesses']}/{row['accesses']}",
+        "" if row["step"] is None else f"{row['step']} {row['in_flight']} {row['ahead']}",
         "" if row["traffic"] is None else f"{row['traffic']:.2f}",
     ]

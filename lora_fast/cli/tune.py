@@ -30,11 +30,12 @@ def tune(
 ) -> None:
     """Measure which kernels are fastest for a model on this GPU, and remember it.
 
-    For every layer shape of the model: which GEMM (the fused one or cuBLAS and an update in place) and which tiles. The
-    choices are kept in a file of the user's cache, by device, dtype and shape; from then on every program that uses
-    lora_fast on this GPU takes them. Without it the defaults run, which are the same on every machine. Takes minutes,
-    most of them for compiling; each shape is kept as soon as it is done. Results differ from the defaults' in their
-    last bits only: a candidate that gives anything else is dropped. Not yet run on a GPU: no gain is promised.
+    For every layer shape of the model: which GEMM (the fused one, cuBLAS and a kernel that adds the adapter's part, or
+    on sm_90 the warp-specialised "gluon") and which tiles. The choices are kept in a file of the user's cache, by
+    device, dtype and shape; from then on every program that uses lora_fast on this GPU takes them. Without it the
+    defaults run, which are the same on every machine of its kind. Takes minutes, most of them for compiling; each shape
+    is kept as soon as it is done. Results differ from the defaults' in their last bits only: a candidate that gives
+    anything else is dropped. Not yet run on a GPU: no gain is promised.
 
     **Examples**
 

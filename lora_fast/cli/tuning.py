@@ -62,29 +62,31 @@ def cases(shape: Shape, device: torch.device) -> Iterator[Case]:
     n, d_in, d_out, r, dtype = shape.n_tokens, shape.d_in, shape.d_out, shape.r, shape.dtype
     generator = torch.Generator(device).manual_seed(0)
     make = lambda *size, kind=dtype: torch.randn(*size, generator=generator, device=device).to(kind)
-    x, dy, s = make(n, d_in), make(n, d_out), make(n, r)
+    x, dy, s = make(n, d_in), make(n, d_out), make(n, r, kind=torch.float32)
     weight, a, b = make(d_out, d_in), make(r, d_in, kind=torch.float32), make(d_out, r, kind=torch.float32)
-    keep = layer.draw_mask(1, n, d_in, shape.dropout, device) if shape.dropout else None
-    arch, size = tiles.arch(device), dtype.itemsize
-    short = "project_short" if n <= tiles.SHORT else "project"
+    keep = layer.draw_mask(x, shape.dropout, seed=1) if shape.dropout else None
+    limits, size = tiles.limits(device), dtype.itemsize
+    wide = size == 2  # factors, and so S, are float32, as inject_ and PEFT make them
+    project = "project" + "_short" * (n <= tiles.SHORT)
 
     def tiled(op: str, row: str, width_in: int, width_out: int, call) -> Case:
         key = tuned.key(op, dtype, n, width_in, width_out, r)
-        return Case(key, call, [{}] + [{key: tile} for tile in tiles.candidates(row, size, arch, r)[1:]])
+        return Case(key, call, [{}] + [{key: tile} for tile in tiles.candidates(row, size, limits, r)[1:]])
 
     def gemm(forward: bool, left: Tensor, width: int, call) -> Case:
         dropout = keep is not None and not forward
-        name, tma = tiles.gemm(forward, dropout), tiles.uses_tma(left, weight, left.new_empty(n, width))
+        name, tma = tiles.gemm(forward, dropout), tiles.uses_tma(left, weight, width)
         key = tuned.key(name, dtype, n, left.shape[1], width, r)
         tile_key = key._replace(op=name + ("_tma" if tma else "_pointer"))
         row = "linear" + "_tma" * tma + "_dropout" * dropout
-        fused = [{key: "fused", tile_key: tile} for tile in tiles.candidates(row, size, arch, r)]
-        return Case(key, call, [{}, {key: "cublas"}, *fused])
+        fused = [{key: "fused", tile_key: tile} for tile in tiles.candidates(row, size, limits, r)]
+        others = ["cublas"] + ["gluon"] * tiles.takes_gluon(left, weight, width)
+        return Case(key, call, [{}, *({key: other} for other in others), *fused])
 
-    yield tiled("project", short, d_in, 0, lambda: layer.project(x, a, keep))
+    yield tiled(project, project + "_wide" * wide, d_in, 0, lambda: layer.project(x, a, keep))
     yield gemm(True, x, d_out, lambda: layer.linear(x, weight, None, s, b, 1.0))
-    yield tiled("grad_s_b", "grad_s_b", 0, d_out, lambda: layer.grad_s_b(dy, s, b, 1.0))
-    yield tiled("grad_a", "grad_a", d_in, 0, lambda: layer.grad_a(x, s, a, keep))
+    yield tiled("grad_s_b", tiles.grad_s_b_row(dtype, wide), 0, d_out, lambda: layer.grad_s_b(dy, s, b, 1.0))
+    yield tiled("grad_a", "grad_a" + "_wide" * wide, d_in, 0, lambda: layer.grad_a(x, s, a, keep))
     yield gemm(False, dy, d_in, lambda: layer.grad_x(dy, weight, s, a, keep))
 
 
