@@ -4,31 +4,34 @@
 
 Run by CMake. Every kernel is one launch of the catalogue (lora_fast.kernels.catalogue), specialised for any call that
 keeps the header's word on alignment; its key is the case: kernel, op, dtype, rank and what else was chosen. A kernel
-that spills or has a stack ends the build.
+that ptxas lets spill is compiled again with all the registers a thread can have; one that still spills, or has a stack,
+ends the build.
 """
 
 import argparse
-import dataclasses
+import hashlib
+import math
 import os
 import re
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: it would leave nothing to compile
 os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # a third of a cubin
 
-from lora_fast.kernels import compiled, solve, step, tiles
+from lora_fast.kernels import compiled, device, grads, solve, step, tiles
 from lora_fast.kernels.catalogue import Case, variants
 
-LENGTHS = {"d_in", "d_out", "tokens_per_split"}  # what the header promises to be multiples of 16; strides are of these
+LENGTHS = {"d_in", "d_out", "d_in_per_split"}  # what the header promises to be multiples of 16; strides are of these
 LENGTHS |= {f"stride_{name}" for name in ("x", "a", "b", "dy", "left", "weight", "factor")}  # and of the rank, built in
 CONSTANTS = ("BLOCK", "BLOCK_T", "BLOCK_OUT", "BLOCK_IN", "BLOCK_R", "BLOCK_D", "BLOCK_K", "CHUNK")  # of struct tile
 IMPLIED = {"strategy", "padding"}  # one value each: not part of a key
 EVERY = 5  # seconds, from one line of progress to the next
-MOST_REGISTERS = 255  # of a thread
 SMALL = (16, 32, 64, 128, 256)  # rank classes of spd_solve and small_inverse
 HADAMARD = (8, 16, 32, 64, 128)  # of ScaLoRA's system
 STEPS = ((), ("add",), ("matrix",), ("scale",), ("gram",), ("matrix", "gram"))
@@ -38,7 +41,7 @@ def cases(ops: list[str] | None, dtypes: list[str], ranks: list[int]) -> list[Ca
     """What the library embeds, for each arch."""
     masks, gemm = {"dropout": (0.0, 0.1)}, {"strategy": ("fused",), "padding": (0,)}
     layer = {
-        "project": masks | {"short": (False, True)},
+        "project": masks | {"tokens": ("many", "short")},
         "linear": gemm | {"bias": (False, True)},
         "grad_s_b": {},
         "grad_a": masks,
@@ -69,9 +72,24 @@ def _cases(op: str, dtype: str, ranks, chosen: list[dict]) -> list[Case]:
     return [Case(op, dtype, r, variant) for r in ranks for variant in chosen]
 
 
+class InParts(grads.Split):
+    """A result that is float32 partial sums even where there is one, so that one kernel serves every size."""
+
+    def __init__(self, shape: tuple[int, ...], dtype, count: int, *more):
+        super().__init__(shape, dtype, count, *more)
+        self.in_parts, self.sizes = True, (math.prod(shape), count)
+
+
+@contextmanager
+def as_embedded(arch: int):
+    """Within: Python's launchers choose as the library does."""
+    with tiles.assume(arch=arch, strategy="fused", tma=False), mock.patch.object(grads, "Split", InParts):
+        yield
+
+
 def compile_case(case: Case, arch: int) -> list[dict]:
     """What the table needs to know of each launch of the case."""
-    with tiles.assume(arch=arch, tma=False), compiled.recorded() as launches:
+    with as_embedded(arch), compiled.recorded() as launches:
         case.run()
     return [_row(case, arch, launch) for launch in launches]
 
@@ -80,13 +98,8 @@ def _row(case: Case, arch: int, launch: compiled.Launch) -> dict:
     name = launch.kernel.__name__
     words = [f"{k}={v if isinstance(v, str) else int(bool(v))}" for k, v in case.variant.items() if k not in IMPLIED]
     row = {"key": " ".join([name, case.op, case.dtype, f"r{case.r}", *words]), "name": name, "arch": arch}
-    kernel = compiled.compile_for(launch, arch, LENGTHS)
-    used = compiled.resources(kernel)
-    if used.spills or used.stack:  # where ptxas has only tried to fit one more program
-        roomy = dataclasses.replace(launch, options=launch.options | {"maxnreg": MOST_REGISTERS})
-        kernel = compiled.compile_for(roomy, arch, LENGTHS)
-        used = compiled.resources(kernel)
-    if used.spills or used.stack or used.shared > compiled.SHARED_LIMIT.get(arch, 99 * 1024):
+    kernel, used = compiled.compile_roomy(launch, arch, LENGTHS)
+    if used.spills or used.stack or used.shared > device.CARDS[arch].shared_memory:
         raise SystemExit(f"{row['key']}, sm_{arch}: {used.spills} spills, stack {used.stack}, shared {used.shared}")
     if kernel.metadata.global_scratch_size or kernel.metadata.profile_scratch_size:
         raise SystemExit(f"{row['key']}, sm_{arch}: needs scratch memory, which the library does not pass")
@@ -96,9 +109,15 @@ def _row(case: Case, arch: int, launch: compiled.Launch) -> dict:
         "threads": int(re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])[1]),
         "shared": kernel.metadata.shared,
         "tile": constants,
-        "hash": kernel.metadata.hash,
+        "name_of_cubin": name_of_cubin(kernel),
         "cubin": kernel.asm["cubin"],
     }
+
+
+def name_of_cubin(kernel) -> str:
+    """By its PTX, which is the same in every process. ptxas may choose other registers from one run to the next, and
+    Triton's own hash of a kernel depends on the ones before it."""
+    return hashlib.sha256(kernel.asm["ptx"].encode()).hexdigest()[:32]
 
 
 def _params(kernel) -> list[str]:
@@ -115,44 +134,48 @@ def _params(kernel) -> list[str]:
 def write(rows: list[dict], out: Path) -> None:
     """kernels.c, kernels.S and the cubins that it takes in."""
     out.mkdir(parents=True, exist_ok=True)
-    cubins = {row["hash"]: row["cubin"] for row in rows}
+    cubins = {row["name_of_cubin"]: row["cubin"] for row in rows}
     assembly = ['.section .rodata, "a"']
-    for digest, cubin in sorted(cubins.items()):
-        path = out / f"{digest[:32]}.cubin"
+    for name, cubin in sorted(cubins.items()):
+        path = out / f"{name}.cubin"
         path.write_bytes(cubin)
-        symbol = _symbol(digest)
+        symbol = _symbol(name)
         assembly += [f".globl {symbol}", f".hidden {symbol}", ".balign 16", f'{symbol}: .incbin "{path}"']
     assembly.append('.section .note.GNU-stack, "", %progbits')
     (out / "kernels.S").write_text("\n".join(assembly) + "\n")
     c = ["/* Generated by aot/build.py. */", '#include "kernels.h"', ""]
-    c += [f"extern const unsigned char {_symbol(digest)}[];" for digest in sorted(cubins)]
+    c += [f"extern const unsigned char {_symbol(name)}[];" for name in sorted(cubins)]
     c += ["", "const lora_fast_kernel lora_fast_public_table[] = {"]
-    c += [f'    {{"{r["key"]}", "{" ".join(r["params"])}", {r["arch"]}, {_symbol(r["hash"])}}},' for r in rows]
+    c += [f'    {{"{r["key"]}", "{" ".join(r["params"])}", {r["arch"]}, {_symbol(r["name_of_cubin"])}}},' for r in rows]
     c += ["};", "", "const struct kernel lora_fast_table[] = {"]
     for row in rows:
         constants = ", ".join(f".{name} = {value}" for name, value in row["tile"].items())
         c.append(f'    {{"{row["name"]}", {row["threads"]}, {row["shared"]}, {{{constants}}}}},')
     c += ["};", "", f"const int lora_fast_table_length = {len(rows)};"]
     c += [f"const int lora_fast_short_tokens = {tiles.SHORT}, lora_fast_programs = {tiles.PROGRAMS};"]
+    c += [f"const int lora_fast_split_steps = {tiles.SPLIT_STEPS};"]
+    c += [f"const int lora_fast_partial_numbers = {tiles.PARTIAL_NUMBERS};"]
     c += [f"const int lora_fast_slots = {solve.SLOTS}, lora_fast_in_registers = {solve.IN_REGISTERS};"]
     (out / "kernels.c").write_text("\n".join(c) + "\n")
 
 
-def _symbol(digest: str) -> str:
-    return f"lora_fast_cubin_{digest[:32]}"
+def _symbol(name: str) -> str:
+    return f"lora_fast_cubin_{name}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words = lambda text: text.replace(",", ";").split(";")
     numbers = lambda text: [int(word) for word in words(text)]
-    parser.add_argument("--archs", type=numbers, default=[80, 90, 100], help="80;90;100")
+    parser.add_argument("--archs", type=numbers, default=[80, 90, 100], help=";".join(map(str, device.CARDS)))
     parser.add_argument("--dtypes", type=words, default=["bfloat16"], help="of activations; adapters too, or float32")
     parser.add_argument("--ranks", type=numbers, default=[8, 16, 32, 64, 128], help="8;16;32;64;128")
     parser.add_argument("--ops", type=words, help="of the catalogue; all, if not given")
     parser.add_argument("--out", type=Path, required=True, help="folder for kernels.c, kernels.S and the cubins")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="compilations at a time")
     options = parser.parse_args()
+    if set(options.archs) - set(device.CARDS):
+        parser.error(f"--archs: expected some of {sorted(device.CARDS)}, got {options.archs}")
     known = cases(None, options.dtypes, options.ranks)
     unknown = set(options.ops or ()) - {case.op for case in known}
     if unknown:

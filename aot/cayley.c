@@ -121,7 +121,7 @@ API int lora_fast_cayley_fill(const lora_fast_cayley_group *group, const lora_fa
 static int through_factors(const lora_fast_cayley_group *group, int kind, int row, int64_t blocks,
                            const struct scratch *own, lora_fast_stream stream) {
     struct parts parts = parts_of(group, group->device);
-    return lora_fast_launch(row, group->n_programs[kind], blocks,
+    return lora_fast_launch(row, group->n_programs[kind], blocks, 1,
                             (struct argument[]){NAMED_POINTER("entries", parts.entries[kind]),
                                                 NAMED_POINTER("tiles", parts.tiles[kind]),
                                                 NAMED_POINTER("moving", parts.moving),
@@ -144,7 +144,7 @@ API int lora_fast_cayley(const lora_fast_cayley_group *group, void *workspace, l
     struct scratch own = scratch_of(group, workspace);
     int64_t blocks = divide_up(group->r, lora_fast_table[sums].tile.BLOCK_R);
     CALL(through_factors(group, SUMS, sums, blocks * blocks, &own, stream));
-    CALL(lora_fast_launch(middle, slots(group), 1,
+    CALL(lora_fast_launch(middle, slots(group), 1, 1,
                           (struct argument[]){NAMED_POINTER("entries", parts.entries[SUMS]),
                                               NAMED_POINTER("moving", parts.moving),
                                               NAMED_POINTER("totals", own.totals), NAMED_POINTER("factors", own.times),

@@ -4,6 +4,7 @@
 
 #include <cuda.h>
 #include <dlfcn.h>
+#include <limits.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -74,13 +75,16 @@ static int runs_on(int arch, int device) {
     return arch == device || (device < 90 && arch / 10 == device / 10 && arch < device);
 }
 
-static int best_row(int *row, const char *key, int device) {
+/* device 0: any; shared: bytes a block may use there, which is less on some devices than on the first of their
+   generation. */
+static int best_row(int *row, const char *key, int device, unsigned shared) {
     int any = 0, best = -1;
     for (int i = 0; i < lora_fast_table_length; i++) {
         const lora_fast_kernel *entry = &lora_fast_public_table[i];
         if (device && !runs_on(entry->arch, device)) continue;
         any = 1;
-        if (!strcmp(entry->key, key) && (best < 0 || entry->arch > lora_fast_public_table[best].arch)) best = i;
+        if (lora_fast_table[i].shared > shared || strcmp(entry->key, key)) continue;
+        if (best < 0 || entry->arch > lora_fast_public_table[best].arch) best = i;
     }
     if (best < 0) return any ? LORA_FAST_NO_KERNEL : LORA_FAST_NO_ARCH;
     *row = best;
@@ -93,10 +97,11 @@ int lora_fast_find(int *row, const char *format, ...) {
     va_start(values, format);
     vsnprintf(key, sizeof key, format, values);
     va_end(values);
-    int major, minor;
+    int major, minor, shared;
     CALL(device_attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, &major));
     CALL(device_attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, &minor));
-    return best_row(row, key, 10 * major + minor);
+    CALL(device_attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, &shared));
+    return best_row(row, key, 10 * major + minor, shared);
 }
 
 int lora_fast_find_any(int *row, const char *format, ...) {
@@ -105,7 +110,7 @@ int lora_fast_find_any(int *row, const char *format, ...) {
     va_start(values, format);
     vsnprintf(key, sizeof key, format, values);
     va_end(values);
-    return best_row(row, key, 0);
+    return best_row(row, key, 0, UINT_MAX);
 }
 
 static int load(int row, CUkernel *kernel) {
@@ -133,7 +138,7 @@ static int value_of(const char *name, size_t length, char kind, const struct arg
     return LORA_FAST_OK;
 }
 
-int lora_fast_launch(int row, int64_t grid_x, int64_t grid_y, const struct argument *arguments,
+int lora_fast_launch(int row, int64_t grid_x, int64_t grid_y, int64_t grid_z, const struct argument *arguments,
                      lora_fast_stream stream) {
     uint64_t values[MOST_PARAMS] = {0};
     void *pointers[MOST_PARAMS] = {NULL};
@@ -147,7 +152,7 @@ int lora_fast_launch(int row, int64_t grid_x, int64_t grid_y, const struct argum
     }
     for (int i = 0; i < count + 2; i++) pointers[i] = &values[i]; /* two scratch buffers that no kernel here uses */
     if (grid_x == 0 || grid_y == 0) return LORA_FAST_OK;
-    if (grid_x > INT32_MAX || grid_y > UINT16_MAX) return LORA_FAST_BAD_ARGUMENT;
+    if (grid_x > INT32_MAX || grid_y > UINT16_MAX || grid_z > UINT16_MAX) return LORA_FAST_BAD_ARGUMENT;
     const struct kernel *kernel = &lora_fast_table[row];
     CUkernel function;
     CUdevice device;
@@ -156,7 +161,7 @@ int lora_fast_launch(int row, int64_t grid_x, int64_t grid_y, const struct argum
         CALL(driver.context_device(&device));
         CALL(driver.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, kernel->shared, function, device));
     }
-    return driver.launch((CUfunction)function, grid_x, grid_y, 1, kernel->threads, 1, 1, kernel->shared, stream,
+    return driver.launch((CUfunction)function, grid_x, grid_y, grid_z, kernel->threads, 1, 1, kernel->shared, stream,
                          pointers, NULL);
 }
 

@@ -27,8 +27,8 @@ struct kernel {
 extern const lora_fast_kernel lora_fast_public_table[];
 extern const struct kernel lora_fast_table[];
 extern const int lora_fast_table_length;
-/* kernels/tiles.py: up to SHORT tokens project takes smaller blocks; a split reduction aims at PROGRAMS programs. */
-extern const int lora_fast_short_tokens, lora_fast_programs;
+/* SHORT, PROGRAMS, SPLIT_STEPS and PARTIAL_NUMBERS of kernels/tiles.py. */
+extern const int lora_fast_short_tokens, lora_fast_programs, lora_fast_split_steps, lora_fast_partial_numbers;
 /* kernels/solve.py: largest rank whose matrix fits in registers; above, so many programs have a scratch matrix each. */
 extern const int lora_fast_in_registers, lora_fast_slots;
 
@@ -50,7 +50,7 @@ struct argument {
 int lora_fast_find(int *row, const char *format, ...) __attribute__((format(printf, 2, 3)));
 /* The same for any arch, without a driver: for constants that are the same on all. */
 int lora_fast_find_any(int *row, const char *format, ...) __attribute__((format(printf, 2, 3)));
-int lora_fast_launch(int row, int64_t grid_x, int64_t grid_y, const struct argument *arguments,
+int lora_fast_launch(int row, int64_t grid_x, int64_t grid_y, int64_t grid_z, const struct argument *arguments,
                      lora_fast_stream stream);
 int lora_fast_multiprocessors(int *count);
 

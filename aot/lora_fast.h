@@ -3,11 +3,13 @@
    Every function takes device addresses, sizes and a stream (CUstream and cudaStream_t are the same pointer), launches
    on the current context's device and returns at once. It returns 0, a negative lora_fast_error, or a positive
    CUresult; lora_fast_error_name has the name of each. Nothing is allocated: where a function needs memory of its own,
-   it says how much. The same inputs give the same bits. The driver (libcuda.so.1) is opened at the first launch.
+   it says how much. The same inputs give the same bits. The driver (libcuda.so.1) is opened at the first launch, and a
+   kernel is loaded at its first: launch once before you capture a CUDA graph.
 
    The library holds the kernels that it was built for: archs, dtypes and ranks are options of the build, and
-   lora_fast_kernels lists what is there. Matrices are row-major without gaps. Every address is a multiple of 16 bytes,
-   d_in and d_out are multiples of 16 (n_tokens is any number): LORA_FAST_MISALIGNED otherwise. Not verified on a GPU. */
+   lora_fast_kernels lists what is there. Matrices are row-major without gaps. Addresses of tensors and of memory are
+   multiples of 16 bytes, d_in and d_out are multiples of 16 (n_tokens is any number): LORA_FAST_MISALIGNED otherwise.
+   Not verified on a GPU. */
 
 #ifndef LORA_FAST_H
 #define LORA_FAST_H
@@ -31,7 +33,8 @@ typedef enum {
     LORA_FAST_BAD_ARGUMENT = -2, /* a size below its least, a dtype that does not fit, a null pointer */
     LORA_FAST_MISALIGNED = -3,   /* an address or a row length that is no multiple of 16 */
     LORA_FAST_NO_ARCH = -4,      /* nothing was built for this device's arch */
-    LORA_FAST_NO_KERNEL = -5,    /* not built for this rank, dtype or combination: see lora_fast_kernels */
+    LORA_FAST_NO_KERNEL = -5,    /* not built for this rank, dtype or combination: see lora_fast_kernels; or of sm_80,
+                                    where this device has less shared memory: build for its own arch, too */
     LORA_FAST_INTERNAL = -6      /* the library does not fit its own kernels: a bug */
 } lora_fast_error;
 
@@ -60,11 +63,13 @@ LORA_FAST_API const lora_fast_kernel *lora_fast_kernels(int *count);
    Backward, of at least one token: grad_s_b, grad_a, grad_x. */
 typedef struct {
     int n_tokens, d_in, d_out, r;
-    lora_fast_dtype dtype;   /* of x, weight, bias, s, y and their gradients */
-    lora_fast_dtype adapter; /* of a, b, da, db: dtype or float32 */
-    float scaling;           /* alpha / r; with dropout, times 1 / (1 - drop_level / 65536) */
-    int drop_level;          /* round(65536 p) for dropout with probability p; 0: none */
-    int64_t seed;            /* of the dropout mask, which is drawn again in backward: the same there */
+    lora_fast_dtype dtype;      /* of x, weight, bias, y and of dy, dx */
+    lora_fast_dtype adapter;    /* of a, b, s and of da, db, ds: dtype or float32 */
+    float scaling;              /* alpha / r; with dropout, times 1 / (1 - drop_level / 65536) */
+    int drop_level;             /* round(65536 p) for dropout with probability p; 0: none */
+    int64_t seed;               /* of the dropout mask, which is drawn again in backward: the same there */
+    const int64_t *device_seed; /* NULL, or where the seed is in device memory (a multiple of 8), in place of seed: read
+                                   at every launch, so that replays of a CUDA graph can have other masks */
 } lora_fast_layer;
 
 LORA_FAST_API int lora_fast_project(const lora_fast_layer *layer, const void *x, const void *a, void *s,
@@ -116,7 +121,7 @@ LORA_FAST_API int lora_fast_plan(lora_fast_group *group, const lora_fast_factor 
    share a group go to one stream; int32 tiles[n_programs][2] = factor, chunk. */
 LORA_FAST_API int lora_fast_fill(const lora_fast_group *group, const lora_fast_factor *factors, void *host);
 
-/* Bytes of device memory for the partial Grams of lora_fast_gram, or of lora_fast_step with grams. */
+/* Bytes of device memory for the partial Grams of lora_fast_gram, or of lora_fast_adamw_step with grams. */
 LORA_FAST_API size_t lora_fast_gram_workspace(const lora_fast_group *group);
 /* GRAM: grams float32 (5, n_pairs, r, r) = a aᵀ, bᵀb, da daᵀ, dbᵀdb, da aᵀ of every pair. */
 LORA_FAST_API int lora_fast_gram(const lora_fast_group *group, int n_pairs, float *grams, void *workspace,
@@ -146,9 +151,9 @@ LORA_FAST_API int lora_fast_merge(const lora_fast_group *group, const float *sca
 
 /* ---- NB-LoRA's Cayley transform: three launches each way for the adapters of the whole model ----
 
-   Forward, from free_a (r, d_in) and free_b (d_out, r), r at most d_in: a (r, d_in), b (d_out, r) with its columns times
-   scale, and inverse (r, r). Backward, from inverse and the gradients of a and b: those of free_a, free_b and scale.
-   float32, but for the free parameters and their gradients. */
+   Forward, from free_a (r, d_in) and free_b (d_out, r), r at most d_in: a (r, d_in), b (d_out, r) with its columns
+   times scale, and inverse (r, r). Backward, from inverse and the gradients of a and b: those of free_a, free_b and
+   scale. float32, but for the free parameters and their gradients. */
 typedef struct {
     const void *free_a, *free_b;
     const float *scale;           /* (r): of 1, where there is none */

@@ -103,7 +103,7 @@ API int lora_fast_gram(const lora_fast_group *group, int n_pairs, float *grams, 
     CALL(CHECK_ADDRESSES(grams, workspace));
     CALL(lora_fast_find(&row, "lora_gram_kernel gram %s r%d", lora_fast_dtype_name(group->dtype), group->r));
     int64_t blocks = divide_up(group->r, lora_fast_table[row].tile.BLOCK_R);
-    return lora_fast_launch(row, group->n_programs, blocks * blocks,
+    return lora_fast_launch(row, group->n_programs, blocks * blocks, 1,
                             (struct argument[]){TABLE, NAMED_POINTER("partials", workspace),
                                                 NAMED_POINTER("totals", grams), INTEGER(n_pairs), END},
                             stream);
@@ -124,7 +124,7 @@ API int lora_fast_adamw_step(const lora_fast_group *group, const double *hyper, 
     CALL(lora_fast_find(&row, "lora_step_kernel adamw_step %s r%d add=%d matrix=%d scale=%d gram=%d",
                         lora_fast_dtype_name(group->dtype), group->r, add, matrix, scale, gram));
     return lora_fast_launch(
-        row, group->n_programs, 1,
+        row, group->n_programs, 1, 1,
         (struct argument[]){TABLE, POINTER(hyper), POINTER(steps), NAMED_POINTER("additive", work->additive),
                             NAMED_POINTER("matrices", work->matrices), NAMED_POINTER("scale_p", work->scale_p),
                             NAMED_POINTER("scale_g", work->scale_g), NAMED_POINTER("partials", workspace),
@@ -139,7 +139,7 @@ API int lora_fast_transform(const lora_fast_group *group, const float *matrices,
     CALL(CHECK_ADDRESSES(matrices));
     CALL(lora_fast_find(&row, "lora_transform_kernel transform %s r%d add=%d", lora_fast_dtype_name(group->dtype),
                         group->r, add != 0));
-    return lora_fast_launch(row, group->n_programs, 1, (struct argument[]){TABLE, POINTER(matrices), END}, stream);
+    return lora_fast_launch(row, group->n_programs, 1, 1, (struct argument[]){TABLE, POINTER(matrices), END}, stream);
 }
 
 API int lora_fast_merge(const lora_fast_group *group, const float *scale, lora_fast_rounding rounding, int64_t seed,
@@ -151,8 +151,8 @@ API int lora_fast_merge(const lora_fast_group *group, const float *scale, lora_f
     if ((unsigned)rounding > 2) return LORA_FAST_BAD_ARGUMENT;
     CALL(lora_fast_find(&row, "lora_merge_kernel merge %s r%d rounding=%s", lora_fast_dtype_name(group->dtype),
                         group->r, names[rounding]));
-    return lora_fast_launch(row, group->n_programs, 1, (struct argument[]){TABLE, POINTER(scale), INTEGER(seed), END},
-                            stream);
+    return lora_fast_launch(row, group->n_programs, 1, 1,
+                            (struct argument[]){TABLE, POINTER(scale), INTEGER(seed), END}, stream);
 }
 
 static int blocked(int r) { return r > lora_fast_in_registers; }
@@ -172,7 +172,7 @@ API int lora_fast_spd_solve(int n, int r, int k, const float *matrices, const fl
     CALL(lora_fast_find(&row, "lora_spd_solve%s_kernel spd_solve float32 r%d", blocked(r) ? "_blocked" : "",
                         lora_fast_rank_class(r, 16)));
     int64_t columns = blocked(r) ? 1 : divide_up(k, lora_fast_table[row].tile.BLOCK_K);
-    return lora_fast_launch(row, blocked(r) ? slots(n) : n, columns,
+    return lora_fast_launch(row, blocked(r) ? slots(n) : n, columns, 1,
                             (struct argument[]){POINTER(matrices), POINTER(rhs), NAMED_POINTER("solutions", x),
                                                 POINTER(info), NAMED_POINTER("uppers", workspace),
                                                 NAMED_NUMBER("damping", damping), INTEGER(n), INTEGER(r), INTEGER(k),
@@ -187,7 +187,7 @@ API int lora_fast_small_inverse(int n, int r, const float *matrices, float *inve
     CALL(CHECK_ADDRESSES(matrices, inverses, blocked(r) ? workspace : inverses));
     CALL(lora_fast_find(&row, "lora_small_inverse%s_kernel small_inverse float32 r%d", blocked(r) ? "_blocked" : "",
                         lora_fast_rank_class(r, 16)));
-    return lora_fast_launch(row, blocked(r) ? slots(n) : n, 1,
+    return lora_fast_launch(row, blocked(r) ? slots(n) : n, 1, 1,
                             (struct argument[]){POINTER(matrices), POINTER(inverses),
                                                 NAMED_POINTER("scratch", workspace), INTEGER(n), INTEGER(r), END},
                             stream);
@@ -207,7 +207,7 @@ API int lora_fast_scalora_solve(int n, int r, const float *grams, lora_fast_solv
     CALL(lora_fast_find(&row, "lora_scalora_solve_kernel scalora float32 r%d solver=%s", lora_fast_rank_class(r, 8),
                         names[solver]));
     int64_t size = (int64_t)n * r * r;
-    return lora_fast_launch(row, n, 1,
+    return lora_fast_launch(row, n, 1, 1,
                             (struct argument[]){NAMED_POINTER("ka", grams), NAMED_POINTER("kb", grams + size),
                                                 NAMED_POINTER("kp", grams + 2 * size),
                                                 NAMED_POINTER("kq", grams + 3 * size),
@@ -224,7 +224,7 @@ API int lora_fast_scalora_scales(int n, int r, const float *x, const unsigned ch
     CALL(CHECK_ADDRESSES(x, alive, kappa, scaling, scale_p, scale_g, rest));
     CALL(lora_fast_find(&row, "lora_scales_kernel scalora float32 r8 solver=nnls")); /* the same for all */
     int64_t size = (int64_t)n * r;
-    return lora_fast_launch(row, divide_up(size, lora_fast_table[row].tile.BLOCK), 1,
+    return lora_fast_launch(row, divide_up(size, lora_fast_table[row].tile.BLOCK), 1, 1,
                             (struct argument[]){POINTER(x), POINTER(alive), POINTER(kappa), POINTER(scaling),
                                                 POINTER(scale_p), POINTER(scale_g), POINTER(rest),
                                                 NAMED_NUMBER("low", low), NAMED_NUMBER("high", high), INTEGER(size),

@@ -2,11 +2,14 @@
 are to go."""
 
 from ctypes import byref, c_int64, c_size_t, c_void_p
+from functools import lru_cache
 
 import torch
 from library import DTYPES, NO_KERNEL, CayleyPair, Factor, Group, Layer, Library, Work
 
 from lora_fast.kernels import cayley, gram, hadamard, inverse, layer, merge, rescale, solve, step, tiles
+from lora_fast.kernels.catalogue import variants
+from lora_fast.kernels.launch import NO_MASK
 
 
 class Case:
@@ -22,9 +25,8 @@ class Case:
         self.tables: list[dict[str, tuple[int, list | None]]] = []
 
     def add(self, name: str, *shape: int, dtype: torch.dtype | None = None, fill=None) -> None:
-        generator = torch.Generator().manual_seed(len(self.tensors))
-        value = torch.randn(*shape, generator=generator) if fill is None else torch.full(shape, fill)
-        self.tensors[name] = value.to(self.device, dtype or self.dtype)
+        value = normal(len(self.tensors), shape) if fill is None else torch.full(shape, fill)
+        self.tensors[name] = value.to(self.device, dtype or self.dtype, copy=True)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)
@@ -33,27 +35,41 @@ class Case:
         return torch.empty(max(16, size), dtype=torch.uint8, device=self.device)
 
 
-N_TOKENS, SHORT, D_IN, D_OUT, SEED, DROP = 4099, 67, 1152, 1280, (1 << 40) + 3, 0.1
+@lru_cache(maxsize=64)
+def normal(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def layer_case(library, device, dtype, r, adapter, dropout=0, short=0) -> tuple[Case, Layer]:
+N_TOKENS, D_IN, D_OUT, SEED, DROP = 4099, 1152, 1280, (1 << 40) + 3, 0.1
+# Numbers of tokens for both kernels of project, and (None) for those that serve every number: the gradients of a and b
+# are one partial sum at 67, a few at 515, and as many as there are at most at 4,099.
+TOKENS = {"short": (67, tiles.SHORT), "many": (tiles.SHORT + 1, N_TOKENS), None: (67, 515, N_TOKENS)}
+
+
+def layer_calls(variant: dict) -> list[dict]:
+    """What a kernel of the layer is called with: numbers of tokens, and a seed of the host or on the device."""
+    return variants(n_tokens=TOKENS[variant.get("tokens")], in_memory=(False, True)[: 1 + variant.get("dropout", 0)])
+
+
+def layer_case(library, device, dtype, r, adapter, n_tokens=N_TOKENS, dropout=0, in_memory=False) -> tuple[Case, Layer]:
     case, adapter = Case(library, device, dtype, r), getattr(torch, adapter)
-    n_tokens = SHORT if short else N_TOKENS
     case.add("x", n_tokens, D_IN), case.add("dy", n_tokens, D_OUT), case.add("weight", D_OUT, D_IN)
-    case.add("s", n_tokens, r), case.add("bias", D_OUT)
+    case.add("s", n_tokens, r, dtype=adapter), case.add("bias", D_OUT)
     case.add("a", r, D_IN, dtype=adapter), case.add("b", D_OUT, r, dtype=adapter)
-    case.keep = layer.draw_mask(SEED, n_tokens, D_IN, DROP, device) if dropout else None
-    level = case.keep.drop_level if dropout else 0
-    indices = DTYPES.index(dtype), DTYPES.index(adapter)
-    return case, Layer(n_tokens, D_IN, D_OUT, r, *indices, 2.0, level, SEED if dropout else 0)
+    case.add("seed", dtype=torch.int64, fill=SEED)
+    seed = case.tensors["seed"] if in_memory else SEED
+    case.keep = layer.draw_mask(case.tensors["x"], DROP, seed) if dropout else None
+    seed, _, level = case.keep or NO_MASK
+    seeds = (0, seed) if in_memory else (seed, None)
+    return case, Layer(n_tokens, D_IN, D_OUT, r, DTYPES.index(dtype), DTYPES.index(adapter), 2.0, level, *seeds)
 
 
-def project(library, device, dtype, r, adapter, dropout, short):
-    case, config = layer_case(library, device, dtype, r, adapter, dropout, short)
+def project(library, device, dtype, r, adapter, tokens, **call):
+    case, config = layer_case(library, device, dtype, r, adapter, **call)
     case.python = lambda t: [layer.project(t["x"], t["a"], case.keep)]
 
     def c(t):
-        s = case.empty(config.n_tokens, r)
+        s = torch.empty_like(t["s"])
         library("project", config, t["x"], t["a"], s)
         case.own = [{"s": s}]
         return [s]
@@ -62,14 +78,14 @@ def project(library, device, dtype, r, adapter, dropout, short):
     return case
 
 
-def linear(library, device, dtype, r, adapter, bias):
-    case, config = layer_case(library, device, dtype, r, adapter)
+def linear(library, device, dtype, r, adapter, bias, **call):
+    case, config = layer_case(library, device, dtype, r, adapter, **call)
     if not bias:
         case.tensors["bias"] = None
     case.python = lambda t: [layer.linear(t["x"], t["weight"], t["bias"], t["s"], t["b"], 2.0)]
 
     def c(t):
-        y = case.empty(N_TOKENS, D_OUT)
+        y = torch.empty_like(t["dy"])
         library("linear", config, t["x"], t["weight"], t["bias"], t["s"], t["b"], y)
         case.own = [{"result": y}]
         return [y]
@@ -78,12 +94,12 @@ def linear(library, device, dtype, r, adapter, bias):
     return case
 
 
-def grad_x(library, device, dtype, r, adapter, dropout):
-    case, config = layer_case(library, device, dtype, r, adapter, dropout)
+def grad_x(library, device, dtype, r, adapter, **call):
+    case, config = layer_case(library, device, dtype, r, adapter, **call)
     case.python = lambda t: [layer.grad_x(t["dy"], t["weight"], t["s"], t["a"], case.keep)]
 
     def c(t):
-        dx = case.empty(N_TOKENS, D_IN)
+        dx = torch.empty_like(t["x"])
         library("grad_x", config, t["dy"], t["weight"], t["s"], t["a"], dx)
         case.own = [{"result": dx}]
         return [dx]
@@ -100,15 +116,15 @@ def workspace(case: Case, config: Layer) -> torch.Tensor:
     return case.scratch(size.value)
 
 
-def grad_s_b(library, device, dtype, r, adapter):
-    case, config = layer_case(library, device, dtype, r, adapter)
+def grad_s_b(library, device, dtype, r, adapter, **call):
+    case, config = layer_case(library, device, dtype, r, adapter, **call)
     case.python = lambda t: list(layer.grad_s_b(t["dy"], t["s"], t["b"], 2.0))
 
     def c(t):
-        ds, db, parts = case.empty(N_TOKENS, r), torch.empty_like(t["b"]), workspace(case, config)
+        ds, db, parts = torch.empty_like(t["s"]), torch.empty_like(t["b"]), workspace(case, config)
         library("grad_s_b", config, t["dy"], t["s"], t["b"], ds, db, parts)
-        chunks = -(-D_OUT // tiles.grad_s_b(t["dy"], r).outer)
-        second = parts[4 * chunks * N_TOKENS * r :]
+        chunks = -(-D_OUT // tiles.grad_s_b(t["dy"], r, wide=t["s"].dtype is not dtype).outer)
+        second = parts[-(-chunks * t["s"].numel() // 4) * 16 :]
         case.own = [{"ds": parts, "db": second}]
         case.own += [{"partial0": parts, "total0": ds, "partial1": second, "total1": db}]
         return [ds, db]
@@ -117,8 +133,8 @@ def grad_s_b(library, device, dtype, r, adapter):
     return case
 
 
-def grad_a(library, device, dtype, r, adapter, dropout):
-    case, config = layer_case(library, device, dtype, r, adapter, dropout)
+def grad_a(library, device, dtype, r, adapter, **call):
+    case, config = layer_case(library, device, dtype, r, adapter, **call)
     case.python = lambda t: [layer.grad_a(t["x"], t["s"], t["a"], case.keep)]
 
     def c(t):
@@ -405,9 +421,11 @@ CASES = {
 
 
 def embedded(library: Library, device: torch.device, arch: int):
-    """A case for everything that the library holds for an arch, with its name."""
+    """Cases of everything that the library holds for an arch, each with its name."""
     names = {kernel.key.decode().split(" ", 1)[1] for kernel in library.kernels if kernel.arch == arch}
     for name in sorted(names):
         op, dtype, r, *words = name.split(" ")
         variant = {key: int(value) if value.isdigit() else value for key, value in (word.split("=") for word in words)}
-        yield name, CASES[op](library, device, getattr(torch, dtype), int(r[1:]), **variant)
+        for call in layer_calls(variant) if "adapter" in variant else [{}]:
+            case = CASES[op](library, device, getattr(torch, dtype), int(r[1:]), **variant, **call)
+            yield " ".join([name, *(f"{key}={value}" for key, value in call.items())]), case

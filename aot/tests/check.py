@@ -3,26 +3,32 @@
 contents    every function of the header is exported, the table holds the archs it was built for, and without a GPU a
             launch returns an error with a name
 launches    with a stub of libcuda that notes launches: kernel, grid, block and every argument are those of the Python
-            launchers, and tables are those of kernels/table.py, moving.py and merge.py, number for number
+            launchers, and tables are those of kernels/table.py, moving.py and merge.py, number for number; the cubin is
+            what Python's launch compiles to
 reference   on a GPU: each op has the bits of the Python launcher (77: no GPU, skipped)
 """
 
 import argparse
 import ctypes
+import dataclasses
 import os
 import re
 import sys
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # launches are recorded, not interpreted
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of build.py
 
 import torch
 from cases import N_TOKENS, Case, embedded, layer_case
-from library import BAD_ARGUMENT, MISALIGNED, NO_ARCH, NO_DRIVER, NO_KERNEL, Kernel, Library, Note
+from library import BAD_ARGUMENT, MISALIGNED, NO_ARCH, NO_DRIVER, NO_KERNEL, Kernel, Library, Note, Refused
 
-from lora_fast.kernels import compiled, tiles
+from build import LENGTHS, as_embedded, name_of_cubin
+from lora_fast.kernels import compiled
+from lora_fast.kernels.launch import LARGEST_RANK, MOST_REGISTERS
 
 SKIPPED = 77
+SIZES = {"p": 8, "l": 8, "i": 4, "f": 4}  # of parameters, by kind
 
 
 def contents(library: Library, archs: list[str]) -> None:
@@ -47,15 +53,15 @@ def contents(library: Library, archs: list[str]) -> None:
     assert [library.error_name(code) for code in (0, NO_DRIVER, 1 << 20)][:2] == ["LORA_FAST_OK", "LORA_FAST_NO_DRIVER"]
 
 
-def launches(path: str, arch: int, stub_path: str) -> None:
+def launches(path: str, arch: int, stub_path: str, cubins: Path) -> None:
     stub = ctypes.CDLL(stub_path, mode=ctypes.RTLD_GLOBAL)  # is libcuda.so.1 from now on
-    ctypes.c_int.in_dll(stub, "stub_arch").value = arch
-    count, notes = ctypes.c_int.in_dll(stub, "stub_count"), (Note * 64).in_dll(stub, "stub_notes")
+    card, count = (ctypes.c_int.in_dll(stub, name) for name in ("stub_arch", "stub_count"))
+    card.value, notes = arch, (Note * 64).in_dll(stub, "stub_notes")
     library, checked = Library(path), 0
     rows = {kernel.cubin: kernel for kernel in library.kernels}
     for name, case in embedded(library, torch.device("cpu"), arch):
         count.value = 0
-        with tiles.assume(arch=arch, strategy="fused", tma=False):
+        with as_embedded(arch):
             with compiled.recorded() as expected:
                 theirs = case.python(case.tensors)
             mine = case.c(case.tensors)
@@ -63,15 +69,31 @@ def launches(path: str, arch: int, stub_path: str) -> None:
         assert [note.name.decode() for note in made] == [e.kernel.__name__ for e in expected], name
         for i, (note, launch) in enumerate(zip(made, expected, strict=True)):
             results = {x.data_ptr(): y.data_ptr() for x, y in zip(theirs, mine, strict=True)}
-            compare(f"{name}: {note.name.decode()}", case, i, note, rows[note.cubin], launch, results)
+            where = f"{name}: {note.name.decode()}"
+            compare(where, case, i, note, rows[note.cubin], launch, results)
+            assert is_cubin_of(launch, arch, note.cubin, cubins), f"{where}: not what Python's launch compiles to"
             checked += 1
     assert checked, f"nothing embedded for sm_{arch}"
-    case, config = layer_case(library, torch.device("cpu"), torch.bfloat16, 3, "bfloat16")
-    s = torch.empty(N_TOKENS, 3, dtype=torch.bfloat16)
+    if arch == 80:
+        card.value = 86
+        fit_or_are_refused(library, count)
+    too_large = LARGEST_RANK + 1
+    case, config = layer_case(library, torch.device("cpu"), torch.bfloat16, too_large, "bfloat16")
+    s = torch.empty(N_TOKENS, too_large, dtype=torch.bfloat16)
     assert library.status("project", config, case.tensors["x"], case.tensors["weight"], s) == NO_KERNEL
-    ctypes.c_int.in_dll(stub, "stub_arch").value = 70
+    card.value = 70
     assert library.status("project", config, case.tensors["x"], case.tensors["weight"], s) == NO_ARCH
     print(f"sm_{arch}: {checked} launches as from Python")
+
+
+def fit_or_are_refused(library: Library, count: ctypes.c_int) -> None:
+    """sm_80's kernels on a card with less shared memory: the library itself refuses what the driver would refuse."""
+    for _, case in embedded(library, torch.device("cpu"), 80):
+        count.value = 0
+        try:
+            case.c(case.tensors)
+        except Refused as refusal:
+            assert refusal.status == NO_KERNEL, refusal
 
 
 def compare(
@@ -83,9 +105,10 @@ def compare(
     assert tuple(note.grid) == grid, f"{name}: grid {tuple(note.grid)}, from Python {grid}"
     assert tuple(note.block) == (32 * launch.options.get("num_warps", 4), 1, 1), name
     params = [param.split(":") for param in kernel.params.decode().split()]
-    assert note.count == len(params) + 2, name
-    for (param, kind), slot in zip(params, note.values, strict=False):
+    assert list(note.sizes[: note.count]) == [SIZES[kind] for _, kind in params] + [8, 8], name  # two of scratch
+    for (param, kind), size, memory in zip(params, note.sizes, note.values, strict=False):
         value, where = launch.arguments[param], f"{name}: {param}"
+        slot = int.from_bytes(memory[:size], "little", signed=kind in "il")
         if param in table:
             address, contents = table[param]
             assert slot == address, where
@@ -101,6 +124,14 @@ def compare(
             assert slot == value, f"{where}: {slot}, from Python {value}"
 
 
+def is_cubin_of(launch: compiled.Launch, arch: int, address: int, cubins: Path) -> bool:
+    """Whether at an address is the cubin that the build made of this launch, as it is or with more registers."""
+    roomy = dataclasses.replace(launch, options=launch.options | {"maxnreg": MOST_REGISTERS})
+    names = (name_of_cubin(compiled.compile_for(each, arch, LENGTHS)) for each in (launch, roomy))
+    made = (path.read_bytes() for path in (cubins / f"{name}.cubin" for name in names) if path.exists())
+    return any(ctypes.string_at(address, len(cubin)) == cubin for cubin in made)
+
+
 def reference(path: str) -> None:
     """The bits of the Python launchers, which the test suite holds to the plain-torch twins."""
     if not torch.cuda.is_available():
@@ -109,18 +140,24 @@ def reference(path: str) -> None:
     device = torch.device("cuda")
     library = Library(path, torch.cuda.current_stream().cuda_stream)
     major, minor = torch.cuda.get_device_capability()
-    arch = max((k.arch for k in library.kernels if k.arch // 10 == major and k.arch <= 10 * major + minor), default=0)
+    own = 10 * major + minor
+    arch = max((k.arch for k in library.kernels if k.arch // 10 == major and k.arch <= own), default=0)
     checked = 0
     for name, case in embedded(library, device, arch):
         copy = {key: None if t is None else t.clone() for key, t in case.tensors.items()}
-        with tiles.assume(strategy="fused", tma=False):
+        try:
+            got = case.c(case.tensors)
+        except Refused as refusal:
+            if refusal.status != NO_KERNEL or arch == own:
+                raise
+            continue  # a kernel of sm_80 that needs more shared memory than this device has
+        with as_embedded(arch):
             expected = case.python(copy)
-        got = case.c(case.tensors)
         torch.cuda.synchronize()
         for i, (mine, theirs) in enumerate(zip(got, expected, strict=True)):
             assert torch.equal(mine, theirs), f"{name}: result {i} is not what Python's launch gives"
         checked += 1
-    assert checked, f"nothing embedded for sm_{major}{minor}"
+    assert checked, f"nothing embedded for sm_{own}"
     print(f"{checked} ops with the bits of the Python launchers")
 
 
@@ -128,12 +165,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", help="liblora_fast.so")
     parser.add_argument("what", choices=("contents", "launches", "reference"))
-    parser.add_argument("more", nargs="*", help="contents: the archs; launches: the arch and the stub")
+    parser.add_argument("more", nargs="*", help="contents: the archs; launches: the arch, the stub, the cubins")
     options = parser.parse_args()
     if options.what == "contents":
         contents(Library(options.library), options.more)
     elif options.what == "launches":
-        launches(options.library, int(options.more[0]), options.more[1])
+        launches(options.library, int(options.more[0]), options.more[1], Path(options.more[2]))
     else:
         reference(options.library)
 

@@ -1,7 +1,20 @@
 """liblora_fast.so from Python: aot/lora_fast.h in ctypes."""
 
 import ctypes
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint, c_ulonglong, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_char_p,
+    c_float,
+    c_int,
+    c_int64,
+    c_size_t,
+    c_ubyte,
+    c_uint,
+    c_uint64,
+    c_void_p,
+)
 
 import torch
 
@@ -15,7 +28,7 @@ class Kernel(Structure):
 
 class Layer(Structure):
     _fields_ = [(name, c_int) for name in ("n_tokens", "d_in", "d_out", "r", "dtype", "adapter")]
-    _fields_ += [("scaling", c_float), ("drop_level", c_int), ("seed", c_int64)]
+    _fields_ += [("scaling", c_float), ("drop_level", c_int), ("seed", c_int64), ("device_seed", c_void_p)]
 
 
 class Factor(Structure):
@@ -44,8 +57,16 @@ class CayleyGroup(Structure):
 
 
 class Note(Structure):
-    _fields_ = [("cubin", c_void_p), ("name", c_char_p), ("grid", c_uint * 3), ("block", c_uint * 3)]
-    _fields_ += [("shared", c_uint), ("count", c_uint), ("values", c_ulonglong * 40)]
+    _fields_ = [("function", c_void_p), ("cubin", c_void_p), ("name", c_char_p), ("grid", c_uint * 3)]
+    _fields_ += [("block", c_uint * 3), ("shared", c_uint), ("count", c_uint), ("stack", c_uint)]
+    _fields_ += [("stream", c_uint64)]
+    _fields_ += [("sizes", c_uint * 40), ("values", (c_ubyte * 128) * 40)]
+
+
+class Refused(Exception):
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
 
 
 class Library:
@@ -68,7 +89,8 @@ class Library:
 
     def __call__(self, name: str, *arguments) -> None:
         status = self.status(name, *arguments)
-        assert status == 0, f"{name}: {self.error_name(status)}"
+        if status:
+            raise Refused(f"{name}: {self.error_name(status)}", status)
 
     def gram_workspace(self, group: Group) -> int:
         return self.library.lora_fast_gram_workspace(byref(group))
