@@ -9,14 +9,15 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @contextmanager
 def poisoned_empty():
-    """torch.empty full of NaN: a kernel that leaves an element unwritten, or reads one, shows."""
-    empty = torch.empty
+    """torch.empty and torch.empty_strided full of NaN: a kernel that leaves an element unwritten, or reads one,
+    shows."""
+    kept = torch.empty, torch.empty_strided
     fill = lambda t: t.fill_(float("nan") if t.is_floating_point() else -7)
-    torch.empty = lambda *args, **kwargs: fill(empty(*args, **kwargs))
+    torch.empty, torch.empty_strided = (lambda *a, made=made, **k: fill(made(*a, **k)) for made in kept)
     try:
         yield
     finally:
-        torch.empty = empty
+        torch.empty, torch.empty_strided = kept
 
 
 def randn(*shape, seed=0, dtype=torch.float32):

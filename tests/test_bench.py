@@ -18,8 +18,11 @@ sys.path.insert(0, str(BENCH))  # its files import each other by their bare name
 import compare  # noqa: E402
 import gpu_timings  # noqa: E402
 import measure  # noqa: E402
+import providers  # noqa: E402
 import shapes  # noqa: E402
 import suite  # noqa: E402
+
+from lora_fast.kernels import tiles  # noqa: E402
 
 SETTING = measure.Setting(torch.device("cpu"), triton=False)
 CEILINGS = measure.Ceilings("float32", 1e11, 1e10)
@@ -74,6 +77,17 @@ def test_what_cannot_run_is_a_row_with_its_reason():
     comparison.providers.pop("torch.compile")
     rows = measure.measure(case, comparison, SETTING, CEILINGS, 0.0, measure.simply)
     assert [row.unavailable for row in rows if row.provider == "other"] == ["no such package"]
+
+
+@pytest.mark.parametrize(
+    "dtype, arch, gluon", [("bfloat16", 90, True), ("float32", 90, False), ("bfloat16", 80, False)]
+)
+def test_each_strategy_that_runs_is_a_provider(dtype, arch, gluon):
+    case = shapes.Case("layer", "", ((64, 48),), 4, 16, dtype, 0.0)
+    with tiles.assume(arch=arch):
+        _, found = providers.layer(case, measure.Setting(torch.device("cpu"), triton=True))
+    ours = [name for name in found if name.startswith("ours")]
+    assert ours == ["ours", "ours, fused", "ours, cublas", *(["ours, gluon"] if gluon else [])]
 
 
 def test_saved_bytes_of_the_layer_are_x_and_s():

@@ -1,6 +1,7 @@
-"""The catalogue's launches, compiled for sm_80, sm_90 and sm_100 without a GPU: what lora-fast inspect measures breaks
-none of its rules. By default every variant at one rank, the first and the last variant at the others (about nine
-minutes of one core); ``-m budget`` compiles them all."""
+"""The catalogue's launches, compiled for every arch without a GPU: what lora-fast inspect measures breaks none of its
+rules. By default for sm_80, sm_90 and sm_100 every variant at one rank, the first and the last variant at the others
+(about nine minutes of one core), for the other archs (test_launches.py launches their layers) two variants at one rank;
+``-m budget`` compiles them all."""
 
 import os
 import re
@@ -16,31 +17,37 @@ if sys.platform != "linux":
 from lora_fast.cli.inspect import measure
 from lora_fast.kernels import catalogue, inspected
 
-THIN, GEMM = ["project", "grad_s_b", "grad_a"], ["linear", "grad_x"]
+THIN, GEMM = ["project", "grad_s_b", "grad_a"], ["linear", "grad_x", "few_tokens"]
+FULL = (80, 90, 100)
 SHARES = {"thin": THIN, "gemm": GEMM, "rest": [op for op in catalogue.OPS if op not in THIN + GEMM]}
 
 
-def sample(ops: list[str]) -> list[catalogue.Case]:
-    """Every variant at each op's second rank (of one: at that), the first and the last at the others."""
+def sample(ops: list[str], arch: int) -> list[catalogue.Case]:
+    """Every variant at each op's second rank (of one: at that), the first and the last at the others; of archs that are
+    not in ``FULL`` the first and the last at the second rank."""
     chosen = []
     for op in ops:
         ranks: dict[tuple, list[catalogue.Case]] = {}
-        for case in catalogue.cases([op]):
+        for case in filter(lambda case: case.runs_on(arch), catalogue.cases([op])):
             ranks.setdefault((case.dtype, case.r), []).append(case)
-        full = list(ranks)[:2][-1]
-        for place, cases in ranks.items():
-            chosen += cases if place == full or len(cases) < 3 else [cases[0], cases[-1]]
+        second = list(ranks)[:2][-1]
+        for place, cases in ranks.items() if arch in FULL else [(second, ranks[second])]:
+            chosen += cases if (place == second and arch in FULL) or len(cases) < 3 else [cases[0], cases[-1]]
     return chosen
 
 
-ALL = pytest.param(catalogue.cases, marks=pytest.mark.budget)
+def everything(ops: list[str], arch: int) -> list[catalogue.Case]:
+    return [case for case in catalogue.cases(ops) if case.runs_on(arch)]
+
+
+ALL = pytest.param(everything, marks=pytest.mark.budget)
 
 
 @pytest.mark.parametrize("arch", inspected.ARCHS, ids=lambda arch: f"sm_{arch}")
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("cases", [sample, ALL], ids=["some", "all"])
 def test_no_rule_is_broken(cases, share, arch):
-    rows = measure([(case, arch) for case in cases(SHARES[share])], traffic=False, processes=1)
+    rows = measure([(case, arch) for case in cases(SHARES[share], arch)], traffic=False, processes=1)
     assert {row["op"] for row in rows} == set(SHARES[share])
     broken = [f"{row['kernel']} {row['dtype']} r={row['r']} {row['variant']}: {row['broken']}" for row in rows]
     assert not any(row["broken"] for row in rows), "\n".join(
@@ -50,8 +57,8 @@ def test_no_rule_is_broken(cases, share, arch):
 
 def test_catalogue_launches_every_kernel():
     code = (
-        "from lora_fast.kernels import catalogue, compiled\n"
-        "with compiled.recorded() as launches:\n"
+        "from lora_fast.kernels import catalogue, compiled, tiles\n"
+        "with tiles.assume(arch=90), compiled.recorded() as launches:\n"
         "    for case in catalogue.cases(): case.run()\n"
         "print(*{launch.kernel.__name__ for launch in launches})"
     )

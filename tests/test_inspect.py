@@ -8,6 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import triton
 from typer.testing import CliRunner
 
 from lora_fast.cli import app
@@ -23,6 +24,9 @@ CLEAN = {
     "tensor_core": 6,
     "tma_loads": 2,
     "tf32": 0,
+    "in_flight": 1,
+    "ahead": 2,
+    "step": 88,
 }
 ALIGNED = Case("linear", "bfloat16", 16, {"adapter": None, "strategy": "fused", "padding": 0})
 
@@ -87,6 +91,39 @@ def test_a_kernel_that_spills_is_the_exit_code(tmp_path):
     assert "1 kernel, 1 of them against a rule." in done.stdout
 
 
+A_LOOP_THAT_IS_NOT_PIPELINED = """
+import importlib.util, sys
+from pathlib import Path
+from lora_fast.cli import app
+from lora_fast.kernels import linear
+
+loop = "tl.num_programs(0), disable_licm=True)"
+source, planted = Path(linear.__file__).read_text(), Path(sys.argv[1])
+assert source.count(loop) == 1
+planted.write_text(source.replace(loop, "tl.num_programs(0), flatten=True)"))  # as the GEMM once was
+spec = importlib.util.spec_from_file_location("lora_fast.kernels.planted", planted)
+module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+linear.lora_linear_kernel = module.lora_linear_kernel
+command = sys.modules["lora_fast.cli.inspect"]
+command._in_parallel = lambda work, jobs, *rest: [work(job) for job in jobs if job[0].dtype == "bfloat16"]
+command._jobs = lambda *options, jobs=command._jobs: [job for job in jobs(*options) if job[0].dtype == "bfloat16"]
+app(["inspect", "--op", "linear", "--arch", "90", "--rank", "16", "--no-traffic"])
+"""
+
+
+def test_a_loop_that_is_not_pipelined_is_the_exit_code(tmp_path):
+    script = tmp_path / "planted.py"
+    script.write_text(A_LOOP_THAT_IS_NOT_PIPELINED)
+    compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, script, tmp_path / "planted_linear.py"]
+    done = subprocess.run(command, env=compiling, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "sm_90 lora_linear_kernel of linear, bf16 r16 fused, " in done.stdout
+    assert done.stdout.count("no product in flight") == 3  # adapters in 16 bits, in float32, no bias
+    assert "fused padding 4, " not in done.stdout.split("r: rank.")[0].splitlines()[-1]
+
+
 def test_an_error_names_the_case(monkeypatch):
     command = sys.modules["lora_fast.cli.inspect"]
     monkeypatch.setattr(command, "ProcessPoolExecutor", lambda *arguments: ThreadPoolExecutor(1))
@@ -120,6 +157,8 @@ def test_a_row_is_readable_in_a_terminal_of_80_columns(monkeypatch):
         ({"tensor_core": 0}, "no tensor-core instruction"),
         ({"tma_loads": 0}, "0 TMA loads"),
         ({"tf32": 4}, "4 products in TF32"),
+        ({"in_flight": 0}, "no product in flight"),
+        ({"ahead": 0}, "no load ahead"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, dict) else "",
 )
@@ -128,16 +167,26 @@ def test_each_rule(change, rule):
     assert inspected.broken(ALIGNED, CLEAN | change) == [rule]
 
 
+def test_a_stray_number_is_said_once_and_no_more_is_allowed(monkeypatch):
+    place = triton.__version__.rpartition(".")[0], 90, r"linear bfloat16 r=\d6 strategy fused"
+    monkeypatch.setattr(inspected, "STRAYS", ((*place, 8),))
+    stray = CLEAN | {"spills": 2, "stack": 8}
+    assert inspected.broken(ALIGNED, stray) == []
+    assert inspected.broken(ALIGNED, stray | {"stack": 16}) == ["2 spills", "16 bytes of stack"]
+    assert inspected.broken(ALIGNED, stray | {"arch": 100}) == ["2 spills", "8 bytes of stack"]
+    assert inspected.broken(ALIGNED._replace(r=32), stray) == ["2 spills", "8 bytes of stack"]
+
+
 def test_no_tma_before_hopper_nor_with_unaligned_rows():
     unaligned = ALIGNED._replace(variant=ALIGNED.variant | {"padding": 4})
-    assert inspected.broken(ALIGNED, CLEAN | {"arch": 80, "tma_loads": 0}) == []
-    assert inspected.broken(unaligned, CLEAN) == ["2 TMA loads"]
+    assert inspected.broken(ALIGNED, CLEAN | {"arch": 80, "tma_loads": 0, "in_flight": 0}) == []
+    assert inspected.broken(unaligned, CLEAN | {"in_flight": None, "ahead": None}) == ["2 TMA loads"]
 
 
 @pytest.mark.parametrize(
     "options, said",
     [
-        (("--arch", "70"), "--arch: expected one of 80, 90, 100, got 70"),
+        (("--arch", "70"), "--arch: expected one of 80, 86, 89, 90, 100, 120, got 70"),
         (("--op", "prject"), "--op: expected one of project"),
         (("--op", "transform", "--rank", "3"), "--rank: expected some of 8, 16, 64, 128, got 3"),
     ],

@@ -3,16 +3,18 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
-from budget import DRAWS, check, eager_lora_linear, error
+from budget import DRAWS, check, eager_lora_linear, error, least_error
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import lora_fast as lf
 from lora_fast import autograd, reference
 from lora_fast.functional import lora_linear
+from lora_fast.kernels import tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ["torch", "triton"]
@@ -82,7 +84,8 @@ def test_dtypes_and_autocast(dtype, autocast, adapter, backend):
         linear = torch.nn.functional.linear(t["x"], t["weight"], t["bias"])
         with lf.set_backend(backend):
             got = run(None, lora_linear)
-        cast = lambda x, w, b, *rest: eager_lora_linear(x.to(computed_in), w.to(computed_in), b.to(computed_in), *rest)
+        to = lambda *tensors: [tensor if autocast is None else tensor.to(autocast) for tensor in tensors]
+        cast = lambda *tensors: eager_lora_linear(*to(*tensors[:-1]), tensors[-1])
         with torch.autocast(DEVICE.type, enabled=False):
             eager = [run(None, cast, 1 + draw / DRAWS) for draw in range(DRAWS)]
             exact = [run(torch.float64, eager_lora_linear, 1 + draw / DRAWS) for draw in range(DRAWS)]
@@ -90,7 +93,9 @@ def test_dtypes_and_autocast(dtype, autocast, adapter, backend):
     for i, name in enumerate(("y", "dx", "da", "db")):
         assert got[i].dtype == eager[0][i].dtype, name
         allowed = max(error(one[i], true[i]) for one, true in zip(eager, exact, strict=True))
-        check(name, got[i], exact[0][i], allowed, computed_in)
+        exactly = autocast is None and i >= 2
+        least = least_error(dtype, got[i].dtype) if exactly else 0.0
+        check(name, got[i], exact[0][i], allowed, got[i].dtype if exactly else computed_in, least)
 
 
 def test_same_mask_in_forward_and_backward():
@@ -133,12 +138,27 @@ def test_saves_x_and_s_only(dropout_p, autocast, backend):
     assert all(v.element_size() == (2 if autocast else 4) for v in saved)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_adapters_save_hardly_more(backend):
+    """S is float32 then: at 4096 columns of x and r = 16 that is at most 1 % more."""
+    sizes = []
+    for adapter in (torch.bfloat16, torch.float32):
+        t, kept = tensors(torch.bfloat16, adapter, shape=(4, 4096), d_out=4096, r=16, bias=False), {}
+        own = {v.data_ptr() for k, v in t.items() if v is not None and k != "x"}
+        keep = lambda v, kept=kept: kept.setdefault(v.data_ptr(), v)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda v: v), lf.set_backend(backend):
+            lora_linear(*t.values(), 1.5)
+        sizes.append(sum(v.nbytes for address, v in kept.items() if address not in own))
+    assert sizes[0] == 4 * (4096 + 16) * 2 and sizes[0] < sizes[1] <= 1.01 * sizes[0]
+
+
 @pytest.mark.parametrize("frozen", [("x",), ("lora_A",), ("lora_B",), ("x", "lora_A"), ("x", "lora_B")], ids="+".join)
 def test_only_needed_gradients(frozen, monkeypatch):
     called = []
     for name in ("grad_s_b", "grad_a", "grad_x"):
         twin = getattr(reference, name)
-        monkeypatch.setattr(reference, name, lambda *a, twin=twin, name=name: called.append((name, *a[4:])) or twin(*a))
+        noting = lambda *a, twin=twin, name=name: called.append((name, *a[4:6])) or twin(*a)
+        monkeypatch.setattr(reference, name, noting)
     t = tensors()
     for name in frozen:
         t[name].requires_grad_(False)
@@ -183,6 +203,19 @@ def test_checkpointing_is_bitwise(backend, reentrant, dropout):
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("thin", ["pass", "cublas", "split"])
+def test_selective_checkpointing_keeps_products_and_gradients(thin, dropout):
+    """What it keeps of torch's products is handed out a second time: nothing may have been added to it since."""
+    layer, x = layer_of(dropout=dropout), torch.randn(2, 5, 10, device=DEVICE)
+    kept = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default]
+    contexts = partial(create_selective_checkpoint_contexts, kept)
+    run = lambda x: checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
+    with lf.set_backend("triton"), tiles.assume(strategy="cublas", thin=thin):
+        plain, again = gradients(layer, x), gradients(layer, x, run)
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+
+
 # ── torch.compile and torch.library ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -213,12 +246,13 @@ def test_opcheck(adapter, dropout_p, backend):
     t = tensors(torch.float16 if adapter else torch.float32, adapter)
     seed = torch.tensor(5, device=DEVICE) if dropout_p else None
     triton = backend == "triton"
-    torch.library.opcheck(autograd.lora_linear_op, (*t.values(), 1.5, dropout_p, seed, triton))
+    for rounded in (False, True):
+        torch.library.opcheck(autograd.lora_linear_op, (*t.values(), 1.5, dropout_p, seed, rounded, triton))
     detached = [v.detach() for k, v in t.items() if k != "bias"]
     x, weight, lora_A, lora_B = detached
-    dy, s = torch.randn(2, 3, 12, device=DEVICE).to(x.dtype), torch.randn(6, 4, device=DEVICE).to(x.dtype)
+    dy, s = torch.randn(2, 3, 12, device=DEVICE).to(x.dtype), torch.randn(6, 4, device=DEVICE)
     for needs in ([True, True, True, True], [False, False, True, False]):
-        args = (dy, x, s, weight, lora_A, lora_B, 1.5, dropout_p, seed, triton, needs)
+        args = (dy, x, s, weight, lora_A, lora_B, 1.5, dropout_p, seed, False, triton, needs)
         torch.library.opcheck(autograd.lora_linear_backward_op, args)
 
 

@@ -11,13 +11,14 @@ import peft
 import pytest
 import torch
 from torch import nn
+from triton.runtime.errors import OutOfResources
 
 import lora_fast as lf
 from lora_fast import backend, checks
 from lora_fast.batch import Batch
 from lora_fast.changed_base import record
 from lora_fast.cli import run_folder
-from lora_fast.kernels import table, tiles
+from lora_fast.kernels import device, gluon_linear, launch, table, tiles
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 QUOTED = re.findall(r"(?<!\*)\*`([^`]+)`\*(?!\*)", " ".join(PAGE.split()))
@@ -64,6 +65,18 @@ def not_mergeable() -> None:
     optimizer.step()
 
 
+def too_large() -> None:
+    launched = launch.Launch(SimpleNamespace(__name__="lora_grad_a_kernel"), (1,), (), {"R": 16})
+    error = OutOfResources(204800, 101376, "shared memory")
+    raise launch.LaunchError(launched._too_large(error, device.CARDS[89])) from error
+
+
+def gluon_on_an_a100() -> None:
+    x, weight = torch.zeros(16, 64, dtype=torch.bfloat16), torch.zeros(32, 64, dtype=torch.bfloat16)
+    with tiles.assume(arch=80):
+        gluon_linear.GluonGemm(x, weight, None, torch.zeros(32, 8), 8, False, True, (16, 32))
+
+
 def on_triton(x: torch.Tensor) -> None:
     with lf.set_backend("triton"):
         backend.uses_triton(x)
@@ -88,7 +101,9 @@ ERRORS = {
     "methods: expected at most one": lambda: lf.optim.LoRAAdamW(
         injected(), methods=[lf.methods.ILoRA(), lf.methods.BaLoRA()]
     ),
-    "expected a GPU of sm_80": lambda: tiles._arch.__wrapped__(0),
+    "LaunchError: … needs": too_large,
+    "strategy 'gluon': expected": gluon_on_an_a100,
+    "expected a GPU of sm_80": lambda: device._of_gpu.__wrapped__(0),
     "LORA_FAST_BACKEND: expected": lambda: checks.choice("tritton", "LORA_FAST_BACKEND", backend.BACKENDS),
     "backend 'triton' on cpu": lambda: on_triton(torch.ones(1)),
     "backend 'triton' with float64": lambda: on_triton(SimpleNamespace(is_cuda=True, dtype=torch.float64)),
@@ -109,7 +124,7 @@ def test_every_quoted_error_is_raised_here():
 @pytest.mark.parametrize("quoted", QUOTED)
 def test_a_quoted_error_reads_as_it_is_quoted(quoted, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(major=7, minor=5))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(Exception, match=r".") as raised:

@@ -7,6 +7,7 @@ import json
 import sys
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny_model
@@ -15,11 +16,11 @@ from typer.testing import CliRunner
 
 from lora_fast.cli import app, tuning
 from lora_fast.cli.tune import layer_shapes, results
-from lora_fast.kernels import interpreted, layer, tiles, tuned
+from lora_fast.kernels import device, dispatch, interpreted, layer, tiles, tuned
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = tuning.Shape(n_tokens=48, d_in=64, d_out=32, r=4, dropout=0.1, dtype=torch.float16)
-OPS = ("project", "linear", "grad_s_b", "grad_a", "grad_x_dropout")
+OPS = ("project_short", "linear", "grad_s_b", "grad_a", "grad_x_dropout")
 
 
 @pytest.fixture(autouse=True)
@@ -96,20 +97,23 @@ def test_a_choice_holds_for_its_shape_and_rank_and_tokens_up_to_a_power_of_two(n
 
 
 def test_measured_comes_before_the_default_and_after_what_is_assumed():
-    x = torch.empty(48, 64, dtype=torch.float16)
-    default = tiles.project(x, 4)
+    x, weight = torch.empty(48, 64, dtype=torch.float16), torch.empty(32, 64, dtype=torch.float16)
+    chosen = lambda: tiles.project(x, 4, short=False, wide=False)
+    default = chosen()
     measured = {tuned.key("project", x.dtype, 48, 64, 0, 4): (32, 0, 64, 8, 2)}
     with tuned.using(measured):
-        assert tiles.project(x, 4) == (32, 0, 64, 16, 8, 2) != default
+        assert chosen() == (32, 0, 64, 16, 8, 2) != default
         with tiles.assume(arch=90):
-            assert tiles.project(x, 4) != (32, 0, 64, 16, 8, 2)
-    assert tiles.project(x, 4) == default
-    key = tuned.key("linear", x.dtype, 48, 64, 32, 4)
-    with tuned.using({key: "cublas"}):
-        assert tiles.strategy(x, 32, 4, forward=True, dropout=False) == "cublas"
-        assert tiles.strategy(x, 32, 4, forward=False, dropout=True) == "fused"
-        with tiles.assume(strategy="fused"):
-            assert tiles.strategy(x, 32, 4, forward=True, dropout=False) == "fused"
+            assert chosen() != (32, 0, 64, 16, 8, 2)
+    assert chosen() == default
+    gemm = lambda direction: dispatch.strategy(direction, x, weight, x.dtype, 4, dropout=False)
+    unmeasured = gemm("forward")
+    other = {"fused": "cublas", "cublas": "fused"}[unmeasured]
+    with tuned.using({tuned.key("linear", x.dtype, 48, 64, 32, 4): other}):
+        assert gemm("forward") == other
+        assert dispatch.way("forward", x, weight, x.dtype, 4, dropout=False).gemm == other
+        with tiles.assume(strategy=unmeasured):
+            assert gemm("forward") == unmeasured
 
 
 def case_of(op: str, shape: tuning.Shape = SHAPE) -> tuning.Case:
@@ -120,6 +124,17 @@ def test_every_op_of_a_layer_is_a_case():
     assert tuple(case.key.op for case in tuning.cases(SHAPE, DEVICE)) == OPS
     plain = tuple(case.key.op for case in tuning.cases(replace(SHAPE, dropout=0.0), DEVICE))
     assert plain == (*OPS[:-1], "grad_x")
+
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize("arch, dtype, runs", [(90, HALF, True), (90, SINGLE, False), (100, HALF, False)])
+def test_gluon_is_tried_where_it_runs(arch, dtype, runs, monkeypatch):
+    monkeypatch.setattr(device, "of", lambda torch_device: device.CARDS[arch])
+    gemms = [case_of(op, replace(SHAPE, dtype=dtype)) for op in ("linear", "grad_x_dropout")]
+    assert [{case.key: "gluon"} in case.candidates for case in gemms] == [runs, runs]
+    assert all({case.key: "cublas"} in case.candidates for case in gemms)
 
 
 def clock(best: int, seconds: list):
@@ -170,7 +185,7 @@ def test_what_gains_less_than_noise_leaves_the_default():
 
 
 def test_candidates_that_fail_or_differ_are_never_timed():
-    case = case_of("project")
+    case = case_of("project_short")
     broken, wrong = case.candidates[1], case.candidates[2]
     asked = []
 
@@ -213,9 +228,10 @@ def test_no_call_under_the_clock_changes_its_inputs():
 
 
 def test_candidates_begin_with_the_default_and_differ():
-    for op, size in {(op, size) for op, size, _ in tiles.TABLE if op != "update"}:
-        found = tiles.candidates(op, size, 90, 16)
-        assert found[0] == tiles._tile(op, size, 90, 16)[:3] + tiles._tile(op, size, 90, 16)[4:]
+    h100 = device.CARDS[90]
+    for op, size in {(op, size) for op, size, *_ in tiles.TABLE if not op.startswith("update")}:
+        found = tiles.candidates(op, size, h100, 16)
+        assert found[0] == tiles.row(op, size, h100, 16)
         assert len(found) == len(set(found)) > 3
         assert all(side & (side - 1) == 0 for tile in found for side in tile[:4])
 
@@ -243,7 +259,7 @@ def test_the_command_measures_every_shape_and_keeps_what_won(tiny, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "4 layer shapes on a GPU" in result.output and "64→32" in result.output
     table = tuned.read()["a GPU"]
-    assert {key.op for key in table} == {"project", "linear", "grad_s_b", "grad_a", "grad_x"}
+    assert {key.op for key in table} == {"project_short", "linear", "grad_s_b", "grad_a", "grad_x"}
     assert {choice for key, choice in table.items() if key.op == "linear"} == {"cublas"}
     monkeypatch.setattr(tuning, "time_on_gpu", clock(0, [2e-3, 1e-3]))
     assert invoke(*tiny).exit_code == 0
@@ -281,9 +297,9 @@ def test_kernels_in_the_interpreter_are_not_timed(cache, monkeypatch):
 
 
 def test_a_gpu_older_than_the_kernels_is_named(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(major=7, minor=5))
     with pytest.raises(RuntimeError, match=r"sm_80 \(Ampere\) or later, got sm_75"):
-        tiles._arch.__wrapped__(0)
+        device._of_gpu.__wrapped__(0)
 
 
 def test_show_and_clear_work_anywhere(cache):
