@@ -3,13 +3,16 @@
 # make aot    the kernels without Python: build/aot/liblora_fast.so and its tests (cmake and a C compiler needed)
 # make env    the environment alone: .venv with the versions of constraints.txt
 # make bench  the figures of README.md that a CPU machine can measure
+# make launches  every launch of a layer on the limits of four cards (five minutes to half an hour): bench/launches.json
+# make tritons   the GEMM compiled with each Triton that is supported, held to the rules of lora-fast inspect
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+TRITONS := 3.6.0 3.7.1 3.9.0
 
-.PHONY: env demo test bench lint clean aot
+.PHONY: env demo test bench launches tritons lint clean aot $(TRITONS:%=triton-%)
 env: $(STAMP)
 
 $(STAMP): setup.py pyproject.toml constraints.txt Makefile
@@ -36,9 +39,22 @@ lint: env
 
 bench: env
 	$(BIN)/python bench/counts.py
+	$(BIN)/python bench/host.py
 	$(BIN)/python bench/train_step.py
 	$(BIN)/python bench/nb_train_step.py
 	$(BIN)/python bench/run.py
+
+launches: env
+	$(BIN)/python bench/launches.py
+
+tritons: $(TRITONS:%=triton-%)
+
+$(TRITONS:%=triton-%): triton-%: build/triton-%/.installed
+	PYTHONPATH=build/triton-$* $(BIN)/lora-fast inspect --op linear --op grad_x --arch 90 --arch 100 --no-traffic
+
+build/triton-%/.installed: | $(STAMP)
+	$(BIN)/python -m pip install --quiet --target build/triton-$* --no-deps triton==$*
+	touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,7 +1,7 @@
-"""Figures of one layer that need no GPU: traffic, launches, bytes saved for backward, host time.
+"""Figures of one layer that need no GPU: traffic, launches, bytes saved for backward. (Host time: host.py.)
 
     python bench/counts.py                      # all of them, about two minutes
-    python bench/counts.py --only saved host
+    python bench/counts.py --only saved
 
 Traffic and launches are counted by Triton's interpreter at 4096×4096 and 8,192 tokens, so they are exact; the GEMM
 itself is left out of the traffic (it re-reads its operands from L2 by design). Goals: README.
@@ -9,9 +9,7 @@ itself is left out of the traffic (it re-reads its operands from L2 by design). 
 
 import argparse
 import os
-import statistics
 import sys
-import time
 
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: traffic is counted in its interpreter
 
@@ -21,12 +19,12 @@ from providers import layer as providers_of
 from rich.console import Console
 from rich.table import Table
 from shapes import Case
-from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fast as lf
 from lora_fast.kernels import interpreted, layer, tiles
 
-SECTIONS = ("traffic", "launches", "saved", "host")
+SECTIONS = ("traffic", "launches", "saved")
 N_TOKENS, D = 8192, 4096
 PEFTS = ("PEFT", "PEFT, bfloat16 adapters", "PEFT, autocast")
 
@@ -37,7 +35,7 @@ def traffic(console: Console) -> None:
     for column in ("r", "adapters", "S = x aᵀ", "dS, db", "da", "all three"):
         table.add_column(column, justify="right")
     for r, adapter in ((16, torch.float16), (16, torch.float32), (64, torch.float16)):
-        x, thin = torch.zeros(N_TOKENS, D, dtype=torch.float16), torch.zeros(N_TOKENS, r, dtype=torch.float16)
+        x, thin = torch.zeros(N_TOKENS, D, dtype=torch.float16), torch.zeros(N_TOKENS, r, dtype=adapter)
         a, b = torch.zeros(r, D, dtype=adapter), torch.zeros(D, r, dtype=adapter)
         passes = (
             (lambda x=x, a=a: layer.project(x, a), (x, a, thin)),
@@ -46,7 +44,7 @@ def traffic(console: Console) -> None:
         )
         asked, least = [], []
         for run, operands in passes:
-            console.print(f"counting r = {r}, adapters {adapter} …", end="\r")
+            console.print(f"counting r = {r}, adapters {adapter} …")
             with tiles.assume(arch=90), interpreted.traffic() as counted:
                 run()
             asked.append(counted.total)
@@ -56,30 +54,42 @@ def traffic(console: Console) -> None:
     console.print(table)
 
 
+class Products(TorchDispatchMode):
+    """Counts torch's own matrix products: on a GPU each is a launch of cuBLAS's."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, given=(), named=None):
+        self.count += operator.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+        return operator(*given, **(named or {}))
+
+
 def launches(console: Console) -> None:
     """Kernel launches of one layer, cuBLAS's own counted with them."""
-    table = Table(title="Launches of one layer (goal ≤ 2 forward, ≤ 5 backward)")
-    for column in ("strategy", "dropout", "forward", "backward"):
+    table = Table(title="Launches of one layer, of them cuBLAS's (goal of the default ≤ 2 forward, ≤ 5 backward)")
+    for column in ("thin products", "GEMM", "dropout", "forward", "backward"):
         table.add_column(column, justify="right")
-    for strategy in ("fused", "cublas"):
+    for thin, strategy in (("pass", "fused"), ("pass", "cublas"), ("cublas", "cublas")):
         for dropout_p in (0.0, 0.1):
             counts = []
-            x = torch.randn(4096, 640, dtype=torch.float16, requires_grad=True)
-            module = lf.LoRALinear(640, 640, r=16, alpha=16, dropout=dropout_p, dtype=torch.float16)
-            with lf.set_backend("triton"), tiles.assume(arch=90, strategy=strategy):
-                with interpreted.traffic() as counted:
+            x = torch.randn(1024, 640, dtype=torch.bfloat16, requires_grad=True)
+            module = lf.LoRALinear(640, 640, r=16, alpha=16, dropout=dropout_p, dtype=torch.bfloat16)
+            dy = torch.ones_like(x)
+            with lf.set_backend("triton"), tiles.assume(arch=90, strategy=strategy, thin=thin):
+                with interpreted.traffic() as counted, Products() as products:
                     y = module(x)
-                counts.append(len(counted.launches) + (strategy == "cublas"))
-                with interpreted.traffic() as counted:
-                    y.backward(torch.ones_like(y))
-                counts.append(len(counted.launches) + (strategy == "cublas"))
-            table.add_row(strategy, f"{dropout_p:g}", *map(str, counts))
+                counts.append((len(counted.launches) + products.count, products.count))
+                with interpreted.traffic() as counted, Products() as products:
+                    torch.autograd.grad(y, (x, module.lora_A, module.lora_B), dy)
+                counts.append((len(counted.launches) + products.count, products.count))
+            shown = (f"{count}, {of_cublas}" for count, of_cublas in counts)
+            table.add_row(thin, strategy, f"{dropout_p:g}", *shown)
     console.print(table)
 
 
 def saved(console: Console) -> None:
     """What one layer keeps for backward, its own parameters left out."""
-    table = Table(title="MiB saved for backward: 1024×1024, 4,096 tokens, r = 16, bfloat16 base (x + S = 8.125)")
+    table = Table(title="MiB saved for backward: 1024×1024, 4,096 tokens, r = 16, bfloat16 base (x + float32 S = 8.25)")
     for column in ("", "dropout 0", "dropout 0.1"):
         table.add_column(column, justify="right")
     sizes: dict[str, list[str]] = {}
@@ -94,52 +104,6 @@ def saved(console: Console) -> None:
                 sizes.setdefault(shown, []).append(f"{size:.3f}")
     for name, both in sizes.items():
         table.add_row(name, *both)
-    console.print(table)
-
-
-def peft_layer(linear: nn.Linear):
-    from peft import LoraConfig
-    from peft.tuners.lora import Linear
-
-    return Linear(linear, "default", LoraConfig(r=16, lora_alpha=32), r=16, lora_alpha=32).train()
-
-
-def host(console: Console) -> None:
-    """What an adapter adds to its frozen linear: forward + backward of a 16×16 layer, (1, 4, 16) input, one thread."""
-    import copy
-    import gc
-
-    from lora_fast.peft_linear import FusedLoraLinear
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    frozen = nn.Linear(16, 16).requires_grad_(False)
-    peft = peft_layer(frozen)
-    fused = copy.copy(peft)
-    fused.__class__ = FusedLoraLinear
-    engines = {"linear": frozen, "PEFT": peft, "fused PEFT layer": fused}
-    engines["LoRALinear"] = lf.LoRALinear.from_linear(frozen, r=16, alpha=32)
-    x, dy = torch.randn(1, 4, 16, requires_grad=True), torch.randn(1, 4, 16)
-    seconds = {name: [] for name in engines}
-    gc.disable()
-    for repeat in range(220):
-        for name, module in engines.items():
-            start = time.perf_counter()
-            for _ in range(20):
-                module(x).backward(dy)
-            if repeat >= 20:
-                seconds[name].append((time.perf_counter() - start) / 20 * 1e6)
-    gc.enable()
-    torch.set_num_threads(threads)
-    table = Table(title="Host time, forward + backward, 16×16, 4 tokens, one thread (goal: added ≤ 0.6 of PEFT's)")
-    for column in ("", "µs, median (p10)", "added to linear, over PEFT's: median (p10)"):
-        table.add_column(column, justify="right")
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    lows = {name: statistics.quantiles(values, n=10)[0] for name, values in seconds.items()}
-    share = lambda of, name: (of[name] - of["linear"]) / (of["PEFT"] - of["linear"])
-    for name in engines:
-        ratio = "" if name == "linear" else f"{share(medians, name):.2f} ({share(lows, name):.2f})"
-        table.add_row(name, f"{medians[name]:.1f} ({lows[name]:.1f})", ratio)
     console.print(table)
 
 

@@ -20,14 +20,16 @@ from lora_fast.kernels import tiles
 def large(options: Options) -> Jobs:
     """One tensor beyond 2³¹ elements per kernel family: its last rows, the only ones that are not zero, are right."""
     elements, d = (1 << 10, 32) if options.dry_run else ((1 << 31) + 1, 4096)
-    for name, family in FAMILIES.items():
+    for name, family in known(options.device, d).items():
         yield name, functools.partial(judged, family, elements, d, options.device)
 
 
 def families(options: Options) -> Jobs:
     """Every kernel family once at small, odd sizes: what runs under the memory checker."""
-    for name in ("project",) if options.dry_run else FAMILIES:
-        yield name, functools.partial(judged, FAMILIES[name], 1000, 32 if options.dry_run else 264, options.device)
+    d = 32 if options.dry_run else 264
+    for name, family in known(options.device, d).items():
+        if name == "project" or not options.dry_run:
+            yield name, functools.partial(judged, family, 1000, d, options.device)
 
 
 ULPS = {torch.bfloat16: 4, torch.float32: 1024}  # a wrong address is wrong by far more
@@ -176,10 +178,14 @@ def cayley(elements: int, d: int, device: torch.device):
     return {"b": b[-TAIL:]}, {"b": -2 * tail @ inverse}
 
 
+def known(device: torch.device, d: int) -> dict[str, Callable]:
+    """Those that run on the device."""
+    strategies = tiles.strategies(device, torch.bfloat16, d)
+    return {f"linear, {name}": functools.partial(linear, name) for name in strategies} | FAMILIES
+
+
 FAMILIES: dict[str, Callable] = {
     "project": project,
-    "linear, fused": lambda *args: linear("fused", *args),
-    "linear, cublas": lambda *args: linear("cublas", *args),
     "grads": grads,
     "gram": gram,
     "step": step,

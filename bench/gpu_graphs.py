@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from gpu_operands import STRATEGIES, forward_backward, layer, rows
+from gpu_operands import forward_backward, layer, rows
 from gpu_section import Jobs, Options
 from measure import relative_error
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ WAITING = ("BaLoRA", "LoRARITE")  # torch.linalg waits for the device in their s
 def graphs(options: Options) -> Jobs:
     """A captured call replays to the bits of an eager one: the layer, and a step of every method that does not wait."""
     d, n = (16, 16) if options.dry_run else (1024, 512)
-    for strategy in STRATEGIES:
+    for strategy in tiles.strategies(options.device, torch.bfloat16, d):
         yield f"layer, {strategy}", functools.partial(of_layer, n, d, strategy, options.device)
         yield f"dropout, {strategy}", functools.partial(of_dropout, n, d, strategy, options.device)
     for name in ["AdamW", *(name for name in lf.methods.__all__ if name not in ("compose", *WAITING))]:

@@ -5,8 +5,6 @@ from torch import Tensor, nn
 
 import lora_fast as lf
 
-STRATEGIES = ("fused", "cublas")
-
 
 def layer(d_in: int, d_out: int, r: int, dropout: float, device: torch.device) -> lf.LoRALinear:
     """The same one at every call; b is not zero."""

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from gpu_operands import STRATEGIES, forward_backward, layer, rows
+from gpu_operands import forward_backward, layer, rows
 from gpu_section import Jobs, Options
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ def repeats(options: Options) -> Jobs:
     """1,000 calls on the same inputs give the same bits."""
     n, d, count = (16, 16, 1) if options.dry_run else (2048, 4096, 1000)
     for dropout in (0.0, 0.1):
-        for strategy in STRATEGIES:
+        for strategy in tiles.strategies(options.device, torch.bfloat16, d):
             job = functools.partial(of_layer, n, d, dropout, strategy, count, options.device)
             yield f"layer, {strategy}, dropout {dropout:g}", job
     shapes = [(d, d)] if options.dry_run else [(d, d), (d, 3 * d)] * 2

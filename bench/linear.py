@@ -1,4 +1,4 @@
-"""y = x Wᵀ + s S bᵀ: the GEMM whose accumulator starts from the adapter's part, or cuBLAS and an update in place."""
+"""y = x Wᵀ + s S bᵀ: the GEMM whose accumulator starts from the adapter's part, or cuBLAS and a kernel that adds it."""
 
 import torch.nn.functional as F
 from measure import Comparison, Setting, Work, size
@@ -26,7 +26,7 @@ def build(case: Case, setting: Setting) -> Comparison:
     args = op.x, op.weight, s, op.lora_B, op.scaling
     providers = eagerly(eager, *args)
     providers["addmm_"] = ours(lambda: in_place(*args), lambda: backend("auto"))
-    for name, context in variants(setting).items():
+    for name, context in variants(case, setting).items():
         run = lambda: {"y": ops.linear(op.x, op.weight, None, s, op.lora_B, op.scaling)}
         providers[name] = ours(run, context)
     d_in, d_out = case.shape

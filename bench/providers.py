@@ -115,15 +115,16 @@ def backend(name: str, strategy: str | None = None):
         yield
 
 
-def ours(setting: Setting) -> dict[str, Callable]:
+def ours(case: Case, setting: Setting) -> dict[str, Callable]:
     """Name → context of each of our variants."""
     if not setting.triton:
         return {"ours": lambda: backend("torch")}
-    return {
-        "ours": lambda: backend("triton"),
-        "ours, fused": lambda: backend("triton", "fused"),
-        "ours, cublas": lambda: backend("triton", "cublas"),
-    }
+    from lora_fast.kernels import tiles
+
+    widths = [width for pair in case.pairs for width in pair]
+    names = tiles.strategies(setting.device, getattr(torch, case.dtype), *widths)
+    found = {f"ours, {name}": lambda name=name: backend("triton", name) for name in names}
+    return {"ours": lambda: backend("triton")} | found
 
 
 def layer(case: Case, setting: Setting) -> tuple[Operands, dict[str, Callable[[], Provider]]]:
@@ -139,7 +140,7 @@ def layer(case: Case, setting: Setting) -> tuple[Operands, dict[str, Callable[[]
     if not case.dropout:
         found["addmm_"] = lambda: provider(op, lambda: InPlaceLoRA.apply(*call[:5]))
     run = lambda: lf.functional.lora_linear(op.x, op.weight, None, *call[2:])
-    for name, context in ours(setting).items():
+    for name, context in ours(case, setting).items():
         found[name] = lambda context=context: provider(op, run, context)
     found["frozen linear"] = lambda: frozen(op)
     return op, found

@@ -100,7 +100,7 @@ def layer() -> Canvas:
 
 
 def strategies() -> Canvas:
-    """The two ways to compute y = x Wᵀ + s S bᵀ + bias."""
+    """The two ways to compute y = x Wᵀ + s S bᵀ + bias that are chosen by estimate."""
     c = Canvas(37)
     c.text(2, 34, "fused", weight="bold", size=12)
     c.text(10, 34, "one Triton kernel, one pass over the result", FAINT)
@@ -108,10 +108,10 @@ def strategies() -> Canvas:
     c.box(36, 21.5, 27, 9, "for each block of d_in\naccumulator += x · Wᵀ\ntensor cores")
     c.box(70, 21.5, 27, 9, "store y\nrounded once\none write of y")
     c.text(2, 16, "cublas", weight="bold", size=12)
-    c.text(10, 16, "cuBLAS, then an update in place", FAINT)
-    c.box(2, 3.5, 27, 9, "cuBLAS GEMM\ny = x Wᵀ + bias\none write of y, rounded")
-    c.box(36, 3.5, 27, 9, "update kernel\nreads y, adds s S bᵀ\nfloat32, in registers")
-    c.box(70, 3.5, 27, 9, "store y\nrounded again\na second write of y")
+    c.text(10, 16, "cuBLAS, then a kernel that adds the adapter's part", FAINT)
+    c.box(2, 3.5, 27, 9, "cuBLAS GEMM\nx Wᵀ + bias\none write, rounded")
+    c.box(36, 3.5, 27, 9, "update kernel\nreads that, adds s S bᵀ\nfloat32, in registers")
+    c.box(70, 3.5, 27, 9, "store y\nrounded again\na second write")
     for y in (26, 8):
         c.arrow((29, y), (36, y))
         c.arrow((63, y), (70, y))
