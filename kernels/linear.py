@@ -13,7 +13,7 @@ Grid      fused: one program per multiprocessor walks tiles of the result, token
           that neighbours share W in L2. update: one program per tile.
 Shapes    left (n_tokens, d_in), W (d_out, d_in) or (d_in, d_out) as stored, thin (n_tokens, r), result
           (n_tokens, d_out) in left's dtype; here d_in is what is summed over and d_out the result's columns, in both
-          directions. thin and factor may be float32 beside 16 bits: they are rounded as the result is.
+          directions. thin and factor may be float32 beside 16 bits (``primitives.dot_rounded``).
 Pipeline  The loop over tiles is not flattened into the one over d_in: with an accumulator that starts from a product,
           Triton's pipeliner then keeps no product in flight (inspected.py holds the compiled loop to one). A TMA result
           is stored in halves, which leaves shared memory for three stages of loads.
