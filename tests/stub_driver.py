@@ -58,7 +58,7 @@ class Stub:
         return kind.in_dll(self.library, f"stub_{name}")
 
     def counter(self, name: str) -> int:
-        """Launches, loads (of modules), maps (encoded), queries (about pointers) so far."""
+        """Launches, or loads (of modules), so far."""
         return self._variable(name, ctypes.c_ulonglong).value
 
     def set_card(self, arch: int) -> None:

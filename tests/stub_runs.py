@@ -14,6 +14,7 @@ import random
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent))
 import stub_driver
@@ -340,16 +341,33 @@ def gluon(stub: stub_driver.Stub) -> dict:
     return {"launched": names, "differences": differences}
 
 
+def leave_products_out() -> None:
+    """Torch's own products only allocate: the stub's kernels compute nothing either."""
+    import torch
+
+    from lora_fast.kernels import linear, thin
+
+    empty = lambda rows, columns, dtype: torch.empty(rows, columns, dtype=dtype)
+    torch.mm = lambda a, b, out_dtype=None: empty(len(a), b.shape[1], out_dtype or a.dtype)
+    torch.addmm = lambda c, a, b, beta=1, alpha=1: empty(len(a), b.shape[1], a.dtype)
+    torch.matmul = lambda a, b: a.new_empty(*a.shape[:-1], b.shape[1])
+    linear.F = thin.F = SimpleNamespace(linear=lambda x, weight, bias=None: x.new_empty(*x.shape[:-1], len(weight)))
+
+
 def variants(stub: stub_driver.Stub) -> dict:
-    """Compiled variants that 20 batch sizes of one layer with dropout load, and the kernels among them."""
-    cases = [{"r": 16, "adapter": "float32", "bias": False, "tokens": n} for n in (1, 3, *range(40, 4000, 230))]
-    used = set()
-    for case in cases:
-        with stub.noted() as noted:
-            run_layer(operands(case, 4096, 64), 0.1)  # few outputs: where cuBLAS multiplies, this machine does
-        used |= {(launch.kernel, launch.function) for launch in noted}
-    names = [kernel for kernel, _ in used]
-    return {"batch sizes": len(cases), "variants": {name: names.count(name) for name in sorted(set(names))}}
+    """Compiled variants that 20 batch sizes of one layer with dropout load, by kernel, for some layers."""
+    leave_products_out()
+    loaded = {}
+    for d_out, adapter in ((64, "float32"), (4096, "float32"), (4096, "bfloat16")):
+        used = set()
+        for n in (1, 3, *range(40, 4000, 230)):
+            case = {"r": 16, "adapter": adapter, "bias": False, "tokens": n}
+            with stub.noted() as noted:
+                run_layer(operands(case, 4096, d_out), 0.1)
+            used |= {(launch.kernel, launch.function) for launch in noted}
+        names = [kernel for kernel, _ in used]
+        loaded[f"4096 → {d_out}, {adapter}"] = {name: names.count(name) for name in sorted(set(names))}
+    return loaded
 
 
 def capture(stub: stub_driver.Stub) -> dict:
@@ -461,7 +479,7 @@ def main() -> None:
         cases = [case for case in matrix() if options.rank in (None, case["r"])]
         print(json.dumps(launch_matrix(stub, cases)))
     else:
-        print(json.dumps(COMMANDS[options.command](stub)))
+        print(json.dumps(COMMANDS[options.command](stub), ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -80,8 +80,12 @@ def test_gluon_launches_where_it_was_measured_and_can_run():
 
 
 def test_batch_sizes_share_compiled_kernels():
-    variants = run("variants")["variants"]
-    assert sum(variants.values()) <= len(variants) + 2, variants
+    """Two more than there are kernels, on a layer whose GEMM is cuBLAS's mostly; on one that takes every way with its
+    batch size a kernel has several roles (README has how many), and no more variants than these."""
+    loaded = run("variants")
+    narrow, wide = loaded["4096 → 64, float32"], loaded["4096 → 4096, float32"]
+    assert sum(narrow.values()) <= len(narrow) + 2, narrow
+    assert sum(wide.values()) <= len(wide) + 4, wide
 
 
 def test_a_capture_after_a_warm_up_loads_nothing():

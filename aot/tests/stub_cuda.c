@@ -38,7 +38,7 @@ struct note {
 };
 EXPORT struct note stub_notes[MOST];
 EXPORT int stub_count, stub_noting = 1, stub_capturing;
-EXPORT unsigned long long stub_launches, stub_loads, stub_maps, stub_queries;
+EXPORT unsigned long long stub_launches, stub_loads;
 
 static const struct card *card(void) {
     for (size_t i = 0; i < sizeof cards / sizeof *cards; i++)
@@ -237,14 +237,12 @@ EXPORT CUresult cuOccupancyMaxActiveClusters(int *clusters, CUfunction function,
 }
 
 EXPORT CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr pointer) {
-    stub_queries++;
     if (attribute != CU_POINTER_ATTRIBUTE_DEVICE_POINTER) return CUDA_ERROR_INVALID_VALUE;
     return *(CUdeviceptr *)value = pointer, CUDA_SUCCESS;
 }
 
 EXPORT CUresult cuPointerGetAttributes(unsigned count, CUpointer_attribute *attributes, void **values,
                                        CUdeviceptr pointer) {
-    stub_queries++;
     for (unsigned i = 0; i < count; i++)
         if (attributes[i] == CU_POINTER_ATTRIBUTE_DEVICE_POINTER) *(CUdeviceptr *)values[i] = pointer;
     return CUDA_SUCCESS;
@@ -261,7 +259,6 @@ EXPORT CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType typ
                                        const cuuint32_t *element_strides, CUtensorMapInterleave interleave,
                                        CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                                        CUtensorMapFloatOOBfill fill) {
-    stub_maps++;
     unsigned bytes = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2, inner = box[0] * bytes;
     unsigned span = swizzle == CU_TENSOR_MAP_SWIZZLE_128B  ? 128
                     : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 64
