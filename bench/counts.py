@@ -1,6 +1,7 @@
-"""Figures of one layer that need no GPU: traffic, launches, bytes saved for backward. (Host time: host.py.)
+"""Figures of one layer that need no GPU: traffic, launches, bytes saved for backward, errors of float32 adapters'
+gradients. (Host time: host.py.)
 
-    python bench/counts.py                      # all of them, about two minutes
+    python bench/counts.py                      # all of them, about five minutes
     python bench/counts.py --only saved
 
 Traffic and launches are counted by Triton's interpreter at 4096×4096 and 8,192 tokens, so they are exact; the GEMM
@@ -14,7 +15,7 @@ import sys
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: traffic is counted in its interpreter
 
 import torch
-from measure import Setting, saved_bytes
+from measure import Setting, relative_error, saved_bytes
 from providers import layer as providers_of
 from rich.console import Console
 from rich.table import Table
@@ -24,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_fast as lf
 from lora_fast.kernels import interpreted, layer, tiles
 
-SECTIONS = ("traffic", "launches", "saved")
+SECTIONS = ("traffic", "launches", "saved", "gradients")
 N_TOKENS, D = 8192, 4096
 PEFTS = ("PEFT", "PEFT, bfloat16 adapters", "PEFT, autocast")
 
@@ -104,6 +105,27 @@ def saved(console: Console) -> None:
                 sizes.setdefault(shown, []).append(f"{size:.3f}")
     for name, both in sizes.items():
         table.add_row(name, *both)
+    console.print(table)
+
+
+def gradients(console: Console) -> None:
+    """Errors of da and db against float64, of float32 adapters."""
+    table = Table(title="Relative L2 error, 512→384, 256 tokens, r = 16, bfloat16 base, float32 adapters (goal ≤ 1e-5)")
+    for column in ("", "da", "db"):
+        table.add_column(column, justify="right")
+    case = Case("layer", "", ((512, 384),), 16, 256, "bfloat16", 0.0)
+    for backend, triton, names in (("torch", False, ("PEFT", "ours")), ("Triton", True, ("ours",))):
+        operands, providers = providers_of(case, Setting(torch.device("cpu"), triton))
+        exact = operands.exact()
+        for name in names:
+            provider = providers[name]()
+            provider.prepare()
+            with provider.context():
+                y = provider.forward()
+                provider.backward(y)
+            made = provider.results(y)
+            shown = f"ours, {backend} backend" if name == "ours" else name
+            table.add_row(shown, *(f"{relative_error(made[of], exact[of]):.1e}" for of in ("da", "db")))
     console.print(table)
 
 

@@ -43,7 +43,7 @@ class InPlaceLoRA(torch.autograd.Function):
 
 
 def eager(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float) -> Tensor:
-    """The formula, line by line, as PEFT computes it."""
+    """The formula, line by line, in x's dtype: as PEFT computes it under autocast."""
     dropped = F.dropout(x, dropout_p) if dropout_p else x
     return F.linear(x, weight) + scaling * F.linear(F.linear(dropped, lora_A.to(x.dtype)), lora_B.to(x.dtype))
 
