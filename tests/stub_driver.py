@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "aot" / "tests" / "stub_cuda.c"
 COMPILER = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
 MOST, SLOTS, LARGEST = 1024, 40, 128  # as in the C file
+MULTIPROCESSOR_COUNT, MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 16, 97  # of cuda.h's CUdevice_attribute
 
 
 class Note(ctypes.Structure):
@@ -66,6 +67,13 @@ class Stub:
 
         self._variable("arch", ctypes.c_int).value = arch
         self.card = device.CARDS[arch]
+        limits = self._attribute(MAX_SHARED_MEMORY_PER_BLOCK_OPTIN), self._attribute(MULTIPROCESSOR_COUNT)
+        assert limits == self.card[2:], f"sm_{arch}: {limits} in the C file, {self.card} in kernels/device.py"
+
+    def _attribute(self, attribute: int) -> int:
+        value = ctypes.c_int()
+        assert self.library.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0) == 0
+        return value.value
 
     def note(self, launches: bool) -> None:
         self._variable("noting", ctypes.c_int).value = launches
