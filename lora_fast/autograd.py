@@ -21,7 +21,7 @@ def forward(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, roun
     factors, too, where they are used."""
     keep = None
     if dropout_p:
-        keep, scaling = _mask(ops, x, scaling, dropout_p, seed)
+        keep, scaling = ops.draw_mask(x, dropout_p, seed), scaling * reference.keep_scale(dropout_p)
     if weight.dtype is not x.dtype:
         weight = weight.to(x.dtype)
     if bias is not None and bias.dtype is not x.dtype:
@@ -33,15 +33,12 @@ def backward(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, ro
     """dx, da, db, each None where ``needs`` (three bools in that order) says so."""
     keep = None
     if dropout_p:
-        keep, scaling = _mask(ops, x, scaling, dropout_p, seed)
+        scaling *= reference.keep_scale(dropout_p)
+        if needs[0] or needs[1]:  # db has the mask in S
+            keep = ops.draw_mask(x, dropout_p, seed)
     if weight.dtype is not dy.dtype:
         weight = weight.to(dy.dtype)
     return ops.backward(dy, x, s, weight, lora_A, lora_B, scaling, keep, rounded, needs)
-
-
-def _mask(ops, x, scaling, dropout_p, seed):
-    """The dropout mask as ``ops`` takes it, and scaling with 1/(1-p) in it."""
-    return ops.draw_mask(x, dropout_p, seed), scaling * reference.keep_scale(dropout_p)
 
 
 def _bias_gradient(dy: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import lora_fast as lf
 from lora_fast import autograd, reference
 from lora_fast.functional import lora_linear
+from lora_fast.kernels import layer as kernel_layer
 from lora_fast.kernels import tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -136,6 +137,23 @@ def test_saves_x_and_s_only(dropout_p, autocast, backend):
     saved = [v for address, v in kept.items() if address not in own]
     assert sorted(tuple(v.shape) for v in saved) == [(2, 3, 10), (6, 4)]
     assert all(v.element_size() == (2 if autocast else 4) for v in saved)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_db_alone_draws_no_mask(backend, monkeypatch):
+    """S has it. The gradient is the one that comes with the others."""
+    gradients = []
+    for alone in (False, True):
+        t = tensors()
+        t["x"].requires_grad_(not alone), t["lora_A"].requires_grad_(not alone)
+        with lf.set_backend(backend):
+            y = lora_linear(*t.values(), 1.5, 0.4, 7)
+        if alone:
+            drawn = lambda *given: pytest.fail("a mask was drawn")
+            monkeypatch.setattr(reference, "draw_mask", drawn), monkeypatch.setattr(kernel_layer, "draw_mask", drawn)
+        y.sum().backward()
+        gradients.append(t["lora_B"].grad)
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
