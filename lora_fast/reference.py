@@ -105,7 +105,8 @@ def _wide_product(tall: Tensor, thin: Tensor) -> Tensor:
     if tall.is_cuda and tall.dtype is torch.bfloat16 and wide is torch.float32:
         high = thin.to(tall.dtype)
         low = (thin - high).to(tall.dtype)
-        return torch.mm(tall, low, out_dtype=wide) + torch.mm(tall, high, out_dtype=wide)
+        high, low = torch.mm(tall, torch.cat((high, low), dim=1), out_dtype=wide).chunk(2, dim=1)  # tall is read once
+        return high + low
     return torch.mm(tall.to(wide), thin.to(wide))
 
 
