@@ -1,7 +1,7 @@
 """What every launcher needs: one launch with all that stays the same from call to call, checks, row-contiguous views,
 the device guard, the dropout arguments."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -122,7 +122,22 @@ def draw_mask(x: torch.Tensor, dropout_p: float, seed: int | torch.Tensor) -> Ke
     """Twin of ``reference.philox_mask``: the kernels make the mask of x where they need it. A seed in a tensor is a 0-d
     int64 on the device, and lives as long as the launches that read it."""
     level = round((1 << 16) * dropout_p)
-    return (seed.data_ptr(), 1, level) if isinstance(seed, torch.Tensor) else (seed, 0, level)
+    if not isinstance(seed, torch.Tensor):
+        return seed, 0, level
+    report_addresses(seed.data_ptr(), [seed])
+    return seed.data_ptr(), 1, level
+
+
+# Functions that want to know which tensors a kernel reaches by their addresses, such as the sanitizer's.
+address_watchers: list[Callable[[torch.Tensor | int, list[torch.Tensor]], None]] = []
+
+
+def report_addresses(holder: torch.Tensor | int, tensors: Iterable[torch.Tensor]) -> None:
+    """Reports the tensors whose addresses the next launch gets in ``holder``: a table, or the address as a number."""
+    if address_watchers:
+        listed = list(tensors)
+        for watch in address_watchers:
+            watch(holder, listed)
 
 
 def thin_dtype(tall: torch.Tensor, factor: torch.Tensor, rounded: bool) -> torch.dtype:

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import on_device
+from .launch import on_device, report_addresses
 from .primitives import PHILOX_ROUNDS, dot, round_to, widened
 from .table import ADDRESSES, INDEX, TL_DTYPE, D, R, check_storage, entry, kept, tensor_at, tile_map, to_device
 
@@ -140,6 +140,7 @@ def merge_(
 def _launch(members: list[tuple], scale: torch.Tensor, rounding: str, seed: int | torch.Tensor) -> None:
     key = "merge", scale.device, tuple((tuple((t.data_ptr(), t.dtype, t.shape) for t in of), i) for of, i in members)
     entries, tiles, aligned = kept(key, lambda: _build(members, scale.device))
+    report_addresses(entries, (t for of, _ in members for t in of))
     w, _, a, b = (TL_DTYPE[t.dtype] for t in members[0][0])
     exact = members[0][0][0].dtype == torch.float32
     with on_device(scale):

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from . import table
+from .launch import report_addresses
 
 ALIGNMENT = 16  # bytes
 
@@ -43,12 +44,16 @@ def place(made: list[tuple[tuple[int, ...], torch.dtype]], given: list[torch.Ten
         results, copies = slices[: len(made)], slices[len(made) :]
         if copies:
             torch._foreach_copy_(copies, given)
-        return Moving(results, on_device + start, copies)
+        listed = on_device + start
+        report_addresses(listed, slices)
+        return Moving(results, listed, copies)
     given = [x if x.data_ptr() % ALIGNMENT == 0 else x.clone() for x in given]
     addresses = [*(start + offset for offset in offsets[: len(made)]), *(x.data_ptr() for x in given)]
     key = "addresses", device, tuple(addresses)
     listed = table.kept(key, lambda: table.to_device(addresses, torch.int64, device))
-    return Moving(_slices(buffer, made, offsets), listed, given)
+    results = _slices(buffer, made, offsets)
+    report_addresses(listed, results + given)
+    return Moving(results, listed, given)
 
 
 def _offsets(sizes: tuple[int, ...], device: torch.device) -> tuple[list[int], torch.Tensor]:

@@ -26,6 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import report_addresses
+
 ADDRESSES = 4
 D, R, SIDE, INDEX, FIRST, COUNT = (tl.constexpr(column) for column in range(4, 10))
 COLUMNS = tl.constexpr(10)
@@ -126,7 +128,9 @@ def _table(factors: tuple[Factor, ...], chunk: int, flat: bool) -> Table:
     key = chunk, flat, factors[0].tensors[0].device, tuple(
         [(f.is_a, f.index, f.tensors[0].shape, *[(t.data_ptr(), t.dtype) for t in f.tensors]) for f in factors]
     )  # fmt: skip
-    return kept(key, lambda: _build(factors, chunk, flat))
+    table = kept(key, lambda: _build(factors, chunk, flat))
+    report_addresses(table.entries, (t for f in factors for t in f.tensors))
+    return table
 
 
 def kept(key: tuple, build: Callable):
