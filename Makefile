@@ -5,14 +5,16 @@
 # make bench  the figures of README.md that a CPU machine can measure
 # make launches  every launch of a layer on the limits of four cards (five minutes to half an hour): bench/launches.json
 # make tritons   the GEMM compiled with each Triton that is supported, held to the rules of lora-fast inspect
+# make gpu-cache TRITON=3.6.0  what bench/gpu.py launches, compiled for an H100 by the GPU machine's Triton
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TRITONS := 3.6.0 3.7.1 3.9.0
+TRITON ?= 3.6.0
 
-.PHONY: env demo test bench launches tritons lint clean aot $(TRITONS:%=triton-%)
+.PHONY: env demo test bench launches tritons gpu-cache lint clean aot $(TRITONS:%=triton-%)
 env: $(STAMP)
 
 $(STAMP): setup.py pyproject.toml constraints.txt Makefile
@@ -51,6 +53,9 @@ tritons: $(TRITONS:%=triton-%)
 
 $(TRITONS:%=triton-%): triton-%: build/triton-%/.installed
 	PYTHONPATH=build/triton-$* $(BIN)/lora-fast inspect --op linear --op grad_x --arch 90 --arch 100 --no-traffic
+
+gpu-cache: build/triton-$(TRITON)/.installed
+	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python bench/gpu.py --fill-cache build/gpu-cache.tar.xz
 
 build/triton-%/.installed: | $(STAMP)
 	$(BIN)/python -m pip install --quiet --target build/triton-$* --no-deps triton==$*

@@ -1,21 +1,29 @@
-"""Everything that only a GPU can show, in one command of at most nine minutes on an H100 or H200.
+"""Everything that only a GPU can show, in two commands: 210 seconds and 400 seconds at most on an H100 with 16 cores.
 
-    python bench/gpu.py                        # on an NVIDIA GPU
-    python bench/gpu.py --dry-run              # anywhere: the same sections at tiny sizes, interpreted; nothing written
-    python bench/gpu.py --only layers steps    # some sections
+    python bench/gpu.py --plan --stage 1                  # what it will do, and how long that should take
+    python bench/gpu.py --stage 1 --out results-1         # right? as fast as cuBLAS? faster than PEFT? what is a step?
+    python bench/gpu.py --stage 2 --out results-2         # tests, memcheck, shapes and ranks, Llama-3-8B, torch.compile
+    python bench/gpu.py --only layers steps --out DIR     # some sections of either
+    python bench/gpu.py --dry-run --stage 1               # without a GPU; no figure means anything
+    python bench/gpu.py --fill-cache build/gpu-cache.tar.xz    # compiles, without a GPU, what both stages launch
 
-Timings of the layer, of the optimizer's step and of training steps, one section after the other; then, side by side,
-error budgets, repeats, CUDA graphs, tensors beyond 2³¹ elements, memcheck and the test suite. Every section runs in
-processes of its own with a budget of seconds: what fails, hangs or takes its process down is reported and the rest goes
-on. Writes results/<device>-<date>.json after every section, plots where matplotlib is there, and prints goal / measured
-/ verdict. Needs torch, Triton and this package (without a network: pip install --no-deps --no-build-isolation -e .).
+Every figure is a line of JSON in DIR/stage1.jsonl (stage2, only) the moment it is known. The end prints goal, measured
+and verdict, and each failure; DIR/stage1.txt keeps that, a picture and an archive of what was compiled are beside it.
+Sections run in processes of their own with budgets of seconds: what fails, hangs or takes its process down is reported
+and the rest goes on. A stage ends by itself when its time is over.
+
+With an archive of compiled kernels (--cache, by default build/gpu-cache.tar.xz if it is there) less is compiled on the
+GPU's time. It has to be filled with the Triton of the GPU machine: make gpu-cache TRITON=3.6.0.
+
+Needs torch, Triton and this package (without a network: pip install --no-deps --no-build-isolation -e .). PEFT,
+transformers, pytest with pytest-xdist, matplotlib, compute-sanitizer and ncu are used where they are installed.
 """
 
 import argparse
 import asyncio
 import datetime
 import faulthandler
-import json
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -24,93 +32,147 @@ import tempfile
 import time
 from pathlib import Path
 
-if "--dry-run" in sys.argv:
+if "--dry-run" in sys.argv or "interpreter" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
+import gpu_cache
 import torch
-from gpu_errors import errors
-from gpu_families import families, large
 from gpu_goals import Verdict, verdicts
-from gpu_graphs import graphs
-from gpu_memcheck import memcheck
 from gpu_plot import draw
-from gpu_repeats import repeats
-from gpu_section import Options, Progress, Section, in_processes, run
-from gpu_suite import suite
-from gpu_timings import layers, small, steps
-from gpu_training import training
+from gpu_section import MODES, Figures, Options, Progress, in_processes, short, work
+from gpu_stages import COMPILERS, END, SECTIONS, STAGES, START, WATCHED, Stage, estimate, some
 
 import lora_fast
+from lora_fast.kernels import tiles
 
 HERE = Path(__file__).resolve().parent
-MINUTES = 9
-REST = 60 * MINUTES  # what the timed sections leave
-SECTIONS = {
-    "layers": Section(layers, 170, 60, alone=True),
-    "steps": Section(steps, 70, 40, alone=True),
-    "small": Section(small, 50, 30, alone=True),
-    "training": Section(training, 70, 70, alone=True),
-    "errors": Section(errors, REST, 60),
-    "repeats": Section(repeats, REST, 60),
-    "graphs": Section(graphs, REST, 40),
-    "large": Section(large, REST, 90),
-    "memcheck": Section(memcheck, REST, REST),
-    "suite": Section(suite, REST, REST),
-}
-HIDDEN = {"families": Section(families, REST, REST)}  # run by memcheck
+CARRIED = HERE.parent / "build" / "gpu-cache.tar.xz"
+MOST_PRINTED = 11_000  # characters
+MOST_CARRIED, MOST_RETURNED = 40, 16  # MiB
 
 
 class Run:
-    """One run of the program: its results, and where they are kept."""
+    """One run of a stage, or of some sections: its figures, and where they are kept."""
 
-    def __init__(self, names: list[str], dry_run: bool, folder: Path):
-        self.names, self.dry_run = names, dry_run
-        self.results: dict = {"conditions": conditions()}
-        device = re.sub(r"[^A-Za-z0-9]+", "-", self.results["conditions"]["device"]).strip("-").lower()
-        self.path = folder / f"{device}-{self.results['conditions']['date']}.json"
-        self.end = time.monotonic() + 60 * MINUTES
+    def __init__(self, name: str, stage: Stage, out: Path):
+        self.name, self.stage, self.out = name, stage, out
+        self.end = time.monotonic() + stage.seconds
+        out.mkdir(parents=True, exist_ok=True)
+        for old in out.glob(f"{name}.*"):
+            old.unlink()
+        self.figures = Figures(out / f"{name}.jsonl")
+        self.figures.add("conditions", "machine", conditions())
 
-    async def all_sections(self) -> None:
-        cores = os.cpu_count() or 1
-        self.turns = asyncio.Semaphore(1 if self.dry_run else max(1, cores // 2))
-        with tempfile.TemporaryDirectory() as folder:
-            for name in self.names:
-                if SECTIONS[name].alone:
-                    await self.section(name, Path(folder))
-            async with asyncio.TaskGroup() as checks:
-                for name in self.names:
-                    if not SECTIONS[name].alone:
-                        checks.create_task(self.section(name, Path(folder)))
+    @property
+    def left(self) -> float:
+        """Seconds, those for the end apart."""
+        return self.end - END - time.monotonic()
 
-    async def section(self, name: str, folder: Path) -> None:
-        async with self.turns:
-            section = SECTIONS[name]
-            seconds = 600 if self.dry_run else min(section.seconds, self.end - time.monotonic())
-            print(f"── {name}: {section.jobs.__doc__.splitlines()[0]}", flush=True)
-            if seconds < 1:
-                found = {"figures": {}, "error": f"not begun: {MINUTES} minutes were over"}
-            else:
-                arguments = ["--dry-run"] if self.dry_run else []
-                found = await in_processes(name, section, seconds, folder, arguments)
-                print(f"  {name}: {found['seconds']} s", flush=True)
-            self.results[name] = found
-            self.results["verdicts"] = [row._asdict() for row in verdicts(self.results)]
-            if not self.dry_run:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.write_text(json.dumps(self.results, indent=1))
+    def on_device(self, archives: list[Path]) -> None:
+        with tempfile.TemporaryDirectory(prefix="lora-fast-gpu-") as folder:
+            cache = Path(folder) / "triton"
+            os.environ |= gpu_cache.environment(cache)
+            carried = sum(gpu_cache.unpack(archive, cache) for archive in archives)
+            before = gpu_cache.entries(cache)
+            asyncio.run(self._compile(Path(folder), carried))
+            asyncio.run(self._measure(Path(folder)))
+            new = gpu_cache.entries(cache) - before
+            archive = self.out / f"{self.name}-cache.tar.xz"
+            left = gpu_cache.pack(cache, new, archive, MOST_RETURNED, preset=1)
+            kernels = lambda names: sum(name.endswith(".cubin") for name in names)
+            self.figures.add(
+                "compile", "new kernels", {"packed": kernels(new) - kernels(left), "no room": kernels(left)}
+            )
 
-    def tell(self) -> str:
-        """Prints the table and where it is kept. Returns the names of sections that are unfinished or wrong."""
-        print(f"\n{show(verdicts(self.results))}\n")
-        unfinished = {name: self.results[name]["error"] for name in self.names if "error" in self.results[name]}
-        for name, error in unfinished.items():
-            print(f"{name}: {error}")
-        if self.dry_run:
-            print("A dry run: the sections work; no figure above means anything.")
-        else:
-            print(f"written: {self.path}\n{draw(self.results, self.path.with_suffix('.png'))}")
-        wrong = [n for n in self.names for f in self.results[n]["figures"].values() if f.get("ok") is False]
-        return ", ".join(dict.fromkeys([*unfinished, *wrong]))
+    async def _compile(self, folder: Path, carried: int) -> None:
+        """What the sections launch at their real sizes goes to a stub driver, so that it is in the cache afterwards."""
+        print(f"── compile: {carried} kernels were carried", flush=True)
+        start, figures = time.monotonic(), Figures(folder / "compile.jsonl")
+        await compile_all(self.stage.sections, COMPILERS, min(self.stage.compile, self.left), figures, folder)
+        found = compiled(figures) | {"carried": carried}
+        self.figures.add("compile", "kernels", found, time.monotonic() - start)
+        print(f"  compile: {short(found)}", flush=True)
+
+    async def _measure(self, folder: Path) -> None:
+        for phase in self.stage.phases:
+            seconds = min(phase.seconds, self.left)
+            for name in (name for lane in phase.lanes for name in lane):
+                print(f"── {name}: {what(name)}", flush=True)
+            async with asyncio.TaskGroup() as side_by_side:
+                for lane in phase.lanes:
+                    processes = max(SECTIONS[name].processes for name in lane)
+                    for part in range(processes):
+                        lane_of = in_processes(list(lane), (part, processes), "device", seconds, self.figures, folder)
+                        side_by_side.create_task(lane_of)
+
+    def tell(self) -> bool:
+        """Prints the table and the failures, and keeps them. Whether nothing is wrong."""
+        figures = self.figures.read()
+        text = report(figures, self.stage.sections, self.figures.seconds())
+        (self.out / f"{self.name}.txt").write_text(text + "\n", encoding="utf-8")
+        picture = draw(figures, self.out / f"{self.name}.png")
+        print(f"\n{text}\n{picture}\nfigures: {self.figures.path}")
+        return not wrong(figures)
+
+
+async def compile_all(names: list[str], processes: int, seconds: float, figures: Figures, folder: Path) -> None:
+    """The sections' launches on the stub driver, shared by some processes. Tells how far it has come."""
+    shares = [(part, processes) for part in range(processes)]
+    workers = [in_processes(names, share, "stub", seconds, figures, folder) for share in shares]
+    running, start = {asyncio.create_task(worker) for worker in workers}, time.monotonic()
+    while running:
+        ended, running = await asyncio.wait(running, timeout=gpu_cache.EVERY)
+        for task in ended:
+            task.result()
+        if running and not ended:
+            found = compiled(figures)
+            print(f"  {time.monotonic() - start:.0f} s: {found['misses']} compiled, {found['hits']} found", flush=True)
+
+
+def compiled(figures: Figures) -> dict:
+    """Hits, misses and failures of what was compiled."""
+    jobs = [values for section in figures.read().values() for values in section.values()]
+    counts = {name: sum(values.get(name, 0) for values in jobs) for name in ("hits", "misses")}
+    failures = [f"{section}: {figure}: {values['error']}" for section, of in figures.read().items()
+                for figure, values in of.items() if values.get("ok") is False]  # fmt: skip
+    unfinished = any(values.get("ok") is None for values in jobs)
+    return {"ok": False if failures else None if unfinished else True, **counts, "failures": failures[:20]}
+
+
+# ---- The report
+
+
+def report(figures: dict, sections: list[str], seconds: dict[str, float]) -> str:
+    """Goal, measured, verdict; then the summary. At most ``MOST_PRINTED`` characters."""
+    text = f"{table(verdicts(figures, sections))}\n{summary(figures, sections, seconds)}"
+    return text if len(text) <= MOST_PRINTED else text[: MOST_PRINTED - 30] + "\n… the rest is in DIR"
+
+
+def summary(figures: dict, sections: list[str], seconds: dict[str, float]) -> str:
+    """A line a section, each failure, what is not known."""
+    lines = [f"{name}: {len(figures.get(name, {}))} figures in {seconds.get(name, 0.0):.0f} s" for name in sections]
+    failures = [
+        f"{section}: {name}: {values.get('error') or short(values)}" for section, name, values in wrong(figures)
+    ]
+    unknown = [
+        f"{section}: {name}: {values.get('error', 'not known')}"
+        for section, of in figures.items()
+        for name, values in of.items()
+        if values.get("ok", True) is None
+    ]
+    lines += [f"failures: {len(failures)}", *(line[:400] for line in failures)]
+    return "\n".join([*lines, f"not known: {len(unknown)}", *(line[:160] for line in unknown)])
+
+
+def wrong(figures: dict) -> list[tuple[str, str, dict]]:
+    return [(section, name, values) for section, of in figures.items() for name, values in of.items()
+            if values.get("ok") is False]  # fmt: skip
+
+
+def table(found: list[Verdict]) -> str:
+    width = [max(len(row[k]) for row in (*found, Verdict._fields)) for k in range(4)]
+    lines = (Verdict._fields, *found)
+    return "\n".join("  ".join(word.ljust(n) for word, n in zip(row, width, strict=True)).rstrip() for row in lines)
 
 
 def conditions() -> dict:
@@ -121,50 +183,168 @@ def conditions() -> dict:
             return "unknown"
         return done.stdout.strip() if done.returncode == 0 else "unknown"
 
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "none"
+
     import triton
 
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    cuda = torch.cuda.is_available()
+    state = "name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+        "state": output("nvidia-smi", f"--query-gpu={state}", "--format=csv,noheader").split("\n")[0],
+        "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count if cuda else 0,
+        "cores": os.cpu_count(),
         "lora_fast": lora_fast.__version__,
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "ptxas": (re.search(r"V([\d.]+)", output(str(ptxas), "--version")) or ["", "unknown"])[1],
+        "python": sys.version.split()[0],
+        **{package: version(package) for package in ("numpy", "peft", "transformers")},
         "commit": output("git", "rev-parse", "HEAD"),
         "date": datetime.date.today().isoformat(),
     }
 
 
-def show(found: list[Verdict]) -> str:
-    width = [max(len(row[k]) for row in (*found, Verdict._fields)) for k in range(4)]
-    lines = (Verdict._fields, *found)
-    return "\n".join("  ".join(word.ljust(n) for word, n in zip(row, width, strict=True)).rstrip() for row in lines)
+# ---- Without a GPU
 
 
-def one_section(name: str, dry_run: bool, seconds: float, path: Path | None) -> bool:
-    """In this process; whether nothing is wrong."""
+def plan(name: str, stage: Stage) -> str:
+    """Each section's figures, estimate and budget, and what they add up to."""
+    sketch = Options("device", torch.device("cpu"), Figures(Path(os.devnull)), Progress())
+    lines = [f"{name} ends after {stage.seconds:g} s at most. Estimates: an H100 with 16 cores, none of them measured."]
+    head = ("section", "figures", "processes", "estimate", "budget", "")
+    rows = [("compile", "", str(COMPILERS), f"{START + 6:.0f} s", f"{stage.compile:g} s", "carried kernels are found")]
+    total = START + 6
+    for phase in stage.phases:
+        longest = 0.0
+        for lane in phase.lanes:
+            spent = START
+            for section in lane:
+                with tiles.assume(arch=gpu_cache.ARCH):
+                    count = len(SECTIONS[section].jobs(sketch))
+                spent += estimate(section, count)
+                processes, budget = SECTIONS[section].processes, SECTIONS[section].seconds
+                told = f"{estimate(section, count):.0f} s", f"{budget:g} s", what(section)
+                rows.append((section, str(count), str(processes), *told))
+            longest = max(longest, spent)
+        rows.append(("", "", "", f"{longest:.0f} s", f"{phase.seconds:g} s", "these, the start of a process with them"))
+        total += longest
+    rows.append(("end", "", "", "4 s", f"{END:g} s", "archive, picture, report"))
+    budgets = stage.compile + sum(phase.seconds for phase in stage.phases) + END
+    rows.append(("in all", "", "", f"{total + 4:.0f} s", f"{budgets:g} s", ""))
+    widths = [max(len(row[k]) for row in (head, *rows)) for k in range(6)]
+    return "\n".join([*lines, *("  ".join(w.ljust(n) for w, n in zip(row, widths, strict=True)).rstrip()
+                                for row in (head, *rows))])  # fmt: skip
+
+
+def what(section: str) -> str:
+    """The first line of its docstring."""
+    return SECTIONS[section].jobs.__doc__.splitlines()[0]
+
+
+def dry_run(names: list[str], out: Path | None) -> bool:
+    """The sections at tiny sizes in the interpreter, then at their own sizes on the stub driver."""
+    with tempfile.TemporaryDirectory() as folder:
+        figures = Figures((out or Path(folder)) / "dry-run.jsonl")
+        figures.path.parent.mkdir(parents=True, exist_ok=True)
+        figures.path.unlink(missing_ok=True)
+        print("── in Triton's interpreter, at tiny sizes", flush=True)
+        options = Options("interpreter", torch.device("cpu"), figures, Progress())
+        right = work({name: SECTIONS[name] for name in names}, options)
+        print("── on the stub driver, which computes nothing, at real sizes", flush=True)
+        os.environ.pop("TRITON_INTERPRET")
+        on_stub = Figures(Path(folder) / "stub.jsonl")
+        asyncio.run(compile_all(names, os.cpu_count() or 1, 3600, on_stub, Path(folder)))
+        found = compiled(on_stub)
+        print(f"\n{summary(figures.read(), names, figures.seconds())}\non the stub driver: {short(found)}")
+        print("A dry run: the sections work; no figure above means anything.")
+        return right and found["ok"] is True
+
+
+def fill_cache(archive: Path) -> bool:
+    """Compiles what both stages launch, and what the tests launch as far as they come without values, for sm_90."""
+    import triton
+
+    print(f"compiling for sm_{gpu_cache.ARCH} with Triton {triton.__version__}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder) / "triton"
+        os.environ |= gpu_cache.environment(cache)
+        figures, names = Figures(Path(folder) / "compile.jsonl"), list(dict.fromkeys(
+            STAGES[1].sections + STAGES[2].sections
+        ))  # fmt: skip
+        asyncio.run(compile_all(names, os.cpu_count() or 1, 3 * 3600, figures, Path(folder)))
+        found = compiled(figures)
+        gpu_cache.compile_tests(os.cpu_count() or 1)
+        left = gpu_cache.pack(cache, gpu_cache.entries(cache), archive, MOST_CARRIED)
+        size = archive.stat().st_size / gpu_cache.MEBIBYTE
+        print(f"{archive}: {len(gpu_cache.entries(cache)) - len(left)} files, {size:.1f} MiB; {short(found)}")
+        if left:
+            print(f"{len(left)} files had no room in {MOST_CARRIED} MiB")
+        return found["ok"] is True and not left
+
+
+# ---- The command
+
+
+def one_share(options: argparse.Namespace) -> bool:
+    """The work of one process."""
     faulthandler.enable()
-    device = torch.device("cpu" if dry_run else "cuda")
-    options = Options(dry_run, device, seconds, Progress.of(path) if path else Progress())
-    return run(name, {**SECTIONS, **HIDDEN}[name], options, again=path is not None)
+    device = torch.device("cuda" if options.mode == "device" else "cpu")
+    part, parts = map(int, options.share.split("/"))
+    with tempfile.TemporaryDirectory() as folder:
+        figures = Figures(options.figures or Path(folder) / "figures.jsonl")
+        progress = Progress.of(options.progress) if options.progress else Progress()
+        if options.mode == "stub":
+            gpu_cache.on_stub_driver()
+        gpu_cache.use()
+        sections = {name: (SECTIONS | WATCHED)[name] for name in options.work}
+        return work(sections, Options(options.mode, device, figures, progress, share=(part, parts)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, no figure means anything, nothing written")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder for the JSON and the plots")
-    parser.add_argument("--section", choices=[*SECTIONS, *HIDDEN], help=argparse.SUPPRESS)  # in a process of its own
-    parser.add_argument("--seconds", type=float, default=600, help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--stage", type=int, choices=STAGES, help="which of the two")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="some sections, of either stage")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for figures, report, picture, archive")
+    parser.add_argument("--cache", type=Path, nargs="*", metavar="FILE", help="archives of compiled kernels")
+    parser.add_argument("--plan", action="store_true", help="print what would run and how long it should take")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes interpreted, real sizes on a stub driver")
+    parser.add_argument("--fill-cache", type=Path, metavar="FILE", help="compile what both stages launch, for sm_90")
+    parser.add_argument("--work", nargs="+", choices=[*SECTIONS, *WATCHED], help=argparse.SUPPRESS)  # of one process
+    parser.add_argument("--mode", choices=MODES, default="device", help=argparse.SUPPRESS)
+    parser.add_argument("--share", default="0/1", help=argparse.SUPPRESS)
+    parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not torch.cuda.is_available() and not options.dry_run:
+    if options.work:
+        sys.exit(not one_share(options))
+    if options.fill_cache:
+        sys.exit(not fill_cache(options.fill_cache))
+    if (options.stage is None) == (options.only is None):
+        parser.error("name a stage (--stage 1, --stage 2) or sections (--only …)")
+    name = f"stage{options.stage}" if options.stage else "only"
+    stage = STAGES[options.stage] if options.stage else some(options.only)
+    if options.plan:
+        print(plan(name, stage))
+        return
+    if options.dry_run:
+        sys.exit(not dry_run(stage.sections, options.out))
+    if options.out is None:
+        parser.error("--out DIR: where should the figures go?")
+    if not torch.cuda.is_available():
         parser.error("no CUDA device: use --dry-run, or run this on a machine with an NVIDIA GPU")
-    if options.section:
-        sys.exit(not one_section(options.section, options.dry_run, options.seconds, options.json))
-    whole = Run(options.only, options.dry_run, options.results)
-    asyncio.run(whole.all_sections())
-    trouble = whole.tell()
-    sys.exit(f"unfinished or wrong: {trouble}" if trouble else 0)
+    archives = options.cache if options.cache is not None else [CARRIED] * CARRIED.exists()
+    if missing := [str(archive) for archive in archives if not archive.exists()]:
+        parser.error(f"--cache: no such file: {', '.join(missing)}")
+    run = Run(name, stage, options.out)
+    run.on_device(archives)
+    sys.exit(0 if run.tell() else "something is wrong: see the failures above")
 
 
 if __name__ == "__main__":

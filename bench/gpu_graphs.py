@@ -10,6 +10,7 @@ import torch
 from gpu_operands import forward_backward, layer, rows
 from gpu_section import Jobs, Options
 from measure import relative_error
+from providers import backend
 from torch import Tensor, nn
 
 import lora_fast as lf
@@ -21,13 +22,15 @@ WAITING = ("BaLoRA", "LoRARITE")  # torch.linalg waits for the device in their s
 
 def graphs(options: Options) -> Jobs:
     """A captured call replays to the bits of an eager one: the layer, and a step of every method that does not wait."""
-    d, n = (16, 16) if options.dry_run else (1024, 512)
-    for strategy in tiles.strategies(options.device, torch.bfloat16, d):
-        yield f"layer, {strategy}", functools.partial(of_layer, n, d, strategy, options.device)
-        yield f"dropout, {strategy}", functools.partial(of_dropout, n, d, strategy, options.device)
+    d, n = (16, 16) if options.tiny else (1024, 512)
+    jobs = []
+    for strategy in (None, *tiles.strategies(options.device, torch.bfloat16, d)):
+        name = strategy or "by estimate"
+        jobs.append((f"layer, {name}", functools.partial(of_layer, n, d, strategy, options.device)))
+        jobs.append((f"dropout, {name}", functools.partial(of_dropout, n, d, strategy, options.device)))
     for name in ["AdamW", *(name for name in lf.methods.__all__ if name not in ("compose", *WAITING))]:
-        yield f"step, {name}", functools.partial(of_step, name, d, options.device)
-    yield "training step, NB-LoRA", functools.partial(of_norm_bounded, n, d, options.device)
+        jobs.append((f"step, {name}", functools.partial(of_step, name, d, options.device)))
+    return [*jobs, ("training step, NB-LoRA", functools.partial(of_norm_bounded, n, d, options.device))]
 
 
 @contextlib.contextmanager
@@ -37,7 +40,7 @@ def captured(device: torch.device, replays: list[Callable]):
         yield
         return
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="relaxed"):  # a kernel may be compiled at its first capture
+    with torch.cuda.graph(graph):  # where a module loaded while capturing is an error
         yield
     replays.append(graph.replay)
 
@@ -63,10 +66,10 @@ def captured_layer(module: nn.Module, x: Tensor, dy: Tensor, device: torch.devic
     return made, replays
 
 
-def of_layer(n: int, d: int, strategy: str, device: torch.device) -> dict:
+def of_layer(n: int, d: int, strategy: str | None, device: torch.device) -> dict:
     """Forward and backward, on other values than those of the capture."""
     x, dy, module = rows(n, d, device).requires_grad_(), rows(n, d, device), layer(d, d, 16, 0.0, device)
-    with lf.set_backend("triton"), tiles.assume(strategy=strategy):
+    with backend("triton", strategy):
         made, replays = captured_layer(module, x, dy, device)
         with torch.no_grad():
             x.copy_(rows(n, d, device))
@@ -77,10 +80,10 @@ def of_layer(n: int, d: int, strategy: str, device: torch.device) -> dict:
     return {"ok": same is not False, "captured": bool(replays), "replay equals eager": same}
 
 
-def of_dropout(n: int, d: int, strategy: str, device: torch.device) -> dict:
+def of_dropout(n: int, d: int, strategy: str | None, device: torch.device) -> dict:
     """Every replay draws a mask of its own, the same in forward and in backward: then da aᵀ = bᵀdb."""
     x, dy, module = rows(n, d, device).requires_grad_(), rows(n, d, device), layer(d, d, 16, 0.5, device)
-    with lf.set_backend("triton"), tiles.assume(strategy=strategy):
+    with backend("triton", strategy):
         made, replays = captured_layer(module, x, dy, device)
         seen = []
         for _ in range(2):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+from gpu_families import families
 from gpu_section import PROGRAM, Jobs, Options
 
 # ptxas and the like are left alone; what torch's own start asks of the driver in vain is no memory error
@@ -16,14 +17,13 @@ TOOL = ("--tool", "memcheck", "--target-processes", "application-only", "--repor
 
 def memcheck(options: Options) -> Jobs:
     """compute-sanitizer's memcheck over every kernel family; without it, they run alone."""
-    yield "compute-sanitizer", lambda: check(options)
+    return families(options) if options.mode == "stub" else [("compute-sanitizer", lambda: check(options))]
 
 
 def check(options: Options) -> dict:
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    command = [sys.executable, str(PROGRAM), "--section", "families"]
-    command += ["--dry-run"] if options.dry_run else []
-    if options.dry_run:
+    command = [sys.executable, str(PROGRAM), "--work", "families", "--mode", options.mode]
+    if options.mode != "device":
         tool = None
     # each tensor an allocation of its own, so that a byte beyond its end is seen
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -1,35 +1,62 @@
-"""The picture beside a results file of bench/gpu.py."""
+"""The picture beside a run's figures: bars of the providers, one panel a figure."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
+
+from gpu_goals import WHOLE
 
 OURS, OTHERS = "#cf4d8f", "#7f8896"
+SECTIONS = ("gemm", "layers", "steps", "inverses", "grid", "with_compile", "small", "other_steps")
+
+
+class Panel(NamedTuple):
+    """``bars``: what is measured → how much."""
+
+    title: str
+    unit: str
+    bars: dict[str, float]
+
+
+def panels(results: dict) -> list[Panel]:
+    """What is drawn of the figures (section → figure → values)."""
+    found = []
+    for section in SECTIONS:
+        for name, values in results.get(section, {}).items():
+            rows = [row for row in values.get("rows", ()) if row["p50"] is not None]
+            mode = "full" if any(row["mode"] == "full" for row in rows) else "forward"
+            bars = {row["provider"]: row["p50"] for row in rows if row["mode"] == mode}
+            what = "forward + backward, " if mode == "full" else ""
+            title = name if name.startswith(section) else f"{section}: {name}"
+            found += [Panel(title, f"µs on the device, {what}median", bars)] if bars else []
+    engines = results.get("whole", {}).get(WHOLE, {})
+    speeds = {name: of["tokens a second"] for name, of in engines.items() if isinstance(of, dict) and "rounds" in of}
+    return found + ([Panel(WHOLE, "tokens a second", speeds)] if speeds else [])
 
 
 def draw(results: dict, path: Path) -> str:
-    """Bars of the layer's providers, one panel a case; returns where they are, or why there is no plot."""
+    """Returns where the picture is, or why there is none."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        return f"no plots: {error}"
-    layers = results.get("layers", {}).get("figures", {})
-    figures = {name: found["rows"] for name, found in layers.items() if "rows" in found}
-    if not figures:
-        return "no plots: the layer was not measured"
-    lines = -(-len(figures) // 2)
-    drawing = Figure(figsize=(13, 2.6 * lines), layout="constrained")
-    panels = drawing.subplots(lines, 2, squeeze=False).flat
-    for (name, rows), axes in zip(figures.items(), panels, strict=False):
-        rows = [row for row in rows if row["mode"] == "full" and row["p50"] is not None]
-        colours = [OURS if row["provider"].startswith("ours") else OTHERS for row in rows]
-        bars = axes.barh([row["provider"] for row in rows], [row["p50"] for row in rows], color=colours)
-        axes.bar_label(bars, fmt="{:.0f}", padding=3, fontsize=8)
+        return f"no picture: {error}"
+    drawn = panels(results)
+    if not drawn:
+        return "no picture: nothing that is drawn was measured"
+    lines = -(-len(drawn) // 2)
+    height = 0.5 + 0.24 * max(len(panel.bars) for panel in drawn)
+    drawing = Figure(figsize=(15, lines * max(2.0, height)), layout="constrained")
+    axes_of_panels = list(drawing.subplots(lines, 2, squeeze=False).flat)
+    for panel, axes in zip(drawn, axes_of_panels, strict=False):
+        colours = [OURS if name.startswith("ours") else OTHERS for name in panel.bars]
+        bars = axes.barh(list(panel.bars), list(panel.bars.values()), color=colours)
+        axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
         axes.margins(x=0.12)
-        axes.set_title(name, fontsize=10)
-        axes.set_xlabel("µs, forward + backward, median", fontsize=8)
+        axes.set_title(panel.title, fontsize=10)
+        axes.set_xlabel(panel.unit, fontsize=8)
         axes.invert_yaxis()
-    for axes in panels:  # the last, of an odd number
+    for axes in axes_of_panels[len(drawn) :]:
         axes.set_axis_off()
-    drawing.savefig(path, dpi=120)
-    return f"plots: {path}"
+    drawing.savefig(path, dpi=100)
+    return f"picture: {path}"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from gpu_operands import forward_backward, layer, rows
 from gpu_section import Jobs, Options
+from providers import backend
 from torch import Tensor, nn
 
 import lora_fast as lf
@@ -15,17 +16,18 @@ from lora_fast.kernels import tiles
 
 
 def repeats(options: Options) -> Jobs:
-    """1,000 calls on the same inputs give the same bits."""
-    n, d, count = (16, 16, 1) if options.dry_run else (2048, 4096, 1000)
+    """100 calls on the same inputs give the same bits."""
+    n, d = (16, 16) if options.tiny else (2048, 4096)
+    count, jobs = 100 if options.mode == "device" else 1, []
     for dropout in (0.0, 0.1):
-        for strategy in tiles.strategies(options.device, torch.bfloat16, d):
+        for strategy in (None, *tiles.strategies(options.device, torch.bfloat16, d)):
             job = functools.partial(of_layer, n, d, dropout, strategy, count, options.device)
-            yield f"layer, {strategy}, dropout {dropout:g}", job
-    shapes = [(d, d)] if options.dry_run else [(d, d), (d, 3 * d)] * 2
-    yield "optimizer step, PiLoRA", functools.partial(of_step, shapes, count, options.device)
+            jobs.append((f"layer, {strategy or 'by estimate'}, dropout {dropout:g}", job))
+    shapes = [(d, d)] if options.tiny else [(d, d), (d, 3 * d)] * 2
+    return [*jobs, ("optimizer step, PiLoRA", functools.partial(of_step, shapes, count, options.device))]
 
 
-def of_layer(n: int, d: int, dropout: float, strategy: str, count: int, device: torch.device) -> dict:
+def of_layer(n: int, d: int, dropout: float, strategy: str | None, count: int, device: torch.device) -> dict:
     x, dy = rows(n, d, device).requires_grad_(), rows(n, d, device)
     module = layer(d, d, 16, dropout, device)
 
@@ -33,7 +35,7 @@ def of_layer(n: int, d: int, dropout: float, strategy: str, count: int, device: 
         torch.manual_seed(7)  # of the mask
         return [t.detach() for t in forward_backward(module, x, dy)]
 
-    with lf.set_backend("triton"), tiles.assume(strategy=strategy):
+    with backend("triton", strategy):
         return differing(run, count)
 
 

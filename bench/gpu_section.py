@@ -1,10 +1,10 @@
-"""How bench/gpu.py runs a section: in a process of its own, figure by figure, so that whatever fails costs little.
+"""How bench/gpu.py runs its sections: in processes of their own, figure by figure, so that whatever fails costs little.
 
-A section is a generator of jobs (name, function); a job's dict is a figure, whose "ok", where it has one, says whether
-it is as it should be. The process writes what it has to a file after every job. It ends where a job raises (after an
-illegal memory access nothing else would run in it), where a job takes too long, and wherever a kernel may take it down;
-the next process goes on behind the job that failed. A provider that took its process down in its first run is left out
-when that job is tried again.
+A section is a function that returns jobs (name, function). A job's dict is a figure, whose "ok", where it has one,
+says whether it is as it should be. The process appends each figure to the run's file as a line of JSON the moment it
+is known. A process ends where a job raises (after an illegal memory access nothing else would run in it), where a job
+takes too long, and wherever a kernel may take it down. The next process goes on behind the job that failed. A provider
+that took its process down in its first run is left out when that job is tried again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
+import fcntl
 import gc
 import json
 import os
@@ -19,33 +20,71 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import gpu_cache
 import torch
-from measure import Provider, Unavailable, once, wait
+from measure import Ceilings, Provider, Unavailable, once, wait
 
-Jobs = Iterator[tuple[str, Callable[[], dict]]]
+Jobs = list[tuple[str, Callable[[], dict]]]
 PROGRAM = Path(__file__).with_name("gpu.py")
-MARGIN = 15  # seconds of its budget that a process may take to start and to end
+MODES = ("device", "interpreter", "stub")  # on a GPU; tiny sizes in Triton's interpreter; real ones on a stub driver
+
+
+class Figures:
+    """The file of a run's figures, to which several processes append. Of lines with one name the last counts."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def add(self, section: str, figure: str, values: dict, seconds: float = 0.0) -> None:
+        line = {"section": section, "figure": figure, "seconds": round(seconds, 2), "values": values}
+        with self.path.open("a", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def add_failure(self, section: str, figure: str, error: str, ok: bool | None = False) -> None:
+        """What was known of the figure stays."""
+        self.add(section, figure, self.read().get(section, {}).get(figure, {}) | {"ok": ok, "error": error})
+
+    def read(self) -> dict[str, dict[str, dict]]:
+        """Section → figure → values."""
+        sections: dict[str, dict[str, dict]] = {}
+        for line in self._lines():
+            sections.setdefault(line["section"], {})[line["figure"]] = line["values"]
+        return sections
+
+    def seconds(self) -> dict[str, float]:
+        """Section → how long its figures took, one after the other."""
+        seconds: dict[str, float] = {}
+        for line in self._lines():
+            seconds[line["section"]] = seconds.get(line["section"], 0.0) + line["seconds"]
+        return seconds
+
+    def _lines(self) -> list[dict]:
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        return [json.loads(line) for line in text.splitlines()]
 
 
 @dataclass
 class Progress:
-    """What a section has come to; shared by its processes through ``path``.
+    """What the processes that follow each other know of each other, through ``path``.
 
     Attributes:
-        running: the job under way. trying: the provider whose first run is under way.
-        lost: job → providers left out of it → why. complete: whether there are no more jobs.
+        running: section and figure of the job under way. trying: the provider whose first run is under way.
+        lost: job → providers left out of it → why. began: section → when, in seconds of the epoch.
+        finished: how many jobs have ended. complete: whether there are no more.
     """
 
     path: Path | None = None
-    figures: dict[str, dict] = field(default_factory=dict)
-    running: str | None = None
+    running: tuple[str, str] | None = None
     trying: str | None = None
     lost: dict[str, dict[str, str]] = field(default_factory=dict)
+    began: dict[str, float] = field(default_factory=dict)
+    finished: int = 0
     complete: bool = False
 
     @classmethod
@@ -61,30 +100,46 @@ class Progress:
             new.write_text(json.dumps(values))
             new.replace(self.path)
 
-    def blame(self, failure: str) -> None:
-        """The process ends with what is running: a provider's first run, or else the job."""
+    @property
+    def job(self) -> str:
+        return ": ".join(self.running)
+
+    def blame(self, failure: str, figures: Figures) -> None:
+        """The process has ended with what is running: a provider's first run, or else the job."""
         if self.trying:
-            self.lost.setdefault(self.running, {})[self.trying] = failure
+            self.lost.setdefault(self.job, {})[self.trying] = failure
         else:
-            self.figures[self.running] = {"ok": False, "error": failure}
+            figures.add_failure(*self.running, failure)
         self.running = self.trying = None
         self.save()
 
 
 class Options(NamedTuple):
-    """What a section is given. ``seconds``: its budget, from when it begins."""
+    """What a section is given. ``share``: which of how many processes this one is."""
 
-    dry_run: bool
+    mode: str
     device: torch.device
-    seconds: float
+    figures: Figures
     progress: Progress
+    seconds: float = 600.0
+    share: tuple[int, int] = (0, 1)
+
+    @property
+    def tiny(self) -> bool:
+        return self.mode == "interpreter"
+
+    def ceilings(self, dtype: str) -> Ceilings:
+        """As measured at the start of this run; infinite where they were not."""
+        values = self.figures.read().get("ceilings", {}).get(dtype, {})
+        infinite = float("inf")
+        return Ceilings(dtype, values.get("operations", infinite), values.get("bandwidth", infinite))
 
     def surviving(self, name: str, build: Callable[[], Provider]) -> Callable[[], Provider]:
         """A provider that fails in its first run is not measured, with the reason; the others are."""
 
         def run() -> Provider:
             progress = self.progress
-            if why := progress.lost.get(progress.running, {}).get(name):
+            if why := progress.lost.get(progress.job, {}).get(name):
                 raise Unavailable(why)
             progress.trying = name
             progress.save()
@@ -110,78 +165,109 @@ class Options(NamedTuple):
         try:
             wait(self.device)
         except Exception:
-            self.progress.blame(failure)
+            self.progress.blame(failure, self.figures)
             raise SystemExit(f"the device was lost: {failure}") from None
 
 
 class Section(NamedTuple):
-    """``seconds``: for all of it. ``each``: for one figure. ``alone``: nothing else may run beside it."""
+    """A section of a stage.
+
+    Attributes:
+        jobs: its figures. seconds: its budget. each: the most that one figure may take.
+        estimate: seconds that a figure takes on an H100, by estimate. processes: how many share its jobs.
+    """
 
     jobs: Callable[[Options], Jobs]
     seconds: float
     each: float
-    alone: bool = False
+    estimate: float
+    processes: int = 1
 
 
-def run(name: str, section: Section, options: Options, again: bool) -> bool:
-    """Runs a section's jobs here, those that its progress lacks; whether none is wrong. ``again``: end the process
-    where a job raises, since another goes on."""
-    progress = options.progress
-    for figure, job in section.jobs(options):
-        if figure in progress.figures:
-            continue
-        progress.running = figure
-        progress.save()
-        faulthandler.dump_traceback_later(options.seconds if options.dry_run else section.each, exit=True)
-        raised = False
+def work(sections: dict[str, Section], options: Options) -> bool:
+    """Runs here the jobs of sections, one section after the other, that have no figure yet; whether none is wrong."""
+    progress, (part, parts) = options.progress, options.share
+    right = True
+    for name, section in sections.items():
+        began = progress.began.setdefault(name, time.time())
+        known = options.figures.read().get(name, {})
         try:
-            values = job()
+            jobs = section.jobs(options._replace(seconds=section.seconds))[part::parts]
         except Exception as error:
-            raised = True
             traceback.print_exc()
-            values = {"ok": False, "error": of_chain(error)}
-        faulthandler.cancel_dump_traceback_later()
-        progress.figures[figure], progress.running = values, None
-        progress.save()
-        print(f"  {name}: {figure}: {summary(values)}", flush=True)
-        if raised and again:
-            sys.exit(1)
-        gc.collect()
-        if options.device.type == "cuda":
-            torch.cuda.empty_cache()
+            jobs = [("its jobs", lambda error=error: {"ok": False, "error": of_chain(error)})]
+        for figure, job in jobs:
+            if figure in known:
+                continue
+            if options.mode == "device" and time.time() > began + section.seconds:
+                options.figures.add_failure(name, figure, f"not begun: {section.seconds:g} s were over", ok=None)
+                continue
+            right &= _run(name, figure, job, section, options)
     progress.complete = True
     progress.save()
-    return all(figure.get("ok") is not False for figure in progress.figures.values())
+    return right
 
 
-async def in_processes(name: str, section: Section, seconds: float, folder: Path, arguments: list[str]) -> dict:
-    """A section's figures as far as it came, in as many processes as that takes; "error": why it went no further."""
-    path = folder / f"{name}.json"
-    start = time.monotonic()
-    command = [sys.executable, str(PROGRAM), "--section", name, "--json", str(path), *arguments]
-    error = ""
-    while not error:
-        left = start + seconds - time.monotonic()
+def _run(name: str, figure: str, job: Callable[[], dict], section: Section, options: Options) -> bool:
+    """One job, and what is left of it let go. On the stub driver its figure is what it found compiled."""
+    progress, start, before = options.progress, time.monotonic(), gpu_cache.counts.copy()
+    progress.running = name, figure
+    progress.save()
+    faulthandler.dump_traceback_later(section.each if options.mode == "device" else 600, exit=True)
+    raised = False
+    try:
+        values = job()
+    except Exception as error:
+        raised = True
+        traceback.print_exc()
+        known = options.figures.read().get(name, {}).get(figure, {})
+        values = known | {"ok": False, "error": of_chain(error)}
+    faulthandler.cancel_dump_traceback_later()
+    on_stub = options.mode == "stub"
+    if on_stub:
+        values = (values if raised else {"ok": True}) | (gpu_cache.counts - before)
+    options.figures.add(name, figure, values, time.monotonic() - start)
+    progress.running, progress.finished = None, progress.finished + 1
+    progress.save()
+    if raised or not on_stub:
+        print(f"  {name}: {figure}: {summary(values)}", flush=True)
+    if raised and progress.path and options.mode == "device":
+        sys.exit(1)  # another process goes on
+    gc.collect()
+    if options.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return values.get("ok") is not False
+
+
+async def in_processes(
+    names: list[str], share: tuple[int, int], mode: str, seconds: float, figures: Figures, folder: Path
+) -> None:
+    """The jobs of these sections that fall to one share, in as many processes as it takes, within these seconds."""
+    path = folder / f"{'-'.join(names)}-{share[0]}.json"
+    until = time.monotonic() + seconds
+    command = [sys.executable, str(PROGRAM), "--work", *names, "--share", f"{share[0]}/{share[1]}"]
+    command += ["--mode", mode, "--progress", str(path), "--figures", str(figures.path)]
+    environment = {**os.environ, **(gpu_cache.stub_environment() if mode == "stub" else {})}
+    while True:
         before = Progress.of(path)
-        status = await _ended([*command, "--seconds", f"{max(left - MARGIN, 1):.0f}"], left)
+        status = await _ended(command, environment, until - time.monotonic())
         progress = Progress.of(path)
         if progress.complete:
-            break
+            return
         if status is None:
-            error = f"out of time after {seconds:.0f} s"
-            if progress.running:
-                progress.figures[progress.running] = {"ok": None, "error": "out of time"}
-        elif progress.running:  # 1 is faulthandler's status
-            progress.blame(f"took more than {section.each:.0f} s" if status == 1 else _told(status))
-        elif (progress.figures, progress.lost) == (before.figures, before.lost):
-            error = _told(status)  # before any job, and so would the next process
-    found = {"figures": progress.figures, "seconds": round(time.monotonic() - start, 1)}
-    return found | ({"error": error} if error else {})
+            where = progress.running or (names[max(0, len(progress.began) - 1)], "the rest")
+            figures.add_failure(*where, f"out of time: ended after {seconds:.0f} s", ok=None)
+            return
+        if progress.running:  # 1 is faulthandler's status
+            progress.blame("took too long" if status == 1 else _told(status), figures)
+        elif progress == before:  # before any job, and so would the next process
+            figures.add_failure(names[0], "its process", _told(status))
+            return
 
 
-async def _ended(command: list[str], seconds: float) -> int | None:
+async def _ended(command: list[str], environment: dict[str, str], seconds: float) -> int | None:
     """Exit status of the process; None: it had to be ended after these seconds. What it started is ended with it."""
-    process = await asyncio.create_subprocess_exec(*command, start_new_session=True)
+    process = await asyncio.create_subprocess_exec(*command, env=environment, start_new_session=True)
     try:
         async with asyncio.timeout(seconds):
             return await process.wait()
@@ -210,13 +296,18 @@ def summary(values: dict) -> str:
         main = "full" if "full" in modes else "forward"
         shown = [row for row in values["rows"] if row["mode"] == main and row["p50"] is not None]
         lacking = [row for row in values["rows"] if row["unavailable"]]
-        missing = [f"{row['provider']} not measured ({row['unavailable']})" for row in lacking]
-        return ", ".join([f"{row['provider']} {row['p50']:.4g} µs" for row in shown] + missing)
+        missing = [f"{row['provider']} not measured ({row['unavailable'][:120]})" for row in lacking]
+        return ", ".join([*map(_timed, shown), *missing])
     if "ok" in values:
         rest = {k: v for k, v in values.items() if k not in ("ok", "tail") and not isinstance(v, dict)}
         word = {True: "ok", False: "WRONG", None: "not known"}[values["ok"]]
         return " ".join([word, *(f"{k}={short(v)}" for k, v in rest.items())])
     return short(values)
+
+
+def _timed(row: dict) -> str:
+    host = f" (host {row['host'][1]:.4g}{', not apart' if row['exposed'] else ''})" if row["host"] else ""
+    return f"{row['provider']} {row['p50']:.4g} µs{host}"
 
 
 def short(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The test suite, run natively."""
+"""The tests of kernels and layers, run natively over many processes."""
 
 from __future__ import annotations
 
@@ -7,56 +7,52 @@ import os
 import re
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import Counter
 from pathlib import Path
 
-import torch
 from gpu_section import Jobs, Options
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
-COMPILED = "test_compiled.py"  # for every arch: more than there is time for, and no need of a GPU
-MOST = 8  # processes on one GPU: each takes more than half a gigabyte of it for itself
+PROCESSES = 14  # each takes more than half a gigabyte of a GPU's memory for itself
+WORDS = "PASSED|FAILED|ERROR|SKIPPED|XFAIL"
+OUTCOME = re.compile(rf"^\[gw\d+\] \[ *\d+%\] ({WORDS}) (\S+::.*)$|^(\S+::.*?) ({WORDS})")  # with xdist, without
 
 
 def suite(options: Options) -> Jobs:
-    """The whole test suite natively, a process for each file, several at a time; compiled for this device alone."""
+    """Kernel and layer tests (pytest -m gpu) natively, 14 processes at a time."""
+    return [] if options.mode == "stub" else [("pytest -m gpu", lambda: run(options))]
+
+
+def run(options: Options) -> dict:
+    """What they come to, also where they run out of time."""
     if importlib.util.find_spec("pytest") is None:
-        yield "pytest", lambda: {"ok": None, "error": "pytest is not installed here: the suite has not run"}
-        return
-    end = time.monotonic() + options.seconds
-    chosen = {"test_traffic.py": ("test_traffic.py", "masked")} if options.dry_run else whole()
-    with ThreadPoolExecutor(max(1, min(MOST, (os.cpu_count() or 2) // 2))) as pool:
-        left = {name: of for name, of in chosen.items() if name not in options.progress.figures}
-        waiting = {pool.submit(tests_of, *of, end): name for name, of in left.items()}
-        for done in as_completed(waiting):
-            yield waiting[done], done.result
-
-
-def whole() -> dict[str, tuple[str, str]]:
-    """Name → file and which of its tests (pytest's -k); what takes longest comes first."""
-    major, minor = torch.cuda.get_device_capability()
-    shares = [f"{share} and sm_{major}{minor}" for share in ("thin", "gemm", "rest")] + ["launches_every"]
-    chosen = {f"{COMPILED}: {share}": (COMPILED, share) for share in shares}
-    files = sorted(TESTS.glob("test_*.py"), key=lambda path: path.stat().st_size, reverse=True)
-    return chosen | {path.name: (path.name, "") for path in files if path.name != COMPILED}
-
-
-def tests_of(file: str, chosen: str, end: float) -> dict:
-    """One file's outcome; ``end``: time.monotonic() at which there is no more time."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore", file]
-    command += ["-k", chosen] if chosen else []
-    left = end - time.monotonic()
-    if left <= 0:
-        return {"ok": None, "error": "not begun: out of time"}
+        return {"ok": None, "error": "pytest is not installed here: the tests have not run"}
+    options_of_pytest = "-o addopts= -v -p no:cacheprovider -p gpu_cache -W ignore".split()
+    command = [sys.executable, "-m", "pytest", *options_of_pytest, "-m", "gpu and not budget"]
+    spread = importlib.util.find_spec("xdist") is not None
+    if spread and options.mode != "interpreter":
+        command += ["-n", str(min(PROCESSES, os.cpu_count() or 1)), "--dist", "worksteal"]
+    command += ["test_solve_kernels.py", "-k", "inverse"] if options.mode == "interpreter" else []
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    late = False
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=left, cwd=TESTS)
-    except subprocess.TimeoutExpired as late:
-        output = (late.stdout or b"").decode(errors="replace")
-        failed = re.search(r"^[.sxX]*[FE]", output, re.MULTILINE)
-        return {"ok": False if failed else None, "error": "out of time", "tail": output[-300:]}
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|errors?|skipped|deselected)", done.stdout)}
-    failures = re.findall(r"^(?:FAILED|ERROR) (.*)$", done.stdout, re.MULTILINE)
-    tail = "" if done.returncode == 0 else (done.stdout + done.stderr)[-1500:]
-    # 5: nothing collected, a file that says it has nothing to do on a GPU
-    return {"ok": done.returncode in (0, 5), **counts, "failures": failures[:20], "tail": tail}
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=TESTS,
+            timeout=options.seconds - 10, env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+        output, status = done.stdout, done.returncode
+    except subprocess.TimeoutExpired as error:
+        late, output, status = True, (error.stdout or b"").decode(errors="replace"), None
+    return outcome(output, status, late)
+
+
+def outcome(output: str, status: int | None, late: bool) -> dict:
+    """Of pytest's lines, one a test; ``late``: it was ended."""
+    results = [(m[1] or m[4], m[2] or m[3]) for m in map(OUTCOME.match, output.splitlines()) if m]
+    counts = Counter(word.lower() for word, _ in results)
+    failures = re.findall(r"^(?:FAILED|ERROR) (.*)$", output, re.MULTILINE)  # of the summary, with reasons
+    failures = failures or [name.strip() for word, name in results if word in ("FAILED", "ERROR")]
+    if late:
+        return {"ok": False if failures else None, "error": "out of time", **counts, "failures": failures[:30]}
+    ok, tail = status == 0 and counts["passed"] > 0, "" if status == 0 else output[-1500:]
+    return {"ok": ok, **counts, "failures": failures[:30], "tail": tail}

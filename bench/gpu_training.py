@@ -1,94 +1,256 @@
-"""Training steps of whole blocks on a GPU: what NB-LoRA and ScaLoRA cost over plain LoRA."""
+"""Training steps on a GPU, with random weights in Llama-3-8B's shapes: some blocks by our methods, the whole model by
+PEFT and ours."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import gc
+import statistics
+from collections.abc import Callable
 
 import torch
-from gpu_goals import TRAINING
-from gpu_section import Jobs, Options
-from measure import Provider, Unavailable, simply, spread, timed
+from gpu_goals import TRAINING, WHOLE
+from gpu_section import Jobs, Options, of_chain
+from measure import Provider, Rounds, Unavailable, once, simply, spread, timed
 
 import lora_fast as lf
 
 RANK, STEPS, INTERVAL = 16, 10, 10
-
-
-def training(options: Options) -> Jobs:
-    """Ten training steps of Llama-3-8B's blocks, random weights: NB-LoRA and ScaLoRA (every 10) over plain LoRA."""
-    yield TRAINING, lambda: measured(options)
+SEQUENCE, BATCH, ROUNDS = 4096, 2, 10
+CHECKPOINTED = (0, 2, 1)  # of the blocks: none, every second, every one; the first that fits
+PLAIN = lf.LoRAConfig(r=RANK, alpha=2 * RANK)
 
 
 class Training:
     """Steps of one model on random tokens: forward, backward, optimizer."""
 
-    def __init__(self, model: torch.nn.Module, ids: torch.Tensor, steps: int, methods=()):
-        self.model, self.ids, self.steps = model, ids, steps
-        self.optimizer = lf.optim.LoRAAdamW(model, lr=1e-5, methods=methods)
+    def __init__(self, model: torch.nn.Module, ids: torch.Tensor, steps: int, optimizer, autocast: bool = False):
+        self.model, self.ids, self.steps, self.optimizer, self.autocast = model, ids, steps, optimizer, autocast
 
     def run(self) -> None:
         for _ in range(self.steps):
-            self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss.backward()
+            with torch.autocast(self.ids.device.type, torch.bfloat16, enabled=self.autocast):
+                loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+            loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
 
+    @property
+    def provider(self) -> Provider:
+        return Provider(self.run, apart=False)
 
-def blocks(tiny: bool, device: torch.device) -> torch.nn.Module:
-    """Four of Llama-3-8B's blocks with random weights."""
+
+def llama(tiny: bool, blocks: int, vocabulary: int, device: torch.device) -> torch.nn.Module:
+    """Llama-3-8B's shapes, random weights in bfloat16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    hidden, inner, count = (32, 64, 1) if tiny else (4096, 14336, 4)
+    hidden, inner = (32, 64) if tiny else (4096, 14336)
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=inner,
-        num_hidden_layers=count,
+        num_hidden_layers=blocks,
         num_attention_heads=4 if tiny else 32,
         num_key_value_heads=2 if tiny else 8,
-        vocab_size=1024,
+        vocab_size=vocabulary,
         max_position_embeddings=8192,
+        tie_word_embeddings=False,
     )
     torch.manual_seed(0)
-    with torch.device(device):
-        return LlamaForCausalLM(config).bfloat16()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
 
 
-def sides(options: Options) -> dict:
-    """Name → function that builds its provider; LoRA and NB-LoRA share their frozen weights."""
-    tiny, device = options.dry_run, options.device
-    base = blocks(tiny, device)
-    ids = torch.randint(1024, (1, 16 if tiny else 4096), device=device)
-    r, steps = (4, 1) if tiny else (RANK, STEPS)
+def copied(model: torch.nn.Module, own_weights: bool = False) -> torch.nn.Module:
+    """The same modules anew, over the same weights unless they are to be its own."""
+    return copy.deepcopy(model, None if own_weights else {id(p): p for p in model.parameters()}).train()
+
+
+def launched(model: torch.nn.Module, optimizer, n_tokens: int, autocast: bool) -> dict:
+    """What steps launch, without torch's own work: each distinct layer once forward and backward, and the optimizer."""
+    layers = [module for module in model.modules() if isinstance(module, lf.LoRALinear | lf.NBLoRALinear)]
+    results = []
+    for layer in {(layer.in_features, layer.out_features): layer for layer in layers}.values():
+        x = torch.zeros(1, n_tokens, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results.append(layer(x))
+    torch.autograd.backward(results, [torch.zeros_like(y) for y in results])
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    optimizer.step()
+    return {}
+
+
+# ---- Stage 1: our methods
+
+
+def training(options: Options) -> Jobs:
+    """Training steps of four of Llama-3-8B's blocks: what NB-LoRA and ScaLoRA (every 10 steps) cost over LoRA."""
+    return [(TRAINING, lambda: of_methods(options))]
+
+
+def of_methods(options: Options) -> dict:
+    """Of each method, µs a step and the ratio to LoRA's of the same round; p20, p50, p80. Or why there is none."""
+    tiny = options.tiny
+    base = llama(tiny, 4 if options.mode == "device" else 1, 1024, options.device)
+    n_tokens, steps = (16, 1) if tiny else (4096, STEPS)
+    ids = torch.randint(1024, (1, n_tokens), device=options.device)
 
     def build(adapter, methods=(), own_weights: bool = False) -> Provider:
-        model = copy.deepcopy(base, None if own_weights else {id(p): p for p in base.parameters()})
+        model = copied(base, own_weights)
         lf.inject_(model, adapter)
-        return Provider(Training(model.train(), ids, steps, methods).run)
+        optimizer = lf.optim.LoRAAdamW(model, lr=1e-5, methods=methods)
+        if options.mode == "stub":
+            return Provider(lambda: launched(model, optimizer, n_tokens, False))
+        return Training(model, ids, steps, optimizer).provider
 
-    plain = lf.LoRAConfig(r=r, alpha=2 * r)
-    scalora = lf.methods.ScaLoRA(interval=INTERVAL)
-    return {
-        "LoRA": lambda: build(plain),
-        "NB-LoRA": lambda: build(lf.NBLoRAConfig(r=r)),
-        "ScaLoRA": lambda: build(plain, (scalora,), own_weights=True),  # its merges change the weights
+    providers = {
+        "LoRA": lambda: build(PLAIN),
+        "NB-LoRA": lambda: build(lf.NBLoRAConfig(r=RANK)),
+        "ScaLoRA": lambda: build(PLAIN, lf.methods.ScaLoRA(interval=INTERVAL), own_weights=True),  # it changes them
     }
-
-
-def measured(options: Options) -> dict:
-    """Of each side, µs a step and the ratio to LoRA's of the same round; p20, p50, p80. Or why there is none."""
+    if tiny:
+        providers = {name: functools.partial(build, config) for name, config in (
+            ("LoRA", lf.LoRAConfig(r=4)), ("NB-LoRA", lf.NBLoRAConfig(r=4)),
+        )}  # fmt: skip
+    if options.mode == "stub":
+        return {name: once(provider()) for name, provider in providers.items()}
     ready, figures = {}, {}
-    for name, build in sides(options).items():
+    for name, provider in providers.items():
         try:
-            ready[name] = options.surviving(name, build)()
+            ready[name] = options.surviving(name, provider)()
         except Unavailable as reason:
             figures[name] = {"unavailable": str(reason)}
     if not ready:
         return figures
-    rounds = timed(ready, options.device, 0.0 if options.dry_run else options.seconds / 4, simply)
-    steps = 1 if options.dry_run else STEPS
+    rounds = timed(ready, options.device, options.seconds / 3 if options.mode == "device" else 0.0, simply)
     for name in ready:
         times = rounds.times(name, "forward")
-        figures[name] = {"microseconds a step": [t / steps for t in spread(times)]}
+        figures[name] = {
+            "microseconds a step": [t / steps for t in spread(times)],
+            "host": spread(rounds.host_times(name, "forward"))[1] / steps,
+        }
         if "LoRA" in ready:
             pairs = zip(times, rounds.times("LoRA", "forward"), strict=True)
             figures[name]["over LoRA"] = spread([mine / other for mine, other in pairs])
     return figures
+
+
+# ---- Stage 2: the whole model
+
+
+def whole(options: Options) -> Jobs:
+    """A whole training step of Llama-3-8B's shapes by PEFT and ours: tokens a second, peak memory."""
+    return [(WHOLE, lambda: of_engines(options))]
+
+
+def engines(options: Options, base: torch.nn.Module) -> dict[str, Callable[[], tuple[torch.nn.Module, object]]]:
+    """Name → function that returns a model with adapters over the same weights, and its optimizer."""
+    r = 4 if options.tiny else RANK
+
+    def peft():
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise Unavailable(f"peft cannot be imported: {error}") from error
+        config = LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear")
+        model = get_peft_model(copied(base), config)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return model, torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=True)
+
+    def own(adapter, methods=()):
+        model = copied(base)
+        lf.inject_(model, adapter)
+        return model, lf.optim.LoRAAdamW(model, lr=1e-5, methods=methods)
+
+    plain, methods = lf.LoRAConfig(r=r, alpha=2 * r), lf.methods
+    found = {"PEFT": peft, "ours": lambda: own(plain)} if options.mode != "stub" else {"ours": lambda: own(plain)}
+    return found | {
+        "ours, iLoRA": lambda: own(plain, methods.ILoRA(lam=0.1)),
+        "ours, πLoRA": lambda: own(plain, methods.PiLoRA()),
+        "ours, NB-LoRA": lambda: own(lf.NBLoRAConfig(r=r)),
+        "ours, ScaLoRA": lambda: own(plain, methods.ScaLoRA(interval=INTERVAL)),  # of random weights any will do
+    }
+
+
+def of_engines(options: Options) -> dict:
+    """Interleaved steps under bfloat16 autocast, as Trainer's; what is known is written after every round."""
+    tiny = options.tiny
+    blocks, vocabulary = (32, 128_256) if options.mode == "device" else (2, 128)
+    base = llama(tiny, blocks, vocabulary, options.device)
+    shape = (1, 16) if tiny else (BATCH, SEQUENCE)
+    ids = torch.randint(128, shape, device=options.device)
+    models, providers, figures = {}, {}, {}
+    for name, build in engines(options, base).items():
+
+        def provider(name=name, build=build) -> Provider:
+            models[name], optimizer = build()
+            if options.mode == "stub":
+                return Provider(lambda: launched(models[name], optimizer, ids.numel(), True))
+            checkpoint_(models[name], figures.get("checkpointed blocks, one in", 0))
+            return Training(models[name], ids, 1, optimizer, autocast=True).provider
+
+        providers[name] = provider
+    if options.mode == "stub":
+        return {name: once(provider()) for name, provider in providers.items()}
+    figures["checkpointed blocks, one in"] = checkpointing_that_fits(providers, models, figures, options)
+    ready = {}
+    for name, provider in providers.items():
+        try:
+            ready[name] = options.surviving(name, provider)()
+            figures[name] = {"peak GiB": peak(ready[name], options.device)}
+        except Unavailable as reason:
+            figures[name] = {"unavailable": str(reason)}
+    rounds = Rounds(ready, options.device)
+    for _ in range((ROUNDS if options.mode == "device" else 1) * bool(ready)):
+        rounds.run()
+        for name in ready:
+            times = rounds.times(name, "forward")
+            # The mean, since ScaLoRA merges in one of ten steps.
+            figures[name] |= {"seconds a step": statistics.mean(times) / 1e6, "rounds": len(times)}
+            figures[name]["tokens a second"] = ids.numel() / figures[name]["seconds a step"]
+            figures[name]["host seconds"] = statistics.median(rounds.host_times(name, "forward")) / 1e6
+        options.figures.add("whole", WHOLE, figures)
+    return figures
+
+
+def checkpoint_(model: torch.nn.Module, one_in: int) -> None:
+    """Activation checkpointing of one in so many blocks; 0: of none."""
+    if one_in:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for i, block in enumerate(block for block in model.modules() if hasattr(block, "gradient_checkpointing")):
+            block.gradient_checkpointing = i % one_in == 0
+
+
+def checkpointing_that_fits(providers: dict, models: dict, figures: dict, options: Options) -> int:
+    """How few blocks PEFT's model, or else ours, must checkpoint to have memory enough: the same for all."""
+    name = next(iter(providers))
+    for one_in in CHECKPOINTED:
+        figures["checkpointed blocks, one in"] = one_in
+        try:
+            once(providers[name]())
+            return one_in
+        except Unavailable:
+            return one_in
+        except torch.cuda.OutOfMemoryError as error:
+            failure = of_chain(error)
+        finally:
+            models.pop(name, None)
+            gc.collect()
+            if options.device.type == "cuda":
+                torch.cuda.empty_cache()
+    raise RuntimeError(f"no memory for a step of {name}, every block checkpointed: {failure}")
+
+
+def peak(provider: Provider, device: torch.device) -> float | None:
+    """GiB that were allocated at once in a run, all weights counted."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    once(provider)
+    return torch.cuda.max_memory_allocated(device) / 2**30

@@ -2,8 +2,13 @@
 
 A ``Comparison`` is what an op's file builds from a case: providers to be built on demand, the least work that the op
 is, and the exact result. ``measure`` makes rows of it, one for each provider and mode. Timings are of interleaved
-rounds, the order turned by one place each round, L2 flushed before every run on CUDA; the ratio to the first provider
-is taken round by round, so that drift of the machine cancels.
+rounds, the order turned by one place each round; the ratio to the first provider is taken round by round, so that drift
+of the machine cancels.
+
+On CUDA a run has two times. The device's is that between events, after L2 was flushed and the device was kept busy
+("head start") for longer than the host takes to enqueue the run: without that the host's time would be reported as a
+kernel's. The host's is the time of that enqueueing. A provider that makes the host wait (``torch.linalg.inv`` does)
+cannot be told apart in this way, and is marked ``exposed``.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from torch import Tensor
 
 MODES = ("forward", "backward", "full")
 FEWEST, MOST = 5, 100  # rounds
+FIRST_HEAD_START, LEAST_HEAD_START, MOST_HEAD_START = 3e-3, 0.3e-3, 50e-3  # seconds; the first: while warming up
 
 
 class Unavailable(Exception):
@@ -51,6 +57,7 @@ class Provider:
         results: from forward's value, after backward, the tensors whose error is judged; None where they are not
             comparable.
         prepare: before each run, not timed. context: around each run. own: tensors that are not "saved for backward".
+        apart: whether the device is timed apart from the host; else, as of whole training steps, the time is both's.
         compiled: whether it is torch.compile's. keeps: of forward's value, what its graph keeps for backward besides
             saved tensors.
     """
@@ -62,6 +69,7 @@ class Provider:
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     own: Iterable[Tensor] = ()
     compiled: bool = False
+    apart: bool = True
     keeps: Callable[[object], list[Tensor]] = lambda value: []
 
 
@@ -77,7 +85,8 @@ class Comparison:
 @dataclass
 class Row:
     """One provider in one mode. Times in µs, sizes in bytes; ratio: the first provider's time over this one's, of the
-    same round. ``unavailable``: why nothing was measured."""
+    same round. ``host``: the host's time, where the times are the device's; ``exposed``: the host took longer than its
+    head start, so that its time is in the device's. ``unavailable``: why nothing was measured."""
 
     case: dict
     provider: str
@@ -94,44 +103,81 @@ class Row:
     error: float | None = None  # largest relative L2 error of any result or gradient against float64
     traffic: float | None = None  # bytes asked for over the least possible, counted by the interpreter
     launches: int | None = None  # likewise
+    host: tuple[float, float, float] | None = None  # p20, p50, p80
+    exposed: bool = False
     unavailable: str = ""
+
+
+class Run(NamedTuple):
+    """Seconds of one run: the device's, and the host's. On a CPU they are the same."""
+
+    forward: float
+    backward: float
+    host_forward: float
+    host_backward: float
+
+    def device(self, mode: str) -> float:
+        return self.forward * (mode != "backward") + self.backward * (mode != "forward")
+
+    def host(self, mode: str = "full") -> float:
+        return self.host_forward * (mode != "backward") + self.host_backward * (mode != "forward")
 
 
 @dataclass
 class Rounds:
-    """Timed rounds of some providers: ``run`` is one round."""
+    """Timed rounds of some providers: ``run`` is one round. ``head_start``: seconds for which the device is kept busy
+    while the host enqueues a provider's run."""
 
     providers: dict[str, Provider]
     device: torch.device
-    seconds: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    runs: dict[str, list[Run]] = field(default_factory=dict)
+    head_start: dict[str, float] = field(default_factory=dict)
     turn: int = 0
 
     def run(self) -> None:
         names = list(self.providers)
         first = self.turn % len(names)
-        marks = {}
         for name in names[first:] + names[:first]:
-            marks[name] = self._time(self.providers[name])
-        wait(self.device)
-        for name, (start, middle, end) in marks.items():
-            self.seconds.setdefault(name, []).append((_elapsed(start, middle), _elapsed(middle, end)))
+            self.runs.setdefault(name, []).append(self._time(name))
         self.turn += 1
 
-    def _time(self, provider: Provider) -> tuple:
+    def _time(self, name: str) -> Run:
+        provider = self.providers[name]
         provider.prepare()
         with provider.context():
             _flush(self.device)
-            start = _mark(self.device)
+            wait(self.device)  # so that the driver's queue is empty
+            if provider.apart:
+                _keep_busy(self.device, self.head_start.get(name, FIRST_HEAD_START))
+            start, began = _mark(self.device), time.perf_counter()
             value = provider.forward()
-            middle = _mark(self.device)
+            between, middle = time.perf_counter(), _mark(self.device)
             if provider.backward is not None:
                 provider.backward(value)
-            return start, middle, _mark(self.device)
+            ended, end = time.perf_counter(), _mark(self.device)
+            wait(self.device)
+        return Run(_elapsed(start, middle), _elapsed(middle, end), between - began, ended - between)
+
+    def warmed_up(self) -> None:
+        """Forgets the runs so far; from now on a head start is as long as the provider needs."""
+        for name, runs in self.runs.items():
+            longest = max(run.host() for run in runs)
+            self.head_start[name] = min(MOST_HEAD_START, max(LEAST_HEAD_START, 2.5 * longest))
+        self.runs.clear()
 
     def times(self, name: str, mode: str) -> list[float]:
         """µs of each round."""
-        pick = {"forward": lambda f, b: f, "backward": lambda f, b: b, "full": lambda f, b: f + b}[mode]
-        return [1e6 * pick(*pair) for pair in self.seconds[name]]
+        return [1e6 * run.device(mode) for run in self.runs[name]]
+
+    def host_times(self, name: str, mode: str) -> list[float]:
+        """µs that the host took to enqueue each round."""
+        return [1e6 * run.host(mode) for run in self.runs[name]]
+
+    def is_exposed(self, name: str) -> bool:
+        """Whether the host's time is in the device's, in one round of five or more."""
+        if self.device.type != "cuda" or not self.providers[name].apart:
+            return False
+        return spread([run.host() for run in self.runs[name]])[2] > self.head_start.get(name, FIRST_HEAD_START)
 
 
 def measure(
@@ -155,6 +201,8 @@ def measure(
             work = comparison.work[mode]
             row = Row(asdict(case), name, mode, *work, p20, p50, p80, roofline=ceilings.microseconds(work) / p50)
             row.ratio = spread([r / t for r, t in zip(reference, times, strict=True)])
+            if setting.device.type == "cuda":
+                row.host, row.exposed = spread(rounds.host_times(name, mode)), rounds.is_exposed(name)
             row.peak, row.saved, row.error = extra[name]
             rows.append(row)
     return rows
@@ -170,7 +218,7 @@ def timed(providers: dict[str, Provider], device: torch.device, seconds: float, 
     rounds.run()
     rounds.run()
     round_seconds = (time.perf_counter() - start) / 2
-    rounds.seconds.clear()
+    rounds.warmed_up()
     drive(rounds.run, max(FEWEST, min(MOST, int(seconds / round_seconds))))
     return rounds
 
@@ -315,11 +363,24 @@ def wait(device: torch.device) -> None:
 
 
 def _flush(device: torch.device) -> None:
-    """L2 holds nothing of the operands afterwards. It takes the device long enough for the host to prepare a launch."""
+    """L2 holds nothing of the operands afterwards."""
     if device.type == "cuda":
         _scratch(device).zero_()
 
 
 @functools.lru_cache
 def _scratch(device: torch.device) -> Tensor:
-    return torch.empty(512 << 20, dtype=torch.int8, device=device)
+    return torch.empty(256 << 20, dtype=torch.int8, device=device)
+
+
+def _keep_busy(device: torch.device, seconds: float) -> None:
+    """The device does nothing for so long, and what is enqueued meanwhile waits."""
+    if device.type == "cuda":
+        torch.cuda._sleep(int(seconds * _cycles_per_second(device)))
+
+
+@functools.lru_cache
+def _cycles_per_second(device: torch.device) -> float:
+    """Measured twice: the first time the clock may still be that of an idle device."""
+    cycles = 20_000_000
+    return cycles / [_seconds(functools.partial(torch.cuda._sleep, cycles), device) for _ in range(2)][1]

@@ -1,39 +1,66 @@
-"""README's GPU table, from the newest file in results/.
+"""README's GPU table, from the newest files in results/.
 
-    python bench/readme_table.py             # writes it into README.md, between its two marks
-    python bench/readme_table.py --check     # exit status 1 if README.md says something else
+python bench/readme_table.py DIR         # keeps what bench/gpu.py --out DIR has measured, then writes the table
+python bench/readme_table.py             # writes it into README.md, between its two marks
+python bench/readme_table.py --check     # exit status 1 if README.md says something else
 """
 
 import argparse
-import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
+from gpu_goals import verdicts
+from gpu_section import Figures
+from gpu_stages import STAGES
+
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- gpu table: bench/readme_table.py -->", "<!-- end of gpu table -->"
-UNVERIFIED = (
-    "**Not verified on a GPU**: no speed on a GPU is claimed anywhere here. `python bench/gpu.py` measures it in nine\n"
-    "minutes on an H100 or H200 and writes `bench/results/`; `python bench/readme_table.py` then puts the table here."
-)
+UNVERIFIED = "**Not verified on a GPU**: no speed on a GPU is claimed anywhere here."
 
 
-def newest(results: Path) -> Path | None:
-    """The results file with the latest date."""
-    dated = [(json.loads(path.read_text())["conditions"]["date"], path.name, path) for path in results.glob("*.json")]
-    return max(dated)[2] if dated else None
+def conditions(path: Path) -> dict:
+    return Figures(path).read()["conditions"]["machine"]
+
+
+def newest(results: Path) -> dict[int, Path]:
+    """Stage → the results file with the latest date."""
+    found = {}
+    for stage in STAGES:
+        dated = [(conditions(path)["date"], path.name, path) for path in results.glob(f"*-stage{stage}.jsonl")]
+        if dated:
+            found[stage] = max(dated)[2]
+    return found
+
+
+def take(folder: Path, results: Path) -> None:
+    """Copies the figures and pictures of a run's folder to the results, under the device's name and the date."""
+    taken = [path for stage in STAGES if (path := folder / f"stage{stage}.jsonl").exists()]
+    if not taken:
+        sys.exit(f"{folder}: no stage1.jsonl or stage2.jsonl, which bench/gpu.py --out {folder} writes")
+    results.mkdir(parents=True, exist_ok=True)
+    for path in taken:
+        where = conditions(path)
+        device = re.sub(r"[^A-Za-z0-9]+", "-", where["device"]).strip("-").lower()
+        for file in (path, path.with_suffix(".png")):
+            if file.exists():
+                shutil.copyfile(file, results / f"{device}-{where['date']}-{file.name}")
 
 
 def table(results: Path) -> str:
-    """Markdown: goal, measured and verdict of the newest run, or that there is none."""
-    path = newest(results)
-    if path is None:
+    """Markdown: goal, measured and verdict of the newest run of each stage, or that there is none."""
+    found = newest(results)
+    if not found:
         return UNVERIFIED
-    found = json.loads(path.read_text())
-    where = found["conditions"]
-    lines = ["| figure | goal | measured | verdict |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(row[name] for name in row)} |" for row in found["verdicts"]]
-    told = f"{where['device']}, driver {where['driver']}, torch {where['torch']}, Triton {where['triton']}"
-    return "\n".join([*lines, "", f"{told}, {where['date']}: `bench/results/{path.name}`, by `python bench/gpu.py`."])
+    lines, sources = ["| figure | goal | measured | verdict |", "|---|---|---|---|"], []
+    for stage, path in found.items():
+        rows = verdicts(Figures(path).read(), STAGES[stage].sections)
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+        where = conditions(path)
+        told = f"{where['device']}, driver {where['driver']}, torch {where['torch']}, Triton {where['triton']}"
+        sources.append(f"Stage {stage}: {told}, {where['date']}: `bench/results/{path.name}`.")
+    return "\n".join([*lines, "", *sources])
 
 
 def with_table(readme: str, results: Path) -> str:
@@ -44,12 +71,15 @@ def with_table(readme: str, results: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="what bench/gpu.py --out has written")
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
-    check = parser.parse_args().check
+    options = parser.parse_args()
+    if options.folder:
+        take(options.folder, HERE / "results")
     path = HERE.parent / "README.md"
     now = path.read_text(encoding="utf-8")
     wanted = with_table(now, HERE / "results")
-    if check:
+    if options.check:
         sys.exit("README.md: its GPU table is not that of the newest results" if wanted != now else 0)
     path.write_text(wanted, encoding="utf-8")
 

@@ -1,10 +1,14 @@
 """The optimizer's step on all adapter pairs of a model: LoRAAdamW and its methods against what there is.
 
-Only the shapes of the model are used; gradients are random and the same for every provider. Every run begins where the
-first one did: factors, gradients (PEFT's Riemannian optimizer writes into them, and would diverge on its own results)
-and the optimizer's state are written back, in place and in that order, before the clock starts. That is alike for all
-providers, and before L2 is flushed; where it is not flushed, on a CPU, each of them starts with the same kinds of bytes
-freshly written. ScaLoRA's weights are not restored: what they hold makes no difference to a step.
+Only the shapes of the model are used; gradients are random and the same for every provider. Every run is the step after
+the thousandth (a first step costs less: its powers of the betas are short) and begins where the others did: factors,
+gradients (PEFT's Riemannian optimizer writes into them, and would diverge on its own results) and the optimizer's state
+are written back, in place and in that order, before the clock starts. That is alike for all providers, and before L2 is
+flushed; where it is not flushed, on a CPU, each of them starts with the same kinds of bytes freshly written. ScaLoRA's
+weights are not restored: what they hold makes no difference to a step.
+
+Of the variants that say so, gradients and learning rate move from run to run, as they do in training (zero_grad sets
+gradients to None, a schedule sets the rate): each gradient is at an address that it never had before.
 """
 
 from __future__ import annotations
@@ -23,6 +27,9 @@ import lora_fast as lf
 from lora_fast import methods as M
 
 LR, LAM = 2e-4, 0.1
+STEPS = 1000  # taken before
+MOVING = ", moving gradients and rate"
+PLACES = 512  # of moving gradients, until an address comes again
 METHODS: dict[str, tuple] = {
     "AdamW": (),
     "ILoRA": (M.ILoRA(lam=LAM),),
@@ -36,7 +43,8 @@ METHODS: dict[str, tuple] = {
 
 def cases(scale: Scale) -> list[Case]:
     """``dtype``: of the weights that ScaLoRA merges into."""
-    return [replace(case, dtype=scale.dtypes[0]) for case in scale.steps("step", tuple(METHODS))]
+    variants = *METHODS, *(f"{name}{MOVING}" for name in ("AdamW", "ILoRA", "PiLoRA"))
+    return [replace(case, dtype=scale.dtypes[0]) for case in scale.steps("step", variants)]
 
 
 def steps(variant: str) -> int:
@@ -45,10 +53,16 @@ def steps(variant: str) -> int:
 
 
 class Trained:
-    """Pairs as parameters with gradients; ``weights``: with a weight of that dtype each, for ScaLoRA to merge into."""
+    """Pairs as parameters with gradients; ``weights``: with a weight of that dtype each, for ScaLoRA to merge into;
+    ``moves``: whether gradients and learning rate do."""
 
     def __init__(
-        self, case: Case, device: torch.device, dtype: torch.dtype = torch.float32, weights: torch.dtype | None = None
+        self,
+        case: Case,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        weights: torch.dtype | None = None,
+        moves: bool = False,
     ):
         pairs = Pairs.of(case, device)
         self.a, self.b = ([nn.Parameter(t.to(dtype)) for t in some] for some in (pairs.a, pairs.b))
@@ -58,6 +72,7 @@ class Trained:
         frozen = [(weight(*shape),) if weights else () for shape in case.pairs]
         self.pairs = [(a, b, 2.0, *w) for a, b, w in zip(self.a, self.b, frozen, strict=True)]
         self._start = [t.clone() for t in self._moving]
+        self._moves = _Moves(self.flat) if moves else None
 
     @property
     def flat(self) -> list[nn.Parameter]:
@@ -68,11 +83,36 @@ class Trained:
         return [p.data for p in self.flat] + [p.grad for p in self.flat]
 
     def restore(self, optimizer: torch.optim.Optimizer) -> None:
-        """Back to where a first step begins."""
+        """Back to where every run begins."""
+        if self._moves:
+            self._moves.move(optimizer)
         torch._foreach_copy_(self._moving, self._start)
         for p in self.flat:
-            for state in optimizer.state.get(p, {}).values():
-                state.zero_()
+            for name, state in optimizer.state.get(p, {}).items():
+                state.fill_(STEPS) if name == "step" else state.zero_()
+
+    def begin(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer makes its state in a first step."""
+        optimizer.step()
+        self.restore(optimizer)
+
+
+class _Moves:
+    """Other places for the gradients of parameters, and another learning rate, at every call."""
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.parameters, self.turn, self.step = parameters, 0, 512 // parameters[0].element_size()
+        self.numels = [-(-p.numel() // self.step) * self.step for p in parameters]
+        self.pool = parameters[0].new_empty(sum(self.numels) + PLACES * self.step)
+
+    def move(self, optimizer: torch.optim.Optimizer) -> None:
+        self.turn += 1
+        place = self.turn % PLACES * self.step
+        for p, numel in zip(self.parameters, self.numels, strict=True):
+            p.grad = self.pool[place : place + p.numel()].view_as(p)
+            place += numel
+        for group in optimizer.param_groups:
+            group["lr"] = LR * (1 + self.turn % 7 / 1000)
 
 
 class LoopedILoRA:
@@ -81,7 +121,7 @@ class LoopedILoRA:
     def __init__(self, trained: Trained, fused: bool):
         self.pairs = trained.pairs
         self.adamw = torch.optim.AdamW(trained.flat, lr=LR, weight_decay=0.0, fused=fused or None)
-        self.state = self.adamw.state
+        self.state, self.param_groups = self.adamw.state, self.adamw.param_groups
 
     @torch.no_grad()
     def step(self) -> None:
@@ -110,17 +150,19 @@ def riemannian(trained: Trained):
 
 
 def build(case: Case, setting: Setting) -> Comparison:
-    merges = "ScaLoRA" in case.variant
+    method, moves = case.variant.removesuffix(MOVING), case.variant.endswith(MOVING)
+    merges = "ScaLoRA" in method
     weights = getattr(torch, case.dtype) if merges else None
 
     def provider(
         make: Callable, name: str = "auto", comparable: bool = True, weights: torch.dtype | None = None
     ) -> Callable[[], Provider]:
         def build_one() -> Provider:
-            trained = Trained(case, setting.device, weights=weights)
+            trained = Trained(case, setting.device, weights=weights, moves=moves)
             context = lambda: backend(name)
             with context():
                 optimizer = make(trained)
+                trained.begin(optimizer)
 
             def run():
                 for _ in range(steps(case.variant)):
@@ -128,14 +170,16 @@ def build(case: Case, setting: Setting) -> Comparison:
 
             named = lambda _: {str(i): p for i, p in enumerate(trained.flat)}
             prepare = lambda: trained.restore(optimizer)
-            return Provider(run, None, named if comparable else None, prepare, context, own=trained.flat)
+            results = named if comparable and not moves else None  # another rate is another result
+            return Provider(run, None, results, prepare, context, own=trained.flat)
 
         return build_one
 
     def exact() -> dict[str, torch.Tensor]:
         trained = Trained(case, setting.device, torch.float64, torch.float64 if merges else None)
         with backend("torch"):
-            optimizer = lf.optim.LoRAAdamW(trained.pairs, lr=LR, methods=METHODS[case.variant])
+            optimizer = lf.optim.LoRAAdamW(trained.pairs, lr=LR, methods=METHODS[method])
+            trained.begin(optimizer)
             for _ in range(steps(case.variant)):
                 optimizer.step()
         return {str(i): p.detach() for i, p in enumerate(trained.flat)}
@@ -144,14 +188,14 @@ def build(case: Case, setting: Setting) -> Comparison:
     looped = lambda fused: lambda trained: LoopedILoRA(trained, fused)
     lora_adamw = lambda *methods: lambda trained: lf.optim.LoRAAdamW(trained.pairs, lr=LR, methods=methods)
     name = "triton" if setting.triton else "torch"
-    mine = provider(lora_adamw(*METHODS[case.variant]), name, weights=weights)
-    if case.variant == "AdamW":
+    mine = provider(lora_adamw(*METHODS[method]), name, weights=weights)
+    if method == "AdamW":
         providers = {"torch's fused AdamW": provider(plain(True)), "torch's AdamW": provider(plain(False))}
         providers["ours"] = mine
-    elif case.variant == "ILoRA":
+    elif method == "ILoRA":
         loops = {f"loop on torch's {kind}AdamW": provider(looped(bool(kind))) for kind in ("", "fused ")}
         providers = loops | {"torch's fused AdamW alone": provider(plain(True), comparable=False), "ours": mine}
-    elif case.variant == "PiLoRA":
+    elif method == "PiLoRA":
         providers = {"PEFT's Riemannian": provider(riemannian, comparable=False), "ours": mine}
     else:
         providers = {"ours without a method": provider(lora_adamw(), name, comparable=False), "ours": mine}

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,13 +120,20 @@ def build(folder: Path) -> Path:
     return path
 
 
-def install(arch: int) -> Stub:
-    """This process now has a card of this arch, of which CPU tensors are the memory."""
+@lru_cache
+def load() -> ctypes.CDLL:
+    """Makes this process take the stub for libcuda.so.1. On a machine that has the real one this comes before torch is
+    imported: a torch for CUDA loads libcuda.so.1, and of one name only the first is used."""
     folder = Path(tempfile.mkdtemp(prefix="stub-driver-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    return ctypes.CDLL(str(build(folder)), mode=ctypes.RTLD_GLOBAL)
+
+
+def install(arch: int) -> Stub:
+    """This process now has a card of this arch, of which CPU tensors are the memory."""
     os.environ.pop("TRITON_INTERPRET", None)
-    stub = Stub(ctypes.CDLL(str(build(folder)), mode=ctypes.RTLD_GLOBAL))
+    stub = Stub(load())
 
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver

@@ -10,6 +10,8 @@ from lora_fast import reference_cayley
 from lora_fast.cayley import Free, factors
 from lora_fast.functional import cayley
 
+pytestmark = pytest.mark.gpu
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(7, 3, 4), (5, 3, 2), (6, 2, 5), (3, 3, 9), (4, 1, 3), (7, 3, 4)]  # d_in, r, d_out
 

@@ -13,6 +13,8 @@ import lora_fast as lf
 from lora_fast import reference_cayley as twin
 from lora_fast.kernels import cayley, interpreted, table
 
+pytestmark = pytest.mark.gpu
+
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 COUNTED = pytest.mark.skipif(DEVICE.type == "cuda", reason="counted by the interpreter")
 NAN_MEANT = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's

@@ -24,6 +24,8 @@ from lora_fast import reference
 from lora_fast.kernels import gluon_linear, layer, tiles
 from lora_fast.kernels.launch import LaunchError
 
+pytestmark = pytest.mark.gpu
+
 SEED, SCALING = (1 << 40) + 5, 1.5
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -16,6 +16,8 @@ from lora_fast import methods as M
 from lora_fast.groups import Group
 from lora_fast.kernels import interpreted
 
+pytestmark = pytest.mark.gpu
+
 ONE_RANK, TWO_RANKS = [(24, 40, 4), (17, 33, 4)], [(24, 40, 4), (9, 50, 4), (17, 33, 3)]
 LONG = {
     "ilora lora+": [M.ILoRA(lam=1.0), M.LoRAPlus(4.0)],

@@ -11,6 +11,8 @@ from triton.runtime.interpreter import InterpretedFunction
 from lora_fast import reference_scalora as twin
 from lora_fast.kernels import hadamard, interpreted, rescale
 
+pytestmark = pytest.mark.gpu
+
 EPS = torch.finfo(torch.float32).eps
 # numpy's, of values that a kernel computes and does not choose
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning")

@@ -11,6 +11,8 @@ from launching import poisoned_empty
 from lora_fast import reference
 from lora_fast.kernels import launch, layer, tiles
 
+pytestmark = pytest.mark.gpu
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAMES = ("y", "dx", "dbias", "da", "db")
 

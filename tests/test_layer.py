@@ -17,6 +17,8 @@ from lora_fast.functional import lora_linear
 from lora_fast.kernels import layer as kernel_layer
 from lora_fast.kernels import tiles
 
+pytestmark = pytest.mark.gpu
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ["torch", "triton"]
 

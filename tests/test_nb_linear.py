@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import lora_fast as lf
 from lora_fast import cayley, nb_linear
 
+pytestmark = pytest.mark.gpu
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NORMS = ["spectral", "frobenius", "nuclear"]
 EPS = torch.finfo(torch.float32).eps

@@ -9,6 +9,8 @@ from torch import nn
 
 import lora_fast as lf
 
+pytestmark = pytest.mark.gpu
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = {"wide": (10, 6), "tall": (6, 10), "square": (8, 8)}
 

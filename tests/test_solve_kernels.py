@@ -9,6 +9,8 @@ from triton.runtime.interpreter import InterpretedFunction
 from lora_fast import reference_step as twin
 from lora_fast.kernels import interpreted, inverse, solve
 
+pytestmark = pytest.mark.gpu
+
 FLOAT32 = torch.float32
 EPS = torch.finfo(FLOAT32).eps
 COUNTED = pytest.mark.skipif(DEVICE.type == "cuda", reason="counted by the interpreter")

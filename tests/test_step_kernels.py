@@ -11,6 +11,8 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from lora_fast.kernels import gram, interpreted, merge, solve, step, table
 
+pytestmark = pytest.mark.gpu
+
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 ALL = gram.Grams._fields
 MIXED = [(4, 33, 70), (7, 64, 5), (16, 2300, 1), (1, 1, 9), (16, 512, 4096), (3, 8, 16)]  # r, d_in, d_out

@@ -1,0 +1,139 @@
+"""Compiled kernels that travel: a Triton cache filled on a machine without a GPU and used on one that has it.
+
+Triton keys a compiled kernel by its source, the options, the arch, ptxas, and a hash of Triton's own files. The last
+differs between builds of one version for two Pythons, though they compile the same, so it is replaced here by the
+version. The folder is a run's own, so that no other program meets these keys. A group file names its members by their
+absolute paths, so it is written anew where an archive is unpacked.
+
+As a pytest plugin (``-p gpu_cache``) it lets the tests use such a folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+OWN_KEYS, STUB_ARCH = "LORA_FAST_GPU_CACHE", "LORA_FAST_STUB_ARCH"  # variables of a process's environment
+if STUB_ARCH in os.environ:
+    sys.path.insert(0, str(TESTS))
+    import stub_driver
+
+    stub_driver.load()  # before torch is imported
+
+import torch  # noqa: E402
+
+ARCH = 90  # what is compiled for machines that have a GPU
+MEBIBYTE = 1 << 20
+GROUP = "__grp__"
+EVERY = 15  # seconds between two lines that show progress
+counts: Counter[str] = Counter()  # of this process: "hits", "misses"
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What a process needs in its environment to compile into the folder."""
+    return {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1", OWN_KEYS: "1"}
+
+
+def use() -> None:
+    """This process counts what it finds compiled; in a folder of the run's own it compiles with keys that travel."""
+    import triton
+    from triton import knobs
+    from triton.runtime import cache
+
+    if OWN_KEYS in os.environ:
+        if not hasattr(cache, "triton_key"):
+            raise RuntimeError(f"Triton {triton.__version__}: triton.runtime.cache has no triton_key to replace")
+        cache.triton_key = lambda: triton.__version__
+    knobs.compilation.listener = _count
+
+
+def _count(cache_hit: bool, **_) -> None:
+    counts["hits" if cache_hit else "misses"] += 1
+
+
+def pytest_configure(config) -> None:
+    use()
+    if STUB_ARCH in os.environ:
+        on_stub_driver()
+        import budget
+
+        budget.check = torch.testing.assert_close = lambda *values, **options: None  # they compare what means nothing
+
+
+def stub_environment() -> dict[str, str]:
+    """What a process needs in its environment to work on the stub driver."""
+    return {STUB_ARCH: str(ARCH), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def on_stub_driver() -> None:
+    """This process has a card on which nothing is computed, neither by our kernels nor by torch's large products."""
+    import stub_runs
+
+    warnings.filterwarnings("ignore", message="CUDA initialization")  # torch's own, of a driver that is not there
+    stub_driver.install(int(os.environ[STUB_ARCH]))
+    stub_runs.leave_products_out()
+    zeros = lambda *shape, generator=None, **options: torch.zeros(*shape, **options)
+    torch.randn = zeros  # takes no time until it is written
+
+
+def compile_tests(processes: int) -> None:
+    """What the tests launch, as far as they come on a driver that computes nothing: their failures mean nothing."""
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    options = f"-q -p gpu_cache -p no:cacheprovider -n {processes} --dist worksteal --tb no -W ignore".split()
+    environment = {**os.environ, "PYTHONPATH": path, **stub_environment()}
+    cache, start = Path(os.environ["TRITON_CACHE_DIR"]), time.monotonic()
+    command = [sys.executable, "-m", "pytest", *options, "-m", "gpu and not budget"]
+    with subprocess.Popen(command, cwd=TESTS, env=environment, stdout=subprocess.DEVNULL) as tests:
+        while tests.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                tests.wait(EVERY)
+            kernels = sum(name.endswith(".cubin") for name in entries(cache))
+            print(f"  tests, {time.monotonic() - start:.0f} s: {kernels} kernels in all", flush=True)
+
+
+def entries(folder: Path) -> set[str]:
+    """The files of a cache, but for sources and for what is not finished."""
+    files = {path.relative_to(folder) for path in folder.glob("*/*") if path.is_file() and path.suffix != ".source"}
+    return {str(file) for file in files}
+
+
+def pack(folder: Path, names: Iterable[str], archive: Path, most: float, preset: int = 6) -> list[str]:
+    """Writes files of a cache to an archive of at most ``most`` MiB, of a kernel all or none. Returns the names of
+    those that had no room."""
+    names, left = sorted(names), []
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = archive.with_name(f"{archive.name}.new")
+    while True:
+        with tarfile.open(unfinished, "w:xz", preset=preset) as tar:
+            for name in names:
+                tar.add(folder / name, name)
+        size = unfinished.stat().st_size / MEBIBYTE
+        if size <= most or not names:
+            unfinished.replace(archive)
+            return left
+        keep = int(len(names) * 0.95 * most / size)
+        while keep and Path(names[keep - 1]).parent == Path(names[keep]).parent:
+            keep -= 1
+        names, left = names[:keep], left + names[keep:]
+
+
+def unpack(archive: Path, folder: Path) -> int:
+    """Adds an archive's files to a cache. Returns how many kernels are among them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+        files = [folder / member.name for member in tar.getmembers()]
+    for group in (file for file in files if file.name.startswith(GROUP)):
+        members = json.loads(group.read_text())["child_paths"]
+        group.write_text(json.dumps({"child_paths": {member: str(group.parent / member) for member in members}}))
+    return sum(file.suffix == ".cubin" for file in files)

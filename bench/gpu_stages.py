@@ -1,0 +1,105 @@
+"""The two stages of bench/gpu.py: which sections they hold, in which order, and the seconds that each may take.
+
+A stage begins by compiling, then runs its checks side by side, then what is timed, alone. It answers in the order of
+its sections, so that a stage cut short has answered what matters most. All budgets of a stage together are less than
+what it may take; the estimates, of an H100 with 16 cores, are less than the budgets. Neither has been seen on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from gpu_errors import errors
+from gpu_families import families, large
+from gpu_graphs import graphs
+from gpu_memcheck import memcheck
+from gpu_profile import counted, counters
+from gpu_repeats import repeats
+from gpu_section import Section
+from gpu_suite import suite
+from gpu_timings import gemm, grid, inverses, layers, machine, other_steps, small, steps, with_compile
+from gpu_training import training, whole
+
+START = 9.0  # seconds, by estimate, until a process has imported torch, transformers and PEFT
+COMPILERS = 14  # processes that compile
+END = 10.0  # seconds for the cache's archive, the plots and the report
+
+# budget, most of a figure, estimate of a figure, processes
+SECTIONS = {
+    "errors": Section(errors, 55, 20, 0.15, processes=3),
+    "graphs": Section(graphs, 28, 20, 0.5),
+    "repeats": Section(repeats, 20, 20, 0.6),
+    "ceilings": Section(machine, 16, 10, 0.8),
+    "gemm": Section(gemm, 12, 10, 1.3),
+    "layers": Section(layers, 26, 15, 4.0),
+    "steps": Section(steps, 30, 20, 3.5),
+    "inverses": Section(inverses, 6, 6, 2.5),
+    "training": Section(training, 24, 24, 18),
+    "suite": Section(suite, 120, 120, 90),
+    "memcheck": Section(memcheck, 118, 118, 60),
+    "large": Section(large, 100, 60, 3.0),
+    "grid": Section(grid, 34, 15, 1.4),
+    "whole": Section(whole, 85, 85, 75),
+    "with_compile": Section(with_compile, 46, 40, 18),
+    "small": Section(small, 22, 20, 2.0),
+    "other_steps": Section(other_steps, 18, 15, 3.5),
+    "counters": Section(counters, 22, 22, 18),
+}
+WATCHED = {"families": Section(families, 100, 60, 1), "counted": Section(counted, 60, 60, 5)}  # by memcheck, by ncu
+
+
+class Phase(NamedTuple):
+    """``lanes`` run side by side, the sections of one lane one after the other in the same process."""
+
+    seconds: float
+    lanes: tuple[tuple[str, ...], ...]
+
+
+class Stage(NamedTuple):
+    seconds: float
+    compile: float
+    phases: tuple[Phase, ...]
+
+    @property
+    def sections(self) -> list[str]:
+        return [name for phase in self.phases for lane in phase.lanes for name in lane]
+
+
+STAGES = {
+    1: Stage(
+        210,
+        compile=28,
+        phases=(
+            Phase(55, (("errors",), ("graphs", "repeats"))),
+            Phase(115, (("ceilings", "gemm", "layers", "steps", "inverses", "training"),)),
+        ),
+    ),
+    2: Stage(
+        400,
+        compile=25,
+        phases=(
+            Phase(122, (("suite",), ("memcheck",), ("large",))),
+            Phase(243, (("ceilings", "grid", "whole", "with_compile", "small", "other_steps", "counters"),)),
+        ),
+    ),
+}
+
+
+def some(names: list[str]) -> Stage:
+    """A stage of these sections alone: checks first, then what is timed, which is in one lane in any case."""
+    checks = [lane for stage in STAGES.values() for lane in stage.phases[0].lanes]
+    timed = [name for stage in STAGES.values() for lane in stage.phases[1].lanes for name in lane]
+    phases = []
+    for lanes in (checks, [list(dict.fromkeys(timed))]):
+        chosen = [tuple(name for name in lane if name in names) for lane in lanes]
+        chosen = tuple(lane for lane in chosen if lane)
+        seconds = [START + sum(SECTIONS[name].seconds for name in lane) for lane in chosen]
+        phases += [Phase(max(seconds), chosen)] if chosen else []
+    compile_seconds = STAGES[1].compile
+    return Stage(compile_seconds + sum(phase.seconds for phase in phases) + END, compile_seconds, tuple(phases))
+
+
+def estimate(name: str, figures: int) -> float:
+    """Seconds of a section in its share of processes, without their start."""
+    section = SECTIONS[name]
+    return section.estimate * -(-figures // section.processes)
