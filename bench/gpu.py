@@ -300,9 +300,9 @@ def one_share(options: argparse.Namespace) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         figures = Figures(options.figures or Path(folder) / "figures.jsonl")
         progress = Progress.of(options.progress) if options.progress else Progress()
+        gpu_cache.use()
         if options.mode == "stub":
             gpu_cache.on_stub_driver()
-        gpu_cache.use()
         sections = {name: (SECTIONS | WATCHED)[name] for name in options.work}
         return work(sections, Options(options.mode, device, figures, progress, share=(part, parts)))
 

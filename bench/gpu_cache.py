@@ -2,8 +2,10 @@
 
 Triton keys a compiled kernel by its source, the options, the arch, ptxas, and a hash of Triton's own files. The last
 differs between builds of one version for two Pythons, though they compile the same, so it is replaced here by the
-version. The folder is a run's own, so that no other program meets these keys. A group file names its members by their
-absolute paths, so it is written anew where an archive is unpacked.
+version. Before 3.9 the hash of a kernel's source depends on which kernels the process has compiled before (a function
+that it calls does not yet tell which globals it uses), so that is put right. The folder is a run's own, so that no other
+program meets these keys. A group file names its members by their absolute paths, so it is written anew where an archive
+is unpacked.
 
 As a pytest plugin (``-p gpu_cache``) it lets the tests use such a folder.
 """
@@ -48,12 +50,19 @@ def use() -> None:
     """This process counts what it finds compiled; in a folder of the run's own it compiles with keys that travel."""
     import triton
     from triton import knobs
-    from triton.runtime import cache
+    from triton.runtime import cache, jit
 
     if OWN_KEYS in os.environ:
         if not hasattr(cache, "triton_key"):
             raise RuntimeError(f"Triton {triton.__version__}: triton.runtime.cache has no triton_key to replace")
         cache.triton_key = lambda: triton.__version__
+        update_hash = jit.DependenciesFinder._update_hash
+
+        def update_hash_in_order(self, called) -> None:
+            _ = called.cache_key  # which finds its globals
+            update_hash(self, called)
+
+        jit.DependenciesFinder._update_hash = update_hash_in_order
     knobs.compilation.listener = _count
 
 

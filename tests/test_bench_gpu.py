@@ -441,6 +441,22 @@ def test_an_archive_keeps_to_its_limit(tmp_path):
     assert gpu_cache.unpack(archive, tmp_path / "there") == 8 - len(left) // 3
 
 
+def test_keys_do_not_depend_on_what_was_compiled_before(tmp_path):
+    """Triton before 3.9 lets them."""
+    code = """if 1:
+        import sys; sys.path.insert(0, {!r})
+        import gpu_cache; gpu_cache.use()
+        from lora_fast.kernels import grads, linear, project
+        kernels = [linear.lora_linear_kernel, project.lora_project_kernel, grads.lora_grad_a_kernel]
+        keys = {{kernel.__name__: kernel.cache_key for kernel in kernels[::{}]}}
+        print(sorted(keys.items()))
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= gpu_cache.environment(tmp_path)
+    run = lambda step: subprocess.check_output([sys.executable, "-c", code.format(str(BENCH), step)], env=environment)
+    assert run(1) == run(-1)
+
+
 def test_a_filled_cache_is_hit_from_another_place(tmp_path):
     """With the keys that travel: nothing is compiled the second time."""
     counts = []
