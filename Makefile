@@ -55,7 +55,7 @@ $(TRITONS:%=triton-%): triton-%: build/triton-%/.installed
 	PYTHONPATH=build/triton-$* $(BIN)/lora-fast inspect --op linear --op grad_x --arch 90 --arch 100 --no-traffic
 
 gpu-cache: build/triton-$(TRITON)/.installed
-	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python bench/gpu.py --fill-cache build/gpu-cache.tar.xz
+	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) $(BIN)/python bench/gpu.py --fill-cache build/gpu-cache.tar.xz
 
 build/triton-%/.installed: | $(STAMP)
 	$(BIN)/python -m pip install --quiet --target build/triton-$* --no-deps triton==$*

@@ -21,11 +21,15 @@ transformers, pytest with pytest-xdist, matplotlib, compute-sanitizer and ncu ar
 
 import argparse
 import asyncio
+import contextlib
+import ctypes
 import datetime
 import faulthandler
+import importlib
 import importlib.metadata
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,7 +44,7 @@ import torch
 from gpu_goals import Verdict, verdicts
 from gpu_plot import draw
 from gpu_section import MODES, Figures, Options, Progress, in_processes, short, work
-from gpu_stages import COMPILERS, END, SECTIONS, STAGES, START, WATCHED, Stage, estimate, some
+from gpu_stages import COMPILERS, END, SECTIONS, STAGES, START, WATCHED, WITH_MODELS, Stage, estimate, some
 
 import lora_fast
 from lora_fast.kernels import tiles
@@ -48,6 +52,7 @@ from lora_fast.kernels import tiles
 HERE = Path(__file__).resolve().parent
 CARRIED = HERE.parent / "build" / "gpu-cache.tar.xz"
 MOST_PRINTED = 11_000  # characters
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 MOST_CARRIED, MOST_RETURNED = 40, 16  # MiB
 
 
@@ -56,7 +61,7 @@ class Run:
 
     def __init__(self, name: str, stage: Stage, out: Path):
         self.name, self.stage, self.out = name, stage, out
-        self.end = time.monotonic() + stage.seconds
+        self.end = time.monotonic() + stage.seconds - seconds_so_far()
         out.mkdir(parents=True, exist_ok=True)
         for old in out.glob(f"{name}.*"):
             old.unlink()
@@ -69,10 +74,11 @@ class Run:
         return self.end - END - time.monotonic()
 
     def on_device(self, archives: list[Path]) -> None:
-        with tempfile.TemporaryDirectory(prefix="lora-fast-gpu-") as folder:
+        with tempfile.TemporaryDirectory(prefix="lora-fast-gpu-", ignore_cleanup_errors=True) as folder:
             cache = Path(folder) / "triton"
             os.environ |= gpu_cache.environment(cache)
-            carried = sum(gpu_cache.unpack(archive, cache) for archive in archives)
+            counts = [gpu_cache.unpack(archive, cache) for archive in archives]
+            carried = {"carried": sum(usable for usable, _ in counts), "of another Triton": sum(n for _, n in counts)}
             before = gpu_cache.entries(cache)
             asyncio.run(self._compile(Path(folder), carried))
             asyncio.run(self._measure(Path(folder)))
@@ -84,12 +90,17 @@ class Run:
                 "compile", "new kernels", {"packed": kernels(new) - kernels(left), "no room": kernels(left)}
             )
 
-    async def _compile(self, folder: Path, carried: int) -> None:
-        """What the sections launch at their real sizes goes to a stub driver, so that it is in the cache afterwards."""
-        print(f"── compile: {carried} kernels were carried", flush=True)
+    async def _compile(self, folder: Path, carried: dict[str, int]) -> None:
+        """What the sections launch at their real sizes goes to a stub driver, so that it is in the cache afterwards.
+        Meanwhile the files of large packages come into memory."""
+        print(f"── compile: kernels {short(carried)}", flush=True)
+        command = [sys.executable, "-c", "import peft, transformers.models.llama.modeling_llama"]
+        reading = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
         start, figures = time.monotonic(), Figures(folder / "compile.jsonl")
         await compile_all(self.stage.sections, COMPILERS, min(self.stage.compile, self.left), figures, folder)
-        found = compiled(figures) | {"carried": carried}
+        found = compiled(figures) | carried
+        found["ok"] = found["ok"] or None  # the sections themselves will show what does not launch
+        await reading.wait()
         self.figures.add("compile", "kernels", found, time.monotonic() - start)
         print(f"  compile: {short(found)}", flush=True)
 
@@ -110,8 +121,8 @@ class Run:
         figures = self.figures.read()
         text = report(figures, self.stage.sections, self.figures.seconds())
         (self.out / f"{self.name}.txt").write_text(text + "\n", encoding="utf-8")
-        picture = draw(figures, self.out / f"{self.name}.png")
-        print(f"\n{text}\n{picture}\nfigures: {self.figures.path}")
+        print(f"\n{text}\nfigures: {self.figures.path}", flush=True)
+        print(draw(figures, self.out / f"{self.name}.png"), flush=True)
         return not wrong(figures)
 
 
@@ -164,6 +175,13 @@ def summary(figures: dict, sections: list[str], seconds: dict[str, float]) -> st
     return "\n".join([*lines, f"not known: {len(unknown)}", *(line[:160] for line in unknown)])
 
 
+def seconds_so_far() -> float:
+    """Since this process began: importing torch counts, too."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    began = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # since the machine's start
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - began
+
+
 def wrong(figures: dict) -> list[tuple[str, str, dict]]:
     return [(section, name, values) for section, of in figures.items() for name, values in of.items()
             if values.get("ok") is False]  # fmt: skip
@@ -191,7 +209,8 @@ def conditions() -> dict:
 
     import triton
 
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    ptxas = os.environ.get("TRITON_PTXAS_PATH", str(bundled))
     cuda = torch.cuda.is_available()
     state = "name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
     return {
@@ -203,7 +222,7 @@ def conditions() -> dict:
         "lora_fast": lora_fast.__version__,
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "ptxas": (re.search(r"V([\d.]+)", output(str(ptxas), "--version")) or ["", "unknown"])[1],
+        "ptxas": (re.search(r"V([\d.]+)", output(ptxas, "--version")) or ["", "unknown"])[1],
         "python": sys.version.split()[0],
         **{package: version(package) for package in ("numpy", "peft", "transformers")},
         "commit": output("git", "rev-parse", "HEAD"),
@@ -293,8 +312,9 @@ def fill_cache(archive: Path) -> bool:
 
 
 def one_share(options: argparse.Namespace) -> bool:
-    """The work of one process."""
+    """The work of one process, which does not outlive its parent."""
     faulthandler.enable()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     device = torch.device("cuda" if options.mode == "device" else "cpu")
     part, parts = map(int, options.share.split("/"))
     with tempfile.TemporaryDirectory() as folder:
@@ -303,6 +323,10 @@ def one_share(options: argparse.Namespace) -> bool:
         gpu_cache.use()
         if options.mode == "stub":
             gpu_cache.on_stub_driver()
+        if options.mode == "device" and set(options.work) & set(WITH_MODELS):
+            for package in ("peft", "transformers.models.llama.modeling_llama"):
+                with contextlib.suppress(ImportError):  # a provider that needs it says so
+                    importlib.import_module(package)
         sections = {name: (SECTIONS | WATCHED)[name] for name in options.work}
         return work(sections, Options(options.mode, device, figures, progress, share=(part, parts)))
 
@@ -343,8 +367,11 @@ def main() -> None:
     if missing := [str(archive) for archive in archives if not archive.exists()]:
         parser.error(f"--cache: no such file: {', '.join(missing)}")
     run = Run(name, stage, options.out)
-    run.on_device(archives)
-    sys.exit(0 if run.tell() else "something is wrong: see the failures above")
+    try:
+        run.on_device(archives)
+    finally:
+        right = run.tell()
+    sys.exit(0 if right else "something is wrong: see the failures above")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 Triton keys a compiled kernel by its source, the options, the arch, ptxas, and a hash of Triton's own files. The last
 differs between builds of one version for two Pythons, though they compile the same, so it is replaced here by the
 version. Before 3.9 the hash of a kernel's source depends on which kernels the process has compiled before (a function
-that it calls does not yet tell which globals it uses), so that is put right. The folder is a run's own, so that no other
-program meets these keys. A group file names its members by their absolute paths, so it is written anew where an archive
-is unpacked.
+that it calls does not yet tell which globals it uses), so that is put right. The folder is a run's own, so that no
+other program meets these keys. A group file names its members by their absolute paths, so it is written anew where an
+archive is unpacked.
 
 As a pytest plugin (``-p gpu_cache``) it lets the tests use such a folder.
 """
@@ -70,6 +70,15 @@ def _count(cache_hit: bool, **_) -> None:
     counts["hits" if cache_hit else "misses"] += 1
 
 
+def pytest_runtest_teardown(item) -> None:
+    """Ends a process of pytest-xdist whose device answers no more: another one takes its place and its other tests."""
+    if torch.cuda.is_initialized() and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
 def pytest_configure(config) -> None:
     use()
     if STUB_ARCH in os.environ:
@@ -95,11 +104,17 @@ def on_stub_driver() -> None:
     torch.randn = zeros  # takes no time until it is written
 
 
+def test_environment() -> dict[str, str]:
+    """What pytest needs in its environment to find this plugin, from whichever folder."""
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    paths = [str(Path(__file__).parent), *(str(Path(path).absolute()) for path in given)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def compile_tests(processes: int) -> None:
     """What the tests launch, as far as they come on a driver that computes nothing: their failures mean nothing."""
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     options = f"-q -p gpu_cache -p no:cacheprovider -n {processes} --dist worksteal --tb no -W ignore".split()
-    environment = {**os.environ, "PYTHONPATH": path, **stub_environment()}
+    environment = {**test_environment(), **stub_environment()}
     cache, start = Path(os.environ["TRITON_CACHE_DIR"]), time.monotonic()
     command = [sys.executable, "-m", "pytest", *options, "-m", "gpu and not budget"]
     with subprocess.Popen(command, cwd=TESTS, env=environment, stdout=subprocess.DEVNULL) as tests:
@@ -136,13 +151,18 @@ def pack(folder: Path, names: Iterable[str], archive: Path, most: float, preset:
         names, left = names[:keep], left + names[keep:]
 
 
-def unpack(archive: Path, folder: Path) -> int:
-    """Adds an archive's files to a cache. Returns how many kernels are among them."""
+def unpack(archive: Path, folder: Path) -> tuple[int, int]:
+    """Adds an archive's files to a cache. Returns how many of its kernels this Triton can use, and how many it cannot,
+    since another version has compiled them."""
+    import triton
+
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
         files = [folder / member.name for member in tar.getmembers()]
+    versions = Counter()
     for group in (file for file in files if file.name.startswith(GROUP)):
         members = json.loads(group.read_text())["child_paths"]
         group.write_text(json.dumps({"child_paths": {member: str(group.parent / member) for member in members}}))
-    return sum(file.suffix == ".cubin" for file in files)
+        versions[json.loads((group.parent / group.name.removeprefix(GROUP)).read_text())["triton_version"]] += 1
+    return versions[triton.__version__], versions.total() - versions[triton.__version__]

@@ -7,11 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 from gpu_families import families
-from gpu_section import PROGRAM, Jobs, Options
+from gpu_section import PROGRAM, Figures, Jobs, Options
 
 # ptxas and the like are left alone; what torch's own start asks of the driver in vain is no memory error
+MARGIN = 14  # seconds in which the process that waits for it starts and ends
 TOOL = ("--tool", "memcheck", "--target-processes", "application-only", "--report-api-errors", "no")
 
 
@@ -22,29 +25,36 @@ def memcheck(options: Options) -> Jobs:
 
 def check(options: Options) -> dict:
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    command = [sys.executable, str(PROGRAM), "--work", "families", "--mode", options.mode]
     if options.mode != "device":
         tool = None
     # each tensor an allocation of its own, so that a byte beyond its end is seen
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(
-            [tool, *TOOL, *command] if tool else command,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=options.seconds,
-            env=environment,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as late:
-        tail = (late.stdout or b"").decode(errors="replace")[-1500:]
-        return {"ok": None, "error": "out of time", "tail": tail}
-    return verdict(done.stdout, done.returncode, bool(tool))
+    with tempfile.TemporaryDirectory() as folder:
+        figures, output = Figures(Path(folder) / "figures.jsonl"), Path(folder) / "output"
+        command = [sys.executable, str(PROGRAM), "--work", "families", "--mode", options.mode]
+        command += ["--figures", str(figures.path)]
+        with output.open("w") as file:
+            try:
+                status = subprocess.run(
+                    [tool, *TOOL, *command] if tool else command,
+                    stdout=file, stderr=subprocess.STDOUT, timeout=options.seconds - MARGIN, env=environment,
+                ).returncode  # fmt: skip
+            except subprocess.TimeoutExpired:
+                status = None
+        right = [values.get("ok") is True for values in figures.read().get("families", {}).values()]
+        complete = len(right) == len(families(options)) and all(right)
+        return verdict(output.read_text(errors="replace"), status, bool(tool), complete)
 
 
-def verdict(output: str, status: int, checked: bool) -> dict:
-    """Of what compute-sanitizer and the program under it have printed, and its exit status."""
+def verdict(output: str, status: int | None, checked: bool, complete: bool) -> dict:
+    """Of what compute-sanitizer and the program under it have printed, and its exit status (None: it ran out of time).
+    ``complete``: every family has run and was right."""
     summary = re.search(r"ERROR SUMMARY: (\d+) error", output)
-    refused = "Device not supported" in output or (checked and not summary)
+    refused = "Device not supported" in output or (checked and status is not None and not summary)
     errors = int(summary[1]) if checked and summary and not refused else None
     by = "compute-sanitizer" if errors is not None else "it refused" if checked else "not installed"
-    wrong = bool(errors) or (status != 0 and not refused)
-    ok = False if wrong else True if errors == 0 else None
-    return {"ok": ok, "checked by": by, "memory errors": errors, "exit status": status, "tail": output[-1500:]}
+    by = "out of time" if status is None else by
+    wrong = bool(errors) or (status not in (0, None) and not refused)
+    ok = False if wrong else True if errors == 0 and complete else None
+    figures = {"checked by": by, "memory errors": errors, "every family right": complete, "exit status": status}
+    return {"ok": ok, **figures, "tail": output[-1500:]}

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 from gpu_section import PROGRAM, Jobs, Options
+
+MARGIN = 5  # seconds in which the process that waits for ncu ends
 
 # column of the figure → Nsight Compute's metric
 METRICS = {
     "µs": "gpu__time_duration.sum",
     "DRAM %": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "SM %": "sm__throughput.avg.pct_of_peak_sustained_elapsed",
-    "tensor cores %": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
     "registers": "launch__registers_per_thread",
     "occupancy %": "sm__warps_active.avg.pct_of_peak_sustained_active",
 }
+
+
+MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1, "usecond": 1, "ms": 1e3, "msecond": 1e3, "s": 1e6, "second": 1e6}
 
 
 def counters(options: Options) -> Jobs:
@@ -31,13 +38,15 @@ def count(options: Options) -> dict:
     if options.mode != "device" or not tool:
         return {"ok": None, "error": "ncu is not installed" if not tool else "not in a dry run"}
     command = [tool, "--csv", "--kernel-name", "regex:lora_.*", "--clock-control", "none", "--launch-count", "60"]
-    command += ["--metrics", ",".join(METRICS.values()), sys.executable, str(PROGRAM), "--work", "counted"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=options.seconds - 5)
-    except subprocess.TimeoutExpired:
-        return {"ok": None, "error": "out of time"}
-    kernels = parse(done.stdout)
-    return {"ok": True, "kernels": kernels} if kernels else {"ok": None, "error": (done.stdout + done.stderr)[-500:]}
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "ncu.csv"  # is read as far as it came, should the time not suffice
+        command += ["--log-file", str(log), "--metrics", ",".join(METRICS.values())]
+        command += [sys.executable, str(PROGRAM), "--work", "counted"]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, stdout=subprocess.DEVNULL, timeout=options.seconds - MARGIN)
+        output = log.read_text(errors="replace") if log.exists() else ""
+    kernels = parse(output)
+    return {"ok": True, "kernels": kernels} if kernels else {"ok": None, "error": output[-500:] or "ncu wrote nothing"}
 
 
 def parse(output: str) -> list[dict]:
@@ -49,9 +58,10 @@ def parse(output: str) -> list[dict]:
     names, launches = {metric: name for name, metric in METRICS.items()}, {}
     for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))):
         if row["Metric Name"] in names:
-            value = float(row["Metric Value"].replace(",", ""))
-            if row["Metric Unit"] in ("ns", "nsecond"):
-                value /= 1e3
+            try:
+                value = float(row["Metric Value"].replace(",", "")) * MICROSECONDS.get(row["Metric Unit"], 1)
+            except ValueError:  # "n/a"
+                continue
             launch = launches.setdefault(row["ID"], {"kernel": row["Kernel Name"].split("(")[0]})
             launch[names[row["Metric Name"]]] = value
     largest = {}

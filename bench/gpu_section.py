@@ -2,9 +2,9 @@
 
 A section is a function that returns jobs (name, function). A job's dict is a figure, whose "ok", where it has one,
 says whether it is as it should be. The process appends each figure to the run's file as a line of JSON the moment it
-is known. A process ends where a job raises (after an illegal memory access nothing else would run in it), where a job
-takes too long, and wherever a kernel may take it down. The next process goes on behind the job that failed. A provider
-that took its process down in its first run is left out when that job is tried again.
+is known. A process ends where the device answers no more (after an illegal memory access nothing else would run in
+it), where a job takes too long, and wherever a kernel may take it down. The next process goes on behind the job that
+failed. A provider that took its process down in its first run is left out when that job is tried again.
 """
 
 from __future__ import annotations
@@ -65,8 +65,12 @@ class Figures:
         return seconds
 
     def _lines(self) -> list[dict]:
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        return [json.loads(line) for line in text.splitlines()]
+        """All but what a process was writing when it was ended."""
+        text, lines = self.path.read_text(encoding="utf-8") if self.path.exists() else "", []
+        for line in text.splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(line))
+        return lines
 
 
 @dataclass
@@ -188,11 +192,12 @@ def work(sections: dict[str, Section], options: Options) -> bool:
     """Runs here the jobs of sections, one section after the other, that have no figure yet; whether none is wrong."""
     progress, (part, parts) = options.progress, options.share
     right = True
-    for name, section in sections.items():
+    for number, (name, section) in enumerate(sections.items()):
         began = progress.began.setdefault(name, time.time())
         known = options.figures.read().get(name, {})
         try:
-            jobs = section.jobs(options._replace(seconds=section.seconds))[part::parts]
+            # Each section begins with another share: many have a single job.
+            jobs = section.jobs(options._replace(seconds=section.seconds))[(part - number) % parts :: parts]
         except Exception as error:
             traceback.print_exc()
             jobs = [("its jobs", lambda error=error: {"ok": False, "error": of_chain(error)})]
@@ -231,7 +236,7 @@ def _run(name: str, figure: str, job: Callable[[], dict], section: Section, opti
     progress.save()
     if raised or not on_stub:
         print(f"  {name}: {figure}: {summary(values)}", flush=True)
-    if raised and progress.path and options.mode == "device":
+    if raised and progress.path and options.mode == "device" and not _answers(options.device):
         sys.exit(1)  # another process goes on
     gc.collect()
     if options.device.type == "cuda":
@@ -239,11 +244,20 @@ def _run(name: str, figure: str, job: Callable[[], dict], section: Section, opti
     return values.get("ok") is not False
 
 
+def _answers(device: torch.device) -> bool:
+    """Whether a device still works after an error, and whether no capture was left open."""
+    try:
+        wait(device)
+        return device.type != "cuda" or torch.cuda.current_stream() == torch.cuda.default_stream()
+    except Exception:
+        return False
+
+
 async def in_processes(
     names: list[str], share: tuple[int, int], mode: str, seconds: float, figures: Figures, folder: Path
 ) -> None:
     """The jobs of these sections that fall to one share, in as many processes as it takes, within these seconds."""
-    path = folder / f"{'-'.join(names)}-{share[0]}.json"
+    path = folder / f"{mode}-{'-'.join(names)}-{share[0]}.json"
     until = time.monotonic() + seconds
     command = [sys.executable, str(PROGRAM), "--work", *names, "--share", f"{share[0]}/{share[1]}"]
     command += ["--mode", mode, "--progress", str(path), "--figures", str(figures.path)]
@@ -276,7 +290,8 @@ async def _ended(command: list[str], environment: dict[str, str], seconds: float
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
+        with contextlib.suppress(TimeoutError):  # a process may hang in the driver
+            await asyncio.wait_for(process.wait(), 10)
 
 
 def of_chain(error: BaseException) -> str:
@@ -306,7 +321,7 @@ def summary(values: dict) -> str:
 
 
 def _timed(row: dict) -> str:
-    host = f" (host {row['host'][1]:.4g}{', not apart' if row['exposed'] else ''})" if row["host"] else ""
+    host = " (with the host's)" if row["exposed"] else f" (host {row['host'][1]:.4g})" if row["host"] else ""
     return f"{row['provider']} {row['p50']:.4g} µs{host}"
 
 

@@ -29,7 +29,7 @@ SECTIONS = {
     "errors": Section(errors, 55, 20, 0.15, processes=3),
     "graphs": Section(graphs, 28, 20, 0.5),
     "repeats": Section(repeats, 20, 20, 0.6),
-    "ceilings": Section(machine, 16, 10, 0.8),
+    "ceilings": Section(machine, 10, 10, 0.8),
     "gemm": Section(gemm, 12, 10, 1.3),
     "layers": Section(layers, 26, 15, 4.0),
     "steps": Section(steps, 30, 20, 3.5),
@@ -41,11 +41,12 @@ SECTIONS = {
     "grid": Section(grid, 34, 15, 1.4),
     "whole": Section(whole, 85, 85, 75),
     "with_compile": Section(with_compile, 46, 40, 18),
-    "small": Section(small, 22, 20, 2.0),
-    "other_steps": Section(other_steps, 18, 15, 3.5),
-    "counters": Section(counters, 22, 22, 18),
+    "small": Section(small, 20, 20, 2.0),
+    "other_steps": Section(other_steps, 16, 15, 3.5),
+    "counters": Section(counters, 40, 40, 25),
 }
-WATCHED = {"families": Section(families, 100, 60, 1), "counted": Section(counted, 60, 60, 5)}  # by memcheck, by ncu
+WATCHED = {"families": Section(families, 100, 100, 1), "counted": Section(counted, 60, 60, 5)}  # by memcheck, by ncu
+WITH_MODELS = ("layers", "steps", "training", "grid", "whole", "with_compile", "other_steps")  # PEFT's, transformers'
 
 
 class Phase(NamedTuple):

@@ -10,9 +10,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import gpu_cache
 from gpu_section import Jobs, Options
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
+MARGIN = 14  # seconds in which the process that waits for pytest starts and ends
 PROCESSES = 14  # each takes more than half a gigabyte of a GPU's memory for itself
 WORDS = "PASSED|FAILED|ERROR|SKIPPED|XFAIL"
 OUTCOME = re.compile(rf"^\[gw\d+\] \[ *\d+%\] ({WORDS}) (\S+::.*)$|^(\S+::.*?) ({WORDS})")  # with xdist, without
@@ -27,32 +29,33 @@ def run(options: Options) -> dict:
     """What they come to, also where they run out of time."""
     if importlib.util.find_spec("pytest") is None:
         return {"ok": None, "error": "pytest is not installed here: the tests have not run"}
-    options_of_pytest = "-o addopts= -v -p no:cacheprovider -p gpu_cache -W ignore".split()
+    options_of_pytest = ["-o", "addopts=", "-v", "-p", "no:cacheprovider", "-p", "gpu_cache", "-W", "ignore"]
     command = [sys.executable, "-m", "pytest", *options_of_pytest, "-m", "gpu and not budget"]
     spread = importlib.util.find_spec("xdist") is not None
     if spread and options.mode != "interpreter":
         command += ["-n", str(min(PROCESSES, os.cpu_count() or 1)), "--dist", "worksteal"]
     command += ["test_solve_kernels.py", "-k", "inverse"] if options.mode == "interpreter" else []
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    late = False
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=TESTS,
-            timeout=options.seconds - 10, env={**os.environ, "PYTHONPATH": path},
-        )  # fmt: skip
-        output, status = done.stdout, done.returncode
-    except subprocess.TimeoutExpired as error:
-        late, output, status = True, (error.stdout or b"").decode(errors="replace"), None
-    return outcome(output, status, late)
+    if importlib.util.find_spec("pytest_timeout"):
+        command += ["--timeout", "40"]  # a kernel that hangs
+    output = options.figures.path.with_name("suite.log")  # stays, should this process be ended
+    with output.open("w") as file:
+        try:
+            status = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, cwd=TESTS,
+                timeout=options.seconds - MARGIN, env=gpu_cache.test_environment(),
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            status = None
+    return outcome(output.read_text(errors="replace"), status)
 
 
-def outcome(output: str, status: int | None, late: bool) -> dict:
-    """Of pytest's lines, one a test; ``late``: it was ended."""
+def outcome(output: str, status: int | None) -> dict:
+    """Of pytest's lines, one a test, and its exit status (None: it ran out of time)."""
     results = [(m[1] or m[4], m[2] or m[3]) for m in map(OUTCOME.match, output.splitlines()) if m]
     counts = Counter(word.lower() for word, _ in results)
     failures = re.findall(r"^(?:FAILED|ERROR) (.*)$", output, re.MULTILINE)  # of the summary, with reasons
     failures = failures or [name.strip() for word, name in results if word in ("FAILED", "ERROR")]
-    if late:
+    if status is None:
         return {"ok": False if failures else None, "error": "out of time", **counts, "failures": failures[:30]}
     ok, tail = status == 0 and counts["passed"] > 0, "" if status == 0 else output[-1500:]
     return {"ok": ok, **counts, "failures": failures[:30], "tail": tail}

@@ -7,6 +7,7 @@ import copy
 import functools
 import gc
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,8 @@ import lora_fast as lf
 RANK, STEPS, INTERVAL = 16, 10, 10
 SEQUENCE, BATCH, ROUNDS = 4096, 2, 10
 CHECKPOINTED = (0, 2, 1)  # of the blocks: none, every second, every one; the first that fits
+SPARE = 5 << 30  # bytes for the other engines' adapters, and their moments
+MARGIN = 8  # seconds at the end of the section
 PLAIN = lf.LoRAConfig(r=RANK, alpha=2 * RANK)
 
 
@@ -185,7 +188,8 @@ def of_engines(options: Options) -> dict:
     base = llama(tiny, blocks, vocabulary, options.device)
     shape = (1, 16) if tiny else (BATCH, SEQUENCE)
     ids = torch.randint(128, shape, device=options.device)
-    models, providers, figures = {}, {}, {}
+    models, providers, figures, start = {}, {}, {}, time.monotonic()
+    weights = allocated(options.device)
     for name, build in engines(options, base).items():
 
         def provider(name=name, build=build) -> Provider:
@@ -201,14 +205,25 @@ def of_engines(options: Options) -> dict:
     figures["checkpointed blocks, one in"] = checkpointing_that_fits(providers, models, figures, options)
     ready = {}
     for name, provider in providers.items():
+        others = allocated(options.device) - weights
         try:
-            ready[name] = options.surviving(name, provider)()
-            figures[name] = {"peak GiB": peak(ready[name], options.device)}
+            built = options.surviving(name, provider)()
+            most = (peak(built, options.device) - others) / 2**30
+            figures[name] = {"peak GiB": most, "beside the weights GiB": most - weights / 2**30}
+            ready[name] = built
         except Unavailable as reason:
             figures[name] = {"unavailable": str(reason)}
-    rounds = Rounds(ready, options.device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            figures[name] = {"unavailable": of_chain(error)}
+    rounds, longest = Rounds(ready, options.device), 0.0
     for _ in range((ROUNDS if options.mode == "device" else 1) * bool(ready)):
+        before = time.monotonic()
+        if before + 1.3 * longest - start > options.seconds - MARGIN and rounds.turn:
+            break
         rounds.run()
+        longest = max(longest, time.monotonic() - before)
         for name in ready:
             times = rounds.times(name, "forward")
             # The mean, since ScaLoRA merges in one of ten steps.
@@ -233,11 +248,14 @@ def checkpointing_that_fits(providers: dict, models: dict, figures: dict, option
     for one_in in CHECKPOINTED:
         figures["checkpointed blocks, one in"] = one_in
         try:
-            once(providers[name]())
-            return one_in
+            if has_room(providers[name](), options.device):
+                return one_in
+            failure = "less was left than the other engines need"
         except Unavailable:
             return one_in
-        except torch.cuda.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             failure = of_chain(error)
         finally:
             models.pop(name, None)
@@ -247,10 +265,25 @@ def checkpointing_that_fits(providers: dict, models: dict, figures: dict, option
     raise RuntimeError(f"no memory for a step of {name}, every block checkpointed: {failure}")
 
 
-def peak(provider: Provider, device: torch.device) -> float | None:
-    """GiB that were allocated at once in a run, all weights counted."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
+def has_room(provider: Provider, device: torch.device) -> bool:
+    """Whether the other engines' adapters have room beside a run."""
+    most = peak(provider, device)
+    return device.type != "cuda" or most + SPARE <= torch.cuda.get_device_properties(device).total_memory
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch, cuBLAS or the driver says so."""
+    return any(words in str(error) for words in ("out of memory", "ALLOC_FAILED"))
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes; 0 on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def peak(provider: Provider, device: torch.device) -> int:
+    """Bytes that were allocated at once in a run; 0 on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     once(provider)
-    return torch.cuda.max_memory_allocated(device) / 2**30
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -298,9 +299,10 @@ def saved_bytes(provider: Provider) -> int:
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
-    """Relative L2 error."""
+    """Relative L2 error; infinite where it is not a number, so that no maximum loses it."""
     difference, norm = (got.detach().to(exact) - exact).norm().item(), exact.norm().item()
-    return difference / norm if norm else difference
+    error = difference / norm if norm else difference
+    return math.inf if math.isnan(error) else error
 
 
 def size(*tensors: Tensor) -> int:
@@ -336,7 +338,9 @@ def ceilings(device: torch.device, dtype: str, small: bool = False) -> Ceilings:
     return Ceilings(dtype, 2 * side**3 / gemm, 2 * numel / copy)
 
 
-def _seconds(run: Callable, device: torch.device) -> float:
+def _seconds(run: Callable, device: torch.device, apart: bool = True) -> float:
+    if apart:
+        _keep_busy(device, LEAST_HEAD_START)
     start = _mark(device)
     run()
     end = _mark(device)
@@ -381,6 +385,6 @@ def _keep_busy(device: torch.device, seconds: float) -> None:
 
 @functools.lru_cache
 def _cycles_per_second(device: torch.device) -> float:
-    """Measured twice: the first time the clock may still be that of an idle device."""
+    """The largest of several: at first the clock may still be that of an idle device."""
     cycles = 20_000_000
-    return cycles / [_seconds(functools.partial(torch.cuda._sleep, cycles), device) for _ in range(2)][1]
+    return cycles / min(_seconds(functools.partial(torch.cuda._sleep, cycles), device, apart=False) for _ in range(8))

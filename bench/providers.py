@@ -170,9 +170,11 @@ def peft(op: Operands, case: Case, adapter: torch.dtype, autocast: bool = False)
     return provider(op, lambda: module(op.x), context, tuple(trained))
 
 
-def compiled(build: Callable[[Callable], Provider], function: Callable) -> Provider:
-    """``build`` over the compiled function, after one run that compiles it."""
-    torch._dynamo.reset()  # cases differ in sizes: each is compiled for its own
+def compiled(build: Callable[[Callable], Provider], function: Callable, reset: bool = True) -> Provider:
+    """``build`` over the compiled function, after one run that compiles it. ``reset``: what was compiled before is let
+    go, since cases differ in sizes and each is compiled for its own."""
+    if reset:
+        torch._dynamo.reset()
     made = build(torch.compile(function))
     try:
         once(made)

@@ -87,11 +87,10 @@ class Group(Batch):
         merge.merge_(weights, self._a, self._b, rest.float().contiguous(), rounding, self._seed(seed), residuals)
 
     def _seed(self, seed: int) -> int | Tensor:
-        """Another one each step, also where a CUDA graph replays it."""
+        """Another one each step, also where a CUDA graph replays it. On a GPU it is in memory in any case: the kernel that
+        takes a number is another one, and a graph that is captured after a warm-up could not load it."""
         base = zlib.crc32(str(seed).encode()) << 30
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return self._steps[0].long() + (base + 1)
-        return base + self.count
+        return self._steps[0].long() + (base + 1) if self._device.type == "cuda" else base + self.count
 
     def adamw(self, grams: bool) -> None:
         da, db = self._gradients()

@@ -10,8 +10,6 @@ from lora_fast import reference_step
 from lora_fast.backend import set_backend
 from lora_fast.kernels import middle
 
-pytestmark = pytest.mark.gpu
-
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # numpy's, for a pair of zeros
 SHAPES = [(24, 40, 4), (9, 50, 4), (17, 33, 3), (24, 40, 4)]  # d_out, d_in, r
 FLOAT32 = torch.float32

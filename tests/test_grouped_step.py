@@ -3,6 +3,7 @@ of the methods, in launches and torch operations a step, and as an optimizer."""
 
 import copy
 import io
+from types import SimpleNamespace
 
 import pytest
 import test_methods as plain_torch
@@ -169,3 +170,18 @@ def test_float64_is_refused_by_name():
     behaviour.set_gradients(chosen, 0)
     with lf.set_backend("triton"), pytest.raises(lf.BackendError, match="float64"):
         lf.optim.LoRAAdamW(chosen, methods=[M.ILoRA()]).step()
+
+
+def test_scalora_on_a_gpu_reads_seed_and_kappa_at_one_address():
+    """A CUDA graph reads them again there. The seed in memory is the number that it would be elsewhere."""
+    group = SimpleNamespace(count=8, _steps=torch.full((4,), 7.0), _device=SimpleNamespace(type="cuda"))
+    in_memory = Group._seed(group, 3)
+    group._device = torch.device("cpu")
+    assert in_memory.dtype == torch.int64 and in_memory.item() == Group._seed(group, 3)
+    method, memory, addresses = M.ScaLoRA(), {}, set()
+    for value in (4.0, 9.0):
+        solved = [(torch.full((2, 3), value), torch.ones(2, 3, dtype=torch.bool))]
+        kappa = method._calibrated(solved, memory)
+        addresses.add(kappa.data_ptr())
+        assert kappa is memory["kappa"] and kappa.item() == pytest.approx(4.0)
+    assert len(addresses) == 1

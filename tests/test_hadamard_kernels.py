@@ -11,11 +11,12 @@ from triton.runtime.interpreter import InterpretedFunction
 from lora_fast import reference_scalora as twin
 from lora_fast.kernels import hadamard, interpreted, rescale
 
-pytestmark = pytest.mark.gpu
-
+pytestmark = [
+    pytest.mark.gpu,
+    # numpy's, of values that a kernel computes and does not choose
+    pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning"),
+]
 EPS = torch.finfo(torch.float32).eps
-# numpy's, of values that a kernel computes and does not choose
-pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning")
 COUNTED = pytest.mark.skipif(DEVICE.type == "cuda", reason="counted by the interpreter")
 
 

@@ -99,9 +99,8 @@ class ScaLoRA(Method):
         alive = _joined([alive.chunk(2, -1)[1].flatten().to(device) for _, alive in solved]) & (beta > 0)
         logs = torch.where(alive, beta, 1.0).log().sum() / alive.sum()
         now = torch.where(alive.any(), logs.exp(), 0.0)
-        before = memory.get("kappa", torch.zeros((), dtype=torch.float64)).to(device)
-        memory["kappa"] = torch.where(before > 0, before, now)
-        return memory["kappa"]
+        kappa = memory["kappa"] = memory.get("kappa", torch.zeros((), dtype=torch.float64)).to(device)
+        return kappa.copy_(torch.where(kappa > 0, kappa, now))  # in place: a CUDA graph reads it at this address again
 
     def _apply(self, members: list[Batch], factors: Tensor, gradients: Tensor, rest: Tensor) -> None:
         """Merge and scale; the tensors hold the members' pairs one after the other (twice in the first two)."""
