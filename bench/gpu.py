@@ -57,11 +57,11 @@ MOST_CARRIED, MOST_RETURNED = 40, 16  # MiB
 
 
 class Run:
-    """One run of a stage, or of some sections: its figures, and where they are kept."""
+    """One run of a stage, or of some sections: its figures, and where they are kept. ``seconds``: since it began."""
 
-    def __init__(self, name: str, stage: Stage, out: Path):
+    def __init__(self, name: str, stage: Stage, out: Path, seconds: float = 0.0):
         self.name, self.stage, self.out = name, stage, out
-        self.end = time.monotonic() + stage.seconds - seconds_so_far()
+        self.end = time.monotonic() + stage.seconds - seconds
         out.mkdir(parents=True, exist_ok=True)
         for old in out.glob(f"{name}.*"):
             old.unlink()
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def left(self) -> float:
-        """Seconds, those for the end apart."""
+        """Returns the seconds that are left, without those for the end."""
         return self.end - END - time.monotonic()
 
     def on_device(self, archives: list[Path]) -> None:
@@ -91,7 +91,7 @@ class Run:
             )
 
     async def _compile(self, folder: Path, carried: dict[str, int]) -> None:
-        """What the sections launch at their real sizes goes to a stub driver, so that it is in the cache afterwards.
+        """Makes the sections' launches, at their real sizes, on a stub driver, so that they are in the cache afterwards.
         Meanwhile the files of large packages come into memory."""
         print(f"── compile: kernels {short(carried)}", flush=True)
         command = [sys.executable, "-c", "import peft, transformers.models.llama.modeling_llama"]
@@ -100,7 +100,8 @@ class Run:
         await compile_all(self.stage.sections, COMPILERS, min(self.stage.compile, self.left), figures, folder)
         found = compiled(figures) | carried
         found["ok"] = found["ok"] or None  # the sections themselves will show what does not launch
-        await reading.wait()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(reading.wait(), 5)
         self.figures.add("compile", "kernels", found, time.monotonic() - start)
         print(f"  compile: {short(found)}", flush=True)
 
@@ -117,7 +118,7 @@ class Run:
                         side_by_side.create_task(lane_of)
 
     def tell(self) -> bool:
-        """Prints the table and the failures, and keeps them. Whether nothing is wrong."""
+        """Prints the table and the failures, and keeps them. Returns whether nothing is wrong."""
         figures = self.figures.read()
         text = report(figures, self.stage.sections, self.figures.seconds())
         (self.out / f"{self.name}.txt").write_text(text + "\n", encoding="utf-8")
@@ -127,7 +128,7 @@ class Run:
 
 
 async def compile_all(names: list[str], processes: int, seconds: float, figures: Figures, folder: Path) -> None:
-    """The sections' launches on the stub driver, shared by some processes. Tells how far it has come."""
+    """Makes the sections' launches on the stub driver, in some processes. Prints how far it has come."""
     shares = [(part, processes) for part in range(processes)]
     workers = [in_processes(names, share, "stub", seconds, figures, folder) for share in shares]
     running, start = {asyncio.create_task(worker) for worker in workers}, time.monotonic()
@@ -141,7 +142,7 @@ async def compile_all(names: list[str], processes: int, seconds: float, figures:
 
 
 def compiled(figures: Figures) -> dict:
-    """Hits, misses and failures of what was compiled."""
+    """Returns the hits, misses and failures of what was compiled."""
     jobs = [values for section in figures.read().values() for values in section.values()]
     counts = {name: sum(values.get(name, 0) for values in jobs) for name in ("hits", "misses")}
     failures = [f"{section}: {figure}: {values['error']}" for section, of in figures.read().items()
@@ -154,13 +155,13 @@ def compiled(figures: Figures) -> dict:
 
 
 def report(figures: dict, sections: list[str], seconds: dict[str, float]) -> str:
-    """Goal, measured, verdict; then the summary. At most ``MOST_PRINTED`` characters."""
+    """Returns goal, measured and verdict, then the summary, in at most ``MOST_PRINTED`` characters."""
     text = f"{table(verdicts(figures, sections))}\n{summary(figures, sections, seconds)}"
     return text if len(text) <= MOST_PRINTED else text[: MOST_PRINTED - 30] + "\n… the rest is in DIR"
 
 
 def summary(figures: dict, sections: list[str], seconds: dict[str, float]) -> str:
-    """A line a section, each failure, what is not known."""
+    """Returns a line for each section, each failure, and what is not known."""
     lines = [f"{name}: {len(figures.get(name, {}))} figures in {seconds.get(name, 0.0):.0f} s" for name in sections]
     failures = [
         f"{section}: {name}: {values.get('error') or short(values)}" for section, name, values in wrong(figures)
@@ -176,7 +177,7 @@ def summary(figures: dict, sections: list[str], seconds: dict[str, float]) -> st
 
 
 def seconds_so_far() -> float:
-    """Since this process began: importing torch counts, too."""
+    """Returns the seconds since this process began. The import of torch counts, too."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     began = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # since the machine's start
     return time.clock_gettime(time.CLOCK_BOOTTIME) - began
@@ -234,7 +235,7 @@ def conditions() -> dict:
 
 
 def plan(name: str, stage: Stage) -> str:
-    """Each section's figures, estimate and budget, and what they add up to."""
+    """Returns each section's figures, estimate and budget, and their sums."""
     sketch = Options("device", torch.device("cpu"), Figures(Path(os.devnull)), Progress())
     lines = [f"{name} ends after {stage.seconds:g} s at most. Estimates: an H100 with 16 cores, none of them measured."]
     head = ("section", "figures", "processes", "estimate", "budget", "")
@@ -263,12 +264,12 @@ def plan(name: str, stage: Stage) -> str:
 
 
 def what(section: str) -> str:
-    """The first line of its docstring."""
+    """Returns what a section does: the first line of its docstring."""
     return SECTIONS[section].jobs.__doc__.splitlines()[0]
 
 
 def dry_run(names: list[str], out: Path | None) -> bool:
-    """The sections at tiny sizes in the interpreter, then at their own sizes on the stub driver."""
+    """Runs the sections at tiny sizes in the interpreter, then at their own sizes on the stub driver."""
     with tempfile.TemporaryDirectory() as folder:
         figures = Figures((out or Path(folder)) / "dry-run.jsonl")
         figures.path.parent.mkdir(parents=True, exist_ok=True)
@@ -312,7 +313,7 @@ def fill_cache(archive: Path) -> bool:
 
 
 def one_share(options: argparse.Namespace) -> bool:
-    """The work of one process, which does not outlive its parent."""
+    """Does the work of one process, which does not outlive its parent."""
     faulthandler.enable()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     device = torch.device("cuda" if options.mode == "device" else "cpu")
@@ -366,7 +367,7 @@ def main() -> None:
     archives = options.cache if options.cache is not None else [CARRIED] * CARRIED.exists()
     if missing := [str(archive) for archive in archives if not archive.exists()]:
         parser.error(f"--cache: no such file: {', '.join(missing)}")
-    run = Run(name, stage, options.out)
+    run = Run(name, stage, options.out, seconds_so_far())
     try:
         run.on_device(archives)
     finally:

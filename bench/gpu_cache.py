@@ -42,12 +42,12 @@ counts: Counter[str] = Counter()  # of this process: "hits", "misses"
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What a process needs in its environment to compile into the folder."""
+    """Returns what a process needs in its environment to compile into the folder."""
     return {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1", OWN_KEYS: "1"}
 
 
 def use() -> None:
-    """This process counts what it finds compiled; in a folder of the run's own it compiles with keys that travel."""
+    """Counts what this process finds compiled. In a folder of the run's own, its keys are those that travel."""
     import triton
     from triton import knobs
     from triton.runtime import cache, jit
@@ -89,12 +89,12 @@ def pytest_configure(config) -> None:
 
 
 def stub_environment() -> dict[str, str]:
-    """What a process needs in its environment to work on the stub driver."""
+    """Returns what a process needs in its environment to work on the stub driver."""
     return {STUB_ARCH: str(ARCH), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def on_stub_driver() -> None:
-    """This process has a card on which nothing is computed, neither by our kernels nor by torch's large products."""
+    """Gives this process a card on which neither our kernels nor torch's large products compute anything."""
     import stub_runs
 
     warnings.filterwarnings("ignore", message="CUDA initialization")  # torch's own, of a driver that is not there
@@ -105,14 +105,15 @@ def on_stub_driver() -> None:
 
 
 def test_environment() -> dict[str, str]:
-    """What pytest needs in its environment to find this plugin, from whichever folder."""
+    """Returns what pytest needs in its environment to find this plugin from any folder."""
     given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     paths = [str(Path(__file__).parent), *(str(Path(path).absolute()) for path in given)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def compile_tests(processes: int) -> None:
-    """What the tests launch, as far as they come on a driver that computes nothing: their failures mean nothing."""
+    """Compiles what the tests launch, as far as they come on a driver that computes nothing. Their failures mean
+    nothing."""
     options = f"-q -p gpu_cache -p no:cacheprovider -n {processes} --dist worksteal --tb no -W ignore".split()
     environment = {**test_environment(), **stub_environment()}
     cache, start = Path(os.environ["TRITON_CACHE_DIR"]), time.monotonic()
@@ -126,7 +127,7 @@ def compile_tests(processes: int) -> None:
 
 
 def entries(folder: Path) -> set[str]:
-    """The files of a cache, but for sources and for what is not finished."""
+    """Returns the files of a cache, without sources and what is not finished."""
     files = {path.relative_to(folder) for path in folder.glob("*/*") if path.is_file() and path.suffix != ".source"}
     return {str(file) for file in files}
 

@@ -1,4 +1,4 @@
-"""Every op against float64, at an even and an odd shape and at several ranks: does it launch, and is it right?"""
+"""Compares every op with float64, at an even and an odd shape and at several ranks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def errors(options: Options) -> Jobs:
 def judge(
     n: int, d_in: int, d_out: int, r: int, strategy: str | None, adapter: torch.dtype, dropout: float, options: Options
 ) -> dict:
-    """Of y, dx, da and db: the error and what is allowed, for PEFT's formula with the same tensors and mask."""
+    """Returns the errors of y, dx, da and db, and what is allowed: what PEFT's formula errs by, with the same mask."""
     budget = _tests_budget()
     torch.manual_seed(n + r)
     x, weight, bias, dy = (rows(*of, options.device) for of in ((n, d_in), (d_out, d_in), (1, d_out), (n, d_out)))
@@ -96,7 +96,7 @@ def mask(n: int, d_in: int, dropout: float, device: torch.device) -> Tensor:
 
 
 def by_autograd(run, x: Tensor, a: Tensor, b: Tensor, dy: Tensor) -> list[Tensor]:
-    """y, dx, da, db of a function of x, a and b."""
+    """Returns y, dx, da and db of a function of x, a and b."""
     x, a, b = (t.detach().clone().requires_grad_() for t in (x, a, b))
     y = run(x, a, b)
     return [y.detach(), *torch.autograd.grad(y, (x, a, b), dy)]

@@ -45,7 +45,8 @@ def _row(results: dict, section: str, name: str, provider: str, mode: str) -> di
 def _over(
     section: str, name: str, top: str, bottom: str, mode: str = "forward", of_host: bool = False, bottom_name: str = ""
 ) -> Callable[[dict], float]:
-    """Median time of one provider over another's, the device's or the host's; ``bottom_name``: of another figure."""
+    """Returns a reader of the median time of one provider over another's, the device's or the host's. ``bottom_name``:
+    the other provider's figure, if it is another one."""
 
     def time(results: dict, figure: str, provider: str) -> float:
         row = _row(results, section, figure, provider, mode)
@@ -69,7 +70,7 @@ def _step(method: str) -> str:
 
 
 def _least_over_peft(results: dict) -> float:
-    """The least of PEFT's time over ours, of every layer that was measured."""
+    """Returns the least of PEFT's time over ours, of all layers that were measured."""
     ratios = [
         _over(section, name, "PEFT", "ours", "full")(results)
         for section in ("layers", "grid")
@@ -147,7 +148,7 @@ CHECKS = {
 
 
 def verdicts(results: dict, sections: Collection[str]) -> list[Verdict]:
-    """Of these sections: each section of checks, met where every figure is as it should be; then goal by goal."""
+    """Judges sections: those of checks, which are met if every figure is as it should be, then goal by goal."""
     found = []
     for section in (name for name in CHECKS if name in sections):
         figures = results.get(section, {})

@@ -47,8 +47,8 @@ def check(options: Options) -> dict:
 
 
 def verdict(output: str, status: int | None, checked: bool, complete: bool) -> dict:
-    """Of what compute-sanitizer and the program under it have printed, and its exit status (None: it ran out of time).
-    ``complete``: every family has run and was right."""
+    """Reads what compute-sanitizer and the program under it have printed, and its exit status (None: it ran out of
+    time). ``complete``: every family has run and was right."""
     summary = re.search(r"ERROR SUMMARY: (\d+) error", output)
     refused = "Device not supported" in output or (checked and status is not None and not summary)
     errors = int(summary[1]) if checked and summary and not refused else None

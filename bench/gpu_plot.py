@@ -20,7 +20,7 @@ class Panel(NamedTuple):
 
 
 def panels(results: dict) -> list[Panel]:
-    """What is drawn of the figures (section → figure → values)."""
+    """Returns what is drawn of the figures (section → figure → values)."""
     found = []
     for section in SECTIONS:
         for name, values in results.get(section, {}).items():
@@ -36,7 +36,7 @@ def panels(results: dict) -> list[Panel]:
 
 
 def draw(results: dict, path: Path) -> str:
-    """Returns where the picture is, or why there is none."""
+    """Draws the picture. Returns where it is, or why there is none."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

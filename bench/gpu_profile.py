@@ -1,4 +1,4 @@
-"""Nsight Compute's counters of our kernels, where it is installed."""
+"""Reads Nsight Compute's counters of our kernels, where it is installed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def count(options: Options) -> dict:
 
 
 def parse(output: str) -> list[dict]:
-    """A dict for each kernel, its name and ``METRICS``, of the largest launch where there are several."""
+    """Returns a dict for each kernel with its name and ``METRICS``. Of several launches the longest counts."""
     lines = output.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
@@ -72,7 +72,7 @@ def parse(output: str) -> list[dict]:
 
 
 def counted(options: Options) -> Jobs:
-    """What ncu watches: a layer with dropout, a step of PiLoRA, the inverses; each once."""
+    """Runs what ncu watches, each once: a layer with dropout, a step of PiLoRA, the inverses."""
     from gpu_timings import MODEL, N_TOKENS, RANK, SHAPES
     from measure import Setting, once
     from shapes import MODELS, Case

@@ -47,25 +47,25 @@ class Figures:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def add_failure(self, section: str, figure: str, error: str, ok: bool | None = False) -> None:
-        """What was known of the figure stays."""
+        """Adds an error to a figure. What was known of the figure stays."""
         self.add(section, figure, self.read().get(section, {}).get(figure, {}) | {"ok": ok, "error": error})
 
     def read(self) -> dict[str, dict[str, dict]]:
-        """Section → figure → values."""
+        """Returns section → figure → values."""
         sections: dict[str, dict[str, dict]] = {}
         for line in self._lines():
             sections.setdefault(line["section"], {})[line["figure"]] = line["values"]
         return sections
 
     def seconds(self) -> dict[str, float]:
-        """Section → how long its figures took, one after the other."""
+        """Returns how long the figures of each section took, one after the other."""
         seconds: dict[str, float] = {}
         for line in self._lines():
             seconds[line["section"]] = seconds.get(line["section"], 0.0) + line["seconds"]
         return seconds
 
     def _lines(self) -> list[dict]:
-        """All but what a process was writing when it was ended."""
+        """Returns all lines but what a process was writing when it was ended."""
         text, lines = self.path.read_text(encoding="utf-8") if self.path.exists() else "", []
         for line in text.splitlines():
             with contextlib.suppress(json.JSONDecodeError):
@@ -96,7 +96,7 @@ class Progress:
         return cls(path, **json.loads(path.read_text())) if path.exists() else cls(path)
 
     def save(self) -> None:
-        """Whole or not at all: the process may be killed at any time."""
+        """Writes the file wholly or not at all, since the process may be killed at any time."""
         if self.path:
             values = asdict(self)
             del values["path"]
@@ -109,7 +109,7 @@ class Progress:
         return ": ".join(self.running)
 
     def blame(self, failure: str, figures: Figures) -> None:
-        """The process has ended with what is running: a provider's first run, or else the job."""
+        """Notes that the process has ended with what is running: a provider's first run, or else the job."""
         if self.trying:
             self.lost.setdefault(self.job, {})[self.trying] = failure
         else:
@@ -119,7 +119,7 @@ class Progress:
 
 
 class Options(NamedTuple):
-    """What a section is given. ``share``: which of how many processes this one is."""
+    """What a section is given. ``share``: the number of this process, and how many there are."""
 
     mode: str
     device: torch.device
@@ -133,13 +133,13 @@ class Options(NamedTuple):
         return self.mode == "interpreter"
 
     def ceilings(self, dtype: str) -> Ceilings:
-        """As measured at the start of this run; infinite where they were not."""
+        """Returns the ceilings measured at the start of this run; infinite ones where they were not measured."""
         values = self.figures.read().get("ceilings", {}).get(dtype, {})
         infinite = float("inf")
         return Ceilings(dtype, values.get("operations", infinite), values.get("bandwidth", infinite))
 
     def surviving(self, name: str, build: Callable[[], Provider]) -> Callable[[], Provider]:
-        """A provider that fails in its first run is not measured, with the reason; the others are."""
+        """Wraps a provider's builder: one that fails in its first run is not measured, with the reason."""
 
         def run() -> Provider:
             progress = self.progress
@@ -165,7 +165,7 @@ class Options(NamedTuple):
         return run
 
     def _go_on(self, failure: str) -> None:
-        """Ends the process where the device answers no more; the next one leaves out what was tried here."""
+        """Ends the process if the device answers no more. The next one leaves out what was tried here."""
         try:
             wait(self.device)
         except Exception:
@@ -189,7 +189,7 @@ class Section(NamedTuple):
 
 
 def work(sections: dict[str, Section], options: Options) -> bool:
-    """Runs here the jobs of sections, one section after the other, that have no figure yet; whether none is wrong."""
+    """Runs the jobs of sections that have no figure yet, one section after the other. Returns whether none is wrong."""
     progress, (part, parts) = options.progress, options.share
     right = True
     for number, (name, section) in enumerate(sections.items()):
@@ -214,7 +214,7 @@ def work(sections: dict[str, Section], options: Options) -> bool:
 
 
 def _run(name: str, figure: str, job: Callable[[], dict], section: Section, options: Options) -> bool:
-    """One job, and what is left of it let go. On the stub driver its figure is what it found compiled."""
+    """Runs one job and frees what it leaves. On the stub driver its figure is what it found compiled."""
     progress, start, before = options.progress, time.monotonic(), gpu_cache.counts.copy()
     progress.running = name, figure
     progress.save()
@@ -245,7 +245,7 @@ def _run(name: str, figure: str, job: Callable[[], dict], section: Section, opti
 
 
 def _answers(device: torch.device) -> bool:
-    """Whether a device still works after an error, and whether no capture was left open."""
+    """Tells whether a device still works after an error, with no capture left open."""
     try:
         wait(device)
         return device.type != "cuda" or torch.cuda.current_stream() == torch.cuda.default_stream()
@@ -256,7 +256,7 @@ def _answers(device: torch.device) -> bool:
 async def in_processes(
     names: list[str], share: tuple[int, int], mode: str, seconds: float, figures: Figures, folder: Path
 ) -> None:
-    """The jobs of these sections that fall to one share, in as many processes as it takes, within these seconds."""
+    """Runs one share of the sections' jobs, in as many processes as it takes, within these seconds."""
     path = folder / f"{mode}-{'-'.join(names)}-{share[0]}.json"
     until = time.monotonic() + seconds
     command = [sys.executable, str(PROGRAM), "--work", *names, "--share", f"{share[0]}/{share[1]}"]
@@ -280,7 +280,8 @@ async def in_processes(
 
 
 async def _ended(command: list[str], environment: dict[str, str], seconds: float) -> int | None:
-    """Exit status of the process; None: it had to be ended after these seconds. What it started is ended with it."""
+    """Returns the exit status of the process, or None if it had to be ended after these seconds. What it started is
+    ended with it."""
     process = await asyncio.create_subprocess_exec(*command, env=environment, start_new_session=True)
     try:
         async with asyncio.timeout(seconds):
@@ -295,7 +296,7 @@ async def _ended(command: list[str], environment: dict[str, str], seconds: float
 
 
 def of_chain(error: BaseException) -> str:
-    """The error and what it came of: leaving a CUDA graph's capture raises over the error that broke the capture."""
+    """Returns an error and what caused it: leaving a CUDA graph's capture raises over the error that broke it."""
     said = f"{type(error).__name__}: {str(error)[:500]}"
     return f"{said}, after {of_chain(error.__context__)}" if error.__context__ else said
 
@@ -305,7 +306,7 @@ def _told(status: int) -> str:
 
 
 def summary(values: dict) -> str:
-    """Of one figure, a line."""
+    """Returns a figure in one line."""
     if "rows" in values:
         modes = {row["mode"] for row in values["rows"]}
         main = "full" if "full" in modes else "forward"

@@ -87,7 +87,7 @@ STAGES = {
 
 
 def some(names: list[str]) -> Stage:
-    """A stage of these sections alone: checks first, then what is timed, which is in one lane in any case."""
+    """Makes a stage of these sections alone: checks first, then what is timed, which is in one lane in any case."""
     checks = [lane for stage in STAGES.values() for lane in stage.phases[0].lanes]
     timed = [name for stage in STAGES.values() for lane in stage.phases[1].lanes for name in lane]
     phases = []
@@ -101,6 +101,6 @@ def some(names: list[str]) -> Stage:
 
 
 def estimate(name: str, figures: int) -> float:
-    """Seconds of a section in its share of processes, without their start."""
+    """Returns the seconds that a section takes in its processes, by estimate, without their start."""
     section = SECTIONS[name]
     return section.estimate * -(-figures // section.processes)

@@ -1,4 +1,4 @@
-"""The tests of kernels and layers, run natively over many processes."""
+"""Runs the tests of kernels and layers natively, over many processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def suite(options: Options) -> Jobs:
 
 
 def run(options: Options) -> dict:
-    """What they come to, also where they run out of time."""
+    """Runs pytest. What is known when the time is over counts."""
     if importlib.util.find_spec("pytest") is None:
         return {"ok": None, "error": "pytest is not installed here: the tests have not run"}
     options_of_pytest = ["-o", "addopts=", "-v", "-p", "no:cacheprovider", "-p", "gpu_cache", "-W", "ignore"]
@@ -50,7 +50,7 @@ def run(options: Options) -> dict:
 
 
 def outcome(output: str, status: int | None) -> dict:
-    """Of pytest's lines, one a test, and its exit status (None: it ran out of time)."""
+    """Reads pytest's lines, one a test, and its exit status (None: it ran out of time)."""
     results = [(m[1] or m[4], m[2] or m[3]) for m in map(OUTCOME.match, output.splitlines()) if m]
     counts = Counter(word.lower() for word, _ in results)
     failures = re.findall(r"^(?:FAILED|ERROR) (.*)$", output, re.MULTILINE)  # of the summary, with reasons

@@ -1,4 +1,4 @@
-"""What is timed of single ops on a GPU: the rows of the goals. A figure is a list of measure's rows."""
+"""Times single ops on a GPU: the rows of the goals. A figure is a list of measure's rows."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def grouped(options: Options, ops: tuple[str, ...], wanted: Callable[[Case], boo
 def rows(
     case: Case, options: Options, seconds: float = SECONDS, wanted: Callable[[str], bool] = lambda name: True
 ) -> dict:
-    """A case by every provider that runs here and is wanted, torch.compile apart."""
+    """Measures a case by every provider that runs here and is wanted, all but torch.compile."""
     setting = Setting(options.device, triton=True)
     comparison = module(case.op).build(case, setting)
     names = [name for name in comparison.providers if name != "torch.compile" and wanted(name)]
@@ -119,7 +119,7 @@ def rows(
 
 
 def measured(case: Case, comparison: Comparison, options: Options, seconds: float) -> dict:
-    """On the stub driver ours run once, for what they launch."""
+    """Measures the providers of a case. On the stub driver ours run once, for what they launch."""
     if options.mode == "stub":
         for name, build in comparison.providers.items():
             if name.startswith("ours"):
@@ -136,7 +136,7 @@ def measured(case: Case, comparison: Comparison, options: Options, seconds: floa
 
 
 def compiled_rows(case: Case, options: Options) -> dict:
-    """The providers of ``with_compile``."""
+    """Measures a layer by PEFT and by us, eager and compiled."""
     torch._dynamo.reset()
     op = Operands.of(case, options.device)
     ours = lambda x: lf.functional.lora_linear(x, op.weight, None, op.lora_A, op.lora_B, op.scaling)

@@ -1,5 +1,5 @@
-"""Training steps on a GPU, with random weights in Llama-3-8B's shapes: some blocks by our methods, the whole model by
-PEFT and ours."""
+"""Measures training steps on a GPU with random weights in Llama-3-8B's shapes: four blocks by our methods, and the
+whole model by PEFT and ours."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Training:
 
 
 def llama(tiny: bool, blocks: int, vocabulary: int, device: torch.device) -> torch.nn.Module:
-    """Llama-3-8B's shapes, random weights in bfloat16."""
+    """Builds a model of Llama-3-8B's shapes with random weights in bfloat16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden, inner = (32, 64) if tiny else (4096, 14336)
@@ -70,12 +70,13 @@ def llama(tiny: bool, blocks: int, vocabulary: int, device: torch.device) -> tor
 
 
 def copied(model: torch.nn.Module, own_weights: bool = False) -> torch.nn.Module:
-    """The same modules anew, over the same weights unless they are to be its own."""
+    """Copies the modules. The copy shares the weights unless it is to have its own."""
     return copy.deepcopy(model, None if own_weights else {id(p): p for p in model.parameters()}).train()
 
 
 def launched(model: torch.nn.Module, optimizer, n_tokens: int, autocast: bool) -> dict:
-    """What steps launch, without torch's own work: each distinct layer once forward and backward, and the optimizer."""
+    """Launches what training steps launch, without torch's own work: each distinct layer forward and backward, and the
+    optimizer's step."""
     layers = [module for module in model.modules() if isinstance(module, lf.LoRALinear | lf.NBLoRALinear)]
     results = []
     for layer in {(layer.in_features, layer.out_features): layer for layer in layers}.values():
@@ -98,7 +99,7 @@ def training(options: Options) -> Jobs:
 
 
 def of_methods(options: Options) -> dict:
-    """Of each method, µs a step and the ratio to LoRA's of the same round; p20, p50, p80. Or why there is none."""
+    """Returns each method's µs a step and its ratio to LoRA's of the same round (p20, p50, p80), or why none."""
     tiny = options.tiny
     base = llama(tiny, 4 if options.mode == "device" else 1, 1024, options.device)
     n_tokens, steps = (16, 1) if tiny else (4096, STEPS)
@@ -153,7 +154,7 @@ def whole(options: Options) -> Jobs:
 
 
 def engines(options: Options, base: torch.nn.Module) -> dict[str, Callable[[], tuple[torch.nn.Module, object]]]:
-    """Name → function that returns a model with adapters over the same weights, and its optimizer."""
+    """Returns a function for each engine that builds a model with adapters over the same weights, and an optimizer."""
     r = 4 if options.tiny else RANK
 
     def peft():
@@ -182,27 +183,28 @@ def engines(options: Options, base: torch.nn.Module) -> dict[str, Callable[[], t
 
 
 def of_engines(options: Options) -> dict:
-    """Interleaved steps under bfloat16 autocast, as Trainer's; what is known is written after every round."""
+    """Times interleaved steps under bfloat16 autocast, as Trainer runs them. The figures so far are written after every
+    round."""
     tiny = options.tiny
     blocks, vocabulary = (32, 128_256) if options.mode == "device" else (2, 128)
     base = llama(tiny, blocks, vocabulary, options.device)
     shape = (1, 16) if tiny else (BATCH, SEQUENCE)
     ids = torch.randint(128, shape, device=options.device)
-    models, providers, figures, start = {}, {}, {}, time.monotonic()
+    providers, figures, start = {}, {}, time.monotonic()
     weights = allocated(options.device)
     for name, build in engines(options, base).items():
 
-        def provider(name=name, build=build) -> Provider:
-            models[name], optimizer = build()
+        def provider(build=build) -> Provider:
+            model, optimizer = build()
             if options.mode == "stub":
-                return Provider(lambda: launched(models[name], optimizer, ids.numel(), True))
-            checkpoint_(models[name], figures.get("checkpointed blocks, one in", 0))
-            return Training(models[name], ids, 1, optimizer, autocast=True).provider
+                return Provider(lambda: launched(model, optimizer, ids.numel(), True))
+            checkpoint_(model, figures.get("checkpointed blocks, one in", 0))
+            return Training(model, ids, 1, optimizer, autocast=True).provider
 
         providers[name] = provider
     if options.mode == "stub":
         return {name: once(provider()) for name, provider in providers.items()}
-    figures["checkpointed blocks, one in"] = checkpointing_that_fits(providers, models, figures, options)
+    figures["checkpointed blocks, one in"] = checkpointing_that_fits(providers, figures, options)
     ready = {}
     for name, provider in providers.items():
         others = allocated(options.device) - weights
@@ -235,15 +237,15 @@ def of_engines(options: Options) -> dict:
 
 
 def checkpoint_(model: torch.nn.Module, one_in: int) -> None:
-    """Activation checkpointing of one in so many blocks; 0: of none."""
+    """Turns on activation checkpointing in one of ``one_in`` blocks; 0 means in none."""
     if one_in:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for i, block in enumerate(block for block in model.modules() if hasattr(block, "gradient_checkpointing")):
             block.gradient_checkpointing = i % one_in == 0
 
 
-def checkpointing_that_fits(providers: dict, models: dict, figures: dict, options: Options) -> int:
-    """How few blocks PEFT's model, or else ours, must checkpoint to have memory enough: the same for all."""
+def checkpointing_that_fits(providers: dict, figures: dict, options: Options) -> int:
+    """Returns how few blocks PEFT's model, or else ours, must checkpoint to fit in memory. All engines do the same."""
     name = next(iter(providers))
     for one_in in CHECKPOINTED:
         figures["checkpointed blocks, one in"] = one_in
@@ -258,7 +260,6 @@ def checkpointing_that_fits(providers: dict, models: dict, figures: dict, option
                 raise
             failure = of_chain(error)
         finally:
-            models.pop(name, None)
             gc.collect()
             if options.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -266,23 +267,23 @@ def checkpointing_that_fits(providers: dict, models: dict, figures: dict, option
 
 
 def has_room(provider: Provider, device: torch.device) -> bool:
-    """Whether the other engines' adapters have room beside a run."""
+    """Runs once and tells whether the other engines' adapters have room beside that."""
     most = peak(provider, device)
     return device.type != "cuda" or most + SPARE <= torch.cuda.get_device_properties(device).total_memory
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch, cuBLAS or the driver says so."""
+    """Tells whether torch, cuBLAS or the driver ran out of memory."""
     return any(words in str(error) for words in ("out of memory", "ALLOC_FAILED"))
 
 
 def allocated(device: torch.device) -> int:
-    """Bytes; 0 on a CPU."""
+    """Returns the bytes allocated now; 0 on a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def peak(provider: Provider, device: torch.device) -> int:
-    """Bytes that were allocated at once in a run; 0 on a CPU."""
+    """Runs once and returns the most bytes that were allocated at a time; 0 on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     once(provider)
