@@ -91,7 +91,7 @@ class Run:
             )
 
     async def _compile(self, folder: Path, carried: dict[str, int]) -> None:
-        """Makes the sections' launches, at their real sizes, on a stub driver, so that they are in the cache afterwards.
+        """Makes the sections' launches, at real sizes, on a stub driver, so that they are in the cache afterwards.
         Meanwhile the files of large packages come into memory."""
         print(f"── compile: kernels {short(carried)}", flush=True)
         command = [sys.executable, "-c", "import peft, transformers.models.llama.modeling_llama"]

@@ -87,8 +87,8 @@ class Group(Batch):
         merge.merge_(weights, self._a, self._b, rest.float().contiguous(), rounding, self._seed(seed), residuals)
 
     def _seed(self, seed: int) -> int | Tensor:
-        """Another one each step, also where a CUDA graph replays it. On a GPU it is in memory in any case: the kernel that
-        takes a number is another one, and a graph that is captured after a warm-up could not load it."""
+        """Returns another seed each step, also where a CUDA graph replays it. On a GPU it is always in memory: a kernel
+        that takes a number is another one, and could not be loaded while a graph is captured."""
         base = zlib.crc32(str(seed).encode()) << 30
         return self._steps[0].long() + (base + 1) if self._device.type == "cuda" else base + self.count
 
