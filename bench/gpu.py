@@ -27,31 +27,35 @@ import datetime
 import faulthandler
 import importlib
 import importlib.metadata
+import lzma
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
 
-if "--dry-run" in sys.argv or "interpreter" in sys.argv:
+if "--dry-run" in sys.argv or "--mode interpreter" in " ".join(sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 import gpu_cache
 import torch
 from gpu_goals import Verdict, verdicts
 from gpu_plot import draw
-from gpu_section import MODES, Figures, Options, Progress, in_processes, short, work
+from gpu_section import MODES, Figures, Options, Progress, in_processes, of_chain, short, work
+from gpu_section import summary as of_figure
 from gpu_stages import COMPILERS, END, SECTIONS, STAGES, START, WATCHED, WITH_MODELS, Stage, estimate, some
 
 import lora_fast
 from lora_fast.kernels import tiles
+from lora_fast.kernels.device import CARDS
 
 HERE = Path(__file__).resolve().parent
 CARRIED = HERE.parent / "build" / "gpu-cache.tar.xz"
-MOST_PRINTED = 11_000  # characters
+MOST_PRINTED, MOST_OF_A_FAILURE, MOST_OF_A_SECTION = 11_000, 200, 4  # characters, characters, lines
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 MOST_CARRIED, MOST_RETURNED = 40, 16  # MiB
 
@@ -62,9 +66,8 @@ class Run:
     def __init__(self, name: str, stage: Stage, out: Path, seconds: float = 0.0):
         self.name, self.stage, self.out = name, stage, out
         self.end = time.monotonic() + stage.seconds - seconds
+        self.right = False
         out.mkdir(parents=True, exist_ok=True)
-        for old in out.glob(f"{name}.*"):
-            old.unlink()
         self.figures = Figures(out / f"{name}.jsonl")
         self.figures.add("conditions", "machine", conditions())
 
@@ -77,18 +80,34 @@ class Run:
         with tempfile.TemporaryDirectory(prefix="lora-fast-gpu-", ignore_cleanup_errors=True) as folder:
             cache = Path(folder) / "triton"
             os.environ |= gpu_cache.environment(cache)
-            counts = [gpu_cache.unpack(archive, cache) for archive in archives]
-            carried = {"carried": sum(usable for usable, _ in counts), "of another Triton": sum(n for _, n in counts)}
+            carried = self._unpack(archives, cache)
             before = gpu_cache.entries(cache)
-            asyncio.run(self._compile(Path(folder), carried))
-            asyncio.run(self._measure(Path(folder)))
+            try:
+                asyncio.run(self._compile(Path(folder), carried))
+                asyncio.run(self._measure(Path(folder)))
+            finally:
+                self.right = self.tell()
             new = gpu_cache.entries(cache) - before
-            archive = self.out / f"{self.name}-cache.tar.xz"
-            left = gpu_cache.pack(cache, new, archive, MOST_RETURNED, preset=1)
+            archive, seconds = self.out / f"{self.name}-cache.tar.xz", self.left + END - 3
+            left = gpu_cache.pack(cache, new, archive, MOST_RETURNED, preset=1, seconds=seconds)
             kernels = lambda names: sum(name.endswith(".cubin") for name in names)
             self.figures.add(
                 "compile", "new kernels", {"packed": kernels(new) - kernels(left), "no room": kernels(left)}
             )
+
+    def _unpack(self, archives: list[Path], cache: Path) -> dict[str, int]:
+        """Fills the cache from the archives. One that cannot be read is told and left."""
+        carried = {"carried": 0, "of another Triton": 0}
+        for archive in archives:
+            try:
+                usable, others = gpu_cache.unpack(archive, cache)
+            except (OSError, EOFError, tarfile.TarError, lzma.LZMAError, ValueError, KeyError) as error:
+                self.figures.add_failure("compile", archive.name, f"cannot be read: {of_chain(error)}", ok=None)
+                print(f"{archive} cannot be read: {error}", flush=True)
+                continue
+            carried["carried"] += usable
+            carried["of another Triton"] += others
+        return carried
 
     async def _compile(self, folder: Path, carried: dict[str, int]) -> None:
         """Makes the sections' launches, at real sizes, on a stub driver, so that they are in the cache afterwards.
@@ -96,8 +115,12 @@ class Run:
         print(f"── compile: kernels {short(carried)}", flush=True)
         command = [sys.executable, "-c", "import peft, transformers.models.llama.modeling_llama"]
         reading = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
-        start, figures = time.monotonic(), Figures(folder / "compile.jsonl")
-        await compile_all(self.stage.sections, COMPILERS, min(self.stage.compile, self.left), figures, folder)
+        start, figures, arch = time.monotonic(), Figures(folder / "compile.jsonl"), arch_of_gpu()
+        if arch in CARDS:
+            seconds = min(self.stage.compile, self.left)
+            await compile_all(self.stage.sections, COMPILERS, seconds, figures, folder, arch)
+        else:
+            print(f"  compile: no card is known for sm_{arch}: kernels are compiled where they are needed", flush=True)
         found = compiled(figures) | carried
         found["ok"] = found["ok"] or None  # the sections themselves will show what does not launch
         with contextlib.suppress(TimeoutError):
@@ -121,16 +144,24 @@ class Run:
         """Prints the table and the failures, and keeps them. Returns whether nothing is wrong."""
         figures = self.figures.read()
         text = report(figures, self.stage.sections, self.figures.seconds())
+        complete = all(figures.get(section) for section in self.stage.sections)
         (self.out / f"{self.name}.txt").write_text(text + "\n", encoding="utf-8")
         print(f"\n{text}\nfigures: {self.figures.path}", flush=True)
         print(draw(figures, self.out / f"{self.name}.png"), flush=True)
-        return not wrong(figures)
+        return complete and not wrong(figures)
 
 
-async def compile_all(names: list[str], processes: int, seconds: float, figures: Figures, folder: Path) -> None:
+async def compile_all(
+    names: list[str],
+    processes: int,
+    seconds: float,
+    figures: Figures,
+    folder: Path,
+    arch: int = gpu_cache.ARCH,
+) -> None:
     """Makes the sections' launches on the stub driver, in some processes. Prints how far it has come."""
     shares = [(part, processes) for part in range(processes)]
-    workers = [in_processes(names, share, "stub", seconds, figures, folder) for share in shares]
+    workers = [in_processes(names, share, "stub", seconds, figures, folder, arch) for share in shares]
     running, start = {asyncio.create_task(worker) for worker in workers}, time.monotonic()
     while running:
         ended, running = await asyncio.wait(running, timeout=gpu_cache.EVERY)
@@ -155,25 +186,52 @@ def compiled(figures: Figures) -> dict:
 
 
 def report(figures: dict, sections: list[str], seconds: dict[str, float]) -> str:
-    """Returns goal, measured and verdict, then the summary, in at most ``MOST_PRINTED`` characters."""
-    text = f"{table(verdicts(figures, sections))}\n{summary(figures, sections, seconds)}"
+    """Returns the machine, goal, measured and verdict, the summary, and some times, in at most ``MOST_PRINTED``
+    characters."""
+    parts = [machine(figures), table(verdicts(figures, sections)), summary(figures, sections, seconds), times(figures)]
+    text = "\n".join(filter(None, parts))
     return text if len(text) <= MOST_PRINTED else text[: MOST_PRINTED - 30] + "\n… the rest is in DIR"
 
 
+def machine(figures: dict) -> str:
+    """Returns what was measured on, and what it reaches."""
+    where, limits = figures.get("conditions", {}).get("machine", {}), figures.get("ceilings", {}).get("bfloat16", {})
+    words = [where.get("device", "an unknown device")]
+    words += [f"{name} {where[name]}" for name in ("driver", "torch", "triton") if name in where]
+    if limits.get("bandwidth"):
+        words.append(f"copy {limits['bandwidth'] / 1e12:.2f} TB/s, cuBLAS {limits['operations'] / 1e12:.0f} TFLOP/s")
+    return ", ".join(words)
+
+
+def times(figures: dict) -> str:
+    """Returns the times of the layers and steps that the goals are about, a line for each."""
+    chosen = [(name, values) for section in ("layers", "steps", "inverses") for name, values in
+              figures.get(section, {}).items() if values.get("rows")]  # fmt: skip
+    return "\n".join(f"{name}: {of_figure(values)}"[:330] for name, values in chosen)
+
+
 def summary(figures: dict, sections: list[str], seconds: dict[str, float]) -> str:
-    """Returns a line for each section, each failure, and what is not known."""
+    """Returns a line for each section, then failures and what is not known, some of each section."""
     lines = [f"{name}: {len(figures.get(name, {}))} figures in {seconds.get(name, 0.0):.0f} s" for name in sections]
-    failures = [
-        f"{section}: {name}: {values.get('error') or short(values)}" for section, name, values in wrong(figures)
-    ]
-    unknown = [
-        f"{section}: {name}: {values.get('error', 'not known')}"
-        for section, of in figures.items()
-        for name, values in of.items()
-        if values.get("ok", True) is None
-    ]
-    lines += [f"failures: {len(failures)}", *(line[:400] for line in failures)]
-    return "\n".join([*lines, f"not known: {len(unknown)}", *(line[:160] for line in unknown)])
+    for word, ok in (("failures", False), ("not known", None)):
+        chosen = {
+            section: [(name, values) for name, values in of.items() if values.get("ok", True) is ok]
+            for section, of in figures.items()
+        }
+        lines.append(f"{word}: {sum(map(len, chosen.values()))}")
+        for section, members in chosen.items():
+            told = [f"{section}: {name}: {values.get('error') or short(values)}" for name, values in members]
+            lines += [line[:MOST_OF_A_FAILURE] for line in told[:MOST_OF_A_SECTION]]
+            lines += [f"{section}: and {len(told) - MOST_OF_A_SECTION} more"] * (len(told) > MOST_OF_A_SECTION)
+    return "\n".join(lines)
+
+
+def arch_of_gpu() -> int:
+    """Returns the compute capability as one number; that of the carried kernels where there is no GPU."""
+    if not torch.cuda.is_available():
+        return gpu_cache.ARCH
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def seconds_so_far() -> float:
@@ -197,8 +255,8 @@ def table(found: list[Verdict]) -> str:
 def conditions() -> dict:
     def output(*command: str) -> str:
         try:
-            done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
-        except FileNotFoundError:
+            done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, timeout=5)
+        except (FileNotFoundError, subprocess.TimeoutExpired):
             return "unknown"
         return done.stdout.strip() if done.returncode == 0 else "unknown"
 
@@ -239,7 +297,9 @@ def plan(name: str, stage: Stage) -> str:
     sketch = Options("device", torch.device("cpu"), Figures(Path(os.devnull)), Progress())
     lines = [f"{name} ends after {stage.seconds:g} s at most. Estimates: an H100 with 16 cores, none of them measured."]
     head = ("section", "figures", "processes", "estimate", "budget", "")
-    rows = [("compile", "", str(COMPILERS), f"{START + 6:.0f} s", f"{stage.compile:g} s", "carried kernels are found")]
+    rows = [
+        ("compile", "", str(COMPILERS), f"{START + 6:.0f} s", f"{stage.compile:g} s", "if all kernels were carried")
+    ]
     total = START + 6
     for phase in stage.phases:
         longest = 0.0
@@ -253,7 +313,9 @@ def plan(name: str, stage: Stage) -> str:
                 told = f"{estimate(section, count):.0f} s", f"{budget:g} s", what(section)
                 rows.append((section, str(count), str(processes), *told))
             longest = max(longest, spent)
-        rows.append(("", "", "", f"{longest:.0f} s", f"{phase.seconds:g} s", "these, the start of a process with them"))
+        rows.append(
+            ("", "", "", f"{longest:.0f} s", f"{phase.seconds:g} s", "the longest of these, with its process's start")
+        )
         total += longest
     rows.append(("end", "", "", "4 s", f"{END:g} s", "archive, picture, report"))
     budgets = stage.compile + sum(phase.seconds for phase in stage.phases) + END
@@ -301,9 +363,11 @@ def fill_cache(archive: Path) -> bool:
         asyncio.run(compile_all(names, os.cpu_count() or 1, 3 * 3600, figures, Path(folder)))
         found = compiled(figures)
         gpu_cache.compile_tests(os.cpu_count() or 1)
-        left = gpu_cache.pack(cache, gpu_cache.entries(cache), archive, MOST_CARRIED)
+        # Triton's launchers are libraries for one version of Python, and quickly made.
+        files = {name for name in gpu_cache.entries(cache) if not name.endswith(".so")}
+        left = gpu_cache.pack(cache, files, archive, MOST_CARRIED)
         size = archive.stat().st_size / gpu_cache.MEBIBYTE
-        print(f"{archive}: {len(gpu_cache.entries(cache)) - len(left)} files, {size:.1f} MiB; {short(found)}")
+        print(f"{archive}: {len(files) - len(left)} files, {size:.1f} MiB; {short(found)}")
         if left:
             print(f"{len(left)} files had no room in {MOST_CARRIED} MiB")
         return found["ok"] is True and not left
@@ -333,9 +397,11 @@ def one_share(options: argparse.Namespace) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--stage", type=int, choices=STAGES, help="which of the two")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="some sections, of either stage")
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help=f"some of {', '.join(SECTIONS)}")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for figures, report, picture, archive")
     parser.add_argument("--cache", type=Path, nargs="*", metavar="FILE", help="archives of compiled kernels")
     parser.add_argument("--plan", action="store_true", help="print what would run and how long it should take")
@@ -349,6 +415,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.work:
         sys.exit(not one_share(options))
+    if unknown := [name for name in options.only or () if name not in SECTIONS]:
+        parser.error(f"--only: {', '.join(unknown)}: no section; there are {', '.join(SECTIONS)}")
     if options.fill_cache:
         sys.exit(not fill_cache(options.fill_cache))
     if (options.stage is None) == (options.only is None):
@@ -362,17 +430,18 @@ def main() -> None:
         sys.exit(not dry_run(stage.sections, options.out))
     if options.out is None:
         parser.error("--out DIR: where should the figures go?")
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.glob(f"{name}*"))):
+        parser.error(f"--out {options.out}: expected a folder without {name}'s results; name another one")
+    archives = options.cache if options.cache is not None else [CARRIED] * CARRIED.exists()
+    if missing := [str(archive) for archive in archives if not archive.is_file()]:
+        parser.error(f"--cache: no such file: {', '.join(missing)}")
+    if os.environ.get("TRITON_INTERPRET"):
+        parser.error("TRITON_INTERPRET is set: kernels would not run on the GPU")
     if not torch.cuda.is_available():
         parser.error("no CUDA device: use --dry-run, or run this on a machine with an NVIDIA GPU")
-    archives = options.cache if options.cache is not None else [CARRIED] * CARRIED.exists()
-    if missing := [str(archive) for archive in archives if not archive.exists()]:
-        parser.error(f"--cache: no such file: {', '.join(missing)}")
     run = Run(name, stage, options.out, seconds_so_far())
-    try:
-        run.on_device(archives)
-    finally:
-        right = run.tell()
-    sys.exit(0 if right else "something is wrong: see the failures above")
+    run.on_device(archives)
+    sys.exit(0 if run.right else "something is wrong, or was not measured: see above")
 
 
 if __name__ == "__main__":

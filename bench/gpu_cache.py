@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -88,9 +89,9 @@ def pytest_configure(config) -> None:
         budget.check = torch.testing.assert_close = lambda *values, **options: None  # they compare what means nothing
 
 
-def stub_environment() -> dict[str, str]:
+def stub_environment(arch: int = ARCH) -> dict[str, str]:
     """Returns what a process needs in its environment to work on the stub driver."""
-    return {STUB_ARCH: str(ARCH), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return {STUB_ARCH: str(arch), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def on_stub_driver() -> None:
@@ -132,21 +133,26 @@ def entries(folder: Path) -> set[str]:
     return {str(file) for file in files}
 
 
-def pack(folder: Path, names: Iterable[str], archive: Path, most: float, preset: int = 6) -> list[str]:
-    """Writes files of a cache to an archive of at most ``most`` MiB, of a kernel all or none. Returns the names of
-    those that had no room."""
-    names, left = sorted(names), []
+def pack(
+    folder: Path, names: Iterable[str], archive: Path, most: float, preset: int = 6, seconds: float = math.inf
+) -> list[str]:
+    """Writes files of a cache to an archive of at most ``most`` MiB, of a kernel all or none, in about these seconds.
+    Returns the names of those that had no room or no time."""
+    names, left, end = sorted(names), [], time.monotonic() + seconds
     archive.parent.mkdir(parents=True, exist_ok=True)
     unfinished = archive.with_name(f"{archive.name}.new")
     while True:
         with tarfile.open(unfinished, "w:xz", preset=preset) as tar:
-            for name in names:
+            for i, name in enumerate(names):
+                if time.monotonic() > end and (i == 0 or Path(name).parent != Path(names[i - 1]).parent):
+                    names, left = names[:i], left + names[i:]
+                    break
                 tar.add(folder / name, name)
         size = unfinished.stat().st_size / MEBIBYTE
         if size <= most or not names:
             unfinished.replace(archive)
             return left
-        keep = int(len(names) * 0.95 * most / size)
+        keep, end = int(len(names) * 0.9 * most / size), math.inf
         while keep and Path(names[keep - 1]).parent == Path(names[keep]).parent:
             keep -= 1
         names, left = names[:keep], left + names[keep:]

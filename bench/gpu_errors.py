@@ -86,8 +86,10 @@ def judge(
         allowed = max(budget.EAGER * eager, least) + budget.ULPS[got.dtype] * torch.finfo(got.dtype).eps
         figures[name] = {"error": budget.error(got, right), "allowed": allowed}
         ok &= figures[name]["error"] <= allowed
-    largest = max(figures.values(), key=lambda of: of["error"] / of["allowed"])
-    return {"ok": ok, "largest share": largest["error"] / largest["allowed"], **figures}
+    worst = max(figures, key=lambda name: figures[name]["error"] / figures[name]["allowed"])
+    error, allowed = figures[worst].values()
+    told = {} if ok else {"error": f"{worst}: {error:.2e}, allowed {allowed:.2e}"}
+    return {"ok": ok, "largest share": error / allowed, **told, **figures}
 
 
 @functools.lru_cache

@@ -57,4 +57,5 @@ def verdict(output: str, status: int | None, checked: bool, complete: bool) -> d
     wrong = bool(errors) or (status not in (0, None) and not refused)
     ok = False if wrong else True if errors == 0 and complete else None
     figures = {"checked by": by, "memory errors": errors, "every family right": complete, "exit status": status}
-    return {"ok": ok, **figures, "tail": output[-1500:]}
+    told = {} if ok is not None else {"error": by if complete else f"{by}, and not every family has run"}
+    return {"ok": ok, **told, **figures, "tail": output[-1500:]}

@@ -31,6 +31,7 @@ from measure import Ceilings, Provider, Unavailable, once, wait
 
 Jobs = list[tuple[str, Callable[[], dict]]]
 PROGRAM = Path(__file__).with_name("gpu.py")
+LINE = {"section", "figure", "seconds", "values"}
 MODES = ("device", "interpreter", "stub")  # on a GPU; tiny sizes in Triton's interpreter; real ones on a stub driver
 
 
@@ -42,9 +43,11 @@ class Figures:
 
     def add(self, section: str, figure: str, values: dict, seconds: float = 0.0) -> None:
         line = {"section": section, "figure": figure, "seconds": round(seconds, 2), "values": values}
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            torn = file.read(1) not in (b"", b"\n")  # a process was ended while it wrote
+            file.write(b"\n" * torn + json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
     def add_failure(self, section: str, figure: str, error: str, ok: bool | None = False) -> None:
         """Adds an error to a figure. What was known of the figure stays."""
@@ -65,12 +68,13 @@ class Figures:
         return seconds
 
     def _lines(self) -> list[dict]:
-        """Returns all lines but what a process was writing when it was ended."""
-        text, lines = self.path.read_text(encoding="utf-8") if self.path.exists() else "", []
+        """Returns all lines that are figures: a process may have been ended while it wrote one."""
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        lines = []
         for line in text.splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 lines.append(json.loads(line))
-        return lines
+        return [line for line in lines if isinstance(line, dict) and line.keys() == LINE]
 
 
 @dataclass
@@ -254,14 +258,21 @@ def _answers(device: torch.device) -> bool:
 
 
 async def in_processes(
-    names: list[str], share: tuple[int, int], mode: str, seconds: float, figures: Figures, folder: Path
+    names: list[str],
+    share: tuple[int, int],
+    mode: str,
+    seconds: float,
+    figures: Figures,
+    folder: Path,
+    arch: int = gpu_cache.ARCH,
 ) -> None:
-    """Runs one share of the sections' jobs, in as many processes as it takes, within these seconds."""
+    """Runs one share of the sections' jobs, in as many processes as it takes, within these seconds. ``arch``: of the
+    stub driver's card."""
     path = folder / f"{mode}-{'-'.join(names)}-{share[0]}.json"
     until = time.monotonic() + seconds
     command = [sys.executable, str(PROGRAM), "--work", *names, "--share", f"{share[0]}/{share[1]}"]
     command += ["--mode", mode, "--progress", str(path), "--figures", str(figures.path)]
-    environment = {**os.environ, **(gpu_cache.stub_environment() if mode == "stub" else {})}
+    environment = {**os.environ, **(gpu_cache.stub_environment(arch) if mode == "stub" else {})}
     while True:
         before = Progress.of(path)
         status = await _ended(command, environment, until - time.monotonic())

@@ -1,12 +1,14 @@
 """The two stages of bench/gpu.py: which sections they hold, in which order, and the seconds that each may take.
 
 A stage begins by compiling, then runs its checks side by side, then what is timed, alone. It answers in the order of
-its sections, so that a stage cut short has answered what matters most. All budgets of a stage together are less than
-what it may take; the estimates, of an H100 with 16 cores, are less than the budgets. Neither has been seen on a GPU.
+its sections, so that a stage cut short has answered what matters most. The budgets of a lane, with the start of its
+process, fit in its phase, and the phases in the stage. The estimates, of an H100 with 16 cores and with carried
+kernels, are less than the budgets. Neither has been seen on a GPU.
 """
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 from gpu_errors import errors
@@ -21,29 +23,29 @@ from gpu_timings import gemm, grid, inverses, layers, machine, other_steps, smal
 from gpu_training import training, whole
 
 START = 9.0  # seconds, by estimate, until a process has imported torch, transformers and PEFT
-COMPILERS = 14  # processes that compile
+COMPILERS = min(14, os.cpu_count() or 1)  # processes that compile
 END = 10.0  # seconds for the cache's archive, the plots and the report
 
 # budget, most of a figure, estimate of a figure, processes
 SECTIONS = {
-    "errors": Section(errors, 55, 20, 0.15, processes=3),
-    "graphs": Section(graphs, 28, 20, 0.5),
-    "repeats": Section(repeats, 20, 20, 0.6),
-    "ceilings": Section(machine, 10, 10, 0.8),
+    "errors": Section(errors, 44, 20, 0.15, processes=3),
+    "graphs": Section(graphs, 26, 20, 0.5),
+    "repeats": Section(repeats, 18, 18, 0.6),
+    "ceilings": Section(machine, 6, 6, 0.8),
     "gemm": Section(gemm, 12, 10, 1.3),
-    "layers": Section(layers, 26, 15, 4.0),
+    "layers": Section(layers, 24, 15, 4.0),
     "steps": Section(steps, 30, 20, 3.5),
     "inverses": Section(inverses, 6, 6, 2.5),
     "training": Section(training, 24, 24, 18),
-    "suite": Section(suite, 120, 120, 90),
-    "memcheck": Section(memcheck, 118, 118, 60),
+    "suite": Section(suite, 112, 112, 90),
+    "memcheck": Section(memcheck, 112, 112, 60),
     "large": Section(large, 100, 60, 3.0),
-    "grid": Section(grid, 34, 15, 1.4),
-    "whole": Section(whole, 85, 85, 75),
-    "with_compile": Section(with_compile, 46, 40, 18),
-    "small": Section(small, 20, 20, 2.0),
+    "grid": Section(grid, 30, 15, 1.4),
+    "whole": Section(whole, 82, 82, 72),
+    "with_compile": Section(with_compile, 42, 40, 18),
+    "small": Section(small, 18, 18, 2.0),
     "other_steps": Section(other_steps, 16, 15, 3.5),
-    "counters": Section(counters, 40, 40, 25),
+    "counters": Section(counters, 38, 38, 25),
 }
 WATCHED = {"families": Section(families, 100, 100, 1), "counted": Section(counted, 60, 60, 5)}  # by memcheck, by ncu
 WITH_MODELS = ("layers", "steps", "training", "grid", "whole", "with_compile", "other_steps")  # PEFT's, transformers'

@@ -15,6 +15,7 @@ from gpu_section import Jobs, Options
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 MARGIN = 14  # seconds in which the process that waits for pytest starts and ends
+LONGEST = 1 << 20  # characters of the output that are kept
 PROCESSES = 14  # each takes more than half a gigabyte of a GPU's memory for itself
 WORDS = "PASSED|FAILED|ERROR|SKIPPED|XFAIL"
 OUTCOME = re.compile(rf"^\[gw\d+\] \[ *\d+%\] ({WORDS}) (\S+::.*)$|^(\S+::.*?) ({WORDS})")  # with xdist, without
@@ -29,7 +30,7 @@ def run(options: Options) -> dict:
     """Runs pytest. What is known when the time is over counts."""
     if importlib.util.find_spec("pytest") is None:
         return {"ok": None, "error": "pytest is not installed here: the tests have not run"}
-    options_of_pytest = ["-o", "addopts=", "-v", "-p", "no:cacheprovider", "-p", "gpu_cache", "-W", "ignore"]
+    options_of_pytest = ["-o", "addopts=", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "gpu_cache", "-W", "ignore"]
     command = [sys.executable, "-m", "pytest", *options_of_pytest, "-m", "gpu and not budget"]
     spread = importlib.util.find_spec("xdist") is not None
     if spread and options.mode != "interpreter":
@@ -46,7 +47,9 @@ def run(options: Options) -> dict:
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
             status = None
-    return outcome(output.read_text(errors="replace"), status)
+    text = output.read_text(errors="replace")
+    output.write_text(text[-LONGEST:])
+    return outcome(text, status)
 
 
 def outcome(output: str, status: int | None) -> dict:

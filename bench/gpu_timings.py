@@ -131,8 +131,20 @@ def measured(case: Case, comparison: Comparison, options: Options, seconds: floa
     found = measure(case, comparison, Setting(options.device, triton=True), limits, seconds, simply)
     values = {"rows": [asdict(row) for row in found]}
     errors = {row.provider: row.error for row in found if row.provider.startswith("ours") and row.error is not None}
-    wrong = {name: error for name, error in errors.items() if error > LARGEST_ERROR}
-    return values | ({"ok": False, "error": f"relative L2 errors {wrong}"} if wrong else {})
+    wrong = [f"{name}: relative L2 error {error:.2e}" for name, error in errors.items() if error > LARGEST_ERROR]
+    return values | judged(wrong, {row.provider: row.unavailable for row in found if row.unavailable})
+
+
+def judged(wrong: list[str], unavailable: dict[str, str]) -> dict:
+    """Returns what a figure says of providers that failed: that is wrong of ours, and not known of others."""
+    told = wrong + [f"{name}: {reason}" for name, reason in unavailable.items()]
+    if not told:
+        return {}
+    return {"ok": False if wrong or any(map(is_ours, unavailable)) else None, "error": "; ".join(told)[:1000]}
+
+
+def is_ours(provider: str) -> bool:
+    return provider.startswith("ours")
 
 
 def compiled_rows(case: Case, options: Options) -> dict:

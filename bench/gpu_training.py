@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from gpu_goals import TRAINING, WHOLE
 from gpu_section import Jobs, Options, of_chain
+from gpu_timings import judged
 from measure import Provider, Rounds, Unavailable, once, simply, spread, timed
 
 import lora_fast as lf
@@ -20,6 +21,7 @@ import lora_fast as lf
 RANK, STEPS, INTERVAL = 16, 10, 10
 SEQUENCE, BATCH, ROUNDS = 4096, 2, 10
 CHECKPOINTED = (0, 2, 1)  # of the blocks: none, every second, every one; the first that fits
+CHECKPOINTED_FIGURE = "checkpointed blocks, one in"
 SPARE = 5 << 30  # bytes for the other engines' adapters, and their moments
 MARGIN = 8  # seconds at the end of the section
 PLAIN = lf.LoRAConfig(r=RANK, alpha=2 * RANK)
@@ -130,8 +132,9 @@ def of_methods(options: Options) -> dict:
             ready[name] = options.surviving(name, provider)()
         except Unavailable as reason:
             figures[name] = {"unavailable": str(reason)}
+    unavailable = {f"ours, {name}": values["unavailable"] for name, values in figures.items()}
     if not ready:
-        return figures
+        return judged([], unavailable)
     rounds = timed(ready, options.device, options.seconds / 3 if options.mode == "device" else 0.0, simply)
     for name in ready:
         times = rounds.times(name, "forward")
@@ -142,7 +145,7 @@ def of_methods(options: Options) -> dict:
         if "LoRA" in ready:
             pairs = zip(times, rounds.times("LoRA", "forward"), strict=True)
             figures[name]["over LoRA"] = spread([mine / other for mine, other in pairs])
-    return figures
+    return figures | judged([], unavailable)
 
 
 # ---- Stage 2: the whole model
@@ -198,14 +201,15 @@ def of_engines(options: Options) -> dict:
             model, optimizer = build()
             if options.mode == "stub":
                 return Provider(lambda: launched(model, optimizer, ids.numel(), True))
-            checkpoint_(model, figures.get("checkpointed blocks, one in", 0))
+            checkpoint_(model, figures.get(CHECKPOINTED_FIGURE, 0))
             return Training(model, ids, 1, optimizer, autocast=True).provider
 
         providers[name] = provider
     if options.mode == "stub":
         return {name: once(provider()) for name, provider in providers.items()}
-    figures["checkpointed blocks, one in"] = checkpointing_that_fits(providers, figures, options)
-    ready = {}
+    if (one_in := checkpointing_that_fits(providers, figures, options)) is None:
+        return {"ok": None, "error": "this GPU has not enough memory, be every block checkpointed"}
+    figures[CHECKPOINTED_FIGURE], ready = one_in, {}
     for name, provider in providers.items():
         others = allocated(options.device) - weights
         try:
@@ -219,6 +223,7 @@ def of_engines(options: Options) -> dict:
             if not is_out_of_memory(error):
                 raise
             figures[name] = {"unavailable": of_chain(error)}
+    engines_lost = {name: figures[name]["unavailable"] for name in providers if name not in ready}
     rounds, longest = Rounds(ready, options.device), 0.0
     for _ in range((ROUNDS if options.mode == "device" else 1) * bool(ready)):
         before = time.monotonic()
@@ -233,7 +238,7 @@ def of_engines(options: Options) -> dict:
             figures[name]["tokens a second"] = ids.numel() / figures[name]["seconds a step"]
             figures[name]["host seconds"] = statistics.median(rounds.host_times(name, "forward")) / 1e6
         options.figures.add("whole", WHOLE, figures)
-    return figures
+    return figures | judged([], engines_lost)
 
 
 def checkpoint_(model: torch.nn.Module, one_in: int) -> None:
@@ -244,26 +249,25 @@ def checkpoint_(model: torch.nn.Module, one_in: int) -> None:
             block.gradient_checkpointing = i % one_in == 0
 
 
-def checkpointing_that_fits(providers: dict, figures: dict, options: Options) -> int:
-    """Returns how few blocks PEFT's model, or else ours, must checkpoint to fit in memory. All engines do the same."""
+def checkpointing_that_fits(providers: dict, figures: dict, options: Options) -> int | None:
+    """Returns how few blocks PEFT's model, or else ours, must checkpoint to fit in memory, or None if all are too few.
+    All engines do the same."""
     name = next(iter(providers))
     for one_in in CHECKPOINTED:
-        figures["checkpointed blocks, one in"] = one_in
+        figures[CHECKPOINTED_FIGURE] = one_in
         try:
             if has_room(providers[name](), options.device):
                 return one_in
-            failure = "less was left than the other engines need"
         except Unavailable:
             return one_in
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            failure = of_chain(error)
         finally:
             gc.collect()
             if options.device.type == "cuda":
                 torch.cuda.empty_cache()
-    raise RuntimeError(f"no memory for a step of {name}, every block checkpointed: {failure}")
+    return None
 
 
 def has_room(provider: Provider, device: torch.device) -> bool:

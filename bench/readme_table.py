@@ -21,7 +21,11 @@ UNVERIFIED = "**Not verified on a GPU**: no speed on a GPU is claimed anywhere h
 
 
 def conditions(path: Path) -> dict:
-    return Figures(path).read()["conditions"]["machine"]
+    """Returns the machine of a file of figures, or ends with what is wrong with the file."""
+    where = Figures(path).read().get("conditions", {}).get("machine", {})
+    if lacking := {"device", "driver", "torch", "triton", "date"} - where.keys():
+        sys.exit(f"{path}: no figures of bench/gpu.py: its conditions lack {', '.join(sorted(lacking))}")
+    return where
 
 
 def newest(results: Path) -> dict[int, Path]:
@@ -39,6 +43,9 @@ def take(folder: Path, results: Path) -> None:
     taken = [path for stage in STAGES if (path := folder / f"stage{stage}.jsonl").exists()]
     if not taken:
         sys.exit(f"{folder}: no stage1.jsonl or stage2.jsonl, which bench/gpu.py --out {folder} writes")
+    for path in taken:
+        if conditions(path)["device"] == "cpu":
+            sys.exit(f"{path}: measured on no GPU")
     results.mkdir(parents=True, exist_ok=True)
     for path in taken:
         where = conditions(path)
@@ -53,14 +60,15 @@ def table(results: Path) -> str:
     found = newest(results)
     if not found:
         return UNVERIFIED
-    lines, sources = ["| figure | goal | measured | verdict |", "|---|---|---|---|"], []
+    lines, sources, verified = ["| figure | goal | measured | verdict |", "|---|---|---|---|"], [], False
     for stage, path in found.items():
         rows = verdicts(Figures(path).read(), STAGES[stage].sections)
+        verified |= stage == 1 and any(row.verdict != "not measured" for row in rows)
         lines += [f"| {' | '.join(row)} |" for row in rows]
         where = conditions(path)
         told = f"{where['device']}, driver {where['driver']}, torch {where['torch']}, Triton {where['triton']}"
         sources.append(f"Stage {stage}: {told}, {where['date']}: `bench/results/{path.name}`.")
-    return "\n".join([*lines, "", *sources])
+    return "\n".join([*([] if verified else [UNVERIFIED, ""]), *lines, "", *sources])
 
 
 def with_table(readme: str, results: Path) -> str:
@@ -74,6 +82,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="what bench/gpu.py --out has written")
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     options = parser.parse_args()
+    if options.folder and options.check:
+        parser.error("--check writes nothing, so it takes no folder")
     if options.folder:
         take(options.folder, HERE / "results")
     path = HERE.parent / "README.md"

@@ -231,6 +231,8 @@ RUNS = {
     "merge stochastic": partial(run_merge, [(4, 40, 24), (7, 1, 9), (3, 33, 520)], BFLOAT16, "stochastic", True),
     "merge compensated": partial(run_merge, [(4, 40, 24), (7, 1, 9), (3, 1030, 40)], FLOAT16, "compensated", False),
     "merge aligned": partial(run_merge, [(16, 40, 24)] * 2, BFLOAT16, "stochastic", False),
+    "merge stochastic float16": partial(run_merge, [(4, 40, 24), (7, 1, 9)], FLOAT16, "stochastic", True),
+    "cayley chunks": partial(run_cayley, (3, 2), (4100, 24)),
     "cayley mixed": partial(run_in_memory, run_cayley, *MIXED),
     "cayley mixed bfloat16": partial(run_cayley, *MIXED, BFLOAT16, scaled=True),
     "cayley aligned": partial(run_cayley, *ALIGNED, scaled=True),
@@ -256,6 +258,7 @@ def large_runs() -> dict:
         runs[f"solve rank {r}"] = partial(run_solve, r, k=70, n=2)
         runs[f"cayley rank {r}"] = partial(run_cayley, (r, 3), (r + 300, 2100), scaled=True)
         runs[f"merge rank {r}"] = partial(run_merge, [(r, 1030, 520), (3, 70, 33)], BFLOAT16, "stochastic", True)
+    runs["cayley, blocks and chunks"] = partial(run_cayley, (70,), (8300,), scaled=True)
     for r, solver in itertools.product((33, 64, 100), hadamard.SOLVERS):
         runs[f"scalora {solver} rank {r}"] = partial(run_scalora, r, solver, True)
     return runs
