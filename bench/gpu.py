@@ -1,7 +1,7 @@
-"""Everything that only a GPU can show, in two commands: 210 seconds and 400 seconds at most on an H100 with 16 cores.
+"""Measures what only a GPU can show, in two commands of at most 210 and 400 seconds (made for an H100, 16 cores).
 
     python bench/gpu.py --plan --stage 1                  # what it will do, and how long that should take
-    python bench/gpu.py --stage 1 --out results-1         # right? as fast as cuBLAS? faster than PEFT? what is a step?
+    python bench/gpu.py --stage 1 --out results-1         # are the ops right, what do GEMM, layer and step cost?
     python bench/gpu.py --stage 2 --out results-2         # tests, memcheck, shapes and ranks, Llama-3-8B, torch.compile
     python bench/gpu.py --only layers steps --out DIR     # some sections of either
     python bench/gpu.py --dry-run --stage 1               # without a GPU; no figure means anything

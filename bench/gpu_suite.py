@@ -30,8 +30,9 @@ def run(options: Options) -> dict:
     """Runs pytest. What is known when the time is over counts."""
     if importlib.util.find_spec("pytest") is None:
         return {"ok": None, "error": "pytest is not installed here: the tests have not run"}
-    options_of_pytest = ["-o", "addopts=", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "gpu_cache", "-W", "ignore"]
-    command = [sys.executable, "-m", "pytest", *options_of_pytest, "-m", "gpu and not budget"]
+    verbose = ["-o", "addopts=", "-v", "--tb=short", "-W", "ignore"]
+    command = [sys.executable, "-m", "pytest", *verbose, "-p", "no:cacheprovider", "-p", "gpu_cache"]
+    command += ["-m", "gpu and not budget"]
     spread = importlib.util.find_spec("xdist") is not None
     if spread and options.mode != "interpreter":
         command += ["-n", str(min(PROCESSES, os.cpu_count() or 1)), "--dist", "worksteal"]
