@@ -1,4 +1,4 @@
-"""compute-sanitizer's memcheck, where it is installed."""
+"""Runs compute-sanitizer's memcheck, where it is installed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from gpu_families import families
 from gpu_section import PROGRAM, Figures, Jobs, Options
 
-# ptxas and the like are left alone; what torch's own start asks of the driver in vain is no memory error
 MARGIN = 14  # seconds in which the process that waits for it starts and ends
+# ptxas and the like are left alone; what torch's own start asks of the driver in vain is no memory error
 TOOL = ("--tool", "memcheck", "--target-processes", "application-only", "--report-api-errors", "no")
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from gpu_section import PROGRAM, Jobs, Options
 
 MARGIN = 5  # seconds in which the process that waits for ncu ends
-
 # column of the figure → Nsight Compute's metric
 METRICS = {
     "µs": "gpu__time_duration.sum",
@@ -23,8 +22,6 @@ METRICS = {
     "registers": "launch__registers_per_thread",
     "occupancy %": "sm__warps_active.avg.pct_of_peak_sustained_active",
 }
-
-
 MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1, "usecond": 1, "ms": 1e3, "msecond": 1e3, "s": 1e6, "second": 1e6}
 
 
@@ -60,7 +57,7 @@ def parse(output: str) -> list[dict]:
         if row["Metric Name"] in names:
             try:
                 value = float(row["Metric Value"].replace(",", "")) * MICROSECONDS.get(row["Metric Unit"], 1)
-            except ValueError:  # "n/a"
+            except (ValueError, AttributeError):  # "n/a", or a line that is cut off
                 continue
             launch = launches.setdefault(row["ID"], {"kernel": row["Kernel Name"].split("(")[0]})
             launch[names[row["Metric Name"]]] = value

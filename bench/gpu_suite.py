@@ -61,5 +61,7 @@ def outcome(output: str, status: int | None) -> dict:
     failures = failures or [name.strip() for word, name in results if word in ("FAILED", "ERROR")]
     if status is None:
         return {"ok": False if failures else None, "error": "out of time", **counts, "failures": failures[:30]}
-    ok, tail = status == 0 and counts["passed"] > 0, "" if status == 0 else output[-1500:]
-    return {"ok": ok, **counts, "failures": failures[:30], "tail": tail}
+    if status == 0 and counts["passed"]:
+        return {"ok": True, **counts, "failures": []}
+    error = "; ".join(failures[:3]) or "no test ran"
+    return {"ok": False, "error": error, **counts, "failures": failures[:30], "tail": output[-1500:]}
