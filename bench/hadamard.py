@@ -15,8 +15,19 @@ def cases(scale: Scale) -> list[Case]:
     return [case for case in scale.steps("hadamard") if case.r <= LARGEST]
 
 
+def of_one_gradient(pairs: Pairs, r: int) -> Pairs:
+    """Replaces the gradients of a and b by those that follow from one gradient of the weight, here of rank 4r. Of two
+    that do not belong together the system is indefinite, and has no solution to compare with."""
+    generator = torch.Generator(pairs.a[0].device).manual_seed(1)
+    draw = lambda m, n: torch.randn(m, n, generator=generator, device=pairs.a[0].device)
+    for i, (a, b) in enumerate(zip(pairs.a, pairs.b, strict=True)):
+        left, right = draw(len(b), 4 * r), draw(4 * r, a.shape[1]) / 1000
+        pairs.da[i], pairs.db[i] = (b.mT @ left) @ right, left @ (right @ a.mT)
+    return pairs
+
+
 def build(case: Case, setting: Setting) -> Comparison:
-    pairs = Pairs.of(case, setting.device)
+    pairs = of_one_gradient(Pairs.of(case, setting.device), case.r)
     of_pair = [grams(*(t[None] for t in members)) for members in zip(*pairs.lists, strict=True)]
     stacked = Grams(*(torch.cat(same).contiguous() for same in zip(*of_pair, strict=True)))
     solve = lambda some: reference_scalora.scalora_solve(*some, "nnls")[0]
