@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from gpu_timings import RANKS, TOKENS
-from linear import CUBLAS
+from linear import BACKWARD, CUBLAS, FORWARD
 from step import MOVING
 
 TRAINING = "Llama-3-8B, 4 blocks, r=16, 4096 tokens, bfloat16"
@@ -87,7 +87,7 @@ def _goals() -> list[Goal]:
     goals = []
     for d_out in (4096, 14336):
         for strategy, limit in (("fused", 1.05), ("gluon", 1.01)):
-            for variant in ("y", "dx"):
+            for variant in (FORWARD, BACKWARD):
                 name = _gemm(d_out, variant)
                 read = _over("gemm", name, f"ours, {strategy}", CUBLAS)
                 goals.append(Goal("gemm", f"our GEMM, {strategy} / cuBLAS alone, {name}", "≤", limit, read))

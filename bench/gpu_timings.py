@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 
 import torch
 from gpu_section import Jobs, Options
+from linear import BACKWARD, FORWARD
 from measure import Comparison, Provider, Setting, ceilings, measure, once, simply
 from providers import Operands, compiled, frozen, peft, provider
 from shapes import Case, Scale
@@ -36,7 +37,9 @@ def machine(options: Options) -> Jobs:
 def gemm(options: Options) -> Jobs:
     """The GEMM with the adapter's part, by every strategy, beside cuBLAS without it: y and dx."""
     shapes, r, n = (((48, 32),), 4, 16) if options.tiny else (SHAPES, RANK, N_TOKENS)
-    cases = [Case("linear", MODEL, (shape,), r, n, "bfloat16", variant=v) for shape in shapes for v in ("y", "dx")]
+    cases = [
+        Case("linear", MODEL, (shape,), r, n, "bfloat16", variant=v) for shape in shapes for v in (FORWARD, BACKWARD)
+    ]
     return [(case.name, functools.partial(rows, case, options)) for case in cases]
 
 
@@ -63,7 +66,9 @@ def grid(options: Options) -> Jobs:
     shape = SHAPES[0]
     names = ("PEFT", "ours", "frozen")
     chosen = [(shape, r, n, 0.0) for r in RANKS for n in TOKENS]
-    return of_layers(options, chosen, lambda name: name.startswith(names) and "," not in name.removeprefix("ours,"))
+    return of_layers(
+        options, chosen, SECONDS_OF_GRID, lambda name: name.startswith(names) and "," not in name.removeprefix("ours,")
+    )
 
 
 def with_compile(options: Options) -> Jobs:
@@ -88,10 +93,14 @@ def small(options: Options) -> Jobs:
 # ---- What they share
 
 
-def of_layers(options: Options, chosen: list[tuple], wanted: Callable[[str], bool] = lambda name: True) -> Jobs:
+def of_layers(
+    options: Options,
+    chosen: list[tuple],
+    seconds: float = SECONDS,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> Jobs:
     """``chosen``: (shape, rank, tokens, dropout); ``wanted``: which providers, by name."""
     chosen = [((48, 32), 4, 16, dropout) for dropout in (0.0, 0.1)] if options.tiny else chosen
-    seconds = SECONDS if len(chosen) <= len(SHAPES) * 2 else SECONDS_OF_GRID
     cases = [Case("layer", MODEL, (shape,), r, n, "bfloat16", dropout) for shape, r, n, dropout in chosen]
     return [(case.name, functools.partial(rows, case, options, seconds, wanted)) for case in cases]
 

@@ -4,7 +4,6 @@ whole model by PEFT and ours."""
 from __future__ import annotations
 
 import copy
-import functools
 import gc
 import statistics
 import time
@@ -15,6 +14,7 @@ from gpu_goals import TRAINING, WHOLE
 from gpu_section import Jobs, Options, of_chain
 from gpu_timings import judged
 from measure import Provider, Rounds, Unavailable, once, simply, spread, timed
+from providers import backend
 
 import lora_fast as lf
 
@@ -24,7 +24,6 @@ CHECKPOINTED = (0, 2, 1)  # of the blocks: none, every second, every one; the fi
 CHECKPOINTED_FIGURE = "checkpointed blocks, one in"
 SPARE = 5 << 30  # bytes for the other engines' adapters, and their moments
 MARGIN = 8  # seconds at the end of the section
-PLAIN = lf.LoRAConfig(r=RANK, alpha=2 * RANK)
 
 
 class Training:
@@ -43,7 +42,7 @@ class Training:
 
     @property
     def provider(self) -> Provider:
-        return Provider(self.run, apart=False)
+        return Provider(self.run, context=lambda: backend("triton"), apart=False)
 
 
 def llama(tiny: bool, blocks: int, vocabulary: int, device: torch.device) -> torch.nn.Module:
@@ -115,15 +114,13 @@ def of_methods(options: Options) -> dict:
             return Provider(lambda: launched(model, optimizer, n_tokens, False))
         return Training(model, ids, steps, optimizer).provider
 
+    r = 4 if tiny else RANK
+    plain = lf.LoRAConfig(r=r, alpha=2 * r)
     providers = {
-        "LoRA": lambda: build(PLAIN),
-        "NB-LoRA": lambda: build(lf.NBLoRAConfig(r=RANK)),
-        "ScaLoRA": lambda: build(PLAIN, lf.methods.ScaLoRA(interval=INTERVAL), own_weights=True),  # it changes them
+        "LoRA": lambda: build(plain),
+        "NB-LoRA": lambda: build(lf.NBLoRAConfig(r=r)),
+        "ScaLoRA": lambda: build(plain, lf.methods.ScaLoRA(interval=INTERVAL), own_weights=True),  # it changes them
     }
-    if tiny:
-        providers = {name: functools.partial(build, config) for name, config in (
-            ("LoRA", lf.LoRAConfig(r=4)), ("NB-LoRA", lf.NBLoRAConfig(r=4)),
-        )}  # fmt: skip
     if options.mode == "stub":
         return {name: once(provider()) for name, provider in providers.items()}
     ready, figures = {}, {}

@@ -4,6 +4,7 @@ verdicts; README's GPU table."""
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -334,11 +335,23 @@ def test_the_report_is_short_enough():
     assert "training: one: killed by SIGKILL" in text and "errors: and 196 more" in text and "not known: 200" in text
 
 
-def test_the_plan_adds_up(capsys):
-    text = gpu.plan("stage1", gpu_stages.STAGES[1])
+@pytest.mark.parametrize("number", gpu_stages.STAGES)
+def test_the_plan_adds_up(number):
+    """Of a phase its longest lane counts, in estimates; of the stage all phases."""
+    stage = gpu_stages.STAGES[number]
+    text = gpu.plan(f"stage{number}", stage)
     assert "none of them measured" in text
-    for name in gpu_stages.STAGES[1].sections:
+    for name in stage.sections:
         assert any(line.startswith(name) for line in text.splitlines())
+    columns = re.findall(r"(\d+) s +(\d+) s", text)
+    of_sections = len(stage.sections)
+    phases = [
+        pair for pair, line in zip(columns, re.findall(r".*\d+ s +\d+ s.*", text), strict=True) if "longest" in line
+    ]
+    assert len(columns) == of_sections + len(phases) + 3  # compile, end, in all
+    for column, tolerance in ((0, 3), (1, 0)):  # estimates are rounded
+        first, *_, end, total = (int(pair[column]) for pair in columns)
+        assert abs(total - first - end - sum(int(pair[column]) for pair in phases)) <= tolerance
 
 
 # ---- A whole stage
