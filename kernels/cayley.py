@@ -30,7 +30,7 @@ from .cayley_outer import outer
 from .launch import LARGEST_RANK, on_device
 from .moving import place
 from .solve import SLOTS
-from .table import TL_DTYPE, Factor
+from .table import TL_DTYPE, Table, whole
 
 Tensors = list[torch.Tensor]
 
@@ -44,11 +44,11 @@ def cayley(free_a: Tensors, free_b: Tensors, scales: Tensors | None = None) -> t
 
 def _forward(free_a: Tensors, free_b: Tensors, scales: Tensors | None) -> tuple[Tensors, Tensors, Tensors]:
     """The same for parameters of one dtype."""
-    n, r_max, block_r = _sizes(free_a)
-    factors, device = _factors(free_a, free_b), free_a[0].device
+    table = _table(free_a, free_b)
+    n, r_max, block_r, device = len(free_a), table.r_max, _block(table.r_max), table.device
     shapes = [x.shape for x in free_a + free_b] + [(len(x), len(x)) for x in free_a]
     moving = place([(shape, torch.float32) for shape in shapes], scales or [], device)
-    totals, table = inner(factors, moving, r_max, backward=False)
+    totals = inner(table, moving, backward=False)
     slots = min(n, SLOTS)
     matrices = torch.empty((slots, block_r, block_r), dtype=torch.float64, device=device)
     times, scratch = (
@@ -61,7 +61,7 @@ def _forward(free_a: Tensors, free_b: Tensors, scales: Tensors | None) -> tuple[
             SCALED=scales is not None, R_MAX=r_max, BLOCK_R=block_r, num_warps=WARPS[block_r],
             maxnreg=registers(block_r),
         )  # fmt: skip
-    outer(factors, moving, times, r_max, backward=False)
+    outer(table, moving, times, backward=False)
     return moving.made[:n], moving.made[n : 2 * n], moving.made[2 * n :]
 
 
@@ -80,11 +80,11 @@ def _backward(
     free_a: Tensors, free_b: Tensors, scales: Tensors | None, grad_a: Tensors, grad_b: Tensors, inverses: Tensors
 ) -> tuple[Tensors, Tensors, Tensors]:
     """The same for parameters of one dtype; gradients of scales that are not there have no elements."""
-    n, r_max, block_r = _sizes(free_a)
-    factors, dtype, device = _factors(free_a, free_b), free_a[0].dtype, free_a[0].device
+    table, dtype = _table(free_a, free_b), free_a[0].dtype
+    n, r_max, block_r = len(free_a), table.r_max, _block(table.r_max)
     made = [(x.shape, dtype) for x in free_a + free_b] + [((len(x) if scales else 0,), torch.float32) for x in free_a]
-    moving = place(made, grad_a + grad_b + inverses + (scales or []), device)
-    totals, table = inner(factors, moving, r_max, backward=True)
+    moving = place(made, grad_a + grad_b + inverses + (scales or []), table.device)
+    totals = inner(table, moving, backward=True)
     slots = min(n, SLOTS)
     times, scratch = totals.new_empty((3 * n, r_max, r_max)), totals.new_empty((slots, 3, block_r, block_r))
     with on_device(times):
@@ -92,21 +92,18 @@ def _backward(
             table.entries, moving.addresses, totals, times, scratch, n, P=TL_DTYPE[dtype], SCALED=scales is not None,
             R_MAX=r_max, BLOCK_R=block_r, num_warps=WARPS[block_r], maxnreg=registers(block_r),
         )  # fmt: skip
-    outer(factors, moving, times, r_max, backward=True)
+    outer(table, moving, times, backward=True)
     return moving.made[:n], moving.made[n : 2 * n], moving.made[2 * n :]
 
 
-def _factors(free_a: Tensors, free_b: Tensors) -> list[Factor]:
+def _table(free_a: Tensors, free_b: Tensors) -> Table:
     """a's first: the kernels take a pair's row for that of its a."""
-    return [Factor((x,), True, i) for i, x in enumerate(free_a)] + [
-        Factor((x,), False, len(free_a) + i) for i, x in enumerate(free_b)
-    ]
+    return whole(free_a + free_b, [True] * len(free_a) + [False] * len(free_b))
 
 
-def _sizes(free_a: list[torch.Tensor]) -> tuple[int, int, int]:
-    """Pairs, largest rank, and that padded."""
-    r_max = max(len(x) for x in free_a)
-    return len(free_a), r_max, max(16, triton.next_power_of_2(r_max))
+def _block(r_max: int) -> int:
+    """The largest rank, padded."""
+    return max(16, triton.next_power_of_2(r_max))
 
 
 def _by_dtype(compute: Callable, width: int, free_a: Tensors, *lists: Tensors | None) -> tuple[Tensors, ...]:

@@ -16,21 +16,7 @@ from .gram import add_up, deposit, last_to_arrive, load_block
 from .launch import on_device
 from .moving import Moving
 from .primitives import dot, widened
-from .table import (
-    COUNT,
-    FIRST,
-    INDEX,
-    SIDE,
-    SIDE_A,
-    TL_DTYPE,
-    Factor,
-    Table,
-    entry,
-    group,
-    pointer_at,
-    sizes,
-    tensor_at,
-)
+from .table import INDEX, SIDE, SIDE_A, TL_DTYPE, Table, entry, pointer_at, programs_of, sizes, tensor_at
 from .tiles import grouped
 
 GRADIENTS = tl.constexpr(3)  # their first row among the moving tensors
@@ -57,7 +43,7 @@ def inner_factor(
     index = entry(entries, i_tensor, INDEX)  # of a pair's a, n more for its b
     x = tensor_at(entries, i_tensor, 0, X, ALIGNED)
     y = pointer_at(moving + GRADIENTS * n + index, tl.float32, ALIGNED) if BACKWARD else x
-    d, r = sizes(entries, i_tensor, UNIFORM_R, ALIGNED)
+    d, r = sizes(entries, i_tensor, IS_A, UNIFORM_R, ALIGNED)
     i_row = (tl.program_id(1) // N_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
     i_col = (tl.program_id(1) % N_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
     b_sum = tl.zeros([BLOCK_R, BLOCK_R], dtype=SUM)
@@ -70,12 +56,12 @@ def inner_factor(
         else:
             b_y = b_x
         b_sum = dot(tl.trans(b_x), b_y, b_sum, "ieee")
-    count, p_first = entry(entries, i_tensor, COUNT), partials + entry(entries, i_tensor, FIRST) * SIZE
-    p_total = totals + index * SIZE
-    deposit(b_sum, p_first + i_chunk.to(tl.int64) * SIZE, p_total, i_row, i_col, count, R_MAX)
+    count = programs_of(d, CHUNK)
+    p_mine, p_total = partials + tl.program_id(0).to(tl.int64) * SIZE, totals + index * SIZE
+    deposit(b_sum, p_mine, p_total, i_row, i_col, count, R_MAX)
     if count > 1:  # noqa: SIM102 - a jit function evaluates both sides of an `and`
         if last_to_arrive(counters + i_tensor * N_BLOCKS * N_BLOCKS + tl.program_id(1), count):
-            add_up(p_first, p_total, SIZE, i_row, i_col, count, R_MAX)
+            add_up(p_mine - i_chunk.to(tl.int64) * SIZE, p_total, SIZE, i_row, i_col, count, R_MAX)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -97,19 +83,18 @@ def lora_cayley_inner_kernel(
         )  # fmt: skip
 
 
-def inner(factors: list[Factor], moving: Moving, r_max: int, backward: bool) -> tuple[torch.Tensor, Table]:
-    """xᵀy of every factor, and the table of them."""
-    tile = grouped("gram", max(16, r_max))
-    (table,) = group(factors, tile.chunk)
-    device, dtype = table.entries.device, torch.float32 if backward else torch.float64
+def inner(table: Table, moving: Moving, backward: bool) -> torch.Tensor:
+    """xᵀy of every factor of the table."""
+    r_max, tile = table.r_max, grouped("gram", max(16, table.r_max))
+    tiles, dtype = table.tiles(tile.chunk), torch.float32 if backward else torch.float64
     totals, partials = (
-        torch.empty((count, r_max, r_max), dtype=dtype, device=device) for count in (len(factors), table.programs)
+        torch.empty((count, r_max, r_max), dtype=dtype, device=table.device) for count in (len(table), tiles.programs)
     )
     with on_device(totals):
-        lora_cayley_inner_kernel[(table.programs, triton.cdiv(r_max, tile.r) ** 2)](
-            table.entries, table.tiles, moving.addresses, partials, totals, table.counters, len(factors) // 2,
+        lora_cayley_inner_kernel[(tiles.programs, triton.cdiv(r_max, tile.r) ** 2)](
+            table.entries, tiles.pairs, moving.addresses, partials, totals, table.counters, len(table) // 2,
             X=TL_DTYPE[table.dtypes[0]], BACKWARD=backward, SUM=tl.float32 if backward else tl.float64,
             UNIFORM_R=table.uniform_r, ALIGNED=table.aligned, R_MAX=r_max, CHUNK=tile.chunk, BLOCK_D=tile.d,
             BLOCK_R=tile.r, num_warps=tile.warps, num_stages=tile.stages, maxnreg=255,
         )  # fmt: skip
-    return totals, table
+    return totals

@@ -18,7 +18,7 @@ from .launch import on_device
 from .moving import Moving
 from .primitives import dot, round_to, widened
 from .step import load_matrix
-from .table import INDEX, SIDE, SIDE_A, TL_DTYPE, Factor, entry, group, offsets, pointer_at, sizes, tensor_at
+from .table import INDEX, SIDE, SIDE_A, TL_DTYPE, Table, entry, offsets, pointer_at, sizes, tensor_at
 from .tiles import grouped
 
 IN_REGISTERS = 64  # largest rank class whose r×r matrices stay in registers while a factor passes
@@ -51,7 +51,7 @@ def outer_factor(
     SIZE: tl.constexpr = R_MAX * R_MAX
     index = entry(entries, i_tensor, INDEX)  # of a pair's a, n more for its b
     x, out = tensor_at(entries, i_tensor, 0, X, ALIGNED), pointer_at(moving + index, OUT, ALIGNED)
-    d, r = sizes(entries, i_tensor, UNIFORM_R, ALIGNED)
+    d, r = sizes(entries, i_tensor, IS_A, UNIFORM_R, ALIGNED)
     i_r = tl.arange(0, BLOCK_R)
     p_a = factors + index * SIZE
     if BACKWARD:
@@ -96,15 +96,14 @@ def lora_cayley_outer_kernel(
         )  # fmt: skip
 
 
-def outer(factors: list[Factor], moving: Moving, times: torch.Tensor, r_max: int, backward: bool) -> None:
-    """The first results among the moving tensors, one for each factor."""
-    tile = grouped("step", max(16, r_max))
-    (table,) = group(factors, tile.chunk)
-    x = TL_DTYPE[table.dtypes[0]]
+def outer(table: Table, moving: Moving, times: torch.Tensor, backward: bool) -> None:
+    """The first results among the moving tensors, one for each factor of the table."""
+    tile, x = grouped("step", max(16, table.r_max)), TL_DTYPE[table.dtypes[0]]
+    tiles = table.tiles(tile.chunk)
     with on_device(times):
-        lora_cayley_outer_kernel[(table.programs,)](
-            table.entries, table.tiles, moving.addresses, times, len(factors) // 2, X=x,
+        lora_cayley_outer_kernel[(tiles.programs,)](
+            table.entries, tiles.pairs, moving.addresses, times, len(table) // 2, X=x,
             OUT=x if backward else tl.float32, BACKWARD=backward, UNIFORM_R=table.uniform_r, ALIGNED=table.aligned,
-            R_MAX=r_max, CHUNK=tile.chunk, BLOCK_D=tile.d, BLOCK_R=tile.r,
+            R_MAX=table.r_max, CHUNK=tile.chunk, BLOCK_D=tile.d, BLOCK_R=tile.r,
             BLOCK_K=tile.r if tile.r <= IN_REGISTERS else 16, num_warps=tile.warps, num_stages=tile.stages, maxnreg=128,
         )  # fmt: skip

@@ -6,10 +6,12 @@ Grid      (chunks of all factors, blocks of the Gram): one program per chunk of 
           itself is cut into 64×64 blocks, one program each. A factor's last program to arrive, found by an integer
           counter, adds the partial sums in the order of the chunks: the same inputs give the same bits, and there is
           no second launch. Counters are left at zero; launches that share a table must be ordered (one stream).
+          da and db lie at a list of addresses beside the table's (table.py).
 Shapes    a, da (r, d_in), b, db (d_out, r), any float, ranks may differ → float32 (n_pairs, R, R), R the largest rank,
           zero beyond a pair's own. 16-bit products are exact in the float32 accumulator, float32 ones "ieee".
 Roofline  every operand once against 2 r operations an element and Gram: memory bound for 16-bit; partial sums add
-          3 r / chunk of the bytes (chunk 2048 at r = 16).
+          r / chunk of the bytes for each Gram that a side has (chunk 2048 at r = 16). float32 products take their
+          operands from shared memory: up to rank 16 by few warps, so that each thread has more of the Gram.
 """
 
 from typing import NamedTuple
@@ -18,24 +20,24 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import on_device
+from .launch import Launch, on_device, plan, stream_of
 from .primitives import dot
 from .table import (
-    COUNT,
-    FIRST,
     INDEX,
     SIDE,
     SIDE_A,
     TL_DTYPE,
-    Factor,
+    Listed,
     Table,
     entry,
-    group,
+    listed,
     offsets,
+    pointer_at,
+    programs_of,
     sizes,
     tensor_at,
 )
-from .tiles import GroupedTile, grouped
+from .tiles import grouped
 
 
 @triton.jit
@@ -78,25 +80,30 @@ def add_up(p_partial, p_total, stride, i_row, i_col, count, R_MAX: tl.constexpr)
 
 
 @triton.jit
-def load_block(p, i_d, i_r, d, r, IS_A: tl.constexpr):
+def load_block(p, i_d, i_r, d, r, IS_A: tl.constexpr, EXPERTS: tl.constexpr = 1):
     mask = (i_d < d)[:, None] & (i_r < r)[None, :]
-    return tl.load(p + offsets(i_d, i_r, d, r, IS_A), mask=mask, other=0.0)  # [BLOCK_D, BLOCK_R]
+    return tl.load(p + offsets(i_d, i_r, d, r, IS_A, EXPERTS), mask=mask, other=0.0)  # [BLOCK_D, BLOCK_R]
 
 
 @triton.jit
 def gram_factor(
-    entries, partials, totals, counters, i_tensor, i_chunk, n_pairs,
-    XX: tl.constexpr, YY: tl.constexpr, YX: tl.constexpr, IS_A: tl.constexpr, DTYPE_X: tl.constexpr,
-    DTYPE_Y: tl.constexpr, UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, R_MAX: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    entries, beside, partials, totals, counters, i_tensor, i_chunk, n_pairs,
+    XX: tl.constexpr, YY: tl.constexpr, YX: tl.constexpr, SLOTS: tl.constexpr, IS_A: tl.constexpr,
+    DTYPE_X: tl.constexpr, DTYPE_Y: tl.constexpr, UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr,
+    EXPERTS: tl.constexpr, R_MAX: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one factor. XX, YY, YX: the result a Gram goes to, -1 where it is not wanted."""
+    """One chunk of one factor. XX, YY, YX: the result a Gram goes to, -1 where it is not wanted. SLOTS: partial sums
+    that a program has room for."""
     WHOLE: tl.constexpr = R_MAX <= BLOCK_R
     N_BLOCKS: tl.constexpr = (R_MAX + BLOCK_R - 1) // BLOCK_R
     SIZE: tl.constexpr = R_MAX * R_MAX
-    x = tensor_at(entries, i_tensor, 0, DTYPE_X, ALIGNED)
-    y = tensor_at(entries, i_tensor, 1, DTYPE_Y, ALIGNED)
-    d, r = sizes(entries, i_tensor, UNIFORM_R, ALIGNED)
+    SLOT_YY: tl.constexpr = XX >= 0
+    SLOT_YX: tl.constexpr = (XX >= 0) + (YY >= 0)
+    WIDE: tl.constexpr = ALIGNED and (IS_A or EXPERTS == 1)
+    x = tensor_at(entries, i_tensor, 0, DTYPE_X, WIDE)
+    if YY >= 0 or YX >= 0:
+        y = pointer_at(beside + i_tensor, DTYPE_Y, WIDE)
+    d, r = sizes(entries, i_tensor, IS_A, UNIFORM_R, WIDE)
     i_row = (tl.program_id(1) // N_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
     i_col = (tl.program_id(1) % N_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
     b_xx = tl.zeros([BLOCK_R, BLOCK_R], dtype=tl.float32)
@@ -106,56 +113,55 @@ def gram_factor(
     for o_d in range(start, tl.minimum(start + CHUNK, d), BLOCK_D):
         i_d = o_d + tl.arange(0, BLOCK_D)
         if XX >= 0 or YX >= 0:
-            b_x = load_block(x, i_d, i_col, d, r, IS_A)
+            b_x = load_block(x, i_d, i_col, d, r, IS_A, EXPERTS)
         if YY >= 0 or YX >= 0:
-            b_y = load_block(y, i_d, i_row, d, r, IS_A)
+            b_y = load_block(y, i_d, i_row, d, r, IS_A, EXPERTS)
         if XX >= 0:
-            b_x_row = b_x if WHOLE else load_block(x, i_d, i_row, d, r, IS_A)
+            b_x_row = b_x if WHOLE else load_block(x, i_d, i_row, d, r, IS_A, EXPERTS)
             b_xx = dot(tl.trans(b_x_row), b_x, b_xx, "ieee")
         if YY >= 0:
-            b_y_col = b_y if WHOLE else load_block(y, i_d, i_col, d, r, IS_A)
+            b_y_col = b_y if WHOLE else load_block(y, i_d, i_col, d, r, IS_A, EXPERTS)
             b_yy = dot(tl.trans(b_y), b_y_col, b_yy, "ieee")
         if YX >= 0:
             b_yx = dot(tl.trans(b_y), b_x, b_yx, "ieee")
-    index, first = entry(entries, i_tensor, INDEX), entry(entries, i_tensor, FIRST)
-    count = entry(entries, i_tensor, COUNT)
-    p_first, stride = partials + first * 3 * SIZE, 3 * SIZE
-    p_mine = p_first + i_chunk.to(tl.int64) * stride
-    p_total = totals + index * SIZE
+    count, stride = programs_of(d, CHUNK), EXPERTS * SLOTS * SIZE
+    p_mine = partials + tl.program_id(0).to(tl.int64) * SLOTS * SIZE
+    p_first = p_mine - i_chunk.to(tl.int64) * stride
+    p_total = totals + entry(entries, i_tensor, INDEX) % n_pairs * SIZE
     o_xx, o_yy, o_yx = XX * n_pairs * SIZE, YY * n_pairs * SIZE, YX * n_pairs * SIZE
     if XX >= 0:
         deposit(b_xx, p_mine, p_total + o_xx, i_row, i_col, count, R_MAX)
     if YY >= 0:
-        deposit(b_yy, p_mine + SIZE, p_total + o_yy, i_row, i_col, count, R_MAX)
+        deposit(b_yy, p_mine + SLOT_YY * SIZE, p_total + o_yy, i_row, i_col, count, R_MAX)
     if YX >= 0:
-        deposit(b_yx, p_mine + 2 * SIZE, p_total + o_yx, i_row, i_col, count, R_MAX)
+        deposit(b_yx, p_mine + SLOT_YX * SIZE, p_total + o_yx, i_row, i_col, count, R_MAX)
     if count > 1:  # noqa: SIM102 - a jit function evaluates both sides of an `and`
         if last_to_arrive(counters + i_tensor * N_BLOCKS * N_BLOCKS + tl.program_id(1), count):
             if XX >= 0:
                 add_up(p_first, p_total + o_xx, stride, i_row, i_col, count, R_MAX)
             if YY >= 0:
-                add_up(p_first + SIZE, p_total + o_yy, stride, i_row, i_col, count, R_MAX)
+                add_up(p_first + SLOT_YY * SIZE, p_total + o_yy, stride, i_row, i_col, count, R_MAX)
             if YX >= 0:
-                add_up(p_first + 2 * SIZE, p_total + o_yx, stride, i_row, i_col, count, R_MAX)
+                add_up(p_first + SLOT_YX * SIZE, p_total + o_yx, stride, i_row, i_col, count, R_MAX)
 
 
 @triton.jit
 def lora_gram_kernel(
-    entries, tiles, partials, totals, counters, n_pairs, DTYPE_A: tl.constexpr, DTYPE_DA: tl.constexpr,
-    KA: tl.constexpr, KB: tl.constexpr, KP: tl.constexpr, KQ: tl.constexpr, K: tl.constexpr,
-    UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, R_MAX: tl.constexpr,
+    entries, beside, tiles, partials, totals, counters, n_pairs, DTYPE_A: tl.constexpr, DTYPE_DA: tl.constexpr,
+    KA: tl.constexpr, KB: tl.constexpr, KP: tl.constexpr, KQ: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr,
+    UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, EXPERTS: tl.constexpr, R_MAX: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     i_tensor, i_chunk = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
     if entry(entries, i_tensor, SIDE) == SIDE_A:
         gram_factor(
-            entries, partials, totals, counters, i_tensor, i_chunk, n_pairs, KA, KP, K, True, DTYPE_A, DTYPE_DA,
-            UNIFORM_R, ALIGNED, R_MAX, CHUNK, BLOCK_D, BLOCK_R,
+            entries, beside, partials, totals, counters, i_tensor, i_chunk, n_pairs, KA, KP, K, SLOTS, True, DTYPE_A,
+            DTYPE_DA, UNIFORM_R, ALIGNED, EXPERTS, R_MAX, CHUNK, BLOCK_D, BLOCK_R,
         )  # fmt: skip
     else:
         gram_factor(
-            entries, partials, totals, counters, i_tensor, i_chunk, n_pairs, KB, KQ, -1, False, DTYPE_A, DTYPE_DA,
-            UNIFORM_R, ALIGNED, R_MAX, CHUNK, BLOCK_D, BLOCK_R,
+            entries, beside, partials, totals, counters, i_tensor, i_chunk, n_pairs, KB, KQ, -1, SLOTS, False, DTYPE_A,
+            DTYPE_DA, UNIFORM_R, ALIGNED, EXPERTS, R_MAX, CHUNK, BLOCK_D, BLOCK_R,
         )  # fmt: skip
 
 
@@ -167,6 +173,9 @@ class Grams(NamedTuple):
     kp: torch.Tensor | None
     kq: torch.Tensor | None
     k: torch.Tensor | None
+
+
+_SIDE_A, _SIDE_B = ("ka", "kp", "k"), ("kb", "kq")
 
 
 def gram(
@@ -181,19 +190,15 @@ def gram(
     unknown = set(wanted) - set(Grams._fields)
     if unknown:
         raise ValueError(f"lora_fast: wanted: expected some of {Grams._fields}, got {sorted(unknown)}")
-    slots = {name: wanted.index(name) if name in wanted else -1 for name in Grams._fields}
     n_pairs, r_max = len(a), max((t.shape[0] for t in a), default=1)
     totals = torch.empty((len(wanted), n_pairs, r_max, r_max), dtype=torch.float32, device=a[0].device if a else None)
     if n_pairs and wanted:
-        factors = []
-        if {"ka", "kp", "k"} & set(wanted):
-            factors += [Factor((x, y), True, i) for i, (x, y) in enumerate(zip(a, da or a, strict=True))]
-        if {"kb", "kq"} & set(wanted):
-            factors += [Factor((x, y), False, i) for i, (x, y) in enumerate(zip(b, db or b, strict=True))]
-        tile = grouped("gram", max(16, r_max))
-        for table in group(factors, tile.chunk):
-            _launch(table, totals, slots, tile)
-    return Grams(*(totals[slot] if slot >= 0 else None for slot in slots.values()))
+        sides = [(True, a, da)] * bool({*_SIDE_A} & {*wanted}) + [(False, b, db)] * bool({*_SIDE_B} & {*wanted})
+        factors, beside = [t for _, of, _ in sides for t in of], [t for _, of, d in sides for t in d or of]
+        is_a = [side for side, of, _ in sides for _ in of]
+        indices = [i for _, of, _ in sides for i in range(len(of))]
+        _launch(listed([factors], is_a, beside, indices), totals, wanted)
+    return _named(totals, wanted)
 
 
 def factor_grams(tensors: list[torch.Tensor], is_a: list[bool]) -> torch.Tensor:
@@ -202,23 +207,54 @@ def factor_grams(tensors: list[torch.Tensor], is_a: list[bool]) -> torch.Tensor:
     device = tensors[0].device if tensors else None
     totals = torch.empty((1, len(tensors), r_max, r_max), dtype=torch.float32, device=device)
     if tensors:
-        tile = grouped("gram", max(16, r_max))
-        slots = {"ka": 0, "kb": 0, "kp": -1, "kq": -1, "k": -1}
-        factors = [Factor((t, t), side, i) for i, (t, side) in enumerate(zip(tensors, is_a, strict=True))]
-        for table in group(factors, tile.chunk):
-            _launch(table, totals, slots, tile)
+        _launch(listed([tensors], is_a), totals, (("ka", "kb"),))
     return totals[0]
 
 
-def _launch(table: Table, totals: torch.Tensor, slots: dict[str, int], tile: GroupedTile) -> None:
-    _, n_pairs, r_max, _ = totals.shape
-    n_blocks = triton.cdiv(r_max, tile.r) ** 2
-    partials = torch.empty((table.programs, 3, r_max, r_max), dtype=torch.float32, device=totals.device)
-    dtype_x, dtype_y = (TL_DTYPE[dtype] for dtype in table.dtypes)
+def grams_of(pairs: list[Listed], n_pairs: int, r: int, wanted: tuple[str, ...]) -> torch.Tensor:
+    """The Grams named in ``wanted``, of tables of pairs of rank r, which have the rows of all b, then those of all a:
+    float32 (wanted, n_pairs, r, r)."""
+    shape, device = (len(wanted), n_pairs, r, r), pairs[0].table.device
+    totals = torch.empty(shape, dtype=torch.float32, device=device)
+    _launch(pairs, totals, wanted)
+    return totals
+
+
+def _launch(factors: list[Listed], totals: torch.Tensor, wanted: tuple) -> None:
+    """``wanted``: for each of the totals the Gram that goes there, or one of either side."""
     with on_device(totals):
-        lora_gram_kernel[(table.programs, n_blocks)](
-            table.entries, table.tiles, partials, totals, table.counters, n_pairs, DTYPE_A=dtype_x, DTYPE_DA=dtype_y,
-            **{name.upper(): slot for name, slot in slots.items()},
-            UNIFORM_R=table.uniform_r, ALIGNED=table.aligned, R_MAX=r_max,
-            CHUNK=tile.chunk, BLOCK_D=tile.d, BLOCK_R=tile.r, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        stream = stream_of(totals)
+        for table, beside, dtype in factors:
+            make = lambda table=table, dtype=dtype: _GramLaunch(table, dtype, totals.shape, wanted)
+            plan(table.plans, ("gram", dtype, totals.shape, wanted), stream, make)(table, beside, totals, stream)
+
+
+class _GramLaunch:
+    def __init__(self, table: Table, dtype: torch.dtype, shape: torch.Size, wanted: tuple):
+        _, n_pairs, r_max, _ = shape
+        tile = grouped("gram", max(16, r_max))
+        self.tiles = table.tiles(tile.chunk)
+        slots = {name: -1 for name in Grams._fields}
+        for slot, names in enumerate(wanted):
+            slots |= dict.fromkeys([names] if isinstance(names, str) else names, slot)
+        partial_sums = max(sum(slots[name] >= 0 for name in side) for side in (_SIDE_A, _SIDE_B))
+        self.partials = self.tiles.programs, partial_sums, r_max, r_max
+        self.launch = Launch(
+            lora_gram_kernel,
+            (self.tiles.programs, triton.cdiv(r_max, tile.r) ** 2),
+            (n_pairs,),
+            {"DTYPE_A": TL_DTYPE[table.dtypes[0]], "DTYPE_DA": TL_DTYPE[dtype]}
+            | {name.upper(): slot for name, slot in slots.items()}
+            | {"SLOTS": partial_sums, "UNIFORM_R": table.uniform_r, "ALIGNED": table.aligned}
+            | {"EXPERTS": table.experts, "R_MAX": r_max, "CHUNK": tile.chunk, "BLOCK_D": tile.d, "BLOCK_R": tile.r}
+            | {"num_warps": tile.warps, "num_stages": tile.stages},
+        )
+
+    def __call__(self, table: Table, beside: torch.Tensor, totals: torch.Tensor, stream: int | None) -> None:
+        partials = torch.empty(self.partials, dtype=torch.float32, device=totals.device)
+        given = table.entries, beside, self.tiles.pairs, partials, totals, table.counters
+        self.launch.go(stream, given, ())
+
+
+def _named(totals: torch.Tensor, wanted: tuple[str, ...]) -> Grams:
+    return Grams(*(totals[wanted.index(name)] if name in wanted else None for name in Grams._fields))

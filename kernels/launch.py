@@ -7,10 +7,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from triton import knobs
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import device
+from . import device, tiles
 
 LARGEST_RANK = 256
 MOST_REGISTERS = 255  # of a thread
@@ -107,6 +108,57 @@ class Launch:
         )
 
 
+KEPT = 4096  # plans, the oldest go first; one is a few kilobytes
+_runtime = knobs.runtime
+_INTERPRETED = _runtime.interpret
+
+
+def by_jit() -> bool:
+    """Whether every launch has to go through Triton's JIT: in the interpreter, while ``tiles.assume`` holds, and while
+    a launch hook is set (a profiler's). Nothing is kept then."""
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return (
+        _INTERPRETED
+        or tiles.is_assumed()
+        or (enter is not None and bool(getattr(enter, "calls", True)))  # a chain of hooks, a function, or None
+        or (leave is not None and bool(getattr(leave, "calls", True)))
+    )
+
+
+def stream_of(tensor: torch.Tensor) -> int | None:
+    """The current stream of the tensor's device, or None where launches go through Triton's JIT."""
+    return None if by_jit() else device.stream(tensor)
+
+
+def plan(plans: dict, key: tuple, stream: int | None, make: Callable):
+    """What ``make`` makes, a ``Launch`` or what holds one, kept among ``plans`` where there is a stream."""
+    if stream is None:
+        return make()
+    found = plans.get(key)
+    if found is None:
+        while len(plans) >= KEPT:
+            del plans[next(iter(plans))]
+        found = plans[key] = make()
+    return found
+
+
+_plans: dict[tuple, Launch] = {}
+
+
+def launch(
+    kernel, grid: tuple[int, ...], tensors: tuple, numbers: tuple, sizes: tuple[int, ...], options: dict
+) -> None:
+    """Launches on the first tensor's device, which is current: by a plan, kept by what the compiled kernel and the
+    launch depend on."""
+    stream = stream_of(tensors[0])
+    if stream is None:
+        Launch(kernel, grid, sizes, options).go(None, tensors, numbers)
+        return
+    looks = tuple([(tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors])
+    key = kernel, grid, sizes, tuple(options.values()), device.index(tensors[0]), looks
+    plan(_plans, key, stream, lambda: Launch(kernel, grid, sizes, options)).go(stream, tensors, numbers)
+
+
 def takes_more_registers(compiled, options: dict) -> bool:
     """Whether a multiprocessor has ``MOST_REGISTERS`` for each of the kernel's threads, and nobody asked for fewer."""
     return "maxnreg" not in options and compiled.metadata.num_warps * 32 * MOST_REGISTERS <= REGISTERS
@@ -189,6 +241,11 @@ def on_device(tensor: torch.Tensor):
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+def is_on_device(number: float | torch.Tensor, torch_device: torch.device) -> bool:
+    """Whether a number is a tensor there, which must not come to the host; one on a CPU is read where it is used."""
+    return isinstance(number, torch.Tensor) and number.device == torch_device
 
 
 _MATMUL = torch.backends.cuda.matmul

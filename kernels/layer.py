@@ -14,11 +14,10 @@ import threading
 
 import torch
 from torch import Tensor
-from triton import knobs
 
-from . import device, dispatch, tiles, tuned
+from . import device, dispatch, tuned
 from .grads import GradA, GradSB, grad_a, grad_s_b
-from .launch import Keep, allocator, draw_mask, rows, tf32, thin_dtype
+from .launch import Keep, allocator, by_jit, draw_mask, rows, tf32, thin_dtype
 from .linear import CublasGemm, gemm_of, grad_x, linear
 from .project import Project, project
 from .thin import CublasGradA, CublasGradSB, CublasProject
@@ -138,7 +137,7 @@ def forward(
         y = y if bias is None else y + bias
         return y, x.new_zeros((x.numel() // max(1, x.shape[-1]), len(lora_A)), dtype=thin_dtype(x, lora_A, rounded))
     scaling, dropout = float(scaling), keep is not None
-    if _by_jit():
+    if by_jit():
         plan = Forward(x, weight, bias, lora_A, lora_B, dropout, rounded)
         return plan(x, weight, bias, lora_A, lora_B, scaling, keep, None)
     addresses = x.data_ptr() | weight.data_ptr() | lora_A.data_ptr() | lora_B.data_ptr()
@@ -166,7 +165,7 @@ def backward(
     if x.numel() == 0 or weight.numel() == 0:
         return tuple(torch.zeros_like(t) if need else None for t, need in zip((x, lora_A, lora_B), needs, strict=True))
     scaling, dropout = float(scaling), keep is not None
-    if _by_jit():
+    if by_jit():
         plan = Backward(dy, x, s, weight, lora_A, lora_B, dropout, rounded, needs)
         return plan(dy, x, s, weight, lora_A, lora_B, scaling, keep, None)
     addresses = dy.data_ptr() | x.data_ptr() | s.data_ptr() | weight.data_ptr() | lora_A.data_ptr() | lora_B.data_ptr()
@@ -183,8 +182,6 @@ def backward(
 
 _plans: dict[tuple, Forward | Backward] = {}
 _keeping = threading.Lock()
-_runtime = knobs.runtime
-_INTERPRETED = _runtime.interpret
 _any_autocast = torch._C._is_any_autocast_enabled
 
 
@@ -206,13 +203,3 @@ def _keep(key: tuple, plan: Forward | Backward) -> Forward | Backward:
             del _plans[next(iter(_plans))]
         return _plans.setdefault(key, plan)
 
-
-def _by_jit() -> bool:
-    """Whether every launch has to go through Triton's JIT."""
-    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
-    return (
-        _INTERPRETED
-        or tiles.is_assumed()
-        or (enter is not None and bool(getattr(enter, "calls", True)))  # a chain of hooks, a function, or None
-        or (leave is not None and bool(getattr(leave, "calls", True)))
-    )

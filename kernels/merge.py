@@ -7,8 +7,10 @@ Math      total = W (+ residual) + Σ_k b[:, k] scale[k] a[k, :], in float32; th
                        where the spacing is fixed, a floor does the same. A float32 W loses nothing: nearest.
           compensated  nearest, and residual = total - W, rounded to W's dtype, is carried to the next merge.
 Grid      one program per (layer, 1024 rows, 512 columns of W): its columns of a stay in registers up to rank 16.
-Shapes    W (d_out, d_in), a (r, d_in), b (d_out, r), contiguous, any float; scale float32 (n, R), R the largest rank;
-          residual of W's shape and dtype. All layers of a launch share W's dtype and the adapters'.
+Shapes    W (d_out, d_in), contiguous, a (r, d_in), b (d_out, r), any float; scale float32 (n, R), R the largest rank;
+          residual of W's shape and dtype. All layers of a launch share W's dtype and the adapters'. DENSE: all a and b
+          are contiguous; experts' factors, which lie interleaved, are not. A table of its own, int64 (n, COLUMNS):
+          addresses of W, residual, a, b; d_out, r, d_in, the layer's row in ``scale``; strides of a and of b.
 Roofline  W read and written once against 2 r operations an element; a and b add r·4·(1/512 + 1/1024) bytes an element.
 """
 
@@ -18,11 +20,11 @@ import triton.language as tl
 
 from .launch import on_device, report_addresses
 from .primitives import PHILOX_ROUNDS, dot, round_to, widened
-from .table import ADDRESSES, INDEX, TL_DTYPE, D, R, check_storage, entry, kept, tensor_at, tile_map, to_device
+from .table import TL_DTYPE, check_dtype, check_storage, kept, pointer_at, to_device
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 NEAREST, STOCHASTIC, COMPENSATED = (tl.constexpr(i) for i in range(3))
-D_IN = tl.constexpr(6)  # the table's column where factors have their side
+COLUMNS = tl.constexpr(12)
 BLOCK_OUT, BLOCK_IN, BLOCK_R, CHUNK, WARPS = 8, 512, 16, 1024, 8
 
 
@@ -56,33 +58,37 @@ def round_stochastic(value, b_noise, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load_a(a, o_k, i_in, r, d_in, BLOCK_R: tl.constexpr):
+def load_a(a, o_k, i_in, r, d_in, stride_r, stride_in, BLOCK_R: tl.constexpr):
     i_k = o_k + tl.arange(0, BLOCK_R)
     mask = (i_k < r)[:, None] & (i_in < d_in)[None, :]
-    return widened(tl.load(a + i_k[:, None].to(tl.int64) * d_in + i_in[None, :], mask=mask, other=0.0))
+    return widened(tl.load(a + i_k[:, None].to(tl.int64) * stride_r + i_in[None, :] * stride_in, mask=mask, other=0.0))
 
 
 @triton.jit(do_not_specialize=["seed"])
 def lora_merge_kernel(
     entries, tiles, scale, seed, W: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROUNDING: tl.constexpr,
-    SEED_IN_MEMORY: tl.constexpr, ALIGNED: tl.constexpr, R_MAX: tl.constexpr, CHUNK: tl.constexpr,
+    SEED_IN_MEMORY: tl.constexpr, ALIGNED: tl.constexpr, DENSE: tl.constexpr, R_MAX: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     WHOLE: tl.constexpr = R_MAX <= BLOCK_R
     i_layer, i_tile = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
-    w, residual = tensor_at(entries, i_layer, 0, W, ALIGNED), tensor_at(entries, i_layer, 1, W, ALIGNED)
-    a, b = tensor_at(entries, i_layer, 2, A, ALIGNED), tensor_at(entries, i_layer, 3, B, ALIGNED)
-    d_out, d_in, r = entry(entries, i_layer, D), entry(entries, i_layer, D_IN), entry(entries, i_layer, R)
-    index = entry(entries, i_layer, INDEX)
+    row = entries + i_layer * COLUMNS
+    w, residual = pointer_at(row, W, ALIGNED), pointer_at(row + 1, W, ALIGNED)
+    a, b = pointer_at(row + 2, A, ALIGNED), pointer_at(row + 3, B, ALIGNED)
+    d_out, r, d_in, index = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
     if ALIGNED:
         d_in = d_in // 8 * 8  # as it is: see table.sizes
+    if DENSE:
+        a_r, a_in, b_out, b_r = d_in, 1, r, 1
+    else:
+        a_r, a_in, b_out, b_r = tl.load(row + 8), tl.load(row + 9), tl.load(row + 10), tl.load(row + 11)
     if SEED_IN_MEMORY:
         seed = tl.load(seed)
     n_columns = tl.maximum(tl.cdiv(d_in, BLOCK_IN), 1)
     o_in, start = i_tile % n_columns * BLOCK_IN, i_tile // n_columns * CHUNK
     i_in = o_in + tl.arange(0, BLOCK_IN)
     if WHOLE:
-        b_a = load_a(a, 0, i_in, r, d_in, BLOCK_R)  # [BLOCK_R, BLOCK_IN]
+        b_a = load_a(a, 0, i_in, r, d_in, a_r, a_in, BLOCK_R)  # [BLOCK_R, BLOCK_IN]
     for o_out in tl.range(start, tl.minimum(start + CHUNK, d_out), BLOCK_OUT, num_stages=1):
         i_out = o_out + tl.arange(0, BLOCK_OUT)
         mask = (i_out < d_out)[:, None] & (i_in < d_in)[None, :]
@@ -93,10 +99,10 @@ def lora_merge_kernel(
         for o_k in tl.range(0, R_MAX, BLOCK_R, num_stages=1):
             i_k = o_k + tl.arange(0, BLOCK_R)
             m_k = i_k < r
-            p_b = b + i_out[:, None] * r + i_k[None, :]
+            p_b = b + i_out[:, None] * b_out + i_k[None, :] * b_r
             b_b = widened(tl.load(p_b, mask=(i_out < d_out)[:, None] & m_k[None, :], other=0.0))
             b_b *= tl.load(scale + index * R_MAX + i_k, mask=m_k, other=0.0)[None, :]  # [BLOCK_OUT, BLOCK_R]
-            b_total = dot(b_b, b_a if WHOLE else load_a(a, o_k, i_in, r, d_in, BLOCK_R), b_total, "ieee")
+            b_total = dot(b_b, b_a if WHOLE else load_a(a, o_k, i_in, r, d_in, a_r, a_in, BLOCK_R), b_total, "ieee")
         if ROUNDING == STOCHASTIC:
             b_new = round_stochastic(b_total, noise(seed, i_out, o_in, index, BLOCK_IN), W)
         else:
@@ -138,37 +144,46 @@ def merge_(
 
 
 def _launch(members: list[tuple], scale: torch.Tensor, rounding: str, seed: int | torch.Tensor) -> None:
-    key = "merge", scale.device, tuple((tuple((t.data_ptr(), t.dtype, t.shape) for t in of), i) for of, i in members)
-    entries, tiles, aligned = kept(key, lambda: _build(members, scale.device))
-    report_addresses(entries, (t for of, _ in members for t in of))
+    places = [(i, *[(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in of]) for of, i in members]
+    table = kept("merge", [scale.device, *places], lambda: _Table(members, scale.device))
+    report_addresses(table.entries, (t for of, _ in members for t in of))
     w, _, a, b = (TL_DTYPE[t.dtype] for t in members[0][0])
     exact = members[0][0][0].dtype == torch.float32
     with on_device(scale):
-        lora_merge_kernel[(len(tiles),)](
-            entries, tiles, scale, seed, W=w, A=a, B=b, ROUNDING=0 if exact else ROUNDINGS.index(rounding),
-            SEED_IN_MEMORY=isinstance(seed, torch.Tensor), ALIGNED=aligned, R_MAX=scale.shape[1], CHUNK=CHUNK,
-            BLOCK_OUT=BLOCK_OUT, BLOCK_IN=BLOCK_IN, BLOCK_R=BLOCK_R, num_warps=WARPS,
+        lora_merge_kernel[(len(table.tiles),)](
+            table.entries, table.tiles, scale, seed, W=w, A=a, B=b,
+            ROUNDING=0 if exact else ROUNDINGS.index(rounding), SEED_IN_MEMORY=isinstance(seed, torch.Tensor),
+            ALIGNED=table.aligned, DENSE=table.dense, R_MAX=scale.shape[1], CHUNK=CHUNK, BLOCK_OUT=BLOCK_OUT,
+            BLOCK_IN=BLOCK_IN, BLOCK_R=BLOCK_R, num_warps=WARPS,
         )  # fmt: skip
 
 
-def _build(members: list[tuple], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Table, tile map, and whether every row starts at a multiple of 16 bytes."""
-    rows, n_tiles = [], []
-    for (w, residual, a, b), index in members:
-        (d_out, d_in), r = w.shape, a.shape[0]
-        if (residual.shape, a.shape, b.shape) != (w.shape, (r, d_in), (d_out, r)) or residual.dtype != w.dtype:
+class _Table:
+    """Attributes: entries, tiles; aligned: whether every row starts at a multiple of 16 bytes; dense: as above."""
+
+    def __init__(self, members: list[tuple], device: torch.device):
+        rows, tiles, self.dense = [], [], True
+        for i, ((w, residual, a, b), index) in enumerate(members):
+            (d_out, d_in), r = w.shape, a.shape[0]
+            if (residual.shape, a.shape, b.shape) != (w.shape, (r, d_in), (d_out, r)) or residual.dtype != w.dtype:
+                raise ValueError(
+                    f"lora_fast: layer {index}: a (r, d_in), b (d_out, r) and a residual like the weight must fit "
+                    f"weight {w.dtype} {tuple(w.shape)}, got {tuple(a.shape)}, {tuple(b.shape)}, {residual.dtype} "
+                    f"{tuple(residual.shape)}"
+                )
+            for tensor in (w, residual):
+                check_storage(tensor)
+            for tensor in (a, b):
+                check_dtype(tensor)
+                self.dense &= tensor.is_contiguous()
+            addresses = [t.data_ptr() for t in (w, residual, a, b)]
+            rows.append([*addresses, d_out, r, d_in, index, *a.stride(), *b.stride()])
+            n_tiles = max(1, triton.cdiv(d_out, CHUNK) * triton.cdiv(d_in, BLOCK_IN))
+            tiles += [(i, tile) for tile in range(n_tiles)]
+        if len({row[0] for row in rows}) < len(rows):
             raise ValueError(
-                f"lora_fast: layer {index}: a (r, d_in), b (d_out, r) and a residual like the weight must fit weight "
-                f"{w.dtype} {tuple(w.shape)}, got {tuple(a.shape)}, {tuple(b.shape)}, {residual.dtype} "
-                f"{tuple(residual.shape)}"
+                "lora_fast: two layers share a weight: merged in one launch they would overwrite each other"
             )
-        for tensor in (w, residual, a, b):
-            check_storage(tensor)
-        rows.append([*(t.data_ptr() for t in (w, residual, a, b)), d_out, r, d_in, index, 0, 0])
-        n_tiles.append(triton.cdiv(d_out, CHUNK) * triton.cdiv(d_in, BLOCK_IN))
-    if len({row[0] for row in rows}) < len(rows):
-        raise ValueError("lora_fast: two layers share a weight: merged in one launch they would overwrite each other")
-    aligned = all(address % 16 == 0 for row in rows for address in row[:ADDRESSES]) and all(
-        row[D_IN.value] % 8 == 0 for row in rows
-    )
-    return to_device(rows, torch.int64, device), tile_map(tuple(n_tiles), 1, device)[0], aligned
+        starts, d_in = [address for row in rows for address in row[:4]], [row[6] for row in rows]
+        self.aligned = self.dense and all(start % 16 == 0 for start in starts) and all(d % 8 == 0 for d in d_in)
+        self.entries, self.tiles = to_device(rows, torch.int64, device), to_device(tiles, torch.int32, device)

@@ -8,7 +8,7 @@ Math      iLoRA      D = Ka − ρ Kb,  hₓ = min(lrₓ λ, 1 / ((1+ρ) max(σ�
 Grid      one program per pair; iLoRA walks the Gram in blocks of 64×64, twice: for the row sums, then for D.
 Shapes    Ka, Kb float32 (n, r, r), contiguous; per-pair numbers float32 (n,). Results count factors, b's first, then
           a's, as pass 2 takes them: matrices float32 (2n, r, r), coefficients float32 (2n,). Learning rates: numbers,
-          or 0-d float tensors on the device. Arithmetic float32.
+          or float32 at addresses on the device. Arithmetic float32.
 Roofline  2 r² numbers read twice, 2 r² written: a few kilobytes a pair, bound by the launch.
 """
 
@@ -16,17 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import on_device
+from .launch import is_on_device, launch, on_device
 
 BLOCK = 64
-
-
-@triton.jit
-def number(value, IN_MEMORY: tl.constexpr):
-    """A float32 argument, or what it points to."""
-    if IN_MEMORY:
-        value = tl.load(value)
-    return value
 
 
 @triton.jit
@@ -45,18 +37,20 @@ def largest_row_sum(p_gram, r, BLOCK_R: tl.constexpr):
     return largest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["p_lr_a", "p_lr_b"])
 def lora_imbalance_kernel(
-    ka, kb, rho, lr_a, lr_b, matrices, lam, n_pairs, r, LR_IN_MEMORY: tl.constexpr, BLOCK_R: tl.constexpr
-):
+    ka, kb, rho, matrices, p_lr_a, p_lr_b, lr_a, lr_b, lam, n_pairs, r, LR_IN_MEMORY: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
     i_pair = tl.program_id(0).to(tl.int64)
     p_ka, p_kb = ka + i_pair * r * r, kb + i_pair * r * r
     p_b, p_a = matrices + i_pair * r * r, matrices + (n_pairs + i_pair) * r * r
     ratio = tl.load(rho + i_pair)
     largest = tl.maximum(largest_row_sum(p_ka, r, BLOCK_R), ratio * largest_row_sum(p_kb, r, BLOCK_R))
     bound = 1.0 / ((1.0 + ratio) * largest)  # infinite for a pair of zeros, whose D is 0
-    h_a = tl.minimum(number(lr_a, LR_IN_MEMORY) * lam, bound)
-    h_b = tl.minimum(number(lr_b, LR_IN_MEMORY) * lam, bound)
+    if LR_IN_MEMORY:
+        lr_a, lr_b = tl.load(p_lr_a), tl.load(p_lr_b)
+    h_a, h_b = tl.minimum(lr_a * lam, bound), tl.minimum(lr_b * lam, bound)
     for o_row in range(0, r, BLOCK_R):
         i_row = o_row + tl.arange(0, BLOCK_R)
         for o_col in range(0, r, BLOCK_R):
@@ -94,17 +88,19 @@ def imbalance(
     lam: float,
 ) -> torch.Tensor:
     """iLoRA's step from the Grams of the factors that AdamW left: float32 (2n, r, r), what ``step.transform_`` adds,
-    b's first. rho: float32 (n,). Twin: ``reference_step.imbalance``."""
+    b's first. rho: float32 (n,). lr_a, lr_b: numbers, or 0-d tensors, which stay where they are on the device. Twin:
+    ``reference_step.imbalance``."""
     n, r, _ = ka.shape
     matrices = torch.empty((2 * n, r, r), dtype=torch.float32, device=ka.device)
-    in_memory = isinstance(lr_a, torch.Tensor) or isinstance(lr_b, torch.Tensor)
-    number_of = (lambda lr: torch.as_tensor(lr, dtype=torch.float32, device=ka.device)) if in_memory else float
     if n:
+        in_memory = is_on_device(lr_a, ka.device) or is_on_device(lr_b, ka.device)
+        rates, numbers = (rho, rho), (float(lr_a), float(lr_b)) if not in_memory else (0.0, 0.0)
+        if in_memory:
+            rates = tuple(torch.as_tensor(lr, dtype=torch.float32, device=ka.device) for lr in (lr_a, lr_b))
+        options = {"LR_IN_MEMORY": in_memory, "BLOCK_R": min(BLOCK, triton.next_power_of_2(r)), "num_warps": 4}
         with on_device(ka):
-            lora_imbalance_kernel[(n,)](
-                ka, kb, rho, number_of(lr_a), number_of(lr_b), matrices, float(lam), n, r, LR_IN_MEMORY=in_memory,
-                BLOCK_R=min(BLOCK, triton.next_power_of_2(r)), num_warps=4,
-            )  # fmt: skip
+            given = ka, kb, rho, matrices, *rates
+            launch(lora_imbalance_kernel, (n,), given, (*numbers, float(lam)), (n, r), options)
     return matrices
 
 
@@ -116,9 +112,8 @@ def scale_reg(
     n, r, _ = ka.shape
     coefficients = torch.empty(2 * n, dtype=torch.float32, device=ka.device)
     if n:
+        options = {"BLOCK_R": triton.next_power_of_2(r), "num_warps": 1}
         with on_device(ka):
-            lora_scale_reg_kernel[(n,)](
-                ka, kb, entries_a, entries_b, coefficients, float(lam), eps, n, r,
-                BLOCK_R=triton.next_power_of_2(r), num_warps=1,
-            )  # fmt: skip
+            given = ka, kb, entries_a, entries_b, coefficients
+            launch(lora_scale_reg_kernel, (n,), given, (float(lam), float(eps)), (n, r), options)
     return coefficients

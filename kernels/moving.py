@@ -34,7 +34,7 @@ def place(made: list[tuple[tuple[int, ...], torch.dtype]], given: list[torch.Ten
     """Memory for results of these shapes and dtypes, and where it and ``given``, contiguous tensors, lie."""
     kinds = made + [(x.shape, x.dtype) for x in given]
     sizes = tuple(math.prod(shape) * dtype.itemsize for shape, dtype in kinds)
-    offsets, on_device = table.kept(("offsets", device, sizes), lambda: _offsets(sizes, device))
+    offsets, on_device = table.kept("offsets", [device, *sizes], lambda: _offsets(sizes, device))
     captured = table.capturing()
     end = offsets[-1] if captured else offsets[len(made)]
     buffer = torch.empty(end // torch.float32.itemsize, dtype=torch.float32, device=device)
@@ -49,8 +49,7 @@ def place(made: list[tuple[tuple[int, ...], torch.dtype]], given: list[torch.Ten
         return Moving(results, listed, copies)
     given = [x if x.data_ptr() % ALIGNMENT == 0 else x.clone() for x in given]
     addresses = [*(start + offset for offset in offsets[: len(made)]), *(x.data_ptr() for x in given)]
-    key = "addresses", device, tuple(addresses)
-    listed = table.kept(key, lambda: table.to_device(addresses, torch.int64, device))
+    listed = table.kept("addresses", [device, *addresses], lambda: table.to_device(addresses, torch.int64, device))
     results = _slices(buffer, made, offsets)
     report_addresses(listed, results + given)
     return Moving(results, listed, given)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .blocked import cholesky, cholesky_solve, copy, registers
-from .launch import check_square, on_device
+from .launch import check_square, launch, on_device
 from .primitives import column, over, row
 
 IN_REGISTERS = 64  # largest rank whose matrix a program holds
@@ -152,20 +152,18 @@ def _launch(
     info = torch.empty(n, dtype=torch.int32, device=matrices.device)
     if n == 0:
         return x, info
-    flags = {"INVERSE": rhs is None, "RETRY": retry, "RANKS": ranks is not None}
-    matrices, damping = matrices.contiguous(), float(damping)
-    block_r, block_k = max(16, triton.next_power_of_2(r)), max(16, triton.next_power_of_2(max(1, k)))
+    matrices, block_r = matrices.contiguous(), max(16, triton.next_power_of_2(r))
+    block_k = max(16, triton.next_power_of_2(max(1, k)))
+    options = {"INVERSE": rhs is None, "RETRY": retry, "RANKS": ranks is not None, "BLOCK_R": block_r}
+    ranks, rhs = info if ranks is None else ranks, matrices if rhs is None else rhs  # or not looked at
     with on_device(matrices):
         if r <= IN_REGISTERS:
-            block_k = min(RHS, block_k)
-            lora_spd_solve_kernel[(n, max(1, triton.cdiv(k, block_k)))](
-                matrices, rhs, x, info, ranks, damping, r, k, **flags, BLOCK_R=block_r, BLOCK_K=block_k,
-                num_warps=WARPS[block_r], maxnreg=255,
-            )  # fmt: skip
+            options |= {"BLOCK_K": min(RHS, block_k), "num_warps": WARPS[block_r], "maxnreg": 255}
+            grid, given = (n, max(1, triton.cdiv(k, options["BLOCK_K"]))), (matrices, rhs, x, info, ranks)
+            launch(lora_spd_solve_kernel, grid, given, (float(damping),), (r, k), options)
         else:
+            options |= {"BLOCK_K": min(block_r, block_k), "num_warps": 8, "maxnreg": registers(block_r)}
             uppers = torch.empty((min(n, SLOTS), block_r, block_r), dtype=torch.float32, device=matrices.device)
-            lora_spd_solve_blocked_kernel[(len(uppers),)](
-                matrices, rhs, x, info, uppers, ranks, damping, n, r, k, **flags, BLOCK_R=block_r,
-                BLOCK_K=min(block_r, block_k), num_warps=8, maxnreg=registers(block_r),
-            )  # fmt: skip
+            grid, given = (len(uppers),), (matrices, rhs, x, info, uppers, ranks)
+            launch(lora_spd_solve_blocked_kernel, grid, given, (float(damping),), (n, r, k), options)
     return x, info

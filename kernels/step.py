@@ -18,6 +18,7 @@ Roofline  4 reads and 3 writes of d·r elements; M, partial Grams and the table 
           M no longer fits in registers and is read for every tile (from L2), and the Gram takes a launch of its own.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,27 +27,30 @@ import triton.language as tl
 
 from . import gram as grams
 from .gram import add_up, deposit, last_to_arrive, load_block
-from .launch import check_tensor, on_device
+from .launch import Launch, check_tensor, on_device, plan, stream_of
 from .primitives import dot, round_to, widened
 from .table import (
-    COUNT,
-    FIRST,
     INDEX,
     SIDE,
     SIDE_A,
     TL_DTYPE,
-    Factor,
+    D,
+    Listed,
+    R,
     Table,
     entry,
-    group,
+    listed,
     offsets,
+    pointer_at,
+    programs_of,
     sizes,
     tensor_at,
 )
 from .tiles import GroupedTile, grouped
 
 GRAM_RANK = 64  # largest rank class whose Gram is summed while the step writes
-HYPER = 5  # columns of ``hyper``: learning rate, β₁, β₂, ε, weight decay
+HYPER = 5  # numbers of a side: learning rate, β₁, β₂, ε, weight decay
+NO_NUMBERS = (0.0,) * 2 * HYPER  # where they are in memory
 
 
 @triton.jit
@@ -62,16 +66,34 @@ def power(base, n):
 
 
 @triton.jit
-def adamw(b_p, b_g, b_m, b_v, hyper, t):
-    """New p, m, v, float32. hyper: float64 lr, β₁, β₂, ε, weight decay; t: the count, this step included."""
-    lr, beta1, beta2 = tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2)
-    eps, decay = tl.load(hyper + 3), tl.load(hyper + 4)
-    root = tl.sqrt(1.0 - power(beta2, t)).to(tl.float32)
-    step_size = (lr / (1.0 - power(beta1, t))).to(tl.float32)
-    b_m += (b_g - b_m) * (1.0 - beta1).to(tl.float32)
-    b_v = b_v * beta2.to(tl.float32) + b_g * b_g * (1.0 - beta2).to(tl.float32)
-    b_p *= (1.0 - lr * decay).to(tl.float32)
-    b_p -= step_size * (b_m / (tl.sqrt_rn(b_v) / root + eps.to(tl.float32)))
+def double(number):
+    return tl.full([], number, tl.float64)  # in the interpreter numbers are Python's
+
+
+@triton.jit
+def of_side(is_a, of_b, of_a):
+    return tl.where(is_a, double(of_a), double(of_b))
+
+
+@triton.jit
+def constants(lr, beta1, beta2, eps, decay, t):
+    """What AdamW's count-th step needs, float32 from float64: 1-β₁, β₂, 1-β₂, η/(1-β₁ᵗ), √(1-β₂ᵗ), ε, 1-η w. Once a
+    program: on most cards float64 is 64 times slower."""
+    step_size, root = lr / (1.0 - power(beta1, t)), tl.sqrt(1.0 - power(beta2, t))
+    return (
+        (1.0 - beta1).to(tl.float32), beta2.to(tl.float32), (1.0 - beta2).to(tl.float32), step_size.to(tl.float32),
+        root.to(tl.float32), eps.to(tl.float32), (1.0 - lr * decay).to(tl.float32),
+    )  # fmt: skip
+
+
+@triton.jit
+def adamw(b_p, b_g, b_m, b_v, of_step):
+    """New p, m, v, float32; of_step: ``constants``."""
+    take_m, keep_v, take_v, step_size, root, eps, keep_p = of_step
+    b_m += (b_g - b_m) * take_m
+    b_v = b_v * keep_v + b_g * b_g * take_v
+    b_p *= keep_p
+    b_p -= step_size * (b_m / (tl.sqrt_rn(b_v) / root + eps))
     return b_p, b_m, b_v
 
 
@@ -88,15 +110,15 @@ def load_matrix(matrix, i_k, i_r, r, IS_A: tl.constexpr, R_MAX: tl.constexpr):
 
 @triton.jit
 def times_matrix(
-    b_acc, x, p, c, matrix, i_d, i_r, d, r, IS_A: tl.constexpr, ADD: tl.constexpr, R_MAX: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    b_acc, x, p, c, matrix, i_d, i_r, d, r, IS_A: tl.constexpr, ADD: tl.constexpr, EXPERTS: tl.constexpr,
+    R_MAX: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """b_acc + (x + c p) M for rows i_d where M is too large for registers: float32 [BLOCK_D, BLOCK_R]."""
     for o_k in tl.range(0, R_MAX, BLOCK_K, num_stages=1):
         i_k = o_k + tl.arange(0, BLOCK_K)
-        b_x = widened(load_block(x, i_d, i_k, d, r, IS_A))  # [BLOCK_D, BLOCK_K]
+        b_x = widened(load_block(x, i_d, i_k, d, r, IS_A, EXPERTS))  # [BLOCK_D, BLOCK_K]
         if ADD:
-            b_x += c * widened(load_block(p, i_d, i_k, d, r, IS_A))
+            b_x += c * widened(load_block(p, i_d, i_k, d, r, IS_A, EXPERTS))
         b_acc = dot(b_x, load_matrix(matrix, i_k, i_r, r, IS_A, R_MAX), b_acc, "ieee")
     tl.debug_barrier()  # all of x and p is read before any of it is written
     return b_acc
@@ -104,20 +126,24 @@ def times_matrix(
 
 @triton.jit
 def step_factor(
-    entries, hyper, steps, additive, matrices, scale_p, scale_g, partials, totals, counters,
-    stride_hyper, i_tensor, i_chunk,
-    IS_A: tl.constexpr, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
+    entries, beside, steps, additive, matrices, scale_p, scale_g, partials, totals, counters, i_tensor, i_chunk, t,
+    of_step, IS_A: tl.constexpr, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
     ADD: tl.constexpr, MATRIX: tl.constexpr, SCALE: tl.constexpr, GRAM: tl.constexpr,
-    UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, R_MAX: tl.constexpr,
+    UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, EXPERTS: tl.constexpr, R_MAX: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one factor."""
     SIZE: tl.constexpr = R_MAX * R_MAX
-    p, g = tensor_at(entries, i_tensor, 0, P, ALIGNED), tensor_at(entries, i_tensor, 1, G, ALIGNED)
-    m, v = tensor_at(entries, i_tensor, 2, M, ALIGNED), tensor_at(entries, i_tensor, 3, V, ALIGNED)
-    d, r = sizes(entries, i_tensor, UNIFORM_R, ALIGNED)
-    index, count = entry(entries, i_tensor, INDEX), entry(entries, i_tensor, COUNT)
-    t = tl.load(steps + index) + 1.0
+    WIDE: tl.constexpr = ALIGNED and (IS_A or EXPERTS == 1)
+    p, g = tensor_at(entries, i_tensor, 0, P, WIDE), pointer_at(beside + i_tensor, G, WIDE)
+    m, v = tensor_at(entries, i_tensor, 1, M, WIDE), tensor_at(entries, i_tensor, 2, V, WIDE)
+    if BLOCK_R == 1:  # flat
+        d, r = entry(entries, i_tensor, D) * entry(entries, i_tensor, R), 1
+        if ALIGNED:
+            d = d // 8 * 8  # as in table.sizes
+    else:
+        d, r = sizes(entries, i_tensor, IS_A, UNIFORM_R, WIDE)
+    index, count = entry(entries, i_tensor, INDEX), programs_of(d, CHUNK)
     i_r = tl.arange(0, BLOCK_R)
     m_r = i_r < r
     if MATRIX:
@@ -136,14 +162,14 @@ def step_factor(
     for o_d in tl.range(start, tl.minimum(start + CHUNK, d), BLOCK_D, num_stages=1):
         i_d = o_d + tl.arange(0, BLOCK_D)
         mask = (i_d < d)[:, None] & m_r[None, :]
-        o_tile = offsets(i_d, i_r, d, r, IS_A)  # [BLOCK_D, BLOCK_R], as all that follows
+        o_tile = offsets(i_d, i_r, d, r, IS_A, EXPERTS)  # [BLOCK_D, BLOCK_R], as all that follows
         b_p = tl.load(p + o_tile, mask=mask, other=0.0)
         b_p = widened(b_p) if ADD and MATRIX else b_p.to(tl.float32)
         b_m = tl.load(m + o_tile, mask=mask, other=0.0).to(tl.float32)
         b_v = tl.load(v + o_tile, mask=mask, other=0.0).to(tl.float32)
         if MATRIX and BLOCK_K < BLOCK_R:
             b_g = tl.zeros([BLOCK_D, BLOCK_R], dtype=tl.float32)
-            b_g = times_matrix(b_g, g, p, c, p_matrix, i_d, i_r, d, r, IS_A, ADD, R_MAX, BLOCK_K)
+            b_g = times_matrix(b_g, g, p, c, p_matrix, i_d, i_r, d, r, IS_A, ADD, EXPERTS, R_MAX, BLOCK_K)
         else:
             b_g = widened(tl.load(g + o_tile, mask=mask, other=0.0))
             if ADD:
@@ -153,7 +179,7 @@ def step_factor(
         if SCALE:
             b_p, b_g = b_p * b_scale_p, b_g * b_scale_g
             b_m, b_v = b_m * b_scale_g, b_v * b_scale_g * b_scale_g
-        b_p, b_m, b_v = adamw(b_p, b_g, b_m, b_v, hyper + index * stride_hyper, t.to(tl.int32))
+        b_p, b_m, b_v = adamw(b_p, b_g, b_m, b_v, of_step)
         b_new = round_to(b_p, P)
         tl.store(p + o_tile, b_new, mask=mask)
         tl.store(m + o_tile, round_to(b_m, M), mask=mask)
@@ -162,47 +188,62 @@ def step_factor(
             b_new = tl.where(mask, b_new, tl.zeros_like(b_new))
             b_gram = dot(tl.trans(b_new), b_new, b_gram, "ieee")
     if GRAM:
-        p_first, p_total = partials + entry(entries, i_tensor, FIRST) * SIZE, totals + index * SIZE
-        deposit(b_gram, p_first + i_chunk.to(tl.int64) * SIZE, p_total, i_r, i_r, count, R_MAX)
+        p_mine, p_total = partials + tl.program_id(0).to(tl.int64) * SIZE, totals + index * SIZE
+        deposit(b_gram, p_mine, p_total, i_r, i_r, count, R_MAX)
     if last_to_arrive(counters + i_tensor, count):
         tl.store(steps + index, t)
         if GRAM and count > 1:
-            add_up(p_first, p_total, SIZE, i_r, i_r, count, R_MAX)
+            stride = EXPERTS * SIZE
+            add_up(p_mine - i_chunk.to(tl.int64) * stride, p_total, stride, i_r, i_r, count, R_MAX)
 
 
 @triton.jit
 def lora_step_kernel(
-    entries, tiles, hyper, steps, additive, matrices, scale_p, scale_g, partials, totals, counters,
-    stride_hyper,
-    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
+    entries, beside, tiles, hyper, steps, additive, matrices, scale_p, scale_g, partials, totals, counters,
+    lr_b: tl.float64, beta1_b: tl.float64, beta2_b: tl.float64, eps_b: tl.float64, decay_b: tl.float64,
+    lr_a: tl.float64, beta1_a: tl.float64, beta2_a: tl.float64, eps_a: tl.float64, decay_a: tl.float64, stride_hyper,
+    HYPER_IN_MEMORY: tl.constexpr, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
     ADD: tl.constexpr, MATRIX: tl.constexpr, SCALE: tl.constexpr, GRAM: tl.constexpr,
-    UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, R_MAX: tl.constexpr,
+    UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, EXPERTS: tl.constexpr, R_MAX: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """HYPER_IN_MEMORY: float64 rows, ``stride_hyper`` apart, one for every factor; else the numbers of each side."""
     i_tensor, i_chunk = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
-    is_a = False if BLOCK_R == 1 else entry(entries, i_tensor, SIDE) == SIDE_A
-    if is_a:
+    index, is_a = entry(entries, i_tensor, INDEX), entry(entries, i_tensor, SIDE) == SIDE_A
+    t = tl.load(steps + index) + 1.0
+    if HYPER_IN_MEMORY:
+        row = hyper + index * stride_hyper
+        lr, beta1, beta2, eps, decay = (
+            tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4),
+        )  # fmt: skip
+    else:
+        lr, beta1, beta2 = of_side(is_a, lr_b, lr_a), of_side(is_a, beta1_b, beta1_a), of_side(is_a, beta2_b, beta2_a)
+        eps, decay = of_side(is_a, eps_b, eps_a), of_side(is_a, decay_b, decay_a)
+    of_step = constants(lr, beta1, beta2, eps, decay, t.to(tl.int32))
+    as_a = False if BLOCK_R == 1 else is_a
+    if as_a:
         step_factor(
-            entries, hyper, steps, additive, matrices, scale_p, scale_g, partials, totals, counters, stride_hyper,
-            i_tensor, i_chunk, True, P, G, M, V, ADD, MATRIX, SCALE, GRAM, UNIFORM_R, ALIGNED,
-            R_MAX, CHUNK, BLOCK_D, BLOCK_R, BLOCK_K,
+            entries, beside, steps, additive, matrices, scale_p, scale_g, partials, totals, counters, i_tensor, i_chunk,
+            t, of_step, True, P, G, M, V, ADD, MATRIX, SCALE, GRAM, UNIFORM_R, ALIGNED, EXPERTS, R_MAX, CHUNK,
+            BLOCK_D, BLOCK_R, BLOCK_K,
         )  # fmt: skip
     else:
         step_factor(
-            entries, hyper, steps, additive, matrices, scale_p, scale_g, partials, totals, counters, stride_hyper,
-            i_tensor, i_chunk, False, P, G, M, V, ADD, MATRIX, SCALE, GRAM, UNIFORM_R, ALIGNED,
-            R_MAX, CHUNK, BLOCK_D, BLOCK_R, BLOCK_K,
+            entries, beside, steps, additive, matrices, scale_p, scale_g, partials, totals, counters, i_tensor, i_chunk,
+            t, of_step, False, P, G, M, V, ADD, MATRIX, SCALE, GRAM, UNIFORM_R, ALIGNED, EXPERTS, R_MAX, CHUNK,
+            BLOCK_D, BLOCK_R, BLOCK_K,
         )  # fmt: skip
 
 
 @triton.jit
 def transform_factor(
-    entries, matrices, i_tensor, i_chunk, IS_A: tl.constexpr, P: tl.constexpr, ADD: tl.constexpr,
-    UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, R_MAX: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    entries, matrices, i_tensor, i_chunk, COLUMN: tl.constexpr, IS_A: tl.constexpr, P: tl.constexpr,
+    ADD: tl.constexpr, UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, EXPERTS: tl.constexpr, R_MAX: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    p = tensor_at(entries, i_tensor, 0, P, ALIGNED)
-    d, r = sizes(entries, i_tensor, UNIFORM_R, ALIGNED)
+    WIDE: tl.constexpr = ALIGNED and (IS_A or EXPERTS == 1)
+    p = tensor_at(entries, i_tensor, COLUMN, P, WIDE)
+    d, r = sizes(entries, i_tensor, IS_A, UNIFORM_R, WIDE)
     matrix = matrices + entry(entries, i_tensor, INDEX) * R_MAX * R_MAX
     i_r = tl.arange(0, BLOCK_R)
     if BLOCK_K == BLOCK_R:
@@ -212,31 +253,34 @@ def transform_factor(
         i_d = o_d + tl.arange(0, BLOCK_D)
         b_new = tl.zeros([BLOCK_D, BLOCK_R], dtype=tl.float32)
         if BLOCK_K < BLOCK_R:
+            b_new = times_matrix(b_new, p, p, 0.0, matrix, i_d, i_r, d, r, IS_A, False, EXPERTS, R_MAX, BLOCK_K)
             if ADD:
-                b_new += load_block(p, i_d, i_r, d, r, IS_A).to(tl.float32)
-            b_new = times_matrix(b_new, p, p, 0.0, matrix, i_d, i_r, d, r, IS_A, False, R_MAX, BLOCK_K)
+                b_new += load_block(p, i_d, i_r, d, r, IS_A, EXPERTS).to(tl.float32)
         else:
-            b_p = widened(load_block(p, i_d, i_r, d, r, IS_A))  # [BLOCK_D, BLOCK_R]
-            b_new = dot(b_p, b_matrix, b_p if ADD else b_new, "ieee")
+            b_p = load_block(p, i_d, i_r, d, r, IS_A, EXPERTS)  # [BLOCK_D, BLOCK_R]
+            b_new = dot(widened(b_p), b_matrix, b_new, "ieee")
+            if ADD:
+                b_new += b_p.to(tl.float32)
         mask = (i_d < d)[:, None] & (i_r < r)[None, :]
-        tl.store(p + offsets(i_d, i_r, d, r, IS_A), round_to(b_new, P), mask=mask)
+        tl.store(p + offsets(i_d, i_r, d, r, IS_A, EXPERTS), round_to(b_new, P), mask=mask)
 
 
 @triton.jit
 def lora_transform_kernel(
-    entries, tiles, matrices, P: tl.constexpr, ADD: tl.constexpr, UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr,
-    R_MAX: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    entries, tiles, matrices, COLUMN: tl.constexpr, P: tl.constexpr, ADD: tl.constexpr, UNIFORM_R: tl.constexpr,
+    ALIGNED: tl.constexpr, EXPERTS: tl.constexpr, R_MAX: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     i_tensor, i_chunk = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
     if entry(entries, i_tensor, SIDE) == SIDE_A:
         transform_factor(
-            entries, matrices, i_tensor, i_chunk, True, P, ADD, UNIFORM_R, ALIGNED, R_MAX, CHUNK, BLOCK_D, BLOCK_R,
-            BLOCK_K,
+            entries, matrices, i_tensor, i_chunk, COLUMN, True, P, ADD, UNIFORM_R, ALIGNED, EXPERTS, R_MAX, CHUNK,
+            BLOCK_D, BLOCK_R, BLOCK_K,
         )  # fmt: skip
     else:
         transform_factor(
-            entries, matrices, i_tensor, i_chunk, False, P, ADD, UNIFORM_R, ALIGNED, R_MAX, CHUNK, BLOCK_D, BLOCK_R,
-            BLOCK_K,
+            entries, matrices, i_tensor, i_chunk, COLUMN, False, P, ADD, UNIFORM_R, ALIGNED, EXPERTS, R_MAX, CHUNK,
+            BLOCK_D, BLOCK_R, BLOCK_K,
         )  # fmt: skip
 
 
@@ -264,44 +308,88 @@ def step_(
     β₂, ε, weight decay. steps: float32 (n,), on the device: the steps taken, counted up here."""
     work = work or Work()
     n, r_max = len(factors), _largest_rank(factors, is_a)
-    _check_work(n, r_max, hyper, steps, work)
+    check_tensor("hyper", hyper, (1 if len(hyper) == 1 else n, HYPER), torch.float64)
+    _check_work(n, r_max, steps, work)
     if n == 0:
         return hyper.new_empty((0, r_max, r_max), dtype=torch.float32) if work.gram else None
-    flat = not work.gram and work.matrices is None and work.scale_p is None
-    tile = grouped("step", 1 if flat else max(16, r_max))
-    in_pass = work.gram and tile.r <= GRAM_RANK
-    totals = torch.empty((n, r_max, r_max), dtype=torch.float32, device=hyper.device) if in_pass else None
-    rows = [Factor(tensors, side, i) for i, (tensors, side) in enumerate(zip(factors, is_a, strict=True))]
-    for table in group(rows, tile.chunk, flat):
-        _launch_step(table, hyper, steps, work, totals, 1 if flat else r_max, tile)
-    torch.autograd.graph.increment_version([tensors[0] for tensors in factors])
-    if work.gram and not in_pass:
-        return grams.factor_grams([tensors[0] for tensors in factors], is_a)
+    p, g, m, v = ([tensors[i] for tensors in factors] for i in range(4))
+    totals = _totals(n, r_max, steps.device) if work.gram and _gram_in_pass(r_max) else None
+    _launch_step(listed([p, m, v], is_a, g), hyper, steps, work, totals, r_max)
+    torch.autograd.graph.increment_version(p)
+    return grams.factor_grams(p, is_a) if work.gram and totals is None else totals
+
+
+def step_tables_(
+    factors: list[Listed], n: int, r: int, hyper: torch.Tensor | Sequence[float], steps: torch.Tensor, work: Work
+) -> torch.Tensor | None:
+    """The same for tables of n factors of rank r, with columns p, m, v and the gradients beside them. hyper: as there,
+    or the ten numbers: those of b's factors, then those of a's. Version counters are the caller's, and so are Grams
+    above ``GRAM_RANK``: there it returns None."""
+    _check_work(n, r, steps, work)
+    totals = _totals(n, r, steps.device) if work.gram and _gram_in_pass(r) else None
+    _launch_step(factors, hyper, steps, work, totals, r)
     return totals
 
 
-def _launch_step(table: Table, hyper, steps, work: Work, totals, r_max: int, tile: GroupedTile) -> None:
-    types = dict(zip("PGMV", (TL_DTYPE[dtype] for dtype in table.dtypes), strict=True))
-    partials = None
-    if totals is not None:
-        partials = torch.empty((table.programs, r_max, r_max), dtype=torch.float32, device=hyper.device)
-    with on_device(hyper):
-        lora_step_kernel[(table.programs,)](
-            table.entries, table.tiles, hyper, steps, work.additive, work.matrices, work.scale_p, work.scale_g,
-            partials, totals, table.counters, HYPER if hyper.shape[0] > 1 else 0,
-            **types, ADD=work.additive is not None, MATRIX=work.matrices is not None,
-            SCALE=work.scale_p is not None, GRAM=totals is not None,
-            UNIFORM_R=table.uniform_r, ALIGNED=table.aligned, R_MAX=r_max, CHUNK=tile.chunk, BLOCK_D=tile.d,
-            BLOCK_R=tile.r, BLOCK_K=_block_k(tile), num_warps=tile.warps, num_stages=tile.stages,
-            maxnreg=_registers(tile, work.matrices is not None, totals is not None),
-        )  # fmt: skip
+def _totals(n: int, r_max: int, device: torch.device) -> torch.Tensor:
+    return torch.empty((n, r_max, r_max), dtype=torch.float32, device=device)
 
 
-def _registers(tile: GroupedTile, matrix: bool, gram: bool) -> int | None:
+def _gram_in_pass(r_max: int) -> bool:
+    return grouped("step", max(16, r_max)).r <= GRAM_RANK
+
+
+def _launch_step(factors: list[Listed], hyper, steps, work: Work, totals: torch.Tensor | None, r_max: int) -> None:
+    flags = work.additive is not None, work.matrices is not None, work.scale_p is not None, totals is not None
+    stride = (HYPER if len(hyper) > 1 else 0) if isinstance(hyper, torch.Tensor) else None
+    with on_device(steps):
+        stream = stream_of(steps)
+        for table, beside, dtype in factors:
+            make = lambda table=table, dtype=dtype: _StepLaunch(table, dtype, r_max, stride, *flags)
+            launch = plan(table.plans, ("step", dtype, r_max, stride, *flags), stream, make)
+            launch(table, beside, hyper, steps, work, totals, stream)
+
+
+class _StepLaunch:
+    """``stride``: from row to row of what is in memory, or None for numbers."""
+
+    def __init__(
+        self, table: Table, dtype, r_max: int, stride: int | None, add: bool, matrix: bool, scale: bool, gram: bool
+    ):
+        flat = not (matrix or scale or gram) and table.experts == 1
+        tile = grouped("step", 1 if flat else max(16, r_max))
+        self.tiles, self.in_memory = table.tiles(tile.chunk, flat), stride is not None
+        self.partials = (self.tiles.programs, r_max, r_max) if gram else None
+        types = zip("PGMV", (table.dtypes[0], dtype, *table.dtypes[1:]), strict=True)
+        self.launch = Launch(
+            lora_step_kernel,
+            (self.tiles.programs,),
+            (stride or 0,),
+            {"HYPER_IN_MEMORY": self.in_memory}
+            | {name: TL_DTYPE[of] for name, of in types}
+            | {"ADD": add, "MATRIX": matrix, "SCALE": scale, "GRAM": gram}
+            | {"UNIFORM_R": 1 if flat else table.uniform_r, "ALIGNED": table.aligned, "EXPERTS": table.experts}
+            | {"R_MAX": 1 if flat else r_max, "CHUNK": tile.chunk, "BLOCK_D": tile.d, "BLOCK_R": tile.r}
+            | {"BLOCK_K": _block_k(tile), "num_warps": tile.warps, "num_stages": tile.stages}
+            | _registers(tile, matrix, gram),
+        )
+
+    def __call__(self, table: Table, beside, hyper, steps, work: Work, totals, stream: int | None) -> None:
+        """What is not there is stood in for by what is: no kernel looks at it."""
+        partials = steps
+        if self.partials:
+            partials = torch.empty(self.partials, dtype=torch.float32, device=steps.device)
+        optional = [steps if x is None else x for x in (*work[:4], totals)]
+        in_memory, numbers = (hyper, NO_NUMBERS) if self.in_memory else (steps, tuple(hyper))
+        given = table.entries, beside, self.tiles.pairs, in_memory, steps, *optional[:4], partials, optional[4]
+        self.launch.go(stream, (*given, table.counters), numbers)
+
+
+def _registers(tile: GroupedTile, matrix: bool, gram: bool) -> dict[str, int]:
     """A thread's, said where ptxas, left to itself, spills to fit one program more on a multiprocessor."""
     if gram:
-        return 255 if tile.r * (1 + matrix) >= 64 else None
-    return 128 if matrix and tile.r == 16 else None
+        return {"maxnreg": 255} if tile.r * (1 + matrix) >= 64 else {}
+    return {"maxnreg": 128} if matrix and tile.r == 16 else {}
 
 
 def transform_(tensors: list[torch.Tensor], is_a: list[bool], matrices: torch.Tensor, add: bool = False) -> None:
@@ -311,16 +399,39 @@ def transform_(tensors: list[torch.Tensor], is_a: list[bool], matrices: torch.Te
     check_tensor("matrices", matrices, (len(tensors), r_max, r_max), torch.float32)
     if not tensors:
         return
-    tile = grouped("transform", max(16, r_max))
-    rows = [Factor((t,), side, i) for i, (t, side) in enumerate(zip(tensors, is_a, strict=True))]
-    with on_device(matrices):
-        for table in group(rows, tile.chunk):
-            lora_transform_kernel[(table.programs,)](
-                table.entries, table.tiles, matrices, P=TL_DTYPE[table.dtypes[0]], ADD=add,
-                UNIFORM_R=table.uniform_r, ALIGNED=table.aligned, R_MAX=r_max, CHUNK=tile.chunk, BLOCK_D=tile.d,
-                BLOCK_R=tile.r, BLOCK_K=_block_k(tile), num_warps=tile.warps, num_stages=tile.stages,
-            )  # fmt: skip
+    _launch_transform([found.table for found in listed([tensors], is_a)], matrices, 0, add, r_max)
     torch.autograd.graph.increment_version(tensors)
+
+
+def transform_tables_(tables: list[Table], matrices: torch.Tensor, column: int, add: bool) -> None:
+    """The same for one column of tables. Version counters are the caller's."""
+    _launch_transform(tables, matrices, column, add, matrices.shape[-1])
+
+
+def _launch_transform(tables: list[Table], matrices: torch.Tensor, column: int, add: bool, r_max: int) -> None:
+    with on_device(matrices):
+        stream = stream_of(matrices)
+        for table in tables:
+            make = lambda table=table: _TransformLaunch(table, column, add, r_max)
+            plan(table.plans, ("transform", column, add, r_max), stream, make)(table, matrices, stream)
+
+
+class _TransformLaunch:
+    def __init__(self, table: Table, column: int, add: bool, r_max: int):
+        tile = grouped("transform", max(16, r_max))
+        self.tiles = table.tiles(tile.chunk)
+        self.launch = Launch(
+            lora_transform_kernel,
+            (self.tiles.programs,),
+            (),
+            {"COLUMN": column, "P": TL_DTYPE[table.dtypes[column]], "ADD": add, "UNIFORM_R": table.uniform_r}
+            | {"ALIGNED": table.aligned, "EXPERTS": table.experts, "R_MAX": r_max, "CHUNK": tile.chunk}
+            | {"BLOCK_D": tile.d, "BLOCK_R": tile.r, "BLOCK_K": _block_k(tile)}
+            | {"num_warps": tile.warps, "num_stages": tile.stages},
+        )
+
+    def __call__(self, table: Table, matrices: torch.Tensor, stream: int | None) -> None:
+        self.launch.go(stream, (table.entries, self.tiles.pairs, matrices), ())
 
 
 def _block_k(tile: GroupedTile) -> int:
@@ -332,8 +443,7 @@ def _largest_rank(factors: list[tuple], is_a: list[bool]) -> int:
     return max((f[0].shape[0 if side else 1] for f, side in zip(factors, is_a, strict=True)), default=1)
 
 
-def _check_work(n: int, r_max: int, hyper: torch.Tensor, steps: torch.Tensor, work: Work) -> None:
-    check_tensor("hyper", hyper, (1 if hyper.shape[0] == 1 else n, HYPER), torch.float64)
+def _check_work(n: int, r_max: int, steps: torch.Tensor, work: Work) -> None:
     check_tensor("steps", steps, (n,), torch.float32)
     if (work.scale_p is None) != (work.scale_g is None):
         raise ValueError("lora_fast: scale_p and scale_g come together, got one of them")

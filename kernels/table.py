@@ -2,40 +2,44 @@
 
 Math      A factor is seen as d rows of r rank columns, whichever way it is stored: b (d_out, r) as it lies, a (r, d_in)
           as its transpose. Kernels walk tiles [BLOCK_D, BLOCK_R] and branch once, per program, on the side.
-Grid      one program per (tensor, chunk of d): ``tiles`` holds (tensor, chunk) for every program.
-Shapes    entries int64 (n_tensors, COLUMNS): up to four addresses, d, r, side, index (the tensor's row in whatever else
-          the kernel takes: scalars, r×r matrices, results), first program, number of programs. All tensors of one
-          column share a dtype (a pointer type is a constexpr): ``group`` makes one table, so one launch, per
-          combination of dtypes, however many layers there are. Ranks may differ; R is the rank where all agree (a
-          constexpr that lets the compiler vectorise b), else 0.
-Caching   a table is kept by addresses, shapes and dtypes. A gradient that moves (``zero_grad(set_to_none=True)``) makes
-          a new key: a few kilobytes are copied from pinned memory, asynchronously; the host does not wait. The caching
-          allocator tends to hand the same addresses out again, so the last ``KEPT`` tables stay. The tile map depends
-          on sizes alone. Capture in a CUDA graph: the addresses are baked into the table, as they would be into kernel
-          arguments, so run the step once on the tensors to be captured (static gradients, set_to_none=False) before; a
-          new address while capturing is an error, for the copy it needs would read host memory at every replay. What a
-          graph has used is kept for good. Tensors that move in a graph, too, are listed apart (moving.py).
+Grid      one program per (tensor, chunk of d): the tile map holds (tensor, chunk) for every program. The programs of a
+          tensor follow each other, those of E experts in turns.
+Shapes    entries int64 (n_tensors, COLUMNS): up to three addresses, of tensors of one shape, d, r, side, index (the
+          tensor's row in whatever else the kernel takes: step counts, r×r matrices, results). All tensors of one
+          column share a dtype (a pointer type is a constexpr). Ranks may differ; R is the rank where all agree (a
+          constexpr that lets the compiler vectorise b), else 0. EXPERTS: b is one of E factors (d_out, r) that lie
+          interleaved in one (d_out, r, E).
+Owners    An optimizer's group owns a table for as long as its tensors stay where they are. Gradients move at every step
+          (``zero_grad(set_to_none=True)``): their addresses are a list apart, a ``Mirror``, copied again when it has
+          changed: a few kilobytes from pinned memory, asynchronously; the host does not wait. Functions that are handed
+          lists keep the last ``KEPT`` tables of a kind, found by comparing addresses.
+Capture   in a CUDA graph addresses are baked into tables, as they would be into kernel arguments, so run the step once
+          on the tensors to be captured (static gradients, set_to_none=False) before; a new address while capturing is
+          an error, for the copy it needs would read host memory at every replay. What a graph has used is kept for
+          good. Tensors that move in a graph, too, are listed apart (moving.py).
 """
 
-from collections import OrderedDict
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch import report_addresses
+from .launch import Launch, report_addresses
 
-ADDRESSES = 4
-D, R, SIDE, INDEX, FIRST, COUNT = (tl.constexpr(column) for column in range(4, 10))
-COLUMNS = tl.constexpr(10)
+ADDRESSES = 3
+D, R, SIDE, INDEX = (tl.constexpr(column) for column in range(3, 7))
+COLUMNS = tl.constexpr(8)  # the last is spare: rows start at multiples of 64 bytes
 SIDE_A = tl.constexpr(1)
 BLOCKS = 16  # arrivals that a kernel may count for each tensor: 4 × 4 blocks of 64 at rank 256
-KEPT = 32  # tables kept; one is a few kilobytes
+KEPT = 32  # of each kind; one is a few kilobytes
+ALIGNMENT = 16  # bytes
 
 TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+# ---- On the device
 
 
 @triton.jit
@@ -59,10 +63,10 @@ def pointer_at(p_address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def sizes(entries, i_tensor, UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr):
+def sizes(entries, i_tensor, IS_A: tl.constexpr, UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr):
     """d and r of a tensor of the table."""
     d = entry(entries, i_tensor, D)
-    if ALIGNED:
+    if ALIGNED and IS_A:
         d = d // 8 * 8  # as it is; the compiler forgets tl.multiple_of on a load
     if UNIFORM_R == 0:
         r = entry(entries, i_tensor, R)
@@ -72,120 +76,226 @@ def sizes(entries, i_tensor, UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def offsets(i_d, i_r, d, r, IS_A: tl.constexpr):
+def offsets(i_d, i_r, d, r, IS_A: tl.constexpr, EXPERTS: tl.constexpr = 1):
     """Where element (i_d, i_r) of a factor lies: int64 [BLOCK_D, BLOCK_R]."""
     if IS_A:
         result = i_r[None, :].to(tl.int64) * d + i_d[:, None]
     else:
-        result = i_d[:, None] * r + i_r[None, :]
+        result = (i_d[:, None] * r + i_r[None, :]) * EXPERTS
     return result
 
 
-class Table(NamedTuple):
-    """What a grouped launch needs."""
+@triton.jit
+def programs_of(d, CHUNK: tl.constexpr):
+    """How many programs a tensor of d rows has: one also where it has no elements, so that its results are written."""
+    return tl.maximum(tl.cdiv(d, CHUNK), 1).to(tl.int32)
 
-    entries: torch.Tensor
-    tiles: torch.Tensor
-    counters: torch.Tensor  # zeros, BLOCKS for each tensor: kernels that count arrivals leave them at zero
+
+# ---- On the host
+
+
+class Tiles(NamedTuple):
+    """``pairs``: int32 (programs, 2) on the device, the tensor and the chunk of every program."""
+
+    pairs: torch.Tensor
     programs: int
-    dtypes: tuple[torch.dtype, ...]
-    uniform_r: int
-    aligned: bool
 
 
-class Factor(NamedTuple):
-    """One row: up to four tensors of one shape, with rank first (``a``) or last, and the row's index."""
+class Table:
+    """Factors of one combination of dtypes on one device, all of them aligned or none.
 
-    tensors: tuple[torch.Tensor, ...]
-    is_a: bool
-    index: int
+    Args:
+        columns: up to three lists of contiguous tensors; the first are the factors, the others fit them.
+        is_a: whether a factor's rank is its first dimension.
+        members: the places of the factors in those lists. indices: their rows in whatever else kernels take.
+        experts: E, of every factor: a parameter (E·r, d_in) or (d_out, r·E) is E rows of the table.
+        aligned: whether every tensor, and every row of an a, starts at a multiple of 16 bytes, and ends at one.
 
-    @property
-    def d_r(self) -> tuple[int, int]:
-        rows, columns = self.tensors[0].shape
-        return (columns, rows) if self.is_a else (rows, columns)
+    Attributes:
+        entries: int64 (n, COLUMNS) on the device. counters: zeros, ``BLOCKS`` for each row: kernels that count arrivals
+            leave them at zero.
+        dtypes: of the columns. r_max: the largest rank. uniform_r: the rank, or 0 where they differ.
+        plans: launches on this table, by what they do.
+    """
+
+    def __init__(
+        self,
+        columns: Sequence[list[torch.Tensor]],
+        is_a: list[bool],
+        members: list[int],
+        indices: Sequence[int],
+        experts: int,
+        aligned: bool,
+    ):
+        first = columns[0][members[0]]
+        self.device, self.members, self.experts, self.aligned = first.device, members, experts, aligned
+        self.dtypes = tuple(column[members[0]].dtype for column in columns)
+        self._d_r = [_d_r(columns[0][i].shape, is_a[i], experts) for i in members]
+        ranks = {r for _, r in self._d_r}
+        self.r_max, self.uniform_r = max(ranks), ranks.pop() if len(ranks) == 1 else 0
+        rows = []
+        for i, (d, r) in zip(members, self._d_r, strict=True):
+            starts = [addresses(column[i], is_a[i], experts) for column in columns]
+            for expert, places in enumerate(zip(*starts, strict=True)):
+                index = indices[i] * experts + expert
+                rows.append([*places, *[0] * (ADDRESSES - len(columns)), d, r, int(is_a[i]), index, 0])
+        self.entries = to_device(rows, torch.int64, self.device)
+        self.counters = torch.zeros(BLOCKS * len(rows), dtype=torch.int32, device=self.device)
+        self._is_a = [is_a[i] for i in members]
+        self._beside = Mirror(torch.int64, self.device)
+        self._tiles: dict[tuple[int, bool], Tiles] = {}
+        self.plans: dict[tuple, Launch] = {}
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def alone(self) -> "Listed":
+        return Listed(self, self.entries, self.dtypes[0])
+
+    def beside(self, gradients: list[torch.Tensor]) -> "Listed":
+        """``gradients``: contiguous, of all factors of the columns."""
+        if len(self.members) < len(gradients):
+            gradients = [gradients[i] for i in self.members]
+        gradients = self._as_kernels_take_them(gradients)
+        if self.experts == 1:
+            places = [g.data_ptr() for g in gradients]
+        else:
+            both = zip(gradients, self._is_a, strict=True)
+            places = [place for g, side in both for place in addresses(g, side, self.experts)]
+        listed = self._beside.of(places)
+        self._held = gradients  # copies live until the launches are made
+        report_addresses(listed, gradients)
+        return Listed(self, listed, gradients[0].dtype)
+
+    def _as_kernels_take_them(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+        """In one dtype, and aligned where the table is."""
+        dtypes = [g.dtype for g in gradients]
+        if dtypes.count(dtypes[0]) < len(dtypes) or dtypes[0] not in TL_DTYPE:
+            gradients = [g.float() for g in gradients]
+        if self.aligned and any([g.data_ptr() % ALIGNMENT for g in gradients]):
+            gradients = [g if is_aligned(g) else g.clone() for g in gradients]
+        return gradients
+
+    def tiles(self, chunk: int, flat: bool = False) -> Tiles:
+        """The map for programs that take ``chunk`` rows of d; ``flat``: for elementwise work, of which a tensor counts
+        as numel rows of rank 1."""
+        if (chunk, flat) not in self._tiles:
+            check_not_captured()
+            pairs = []
+            for i, (d, r) in enumerate(self._d_r):
+                for i_chunk in range(max(1, triton.cdiv(d * r if flat else d, chunk))):
+                    pairs += [(i * self.experts + expert, i_chunk) for expert in range(self.experts)]
+            self._tiles[chunk, flat] = Tiles(to_device(pairs, torch.int32, self.device), len(pairs))
+        return self._tiles[chunk, flat]
 
 
-_tables: OrderedDict = OrderedDict()
-_captured: dict = {}  # what CUDA graphs read at every replay
+class Listed(NamedTuple):
+    """A table, and the addresses and dtype of what lies beside each of its factors: its gradient (where there is none,
+    the table stands in for the list)."""
+
+    table: Table
+    addresses: torch.Tensor
+    dtype: torch.dtype
 
 
-def capturing() -> bool:
-    """Whether launches go into a CUDA graph."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+def tables(
+    columns: Sequence[list[torch.Tensor]],
+    is_a: list[bool],
+    indices: Sequence[int],
+    experts: int = 1,
+    beside: list[torch.Tensor] | None = None,
+) -> list[Table]:
+    """One for each combination of dtypes, and one more for what of it is not aligned, in the order in which they first
+    occur. ``beside``: tensors of the factors that ``Table.beside`` will get."""
+    lists = [*columns] if beside is None else [*columns, beside]
+    members: dict[tuple, list[int]] = {}
+    for i, tensors in enumerate(zip(*lists, strict=True)):
+        kind = _is_aligned(tensors, is_a[i], experts), *(t.dtype for t in tensors)
+        members.setdefault(kind, []).append(i)
+    return [Table(columns, is_a, some, indices, experts, kind[0]) for kind, some in members.items()]
 
 
-def group(factors: list[Factor], chunk: int, flat: bool = False) -> list[Table]:
-    """A table for each combination of dtypes, in the order in which they first occur. ``chunk``: rows of d that one
-    program takes. ``flat``: for elementwise work, a tensor counts as numel rows of rank 1."""
-    by_dtypes: dict[tuple, list[Factor]] = {}
+def _d_r(shape: torch.Size, is_a: bool, experts: int) -> tuple[int, int]:
+    ranks, d = shape if is_a else reversed(shape)
+    return d, ranks // experts
+
+
+def _is_aligned(tensors: Sequence[torch.Tensor], is_a: bool, experts: int) -> bool:
+    d, r = _d_r(tensors[0].shape, is_a, experts)
+    if d * r % 8 or (is_a and d % 8):
+        return False
+    return not (is_a or experts == 1) or all(is_aligned(t) for t in tensors)  # experts' b are read by the element
+
+
+def is_aligned(tensor: torch.Tensor) -> bool:
+    return tensor.data_ptr() % ALIGNMENT == 0
+
+
+def addresses(tensor: torch.Tensor, is_a: bool, experts: int) -> range:
+    """Where each expert's factor starts in a parameter (E·r, d_in) or (d_out, r·E)."""
+    start, size = tensor.data_ptr(), tensor.element_size()
+    step = max(size, tensor.numel() // experts * size) if is_a else size
+    return range(start, start + experts * step, step)
+
+
+def whole(factors: list[torch.Tensor], is_a: list[bool]) -> Table:
+    """One table of factors of one dtype, in their order; aligned where all are. Checks and keeps as ``listed`` does."""
     for factor in factors:
-        by_dtypes.setdefault(tuple(t.dtype for t in factor.tensors), []).append(factor)
-    return [_table(tuple(members), chunk, flat) for members in by_dtypes.values()]
-
-
-def _table(factors: tuple[Factor, ...], chunk: int, flat: bool) -> Table:
-    key = chunk, flat, factors[0].tensors[0].device, tuple(
-        [(f.is_a, f.index, f.tensors[0].shape, *[(t.data_ptr(), t.dtype) for t in f.tensors]) for f in factors]
-    )  # fmt: skip
-    table = kept(key, lambda: _build(factors, chunk, flat))
-    report_addresses(table.entries, (t for f in factors for t in f.tensors))
+        _check(factor, factor, factors[0])
+    places = [(side, t.shape, t.data_ptr(), t.dtype) for t, side in zip(factors, is_a, strict=True)]
+    members = range(len(factors))
+    aligned = all(_is_aligned([factor], side, 1) for factor, side in zip(factors, is_a, strict=True))
+    key = [factors[0].device, places]
+    table = kept("whole", key, lambda: Table([factors], is_a, list(members), members, 1, aligned))
+    report_addresses(table.entries, factors)
     return table
 
 
-def kept(key: tuple, build: Callable):
-    """What ``build`` makes for a key, made once and kept until ``KEPT`` others were used since; for good where a CUDA
-    graph has used it."""
-    if key in _captured:
-        return _captured[key]
-    if key not in _tables:
-        if capturing():
-            raise RuntimeError(
-                "lora_fast: a tensor of the step has moved since the last step, and a CUDA graph is being captured: "
-                "run the step once on the tensors to be captured first, and keep their gradients where they are"
-            )
-        _tables[key] = build()
-        while len(_tables) > KEPT:
-            _tables.popitem(last=False)
-    _tables.move_to_end(key)
-    if capturing():
-        _captured[key] = _tables.pop(key)
-        return _captured[key]
-    return _tables[key]
+def listed(
+    columns: Sequence[list[torch.Tensor]],
+    is_a: list[bool],
+    beside: list[torch.Tensor] | None = None,
+    indices: list[int] | None = None,
+) -> list[Listed]:
+    """Tables of what a function was handed, with what lies beside. ``indices``: those of ``Table``, or the places in
+    the lists. Every tensor is checked at every call; tables are kept.
+
+    Raises:
+        ValueError: a tensor that is not contiguous, of another shape than its factor, on another device, or neither
+            float16, bfloat16 nor float32.
+    """
+    factors = columns[0]
+    lists = [*columns] if beside is None else [*columns, beside]
+    for tensors in zip(*lists, strict=True):
+        for tensor in tensors:
+            _check(tensor, tensors[0], factors[0])
+    indices = indices or list(range(len(factors)))
+    shapes = [(side, factor.shape) for side, factor in zip(is_a, factors, strict=True)]
+    places = [(t.data_ptr(), t.dtype) for column in columns for t in column]
+    moving = [(is_aligned(t), t.dtype) for t in beside or ()]
+    key = [factors[0].device, indices, shapes, places, moving]
+    found = kept("factors", key, lambda: tables(columns, is_a, indices, beside=beside))
+    for table in found:
+        report_addresses(table.entries, (column[i] for column in columns for i in table.members))
+    return [table.alone() if beside is None else table.beside(beside) for table in found]
 
 
-def _build(factors: tuple[Factor, ...], chunk: int, flat: bool) -> Table:
-    _check(factors)
-    device = factors[0].tensors[0].device
-    shapes = [(f.tensors[0].numel(), 1) if flat else f.d_r for f in factors]
-    tiles, first, count = tile_map(tuple(d for d, _ in shapes), chunk, device)
-    rows = []
-    for i, (factor, (d, r)) in enumerate(zip(factors, shapes, strict=True)):
-        addresses = [t.data_ptr() for t in factor.tensors] + [0] * (ADDRESSES - len(factor.tensors))
-        rows.append([*addresses, d, r, int(factor.is_a and not flat), factor.index, first[i], count[i]])
-    ranks = {r for _, r in shapes}
-    aligned = all(t.data_ptr() % 16 == 0 for f in factors for t in f.tensors) and all(d % 8 == 0 for d, _ in shapes)
-    dtypes = tuple(t.dtype for t in factors[0].tensors)
-    uniform_r = ranks.pop() if len(ranks) == 1 else 0
-    counters = torch.zeros(BLOCKS * len(rows), dtype=torch.int32, device=device)
-    return Table(to_device(rows, torch.int64, device), tiles, counters, len(tiles), dtypes, uniform_r, aligned)
+def _check(tensor: torch.Tensor, factor: torch.Tensor, first: torch.Tensor) -> None:
+    if tensor.shape != factor.shape or tensor.device != first.device:
+        raise ValueError(
+            f"lora_fast: the tensors of a factor need one shape and all factors one device, got "
+            f"{tuple(tensor.shape)} on {tensor.device} beside {tuple(factor.shape)} on {first.device}"
+        )
+    check_storage(tensor)
 
 
-def _check(factors: tuple[Factor, ...]) -> None:
-    for factor in factors:
-        first = factor.tensors[0]
-        for tensor in factor.tensors:
-            if tensor.shape != first.shape or tensor.device != factors[0].tensors[0].device:
-                raise ValueError(
-                    f"lora_fast: the tensors of a factor need one shape and all factors one device, got "
-                    f"{tuple(tensor.shape)} on {tensor.device} beside {tuple(first.shape)} on {first.device}"
-                )
-            check_storage(tensor)
+def check_dtype(tensor: torch.Tensor) -> None:
+    if tensor.dtype not in TL_DTYPE:
+        raise ValueError(f"lora_fast: expected float16, bfloat16 or float32, got {tensor.dtype}")
 
 
 def check_storage(tensor: torch.Tensor) -> None:
-    if tensor.dtype not in TL_DTYPE:
-        raise ValueError(f"lora_fast: expected float16, bfloat16 or float32, got {tensor.dtype}")
+    check_dtype(tensor)
     if not tensor.is_contiguous():
         raise ValueError(
             f"lora_fast: a grouped launch needs contiguous tensors, got strides {tensor.stride()} "
@@ -193,16 +303,65 @@ def check_storage(tensor: torch.Tensor) -> None:
         )
 
 
-@lru_cache(maxsize=64)
-def tile_map(lengths: tuple[int, ...], chunk: int, device: torch.device) -> tuple[torch.Tensor, list, list]:
-    """(tensor, chunk) of every program, the first program of every tensor and how many it has. A tensor without
-    elements still has one, so that its results are written."""
-    count = [max(1, triton.cdiv(d, chunk)) for d in lengths]
-    first = [0]
-    for n in count[:-1]:
-        first.append(first[-1] + n)
-    pairs = [(i, chunk_of) for i, n in enumerate(count) for chunk_of in range(n)]
-    return to_device(pairs, torch.int32, device), first, count
+class Mirror:
+    """Numbers that the host knows and the device reads: copied again when they have changed, to another place, for what
+    was launched before may still read the old ones."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self._dtype, self._device = dtype, device
+        self._numbers, self._on_device = None, None
+
+    def of(self, numbers: list) -> torch.Tensor:
+        """The numbers on the device.
+
+        Raises:
+            RuntimeError: others than the last while a CUDA graph is captured.
+        """
+        if numbers != self._numbers:
+            check_not_captured()
+            self._numbers, self._on_device = numbers, to_device(numbers, self._dtype, self._device)
+        if capturing():
+            keep_for_good(self._on_device)
+        return self._on_device
+
+
+def capturing() -> bool:
+    """Whether launches go into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def check_not_captured() -> None:
+    if capturing():
+        raise RuntimeError(
+            "lora_fast: a tensor or setting of the step has changed since the last step, and a CUDA graph is being "
+            "captured: run the step once on the tensors to be captured first, and keep their gradients where they are"
+        )
+
+
+_recent: dict[str, list[tuple[list, object]]] = {}
+_captured: dict[str, list[tuple[list, object]]] = {}  # what CUDA graphs read at every replay
+
+
+def keep_for_good(used: object) -> None:
+    """What a CUDA graph reads."""
+    _captured.setdefault("owned", []).append(([], used))
+
+
+def kept(kind: str, places: list, build: Callable):
+    """What ``build`` makes for these places, made once and kept until ``KEPT`` others of its kind were used since; for
+    good where a CUDA graph has used it."""
+    recent, captured = _recent.setdefault(kind, []), _captured.setdefault(kind, [])
+    for known in (captured, recent):
+        for i, (of, made) in enumerate(known):
+            if of == places:
+                if known is recent:
+                    (captured if capturing() else recent).insert(0, recent.pop(i))
+                return made
+    check_not_captured()
+    made = build()
+    recent.insert(0, (places, made))
+    del recent[KEPT:]
+    return made
 
 
 def to_device(rows: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -10,23 +10,25 @@ import torch
 from torch import Tensor
 
 from .batch import Batch, Member
-from .kernels import gram, merge, solve
+from .kernels import gram, merge, solve, table
 from .kernels import step as kernel
-from .kernels.table import kept, to_device
+from .kernels.launch import is_on_device, report_addresses
 from .step import Grams
 
 ALL = gram.Grams._fields
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Group(Batch):
-    """Pairs of one rank. Factors are listed b's first, then a's."""
+    """Pairs of one rank. Factors are listed b's first, then a's. A group owns its tables of where factors and moments
+    lie, copied to the device once (one for each combination of dtypes, as a rule one). Gradients move at every step;
+    the list of their places is copied when it has changed. Hyperparameters are arguments of the launch."""
 
     def __init__(self, members: list[Member], count: int, states: dict, layout: Callable):
         super().__init__(members, count)
         self._b, self._a = [pair.b for pair in self.pairs], [pair.a for pair in self.pairs]
         self._factors = self._b + self._a
-        self._is_a = [False] * len(self.pairs) + [True] * len(self.pairs)
-        self._device = self._factors[0].device
+        self._rank, self._device = self.pairs[0].a.shape[0], self._factors[0].device
         self._steps = torch.full((len(self._factors),), float(count), device=self._device)
         layouts = [layout(pair) for pair in self.pairs]
         shapes = [of_b for _, of_b in layouts] + [of_a for of_a, _ in layouts]
@@ -35,6 +37,11 @@ class Group(Batch):
             state = {name: _like(states[p], name, *shape, p.device) for name, shape in of.items()}
             states[p].update({"step": steps} | state)
         self._states = [states[p] for p in self._factors]
+        self._columns = [self._factors, *([state[name] for state in self._states] for name in MOMENTS)]
+        is_a = [False] * len(self.pairs) + [True] * len(self.pairs)
+        self._tables = table.tables(self._columns, is_a, range(len(self._factors)))
+        self._places, self._dtypes = self._addresses(), [p.dtype for p in self._factors]
+        self._hyper_rows = table.Mirror(torch.float64, self._device)
         self._forget()
 
     @classmethod
@@ -44,16 +51,35 @@ class Group(Batch):
     def begin(self, param_groups: list[dict]) -> None:
         super().begin(param_groups)
         self._forget()
+        for some in self._tables:
+            report_addresses(some.entries, (column[i] for column in self._columns for i in some.members))
+        if table.capturing():
+            table.keep_for_good(self)
 
     def _forget(self) -> None:
-        self._work, self._metric, self._after = {}, None, None
+        self._work, self._metric, self._after, self._gradients, self._listed = {}, None, None, None, None
 
     def intact(self) -> bool:
-        return all(p.device == self._device and p.is_contiguous() for p in self._factors)
+        """By comparing lists: at every step, so the host has little time."""
+        return (
+            self._addresses() == self._places
+            and all([p.is_contiguous() for p in self._factors])
+            and [p.dtype for p in self._factors] == self._dtypes
+        )
+
+    def _addresses(self) -> list[int]:
+        """Where parameters and their state are now: a user may have moved either."""
+        states = self._states
+        return [
+            *[p.data_ptr() for p in self._factors],
+            *[state["exp_avg"].data_ptr() for state in states],
+            *[state["exp_avg_sq"].data_ptr() for state in states],
+            *[state["step"].data_ptr() for state in states],
+        ]
 
     def grams(self, gradients: bool = False) -> Grams:
         if gradients:
-            return Grams(*gram.gram(self._a, self._b, *self._gradients(), ALL))
+            return Grams(*gram.grams_of(self._with_gradients(), len(self.pairs), self._rank, ALL))
         if self._after is not None:
             kb, ka = self._after.chunk(2)
             return Grams(ka, kb)
@@ -63,12 +89,20 @@ class Group(Batch):
     def _both(self) -> Tensor:
         """Ka, then Kb, of the factors before the step: (2L, r, r)."""
         if self._metric is None:
-            self._metric = gram.factor_grams(self._a + self._b, self._is_a[::-1])
+            self._metric = self._grams("ka", "kb")
         return self._metric
 
-    def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        grads = [p.grad.contiguous() for p in self._factors]
-        return grads[len(self.pairs) :], grads[: len(self.pairs)]
+    def _grams(self, *wanted: str) -> Tensor:
+        factors = [some.alone() for some in self._tables]
+        return gram.grams_of(factors, len(self.pairs), self._rank, wanted).flatten(0, 1)
+
+    def _with_gradients(self) -> list[table.Listed]:
+        if self._listed is None:
+            self._gradients = [p.grad for p in self._factors]
+            if not all([g.is_contiguous() for g in self._gradients]):
+                self._gradients = [g.contiguous() for g in self._gradients]
+            self._listed = [some.beside(self._gradients) for some in self._tables]
+        return self._listed
 
     def add_to_gradients(self, coefficients: Tensor) -> None:
         self._work["additive"] = coefficients
@@ -93,33 +127,38 @@ class Group(Batch):
         return self._steps[0].long() + (base + 1) if self._device.type == "cuda" else base + self.count
 
     def adamw(self, grams: bool) -> None:
-        da, db = self._gradients()
-        moments = ([state[name] for state in self._states] for name in ("exp_avg", "exp_avg_sq"))
-        factors = list(zip(self._factors, db + da, *moments, strict=True))
         work = kernel.Work(**self._work, gram=grams)
-        self._after = kernel.step_(factors, self._is_a, self._hyper(), self._steps, work)
+        factors = self._with_gradients()
+        self._after = kernel.step_tables_(factors, len(self._factors), self._rank, self._hyper(), self._steps, work)
+        torch.autograd.graph.increment_version(self._factors)
+        if grams and self._after is None:
+            self._after = self._grams("kb", "ka")
 
-    def _hyper(self) -> Tensor:
-        """float64 (2L, 5) on the device; learning rates that are tensors there never come to the host."""
-        n, rows = len(self.pairs), []
-        for settings in (self.settings_b, self.settings_a):
-            lr = 0.0 if _on_device(settings["lr"]) else float(settings["lr"])
-            betas = (float(beta) for beta in settings["betas"])
-            rows.append((lr, *betas, settings["eps"], settings["weight_decay"]))
-        build = lambda: to_device([rows[0]] * n + [rows[1]] * n, torch.float64, self._device)
-        hyper = kept(("hyper", self._device, n, *rows), build)
-        for part, settings in zip(hyper.chunk(2), (self.settings_b, self.settings_a), strict=True):
-            if _on_device(settings["lr"]):
+    def _hyper(self) -> Tensor | list[float]:
+        """The numbers of b's factors and of a's; or, where a learning rate is on the device, which the host does not
+        wait for and a CUDA graph reads at every replay, float64 (2L, 5) there."""
+        sides = self.settings_b, self.settings_a
+        there = [is_on_device(settings["lr"], self._device) for settings in sides]
+        numbers = [_numbers(settings, at) for settings, at in zip(sides, there, strict=True)]
+        if not any(there):
+            return numbers[0] + numbers[1]
+        n = len(self.pairs)
+        hyper = self._hyper_rows.of([numbers[0]] * n + [numbers[1]] * n)
+        for part, settings, at in zip(hyper.chunk(2), sides, there, strict=True):
+            if at:
                 part[:, 0] = settings["lr"]
         return hyper
 
     def transform(self, matrices: Tensor, of: str = "value", add: bool = False) -> None:
-        tensors = self._factors if of == "value" else [state[of] for state in self._states]
-        kernel.transform_(tensors, self._is_a, matrices.contiguous(), add)
+        column = 0 if of == "value" else 1 + MOMENTS.index(of)
+        kernel.transform_tables_(self._tables, matrices.contiguous(), column, add)
+        torch.autograd.graph.increment_version(self._columns[column])
 
 
-def _on_device(lr: float | Tensor) -> bool:
-    return isinstance(lr, Tensor) and lr.is_cuda
+def _numbers(settings: dict, lr_on_device: bool) -> list[float]:
+    lr = 0.0 if lr_on_device else float(settings["lr"])
+    beta1, beta2 = settings["betas"]
+    return [lr, float(beta1), float(beta2), float(settings["eps"]), float(settings["weight_decay"])]
 
 
 def _like(state: dict, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

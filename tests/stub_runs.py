@@ -208,14 +208,14 @@ def both_ways(stub: stub_driver.Stub, arena: Arena, call) -> tuple[list, list]:
     """What a call launches by its plan, and by Triton's JIT, at the same addresses."""
     from lora_fast.kernels import layer
 
-    by_plan, runs = layer._by_jit, []
+    by_plan, runs = layer.by_jit, []
     for by_jit in (by_plan, by_plan, lambda: True):  # the first makes the plan
-        layer._by_jit = by_jit
+        layer.by_jit = by_jit
         arena.rewind()
         with stub.noted() as noted:
             call()
         runs.append(noted)
-    layer._by_jit = by_plan
+    layer.by_jit = by_plan
     return runs[1], runs[2]
 
 

@@ -181,7 +181,7 @@ def test_a_graph_needs_no_address_from_the_host(dtype, monkeypatch):
         with monkeypatch.context() as outside_again:
             outside_again.setattr(table, "capturing", lambda: False)
             for i in range(table.KEPT + 1):
-                table.kept(("another", i), object)
+                [table.kept(kind, [i], object) for kind in ("whole", "offsets", "addresses")]
         run()  # a graph's tables are not let go
         for tensors in lists:
             tensors[0] = tensors[0].clone()

@@ -368,23 +368,41 @@ def test_bad_merges_are_named(bad, message):
 
 def test_table_is_kept_until_an_address_changes():
     a, b, *_ = pairs([(4, 16, 8)], FLOAT32)
-    rows = lambda: [table.Factor((a[0],), True, 0), table.Factor((b[0],), False, 0)]
-    first = table.group(rows(), 64)[0]
-    assert table.group(rows(), 64)[0] is first
+    find = lambda: table.listed([[a[0], b[0]]], [True, False])[0].table
+    first = find()
+    assert find() is first
     moved = a[0].clone()
     a[0] = moved
-    second = table.group(rows(), 64)[0]
+    second = find()
     assert second is not first and second.entries[0, 0] == moved.data_ptr()
-    assert second.tiles is first.tiles, "the tile map depends on sizes alone"
     a[0] = a[0].view(16, 4)
-    assert table.group(rows(), 64)[0] is not second, "same address, other shape"
+    assert find() is not second, "same address, other shape"
 
 
-def test_table_forgets():
+def test_tables_are_forgotten():
     held = [randn(4, 16, seed=i) for i in range(2 * table.KEPT)]
     for tensor in held:
-        table.group([table.Factor((tensor,), True, 0)], 64)
-    assert len(table._tables) <= table.KEPT
+        table.listed([[tensor]], [True])
+    assert len(table._recent["factors"]) == table.KEPT
+
+
+def test_strides_are_looked_at_at_every_call():
+    """At an address, and with a shape, whose table is kept."""
+    storage = randn(16, 16)
+    gram.factor_grams([storage], [True])
+    with pytest.raises(ValueError, match="contiguous"):
+        gram.factor_grams([storage.T], [True])
+
+
+def test_one_misaligned_tensor_is_launched_apart():
+    """The others are still read 16 bytes at a time."""
+    odd_row, odd_start = randn(4, 9), torch.cat([randn(1), randn(64)])[1:].view(16, 4)
+    given = [randn(4, 16), odd_row, randn(50, 4), odd_start]
+    is_a = [True, True, False, False]
+    found = [listed.table for listed in table.listed([given], is_a)]
+    assert [(some.aligned, some.members) for some in found] == [(True, [0, 2]), (False, [1, 3])]
+    for got, t, side in zip(gram.factor_grams(given, is_a), given, is_a, strict=True):
+        torch.testing.assert_close(got, t @ t.T if side else t.T @ t)
 
 
 def test_moved_gradients_are_followed():
