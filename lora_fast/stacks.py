@@ -97,10 +97,12 @@ class ExpertsFactor(Factor):
     def adamw(self, settings: dict) -> None:
         """AdamW works entry by entry, so it runs on the whole parameter."""
         parameter = self.parameters[0]
-        gradient = parameter.grad
-        if self.grad is not None:
-            gradient, changed, self.grad = torch.empty_like(parameter), self.grad, None
-            self._split(gradient).copy_(changed)
+        if self.grad is None:
+            gradient = parameter.grad.contiguous()  # torch's fused AdamW reads memory in order on a CPU
+        else:
+            gradient = torch.empty_like(parameter)
+            self._split(gradient).copy_(self.grad)
+            self.grad = None
         moments = ([self._whole[name]] for name in ("exp_avg", "exp_avg_sq"))
         options = (settings[name] for name in ("lr", "betas", "eps", "weight_decay"))
         reference_step.adamw([parameter.data], [gradient], *moments, [self.steps[0]], *options)

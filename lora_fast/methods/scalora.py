@@ -37,7 +37,8 @@ class ScaLoRA(Method):
         limit: scales stay between 1 / limit and limit; None for no limit but that no column dies.
         seed: of the stochastic rounding.
         keep: what of the weights' change ``lf.save_adapter`` can store: "weights" (they are saved whole, to the bit) or
-            "terms" (each merge's low-rank term, kept in the CPU's memory).
+            "terms" (each merge's low-rank term, kept in the CPU's memory). It can store neither of a parameter of many
+            experts (PEFT's ``target_parameters``): save the merged model.
     """
 
     kappa: float | None = None
