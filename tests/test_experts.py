@@ -280,6 +280,19 @@ def test_experts_beside_ordinary_pairs_of_the_same_shape():
         assert torch.equal(p, q)
 
 
+def test_gradients_in_another_memory_order():
+    """As torch.func gives them; torch's fused AdamW would take their memory in order."""
+    (model, (wrapper,)), (other, _) = experts_model(), experts_model()
+    optimizers = [lf.optim.LoRAAdamW(x, lr=1e-2, methods=[M.ILoRA()]) for x in (model, other)]
+    set_gradients(wrapper, 0)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        q.grad = None if p.grad is None else p.grad.mT.contiguous().mT
+    for optimizer in optimizers:
+        optimizer.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_one_matrix_is_an_ordinary_pair():
     model = nn.ModuleDict({"layer": nn.Linear(D_IN, D_OUT, bias=False)})
     config = peft.LoraConfig(r=R, target_modules=[], target_parameters=["layer.weight"])
