@@ -12,6 +12,7 @@ from .adapter_files import PREFIX, Adapter, Change, check_tensor
 from .adapter_linear import merged_weight
 from .changed_base import Term, holder
 from .checks import CheckpointError
+from .layers import expert_count
 from .merging import original_weight, weight_owners
 
 MIB = 2**20
@@ -22,13 +23,18 @@ def collect(model: nn.Module, layers: dict[str, nn.Module], exact: bool) -> dict
     weight. ``layers``: name → LoRALinear or PEFT layer, those of the adapter that is saved.
 
     Raises:
-        CheckpointError: a changed weight in none of these layers, merged by PEFT, sharded or without data.
+        CheckpointError: a changed weight in none of these layers, one parameter of many experts, merged by PEFT,
+            sharded or without data.
     """
     _check_no_other(model, layers.values(), "changed base weights in the adapter's own layers only")
     changes = {}
     for name, layer in layers.items():
         if not changed_base.is_changed(holder(layer)):
             continue
+        if expert_count(layer) > 1:
+            expected = "base weights that an adapter's files can hold (else merge_and_unload, or the whole state_dict)"
+            got = f"{name}: ScaLoRA merged into the parameter of {layer.num_experts} experts, {layer.parameter_name}"
+            raise CheckpointError("model", expected, got)
         term = _joined(changed_base.kept_terms(layer), layer.weight)
         if exact or term is None or not _takes_ranks(layer):
             changes[name] = Change(_weight(name, layer), term if exact else None)

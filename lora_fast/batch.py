@@ -4,7 +4,8 @@ Two kinds, one interface: a ``Stack`` (stacks.py, plain torch) holds pairs of on
 (groups.py, Triton) holds all pairs of one rank, whatever their sizes, and every operation is one launch. What the
 optimizer shows to the outside stays per parameter, as in torch.
 
-Numbers per factor come in one tensor of 2L rows, those of the batch's b first, then those of its a.
+L counts products: a pair of E experts is E of them, one after the other. Numbers per factor come in one tensor of 2L
+rows, those of the batch's b first, then those of its a.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ class Batch(ABC):
     """Pairs that have taken the same number of steps.
 
     Attributes:
-        pairs: L of them. count: their steps, the one under way included.
+        pairs: those that the batch holds. products: L, the number of their products.
+        count: their steps, the one under way included.
         settings_a, settings_b: lr, betas, eps and weight_decay of this step.
     """
 
     def __init__(self, members: list[Member], count: int):
         self.pairs = [pair for pair, *_ in members]
+        self.products = sum(pair.experts for pair in self.pairs)
         self.count = count
         self._groups = members[0][1:]
         self._per_pair: dict[str, Tensor] = {}
@@ -59,11 +62,13 @@ class Batch(ABC):
         return (self.count - phase) % every == 0
 
     def per_pair(self, name: str, of: Callable[[Pair], float]) -> Tensor:
-        """A number of each pair, (L,) in float32 (float64 for float64 pairs); ``name`` is what it is kept under."""
+        """A number of each pair, repeated for each of its experts: (L,) in float32 (float64 for float64 pairs).
+        ``name`` is what it is kept under."""
         if name not in self._per_pair:
             like = self.pairs[0].a
             dtype = torch.promote_types(like.dtype, torch.float32)
-            self._per_pair[name] = torch.tensor([of(pair) for pair in self.pairs], dtype=dtype, device=like.device)
+            numbers = [number for pair in self.pairs for number in [of(pair)] * pair.experts]
+            self._per_pair[name] = torch.tensor(numbers, dtype=dtype, device=like.device)
         return self._per_pair[name]
 
     @abstractmethod
@@ -89,7 +94,7 @@ class Batch(ABC):
 
     @abstractmethod
     def merge(self, rest: Tensor, rounding: str, seed: int) -> None:
-        """W += b diag(rest) a for every pair: (L, r). ``seed``: of stochastic rounding, together with the step."""
+        """W += b diag(rest) a for every product: (L, r). ``seed``: of stochastic rounding, together with the step."""
 
     @abstractmethod
     def adamw(self, grams: bool) -> None:

@@ -40,6 +40,6 @@ def build(
 def _key(member: Member, states: dict, triton: bool) -> tuple:
     pair, *groups = member
     steps = [int(states[p]["step"]) if "step" in states[p] else 0 for p in (pair.a, pair.b)]
-    key = steps[1], steps[0], *groups, pair.a.device, pair.a.shape[0]
+    key = steps[1], steps[0], *groups, pair.a.device, pair.rank
     weight = None if pair.weight is None else pair.weight.dtype
     return key if triton else (*key, tuple(pair.a.shape), tuple(pair.b.shape), pair.a.dtype, weight)

@@ -61,7 +61,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = Fal
 
     Raises:
         CheckpointError: no adapter, more than one active adapter, adapters without data (meta device) or sharded, a
-            changed weight that the adapter has no layer on, or that PEFT has merged, or a path that cannot be written.
+            changed weight that the adapter has no layer on, that PEFT has merged, or that is one parameter of many
+            experts (``load_adapter`` reads no such adapter), or a path that cannot be written.
             An adapter that was in the folder is then still whole.
     """
     model, sidecar = _unwrap(model), None

@@ -31,6 +31,12 @@ def peft_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
+def expert_count(layer: nn.Module) -> int:
+    """Returns how many products each adapter of a PEFT layer holds: the number of experts of the parameter that
+    ``target_parameters`` names, and 1 for every other layer."""
+    return layer.num_experts if hasattr(layer, "parameter_name") else 1
+
+
 def fused_class() -> type[nn.Module]:
     """FusedLoraLinear; MissingPackageError where PEFT is not installed."""
     try:

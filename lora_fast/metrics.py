@@ -20,7 +20,7 @@ SIGNIFICANT = 0.005  # singular values above are counted
 
 @dataclass(frozen=True)
 class AdapterStats:
-    """One adapter, with ΔW = s b a and ρ = r / d_out.
+    """One adapter, or one expert of it, with ΔW = s b a and ρ = r / d_out.
 
     Attributes:
         norm_a, norm_b: Frobenius norms. rms_ratio: root mean square of a's entries over that of b's.
@@ -45,7 +45,9 @@ class AdapterStats:
 
 @torch.no_grad()
 def adapter_stats(model: nn.Module) -> dict[str, AdapterStats]:
-    """Statistics of every adapter that trains, by its layer's name (and PEFT's adapter name).
+    """Statistics of every adapter that trains, by its layer's name (and PEFT's adapter name). Where one parameter holds
+    many experts (PEFT's ``target_parameters``), every expert has an entry, whose name ends in its number:
+    "….experts.default.0".
 
     Batched over adapters of equal shape; one copy from the device for all of them. A singular value of ΔW below about
     1e-3 of the largest carries the rounding of float32 Grams. Factors that are not finite give NaN for every figure.
@@ -57,14 +59,14 @@ def adapter_stats(model: nn.Module) -> dict[str, AdapterStats]:
     pairs.check(found, set())
     groups: dict[tuple, list[Pair]] = {}
     for pair in found:
-        groups.setdefault((pair.a.shape, pair.b.shape, pair.a.dtype, pair.a.device), []).append(pair)
+        groups.setdefault((pair.a.shape, pair.b.shape, pair.experts, pair.a.dtype, pair.a.device), []).append(pair)
     if not groups:
         return {}
     device = found[0].a.device
     columns = [_measure(members).to(device) for members in groups.values()]
     rows = torch.cat(columns).tolist()  # the one copy
-    names = [pair.name for members in groups.values() for pair in members]
-    order = {pair.name: i for i, pair in enumerate(found)}
+    names = [name for members in groups.values() for pair in members for name in pair.product_names]
+    order = {name: i for i, name in enumerate(name for pair in found for name in pair.product_names)}
     ranked = [[*row[:6], row[6] if math.isnan(row[6]) else int(row[6]), *row[7:]] for row in rows]
     stats = {name: AdapterStats(*row) for name, row in zip(names, ranked, strict=True)}
     return dict(sorted(stats.items(), key=lambda item: order[item[0]]))
@@ -106,12 +108,13 @@ def _derived(model: nn.Module) -> list[Pair]:
 
 
 def _measure(members: list[Pair]) -> Tensor:
-    """(L, 11) in float64: AdapterStats's fields of pairs of one shape."""
-    a, b = torch.stack([pair.a for pair in members]), torch.stack([pair.b for pair in members])
+    """(L, 11) in float64: AdapterStats's fields of all products of pairs of one shape."""
+    a, b = torch.cat([pair.split_a(pair.a) for pair in members]), torch.cat([pair.split_b(pair.b) for pair in members])
     ka, kb = (gram.double() for gram in step.grams(a, b)[:2])
     finite = (ka.isfinite() & kb.isfinite()).all(-1).all(-1)
     ka, kb = (gram.where(finite[:, None, None], 0.0) for gram in (ka, kb))  # eigh fails on others, for all at once
-    scaling = torch.tensor([abs(pair.scaling) for pair in members], dtype=torch.float64, device=ka.device)
+    scaling = [abs(pair.scaling) for pair in members for _ in range(pair.experts)]
+    scaling = torch.tensor(scaling, dtype=torch.float64, device=ka.device)
     eigen_a, eigen_b = (torch.linalg.eigvalsh(k).clamp(min=0) for k in (ka, kb))
     values, q = torch.linalg.eigh(ka)
     root = q * values.clamp(min=0).sqrt()[:, None, :]

@@ -34,6 +34,9 @@ class LoRAAdamW(torch.optim.Optimizer):
     that was moved is stacked anew). State is per parameter as in torch's AdamW, so ``state_dict`` does not depend on
     any of that.
 
+    Where PEFT keeps the factors of many experts in one pair of parameters (``target_parameters``), every method treats
+    each expert as an adapter of its own, of rank r. Those parameters and their state stay whole, as PEFT has them.
+
     Args:
         model: a model with LoRALinear or PEFT layers (their active adapters), or (lora_A, lora_B[, scaling[, weight]])
             pairs. A model's other trainable parameters (``modules_to_save``, norms, DoRA's magnitudes, …) are trained

@@ -9,22 +9,25 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from . import checks
-from .layers import peft_layers
+from .layers import expert_count, peft_layers
 from .linear import LoRALinear
 from .merging import weight_owners
 
 
 @dataclass(eq=False)
 class Pair:
-    """One adapter.
+    """One adapter: one product b a, or those of E experts, which PEFT's ``target_parameters`` keep in one pair.
 
     Attributes:
         name: of its layer, for messages.
-        a: lora_A (r, d_in). b: lora_B (d_out, r).
+        a: lora_A (r, d_in). b: lora_B (d_out, r). With experts lora_A is (E·r, d_in), whose rows are expert-major, and
+            lora_B is (d_out, r·E), whose columns are rank-major: column k·E + e is column k of expert e.
         scaling: alpha / r.
-        weight: the frozen (d_out, d_in) weight that it adapts, or None.
+        weight: the frozen (d_out, d_in) weight that it adapts, or None. With experts it is (E, d_out, d_in).
         unmergeable: why nothing may be merged into that weight, or None.
         layer: the LoRALinear or PEFT layer, or None; what is merged into its weight is noted there (changed_base.py).
+        experts: E; 1 for an ordinary pair.
+        transposed: whether the experts' weight is stored as (E, d_in, d_out).
     """
 
     name: str
@@ -34,11 +37,36 @@ class Pair:
     weight: Tensor | None = None
     unmergeable: str | None = None
     layer: nn.Module | None = None
+    experts: int = 1
+    transposed: bool = False
+
+    @property
+    def rank(self) -> int:
+        """r, of each expert."""
+        return self.a.shape[0] // self.experts
+
+    @property
+    def product_names(self) -> list[str]:
+        """One name for each product: the pair's own; with experts, their numbers follow it after a dot."""
+        return [self.name] if self.experts == 1 else [f"{self.name}.{e}" for e in range(self.experts)]
+
+    def split_a(self, x: Tensor) -> Tensor:
+        """Returns a view (E, r, d_in) of a tensor of a's shape: a itself, its gradient or its state."""
+        return x.unflatten(0, (self.experts, -1))
+
+    def split_b(self, x: Tensor) -> Tensor:
+        """Returns a view (E, d_out, r) of a tensor of b's shape."""
+        return x.unflatten(1, (-1, self.experts)).permute(2, 0, 1)
+
+    def split_weight(self, x: Tensor) -> Tensor:
+        """Returns a view (E, d_out, d_in) of a tensor of the weight's shape."""
+        x = x[None] if self.experts == 1 else x
+        return x.mT if self.transposed else x
 
 
 def of_model(model: nn.Module) -> list[Pair]:
     """The pairs of every LoRALinear and of the active adapters of every PEFT layer that has lora_A and lora_B matrices.
-    A pair without a trainable factor is left out."""
+    The experts of one parameter (``target_parameters``) are one pair. A pair without a trainable factor is left out."""
     owners = weight_owners(model)
     found = []
     for name, layer in model.named_modules():
@@ -52,7 +80,10 @@ def of_model(model: nn.Module) -> list[Pair]:
             if a is None or b is None or a.dim() != 2 or b.dim() != 2:
                 continue
             weight, reason = _base_weight(layer, adapter, owners)
-            found.append(Pair(f"{name}.{adapter}", a, b, float(layer.scaling[adapter]), weight, reason, layer))
+            experts = expert_count(layer)
+            transposed = experts > 1 and not getattr(layer, "_did_swap_in_out_features", False)  # older PEFT
+            settings = float(layer.scaling[adapter]), weight, reason, layer, experts, transposed
+            found.append(Pair(f"{name}.{adapter}", a, b, *settings))
     return [pair for pair in found if pair.a.requires_grad or pair.b.requires_grad]
 
 
@@ -94,15 +125,18 @@ def check(pairs: list[Pair], trained: set[int]) -> None:
 
 def _check_pair(pair: Pair) -> None:
     a, b = pair.a, pair.b
-    if b.shape[1] != a.shape[0] or not 1 <= a.shape[0] <= checks.MAX_RANK:
-        expected = f"shape (d_out, {a.shape[0]}) to fit lora_A {tuple(a.shape)}, rank 1 to {checks.MAX_RANK}"
+    if b.shape[1] != a.shape[0] or a.shape[0] % pair.experts or not 1 <= pair.rank <= checks.MAX_RANK:
+        each = f" for each of {pair.experts} experts" if pair.experts > 1 else ""
+        expected = f"shape (d_out, {a.shape[0]}) to fit lora_A {tuple(a.shape)}, rank 1 to {checks.MAX_RANK}{each}"
         raise checks.ArgumentError(f"{pair.name}.lora_B", expected, tuple(b.shape))
     if a.dtype != b.dtype or a.device != b.device:
         expected = f"{a.dtype} on {a.device}, as lora_A"
         raise checks.ArgumentError(f"{pair.name}.lora_B", expected, f"{b.dtype} on {b.device}")
     if not isinstance(pair.scaling, checks.NUMBERS) or not math.isfinite(pair.scaling):
         raise checks.ArgumentError(f"{pair.name}.scaling", "a finite number", repr(pair.scaling))
-    expected_shape = (b.shape[0], a.shape[1])
+    expected_shape = (a.shape[1], b.shape[0]) if pair.transposed else (b.shape[0], a.shape[1])
+    if pair.experts > 1:
+        expected_shape = (pair.experts, *expected_shape)
     if pair.weight is not None and tuple(pair.weight.shape) != expected_shape and pair.unmergeable is None:
         raise checks.ArgumentError(f"{pair.name}.weight", f"shape {expected_shape}", tuple(pair.weight.shape))
 
@@ -113,8 +147,10 @@ def _weight(factors, adapter: str) -> Tensor | None:
 
 def _base_weight(layer: nn.Module, adapter: str, owners: dict[int, list[str]]) -> tuple[Tensor | None, str | None]:
     base = layer.get_base_layer()
-    weight = getattr(base, "weight", None)
-    if type(base) is not nn.Linear or type(weight) is not nn.Parameter or weight.dtype not in checks.FLOATS:
+    has_experts = expert_count(layer) > 1
+    weight = layer.get_param() if has_experts else getattr(base, "weight", None)
+    plain = type(weight) is nn.Parameter and weight.dtype in checks.FLOATS
+    if not plain or not (has_experts or type(base) is nn.Linear):
         return None, f"base layer {type(base).__name__} with a weight of {getattr(weight, 'dtype', None)}"
     if layer.fan_in_fan_out or adapter in layer.lora_variant:
         return None, "more than scaling · b a on the base weight"

@@ -1,5 +1,5 @@
 """Batches in plain torch: pairs of equal shape kept in one tensor. Parameters and their state are views into stacks, so
-that a method's algebra is one batched call."""
+that a method's algebra is one batched call. A pair of experts is a batch already: there the stack is a view."""
 
 from __future__ import annotations
 
@@ -64,19 +64,69 @@ class Factor:
         reference_step.adamw(p, g, m, v, steps, *options)
 
 
+class ExpertsFactor(Factor):
+    """One factor of a pair of experts. The parameter and its state stay where they are and as PEFT and torch have them;
+    ``value``, ``grad`` and ``state`` are (E, …), one slice an expert. What changes value or state in place changes the
+    parameter's own memory.
+
+    Attributes:
+        steps: (1,) float32: the parameter's.
+    """
+
+    def __init__(self, parameter: Tensor, split: Callable[[Tensor], Tensor], shapes: Shapes, states: dict):
+        """``split`` returns the view (E, …) of a tensor of the parameter's shape. A state of another shape has the
+        experts in its first dimension already. New state is zero."""
+        self.parameters, self.grad, self._split = [parameter], None, split
+        parameter.data = parameter.data.contiguous()
+        self._places = [parameter.data_ptr()]
+        state, device = states[parameter], parameter.device
+        count = state.get("step", torch.zeros(()))
+        self.steps = torch.stack([count.to(device, torch.float32)])
+        for name, (shape, dtype) in shapes.items():
+            kept = state.get(name)
+            new = torch.zeros(shape, dtype=dtype, device=device) if kept is None else kept.to(device, dtype)
+            state[name] = new.contiguous()
+        state["step"] = self.steps[0]
+        self._whole = {name: state[name] for name in shapes}
+        self.value = split(parameter.data)
+        self.state = {name: split(x) if x.shape == parameter.shape else x for name, x in self._whole.items()}
+
+    def gradient(self) -> Tensor:
+        return self._split(self.parameters[0].grad) if self.grad is None else self.grad
+
+    def adamw(self, settings: dict) -> None:
+        """AdamW works entry by entry, so it runs on the whole parameter."""
+        parameter = self.parameters[0]
+        if self.grad is None:
+            gradient = parameter.grad.contiguous()  # torch's fused AdamW reads memory in order on a CPU
+        else:
+            gradient = torch.empty_like(parameter)
+            self._split(gradient).copy_(self.grad)
+            self.grad = None
+        moments = ([self._whole[name]] for name in ("exp_avg", "exp_avg_sq"))
+        options = (settings[name] for name in ("lr", "betas", "eps", "weight_decay"))
+        reference_step.adamw([parameter.data], [gradient], *moments, [self.steps[0]], *options)
+
+
 class Stack(Batch):
-    """Pairs of one shape and dtype. a.value (L, r, d_in), b.value (L, d_out, r)."""
+    """Pairs of one shape and dtype, or one pair of experts. a.value (L, r, d_in), b.value (L, d_out, r)."""
 
     def __init__(self, members: list[Member], count: int, states: dict, shapes: tuple[Shapes, Shapes]):
         super().__init__(members, count)
-        self.a = Factor([pair.a for pair in self.pairs], shapes[0], states)
-        self.b = Factor([pair.b for pair in self.pairs], shapes[1], states)
+        pair = self.pairs[0]
+        if pair.experts > 1:
+            self.a = ExpertsFactor(pair.a, pair.split_a, shapes[0], states)
+            self.b = ExpertsFactor(pair.b, pair.split_b, shapes[1], states)
+        else:
+            self.a = Factor([pair.a for pair in self.pairs], shapes[0], states)
+            self.b = Factor([pair.b for pair in self.pairs], shapes[1], states)
 
     @classmethod
     def of(cls, members: list[Member], count: int, states: dict, layout: Callable) -> list[Stack]:
-        """One stack; on a CPU as many as keep each in its cache."""
+        """One stack; on a CPU as many as keep each in its cache; one for each pair of experts."""
         pair = members[0][0]
         size = len(members) if pair.a.is_cuda else max(1, CACHED // max(1, pair.a.numel(), pair.b.numel()))
+        size = 1 if pair.experts > 1 else size
         parts = [members[i : i + size] for i in range(0, len(members), size)]
         return [cls(part, count, states, layout(pair)) for part in parts]
 
@@ -114,10 +164,17 @@ class Stack(Batch):
             factor.state["exp_avg_sq"] *= of_gradient.square()
 
     def merge(self, rest: Tensor, rounding: str, seed: int) -> None:
-        residuals = self.b.state.get("merge_residual", [None] * len(self.pairs))
-        for pair, a, b, of_pair, residual in zip(self.pairs, self.a.value, self.b.value, rest, residuals, strict=True):
-            own = zlib.crc32(f"{seed} {self.count} {pair.name}".encode())  # torch's CPU generator takes 32 bits
-            reference_scalora.merge_(pair.weight.data, a, b, of_pair, rounding, own, residual)
+        names = [name for pair in self.pairs for name in pair.product_names]
+        weights = [weight for pair in self.pairs for weight in pair.split_weight(pair.weight.data)]
+        residuals = self.b.state.get("merge_residual")
+        if residuals is None:
+            residuals = [None] * self.products
+        elif self.pairs[0].transposed:
+            residuals = residuals.mT
+        operands = zip(weights, self.a.value, self.b.value, rest, residuals, names, strict=True)
+        for weight, a, b, of_product, residual, name in operands:
+            own = zlib.crc32(f"{seed} {self.count} {name}".encode())  # torch's CPU generator takes 32 bits
+            reference_scalora.merge_(weight, a, b, of_product, rounding, own, residual)
 
     def adamw(self, grams: bool) -> None:
         self.a.adamw(self.settings_a)

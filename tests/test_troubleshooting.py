@@ -65,6 +65,17 @@ def not_mergeable() -> None:
     optimizer.step()
 
 
+def changed_experts() -> None:
+    experts = nn.Module()
+    experts.matrices = nn.Parameter(torch.ones(2, 6, 8))
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.matrices"])
+    model = peft.get_peft_model(nn.ModuleDict({"experts": experts}), config)
+    optimizer = lf.optim.LoRAAdamW(model, methods=[lf.methods.ScaLoRA()])
+    model.base_model.model["experts"].get_delta_weight("default").sum().backward()
+    optimizer.step()
+    lf.save_adapter(model, "/no/such/folder")
+
+
 def too_large() -> None:
     launched = launch.Launch(SimpleNamespace(__name__="lora_grad_a_kernel"), (1,), (), {"R": 16})
     error = OutOfResources(204800, 101376, "shared memory")
@@ -108,6 +119,7 @@ ERRORS = {
     "backend 'triton' on cpu": lambda: on_triton(torch.ones(1)),
     "backend 'triton' with float64": lambda: on_triton(SimpleNamespace(is_cuda=True, dtype=torch.float64)),
     "… expected a weight that ScaLoRA": not_mergeable,
+    "… expected base weights that an adapter's files": changed_experts,
     "state_dict: expected": another_state,
     "--resume: expected": lambda: run_folder.saved_settings(None, {}),
     "CheckpointError": lambda: lf.load_adapter(plain(), "/no/such/folder"),

@@ -45,5 +45,5 @@ class ILoRA(Method):
         batch.transform(step.imbalance(ka, kb, batch.per_pair("rho", self._ratio), lr_a, lr_b, self.lam), add=True)
 
     def _ratio(self, pair: Pair) -> float:
-        d_out, r = pair.b.shape
-        return self.rho_scale * (r / d_out) ** self.rho_exponent if self.rho is None else self.rho
+        ratio = pair.rank / pair.b.shape[0]
+        return self.rho_scale * ratio**self.rho_exponent if self.rho is None else self.rho

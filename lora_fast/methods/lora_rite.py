@@ -41,11 +41,12 @@ class LoRARITE(Method):
 
     def layout(self, pair: Pair) -> tuple[Shapes, Shapes]:
         dtype = torch.promote_types(pair.a.dtype, torch.float32)
-        (r, d_in), d_out = pair.a.shape, pair.b.shape[0]
-        square = ((r, r), dtype)
+        r, d_in, d_out = pair.rank, pair.a.shape[1], pair.b.shape[0]
+        each = (pair.experts,) if pair.experts > 1 else ()
+        square = ((*each, r, r), dtype)
         return (
-            {"exp_avg": ((r, d_in), dtype), "second_moment": square, "basis": ((d_out, r), dtype)},
-            {"exp_avg": ((d_out, r), dtype), "second_moment": square, "basis": ((d_in, r), dtype)},
+            {"exp_avg": (pair.a.shape, dtype), "second_moment": square, "basis": ((*each, d_out, r), dtype)},
+            {"exp_avg": (pair.b.shape, dtype), "second_moment": square, "basis": ((*each, d_in, r), dtype)},
         )
 
     def plan(self, stacks: list[Stack], memory: dict) -> None:

@@ -48,9 +48,10 @@ class ScaleReg(Method):
         if self.decoupled:
             c_b, c_a = self._coefficients(batch).chunk(2)
             shrunk = torch.cat([c_b * -batch.settings_b["lr"], c_a * -batch.settings_a["lr"]])
-            batch.transform(torch.diag_embed(shrunk[:, None].expand(-1, batch.pairs[0].a.shape[0])), add=True)
+            batch.transform(torch.diag_embed(shrunk[:, None].expand(-1, batch.pairs[0].rank)), add=True)
 
     def _coefficients(self, batch: Batch) -> Tensor:
         ka, kb, *_ = batch.grams()
-        sizes = (batch.per_pair("entries_a", lambda p: p.a.numel()), batch.per_pair("entries_b", lambda p: p.b.numel()))
-        return step.scale_reg(ka, kb, *sizes, self.lam, self.eps)
+        entries_a = batch.per_pair("entries_a", lambda pair: pair.rank * pair.a.shape[1])
+        entries_b = batch.per_pair("entries_b", lambda pair: pair.rank * pair.b.shape[0])
+        return step.scale_reg(ka, kb, entries_a, entries_b, self.lam, self.eps)

@@ -37,7 +37,8 @@ class ScaLoRA(Method):
         limit: scales stay between 1 / limit and limit; None for no limit but that no column dies.
         seed: of the stochastic rounding.
         keep: what of the weights' change ``lf.save_adapter`` can store: "weights" (they are saved whole, to the bit) or
-            "terms" (each merge's low-rank term, kept in the CPU's memory).
+            "terms" (each merge's low-rank term, kept in the CPU's memory). It can store neither of a parameter of many
+            experts (PEFT's ``target_parameters``): save the merged model.
     """
 
     kappa: float | None = None
@@ -66,9 +67,9 @@ class ScaLoRA(Method):
             return
         largest = step.largest_scalora_rank()
         for pair in pairs:
-            if len(pair.a) > largest:
+            if pair.rank > largest:
                 expected = f"a rank of at most {largest} for ScaLoRA on the Triton backend"
-                raise checks.ArgumentError(f"{pair.name}.lora_A", expected, len(pair.a))
+                raise checks.ArgumentError(f"{pair.name}.lora_A", expected, pair.rank)
             if not pair.weight.is_contiguous():
                 expected = "a contiguous weight, for ScaLoRA's merges on the Triton backend"
                 raise checks.ArgumentError(f"{pair.name}.weight", expected, f"strides {pair.weight.stride()}")
@@ -103,13 +104,15 @@ class ScaLoRA(Method):
         return kappa.copy_(torch.where(kappa > 0, kappa, now))  # in place: a CUDA graph reads it at this address again
 
     def _apply(self, members: list[Batch], factors: Tensor, gradients: Tensor, rest: Tensor) -> None:
-        """Merge and scale; the tensors hold the members' pairs one after the other (twice in the first two)."""
-        lengths = [len(batch.pairs) for batch in members]
+        """Merge and scale; the tensors hold the members' products one after the other (twice in the first two)."""
+        lengths = [batch.products for batch in members]
         split = lambda x: [part.flatten(0, 1) for part in x.unflatten(0, (2, -1)).split(lengths, 1)]
         parts = zip(members, split(factors), split(gradients), rest.split(lengths), strict=True)
         for batch, of_factors, of_gradients, of_merge in parts:
-            for pair, of_pair in zip(batch.pairs, of_merge, strict=True):
-                changed_base.record(pair.layer, pair.a, pair.b, of_pair, self.keep)
+            of_pairs = of_merge.split([pair.experts for pair in batch.pairs])
+            for pair, of_pair in zip(batch.pairs, of_pairs, strict=True):
+                keep = self.keep if pair.experts == 1 else "weights"  # an adapter's files have no place for experts'
+                changed_base.record(pair.layer, pair.a, pair.b, of_pair, keep)
             batch.merge(of_merge, self.rounding, self.seed)
             batch.scale(of_factors, of_gradients)
 
