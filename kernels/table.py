@@ -107,7 +107,8 @@ class Table:
     Args:
         columns: up to three lists of contiguous tensors; the first are the factors, the others fit them.
         is_a: whether a factor's rank is its first dimension.
-        members: the places of the factors in those lists. indices: their rows in whatever else kernels take.
+        members: the places of the factors in those lists.
+        indices: the rows of these in whatever else kernels take, of experts the first row.
         experts: E, of every factor: a parameter (E·r, d_in) or (d_out, r·E) is E rows of the table.
         aligned: whether every tensor, and every row of an a, starts at a multiple of 16 bytes, and ends at one.
 
@@ -137,8 +138,8 @@ class Table:
         for i, (d, r) in zip(members, self._d_r, strict=True):
             starts = [addresses(column[i], is_a[i], experts) for column in columns]
             for expert, places in enumerate(zip(*starts, strict=True)):
-                index = indices[i] * experts + expert
-                rows.append([*places, *[0] * (ADDRESSES - len(columns)), d, r, int(is_a[i]), index, 0])
+                unused = [0] * (ADDRESSES - len(columns))
+                rows.append([*places, *unused, d, r, int(is_a[i]), indices[i] + expert, 0])
         self.entries = to_device(rows, torch.int64, self.device)
         self.counters = torch.zeros(BLOCKS * len(rows), dtype=torch.int32, device=self.device)
         self._is_a = [is_a[i] for i in members]
@@ -202,17 +203,18 @@ def tables(
     columns: Sequence[list[torch.Tensor]],
     is_a: list[bool],
     indices: Sequence[int],
-    experts: int = 1,
+    experts: Sequence[int] | None = None,
     beside: list[torch.Tensor] | None = None,
 ) -> list[Table]:
-    """One for each combination of dtypes, and one more for what of it is not aligned, in the order in which they first
-    occur. ``beside``: tensors of the factors that ``Table.beside`` will get."""
+    """One for each combination of dtypes and number of experts, and one more for what of it is not aligned, in the
+    order in which they first occur. ``beside``: tensors of the factors that ``Table.beside`` will get."""
     lists = [*columns] if beside is None else [*columns, beside]
     members: dict[tuple, list[int]] = {}
     for i, tensors in enumerate(zip(*lists, strict=True)):
-        kind = _is_aligned(tensors, is_a[i], experts), *(t.dtype for t in tensors)
+        n_experts = 1 if experts is None else experts[i]
+        kind = n_experts, _is_aligned(tensors, is_a[i], n_experts), *(t.dtype for t in tensors)
         members.setdefault(kind, []).append(i)
-    return [Table(columns, is_a, some, indices, experts, kind[0]) for kind, some in members.items()]
+    return [Table(columns, is_a, some, indices, *kind[:2]) for kind, some in members.items()]
 
 
 def _d_r(shape: torch.Size, is_a: bool, experts: int) -> tuple[int, int]:

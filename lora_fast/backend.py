@@ -36,6 +36,11 @@ class set_backend:
         _chosen = self._before
 
 
+def chosen() -> str:
+    """The name that was set."""
+    return _chosen
+
+
 def interpreting() -> bool:
     """Whether Triton's interpreter is asked for, as Triton reads it: "true" and "on" count, too."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

@@ -16,7 +16,8 @@ def grouped(pairs: list[Pair]) -> bool:
     Raises:
         BackendError: they should and cannot.
     """
-    return any([backend.uses_triton(pair.a) for pair in pairs])
+    kinds = {(pair.a.device, pair.a.dtype): pair.a for pair in pairs}
+    return any([backend.uses_triton(factor) for factor in kinds.values()])
 
 
 def build(

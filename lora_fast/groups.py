@@ -4,7 +4,8 @@ launch (for each combination of dtypes). What methods do to gradients is put off
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from .batch import Batch, Member
 from .kernels import gram, merge, solve, table
 from .kernels import step as kernel
 from .kernels.launch import is_on_device, report_addresses
+from .pairs import Pair
 from .step import Grams
 
 ALL = gram.Grams._fields
@@ -28,19 +30,23 @@ class Group(Batch):
         super().__init__(members, count)
         self._b, self._a = [pair.b for pair in self.pairs], [pair.a for pair in self.pairs]
         self._factors = self._b + self._a
-        self._rank, self._device = self.pairs[0].a.shape[0], self._factors[0].device
-        self._steps = torch.full((len(self._factors),), float(count), device=self._device)
+        self._rank, self._device = self.pairs[0].rank, self._factors[0].device
+        self._steps = torch.full((2 * self.products,), float(count), device=self._device)
+        experts = [pair.experts for pair in self.pairs] * 2
+        first = [0, *accumulate(experts)][:-1]  # row of each factor in what counts products
         layouts = [layout(pair) for pair in self.pairs]
         shapes = [of_b for _, of_b in layouts] + [of_a for of_a, _ in layouts]
-        for p, steps, of in zip(self._factors, self._steps, shapes, strict=True):
+        for p, row, of in zip(self._factors, first, shapes, strict=True):
             p.data = p.data.contiguous()
             state = {name: _like(states[p], name, *shape, p.device) for name, shape in of.items()}
-            states[p].update({"step": steps} | state)
+            states[p].update({"step": self._steps[row]} | state)  # those of other experts go with it
         self._states = [states[p] for p in self._factors]
+        self._names = (*MOMENTS, "step")
         self._columns = [self._factors, *([state[name] for state in self._states] for name in MOMENTS)]
         is_a = [False] * len(self.pairs) + [True] * len(self.pairs)
-        self._tables = table.tables(self._columns, is_a, range(len(self._factors)))
-        self._places, self._dtypes = self._addresses(), [p.dtype for p in self._factors]
+        self._tables = table.tables(self._columns, is_a, first, experts)
+        self._held = [state[name] for state in self._states for name in self._names]  # so that no other has their id
+        self._places, self._dtypes = self._places_now(), [p.dtype for p in self._factors]
         self._hyper_rows = table.Mirror(torch.float64, self._device)
         self._forget()
 
@@ -62,24 +68,24 @@ class Group(Batch):
     def intact(self) -> bool:
         """By comparing lists: at every step, so the host has little time."""
         return (
-            self._addresses() == self._places
+            self._places_now() == self._places
             and all([p.is_contiguous() for p in self._factors])
             and [p.dtype for p in self._factors] == self._dtypes
         )
 
-    def _addresses(self) -> list[int]:
-        """Where parameters and their state are now: a user may have moved either."""
-        states = self._states
+    def _places_now(self) -> list[int]:
+        """Where the parameters lie, and which tensors hold their state. To ask each of these where it lies would take
+        longer than all else (it is out of the host's caches): what moves state inside its tensors moves all of it."""
+        first = self._states[0]
         return [
             *[p.data_ptr() for p in self._factors],
-            *[state["exp_avg"].data_ptr() for state in states],
-            *[state["exp_avg_sq"].data_ptr() for state in states],
-            *[state["step"].data_ptr() for state in states],
+            *[id(state[name]) for name in self._names for state in self._states],
+            *[first[name].data_ptr() for name in self._names],
         ]
 
     def grams(self, gradients: bool = False) -> Grams:
         if gradients:
-            return Grams(*gram.grams_of(self._with_gradients(), len(self.pairs), self._rank, ALL))
+            return Grams(*gram.grams_of(self._with_gradients(), self.products, self._rank, ALL))
         if self._after is not None:
             kb, ka = self._after.chunk(2)
             return Grams(ka, kb)
@@ -94,7 +100,7 @@ class Group(Batch):
 
     def _grams(self, *wanted: str) -> Tensor:
         factors = [some.alone() for some in self._tables]
-        return gram.grams_of(factors, len(self.pairs), self._rank, wanted).flatten(0, 1)
+        return gram.grams_of(factors, self.products, self._rank, wanted).flatten(0, 1)
 
     def _with_gradients(self) -> list[table.Listed]:
         if self._listed is None:
@@ -118,7 +124,10 @@ class Group(Batch):
         residuals = None
         if rounding == "compensated":  # a float32 weight has none, and needs none
             residuals = [s.get("merge_residual", w) for s, w in zip(self._states, weights, strict=False)]
-        merge.merge_(weights, self._a, self._b, rest.float().contiguous(), rounding, self._seed(seed), residuals)
+            residuals = [x for pair, w in zip(self.pairs, residuals, strict=True) for x in _experts_of(pair, w)]
+        weights = [x for pair, w in zip(self.pairs, weights, strict=True) for x in _experts_of(pair, w)]
+        a, b = zip(*[both for pair in self.pairs for both in _factors_of(pair)], strict=True)
+        merge.merge_(weights, [*a], [*b], rest.float().contiguous(), rounding, self._seed(seed), residuals)
 
     def _seed(self, seed: int) -> int | Tensor:
         """Returns another seed each step, also where a CUDA graph replays it. On a GPU it is always in memory: a kernel
@@ -129,7 +138,7 @@ class Group(Batch):
     def adamw(self, grams: bool) -> None:
         work = kernel.Work(**self._work, gram=grams)
         factors = self._with_gradients()
-        self._after = kernel.step_tables_(factors, len(self._factors), self._rank, self._hyper(), self._steps, work)
+        self._after = kernel.step_tables_(factors, 2 * self.products, self._rank, self._hyper(), self._steps, work)
         torch.autograd.graph.increment_version(self._factors)
         if grams and self._after is None:
             self._after = self._grams("kb", "ka")
@@ -142,7 +151,7 @@ class Group(Batch):
         numbers = [_numbers(settings, at) for settings, at in zip(sides, there, strict=True)]
         if not any(there):
             return numbers[0] + numbers[1]
-        n = len(self.pairs)
+        n = self.products
         hyper = self._hyper_rows.of([numbers[0]] * n + [numbers[1]] * n)
         for part, settings, at in zip(hyper.chunk(2), sides, there, strict=True):
             if at:
@@ -159,6 +168,19 @@ def _numbers(settings: dict, lr_on_device: bool) -> list[float]:
     lr = 0.0 if lr_on_device else float(settings["lr"])
     beta1, beta2 = settings["betas"]
     return [lr, float(beta1), float(beta2), float(settings["eps"]), float(settings["weight_decay"])]
+
+
+def _experts_of(pair: Pair, x: Tensor) -> list[Tensor]:
+    """The contiguous weights of a pair's products, as they are stored."""
+    return [x] if pair.experts == 1 else list(x)
+
+
+def _factors_of(pair: Pair) -> Iterable[tuple[Tensor, Tensor]]:
+    """a (r, d_in) and b (d_out, r) of each product; bᵀ and aᵀ where the weight is stored transposed."""
+    if pair.experts == 1:
+        return [(pair.a, pair.b)]
+    a, b = pair.split_a(pair.a.data), pair.split_b(pair.b.data)
+    return zip(b.mT, a.mT, strict=True) if pair.transposed else zip(a, b, strict=True)
 
 
 def _like(state: dict, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

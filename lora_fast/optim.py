@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from . import batches, checks, pairs, step
+from . import backend, batches, checks, pairs, step
 from .batch import Batch, Member
 from .methods import LoRAPlus, compose
 from .methods.method import Method
@@ -141,9 +141,9 @@ class LoRAAdamW(torch.optim.Optimizer):
         current = self._current_batches()
         if current:
             self._step_pairs(current)
-        paired = {p for batch in current for pair in batch.pairs for p in (pair.a, pair.b)}
-        for group in self.param_groups:
-            self._step_plain([p for p in group["params"] if p.grad is not None and p not in paired], group)
+        for group, rest in zip(self.param_groups, self._rest, strict=True):
+            if trained := [p for p in rest if p.grad is not None]:
+                self._step_plain(trained, group)
         return loss
 
     def _step_pairs(self, current: list[Batch]) -> None:
@@ -180,30 +180,47 @@ class LoRAAdamW(torch.optim.Optimizer):
 
     def _current_batches(self) -> list[Batch]:
         """Batches of all pairs that have gradients, built anew if that set, the backend or a parameter's place has
-        changed; none where plain AdamW on a list of tensors serves as well."""
-        triton = not any(method.replaces for method in self._middle) and batches.grouped([p for p, *_ in self._pairs])
-        if not (self._middle or triton):
-            return []
-        active = []
-        for i, (pair, *_) in enumerate(self._pairs):
-            missing = (pair.a.grad is None) + (pair.b.grad is None)
-            if missing == 1 and self._middle:
-                factor = "lora_A" if pair.a.grad is None else "lora_B"
-                methods = ", ".join(type(method).__name__ for method in self._middle)
-                raise checks.ArgumentError(f"{pair.name}.{factor}.grad", f"a gradient ({methods}: both)", "None")
-            if not missing:
-                active.append(i)
-        if (triton, active) != self._built_for or not all(batch.intact() for batch in self._batches):
-            for method in self._middle:
-                method.check([self._pairs[i][0] for i in active])
-            layout = next((m.layout for m in self._middle if type(m).layout is not Method.layout), Method().layout)
-            self._batches = batches.build([self._pairs[i] for i in active], self.state, layout, triton)
-            self._built_for = triton, active
+        changed; none where plain AdamW on a list of tensors serves as well. Asked at every step: lists are compared."""
+        trained = [p.grad is not None for p in self._factors]
+        triton = self._triton if self._batches and backend.chosen() == self._backend else self._uses_triton()
+        if (triton, trained, *self._owned()) != self._built_for or not all([b.intact() for b in self._batches]):
+            self._build_batches(trained, triton)
+            self._built_for = triton, trained, *self._owned()
+            self._triton, self._backend = triton, backend.chosen()
         return self._batches
 
+    def _owned(self) -> tuple:
+        """What a user may have put in the place of our own: the state, emptied or another, and lists of parameters."""
+        lists = [(id(group["params"]), len(group["params"])) for group in self.param_groups]
+        return id(self.state), len(self.state) == 0, lists
+
+    def _uses_triton(self) -> bool:
+        return not any(method.replaces for method in self._middle) and batches.grouped([p for p, *_ in self._pairs])
+
+    def _build_batches(self, trained: list[bool], triton: bool) -> None:
+        active = []
+        for i, (of_a, of_b) in enumerate(zip(trained[::2], trained[1::2], strict=True)):
+            if of_a != of_b and self._middle:
+                factor = "lora_B" if of_a else "lora_A"
+                methods = ", ".join(type(method).__name__ for method in self._middle)
+                name = f"{self._pairs[i][0].name}.{factor}.grad"
+                raise checks.ArgumentError(name, f"a gradient ({methods}: both)", "None")
+            if of_a and of_b and (self._middle or triton):
+                active.append(self._pairs[i])
+        for method in self._middle:
+            method.check([pair for pair, *_ in active])
+        if not self._middle:
+            active = [(pair.whole(), *groups) for pair, *groups in active]
+        layout = next((m.layout for m in self._middle if type(m).layout is not Method.layout), Method().layout)
+        self._batches = batches.build(active, self.state, layout, triton)
+        batched = {id(p) for pair, *_ in active for p in (pair.a, pair.b)}
+        self._rest = [[p for p in group["params"] if id(p) not in batched] for group in self.param_groups]
+
     def _forget_batches(self) -> None:
+        self._factors = [p for pair, *_ in self._pairs for p in (pair.a, pair.b)]
         self._batches: list[Batch] = []
-        self._built_for: tuple[bool, list[int]] = False, []
+        self._rest: list[list[Tensor]] = []  # of each group, the parameters that are in no batch
+        self._built_for, self._triton, self._backend = None, False, ""
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue from a ``state_dict`` of the same model, methods and order; the next steps are the same bits.
@@ -222,7 +239,8 @@ class LoRAAdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict:
         own = {"_methods": self._methods, "_middle": self._middle, "_pairs": self._pairs}
-        return super().__getstate__() | own | {"_batches": [], "_built_for": (False, [])}
+        rebuilt = {"_factors": self._factors, "_batches": [], "_rest": [], "_built_for": None, "_triton": False}
+        return super().__getstate__() | own | rebuilt | {"_backend": ""}
 
 
 def _adamw(p: list, g: list, m: list, v: list, steps: list, group: dict) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -49,6 +49,10 @@ class Pair:
     def product_names(self) -> list[str]:
         """One name for each product: the pair's own; with experts, their numbers follow it after a dot."""
         return [self.name] if self.experts == 1 else [f"{self.name}.{e}" for e in range(self.experts)]
+
+    def whole(self) -> Pair:
+        """Returns the same parameters as one product, for what works entry by entry."""
+        return self if self.experts == 1 else replace(self, experts=1)
 
     def split_a(self, x: Tensor) -> Tensor:
         """Returns a view (E, r, d_in) of a tensor of a's shape: a itself, its gradient or its state."""
