@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import cayley, hadamard, inverse, launch, layer, merge, middle, rescale, solve, step, tiles
+from . import cayley, hadamard, inverse, launch, layer, merge, middle, rescale, solve, step, table, tiles
 from . import gram as grams
 from .project import Project
 from .thin import Halves
@@ -174,17 +174,23 @@ def gram(r: int, dtype: torch.dtype) -> int:
     return size(*a, *b, *da, *db, *grams.gram(a, b, da, db, grams.Grams._fields))
 
 
-def adamw_step(r: int, dtype: torch.dtype, add: bool, matrix: bool, scale: bool, gram: bool) -> int:
-    """p and g in ``dtype``, m and v in float32."""
+def adamw_step(
+    r: int, dtype: torch.dtype, add: bool, matrix: bool, scale: bool, gram: bool, numbers: bool = False
+) -> int:
+    """p and g in ``dtype``, m and v in float32. ``numbers``: hyperparameters are arguments, as the optimizer's."""
     a, b = _pairs(r, dtype)
-    n = len(a + b)
-    factors = [(p, torch.zeros_like(p), torch.zeros_like(p, dtype=torch.float32), p.float()) for p in a + b]
-    hyper, steps = torch.ones(1, step.HYPER, dtype=torch.float64), torch.ones(n)
-    rows = torch.zeros(n, r) if scale else None
+    n, is_a = len(a + b), [True] * len(a) + [False] * len(b)
+    p, g = a + b, [torch.zeros_like(x) for x in a + b]
+    m, v = ([torch.zeros_like(x, dtype=torch.float32) for x in p] for _ in range(2))
+    steps, rows = torch.ones(n), torch.zeros(n, r) if scale else None
     work = step.Work(torch.zeros(n) if add else None, torch.zeros(n, r, r) if matrix else None, rows, rows, gram)
-    summed = step.step_(factors, [True] * len(a) + [False] * len(b), hyper, steps, work)
-    extras = [t for t in (*work[:4], summed) if t is not None]
-    return size(*(t for p, g, m, v in factors for t in (p, p, g, m, m, v, v)), *extras)
+    if numbers:
+        factors = [found.beside(g) for found in table.tables([p, m, v], is_a, range(n))]
+        summed = step.step_tables_(factors, n, r, step.NO_NUMBERS, steps, work)
+    else:
+        hyper = torch.ones(1, step.HYPER, dtype=torch.float64)
+        summed = step.step_(list(zip(p, g, m, v, strict=True)), is_a, hyper, steps, work)
+    return size(*p, *p, *g, *m, *m, *v, *v, *(t for t in (*work[:4], summed) if t is not None))
 
 
 def transform(r: int, dtype: torch.dtype, add: bool) -> int:
@@ -251,7 +257,8 @@ _GEMM = variants(adapter=_ADAPTERS, strategy=("fused",), padding=(0, 4))  # rows
 _GEMM += variants(adapter=_ADAPTERS, strategy=("cublas", "gluon"), padding=(0,))
 _SMALL, _SQUARE = {"float32": (16, 32, 64, 128, 256)}, {"float32": (1, 16, 64, 128)}
 _WORK = ("add", "matrix", "scale", "gram")
-_STEPS = [{name: name in on for name in _WORK} for on in ((), ("matrix",), ("gram",), ("matrix", "gram"), _WORK)]
+_WORKS = [{name: name in on for name in _WORK} for on in ((), ("matrix",), ("gram",), ("matrix", "gram"), _WORK)]
+_STEPS = [work | {"numbers": True} for work in _WORKS] + [_WORKS[0], _WORKS[-1]]
 
 OPS = {
     "project": Op(

@@ -28,7 +28,7 @@ import triton.language as tl
 from . import gram as grams
 from .gram import add_up, deposit, last_to_arrive, load_block
 from .launch import Launch, check_tensor, on_device, plan, stream_of
-from .primitives import dot, round_to, widened
+from .primitives import dot, round_to, settled, widened
 from .table import (
     INDEX,
     SIDE,
@@ -259,8 +259,8 @@ def transform_factor(
         else:
             b_p = load_block(p, i_d, i_r, d, r, IS_A, EXPERTS)  # [BLOCK_D, BLOCK_R]
             b_new = dot(widened(b_p), b_matrix, b_new, "ieee")
-            if ADD:
-                b_new += b_p.to(tl.float32)
+            if ADD:  # settled: else the compiler makes p the accumulator, in twice the registers
+                b_new = settled(b_new) + b_p.to(tl.float32)
         mask = (i_d < d)[:, None] & (i_r < r)[None, :]
         tl.store(p + offsets(i_d, i_r, d, r, IS_A, EXPERTS), round_to(b_new, P), mask=mask)
 
@@ -387,9 +387,9 @@ class _StepLaunch:
 
 def _registers(tile: GroupedTile, matrix: bool, gram: bool) -> dict[str, int]:
     """A thread's, said where ptxas, left to itself, spills to fit one program more on a multiprocessor."""
-    if gram:
-        return {"maxnreg": 255} if tile.r * (1 + matrix) >= 64 else {}
-    return {"maxnreg": 128} if matrix and tile.r == 16 else {}
+    if gram and tile.r >= 64:
+        return {"maxnreg": 255}
+    return {"maxnreg": 128} if matrix and tile.r <= 32 else {}
 
 
 def transform_(tensors: list[torch.Tensor], is_a: list[bool], matrices: torch.Tensor, add: bool = False) -> None:

@@ -1,5 +1,5 @@
-"""The experts of one parameter on the grouped kernels, through the interpreter (natively on a CUDA machine), against the
-plain-torch path in float64, which test_experts.py holds to PEFT and to separate pairs."""
+"""The experts of one parameter on the grouped kernels, through the interpreter (natively on a CUDA machine), against
+plain torch in float64, which test_experts.py holds to PEFT and to separate pairs."""
 
 import pytest
 import test_experts as experts
@@ -20,7 +20,7 @@ every_method = pytest.mark.parametrize("methods", METHODS.values(), ids=METHODS.
 def trained(dtype, backend, methods, is_transposed, steps=4, shape=None):
     """Every factor and weight after some steps, in float64. Gradients are made in float64, then rounded."""
     model, wrappers = experts.experts_model(is_transposed, layers=2, **(shape or {}))
-    exact, exact_wrappers = experts.experts_model(is_transposed, layers=2, **(shape or {}))
+    _, exact_wrappers = experts.experts_model(is_transposed, layers=2, **(shape or {}))
     model.to(dtype)
     with lf.set_backend(backend):
         optimizer = lf.optim.LoRAAdamW(model, lr=1e-2, weight_decay=0.1, methods=methods)
