@@ -23,6 +23,7 @@ EVERY = {
     "scalora": [M.ScaLoRA(interval=3)],
     "scalora compensated": [M.ScaLoRA(interval=3, rounding="compensated")],
     "lora-rite": [M.LoRARITE()],
+    "lora-rite ilora": [M.LoRARITE(), M.ILoRA(lam=1.0)],
 }
 SHAPES = [(12, 20, 4), (12, 20, 4), (9, 7, 3), (20, 12, 4)]
 every_method = pytest.mark.parametrize("methods", EVERY.values(), ids=EVERY.keys())
@@ -168,7 +169,7 @@ def test_a_skipped_step_changes_no_bit(methods):
         scaler.update(16.0)
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if name != "lora-rite" and "scalora" not in name])
+@pytest.mark.parametrize("name", [name for name in EVERY if "lora-rite" not in name and "scalora" not in name])
 def test_gradients_of_some_pairs_only(name):
     """Each pair goes its own way, as if it were alone (LoRA-RITE's pairs share a norm, ScaLoRA's κ)."""
     methods = EVERY[name]

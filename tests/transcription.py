@@ -49,11 +49,13 @@ class Run:
     def step(self, gs):
         self.t += 1
         grads = [gradients(layer, g) for layer, g in zip(self.layers, gs, strict=True)]
-        if M.LoRARITE in self.by_kind:
-            lora_rite(self, grads)
-            return
         plus, reg = self.get(M.LoRAPlus), self.get(M.ScaleReg)
         lr = {"a": self.lr, "b": self.lr * (plus.ratio if plus else 1.0)}
+        if M.LoRARITE in self.by_kind:
+            lora_rite(self, grads)
+            for layer in self.layers:
+                self.after(layer, lr)
+            return
         if reg and not reg.decoupled:
             grads = [
                 (da + ca, db + cb)
@@ -72,14 +74,17 @@ class Run:
                 )
             adamw(self, layer, "a", da, lr["a"])
             adamw(self, layer, "b", db, lr["b"])
-            if self.get(M.ILoRA, M.PiLoRA):
-                imbalance(layer, self.get(M.ILoRA, M.PiLoRA), lr)
-            if reg and reg.decoupled:
-                ca, cb = scale_reg(layer, reg)
-                layer.a, layer.b = layer.a - lr["a"] * ca, layer.b - lr["b"] * cb
-            balora = self.get(M.BaLoRA)
-            if balora and self.t % balora.every == 0:
-                balance(layer, balora)
+            self.after(layer, lr)
+
+    def after(self, layer, lr):
+        reg, balora = self.get(M.ScaleReg), self.get(M.BaLoRA)
+        if self.get(M.ILoRA, M.PiLoRA):
+            imbalance(layer, self.get(M.ILoRA, M.PiLoRA), lr)
+        if reg and reg.decoupled:
+            ca, cb = scale_reg(layer, reg)
+            layer.a, layer.b = layer.a - lr["a"] * ca, layer.b - lr["b"] * cb
+        if balora and self.t % balora.every == 0:
+            balance(layer, balora)
 
 
 def adamw(run, layer, name, g, lr):

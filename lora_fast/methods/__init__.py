@@ -21,7 +21,10 @@ ORDER = (LoRAPlus, ScaleReg, ScaLoRA, ScaledAdamW, PiLoRA, LoRARITE, ILoRA, BaLo
 ALONE = (  # of each row at most one
     ("each decides how the product is shared between its factors", (ScaleReg, ScaLoRA, PiLoRA, ILoRA, BaLoRA)),
     ("each transforms the gradients by the other factor", (ScaLoRA, ScaledAdamW, PiLoRA)),
-    *(("LoRARITE is an update of its own", (LoRARITE, other)) for other in ORDER if other is not LoRARITE),
+    *(
+        ("LoRARITE is an update of its own", (LoRARITE, other))
+        for other in (LoRAPlus, ScaLoRA, ScaledAdamW, PiLoRA, BaLoRA)
+    ),
 )
 
 
@@ -43,4 +46,9 @@ def compose(methods: object) -> tuple:
         both = [kind.__name__ for kind in row if kind in kinds]
         if len(both) > 1:
             raise checks.ArgumentError("methods", f"at most one of these ({reason})", " and ".join(both))
+    replacement = next((kind.__name__ for kind in kinds if kind.replaces_adamw), None)
+    for method in methods:
+        if replacement and isinstance(method, ScaleReg) and not method.decoupled:
+            reason = "it takes the gradient of the product alone, and a penalty on the factors in the loss is none"
+            raise checks.ArgumentError("methods", f"ScaleReg(decoupled=True) with {replacement} ({reason})", repr(method))
     return tuple(sorted(methods, key=lambda method: ORDER.index(type(method))))
