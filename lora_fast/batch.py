@@ -82,6 +82,10 @@ class Batch(ABC):
     def precondition(self, damping: float) -> None:
         """da ← (bᵀb + δI)⁻¹ da, db ← db (a aᵀ + δI)⁻¹."""
 
+    def transform_gradients(self, matrices: Tensor) -> None:
+        """db ← db M, da ← M da: (2L, r, r), on what the methods have made of the gradients so far."""
+        raise NotImplementedError
+
     @abstractmethod
     def scale(self, factors: Tensor, gradients: Tensor) -> None:
         """Columns of b and rows of a times ``factors``, (2L, r); of their gradients and first moments times
@@ -94,6 +98,16 @@ class Batch(ABC):
     @abstractmethod
     def adamw(self, grams: bool) -> None:
         """AdamW on what the gradients have become. ``grams``: those of the result will be asked for."""
+
+    def momentum(self, beta: float) -> Grams:
+        """m ← β m + (1 − β) g for every factor's ``exp_avg`` m, g being what the methods have made of its gradient.
+        Returns the Grams of the factors and of m: ka, kb, kp = m_a m_aᵀ and kq = m_bᵀ m_b; k is None."""
+        raise NotImplementedError
+
+    def move(self, matrices: Tensor) -> None:
+        """b ← (1 − η w) b + m_b M and a ← (1 − η w) a + M m_a: (2L, r, r), with the ``exp_avg`` m and each factor's own
+        learning rate η and weight decay w. ``grams`` returns those of the moved factors afterwards."""
+        raise NotImplementedError
 
     @abstractmethod
     def transform(self, matrices: Tensor, of: str = "value", add: bool = False) -> None:

@@ -37,6 +37,10 @@ METHODS = {
     "lora-rite": [M.LoRARITE()],
     "lora-rite ilora": [M.LoRARITE(), M.ILoRA(lam=2.0)],
     "lora-rite scale-reg": [M.LoRARITE(), M.ScaleReg(lam=0.05, decoupled=True)],
+    "lora-muon": [M.LoRAMuon()],
+    "lora-muon ilora": [M.LoRAMuon(beta=0.8), M.ILoRA(lam=2.0)],
+    "ref-lora": [M.RefLoRA()],
+    "ref-lora lora+, scale-reg": [M.RefLoRA(), M.LoRAPlus(2.0), M.ScaleReg(lam=0.05, decoupled=True)],
 }
 
 
@@ -108,8 +112,8 @@ def test_against_the_transcription(name):
 
 @pytest.mark.parametrize("ratio, order", [(1.0, 2), (0.5, 1)], ids=["equal shares", "b half of a"])
 def test_ilora_after_lora_rite_moves_the_product_only_in_second_order(ratio, order):
-    """With h = lr λ and D = a aᵀ − ρ bᵀb of RITE's factors, iLoRA changes b a by exactly −h (1 − ρ) b D a − h² ρ b D² a:
-    by second order in h where ρ = 1. RITE's product is the same whatever iLoRA makes of the factors, so that is all."""
+    """With h = lr λ and D = a aᵀ − ρ bᵀb of RITE's factors, iLoRA changes b a by exactly
+    −h (1 − ρ) b D a − h² ρ b D² a, which is of second order in h where ρ = 1."""
     lr = 1e-2
     rite = run(Ours, torch.float64, [M.LoRARITE()], steps=1, lr=lr, weight_decay=0.0)
     moved = {}

@@ -24,6 +24,8 @@ EVERY = {
     "scalora compensated": [M.ScaLoRA(interval=3, rounding="compensated")],
     "lora-rite": [M.LoRARITE()],
     "lora-rite ilora": [M.LoRARITE(), M.ILoRA(lam=1.0)],
+    "lora-muon": [M.LoRAMuon()],
+    "ref-lora": [M.RefLoRA()],
 }
 SHAPES = [(12, 20, 4), (12, 20, 4), (9, 7, 3), (20, 12, 4)]
 every_method = pytest.mark.parametrize("methods", EVERY.values(), ids=EVERY.keys())
@@ -345,6 +347,8 @@ WRONG_VALUES = [
     (M.BaLoRA, {"gauge": "polar"}, "gauge"),
     (M.BaLoRA, {"transport": "v"}, "transport"),
     (M.LoRARITE, {"eps": 0}, "eps"),
+    (M.LoRAMuon, {"beta": 1.0}, "beta"),
+    (M.LoRAMuon, {"damping": 0.0}, "damping"),
 ]
 
 
@@ -363,6 +367,13 @@ def test_hyperparameters_out_of_range(kind, values, name):
         [M.ScaLoRA(), M.ScaledAdamW()],
         [M.LoRARITE(), M.LoRAPlus()],
         [M.LoRARITE(), M.ScaleReg()],
+        [M.LoRARITE(), M.BaLoRA()],
+        [M.LoRARITE(), M.LoRAMuon()],
+        [M.LoRAMuon(), M.LoRAPlus()],
+        [M.LoRAMuon(), M.ScaleReg()],
+        [M.LoRAMuon(), M.RefLoRA()],
+        [M.RefLoRA(), M.ScaledAdamW()],
+        [M.RefLoRA(), M.BaLoRA()],
         [M.ILoRA(), M.ILoRA(lam=2.0)],
         ["ilora"],
         [M.ILoRA],

@@ -7,8 +7,8 @@ from ..pairs import Pair
 
 
 class Method:
-    """A step runs, for all methods in their order: ``plan``; then for each batch ``before``, AdamW or the ``update`` that
-    replaces it, ``after``.
+    """A step runs, for all methods in their order: ``plan``; then for each batch ``before``, AdamW or the ``update``
+    that replaces it, ``after``.
 
     Attributes:
         follows: whether ``after`` does anything: AdamW then leaves the Grams of its result.
