@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import cayley, hadamard, inverse, launch, layer, merge, middle, rescale, solve, step, tiles
+from . import cayley, hadamard, inverse, launch, layer, merge, middle, rescale, roots, solve, step, tiles
 from . import gram as grams
 from .project import Project
 from .thin import Halves
@@ -204,6 +204,11 @@ def scale_reg(r: int, dtype: torch.dtype) -> None:
     middle.scale_reg(square, square, row, row, 0.1, 1e-8)
 
 
+def muon(r: int, dtype: torch.dtype) -> None:
+    square = torch.zeros(3, r, r, dtype=dtype)
+    roots.muon(square, square, square, square, 1e-3, 1e-3, 3e-4)
+
+
 def spd_solve(r: int, dtype: torch.dtype) -> None:
     matrices = torch.zeros(3, r, r, dtype=dtype)
     solve.spd_solve(matrices, matrices, damping=0.5)
@@ -278,6 +283,7 @@ OPS = {
     ),
     "imbalance": Op(imbalance, _SQUARE),
     "scale_reg": Op(scale_reg, _SQUARE),
+    "muon": Op(muon, _SMALL),
     "spd_solve": Op(spd_solve, _SMALL),
     "spd_inverse": Op(spd_inverse, _SMALL),
     "small_inverse": Op(small_inverse, _SMALL),

@@ -85,6 +85,13 @@ def lora_scale_reg_kernel(ka, kb, entries_a, entries_b, coefficients, lam, eps, 
     tl.store(coefficients + n_pairs + i_pair, tl.where(size_a == 0.0, 0.0, tilt / size_a))
 
 
+def learning_rates(lr_a: float | torch.Tensor, lr_b: float | torch.Tensor, device: torch.device) -> tuple:
+    """Whether one is a tensor, and both as a kernel takes them: numbers, or float32 tensors on the device."""
+    if isinstance(lr_a, torch.Tensor) or isinstance(lr_b, torch.Tensor):
+        return True, *(torch.as_tensor(lr, dtype=torch.float32, device=device) for lr in (lr_a, lr_b))
+    return False, float(lr_a), float(lr_b)
+
+
 def imbalance(
     ka: torch.Tensor,
     kb: torch.Tensor,
@@ -97,12 +104,11 @@ def imbalance(
     b's first. rho: float32 (n,). Twin: ``reference_step.imbalance``."""
     n, r, _ = ka.shape
     matrices = torch.empty((2 * n, r, r), dtype=torch.float32, device=ka.device)
-    in_memory = isinstance(lr_a, torch.Tensor) or isinstance(lr_b, torch.Tensor)
-    number_of = (lambda lr: torch.as_tensor(lr, dtype=torch.float32, device=ka.device)) if in_memory else float
+    in_memory, lr_a, lr_b = learning_rates(lr_a, lr_b, ka.device)
     if n:
         with on_device(ka):
             lora_imbalance_kernel[(n,)](
-                ka, kb, rho, number_of(lr_a), number_of(lr_b), matrices, float(lam), n, r, LR_IN_MEMORY=in_memory,
+                ka, kb, rho, lr_a, lr_b, matrices, float(lam), n, r, LR_IN_MEMORY=in_memory,
                 BLOCK_R=min(BLOCK, triton.next_power_of_2(r)), num_warps=4,
             )  # fmt: skip
     return matrices
