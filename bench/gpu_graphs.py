@@ -17,7 +17,7 @@ import lora_fast as lf
 from lora_fast.kernels import tiles
 
 AGREE = 16 * torch.finfo(torch.bfloat16).eps  # S and dS are rounded to it; another mask is wrong by its own size
-WAITING = ("BaLoRA", "LoRARITE")  # torch.linalg waits for the device in their steps, so they cannot be captured
+WAITING = ("BaLoRA", "LoRARITE", "RefLoRA")  # torch.linalg waits for the device in a step: it cannot be captured
 
 
 def graphs(options: Options) -> Jobs:

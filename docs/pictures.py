@@ -136,9 +136,9 @@ def step() -> Canvas:
     for upper, lower in pairwise(top):
         c.arrow((x + width / 2, upper), (x + width / 2, lower + height))
     notes = [
-        "ScaleReg, ScaledAdamW, PiLoRA\nScaLoRA: where it scales",
+        "ScaleReg, ScaledAdamW, PiLoRA, RefLoRA\nScaLoRA: where it scales",
         "ScaleReg: 2 numbers a pair\nScaledAdamW, PiLoRA: 2 inverses\nScaLoRA: α, β, and the merge into W",
-        "every method but LoRARITE;\nnothing else: plain AdamW, LoRAPlus",
+        "every method but LoRARITE, LoRAMuon;\nnothing else: plain AdamW, LoRAPlus",
         "ILoRA, PiLoRA: pull to balance\nBaLoRA: same product, balanced",
     ]
     for y, note in zip(top, notes, strict=True):

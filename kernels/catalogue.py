@@ -14,7 +14,22 @@ from typing import NamedTuple
 
 import torch
 
-from . import cayley, hadamard, inverse, launch, layer, merge, middle, rescale, solve, step, table, tiles
+from . import (
+    cayley,
+    hadamard,
+    inverse,
+    launch,
+    layer,
+    merge,
+    middle,
+    momentum,
+    rescale,
+    roots,
+    solve,
+    step,
+    table,
+    tiles,
+)
 from . import gram as grams
 from .project import Project
 from .thin import Halves
@@ -200,6 +215,18 @@ def transform(r: int, dtype: torch.dtype, add: bool) -> int:
     return 2 * size(*a, *b) + size(matrices)
 
 
+def muon_step(r: int, dtype: torch.dtype) -> int:
+    """The momentum's average and its move; all in ``dtype``."""
+    a, b = _pairs(r, dtype)
+    n, p = len(a + b), a + b
+    g, m = ([torch.zeros_like(x) for x in p] for _ in range(2))
+    tables = table.tables([p, m], [True] * len(a) + [False] * len(b), range(n))
+    matrices = torch.zeros(n, r, r)
+    momentum.average_([found.beside(g) for found in tables], 0.95, torch.ones(n))
+    momentum.move_(tables, matrices, step.NO_NUMBERS)
+    return size(*g, *m, *m, *p, *p, *m, matrices)
+
+
 def imbalance(r: int, dtype: torch.dtype) -> None:
     square = torch.zeros(3, r, r, dtype=dtype)
     middle.imbalance(square, square, torch.zeros(3), 1e-3, 1e-3, 0.1)
@@ -208,6 +235,11 @@ def imbalance(r: int, dtype: torch.dtype) -> None:
 def scale_reg(r: int, dtype: torch.dtype) -> None:
     square, row = torch.zeros(3, r, r, dtype=dtype), torch.zeros(3)
     middle.scale_reg(square, square, row, row, 0.1, 1e-8)
+
+
+def muon(r: int, dtype: torch.dtype) -> None:
+    square = torch.zeros(3, r, r, dtype=dtype)
+    roots.muon(square, square, square, square, 1e-3, 1e-3, 3e-4)
 
 
 def spd_solve(r: int, dtype: torch.dtype) -> None:
@@ -283,8 +315,10 @@ OPS = {
     "transform": Op(
         transform, {"float32": (8, 16, 64, 128), "bfloat16": (16, 64)}, variants(add=(False, True)), counted=True
     ),
+    "muon_step": Op(muon_step, {"float32": (1, 16, 64, 128), "bfloat16": (16, 32)}, counted=True),
     "imbalance": Op(imbalance, _SQUARE),
     "scale_reg": Op(scale_reg, _SQUARE),
+    "muon": Op(muon, _SMALL),
     "spd_solve": Op(spd_solve, _SMALL),
     "spd_inverse": Op(spd_inverse, _SMALL),
     "small_inverse": Op(small_inverse, _SMALL),

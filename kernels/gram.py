@@ -28,7 +28,6 @@ from .table import (
     SIDE_A,
     TL_DTYPE,
     Listed,
-    Table,
     entry,
     listed,
     offsets,
@@ -89,8 +88,9 @@ def load_block(p, i_d, i_r, d, r, IS_A: tl.constexpr, EXPERTS: tl.constexpr = 1)
 def gram_factor(
     entries, beside, partials, totals, counters, i_tensor, i_chunk, n_pairs,
     XX: tl.constexpr, YY: tl.constexpr, YX: tl.constexpr, SLOTS: tl.constexpr, IS_A: tl.constexpr,
-    DTYPE_X: tl.constexpr, DTYPE_Y: tl.constexpr, UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr,
-    EXPERTS: tl.constexpr, R_MAX: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    DTYPE_X: tl.constexpr, DTYPE_Y: tl.constexpr, STRIDE_Y: tl.constexpr, UNIFORM_R: tl.constexpr,
+    ALIGNED: tl.constexpr, EXPERTS: tl.constexpr, R_MAX: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one factor. XX, YY, YX: the result a Gram goes to, -1 where it is not wanted. SLOTS: partial sums
     that a program has room for."""
@@ -102,7 +102,7 @@ def gram_factor(
     WIDE: tl.constexpr = ALIGNED and (IS_A or EXPERTS == 1)
     x = tensor_at(entries, i_tensor, 0, DTYPE_X, WIDE)
     if YY >= 0 or YX >= 0:
-        y = pointer_at(beside + i_tensor, DTYPE_Y, WIDE)
+        y = pointer_at(beside + i_tensor * STRIDE_Y, DTYPE_Y, WIDE)
     d, r = sizes(entries, i_tensor, IS_A, UNIFORM_R, WIDE)
     i_row = (tl.program_id(1) // N_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
     i_col = (tl.program_id(1) % N_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -148,20 +148,20 @@ def gram_factor(
 @triton.jit
 def lora_gram_kernel(
     entries, beside, tiles, partials, totals, counters, n_pairs, DTYPE_A: tl.constexpr, DTYPE_DA: tl.constexpr,
-    KA: tl.constexpr, KB: tl.constexpr, KP: tl.constexpr, KQ: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr,
-    UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, EXPERTS: tl.constexpr, R_MAX: tl.constexpr,
+    STRIDE_DA: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, KP: tl.constexpr, KQ: tl.constexpr, K: tl.constexpr,
+    SLOTS: tl.constexpr, UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, EXPERTS: tl.constexpr, R_MAX: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     i_tensor, i_chunk = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
     if entry(entries, i_tensor, SIDE) == SIDE_A:
         gram_factor(
             entries, beside, partials, totals, counters, i_tensor, i_chunk, n_pairs, KA, KP, K, SLOTS, True, DTYPE_A,
-            DTYPE_DA, UNIFORM_R, ALIGNED, EXPERTS, R_MAX, CHUNK, BLOCK_D, BLOCK_R,
+            DTYPE_DA, STRIDE_DA, UNIFORM_R, ALIGNED, EXPERTS, R_MAX, CHUNK, BLOCK_D, BLOCK_R,
         )  # fmt: skip
     else:
         gram_factor(
             entries, beside, partials, totals, counters, i_tensor, i_chunk, n_pairs, KB, KQ, -1, SLOTS, False, DTYPE_A,
-            DTYPE_DA, UNIFORM_R, ALIGNED, EXPERTS, R_MAX, CHUNK, BLOCK_D, BLOCK_R,
+            DTYPE_DA, STRIDE_DA, UNIFORM_R, ALIGNED, EXPERTS, R_MAX, CHUNK, BLOCK_D, BLOCK_R,
         )  # fmt: skip
 
 
@@ -224,14 +224,15 @@ def _launch(factors: list[Listed], totals: torch.Tensor, wanted: tuple) -> None:
     """``wanted``: for each of the totals the Gram that goes there, or one of either side."""
     with on_device(totals):
         stream = stream_of(totals)
-        for table, beside, dtype in factors:
-            make = lambda table=table, dtype=dtype: _GramLaunch(table, dtype, totals.shape, wanted)
-            plan(table.plans, ("gram", dtype, totals.shape, wanted), stream, make)(table, beside, totals, stream)
+        for listed in factors:
+            make = lambda listed=listed: _GramLaunch(listed, totals.shape, wanted)
+            key = "gram", listed.dtype, listed.stride, totals.shape, wanted
+            plan(listed.table.plans, key, stream, make)(listed, totals, stream)
 
 
 class _GramLaunch:
-    def __init__(self, table: Table, dtype: torch.dtype, shape: torch.Size, wanted: tuple):
-        _, n_pairs, r_max, _ = shape
+    def __init__(self, factors: Listed, shape: torch.Size, wanted: tuple):
+        table, (_, n_pairs, r_max, _) = factors.table, shape
         tile = grouped("gram", max(16, r_max))
         self.tiles = table.tiles(tile.chunk)
         slots = {name: -1 for name in Grams._fields}
@@ -243,16 +244,17 @@ class _GramLaunch:
             lora_gram_kernel,
             (self.tiles.programs, triton.cdiv(r_max, tile.r) ** 2),
             (n_pairs,),
-            {"DTYPE_A": TL_DTYPE[table.dtypes[0]], "DTYPE_DA": TL_DTYPE[dtype]}
+            {"DTYPE_A": TL_DTYPE[table.dtypes[0]], "DTYPE_DA": TL_DTYPE[factors.dtype], "STRIDE_DA": factors.stride}
             | {name.upper(): slot for name, slot in slots.items()}
             | {"SLOTS": partial_sums, "UNIFORM_R": table.uniform_r, "ALIGNED": table.aligned}
             | {"EXPERTS": table.experts, "R_MAX": r_max, "CHUNK": tile.chunk, "BLOCK_D": tile.d, "BLOCK_R": tile.r}
             | {"num_warps": tile.warps, "num_stages": tile.stages},
         )
 
-    def __call__(self, table: Table, beside: torch.Tensor, totals: torch.Tensor, stream: int | None) -> None:
+    def __call__(self, factors: Listed, totals: torch.Tensor, stream: int | None) -> None:
         partials = torch.empty(self.partials, dtype=torch.float32, device=totals.device)
-        given = table.entries, beside, self.tiles.pairs, partials, totals, table.counters
+        table = factors.table
+        given = table.entries, factors.addresses, self.tiles.pairs, partials, totals, table.counters
         self.launch.go(stream, given, ())
 
 

@@ -79,6 +79,18 @@ def lora_scale_reg_kernel(ka, kb, entries_a, entries_b, coefficients, lam, eps, 
     tl.store(coefficients + n_pairs + i_pair, tl.where(size_a == 0.0, 0.0, tilt / size_a))
 
 
+def learning_rates(
+    lr_a: float | torch.Tensor, lr_b: float | torch.Tensor, stand_in: torch.Tensor
+) -> tuple[bool, tuple[torch.Tensor, torch.Tensor], tuple[float, float]]:
+    """Whether kernels read both from memory; where, and the numbers, of which one stands in for the other. A rate that
+    is on ``stand_in``'s device stays there, one on a CPU is a number."""
+    device = stand_in.device
+    if not (is_on_device(lr_a, device) or is_on_device(lr_b, device)):
+        return False, (stand_in, stand_in), (float(lr_a), float(lr_b))
+    rates = tuple(torch.as_tensor(lr, dtype=torch.float32, device=device) for lr in (lr_a, lr_b))
+    return True, rates, (0.0, 0.0)
+
+
 def imbalance(
     ka: torch.Tensor,
     kb: torch.Tensor,
@@ -93,10 +105,7 @@ def imbalance(
     n, r, _ = ka.shape
     matrices = torch.empty((2 * n, r, r), dtype=torch.float32, device=ka.device)
     if n:
-        in_memory = is_on_device(lr_a, ka.device) or is_on_device(lr_b, ka.device)
-        rates, numbers = (rho, rho), (float(lr_a), float(lr_b)) if not in_memory else (0.0, 0.0)
-        if in_memory:
-            rates = tuple(torch.as_tensor(lr, dtype=torch.float32, device=ka.device) for lr in (lr_a, lr_b))
+        in_memory, rates, numbers = learning_rates(lr_a, lr_b, matrices)
         options = {"LR_IN_MEMORY": in_memory, "BLOCK_R": min(BLOCK, triton.next_power_of_2(r)), "num_warps": 4}
         with on_device(ka):
             given = ka, kb, rho, matrices, *rates

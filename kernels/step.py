@@ -344,7 +344,7 @@ def _launch_step(factors: list[Listed], hyper, steps, work: Work, totals: torch.
     stride = (HYPER if len(hyper) > 1 else 0) if isinstance(hyper, torch.Tensor) else None
     with on_device(steps):
         stream = stream_of(steps)
-        for table, beside, dtype in factors:
+        for table, beside, dtype, _ in factors:
             make = lambda table=table, dtype=dtype: _StepLaunch(table, dtype, r_max, stride, *flags)
             launch = plan(table.plans, ("step", dtype, r_max, stride, *flags), stream, make)
             launch(table, beside, hyper, steps, work, totals, stream)
@@ -370,7 +370,7 @@ class _StepLaunch:
             | {"ADD": add, "MATRIX": matrix, "SCALE": scale, "GRAM": gram}
             | {"UNIFORM_R": 1 if flat else table.uniform_r, "ALIGNED": table.aligned, "EXPERTS": table.experts}
             | {"R_MAX": 1 if flat else r_max, "CHUNK": tile.chunk, "BLOCK_D": tile.d, "BLOCK_R": tile.r}
-            | {"BLOCK_K": _block_k(tile), "num_warps": tile.warps, "num_stages": tile.stages}
+            | {"BLOCK_K": block_k(tile), "num_warps": tile.warps, "num_stages": tile.stages}
             | _registers(tile, matrix, gram),
         )
 
@@ -426,7 +426,7 @@ class _TransformLaunch:
             (),
             {"COLUMN": column, "P": TL_DTYPE[table.dtypes[column]], "ADD": add, "UNIFORM_R": table.uniform_r}
             | {"ALIGNED": table.aligned, "EXPERTS": table.experts, "R_MAX": r_max, "CHUNK": tile.chunk}
-            | {"BLOCK_D": tile.d, "BLOCK_R": tile.r, "BLOCK_K": _block_k(tile)}
+            | {"BLOCK_D": tile.d, "BLOCK_R": tile.r, "BLOCK_K": block_k(tile)}
             | {"num_warps": tile.warps, "num_stages": tile.stages},
         )
 
@@ -434,7 +434,7 @@ class _TransformLaunch:
         self.launch.go(stream, (table.entries, self.tiles.pairs, matrices), ())
 
 
-def _block_k(tile: GroupedTile) -> int:
+def block_k(tile: GroupedTile) -> int:
     """Rows of M in one product: all of them up to rank 64, where M then stays in registers."""
     return tile.r if tile.r <= GRAM_RANK else 16
 

@@ -150,8 +150,9 @@ class Table:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def alone(self) -> "Listed":
-        return Listed(self, self.entries, self.dtypes[0])
+    def column(self, i: int) -> "Listed":
+        """The table with one of its own columns beside the factors."""
+        return Listed(self, self.entries.view(-1)[i:], self.dtypes[i], COLUMNS.value)
 
     def beside(self, gradients: list[torch.Tensor]) -> "Listed":
         """``gradients``: contiguous, of all factors of the columns."""
@@ -191,12 +192,13 @@ class Table:
 
 
 class Listed(NamedTuple):
-    """A table, and the addresses and dtype of what lies beside each of its factors: its gradient (where there is none,
-    the table stands in for the list)."""
+    """A table, and what lies beside each of its factors, such as its gradient: int64 addresses, ``stride`` apart, of
+    tensors in ``dtype``."""
 
     table: Table
     addresses: torch.Tensor
     dtype: torch.dtype
+    stride: int = 1
 
 
 def tables(
@@ -279,7 +281,7 @@ def listed(
     found = kept("factors", key, lambda: tables(columns, is_a, indices, beside=beside))
     for table in found:
         report_addresses(table.entries, (column[i] for column in columns for i in table.members))
-    return [table.alone() if beside is None else table.beside(beside) for table in found]
+    return [table.column(0) if beside is None else table.beside(beside) for table in found]
 
 
 def _check(tensor: torch.Tensor, factor: torch.Tensor, first: torch.Tensor) -> None:

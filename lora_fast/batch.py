@@ -88,6 +88,10 @@ class Batch(ABC):
         """da ← (bᵀb + δI)⁻¹ da, db ← db (a aᵀ + δI)⁻¹."""
 
     @abstractmethod
+    def transform_gradients(self, matrices: Tensor) -> None:
+        """db ← db M, da ← M da: (2L, r, r), on what the methods have made of the gradients so far."""
+
+    @abstractmethod
     def scale(self, factors: Tensor, gradients: Tensor) -> None:
         """Columns of b and rows of a times ``factors``, (2L, r); of their gradients and first moments times
         ``gradients``, of their second moments times its square."""
@@ -99,6 +103,16 @@ class Batch(ABC):
     @abstractmethod
     def adamw(self, grams: bool) -> None:
         """AdamW on what the gradients have become. ``grams``: those of the result will be asked for."""
+
+    @abstractmethod
+    def momentum(self, beta: float) -> Grams:
+        """m ← β m + (1 − β) g for every factor's ``exp_avg`` m, g being what the methods have made of its gradient.
+        Returns the Grams of the factors and of m: ka, kb, kp = m_a m_aᵀ and kq = m_bᵀ m_b; k is None."""
+
+    @abstractmethod
+    def move(self, matrices: Tensor) -> None:
+        """b ← (1 − η w) b + m_b M and a ← (1 − η w) a + M m_a: (2L, r, r), with the ``exp_avg`` m and each factor's own
+        learning rate η and weight decay w. ``grams`` returns those of the moved factors afterwards."""
 
     @abstractmethod
     def transform(self, matrices: Tensor, of: str = "value", add: bool = False) -> None:

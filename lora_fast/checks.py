@@ -72,6 +72,12 @@ def betas(value: object, argument: str = "betas") -> tuple[float, float]:
     return tuple(value)
 
 
+def beta(value: object, argument: str = "beta") -> float:
+    if isinstance(value, bool) or not isinstance(value, NUMBERS) or not 0.0 <= value < 1.0:  # NaN fails too
+        raise ArgumentError(argument, "a number from 0 to below 1", repr(value))
+    return float(value)
+
+
 def probability(value: object, argument: str = "dropout") -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:  # NaN fails too
         raise ArgumentError(argument, "a probability from 0 to 1", repr(value))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch, Member
-from .kernels import gram, merge, solve, table
+from .kernels import gram, merge, momentum, solve, table
 from .kernels import step as kernel
 from .kernels.launch import is_on_device, report_addresses
 from .pairs import Pair
@@ -41,8 +41,9 @@ class Group(Batch):
             state = {name: _like(states[p], name, *shape, p.device) for name, shape in of.items()}
             states[p].update({"step": self._steps[row]} | state)  # those of other experts go with it
         self._states = [states[p] for p in self._factors]
-        self._names = (*MOMENTS, "step")
-        self._columns = [self._factors, *([state[name] for state in self._states] for name in MOMENTS)]
+        self._moments = [name for name in MOMENTS if name in shapes[0]]
+        self._names = (*self._moments, "step")
+        self._columns = [self._factors, *([state[name] for state in self._states] for name in self._moments)]
         is_a = [False] * len(self.pairs) + [True] * len(self.pairs)
         self._tables = table.tables(self._columns, is_a, first, experts)
         self._held = [state[name] for state in self._states for name in self._names]  # so that no other has their id
@@ -99,7 +100,7 @@ class Group(Batch):
         return self._metric
 
     def _grams(self, *wanted: str) -> Tensor:
-        factors = [some.alone() for some in self._tables]
+        factors = [some.column(0) for some in self._tables]
         return gram.grams_of(factors, self.products, self._rank, wanted).flatten(0, 1)
 
     def _with_gradients(self) -> list[table.Listed]:
@@ -114,7 +115,10 @@ class Group(Batch):
         self._work["additive"] = coefficients
 
     def precondition(self, damping: float) -> None:
-        self._work["matrices"] = solve.spd_inverse(self._both(), damping)  # b's gradient takes Ka, a's Kb
+        self.transform_gradients(solve.spd_inverse(self._both(), damping))  # b's gradient takes Ka, a's Kb
+
+    def transform_gradients(self, matrices: Tensor) -> None:
+        self._work["matrices"] = matrices.contiguous()
 
     def scale(self, factors: Tensor, gradients: Tensor) -> None:
         self._work |= {"scale_p": factors, "scale_g": gradients}
@@ -143,6 +147,18 @@ class Group(Batch):
         if grams and self._after is None:
             self._after = self._grams("kb", "ka")
 
+    def momentum(self, beta: float) -> Grams:
+        momentum.average_(self._with_gradients(), beta, self._steps)
+        torch.autograd.graph.increment_version(self._columns[1])
+        factors = [some.column(1) for some in self._tables]
+        totals = gram.grams_of(factors, self.products, self._rank, ("ka", "kb", "kp", "kq"))
+        return Grams(*totals)
+
+    def move(self, matrices: Tensor) -> None:
+        momentum.move_(self._tables, matrices.contiguous(), self._hyper())
+        torch.autograd.graph.increment_version(self._factors)
+        self._metric = None
+
     def _hyper(self) -> Tensor | list[float]:
         """The numbers of b's factors and of a's; or, where a learning rate is on the device, which the host does not
         wait for and a CUDA graph reads at every replay, float64 (2L, 5) there."""
@@ -159,7 +175,7 @@ class Group(Batch):
         return hyper
 
     def transform(self, matrices: Tensor, of: str = "value", add: bool = False) -> None:
-        column = 0 if of == "value" else 1 + MOMENTS.index(of)
+        column = 0 if of == "value" else 1 + self._moments.index(of)
         kernel.transform_tables_(self._tables, matrices.contiguous(), column, add)
         torch.autograd.graph.increment_version(self._columns[column])
 

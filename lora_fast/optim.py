@@ -24,8 +24,8 @@ class LoRAAdamW(torch.optim.Optimizer):
     AdamW, on the torch backend bit for bit.
 
     A step: the methods' changes of the gradients (ScaleReg; ScaLoRA's scaling and merge; preconditioners), AdamW with
-    decoupled weight decay, the methods' changes of the factors (iLoRA, decoupled ScaleReg, BaLoRA). Clipping comes
-    before the step, so it acts on raw gradients.
+    decoupled weight decay or the update that replaces it (LoRA-RITE, LoRA-Muon), the methods' changes of the factors
+    (iLoRA, decoupled ScaleReg, BaLoRA). Clipping comes before the step, so it acts on raw gradients.
 
     On the Triton backend all pairs of one rank take each of these in one launch, however many layers there are, and
     nothing waits for the device: a step can be captured in a CUDA graph, once one has been run on the tensors to be
@@ -152,13 +152,15 @@ class LoRAAdamW(torch.optim.Optimizer):
             batch.begin(self.param_groups)
         for method in self._middle:
             method.plan(current, memory)
-        if any(method.replaces for method in self._middle):
-            return
+        replacement = next((method for method in self._middle if method.replaces_adamw), None)
         followers = [method for method in self._middle if method.follows]
         for batch in current:
             for method in self._middle:
                 method.before(batch)
-            batch.adamw(grams=bool(followers))
+            if replacement is None:
+                batch.adamw(grams=bool(followers))
+            else:
+                replacement.update(batch)
             for method in followers:
                 method.after(batch)
 
@@ -195,7 +197,7 @@ class LoRAAdamW(torch.optim.Optimizer):
         return id(self.state), len(self.state) == 0, lists
 
     def _uses_triton(self) -> bool:
-        return not any(method.replaces for method in self._middle) and batches.grouped([p for p, *_ in self._pairs])
+        return not any(method.needs_stacks for method in self._middle) and batches.grouped([p for p, *_ in self._pairs])
 
     def _build_batches(self, trained: list[bool], triton: bool) -> None:
         active = []

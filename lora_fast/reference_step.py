@@ -14,6 +14,7 @@ from torch import Tensor
 
 GAUGES = ("symmetric", "svd", "svd_signed")
 BALANCE_FLOOR = 1e-6  # of the largest singular value: below, a direction is not rescaled further
+LEAST_MUON_DAMPING = 16.0  # of LoRA-Muon's Grams, in units of ε tr: their rounding
 
 
 class Grams(NamedTuple):
@@ -162,17 +163,7 @@ def hyperbalance(ka: Tensor, kb: Tensor, gauge: str = "symmetric") -> tuple[Tens
 
     The identity where b = 0 or a has not full rank. The algebra runs in float64: it squares conditions.
     """
-    ka, kb, dtype = ka.double(), kb.double(), ka.dtype
-    eye = torch.eye(ka.shape[-1], dtype=ka.dtype, device=ka.device)
-    lower, info = _cholesky(ka, 0.0)
-    skip = ((info != 0) | (kb.diagonal(dim1=-2, dim2=-1).sum(-1) == 0))[:, None, None]
-    lower = torch.where(skip, eye, lower)
-    core = torch.where(skip, eye, lower.mT @ kb @ lower)
-    v = torch.linalg.eigh(0.5 * (core + core.mT))[1].flip(-1)
-    base = lower @ v
-    sigma = (base * (kb @ base)).sum(-2).clamp(min=0).sqrt()  # re-measured: ‖b base_j‖
-    sigma = torch.where(skip[:, 0], 1.0, torch.maximum(sigma, BALANCE_FLOOR * sigma.amax(-1, keepdim=True)))
-    inverse_base = v.mT @ torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+    base, inverse_base, sigma, skip = _balanced_basis(ka, kb)
     if gauge == "symmetric":
         squared = base @ (base / sigma[:, None, :]).mT
         q, d = _symmetric_root(squared)
@@ -183,7 +174,81 @@ def hyperbalance(ka: Tensor, kb: Tensor, gauge: str = "symmetric") -> tuple[Tens
         if gauge == "svd_signed":
             sign = torch.where(t.gather(-2, t.abs().argmax(-2, keepdim=True)) < 0, -1.0, 1.0)
             t, t_inverse = t * sign, t_inverse * sign.mT
-    return torch.where(skip, eye, t).to(dtype), torch.where(skip, eye, t_inverse).to(dtype)
+    return _where_not(skip, t, t_inverse, ka.dtype)
+
+
+def refactor(ka: Tensor, kb: Tensor) -> tuple[Tensor, Tensor]:
+    """RefLoRA: S = Kb⁻¹ # Ka, the SPD solution of S Kb S = Ka, and S⁻¹, (L, r, r).
+
+    The identity where b = 0 or a has not full rank. The algebra runs in float64, as that of ``hyperbalance``, whose
+    T Tᵀ is S; directions in which b vanishes are treated as there.
+    """
+    base, inverse_base, sigma, skip = _balanced_basis(ka, kb)
+    s, s_inverse = base @ (base / sigma[:, None, :]).mT, inverse_base.mT @ (sigma[:, :, None] * inverse_base)
+    return _where_not(skip, s, s_inverse, ka.dtype)
+
+
+def _balanced_basis(ka: Tensor, kb: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """N = L V, N⁻¹ and σ in float64, with Ka = L Lᵀ and Lᵀ Kb L = V diag(σ²) Vᵀ, so that N Nᵀ = Ka and
+    Nᵀ Kb N = diag(σ²); and where b = 0 or a has not full rank, (L, 1, 1): L is the identity there, σ is 1."""
+    ka, kb = ka.double(), kb.double()
+    eye = torch.eye(ka.shape[-1], dtype=ka.dtype, device=ka.device)
+    lower, info = _cholesky(ka, 0.0)
+    skip = ((info != 0) | (kb.diagonal(dim1=-2, dim2=-1).sum(-1) == 0))[:, None, None]
+    lower = torch.where(skip, eye, lower)
+    core = torch.where(skip, eye, lower.mT @ kb @ lower)
+    v = torch.linalg.eigh(0.5 * (core + core.mT))[1].flip(-1)
+    base = lower @ v
+    sigma = (base * (kb @ base)).sum(-2).clamp(min=0).sqrt()  # re-measured: ‖b base_j‖
+    sigma = torch.where(skip[:, 0], 1.0, torch.maximum(sigma, BALANCE_FLOOR * sigma.amax(-1, keepdim=True)))
+    inverse_base = v.mT @ torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+    return base, inverse_base, sigma, skip
+
+
+def _where_not(skip: Tensor, matrices: Tensor, inverses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both in ``dtype``, the identity where ``skip``."""
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    return torch.where(skip, eye, matrices).to(dtype), torch.where(skip, eye, inverses).to(dtype)
+
+
+def muon(
+    ka: Tensor, kb: Tensor, kp: Tensor, kq: Tensor, lr_a: float | Tensor, lr_b: float | Tensor, damping: float
+) -> Tensor:
+    """LoRA-Muon: what m_b is multiplied by from the right and m_a from the left, (2L, r, r), b's first: −(η/2) T with
+    T = (Ka # Kq)⁻¹ for b and (Kb # Kp)⁻¹ for a, where Kp = m_a m_aᵀ and Kq = m_bᵀ m_b. For ``damping``, see
+    ``inverse_mean``."""
+    return torch.cat([-0.5 * lr_b * inverse_mean(ka, kq, damping), -0.5 * lr_a * inverse_mean(kb, kp, damping)])
+
+
+def inverse_mean(x: Tensor, y: Tensor, damping: float) -> Tensor:
+    """(X # Y)⁻¹ of Grams (L, r, r), the inverse of their geometric mean: with R = X^-½ it is R (R Y R)^-½ R, the SPD
+    solution of T X T = Y⁻¹ and T Y T = X⁻¹.
+
+    To each Gram, ``damping`` times its trace times I is added, with ``damping`` at least 16 ε of its dtype. The result
+    is 0 where a Gram is 0, and NaN where one is not finite. The algebra runs in float64.
+    """
+    dtype, size = x.dtype, x.shape[-1]
+    eye = torch.eye(size, dtype=torch.float64, device=x.device)
+    traces = [k.double().diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] for k in (x, y)]
+    zero = (traces[0] == 0) | (traces[1] == 0)
+    bad = ~torch.isfinite(x.double().sum((-2, -1)) + y.double().sum((-2, -1)))[:, None, None]
+    damping = max(damping, LEAST_MUON_DAMPING * torch.finfo(dtype).eps)
+    x, y = (
+        torch.where(zero | bad, eye, k.double() + damping * trace * eye)
+        for k, trace in zip((x, y), traces, strict=True)
+    )
+    q, values = _positive_eigenvalues(x)
+    root = (q * values.rsqrt()[:, None, :]) @ q.mT
+    q, values = _positive_eigenvalues(root @ y @ root)
+    half = root @ (q * values.pow(-0.25)[:, None, :])
+    return (half @ half.mT).masked_fill(bad, torch.nan).masked_fill(zero, 0.0).to(dtype)
+
+
+def _positive_eigenvalues(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors (L, r, r) and eigenvalues (L, r) of symmetric positive matrices; below ε of the largest, which is
+    rounding, an eigenvalue counts as that."""
+    values, q = torch.linalg.eigh(0.5 * (matrices + matrices.mT))
+    return q, torch.maximum(values, torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True))
 
 
 def _symmetric_root(matrices: Tensor) -> tuple[Tensor, Tensor]:

@@ -149,7 +149,10 @@ class Stack(Batch):
 
     def precondition(self, damping: float) -> None:
         ka, kb, *_ = self.grams()
-        for_b, for_a = reference_step.spd_inverse(torch.cat([ka, kb]), damping).chunk(2)
+        self.transform_gradients(reference_step.spd_inverse(torch.cat([ka, kb]), damping))
+
+    def transform_gradients(self, matrices: Tensor) -> None:
+        for_b, for_a = matrices.chunk(2)
         self.a.grad = (for_a @ wide(self.a.gradient())).to(self.a.value.dtype)
         self.b.grad = (wide(self.b.gradient()) @ for_b).to(self.b.value.dtype)
 
@@ -179,6 +182,22 @@ class Stack(Batch):
     def adamw(self, grams: bool) -> None:
         self.a.adamw(self.settings_a)
         self.b.adamw(self.settings_b)
+
+    def momentum(self, beta: float) -> Grams:
+        moments = []
+        for factor in (self.a, self.b):
+            moments.append(factor.state["exp_avg"])
+            moments[-1].copy_(torch.lerp(wide(moments[-1]), wide(factor.gradient()), 1 - beta))
+        kp, kq, *_ = reference_step.grams(*moments)
+        return self.grams()._replace(kp=kp, kq=kq)
+
+    def move(self, matrices: Tensor) -> None:
+        for_b, for_a = matrices.chunk(2)
+        moves = wide(self.b.state["exp_avg"]) @ for_b, for_a @ wide(self.a.state["exp_avg"])
+        rows = zip((self.b, self.a), (self.settings_b, self.settings_a), moves, strict=True)
+        for factor, settings, of_factor in rows:
+            kept = 1 - settings["lr"] * settings["weight_decay"]
+            factor.value.copy_(kept * wide(factor.value) + of_factor)
 
     def transform(self, matrices: Tensor, of: str = "value", add: bool = False) -> None:
         for_b, for_a = matrices.chunk(2)

@@ -17,6 +17,7 @@ from .reference_step import (
     adamw,
     grams,
     hyperbalance,
+    refactor,
     rite_factor,
     rite_update,
     wide,
@@ -35,7 +36,9 @@ __all__ = [
     "imbalance",
     "largest_scalora_rank",
     "merge_",
+    "muon",
     "pair_grams",
+    "refactor",
     "rite_factor",
     "rite_update",
     "scale_reg",
@@ -64,6 +67,15 @@ def scale_reg(ka: Tensor, kb: Tensor, entries_a: Tensor, entries_b: Tensor, lam:
 
         return middle.scale_reg(ka, kb, entries_a, entries_b, lam, eps)
     return reference_step.scale_reg(ka, kb, entries_a, entries_b, lam, eps)
+
+
+def muon(grams: Grams, lr_a: float | Tensor, lr_b: float | Tensor, damping: float) -> Tensor:
+    """LoRA-Muon's middle, from the Grams of the factors and of their momenta: see ``reference_step.muon``."""
+    if backend.uses_triton(grams.ka):
+        from .kernels import roots
+
+        return roots.muon(*grams[:4], lr_a, lr_b, damping)
+    return reference_step.muon(*grams[:4], lr_a, lr_b, damping)
 
 
 def scalora_solve(grams: Grams, solver: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -108,7 +108,10 @@ def test_resuming_takes_the_bound_of_the_run_or_no_other(place, monkeypatch):  #
     assert "norm='frobenius', bound=0.5" in (folder / "report.html").read_text().replace("&#39;", "'")
 
 
-RESUMED = ["ilora", "balora", "lora-rite", "scalora:interval=2", "nb-lora:norm=spectral", "sing-lora:ramp_steps=5"]
+RESUMED = [
+    "ilora", "balora", "lora-rite", "lora-muon:lr=0.05", "scalora:interval=2", "nb-lora:norm=spectral",
+    "sing-lora:ramp_steps=5",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", RESUMED)

@@ -25,6 +25,9 @@ METHODS = {
     "balora mv": [M.BaLoRA(every=2, transport="mv")],
     "scalora": [M.ScaLoRA(interval=3)],
     "lora-rite": [M.LoRARITE()],
+    "lora-rite ilora": [M.LoRARITE(), M.ILoRA(lam=2.0)],
+    "ref-lora": [M.RefLoRA()],
+    "lora-muon": [M.LoRAMuon()],
 }
 ROUNDINGS = ("stochastic", "nearest", "compensated")
 every_method = pytest.mark.parametrize("methods", METHODS.values(), ids=METHODS.keys())

@@ -24,6 +24,8 @@ LONG = {
     "ilora lora+": [M.ILoRA(lam=1.0), M.LoRAPlus(4.0)],
     "pilora": [M.PiLoRA(lam=1.0, damping=1e-2)],
     "scalora": [M.ScaLoRA(interval=5)],
+    "ref-lora": [M.RefLoRA()],
+    "lora-muon ilora": [M.LoRAMuon(), M.ILoRA(lam=1.0)],
     "balora mv": [M.BaLoRA(every=3, transport="mv"), M.ScaledAdamW(damping=1e-2)],
 }
 SHORT = {
@@ -77,7 +79,10 @@ LAUNCHES = {
     "scalora": ([M.ScaLoRA(kappa=1.0, interval=1)], SCALING),
     "scalora between": ([M.ScaLoRA(kappa=1.0, interval=100)], ["step"]),
     "balora": ([M.BaLoRA()], ["step", "transform"]),
+    "ref-lora": ([M.RefLoRA()], ["gram", "step"]),
+    "lora-muon": ([M.LoRAMuon()], ["momentum", "gram", "muon", "move"]),
 }
+WITH_TORCH = ("balora", "ref-lora")  # whose eigenproblems are torch's
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts launches")
@@ -100,7 +105,7 @@ def test_launches_do_not_grow_with_the_layers(name, monkeypatch):
         assert counted.launches == [f"lora_{kernel}_kernel" for kernel in expected]
         computed.append(operations.names)
     assert computed[0] == computed[1] == computed[2]
-    if name != "balora":  # whose eigenproblem is torch's
+    if name not in WITH_TORCH:
         assert computed[0] == []
 
 

@@ -23,6 +23,9 @@ EVERY = {
     "scalora": [M.ScaLoRA(interval=3)],
     "scalora compensated": [M.ScaLoRA(interval=3, rounding="compensated")],
     "lora-rite": [M.LoRARITE()],
+    "lora-rite ilora": [M.LoRARITE(), M.ILoRA(lam=1.0)],
+    "lora-muon": [M.LoRAMuon()],
+    "ref-lora": [M.RefLoRA()],
 }
 SHAPES = [(12, 20, 4), (12, 20, 4), (9, 7, 3), (20, 12, 4)]
 every_method = pytest.mark.parametrize("methods", EVERY.values(), ids=EVERY.keys())
@@ -168,7 +171,7 @@ def test_a_skipped_step_changes_no_bit(methods):
         scaler.update(16.0)
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if name != "lora-rite" and "scalora" not in name])
+@pytest.mark.parametrize("name", [name for name in EVERY if "lora-rite" not in name and "scalora" not in name])
 def test_gradients_of_some_pairs_only(name):
     """Each pair goes its own way, as if it were alone (LoRA-RITE's pairs share a norm, ScaLoRA's κ)."""
     methods = EVERY[name]
@@ -344,6 +347,8 @@ WRONG_VALUES = [
     (M.BaLoRA, {"gauge": "polar"}, "gauge"),
     (M.BaLoRA, {"transport": "v"}, "transport"),
     (M.LoRARITE, {"eps": 0}, "eps"),
+    (M.LoRAMuon, {"beta": 1.0}, "beta"),
+    (M.LoRAMuon, {"damping": 0.0}, "damping"),
 ]
 
 
@@ -362,6 +367,13 @@ def test_hyperparameters_out_of_range(kind, values, name):
         [M.ScaLoRA(), M.ScaledAdamW()],
         [M.LoRARITE(), M.LoRAPlus()],
         [M.LoRARITE(), M.ScaleReg()],
+        [M.LoRARITE(), M.BaLoRA()],
+        [M.LoRARITE(), M.LoRAMuon()],
+        [M.LoRAMuon(), M.LoRAPlus()],
+        [M.LoRAMuon(), M.ScaleReg()],
+        [M.LoRAMuon(), M.RefLoRA()],
+        [M.RefLoRA(), M.ScaledAdamW()],
+        [M.RefLoRA(), M.BaLoRA()],
         [M.ILoRA(), M.ILoRA(lam=2.0)],
         ["ilora"],
         [M.ILoRA],

@@ -26,6 +26,7 @@ from lora_fast.kernels import (
     merge,
     middle,
     rescale,
+    roots,
     sanitizer,
     solve,
     step,
@@ -92,6 +93,7 @@ def run_middle(r, in_memory) -> None:
     with poisoned_empty():
         middle.imbalance(grams, grams, rows, rate, rate, 0.1)
         middle.scale_reg(grams, grams, rows, rows, 0.1, 1e-8)
+        roots.muon(grams, grams, grams, grams, rate, rate, 3e-4)
 
 
 def spd_matrices(n, r):
@@ -123,9 +125,9 @@ def run_scalora(r, solver, in_memory) -> None:
 def run_in_memory(run, *args, **options) -> None:
     """Runs small matrices as those too large for registers, with fewer programs than matrices."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (hadamard, inverse, solve):
+        for module in (hadamard, inverse, roots, solve):
             patch.setattr(module, "IN_REGISTERS", 1)
-        for module in (cayley, inverse, solve):
+        for module in (cayley, inverse, roots, solve):
             patch.setattr(module, "SLOTS", 2)
         run(*args, **options)
 
@@ -223,6 +225,7 @@ RUNS = {
     "transform rank 70": partial(run_transform, (70, 3), (21, 40)),
     "middle rank 5": partial(run_middle, 5, False),
     "middle rank 70": partial(run_middle, 70, True),
+    "middle in memory": partial(run_in_memory, run_middle, 19, True),
     "solve rank 1": partial(run_solve, 1),
     "solve rank 7": partial(run_solve, 7, k=70),
     "solve in memory": partial(run_in_memory, run_solve, 19, k=37),

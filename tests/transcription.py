@@ -49,11 +49,17 @@ class Run:
     def step(self, gs):
         self.t += 1
         grads = [gradients(layer, g) for layer, g in zip(self.layers, gs, strict=True)]
-        if M.LoRARITE in self.by_kind:
-            lora_rite(self, grads)
-            return
         plus, reg = self.get(M.LoRAPlus), self.get(M.ScaleReg)
         lr = {"a": self.lr, "b": self.lr * (plus.ratio if plus else 1.0)}
+        if M.LoRARITE in self.by_kind:
+            lora_rite(self, grads)
+        if M.LoRAMuon in self.by_kind:
+            for layer, grad in zip(self.layers, grads, strict=True):
+                lora_muon(self, layer, *grad)
+        if self.get(M.LoRARITE, M.LoRAMuon):
+            for layer in self.layers:
+                self.after(layer, lr)
+            return
         if reg and not reg.decoupled:
             grads = [
                 (da + ca, db + cb)
@@ -70,16 +76,22 @@ class Run:
                     torch.linalg.inv(layer.b.T @ layer.b + eye) @ da,
                     db @ torch.linalg.inv(layer.a @ layer.a.T + eye),
                 )
+            if M.RefLoRA in self.by_kind:
+                s = refactoring(layer)
+                da, db = s @ da, db @ torch.linalg.inv(s)
             adamw(self, layer, "a", da, lr["a"])
             adamw(self, layer, "b", db, lr["b"])
-            if self.get(M.ILoRA, M.PiLoRA):
-                imbalance(layer, self.get(M.ILoRA, M.PiLoRA), lr)
-            if reg and reg.decoupled:
-                ca, cb = scale_reg(layer, reg)
-                layer.a, layer.b = layer.a - lr["a"] * ca, layer.b - lr["b"] * cb
-            balora = self.get(M.BaLoRA)
-            if balora and self.t % balora.every == 0:
-                balance(layer, balora)
+            self.after(layer, lr)
+
+    def after(self, layer, lr):
+        reg, balora = self.get(M.ScaleReg), self.get(M.BaLoRA)
+        if self.get(M.ILoRA, M.PiLoRA):
+            imbalance(layer, self.get(M.ILoRA, M.PiLoRA), lr)
+        if reg and reg.decoupled:
+            ca, cb = scale_reg(layer, reg)
+            layer.a, layer.b = layer.a - lr["a"] * ca, layer.b - lr["b"] * cb
+        if balora and self.t % balora.every == 0:
+            balance(layer, balora)
 
 
 def adamw(run, layer, name, g, lr):
@@ -248,3 +260,47 @@ def lora_rite(run, grads):
         p = p if name == "a" else p.T
         p = p - run.lr * (inverse @ moment + run.weight_decay * p)
         setattr(layer, name, p if name == "a" else p.T)
+
+
+def power(matrix, exponent):
+    """Of a symmetric positive definite matrix."""
+    values, q = torch.linalg.eigh(matrix)
+    return q @ torch.diag(values**exponent) @ q.T
+
+
+def refactoring(layer):
+    """RefLoRA's S, by the definition of the geometric mean; the identity where b = 0 or a has not full rank."""
+    ka, kb = layer.a @ layer.a.T, layer.b.T @ layer.b
+    if torch.trace(kb) == 0 or torch.linalg.matrix_rank(layer.a) < len(layer.a):
+        return torch.eye(len(layer.a), dtype=ka.dtype)
+    root = power(kb, 0.5)
+    return torch.linalg.inv(root) @ power(root @ ka @ root, 0.5) @ torch.linalg.inv(root)
+
+
+def msign(x):
+    """U Vᵀ of the singular value decomposition."""
+    u, _, vt = torch.linalg.svd(x, full_matrices=False)
+    return u @ vt
+
+
+def damped(x, damping):
+    """x (d, r) with r rows √(damping) ‖x‖ I below, which add damping · tr to the diagonal of its Gram."""
+    return torch.cat([x, math.sqrt(damping) * x.norm() * torch.eye(x.shape[1], dtype=x.dtype)])
+
+
+def muon_move(moment, other, damping):
+    """−U Vᵀ R of the damped moment · R = U Σ Vᵀ, with R = (otherᵀ other)^-½: moment (d, r), other (d', r)."""
+    other = damped(other, damping)
+    root = power(other.T @ other, -0.5)
+    return -msign(damped(moment, damping) @ root)[: len(moment)] @ root
+
+
+def lora_muon(run, layer, da, db):
+    """a stays as it is while b = 0."""
+    beta, damping = run.by_kind[M.LoRAMuon].beta, run.by_kind[M.LoRAMuon].damping
+    layer.m = {"a": beta * layer.m["a"] + (1 - beta) * da, "b": beta * layer.m["b"] + (1 - beta) * db}
+    a, b, keep = layer.a, layer.b, 1 - run.lr * run.weight_decay
+    layer.b = keep * b + run.lr / 2 * muon_move(layer.m["b"], a.T, damping)
+    layer.a = keep * a
+    if b.norm() > 0:
+        layer.a = layer.a + run.lr / 2 * muon_move(layer.m["a"].T, b, damping).T

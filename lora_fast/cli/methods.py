@@ -69,6 +69,9 @@ METHODS = {  # name → class in lora_fast.methods, or of ADAPTERS, what it does
                                  "merges the rest into the frozen weight."),
     "balora": (methods.BaLoRA, "After AdamW, replaces the factors by those of the same product with a aᵀ = bᵀb."),
     "lora-rite": (methods.LoRARITE, "An update of its own, the same however the product is split into factors."),
+    "lora-muon": (methods.LoRAMuon, "An update of its own, without second moments: the product's momentum, "
+                                    "orthogonalised."),
+    "ref-lora": (methods.RefLoRA, "AdamW on the gradients that the balanced factors of the same product would have."),
     "nb-lora": (NBLoRA, "AdamW on free parameters whose Cayley transform gives a and b, so that the norm of their "
                         "product cannot exceed a bound."),
     "sing-lora": (SingLoRA, "AdamW on one matrix that is both factors, led in over the first ramp_steps steps: "

@@ -8,20 +8,41 @@ from __future__ import annotations
 from .. import checks
 from .balora import BaLoRA
 from .ilora import ILoRA
+from .lora_muon import LoRAMuon
 from .lora_plus import LoRAPlus
 from .lora_rite import LoRARITE
 from .pilora import PiLoRA
+from .ref_lora import RefLoRA
 from .scale_reg import ScaleReg
 from .scaled_adamw import ScaledAdamW
 from .scalora import ScaLoRA
 
-__all__ = ["BaLoRA", "ILoRA", "LoRAPlus", "LoRARITE", "PiLoRA", "ScaLoRA", "ScaleReg", "ScaledAdamW"]
+__all__ = [
+    "BaLoRA",
+    "ILoRA",
+    "LoRAMuon",
+    "LoRAPlus",
+    "LoRARITE",
+    "PiLoRA",
+    "RefLoRA",
+    "ScaLoRA",
+    "ScaleReg",
+    "ScaledAdamW",
+]
 
-ORDER = (LoRAPlus, ScaleReg, ScaLoRA, ScaledAdamW, PiLoRA, LoRARITE, ILoRA, BaLoRA)  # within before and within after
+ORDER = (  # within before and within after
+    LoRAPlus, ScaleReg, ScaLoRA, ScaledAdamW, RefLoRA, PiLoRA, LoRARITE, LoRAMuon, ILoRA, BaLoRA,
+)  # fmt: skip
 ALONE = (  # of each row at most one
     ("each decides how the product is shared between its factors", (ScaleReg, ScaLoRA, PiLoRA, ILoRA, BaLoRA)),
-    ("each transforms the gradients by the other factor", (ScaLoRA, ScaledAdamW, PiLoRA)),
-    *(("LoRARITE is an update of its own", (LoRARITE, other)) for other in ORDER if other is not LoRARITE),
+    ("each transforms the gradients by the other factor", (ScaLoRA, ScaledAdamW, RefLoRA, PiLoRA)),
+    ("RefLoRA's gradients are those of BaLoRA's factors, in which it changes nothing", (RefLoRA, BaLoRA)),
+    ("each is an update of its own", (LoRARITE, LoRAMuon)),
+    *(
+        (f"{update.__name__} is an update of its own", (update, other))
+        for update in (LoRARITE, LoRAMuon)
+        for other in (LoRAPlus, ScaLoRA, ScaledAdamW, RefLoRA, PiLoRA, BaLoRA)
+    ),
 )
 
 
@@ -43,4 +64,12 @@ def compose(methods: object) -> tuple:
         both = [kind.__name__ for kind in row if kind in kinds]
         if len(both) > 1:
             raise checks.ArgumentError("methods", f"at most one of these ({reason})", " and ".join(both))
+    replacement = next((kind.__name__ for kind in kinds if kind.replaces_adamw), None)
+    for method in methods:
+        if replacement and isinstance(method, ScaleReg) and not method.decoupled:
+            expected = (
+                f"ScaleReg(decoupled=True) with {replacement} (whose update takes gradients for those of the product, "
+                "and a penalty on the factors has none)"
+            )
+            raise checks.ArgumentError("methods", expected, repr(method))
     return tuple(sorted(methods, key=lambda method: ORDER.index(type(method))))

@@ -33,7 +33,8 @@ class LoRARITE(Method):
     eps: float = 1e-6
     clip: float = 1.0
 
-    replaces = True
+    replaces_adamw = True
+    needs_stacks = True
 
     def __post_init__(self) -> None:
         checks.positive(self.eps, "eps")

@@ -7,16 +7,18 @@ from ..pairs import Pair
 
 
 class Method:
-    """A step runs, for all methods in their order: ``plan``; then for each batch ``before``, AdamW, ``after``.
+    """A step runs, for all methods in their order: ``plan``; then for each batch ``before``, AdamW or the ``update``
+    that replaces it, ``after``.
 
     Attributes:
         follows: whether ``after`` does anything: AdamW then leaves the Grams of its result.
-        replaces: whether the method is an update of its own: ``plan`` does it all, and AdamW does not run. It works on
-            plain-torch stacks on every device.
+        replaces_adamw: whether the method is an update of its own: AdamW does not run, ``update`` runs in its place.
+        needs_stacks: whether the method works on plain-torch stacks only, on every device.
     """
 
     follows = False
-    replaces = False
+    replaces_adamw = False
+    needs_stacks = False
 
     def check(self, pairs: list[Pair]) -> None:
         """Raises ArgumentError if the method cannot train these on the backend that now serves them. Asked of all pairs
@@ -32,5 +34,8 @@ class Method:
     def before(self, batch: Batch) -> None:
         """Changes gradients, factors or moments."""
 
+    def update(self, batch: Batch) -> None:
+        """Moves the factors in AdamW's place, unless ``plan`` has moved those of all batches together."""
+
     def after(self, batch: Batch) -> None:
-        """Changes the factors that AdamW left."""
+        """Changes the factors that AdamW, or the update in its place, left."""

@@ -1,0 +1,184 @@
+"""Momentum without a second moment, for LoRA-Muon: its average, and the move that it makes, for all factors.
+
+Math      of each factor p with gradient g and momentum m:
+              m ← m + (1-β)(g - m)                     lora_momentum_kernel; it counts the step
+              p ← (1 - η w) p + M m (a),  … + m M (b)  lora_move_kernel, M r×r per factor
+Grid      one program per chunk of d of one factor, all its rank columns; for the average a factor is a flat row of
+          numbers, but for experts, which lie interleaved.
+Shapes    p, g, m of one shape and any float each; M float32 (n, R, R). Arithmetic is float32 ("ieee"
+          products), 1 - β and 1 - η w are from float64; m and p are rounded once, at the store.
+Roofline  2 reads and 1 write of d·r elements each: memory bound.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from .gram import load_block
+from .launch import Launch, on_device, plan, stream_of
+from .primitives import dot, round_to, settled, widened
+from .step import HYPER, block_k, double, load_matrix, of_side, times_matrix
+from .table import INDEX, SIDE, SIDE_A, TL_DTYPE, D, Listed, R, Table, entry, offsets, pointer_at, sizes, tensor_at
+from .tiles import grouped
+
+
+@triton.jit
+def average_factor(
+    entries, beside, i_tensor, i_chunk, take, IS_A: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
+    UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    WIDE: tl.constexpr = ALIGNED and (IS_A or EXPERTS == 1)
+    m, g = tensor_at(entries, i_tensor, 1, M, WIDE), pointer_at(beside + i_tensor, G, WIDE)
+    if BLOCK_R == 1:  # flat
+        d, r = entry(entries, i_tensor, D) * entry(entries, i_tensor, R), 1
+        if ALIGNED:
+            d = d // 8 * 8  # as in table.sizes
+    else:
+        d, r = sizes(entries, i_tensor, IS_A, UNIFORM_R, WIDE)
+    i_r = tl.arange(0, BLOCK_R)
+    start = i_chunk.to(tl.int64) * CHUNK
+    for o_d in tl.range(start, tl.minimum(start + CHUNK, d), BLOCK_D, num_stages=1):
+        i_d = o_d + tl.arange(0, BLOCK_D)
+        b_g = load_block(g, i_d, i_r, d, r, IS_A, EXPERTS).to(tl.float32)  # [BLOCK_D, BLOCK_R], as all that follows
+        b_m = load_block(m, i_d, i_r, d, r, IS_A, EXPERTS).to(tl.float32)
+        b_m += (b_g - b_m) * take
+        mask = (i_d < d)[:, None] & (i_r < r)[None, :]
+        tl.store(m + offsets(i_d, i_r, d, r, IS_A, EXPERTS), round_to(b_m, M), mask=mask)
+
+
+@triton.jit
+def lora_momentum_kernel(
+    entries, beside, tiles, steps, beta: tl.float64, G: tl.constexpr, M: tl.constexpr, UNIFORM_R: tl.constexpr,
+    ALIGNED: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    i_tensor, i_chunk = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
+    take = (1.0 - double(beta)).to(tl.float32)
+    is_a = False if BLOCK_R == 1 else entry(entries, i_tensor, SIDE) == SIDE_A
+    if is_a:
+        average_factor(
+            entries, beside, i_tensor, i_chunk, take, True, G, M, UNIFORM_R, ALIGNED, EXPERTS, CHUNK, BLOCK_D, BLOCK_R
+        )
+    else:
+        average_factor(
+            entries, beside, i_tensor, i_chunk, take, False, G, M, UNIFORM_R, ALIGNED, EXPERTS, CHUNK, BLOCK_D, BLOCK_R
+        )
+    if i_chunk == 0:
+        step = steps + entry(entries, i_tensor, INDEX)
+        tl.store(step, tl.load(step) + 1.0)
+
+
+@triton.jit
+def move_factor(
+    entries, matrices, i_tensor, i_chunk, keep, IS_A: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
+    UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, EXPERTS: tl.constexpr, R_MAX: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    WIDE: tl.constexpr = ALIGNED and (IS_A or EXPERTS == 1)
+    p, m = tensor_at(entries, i_tensor, 0, P, WIDE), tensor_at(entries, i_tensor, 1, M, WIDE)
+    d, r = sizes(entries, i_tensor, IS_A, UNIFORM_R, WIDE)
+    matrix = matrices + entry(entries, i_tensor, INDEX) * R_MAX * R_MAX
+    i_r = tl.arange(0, BLOCK_R)
+    if BLOCK_K == BLOCK_R:
+        b_matrix = load_matrix(matrix, i_r, i_r, r, IS_A, R_MAX)
+    start = i_chunk.to(tl.int64) * CHUNK
+    for o_d in tl.range(start, tl.minimum(start + CHUNK, d), BLOCK_D, num_stages=1):
+        i_d = o_d + tl.arange(0, BLOCK_D)
+        b_move = tl.zeros([BLOCK_D, BLOCK_R], dtype=tl.float32)
+        if BLOCK_K < BLOCK_R:
+            b_move = times_matrix(b_move, m, m, 0.0, matrix, i_d, i_r, d, r, IS_A, False, EXPERTS, R_MAX, BLOCK_K)
+        else:
+            b_m = widened(load_block(m, i_d, i_r, d, r, IS_A, EXPERTS))  # [BLOCK_D, BLOCK_R]
+            b_move = settled(dot(b_m, b_matrix, b_move, "ieee"))  # settled: as in step.transform_factor
+        b_p = keep * load_block(p, i_d, i_r, d, r, IS_A, EXPERTS).to(tl.float32) + b_move
+        mask = (i_d < d)[:, None] & (i_r < r)[None, :]
+        tl.store(p + offsets(i_d, i_r, d, r, IS_A, EXPERTS), round_to(b_p, P), mask=mask)
+
+
+@triton.jit
+def lora_move_kernel(
+    entries, tiles, matrices, hyper, lr_b: tl.float64, decay_b: tl.float64, lr_a: tl.float64, decay_a: tl.float64,
+    stride_hyper, HYPER_IN_MEMORY: tl.constexpr, P: tl.constexpr, M: tl.constexpr, UNIFORM_R: tl.constexpr,
+    ALIGNED: tl.constexpr, EXPERTS: tl.constexpr, R_MAX: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """HYPER_IN_MEMORY: float64 rows as in step.py, of which the first and the last number count."""
+    i_tensor, i_chunk = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
+    is_a = entry(entries, i_tensor, SIDE) == SIDE_A
+    if HYPER_IN_MEMORY:
+        row = hyper + entry(entries, i_tensor, INDEX) * stride_hyper
+        lr, decay = tl.load(row), tl.load(row + 4)
+    else:
+        lr, decay = of_side(is_a, lr_b, lr_a), of_side(is_a, decay_b, decay_a)
+    keep = (1.0 - lr * decay).to(tl.float32)
+    if is_a:
+        move_factor(
+            entries, matrices, i_tensor, i_chunk, keep, True, P, M, UNIFORM_R, ALIGNED, EXPERTS, R_MAX, CHUNK, BLOCK_D,
+            BLOCK_R, BLOCK_K,
+        )  # fmt: skip
+    else:
+        move_factor(
+            entries, matrices, i_tensor, i_chunk, keep, False, P, M, UNIFORM_R, ALIGNED, EXPERTS, R_MAX, CHUNK,
+            BLOCK_D, BLOCK_R, BLOCK_K,
+        )  # fmt: skip
+
+
+def average_(factors: list[Listed], beta: float, steps: torch.Tensor) -> None:
+    """m ← m + (1-β)(g - m) of tables with columns p, m and the gradients beside them. steps: float32 (n,), on the
+    device, counted up here. Version counters are the caller's."""
+    with on_device(steps):
+        stream = stream_of(steps)
+        for listed in factors:
+            make = lambda listed=listed: _AverageLaunch(listed.table, listed.dtype)
+            plan(listed.table.plans, ("average", listed.dtype), stream, make)(listed, float(beta), steps, stream)
+
+
+class _AverageLaunch:
+    def __init__(self, table: Table, dtype: torch.dtype):
+        flat = table.experts == 1
+        tile = grouped("step", 1 if flat else max(16, table.r_max))
+        self.tiles = table.tiles(tile.chunk, flat)
+        self.launch = Launch(
+            lora_momentum_kernel,
+            (self.tiles.programs,),
+            (),
+            {"G": TL_DTYPE[dtype], "M": TL_DTYPE[table.dtypes[1]], "UNIFORM_R": 1 if flat else table.uniform_r}
+            | {"ALIGNED": table.aligned, "EXPERTS": table.experts, "CHUNK": tile.chunk}
+            | {"BLOCK_D": tile.d, "BLOCK_R": tile.r, "num_warps": tile.warps, "num_stages": tile.stages},
+        )
+
+    def __call__(self, listed: Listed, beta: float, steps: torch.Tensor, stream: int | None) -> None:
+        self.launch.go(stream, (listed.table.entries, listed.addresses, self.tiles.pairs, steps), (beta,))
+
+
+def move_(tables: list[Table], matrices: torch.Tensor, hyper: torch.Tensor | Sequence[float]) -> None:
+    """p ← (1 - η w) p + M m, or + m M, of tables with columns p, m. matrices: float32 (n, R, R). hyper: as
+    ``step.step_tables_`` takes them. Version counters are the caller's."""
+    in_memory = isinstance(hyper, torch.Tensor)
+    numbers = (0.0,) * 4 if in_memory else (hyper[0], hyper[HYPER - 1], hyper[HYPER], hyper[2 * HYPER - 1])
+    with on_device(matrices):
+        stream = stream_of(matrices)
+        for table in tables:
+            make = lambda table=table: _MoveLaunch(table, matrices.shape[-1], in_memory)
+            launch = plan(table.plans, ("move", matrices.shape[-1], in_memory), stream, make)
+            launch(table, matrices, hyper if in_memory else matrices, numbers, stream)
+
+
+class _MoveLaunch:
+    def __init__(self, table: Table, r_max: int, in_memory: bool):
+        tile = grouped("transform", max(16, r_max))
+        self.tiles = table.tiles(tile.chunk)
+        self.launch = Launch(
+            lora_move_kernel,
+            (self.tiles.programs,),
+            (HYPER,),
+            {"HYPER_IN_MEMORY": in_memory, "P": TL_DTYPE[table.dtypes[0]], "M": TL_DTYPE[table.dtypes[1]]}
+            | {"UNIFORM_R": table.uniform_r, "ALIGNED": table.aligned, "EXPERTS": table.experts, "R_MAX": r_max}
+            | {"CHUNK": tile.chunk, "BLOCK_D": tile.d, "BLOCK_R": tile.r, "BLOCK_K": block_k(tile)}
+            | {"num_warps": tile.warps, "num_stages": tile.stages},
+        )
+
+    def __call__(self, table: Table, matrices: torch.Tensor, hyper: torch.Tensor, numbers: tuple, stream) -> None:
+        self.launch.go(stream, (table.entries, self.tiles.pairs, matrices, hyper), numbers)
