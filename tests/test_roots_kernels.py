@@ -73,7 +73,7 @@ def test_muon_in_memory(r):
 
 
 @pytest.mark.budget
-@pytest.mark.parametrize("r", [64, 128, 256])
+@pytest.mark.parametrize("r", [64, 100])
 def test_large_ranks(r):
     grams = [spd(1, r, 1e6, seed) for seed in range(4)]
     check(grams, muon(*grams, 2.0, 2.0, 0.0))
