@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 FLOAT32 = torch.float32
 EPS = torch.finfo(FLOAT32).eps
 LEAST = 16 * EPS  # damping
-R = 20
+R = 17
 NAN_MEANT = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")  # numpy's
 
 
@@ -64,23 +64,21 @@ def test_muon(r, condition):
     check(grams, got)
 
 
-@pytest.mark.parametrize("r", [65, 80])
-def test_muon_in_memory(r):
-    grams = [spd(1, r, 1e4, seed) for seed in range(4)]
+def test_rank_above_64():
+    grams = [spd(1, 65, 1e4, seed) for seed in range(4)]
     with poisoned_empty():
         got = muon(*grams, 0.2, 0.6, 3e-4)
     check(grams, got, 0.2, 0.6, 3e-4)
 
 
 @pytest.mark.budget
-@pytest.mark.parametrize("r", [64, 128, 256])
+@pytest.mark.parametrize("r", [64, 100])
 def test_large_ranks(r):
     grams = [spd(1, r, 1e6, seed) for seed in range(4)]
     check(grams, muon(*grams, 2.0, 2.0, 0.0))
 
 
-@pytest.mark.parametrize("damping", [0.0, 3e-4])
-def test_grams_without_full_rank(damping, place):
+def test_grams_without_full_rank(place):
     """Rank 1, half the rank, zero rows, equal Grams, a scale of 1e-20: as good as the damping lets it be."""
     one, half = (randn(1, R, k) for k in (1, R // 2))
     one, half, full = one @ one.mT, half @ half.mT, spd(1, R, 10.0)
@@ -91,20 +89,20 @@ def test_grams_without_full_rank(damping, place):
         strict=True,
     )]  # fmt: skip
     with poisoned_empty():
-        got = muon(*grams, 2.0, 2.0, damping)
-    check(grams, got, damping=damping)
+        got = muon(*grams, 2.0, 2.0, 0.0)
+    check(grams, got)
 
 
 @NAN_MEANT
 def test_zero_and_nan_stay_in_their_factor(place):
-    grams = [spd(3, R, 10.0, seed) for seed in range(4)]
-    clean = muon(*grams, 2.0, 2.0, 0.0)
-    _, kb, kp, kq = grams
-    kb[0], kq[1], kp[2, 3, 4] = 0.0, 0.0, float("nan")
-    got = muon(*grams, 2.0, 2.0, 0.0)
-    assert got[1].eq(0).all() and got[3].eq(0).all() and got[5].isnan().all()
-    assert all(torch.equal(got[i], clean[i]) for i in (0, 2, 4))
-    assert torch.equal(twin.muon(*grams, 2.0, 2.0, 0.0).isnan(), got.isnan())
+    grams = [spd(2, R, 10.0, seed) for seed in range(4)]
+    clean = muon(*grams, 2.0, 2.0, 3e-4)
+    _, kb, _, kq = grams
+    kb[0], kq[1, 3, 4] = 0.0, float("nan")
+    got = muon(*grams, 2.0, 2.0, 3e-4)
+    assert got[2].eq(0).all() and got[1].isnan().all()
+    assert all(torch.equal(got[i], clean[i]) for i in (0, 3))
+    assert torch.equal(twin.muon(*grams, 2.0, 2.0, 3e-4).isnan(), got.isnan())
 
 
 def test_learning_rates(place):
@@ -128,13 +126,16 @@ def test_batches(n, place):
 
 
 def test_more_factors_than_programs(monkeypatch, in_memory):
-    """In memory, programs go through the factors: the same bits as one by one, and on repeat."""
-    monkeypatch.setattr(roots, "SLOTS", 2)
-    grams = [spd(2, R, 1e3, seed) for seed in range(4)]
+    """In memory, programs go through the factors: the same bits with one program as with one for each."""
+    grams = [spd(1, R, 1e3, seed) for seed in range(4)]
     together = muon(*grams, 0.1, 0.2, 0.0)
-    one_by_one = [muon(*(gram[i : i + 1].contiguous() for gram in grams), 0.1, 0.2, 0.0) for i in range(2)]
-    assert torch.equal(together, torch.stack(one_by_one, 1).flatten(0, 1))
+    monkeypatch.setattr(roots, "SLOTS", 1)
     assert torch.equal(together, muon(*grams, 0.1, 0.2, 0.0))
+
+
+def test_same_inputs_same_bits():
+    grams = [spd(2, R, 1e3, seed) for seed in range(4)]
+    assert torch.equal(muon(*grams, 0.1, 0.2, 0.0), muon(*grams, 0.1, 0.2, 0.0))
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="counted by the interpreter")
