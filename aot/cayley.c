@@ -5,9 +5,9 @@
 
 #include <string.h>
 
-enum { COLUMNS = 10, COUNTERS = 16, LARGEST_RANK = 256 };
+enum { COLUMNS = 8, COUNTERS = 16, LARGEST_RANK = 256 };
 enum { FORWARD_ROWS = 4, BACKWARD_ROWS = 7 }; /* tensors that moving.py would list, of each pair */
-enum { SUMS, PRODUCTS }; /* the launches that go through all factors, each with entries and tiles of its own */
+enum { SUMS, PRODUCTS }; /* the launches that go through all factors, each with tiles of its own */
 
 static size_t aligned(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
@@ -17,7 +17,7 @@ static int slots(const lora_fast_cayley_group *group) {
 
 /* The parts of a table that starts at `at`. */
 struct parts {
-    int64_t *entries[2], *moving;
+    int64_t *entries, *moving;
     int32_t *counters, *tiles[2];
     char *end;
 };
@@ -26,7 +26,7 @@ static struct parts parts_of(const lora_fast_cayley_group *group, const void *at
     size_t n = group->n_pairs, rows = group->backward ? BACKWARD_ROWS : FORWARD_ROWS;
     char *next = (char *)at;
     struct parts parts;
-    for (int i = 0; i < 2; i++, next += 2 * n * COLUMNS * sizeof(int64_t)) parts.entries[i] = (int64_t *)next;
+    parts.entries = (int64_t *)next, next += 2 * n * COLUMNS * sizeof(int64_t);
     parts.moving = (int64_t *)next, next += aligned(rows * n * sizeof(int64_t));
     parts.counters = (int32_t *)next, next += 2 * n * COUNTERS * sizeof(int32_t);
     for (int i = 0; i < 2; i++) {
@@ -93,17 +93,14 @@ API int lora_fast_cayley_fill(const lora_fast_cayley_group *group, const lora_fa
     struct parts parts = parts_of(group, host);
     CALL(check(group));
     memset(host, 0, group->bytes);
-    for (int kind = 0; kind < 2; kind++) {
-        int64_t *entry = parts.entries[kind], first = 0;
-        int32_t *tile = parts.tiles[kind];
-        for (int i = 0; i < 2 * n; i++, entry += COLUMNS) { /* all a, then all b */
-            const lora_fast_cayley_pair *pair = &pairs[i % n];
-            int64_t d = i < n ? pair->d_in : pair->d_out, count = divide_up(d, group->chunk[kind]);
-            entry[0] = (int64_t)(uintptr_t)(i < n ? pair->free_a : pair->free_b);
-            entry[4] = d, entry[5] = group->r, entry[6] = i < n, entry[7] = i, entry[8] = first, entry[9] = count;
-            for (int64_t j = 0; j < count; j++) *tile++ = i, *tile++ = (int32_t)j;
-            first += count;
-        }
+    int32_t *tiles[] = {parts.tiles[SUMS], parts.tiles[PRODUCTS]};
+    for (int i = 0; i < 2 * n; i++) { /* all a, then all b */
+        const lora_fast_cayley_pair *pair = &pairs[i % n];
+        int64_t d = i < n ? pair->d_in : pair->d_out;
+        int64_t row[COLUMNS] = {(int64_t)(uintptr_t)(i < n ? pair->free_a : pair->free_b), 0, 0, d, group->r, i < n, i};
+        memcpy(parts.entries + COLUMNS * i, row, sizeof row);
+        for (int kind = 0; kind < 2; kind++)
+            for (int64_t j = 0; j < divide_up(d, group->chunk[kind]); j++) *tiles[kind]++ = i, *tiles[kind]++ = (int32_t)j;
     }
     for (int i = 0; i < n; i++) {
         const lora_fast_cayley_pair *pair = &pairs[i];
@@ -122,7 +119,7 @@ static int through_factors(const lora_fast_cayley_group *group, int kind, int ro
                            const struct scratch *own, lora_fast_stream stream) {
     struct parts parts = parts_of(group, group->device);
     return lora_fast_launch(row, group->n_programs[kind], blocks, 1,
-                            (struct argument[]){NAMED_POINTER("entries", parts.entries[kind]),
+                            (struct argument[]){NAMED_POINTER("entries", parts.entries),
                                                 NAMED_POINTER("tiles", parts.tiles[kind]),
                                                 NAMED_POINTER("moving", parts.moving),
                                                 NAMED_POINTER("counters", parts.counters),
@@ -145,7 +142,7 @@ API int lora_fast_cayley(const lora_fast_cayley_group *group, void *workspace, l
     int64_t blocks = divide_up(group->r, lora_fast_table[sums].tile.BLOCK_R);
     CALL(through_factors(group, SUMS, sums, blocks * blocks, &own, stream));
     CALL(lora_fast_launch(middle, slots(group), 1, 1,
-                          (struct argument[]){NAMED_POINTER("entries", parts.entries[SUMS]),
+                          (struct argument[]){NAMED_POINTER("entries", parts.entries),
                                               NAMED_POINTER("moving", parts.moving),
                                               NAMED_POINTER("totals", own.totals), NAMED_POINTER("factors", own.times),
                                               NAMED_POINTER("matrices", own.matrices),

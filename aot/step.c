@@ -5,7 +5,7 @@
 
 #include <string.h>
 
-enum { COLUMNS = 10, COUNTERS = 16, HYPER = 5, LARGEST_RANK = 256, HADAMARD_RANK = 128, HADAMARD_IN_REGISTERS = 32 };
+enum { COLUMNS = 8, MERGE_COLUMNS = 12, COUNTERS = 16, HYPER = 5, LARGEST_RANK = 256, HADAMARD_RANK = 128, HADAMARD_IN_REGISTERS = 32 };
 enum { SCRATCHES = 3 }; /* matrices that kernels/inverse.py works on beside the result; solve.py takes one */
 
 static int find_any(const lora_fast_group *group, int *row) {
@@ -33,6 +33,16 @@ static int64_t programs_of(const lora_fast_group *group, const lora_fast_factor 
 
 static int n_tensors(lora_fast_op op) { return (const int[]){2, 4, 1, 4}[op]; }
 
+/* Numbers of a factor's row in the table, and of the list beside it: a gradient's address. */
+static int64_t columns(const lora_fast_group *group) { return group->op == LORA_FAST_MERGE ? MERGE_COLUMNS : COLUMNS; }
+
+static int beside(lora_fast_op op) { return op == LORA_FAST_GRAM || op == LORA_FAST_STEP; }
+
+static int64_t numbers(const lora_fast_group *group) {
+    int64_t n = group->n_factors;
+    return columns(group) * n + (beside(group->op) ? (n + 1) / 2 * 2 : 0); /* what follows starts at 16 bytes */
+}
+
 API int lora_fast_plan(lora_fast_group *group, const lora_fast_factor *factors) {
     int row;
     int64_t programs = 0;
@@ -49,7 +59,7 @@ API int lora_fast_plan(lora_fast_group *group, const lora_fast_factor *factors) 
     }
     if (programs > INT32_MAX) return LORA_FAST_BAD_ARGUMENT;
     group->n_programs = (int)programs;
-    group->bytes = group->n_factors * (COLUMNS * sizeof(int64_t) + COUNTERS * sizeof(int32_t)) +
+    group->bytes = numbers(group) * sizeof(int64_t) + group->n_factors * COUNTERS * sizeof(int32_t) +
                    group->n_programs * 2 * sizeof(int32_t);
     return LORA_FAST_OK;
 }
@@ -57,33 +67,41 @@ API int lora_fast_plan(lora_fast_group *group, const lora_fast_factor *factors) 
 API int lora_fast_fill(const lora_fast_group *group, const lora_fast_factor *factors, void *host) {
     int row;
     CALL(find_any(group, &row));
-    int merge = group->op == LORA_FAST_MERGE, flat = group->op == LORA_FAST_STEP && group->flat;
-    int64_t *entry = host, first = 0;
-    int32_t *counters = (int32_t *)(entry + COLUMNS * (int64_t)group->n_factors);
+    int merge = group->op == LORA_FAST_MERGE;
+    int64_t *entry = host, *list = entry + columns(group) * group->n_factors;
+    int32_t *counters = (int32_t *)(entry + numbers(group));
     int32_t *tile = counters + COUNTERS * (int64_t)group->n_factors;
     memset(host, 0, group->bytes);
-    for (int i = 0; i < group->n_factors; i++, entry += COLUMNS) {
+    for (int i = 0; i < group->n_factors; i++, entry += columns(group)) {
         const lora_fast_factor *factor = &factors[i];
-        int64_t count = programs_of(group, factor, lora_fast_table[row].tile.BLOCK_IN);
-        for (int j = 0; j < n_tensors(group->op); j++) entry[j] = (int64_t)(uintptr_t)factor->tensors[j];
-        entry[4] = flat ? factor->d * group->r : factor->d;
-        entry[5] = flat ? 1 : group->r;
-        entry[6] = merge ? factor->d_in : factor->is_a && !flat;
-        entry[7] = factor->index;
-        if (!merge) entry[8] = first, entry[9] = count;
+        int64_t count = programs_of(group, factor, lora_fast_table[row].tile.BLOCK_IN), r = group->r;
+        int column = 0;
+        for (int j = 0; j < n_tensors(group->op); j++) {
+            int64_t address = (int64_t)(uintptr_t)factor->tensors[j];
+            if (beside(group->op) && j == 1) list[i] = address;
+            else entry[column++] = address;
+        }
+        if (merge) {
+            int64_t rest[] = {factor->d, r, factor->d_in, factor->index, factor->d_in, 1, r, 1};
+            memcpy(entry + 4, rest, sizeof rest);
+        } else {
+            int64_t rest[] = {factor->d, r, factor->is_a != 0, factor->index};
+            memcpy(entry + 3, rest, sizeof rest);
+        }
         for (int64_t j = 0; j < count; j++) *tile++ = i, *tile++ = (int32_t)j;
-        first += count;
     }
     return LORA_FAST_OK;
 }
 
-/* The three parts of a table in device memory. */
+/* The parts of a table in device memory. */
 #define TABLE                                                                                                          \
-    NAMED_POINTER("entries", group->device), NAMED_POINTER("counters", counters_of(group)),                            \
+    NAMED_POINTER("entries", group->device),                                                                           \
+        NAMED_POINTER("beside", (const int64_t *)group->device + columns(group) * group->n_factors),                   \
+        NAMED_POINTER("counters", counters_of(group)),                                                                 \
         NAMED_POINTER("tiles", counters_of(group) + COUNTERS * (int64_t)group->n_factors)
 
 static const int32_t *counters_of(const lora_fast_group *group) {
-    return (const int32_t *)((const int64_t *)group->device + COLUMNS * (int64_t)group->n_factors);
+    return (const int32_t *)((const int64_t *)group->device + numbers(group));
 }
 
 static int check(const lora_fast_group *group, lora_fast_op op) {

@@ -178,6 +178,8 @@ def halves(r: int, dtype: torch.dtype) -> int:
 
 # ---- The step
 
+NUMBERS = (1e-3, 0.9, 0.999, 1e-8, 0.1) * 2  # hyperparameters of b's factors and of a's
+
 
 def _pairs(r: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     a = [torch.zeros(r, d_in, dtype=dtype) for d_in, _ in PAIRS]
@@ -201,7 +203,7 @@ def adamw_step(
     work = step.Work(torch.zeros(n) if add else None, torch.zeros(n, r, r) if matrix else None, rows, rows, gram)
     if numbers:
         factors = [found.beside(g) for found in table.tables([p, m, v], is_a, range(n))]
-        summed = step.step_tables_(factors, n, r, step.NO_NUMBERS, steps, work)
+        summed = step.step_tables_(factors, n, r, NUMBERS, steps, work)
     else:
         hyper = torch.ones(1, step.HYPER, dtype=torch.float64)
         summed = step.step_(list(zip(p, g, m, v, strict=True)), is_a, hyper, steps, work)
@@ -223,7 +225,7 @@ def muon_step(r: int, dtype: torch.dtype) -> int:
     tables = table.tables([p, m], [True] * len(a) + [False] * len(b), range(n))
     matrices = torch.zeros(n, r, r)
     momentum.average_([found.beside(g) for found in tables], 0.95, torch.ones(n))
-    momentum.move_(tables, matrices, step.NO_NUMBERS)
+    momentum.move_(tables, matrices, NUMBERS)
     return size(*g, *m, *m, *p, *p, *m, matrices)
 
 

@@ -157,7 +157,7 @@ def move_(tables: list[Table], matrices: torch.Tensor, hyper: torch.Tensor | Seq
     """p ← (1 - η w) p + M m, or + m M, of tables with columns p, m. matrices: float32 (n, R, R). hyper: as
     ``step.step_tables_`` takes them. Version counters are the caller's."""
     in_memory = isinstance(hyper, torch.Tensor)
-    numbers = (0.0,) * 4 if in_memory else (hyper[0], hyper[HYPER - 1], hyper[HYPER], hyper[2 * HYPER - 1])
+    numbers = (None,) * 4 if in_memory else (hyper[0], hyper[HYPER - 1], hyper[HYPER], hyper[2 * HYPER - 1])
     with on_device(matrices):
         stream = stream_of(matrices)
         for table in tables:

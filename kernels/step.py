@@ -50,7 +50,7 @@ from .tiles import GroupedTile, grouped
 
 GRAM_RANK = 64  # largest rank class whose Gram is summed while the step writes
 HYPER = 5  # numbers of a side: learning rate, β₁, β₂, ε, weight decay
-NO_NUMBERS = (0.0,) * 2 * HYPER  # where they are in memory
+NO_NUMBERS = (None,) * 2 * HYPER  # where they are in memory
 
 
 @triton.jit
@@ -389,7 +389,9 @@ def _registers(tile: GroupedTile, matrix: bool, gram: bool) -> dict[str, int]:
     """A thread's, said where ptxas, left to itself, spills to fit one program more on a multiprocessor."""
     if gram and tile.r >= 64:
         return {"maxnreg": 255}
-    return {"maxnreg": 128} if matrix and tile.r <= 32 else {}
+    if matrix and tile.r <= 64:
+        return {"maxnreg": 128}
+    return {"maxnreg": 80} if gram else {}
 
 
 def transform_(tensors: list[torch.Tensor], is_a: list[bool], matrices: torch.Tensor, add: bool = False) -> None:

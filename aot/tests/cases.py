@@ -165,15 +165,21 @@ def pairs_case(library, device, dtype, r, names: str) -> tuple[Case, list[tuple]
     return case, factors
 
 
-def on_device(case: Case, group: Group, host: torch.Tensor) -> None:
+def on_device(case: Case, group: Group, host: torch.Tensor, columns: int = 8, beside: bool = False) -> None:
+    """``columns``: numbers of a row of the table. ``beside``: a list of as many addresses comes after it."""
     case.table = host.to(case.device)
     group.device = case.table.data_ptr()
     n = group.n_factors
-    counters, tiles = (group.device + at * n for at in (80, 144))
-    entries, pairs = host[: 80 * n].view(torch.int64), host[144 * n :].view(torch.int32)
-    case.tables = [
-        {"entries": (group.device, entries.tolist()), "counters": (counters, None), "tiles": (tiles, pairs.tolist())}
-    ]
+    sizes = {"entries": 8 * columns * n, "beside": 8 * n if beside else 0, "counters": 64 * n}
+    sizes["tiles"] = 8 * group.n_programs
+    table, offset = {}, 0
+    for name, size in sizes.items():
+        kind = torch.int64 if name in ("entries", "beside") else torch.int32
+        contents = None if name == "counters" else host[offset : offset + size].view(kind).tolist()
+        if size:
+            table[name] = group.device + offset, contents
+        offset += -(-size // 16) * 16
+    case.tables = [table]
 
 
 def plan(case: Case, t, op: int, factors, flat: bool = False, by_pair: bool = False) -> Group:
@@ -182,7 +188,7 @@ def plan(case: Case, t, op: int, factors, flat: bool = False, by_pair: bool = Fa
         addresses = [t[name].data_ptr() for name in names]
         rows.append(Factor((c_void_p * 4)(*addresses), d, 0, is_a, i if by_pair else index))
     group, host = case.library.group(op, case.dtype, case.r, rows, flat)
-    on_device(case, group, host)
+    on_device(case, group, host, beside=op < 2)
     return group
 
 
@@ -301,15 +307,15 @@ def cayley_case(library, device, dtype, r, backward):
 def cayley_tables(case: Case, group, host: torch.Tensor) -> list[dict]:
     """Of the three launches."""
     n, rows = group.n_pairs, 7 if group.backward else 4
-    names = ("entries", "entries", "moving", "counters", "tiles", "tiles")
-    sizes = [160 * n, 160 * n, 8 * rows * n, 128 * n, *(8 * count for count in group.n_programs)]
+    names = ("entries", "moving", "counters", "tiles", "tiles")
+    sizes = [128 * n, 8 * rows * n, 128 * n, *(8 * count for count in group.n_programs)]
     found, offset = [], 0
     for name, size, part in zip(names, sizes, in_parts(host, sizes), strict=True):
         kind = torch.int64 if name in ("entries", "moving") else torch.int32
         contents = None if name == "counters" else part[:size].view(kind).tolist()
         found.append((name, (group.device + offset, contents)))
         offset += part.nbytes
-    sums, products = (dict(found[i] for i in which) for which in ((0, 2, 3, 4), (1, 2, 3, 5)))
+    sums, products = (dict(found[i] for i in which) for which in ((0, 1, 2, 3), (0, 1, 2, 4)))
     return [sums, sums, products]
 
 
@@ -343,7 +349,7 @@ def merge_case(library, device, dtype, r, rounding):
             addresses = [t[f"{name}{i}"].data_ptr() for name in ("w", "lost" if compensated else "w", "a", "b")]
             factors.append(Factor((c_void_p * 4)(*addresses), d_out, d_in, 0, i))
         group, host = library.group(3, dtype, r, factors)
-        on_device(case, group, host)
+        on_device(case, group, host, columns=12)
         library("merge", group, t["scale"], merge.ROUNDINGS.index(rounding), c_int64(SEED))
         return of(t, "w") + of(t, "lost")
 
