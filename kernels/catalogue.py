@@ -178,7 +178,7 @@ def halves(r: int, dtype: torch.dtype) -> int:
 
 # ---- The step
 
-NUMBERS = (1e-3, 0.9, 0.999, 1e-8, 0.1) * 2  # hyperparameters of b's factors and of a's
+NUMBERS = step.Settings((1e-3, 0.9, 0.999, 1e-8, 0.1) * 2)
 
 
 def _pairs(r: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -8,7 +8,7 @@ Math      iLoRA      D = Ka − ρ Kb,  hₓ = min(lrₓ λ, 1 / ((1+ρ) max(σ�
 Grid      one program per pair; iLoRA walks the Gram in blocks of 64×64, twice: for the row sums, then for D.
 Shapes    Ka, Kb float32 (n, r, r), contiguous; per-pair numbers float32 (n,). Results count factors, b's first, then
           a's, as pass 2 takes them: matrices float32 (2n, r, r), coefficients float32 (2n,). Learning rates: numbers,
-          or float32 at addresses on the device. Arithmetic float32.
+          or floats at addresses on the device. Arithmetic float32.
 Roofline  2 r² numbers read twice, 2 r² written: a few kilobytes a pair, bound by the launch.
 """
 
@@ -49,7 +49,7 @@ def lora_imbalance_kernel(
     largest = tl.maximum(largest_row_sum(p_ka, r, BLOCK_R), ratio * largest_row_sum(p_kb, r, BLOCK_R))
     bound = 1.0 / ((1.0 + ratio) * largest)  # infinite for a pair of zeros, whose D is 0
     if LR_IN_MEMORY:
-        lr_a, lr_b = tl.load(p_lr_a), tl.load(p_lr_b)
+        lr_a, lr_b = tl.load(p_lr_a).to(tl.float32), tl.load(p_lr_b).to(tl.float32)
     h_a, h_b = tl.minimum(lr_a * lam, bound), tl.minimum(lr_b * lam, bound)
     for o_row in range(0, r, BLOCK_R):
         i_row = o_row + tl.arange(0, BLOCK_R)
@@ -85,10 +85,11 @@ def learning_rates(
     """Whether kernels read both from memory; where, and the numbers, of which one stands in for the other. A rate that
     is on ``stand_in``'s device stays there, one on a CPU is a number."""
     device = stand_in.device
-    if not (is_on_device(lr_a, device) or is_on_device(lr_b, device)):
+    there = [is_on_device(lr, device) for lr in (lr_a, lr_b)]
+    if not any(there):
         return False, (stand_in, stand_in), (float(lr_a), float(lr_b))
-    rates = tuple(torch.as_tensor(lr, dtype=torch.float32, device=device) for lr in (lr_a, lr_b))
-    return True, rates, (0.0, 0.0)
+    rates = [lr if at else torch.full((), lr, device=device) for lr, at in zip((lr_a, lr_b), there, strict=True)]
+    return True, tuple(rates), (0.0, 0.0)
 
 
 def imbalance(

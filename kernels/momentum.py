@@ -10,8 +10,6 @@ Shapes    p, g, m of one shape and any float each; M float32 (n, R, R). Arithmet
 Roofline  2 reads and 1 write of d·r elements each: memory bound.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +17,7 @@ import triton.language as tl
 from .gram import load_block
 from .launch import Launch, on_device, plan, stream_of
 from .primitives import dot, round_to, settled, widened
-from .step import HYPER, block_k, double, load_matrix, of_side, times_matrix
+from .step import HYPER, Settings, block_k, double, learning_rate, load_matrix, of_side, times_matrix
 from .table import INDEX, SIDE, SIDE_A, TL_DTYPE, D, Listed, R, Table, entry, offsets, pointer_at, sizes, tensor_at
 from .tiles import grouped
 
@@ -67,7 +65,9 @@ def lora_momentum_kernel(
         )
     if i_chunk == 0:
         step = steps + entry(entries, i_tensor, INDEX)
-        tl.store(step, tl.load(step) + 1.0)
+        t = tl.load(step) + 1.0
+        tl.debug_barrier()  # every thread has read it
+        tl.store(step, t)
 
 
 @triton.jit
@@ -97,22 +97,18 @@ def move_factor(
         tl.store(p + offsets(i_d, i_r, d, r, IS_A, EXPERTS), round_to(b_p, P), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["p_lr_b", "p_lr_a"])
 def lora_move_kernel(
-    entries, tiles, matrices, hyper, lr_b: tl.float64, decay_b: tl.float64, lr_a: tl.float64, decay_a: tl.float64,
-    stride_hyper, HYPER_IN_MEMORY: tl.constexpr, P: tl.constexpr, M: tl.constexpr, UNIFORM_R: tl.constexpr,
+    entries, tiles, matrices, p_lr_b, p_lr_a, lr_b: tl.float64, decay_b: tl.float64, lr_a: tl.float64,
+    decay_a: tl.float64, RATES: tl.constexpr, P: tl.constexpr, M: tl.constexpr, UNIFORM_R: tl.constexpr,
     ALIGNED: tl.constexpr, EXPERTS: tl.constexpr, R_MAX: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """HYPER_IN_MEMORY: float64 rows as in step.py, of which the first and the last number count."""
+    """RATES: as in step.py."""
     i_tensor, i_chunk = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
     is_a = entry(entries, i_tensor, SIDE) == SIDE_A
-    if HYPER_IN_MEMORY:
-        row = hyper + entry(entries, i_tensor, INDEX) * stride_hyper
-        lr, decay = tl.load(row), tl.load(row + 4)
-    else:
-        lr, decay = of_side(is_a, lr_b, lr_a), of_side(is_a, decay_b, decay_a)
-    keep = (1.0 - lr * decay).to(tl.float32)
+    lr = learning_rate(is_a, p_lr_b, p_lr_a, lr_b, lr_a, RATES)
+    keep = (1.0 - lr * of_side(is_a, decay_b, decay_a)).to(tl.float32)
     if is_a:
         move_factor(
             entries, matrices, i_tensor, i_chunk, keep, True, P, M, UNIFORM_R, ALIGNED, EXPERTS, R_MAX, CHUNK, BLOCK_D,
@@ -153,32 +149,33 @@ class _AverageLaunch:
         self.launch.go(stream, (listed.table.entries, listed.addresses, self.tiles.pairs, steps), (beta,))
 
 
-def move_(tables: list[Table], matrices: torch.Tensor, hyper: torch.Tensor | Sequence[float]) -> None:
-    """p ← (1 - η w) p + M m, or + m M, of tables with columns p, m. matrices: float32 (n, R, R). hyper: as
-    ``step.step_tables_`` takes them. Version counters are the caller's."""
-    in_memory = isinstance(hyper, torch.Tensor)
-    numbers = (None,) * 4 if in_memory else (hyper[0], hyper[HYPER - 1], hyper[HYPER], hyper[2 * HYPER - 1])
+def move_(tables: list[Table], matrices: torch.Tensor, settings: Settings) -> None:
+    """p ← (1 - η w) p + M m, or + m M, of tables with columns p, m. matrices: float32 (n, R, R). Of ``settings`` the
+    learning rates and weight decays count. Version counters are the caller's."""
+    numbers, rates = settings
+    numbers = numbers[0], numbers[HYPER - 1], numbers[HYPER], numbers[2 * HYPER - 1]
+    kind = rates and tuple(rate.dtype for rate in rates)
     with on_device(matrices):
         stream = stream_of(matrices)
         for table in tables:
-            make = lambda table=table: _MoveLaunch(table, matrices.shape[-1], in_memory)
-            launch = plan(table.plans, ("move", matrices.shape[-1], in_memory), stream, make)
-            launch(table, matrices, hyper if in_memory else matrices, numbers, stream)
+            make = lambda table=table: _MoveLaunch(table, matrices.shape[-1], rates is not None)
+            launch = plan(table.plans, ("move", matrices.shape[-1], kind), stream, make)
+            launch(table, matrices, rates or (matrices, matrices), numbers, stream)
 
 
 class _MoveLaunch:
-    def __init__(self, table: Table, r_max: int, in_memory: bool):
+    def __init__(self, table: Table, r_max: int, rates: bool):
         tile = grouped("transform", max(16, r_max))
         self.tiles = table.tiles(tile.chunk)
         self.launch = Launch(
             lora_move_kernel,
             (self.tiles.programs,),
-            (HYPER,),
-            {"HYPER_IN_MEMORY": in_memory, "P": TL_DTYPE[table.dtypes[0]], "M": TL_DTYPE[table.dtypes[1]]}
+            (),
+            {"RATES": rates, "P": TL_DTYPE[table.dtypes[0]], "M": TL_DTYPE[table.dtypes[1]]}
             | {"UNIFORM_R": table.uniform_r, "ALIGNED": table.aligned, "EXPERTS": table.experts, "R_MAX": r_max}
             | {"CHUNK": tile.chunk, "BLOCK_D": tile.d, "BLOCK_R": tile.r, "BLOCK_K": block_k(tile)}
             | {"num_warps": tile.warps, "num_stages": tile.stages},
         )
 
-    def __call__(self, table: Table, matrices: torch.Tensor, hyper: torch.Tensor, numbers: tuple, stream) -> None:
-        self.launch.go(stream, (table.entries, self.tiles.pairs, matrices, hyper), numbers)
+    def __call__(self, table: Table, matrices: torch.Tensor, rates: tuple, numbers: tuple, stream: int | None) -> None:
+        self.launch.go(stream, (table.entries, self.tiles.pairs, matrices, *rates), numbers)

@@ -64,7 +64,7 @@ def load_damped(gram, trace, damping, r, i_row, i_col):
 def coefficient(p_lr_a, p_lr_b, lr_a, lr_b, trace_x, trace_y, is_b, LR_IN_MEMORY: tl.constexpr):
     """What the T of Grams divided by their traces is multiplied by: −(η/2) / √(tr X tr Y)."""
     if LR_IN_MEMORY:
-        lr_a, lr_b = tl.load(p_lr_a), tl.load(p_lr_b)
+        lr_a, lr_b = tl.load(p_lr_a).to(tl.float32), tl.load(p_lr_b).to(tl.float32)
     lr = tl.where(is_b, lr_b, lr_a)
     return -0.5 * lr / tl.sqrt_rn(trace_x) / tl.sqrt_rn(trace_y)
 

@@ -18,7 +18,6 @@ Roofline  4 reads and 3 writes of d·r elements; M, partial Grams and the table 
           M no longer fits in registers and is read for every tile (from L2), and the Gram takes a launch of its own.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,7 +49,6 @@ from .tiles import GroupedTile, grouped
 
 GRAM_RANK = 64  # largest rank class whose Gram is summed while the step writes
 HYPER = 5  # numbers of a side: learning rate, β₁, β₂, ε, weight decay
-NO_NUMBERS = (None,) * 2 * HYPER  # where they are in memory
 
 
 @triton.jit
@@ -73,6 +71,16 @@ def double(number):
 @triton.jit
 def of_side(is_a, of_b, of_a):
     return tl.where(is_a, double(of_a), double(of_b))
+
+
+@triton.jit
+def learning_rate(is_a, p_lr_b, p_lr_a, lr_b, lr_a, RATES: tl.constexpr):
+    """float64, from memory with RATES."""
+    if RATES:
+        lr = tl.where(is_a, tl.load(p_lr_a).to(tl.float64), tl.load(p_lr_b).to(tl.float64))
+    else:
+        lr = of_side(is_a, lr_b, lr_a)
+    return lr
 
 
 @triton.jit
@@ -197,27 +205,30 @@ def step_factor(
             add_up(p_mine - i_chunk.to(tl.int64) * stride, p_total, stride, i_r, i_r, count, R_MAX)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["p_lr_b", "p_lr_a"])
 def lora_step_kernel(
-    entries, beside, tiles, hyper, steps, additive, matrices, scale_p, scale_g, partials, totals, counters,
+    entries, beside, tiles, hyper, p_lr_b, p_lr_a, steps, additive, matrices, scale_p, scale_g, partials, totals,
+    counters,
     lr_b: tl.float64, beta1_b: tl.float64, beta2_b: tl.float64, eps_b: tl.float64, decay_b: tl.float64,
     lr_a: tl.float64, beta1_a: tl.float64, beta2_a: tl.float64, eps_a: tl.float64, decay_a: tl.float64, stride_hyper,
-    HYPER_IN_MEMORY: tl.constexpr, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
+    ROWS: tl.constexpr, RATES: tl.constexpr, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
     ADD: tl.constexpr, MATRIX: tl.constexpr, SCALE: tl.constexpr, GRAM: tl.constexpr,
     UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, EXPERTS: tl.constexpr, R_MAX: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """HYPER_IN_MEMORY: float64 rows, ``stride_hyper`` apart, one for every factor; else the numbers of each side."""
+    """ROWS: hyperparameters are float64 rows, ``stride_hyper`` apart, one for every factor; else numbers of each side,
+    RATES: but for the learning rates, which are at p_lr_b and p_lr_a."""
     i_tensor, i_chunk = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
     index, is_a = entry(entries, i_tensor, INDEX), entry(entries, i_tensor, SIDE) == SIDE_A
     t = tl.load(steps + index) + 1.0
-    if HYPER_IN_MEMORY:
+    if ROWS:
         row = hyper + index * stride_hyper
         lr, beta1, beta2, eps, decay = (
             tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4),
         )  # fmt: skip
     else:
-        lr, beta1, beta2 = of_side(is_a, lr_b, lr_a), of_side(is_a, beta1_b, beta1_a), of_side(is_a, beta2_b, beta2_a)
+        lr = learning_rate(is_a, p_lr_b, p_lr_a, lr_b, lr_a, RATES)
+        beta1, beta2 = of_side(is_a, beta1_b, beta1_a), of_side(is_a, beta2_b, beta2_a)
         eps, decay = of_side(is_a, eps_b, eps_a), of_side(is_a, decay_b, decay_a)
     of_step = constants(lr, beta1, beta2, eps, decay, t.to(tl.int32))
     as_a = False if BLOCK_R == 1 else is_a
@@ -294,6 +305,14 @@ class Work(NamedTuple):
     gram: bool = False
 
 
+class Settings(NamedTuple):
+    """Hyperparameters of b's factors, then of a's: learning rate, β₁, β₂, ε, weight decay of each. ``rates``: learning
+    rates that are read on the device, of b and of a, in place of the numbers: float tensors of one element."""
+
+    numbers: tuple[float, ...]
+    rates: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
 def step_(
     factors: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
     is_a: list[bool],
@@ -320,14 +339,13 @@ def step_(
 
 
 def step_tables_(
-    factors: list[Listed], n: int, r: int, hyper: torch.Tensor | Sequence[float], steps: torch.Tensor, work: Work
+    factors: list[Listed], n: int, r: int, settings: Settings, steps: torch.Tensor, work: Work
 ) -> torch.Tensor | None:
-    """The same for tables of n factors of rank r, with columns p, m, v and the gradients beside them. hyper: as there,
-    or the ten numbers: those of b's factors, then those of a's. Version counters are the caller's, and so are Grams
-    above ``GRAM_RANK``: there it returns None."""
+    """The same for tables of n factors of rank r, with columns p, m, v and the gradients beside them. Version counters
+    are the caller's, and so are Grams above ``GRAM_RANK``: there it returns None."""
     _check_work(n, r, steps, work)
     totals = _totals(n, r, steps.device) if work.gram and _gram_in_pass(r) else None
-    _launch_step(factors, hyper, steps, work, totals, r)
+    _launch_step(factors, settings, steps, work, totals, r)
     return totals
 
 
@@ -340,32 +358,34 @@ def _gram_in_pass(r_max: int) -> bool:
 
 
 def _launch_step(factors: list[Listed], hyper, steps, work: Work, totals: torch.Tensor | None, r_max: int) -> None:
+    """``hyper``: rows in memory, or ``Settings``."""
+    rows = hyper if isinstance(hyper, torch.Tensor) else None
+    numbers, rates = ((None,) * 2 * HYPER, None) if rows is not None else hyper
     flags = work.additive is not None, work.matrices is not None, work.scale_p is not None, totals is not None
-    stride = (HYPER if len(hyper) > 1 else 0) if isinstance(hyper, torch.Tensor) else None
+    kind = None if rows is None else len(rows) > 1, rates and tuple(rate.dtype for rate in rates), *flags
     with on_device(steps):
         stream = stream_of(steps)
         for table, beside, dtype, _ in factors:
-            make = lambda table=table, dtype=dtype: _StepLaunch(table, dtype, r_max, stride, *flags)
-            launch = plan(table.plans, ("step", dtype, r_max, stride, *flags), stream, make)
-            launch(table, beside, hyper, steps, work, totals, stream)
+            make = lambda table=table, dtype=dtype: _StepLaunch(table, dtype, r_max, rows, rates is not None, *flags)
+            launch = plan(table.plans, ("step", dtype, r_max, *kind), stream, make)
+            launch(table, beside, rows, rates, numbers, steps, work, totals, stream)
 
 
 class _StepLaunch:
-    """``stride``: from row to row of what is in memory, or None for numbers."""
-
     def __init__(
-        self, table: Table, dtype, r_max: int, stride: int | None, add: bool, matrix: bool, scale: bool, gram: bool
-    ):
+        self, table: Table, dtype, r_max: int, rows: torch.Tensor | None, rates: bool, add: bool, matrix: bool,
+        scale: bool, gram: bool,
+    ):  # fmt: skip
         flat = not (matrix or scale or gram) and table.experts == 1
         tile = grouped("step", 1 if flat else max(16, r_max))
-        self.tiles, self.in_memory = table.tiles(tile.chunk, flat), stride is not None
+        self.tiles = table.tiles(tile.chunk, flat)
         self.partials = (self.tiles.programs, r_max, r_max) if gram else None
         types = zip("PGMV", (table.dtypes[0], dtype, *table.dtypes[1:]), strict=True)
         self.launch = Launch(
             lora_step_kernel,
             (self.tiles.programs,),
-            (stride or 0,),
-            {"HYPER_IN_MEMORY": self.in_memory}
+            (HYPER if rows is not None and len(rows) > 1 else 0,),
+            {"ROWS": rows is not None, "RATES": rates}
             | {name: TL_DTYPE[of] for name, of in types}
             | {"ADD": add, "MATRIX": matrix, "SCALE": scale, "GRAM": gram}
             | {"UNIFORM_R": 1 if flat else table.uniform_r, "ALIGNED": table.aligned, "EXPERTS": table.experts}
@@ -374,14 +394,16 @@ class _StepLaunch:
             | _registers(tile, matrix, gram),
         )
 
-    def __call__(self, table: Table, beside, hyper, steps, work: Work, totals, stream: int | None) -> None:
+    def __call__(
+        self, table: Table, beside, rows, rates, numbers: tuple, steps, work: Work, totals, stream: int | None
+    ) -> None:
         """What is not there is stood in for by what is: no kernel looks at it."""
         partials = steps
         if self.partials:
             partials = torch.empty(self.partials, dtype=torch.float32, device=steps.device)
+        hyper, lr_b, lr_a = steps if rows is None else rows, *(rates or (steps, steps))
         optional = [steps if x is None else x for x in (*work[:4], totals)]
-        in_memory, numbers = (hyper, NO_NUMBERS) if self.in_memory else (steps, tuple(hyper))
-        given = table.entries, beside, self.tiles.pairs, in_memory, steps, *optional[:4], partials, optional[4]
+        given = table.entries, beside, self.tiles.pairs, hyper, lr_b, lr_a, steps, *optional[:4], partials, optional[4]
         self.launch.go(stream, (*given, table.counters), numbers)
 
 

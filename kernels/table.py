@@ -143,7 +143,7 @@ class Table:
         self.entries = to_device(rows, torch.int64, self.device)
         self.counters = torch.zeros(BLOCKS * len(rows), dtype=torch.int32, device=self.device)
         self._is_a = [is_a[i] for i in members]
-        self._beside = Mirror(torch.int64, self.device)
+        self._beside = Mirror(self.device)
         self._tiles: dict[tuple[int, bool], Tiles] = {}
         self.plans: dict[tuple, Launch] = {}
 
@@ -308,22 +308,21 @@ def check_storage(tensor: torch.Tensor) -> None:
 
 
 class Mirror:
-    """Numbers that the host knows and the device reads: copied again when they have changed, to another place, for what
-    was launched before may still read the old ones."""
+    """Addresses that the host knows and the device reads: copied again when they have changed, to another place, for
+    what was launched before may still read the old ones."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device):
-        self._dtype, self._device = dtype, device
-        self._numbers, self._on_device = None, None
+    def __init__(self, device: torch.device):
+        self._device, self._addresses, self._on_device = device, None, None
 
-    def of(self, numbers: list) -> torch.Tensor:
-        """The numbers on the device.
+    def of(self, addresses: list[int]) -> torch.Tensor:
+        """int64, on the device.
 
         Raises:
             RuntimeError: others than the last while a CUDA graph is captured.
         """
-        if numbers != self._numbers:
+        if addresses != self._addresses:
             check_not_captured()
-            self._numbers, self._on_device = numbers, to_device(numbers, self._dtype, self._device)
+            self._addresses, self._on_device = addresses, to_device(addresses, torch.int64, self._device)
         if capturing():
             keep_for_good(self._on_device)
         return self._on_device
@@ -337,8 +336,8 @@ def capturing() -> bool:
 def check_not_captured() -> None:
     if capturing():
         raise RuntimeError(
-            "lora_fast: a tensor or setting of the step has changed since the last step, and a CUDA graph is being "
-            "captured: run the step once on the tensors to be captured first, and keep their gradients where they are"
+            "lora_fast: a tensor of the step has moved since the last step, and a CUDA graph is being captured: "
+            "run the step once on the tensors to be captured first, and keep their gradients where they are"
         )
 
 

@@ -48,7 +48,6 @@ class Group(Batch):
         self._tables = table.tables(self._columns, is_a, first, experts)
         self._held = [state[name] for state in self._states for name in self._names]  # so that no other has their id
         self._places, self._dtypes = self._places_now(), [p.dtype for p in self._factors]
-        self._hyper_rows = table.Mirror(torch.float64, self._device)
         self._forget()
 
     @classmethod
@@ -142,7 +141,7 @@ class Group(Batch):
     def adamw(self, grams: bool) -> None:
         work = kernel.Work(**self._work, gram=grams)
         factors = self._with_gradients()
-        self._after = kernel.step_tables_(factors, 2 * self.products, self._rank, self._hyper(), self._steps, work)
+        self._after = kernel.step_tables_(factors, 2 * self.products, self._rank, self._settings(), self._steps, work)
         torch.autograd.graph.increment_version(self._factors)
         if grams and self._after is None:
             self._after = self._grams("kb", "ka")
@@ -155,24 +154,20 @@ class Group(Batch):
         return Grams(*totals)
 
     def move(self, matrices: Tensor) -> None:
-        momentum.move_(self._tables, matrices.contiguous(), self._hyper())
+        momentum.move_(self._tables, matrices.contiguous(), self._settings())
         torch.autograd.graph.increment_version(self._factors)
         self._metric = None
 
-    def _hyper(self) -> Tensor | list[float]:
-        """The numbers of b's factors and of a's; or, where a learning rate is on the device, which the host does not
-        wait for and a CUDA graph reads at every replay, float64 (2L, 5) there."""
+    def _settings(self) -> kernel.Settings:
+        """Arguments of the launch; but a learning rate that is on the device is read there: the host does not wait for
+        it, and a CUDA graph finds it at every replay."""
         sides = self.settings_b, self.settings_a
-        there = [is_on_device(settings["lr"], self._device) for settings in sides]
-        numbers = [_numbers(settings, at) for settings, at in zip(sides, there, strict=True)]
-        if not any(there):
-            return numbers[0] + numbers[1]
-        n = self.products
-        hyper = self._hyper_rows.of([numbers[0]] * n + [numbers[1]] * n)
-        for part, settings, at in zip(hyper.chunk(2), sides, there, strict=True):
-            if at:
-                part[:, 0] = settings["lr"]
-        return hyper
+        numbers = [number for settings in sides for number in _numbers(settings, self._device)]
+        rates = [settings["lr"] for settings in sides]
+        if not any([is_on_device(rate, self._device) for rate in rates]):
+            return kernel.Settings(tuple(numbers))
+        b, a = (x if is_on_device(x, self._device) else torch.full((), x, device=self._device) for x in rates)
+        return kernel.Settings(tuple(numbers), (b, a))
 
     def transform(self, matrices: Tensor, of: str = "value", add: bool = False) -> None:
         column = 0 if of == "value" else 1 + self._moments.index(of)
@@ -180,8 +175,8 @@ class Group(Batch):
         torch.autograd.graph.increment_version(self._columns[column])
 
 
-def _numbers(settings: dict, lr_on_device: bool) -> list[float]:
-    lr = 0.0 if lr_on_device else float(settings["lr"])
+def _numbers(settings: dict, device: torch.device) -> list[float]:
+    lr = 0.0 if is_on_device(settings["lr"], device) else float(settings["lr"])
     beta1, beta2 = settings["betas"]
     return [lr, float(beta1), float(beta2), float(settings["eps"]), float(settings["weight_decay"])]
 

@@ -393,6 +393,67 @@ def capture(stub: stub_driver.Stub) -> dict:
     return outcome
 
 
+STEPS = {"AdamW": 1, "ILoRA": 3, "PiLoRA": 5, "LoRAMuon": 4}  # launches
+
+
+def optimizer_steps(stub: stub_driver.Stub) -> dict:
+    """Of each method, rank and place of the learning rate: what a step launches by plan and through Triton's JIT, with
+    gradients that move; and what one loads, once one was made, while a graph is captured."""
+    import torch
+    from torch import nn
+
+    import lora_fast as lf
+    from lora_fast.kernels import launch, table
+
+    outcome = {"differences": [], "launches": {}, "loads": {}}
+    arena, by_jit = Arena(1 << 22), launch.by_jit
+    allocate = torch.empty
+
+    def empty(*shape, dtype=None, device=None):
+        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        strides = allocate(shape, device="meta").stride()
+        return arena.empty_strided(shape, strides, dtype or torch.float32, torch.device(device or "cpu"))
+
+    def noted(step) -> list:
+        arena.rewind()
+        with stub.noted() as launches:
+            torch.empty = empty
+            step()
+            torch.empty = allocate
+        return [launch._replace(function=0) for launch in launches]
+
+    for name, r, on_device in itertools.product(STEPS, (8, 17, 100), (False, True)):
+        shapes = [(64, 40), (40, 64), (33, 24)]
+        pairs = [(nn.Parameter(torch.zeros(r, i)), nn.Parameter(torch.zeros(o, r))) for i, o in shapes]
+        methods = [] if name == "AdamW" else [getattr(lf.methods, name)()]
+        rate = torch.tensor(1e-3) if on_device else 1e-3
+        optimizer = lf.optim.LoRAAdamW(pairs, lr=rate, methods=methods)
+        held, words = [], f"{name}, r={r}, rate {'on the device' if on_device else 'a number'}"
+
+        def move(pairs=pairs, held=held):
+            for p in (p for pair in pairs for p in pair):
+                held.append(p.grad)
+                p.grad = torch.zeros_like(p)
+
+        move()
+        optimizer.step()
+        move()
+        by_plan = noted(optimizer.step)
+        launch.by_jit = lambda: True
+        through_jit = noted(optimizer.step)
+        launch.by_jit = by_jit
+        if by_plan != through_jit:
+            outcome["differences"].append(words)
+        outcome["launches"][words] = [one.kernel for one in by_plan]
+        loads, capturing = stub.counter("loads"), table.capturing
+        table.capturing, table.to_device, to_device = lambda: True, None, table.to_device
+        with stub.capturing():
+            optimizer.step()
+        table.capturing, table.to_device = capturing, to_device
+        outcome["loads"][words] = stub.counter("loads") - loads
+    return outcome
+
+
 def too_large(stub: stub_driver.Stub) -> dict:
     """What a tile that does not fit says; and that the next call, with one that does, runs."""
     import torch
@@ -462,6 +523,7 @@ COMMANDS = {
     "gluon": gluon,
     "variants": variants,
     "capture": capture,
+    "optimizer_steps": optimizer_steps,
     "too_large": too_large,
     "hooks": hooks,
     "threads": threads,

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_fast as lf
 from lora_fast import methods as M
 from lora_fast.groups import Group
-from lora_fast.kernels import interpreted
+from lora_fast.kernels import interpreted, table
 
 pytestmark = pytest.mark.gpu
 
@@ -168,6 +168,75 @@ def test_strided_parameters_and_learning_rates_in_tensors():
     lf.optim.LoRAAdamW(twin, lr=1e-2, methods=[M.ILoRA(lam=1.0)]).step()
     for got, want in zip(behaviour.bits(chosen), behaviour.bits(twin), strict=True):
         assert (got - want).norm() <= 8 * torch.finfo(torch.float32).eps * want.norm()
+
+
+class Recorded:
+    """Launches of the interpreter, which can be made again, as a CUDA graph replays them."""
+
+    def __init__(self, monkeypatch):
+        self.calls, run = [], interpreted.InterpretedFunction.run
+
+        def record(function, *args, **kwargs):
+            self.calls.append(lambda: run(function, *args, **kwargs))
+            return run(function, *args, **kwargs)
+
+        monkeypatch.setattr(interpreted.InterpretedFunction, "run", record)
+
+    def replay(self):
+        for call in self.calls:
+            call()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bench/gpu.py captures real graphs")
+@pytest.mark.parametrize("methods", [[], [M.PiLoRA()], [M.LoRAMuon(), M.ILoRA()]], ids=["plain", "pilora", "lora-muon"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_replay_sees_the_new_step_and_rate(methods, dtype, monkeypatch):
+    """With a learning rate on the device, which a schedule fills: launches read it there, with the step count."""
+    rates = [1e-2, 3e-3, 2e-2]
+    replayed, stepped = behaviour.pairs(), behaviour.pairs()
+    ours, theirs = ([p for a, b, *_ in some for p in (a, b)] for some in (replayed, stepped))
+    for p in ours:
+        p.grad = torch.zeros_like(p)
+    lr = torch.tensor(rates[0], dtype=dtype)
+    with lf.set_backend("triton"):
+        optimizer = lf.optim.LoRAAdamW(replayed, lr=lr, weight_decay=0.1, methods=methods)
+        reference = lf.optim.LoRAAdamW(stepped, lr=rates[0], weight_decay=0.1, methods=methods)
+        recorded = None
+        for i, rate in enumerate(rates):
+            behaviour.set_gradients(stepped, i)
+            torch._foreach_copy_([p.grad for p in ours], [p.grad for p in theirs])
+            lr.fill_(rate)
+            reference.param_groups[0]["lr"] = rate
+            reference.step()
+            if recorded:
+                recorded.replay()
+                continue
+            with monkeypatch.context() as patch:
+                recorded = Recorded(patch)
+                optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert (p - q).norm() <= 4 * torch.finfo(torch.float32).eps * q.norm()
+        assert optimizer.state[p]["step"].item() == len(rates)
+
+
+def test_a_moved_gradient_is_an_error_while_a_graph_is_captured(monkeypatch):
+    """What has not moved is captured without a copy from the host."""
+    chosen = behaviour.pairs()
+    behaviour.set_gradients(chosen, 0)
+    with lf.set_backend("triton"):
+        optimizer = lf.optim.LoRAAdamW(chosen, methods=[M.PiLoRA()])
+        optimizer.step()
+        monkeypatch.setattr(table, "capturing", lambda: True)
+        monkeypatch.setattr(table, "_captured", {})
+        with monkeypatch.context() as patch:
+            patch.setattr(table, "to_device", None)
+            optimizer.step()
+        before = behaviour.bits(chosen)
+        held = [p.grad for a, b, *_ in chosen for p in (a, b)]  # so that none of their places comes again
+        behaviour.set_gradients(chosen, 1)
+        with pytest.raises(RuntimeError, match="has moved since the last step"):
+            optimizer.step()
+    assert behaviour.same(behaviour.bits(chosen), before) and held
 
 
 def test_float64_is_refused_by_name():

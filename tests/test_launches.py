@@ -96,6 +96,18 @@ def test_a_capture_after_a_warm_up_loads_nothing():
     assert "CAPTURE_UNSUPPORTED" in result["refused"]
 
 
+def test_an_optimizers_step_is_launched_by_plans():
+    """They say what Triton's JIT would say, wherever gradients and the learning rate are; a capture after one step
+    loads and copies nothing. Pairs that are not aligned are launched apart."""
+    result = run("optimizer_steps")
+    assert result["differences"] == [] and not any(result["loads"].values())
+    assert len(result["launches"]) == 24
+    for words, launched in result["launches"].items():
+        expected = stub_runs.STEPS[words.split(",")[0]]
+        small = sum(name in ("lora_imbalance_kernel", "lora_spd_solve_kernel") for name in launched)
+        assert expected <= len(launched) <= 2 * expected + small, (words, launched)
+
+
 def test_what_does_not_fit_is_named_before_its_launch():
     result = run("too_large", 89)
     said = ("lora_grad_a_kernel", "BLOCK_T=128", "NVIDIA GeForce RTX 4090", "101376", "204800 bytes", "set_backend")

@@ -16,7 +16,9 @@ from launching import poisoned_empty, randn
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+import lora_fast as lf
 import lora_fast.kernels
+from lora_fast import methods as M
 from lora_fast.kernels import (
     cayley,
     gram,
@@ -33,6 +35,7 @@ from lora_fast.kernels import (
     thin,
     tiles,
 )
+from lora_fast.pairs import Pair
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, for lanes whose values are not used
@@ -78,6 +81,18 @@ def run_step(ranks, lengths, dtype=FLOAT32, state=FLOAT32, add=False, matrix=Fal
     additive, matrices = randn(n) if add else None, randn(n, r_max, r_max) if matrix else None
     with poisoned_empty():
         step.step_(factors, is_a, hyper, steps, step.Work(additive, matrices, scales, scales, want_gram))
+
+
+def run_optimizer(methods, ranks, lengths, dtype=FLOAT32, experts=1) -> None:
+    """One step as an optimizer's group takes it, on factors of each rank; of ``experts`` that lie interleaved."""
+    for r in dict.fromkeys(ranks):
+        chosen = [length for of, length in zip(ranks, lengths, strict=True) if of == r]
+        a, b = factor_pairs([r * experts] * len(chosen), chosen, dtype)
+        pairs = [Pair(f"{i}", *both, experts=experts) for i, both in enumerate(zip(a, b, strict=True))]
+        for p in a + b:
+            p.grad = torch.ones_like(p.requires_grad_())
+        with lf.set_backend("triton"), poisoned_empty():
+            lf.optim.LoRAAdamW(pairs, methods=methods).step()
 
 
 def run_transform(ranks, lengths, dtype=FLOAT32) -> None:
@@ -197,6 +212,18 @@ def step_runs() -> dict:
     return runs
 
 
+def optimizer_runs() -> dict:
+    runs = {}
+    for method in (M.PiLoRA(), M.LoRAMuon()):
+        name = type(method).__name__
+        runs[f"{name} mixed"] = partial(run_optimizer, [method], *MIXED)
+        runs[f"{name} aligned bfloat16"] = partial(run_optimizer, [method], *ALIGNED, BFLOAT16)
+        runs[f"{name} experts"] = partial(run_optimizer, [method], (3, 16), (40, 24), experts=3)
+    runs["LoRAMuon chunks"] = partial(run_optimizer, [M.LoRAMuon()], (3, 3), (2100, 5500))
+    runs["AdamW of numbers"] = partial(run_optimizer, [], *MIXED)
+    return runs
+
+
 def scalora_runs() -> dict:
     runs = {}
     for solver in hadamard.SOLVERS:
@@ -220,6 +247,7 @@ RUNS = {
     **step_runs(),
     "step chunks": partial(run_step, (3,), (1500,)),
     "step rank 70": partial(run_step, (70, 3), (21, 40), add=True, matrix=True, want_gram=True),
+    **optimizer_runs(),
     "transform mixed": partial(run_transform, *MIXED),
     "transform aligned": partial(run_transform, *ALIGNED, BFLOAT16),
     "transform rank 70": partial(run_transform, (70, 3), (21, 40)),
