@@ -218,15 +218,16 @@ def transform(r: int, dtype: torch.dtype, add: bool) -> int:
 
 
 def muon_step(r: int, dtype: torch.dtype) -> int:
-    """The momentum's average and its move; all in ``dtype``."""
+    """The momentum's average, Grams and move; all in ``dtype``."""
     a, b = _pairs(r, dtype)
     n, p = len(a + b), a + b
     g, m = ([torch.zeros_like(x) for x in p] for _ in range(2))
     tables = table.tables([p, m], [True] * len(a) + [False] * len(b), range(n))
     matrices = torch.zeros(n, r, r)
     momentum.average_([found.beside(g) for found in tables], 0.95, torch.ones(n))
+    summed = grams.grams_of([found.column(1) for found in tables], len(a), r, ("ka", "kb", "kp", "kq"))
     momentum.move_(tables, matrices, NUMBERS)
-    return size(*g, *m, *m, *p, *p, *m, matrices)
+    return size(*g, *m, *m, *p, *m, summed, *p, *p, *m, matrices)
 
 
 def imbalance(r: int, dtype: torch.dtype) -> None:

@@ -398,7 +398,8 @@ STEPS = {"AdamW": 1, "ILoRA": 3, "PiLoRA": 5, "LoRAMuon": 4}  # launches
 
 def optimizer_steps(stub: stub_driver.Stub) -> dict:
     """Of each method, rank and place of the learning rate: what a step launches by plan and through Triton's JIT, with
-    gradients that move; and what one loads, once one was made, while a graph is captured."""
+    gradients that move (a kernel that spills is another one by plan, with more registers); and what one loads, once
+    one was made, while a graph is captured."""
     import torch
     from torch import nn
 
@@ -442,8 +443,10 @@ def optimizer_steps(stub: stub_driver.Stub) -> dict:
         launch.by_jit = lambda: True
         through_jit = noted(optimizer.step)
         launch.by_jit = by_jit
-        if by_plan != through_jit:
-            outcome["differences"].append(words)
+        for planned, compiled in zip(by_plan, through_jit, strict=True):
+            spilled = compiled.stack > planned.stack == 0
+            if planned != (compiled._replace(cubin=planned.cubin, stack=0) if spilled else compiled):
+                outcome["differences"].append(f"{words}: {planned.kernel}")
         outcome["launches"][words] = [one.kernel for one in by_plan]
         loads, capturing = stub.counter("loads"), table.capturing
         table.capturing, table.to_device, to_device = lambda: True, None, table.to_device
