@@ -42,6 +42,7 @@ lint: env
 bench: env
 	$(BIN)/python bench/counts.py
 	$(BIN)/python bench/host.py
+	$(BIN)/python bench/host_step.py
 	$(BIN)/python bench/train_step.py
 	$(BIN)/python bench/nb_train_step.py
 	$(BIN)/python bench/run.py

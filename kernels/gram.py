@@ -249,7 +249,7 @@ class _GramLaunch:
             | {"SLOTS": partial_sums, "UNIFORM_R": table.uniform_r, "ALIGNED": table.aligned}
             | {"EXPERTS": table.experts, "R_MAX": r_max, "CHUNK": tile.chunk, "BLOCK_D": tile.d, "BLOCK_R": tile.r}
             | {"num_warps": tile.warps, "num_stages": tile.stages}
-            | {"maxnreg": 128 if tile.r <= 32 else 255},  # left to itself ptxas spills to fit one program more
+            | {"maxnreg": {16: 128, 32: 168}.get(tile.r, 255)},  # left to itself ptxas spills to fit one program more
         )
 
     def __call__(self, factors: Listed, totals: torch.Tensor, stream: int | None) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from . import backend, batches, checks, pairs, step
+from . import backend, batches, checks, pairs
 from .batch import Batch, Member
 from .methods import LoRAPlus, compose
 from .methods.method import Method
 from .pairs import Pair
+from .plain import Plain
 from .sing_linear import count_steps_
 
 __all__ = ["LoRAAdamW"]
@@ -141,9 +142,8 @@ class LoRAAdamW(torch.optim.Optimizer):
         current = self._current_batches()
         if current:
             self._step_pairs(current)
-        for group, rest in zip(self.param_groups, self._rest, strict=True):
-            if trained := [p for p in rest if p.grad is not None]:
-                self._step_plain(trained, group)
+        for plain in self._plain:
+            plain.step(self.param_groups[plain.group])
         return loss
 
     def _step_pairs(self, current: list[Batch]) -> None:
@@ -164,32 +164,26 @@ class LoRAAdamW(torch.optim.Optimizer):
             for method in followers:
                 method.after(batch)
 
-    def _step_plain(self, parameters: list[Tensor], group: dict) -> None:
-        by_kind: dict[tuple, list[Tensor]] = {}
-        for p in parameters:
-            state = self.state[p]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            by_kind.setdefault((p.device, p.dtype), []).append(p)
-        for kind in by_kind.values():
-            states = [self.state[p] for p in kind]
-            moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
-            steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, 1)
-            _adamw(kind, [p.grad for p in kind], *moments, steps, group)
-
     def _current_batches(self) -> list[Batch]:
         """Batches of all pairs that have gradients, built anew if that set, the backend or a parameter's place has
         changed; none where plain AdamW on a list of tensors serves as well. Asked at every step: lists are compared."""
-        trained = [p.grad is not None for p in self._factors]
+        owned = self._owned()
+        if self._built_for is None or owned != self._built_for[2]:
+            self._parameters = self._all_parameters()
+        trained = [p.grad is not None for p in self._parameters]
         triton = self._triton if self._batches and backend.chosen() == self._backend else self._uses_triton()
-        if (triton, trained, *self._owned()) != self._built_for or not all([b.intact() for b in self._batches]):
-            self._build_batches(trained, triton)
-            self._built_for = triton, trained, *self._owned()
+        parts = *self._batches, *self._plain
+        if (triton, trained, owned) != self._built_for or not all([part.intact() for part in parts]):
+            self._build(trained, triton)
+            self._built_for = triton, trained, self._owned()
             self._triton, self._backend = triton, backend.chosen()
         return self._batches
+
+    def _all_parameters(self) -> list[Tensor]:
+        """Each pair's a and b, then all others."""
+        factors = [p for pair, *_ in self._pairs for p in (pair.a, pair.b)]
+        known = set(map(id, factors))
+        return factors + [p for group in self.param_groups for p in group["params"] if id(p) not in known]
 
     def _owned(self) -> tuple:
         """What a user may have put in the place of our own: the state, emptied or another, and lists of parameters."""
@@ -199,29 +193,30 @@ class LoRAAdamW(torch.optim.Optimizer):
     def _uses_triton(self) -> bool:
         return not any(method.needs_stacks for method in self._middle) and batches.grouped([p for p, *_ in self._pairs])
 
-    def _build_batches(self, trained: list[bool], triton: bool) -> None:
+    def _build(self, trained: list[bool], triton: bool) -> None:
+        """Batches, and what plain AdamW trains: each parameter that has a gradient now is in one of them."""
         active = []
-        for i, (of_a, of_b) in enumerate(zip(trained[::2], trained[1::2], strict=True)):
+        for (pair, *groups), of_a, of_b in zip(self._pairs, trained[::2], trained[1::2], strict=False):
             if of_a != of_b and self._middle:
                 factor = "lora_B" if of_a else "lora_A"
                 methods = ", ".join(type(method).__name__ for method in self._middle)
-                name = f"{self._pairs[i][0].name}.{factor}.grad"
-                raise checks.ArgumentError(name, f"a gradient ({methods}: both)", "None")
+                raise checks.ArgumentError(f"{pair.name}.{factor}.grad", f"a gradient ({methods}: both)", "None")
             if of_a and of_b and (self._middle or triton):
-                active.append(self._pairs[i])
+                active.append((pair if self._middle else pair.whole(), *groups))
         for method in self._middle:
             method.check([pair for pair, *_ in active])
-        if not self._middle:
-            active = [(pair.whole(), *groups) for pair, *groups in active]
         layout = next((m.layout for m in self._middle if type(m).layout is not Method.layout), Method().layout)
         self._batches = batches.build(active, self.state, layout, triton)
         batched = {id(p) for pair, *_ in active for p in (pair.a, pair.b)}
-        self._rest = [[p for p in group["params"] if id(p) not in batched] for group in self.param_groups]
+        self._plain = []
+        for i, group in enumerate(self.param_groups):
+            rest = [p for p in group["params"] if p.grad is not None and id(p) not in batched]
+            self._plain += Plain.of(rest, i, self.state)
 
     def _forget_batches(self) -> None:
-        self._factors = [p for pair, *_ in self._pairs for p in (pair.a, pair.b)]
         self._batches: list[Batch] = []
-        self._rest: list[list[Tensor]] = []  # of each group, the parameters that are in no batch
+        self._plain: list[Plain] = []
+        self._parameters: list[Tensor] = []
         self._built_for, self._triton, self._backend = None, False, ""
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -241,13 +236,8 @@ class LoRAAdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict:
         own = {"_methods": self._methods, "_middle": self._middle, "_pairs": self._pairs}
-        rebuilt = {"_factors": self._factors, "_batches": [], "_rest": [], "_built_for": None, "_triton": False}
-        return super().__getstate__() | own | rebuilt | {"_backend": ""}
-
-
-def _adamw(p: list, g: list, m: list, v: list, steps: list, group: dict) -> None:
-    if p:
-        step.adamw(p, g, m, v, steps, group["lr"], group["betas"], group["eps"], group["weight_decay"])
+        rebuilt = {"_parameters": [], "_batches": [], "_plain": [], "_built_for": None}
+        return super().__getstate__() | own | rebuilt | {"_triton": False, "_backend": ""}
 
 
 def _is_pair(entry: object) -> bool:

@@ -2,7 +2,7 @@
 of the kernels' tests, and the backend on a CPU.
 
 Pairs come stacked: a (L, r, d_in), b (L, d_out, r) and their gradients. Any floating dtype; r×r results are float32, or
-float64 where the inputs are. Nothing here waits for a device: no value is read on the host, no branch depends on one.
+float64 where the inputs are. Nothing here waits for a device: no value is read from one, no branch depends on one.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def spd_inverse(matrices: Tensor, damping: float) -> Tensor:
     """(matrices + damping I)⁻¹ of Grams: (L, r, r). A Gram that rounding left indefinite gets r ε tr more damping."""
     matrices = wide(matrices)
     r = matrices.shape[-1]
-    _, info = _cholesky(matrices, damping)
+    factor, info = _cholesky(matrices, damping)
+    if not info.is_cuda and not info.any():  # nothing to wait for, and as a rule nothing more to do
+        return torch.cholesky_inverse(factor)
     more = matrices.diagonal(dim1=-2, dim2=-1).sum(-1) * (r * torch.finfo(matrices.dtype).eps)
     ridge = torch.where(info != 0, more, 0.0)[:, None, None] * torch.eye(r, dtype=matrices.dtype, device=more.device)
     factor, info = _cholesky(matrices + ridge, damping)

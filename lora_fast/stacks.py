@@ -13,7 +13,7 @@ from . import reference_scalora, reference_step
 from .batch import Batch, Member, Shapes
 from .reference_step import Grams, wide
 
-CACHED = 1 << 18  # elements of a factor's stack on a CPU, so that a step's passes over it find it in the cache
+CACHED = 1 << 20  # elements of a factor's stack on a CPU, so that a step's passes over it find it in the cache
 
 
 class Factor:
@@ -202,6 +202,8 @@ class Stack(Batch):
     def transform(self, matrices: Tensor, of: str = "value", add: bool = False) -> None:
         for_b, for_a = matrices.chunk(2)
         a, b = (factor.value if of == "value" else factor.state[of] for factor in (self.a, self.b))
-        wide_a, wide_b = wide(a), wide(b)
-        a.copy_(torch.baddbmm(wide_a, for_a, wide_a) if add else for_a @ wide_a)
-        b.copy_(torch.baddbmm(wide_b, wide_b, for_b) if add else wide_b @ for_b)
+        for x, product in ((a, for_a @ wide(a)), (b, wide(b) @ for_b)):
+            if add:
+                x.add_(product)
+            else:
+                x.copy_(product)
