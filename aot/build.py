@@ -121,8 +121,8 @@ def name_of_cubin(kernel) -> str:
 
 
 def _params(kernel) -> list[str]:
-    """name:kind of every parameter: p a pointer, i and l integers of 32 and 64 bits, f a float."""
-    kinds = {"i32": "i", "i64": "l", "fp32": "f"}
+    """name:kind of every parameter: p a pointer, i and l integers of 32 and 64 bits, f a float, d a double."""
+    kinds = {"i32": "i", "i64": "l", "fp32": "f", "fp64": "d"}
     signature = {name: kind for name, kind in kernel.src.signature.items() if kind != "constexpr"}
     params = [f"{name}:{'p' if kind[0] == '*' else kinds[kind]}" for name, kind in signature.items()]
     entry = re.search(r"\.entry[^{]*", kernel.asm["ptx"])[0]

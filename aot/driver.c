@@ -126,7 +126,7 @@ static int load(int row, CUkernel *kernel) {
     return status;
 }
 
-/* The value of the parameter `name` of kind p, i, l or f, in a slot as the kernel reads it. */
+/* The value of the parameter `name` of kind p, i, l, f or d, in a slot as the kernel reads it. */
 static int value_of(const char *name, size_t length, char kind, const struct argument *argument, uint64_t *slot) {
     for (; argument->name; argument++)
         if (strlen(argument->name) == length && !strncmp(argument->name, name, length)) break;
@@ -134,6 +134,7 @@ static int value_of(const char *name, size_t length, char kind, const struct arg
     *slot = 0;
     if (kind == 'p') memcpy(slot, &argument->pointer, sizeof argument->pointer);
     else if (kind == 'f') memcpy(slot, &argument->number, sizeof argument->number);
+    else if (kind == 'd') memcpy(slot, &(double){argument->number}, sizeof(double));
     else memcpy(slot, &argument->integer, kind == 'l' ? 8 : 4); /* little-endian, as every CUDA host */
     return LORA_FAST_OK;
 }

@@ -147,7 +147,12 @@ API int lora_fast_adamw_step(const lora_fast_group *group, const double *hyper, 
                             NAMED_POINTER("matrices", work->matrices), NAMED_POINTER("scale_p", work->scale_p),
                             NAMED_POINTER("scale_g", work->scale_g), NAMED_POINTER("partials", workspace),
                             NAMED_POINTER("totals", work->grams),
-                            NAMED_INTEGER("stride_hyper", hyper_rows > 1 ? HYPER : 0), END},
+                            NAMED_INTEGER("stride_hyper", hyper_rows > 1 ? HYPER : 0),
+                            /* What the optimizer of the Python package passes in place of hyper. */
+                            NAMED_POINTER("p_lr_b", steps), NAMED_POINTER("p_lr_a", steps), NAMED_NUMBER("lr_b", 0),
+                            NAMED_NUMBER("beta1_b", 0), NAMED_NUMBER("beta2_b", 0), NAMED_NUMBER("eps_b", 0),
+                            NAMED_NUMBER("decay_b", 0), NAMED_NUMBER("lr_a", 0), NAMED_NUMBER("beta1_a", 0),
+                            NAMED_NUMBER("beta2_a", 0), NAMED_NUMBER("eps_a", 0), NAMED_NUMBER("decay_a", 0), END},
         stream);
 }
 

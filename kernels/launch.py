@@ -130,6 +130,11 @@ def stream_of(tensor: torch.Tensor) -> int | None:
     return None if by_jit() else device.stream(tensor)
 
 
+def alignments(tensors: Iterable[torch.Tensor]) -> tuple[int, ...]:
+    """What of their addresses a compiled kernel may depend on."""
+    return tuple([tensor.data_ptr() % 16 for tensor in tensors])
+
+
 def plan(plans: dict, key: tuple, stream: int | None, make: Callable):
     """What ``make`` makes, a ``Launch`` or what holds one, kept among ``plans`` where there is a stream."""
     if stream is None:
@@ -154,8 +159,8 @@ def launch(
     if stream is None:
         Launch(kernel, grid, sizes, options).go(None, tensors, numbers)
         return
-    looks = tuple([(tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors])
-    key = kernel, grid, sizes, tuple(options.values()), device.index(tensors[0]), looks
+    dtypes = tuple([tensor.dtype for tensor in tensors])
+    key = kernel, grid, sizes, tuple(options.values()), device.index(tensors[0]), dtypes, alignments(tensors)
     plan(_plans, key, stream, lambda: Launch(kernel, grid, sizes, options)).go(stream, tensors, numbers)
 
 

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from . import gram as grams
 from .gram import add_up, deposit, last_to_arrive, load_block
-from .launch import Launch, check_tensor, on_device, plan, stream_of
+from .launch import Launch, alignments, check_tensor, on_device, plan, stream_of
 from .primitives import dot, round_to, settled, widened
 from .table import (
     INDEX,
@@ -313,6 +313,9 @@ class Settings(NamedTuple):
     rates: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
+NO_SETTINGS = Settings((0.0,) * 2 * HYPER)  # where they are in memory
+
+
 def step_(
     factors: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
     is_a: list[bool],
@@ -360,27 +363,29 @@ def _gram_in_pass(r_max: int) -> bool:
 def _launch_step(factors: list[Listed], hyper, steps, work: Work, totals: torch.Tensor | None, r_max: int) -> None:
     """``hyper``: rows in memory, or ``Settings``."""
     rows = hyper if isinstance(hyper, torch.Tensor) else None
-    numbers, rates = ((None,) * 2 * HYPER, None) if rows is not None else hyper
+    numbers, rates = NO_SETTINGS if rows is not None else hyper
     flags = work.additive is not None, work.matrices is not None, work.scale_p is not None, totals is not None
-    kind = None if rows is None else len(rows) > 1, rates and tuple(rate.dtype for rate in rates), *flags
+    in_rows, dtypes = None if rows is None else len(rows) > 1, rates and tuple(rate.dtype for rate in rates)
+    kind = in_rows, dtypes, alignments([x for x in (rows, steps, *work[:4]) if x is not None]), *flags
     with on_device(steps):
         stream = stream_of(steps)
-        for table, beside, dtype, _ in factors:
-            make = lambda table=table, dtype=dtype: _StepLaunch(table, dtype, r_max, rows, rates is not None, *flags)
-            launch = plan(table.plans, ("step", dtype, r_max, *kind), stream, make)
-            launch(table, beside, rows, rates, numbers, steps, work, totals, stream)
+        for listed in factors:
+            make = lambda listed=listed: _StepLaunch(listed, r_max, rows, rates is not None, *flags)
+            launch = plan(listed.table.plans, ("step", listed.dtype, r_max, *kind), stream, make)
+            launch(listed, rows, rates, numbers, steps, work, totals, stream)
 
 
 class _StepLaunch:
     def __init__(
-        self, table: Table, dtype, r_max: int, rows: torch.Tensor | None, rates: bool, add: bool, matrix: bool,
-        scale: bool, gram: bool,
+        self, factors: Listed, r_max: int, rows: torch.Tensor | None, rates: bool, add: bool, matrix: bool, scale: bool,
+        gram: bool,
     ):  # fmt: skip
+        table = factors.table
         flat = not (matrix or scale or gram) and table.experts == 1
         tile = grouped("step", 1 if flat else max(16, r_max))
         self.tiles = table.tiles(tile.chunk, flat)
         self.partials = (self.tiles.programs, r_max, r_max) if gram else None
-        types = zip("PGMV", (table.dtypes[0], dtype, *table.dtypes[1:]), strict=True)
+        types = zip("PGMV", (table.dtypes[0], factors.dtype, *table.dtypes[1:]), strict=True)
         self.launch = Launch(
             lora_step_kernel,
             (self.tiles.programs,),
@@ -395,7 +400,7 @@ class _StepLaunch:
         )
 
     def __call__(
-        self, table: Table, beside, rows, rates, numbers: tuple, steps, work: Work, totals, stream: int | None
+        self, factors: Listed, rows, rates, numbers: tuple, steps, work: Work, totals, stream: int | None
     ) -> None:
         """What is not there is stood in for by what is: no kernel looks at it."""
         partials = steps
@@ -403,8 +408,9 @@ class _StepLaunch:
             partials = torch.empty(self.partials, dtype=torch.float32, device=steps.device)
         hyper, lr_b, lr_a = steps if rows is None else rows, *(rates or (steps, steps))
         optional = [steps if x is None else x for x in (*work[:4], totals)]
-        given = table.entries, beside, self.tiles.pairs, hyper, lr_b, lr_a, steps, *optional[:4], partials, optional[4]
-        self.launch.go(stream, (*given, table.counters), numbers)
+        table, addresses, *_ = factors
+        given = table.entries, addresses, self.tiles.pairs, hyper, lr_b, lr_a, steps, *optional[:4], partials
+        self.launch.go(stream, (*given, optional[4], table.counters), numbers)
 
 
 def _registers(tile: GroupedTile, matrix: bool, gram: bool) -> dict[str, int]:
@@ -437,7 +443,8 @@ def _launch_transform(tables: list[Table], matrices: torch.Tensor, column: int, 
         stream = stream_of(matrices)
         for table in tables:
             make = lambda table=table: _TransformLaunch(table, column, add, r_max)
-            plan(table.plans, ("transform", column, add, r_max), stream, make)(table, matrices, stream)
+            key = "transform", column, add, r_max, alignments([matrices])
+            plan(table.plans, key, stream, make)(table, matrices, stream)
 
 
 class _TransformLaunch:

@@ -165,9 +165,8 @@ class Table:
             both = zip(gradients, self._is_a, strict=True)
             places = [place for g, side in both for place in addresses(g, side, self.experts)]
         listed = self._beside.of(places)
-        self._held = gradients  # copies live until the launches are made
         report_addresses(listed, gradients)
-        return Listed(self, listed, gradients[0].dtype)
+        return Listed(self, listed, gradients[0].dtype, held=gradients)
 
     def _as_kernels_take_them(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
         """In one dtype, and aligned where the table is."""
@@ -193,12 +192,13 @@ class Table:
 
 class Listed(NamedTuple):
     """A table, and what lies beside each of its factors, such as its gradient: int64 addresses, ``stride`` apart, of
-    tensors in ``dtype``."""
+    tensors in ``dtype``. ``held``: these tensors; some are copies, which live until the launches are made."""
 
     table: Table
     addresses: torch.Tensor
     dtype: torch.dtype
     stride: int = 1
+    held: Sequence[torch.Tensor] = ()
 
 
 def tables(

@@ -273,6 +273,8 @@ def _thin(op: str, name: str, tall: torch.Tensor, d_in: int, d_out: int, r: int)
 def grouped(op: str, r: int) -> GroupedTile:
     """``r``: the largest rank of the launch; 1 only for elementwise work (products need 16 columns)."""
     rank_class = triton.next_power_of_2(r)
+    if rank_class > GROUPED[op][-1][0]:
+        raise ValueError(f"lora_fast: rank: expected 1 to {GROUPED[op][-1][0]}, got {r}")
     return GroupedTile(*next(row for row in GROUPED[op] if rank_class <= row[0])[1:])
 
 

@@ -34,14 +34,15 @@ class Batch(ABC):
 
     Attributes:
         pairs: those that the batch holds. products: L, the number of their products.
-        count: their steps, the one under way included.
+        count: b's steps, the one under way included (a's may be others only without a method that uses both).
         settings_a, settings_b: lr, betas, eps and weight_decay of this step.
     """
 
-    def __init__(self, members: list[Member], count: int):
+    def __init__(self, members: list[Member], counts: tuple[int, int]):
+        """counts: the steps that b and a have taken."""
         self.pairs = [pair for pair, *_ in members]
         self.products = sum(pair.experts for pair in self.pairs)
-        self.count = count
+        self.count = counts[0]
         self._groups = members[0][1:]
         self._per_pair: dict[str, Tensor] = {}
 

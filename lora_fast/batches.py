@@ -34,7 +34,7 @@ def build(
     keyed.sort(key=lambda item: str(item[0]))  # stable: order within a batch is kept
     batches = []
     for key, run in groupby(keyed, key=lambda item: item[0]):
-        batches += kind.of([member for _, member in run], key[0], states, layout)
+        batches += kind.of([member for _, member in run], key[:2], states, layout)
     return batches
 
 

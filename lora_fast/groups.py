@@ -26,12 +26,12 @@ class Group(Batch):
     lie, copied to the device once (one for each combination of dtypes, as a rule one). Gradients move at every step;
     the list of their places is copied when it has changed. Hyperparameters are arguments of the launch."""
 
-    def __init__(self, members: list[Member], count: int, states: dict, layout: Callable):
-        super().__init__(members, count)
+    def __init__(self, members: list[Member], counts: tuple[int, int], states: dict, layout: Callable):
+        super().__init__(members, counts)
         self._b, self._a = [pair.b for pair in self.pairs], [pair.a for pair in self.pairs]
         self._factors = self._b + self._a
         self._rank, self._device = self.pairs[0].rank, self._factors[0].device
-        self._steps = torch.full((2 * self.products,), float(count), device=self._device)
+        self._steps = torch.tensor(counts, dtype=torch.float32).repeat_interleave(self.products).to(self._device)
         experts = [pair.experts for pair in self.pairs] * 2
         first = [0, *accumulate(experts)][:-1]  # row of each factor in what counts products
         layouts = [layout(pair) for pair in self.pairs]
@@ -43,45 +43,50 @@ class Group(Batch):
         self._states = [states[p] for p in self._factors]
         self._moments = [name for name in MOMENTS if name in shapes[0]]
         self._names = (*self._moments, "step")
-        self._columns = [self._factors, *([state[name] for state in self._states] for name in self._moments)]
         is_a = [False] * len(self.pairs) + [True] * len(self.pairs)
-        self._tables = table.tables(self._columns, is_a, first, experts)
-        self._held = [state[name] for state in self._states for name in self._names]  # so that no other has their id
+        self._tables = table.tables(self._columns(), is_a, first, experts)
         self._places, self._dtypes = self._places_now(), [p.dtype for p in self._factors]
+        self._state_places = [self._places_of_state(i) for i in range(len(self._states))]
         self._forget()
 
     @classmethod
-    def of(cls, members: list[Member], count: int, states: dict, layout: Callable) -> list[Group]:
-        return [cls(members, count, states, layout)]
+    def of(cls, members: list[Member], counts: tuple[int, int], states: dict, layout: Callable) -> list[Group]:
+        return [cls(members, counts, states, layout)]
+
+    def _columns(self) -> list[list[Tensor]]:
+        """Of the table. Moments are not held: whoever takes them out of the state may want their memory."""
+        return [self._factors, *([state[name] for state in self._states] for name in self._moments)]
 
     def begin(self, param_groups: list[dict]) -> None:
         super().begin(param_groups)
         self._forget()
         for some in self._tables:
-            report_addresses(some.entries, (column[i] for column in self._columns for i in some.members))
+            report_addresses(some.entries, (column[i] for column in self._columns() for i in some.members))
         if table.capturing():
             table.keep_for_good(self)
 
     def _forget(self) -> None:
-        self._work, self._metric, self._after, self._gradients, self._listed = {}, None, None, None, None
+        self._work, self._metric, self._after, self._listed = {}, None, None, None
 
     def intact(self) -> bool:
         """By comparing lists: at every step, so the host has little time."""
+        last, turn = len(self._states) - 1, self.count % len(self._states)
         return (
             self._places_now() == self._places
             and all([p.is_contiguous() for p in self._factors])
             and [p.dtype for p in self._factors] == self._dtypes
+            and all([self._places_of_state(i) == self._state_places[i] for i in (0, turn, last)])
         )
 
     def _places_now(self) -> list[int]:
         """Where the parameters lie, and which tensors hold their state. To ask each of these where it lies would take
-        longer than all else (it is out of the host's caches): what moves state inside its tensors moves all of it."""
-        first = self._states[0]
-        return [
-            *[p.data_ptr() for p in self._factors],
-            *[id(state[name]) for name in self._names for state in self._states],
-            *[first[name].data_ptr() for name in self._names],
-        ]
+        longer than all else (they are out of the host's caches), so that is asked of the first, the last, and of
+        another at each step: who moves state inside its tensors moves all of it."""
+        ids = [id(state.get(name)) for name in self._names for state in self._states]
+        return [*[p.data_ptr() for p in self._factors], *ids]
+
+    def _places_of_state(self, i: int) -> list[int]:
+        return [self._states[i][name].data_ptr() for name in self._names]
 
     def grams(self, gradients: bool = False) -> Grams:
         if gradients:
@@ -104,10 +109,10 @@ class Group(Batch):
 
     def _with_gradients(self) -> list[table.Listed]:
         if self._listed is None:
-            self._gradients = [p.grad for p in self._factors]
-            if not all([g.is_contiguous() for g in self._gradients]):
-                self._gradients = [g.contiguous() for g in self._gradients]
-            self._listed = [some.beside(self._gradients) for some in self._tables]
+            gradients = [p.grad for p in self._factors]
+            if not all([g.is_contiguous() for g in gradients]):
+                gradients = [g.contiguous() for g in gradients]
+            self._listed = [some.beside(gradients) for some in self._tables]
         return self._listed
 
     def add_to_gradients(self, coefficients: Tensor) -> None:
@@ -143,12 +148,14 @@ class Group(Batch):
         factors = self._with_gradients()
         self._after = kernel.step_tables_(factors, 2 * self.products, self._rank, self._settings(), self._steps, work)
         torch.autograd.graph.increment_version(self._factors)
+        self._listed = None  # gradients are not held past their last use
         if grams and self._after is None:
             self._after = self._grams("kb", "ka")
 
     def momentum(self, beta: float) -> Grams:
         momentum.average_(self._with_gradients(), beta, self._steps)
-        torch.autograd.graph.increment_version(self._columns[1])
+        torch.autograd.graph.increment_version(self._columns()[1])
+        self._listed = None  # as in adamw
         factors = [some.column(1) for some in self._tables]
         totals = gram.grams_of(factors, self.products, self._rank, ("ka", "kb", "kp", "kq"))
         return Grams(*totals)
@@ -172,7 +179,7 @@ class Group(Batch):
     def transform(self, matrices: Tensor, of: str = "value", add: bool = False) -> None:
         column = 0 if of == "value" else 1 + self._moments.index(of)
         kernel.transform_tables_(self._tables, matrices.contiguous(), column, add)
-        torch.autograd.graph.increment_version(self._columns[column])
+        torch.autograd.graph.increment_version(self._columns()[column])
 
 
 def _numbers(settings: dict, device: torch.device) -> list[float]:

@@ -174,6 +174,7 @@ class LoRAAdamW(torch.optim.Optimizer):
         triton = self._triton if self._batches and backend.chosen() == self._backend else self._uses_triton()
         parts = *self._batches, *self._plain
         if (triton, trained, owned) != self._built_for or not all([part.intact() for part in parts]):
+            triton = self._uses_triton()  # parameters may be on another device now
             self._build(trained, triton)
             self._built_for = triton, trained, self._owned()
             self._triton, self._backend = triton, backend.chosen()
@@ -186,9 +187,9 @@ class LoRAAdamW(torch.optim.Optimizer):
         return factors + [p for group in self.param_groups for p in group["params"] if id(p) not in known]
 
     def _owned(self) -> tuple:
-        """What a user may have put in the place of our own: the state, emptied or another, and lists of parameters."""
+        """What a user may have put in the place of our own: each parameter's state, and lists of parameters."""
         lists = [(id(group["params"]), len(group["params"])) for group in self.param_groups]
-        return id(self.state), len(self.state) == 0, lists
+        return list(map(id, self.state.values())), lists
 
     def _uses_triton(self) -> bool:
         return not any(method.needs_stacks for method in self._middle) and batches.grouped([p for p, *_ in self._pairs])

@@ -25,8 +25,7 @@ class Plain:
         self._states = [states[p] for p in parameters]
         for p, state in zip(parameters, self._states, strict=True):
             for name in NAMES[:2]:
-                if name not in state:
-                    state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state[name] = _laid_out(state[name], p) if name in state else torch.zeros_like(p)
         counts = [state.get("step", torch.zeros(())) for state in self._states]
         self._steps = torch.stack([count.to(parameters[0].device, torch.float32) for count in counts])
         for state, count in zip(self._states, self._steps, strict=True):
@@ -50,15 +49,13 @@ class Plain:
 
     def step(self, settings: dict) -> None:
         self._steps += 1
-        gradients = [p.grad for p in self.parameters]
-        if not all([g.is_contiguous() for g in gradients]):  # on a CPU torch's kernel reads them in memory order
-            gradients = [_laid_out(g, p) for g, p in zip(gradients, self.parameters, strict=True)]
+        gradients = [_laid_out(p.grad, p) for p in self.parameters]
         options = (settings[name] for name in ("lr", "betas", "eps", "weight_decay"))
         step.adamw(self.parameters, gradients, *self._lists, *options)
 
 
-def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient with the parameter's strides."""
-    if gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)
+def _laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The tensor with the parameter's strides: on a CPU torch's kernel reads all in the order of memory."""
+    if tensor.stride() == parameter.stride():
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

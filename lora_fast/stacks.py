@@ -37,16 +37,22 @@ class Factor:
             for i, p in enumerate(parameters):
                 if name in states[p]:
                     self.state[name][i].copy_(states[p][name])
-        for i, p in enumerate(parameters):
-            p.data = self.value[i]
-            states[p].update({"step": self.steps[i]} | {name: stack[i] for name, stack in self.state.items()})
-        self._places = [p.data_ptr() for p in parameters]
         stacks = {"value": self.value, "step": self.steps} | self.state
         self._slices = {name: list(stack) for name, stack in stacks.items()}
+        for i, p in enumerate(parameters):
+            p.data = self.value[i]
+            states[p].update({name: slices[i] for name, slices in self._slices.items() if name != "value"})
+        self._states = [states[p] for p in parameters]
+        self._places = self._places_now()
 
     def intact(self) -> bool:
-        """Whether every parameter is still a slice of the stack."""
-        return all(p.data_ptr() == place for p, place in zip(self.parameters, self._places, strict=True))
+        """Whether every parameter and its state are still slices of the stacks."""
+        return self._places_now() == self._places
+
+    def _places_now(self) -> list[int]:
+        names = ("step", *self.state)
+        places = [x.data_ptr() if (x := state.get(name)) is not None else 0 for name in names for state in self._states]
+        return [p.data_ptr() for p in self.parameters] + places
 
     def gradient(self) -> Tensor:
         """(L, …), what the methods have made of it so far; a copy, or theirs."""
@@ -56,7 +62,7 @@ class Factor:
         names = ("value", "exp_avg", "exp_avg_sq", "step")
         if self.grad is None:
             p, m, v, steps = (self._slices[name] for name in names)
-            g = [parameter.grad for parameter in self.parameters]
+            g = [parameter.grad.contiguous() for parameter in self.parameters]  # a CPU's kernel reads memory in order
         else:
             p, m, v = [self.value], [self.state["exp_avg"]], [self.state["exp_avg_sq"]]
             g, steps, self.grad = [self.grad], self._slices["step"][:1], None
@@ -78,7 +84,6 @@ class ExpertsFactor(Factor):
         experts in its first dimension already. New state is zero."""
         self.parameters, self.grad, self._split = [parameter], None, split
         parameter.data = parameter.data.contiguous()
-        self._places = [parameter.data_ptr()]
         state, device = states[parameter], parameter.device
         count = state.get("step", torch.zeros(()))
         self.steps = torch.stack([count.to(device, torch.float32)])
@@ -90,6 +95,8 @@ class ExpertsFactor(Factor):
         self._whole = {name: state[name] for name in shapes}
         self.value = split(parameter.data)
         self.state = {name: split(x) if x.shape == parameter.shape else x for name, x in self._whole.items()}
+        self._states = [state]
+        self._places = self._places_now()
 
     def gradient(self) -> Tensor:
         return self._split(self.parameters[0].grad) if self.grad is None else self.grad
@@ -111,8 +118,8 @@ class ExpertsFactor(Factor):
 class Stack(Batch):
     """Pairs of one shape and dtype, or one pair of experts. a.value (L, r, d_in), b.value (L, d_out, r)."""
 
-    def __init__(self, members: list[Member], count: int, states: dict, shapes: tuple[Shapes, Shapes]):
-        super().__init__(members, count)
+    def __init__(self, members: list[Member], counts: tuple[int, int], states: dict, shapes: tuple[Shapes, Shapes]):
+        super().__init__(members, counts)
         pair = self.pairs[0]
         if pair.experts > 1:
             self.a = ExpertsFactor(pair.a, pair.split_a, shapes[0], states)
@@ -122,13 +129,13 @@ class Stack(Batch):
             self.b = Factor([pair.b for pair in self.pairs], shapes[1], states)
 
     @classmethod
-    def of(cls, members: list[Member], count: int, states: dict, layout: Callable) -> list[Stack]:
+    def of(cls, members: list[Member], counts: tuple[int, int], states: dict, layout: Callable) -> list[Stack]:
         """One stack; on a CPU as many as keep each in its cache; one for each pair of experts."""
         pair = members[0][0]
         size = len(members) if pair.a.is_cuda else max(1, CACHED // max(1, pair.a.numel(), pair.b.numel()))
         size = 1 if pair.experts > 1 else size
         parts = [members[i : i + size] for i in range(0, len(members), size)]
-        return [cls(part, count, states, layout(pair)) for part in parts]
+        return [cls(part, counts, states, layout(pair)) for part in parts]
 
     def begin(self, param_groups: list[dict]) -> None:
         super().begin(param_groups)

@@ -457,6 +457,33 @@ def optimizer_steps(stub: stub_driver.Stub) -> dict:
     return outcome
 
 
+def public_functions(stub: stub_driver.Stub) -> dict:
+    """The functions that are handed lists, twice: with aligned matrices, then with ones that are not."""
+    import torch
+
+    import lora_fast.functional as F
+    from lora_fast.kernels import step
+
+    a, b = [torch.ones(16, 64), torch.ones(16, 32)], [torch.ones(48, 16), torch.ones(24, 16)]
+    zeros = lambda like: [torch.zeros_like(x) for x in like]
+    factors = list(zip(a + b, zeros(a + b), zeros(a + b), zeros(a + b), strict=True))
+    hyper, steps = torch.ones(4, 5, dtype=torch.float64), torch.zeros(4)
+    storage = torch.zeros(4 * 16 * 16 + 1)
+    cubins = []
+    for offset in (0, 1):
+        matrices = storage[offset : offset + 4 * 16 * 16].view(4, 16, 16)
+        with stub.noted() as noted:
+            F.adapter_step_(factors, [True] * 2 + [False] * 2, hyper, steps, F.Work(matrices=matrices))
+            step.transform_(a + b, [True] * 2 + [False] * 2, matrices)
+        cubins.append([launch.cubin for launch in noted])
+    with stub.noted() as noted:
+        F.adapter_step_(factors, [True] * 2 + [False] * 2, hyper, steps)
+        F.gram(a, dim=1)
+        F.scalora_scaling(a, b, zeros(a), zeros(b), 1.0, 1.0)
+        F.merge_(torch.zeros(48, 64), a[0], b[0], 1.0)
+    return {"cubins": cubins, "launched": [launch.kernel for launch in noted]}
+
+
 def too_large(stub: stub_driver.Stub) -> dict:
     """What a tile that does not fit says; and that the next call, with one that does, runs."""
     import torch
@@ -527,6 +554,7 @@ COMMANDS = {
     "variants": variants,
     "capture": capture,
     "optimizer_steps": optimizer_steps,
+    "public_functions": public_functions,
     "too_large": too_large,
     "hooks": hooks,
     "threads": threads,

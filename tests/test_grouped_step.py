@@ -3,6 +3,7 @@ of the methods, in launches and torch operations a step, and as an optimizer."""
 
 import copy
 import io
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -219,6 +220,20 @@ def test_a_replay_sees_the_new_step_and_rate(methods, dtype, monkeypatch):
         assert optimizer.state[p]["step"].item() == len(rates)
 
 
+@pytest.mark.parametrize("methods", [[], [M.PiLoRA()], [M.LoRAMuon()]], ids=["plain", "pilora", "lora-muon"])
+def test_gradients_are_freed_after_the_step(methods):
+    """Also those that kernels could not take as they were."""
+    chosen = behaviour.pairs()
+    with lf.set_backend("triton"):
+        optimizer = lf.optim.LoRAAdamW(chosen, methods=methods)
+        behaviour.set_gradients(chosen, 0)
+        chosen[0][0].grad = chosen[0][0].grad.T.contiguous().T
+        optimizer.step()
+        held = [weakref.ref(p.grad) for a, b, *_ in chosen for p in (a, b)]
+        optimizer.zero_grad()
+    assert not any(reference() for reference in held)
+
+
 def test_a_moved_gradient_is_an_error_while_a_graph_is_captured(monkeypatch):
     """What has not moved is captured without a copy from the host."""
     chosen = behaviour.pairs()
@@ -237,6 +252,88 @@ def test_a_moved_gradient_is_an_error_while_a_graph_is_captured(monkeypatch):
         with pytest.raises(RuntimeError, match="has moved since the last step"):
             optimizer.step()
     assert behaviour.same(behaviour.bits(chosen), before) and held
+
+
+def adamw_of(chosen, **settings):
+    return torch.optim.AdamW([p for a, b, *_ in chosen for p in (a, b)], lr=1e-2, **settings)
+
+
+def test_factors_of_other_step_counts():
+    """b alone had gradients for two steps, then both: each has its own bias correction, as in torch's AdamW."""
+    ours, theirs = behaviour.pairs(), behaviour.pairs()
+    with lf.set_backend("triton"):
+        optimizer, reference = lf.optim.LoRAAdamW(ours, lr=1e-2), adamw_of(theirs, weight_decay=0.0)
+        for i in range(4):
+            for some in (ours, theirs):
+                behaviour.set_gradients(some, i)
+                for p, *_ in some if i < 2 else ():
+                    p.grad = None
+            optimizer.step(), reference.step()
+    for x, y in zip(behaviour.bits(ours), behaviour.bits(theirs), strict=True):
+        assert (x - y).norm() <= 1e-5 * y.norm()
+    assert [optimizer.state[p]["step"].item() for p in ours[0][:2]] == [2, 4]
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("methods", [[], [M.ILoRA()]], ids=["plain", "ilora"])
+@pytest.mark.parametrize("change", ["dict", "entry", "popped", "missing", "cleared"])
+def test_state_that_a_user_changes_is_what_the_next_step_takes(change, methods, backend):
+    """Of one parameter: put back as copies on the way to a CPU and back, reset, lost."""
+    chosen = behaviour.pairs()
+    with lf.set_backend(backend):
+        behaviour.train(optimizer := lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=methods), chosen, 2)
+        behaviour.train(twin := lf.optim.LoRAAdamW(others := behaviour.pairs(), lr=1e-2, methods=methods), others, 2)
+        for opt, some in ((optimizer, chosen), (twin, others)):
+            kept, p = opt.state[some[0][0]], some[0][0]
+            fresh = {name: torch.zeros_like(x) if name != "step" else x.clone() for name, x in kept.items()}
+            if opt is twin:  # by a way that makes the batches anew
+                for name, x in kept.items():
+                    x.copy_(fresh[name])
+                if change in ("popped", "missing", "cleared"):
+                    kept["step"].zero_()
+                opt._forget_batches()
+            elif change == "dict":
+                opt.state[p] = fresh
+            elif change == "entry":
+                kept |= fresh
+            elif change == "popped":
+                opt.state.pop(p)
+            elif change == "missing":
+                del kept["exp_avg"], kept["exp_avg_sq"], kept["step"]
+            elif change == "cleared":
+                kept.clear()
+        behaviour.train(optimizer, chosen, 2, first=2), behaviour.train(twin, others, 2, first=2)
+    assert behaviour.same(behaviour.bits(chosen, optimizer), behaviour.bits(others, twin))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_state_that_is_moved_inside_its_tensors(backend):
+    chosen, others = behaviour.pairs(), behaviour.pairs()
+    with lf.set_backend(backend):
+        optimizers = [lf.optim.LoRAAdamW(some, lr=1e-2, methods=[M.ILoRA()]) for some in (chosen, others)]
+        for optimizer, some in zip(optimizers, (chosen, others), strict=True):
+            behaviour.train(optimizer, some, 2)
+        for state in optimizers[0].state.values():
+            for x in state.values():
+                x.data = x.data.clone()
+        for optimizer, some in zip(optimizers, (chosen, others), strict=True):
+            behaviour.train(optimizer, some, 2, first=2)
+    assert behaviour.same(behaviour.bits(chosen, optimizers[0]), behaviour.bits(others, optimizers[1]))
+
+
+def test_parameters_that_change_their_device_change_their_batches(monkeypatch):
+    """Under "auto", as from a CPU to a GPU."""
+    from lora_fast import backend
+
+    chosen = behaviour.pairs()
+    optimizer = lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=[M.ILoRA()])
+    behaviour.train(optimizer, chosen, 1)
+    assert not any(isinstance(batch, Group) for batch in optimizer._batches)
+    for p in (p for a, b, *_ in chosen for p in (a, b)):
+        p.data = p.data.clone()
+    monkeypatch.setattr(backend, "uses_triton", lambda tensor: True)
+    behaviour.train(optimizer, chosen, 1, first=1)
+    assert all(isinstance(batch, Group) for batch in optimizer._batches)
 
 
 def test_float64_is_refused_by_name():

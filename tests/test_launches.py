@@ -108,6 +108,15 @@ def test_an_optimizers_step_is_launched_by_plans():
         assert expected <= len(launched) <= 2 * expected + small, (words, launched)
 
 
+def test_public_functions_launch_what_their_tensors_allow():
+    """A plan that was made for aligned matrices is not taken for others."""
+    result = run("public_functions")
+    aligned, others = result["cubins"]
+    assert len(aligned) == 2 and not set(aligned) & set(others)
+    expected = ["step", "gram", "gram", "scalora_solve", "scales", "merge"]
+    assert result["launched"] == [f"lora_{name}_kernel" for name in expected]
+
+
 def test_what_does_not_fit_is_named_before_its_launch():
     result = run("too_large", 89)
     said = ("lora_grad_a_kernel", "BLOCK_T=128", "NVIDIA GeForce RTX 4090", "101376", "204800 bytes", "set_backend")

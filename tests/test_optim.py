@@ -451,3 +451,25 @@ def test_state_of_something_else():
     model, other = tiny.peft_llama(targets=["q_proj"]), tiny.peft_llama(targets=["o_proj"])
     with pytest.raises(lf.ArgumentError, match=r"parameter .*o_proj"):
         lf.optim.LoRAAdamW(other).load_state_dict(lf.optim.LoRAAdamW(model).state_dict())
+
+
+@pytest.mark.parametrize("methods", [[], [M.ILoRA()], [M.ScaleReg(decoupled=True)]], ids=["plain", "ilora", "reg"])
+def test_gradients_in_another_memory_order(methods):
+    """torch's fused AdamW on a CPU reads them in the order of memory, whatever their strides."""
+    straight, turned = pairs(), pairs()
+    optimizers = [lf.optim.LoRAAdamW(some, lr=1e-2, methods=methods) for some in (straight, turned)]
+    for i in range(3):
+        set_gradients(straight, i)
+        for (a, b, *_), (c, d, *_) in zip(straight, turned, strict=True):
+            c.grad, d.grad = a.grad.T.contiguous().T, b.grad.T.contiguous().T
+        for optimizer in optimizers:
+            optimizer.step()
+    assert same(bits(straight), bits(turned))
+
+
+def test_a_parameter_in_another_memory_order():
+    straight, turned = pairs(), pairs()
+    turned[0][0].data = turned[0][0].data.T.contiguous().T
+    for some in (straight, turned):
+        train(lf.optim.LoRAAdamW(some, lr=1e-2), some, 3)
+    assert same(bits(straight), bits(turned))
