@@ -44,7 +44,7 @@ SECTIONS = {
     "whole": Section(whole, 82, 82, 72),
     "with_compile": Section(with_compile, 42, 40, 18),
     "small": Section(small, 18, 18, 2.0),
-    "other_steps": Section(other_steps, 16, 15, 3.5),
+    "other_steps": Section(other_steps, 18, 15, 3.5),
     "counters": Section(counters, 38, 38, 25),
 }
 WATCHED = {"families": Section(families, 100, 100, 1), "counted": Section(counted, 60, 60, 5)}  # by memcheck, by ncu

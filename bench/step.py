@@ -38,7 +38,6 @@ METHODS: dict[str, tuple] = {
     "ScaLoRA, 10 steps": (M.ScaLoRA(interval=10),),
     "BaLoRA": (M.BaLoRA(),),
     "LoRARITE": (M.LoRARITE(),),
-    "RefLoRA": (M.RefLoRA(),),
     "LoRAMuon": (M.LoRAMuon(),),
 }
 

@@ -25,12 +25,12 @@ LONG = {
     "ilora lora+": [M.ILoRA(lam=1.0), M.LoRAPlus(4.0)],
     "pilora": [M.PiLoRA(lam=1.0, damping=1e-2)],
     "scalora": [M.ScaLoRA(interval=5)],
-    "ref-lora": [M.RefLoRA()],
-    "lora-muon ilora": [M.LoRAMuon(), M.ILoRA(lam=1.0)],
     "balora mv": [M.BaLoRA(every=3, transport="mv"), M.ScaledAdamW(damping=1e-2)],
 }
 SHORT = {
     "plain": [],
+    "ref-lora": [M.RefLoRA()],
+    "lora-muon ilora": [M.LoRAMuon(), M.ILoRA(lam=1.0)],
     "scale-reg": [M.ScaleReg(lam=0.05), M.ScaledAdamW(damping=1e-2)],
     "scale-reg decoupled": [M.ScaleReg(lam=0.05, decoupled=True)],
     "ilora clipped": [M.ILoRA(lam=1e4, rho_scale=2.0)],

@@ -15,7 +15,7 @@ LAYERS = [
     ["hf"],
     ["optim", "metrics"],
     ["batches", "methods"],
-    ["stacks", "groups"],
+    ["stacks", "groups", "plain"],
     ["batch"],
     ["pairs"],
     ["checkpoint"],
