@@ -18,7 +18,20 @@ from .gram import load_block
 from .launch import Launch, on_device, plan, stream_of
 from .primitives import dot, round_to, settled, widened
 from .step import HYPER, Settings, block_k, double, learning_rate, load_matrix, of_side, times_matrix
-from .table import INDEX, SIDE, SIDE_A, TL_DTYPE, D, Listed, R, Table, entry, offsets, pointer_at, sizes, tensor_at
+from .table import (
+    INDEX,
+    SIDE,
+    SIDE_A,
+    TL_DTYPE,
+    Listed,
+    Table,
+    entry,
+    flat_sizes,
+    offsets,
+    pointer_at,
+    sizes,
+    tensor_at,
+)
 from .tiles import grouped
 
 
@@ -30,10 +43,8 @@ def average_factor(
 ):  # fmt: skip
     WIDE: tl.constexpr = ALIGNED and (IS_A or EXPERTS == 1)
     m, g = tensor_at(entries, i_tensor, 1, M, WIDE), pointer_at(beside + i_tensor, G, WIDE)
-    if BLOCK_R == 1:  # flat
-        d, r = entry(entries, i_tensor, D) * entry(entries, i_tensor, R), 1
-        if ALIGNED:
-            d = d // 8 * 8  # as in table.sizes
+    if BLOCK_R == 1:
+        d, r = flat_sizes(entries, i_tensor, ALIGNED)
     else:
         d, r = sizes(entries, i_tensor, IS_A, UNIFORM_R, WIDE)
     i_r = tl.arange(0, BLOCK_R)

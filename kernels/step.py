@@ -33,11 +33,10 @@ from .table import (
     SIDE,
     SIDE_A,
     TL_DTYPE,
-    D,
     Listed,
-    R,
     Table,
     entry,
+    flat_sizes,
     listed,
     offsets,
     pointer_at,
@@ -145,10 +144,8 @@ def step_factor(
     WIDE: tl.constexpr = ALIGNED and (IS_A or EXPERTS == 1)
     p, g = tensor_at(entries, i_tensor, 0, P, WIDE), pointer_at(beside + i_tensor, G, WIDE)
     m, v = tensor_at(entries, i_tensor, 1, M, WIDE), tensor_at(entries, i_tensor, 2, V, WIDE)
-    if BLOCK_R == 1:  # flat
-        d, r = entry(entries, i_tensor, D) * entry(entries, i_tensor, R), 1
-        if ALIGNED:
-            d = d // 8 * 8  # as in table.sizes
+    if BLOCK_R == 1:
+        d, r = flat_sizes(entries, i_tensor, ALIGNED)
     else:
         d, r = sizes(entries, i_tensor, IS_A, UNIFORM_R, WIDE)
     index, count = entry(entries, i_tensor, INDEX), programs_of(d, CHUNK)

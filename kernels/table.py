@@ -76,6 +76,15 @@ def sizes(entries, i_tensor, IS_A: tl.constexpr, UNIFORM_R: tl.constexpr, ALIGNE
 
 
 @triton.jit
+def flat_sizes(entries, i_tensor, ALIGNED: tl.constexpr):
+    """Of a tensor that counts as numel rows of rank 1, for elementwise work."""
+    numel = entry(entries, i_tensor, D) * entry(entries, i_tensor, R)
+    if ALIGNED:
+        numel = numel // 8 * 8  # as in ``sizes``
+    return numel, 1
+
+
+@triton.jit
 def offsets(i_d, i_r, d, r, IS_A: tl.constexpr, EXPERTS: tl.constexpr = 1):
     """Where element (i_d, i_r) of a factor lies: int64 [BLOCK_D, BLOCK_R]."""
     if IS_A:
@@ -247,10 +256,13 @@ def whole(factors: list[torch.Tensor], is_a: list[bool]) -> Table:
     for factor in factors:
         _check(factor, factor, factors[0])
     places = [(side, t.shape, t.data_ptr(), t.dtype) for t, side in zip(factors, is_a, strict=True)]
-    members = range(len(factors))
-    aligned = all(_is_aligned([factor], side, 1) for factor, side in zip(factors, is_a, strict=True))
-    key = [factors[0].device, places]
-    table = kept("whole", key, lambda: Table([factors], is_a, list(members), members, 1, aligned))
+    members = list(range(len(factors)))
+
+    def build() -> Table:
+        aligned = all(_is_aligned([factor], side, 1) for factor, side in zip(factors, is_a, strict=True))
+        return Table([factors], is_a, members, members, 1, aligned)
+
+    table = kept("whole", [factors[0].device, places], build)
     report_addresses(table.entries, factors)
     return table
 

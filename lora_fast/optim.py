@@ -171,13 +171,10 @@ class LoRAAdamW(torch.optim.Optimizer):
         if self._built_for is None or owned != self._built_for[2]:
             self._parameters = self._all_parameters()
         trained = [p.grad is not None for p in self._parameters]
-        triton = self._triton if self._batches and backend.chosen() == self._backend else self._uses_triton()
         parts = *self._batches, *self._plain
-        if (triton, trained, owned) != self._built_for or not all([part.intact() for part in parts]):
-            triton = self._uses_triton()  # parameters may be on another device now
-            self._build(trained, triton)
-            self._built_for = triton, trained, self._owned()
-            self._triton, self._backend = triton, backend.chosen()
+        if (backend.chosen(), trained, owned) != self._built_for or not all([part.intact() for part in parts]):
+            self._build(trained)
+            self._built_for = backend.chosen(), trained, self._owned()
         return self._batches
 
     def _all_parameters(self) -> list[Tensor]:
@@ -191,11 +188,10 @@ class LoRAAdamW(torch.optim.Optimizer):
         lists = [(id(group["params"]), len(group["params"])) for group in self.param_groups]
         return list(map(id, self.state.values())), lists
 
-    def _uses_triton(self) -> bool:
-        return not any(method.needs_stacks for method in self._middle) and batches.grouped([p for p, *_ in self._pairs])
-
-    def _build(self, trained: list[bool], triton: bool) -> None:
+    def _build(self, trained: list[bool]) -> None:
         """Batches, and what plain AdamW trains: each parameter that has a gradient now is in one of them."""
+        stacked = any(method.needs_stacks for method in self._middle)
+        triton = not stacked and batches.grouped([pair for pair, *_ in self._pairs])
         active = []
         for (pair, *groups), of_a, of_b in zip(self._pairs, trained[::2], trained[1::2], strict=False):
             if of_a != of_b and self._middle:
@@ -218,7 +214,7 @@ class LoRAAdamW(torch.optim.Optimizer):
         self._batches: list[Batch] = []
         self._plain: list[Plain] = []
         self._parameters: list[Tensor] = []
-        self._built_for, self._triton, self._backend = None, False, ""
+        self._built_for: tuple | None = None  # the backend, which parameters have gradients, what is ``_owned``
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue from a ``state_dict`` of the same model, methods and order; the next steps are the same bits.
@@ -238,7 +234,7 @@ class LoRAAdamW(torch.optim.Optimizer):
     def __getstate__(self) -> dict:
         own = {"_methods": self._methods, "_middle": self._middle, "_pairs": self._pairs}
         rebuilt = {"_parameters": [], "_batches": [], "_plain": [], "_built_for": None}
-        return super().__getstate__() | own | rebuilt | {"_triton": False, "_backend": ""}
+        return super().__getstate__() | own | rebuilt
 
 
 def _is_pair(entry: object) -> bool:

@@ -1,15 +1,16 @@
-"""Parameters that plain AdamW trains: torch's fused kernel on lists of tensors, which are kept from step to step."""
+"""Parameters that plain AdamW trains: torch's fused kernel on lists of tensors."""
 
 from __future__ import annotations
 
 from itertools import groupby
+from operator import is_
 
 import torch
 from torch import Tensor
 
 from . import step
 
-NAMES = ("exp_avg", "exp_avg_sq", "step")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Plain:
@@ -24,13 +25,14 @@ class Plain:
         self.parameters, self.group = parameters, group
         self._states = [states[p] for p in parameters]
         for p, state in zip(parameters, self._states, strict=True):
-            for name in NAMES[:2]:
-                state[name] = _laid_out(state[name], p) if name in state else torch.zeros_like(p)
+            for name in MOMENTS:
+                there = state[name].to(p.device, p.dtype) if name in state else torch.zeros_like(p)
+                state[name] = _laid_out(there, p)
         counts = [state.get("step", torch.zeros(())) for state in self._states]
         self._steps = torch.stack([count.to(parameters[0].device, torch.float32) for count in counts])
-        for state, count in zip(self._states, self._steps, strict=True):
+        self._counts = list(self._steps)
+        for state, count in zip(self._states, self._counts, strict=True):
             state["step"] = count
-        self._lists = [[state[name] for state in self._states] for name in NAMES]
         self._kinds = self._kinds_now()
 
     @classmethod
@@ -40,9 +42,11 @@ class Plain:
         return [cls(list(some), group, states) for _, some in groupby(sorted(parameters, key=kind), kind)]
 
     def intact(self) -> bool:
-        """Whether parameters and state are still those that the lists were made of."""
-        ids = [[id(state.get(name)) for state in self._states] for name in NAMES]
-        return ids == [list(map(id, tensors)) for tensors in self._lists] and self._kinds_now() == self._kinds
+        """Whether the parameters are where and what they were, none of their state is missing, and the counts are ours.
+        Moments may be others: they are not held."""
+        counts = [state.get("step") for state in self._states]
+        there = [name in state for name in MOMENTS for state in self._states]
+        return all(map(is_, counts, self._counts)) and all(there) and self._kinds_now() == self._kinds
 
     def _kinds_now(self) -> list[tuple[torch.device, torch.dtype]]:
         return [(p.device, p.dtype) for p in self.parameters]
@@ -50,8 +54,9 @@ class Plain:
     def step(self, settings: dict) -> None:
         self._steps += 1
         gradients = [_laid_out(p.grad, p) for p in self.parameters]
+        moments = ([state[name] for state in self._states] for name in MOMENTS)
         options = (settings[name] for name in ("lr", "betas", "eps", "weight_decay"))
-        step.adamw(self.parameters, gradients, *self._lists, *options)
+        step.adamw(self.parameters, gradients, *moments, self._counts, *options)
 
 
 def _laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from . import reference_scalora, reference_step
 from .batch import Batch, Member, Shapes
 from .reference_step import Grams, wide
 
-CACHED = 1 << 20  # elements of a factor's stack on a CPU, so that a step's passes over it find it in the cache
+CACHED = 1 << 20  # elements of a factor's stack on a CPU: larger ones leave its caches, smaller ones are more calls
 
 
 class Factor:
