@@ -1,6 +1,7 @@
 """Two processes over gloo: an injected model under DDP and FSDP2 has the gradients of one process."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -36,11 +37,17 @@ def wrapped(made: nn.Module, kind: str) -> nn.Module:
 
 
 def worker(rank: int, kind: str, folder: str) -> None:
+    """Trains every config, then ends the process. A failed assertion leaves before that, as an exception.
+
+    The process ends by `os._exit`, since torch keeps gloo's threads after the process group is destroyed. A thread
+    that frees its last tensor while Python shuts down would abort the process (pytorch pull request 179291).
+    """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/{kind}", rank=rank, world_size=WORLD)
     for config in CONFIGS:
         train(rank, kind, config)
     dist.destroy_process_group()
+    os._exit(0)
 
 
 def train(rank: int, kind: str, config) -> None:
