@@ -70,9 +70,9 @@ def pairs() -> list[tuple]:
 def ours(
     stub: stub_driver.Stub, methods: tuple, launches: int, gradients: bool, rate: bool
 ) -> tuple[Callable, Callable]:
-    """What comes before a step, by its number, and the step."""
-    pool = Pool(own := pairs())
-    optimizer = lf.optim.LoRAAdamW(own, lr=LR, methods=list(methods))
+    """Returns a function that prepares the step of a number, and the step."""
+    trained = pairs()
+    pool, optimizer = Pool(trained), lf.optim.LoRAAdamW(trained, lr=LR, methods=list(methods))
 
     def prepare(turn: int) -> None:
         if gradients or not turn:
@@ -91,8 +91,8 @@ def ours(
 
 
 def torchs() -> tuple[Callable, Callable]:
-    pool = Pool(own := pairs())
-    optimizer = torch.optim.AdamW([p for a, b, *_ in own for p in (a, b)], lr=LR, fused=True)
+    pool = Pool(pairs())
+    optimizer = torch.optim.AdamW(pool.parameters, lr=LR, fused=True)
     pool.hand_out(0)
     optimizer.step()
     torch._fused_adamw_ = lambda *args, **kwargs: None

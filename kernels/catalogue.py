@@ -202,7 +202,7 @@ def adamw_step(
     steps, rows = torch.ones(n), torch.zeros(n, r) if scale else None
     work = step.Work(torch.zeros(n) if add else None, torch.zeros(n, r, r) if matrix else None, rows, rows, gram)
     if numbers:
-        factors = [found.beside(g) for found in table.tables([p, m, v], is_a, range(n))]
+        factors = [factors.beside(g) for factors in table.tables([p, m, v], is_a, range(n))]
         summed = step.step_tables_(factors, n, r, NUMBERS, steps, work)
     else:
         hyper = torch.ones(1, step.HYPER, dtype=torch.float64)
@@ -224,8 +224,8 @@ def muon_step(r: int, dtype: torch.dtype) -> int:
     g, m = ([torch.zeros_like(x) for x in p] for _ in range(2))
     tables = table.tables([p, m], [True] * len(a) + [False] * len(b), range(n))
     matrices = torch.zeros(n, r, r)
-    momentum.average_([found.beside(g) for found in tables], 0.95, torch.ones(n))
-    summed = grams.grams_of([found.column(1) for found in tables], len(a), r, ("ka", "kb", "kp", "kq"))
+    momentum.average_([factors.beside(g) for factors in tables], 0.95, torch.ones(n))
+    summed = grams.grams_of([factors.column(1) for factors in tables], len(a), r, ("ka", "kb", "kp", "kq"))
     momentum.move_(tables, matrices, NUMBERS)
     return size(*g, *m, *m, *p, *m, summed, *p, *p, *m, matrices)
 

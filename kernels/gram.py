@@ -29,6 +29,7 @@ from .table import (
     TL_DTYPE,
     Listed,
     entry,
+    largest_rank,
     listed,
     offsets,
     pointer_at,
@@ -194,16 +195,17 @@ def gram(
     totals = torch.empty((len(wanted), n_pairs, r_max, r_max), dtype=torch.float32, device=a[0].device if a else None)
     if n_pairs and wanted:
         sides = [(True, a, da)] * bool({*_SIDE_A} & {*wanted}) + [(False, b, db)] * bool({*_SIDE_B} & {*wanted})
-        factors, beside = [t for _, of, _ in sides for t in of], [t for _, of, d in sides for t in d or of]
-        is_a = [side for side, of, _ in sides for _ in of]
-        indices = [i for _, of, _ in sides for i in range(len(of))]
+        factors = [x for _, xs, _ in sides for x in xs]
+        beside = [x for _, xs, gradients in sides for x in gradients or xs]
+        is_a = [side for side, xs, _ in sides for _ in xs]
+        indices = [i for _, xs, _ in sides for i in range(len(xs))]
         _launch(listed([factors], is_a, beside, indices), totals, wanted)
     return _named(totals, wanted)
 
 
 def factor_grams(tensors: list[torch.Tensor], is_a: list[bool]) -> torch.Tensor:
     """p pᵀ where rank is first, pᵀp where it is last, for any list: float32 (n, R, R), R the largest rank."""
-    r_max = max((t.shape[0 if side else 1] for t, side in zip(tensors, is_a, strict=True)), default=1)
+    r_max = largest_rank(tensors, is_a)
     device = tensors[0].device if tensors else None
     totals = torch.empty((1, len(tensors), r_max, r_max), dtype=torch.float32, device=device)
     if tensors:

@@ -1,6 +1,7 @@
 """What every launcher needs: one launch with all that stays the same from call to call, checks, row-contiguous views,
 the device guard, the dropout arguments."""
 
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
@@ -108,7 +109,8 @@ class Launch:
         )
 
 
-KEPT = 4096  # plans, the oldest go first; one is a few kilobytes
+KEPT = 4096  # plans of a kind, the oldest go first; one is a few kilobytes
+_keeping = threading.Lock()
 _runtime = knobs.runtime
 _INTERPRETED = _runtime.interpret
 
@@ -130,21 +132,27 @@ def stream_of(tensor: torch.Tensor) -> int | None:
     return None if by_jit() else device.stream(tensor)
 
 
-def alignments(tensors: Iterable[torch.Tensor]) -> tuple[int, ...]:
-    """What of their addresses a compiled kernel may depend on."""
-    return tuple([tensor.data_ptr() % 16 for tensor in tensors])
+def alignments(tensors: Iterable[torch.Tensor]) -> tuple[bool, ...]:
+    """Returns which tensors start at a multiple of 16 bytes. A compiled kernel may depend on that, not on more."""
+    return tuple([tensor.data_ptr() % 16 == 0 for tensor in tensors])
+
+
+def keep_plan(plans: dict, key: tuple, plan):
+    """Keeps a plan, in place of the oldest one where there are too many. Returns the plan that has the key: another
+    thread may have been first."""
+    with _keeping:
+        while len(plans) >= KEPT:
+            del plans[next(iter(plans))]
+        return plans.setdefault(key, plan)
 
 
 def plan(plans: dict, key: tuple, stream: int | None, make: Callable):
-    """What ``make`` makes, a ``Launch`` or what holds one, kept among ``plans`` where there is a stream."""
+    """Returns the ``Launch``, or the object that holds one, that ``make`` makes. It is kept among ``plans`` where there
+    is a stream."""
     if stream is None:
         return make()
-    found = plans.get(key)
-    if found is None:
-        while len(plans) >= KEPT:
-            del plans[next(iter(plans))]
-        found = plans[key] = make()
-    return found
+    known = plans.get(key)
+    return keep_plan(plans, key, make()) if known is None else known
 
 
 _plans: dict[tuple, Launch] = {}

@@ -10,21 +10,17 @@ nothing is kept and every launch goes through Triton's JIT.
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch import Tensor
 
 from . import device, dispatch, tuned
 from .grads import GradA, GradSB, grad_a, grad_s_b
-from .launch import Keep, allocator, by_jit, draw_mask, rows, tf32, thin_dtype
+from .launch import Keep, alignments, allocator, by_jit, draw_mask, keep_plan, rows, tf32, thin_dtype
 from .linear import CublasGemm, gemm_of, grad_x, linear
 from .project import Project, project
 from .thin import CublasGradA, CublasGradSB, CublasProject
 
 __all__ = ["backward", "draw_mask", "forward", "grad_a", "grad_s_b", "grad_x", "linear", "project"]
-
-KEPT = 4096  # plans; one is a few kilobytes
 
 
 class Forward:
@@ -144,9 +140,11 @@ def forward(
     key = (
         x.shape, x.stride(), x.dtype, device.index(x), weight.shape, weight.stride(), lora_A.stride(), lora_A.dtype,
         lora_B.shape, lora_B.stride(), lora_B.dtype, None if bias is None else (bias.stride(), bias.data_ptr() & 15),
-        addresses & 15 and _alignment(x, weight, lora_A, lora_B), dropout, rounded, tf32(x), tuned.changes(),
+        addresses & 15 and alignments((x, weight, lora_A, lora_B)), dropout, rounded, tf32(x), tuned.changes(),
     )  # fmt: skip
-    plan = _plans.get(key) or _keep(key, Forward(x, weight, bias, lora_A, lora_B, dropout, rounded))
+    plan = _plans.get(key)
+    if plan is None:
+        plan = keep_plan(_plans, key, Forward(x, weight, bias, lora_A, lora_B, dropout, rounded))
     return plan(x, weight, bias, lora_A, lora_B, scaling, keep, device.stream(x))
 
 
@@ -172,16 +170,17 @@ def backward(
     key = (
         dy.shape, dy.stride(), x.shape, x.stride(), x.dtype, device.index(x), s.stride(), s.dtype, weight.shape,
         weight.stride(), lora_A.stride(), lora_A.dtype, lora_B.shape, lora_B.stride(), lora_B.dtype, needs,
-        addresses & 15 and _alignment(dy, x, s, weight, lora_A, lora_B), dropout, rounded, tf32(x), tuned.changes(),
+        addresses & 15 and alignments((dy, x, s, weight, lora_A, lora_B)), dropout, rounded, tf32(x), tuned.changes(),
     )  # fmt: skip
-    plan = _plans.get(key) or _keep(key, Backward(dy, x, s, weight, lora_A, lora_B, dropout, rounded, needs))
+    plan = _plans.get(key)
+    if plan is None:
+        plan = keep_plan(_plans, key, Backward(dy, x, s, weight, lora_A, lora_B, dropout, rounded, needs))
     return plan(dy, x, s, weight, lora_A, lora_B, scaling, keep, device.stream(x))
 
 
 # ---- The plans
 
 _plans: dict[tuple, Forward | Backward] = {}
-_keeping = threading.Lock()
 _any_autocast = torch._C._is_any_autocast_enabled
 
 
@@ -189,17 +188,3 @@ def _in_autocast(x: Tensor) -> bool:
     """Whether torch's own products would cast their operands. Dtypes were decided by forward's caller, and backward may
     be called in another region than forward."""
     return _any_autocast() and torch.is_autocast_enabled(x.device.type)
-
-
-def _alignment(*tensors: Tensor) -> tuple[bool, ...]:
-    """Which of them start at a multiple of 16 bytes."""
-    return tuple(t.data_ptr() % 16 == 0 for t in tensors)
-
-
-def _keep(key: tuple, plan: Forward | Backward) -> Forward | Backward:
-    """The plan, kept in place of the oldest one where there are too many."""
-    with _keeping:
-        while len(_plans) >= KEPT:
-            del _plans[next(iter(_plans))]
-        return _plans.setdefault(key, plan)
-

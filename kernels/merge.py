@@ -144,9 +144,9 @@ def merge_(
 
 
 def _launch(members: list[tuple], scale: torch.Tensor, rounding: str, seed: int | torch.Tensor) -> None:
-    places = [(i, *[(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in of]) for of, i in members]
+    places = [(i, *[(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in layer]) for layer, i in members]
     table = kept("merge", [scale.device, *places], lambda: _Table(members, scale.device))
-    report_addresses(table.entries, (t for of, _ in members for t in of))
+    report_addresses(table.entries, (t for layer, _ in members for t in layer))
     w, _, a, b = (TL_DTYPE[t.dtype] for t in members[0][0])
     exact = members[0][0][0].dtype == torch.float32
     with on_device(scale):

@@ -80,15 +80,16 @@ def lora_scale_reg_kernel(ka, kb, entries_a, entries_b, coefficients, lam, eps, 
 
 
 def learning_rates(
-    lr_a: float | torch.Tensor, lr_b: float | torch.Tensor, stand_in: torch.Tensor
+    first: float | torch.Tensor, second: float | torch.Tensor, stand_in: torch.Tensor
 ) -> tuple[bool, tuple[torch.Tensor, torch.Tensor], tuple[float, float]]:
-    """Whether kernels read both from memory; where, and the numbers, of which one stands in for the other. A rate that
-    is on ``stand_in``'s device stays there, one on a CPU is a number."""
+    """Returns whether kernels read both rates from memory, the tensors that they read, and the numbers that they get
+    otherwise. A rate on ``stand_in``'s device stays there, and another beside it joins it in float64."""
     device = stand_in.device
-    there = [is_on_device(lr, device) for lr in (lr_a, lr_b)]
+    there = [is_on_device(lr, device) for lr in (first, second)]
     if not any(there):
-        return False, (stand_in, stand_in), (float(lr_a), float(lr_b))
-    rates = [lr if at else torch.full((), lr, device=device) for lr, at in zip((lr_a, lr_b), there, strict=True)]
+        return False, (stand_in, stand_in), (float(first), float(second))
+    put = lambda lr: torch.full((), lr, dtype=torch.float64, device=device)
+    rates = [lr if at else put(lr) for lr, at in zip((first, second), there, strict=True)]
     return True, tuple(rates), (0.0, 0.0)
 
 

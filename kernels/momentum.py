@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 
 from .gram import load_block
-from .launch import Launch, on_device, plan, stream_of
-from .primitives import dot, round_to, settled, widened
-from .step import HYPER, Settings, block_k, double, learning_rate, load_matrix, of_side, times_matrix
+from .launch import Launch, alignments, on_device, plan, stream_of
+from .primitives import round_to
+from .step import HYPER, Settings, TransformLaunch, double, learning_rate, of_side, transform_factor
 from .table import (
     INDEX,
     SIDE,
@@ -81,33 +81,6 @@ def lora_momentum_kernel(
         tl.store(step, t)
 
 
-@triton.jit
-def move_factor(
-    entries, matrices, i_tensor, i_chunk, keep, IS_A: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
-    UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, EXPERTS: tl.constexpr, R_MAX: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    WIDE: tl.constexpr = ALIGNED and (IS_A or EXPERTS == 1)
-    p, m = tensor_at(entries, i_tensor, 0, P, WIDE), tensor_at(entries, i_tensor, 1, M, WIDE)
-    d, r = sizes(entries, i_tensor, IS_A, UNIFORM_R, WIDE)
-    matrix = matrices + entry(entries, i_tensor, INDEX) * R_MAX * R_MAX
-    i_r = tl.arange(0, BLOCK_R)
-    if BLOCK_K == BLOCK_R:
-        b_matrix = load_matrix(matrix, i_r, i_r, r, IS_A, R_MAX)
-    start = i_chunk.to(tl.int64) * CHUNK
-    for o_d in tl.range(start, tl.minimum(start + CHUNK, d), BLOCK_D, num_stages=1):
-        i_d = o_d + tl.arange(0, BLOCK_D)
-        b_move = tl.zeros([BLOCK_D, BLOCK_R], dtype=tl.float32)
-        if BLOCK_K < BLOCK_R:
-            b_move = times_matrix(b_move, m, m, 0.0, matrix, i_d, i_r, d, r, IS_A, False, EXPERTS, R_MAX, BLOCK_K)
-        else:
-            b_m = widened(load_block(m, i_d, i_r, d, r, IS_A, EXPERTS))  # [BLOCK_D, BLOCK_R]
-            b_move = settled(dot(b_m, b_matrix, b_move, "ieee"))  # settled: as in step.transform_factor
-        b_p = keep * load_block(p, i_d, i_r, d, r, IS_A, EXPERTS).to(tl.float32) + b_move
-        mask = (i_d < d)[:, None] & (i_r < r)[None, :]
-        tl.store(p + offsets(i_d, i_r, d, r, IS_A, EXPERTS), round_to(b_p, P), mask=mask)
-
-
 @triton.jit(do_not_specialize=["p_lr_b", "p_lr_a"])
 def lora_move_kernel(
     entries, tiles, matrices, p_lr_b, p_lr_a, lr_b: tl.float64, decay_b: tl.float64, lr_a: tl.float64,
@@ -121,14 +94,14 @@ def lora_move_kernel(
     lr = learning_rate(is_a, p_lr_b, p_lr_a, lr_b, lr_a, RATES)
     keep = (1.0 - lr * of_side(is_a, decay_b, decay_a)).to(tl.float32)
     if is_a:
-        move_factor(
-            entries, matrices, i_tensor, i_chunk, keep, True, P, M, UNIFORM_R, ALIGNED, EXPERTS, R_MAX, CHUNK, BLOCK_D,
-            BLOCK_R, BLOCK_K,
+        transform_factor(
+            entries, matrices, i_tensor, i_chunk, keep, 0, 1, True, P, M, True, UNIFORM_R, ALIGNED, EXPERTS, R_MAX,
+            CHUNK, BLOCK_D, BLOCK_R, BLOCK_K,
         )  # fmt: skip
     else:
-        move_factor(
-            entries, matrices, i_tensor, i_chunk, keep, False, P, M, UNIFORM_R, ALIGNED, EXPERTS, R_MAX, CHUNK,
-            BLOCK_D, BLOCK_R, BLOCK_K,
+        transform_factor(
+            entries, matrices, i_tensor, i_chunk, keep, 0, 1, False, P, M, True, UNIFORM_R, ALIGNED, EXPERTS, R_MAX,
+            CHUNK, BLOCK_D, BLOCK_R, BLOCK_K,
         )  # fmt: skip
 
 
@@ -165,28 +138,11 @@ def move_(tables: list[Table], matrices: torch.Tensor, settings: Settings) -> No
     learning rates and weight decays count. Version counters are the caller's."""
     numbers, rates = settings
     numbers = numbers[0], numbers[HYPER - 1], numbers[HYPER], numbers[2 * HYPER - 1]
-    kind = rates and tuple(rate.dtype for rate in rates)
+    r_max, given = matrices.shape[-1], rates or (matrices, matrices)
+    key = "move", r_max, rates and tuple([rate.dtype for rate in rates]), alignments([matrices])
     with on_device(matrices):
         stream = stream_of(matrices)
         for table in tables:
-            make = lambda table=table: _MoveLaunch(table, matrices.shape[-1], rates is not None)
-            launch = plan(table.plans, ("move", matrices.shape[-1], kind), stream, make)
-            launch(table, matrices, rates or (matrices, matrices), numbers, stream)
-
-
-class _MoveLaunch:
-    def __init__(self, table: Table, r_max: int, rates: bool):
-        tile = grouped("transform", max(16, r_max))
-        self.tiles = table.tiles(tile.chunk)
-        self.launch = Launch(
-            lora_move_kernel,
-            (self.tiles.programs,),
-            (),
-            {"RATES": rates, "P": TL_DTYPE[table.dtypes[0]], "M": TL_DTYPE[table.dtypes[1]]}
-            | {"UNIFORM_R": table.uniform_r, "ALIGNED": table.aligned, "EXPERTS": table.experts, "R_MAX": r_max}
-            | {"CHUNK": tile.chunk, "BLOCK_D": tile.d, "BLOCK_R": tile.r, "BLOCK_K": block_k(tile)}
-            | {"num_warps": tile.warps, "num_stages": tile.stages},
-        )
-
-    def __call__(self, table: Table, matrices: torch.Tensor, rates: tuple, numbers: tuple, stream: int | None) -> None:
-        self.launch.go(stream, (table.entries, self.tiles.pairs, matrices, *rates), numbers)
+            flags = {"RATES": rates is not None, "P": TL_DTYPE[table.dtypes[0]], "M": TL_DTYPE[table.dtypes[1]]}
+            make = lambda table=table, flags=flags: TransformLaunch(lora_move_kernel, table, r_max, flags)
+            plan(table.plans, key, stream, make)(table, matrices, stream, given, numbers)

@@ -62,7 +62,7 @@ def load_damped(gram, trace, damping, r, i_row, i_col):
 
 @triton.jit
 def coefficient(p_lr_a, p_lr_b, lr_a, lr_b, trace_x, trace_y, is_b, LR_IN_MEMORY: tl.constexpr):
-    """What the T of Grams divided by their traces is multiplied by: −(η/2) / √(tr X tr Y)."""
+    """Returns −(η/2) / √(tr X tr Y), the factor of the T of Grams that were divided by their traces."""
     if LR_IN_MEMORY:
         lr_a, lr_b = tl.load(p_lr_a).to(tl.float32), tl.load(p_lr_b).to(tl.float32)
     lr = tl.where(is_b, lr_b, lr_a)
@@ -164,7 +164,7 @@ def lora_muon_blocked_kernel(
     ka, kb, kp, kq, matrices, p_lr_a, p_lr_b, scratch, lr_a, lr_b, damping, n_pairs, r, LR_IN_MEMORY: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The same, with X, X⁻¹, P, P⁻¹ and a Cholesky factor in memory."""
+    """Does the work of ``lora_muon_kernel`` with X, X⁻¹, P, P⁻¹ and a Cholesky factor in memory."""
     SIZE: tl.constexpr = BLOCK_R * BLOCK_R
     i_slot, i_r, i_block = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK)
     x = scratch + i_slot * 5 * SIZE

@@ -37,6 +37,7 @@ from .table import (
     Table,
     entry,
     flat_sizes,
+    largest_rank,
     listed,
     offsets,
     pointer_at,
@@ -74,7 +75,7 @@ def of_side(is_a, of_b, of_a):
 
 @triton.jit
 def learning_rate(is_a, p_lr_b, p_lr_a, lr_b, lr_a, RATES: tl.constexpr):
-    """float64, from memory with RATES."""
+    """Returns the learning rate of a factor's side in float64. With RATES it is in memory."""
     if RATES:
         lr = tl.where(is_a, tl.load(p_lr_a).to(tl.float64), tl.load(p_lr_b).to(tl.float64))
     else:
@@ -84,8 +85,8 @@ def learning_rate(is_a, p_lr_b, p_lr_a, lr_b, lr_a, RATES: tl.constexpr):
 
 @triton.jit
 def constants(lr, beta1, beta2, eps, decay, t):
-    """What AdamW's count-th step needs, float32 from float64: 1-β₁, β₂, 1-β₂, η/(1-β₁ᵗ), √(1-β₂ᵗ), ε, 1-η w. Once a
-    program: on most cards float64 is 64 times slower."""
+    """Returns the numbers of AdamW's step t in float32: 1-β₁, β₂, 1-β₂, η/(1-β₁ᵗ), √(1-β₂ᵗ), ε, 1-η w. They are made
+    from float64 once a program, since most cards are 64 times slower in it."""
     step_size, root = lr / (1.0 - power(beta1, t)), tl.sqrt(1.0 - power(beta2, t))
     return (
         (1.0 - beta1).to(tl.float32), beta2.to(tl.float32), (1.0 - beta2).to(tl.float32), step_size.to(tl.float32),
@@ -245,12 +246,15 @@ def lora_step_kernel(
 
 @triton.jit
 def transform_factor(
-    entries, matrices, i_tensor, i_chunk, COLUMN: tl.constexpr, IS_A: tl.constexpr, P: tl.constexpr,
-    ADD: tl.constexpr, UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, EXPERTS: tl.constexpr, R_MAX: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    entries, matrices, i_tensor, i_chunk, keep, TARGET: tl.constexpr, SOURCE: tl.constexpr, IS_A: tl.constexpr,
+    P: tl.constexpr, X: tl.constexpr, ADD: tl.constexpr, UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr,
+    EXPERTS: tl.constexpr, R_MAX: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """p ← x M, or p ← keep p + x M with ADD, for one chunk of one factor. TARGET and SOURCE are the columns of p and x,
+    which may be one."""
     WIDE: tl.constexpr = ALIGNED and (IS_A or EXPERTS == 1)
-    p = tensor_at(entries, i_tensor, COLUMN, P, WIDE)
+    p, x = tensor_at(entries, i_tensor, TARGET, P, WIDE), tensor_at(entries, i_tensor, SOURCE, X, WIDE)
     d, r = sizes(entries, i_tensor, IS_A, UNIFORM_R, WIDE)
     matrix = matrices + entry(entries, i_tensor, INDEX) * R_MAX * R_MAX
     i_r = tl.arange(0, BLOCK_R)
@@ -261,14 +265,15 @@ def transform_factor(
         i_d = o_d + tl.arange(0, BLOCK_D)
         b_new = tl.zeros([BLOCK_D, BLOCK_R], dtype=tl.float32)
         if BLOCK_K < BLOCK_R:
-            b_new = times_matrix(b_new, p, p, 0.0, matrix, i_d, i_r, d, r, IS_A, False, EXPERTS, R_MAX, BLOCK_K)
+            b_new = times_matrix(b_new, x, x, 0.0, matrix, i_d, i_r, d, r, IS_A, False, EXPERTS, R_MAX, BLOCK_K)
             if ADD:
-                b_new += load_block(p, i_d, i_r, d, r, IS_A, EXPERTS).to(tl.float32)
+                b_new += keep * load_block(p, i_d, i_r, d, r, IS_A, EXPERTS).to(tl.float32)
         else:
-            b_p = load_block(p, i_d, i_r, d, r, IS_A, EXPERTS)  # [BLOCK_D, BLOCK_R]
-            b_new = dot(widened(b_p), b_matrix, b_new, "ieee")
+            b_x = load_block(x, i_d, i_r, d, r, IS_A, EXPERTS)  # [BLOCK_D, BLOCK_R]
+            b_new = dot(widened(b_x), b_matrix, b_new, "ieee")
             if ADD:  # settled: else the compiler makes p the accumulator, in twice the registers
-                b_new = settled(b_new) + b_p.to(tl.float32)
+                b_p = b_x if TARGET == SOURCE else load_block(p, i_d, i_r, d, r, IS_A, EXPERTS)
+                b_new = settled(b_new) + keep * b_p.to(tl.float32)
         mask = (i_d < d)[:, None] & (i_r < r)[None, :]
         tl.store(p + offsets(i_d, i_r, d, r, IS_A, EXPERTS), round_to(b_new, P), mask=mask)
 
@@ -282,13 +287,13 @@ def lora_transform_kernel(
     i_tensor, i_chunk = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
     if entry(entries, i_tensor, SIDE) == SIDE_A:
         transform_factor(
-            entries, matrices, i_tensor, i_chunk, COLUMN, True, P, ADD, UNIFORM_R, ALIGNED, EXPERTS, R_MAX, CHUNK,
-            BLOCK_D, BLOCK_R, BLOCK_K,
+            entries, matrices, i_tensor, i_chunk, 1.0, COLUMN, COLUMN, True, P, P, ADD, UNIFORM_R, ALIGNED, EXPERTS,
+            R_MAX, CHUNK, BLOCK_D, BLOCK_R, BLOCK_K,
         )  # fmt: skip
     else:
         transform_factor(
-            entries, matrices, i_tensor, i_chunk, COLUMN, False, P, ADD, UNIFORM_R, ALIGNED, EXPERTS, R_MAX, CHUNK,
-            BLOCK_D, BLOCK_R, BLOCK_K,
+            entries, matrices, i_tensor, i_chunk, 1.0, COLUMN, COLUMN, False, P, P, ADD, UNIFORM_R, ALIGNED, EXPERTS,
+            R_MAX, CHUNK, BLOCK_D, BLOCK_R, BLOCK_K,
         )  # fmt: skip
 
 
@@ -326,7 +331,7 @@ def step_(
     is_a: rank first (r, d_in), or last (d_out, r). hyper: float64 (n, 5) or (1, 5), on the device: learning rate, β₁,
     β₂, ε, weight decay. steps: float32 (n,), on the device: the steps taken, counted up here."""
     work = work or Work()
-    n, r_max = len(factors), _largest_rank(factors, is_a)
+    n, r_max = len(factors), largest_rank([f[0] for f in factors], is_a)
     check_tensor("hyper", hyper, (1 if len(hyper) == 1 else n, HYPER), torch.float64)
     _check_work(n, r_max, steps, work)
     if n == 0:
@@ -341,8 +346,8 @@ def step_(
 def step_tables_(
     factors: list[Listed], n: int, r: int, settings: Settings, steps: torch.Tensor, work: Work
 ) -> torch.Tensor | None:
-    """The same for tables of n factors of rank r, with columns p, m, v and the gradients beside them. Version counters
-    are the caller's, and so are Grams above ``GRAM_RANK``: there it returns None."""
+    """Runs ``step_`` on tables of n factors of rank r, with columns p, m, v and the gradients beside them. Version
+    counters are the caller's, and so are Grams above ``GRAM_RANK``: there it returns None."""
     _check_work(n, r, steps, work)
     totals = _totals(n, r, steps.device) if work.gram and _gram_in_pass(r) else None
     _launch_step(factors, settings, steps, work, totals, r)
@@ -388,7 +393,7 @@ class _StepLaunch:
             (self.tiles.programs,),
             (HYPER if rows is not None and len(rows) > 1 else 0,),
             {"ROWS": rows is not None, "RATES": rates}
-            | {name: TL_DTYPE[of] for name, of in types}
+            | {name: TL_DTYPE[dtype] for name, dtype in types}
             | {"ADD": add, "MATRIX": matrix, "SCALE": scale, "GRAM": gram}
             | {"UNIFORM_R": 1 if flat else table.uniform_r, "ALIGNED": table.aligned, "EXPERTS": table.experts}
             | {"R_MAX": 1 if flat else r_max, "CHUNK": tile.chunk, "BLOCK_D": tile.d, "BLOCK_R": tile.r}
@@ -399,7 +404,7 @@ class _StepLaunch:
     def __call__(
         self, factors: Listed, rows, rates, numbers: tuple, steps, work: Work, totals, stream: int | None
     ) -> None:
-        """What is not there is stood in for by what is: no kernel looks at it."""
+        """A tensor that is there stands in for each that is not: no kernel looks at it."""
         partials = steps
         if self.partials:
             partials = torch.empty(self.partials, dtype=torch.float32, device=steps.device)
@@ -411,7 +416,8 @@ class _StepLaunch:
 
 
 def _registers(tile: GroupedTile, matrix: bool, gram: bool) -> dict[str, int]:
-    """A thread's, said where ptxas, left to itself, spills to fit one program more on a multiprocessor."""
+    """Returns the limit of a thread's registers where ptxas, left to itself, spills to fit one program more on a
+    multiprocessor."""
     if gram and tile.r >= 64:
         return {"maxnreg": 255}
     if matrix and tile.r <= 64:
@@ -422,16 +428,16 @@ def _registers(tile: GroupedTile, matrix: bool, gram: bool) -> dict[str, int]:
 def transform_(tensors: list[torch.Tensor], is_a: list[bool], matrices: torch.Tensor, add: bool = False) -> None:
     """p ← M p (rank first) or p ← p M (rank last) for every factor, in place; with ``add``, p ← p + M p or p + p M.
     matrices: float32 (n, R, R), R the largest rank."""
-    r_max = _largest_rank([(t,) for t in tensors], is_a)
+    r_max = largest_rank(tensors, is_a)
     check_tensor("matrices", matrices, (len(tensors), r_max, r_max), torch.float32)
     if not tensors:
         return
-    _launch_transform([found.table for found in listed([tensors], is_a)], matrices, 0, add, r_max)
+    _launch_transform([factors.table for factors in listed([tensors], is_a)], matrices, 0, add, r_max)
     torch.autograd.graph.increment_version(tensors)
 
 
 def transform_tables_(tables: list[Table], matrices: torch.Tensor, column: int, add: bool) -> None:
-    """The same for one column of tables. Version counters are the caller's."""
+    """Runs ``transform_`` on one column of tables. Version counters are the caller's."""
     _launch_transform(tables, matrices, column, add, matrices.shape[-1])
 
 
@@ -439,36 +445,38 @@ def _launch_transform(tables: list[Table], matrices: torch.Tensor, column: int, 
     with on_device(matrices):
         stream = stream_of(matrices)
         for table in tables:
-            make = lambda table=table: _TransformLaunch(table, column, add, r_max)
+            flags = {"COLUMN": column, "P": TL_DTYPE[table.dtypes[column]], "ADD": add}
+            make = lambda table=table, flags=flags: TransformLaunch(lora_transform_kernel, table, r_max, flags)
             key = "transform", column, add, r_max, alignments([matrices])
             plan(table.plans, key, stream, make)(table, matrices, stream)
 
 
-class _TransformLaunch:
-    def __init__(self, table: Table, column: int, add: bool, r_max: int):
+class TransformLaunch:
+    """A launch of ``kernel``, which runs ``transform_factor`` on every factor of a table. ``flags`` are the constexprs
+    that depend on neither table nor tile."""
+
+    def __init__(self, kernel, table: Table, r_max: int, flags: dict):
         tile = grouped("transform", max(16, r_max))
         self.tiles = table.tiles(tile.chunk)
         self.launch = Launch(
-            lora_transform_kernel,
+            kernel,
             (self.tiles.programs,),
             (),
-            {"COLUMN": column, "P": TL_DTYPE[table.dtypes[column]], "ADD": add, "UNIFORM_R": table.uniform_r}
-            | {"ALIGNED": table.aligned, "EXPERTS": table.experts, "R_MAX": r_max, "CHUNK": tile.chunk}
-            | {"BLOCK_D": tile.d, "BLOCK_R": tile.r, "BLOCK_K": block_k(tile)}
+            flags
+            | {"UNIFORM_R": table.uniform_r, "ALIGNED": table.aligned, "EXPERTS": table.experts, "R_MAX": r_max}
+            | {"CHUNK": tile.chunk, "BLOCK_D": tile.d, "BLOCK_R": tile.r, "BLOCK_K": block_k(tile)}
             | {"num_warps": tile.warps, "num_stages": tile.stages},
         )
 
-    def __call__(self, table: Table, matrices: torch.Tensor, stream: int | None) -> None:
-        self.launch.go(stream, (table.entries, self.tiles.pairs, matrices), ())
+    def __call__(
+        self, table: Table, matrices: torch.Tensor, stream: int | None, rates: tuple = (), numbers: tuple = ()
+    ) -> None:
+        self.launch.go(stream, (table.entries, self.tiles.pairs, matrices, *rates), numbers)
 
 
 def block_k(tile: GroupedTile) -> int:
     """Rows of M in one product: all of them up to rank 64, where M then stays in registers."""
     return tile.r if tile.r <= GRAM_RANK else 16
-
-
-def _largest_rank(factors: list[tuple], is_a: list[bool]) -> int:
-    return max((f[0].shape[0 if side else 1] for f, side in zip(factors, is_a, strict=True)), default=1)
 
 
 def _check_work(n: int, r_max: int, steps: torch.Tensor, work: Work) -> None:

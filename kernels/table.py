@@ -77,7 +77,7 @@ def sizes(entries, i_tensor, IS_A: tl.constexpr, UNIFORM_R: tl.constexpr, ALIGNE
 
 @triton.jit
 def flat_sizes(entries, i_tensor, ALIGNED: tl.constexpr):
-    """Of a tensor that counts as numel rows of rank 1, for elementwise work."""
+    """Returns numel and 1: for elementwise work a tensor of the table counts as numel rows of rank 1."""
     numel = entry(entries, i_tensor, D) * entry(entries, i_tensor, R)
     if ALIGNED:
         numel = numel // 8 * 8  # as in ``sizes``
@@ -96,7 +96,7 @@ def offsets(i_d, i_r, d, r, IS_A: tl.constexpr, EXPERTS: tl.constexpr = 1):
 
 @triton.jit
 def programs_of(d, CHUNK: tl.constexpr):
-    """How many programs a tensor of d rows has: one also where it has no elements, so that its results are written."""
+    """Returns how many programs a tensor of d rows has. One without elements has one, which writes its results."""
     return tl.maximum(tl.cdiv(d, CHUNK), 1).to(tl.int32)
 
 
@@ -164,7 +164,7 @@ class Table:
         return Listed(self, self.entries.view(-1)[i:], self.dtypes[i], COLUMNS.value)
 
     def beside(self, gradients: list[torch.Tensor]) -> "Listed":
-        """``gradients``: contiguous, of all factors of the columns."""
+        """Returns the table with the gradients beside it. ``gradients``: contiguous, of all factors of the columns."""
         if len(self.members) < len(gradients):
             gradients = [gradients[i] for i in self.members]
         gradients = self._as_kernels_take_them(gradients)
@@ -178,7 +178,7 @@ class Table:
         return Listed(self, listed, gradients[0].dtype, held=gradients)
 
     def _as_kernels_take_them(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
-        """In one dtype, and aligned where the table is."""
+        """Returns the gradients in one dtype, and aligned where the table is, copied where they are not."""
         dtypes = [g.dtype for g in gradients]
         if dtypes.count(dtypes[0]) < len(dtypes) or dtypes[0] not in TL_DTYPE:
             gradients = [g.float() for g in gradients]
@@ -225,7 +225,12 @@ def tables(
         n_experts = 1 if experts is None else experts[i]
         kind = n_experts, _is_aligned(tensors, is_a[i], n_experts), *(t.dtype for t in tensors)
         members.setdefault(kind, []).append(i)
-    return [Table(columns, is_a, some, indices, *kind[:2]) for kind, some in members.items()]
+    return [Table(columns, is_a, places, indices, *kind[:2]) for kind, places in members.items()]
+
+
+def largest_rank(factors: list[torch.Tensor], is_a: list[bool]) -> int:
+    """R of a list of factors; 1 of an empty one."""
+    return max((factor.shape[0 if side else 1] for factor, side in zip(factors, is_a, strict=True)), default=1)
 
 
 def _d_r(shape: torch.Size, is_a: bool, experts: int) -> tuple[int, int]:
@@ -245,7 +250,7 @@ def is_aligned(tensor: torch.Tensor) -> bool:
 
 
 def addresses(tensor: torch.Tensor, is_a: bool, experts: int) -> range:
-    """Where each expert's factor starts in a parameter (E·r, d_in) or (d_out, r·E)."""
+    """Returns the address of each expert's factor in a parameter (E·r, d_in) or (d_out, r·E)."""
     start, size = tensor.data_ptr(), tensor.element_size()
     step = max(size, tensor.numel() // experts * size) if is_a else size
     return range(start, start + experts * step, step)
@@ -290,10 +295,10 @@ def listed(
     places = [(t.data_ptr(), t.dtype) for column in columns for t in column]
     moving = [(is_aligned(t), t.dtype) for t in beside or ()]
     key = [factors[0].device, indices, shapes, places, moving]
-    found = kept("factors", key, lambda: tables(columns, is_a, indices, beside=beside))
-    for table in found:
+    built = kept("factors", key, lambda: tables(columns, is_a, indices, beside=beside))
+    for table in built:
         report_addresses(table.entries, (column[i] for column in columns for i in table.members))
-    return [table.column(0) if beside is None else table.beside(beside) for table in found]
+    return [table.column(0) if beside is None else table.beside(beside) for table in built]
 
 
 def _check(tensor: torch.Tensor, factor: torch.Tensor, first: torch.Tensor) -> None:
@@ -354,29 +359,31 @@ def check_not_captured() -> None:
 
 
 _recent: dict[str, list[tuple[list, object]]] = {}
-_captured: dict[str, list[tuple[list, object]]] = {}  # what CUDA graphs read at every replay
+_captured: dict[str, list[tuple[list, object]]] = {}  # those that CUDA graphs read at every replay
+_held: list[object] = []  # by CUDA graphs, too, but found by other ways
 
 
 def keep_for_good(used: object) -> None:
-    """What a CUDA graph reads."""
-    _captured.setdefault("owned", []).append(([], used))
+    """Holds an object whose memory a CUDA graph reads at every replay."""
+    if not any(used is held for held in _held):
+        _held.append(used)
 
 
 def kept(kind: str, places: list, build: Callable):
-    """What ``build`` makes for these places, made once and kept until ``KEPT`` others of its kind were used since; for
-    good where a CUDA graph has used it."""
+    """Returns the object that ``build`` makes for these places. It is made once and kept until ``KEPT`` others of its
+    kind were used since; for good where a CUDA graph has used it."""
     recent, captured = _recent.setdefault(kind, []), _captured.setdefault(kind, [])
-    for known in (captured, recent):
-        for i, (of, made) in enumerate(known):
-            if of == places:
-                if known is recent:
+    for entries in (captured, recent):
+        for i, (key, result) in enumerate(entries):
+            if key == places:
+                if entries is recent:
                     (captured if capturing() else recent).insert(0, recent.pop(i))
-                return made
+                return result
     check_not_captured()
-    made = build()
-    recent.insert(0, (places, made))
+    result = build()
+    recent.insert(0, (places, result))
     del recent[KEPT:]
-    return made
+    return result
 
 
 def to_device(rows: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -22,11 +22,12 @@ from .step import Grams
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 Member = tuple[Pair, int, int]  # a pair, and the parameter groups of its a and b
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by their names in the state
 
 
 def adamw_state(pair: Pair) -> tuple[Shapes, Shapes]:
     """Shapes and dtypes of the state of a and of b: AdamW's moments."""
-    return tuple({"exp_avg": (p.shape, p.dtype), "exp_avg_sq": (p.shape, p.dtype)} for p in (pair.a, pair.b))
+    return tuple({name: (p.shape, p.dtype) for name in MOMENTS} for p in (pair.a, pair.b))
 
 
 class Batch(ABC):

@@ -10,15 +10,14 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .batch import Batch, Member
-from .kernels import gram, merge, momentum, solve, table
+from .batch import MOMENTS, Batch, Member
+from .kernels import gram, merge, middle, momentum, solve, table
 from .kernels import step as kernel
-from .kernels.launch import is_on_device, report_addresses
+from .kernels.launch import report_addresses
 from .pairs import Pair
 from .step import Grams
 
 ALL = gram.Grams._fields
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Group(Batch):
@@ -36,9 +35,9 @@ class Group(Batch):
         first = [0, *accumulate(experts)][:-1]  # row of each factor in what counts products
         layouts = [layout(pair) for pair in self.pairs]
         shapes = [of_b for _, of_b in layouts] + [of_a for of_a, _ in layouts]
-        for p, row, of in zip(self._factors, first, shapes, strict=True):
+        for p, row, kinds in zip(self._factors, first, shapes, strict=True):
             p.data = p.data.contiguous()
-            state = {name: _like(states[p], name, *shape, p.device) for name, shape in of.items()}
+            state = {name: _like(states[p], name, *kind, p.device) for name, kind in kinds.items()}
             states[p].update({"step": self._steps[row]} | state)  # those of other experts go with it
         self._states = [states[p] for p in self._factors]
         self._moments = [name for name in MOMENTS if name in shapes[0]]
@@ -54,14 +53,14 @@ class Group(Batch):
         return [cls(members, counts, states, layout)]
 
     def _columns(self) -> list[list[Tensor]]:
-        """Of the table. Moments are not held: whoever takes them out of the state may want their memory."""
+        """Returns the tables' columns. Moments are not held: who takes them out of the state may want their memory."""
         return [self._factors, *([state[name] for state in self._states] for name in self._moments)]
 
     def begin(self, param_groups: list[dict]) -> None:
         super().begin(param_groups)
         self._forget()
-        for some in self._tables:
-            report_addresses(some.entries, (column[i] for column in self._columns() for i in some.members))
+        for pairs in self._tables:
+            report_addresses(pairs.entries, (column[i] for column in self._columns() for i in pairs.members))
         if table.capturing():
             table.keep_for_good(self)
 
@@ -69,7 +68,7 @@ class Group(Batch):
         self._work, self._metric, self._after, self._listed = {}, None, None, None
 
     def intact(self) -> bool:
-        """By comparing lists: at every step, so the host has little time."""
+        """Compares lists, since it is asked at every step and the host has little time."""
         last, turn = len(self._states) - 1, self.count % len(self._states)
         return (
             self._places_now() == self._places
@@ -79,9 +78,9 @@ class Group(Batch):
         )
 
     def _places_now(self) -> list[int]:
-        """Where the parameters lie, and which tensors hold their state. To ask each of these where it lies would take
-        longer than all else (they are out of the host's caches), so that is asked of the first, the last, and of
-        another at each step: who moves state inside its tensors moves all of it."""
+        """Returns the addresses of the parameters and the identities of the tensors that hold their state. To ask each
+        of these for its address would take longer than all else (they are out of the host's caches), so ``intact`` asks
+        the first, the last, and another at each step: who moves state inside its tensors moves all of it."""
         ids = [id(state.get(name)) for name in self._names for state in self._states]
         return [*[p.data_ptr() for p in self._factors], *ids]
 
@@ -104,7 +103,7 @@ class Group(Batch):
         return self._metric
 
     def _grams(self, *wanted: str) -> Tensor:
-        factors = [some.column(0) for some in self._tables]
+        factors = [pairs.column(0) for pairs in self._tables]
         return gram.grams_of(factors, self.products, self._rank, wanted).flatten(0, 1)
 
     def _with_gradients(self) -> list[table.Listed]:
@@ -112,7 +111,7 @@ class Group(Batch):
             gradients = [p.grad for p in self._factors]
             if not all([g.is_contiguous() for g in gradients]):
                 gradients = [g.contiguous() for g in gradients]
-            self._listed = [some.beside(gradients) for some in self._tables]
+            self._listed = [pairs.beside(gradients) for pairs in self._tables]
         return self._listed
 
     def add_to_gradients(self, coefficients: Tensor) -> None:
@@ -156,7 +155,7 @@ class Group(Batch):
         momentum.average_(self._with_gradients(), beta, self._steps)
         torch.autograd.graph.increment_version(self._columns()[1])
         self._listed = None  # as in adamw
-        factors = [some.column(1) for some in self._tables]
+        factors = [pairs.column(1) for pairs in self._tables]
         totals = gram.grams_of(factors, self.products, self._rank, ("ka", "kb", "kp", "kq"))
         return Grams(*totals)
 
@@ -166,26 +165,17 @@ class Group(Batch):
         self._metric = None
 
     def _settings(self) -> kernel.Settings:
-        """Arguments of the launch; but a learning rate that is on the device is read there: the host does not wait for
-        it, and a CUDA graph finds it at every replay."""
+        """Returns arguments of the launch. A learning rate that is on the device is read there instead: the host does
+        not wait for it, and a CUDA graph finds it at every replay."""
         sides = self.settings_b, self.settings_a
-        numbers = [number for settings in sides for number in _numbers(settings, self._device)]
-        rates = [settings["lr"] for settings in sides]
-        if not any([is_on_device(rate, self._device) for rate in rates]):
-            return kernel.Settings(tuple(numbers))
-        b, a = (x if is_on_device(x, self._device) else torch.full((), x, device=self._device) for x in rates)
-        return kernel.Settings(tuple(numbers), (b, a))
+        in_memory, rates, numbers = middle.learning_rates(*(settings["lr"] for settings in sides), self._steps)
+        rows = [(lr, *x["betas"], x["eps"], x["weight_decay"]) for lr, x in zip(numbers, sides, strict=True)]
+        return kernel.Settings(tuple([float(x) for row in rows for x in row]), rates if in_memory else None)
 
     def transform(self, matrices: Tensor, of: str = "value", add: bool = False) -> None:
         column = 0 if of == "value" else 1 + self._moments.index(of)
         kernel.transform_tables_(self._tables, matrices.contiguous(), column, add)
         torch.autograd.graph.increment_version(self._columns()[column])
-
-
-def _numbers(settings: dict, device: torch.device) -> list[float]:
-    lr = 0.0 if is_on_device(settings["lr"], device) else float(settings["lr"])
-    beta1, beta2 = settings["betas"]
-    return [lr, float(beta1), float(beta2), float(settings["eps"]), float(settings["weight_decay"])]
 
 
 def _experts_of(pair: Pair, x: Tensor) -> list[Tensor]:

@@ -184,7 +184,7 @@ class LoRAAdamW(torch.optim.Optimizer):
         return factors + [p for group in self.param_groups for p in group["params"] if id(p) not in known]
 
     def _owned(self) -> tuple:
-        """What a user may have put in the place of our own: each parameter's state, and lists of parameters."""
+        """Returns the identities of each parameter's state and of the lists of parameters, which a user may replace."""
         lists = [(id(group["params"]), len(group["params"])) for group in self.param_groups]
         return list(map(id, self.state.values())), lists
 
@@ -207,8 +207,8 @@ class LoRAAdamW(torch.optim.Optimizer):
         batched = {id(p) for pair, *_ in active for p in (pair.a, pair.b)}
         self._plain = []
         for i, group in enumerate(self.param_groups):
-            rest = [p for p in group["params"] if p.grad is not None and id(p) not in batched]
-            self._plain += Plain.of(rest, i, self.state)
+            plain = [p for p in group["params"] if p.grad is not None and id(p) not in batched]
+            self._plain += Plain.of(plain, i, self.state)
 
     def _forget_batches(self) -> None:
         self._batches: list[Batch] = []

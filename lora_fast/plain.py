@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from . import step
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from .batch import MOMENTS
 
 
 class Plain:
@@ -27,7 +26,7 @@ class Plain:
         for p, state in zip(parameters, self._states, strict=True):
             for name in MOMENTS:
                 there = state[name].to(p.device, p.dtype) if name in state else torch.zeros_like(p)
-                state[name] = _laid_out(there, p)
+                state[name] = step.with_strides_of(there, p)
         counts = [state.get("step", torch.zeros(())) for state in self._states]
         self._steps = torch.stack([count.to(parameters[0].device, torch.float32) for count in counts])
         self._counts = list(self._steps)
@@ -39,7 +38,7 @@ class Plain:
     def of(cls, parameters: list[Tensor], group: int, states: dict) -> list[Plain]:
         """One for each device and dtype."""
         kind = lambda p: (str(p.device), str(p.dtype))
-        return [cls(list(some), group, states) for _, some in groupby(sorted(parameters, key=kind), kind)]
+        return [cls(list(members), group, states) for _, members in groupby(sorted(parameters, key=kind), kind)]
 
     def intact(self) -> bool:
         """Whether the parameters are where and what they were, none of their state is missing, and the counts are ours.
@@ -53,14 +52,6 @@ class Plain:
 
     def step(self, settings: dict) -> None:
         self._steps += 1
-        gradients = [_laid_out(p.grad, p) for p in self.parameters]
+        gradients = [p.grad for p in self.parameters]
         moments = ([state[name] for state in self._states] for name in MOMENTS)
-        options = (settings[name] for name in ("lr", "betas", "eps", "weight_decay"))
-        step.adamw(self.parameters, gradients, *moments, self._counts, *options)
-
-
-def _laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The tensor with the parameter's strides: on a CPU torch's kernel reads all in the order of memory."""
-    if tensor.stride() == parameter.stride():
-        return tensor
-    return torch.empty_like(parameter, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+        step.adamw(self.parameters, gradients, *moments, self._counts, settings)

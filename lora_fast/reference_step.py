@@ -81,13 +81,23 @@ def small_inverse(matrices: Tensor) -> Tensor:
     return 2 * inverse - inverse @ (matrices @ inverse)
 
 
-def adamw(p: list, g: list, m: list, v: list, steps: list, lr, betas, eps: float, weight_decay: float) -> None:
-    """torch's AdamW (its fused form) in place on lists of tensors of one dtype and device. ``steps``: float32 scalars,
-    already counting this step, one a tensor."""
+def adamw(p: list, g: list, m: list, v: list, steps: list, settings: dict) -> None:
+    """torch's AdamW (its fused form) in place on lists of tensors of one dtype and device. ``steps`` are float32
+    scalars, one a tensor, that already count this step. ``settings`` has lr, betas, eps and weight_decay. A gradient
+    may have any strides; m and v have those of p."""
+    beta1, beta2 = settings["betas"]
     torch._fused_adamw_(
-        p, g, m, v, [], steps, lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps,
-        amsgrad=False, maximize=False,
+        p, list(map(with_strides_of, g, p)), m, v, [], steps, lr=settings["lr"], beta1=beta1, beta2=beta2,
+        weight_decay=settings["weight_decay"], eps=settings["eps"], amsgrad=False, maximize=False,
     )  # fmt: skip
+
+
+def with_strides_of(x: Tensor, p: Tensor) -> Tensor:
+    """Returns x with the strides of p, copied if it has others: on a CPU torch's fused AdamW reads every tensor in the
+    order of its memory."""
+    if x.stride() == p.stride():
+        return x
+    return torch.empty_like(p, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def adapter_step_(

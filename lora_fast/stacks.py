@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference_scalora, reference_step
-from .batch import Batch, Member, Shapes
+from .batch import MOMENTS, Batch, Member, Shapes
 from .reference_step import Grams, wide
 
 CACHED = 1 << 20  # elements of a factor's stack on a CPU: larger ones leave its caches, smaller ones are more calls
@@ -59,15 +59,13 @@ class Factor:
         return torch.stack([p.grad for p in self.parameters]) if self.grad is None else self.grad
 
     def adamw(self, settings: dict) -> None:
-        names = ("value", "exp_avg", "exp_avg_sq", "step")
         if self.grad is None:
-            p, m, v, steps = (self._slices[name] for name in names)
-            g = [parameter.grad.contiguous() for parameter in self.parameters]  # a CPU's kernel reads memory in order
+            p, m, v, steps = (self._slices[name] for name in ("value", *MOMENTS, "step"))
+            g = [parameter.grad for parameter in self.parameters]
         else:
-            p, m, v = [self.value], [self.state["exp_avg"]], [self.state["exp_avg_sq"]]
+            p, m, v = [self.value], *([self.state[name]] for name in MOMENTS)
             g, steps, self.grad = [self.grad], self._slices["step"][:1], None
-        options = (settings[name] for name in ("lr", "betas", "eps", "weight_decay"))
-        reference_step.adamw(p, g, m, v, steps, *options)
+        reference_step.adamw(p, g, m, v, steps, settings)
 
 
 class ExpertsFactor(Factor):
@@ -104,15 +102,13 @@ class ExpertsFactor(Factor):
     def adamw(self, settings: dict) -> None:
         """AdamW works entry by entry, so it runs on the whole parameter."""
         parameter = self.parameters[0]
-        if self.grad is None:
-            gradient = parameter.grad.contiguous()  # torch's fused AdamW reads memory in order on a CPU
-        else:
+        gradient = parameter.grad
+        if self.grad is not None:
             gradient = torch.empty_like(parameter)
             self._split(gradient).copy_(self.grad)
             self.grad = None
-        moments = ([self._whole[name]] for name in ("exp_avg", "exp_avg_sq"))
-        options = (settings[name] for name in ("lr", "betas", "eps", "weight_decay"))
-        reference_step.adamw([parameter.data], [gradient], *moments, [self.steps[0]], *options)
+        moments = ([self._whole[name]] for name in MOMENTS)
+        reference_step.adamw([parameter.data], [gradient], *moments, [self.steps[0]], settings)
 
 
 class Stack(Batch):
@@ -183,8 +179,8 @@ class Stack(Batch):
             residuals = residuals.mT
         operands = zip(weights, self.a.value, self.b.value, rest, residuals, names, strict=True)
         for weight, a, b, of_product, residual, name in operands:
-            own = zlib.crc32(f"{seed} {self.count} {name}".encode())  # torch's CPU generator takes 32 bits
-            reference_scalora.merge_(weight, a, b, of_product, rounding, own, residual)
+            product_seed = zlib.crc32(f"{seed} {self.count} {name}".encode())  # torch's CPU generator takes 32 bits
+            reference_scalora.merge_(weight, a, b, of_product, rounding, product_seed, residual)
 
     def adamw(self, grams: bool) -> None:
         self.a.adamw(self.settings_a)

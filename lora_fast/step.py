@@ -21,6 +21,7 @@ from .reference_step import (
     rite_factor,
     rite_update,
     wide,
+    with_strides_of,
 )
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "spd_solve",
     "transformed",
     "wide",
+    "with_strides_of",
 ]
 
 

@@ -447,7 +447,7 @@ def optimizer_steps(stub: stub_driver.Stub) -> dict:
             spilled = compiled.stack > planned.stack == 0
             if planned != (compiled._replace(cubin=planned.cubin, stack=0) if spilled else compiled):
                 outcome["differences"].append(f"{words}: {planned.kernel}")
-        outcome["launches"][words] = [one.kernel for one in by_plan]
+        outcome["launches"][words] = [planned.kernel for planned in by_plan]
         loads, capturing = stub.counter("loads"), table.capturing
         table.capturing, table.to_device, to_device = lambda: True, None, table.to_device
         with stub.capturing():
@@ -521,9 +521,9 @@ def hooks(stub: stub_driver.Stub) -> dict:
 
 def threads(stub: stub_driver.Stub) -> dict:
     """Two threads with their own tensors and the same plans, of which some are dropped for others: no error."""
-    from lora_fast.kernels import layer
+    from lora_fast.kernels import launch, layer
 
-    layer.KEPT = 3
+    launch.KEPT = 3
     cases = [{"r": r, "adapter": "bfloat16", "bias": False, "tokens": 1024} for r in (8, 8)]
     errors = []
 

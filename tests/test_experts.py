@@ -80,7 +80,7 @@ def directions(wrapper, seed):
 
 
 def set_gradients(wrapper, seed):
-    """Those of PEFT's own change of the weight, by autograd."""
+    """Sets the gradients of PEFT's own change of the weight, by autograd."""
     full = directions(wrapper, seed)
     full = full if wrapper._did_swap_in_out_features else full.mT
     wrapper.lora_A["default"].weight.grad = wrapper.lora_B["default"].weight.grad = None
@@ -95,7 +95,7 @@ def train(optimizer, wrappers, steps, first=0):
 
 
 def separate_pairs(wrapper):
-    """The same adapters as E ordinary pairs."""
+    """Returns the adapters of E experts as E ordinary pairs."""
     weights = matrices(wrapper, wrapper.get_param())
     pairs, scaling = factors(wrapper)
     return [(nn.Parameter(a), nn.Parameter(b), scaling, w) for (a, b), w in zip(pairs, weights, strict=True)]
@@ -284,7 +284,7 @@ def test_experts_beside_ordinary_pairs_of_the_same_shape():
 
 
 def test_gradients_in_another_memory_order():
-    """As torch.func gives them; torch's fused AdamW would take their memory in order."""
+    """torch.func gives such gradients; torch's fused AdamW would take their memory in order."""
     (model, (wrapper,)), (other, _) = experts_model(), experts_model()
     optimizers = [lf.optim.LoRAAdamW(x, lr=1e-2, methods=[M.ILoRA()]) for x in (model, other)]
     set_gradients(wrapper, 0)

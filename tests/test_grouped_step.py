@@ -192,7 +192,7 @@ class Recorded:
 @pytest.mark.parametrize("methods", [[], [M.PiLoRA()], [M.LoRAMuon(), M.ILoRA()]], ids=["plain", "pilora", "lora-muon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_replay_sees_the_new_step_and_rate(methods, dtype, monkeypatch):
-    """With a learning rate on the device, which a schedule fills: launches read it there, with the step count."""
+    """The learning rate is on the device, and a schedule fills it. Launches read it there, with the step count."""
     rates = [1e-2, 3e-3, 2e-2]
     replayed, stepped = behaviour.pairs(), behaviour.pairs()
     ours, theirs = ([p for a, b, *_ in some for p in (a, b)] for some in (replayed, stepped))
@@ -222,7 +222,7 @@ def test_a_replay_sees_the_new_step_and_rate(methods, dtype, monkeypatch):
 
 @pytest.mark.parametrize("methods", [[], [M.PiLoRA()], [M.LoRAMuon()]], ids=["plain", "pilora", "lora-muon"])
 def test_gradients_are_freed_after_the_step(methods):
-    """Also those that kernels could not take as they were."""
+    """One of them kernels cannot take as it is: its copy is freed, too."""
     chosen = behaviour.pairs()
     with lf.set_backend("triton"):
         optimizer = lf.optim.LoRAAdamW(chosen, methods=methods)
@@ -235,7 +235,7 @@ def test_gradients_are_freed_after_the_step(methods):
 
 
 def test_a_moved_gradient_is_an_error_while_a_graph_is_captured(monkeypatch):
-    """What has not moved is captured without a copy from the host."""
+    """A step whose tensors have not moved is captured without a copy from the host, and its batch is held for good."""
     chosen = behaviour.pairs()
     behaviour.set_gradients(chosen, 0)
     with lf.set_backend("triton"):
@@ -243,9 +243,11 @@ def test_a_moved_gradient_is_an_error_while_a_graph_is_captured(monkeypatch):
         optimizer.step()
         monkeypatch.setattr(table, "capturing", lambda: True)
         monkeypatch.setattr(table, "_captured", {})
+        monkeypatch.setattr(table, "_held", [])
         with monkeypatch.context() as patch:
             patch.setattr(table, "to_device", None)
-            optimizer.step()
+            optimizer.step(), optimizer.step()
+        assert optimizer._batches[0] in table._held and len(table._held) == len(set(map(id, table._held)))
         before = behaviour.bits(chosen)
         held = [p.grad for a, b, *_ in chosen for p in (a, b)]  # so that none of their places comes again
         behaviour.set_gradients(chosen, 1)
@@ -278,7 +280,7 @@ def test_factors_of_other_step_counts():
 @pytest.mark.parametrize("methods", [[], [M.ILoRA()]], ids=["plain", "ilora"])
 @pytest.mark.parametrize("change", ["dict", "entry", "popped", "missing", "cleared"])
 def test_state_that_a_user_changes_is_what_the_next_step_takes(change, methods, backend):
-    """Of one parameter: put back as copies on the way to a CPU and back, reset, lost."""
+    """The state of one parameter is replaced by copies, as on the way to a CPU and back, reset, or lost."""
     chosen = behaviour.pairs()
     with lf.set_backend(backend):
         behaviour.train(optimizer := lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=methods), chosen, 2)
@@ -334,6 +336,22 @@ def test_parameters_that_change_their_device_change_their_batches(monkeypatch):
     monkeypatch.setattr(backend, "uses_triton", lambda tensor: True)
     behaviour.train(optimizer, chosen, 1, first=1)
     assert all(isinstance(batch, Group) for batch in optimizer._batches)
+
+
+@pytest.mark.parametrize("on_device", ["lora_A", "lora_B"])
+def test_a_rate_beside_one_on_the_device_keeps_its_precision(on_device):
+    """One rate is a tensor, the other a number: the same bits as with two numbers."""
+    ends = []
+    for numbers in (True, False):
+        chosen = behaviour.pairs()
+        behaviour.set_gradients(chosen, 0)
+        with lf.set_backend("triton"):
+            optimizer = lf.optim.LoRAAdamW(chosen, methods=[M.LoRAPlus(ratio=2.0)])
+            for group, name, lr in zip(optimizer.param_groups, ("lora_A", "lora_B"), (0.1, 0.3), strict=True):
+                group["lr"] = lr if numbers or name != on_device else torch.tensor(lr, dtype=torch.float64)
+            optimizer.step()
+        ends.append(behaviour.bits(chosen))
+    assert behaviour.same(*ends)
 
 
 def test_float64_is_refused_by_name():

@@ -169,13 +169,14 @@ def test_learning_rate_may_be_a_tensor():
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
-def regression(r, lr, methods, size=96, steps=60, tokens=64):
-    """‖b a − target‖²/2 after training on noise-free samples; the target's singular values are 1, 1/2, 1/3, …"""
+def regression(r, lr, method, decay=1.0, size=96, steps=60, tokens=64):
+    """‖b a − target‖²/2 after training on noise-free samples; the target's singular values are 1/i^decay."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)
-    target = torch.linalg.qr(draw(size, size))[0] / torch.arange(1, size + 1) @ torch.linalg.qr(draw(size, size))[0]
+    values = 1 / torch.arange(1, size + 1) ** decay
+    target = torch.linalg.qr(draw(size, size))[0] * values @ torch.linalg.qr(draw(size, size))[0]
     a, b = nn.Parameter(draw(r, size) / size**0.5), nn.Parameter(torch.zeros(size, r))
-    optimizer = lf.optim.LoRAAdamW([(a, b)], lr=lr, methods=methods)
+    optimizer = lf.optim.LoRAAdamW([(a, b)], lr=lr, methods=[method])
     for i in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - i / steps)
         optimizer.zero_grad()
@@ -184,10 +185,25 @@ def regression(r, lr, methods, size=96, steps=60, tokens=64):
     return (b @ a - target).square().sum().item() / 2
 
 
+def losses_and_best_rates(decay):
+    losses = {r: [regression(r, lr, M.LoRAMuon(), decay) for lr in RATES] for r in (4, 16, 64)}
+    print({r: [f"{loss:.4f}" for loss in by_rate] for r, by_rate in losses.items()})
+    return losses, {r: RATES[by_rate.index(min(by_rate))] for r, by_rate in losses.items()}
+
+
 def test_best_learning_rate_is_the_same_at_ranks_4_16_and_64():
-    """Of five rates, half a decade apart. One problem, with a linearly decaying rate: no proof."""
-    losses = {r: [regression(r, lr, [M.LoRAMuon()]) for lr in RATES] for r in (4, 16, 64)}
-    best = {r: RATES[of_rank.index(min(of_rank))] for r, of_rank in losses.items()}
-    print({r: [f"{loss:.4f}" for loss in of_rank] for r, of_rank in losses.items()})
+    """There are five rates, half a decade apart, that fall linearly. One problem is no proof: see the next test."""
+    losses, best = losses_and_best_rates(decay=1.0)
     assert set(best.values()) == {0.1}
     assert min(losses[64]) < min(losses[16]) < min(losses[4])
+
+
+def test_best_learning_rate_falls_with_the_rank_where_singular_values_fall_slowly():
+    _, best = losses_and_best_rates(decay=0.5)
+    assert best[4] == 0.1 and best[64] == 0.03
+
+
+def test_damping_keeps_the_second_order_of_steps_small():
+    losses = {damping: regression(64, 0.1, M.LoRAMuon(damping=damping)) for damping in (1e-6, RHO, 1e-3)}
+    print({damping: f"{loss:.3f}" for damping, loss in losses.items()})
+    assert losses[1e-3] < losses[RHO] < 0.1 * losses[1e-6]

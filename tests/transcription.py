@@ -263,7 +263,7 @@ def lora_rite(run, grads):
 
 
 def power(matrix, exponent):
-    """Of a symmetric positive definite matrix."""
+    """A power of a symmetric positive definite matrix."""
     values, q = torch.linalg.eigh(matrix)
     return q @ torch.diag(values**exponent) @ q.T
 
