@@ -87,6 +87,7 @@ def test_commands_exist_with_their_options(command):
     ("make all", "all"),
     ("python bench/none.py", "none"),
     ("python bench/gpu.py --wet-run", "wet-run"),
+    ("pytest tests/test_none.py", "none"),
     ("rm -r runs", "rm"),
 ])  # fmt: skip
 def test_a_command_that_does_not_exist_is_found(command, said):
@@ -106,6 +107,7 @@ def check(words: list[str]) -> None:
         assert all(f'"{word}"' in source for word in rest if word.startswith("-")), words
     else:
         assert program in ("pytest", "pip"), words
+        assert all((ROOT / word).exists() for word in rest if word.endswith(".py")), words
 
 
 def check_lora_fast(words: list[str]) -> None:
