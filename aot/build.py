@@ -24,8 +24,11 @@ from unittest import mock
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: it would leave nothing to compile
 os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # a third of a cubin
 
-from lora_fast.kernels import compiled, device, grads, solve, step, tiles
-from lora_fast.kernels.catalogue import Case, variants
+from lora_fast.kernels import device, factor_tiles, tiles
+from lora_fast.kernels.inspection import compiler
+from lora_fast.kernels.inspection.catalogue import Case, variants
+from lora_fast.kernels.linalg import spd
+from lora_fast.kernels.linear import grads
 
 LENGTHS = {"d_in", "d_out", "d_in_per_split"}  # what the header promises to be multiples of 16; strides are of these
 LENGTHS |= {f"stride_{name}" for name in ("x", "a", "b", "dy", "left", "weight", "factor")}  # and of the rank, built in
@@ -56,7 +59,7 @@ def cases(ops: list[str] | None, dtypes: list[str], ranks: list[int]) -> list[Ca
     for dtype in {**dict.fromkeys(dtypes), "float32": None}:
         found += _cases("gram", dtype, ranks, [{}])
         stepping = _cases("adamw_step", dtype, ranks, steps)
-        found += [case for case in stepping if case.r <= step.GRAM_RANK or not case.variant["gram"]]
+        found += [case for case in stepping if case.r <= factor_tiles.GRAM_RANK or not case.variant["gram"]]
         found += _cases("transform", dtype, ranks, variants(add=(False, True)))
         found += _cases("cayley", dtype, ranks, variants(backward=(False, True)))
     for dtype in dtypes:
@@ -89,16 +92,16 @@ def as_embedded(arch: int):
 
 def compile_case(case: Case, arch: int) -> list[dict]:
     """What the table needs to know of each launch of the case."""
-    with as_embedded(arch), compiled.recorded() as launches:
+    with as_embedded(arch), compiler.recorded() as launches:
         case.run()
     return [_row(case, arch, launch) for launch in launches]
 
 
-def _row(case: Case, arch: int, launch: compiled.Launch) -> dict:
+def _row(case: Case, arch: int, launch: compiler.Launch) -> dict:
     name = launch.kernel.__name__
     words = [f"{k}={v if isinstance(v, str) else int(bool(v))}" for k, v in case.variant.items() if k not in IMPLIED]
     row = {"key": " ".join([name, case.op, case.dtype, f"r{case.r}", *words]), "name": name, "arch": arch}
-    kernel, used = compiled.compile_roomy(launch, arch, LENGTHS)
+    kernel, used = compiler.compile_roomy(launch, arch, LENGTHS)
     if used.spills or used.stack or used.shared > device.CARDS[arch].shared_memory:
         raise SystemExit(f"{row['key']}, sm_{arch}: {used.spills} spills, stack {used.stack}, shared {used.shared}")
     if kernel.metadata.global_scratch_size or kernel.metadata.profile_scratch_size:
@@ -155,7 +158,7 @@ def write(rows: list[dict], out: Path) -> None:
     c += [f"const int lora_fast_short_tokens = {tiles.SHORT}, lora_fast_programs = {tiles.PROGRAMS};"]
     c += [f"const int lora_fast_split_steps = {tiles.SPLIT_STEPS};"]
     c += [f"const int lora_fast_partial_numbers = {tiles.PARTIAL_NUMBERS};"]
-    c += [f"const int lora_fast_slots = {solve.SLOTS}, lora_fast_in_registers = {solve.IN_REGISTERS};"]
+    c += [f"const int lora_fast_slots = {spd.SLOTS}, lora_fast_in_registers = {spd.IN_REGISTERS};"]
     (out / "kernels.c").write_text("\n".join(c) + "\n")
 
 

@@ -1,4 +1,4 @@
-/* NB-LoRA's Cayley transform: tables as kernels/table.py and moving.py build them, grids as kernels/cayley.py and the
+/* NB-LoRA's Cayley transform: tables as kernels/pointer_table.py and moving.py build them, grids as kernels/cayley/__init__.py and the
    files beside it choose them. */
 
 #include "kernels.h"

@@ -29,7 +29,7 @@ extern const struct kernel lora_fast_table[];
 extern const int lora_fast_table_length;
 /* SHORT, PROGRAMS, SPLIT_STEPS and PARTIAL_NUMBERS of kernels/tiles.py. */
 extern const int lora_fast_short_tokens, lora_fast_programs, lora_fast_split_steps, lora_fast_partial_numbers;
-/* kernels/solve.py: largest rank whose matrix fits in registers; above, so many programs have a scratch matrix each. */
+/* kernels/linalg/spd.py: largest rank whose matrix fits in registers; above, so many programs have a scratch matrix each. */
 extern const int lora_fast_in_registers, lora_fast_slots;
 
 /* An argument of a launch, matched by name to the kernel's own list: kernels of one family may take fewer. */

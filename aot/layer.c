@@ -1,4 +1,4 @@
-/* The layer: the grids of kernels/project.py, linear.py and grads.py. Python's launcher has a kernel write the result
+/* The layer: the grids of kernels/linear/project.py, linear.py and grads.py. Python's launcher has a kernel write the result
    itself where there would be one partial sum; here that one is added as more are, so that one kernel serves every
    size. */
 
@@ -40,7 +40,7 @@ API int lora_fast_project(const lora_fast_layer *layer, const void *x, const voi
                             stream);
 }
 
-/* result (n_tokens, d_out) from left (n_tokens, d_in), as kernels/linear.py names them in both directions. */
+/* result (n_tokens, d_out) from left (n_tokens, d_in), as kernels/linear/gemm.py names them in both directions. */
 static int gemm(const lora_fast_layer *layer, int row, const void *left, const void *weight, const void *bias,
                 const void *thin, const void *factor, void *result, int d_in, int d_out, int stride_weight,
                 int stride_factor, float scaling, lora_fast_stream stream) {

@@ -116,7 +116,7 @@ typedef struct {
 LORA_FAST_API int lora_fast_plan(lora_fast_group *group, const lora_fast_factor *factors);
 /* Then write the table to group->bytes of host memory, copy them to the device, and set group->device.
 
-   Layout, as kernels/table.py and merge.py have it: int64 entries[n_factors][8] = three addresses (of GRAM p, of STEP
+   Layout, as kernels/pointer_table.py and merge.py have it: int64 entries[n_factors][8] = three addresses (of GRAM p, of STEP
    p, m, v, of TRANSFORM p), d, r, is_a, index, 0, or of MERGE [12] = four addresses, d, r, d_in, index, strides of a and
    of b; of GRAM and STEP int64 addresses of g, to a multiple of 16 bytes; int32 counters[16 n_factors], zero before and
    after every launch, so launches that share a group go to one stream; int32 tiles[n_programs][2] = factor, chunk. */

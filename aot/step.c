@@ -1,4 +1,4 @@
-/* The step and the small matrices: tables as kernels/table.py and merge.py build them, grids as gram.py, step.py,
+/* The step and the small matrices: tables as kernels/pointer_table.py and merge.py build them, grids as gram.py, step.py,
    solve.py, inverse.py, hadamard.py and rescale.py choose them. */
 
 #include "kernels.h"
@@ -6,7 +6,7 @@
 #include <string.h>
 
 enum { COLUMNS = 8, MERGE_COLUMNS = 12, COUNTERS = 16, HYPER = 5, LARGEST_RANK = 256, HADAMARD_RANK = 128, HADAMARD_IN_REGISTERS = 32 };
-enum { SCRATCHES = 3 }; /* matrices that kernels/inverse.py works on beside the result; solve.py takes one */
+enum { SCRATCHES = 3 }; /* matrices that kernels/linalg/inverse.py works on beside the result; solve.py takes one */
 
 static int find_any(const lora_fast_group *group, int *row) {
     const char *dtype = lora_fast_dtype_name(group->dtype);

@@ -15,15 +15,16 @@ import sys
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: traffic is counted in its interpreter
 
 import torch
-from measure import Setting, relative_error, saved_bytes
-from providers import layer as providers_of
 from rich.console import Console
 from rich.table import Table
-from shapes import Case
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fast as lf
-from lora_fast.kernels import interpreted, layer, tiles
+from lora_fast.kernels import linear, tiles
+from lora_fast.kernels.inspection import interpreter
+from suite.cases import Case
+from suite.comparison import Setting, relative_error, saved_bytes
+from suite.ops.providers import layer as providers_of
 
 SECTIONS = ("traffic", "launches", "saved", "gradients")
 N_TOKENS, D = 8192, 4096
@@ -39,14 +40,14 @@ def traffic(console: Console) -> None:
         x, thin = torch.zeros(N_TOKENS, D, dtype=torch.float16), torch.zeros(N_TOKENS, r, dtype=adapter)
         a, b = torch.zeros(r, D, dtype=adapter), torch.zeros(D, r, dtype=adapter)
         passes = (
-            (lambda x=x, a=a: layer.project(x, a), (x, a, thin)),
-            (lambda x=x, thin=thin, b=b: layer.grad_s_b(x, thin, b, 1.0), (x, thin, b, thin, b)),
-            (lambda x=x, thin=thin, a=a: layer.grad_a(x, thin, a), (x, thin, a)),
+            (lambda x=x, a=a: linear.project(x, a), (x, a, thin)),
+            (lambda x=x, thin=thin, b=b: linear.grad_s_b(x, thin, b, 1.0), (x, thin, b, thin, b)),
+            (lambda x=x, thin=thin, a=a: linear.grad_a(x, thin, a), (x, thin, a)),
         )
         asked, least = [], []
         for run, operands in passes:
             console.print(f"counting r = {r}, adapters {adapter} …")
-            with tiles.assume(arch=90), interpreted.traffic() as counted:
+            with tiles.assume(arch=90), interpreter.traffic() as counted:
                 run()
             asked.append(counted.total)
             least.append(sum(t.numel() * t.element_size() for t in operands))
@@ -77,10 +78,10 @@ def launches(console: Console) -> None:
             module = lf.LoRALinear(640, 640, r=16, alpha=16, dropout=dropout_p, dtype=torch.bfloat16)
             dy = torch.ones_like(x)
             with lf.set_backend("triton"), tiles.assume(arch=90, strategy=strategy, thin=thin):
-                with interpreted.traffic() as counted, Products() as products:
+                with interpreter.traffic() as counted, Products() as products:
                     y = module(x)
                 counts.append((len(counted.launches) + products.count, products.count))
-                with interpreted.traffic() as counted, Products() as products:
+                with interpreter.traffic() as counted, Products() as products:
                     torch.autograd.grad(y, (x, module.lora_A, module.lora_B), dy)
                 counts.append((len(counted.launches) + products.count, products.count))
             shown = (f"{count}, {of_cublas}" for count, of_cublas in counts)

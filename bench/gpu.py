@@ -41,15 +41,15 @@ from pathlib import Path
 if "--dry-run" in sys.argv or "--mode interpreter" in " ".join(sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
-import gpu_cache
 import torch
-from gpu_goals import Verdict, verdicts
-from gpu_plot import draw
-from gpu_section import MODES, Figures, Options, Progress, in_processes, of_chain, short, work
-from gpu_section import summary as of_figure
-from gpu_stages import COMPILERS, END, SECTIONS, STAGES, START, WATCHED, WITH_MODELS, Stage, estimate, some
 
 import lora_fast
+from gpu_sections import compile_cache
+from gpu_sections.goals import Verdict, verdicts
+from gpu_sections.plot import draw
+from gpu_sections.section import MODES, Figures, Options, Progress, in_processes, of_chain, short, work
+from gpu_sections.section import summary as of_figure
+from gpu_sections.stages import COMPILERS, END, SECTIONS, STAGES, START, WATCHED, WITH_MODELS, Stage, estimate, some
 from lora_fast.kernels import tiles
 from lora_fast.kernels.device import CARDS
 
@@ -79,17 +79,17 @@ class Run:
     def on_device(self, archives: list[Path]) -> None:
         with tempfile.TemporaryDirectory(prefix="lora-fast-gpu-", ignore_cleanup_errors=True) as folder:
             cache = Path(folder) / "triton"
-            os.environ |= gpu_cache.environment(cache)
+            os.environ |= compile_cache.environment(cache)
             carried = self._unpack(archives, cache)
-            before = gpu_cache.entries(cache)
+            before = compile_cache.entries(cache)
             try:
                 asyncio.run(self._compile(Path(folder), carried))
                 asyncio.run(self._measure(Path(folder)))
             finally:
                 self.right = self.tell()
-            new = gpu_cache.entries(cache) - before
+            new = compile_cache.entries(cache) - before
             archive, seconds = self.out / f"{self.name}-cache.tar.xz", self.left + END - 3
-            left = gpu_cache.pack(cache, new, archive, MOST_RETURNED, preset=1, seconds=seconds)
+            left = compile_cache.pack(cache, new, archive, MOST_RETURNED, preset=1, seconds=seconds)
             kernels = lambda names: sum(name.endswith(".cubin") for name in names)
             self.figures.add(
                 "compile", "new kernels", {"packed": kernels(new) - kernels(left), "no room": kernels(left)}
@@ -100,7 +100,7 @@ class Run:
         carried = {"carried": 0, "of another Triton": 0}
         for archive in archives:
             try:
-                usable, others = gpu_cache.unpack(archive, cache)
+                usable, others = compile_cache.unpack(archive, cache)
             except (OSError, EOFError, tarfile.TarError, lzma.LZMAError, ValueError, KeyError) as error:
                 self.figures.add_failure("compile", archive.name, f"cannot be read: {of_chain(error)}", ok=None)
                 print(f"{archive} cannot be read: {error}", flush=True)
@@ -157,14 +157,14 @@ async def compile_all(
     seconds: float,
     figures: Figures,
     folder: Path,
-    arch: int = gpu_cache.ARCH,
+    arch: int = compile_cache.ARCH,
 ) -> None:
     """Makes the sections' launches on the stub driver, in some processes. Prints how far it has come."""
     shares = [(part, processes) for part in range(processes)]
     workers = [in_processes(names, share, "stub", seconds, figures, folder, arch) for share in shares]
     running, start = {asyncio.create_task(worker) for worker in workers}, time.monotonic()
     while running:
-        ended, running = await asyncio.wait(running, timeout=gpu_cache.EVERY)
+        ended, running = await asyncio.wait(running, timeout=compile_cache.EVERY)
         for task in ended:
             task.result()
         if running and not ended:
@@ -229,7 +229,7 @@ def summary(figures: dict, sections: list[str], seconds: dict[str, float]) -> st
 def arch_of_gpu() -> int:
     """Returns the compute capability as one number; that of the carried kernels where there is no GPU."""
     if not torch.cuda.is_available():
-        return gpu_cache.ARCH
+        return compile_cache.ARCH
     major, minor = torch.cuda.get_device_capability()
     return 10 * major + minor
 
@@ -306,7 +306,7 @@ def plan(name: str, stage: Stage) -> str:
         for lane in phase.lanes:
             spent = START
             for section in lane:
-                with tiles.assume(arch=gpu_cache.ARCH):
+                with tiles.assume(arch=compile_cache.ARCH):
                     count = len(SECTIONS[section].jobs(sketch))
                 spent += estimate(section, count)
                 processes, budget = SECTIONS[section].processes, SECTIONS[section].seconds
@@ -353,20 +353,20 @@ def fill_cache(archive: Path) -> bool:
     """Compiles what both stages launch, and what the tests launch as far as they come without values, for sm_90."""
     import triton
 
-    print(f"compiling for sm_{gpu_cache.ARCH} with Triton {triton.__version__}", flush=True)
+    print(f"compiling for sm_{compile_cache.ARCH} with Triton {triton.__version__}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "triton"
-        os.environ |= gpu_cache.environment(cache)
+        os.environ |= compile_cache.environment(cache)
         figures, names = Figures(Path(folder) / "compile.jsonl"), list(dict.fromkeys(
             STAGES[1].sections + STAGES[2].sections
         ))  # fmt: skip
         asyncio.run(compile_all(names, os.cpu_count() or 1, 3 * 3600, figures, Path(folder)))
         found = compiled(figures)
-        gpu_cache.compile_tests(os.cpu_count() or 1)
+        compile_cache.compile_tests(os.cpu_count() or 1)
         # Triton's launchers are libraries for one version of Python, and quickly made.
-        files = {name for name in gpu_cache.entries(cache) if not name.endswith(".so")}
-        left = gpu_cache.pack(cache, files, archive, MOST_CARRIED)
-        size = archive.stat().st_size / gpu_cache.MEBIBYTE
+        files = {name for name in compile_cache.entries(cache) if not name.endswith(".so")}
+        left = compile_cache.pack(cache, files, archive, MOST_CARRIED)
+        size = archive.stat().st_size / compile_cache.MEBIBYTE
         print(f"{archive}: {len(files) - len(left)} files, {size:.1f} MiB; {short(found)}")
         if left:
             print(f"{len(left)} files had no room in {MOST_CARRIED} MiB")
@@ -385,9 +385,9 @@ def one_share(options: argparse.Namespace) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         figures = Figures(options.figures or Path(folder) / "figures.jsonl")
         progress = Progress.of(options.progress) if options.progress else Progress()
-        gpu_cache.use()
+        compile_cache.use()
         if options.mode == "stub":
-            gpu_cache.on_stub_driver()
+            compile_cache.on_stub_driver()
         if options.mode == "device" and set(options.work) & set(WITH_MODELS):
             for package in ("peft", "transformers.models.llama.modeling_llama"):
                 with contextlib.suppress(ImportError):  # a provider that needs it says so

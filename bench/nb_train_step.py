@@ -16,7 +16,7 @@ from rich.progress import track
 from train_step import batches, spread, step_seconds
 
 import lora_fast as lf
-from lora_fast.cli import models
+from lora_fast.cli.inputs import models
 
 
 def build(rank: int, device: torch.device) -> dict[str, torch.nn.Module]:

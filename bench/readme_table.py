@@ -11,9 +11,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from gpu_goals import verdicts
-from gpu_section import Figures
-from gpu_stages import STAGES
+from gpu_sections.goals import verdicts
+from gpu_sections.section import Figures
+from gpu_sections.stages import STAGES
 
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- gpu table: bench/readme_table.py -->", "<!-- end of gpu table -->"

@@ -20,15 +20,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from compare import Change, compare
-from counting import in_own_process
-from report import microseconds, shown, write
 from rich.console import Console
 from rich.table import Table
-from shapes import SCALES, from_dict
-from suite import OPS, TESTS, here, module
 
-from lora_fast.cli.measure import environment
+from lora_fast.measure.machine import environment
+from suite.cases import SCALES, from_dict
+from suite.changes import Change, compare
+from suite.counting import in_own_process
+from suite.registry import OPS, TESTS, here, module
+from suite.report import microseconds, shown, write
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

@@ -4,9 +4,10 @@ into the benchmark's extra_info; bench/run.py reads them from pytest-benchmark's
 from dataclasses import asdict
 
 import pytest
-from measure import ceilings, measure
-from shapes import SCALES
-from suite import OPS, cases, here, module
+
+from suite.cases import SCALES
+from suite.comparison import ceilings, measure
+from suite.registry import OPS, cases, here, module
 
 CEILINGS = {}
 

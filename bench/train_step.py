@@ -21,7 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 import lora_fast as lf
-from lora_fast.cli import data, models
+from lora_fast.cli.inputs import data, models
 
 GOALS = {0.0: 1.08, 0.05: 1.05}  # PEFT's time over ours on 2 CPU cores
 

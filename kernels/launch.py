@@ -50,7 +50,7 @@ class Launch:
 
     ``go(stream, tensors, numbers)`` launches. Without a stream that is through Triton's JIT, on the current one. With a
     stream it is so the first time, and from then on ``go`` is a function that calls Triton's C launcher with the same
-    arguments (prepared.py).
+    arguments (compiled_launch.py).
     """
 
     __slots__ = ("go", "grid", "kernel", "matrices", "options", "sizes")
@@ -92,7 +92,7 @@ class Launch:
     def _prepare(self, compiled, tensors: tuple, numbers: tuple):
         """From now on the C launcher. Where ptxas has let a kernel spill to fit one more block on a multiprocessor, the
         same kernel with all the registers that a thread can have (it is loaded now: a graph may be captured next)."""
-        from .prepared import prepare
+        from .compiled_launch import prepare
 
         if compiled.n_spills and takes_more_registers(compiled, self.options):
             self.options = self.options | {"maxnreg": MOST_REGISTERS}

@@ -21,7 +21,7 @@ def dot(lhs, rhs, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def settled(block):
+def keep_ieee(block):
     """The same matrix, for a dot in full precision. Triton (3.7) looks through casts, sums and selections for dtypes
     that were loaded: with 16 bits among them it multiplies float32 operands in TF32 on sm_100, "ieee" or not, and
     breaks on float64 ones. It does not look through a reduction, here of one term."""
@@ -29,11 +29,11 @@ def settled(block):
 
 
 @triton.jit
-def widened(block):
+def to_float32(block):
     """A matrix in float32, for a dot in full precision."""
     wide = block.to(tl.float32)
     if block.dtype != tl.float32:
-        wide = settled(wide)
+        wide = keep_ieee(wide)
     return wide
 
 
@@ -68,7 +68,7 @@ def dot_wide(tall, thin, acc, PRECISION: tl.constexpr):
     if tall.dtype == thin.dtype:
         acc = dot(tall, thin, acc, PRECISION)
     elif tall.dtype == tl.float32:
-        acc = dot(tall, widened(thin), acc, PRECISION)
+        acc = dot(tall, to_float32(thin), acc, PRECISION)
     elif tall.dtype == tl.bfloat16:
         high, low = halves(thin)
         acc = dot(tall, low, acc, PRECISION)
@@ -91,7 +91,7 @@ def dot_rounded(thin, factor, acc, dtype: tl.constexpr, PRECISION: tl.constexpr)
     if thin.dtype == dtype and factor.dtype == dtype:
         acc = dot(thin, factor, acc, PRECISION)
     elif dtype == tl.float32:
-        acc = dot(widened(thin), widened(factor), acc, PRECISION)
+        acc = dot(to_float32(thin), to_float32(factor), acc, PRECISION)
     elif dtype == tl.bfloat16:
         acc = dot_wide(round_to(thin.to(tl.float32), dtype), factor, acc, PRECISION)
     else:
@@ -112,19 +112,19 @@ def drop(value, keep):
 
 
 @triton.jit
-def column(b_matrix, i_col, j):
+def take_column(b_matrix, i_col, j):
     """Column j of a block, by a sum of one term: [rows]."""
     return tl.sum(tl.where(i_col[None, :] == j, b_matrix, 0.0), 1)
 
 
 @triton.jit
-def row(b_matrix, i_row, j):
+def take_row(b_matrix, i_row, j):
     """Row j of a block, by a sum of one term: [columns]."""
     return tl.sum(tl.where(i_row[:, None] == j, b_matrix, 0.0), 0)
 
 
 @triton.jit
-def over(block, scalar):
+def div_rn(block, scalar):
     """block / scalar, correctly rounded."""
     return tl.div_rn(block, tl.zeros_like(block) + scalar)
 

@@ -1,8 +1,8 @@
 """Tile configurations: the layer's by (op, element size, arch, shared memory, rank), the grouped step's by (op, rank).
 Nothing here is measured at run time; what ``lora-fast tune`` has measured before (tuned.py) comes first for the layer.
 
-Every row compiles without spills for the archs of ``device.CARDS`` (tests/test_compiled.py says at which ranks). Which
-tiles are fastest is not verified on a GPU.
+Every row compiles without spills for the archs of ``device.CARDS`` (tests/kernels/test_compiler.py says at which
+ranks). Which tiles are fastest is not verified on a GPU.
 """
 
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ SPLIT_STEPS = 4  # steps of a split reduction's program, at least: fewer do not 
 SUM_BLOCK = 1024  # elements a program of lora_sum_partials_kernel adds
 GROUP = 8  # row tiles of the GEMM that share columns of W in L2
 INTERPRETED_MULTIPROCESSORS = 2
-GLUON_ARCH = 90  # the only one that gluon_linear.py is written for
+GLUON_ARCH = 90  # the only one that linear/gluon_gemm.py is written for
 
 
 class Tile(NamedTuple):

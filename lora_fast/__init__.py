@@ -8,15 +8,16 @@ from importlib import import_module
 
 from . import functional, methods, metrics, optim
 from .backend import set_backend
-from .checkpoint import load_adapter, save_adapter
+from .checkpoints.adapter import load_adapter, save_adapter
 from .checks import ArgumentError, BackendError, CheckpointError, MissingPackageError
-from .configs import LoRAConfig, NBLoRAConfig, SingLoRAConfig
-from .linear import LoRALinear
-from .merging import merge_, unmerge_
-from .nb_linear import NBLoRALinear
-from .report import Report
-from .sing_linear import SingLoRALinear, count_steps_
-from .surgery import fuse_, inject_, unfuse_
+from .layers.lora import LoRALinear
+from .layers.nb_lora import NBLoRALinear
+from .layers.sing_lora import SingLoRALinear, count_steps_
+from .surgery.change_report import Report
+from .surgery.configs import LoRAConfig, NBLoRAConfig, SingLoRAConfig
+from .surgery.fuse import fuse_, unfuse_
+from .surgery.inject import inject_
+from .surgery.merge import merge_, unmerge_
 
 __version__ = "0.1.0"
 __all__ = [

@@ -15,7 +15,7 @@ from dataclasses import fields
 from torch import nn
 
 from . import checks
-from .checkpoint import load_adapter, save_adapter
+from .checkpoints.adapter import load_adapter, save_adapter
 from .metrics import AdapterStats, BoundStats, adapter_stats, bound_stats
 from .optim import LoRAAdamW
 

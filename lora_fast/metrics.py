@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import pairs, step
-from .nb_linear import NBLoRALinear, factors_of
-from .pairs import Pair
-from .sing_linear import SingLoRALinear
+from .batches import pairs
+from .batches.pairs import Pair
+from .layers.nb_lora import NBLoRALinear, factors_of
+from .layers.sing_lora import SingLoRALinear
+from .ops import pairs as pair_ops
 
 __all__ = ["AdapterStats", "BoundStats", "adapter_stats", "bound_stats"]
 
@@ -55,7 +56,7 @@ def adapter_stats(model: nn.Module) -> dict[str, AdapterStats]:
     Raises:
         ArgumentError: not a module.
     """
-    found = pairs.of_model(model) + _derived(model)
+    found = pairs.find_pairs(model) + _derived(model)
     pairs.check(found, set())
     groups: dict[tuple, list[Pair]] = {}
     for pair in found:
@@ -110,7 +111,7 @@ def _derived(model: nn.Module) -> list[Pair]:
 def _measure(members: list[Pair]) -> Tensor:
     """(L, 11) in float64: AdapterStats's fields of all products of pairs of one shape."""
     a, b = torch.cat([pair.split_a(pair.a) for pair in members]), torch.cat([pair.split_b(pair.b) for pair in members])
-    ka, kb = (gram.double() for gram in step.grams(a, b)[:2])
+    ka, kb = (gram.double() for gram in pair_ops.grams(a, b)[:2])
     finite = (ka.isfinite() & kb.isfinite()).all(-1).all(-1)
     ka, kb = (gram.where(finite[:, None, None], 0.0) for gram in (ka, kb))  # eigh fails on others, for all at once
     scaling = [abs(pair.scaling) for pair in members for _ in range(pair.experts)]

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from . import backend, batches, checks, pairs
-from .batch import Batch, Member
+from . import backend, checks
+from .batches import pairs, partition
+from .batches.batch import Batch, PairInGroups
+from .batches.pairs import Pair
+from .batches.unpaired import UnpairedParameters
+from .layers.sing_lora import count_steps_
 from .methods import LoRAPlus, compose
 from .methods.method import Method
-from .pairs import Pair
-from .plain import Plain
-from .sing_linear import count_steps_
 
 __all__ = ["LoRAAdamW"]
 
@@ -65,9 +66,9 @@ class LoRAAdamW(torch.optim.Optimizer):
         _check_settings(defaults)
         self._methods = compose(methods)
         self._middle = tuple(method for method in self._methods if type(method) is not LoRAPlus)
-        self._pairs: list[Member] = []
+        self._pairs: list[PairInGroups] = []
         self._forget_batches()
-        found = pairs.of_model(model) if isinstance(model, nn.Module) else pairs.of_tensors(model)
+        found = pairs.find_pairs(model) if isinstance(model, nn.Module) else pairs.make_pairs(model)
         groups = [{"params": found}] if found else []
         if isinstance(model, nn.Module):
             ours = {id(factor) for pair in found for factor in (pair.a, pair.b)}
@@ -96,7 +97,7 @@ class LoRAAdamW(torch.optim.Optimizer):
             named = [p if isinstance(p, tuple) else (f"{place}.{i}", p) for i, p in enumerate(entries)]
             super().add_param_group({"params": named, **group, "methods": []})
             return
-        added = pairs.of_tensors(entries, f"params[{len(self.param_groups)}]")
+        added = pairs.make_pairs(entries, f"params[{len(self.param_groups)}]")
         pairs.check(added, {id(p) for other in self.param_groups for p in other["params"]})
         self._check_methods(added)
         self._add_pairs(added, group)
@@ -151,9 +152,9 @@ class LoRAAdamW(torch.optim.Optimizer):
         for batch in current:
             batch.begin(self.param_groups)
         for method in self._middle:
-            method.plan(current, memory)
+            method.before_all(current, memory)
         replacement = next((method for method in self._middle if method.replaces_adamw), None)
-        followers = [method for method in self._middle if method.follows]
+        followers = [method for method in self._middle if method.has_after]
         for batch in current:
             for method in self._middle:
                 method.before(batch)
@@ -191,7 +192,7 @@ class LoRAAdamW(torch.optim.Optimizer):
     def _build(self, trained: list[bool]) -> None:
         """Batches, and what plain AdamW trains: each parameter that has a gradient now is in one of them."""
         stacked = any(method.needs_stacks for method in self._middle)
-        triton = not stacked and batches.grouped([pair for pair, *_ in self._pairs])
+        triton = not stacked and partition.grouped([pair for pair, *_ in self._pairs])
         active = []
         for (pair, *groups), of_a, of_b in zip(self._pairs, trained[::2], trained[1::2], strict=False):
             if of_a != of_b and self._middle:
@@ -203,16 +204,16 @@ class LoRAAdamW(torch.optim.Optimizer):
         for method in self._middle:
             method.check([pair for pair, *_ in active])
         layout = next((m.layout for m in self._middle if type(m).layout is not Method.layout), Method().layout)
-        self._batches = batches.build(active, self.state, layout, triton)
+        self._batches = partition.build(active, self.state, layout, triton)
         batched = {id(p) for pair, *_ in active for p in (pair.a, pair.b)}
         self._plain = []
         for i, group in enumerate(self.param_groups):
             plain = [p for p in group["params"] if p.grad is not None and id(p) not in batched]
-            self._plain += Plain.of(plain, i, self.state)
+            self._plain += UnpairedParameters.of(plain, i, self.state)
 
     def _forget_batches(self) -> None:
         self._batches: list[Batch] = []
-        self._plain: list[Plain] = []
+        self._plain: list[UnpairedParameters] = []
         self._parameters: list[Tensor] = []
         self._built_for: tuple | None = None  # the backend, which parameters have gradients, what is ``_owned``
 

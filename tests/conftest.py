@@ -8,12 +8,14 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-INTERPRETED = not torch.cuda.is_available() and "LORA_FAST_STUB_ARCH" not in os.environ  # bench/gpu_cache.py's
+INTERPRETED = (
+    not torch.cuda.is_available() and "LORA_FAST_STUB_ARCH" not in os.environ
+)  # bench/gpu_sections/compile_cache.py's
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-    from lora_fast.kernels import interpreted
+    from lora_fast.kernels.inspection import interpreter
 
-    interpreted.patch_once()
+    interpreter.patch_once()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 

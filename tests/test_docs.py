@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from lora_fast.cli import app, methods
-from lora_fast.cli.experiments import EXPERIMENTS
+from lora_fast.cli import app
+from lora_fast.cli.inputs import method_options
+from lora_fast.cli.reproduce.experiments import EXPERIMENTS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -122,7 +123,7 @@ def check_lora_fast(words: list[str]) -> None:
         assert asked_for_help.exit_code == 0
         return
     for method in given.get("method") or ():
-        methods.read(method)
+        method_options.read(method)
     assert set(given.get("names") or ()) <= set(EXPERIMENTS), words
 
 

@@ -15,10 +15,11 @@ from triton.runtime.errors import OutOfResources
 
 import lora_fast as lf
 from lora_fast import backend, checks
-from lora_fast.batch import Batch
-from lora_fast.changed_base import record
-from lora_fast.cli import run_folder
-from lora_fast.kernels import device, gluon_linear, launch, table, tiles
+from lora_fast.batches.batch import Batch
+from lora_fast.cli.output import run_folder
+from lora_fast.kernels import device, launch, pointer_table, tiles
+from lora_fast.kernels.linear import gluon_gemm
+from lora_fast.layers.merge_log import record
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 QUOTED = re.findall(r"(?<!\*)\*`([^`]+)`\*(?!\*)", " ".join(PAGE.split()))
@@ -85,7 +86,7 @@ def too_large() -> None:
 def gluon_on_an_a100() -> None:
     x, weight = torch.zeros(16, 64, dtype=torch.bfloat16), torch.zeros(32, 64, dtype=torch.bfloat16)
     with tiles.assume(arch=80):
-        gluon_linear.GluonGemm(x, weight, None, torch.zeros(32, 8), 8, False, True, (16, 32))
+        gluon_gemm.GluonGemm(x, weight, None, torch.zeros(32, 8), 8, False, True, (16, 32))
 
 
 def on_triton(x: torch.Tensor) -> None:
@@ -123,7 +124,7 @@ ERRORS = {
     "state_dict: expected": another_state,
     "--resume: expected": lambda: run_folder.saved_settings(None, {}),
     "CheckpointError": lambda: lf.load_adapter(plain(), "/no/such/folder"),
-    "a tensor of the step has moved": lambda: table.kept("factors", ["never seen"], lambda: None),
+    "a tensor of the step has moved": lambda: pointer_table.kept("factors", ["never seen"], lambda: None),
     "interval, every: expected 1": due,
     "keep: expected 'weights'": lambda: record(plain()[0], SimpleNamespace(is_cuda=True), None, None, keep="terms"),
 }

@@ -3,8 +3,9 @@
 contents    every function of the header is exported, the table holds the archs it was built for, and without a GPU a
             launch returns an error with a name
 launches    with a stub of libcuda that notes launches: kernel, grid, block and every argument are those of the Python
-            launchers, and tables are those of kernels/table.py, moving.py and merge.py, number for number; the cubin is
-            what Python's launch compiles to
+            launchers, and tables are those of kernels/pointer_table.py, cayley/addresses.py
+            and pairs/add_low_rank.py, number for number; the
+            cubin is what Python's launch compiles to
 reference   on a GPU: each op has the bits of the Python launcher (77: no GPU, skipped)
 """
 
@@ -20,11 +21,11 @@ os.environ.pop("TRITON_INTERPRET", None)  # launches are recorded, not interpret
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of build.py
 
 import torch
-from cases import N_TOKENS, Case, embedded, layer_case
+from launch_cases import N_TOKENS, Case, embedded, layer_case
 from library import BAD_ARGUMENT, MISALIGNED, NO_ARCH, NO_DRIVER, NO_KERNEL, Kernel, Library, Note, Refused
 
 from build import LENGTHS, as_embedded, name_of_cubin
-from lora_fast.kernels import compiled
+from lora_fast.kernels.inspection import compiler
 from lora_fast.kernels.launch import LARGEST_RANK, MOST_REGISTERS
 
 SKIPPED = 77
@@ -62,7 +63,7 @@ def launches(path: str, arch: int, stub_path: str, cubins: Path) -> None:
     for name, case in embedded(library, torch.device("cpu"), arch):
         count.value = 0
         with as_embedded(arch):
-            with compiled.recorded() as expected:
+            with compiler.recorded() as expected:
                 theirs = case.python(case.tensors)
             mine = case.c(case.tensors)
         made = notes[: count.value]
@@ -97,7 +98,7 @@ def fit_or_are_refused(library: Library, count: ctypes.c_int) -> None:
 
 
 def compare(
-    name: str, case: Case, i: int, note: Note, kernel: Kernel, launch: compiled.Launch, results: dict[int, int]
+    name: str, case: Case, i: int, note: Note, kernel: Kernel, launch: compiler.Launch, results: dict[int, int]
 ) -> None:
     """Grid, warps and every argument. ``results``: addresses of Python's results → of C's."""
     table = case.tables[i % len(case.tables)] if case.tables else {}
@@ -124,10 +125,10 @@ def compare(
             assert slot == value, f"{where}: {slot}, from Python {value}"
 
 
-def is_cubin_of(launch: compiled.Launch, arch: int, address: int, cubins: Path) -> bool:
+def is_cubin_of(launch: compiler.Launch, arch: int, address: int, cubins: Path) -> bool:
     """Whether at an address is the cubin that the build made of this launch, as it is or with more registers."""
     roomy = dataclasses.replace(launch, options=launch.options | {"maxnreg": MOST_REGISTERS})
-    names = (name_of_cubin(compiled.compile_for(each, arch, LENGTHS)) for each in (launch, roomy))
+    names = (name_of_cubin(compiler.compile_for(each, arch, LENGTHS)) for each in (launch, roomy))
     made = (path.read_bytes() for path in (cubins / f"{name}.cubin" for name in names) if path.exists())
     return any(ctypes.string_at(address, len(cubin)) == cubin for cubin in made)
 

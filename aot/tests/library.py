@@ -40,7 +40,7 @@ class Group(Structure):
     _fields_ += [("bytes", c_size_t), ("device", c_void_p)]
 
 
-class Work(Structure):
+class StepWork(Structure):
     _fields_ = [(name, c_void_p) for name in ("additive", "matrices", "scale_p", "scale_g", "grams")]
 
 

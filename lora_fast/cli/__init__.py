@@ -15,14 +15,14 @@ except ImportError as error:
     raise MissingPackageError(f"lora-fast, the command line, needs more packages: {fix}") from error
 
 from .bench import bench
-from .doctor import doctor
-from .finetune import EPILOG, finetune
+from .doctor.command import doctor
+from .finetune.command import EPILOG, finetune
 from .inspect import EPILOG as INSPECTIONS
 from .inspect import inspect
-from .profile import profile
-from .reproduce import EPILOG as REPRODUCE_EPILOG
-from .reproduce import reproduce
-from .tune import tune
+from .profile.command import profile
+from .reproduce.command import EPILOG as REPRODUCE_EPILOG
+from .reproduce.command import reproduce
+from .tune.command import tune
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", add_completion=False)
 

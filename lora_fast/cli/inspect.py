@@ -15,12 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..checks import ArgumentError
-from .display import Display, exit_codes
+from .output.terminal import Display, exit_codes
 
 if TYPE_CHECKING:
-    from ..kernels.catalogue import Case
+    from ..kernels.inspection.catalogue import Case
 
-Job = tuple["Case", int]  # and an arch
+CompileJob = tuple["Case", int]  # and an arch
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 EPILOG = """
 **Examples**
@@ -65,10 +65,10 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _jobs(archs: list[int] | None, ops: list[str] | None, ranks: list[int] | None) -> list[Job]:
-    from ..kernels import catalogue, inspected
+def _jobs(archs: list[int] | None, ops: list[str] | None, ranks: list[int] | None) -> list[CompileJob]:
+    from ..kernels.inspection import catalogue, rules
 
-    for name, chosen, known in (("arch", archs, inspected.ARCHS), ("op", ops, tuple(catalogue.OPS))):
+    for name, chosen, known in (("arch", archs, rules.ARCHS), ("op", ops, tuple(catalogue.OPS))):
         for value in chosen or ():
             if value not in known:
                 raise ArgumentError(f"--{name}", f"one of {', '.join(map(str, known))}", value)
@@ -76,10 +76,10 @@ def _jobs(archs: list[int] | None, ops: list[str] | None, ranks: list[int] | Non
     if not cases:
         listed = sorted({case.r for case in catalogue.cases(ops or None)})
         raise ArgumentError("--rank", f"some of {', '.join(map(str, listed))}", ", ".join(map(str, ranks)))
-    return [(case, arch) for arch in archs or inspected.ARCHS for case in cases if case.runs_on(arch)]
+    return [(case, arch) for arch in archs or rules.ARCHS for case in cases if case.runs_on(arch)]
 
 
-def measure(jobs: list[Job], traffic: bool, processes: int) -> list[dict]:
+def measure(jobs: list[CompileJob], traffic: bool, processes: int) -> list[dict]:
     """A row for each kernel, in the order of the jobs; launches that compile to the same kernel share one."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)
     console = Console(stderr=True)
@@ -98,23 +98,23 @@ def measure(jobs: list[Job], traffic: bool, processes: int) -> list[dict]:
     return list(kernels.values())
 
 
-def _tiles(job: Job, rows: list[dict]) -> str:
+def _tiles(job: CompileJob, rows: list[dict]) -> str:
     return f"{job[0]} {[row['tile'] for row in rows]}"
 
 
-def _compile(job: Job) -> list[dict]:
-    from ..kernels import inspected
+def _compile(job: CompileJob) -> list[dict]:
+    from ..kernels.inspection import rules
 
-    return inspected.compile_case(*job)
-
-
-def _count(job: Job) -> float:
-    from ..kernels import inspected
-
-    return inspected.count_case(*job)
+    return rules.compile_case(*job)
 
 
-def _in_parallel(work: Callable, jobs: list[Job], processes: int, interpret: bool, progress: Progress) -> list:
+def _count(job: CompileJob) -> float:
+    from ..kernels.inspection import rules
+
+    return rules.count_case(*job)
+
+
+def _in_parallel(work: Callable, jobs: list[CompileJob], processes: int, interpret: bool, progress: Progress) -> list:
     """work(job) of every job, in processes that compile or interpret, which Triton decides when it is imported."""
     if not jobs:
         return []

@@ -33,7 +33,7 @@ __all__ = [
 ORDER = (  # within before and within after
     LoRAPlus, ScaleReg, ScaLoRA, ScaledAdamW, RefLoRA, PiLoRA, LoRARITE, LoRAMuon, ILoRA, BaLoRA,
 )  # fmt: skip
-ALONE = (  # of each row at most one
+EXCLUSIVE = (  # of each row at most one
     ("each decides how the product is shared between its factors", (ScaleReg, ScaLoRA, PiLoRA, ILoRA, BaLoRA)),
     ("each transforms the gradients by the other factor", (ScaLoRA, ScaledAdamW, RefLoRA, PiLoRA)),
     ("RefLoRA's gradients are those of BaLoRA's factors, in which it changes nothing", (RefLoRA, BaLoRA)),
@@ -60,7 +60,7 @@ def compose(methods: object) -> tuple:
     for kind in ORDER:
         if kinds.count(kind) > 1:
             raise checks.ArgumentError("methods", "each method once", f"{kind.__name__} {kinds.count(kind)} times")
-    for reason, row in ALONE:
+    for reason, row in EXCLUSIVE:
         both = [kind.__name__ for kind in row if kind in kinds]
         if len(both) > 1:
             raise checks.ArgumentError("methods", f"at most one of these ({reason})", " and ".join(both))

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import checks, step
-from ..batch import Batch
+from .. import checks
+from ..batches.batch import Batch
+from ..ops import pairs as pair_ops
 from .method import Method
 
 TRANSPORTS = ("none", "m", "mv")
@@ -33,21 +34,21 @@ class BaLoRA(Method):
     gauge: str = "symmetric"
     transport: str = "none"
 
-    follows = True
+    has_after = True
 
     def __post_init__(self) -> None:
         checks.count(self.every, "every")
-        checks.choice(self.gauge, "gauge", step.GAUGES)
+        checks.choice(self.gauge, "gauge", pair_ops.GAUGES)
         checks.choice(self.transport, "transport", TRANSPORTS)
 
     def after(self, batch: Batch) -> None:
         if not batch.due(self.every):
             return
         ka, kb, *_ = batch.grams()
-        t, t_inverse = step.hyperbalance(ka, kb, self.gauge)
+        t, t_inverse = pair_ops.hyperbalance(ka, kb, self.gauge)
         batch.transform(torch.cat([t, t_inverse]))
         moments = torch.cat([t_inverse.mT, t.mT])
         if self.transport != "none":
-            batch.transform(moments, of="exp_avg")
+            batch.transform(moments, target="exp_avg")
         if self.transport == "mv":
-            batch.transform(moments.square(), of="exp_avg_sq")
+            batch.transform(moments.square(), target="exp_avg_sq")

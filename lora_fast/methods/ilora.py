@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .. import checks, step
-from ..batch import Batch
-from ..pairs import Pair
+from .. import checks
+from ..batches.batch import Batch
+from ..batches.pairs import Pair
+from ..ops import pairs as pair_ops
 from .method import Method
 
 
@@ -30,7 +31,7 @@ class ILoRA(Method):
     rho_scale: float = 1.0
     rho_exponent: float = 1.0
 
-    follows = True
+    has_after = True
 
     def __post_init__(self) -> None:
         checks.nonnegative(self.lam, "lam")
@@ -42,7 +43,7 @@ class ILoRA(Method):
     def after(self, batch: Batch) -> None:
         ka, kb, *_ = batch.grams()
         lr_a, lr_b = batch.settings_a["lr"], batch.settings_b["lr"]
-        batch.transform(step.imbalance(ka, kb, batch.per_pair("rho", self._ratio), lr_a, lr_b, self.lam), add=True)
+        batch.transform(pair_ops.imbalance(ka, kb, batch.per_pair("rho", self._ratio), lr_a, lr_b, self.lam), add=True)
 
     def _ratio(self, pair: Pair) -> float:
         ratio = pair.rank / pair.b.shape[0]

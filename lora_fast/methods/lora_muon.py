@@ -23,9 +23,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .. import checks, step
-from ..batch import Batch, Shapes
-from ..pairs import Pair
+from .. import checks
+from ..batches.batch import Batch, Shapes
+from ..batches.pairs import Pair
+from ..ops import pairs as pair_ops
 from .method import Method
 
 
@@ -57,4 +58,4 @@ class LoRAMuon(Method):
 
     def update(self, batch: Batch) -> None:
         grams = batch.momentum(self.beta)
-        batch.move(step.muon(grams, batch.settings_a["lr"], batch.settings_b["lr"], self.damping))
+        batch.move(pair_ops.muon(grams, batch.settings_a["lr"], batch.settings_b["lr"], self.damping))

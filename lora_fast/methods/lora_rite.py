@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import checks, step
-from ..batch import Shapes
-from ..pairs import Pair
-from ..stacks import Factor, Stack
+from .. import checks
+from ..batches.batch import Shapes
+from ..batches.pairs import Pair
+from ..batches.stacked import Factor, StackedBatch
+from ..ops import pairs as pair_ops
 from .method import Method
 
 
@@ -50,17 +51,17 @@ class LoRARITE(Method):
             {"exp_avg": (pair.b.shape, dtype), "second_moment": square, "basis": ((*each, d_in, r), dtype)},
         )
 
-    def plan(self, stacks: list[Stack], memory: dict) -> None:
+    def before_all(self, stacks: list[StackedBatch], memory: dict) -> None:
         sides = []  # factor, its settings, its (L, r, d) value, gradient and moment, the other factor's U and R⁻¹
         for stack in stacks:
             a, b = stack.a, stack.b
             da, db = a.gradient(), b.gradient()
-            u_b, _, inverse_b = step.rite_factor(b.value)
-            u_a, _, inverse_a = step.rite_factor(a.value.mT)
+            u_b, _, inverse_b = pair_ops.rite_factor(b.value)
+            u_a, _, inverse_a = pair_ops.rite_factor(a.value.mT)
             moment_a, moment_b = a.state["exp_avg"], b.state["exp_avg"].mT
             settings_a, settings_b = stack.settings_a, stack.settings_b
-            sides.append((a, settings_a, a.value, inverse_b.mT @ step.wide(da), moment_a, u_b, inverse_b))
-            sides.append((b, settings_b, b.value.mT, inverse_a.mT @ step.wide(db).mT, moment_b, u_a, inverse_a))
+            sides.append((a, settings_a, a.value, inverse_b.mT @ pair_ops.wide(da), moment_a, u_b, inverse_b))
+            sides.append((b, settings_b, b.value.mT, inverse_a.mT @ pair_ops.wide(db).mT, moment_b, u_a, inverse_a))
         device = sides[0][3].device
         norm = torch.stack([side[3].square().sum().to(device) for side in sides]).sum().sqrt()
         clip = (self.clip / norm).clamp(max=1.0)
@@ -72,8 +73,8 @@ class LoRARITE(Method):
         count = factor.steps.double()[:, None, None]
         betas = [beta * (1 - beta ** (count - 1)) / (1 - beta**count) for beta in settings["betas"]]
         state = factor.state
-        m, v = step.rite_update(g, moment, state["second_moment"], u, state["basis"], *betas, self.eps)
+        m, v = pair_ops.rite_update(g, moment, state["second_moment"], u, state["basis"], *betas, self.eps)
         moment.copy_(m)
         state["second_moment"].copy_(v)
         state["basis"].copy_(u)
-        value -= (lr * (inverse @ m + weight_decay * step.wide(value))).to(value.dtype)
+        value -= (lr * (inverse @ m + weight_decay * pair_ops.wide(value))).to(value.dtype)

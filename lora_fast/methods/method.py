@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from ..batch import Batch, Shapes, adamw_state
-from ..pairs import Pair
+from ..batches.batch import Batch, Shapes, adamw_state
+from ..batches.pairs import Pair
 
 
 class Method:
-    """A step runs, for all methods in their order: ``plan``; then for each batch ``before``, AdamW or the ``update``
-    that replaces it, ``after``.
+    """A step runs, for all methods in their order: ``before_all``; then for each batch ``before``, AdamW or the
+    ``update`` that replaces it, ``after``.
 
     Attributes:
-        follows: whether ``after`` does anything: AdamW then leaves the Grams of its result.
+        has_after: whether ``after`` does anything: AdamW then leaves the Grams of its result.
         replaces_adamw: whether the method is an update of its own: AdamW does not run, ``update`` runs in its place.
         needs_stacks: whether the method works on plain-torch stacks only, on every device.
     """
 
-    follows = False
+    has_after = False
     replaces_adamw = False
     needs_stacks = False
 
@@ -28,14 +28,14 @@ class Method:
         """Shapes and dtypes of the state of a and of b; they hold AdamW's at least, unless the method replaces it."""
         return adamw_state(pair)
 
-    def plan(self, batches: list[Batch], memory: dict) -> None:
+    def before_all(self, batches: list[Batch], memory: dict) -> None:
         """What needs all batches at once. ``memory`` is saved with the optimizer's state."""
 
     def before(self, batch: Batch) -> None:
         """Changes gradients, factors or moments."""
 
     def update(self, batch: Batch) -> None:
-        """Moves the factors in AdamW's place, unless ``plan`` has moved those of all batches together."""
+        """Moves the factors in AdamW's place, unless ``before_all`` has moved those of all batches together."""
 
     def after(self, batch: Batch) -> None:
         """Changes the factors that AdamW, or the update in its place, left."""

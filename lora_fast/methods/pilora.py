@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import checks
-from ..batch import Batch
+from ..batches.batch import Batch
 from .ilora import ILoRA
 from .method import Method
 from .scaled_adamw import ScaledAdamW
@@ -23,7 +23,7 @@ class PiLoRA(Method):
     lam: float = 1.0
     damping: float = 1e-6
 
-    follows = True
+    has_after = True
 
     def __post_init__(self) -> None:
         checks.nonnegative(self.lam, "lam")

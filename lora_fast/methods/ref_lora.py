@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import step
-from ..batch import Batch
+from ..batches.batch import Batch
+from ..ops import pairs as pair_ops
 from .method import Method
 
 
@@ -26,5 +26,5 @@ class RefLoRA(Method):
 
     def before(self, batch: Batch) -> None:
         ka, kb, *_ = batch.grams()
-        s, s_inverse = step.refactor(ka, kb)
+        s, s_inverse = pair_ops.refactor(ka, kb)
         batch.transform_gradients(torch.cat([s_inverse, s]))

@@ -1,7 +1,7 @@
 """Scale regularization (Tan, "Scale Regularization for Stable Low-Rank Adaptation"): λ Σ ℓ² added to the loss, with
 
-    ℓ = log(‖a‖² / (r d_in)) − log(‖b‖² / (r d_out) + ε)
-    da += 4 λ ℓ a / ‖a‖²        db −= 4 λ ℓ b / (‖b‖² + ε r d_out)
+ℓ = log(‖a‖² / (r d_in)) − log(‖b‖² / (r d_out) + ε)
+da += 4 λ ℓ a / ‖a‖²        db −= 4 λ ℓ b / (‖b‖² + ε r d_out)
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import checks, step
-from ..batch import Batch
+from .. import checks
+from ..batches.batch import Batch
+from ..ops import pairs as pair_ops
 from .method import Method
 
 
@@ -37,7 +38,7 @@ class ScaleReg(Method):
         checks.flag(self.decoupled, "decoupled")
 
     @property
-    def follows(self) -> bool:
+    def has_after(self) -> bool:
         return self.decoupled
 
     def before(self, batch: Batch) -> None:
@@ -54,4 +55,4 @@ class ScaleReg(Method):
         ka, kb, *_ = batch.grams()
         entries_a = batch.per_pair("entries_a", lambda pair: pair.rank * pair.a.shape[1])
         entries_b = batch.per_pair("entries_b", lambda pair: pair.rank * pair.b.shape[0])
-        return step.scale_reg(ka, kb, entries_a, entries_b, self.lam, self.eps)
+        return pair_ops.scale_reg(ka, kb, entries_a, entries_b, self.lam, self.eps)

@@ -1,6 +1,6 @@
 """Scaled (Riemannian) AdamW (Zhang & Pilanci, arXiv 2402.02347): both moments see preconditioned gradients,
 
-    da ← (bᵀb + δI)⁻¹ da        db ← db (a aᵀ + δI)⁻¹        both from the factors before the step
+da ← (bᵀb + δI)⁻¹ da        db ← db (a aᵀ + δI)⁻¹        both from the factors before the step
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import checks
-from ..batch import Batch
+from ..batches.batch import Batch
 from .method import Method
 
 

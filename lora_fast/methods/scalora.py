@@ -4,7 +4,8 @@ are scaled so that the coming step is the nearest to the full gradient's; the di
     W += s b diag(1 − α∘β) a        b ← b diag(α)        a ← diag(β) a
     rows of (m_a, da) *= α, v_a *= α²        columns of (m_b, db) *= β, v_b *= β²
 
-so that W + s b a stays as it was. Notation: the paper's A, B are b, aᵀ. The equations for α, β: reference_scalora.py.
+so that W + s b a stays as it was. Notation: the paper's A, B are b, aᵀ. The equations for
+α and β are in ops/reference/scalora_solution.py.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import batches, changed_base, checks, step
-from ..batch import Batch, Shapes, adamw_state
-from ..pairs import Pair, check_mergeable
+from .. import checks
+from ..batches import partition as batches
+from ..batches.batch import Batch, Shapes, adamw_state
+from ..batches.pairs import Pair, check_mergeable
+from ..layers import merge_log
+from ..ops import pairs as pair_ops
 from .method import Method
 
 FLOOR = 1e-3  # of a scale: no column dies
@@ -53,9 +57,9 @@ class ScaLoRA(Method):
         if self.kappa is not None:
             checks.positive(self.kappa, "kappa")
         checks.count(self.interval, "interval")
-        checks.choice(self.solver, "solver", step.SOLVERS)
-        checks.choice(self.rounding, "rounding", step.ROUNDINGS)
-        checks.choice(self.keep, "keep", changed_base.KEEP)
+        checks.choice(self.solver, "solver", pair_ops.SOLVERS)
+        checks.choice(self.rounding, "rounding", pair_ops.ROUNDINGS)
+        checks.choice(self.keep, "keep", merge_log.KEEP)
         if self.limit is not None and checks.positive(self.limit, "limit") <= 1:
             raise checks.ArgumentError("limit", "a number above 1, or None", repr(self.limit))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
@@ -65,7 +69,7 @@ class ScaLoRA(Method):
         check_mergeable(pairs)
         if not batches.grouped(pairs):
             return
-        largest = step.largest_scalora_rank()
+        largest = pair_ops.largest_scalora_rank()
         for pair in pairs:
             if pair.rank > largest:
                 expected = f"a rank of at most {largest} for ScaLoRA on the Triton backend"
@@ -80,26 +84,26 @@ class ScaLoRA(Method):
             state_b["merge_residual"] = (pair.weight.shape, pair.weight.dtype)
         return state_a, state_b
 
-    def plan(self, batches: list[Batch], memory: dict) -> None:
+    def before_all(self, batches: list[Batch], memory: dict) -> None:
         due = [batch for batch in batches if batch.due(self.interval, phase=1)]
         if not due:
             return
         together = _by_rank(due)
-        solved = [step.scalora_solve(grams, self.solver)[:2] for _, grams in together]
+        solved = [pair_ops.scalora_solve(grams, self.solver)[:2] for _, grams in together]
         kappa = self.kappa if self.kappa is not None else self._calibrated(solved, memory)
         low, high = (FLOOR, None) if self.limit is None else (1 / self.limit, self.limit)
-        for (members, _), (x, alive) in zip(together, solved, strict=True):
+        for (members, _), (x, active) in zip(together, solved, strict=True):
             scaling = _joined([batch.per_pair("scaling", lambda pair: pair.scaling) for batch in members])
-            self._apply(members, *step.scales(x, alive, kappa, scaling, low, high))
+            self._apply(members, *pair_ops.scales(x, active, kappa, scaling, low, high))
 
     def _calibrated(self, solved: list[tuple[Tensor, Tensor]], memory: dict) -> Tensor:
         """κ from memory, or, while that holds none (0), the one that makes the geometric mean of β 1. Decided on the
         device: gradients of 0 leave it at 0."""
         device = solved[0][0].device
         beta = _joined([x.chunk(2, -1)[1].flatten().to(device, torch.float64) for x, _ in solved])
-        alive = _joined([alive.chunk(2, -1)[1].flatten().to(device) for _, alive in solved]) & (beta > 0)
-        logs = torch.where(alive, beta, 1.0).log().sum() / alive.sum()
-        now = torch.where(alive.any(), logs.exp(), 0.0)
+        active = _joined([active.chunk(2, -1)[1].flatten().to(device) for _, active in solved]) & (beta > 0)
+        logs = torch.where(active, beta, 1.0).log().sum() / active.sum()
+        now = torch.where(active.any(), logs.exp(), 0.0)
         kappa = memory["kappa"] = memory.get("kappa", torch.zeros((), dtype=torch.float64)).to(device)
         return kappa.copy_(torch.where(kappa > 0, kappa, now))  # in place: a CUDA graph reads it at this address again
 
@@ -112,19 +116,22 @@ class ScaLoRA(Method):
             of_pairs = of_merge.split([pair.experts for pair in batch.pairs])
             for pair, of_pair in zip(batch.pairs, of_pairs, strict=True):
                 keep = self.keep if pair.experts == 1 else "weights"  # an adapter's files have no place for experts'
-                changed_base.record(pair.layer, pair.a, pair.b, of_pair, keep)
+                merge_log.record(pair.layer, pair.a, pair.b, of_pair, keep)
             batch.merge(of_merge, self.rounding, self.seed)
             batch.scale(of_factors, of_gradients)
 
 
-def _by_rank(batches: list[Batch]) -> list[tuple[list[Batch], step.Grams]]:
+def _by_rank(batches: list[Batch]) -> list[tuple[list[Batch], pair_ops.Grams]]:
     """Batches of one rank, dtype and device, with all their Grams in one: they are solved together."""
-    together: dict[tuple, list[tuple[Batch, step.Grams]]] = {}
+    together: dict[tuple, list[tuple[Batch, pair_ops.Grams]]] = {}
     for batch in batches:
         grams = batch.grams(gradients=True)
         together.setdefault((grams.ka.shape[-1], grams.ka.dtype, grams.ka.device), []).append((batch, grams))
     return [
-        ([batch for batch, _ in members], step.Grams(*map(_joined, zip(*(grams for _, grams in members), strict=True))))
+        (
+            [batch for batch, _ in members],
+            pair_ops.Grams(*map(_joined, zip(*(grams for _, grams in members), strict=True))),
+        )
         for members in together.values()
     ]
 

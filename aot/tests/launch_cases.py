@@ -1,0 +1,441 @@
+"""One case of each op that the library embeds: tensors, the Python launcher, the C function, and where C's own buffers
+are to go."""
+
+from ctypes import byref, c_int64, c_size_t, c_void_p
+from functools import lru_cache
+
+import torch
+from library import DTYPES, NO_KERNEL, CayleyPair, Factor, Group, Layer, Library, StepWork
+
+from lora_fast.kernels import cayley, tiles
+from lora_fast.kernels import linear as layer
+from lora_fast.kernels.inspection.catalogue import variants
+from lora_fast.kernels.launch import NO_MASK
+from lora_fast.kernels.linalg import inverse, spd
+from lora_fast.kernels.pairs import adamw, add_low_rank, gram, scalora_scales, scalora_system
+from lora_fast.kernels.pairs.transform import transform_
+
+
+class Case:
+    """``tensors``: by name, inputs and what is changed in place. ``python`` and ``c`` take them and return the results.
+    For each launch, ``own``: what the C side passes for what the Python launcher allocates; ``tables`` (or once for
+    all): address and contents of every part of its table (None: what kernels leave there)."""
+
+    def __init__(self, library: Library, device: torch.device, dtype: torch.dtype, r: int):
+        self.library, self.device, self.dtype, self.r = library, device, dtype, r
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.own: list[dict[str, torch.Tensor]] = []
+        self.table: torch.Tensor | None = None  # in device memory
+        self.tables: list[dict[str, tuple[int, list | None]]] = []
+
+    def add(self, name: str, *shape: int, dtype: torch.dtype | None = None, fill=None) -> None:
+        value = normal(len(self.tensors), shape) if fill is None else torch.full(shape, fill)
+        self.tensors[name] = value.to(self.device, dtype or self.dtype, copy=True)
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)
+
+    def scratch(self, size: int) -> torch.Tensor:
+        return torch.empty(max(16, size), dtype=torch.uint8, device=self.device)
+
+
+@lru_cache(maxsize=64)
+def normal(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+N_TOKENS, D_IN, D_OUT, SEED, DROP = 4099, 1152, 1280, (1 << 40) + 3, 0.1
+# Numbers of tokens for both kernels of project, and (None) for those that serve every number: the gradients of a and b
+# are one partial sum at 67, a few at 515, and as many as there are at most at 4,099.
+TOKENS = {"short": (67, tiles.SHORT), "many": (tiles.SHORT + 1, N_TOKENS), None: (67, 515, N_TOKENS)}
+
+
+def layer_calls(variant: dict) -> list[dict]:
+    """What a kernel of the layer is called with: numbers of tokens, and a seed of the host or on the device."""
+    return variants(n_tokens=TOKENS[variant.get("tokens")], in_memory=(False, True)[: 1 + variant.get("dropout", 0)])
+
+
+def layer_case(library, device, dtype, r, adapter, n_tokens=N_TOKENS, dropout=0, in_memory=False) -> tuple[Case, Layer]:
+    case, adapter = Case(library, device, dtype, r), getattr(torch, adapter)
+    case.add("x", n_tokens, D_IN), case.add("dy", n_tokens, D_OUT), case.add("weight", D_OUT, D_IN)
+    case.add("s", n_tokens, r, dtype=adapter), case.add("bias", D_OUT)
+    case.add("a", r, D_IN, dtype=adapter), case.add("b", D_OUT, r, dtype=adapter)
+    case.add("seed", dtype=torch.int64, fill=SEED)
+    seed = case.tensors["seed"] if in_memory else SEED
+    case.keep = layer.draw_mask(case.tensors["x"], DROP, seed) if dropout else None
+    seed, _, level = case.keep or NO_MASK
+    seeds = (0, seed) if in_memory else (seed, None)
+    return case, Layer(n_tokens, D_IN, D_OUT, r, DTYPES.index(dtype), DTYPES.index(adapter), 2.0, level, *seeds)
+
+
+def project(library, device, dtype, r, adapter, tokens, **call):
+    case, config = layer_case(library, device, dtype, r, adapter, **call)
+    case.python = lambda t: [layer.project(t["x"], t["a"], case.keep)]
+
+    def c(t):
+        s = torch.empty_like(t["s"])
+        library("project", config, t["x"], t["a"], s)
+        case.own = [{"s": s}]
+        return [s]
+
+    case.c = c
+    return case
+
+
+def linear(library, device, dtype, r, adapter, bias, **call):
+    case, config = layer_case(library, device, dtype, r, adapter, **call)
+    if not bias:
+        case.tensors["bias"] = None
+    case.python = lambda t: [layer.linear(t["x"], t["weight"], t["bias"], t["s"], t["b"], 2.0)]
+
+    def c(t):
+        y = torch.empty_like(t["dy"])
+        library("linear", config, t["x"], t["weight"], t["bias"], t["s"], t["b"], y)
+        case.own = [{"result": y}]
+        return [y]
+
+    case.c = c
+    return case
+
+
+def grad_x(library, device, dtype, r, adapter, **call):
+    case, config = layer_case(library, device, dtype, r, adapter, **call)
+    case.python = lambda t: [layer.grad_x(t["dy"], t["weight"], t["s"], t["a"], case.keep)]
+
+    def c(t):
+        dx = torch.empty_like(t["x"])
+        library("grad_x", config, t["dy"], t["weight"], t["s"], t["a"], dx)
+        case.own = [{"result": dx}]
+        return [dx]
+
+    case.c = c
+    return case
+
+
+def workspace(case: Case, config: Layer) -> torch.Tensor:
+    size = c_size_t()
+    status = case.library.library.lora_fast_workspace(byref(config), byref(size))
+    if status == NO_KERNEL:  # a library of some ops only
+        size.value = 1 << 26
+    return case.scratch(size.value)
+
+
+def grad_s_b(library, device, dtype, r, adapter, **call):
+    case, config = layer_case(library, device, dtype, r, adapter, **call)
+    case.python = lambda t: list(layer.grad_s_b(t["dy"], t["s"], t["b"], 2.0))
+
+    def c(t):
+        ds, db, parts = torch.empty_like(t["s"]), torch.empty_like(t["b"]), workspace(case, config)
+        library("grad_s_b", config, t["dy"], t["s"], t["b"], ds, db, parts)
+        chunks = -(-D_OUT // tiles.grad_s_b(t["dy"], r, wide=t["s"].dtype is not dtype).outer)
+        second = parts[-(-chunks * t["s"].numel() // 4) * 16 :]
+        case.own = [{"ds": parts, "db": second}]
+        case.own += [{"partial0": parts, "total0": ds, "partial1": second, "total1": db}]
+        return [ds, db]
+
+    case.c = c
+    return case
+
+
+def grad_a(library, device, dtype, r, adapter, **call):
+    case, config = layer_case(library, device, dtype, r, adapter, **call)
+    case.python = lambda t: [layer.grad_a(t["x"], t["s"], t["a"], case.keep)]
+
+    def c(t):
+        da, parts = torch.empty_like(t["a"]), workspace(case, config)
+        library("grad_a", config, t["x"], t["s"], da, parts)
+        case.own = [{"da": parts}, {"partial0": parts, "total0": da, "partial1": parts, "total1": da}]
+        return [da]
+
+    case.c = c
+    return case
+
+
+PAIRS = ((1152, 1280), (5008, 2064))  # (d_in, d_out)
+
+
+def pairs_case(library, device, dtype, r, names: str) -> tuple[Case, list[tuple]]:
+    """Tensors a0, b0, a1, … for each of ``names``; the factors (names of its tensors, d, is_a), b's first."""
+    case, factors = Case(library, device, dtype, r), []
+    for is_a in (0, 1):
+        for i, sizes in enumerate(PAIRS):
+            d, side = sizes[1 - is_a], "ba"[is_a]
+            for name in names:
+                shape, kind = (r, d) if is_a else (d, r), torch.float32 if name in "mv" else None
+                case.add(f"{side}{i}{name}", *shape, dtype=kind)
+                if name == "v":
+                    case.tensors[f"{side}{i}v"].abs_()
+            factors.append(([f"{side}{i}{name}" for name in names], d, is_a, i))
+    return case, factors
+
+
+def on_device(case: Case, group: Group, host: torch.Tensor, columns: int = 8, beside: bool = False) -> None:
+    """``columns``: numbers of a row of the table. ``beside``: a list of as many addresses comes after it."""
+    case.table = host.to(case.device)
+    group.device = case.table.data_ptr()
+    n = group.n_factors
+    sizes = {"entries": 8 * columns * n, "beside": 8 * n if beside else 0, "counters": 64 * n}
+    sizes["tiles"] = 8 * group.n_programs
+    table, offset = {}, 0
+    for name, size in sizes.items():
+        kind = torch.int64 if name in ("entries", "beside") else torch.int32
+        contents = None if name == "counters" else host[offset : offset + size].view(kind).tolist()
+        if size:
+            table[name] = group.device + offset, contents
+        offset += -(-size // 16) * 16
+    case.tables = [table]
+
+
+def plan(case: Case, t, op: int, factors, flat: bool = False, by_pair: bool = False) -> Group:
+    rows = []
+    for index, (names, d, is_a, i) in enumerate(factors):
+        addresses = [t[name].data_ptr() for name in names]
+        rows.append(Factor((c_void_p * 4)(*addresses), d, 0, is_a, i if by_pair else index))
+    group, host = case.library.group(op, case.dtype, case.r, rows, flat)
+    on_device(case, group, host, beside=op < 2)
+    return group
+
+
+def gram_case(library, device, dtype, r):
+    case, factors = pairs_case(library, device, dtype, r, "pg")
+    factors = factors[2:] + factors[:2]  # the launcher's order: a's first
+    of = lambda t, side, name: [t[f"{side}{i}{name}"] for i in range(2)]
+    lists = (("a", "p"), ("b", "p"), ("a", "g"), ("b", "g"))
+    case.python = lambda t: [torch.stack(gram.gram(*(of(t, *which) for which in lists), gram.Grams._fields))]
+
+    def c(t):
+        group = plan(case, t, 0, factors, by_pair=True)
+        parts = case.scratch(library.gram_workspace(group))
+        grams = case.empty(5, 2, r, r, dtype=torch.float32)
+        library("gram", group, 2, grams, parts)
+        case.own = [{"partials": parts, "totals": grams}]
+        return [grams]
+
+    case.c = c
+    return case
+
+
+def adamw_step(library, device, dtype, r, add, matrix, scale, gram):
+    case, factors = pairs_case(library, device, dtype, r, "pgmv")
+    case.add("hyper", 1, 5, dtype=torch.float64, fill=0.5), case.add("steps", 4, dtype=torch.float32, fill=3.0)
+    extras = {"additive": (add, (4,)), "matrices": (matrix, (4, r, r)), "scale_p": (scale, (4, r))}
+    for name, (on, shape) in (extras | {"scale_g": (scale, (4, r))}).items():
+        case.add(name, *shape, dtype=torch.float32) if on else case.tensors.update({name: None})
+    flat = not (matrix or scale or gram)
+    sides = [bool(is_a) for _, _, is_a, _ in factors]
+
+    def python(t):
+        rows = [tuple(t[name] for name in names) for names, *_ in factors]
+        work = adamw.StepWork(*(t[name] for name in ("additive", "matrices", "scale_p", "scale_g")), bool(gram))
+        grams = adamw.step_(rows, sides, t["hyper"], t["steps"], work)
+        return [*(x for row in rows for x in (row[0], *row[2:])), t["steps"], *([grams] if gram else [])]
+
+    def c(t):
+        group = plan(case, t, 1, factors, flat)
+        grams = case.empty(4, r, r, dtype=torch.float32) if gram else None
+        parts = case.scratch(library.gram_workspace(group))
+        address = lambda x: None if x is None else x.data_ptr()
+        work = StepWork(*(address(t[name]) for name in ("additive", "matrices", "scale_p", "scale_g")), address(grams))
+        library("adamw_step", group, t["hyper"], 1, t["steps"], work, parts)
+        case.own = [{"partials": parts, "totals": grams}]
+        changed = [t[name] for names, *_ in factors for name in (names[0], *names[2:])]
+        return [*changed, t["steps"], *([grams] if gram else [])]
+
+    case.python, case.c = python, c
+    return case
+
+
+def transform(library, device, dtype, r, add):
+    case, factors = pairs_case(library, device, dtype, r, "p")
+    case.add("matrices", 4, r, r, dtype=torch.float32)
+    sides = [bool(is_a) for _, _, is_a, _ in factors]
+
+    def python(t):
+        changed = [t[names[0]] for names, *_ in factors]
+        transform_(changed, sides, t["matrices"], bool(add))
+        return changed
+
+    def c(t):
+        library("transform", plan(case, t, 2, factors), t["matrices"], add)
+        return [t[names[0]] for names, *_ in factors]
+
+    case.python, case.c = python, c
+    return case
+
+
+def in_parts(memory: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
+    """Slices of these sizes in bytes, each from a multiple of 16; together all of it."""
+    padded = [-(-size // 16) * 16 for size in sizes]
+    assert sum(padded) == memory.nbytes, (sizes, memory.nbytes)
+    return list(memory.split(padded))
+
+
+def cayley_case(library, device, dtype, r, backward):
+    case, n = Case(library, device, dtype, r), len(PAIRS)
+    for i, (d_in, d_out) in enumerate(PAIRS):
+        case.add(f"free_a{i}", r, d_in), case.add(f"free_b{i}", d_out, r)
+        case.add(f"scale{i}", r, dtype=torch.float32)
+        if backward:
+            case.add(f"grad_a{i}", r, d_in, dtype=torch.float32), case.add(f"grad_b{i}", d_out, r, dtype=torch.float32)
+            case.add(f"inverse{i}", r, r, dtype=torch.float32)
+    for tensor in case.tensors.values():
+        tensor /= 64  # of no size that would make results overflow
+    of = lambda t, name: [t[f"{name}{i}"] for i in range(n)]
+    names = ("free_a", "free_b", "scale") + ("inverse", "grad_a", "grad_b") * backward
+
+    def python(t):
+        run = cayley.cayley_backward if backward else cayley.cayley
+        return [x for part in run(*(of(t, name) for name in names)) for x in part]
+
+    def c(t):
+        kind = dtype if backward else torch.float32
+        made_a, made_b = ([case.empty(*x.shape, dtype=kind) for x in of(t, name)] for name in ("free_a", "free_b"))
+        third = [case.empty(*((r,) if backward else (r, r)), dtype=torch.float32) for _ in range(n)]
+        pairs = []
+        for i, (d_in, d_out) in enumerate(PAIRS):
+            tensors = {name: t[f"{name}{i}"] for name in names} | {"made_a": made_a[i], "made_b": made_b[i]}
+            tensors["made_scale" if backward else "inverse"] = third[i]
+            pairs.append(CayleyPair(**{name: x.data_ptr() for name, x in tensors.items()}, d_in=d_in, d_out=d_out))
+        group, host = library.cayley_group(dtype, r, backward, pairs)
+        case.table = host.to(device)
+        group.device = case.table.data_ptr()
+        memory = case.scratch(group.workspace)
+        library("cayley", group, memory)
+        case.tables, case.own = cayley_tables(case, group, host), cayley_scratch(group, memory)
+        return made_a + made_b + third
+
+    case.python, case.c = python, c
+    return case
+
+
+def cayley_tables(case: Case, group, host: torch.Tensor) -> list[dict]:
+    """Of the three launches."""
+    n, rows = group.n_pairs, 7 if group.backward else 4
+    names = ("entries", "moving", "counters", "tiles", "tiles")
+    sizes = [128 * n, 8 * rows * n, 128 * n, *(8 * count for count in group.n_programs)]
+    found, offset = [], 0
+    for name, size, part in zip(names, sizes, in_parts(host, sizes), strict=True):
+        kind = torch.int64 if name in ("entries", "moving") else torch.int32
+        contents = None if name == "counters" else part[:size].view(kind).tolist()
+        found.append((name, (group.device + offset, contents)))
+        offset += part.nbytes
+    sums, products = (dict(found[i] for i in which) for which in ((0, 1, 2, 3), (0, 1, 2, 4)))
+    return [sums, sums, products]
+
+
+def cayley_scratch(group, memory: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """What the three launches take of the workspace."""
+    n, r, wide = group.n_pairs, group.r, 4 if group.backward else 8
+    side = max(16, 1 << (r - 1).bit_length())
+    sizes = [2 * n * r * r * wide, group.n_programs[0] * r * r * wide, (3 if group.backward else 2) * n * r * r * 4]
+    sizes += [0 if group.backward else n * side * side * 8, (3 if group.backward else 2) * n * side * side * 4]
+    own = dict(zip(("totals", "partials", "factors", "matrices", "scratch"), in_parts(memory, sizes), strict=True))
+    return [own] * 3
+
+
+def merge_case(library, device, dtype, r, rounding):
+    case = Case(library, device, dtype, r)
+    for i, (d_in, d_out) in enumerate(PAIRS):
+        case.add(f"w{i}", d_out, d_in), case.add(f"lost{i}", d_out, d_in, fill=0.0)
+        case.add(f"a{i}", r, d_in, dtype=torch.float32), case.add(f"b{i}", d_out, r, dtype=torch.float32)
+    case.add("scale", 2, r, dtype=torch.float32)
+    compensated = rounding == "compensated"
+    of = lambda t, name: [t[f"{name}{i}"] for i in range(2)]
+
+    def python(t):
+        residuals = of(t, "lost") if compensated else None
+        add_low_rank.add_low_rank_(of(t, "w"), of(t, "a"), of(t, "b"), t["scale"], rounding, SEED, residuals)
+        return of(t, "w") + of(t, "lost")
+
+    def c(t):
+        factors = []
+        for i, (d_in, d_out) in enumerate(PAIRS):
+            addresses = [t[f"{name}{i}"].data_ptr() for name in ("w", "lost" if compensated else "w", "a", "b")]
+            factors.append(Factor((c_void_p * 4)(*addresses), d_out, d_in, 0, i))
+        group, host = library.group(3, dtype, r, factors)
+        on_device(case, group, host, columns=12)
+        library("merge", group, t["scale"], add_low_rank.ROUNDINGS.index(rounding), c_int64(SEED))
+        return of(t, "w") + of(t, "lost")
+
+    case.python, case.c = python, c
+    return case
+
+
+def square_case(library, device, r, n: int = 3) -> Case:
+    """Symmetric positive definite, at least I."""
+    case = Case(library, device, torch.float32, r)
+    case.add("matrices", n, r, r)
+    x = case.tensors["matrices"]
+    x.copy_(x @ x.mT / r + torch.eye(r, device=device))
+    return case
+
+
+def spd_solve(library, device, dtype, r):
+    case = square_case(library, device, r)
+    case.add("rhs", 3, r, r)
+    case.python = lambda t: list(spd.spd_solve(t["matrices"], t["rhs"], 0.5))
+
+    def c(t):
+        x, info = torch.empty_like(t["rhs"]), case.empty(3, dtype=torch.int32)
+        parts = case.scratch(library.small_workspace(3, r))
+        library("spd_solve", 3, r, r, t["matrices"], t["rhs"], 0.5, x, info, parts)
+        case.own = [{"solutions": x, "info": info, "uppers": parts}]
+        return [x, info]
+
+    case.c = c
+    return case
+
+
+def small_inverse(library, device, dtype, r):
+    case = square_case(library, device, r)
+    case.python = lambda t: [inverse.small_inverse(t["matrices"])]
+
+    def c(t):
+        inverses, parts = torch.empty_like(t["matrices"]), case.scratch(library.small_workspace(3, r))
+        library("small_inverse", 3, r, t["matrices"], inverses, parts)
+        case.own = [{"inverses": inverses, "scratch": parts}]
+        return [inverses]
+
+    case.c = c
+    return case
+
+
+def scalora(library, device, dtype, r, solver):
+    case = square_case(library, device, r, 15)
+    case.tensors["matrices"] = case.tensors["matrices"].view(5, 3, r, r)
+    case.add("kappa", dtype=torch.float64, fill=2.0), case.add("scaling", 3, fill=2.0)
+
+    def python(t):
+        x, active, info = scalora_system.scalora_solve(*t["matrices"], solver)
+        return [x, active, info, *scalora_scales.scales(x, active, t["kappa"], t["scaling"], 0.25, 4.0)]
+
+    def c(t):
+        x, active = case.empty(3, 2 * r), case.empty(3, 2 * r, dtype=torch.bool)
+        info, parts = case.empty(3, dtype=torch.int32), case.scratch(library.scalora_workspace(3, r))
+        library("scalora_solve", 3, r, t["matrices"], scalora_system.SOLVERS.index(solver), x, active, info, parts)
+        scale_p, scale_g, rest = case.empty(6, r), case.empty(6, r), case.empty(3, r)
+        library("scalora_scales", 3, r, x, active, t["kappa"], t["scaling"], 0.25, 4.0, scale_p, scale_g, rest)
+        case.own = [{"x": x, "active": active, "info": info, "scratch": parts}]
+        case.own += [{"x": x, "active": active, "scale_p": scale_p, "scale_g": scale_g, "rest": rest}]
+        return [x, active, info, scale_p, scale_g, rest]
+
+    case.python, case.c = python, c
+    return case
+
+
+CASES = {
+    "project": project, "linear": linear, "grad_s_b": grad_s_b, "grad_a": grad_a, "grad_x": grad_x, "gram": gram_case,
+    "adamw_step": adamw_step, "transform": transform, "cayley": cayley_case, "merge": merge_case,
+    "spd_solve": spd_solve, "small_inverse": small_inverse, "scalora": scalora,
+}  # fmt: skip
+
+
+def embedded(library: Library, device: torch.device, arch: int):
+    """Cases of everything that the library holds for an arch, each with its name."""
+    names = {kernel.key.decode().split(" ", 1)[1] for kernel in library.kernels if kernel.arch == arch}
+    for name in sorted(names):
+        op, dtype, r, *words = name.split(" ")
+        variant = {key: int(value) if value.isdigit() else value for key, value in (word.split("=") for word in words)}
+        for call in layer_calls(variant) if "adapter" in variant else [{}]:
+            case = CASES[op](library, device, getattr(torch, dtype), int(r[1:]), **variant, **call)
+            yield " ".join([name, *(f"{key}={value}" for key, value in call.items())]), case

@@ -1,0 +1,1 @@
+"""The sections of bench/gpu.py: all that only a GPU can show."""

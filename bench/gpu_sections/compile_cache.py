@@ -1,0 +1,176 @@
+"""Compiled kernels that travel: a Triton cache filled on a machine without a GPU and used on one that has it.
+
+Triton keys a compiled kernel by its source, the options, the arch, ptxas, and a hash of Triton's own files. The last
+differs between builds of one version for two Pythons, though they compile the same, so it is replaced here by the
+version. Before 3.9 the hash of a kernel's source depends on which kernels the process has compiled before (a function
+that it calls does not yet tell which globals it uses), so that is put right. The folder is a run's own, so that no
+other program meets these keys. A group file names its members by their absolute paths, so it is written anew where an
+archive is unpacked.
+
+As a pytest plugin (``-p gpu_sections.compile_cache``) it lets the tests use such a folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tarfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[2] / "tests"
+OWN_KEYS, STUB_ARCH = "LORA_FAST_GPU_CACHE", "LORA_FAST_STUB_ARCH"  # variables of a process's environment
+if STUB_ARCH in os.environ:
+    sys.path.insert(0, str(TESTS / "helpers"))
+    import stub_driver
+
+    stub_driver.load()  # before torch is imported
+
+import torch  # noqa: E402
+
+ARCH = 90  # what is compiled for machines that have a GPU
+MEBIBYTE = 1 << 20
+GROUP = "__grp__"
+EVERY = 15  # seconds between two lines that show progress
+counts: Counter[str] = Counter()  # of this process: "hits", "misses"
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Returns what a process needs in its environment to compile into the folder."""
+    return {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1", OWN_KEYS: "1"}
+
+
+def use() -> None:
+    """Counts what this process finds compiled. In a folder of the run's own, its keys are those that travel."""
+    import triton
+    from triton import knobs
+    from triton.runtime import cache, jit
+
+    if OWN_KEYS in os.environ:
+        if not hasattr(cache, "triton_key"):
+            raise RuntimeError(f"Triton {triton.__version__}: triton.runtime.cache has no triton_key to replace")
+        cache.triton_key = lambda: triton.__version__
+        update_hash = jit.DependenciesFinder._update_hash
+
+        def update_hash_in_order(self, called) -> None:
+            _ = called.cache_key  # which finds its globals
+            update_hash(self, called)
+
+        jit.DependenciesFinder._update_hash = update_hash_in_order
+    knobs.compilation.listener = _count
+
+
+def _count(cache_hit: bool, **_) -> None:
+    counts["hits" if cache_hit else "misses"] += 1
+
+
+def pytest_runtest_teardown(item) -> None:
+    """Ends a process of pytest-xdist whose device answers no more: another one takes its place and its other tests."""
+    if torch.cuda.is_initialized() and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
+def pytest_configure(config) -> None:
+    use()
+    if STUB_ARCH in os.environ:
+        on_stub_driver()
+        import budget
+
+        budget.check = torch.testing.assert_close = lambda *values, **options: None  # they compare what means nothing
+
+
+def stub_environment(arch: int = ARCH) -> dict[str, str]:
+    """Returns what a process needs in its environment to work on the stub driver."""
+    return {STUB_ARCH: str(arch), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def on_stub_driver() -> None:
+    """Gives this process a card on which neither our kernels nor torch's large products compute anything."""
+    import stub_runs
+
+    warnings.filterwarnings("ignore", message="CUDA initialization")  # torch's own, of a driver that is not there
+    stub_driver.install(int(os.environ[STUB_ARCH]))
+    stub_runs.leave_products_out()
+    zeros = lambda *shape, generator=None, **options: torch.zeros(*shape, **options)
+    torch.randn = zeros  # takes no time until it is written
+
+
+def test_environment() -> dict[str, str]:
+    """Returns what pytest needs in its environment to find this plugin from any folder."""
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    paths = [str(Path(__file__).parents[1]), *(str(Path(path).absolute()) for path in given)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def compile_tests(processes: int) -> None:
+    """Compiles what the tests launch, as far as they come on a driver that computes nothing. Their failures mean
+    nothing."""
+    plugins = "-p gpu_sections.compile_cache -p no:cacheprovider"
+    options = f"-q {plugins} -n {processes} --dist worksteal --tb no -W ignore".split()
+    environment = {**test_environment(), **stub_environment()}
+    cache, start = Path(os.environ["TRITON_CACHE_DIR"]), time.monotonic()
+    command = [sys.executable, "-m", "pytest", *options, "-m", "gpu and not budget"]
+    with subprocess.Popen(command, cwd=TESTS, env=environment, stdout=subprocess.DEVNULL) as tests:
+        while tests.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                tests.wait(EVERY)
+            kernels = sum(name.endswith(".cubin") for name in entries(cache))
+            print(f"  tests, {time.monotonic() - start:.0f} s: {kernels} kernels in all", flush=True)
+
+
+def entries(folder: Path) -> set[str]:
+    """Returns the files of a cache, without sources and what is not finished."""
+    files = {path.relative_to(folder) for path in folder.glob("*/*") if path.is_file() and path.suffix != ".source"}
+    return {str(file) for file in files}
+
+
+def pack(
+    folder: Path, names: Iterable[str], archive: Path, most: float, preset: int = 6, seconds: float = math.inf
+) -> list[str]:
+    """Writes files of a cache to an archive of at most ``most`` MiB, of a kernel all or none, in about these seconds.
+    Returns the names of those that had no room or no time."""
+    names, left, end = sorted(names), [], time.monotonic() + seconds
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = archive.with_name(f"{archive.name}.new")
+    while True:
+        with tarfile.open(unfinished, "w:xz", preset=preset) as tar:
+            for i, name in enumerate(names):
+                if time.monotonic() > end and (i == 0 or Path(name).parent != Path(names[i - 1]).parent):
+                    names, left = names[:i], left + names[i:]
+                    break
+                tar.add(folder / name, name)
+        size = unfinished.stat().st_size / MEBIBYTE
+        if size <= most or not names:
+            unfinished.replace(archive)
+            return left
+        keep, end = int(len(names) * 0.9 * most / size), math.inf
+        while keep and Path(names[keep - 1]).parent == Path(names[keep]).parent:
+            keep -= 1
+        names, left = names[:keep], left + names[keep:]
+
+
+def unpack(archive: Path, folder: Path) -> tuple[int, int]:
+    """Adds an archive's files to a cache. Returns how many of its kernels this Triton can use, and how many it cannot,
+    since another version has compiled them."""
+    import triton
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+        files = [folder / member.name for member in tar.getmembers()]
+    versions = Counter()
+    for group in (file for file in files if file.name.startswith(GROUP)):
+        members = json.loads(group.read_text())["child_paths"]
+        group.write_text(json.dumps({"child_paths": {member: str(group.parent / member) for member in members}}))
+        versions[json.loads((group.parent / group.name.removeprefix(GROUP)).read_text())["triton_version"]] += 1
+    return versions[triton.__version__], versions.total() - versions[triton.__version__]

@@ -1,0 +1,168 @@
+"""CUDA graphs: what is captured replays to the bits of an eager call. A dry run captures nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import lora_fast as lf
+from gpu_sections.layer_inputs import forward_backward, layer, rows
+from gpu_sections.section import Jobs, Options
+from lora_fast.kernels import tiles
+from suite.comparison import relative_error
+from suite.ops.providers import backend
+
+AGREE = 16 * torch.finfo(torch.bfloat16).eps  # S and dS are rounded to it; another mask is wrong by its own size
+WAITING = ("BaLoRA", "LoRARITE", "RefLoRA")  # torch.linalg waits for the device in a step: it cannot be captured
+
+
+def graphs(options: Options) -> Jobs:
+    """A captured call replays to the bits of an eager one: the layer, and a step of every method that does not wait."""
+    d, n = (16, 16) if options.tiny else (1024, 512)
+    jobs = []
+    for strategy in (None, *tiles.strategies(options.device, torch.bfloat16, d)):
+        name = strategy or "by estimate"
+        jobs.append((f"layer, {name}", functools.partial(of_layer, n, d, strategy, options.device)))
+        jobs.append((f"dropout, {name}", functools.partial(of_dropout, n, d, strategy, options.device)))
+    for name in ["AdamW", *(name for name in lf.methods.__all__ if name not in ("compose", *WAITING))]:
+        jobs.append((f"step, {name}", functools.partial(of_step, name, d, options.device)))
+    return [*jobs, ("training step, NB-LoRA", functools.partial(of_norm_bounded, n, d, options.device))]
+
+
+@contextlib.contextmanager
+def captured(device: torch.device, replays: list[Callable]):
+    """What runs inside is captured; ``replays`` gets the function that runs it again."""
+    if device.type != "cuda":
+        yield
+        return
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # where a module loaded while capturing is an error
+        yield
+    replays.append(graph.replay)
+
+
+def on_a_side_stream(run: Callable[[], object], device: torch.device) -> None:
+    """As torch asks it of what is captured afterwards."""
+    if device.type != "cuda":
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def captured_layer(module: nn.Module, x: Tensor, dy: Tensor, device: torch.device) -> tuple[list[Tensor], list]:
+    """Forward and backward, warmed up and captured: their results, and what runs them again (none in a dry run)."""
+    on_a_side_stream(lambda: forward_backward(module, x, dy), device)
+    replays: list[Callable] = []
+    with captured(device, replays):
+        made = forward_backward(module, x, dy)
+    return made, replays
+
+
+def of_layer(n: int, d: int, strategy: str | None, device: torch.device) -> dict:
+    """Forward and backward, on other values than those of the capture."""
+    x, dy, module = rows(n, d, device).requires_grad_(), rows(n, d, device), layer(d, d, 16, 0.0, device)
+    with backend("triton", strategy):
+        made, replays = captured_layer(module, x, dy, device)
+        with torch.no_grad():
+            x.copy_(rows(n, d, device))
+        for replay in replays:
+            replay()
+        made = [t.detach().clone() for t in made]  # before .grad is let go
+        same = equal(forward_backward(module, x, dy), made) if replays else None
+    return {"ok": same is not False, "captured": bool(replays), "replay equals eager": same}
+
+
+def of_dropout(n: int, d: int, strategy: str | None, device: torch.device) -> dict:
+    """Every replay draws a mask of its own, the same in forward and in backward: then da aᵀ = bᵀdb."""
+    x, dy, module = rows(n, d, device).requires_grad_(), rows(n, d, device), layer(d, d, 16, 0.5, device)
+    with backend("triton", strategy):
+        made, replays = captured_layer(module, x, dy, device)
+        seen = []
+        for _ in range(2):
+            for replay in replays:
+                replay()
+            seen.append([t.detach().clone() for t in made])
+    *_, da, db = seen[1]
+    error = relative_error(da.double() @ module.lora_A.double().T, module.lora_B.double().T @ db.double())
+    fresh = all(not torch.equal(a, b) for a, b in zip(*seen, strict=True)) if replays else None
+    ok = fresh is not False and error <= AGREE
+    return {"ok": ok, "captured": bool(replays), "replays draw new masks": fresh, "error of the identity": error}
+
+
+def of_step(name: str, d: int, device: torch.device) -> dict:
+    """Some steps eagerly, then as many eagerly or replayed: the same parameters."""
+    results, steps = [], 3 if device.type == "cuda" else 1
+    replays: list[Callable] = []
+    options = {"interval": 1} if name == "ScaLoRA" else {}  # its interval is counted by the host
+    for capture in (False, True):
+        own = pairs(d, device)
+        methods = () if name == "AdamW" else getattr(lf.methods, name)(**options)
+        with lf.set_backend("triton"):
+            optimizer = lf.optim.LoRAAdamW(own, lr=1e-3, methods=methods)
+            step = optimizer.step
+            if device.type == "cuda":
+                for _ in range(steps):
+                    step()
+                if capture:
+                    with captured(device, replays):
+                        step()
+                    (step,) = replays
+            for _ in range(steps):
+                step()
+        results.append([t.detach().clone() for pair in own for t in (*pair[:2], pair[3])])
+    same = equal(*results)
+    return {"ok": same, "captured": bool(replays), "replay equals eager": same}
+
+
+def of_norm_bounded(n: int, d: int, device: torch.device) -> dict:
+    """Forward, the transform of both layers in it, backward and optimizer: some steps eagerly, then as many eagerly or
+    replayed: the same parameters."""
+    results, steps = [], 3 if device.type == "cuda" else 1
+    replays: list[Callable] = []
+    torch.manual_seed(0)
+    x, dy, r = rows(n, d, device), rows(n, d, device), min(16, d // 4)
+    for capture in (False, True):
+        torch.manual_seed(1)
+        model = nn.Sequential(*(nn.Linear(d, d, device=device, dtype=torch.bfloat16) for _ in range(2)))
+        lf.inject_(model, lf.NBLoRAConfig(r=r))
+        optimizer = lf.optim.LoRAAdamW(model, lr=1e-3)
+
+        def train(model=model, optimizer=optimizer):
+            optimizer.zero_grad(set_to_none=False)  # gradients stay where they are
+            model(x).backward(dy)
+            optimizer.step()
+
+        with lf.set_backend("triton"):
+            on_a_side_stream(train, device)
+            if capture and device.type == "cuda":
+                with captured(device, replays):
+                    train()
+            for _ in range(steps):
+                (replays[0] if capture and replays else train)()
+        results.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
+    same = equal(*results)
+    return {"ok": same, "captured": bool(replays), "replay equals eager": same}
+
+
+def pairs(d: int, device: torch.device) -> list[tuple]:
+    """(a, b, scaling, weight), the same at every call, with gradients."""
+    generator = torch.Generator(device).manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)
+    r, own = min(16, d // 4), []
+    for m, k in ((d, d), (d, d // 2))[: 1 if device.type == "cpu" else 2]:
+        a, b = nn.Parameter(draw(r, m) / m**0.5), nn.Parameter(draw(k, r) / 10)
+        a.grad, b.grad = draw(r, m) / 100, draw(k, r) / 100
+        own.append((a, b, 2.0, draw(k, m)))
+    return own
+
+
+def equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))

@@ -1,0 +1,1 @@
+"""The microbenchmark suite: cases, comparisons, counts, report."""

@@ -1,0 +1,1 @@
+"""One file per op: its cases, operands and providers."""

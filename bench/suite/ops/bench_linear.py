@@ -1,0 +1,50 @@
+"""y = x Wᵀ + s S bᵀ and dx = dy W + dS a: the GEMM whose accumulator starts from the adapter's part, or cuBLAS and a
+kernel that adds it."""
+
+from dataclasses import replace
+
+import torch.nn.functional as F
+
+from suite.cases import Case, Scale
+from suite.comparison import Comparison, Cost, Provider, Setting, size
+from suite.ops.layer_operands import eagerly, launchers, operands, ours
+from suite.ops.providers import backend
+from suite.ops.providers import ours as variants
+
+FORWARD, BACKWARD = "y", "dx"
+CUBLAS = "the frozen product alone"  # by cuBLAS on a GPU
+
+
+def cases(scale: Scale) -> list[Case]:
+    return [replace(case, variant=variant) for case in scale.layers("linear") for variant in (FORWARD, BACKWARD)]
+
+
+def eager(left, weight, thin, factor, scaling):
+    """``weight`` and ``factor`` as (d_out, d_in) and (d_out, r) of the product."""
+    return {"result": F.linear(left, weight) + scaling * F.linear(thin, factor.to(left.dtype))}
+
+
+def in_place(left, weight, thin, factor, scaling):
+    return {"result": F.linear(left, weight).addmm_(thin, factor.to(left.dtype).t(), alpha=scaling)}
+
+
+def build(case: Case, setting: Setting) -> Comparison:
+    op, ops = operands(case, setting), launchers(setting)
+    if case.variant == BACKWARD:
+        ds = op.scaling * (op.dy @ op.lora_B.to(op.dy.dtype))
+        left, weight, thin, factor, scaling = op.dy, op.weight.t(), ds, op.lora_A.t(), 1.0
+        own = lambda: ops.grad_x(op.dy, op.weight, ds, op.lora_A)
+    else:
+        s = F.linear(op.x, op.lora_A.to(op.x.dtype))
+        left, weight, thin, factor, scaling = op.x, op.weight, s, op.lora_B, op.scaling
+        own = lambda: ops.linear(op.x, op.weight, None, s, op.lora_B, op.scaling)
+    args = left, weight, thin, factor, scaling
+    providers = {CUBLAS: lambda: Provider(lambda: F.linear(left, weight))} | eagerly(eager, *args)
+    providers["addmm_"] = ours(lambda: in_place(*args), lambda: backend("auto"))
+    for name, context in variants(case, setting).items():
+        providers[name] = ours(lambda: {"result": own()}, context)
+    d_in, d_out = case.shape
+    operations = 2 * case.n_tokens * (d_in * d_out + case.r * weight.shape[0])
+    work = Cost(size(op.x, op.weight, thin, factor, op.dy), operations)
+    exact = lambda: eager(*(t.double() for t in args[:4]), scaling)
+    return Comparison(providers, {"forward": work}, exact)

@@ -1,0 +1,94 @@
+"""Tiles of a factor, and sums over the programs that share one.
+
+A factor is seen as d rows of r rank columns (pointer_table.py). A kernel that sums over d lets every program deposit a
+partial sum; the factor's last program to arrive adds them in the order of the chunks.
+"""
+
+import triton
+import triton.language as tl
+
+from .pointer_table import (
+    offsets,
+)
+from .primitives import dot, to_float32
+from .tiles import GroupedTile
+
+
+@triton.jit
+def block_offsets(i_row, i_col, R_MAX: tl.constexpr):
+    return i_row[:, None] * R_MAX + i_col[None, :]
+
+
+@triton.jit
+def deposit(b_gram, p_partial, p_total, i_row, i_col, count, R_MAX: tl.constexpr):
+    """A program's Gram block: to its place among the partial sums, or to the result where it is the only one."""
+    o_block = block_offsets(i_row, i_col, R_MAX)
+    mask = (i_row < R_MAX)[:, None] & (i_col < R_MAX)[None, :]
+    if count == 1:
+        tl.store(p_total + o_block, b_gram, mask=mask)
+    else:
+        tl.store(p_partial + o_block, b_gram, mask=mask)
+
+
+@triton.jit
+def last_to_arrive(counter, count):
+    """Whether this program is the last of ``count`` to come here: then all their stores can be read."""
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
+    tl.debug_barrier()
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def add_up(p_partial, p_total, stride, i_row, i_col, count, R_MAX: tl.constexpr):
+    """total = Σ_k partial[k], k ascending."""
+    o_block = block_offsets(i_row, i_col, R_MAX)
+    mask = (i_row < R_MAX)[:, None] & (i_col < R_MAX)[None, :]
+    b_total = tl.zeros([i_row.shape[0], i_col.shape[0]], dtype=p_total.dtype.element_ty)
+    for _ in range(0, count):
+        b_total += tl.load(p_partial + o_block, mask=mask, other=0.0, cache_modifier=".cg")
+        p_partial += stride
+    tl.store(p_total + o_block, b_total, mask=mask)
+
+
+@triton.jit
+def load_block(p, i_d, i_r, d, r, IS_A: tl.constexpr, EXPERTS: tl.constexpr = 1):
+    mask = (i_d < d)[:, None] & (i_r < r)[None, :]
+    return tl.load(p + offsets(i_d, i_r, d, r, IS_A, EXPERTS), mask=mask, other=0.0)  # [BLOCK_D, BLOCK_R]
+
+
+@triton.jit
+def load_matrix(matrix, i_k, i_r, r, IS_A: tl.constexpr, R_MAX: tl.constexpr):
+    """M as it multiplies a tile [BLOCK_D, rank] from the right: M for b, Mᵀ for a. float32 [BLOCK_K, BLOCK_R]."""
+    mask = (i_k < r)[:, None] & (i_r < r)[None, :]
+    if IS_A:
+        p_matrix = matrix + i_r[None, :] * R_MAX + i_k[:, None]
+    else:
+        p_matrix = matrix + i_k[:, None] * R_MAX + i_r[None, :]
+    return tl.load(p_matrix, mask=mask, other=0.0)
+
+
+@triton.jit
+def times_matrix(
+    b_acc, x, p, c, matrix, i_d, i_r, d, r, IS_A: tl.constexpr, ADD: tl.constexpr, EXPERTS: tl.constexpr,
+    R_MAX: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """b_acc + (x + c p) M for rows i_d where M is too large for registers: float32 [BLOCK_D, BLOCK_R]."""
+    for o_k in tl.range(0, R_MAX, BLOCK_K, num_stages=1):
+        i_k = o_k + tl.arange(0, BLOCK_K)
+        b_x = to_float32(load_block(x, i_d, i_k, d, r, IS_A, EXPERTS))  # [BLOCK_D, BLOCK_K]
+        if ADD:
+            b_x += c * to_float32(load_block(p, i_d, i_k, d, r, IS_A, EXPERTS))
+        b_acc = dot(b_x, load_matrix(matrix, i_k, i_r, r, IS_A, R_MAX), b_acc, "ieee")
+    tl.debug_barrier()  # all of x and p is read before any of it is written
+    return b_acc
+
+
+GRAM_RANK = 64  # largest rank class whose Gram is summed while the step writes
+
+
+def block_k(tile: GroupedTile) -> int:
+    """Rows of M in one product: all of them up to rank 64, where M then stays in registers."""
+    return tile.r if tile.r <= GRAM_RANK else 16

@@ -1,0 +1,322 @@
+"""Every launch that the package makes, op by op, at the sizes of a real layer: what ``inspected.py`` compiles and
+counts, what the tests hold to the rules, what the ahead-of-time library embeds. A new kernel is added here, once.
+
+An op is a function (r, dtype, **variant) that runs its launcher. A counted op returns the bytes that any
+implementation must move: each operand once. (The GEMM is not counted: it reads its operands again, from L2, by design;
+nor is r×r work, which fits in a cache.) Neither compiling nor counting looks at values: large tensors are left empty.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+
+from .. import cayley, launch, pointer_table, tiles
+from .. import linear as layer
+from ..linalg import inverse, spd
+from ..linear.cublas import Halves
+from ..linear.project import Project
+from ..pairs import adamw, add_low_rank, momentum, regularizers, scalora_scales, scalora_system
+from ..pairs import gram as grams
+from ..pairs import muon as roots
+from ..pairs.transform import transform_
+
+N_TOKENS, SHORT, FEW, D_IN, D_OUT = 8192, 1024, 16, 4096, 4096
+PAIRS = ((4096, 4096), (4096, 1024))  # (d_in, d_out) of the adapter pairs of a grouped launch
+SEED = 1 << 40
+
+
+class Op(NamedTuple):
+    run: Callable[..., int | None]
+    ranks: dict[str, tuple[int, ...]]  # dtype → ranks
+    variants: Iterable[dict] = ({},)
+    tensor_cores: tuple[str, ...] = ()  # kernels whose 16-bit products must use them
+    counted: bool = False
+
+
+class Case(NamedTuple):
+    """One call of an op."""
+
+    op: str
+    dtype: str
+    r: int
+    variant: dict
+
+    def run(self) -> int | None:
+        return OPS[self.op].run(self.r, getattr(torch, self.dtype), **self.variant)
+
+    @property
+    def counted(self) -> bool:
+        """Masks cost no memory, and the ratio is one of many tokens."""
+        return OPS[self.op].counted and not self.variant.get("dropout") and self.variant.get("tokens") in (None, "many")
+
+    def runs_on(self, arch: int) -> bool:
+        return self.variant.get("strategy") != "gluon" or arch == tiles.GLUON_ARCH
+
+    def __str__(self) -> str:
+        words = [name if value is True else f"{name} {value}" for name, value in self.variant.items() if value]
+        return " ".join([self.op, self.dtype, f"r={self.r}", *words])
+
+
+def cases(ops: Iterable[str] | None = None, ranks: Iterable[int] | None = None) -> list[Case]:
+    """Of these ops and ranks; of all, where None."""
+    return [
+        Case(name, dtype, r, variant)
+        for name in (OPS if ops is None else ops)
+        for dtype, known in OPS[name].ranks.items()
+        for r in known
+        if ranks is None or r in ranks
+        for variant in OPS[name].variants
+        if dtype != "float32" or not _is_of_16_bits(variant)
+    ]
+
+
+def _is_of_16_bits(variant: dict) -> bool:
+    """Float32 adapters over float32 are the default; Gluon's GEMM has 16-bit operands."""
+    return variant.get("adapter") is not None or variant.get("strategy") == "gluon"
+
+
+def variants(**values: Iterable) -> list[dict]:
+    """Every combination."""
+    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+
+
+def size(*tensors: torch.Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+# ---- The layer
+
+
+def _adapter(adapter: str | None, dtype: torch.dtype) -> torch.dtype:
+    return dtype if adapter is None else getattr(torch, adapter)
+
+
+def _matrix(rows: int, columns: int, dtype: torch.dtype, padding: int = 0) -> torch.Tensor:
+    """``padding``: rows are that many elements longer than they show."""
+    return torch.empty(rows, columns + padding, dtype=dtype)[:, :columns]
+
+
+def _keep(dropout: float) -> launch.Keep | None:
+    return layer.draw_mask(None, dropout, SEED) if dropout else None
+
+
+def _thin(rows: int, r: int, dtype: torch.dtype, adapter: str | None) -> torch.Tensor:
+    """S or dS."""
+    return _matrix(rows, r, torch.promote_types(dtype, _adapter(adapter, dtype)))
+
+
+def project(r: int, dtype: torch.dtype, adapter: str | None, dropout: float, tokens: str) -> int:
+    """``tokens``: "many", "short" or "few"."""
+    n_tokens = {"many": N_TOKENS, "short": SHORT, "few": FEW}[tokens]
+    x, a = _matrix(n_tokens, D_IN, dtype), _matrix(r, D_IN, _adapter(adapter, dtype))
+    keep = _keep(dropout)
+    return size(x, a, Project(x, a, keep is not None, False, tokens != "many", tokens == "few")(x, a, keep))
+
+
+def _gemm_tokens(strategy: str) -> int:
+    """cuBLAS's part is computed even where launches are only recorded."""
+    return 1 if strategy == "cublas" else N_TOKENS
+
+
+def linear(r: int, dtype: torch.dtype, adapter: str | None, strategy: str, padding: int, bias: bool = True) -> None:
+    n_tokens = _gemm_tokens(strategy)
+    x, weight = _matrix(n_tokens, D_IN, dtype, padding), _matrix(D_OUT, D_IN, dtype, padding)
+    s, b = _thin(n_tokens, r, dtype, adapter), _matrix(D_OUT, r, _adapter(adapter, dtype))
+    with tiles.assume(strategy=strategy):
+        layer.linear(x, weight, torch.zeros(D_OUT, dtype=dtype) if bias else None, s, b, 2.0)
+
+
+def few_tokens(r: int, dtype: torch.dtype, adapter: str | None, dropout: float) -> None:
+    """S in parts, cuBLAS, and the update that adds the parts."""
+    x, weight = _matrix(FEW, D_IN, dtype), _matrix(16, D_IN, dtype)
+    a, b = _matrix(r, D_IN, _adapter(adapter, dtype)), _matrix(16, r, _adapter(adapter, dtype))
+    with tiles.assume(strategy="cublas", thin="split"):
+        layer.forward(x, weight, None, a, b, 2.0, _keep(dropout))
+
+
+def grad_x(r: int, dtype: torch.dtype, adapter: str | None, strategy: str, padding: int, dropout: float) -> None:
+    n_tokens = _gemm_tokens(strategy)
+    dy, weight = _matrix(n_tokens, D_OUT, dtype, padding), _matrix(D_OUT, D_IN, dtype, padding)
+    ds, a = _thin(n_tokens, r, dtype, adapter), _matrix(r, D_IN, _adapter(adapter, dtype))
+    with tiles.assume(strategy=strategy):
+        layer.grad_x(dy, weight, ds, a, _keep(dropout))
+
+
+def grad_s_b(r: int, dtype: torch.dtype, adapter: str | None) -> int:
+    dy, s = _matrix(N_TOKENS, D_OUT, dtype), _thin(N_TOKENS, r, dtype, adapter)
+    b = _matrix(D_OUT, r, _adapter(adapter, dtype))
+    return size(dy, s, b, *layer.grad_s_b(dy, s, b, 2.0))
+
+
+def grad_a(r: int, dtype: torch.dtype, adapter: str | None, dropout: float) -> int:
+    x, ds = _matrix(N_TOKENS, D_IN, dtype), _thin(N_TOKENS, r, dtype, adapter)
+    a = _matrix(r, D_IN, _adapter(adapter, dtype))
+    return size(x, ds, layer.grad_a(x, ds, a, _keep(dropout)))
+
+
+def halves(r: int, dtype: torch.dtype) -> int:
+    """Of a float32 factor beside bfloat16 activations."""
+    a = _matrix(r, D_IN, torch.float32)
+    return size(a, Halves(a, above=True)(a))
+
+
+# ---- The step
+
+NUMBERS = adamw.Settings((1e-3, 0.9, 0.999, 1e-8, 0.1) * 2)
+
+
+def _pairs(r: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    a = [torch.zeros(r, d_in, dtype=dtype) for d_in, _ in PAIRS]
+    return a, [torch.zeros(d_out, r, dtype=dtype) for _, d_out in PAIRS]
+
+
+def gram(r: int, dtype: torch.dtype) -> int:
+    (a, b), (da, db) = _pairs(r, dtype), _pairs(r, dtype)
+    return size(*a, *b, *da, *db, *grams.gram(a, b, da, db, grams.Grams._fields))
+
+
+def adamw_step(
+    r: int, dtype: torch.dtype, add: bool, matrix: bool, scale: bool, gram: bool, numbers: bool = False
+) -> int:
+    """p and g in ``dtype``, m and v in float32. ``numbers``: hyperparameters are arguments, as the optimizer's."""
+    a, b = _pairs(r, dtype)
+    n, is_a = len(a + b), [True] * len(a) + [False] * len(b)
+    p, g = a + b, [torch.zeros_like(x) for x in a + b]
+    m, v = ([torch.zeros_like(x, dtype=torch.float32) for x in p] for _ in range(2))
+    steps, rows = torch.ones(n), torch.zeros(n, r) if scale else None
+    work = adamw.StepWork(torch.zeros(n) if add else None, torch.zeros(n, r, r) if matrix else None, rows, rows, gram)
+    if numbers:
+        factors = [factors.beside(g) for factors in pointer_table.tables([p, m, v], is_a, range(n))]
+        summed = adamw.step_tables_(factors, n, r, NUMBERS, steps, work)
+    else:
+        hyper = torch.ones(1, adamw.HYPER, dtype=torch.float64)
+        summed = adamw.step_(list(zip(p, g, m, v, strict=True)), is_a, hyper, steps, work)
+    return size(*p, *p, *g, *m, *m, *v, *v, *(t for t in (*work[:4], summed) if t is not None))
+
+
+def transform(r: int, dtype: torch.dtype, add: bool) -> int:
+    a, b = _pairs(r, dtype)
+    matrices = torch.zeros(len(a + b), r, r)
+    transform_(a + b, [True] * len(a) + [False] * len(b), matrices, add)
+    return 2 * size(*a, *b) + size(matrices)
+
+
+def muon_step(r: int, dtype: torch.dtype) -> int:
+    """The momentum's average, Grams and move; all in ``dtype``."""
+    a, b = _pairs(r, dtype)
+    n, p = len(a + b), a + b
+    g, m = ([torch.zeros_like(x) for x in p] for _ in range(2))
+    tables = pointer_table.tables([p, m], [True] * len(a) + [False] * len(b), range(n))
+    matrices = torch.zeros(n, r, r)
+    momentum.average_([factors.beside(g) for factors in tables], 0.95, torch.ones(n))
+    summed = grams.grams_of([factors.column(1) for factors in tables], len(a), r, ("ka", "kb", "kp", "kq"))
+    momentum.move_(tables, matrices, NUMBERS)
+    return size(*g, *m, *m, *p, *m, summed, *p, *p, *m, matrices)
+
+
+def imbalance(r: int, dtype: torch.dtype) -> None:
+    square = torch.zeros(3, r, r, dtype=dtype)
+    regularizers.imbalance(square, square, torch.zeros(3), 1e-3, 1e-3, 0.1)
+
+
+def scale_reg(r: int, dtype: torch.dtype) -> None:
+    square, row = torch.zeros(3, r, r, dtype=dtype), torch.zeros(3)
+    regularizers.scale_reg(square, square, row, row, 0.1, 1e-8)
+
+
+def muon(r: int, dtype: torch.dtype) -> None:
+    square = torch.zeros(3, r, r, dtype=dtype)
+    roots.muon(square, square, square, square, 1e-3, 1e-3, 3e-4)
+
+
+def spd_solve(r: int, dtype: torch.dtype) -> None:
+    matrices = torch.zeros(3, r, r, dtype=dtype)
+    spd.spd_solve(matrices, matrices, damping=0.5)
+
+
+def spd_inverse(r: int, dtype: torch.dtype) -> None:
+    spd.spd_inverse(torch.zeros(3, r, r, dtype=dtype), 0.5, torch.ones(3, dtype=torch.int32))
+
+
+def small_inverse(r: int, dtype: torch.dtype) -> None:
+    inverse.small_inverse(torch.zeros(3, r, r, dtype=dtype))
+
+
+def cayley_transform(r: int, dtype: torch.dtype, backward: bool) -> None:
+    free_a, free_b = _pairs(r, dtype)
+    scales = [torch.zeros(r) for _ in free_a]
+    if backward:
+        inverses = [torch.zeros(r, r) for _ in free_a]
+        cayley.cayley_backward(free_a, free_b, scales, inverses, *_pairs(r, torch.float32))
+    else:
+        cayley.cayley(free_a, free_b, scales)
+
+
+def scalora(r: int, dtype: torch.dtype, solver: str) -> None:
+    x, active, _ = scalora_system.scalora_solve(*torch.zeros(5, 3, r, r, dtype=dtype), solver)
+    scalora_scales.scales(x, active, torch.ones((), dtype=torch.float64), torch.ones(3), 0.25, None)
+
+
+def merge_weights(r: int, dtype: torch.dtype, rounding: str) -> int:
+    """float32 adapters into weights of ``dtype``."""
+    a, b = _pairs(r, torch.float32)
+    weights = [_matrix(d_out, d_in, dtype) for d_in, d_out in PAIRS]
+    residuals = [torch.empty_like(w) for w in weights] if rounding == "compensated" else []
+    scale = torch.zeros(len(a), r)
+    add_low_rank.add_low_rank_(weights, a, b, scale, rounding, SEED, residuals or None)
+    return 2 * size(*weights, *residuals) + size(*a, *b, scale)
+
+
+# ---- The table
+
+_GEMMS = ("lora_linear_kernel", "lora_gluon_linear_kernel", "lora_update_kernel")
+_LAYER = {"bfloat16": (8, 16, 32, 64, 128, 256), "float16": (16,), "float32": (16, 128, 256)}
+_ADAPTERS, _DROPOUT = (None, "float32"), (0.0, 0.1)
+_GEMM = variants(adapter=_ADAPTERS, strategy=("fused",), padding=(0, 4))  # rows of 4 more: no TMA
+_GEMM += variants(adapter=_ADAPTERS, strategy=("cublas", "gluon"), padding=(0,))
+_SMALL, _SQUARE = {"float32": (16, 32, 64, 128, 256)}, {"float32": (1, 16, 64, 128)}
+_WORK = ("add", "matrix", "scale", "gram")
+_WORKS = [{name: name in on for name in _WORK} for on in ((), ("matrix",), ("gram",), ("matrix", "gram"), _WORK)]
+_STEPS = [work | {"numbers": True} for work in _WORKS] + [_WORKS[0], _WORKS[-1]]
+
+OPS = {
+    "project": Op(
+        project, _LAYER, variants(adapter=_ADAPTERS, dropout=_DROPOUT, tokens=("many", "short", "few")),
+        ("lora_project_kernel",), counted=True,
+    ),
+    "linear": Op(linear, _LAYER, [*_GEMM, _GEMM[0] | {"bias": False}], _GEMMS),
+    "few_tokens": Op(few_tokens, _LAYER, variants(adapter=_ADAPTERS, dropout=_DROPOUT), ("lora_update_kernel",)),
+    "halves": Op(halves, {"bfloat16": (64,)}, counted=True),
+    "grad_s_b": Op(grad_s_b, _LAYER, variants(adapter=_ADAPTERS), ("lora_grad_s_b_kernel",), counted=True),
+    "grad_a": Op(
+        grad_a, _LAYER, variants(adapter=_ADAPTERS, dropout=_DROPOUT), ("lora_grad_a_kernel",), counted=True
+    ),
+    "grad_x": Op(
+        grad_x, _LAYER, [form | {"dropout": p} for form in _GEMM for p in _DROPOUT],
+        _GEMMS,
+    ),
+    "gram": Op(
+        gram, {"float32": (1, 16, 32, 64, 128), "bfloat16": (8, 64)}, tensor_cores=("lora_gram_kernel",), counted=True
+    ),
+    "adamw_step": Op(adamw_step, {"float32": (1, 16, 64, 128), "bfloat16": (16, 32)}, _STEPS, counted=True),
+    "transform": Op(
+        transform, {"float32": (8, 16, 64, 128), "bfloat16": (16, 64)}, variants(add=(False, True)), counted=True
+    ),
+    "muon_step": Op(muon_step, {"float32": (1, 16, 64, 128), "bfloat16": (16, 32)}, counted=True),
+    "imbalance": Op(imbalance, _SQUARE),
+    "scale_reg": Op(scale_reg, _SQUARE),
+    "muon": Op(muon, _SMALL),
+    "spd_solve": Op(spd_solve, _SMALL),
+    "spd_inverse": Op(spd_inverse, _SMALL),
+    "small_inverse": Op(small_inverse, _SMALL),
+    "cayley": Op(cayley_transform, {"float32": (16, 64, 256), "bfloat16": (64, 128)}, variants(backward=(False, True))),
+    "scalora": Op(scalora, {"float32": (32, 128)}, variants(solver=("nnls", "paper"))),
+    "merge": Op(
+        merge_weights, {"bfloat16": (8, 64), "float16": (16,)}, variants(rounding=("stochastic", "compensated")),
+        counted=True,
+    ),
+}  # fmt: skip

@@ -1,0 +1,237 @@
+"""Compile what the launchers launch, for any arch and without a GPU, and read what came out.
+
+``recorded()`` runs launchers on tensors that need not hold data and keeps each launch instead of making it;
+``compile_for`` compiles one for an arch, ``compile_roomy`` as the package launches it; ``resources`` reads registers,
+stack, shared memory and instructions from the cubin with the tools in Triton's wheel, from which occupancy is
+estimated; ``main_loop`` reads how far the loop of a GEMM is pipelined. Not under ``TRITON_INTERPRET=1``: there is
+nothing to compile then.
+"""
+
+import dataclasses
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+from ..launch import MOST_REGISTERS, REGISTERS, takes_more_registers
+
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+# Of a multiprocessor (CUDA programming guide): bytes of shared memory, of which 1024 go to each block; warps; blocks.
+MULTIPROCESSOR_SHARED = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10}
+WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 32}
+TENSOR_MEMORY = 512
+TENSOR_CORE = dict.fromkeys(WARPS, r"HMMA") | {90: r"HGMMA|HMMA", 100: r"UTC\w*MMA|HMMA"}
+GEMM_TENSOR_CORE = TENSOR_CORE | {90: r"HGMMA", 100: r"UTC\w*MMA"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel: its arguments by name (constexprs included), grid and compiler options."""
+
+    kernel: JITFunction
+    arguments: dict
+    grid: tuple[int, ...]
+    options: dict
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a cubin uses: registers a thread, stack bytes, shared memory bytes a block, columns of tensor memory, warps,
+    and its instructions counted, with their modifiers (LDG.E.128)."""
+
+    registers: int
+    stack: int
+    shared: int
+    tensor_memory: int
+    warps: int
+    instructions: Counter
+
+    def count(self, pattern: str) -> int:
+        return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
+
+    @property
+    def spills(self) -> int:
+        """Loads and stores of local memory."""
+        return self.count(r"LDL|STL")
+
+    def occupancy(self, arch: int) -> float:
+        """Share of a multiprocessor's warps that can be resident: an estimate from the limits alone."""
+        blocks = min(BLOCKS[arch], WARPS[arch] // self.warps)
+        blocks = min(blocks, REGISTERS // (_round_up(self.registers, 8) * 32 * self.warps))
+        blocks = min(blocks, MULTIPROCESSOR_SHARED[arch] // (_round_up(self.shared, 128) + 1024))
+        if self.tensor_memory:
+            blocks = min(blocks, TENSOR_MEMORY // self.tensor_memory)
+        return blocks * self.warps / WARPS[arch]
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+@contextmanager
+def recorded():
+    """Within: launches are kept in the list that this yields, not made."""
+    launches: list[Launch] = []
+
+    def keep(self, *args, grid, warmup, **kwargs):
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        arguments = self.signature.bind(*args, **kwargs).arguments
+        launches.append(Launch(self, dict(arguments), grid, options))
+
+    original, JITFunction.run = JITFunction.run, keep
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+def compile_for(launch: Launch, arch: int, lengths: Collection[str] | None = None):
+    """The launch's kernel compiled for sm_<arch>, specialised as Triton's own launch would specialise it; with
+    ``lengths``, for other calls too: of the integers only these are taken to stay multiples of 16 where they are."""
+    signature, constexprs, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        special = not parameter.do_not_specialize
+        special = special and (lengths is None or type(value) is not int or parameter.name in lengths)
+        if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
+            signature[parameter.name], constexprs[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name] = parameter.annotation_type or mangle_type(value)
+        if special and isinstance(value, (int, torch.Tensor)):
+            address = value.data_ptr() if isinstance(value, torch.Tensor) else value
+            if address % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source_of = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = source_of(launch.kernel, signature, constexprs, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+
+
+def compile_roomy(launch: Launch, arch: int, lengths: Collection[str] | None = None):
+    """As ``compile_for``, and what it uses; with more registers where it spills, as the package launches such a
+    kernel."""
+    compiled = compile_for(launch, arch, lengths)
+    used = resources(compiled)
+    if used.stack and takes_more_registers(compiled, launch.options):
+        roomy = dataclasses.replace(launch, options=launch.options | {"maxnreg": MOST_REGISTERS})
+        compiled = compile_for(roomy, arch, lengths)
+        used = resources(compiled)
+    return compiled, used
+
+
+def resources(compiled) -> Resources:
+    """Of a kernel that ``compile_for`` made."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _cuobjdump("-res-usage", cubin)
+        sass = _cuobjdump("-sass", cubin)
+    instructions = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.M))
+    return Resources(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
+        shared=compiled.metadata.shared,
+        tensor_memory=compiled.metadata.tmem_size,
+        warps=compiled.metadata.num_warps,
+        instructions=instructions,
+    )
+
+
+@dataclass(frozen=True)
+class MainLoop:
+    """The loop of a GEMM that loads and multiplies, as compiled. ``in_flight``: products that a step leaves
+    unfinished (0 where tensor cores have no asynchronous ones); ``ahead``: steps that loads are ahead of their use;
+    ``instructions`` of a step."""
+
+    in_flight: int
+    ahead: int
+    instructions: int
+
+
+_PRODUCT = r"ttng\.warp_group_dot %|ttng\.tc_gen5_mma|tt\.dot "
+_COPY = r"async_tma_copy_global_to_local|async_copy_global_to_local"
+
+
+def main_loop(compiled) -> MainLoop:
+    """Read off Triton's GPU dialect: the innermost loop with a product and copies (or, of a warp-specialised kernel,
+    the last one with a product; its copies have a loop of their own). A step of sm_90 ends with a wait for all products
+    but ``pendings``, one of sm_100 with a wait for a barrier: a product is in flight if that is another one's than the
+    step's own. Copies run ahead by as many steps as are issued before the loop (TMA), or as a step's wait leaves
+    unfinished; those of a warp-specialised kernel by as many as it has buffers for, beside the one in use."""
+    lines = compiled.asm["ttgir"].splitlines()
+    of_use = lambda loop: (_count(_PRODUCT, loop[0]) > 0, _count(_COPY, loop[0]) > 0, loop[1])
+    body, first = max(_loops(lines), key=of_use)
+    text = "\n".join(body)
+    pendings = [int(number) for number in re.findall(r"warp_group_dot_wait.*?pendings = (\d+)", text)]
+    barriers = re.findall(r"tc_gen5_mma .*?, (%\w+)\[", text)
+    in_flight = min(pendings) if pendings else int(bool(barriers)) - any(f"wait_barrier {b}," in text for b in barriers)
+    return MainLoop(in_flight, _steps_ahead(lines, body, first), _step_instructions(compiled))
+
+
+def _steps_ahead(lines: list[str], body: list[str], first: int) -> int:
+    copies = _count(_COPY, body)
+    if not copies:
+        fetching = next("\n".join(loop) for loop, _ in _loops(lines) if _count(_COPY, loop))
+        return min(map(int, re.findall(r"memdesc_index .*?: !ttg\.memdesc<(\d+)x\d+x\d+x", fetching))) - 1
+    left = [int(number) for number in re.findall(r"ttg\.async_wait .*?num = (\d+)", "\n".join(body))]
+    return (min(left) if left else _count(r"async_tma_copy_global_to_local", lines[:first])) // copies
+
+
+def _loops(lines: list[str]) -> Iterator[tuple[list[str], int]]:
+    """The bodies of loops that have none inside, and where they start."""
+    for start, line in enumerate(lines):
+        if "scf.for" not in line and "scf.while" not in line:
+            continue
+        indent = line[: len(line) - len(line.lstrip())]
+        end = next(i for i in range(start + 1, len(lines)) if lines[i].startswith(indent + "}"))
+        body = lines[start + 1 : end]
+        if not _count(r"scf\.(for|while)", body):
+            yield body, start
+
+
+def _count(pattern: str, lines: list[str]) -> int:
+    return sum(bool(re.search(pattern, line)) for line in lines)
+
+
+def code(compiled) -> str:
+    """A kernel's machine code, as text with labels."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        return _run_tool("nvdisasm", "-c", cubin)
+
+
+def _step_instructions(compiled) -> int:
+    """Of the loop in the machine code that waits for all asynchronous products but some, where one does, and has most
+    tensor-core instructions among its own."""
+    instructions, labels, loops = [], {}, []
+    for line in code(compiled).splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            target = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction[1])
+            instructions.append(instruction[1])
+            if target and target[1] in labels:
+                loops.append(instructions[labels[target[1]] :])
+    share = lambda loop: _count(r"HGMMA|UTC\w*MMA|HMMA", loop) / len(loop)
+    return len(max(loops, key=lambda loop: (_count(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x[1-9]", loop) > 0, share(loop))))
+
+
+def _cuobjdump(flag: str, cubin: Path) -> str:
+    return _run_tool("cuobjdump", flag, cubin)
+
+
+def _run_tool(name: str, *arguments: str | Path) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout

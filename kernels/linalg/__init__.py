@@ -1,0 +1,1 @@
+"""Batched r×r linear algebra: SPD solves, inverses, nonnegative least squares."""

@@ -1,0 +1,147 @@
+"""Batches of inverses without pivoting, for matrices whose symmetric part is at least I (NB-LoRA's Cayley transform).
+
+Math      Gauss-Jordan without pivoting: the symmetric part of every Schur complement is at least I, so every pivot is
+          at least 1. Growth is about linear in the skew part, so one refinement follows: W ← W + W (I − M W).
+          Above rank 64 by blocks: BLOCK columns of W are a panel in registers, in which BLOCK pivots are taken; with P
+          the panel's pivot rows, every other column becomes W with the rows P zeroed, plus panel · W[P].
+Grid      up to rank 64 one program per matrix, in registers; above, up to SLOTS programs that go through the matrices,
+          M, W and I − M W in a slot of a scratch buffer that stays in L2.
+Shapes    (n, r, r) float32 contiguous, r from 1 to 256; n any number.
+Roofline  6 r³ operations on 8 r² bytes, one dependent step per column: latency bound; the batch hides it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import check_square, on_device
+from ..primitives import dot, take_column, take_row
+from .blocked import BLOCK, add_products, copy, registers
+from .spd import IN_REGISTERS, SLOTS, WARPS
+
+
+@triton.jit
+def take_pivot(b_w, i_row, i_col, j):
+    """One step of Gauss-Jordan in place, on pivot (j, j) of a matrix of which b_w holds all rows and some columns."""
+    b_column, b_row = take_column(b_w, i_col, j), take_row(b_w, i_row, j)
+    reciprocal = 1.0 / tl.sum(tl.where(i_col == j, b_row, 0.0), 0)
+    b_row = tl.where(i_col == j, reciprocal, b_row * reciprocal)
+    rest = tl.where((i_col == j)[None, :], 0.0, b_w) - b_column[:, None] * b_row[None, :]
+    return tl.where((i_row == j)[:, None], b_row[None, :], rest)
+
+
+@triton.jit
+def product(b_sum, lhs, rhs, r, BLOCK_R: tl.constexpr):
+    """b_sum + lhs @ rhs, float32 [BLOCK_R, BLOCK_R]. At 64, where a dot would spill, column by row."""
+    if BLOCK_R < 64:
+        b_sum = dot(lhs, rhs, b_sum, "ieee")
+    else:
+        i_r = tl.arange(0, BLOCK_R)
+        for j in range(0, r):
+            b_sum += take_column(lhs, i_r, j)[:, None] * take_row(rhs, i_r, j)[None, :]
+    return b_sum
+
+
+@triton.jit(do_not_specialize=["r"])
+def lora_small_inverse_kernel(matrices, inverses, r, BLOCK_R: tl.constexpr):
+    i_matrix = tl.program_id(0).to(tl.int64)
+    i_r, i_row, i_col = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_R)[:, None], tl.arange(0, BLOCK_R)[None, :]
+    o_matrix = i_matrix * r * r + i_row * r + i_col
+    inside = (i_row < r) & (i_col < r)
+    b_eye = tl.where(i_row == i_col, 1.0, 0.0)
+    b_matrix = tl.load(matrices + o_matrix, mask=inside, other=0.0)  # [BLOCK_R, BLOCK_R], as all that follows
+    b_matrix = tl.where(inside, b_matrix, b_eye)
+    b_w = b_matrix
+    for j in range(0, r):
+        b_w = take_pivot(b_w, i_r, i_r, j)
+    b_residual = product(b_eye, -b_matrix, b_w, r, BLOCK_R)
+    tl.store(inverses + o_matrix, product(b_w, b_w, b_residual, r, BLOCK_R), mask=inside)
+
+
+@triton.jit
+def gauss_jordan(w, r, stride, BLOCK_R: tl.constexpr):
+    """w (r, r) in memory ← its inverse; starts and ends with a barrier."""
+    i_r, i_block = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK)
+    blocks = tl.cdiv(r, BLOCK)
+    for i_panel in tl.range(0, blocks, num_stages=1):
+        o = i_panel * BLOCK
+        i_col = o + i_block
+        p_panel = w + i_r[:, None] * stride + i_col[None, :]
+        m_panel = (i_r < r)[:, None] & (i_col < r)[None, :]
+        tl.debug_barrier()
+        b_panel = tl.load(p_panel, mask=m_panel, other=0.0)  # [BLOCK_R, BLOCK]
+        for j in range(o, tl.minimum(o + BLOCK, r)):
+            b_panel = take_pivot(b_panel, i_r, i_col, j)
+        tl.debug_barrier()
+        tl.store(p_panel, b_panel, mask=m_panel)
+        tl.debug_barrier()
+        m_other = (i_r < r) & ((i_r < o) | (i_r >= o + BLOCK))
+        for ahead in tl.range(1, blocks + 1, num_stages=1):  # the panel's own rows last: the others need them
+            i_row = (i_panel + ahead) % blocks * BLOCK + i_block
+            m_row = i_row < r
+            p_rows = w + i_row[:, None] * stride + i_r[None, :]
+            m_rows = m_row[:, None] & m_other[None, :]
+            b_rows = tl.load(p_rows, mask=m_rows & (ahead < blocks), other=0.0)  # [BLOCK, BLOCK_R]
+            p_left, p_right = w + i_row * stride + o, w + o * stride + i_r
+            b_rows = add_products(b_rows, 1.0, p_left, 1, m_row, p_right, stride, m_other, tl.minimum(BLOCK, r - o))
+            tl.debug_barrier()
+            tl.store(p_rows, b_rows, mask=m_rows)
+    tl.debug_barrier()
+
+
+@triton.jit
+def invert(matrix, w, residual, r, BLOCK_R: tl.constexpr):
+    """w ← the inverse of matrix; residual ← I − M W before the refinement. All (r, r) with BLOCK_R from row to row,
+    float32; of a float64 matrix the residual is exact, and W as good as float32 holds it. Starts and ends with a
+    barrier."""
+    i_r, i_block = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK)
+    m_r = i_r < r
+    copy(matrix, BLOCK_R, w, BLOCK_R, r, BLOCK_R)
+    gauss_jordan(w, r, BLOCK_R, BLOCK_R)
+    for o in tl.range(0, r, BLOCK, num_stages=1):
+        i_row = o + i_block
+        m_row = i_row < r
+        b_rows = tl.where(i_row[:, None] == i_r[None, :], 1.0, 0.0).to(matrix.dtype.element_ty)  # [BLOCK, BLOCK_R]
+        b_rows = add_products(b_rows, -1.0, matrix + i_row * BLOCK_R, 1, m_row, w + i_r, BLOCK_R, m_r, r)
+        tl.store(residual + i_row[:, None] * BLOCK_R + i_r[None, :], b_rows, mask=m_row[:, None] & m_r[None, :])
+    tl.debug_barrier()
+    for o in tl.range(0, r, BLOCK, num_stages=1):
+        i_row = o + i_block
+        m_row = i_row < r
+        p_rows, mask = w + i_row[:, None] * BLOCK_R + i_r[None, :], m_row[:, None] & m_r[None, :]
+        b_rows = tl.load(p_rows, mask=mask, other=0.0)
+        b_rows = add_products(b_rows, 1.0, w + i_row * BLOCK_R, 1, m_row, residual + i_r, BLOCK_R, m_r, r)
+        tl.debug_barrier()
+        tl.store(p_rows, b_rows, mask=mask)
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["n", "r"])
+def lora_small_inverse_blocked_kernel(matrices, inverses, scratch, n, r, BLOCK_R: tl.constexpr):
+    """The same, in memory: M, W and I − M W in the program's three slots of ``scratch``."""
+    matrix = scratch + tl.program_id(0).to(tl.int64) * 3 * BLOCK_R * BLOCK_R
+    w, residual = matrix + BLOCK_R * BLOCK_R, matrix + 2 * BLOCK_R * BLOCK_R
+    for i_matrix in tl.range(tl.program_id(0).to(tl.int64), n, tl.num_programs(0), num_stages=1):
+        copy(matrices + i_matrix * r * r, r, matrix, BLOCK_R, r, BLOCK_R)
+        invert(matrix, w, residual, r, BLOCK_R)
+        copy(w, BLOCK_R, inverses + i_matrix * r * r, r, r, BLOCK_R)
+
+
+def small_inverse(matrices: torch.Tensor) -> torch.Tensor:
+    """Inverses of (n, r, r) whose symmetric part is at least I. Twin: ``reference.pairs.small_inverse``."""
+    n, r = check_square("matrices", matrices)
+    inverses = torch.empty((n, r, r), dtype=torch.float32, device=matrices.device)
+    if n == 0:
+        return inverses
+    matrices, block_r = matrices.contiguous(), max(16, triton.next_power_of_2(r))
+    with on_device(matrices):
+        if r <= IN_REGISTERS:
+            lora_small_inverse_kernel[(n,)](
+                matrices, inverses, r, BLOCK_R=block_r, num_warps=WARPS[block_r], maxnreg=255
+            )  # fmt: skip
+        else:
+            scratch = torch.empty((min(n, SLOTS), 3, block_r, block_r), dtype=torch.float32, device=matrices.device)
+            lora_small_inverse_blocked_kernel[(len(scratch),)](
+                matrices, inverses, scratch, n, r, BLOCK_R=block_r, num_warps=8, maxnreg=registers(block_r)
+            )  # fmt: skip
+    return inverses

@@ -1,0 +1,253 @@
+"""The GEMM with the adapter in it: y = x Wᵀ + scaling S bᵀ + bias, and dx = dy W + keep∘(dS a).
+
+Math      Both are: result = left · W' + keep∘(thin · factor) + bias, with W' = Wᵀ, thin = S, factor = scaling bᵀ
+          forward and W' = W, thin = dS, factor = a backward.
+Strategy  "fused": one persistent Triton GEMM (TMA descriptors from sm_90 on, pointers before). The accumulator starts
+          from the thin product: no second pass over the result, one rounding.
+          "cublas": cuBLAS for left · W' + bias, then ``lora_update_kernel`` reads that and writes the sum to a fresh
+          result. Not in place: torch knows of cuBLAS's product (activation checkpointing may keep it), and of no kernel
+          of ours. For few tokens the update also adds the partial sums of S.
+          "gluon": the fused form for sm_90, warp-specialised (gluon_gemm.py).
+          ``dispatch.py`` picks; the second rounding of "cublas" is within the error budget.
+Grid      fused: one program per multiprocessor walks tiles of the result, tokens fastest within a group of rows, so
+          that neighbours share W in L2. update: one program per tile.
+Shapes    left (n_tokens, d_in), W (d_out, d_in) or (d_in, d_out) as stored, thin (n_tokens, r), result
+          (n_tokens, d_out) in left's dtype; here d_in is what is summed over and d_out the result's columns, in both
+          directions. thin and factor may be float32 beside 16 bits (``primitives.dot_rounded``).
+Pipeline  The loop over tiles is not flattened into the one over d_in: with an accumulator that starts from a product,
+          Triton's pipeliner then keeps no product in flight (inspection/rules.py holds the compiled loop to one). A TMA
+          result is stored in halves, which leaves shared memory for three stages of loads.
+Roofline  2·n_tokens·d_in·d_out operations: compute bound; the thin product adds r/d_in of it.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from .. import tiles
+from ..launch import NO_MASK, Keep, Launch, Matrix, allocator, on_device, precision, rows
+from ..primitives import dot, dot_rounded, drop, keep_mask, round_to
+from . import strategies
+
+
+@triton.jit
+def load_thin(thin, i_t, i_r, m_t, m_r, n_tokens, n_parts, R: tl.constexpr, PARTS: tl.constexpr):
+    """Columns i_r of S or dS: [BLOCK_T, BLOCK_R]. PARTS: of its partial sums (n_parts, n_tokens, r), added in order."""
+    p_thin = thin + i_t[:, None] * R + i_r[None, :]
+    mask = m_t[:, None] & m_r[None, :]
+    b_thin = tl.load(p_thin, mask=mask, other=0.0)
+    if PARTS:
+        for _ in range(1, n_parts):
+            p_thin += n_tokens.to(tl.int64) * R
+            b_thin += tl.load(p_thin, mask=mask, other=0.0)
+    return b_thin
+
+
+@triton.jit
+def load_factor(factor, i_r, i_out, m_r, m_out, stride_factor, TRANSPOSED: tl.constexpr):
+    """Rows i_r of the factor: [BLOCK_R, BLOCK_OUT]. TRANSPOSED: it is b (d_out, r), else a (r, d_out)."""
+    if TRANSPOSED:
+        p_factor = factor + i_out[None, :] * stride_factor + i_r[:, None]
+    else:
+        p_factor = factor + i_r[:, None].to(tl.int64) * stride_factor + i_out[None, :]
+    return tl.load(p_factor, mask=m_r[:, None] & m_out[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=["seed", "in_memory", "drop_level", "n_tokens"])
+def lora_linear_kernel(
+    left, weight, result, bias, thin, factor,
+    scaling, seed: tl.int64, in_memory: tl.int32, drop_level: tl.int32,
+    n_tokens, d_out, d_in, stride_left, stride_weight, stride_factor,
+    R: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """TRANSPOSED: weight is (d_out, d_in), factor (d_out, r). With TMA left, weight and result are descriptors, of half
+    the columns for result."""
+    dtype: tl.constexpr = left.dtype if TMA else left.dtype.element_ty
+    n_tiles_t, n_tiles_out = tl.cdiv(n_tokens, BLOCK_T), tl.cdiv(d_out, BLOCK_OUT)
+    # What a tile needs but for its place is computed anew in each: kept over the main loop, it would spill.
+    for tile in tl.range(tl.program_id(0), n_tiles_t * n_tiles_out, tl.num_programs(0), disable_licm=True):
+        group = tile // (GROUP * n_tiles_out)
+        group_rows = tl.minimum(n_tiles_t - group * GROUP, GROUP)
+        within = tile % (GROUP * n_tiles_out)
+        o_t = (group * GROUP + within % group_rows) * BLOCK_T
+        o_out = (within // group_rows) * BLOCK_OUT
+        i_t = o_t.to(tl.int64) + tl.arange(0, BLOCK_T)
+        i_out = o_out.to(tl.int64) + tl.arange(0, BLOCK_OUT)
+        m_t, m_out = i_t < n_tokens, i_out < d_out
+        b_acc = tl.zeros([BLOCK_T, BLOCK_OUT], dtype=tl.float32)
+        for o_r in tl.range(0, R, BLOCK_R, num_stages=1):
+            i_r = o_r + tl.arange(0, BLOCK_R)
+            b_thin = load_thin(thin, i_t, i_r, m_t, i_r < R, n_tokens, 1, R, False)
+            b_factor = load_factor(factor, i_r, i_out, i_r < R, m_out, stride_factor, TRANSPOSED)
+            b_acc = dot_rounded(b_thin, b_factor, b_acc, dtype, PRECISION)
+        if TRANSPOSED:
+            b_acc *= scaling
+        if DROPOUT:
+            b_acc = drop(b_acc, keep_mask(seed, in_memory, drop_level, i_t, o_out, BLOCK_OUT))
+        if HAS_BIAS:
+            b_acc += tl.load(bias + i_out, mask=m_out, other=0.0).to(tl.float32)[None, :]
+        for o_in in range(0, d_in, BLOCK_IN):
+            if TMA:
+                b_left = left.load([o_t, o_in])
+                b_weight = weight.load([o_out, o_in]).T if TRANSPOSED else weight.load([o_in, o_out])
+            else:
+                i_in = o_in + tl.arange(0, BLOCK_IN)
+                m_in = i_in < d_in
+                p_left = left + i_t[:, None] * stride_left + i_in[None, :]
+                if TRANSPOSED:
+                    p_weight = weight + i_out[None, :] * stride_weight + i_in[:, None]
+                else:
+                    p_weight = weight + i_in[:, None].to(tl.int64) * stride_weight + i_out[None, :]
+                b_left = tl.load(p_left, mask=m_t[:, None] & m_in[None, :], other=0.0)  # [BLOCK_T, BLOCK_IN]
+                b_weight = tl.load(p_weight, mask=m_in[:, None] & m_out[None, :], other=0.0)  # [BLOCK_IN, BLOCK_OUT]
+            b_acc = dot(b_left, b_weight, b_acc, PRECISION)
+        if TMA:
+            low, high = tl.split(tl.permute(tl.reshape(b_acc, (BLOCK_T, 2, BLOCK_OUT // 2)), (0, 2, 1)))
+            result.store([o_t, o_out], round_to(low, dtype))
+            result.store([o_t, o_out + BLOCK_OUT // 2], round_to(high, dtype))
+        else:
+            p_result = result + i_t[:, None] * d_out + i_out[None, :]
+            tl.store(p_result, round_to(b_acc, dtype), mask=m_t[:, None] & m_out[None, :])
+
+
+@triton.jit(do_not_specialize=["seed", "in_memory", "drop_level", "n_tokens", "n_parts"])
+def lora_update_kernel(
+    base, result, thin, factor, s,
+    scaling, seed: tl.int64, in_memory: tl.int32, drop_level: tl.int32,
+    n_tokens, d_out, n_parts, stride_factor,
+    R: tl.constexpr, TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """result = base + keep∘(thin · factor). PARTS: thin are partial sums of S, which is written to s."""
+    dtype: tl.constexpr = result.dtype.element_ty
+    n_tiles_out = tl.cdiv(d_out, BLOCK_OUT)
+    i_tile_out = tl.program_id(0) % n_tiles_out
+    o_out = i_tile_out * BLOCK_OUT
+    i_t = (tl.program_id(0) // n_tiles_out).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    i_out = o_out.to(tl.int64) + tl.arange(0, BLOCK_OUT)
+    m_t, m_out = i_t < n_tokens, i_out < d_out
+    b_acc = tl.zeros([BLOCK_T, BLOCK_OUT], dtype=tl.float32)
+    for o_r in tl.range(0, R, BLOCK_R, num_stages=1):
+        i_r = o_r + tl.arange(0, BLOCK_R)
+        b_thin = load_thin(thin, i_t, i_r, m_t, i_r < R, n_tokens, n_parts, R, PARTS)
+        if PARTS:
+            p_s = s + i_t[:, None] * R + i_r[None, :]
+            m_s = m_t[:, None] & (i_r < R)[None, :] & (i_tile_out == 0)
+            tl.store(p_s, round_to(b_thin, s.dtype.element_ty), mask=m_s)
+        b_factor = load_factor(factor, i_r, i_out, i_r < R, m_out, stride_factor, TRANSPOSED)
+        b_acc = dot_rounded(b_thin, b_factor, b_acc, dtype, PRECISION)
+    if TRANSPOSED:
+        b_acc *= scaling
+    if DROPOUT:
+        b_acc = drop(b_acc, keep_mask(seed, in_memory, drop_level, i_t, o_out, BLOCK_OUT))
+    o_result = i_t[:, None] * d_out + i_out[None, :]
+    mask = m_t[:, None] & m_out[None, :]
+    b_acc += tl.load(base + o_result, mask=mask, other=0.0).to(tl.float32)
+    tl.store(result + o_result, round_to(b_acc, dtype), mask=mask)
+
+
+class FusedGemm:
+    """The strategy "fused" for one signature. transposed: result = left · weightᵀ + …, else left · weight + …;
+    ``shape``: the result's, of any leading dimensions."""
+
+    def __init__(self, left, weight, bias, factor, r: int, dropout: bool, transposed: bool, shape: tuple[int, ...]):
+        (n_tokens, d_in), d_out = left.shape, shape[-1]
+        tma = tiles.uses_tma(left, weight, d_out)
+        tile = tiles.linear(left, d_out, r, transposed, tma, dropout)
+        weight_block = (tile.outer, tile.inner) if transposed else (tile.inner, tile.outer)
+        matrices = (
+            Matrix((n_tokens, d_in), left.stride(), (tile.t, tile.inner)),
+            Matrix(tuple(weight.shape), weight.stride(), weight_block),
+            Matrix((n_tokens, d_out), (d_out, 1), (tile.t, tile.outer // 2)),
+        )
+        n_tiles = triton.cdiv(n_tokens, tile.t) * triton.cdiv(d_out, tile.outer)
+        flags = {"R": r, "TRANSPOSED": transposed, "HAS_BIAS": bias is not None, "DROPOUT": dropout, "TMA": tma}
+        blocks = tile.options(t="BLOCK_T", outer="BLOCK_OUT", inner="BLOCK_IN", r="BLOCK_R")
+        self.empty = allocator(shape, left.dtype, left.device)
+        self.launch = Launch(
+            lora_linear_kernel,
+            (min(n_tiles, tiles.programs(left.device)),),
+            (n_tokens, d_out, d_in, left.stride(0), weight.stride(0), factor.stride(0)),
+            flags | {"PRECISION": precision(left), "GROUP": tiles.GROUP} | blocks,
+            matrices if tma else (),
+        )
+
+    def __call__(self, left, weight, bias, thin, factor, scaling: float, keep: Keep | None, stream: int | None = None):
+        result = self.empty()
+        tensors = left, weight, result, left if bias is None else bias, thin, factor
+        self.launch.go(stream, tensors, (scaling, *(keep or NO_MASK)))
+        return result
+
+
+class CublasGemm:
+    """The strategy "cublas" for one signature. With ``n_parts`` thin are so many partial sums of S, which a call writes
+    to ``s``."""
+
+    def __init__(
+        self, left, weight, bias, factor, r: int, dropout: bool, transposed: bool, shape: tuple[int, ...],
+        n_parts: int = 0,
+    ):  # fmt: skip
+        n_tokens, d_out = left.shape[0], shape[-1]
+        tile = tiles.update(left, r, n_parts > 0)
+        flags = {"R": r, "TRANSPOSED": transposed, "DROPOUT": dropout, "PARTS": n_parts > 0}
+        self.transposed = transposed
+        self.empty = allocator(shape, left.dtype, left.device)
+        self.launch = Launch(
+            lora_update_kernel,
+            (triton.cdiv(n_tokens, tile.t) * triton.cdiv(d_out, tile.outer),),
+            (n_tokens, d_out, n_parts, factor.stride(0)),
+            flags | {"PRECISION": precision(left)} | tile.options(t="BLOCK_T", outer="BLOCK_OUT", r="BLOCK_R"),
+        )
+
+    def __call__(
+        self, left, weight, bias, thin, factor, scaling: float, keep: Keep | None, stream: int | None = None, s=None
+    ):
+        base = F.linear(left, weight, bias) if self.transposed else torch.matmul(left, weight)
+        result = self.empty()
+        tensors = base, result, thin, factor, result if s is None else s
+        self.launch.go(stream, tensors, (scaling, *(keep or NO_MASK)))
+        return result
+
+
+def gemm_of(strategy: str) -> type:
+    """The class of a strategy."""
+    if strategy == "gluon":
+        from .gluon_gemm import GluonGemm
+
+        return GluonGemm
+    return {"fused": FusedGemm, "cublas": CublasGemm}[strategy]
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    s: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """y (n_tokens, d_out) = x Wᵀ + bias + scaling · S bᵀ in x's dtype. Twin: ``reference.linear``."""
+    return _gemm(x, weight, bias, s, lora_B, scaling, None, transposed=True)
+
+
+def grad_x(
+    dy: torch.Tensor, weight: torch.Tensor, ds: torch.Tensor, lora_A: torch.Tensor, keep: Keep | None = None
+) -> torch.Tensor:
+    """dx (n_tokens, d_in) = dy W + keep∘(dS a) in dy's dtype. Twin: ``reference.grad_x``."""
+    return _gemm(dy, weight, None, ds, lora_A, 1.0, keep, transposed=False)
+
+
+def _gemm(left, weight, bias, thin, factor, scaling, keep, transposed) -> torch.Tensor:
+    left, weight, factor, r = rows(left), rows(weight), rows(factor), thin.shape[1]
+    d_out = weight.shape[0 if transposed else 1]
+    if len(left) == 0 or d_out == 0:
+        return torch.empty((len(left), d_out), dtype=left.dtype, device=left.device)
+    direction = "forward" if transposed else "backward"
+    strategy = strategies.strategy(direction, left, weight, factor.dtype, r, keep is not None)
+    with on_device(left):
+        shape = len(left), d_out
+        gemm = gemm_of(strategy)(left, weight, bias, factor, r, keep is not None, transposed, shape)
+        return gemm(left, weight, bias, thin, factor, float(scaling), keep)

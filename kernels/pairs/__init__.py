@@ -1,0 +1,1 @@
+"""Kernels over all adapter pairs at once: Grams, AdamW, the methods, merges."""

@@ -1,0 +1,210 @@
+"""ScaLoRA's equations for every adapter pair: the 2r×2r Hadamard system from the Grams, and its solution.
+
+Math      With x = [α²; β²] and every scale relative to κ = 1 (arXiv 2510.23818):
+              M x = λ      M = [[Kb∘Kp, K∘K], [(K∘K)ᵀ, Kq∘Ka]]      λ = [diag Kp; diag Kq]
+          column solves it (Theorem 5), scalar has one α and one β (Theorem 3), paper is column where no x is negative,
+          else scalar; nnls is min ½xᵀMx − λᵀx over x ≥ 0 (linalg/nnls.py). Gradients are divided by one power of two,
+          M is scaled to a unit diagonal, and a coordinate whose M_jj is at most 1e-12 of its block's largest is not
+          active: its x is 0. The twin is lora_fast/ops/reference/scalora_solution.py.
+Grid      one program per pair. Up to 2r = 64 the system stays in registers; above, it lies in a scratch of two
+          matrices.
+Shapes    Grams float32 (n, r, r), contiguous → x float32 (n, 2r), active bool (n, 2r), info int32 (n,). A pair with a
+          NaN or an Inf: x NaN, all active, info 1; its neighbours do not change by a bit.
+Roofline  5 r² numbers read, then (2r)³/3 operations and 4r dependent column steps a solve: latency bound. One solve
+          where the unconstrained optimum is valid; else 2 to 8 in nearly every case tried.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import check_tensor, on_device
+from ..linalg.blocked import registers
+from ..linalg.nnls import solve
+from ..primitives import div_rn
+
+SOLVERS = ("nnls", "paper", "column", "scalar")
+NNLS, PAPER, COLUMN, SCALAR = (tl.constexpr(i) for i in range(4))
+LARGEST = 128  # rank
+DEAD, COLLINEAR = tl.constexpr(1e-12), tl.constexpr(1e-6)  # as in the twin
+IN_REGISTERS = 64  # size of the largest system there
+CHUNK = 16  # rows of a system in memory at a time
+WARPS = {16: 1, 32: 4, 64: 8, 128: 8, 256: 8}  # by BLOCK_N
+
+
+@triton.jit
+def two_blocks(p_first, p_second, i_n, r, stride):
+    """[first; second]: r numbers of each, ``stride`` apart, zero beyond."""
+    b_first = tl.load(p_first + i_n * stride, mask=i_n < r, other=0.0)
+    return b_first + tl.load(p_second + (i_n - r) * stride, mask=(i_n >= r) & (i_n < 2 * r), other=0.0)
+
+
+@triton.jit
+def inverse_power(b_size):
+    """2^-e, with 4^e nearest the largest: what divides gradients whose squares have these sizes."""
+    exponent = (tl.max(b_size.to(tl.int32, bitcast=True), 0) >> 23) - 126
+    return ((127 - (exponent >> 1)) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def system_in_registers(ka, kb, kp, kq, k, b_d, power, r, BLOCK_N: tl.constexpr):
+    """M scaled to a unit diagonal, [BLOCK_N, BLOCK_N]; Σ|entries|, NaN or Inf where one is; ΣM₁₁, ΣM₂₂, ΣM₁₂."""
+    i_row, i_col = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    m_first, m_second = (i_row < r) & (i_col < r), (i_row >= r) & (i_col >= r) & (i_row < 2 * r) & (i_col < 2 * r)
+    m_cross = (i_row < r) & (i_col >= r) & (i_col < 2 * r)
+    o_cross = i_row * r + i_col - r
+    o_block, m_block = tl.where(m_first, i_row * r + i_col, o_cross - r * r), m_first | m_second
+    b_factor = tl.load(tl.where(m_first, kb, ka) + o_block, mask=m_block, other=0.0)  # [BLOCK_N, BLOCK_N]
+    b_gradient = tl.load(tl.where(m_first, kp, kq) + o_block, mask=m_block, other=0.0)
+    b_cross = tl.load(k + o_cross, mask=m_cross, other=0.0) * power
+    b_cross *= b_cross
+    b_m = b_factor * (b_gradient * power * power)
+    b_sums, i_n = tl.sum(b_m, 0), tl.arange(0, BLOCK_N)
+    sum_aa, sum_bb = tl.sum(tl.where(i_n < r, b_sums, 0.0), 0), tl.sum(tl.where(i_n < r, 0.0, b_sums), 0)
+    sum_ab = tl.sum(tl.sum(b_cross, 0), 0)
+    b_unit = b_d[:, None] * (b_m + b_cross + tl.trans(b_cross)) * b_d[None, :]
+    size = tl.sum(tl.sum(tl.abs(b_unit), 0), 0)
+    return tl.where(i_row == i_col, 1.0, b_unit), size, sum_aa, sum_bb, sum_ab
+
+
+@triton.jit
+def system_in_memory(
+    ka, kb, kp, kq, k, d, unit, power, r, STORE: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr
+):
+    """As above, to ``unit`` (2r, 2r); d in memory."""
+    tl.debug_barrier()
+    i_col, n = tl.arange(0, BLOCK_R), 2 * r
+    b_aa = tl.zeros([CHUNK, BLOCK_R], dtype=tl.float32)
+    b_bb, b_ab, b_size = tl.zeros_like(b_aa), tl.zeros_like(b_aa), tl.zeros_like(b_aa)
+    d_a, d_b = tl.load(d + i_col, mask=i_col < r, other=0.0), tl.load(d + r + i_col, mask=i_col < r, other=0.0)
+    for o in tl.range(0, r, CHUNK, num_stages=1):
+        i_row = o + tl.arange(0, CHUNK)
+        mask = (i_row < r)[:, None] & (i_col < r)[None, :]
+        diagonal = i_row[:, None] == i_col[None, :]
+        o_gram, o_unit = i_row[:, None] * r + i_col[None, :], i_row[:, None] * n + i_col[None, :]
+        row_a, row_b = tl.load(d + i_row, mask=i_row < r, other=0.0), tl.load(d + r + i_row, mask=i_row < r, other=0.0)
+        b_m = tl.load(kp + o_gram, mask=mask, other=0.0) * power * power  # [CHUNK, BLOCK_R], as all that follows
+        b_m *= tl.load(kb + o_gram, mask=mask, other=0.0)
+        b_unit = row_a[:, None] * b_m * d_a[None, :]
+        b_aa += b_m
+        b_size += tl.abs(b_unit)
+        if STORE:
+            tl.store(unit + o_unit, tl.where(diagonal, 1.0, b_unit), mask=mask)
+        b_m = tl.load(kq + o_gram, mask=mask, other=0.0) * power * power
+        b_m *= tl.load(ka + o_gram, mask=mask, other=0.0)
+        b_unit = row_b[:, None] * b_m * d_b[None, :]
+        b_bb += b_m
+        b_size += tl.abs(b_unit)
+        if STORE:
+            tl.store(unit + r * (n + 1) + o_unit, tl.where(diagonal, 1.0, b_unit), mask=mask)
+        b_m = tl.load(k + o_gram, mask=mask, other=0.0) * power
+        b_m *= b_m
+        b_unit = row_a[:, None] * b_m * d_b[None, :]
+        b_ab += b_m
+        b_size += tl.abs(b_unit)
+        if STORE:
+            tl.store(unit + r + o_unit, b_unit, mask=mask)
+            tl.store(unit + (r + i_col)[None, :] * n + i_row[:, None], b_unit, mask=mask)
+    size = tl.sum(tl.sum(b_size, 1), 0)
+    return size, tl.sum(tl.sum(b_aa, 1), 0), tl.sum(tl.sum(b_bb, 1), 0), tl.sum(tl.sum(b_ab, 1), 0)
+
+
+@triton.jit
+def scalar(b_lam, sum_aa, sum_bb, sum_ab, i_n, r):
+    """Theorem 3: α² for i_n < r, β² beyond."""
+    p_a, p_b = tl.sum(tl.where(i_n < r, b_lam, 0.0), 0), tl.sum(tl.where(i_n < r, 0.0, b_lam), 0)
+    c_a, c_b = p_a * sum_bb - p_b * sum_ab, p_b * sum_aa - p_a * sum_ab
+    det = sum_aa * sum_bb - sum_ab * sum_ab
+    only_a, only_b = (c_a > 0) & (c_b <= 0), (c_b > 0) & (c_a <= 0)
+    both = (c_a >= 0) & (c_b >= 0) & (det > sum_aa * sum_bb * COLLINEAR) & (only_a == 0) & (only_b == 0)
+    only_a = only_a | ((both == 0) & (only_b == 0) & (sum_aa > 0))
+    b_zero = tl.zeros_like(b_lam)
+    b_alpha = tl.where(both, div_rn(b_zero + c_a, det), tl.where(only_a, div_rn(b_zero + p_a, sum_aa), 0.0))
+    b_beta = tl.where(both, div_rn(b_zero + c_b, det), tl.where(only_a, 0.0, div_rn(b_zero + p_b, sum_bb)))
+    return tl.where(i_n < r, b_alpha, b_beta)
+
+
+@triton.jit(do_not_specialize=["r"])
+def lora_scalora_solve_kernel(
+    ka, kb, kp, kq, k, x, active, info, scratch, r, SOLVER: tl.constexpr, BLOCK_N: tl.constexpr,
+    REGISTERS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    i_pair, n = tl.program_id(0).to(tl.int64), 2 * r
+    o_gram = i_pair * r * r
+    ka, kb, kp, kq, k = ka + o_gram, kb + o_gram, kp + o_gram, kq + o_gram, k + o_gram
+    x, active = x + i_pair * n, active + i_pair * n
+    i_n = tl.arange(0, BLOCK_N)
+    m_n = i_n < n
+    b_lam = two_blocks(kp, kq, i_n, r, r + 1)  # [BLOCK_N], as all that follows
+    power = inverse_power(b_lam)
+    b_lam = b_lam * power * power
+    b_diagonal = two_blocks(kb, ka, i_n, r, r + 1) * b_lam
+    largest_a, largest_b = tl.max(tl.where(i_n < r, b_diagonal, 0.0), 0), tl.max(tl.where(i_n < r, 0.0, b_diagonal), 0)
+    m_alive = (b_diagonal <= tl.where(i_n < r, largest_a, largest_b) * DEAD) == 0
+    b_root = tl.sqrt_rn(tl.where(m_alive, b_diagonal, 1.0))
+    b_d = tl.where(m_alive, tl.div_rn(tl.full([BLOCK_N], 1.0, tl.float32), b_root), 0.0)
+    unit, upper = scratch, scratch
+    if REGISTERS:
+        unit, size, sum_aa, sum_bb, sum_ab = system_in_registers(ka, kb, kp, kq, k, b_d, power, r, BLOCK_N)
+    else:
+        tl.store(x + i_n, b_d, mask=m_n)
+        if SOLVER != SCALAR:
+            unit = scratch + i_pair * 2 * n * n
+            upper = unit + n * n
+        size, sum_aa, sum_bb, sum_ab = system_in_memory(
+            ka, kb, kp, kq, k, x, unit, power, r, SOLVER != SCALAR, BLOCK_N // 2, CHUNK
+        )
+    finite = size < float("inf")
+    invalid = tl.where(finite, 0, 1)
+    if SOLVER != SCALAR:
+        b_z, invalid = solve(unit, upper, x, b_d * b_lam, finite, n, SOLVER == NNLS, BLOCK_N, REGISTERS, CHUNK)
+        b_x = b_d * b_z
+    if SOLVER == SCALAR:
+        b_x = scalar(b_lam, sum_aa, sum_bb, sum_ab, i_n, r)
+    elif SOLVER == PAPER:
+        b_x = tl.where(invalid > 0, scalar(b_lam, sum_aa, sum_bb, sum_ab, i_n, r), b_x)
+    elif SOLVER == COLUMN:
+        m_alive = m_alive & (invalid == 0)
+    m_alive = m_alive | (finite == 0)
+    b_x = tl.where(finite, tl.where(m_alive, b_x, 0.0), float("nan"))
+    tl.debug_barrier()  # x was also a scratch
+    tl.store(x + i_n, b_x, mask=m_n)
+    tl.store(active + i_n, m_alive, mask=m_n)
+    tl.store(info + i_pair, invalid)
+
+
+def scalora_solve(
+    ka: torch.Tensor, kb: torch.Tensor, kp: torch.Tensor, kq: torch.Tensor, k: torch.Tensor, solver: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (n, 2r) for κ = 1, α² then β²; which of its entries have a say, bool (n, 2r): the others' x is 0; info (n,), 0
+    where the unconstrained optimum has no negative value, else 1 ("scalar": 0). Five float32 (n, r, r) Grams,
+    contiguous, r from 1 to 128. With "column" an invalid pair has no say at all. Twin:
+    ``reference.scalora_solution.scalora_solve``."""
+    if solver not in SOLVERS:
+        raise ValueError(f"lora_fast: solver: expected one of {SOLVERS}, got {solver!r}")
+    n, r = _check_grams({"ka": ka, "kb": kb, "kp": kp, "kq": kq, "k": k})
+    x = torch.empty((n, 2 * r), dtype=torch.float32, device=ka.device)
+    active = torch.empty((n, 2 * r), dtype=torch.bool, device=ka.device)
+    info = torch.empty(n, dtype=torch.int32, device=ka.device)
+    if n == 0:
+        return x, active, info
+    block_n = max(16, triton.next_power_of_2(2 * r))
+    in_registers, scratch = block_n <= IN_REGISTERS, None
+    if not in_registers and solver != "scalar":
+        scratch = torch.empty((n, 2, 2 * r, 2 * r), dtype=torch.float32, device=ka.device)
+    with on_device(ka):
+        lora_scalora_solve_kernel[(n,)](
+            ka, kb, kp, kq, k, x, active, info, scratch, r, SOLVER=SOLVERS.index(solver), BLOCK_N=block_n,
+            REGISTERS=in_registers, CHUNK=CHUNK, num_warps=WARPS[block_n],
+            maxnreg=255 if in_registers else registers(block_n),  # see linalg/blocked.py
+        )  # fmt: skip
+    return x, active, info
+
+
+def _check_grams(grams: dict[str, torch.Tensor]) -> tuple[int, int]:
+    shape = tuple(grams["ka"].shape)
+    if len(shape) != 3 or shape[1] != shape[2] or not 1 <= shape[1] <= LARGEST:
+        raise ValueError(f"lora_fast: ka: expected (n, r, r), r from 1 to {LARGEST}, got {shape}")
+    for name, gram in grams.items():
+        check_tensor(name, gram, shape, torch.float32)
+    return shape[:2]

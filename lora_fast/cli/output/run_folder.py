@@ -1,0 +1,115 @@
+"""A run on disk: which folder, what it holds, what can be resumed.
+
+    run.json        the settings and the data's fingerprint: the folder belongs to one run
+    checkpoints/    of transformers' Trainer, each with a record.json, written last: with it the checkpoint is whole
+    adapter/        the result, in PEFT's format
+    metrics.json    every figure;  report.html   the same for the eye
+
+Under --compare a sub-folder for each run (fused/ and eager/, or one a method) holds a checkpoints/, an adapter/ and,
+once that run has finished, a record.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from ...checks import ArgumentError
+from ..inputs.settings import Settings, option
+
+RUN, RECORD, METRICS, REPORT = "run.json", "record.json", "metrics.json", "report.html"
+
+
+def fresh(model: str, data: str) -> Path:
+    """``runs/<model>-<data>-<n>`` with the first free number."""
+    name = "-".join(re.sub(r"[^\w.]+", "-", Path(part).stem or part).strip("-.") for part in (model, data))
+    n = 1
+    while (folder := Path("runs") / f"{name}-{n}").exists():
+        n += 1
+    return folder
+
+
+def check_free(folder: Path) -> None:
+    """Before a new run: nothing is created.
+
+    Raises:
+        ArgumentError: a file, a folder with something in it, or a place that cannot be written.
+    """
+    if (folder / RUN).exists():
+        got = f"{str(folder)!r}, which already holds a run (continue it with --resume)"
+        raise ArgumentError("--output", "a new or empty folder", got)
+    if folder.exists() and not folder.is_dir():
+        raise ArgumentError("--output", "a folder", f"{str(folder)!r}, which is a file")
+    if folder.exists() and any(folder.iterdir()):
+        raise ArgumentError("--output", "a new or empty folder", f"{str(folder)!r}, which holds other files")
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise ArgumentError("--output", "a folder that can be written", f"{str(folder)!r}: {error.strerror}") from error
+
+
+def start(folder: Path, settings: Settings, fingerprint: str) -> None:
+    """Creates the folder: from now on it belongs to this run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RUN, {"settings": settings.as_dict(), "data_fingerprint": fingerprint})
+    except OSError as error:
+        raise ArgumentError("--output", "a folder that can be written", f"{str(folder)!r}: {error.strerror}") from error
+
+
+def saved_settings(folder: Path | None, given: dict[str, object]) -> Settings:
+    """The settings of the run to resume. ``given``: the options typed this time, which must agree with them.
+
+    Raises:
+        ArgumentError: no run there, a finished one, or an option that differs.
+    """
+    if folder is None or not (folder / RUN).is_file():
+        got = "no --output" if folder is None else f"{str(folder)!r}, which holds none"
+        raise ArgumentError("--resume", "--output with the folder of an interrupted run", got)
+    if (folder / METRICS).exists():
+        raise ArgumentError("--resume", "an interrupted run", f"{str(folder)!r}, which has finished")
+    saved = Settings(**read_json(folder / RUN)["settings"])
+    typed = dataclasses.replace(saved, **given)  # as a new run would take them: nb-lora with --compare adds lora
+    for name, value in given.items():
+        if getattr(saved, name) != getattr(typed, name):
+            expected = f"{getattr(saved, name)!r}, as in the run that is resumed"
+            raise ArgumentError(option(name), expected, repr(value))
+    return saved
+
+
+def check_same_data(folder: Path, fingerprint: str) -> None:
+    if read_json(folder / RUN)["data_fingerprint"] != fingerprint:
+        got = "other tokens: the file or the tokenizer has changed"
+        raise ArgumentError("--data", "the text that the run was started with, to resume it", got)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint under ``folder``."""
+    found = [path.parent for path in folder.glob(f"checkpoints/checkpoint-*/{RECORD}")]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, content: object) -> None:
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all: written beside its place, synchronised, renamed."""
+    scratch = path.with_name(path.name + ".part")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)

@@ -1,0 +1,177 @@
+"""The search of ``lora-fast tune``: for each op of each layer shape, run what could be chosen, compare the results,
+time those that agree, and keep what is clearly faster than the default.
+
+Only the layer's launchers are called, which write nothing but fresh results: no input changes under the clock.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...kernels import linear, tiles, tuned
+
+GAIN = 0.02  # a choice must be this much faster than the default: less is noise
+ROUNDS, WARM_UP = 20, 3
+L2_FLUSH = 1 << 28  # bytes written before each timed call
+
+Timer = Callable[[list[Callable[[], object]]], list[float]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Layers of ``d_in`` → ``d_out``, on ``n_tokens`` tokens."""
+
+    n_tokens: int
+    d_in: int
+    d_out: int
+    r: int
+    dropout: float
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one shape. ``key``: its own in tuned.py; ``candidates``: what tuned.py would hold, the default (which
+    is nothing) first."""
+
+    key: tuned.Key
+    call: Callable[[], Tensor | tuple[Tensor, Tensor]]
+    candidates: list[tuned.Table]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Seconds of the default and of the best, and what the best is: empty where it is the default. ``failed``: how many
+    candidates did not run here or gave another result."""
+
+    key: tuned.Key
+    default: float
+    best: float
+    choice: tuned.Table
+    tried: int
+    failed: int
+
+
+def cases(shape: Shape, device: torch.device) -> Iterator[Case]:
+    """The five ops of a layer of this shape, on random tensors."""
+    n, d_in, d_out, r, dtype = shape.n_tokens, shape.d_in, shape.d_out, shape.r, shape.dtype
+    generator = torch.Generator(device).manual_seed(0)
+    make = lambda *size, kind=dtype: torch.randn(*size, generator=generator, device=device).to(kind)
+    x, dy, s = make(n, d_in), make(n, d_out), make(n, r, kind=torch.float32)
+    weight, a, b = make(d_out, d_in), make(r, d_in, kind=torch.float32), make(d_out, r, kind=torch.float32)
+    keep = linear.draw_mask(x, shape.dropout, seed=1) if shape.dropout else None
+    limits, size = tiles.limits(device), dtype.itemsize
+    wide = size == 2  # factors, and so S, are float32, as inject_ and PEFT make them
+    project = "project" + "_short" * (n <= tiles.SHORT)
+
+    def tiled(op: str, row: str, width_in: int, width_out: int, call) -> Case:
+        key = tuned.key(op, dtype, n, width_in, width_out, r)
+        return Case(key, call, [{}] + [{key: tile} for tile in tiles.candidates(row, size, limits, r)[1:]])
+
+    def gemm(forward: bool, left: Tensor, width: int, call) -> Case:
+        dropout = keep is not None and not forward
+        name, tma = tiles.gemm(forward, dropout), tiles.uses_tma(left, weight, width)
+        key = tuned.key(name, dtype, n, left.shape[1], width, r)
+        tile_key = key._replace(op=name + ("_tma" if tma else "_pointer"))
+        row = "linear" + "_tma" * tma + "_dropout" * dropout
+        fused = [{key: "fused", tile_key: tile} for tile in tiles.candidates(row, size, limits, r)]
+        others = ["cublas"] + ["gluon"] * tiles.takes_gluon(left, weight, width)
+        return Case(key, call, [{}, *({key: other} for other in others), *fused])
+
+    yield tiled(project, project + "_wide" * wide, d_in, 0, lambda: linear.project(x, a, keep))
+    yield gemm(True, x, d_out, lambda: linear.linear(x, weight, None, s, b, 1.0))
+    yield tiled("grad_s_b", tiles.grad_s_b_row(dtype, wide), 0, d_out, lambda: linear.grad_s_b(dy, s, b, 1.0))
+    yield tiled("grad_a", "grad_a" + "_wide" * wide, d_in, 0, lambda: linear.grad_a(x, s, a, keep))
+    yield gemm(False, dy, d_in, lambda: linear.grad_x(dy, weight, s, a, keep))
+
+
+def search_all(
+    shapes: list[Shape],
+    device: torch.device,
+    table: tuned.Table,
+    timer: Timer,
+    doing: Callable[[tuned.Key], None],
+    done: Callable[[], None],
+) -> list[Outcome]:
+    """Every case of every shape once, into ``table``; ``doing`` before each case, ``done`` after each shape."""
+    outcomes: dict[tuned.Key, Outcome] = {}
+    for shape in shapes:
+        for case in cases(shape, device):
+            if case.key not in outcomes:
+                doing(case.key)
+                outcomes[case.key] = search(case, timer)
+                remember(table, case, outcomes[case.key])
+        done()
+    return list(outcomes.values())
+
+
+def search(case: Case, timer: Timer) -> Outcome:
+    """Times all candidates that run and agree with the default, in turns."""
+    expected = _results(case, {})
+    working = [{}, *(choice for choice in case.candidates[1:] if _agrees(case, choice, expected))]
+    seconds = timer([_bound(case, choice) for choice in working])
+    best = min(range(len(working)), key=seconds.__getitem__)
+    if seconds[best] > (1 - GAIN) * seconds[0]:
+        best = 0
+    failed = len(case.candidates) - len(working)
+    return Outcome(case.key, seconds[0], seconds[best], working[best], len(working), failed)
+
+
+def remember(table: tuned.Table, case: Case, outcome: Outcome) -> None:
+    """The outcome takes the place of what was known of this case before."""
+    for choice in case.candidates:
+        for key in choice:
+            table.pop(key, None)
+    table |= outcome.choice
+
+
+def _bound(case: Case, choice: tuned.Table) -> Callable[[], object]:
+    def call():
+        with tuned.using(choice):
+            return case.call()
+
+    return call
+
+
+def _results(case: Case, choice: tuned.Table) -> tuple[Tensor, ...]:
+    found = _bound(case, choice)()
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _agrees(case: Case, choice: tuned.Table, expected: tuple[Tensor, ...]) -> bool:
+    """Whether the candidate runs here (a tile may need more than the device has) and gives the default's results."""
+    try:
+        found = _results(case, choice)
+    except Exception:
+        return False
+    return all(_close(one, other, case.key) for one, other in zip(found, expected, strict=True))
+
+
+def _close(one: Tensor, other: Tensor, key: tuned.Key) -> bool:
+    """Relative L2: half a unit in the last place for each result's rounding, and what the order of a float32 sum of n
+    numbers changes, eps √n at most. A wrong result is wrong by far more."""
+    summed = max(key.tokens, key.d_in, key.d_out)
+    allowed = torch.finfo(getattr(torch, key.dtype)).eps + torch.finfo(torch.float32).eps * summed**0.5
+    return bool((one.double() - other.double()).norm() <= allowed * other.double().norm())
+
+
+def time_on_gpu(calls: list[Callable[[], object]]) -> list[float]:
+    """Median seconds of each on the current CUDA device, the calls taking turns, L2 overwritten before each."""
+    flush = torch.empty(L2_FLUSH, dtype=torch.uint8, device="cuda")
+    events: list[list[tuple]] = [[] for _ in calls]
+    for i in range(WARM_UP + ROUNDS):
+        for call, pairs in zip(calls, events, strict=True):
+            flush.zero_()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            if i >= WARM_UP:
+                pairs.append((start, end))
+    torch.cuda.synchronize()
+    return [statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3 for pairs in events]

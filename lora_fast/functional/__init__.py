@@ -1,0 +1,18 @@
+"""Public functions: tensors in, tensors out. They check their arguments, then run the op."""
+
+from .cayley import cayley
+from .linear import lora_linear
+from .pairs import StepWork, adapter_step_, add_low_rank_, gram, hyperbalance, scalora_scaling, small_inverse, spd_solve
+
+__all__ = [
+    "StepWork",
+    "adapter_step_",
+    "add_low_rank_",
+    "cayley",
+    "gram",
+    "hyperbalance",
+    "lora_linear",
+    "scalora_scaling",
+    "small_inverse",
+    "spd_solve",
+]

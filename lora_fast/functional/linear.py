@@ -1,0 +1,80 @@
+"""Public functions: check, choose, run. Tensors in, tensors out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backend, checks
+from ..ops import linear as linear_op
+
+_SEEDS = 1 << 62
+# Looked up once: a layer's call costs host time. Function.apply is a Python method that serves functorch (vmap, grad);
+# without functorch all it does is call the method that it overrides.
+_any_autocast, _traced, _functorch = (
+    torch._C._is_any_autocast_enabled,
+    torch.compiler.is_compiling,
+    torch._C._are_functorch_transforms_active,
+)
+_apply = super(torch.autograd.Function, linear_op.LoRALinearFunction).apply
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """A frozen linear layer with its LoRA adapter (Hu et al., arXiv 2106.09685, eq. 3) as one differentiable op:
+    ``y = x Wᵀ + bias + scaling · dropout(x) aᵀ bᵀ``.
+
+    Saved for backward: x and S = dropout(x) aᵀ, nothing else. Under autocast x, weight and bias are cast to
+    the autocast dtype, as ``nn.Linear`` does. Products accumulate in float32 and are rounded once per result.
+
+    Args:
+        x: (..., d_in), float16, bfloat16, float32 or (torch backend) float64; any strides.
+        weight: (d_out, d_in) in x's dtype; frozen (``requires_grad=False``).
+        bias: (d_out,) in x's dtype, or None.
+        lora_A: (r, d_in), r from 1 to 256, any floating dtype; float32 keeps its precision outside autocast.
+        lora_B: (d_out, r), likewise.
+        scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        dropout_p: probability that an element of x is dropped on the way to the adapter, in steps of 1/65536.
+        seed: fixes the dropout mask, from 0 to 2⁶²-1. None draws one from torch's CPU generator, so that
+            ``torch.manual_seed`` and activation checkpointing reproduce it.
+
+    Returns:
+        (..., d_out) in x's dtype (the autocast dtype under autocast). Gradients come in each argument's own dtype.
+
+    Raises:
+        ArgumentError: shapes, dtypes, devices or values that do not fit.
+        BackendError: the Triton backend was chosen and cannot run here.
+    """
+    autocast = _any_autocast() and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    checks.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast)
+    if autocast:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    traced = _traced()
+    seed = _seed(seed, x.device, traced) if dropout_p > 0.0 else None
+    if traced:
+        triton = backend.uses_triton(x)
+        return linear_op.lora_linear_op(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, autocast, triton)[0]
+    apply = linear_op.LoRALinearFunction.apply if _functorch() else _apply
+    return apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, autocast)
+
+
+def _seed(seed: int | None, device: torch.device, traced: bool) -> int | Tensor:
+    """A number that the host knows; a tensor on x's device where the value must stay symbolic: in a traced graph, and
+    under CUDA graph capture, where a number would repeat the same mask at every replay."""
+    if seed is not None and not (isinstance(seed, int) and 0 <= seed < _SEEDS):
+        raise checks.ArgumentError("seed", "an integer from 0 to 2**62 - 1", repr(seed))
+    if traced or backend.is_capturing(device):
+        if seed is None:
+            return torch.randint(_SEEDS, (), dtype=torch.int64, device=device)
+        return torch.full((), seed, dtype=torch.int64, device=device)
+    if seed is None:
+        return torch.randint(_SEEDS, ()).item()
+    return seed

@@ -1,0 +1,171 @@
+"""AdapterLinear: what all adapter layers of ours have in common, whatever parameters their factors come from."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks, functional
+from . import merge_log
+
+
+class AdapterLinear(nn.Module):
+    """A frozen linear layer and its low-rank adapter: ``y = x Wᵀ + bias + scaling · dropout(x) aᵀ bᵀ``, one fused op.
+
+    A parametrisation is a subclass with ``lora_A``, ``lora_B``, ``scaling`` and ``alpha`` = scaling · r of the plain
+    LoRA adapter that it equals, and with ``reset_adapter``. Its constructor registers its parameters, then calls
+    ``reset_parameters``. Three class attributes name what a layer consists of:
+
+        TRAINABLE   its parameters
+        SAVED_STATE      parameters and buffers that lora_A and lora_B do not tell, and that an adapter's files keep
+        besides INIT_ARGUMENTS  arguments of its constructor, and attributes, besides r and dropout
+
+    Args:
+        in_features: d_in.
+        out_features: d_out.
+        r: rank, 1 to 256.
+        dropout: probability of dropping an element of x on the adapter's way, in training only.
+        bias: whether the frozen layer has one.
+        device: of all parameters.
+        dtype: of all parameters (``from_linear`` gives the adapter float32 where the weight is 16-bit, as PEFT does).
+
+    Attributes:
+        weight: (d_out, d_in), frozen. bias: (d_out,), frozen, or None.
+        lora_A: a (r, d_in). lora_B: b (d_out, r).
+        merged: True while ``weight`` contains the adapter.
+
+    Raises:
+        ArgumentError: r or dropout out of range.
+    """
+
+    TRAINABLE: tuple[str, ...]
+    SAVED_STATE: tuple[str, ...] = ()
+    INIT_ARGUMENTS: tuple[str, ...]
+    use_rslora = False
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        dropout: float,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.r = checks.rank(r)
+        self.dropout_p = checks.probability(dropout)
+        place = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **place), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features, **place), requires_grad=False) if bias else None
+        self.register_buffer("_unmerged_weight", None, persistent=False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **settings) -> Self:
+        """The layer over ``linear``'s own parameters (shared, not copied, and frozen from now on).
+
+        The adapter, fresh, is on the weight's device, in float32 where the weight is 16-bit, else in the weight's
+        dtype. ``settings``: the constructor's arguments but for sizes, bias, device and dtype.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise checks.ArgumentError("linear", "a torch.nn.Linear", type(linear).__name__)
+        weight, bias = linear.weight, linear.bias
+        if weight.dtype not in checks.FLOATS:
+            expected = "a dtype among float16, bfloat16, float32, float64"
+            raise checks.ArgumentError("linear.weight", expected, weight.dtype)
+        place = {"device": "meta", "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        layer = cls(linear.in_features, linear.out_features, bias=bias is not None, **settings, **place)
+        for name in cls.TRAINABLE:
+            free = getattr(layer, name)
+            setattr(layer, name, nn.Parameter(torch.empty_like(free, device=weight.device), free.requires_grad))
+        layer.reset_adapter()
+        layer.weight = weight.requires_grad_(False)
+        layer.bias = None if bias is None else bias.requires_grad_(False)
+        if merge_log.is_changed(linear):
+            merge_log.mark(layer)
+        return layer.train(linear.training)
+
+    def reset_parameters(self) -> None:
+        """nn.Linear's initialisation of weight and bias, and a fresh adapter."""
+        nn.Linear.reset_parameters(self)
+        self.reset_adapter()
+
+    def reset_adapter(self) -> None:
+        """A fresh adapter."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """a and b for one forward, differentiable."""
+        return self.lora_A, self.lora_B
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., d_in) → (..., d_out)."""
+        if self._buffers["_unmerged_weight"] is not None:
+            return nn.functional.linear(x, self.weight, self.bias)
+        a, b = self.factors()
+        dropout_p = self.dropout_p if self.training else 0.0
+        return functional.lora_linear(x, self.weight, self.bias, a, b, self.scaling, dropout_p)
+
+    def free_parameters_for(self, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> tuple[Tensor, ...]:
+        """What the tensors that ``SAVED_STATE`` names have to be for ΔW = scaling · lora_B lora_A, in its
+        order.
+
+        Raises:
+            ArgumentError: two factors do not determine them; or, where they can, not these.
+        """
+        expected = f"the parameters of a {type(self).__name__} beside it, as lf.save_adapter writes them"
+        raise checks.ArgumentError("adapter", expected, "plain LoRA")
+
+    @torch.no_grad()
+    def load_free_(self, *values: Tensor) -> None:
+        """Copy values into the tensors that ``SAVED_STATE`` names, in its order."""
+        for name, value in zip(self.SAVED_STATE, values, strict=True):
+            getattr(self, name).copy_(value)
+
+    def merge(self) -> None:
+        """Fold the adapter into ``weight`` with one rounding; the original is kept until ``unmerge``."""
+        if not self.merged:
+            original = self.weight.data
+            self.weight.data = merged_weight(original, [(self.lora_A, self.lora_B, self.scaling)])
+            self._unmerged_weight = original
+
+    def unmerge(self) -> None:
+        """Restore every bit of the weight from before ``merge``."""
+        if self.merged:
+            self.weight.data = self._unmerged_weight
+            self._unmerged_weight = None
+
+    @property
+    def merged(self) -> bool:
+        return self._unmerged_weight is not None
+
+    def extra_repr(self) -> str:
+        shown = {name: getattr(self, name) for name in ("in_features", "out_features", "r", *self.INIT_ARGUMENTS)}
+        shown |= {"dropout": self.dropout_p, "bias": self.bias is not None}
+        return ", ".join(f"{name}={value}" for name, value in shown.items()) + (", merged" * self.merged)
+
+
+@torch.no_grad()
+def merged_weight(weight: Tensor, adapters: list[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """A new tensor weight + Σ scaling · b a over the (a, b, scaling) given, summed in float32 (float64 for a float64
+    weight) and rounded once to weight's dtype. weight: (d_out, d_in), a: (r, d_in), b: (d_out, r)."""
+    total = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    for a, b, scaling in adapters:
+        total = torch.addmm(total, b.to(total.dtype), a.to(total.dtype), alpha=scaling)
+    return total.to(weight.dtype)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more, or other, than its class's forward."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )

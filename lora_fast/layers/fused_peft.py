@@ -1,0 +1,135 @@
+"""PEFT's LoRA layer with the fused forward: what ``fuse_`` makes of a ``peft.tuners.lora.Linear``, by its class alone.
+
+Parameters, keys and state stay PEFT's own, so everything PEFT does with the layer goes on working. Every call checks
+whether the fused op computes what PEFT would; if not, PEFT's own forward runs and ``fallback_reason`` says why.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners import lora
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor
+from torch.nn import Dropout, Identity, Linear, Parameter
+
+from .. import functional
+from ..checks import MAX_RANK
+from .base import is_hooked, merged_weight
+
+PLAIN = (Parameter, Tensor)  # neither a DTensor nor a quantised subclass
+DROPOUTS = (Identity, Dropout)
+
+
+class FusedLoraLinear(lora.Linear):
+    """``peft.tuners.lora.Linear`` whose forward is one fused op wherever that computes the same.
+
+    Attributes (besides PEFT's):
+        fallback_reason: why the last call ran PEFT's own forward; None if it ran fused.
+    """
+
+    fallback_reason: str | None = None
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """x: (..., d_in) → (..., d_out) in the dtype that the base layer gives."""
+        call = "extra arguments" if args or kwargs else self._fused_call(x)
+        if type(call) is tuple:
+            if self.fallback_reason is not None:
+                self._note(None)
+            return functional.lora_linear(x, *call)
+        self._note(call)
+        return super().forward(x, *args, **kwargs)
+
+    def _fused_call(self, x: Tensor) -> tuple | str:
+        """``lora_linear``'s arguments after x, or why PEFT's forward has to run. Runs at every call, so it reads
+        PEFT's fields, not its properties."""
+        if self._disable_adapters:
+            return "adapters disabled"
+        if self.merged_adapters:
+            return "merged"
+        active = self._active_adapter
+        if type(active) is not str:
+            if len(active) != 1:
+                return f"{len(active)} active adapters"
+            active = active[0]
+        call = fused_arguments(self, active)
+        if type(call) is str:
+            return call
+        weight, bias = call[0], call[1]
+        if x.dtype is not weight.dtype or (bias is not None and bias.dtype is not weight.dtype):
+            if torch.float64 in (x.dtype, weight.dtype) or not torch.is_autocast_enabled(x.device.type):
+                return f"{x.dtype} input to {weight.dtype} weights"
+        elif not self.cast_input_dtype_enabled:
+            return "casting of the input is off"
+        return call
+
+    def _note(self, reason: str | None) -> None:
+        if not torch.compiler.is_compiling():
+            self.fallback_reason = reason
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's ``merge`` with one rounding: all merged adapters are added to the original weight, which is kept."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        merged = [*self.merged_adapters, *names]
+        if not names:
+            return
+        if not all(self._is_plain(name) for name in merged):
+            super().merge(safe_merge, names)
+            return
+        base = self.get_base_layer()
+        original = self._buffers.get("_unmerged_weight", base.weight.data)
+        pairs = [(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in merged]
+        weight = merged_weight(original, pairs)
+        if safe_merge and not torch.isfinite(weight).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
+        self.register_buffer("_unmerged_weight", original, persistent=False)
+        base.weight.data = weight
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Restore every bit of the weight that ``merge`` kept."""
+        if "_unmerged_weight" not in self._buffers:
+            super().unmerge()
+            return
+        self.get_base_layer().weight.data = self._unmerged_weight
+        del self._unmerged_weight
+        self.merged_adapters.clear()
+
+    def _is_plain(self, name: str) -> bool:
+        """Whether the adapter's share of the base weight is scaling · b a, nothing else."""
+        base, biased = self.get_base_layer(), self.lora_B[name].bias is not None
+        return type(base) is Linear and not self.fan_in_fan_out and name not in self.lora_variant and not biased
+
+
+def fused_arguments(layer: lora.Linear, adapter: str) -> tuple | str:
+    """``lora_linear``'s arguments after x for one adapter, or why the fused op does not compute what PEFT would.
+
+    Returns:
+        (weight, bias, lora_A, lora_B, scaling, dropout_p), or the reason as a string.
+    """
+    modules = layer._modules
+    base, a = modules["base_layer"], modules["lora_A"]._modules.get(adapter)
+    if a is None:
+        return f"no adapter {adapter!r} in this layer"
+    b, dropout = modules["lora_B"]._modules[adapter], modules["lora_dropout"]._modules[adapter]
+    if type(base) is not Linear:
+        return f"base layer {type(base).__name__}, not torch.nn.Linear"
+    if adapter in layer.lora_variant:
+        return f"variant {type(layer.lora_variant[adapter]).__name__}"
+    if layer.fan_in_fan_out:
+        return "fan_in_fan_out"
+    if type(a) is not Linear or type(b) is not Linear or type(dropout) not in DROPOUTS:
+        return f"adapter of {type(a).__name__}, {type(b).__name__}, {type(dropout).__name__}"
+    if is_hooked(base) or is_hooked(a) or is_hooked(b) or is_hooked(dropout):
+        return "hooks, or a replaced forward, on the base layer or the adapter"
+    parameters, b_parameters = base._parameters, b._parameters
+    weight, lora_a, lora_b = parameters.get("weight"), a._parameters.get("weight"), b_parameters.get("weight")
+    if type(weight) not in PLAIN or type(lora_a) not in PLAIN or type(lora_b) not in PLAIN:
+        return f"weight of type {type(weight).__name__}, adapter of {type(lora_a).__name__}, {type(lora_b).__name__}"
+    if weight.requires_grad:
+        return "trainable base weight"
+    if b_parameters.get("bias") is not None:
+        return "bias on lora_B"
+    if layer.r[adapter] > MAX_RANK:
+        return f"rank {layer.r[adapter]}, above {MAX_RANK}"
+    dropout_p = dropout.p if dropout.training and type(dropout) is Dropout else 0.0
+    return weight, parameters.get("bias"), lora_a, lora_b, layer.scaling[adapter], dropout_p

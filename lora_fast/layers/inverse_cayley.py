@@ -1,0 +1,111 @@
+"""A plain low-rank product as norm-bounded free parameters: the inverse of the Cayley transform.
+
+Math      ΔW = U diag(σ) Vᵀ. With sv ≥ σ of the bound's norm (sorted) and sin 2θ = σ / sv:
+          a = diag(cos θ) Vᵀ    b = U diag(sin θ)    so a aᵀ + bᵀb = I and 2 b diag(sv) a = ΔW
+          Signs E = diag(±1) change neither (E a, b E); they are chosen one by one, so that elimination on a_1 + E,
+          a_1 the first r columns of a, has no pivot below 1 in size. So I + E a_1 is invertible, and, with that a, b:
+          M = 2 (I + a_1ᵀ)⁻¹    a1 = (Mᵀ − M)/4    a2 = −(I + a_1)⁻¹ a_2    b̃ = −b (I + a_1ᵀ)⁻¹
+          sv's shares q = (σ/δ)^p + an equal part of what the bound leaves; free_scale = √r log q.
+Source    the completeness proof of "Norm-Bounded Low-Rank Adaptation". All in float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import checks
+
+TOLERANCE = 1e-5  # relative: what float32 factors may exceed a bound by that they were made for
+SMALLEST = 1e-30  # share of the bound
+SHOWN = 8  # singular values in a message
+
+
+@torch.no_grad()
+def free_parameters(
+    a: Tensor, b: Tensor, scaling: float, r: int, bound: float, power: float, learn_scale: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """free_a (r, d_in), free_b (d_out, r) and free_scale (r,), in float64, of scaling · b a.
+
+    Args:
+        a: (k, d_in), b: (d_out, k), any k whose product has rank at most r. r: rank of the result, at most d_in.
+        bound, power, learn_scale: of the norm (1/p), as NBLoRALinear has them.
+
+    Raises:
+        ArgumentError: a norm above the bound (with the singular values), or a rank above r; NaN or Inf.
+    """
+    u, sigma, v = _svd(a.double(), b.double(), scaling)
+    free_scale = _shares(sigma, r, bound, power, learn_scale)
+    sv = bound * torch.softmax(free_scale / r**0.5, 0) ** power
+    count = min(r, len(sigma))
+    theta = torch.zeros(r, dtype=torch.float64, device=a.device)
+    theta[:count] = torch.asin((sigma[:count] / sv[:count]).clamp(max=1)) / 2
+    made_a = theta.cos()[:, None] * _completed(v[:, :count], r).mT
+    made_b = torch.zeros(len(b), r, dtype=torch.float64, device=a.device)
+    made_b[:, :count] = u[:, :count] * theta[:count].sin()
+    signs = _signs(made_a[:, :r])
+    return *_inverse_cayley(signs[:, None] * made_a, made_b * signs), free_scale
+
+
+def _svd(a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """U, σ, V of scaling · b a, without the product."""
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise checks.ArgumentError("adapter", "finite factors", "NaN or Inf")
+    q_a, r_a = torch.linalg.qr(a.mT)
+    q_b, r_b = torch.linalg.qr(b)
+    u, sigma, vt = torch.linalg.svd(scaling * r_b @ r_a.mT, full_matrices=False)
+    return q_b @ u, sigma, q_a @ vt.mT
+
+
+def _shares(sigma: Tensor, r: int, bound: float, power: float, learn_scale: bool) -> Tensor:
+    """free_scale (r,), such that sv is at least σ; 0 where the shares are fixed."""
+    if len(sigma) > r:
+        _require(sigma[r:] <= TOLERANCE * sigma[0], f"a product of rank at most {r}", sigma[r:])
+        sigma = sigma[:r]
+    shares = torch.zeros(r, dtype=torch.float64, device=sigma.device)
+    if not learn_scale or power == 0:
+        most = bound * r**-power
+        _require(sigma <= most * (1 + TOLERANCE), f"singular values of at most {most:g}", sigma)
+        return shares
+    shares[: len(sigma)] = (sigma / bound) ** (1 / power)
+    used = shares.sum()
+    name = "nuclear" if power == 1 else "Frobenius"
+    _require(used <= (1 + TOLERANCE) ** (1 / power), f"a {name} norm of at most {bound:g}", sigma)
+    shares += (1 - used).clamp(min=0) / r
+    return math.sqrt(r) * shares.clamp(min=SMALLEST).log()
+
+
+def _require(holds: Tensor, expected: str, sigma: Tensor) -> None:
+    """Raises ArgumentError with the singular values that do not hold (all, where they do not together)."""
+    if not holds.all():
+        bad = sigma[~holds] if holds.dim() else sigma
+        more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        got = ", ".join(f"{x:g}" for x in bad[:SHOWN].tolist())
+        raise checks.ArgumentError("adapter", expected, f"singular values {got}{more}")
+
+
+def _completed(v: Tensor, r: int) -> Tensor:
+    """r orthonormal columns, the given ones first."""
+    eye = torch.eye(len(v), r, dtype=v.dtype, device=v.device)
+    more = torch.linalg.qr(torch.cat([v, eye, eye.roll(r, 0)], 1))[0]
+    return torch.cat([v, more[:, v.shape[1] : r]], 1)
+
+
+def _signs(square: Tensor) -> Tensor:
+    """The signs e that keep every pivot of elimination on square + diag(e) at 1 or above, in size."""
+    left = square.clone()
+    signs = torch.ones(len(square), dtype=square.dtype, device=square.device)
+    for j in range(len(square)):
+        signs[j] = torch.where(left[j, j] < 0, -1.0, 1.0)
+        left[j, j] += signs[j]
+        left[j + 1 :, j + 1 :] -= torch.outer(left[j + 1 :, j] / left[j, j], left[j, j + 1 :])
+    return signs
+
+
+def _inverse_cayley(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    r = len(a)
+    inverse = torch.linalg.inv(torch.eye(r, dtype=a.dtype, device=a.device) + a[:, :r])
+    m = 2 * inverse.mT
+    return torch.cat([(m.mT - m) / 4, -inverse @ a[:, r:]], 1), -b @ inverse.mT

@@ -1,0 +1,96 @@
+"""SingLoRALinear: a frozen linear layer whose adapter is one matrix, taken for both factors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from .base import AdapterLinear
+
+
+class SingLoRALinear(AdapterLinear):
+    """Linear layer with SingLoRA's adapter, computed as one fused op.
+
+    ``y = x Wᵀ + bias + (alpha / r) u dropout(x) aᵀ bᵀ`` with a = S[:d_in]ᵀ and b = S[:d_out] of one trained S, so that
+    the factors cannot differ in scale. Neither is 0 at the start: u = min(steps / ramp_steps, 1) leads the adapter in.
+    ``count_steps_`` has an optimizer count its steps; ``lf.optim.LoRAAdamW(model)`` does so by itself.
+
+    Args:
+        in_features, out_features, r, dropout, bias, device, dtype: as AdapterLinear.
+        alpha: scale of the adapter.
+        ramp_steps: optimizer steps until the adapter counts in full; 0: from the start, which changes the layer.
+
+    Attributes:
+        weight, bias, merged: as AdapterLinear.
+        free_s: (max(d_in, d_out), r), trained.
+        steps: counted so far: an int64 buffer, in the ``state_dict``.
+
+    Raises:
+        ArgumentError: r, alpha, ramp_steps or dropout out of range.
+    """
+
+    TRAINABLE = ("free_s",)
+    SAVED_STATE = ("free_s", "steps")
+    INIT_ARGUMENTS = ("alpha", "ramp_steps")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        r: int,
+        alpha: float,
+        ramp_steps: int = 0,
+        dropout: float = 0.0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(in_features, out_features, r, dropout, bias, device, dtype)
+        self.alpha = checks.positive(alpha, "alpha")
+        self.ramp_steps = checks.count(ramp_steps, "ramp_steps") if ramp_steps != 0 else 0
+        self.free_s = nn.Parameter(torch.empty(max(in_features, out_features), r, device=device, dtype=dtype))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
+        self.counted = False
+        self.reset_parameters()
+
+    def reset_adapter(self) -> None:
+        """A fresh adapter: ``free_s`` Kaiming, no step counted."""
+        nn.init.kaiming_uniform_(self.free_s, a=math.sqrt(5), mode="fan_out")  # of Sᵀ, as LoRA's a: fan-in is not r
+        self.steps = torch.zeros((), dtype=torch.int64, device=self.free_s.device)
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.r
+
+    @property
+    def lora_A(self) -> Tensor:
+        return self.free_s[: self.in_features].t()
+
+    @property
+    def lora_B(self) -> Tensor:
+        b = self.free_s[: self.out_features]
+        return b if not self.ramp_steps else b * (self.steps / self.ramp_steps).clamp(max=1).to(b.dtype)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """a and b for one forward, differentiable.
+
+        Raises:
+            RuntimeError: a training step with a ramp that no optimizer counts: the adapter would never come in.
+        """
+        if self.ramp_steps and self.training and not self.counted and torch.is_grad_enabled():
+            raise RuntimeError("SingLoRALinear with ramp_steps: call lf.count_steps_(model, optimizer) before training")
+        return self.lora_A, self.lora_B
+
+
+def count_steps_(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """From now on each step of the optimizer leads the model's SingLoRALinear adapters one step further in. (A step
+    that a GradScaler skips does not count.)"""
+    layers = [module for module in model.modules() if isinstance(module, SingLoRALinear)]
+    for layer in layers:
+        layer.counted = True
+    if layers:
+        optimizer.register_step_post_hook(lambda *_: torch._foreach_add_([layer.steps for layer in layers], 1))

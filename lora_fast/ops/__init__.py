@@ -1,0 +1,1 @@
+"""The three families of ops: which implementation runs, and what autograd keeps."""

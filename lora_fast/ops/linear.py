@@ -1,0 +1,169 @@
+"""What is saved and which launcher runs.
+
+Eager calls take ``LoRALinearFunction``, a bare autograd.Function (least host time); traced calls (torch.compile) take
+the registered ops ``lora_fast::lora_linear`` and ``lora_fast::lora_linear_backward``. Both run ``forward`` and
+``backward`` below. Saved for backward: x and S (the weights are the module's own); the dropout mask is drawn again from
+its seed.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from .reference import linear as reference
+
+
+def forward(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded) -> tuple[Tensor, Tensor]:
+    """y (..., d_out) and S (n_tokens, r) of x (..., d_in); weight and bias are cast to x's dtype, and ``rounded``
+    factors, too, where they are used."""
+    keep = None
+    if dropout_p:
+        keep, scaling = ops.draw_mask(x, dropout_p, seed), scaling * reference.keep_scale(dropout_p)
+    if weight.dtype is not x.dtype:
+        weight = weight.to(x.dtype)
+    if bias is not None and bias.dtype is not x.dtype:
+        bias = bias.to(x.dtype)
+    return ops.forward(x, weight, bias, lora_A, lora_B, scaling, keep, rounded)
+
+
+def backward(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, rounded, needs) -> tuple:
+    """dx, da, db, each None where ``needs`` (three bools in that order) says so."""
+    keep = None
+    if dropout_p:
+        scaling *= reference.keep_scale(dropout_p)
+        if needs[0] or needs[1]:  # db has the mask in S
+            keep = ops.draw_mask(x, dropout_p, seed)
+    if weight.dtype is not dy.dtype:
+        weight = weight.to(dy.dtype)
+    return ops.backward(dy, x, s, weight, lora_A, lora_B, scaling, keep, rounded, needs)
+
+
+def _bias_gradient(dy: Tensor) -> Tensor:
+    return dy.reshape(-1, dy.shape[-1]).sum(0)
+
+
+@cache
+def _ops(triton: bool):
+    """The Triton launchers or their torch twins: two modules with the same functions. Forward chooses and backward
+    follows: the two draw different dropout masks."""
+    if not triton:
+        return reference
+    from ..kernels import linear
+
+    return linear
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded):
+        ops = _ops(backend.uses_triton(x))
+        y, s = forward(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded)
+        ctx.save_for_backward(x, s, weight, lora_A, lora_B)
+        ctx.ops, ctx.constants = ops, (scaling, dropout_p, seed, rounded)
+        if bias is not None:
+            ctx.bias_dtype = bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        if torch.is_grad_enabled():  # what once_differentiable would say, at a tenth of its host time
+            raise RuntimeError("lora_linear has no second derivative: call backward without create_graph=True")
+        need_x, _, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+        dx = dbias = da = db = None
+        if need_x or need_a or need_b:
+            needs = need_x, need_a, need_b
+            dx, da, db = backward(ctx.ops, dy, *ctx.saved_tensors, *ctx.constants, needs)
+        if need_bias:
+            dbias = _bias_gradient(dy)
+            if dbias.dtype is not ctx.bias_dtype:
+                dbias = dbias.to(ctx.bias_dtype)
+        return dx, None, dbias, da, db, None, None, None, None
+
+
+@torch.library.custom_op("lora_fast::lora_linear", mutates_args=())
+def lora_linear_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    rounded: bool,
+    triton: bool,
+) -> tuple[Tensor, Tensor]:
+    return forward(_ops(triton), x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded)
+
+
+def _wider(x: torch.dtype, factor: torch.dtype, triton: bool) -> torch.dtype:
+    """Of both dtypes; the kernels have none wider than float32."""
+    wide = torch.promote_types(x, factor)
+    return torch.float32 if triton and wide is torch.float64 else wide
+
+
+@lora_linear_op.register_fake
+def _(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded, triton):
+    n_tokens = x.numel() // x.shape[-1]
+    s = x.new_empty((n_tokens, lora_A.shape[0]), dtype=x.dtype if rounded else _wider(x.dtype, lora_A.dtype, triton))
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), s
+
+
+@torch.library.custom_op("lora_fast::lora_linear_backward", mutates_args=())
+def lora_linear_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    rounded: bool,
+    triton: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients that ``needs`` (dx, dbias, da, db) asks for, in that order."""
+    need_x, need_bias, need_a, need_b = needs
+    dx = da = db = None
+    if need_x or need_a or need_b:
+        constants = scaling, dropout_p, seed, rounded, (need_x, need_a, need_b)
+        dx, da, db = backward(_ops(triton), dy, x, s, weight, lora_A, lora_B, *constants)
+    grads = dx, _bias_gradient(dy) if need_bias else None, da, db
+    return [grad for grad in grads if grad is not None]
+
+
+@lora_linear_backward_op.register_fake
+def _(dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, rounded, triton, needs):
+    grads = x.new_empty(x.shape), dy.new_empty(weight.shape[0]), torch.empty_like(lora_A), torch.empty_like(lora_B)
+    return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded, triton = inputs
+    _, s = output
+    ctx.save_for_backward(x, s, weight, lora_A, lora_B, seed)
+    ctx.constants, ctx.backend = (scaling, dropout_p), (rounded, triton)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _op_backward(ctx, dy, ds_unused):
+    if dy is None:
+        return (None,) * 10
+    *tensors, seed = ctx.saved_tensors
+    need_x, _, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+    needs = [need_x, need_bias, need_a, need_b]
+    grads = iter(lora_linear_backward_op(dy, *tensors, *ctx.constants, seed, *ctx.backend, needs))
+    dx, dbias, da, db = (next(grads) if needed else None for needed in needs)
+    if dbias is not None:
+        dbias = dbias.to(ctx.bias_dtype)
+    return dx, None, dbias, da, db, None, None, None, None, None
+
+
+lora_linear_op.register_autograd(_op_backward, setup_context=_setup_context)

@@ -1,0 +1,187 @@
+"""Plain-torch twins of ScaLoRA's operations (arXiv 2510.23818): the scaling from Grams, and the merge into a weight.
+
+Math, with x = [α²; β²] and every scale relative to κ = 1 (x is inversely proportional to κ, and does not depend on the
+gradients' scale):
+
+    M x = λ      M = [[Kb∘Kp, K∘K], [(K∘K)ᵀ, Kq∘Ka]]      λ = [diag Kp; diag Kq]
+
+column: that system, valid if all x ≥ 0 (Theorem 5). scalar: one α, one β (Theorem 3). nnls: min ½xᵀMx − λᵀx over x ≥ 0,
+whose optimum is the paper's wherever one of its forms is optimal.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SOLVERS = ("nnls", "paper", "column", "scalar")
+ROUNDINGS = ("nearest", "stochastic", "compensated")
+RIDGES = (1e-7, 1e-6, 1e-5)  # added to the equilibrated system's unit diagonal: the first with which it factors
+DEAD = 1e-12  # of the largest diagonal entry of its own block: a coordinate below has no say and keeps scale 1
+COLLINEAR = 1e-6
+PIVOTS, ROUNDS = 8, 2
+
+
+def scalora_solve(
+    ka: Tensor, kb: Tensor, kp: Tensor, kq: Tensor, k: Tensor, solver: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (L, 2r) for κ = 1, first α² (of b's columns and a's gradient rows), then β²; which of its entries have a say
+    (L, 2r); info (L,).
+
+    Five (L, r, r) Grams, gradients at any common scale. info is 0 where the unconstrained optimum is valid, else 1;
+    solver "column" then leaves both factors as they are. x is 0 for what has no say. A pair whose Grams are not finite
+    gets NaN, with a say, and info 1.
+    """
+    m, lam = _system(ka, kb, kp, kq, k)
+    active = _active(m, ka.shape[-1])
+    sound = torch.stack([gram.isfinite().flatten(1).all(-1) for gram in (ka, kb, kp, kq, k)]).all(0)
+    if solver == "scalar":
+        x, info = _scalar(m, lam, ka.shape[-1]), torch.zeros(len(m), dtype=torch.int32, device=m.device)
+    else:
+        x, info = _columnwise(m, lam, active, solver)
+    if solver == "column":
+        active = active & (info == 0)[:, None]
+    x, active = torch.where(active, x, 0.0), active | ~sound[:, None]
+    return x.masked_fill(~sound[:, None], torch.nan), active, info.masked_fill(~sound, 1)
+
+
+def scales(
+    x: Tensor, active: Tensor, kappa: float | Tensor, scaling: Tensor, low: float, high: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From ``scalora_solve``'s x to what a step applies, √(x/κ) between ``low`` and ``high``, and 1 for what has no say
+    or where κ is 0 or less: of the factors [α for b; β for a] (2L, r), of their gradients [β; α] (2L, r), and what is
+    merged before, scaling (1 − α∘β) (L, r)."""
+    kappa = torch.as_tensor(kappa, device=x.device)
+    scale = torch.where(active & ~(kappa <= 0), (x / kappa.to(x.dtype)).sqrt().clamp(low, high), 1.0)
+    alpha, beta = scale.chunk(2, -1)
+    return torch.cat([alpha, beta]), torch.cat([beta, alpha]), scaling[:, None] * (1 - alpha * beta)
+
+
+def _system(ka: Tensor, kb: Tensor, kp: Tensor, kq: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """M (L, 2r, 2r) and λ (L, 2r), of gradients divided by one power of two a pair."""
+    size = kp.diagonal(dim1=-2, dim2=-1).sum(-1) + kq.diagonal(dim1=-2, dim2=-1).sum(-1)
+    exponent = (torch.frexp(size)[1] // 2)[:, None, None]
+    kp, kq = torch.ldexp(kp, -2 * exponent), torch.ldexp(kq, -2 * exponent)
+    cross = torch.ldexp(k, -exponent).square()
+    top, bottom = torch.cat([kb * kp, cross], -1), torch.cat([cross.mT, kq * ka], -1)
+    lam = torch.cat([kp.diagonal(dim1=-2, dim2=-1), kq.diagonal(dim1=-2, dim2=-1)], -1)
+    return torch.cat([top, bottom], -2), lam
+
+
+def _active(m: Tensor, r: int) -> Tensor:
+    blocks = m.diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, r))
+    return ~(blocks <= DEAD * blocks.amax(-1, keepdim=True)).flatten(-2)  # a NaN is active
+
+
+def _columnwise(m: Tensor, lam: Tensor, active: Tensor, solver: str) -> tuple[Tensor, Tensor]:
+    """Solvers that give every column its own scale, on the system equilibrated to a unit diagonal."""
+    diagonal = m.diagonal(dim1=-2, dim2=-1)
+    d = torch.where(active, diagonal, 1.0).rsqrt() * active
+    unit = _factorable(d[:, :, None] * m * d[:, None, :], active)
+    rhs = d * lam
+    z = _solve(unit, rhs)
+    valid = (z >= 0).all(-1)
+    info = (~valid).to(torch.int32)
+    if solver == "nnls":
+        z = torch.where(valid[:, None], z, _nonnegative(unit, rhs, z))
+    x = d * z
+    if solver == "paper":
+        x = torch.where(valid[:, None], x, _scalar(m, lam, m.shape[-1] // 2))
+    return x, info
+
+
+def _factorable(unit: Tensor, active: Tensor) -> Tensor:
+    """The system with the least ridge that lets it factor in its precision: rounding leaves a singular one indefinite.
+    What has no say gets the identity."""
+    eye = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
+    tries = [unit + torch.where(active, ridge, 1.0)[:, :, None] * eye for ridge in RIDGES]
+    result = tries[-1]
+    for attempt in tries[-2::-1]:
+        fails = torch.linalg.cholesky_ex(attempt)[1] != 0
+        result = torch.where(fails[:, None, None], result, attempt)
+    return result
+
+
+def _solve(m: Tensor, rhs: Tensor) -> Tensor:
+    factor = torch.linalg.cholesky_ex(m)[0]
+    return torch.cholesky_solve(rhs[:, :, None], factor)[:, :, 0]
+
+
+def _nonnegative(m: Tensor, rhs: Tensor, start: Tensor) -> Tensor:
+    """min ½zᵀMz − rhsᵀz over z ≥ 0, from the unconstrained solution.
+
+    Block pivoting first: solve on the free coordinates, exchange every one whose value or slope has the wrong sign (Kim
+    & Park, SIAM J. Sci. Comput. 2011); a few rounds find the optimum's zeros nearly always. What then is not optimal is
+    led down by cyclic sweeps of coordinate descent and steps towards the solution on the free coordinates, cut short
+    where they would leave the bounds.
+    """
+    z = start
+    for _ in range(PIVOTS):
+        slope = rhs - (m @ z[:, :, None])[:, :, 0]
+        z = _solve_free(m, rhs, (z > 0) | ((z == 0) & (slope > 0)))
+    z = z.clamp(min=0)
+    diagonal = m.diagonal(dim1=-2, dim2=-1)
+    for _ in range(ROUNDS):
+        for j in range(m.shape[-1]):
+            slope = rhs[:, j] - (m[:, j] * z).sum(-1)
+            z[:, j] = (z[:, j] + slope / diagonal[:, j]).clamp(min=0)
+        target = _solve_free(m, rhs, z > 0)
+        reach = torch.where(target < 0, z / (z - target), 1.0).amin(-1, keepdim=True)
+        z = torch.lerp(z, target, reach).clamp(min=0)
+    return z
+
+
+def _solve_free(m: Tensor, rhs: Tensor, free: Tensor) -> Tensor:
+    """The solution on the free coordinates; exactly 0 on the others."""
+    eye = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
+    return _solve(torch.where(free[:, :, None] & free[:, None, :], m, eye), rhs * free)
+
+
+def _scalar(m: Tensor, lam: Tensor, r: int) -> Tensor:
+    """Theorem 3: (L, 2r) with one value for all α², one for all β²."""
+    pa, pb = lam[:, :r].sum(-1), lam[:, r:].sum(-1)
+    maa, mbb, c = m[:, :r, :r].sum((-1, -2)), m[:, r:, r:].sum((-1, -2)), m[:, :r, r:].sum((-1, -2))
+    ca, cb, det = pa * mbb - pb * c, pb * maa - pa * c, maa * mbb - c * c
+    zero = torch.zeros_like(pa)
+    only_a, only_b = (ca > 0) & (cb <= 0), (cb > 0) & (ca <= 0)
+    both = (ca >= 0) & (cb >= 0) & (det > COLLINEAR * maa * mbb) & ~only_a & ~only_b
+    only_a = only_a | (~both & ~only_b & (maa > 0))
+    alpha = torch.where(both, ca / det, torch.where(only_a, pa / maa, zero))
+    beta = torch.where(both, cb / det, torch.where(only_a, zero, pb / mbb))
+    return torch.cat([alpha[:, None].expand(-1, r), beta[:, None].expand(-1, r)], -1)
+
+
+def add_low_rank_(
+    weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, rounding: str, seed: int = 0, residual: Tensor | None = None
+) -> None:
+    """weight += b diag(scale) a in place: (d_out, d_in), (r, d_in), (d_out, r), (r,); summed in float32 (float64) and
+    rounded once. "compensated" keeps what rounding lost in ``residual``, which has weight's shape and dtype."""
+    if weight.dtype in (torch.float32, torch.float64):
+        weight.addmm_((b * scale).to(weight.dtype), a.to(weight.dtype))
+        return
+    total = weight.float()
+    if rounding == "compensated":
+        total += residual
+    total.addmm_(b.float() * scale.float(), a.float())
+    if rounding == "stochastic":
+        weight.copy_(stochastic_round(total, weight.dtype, seed))
+        return
+    weight.copy_(total)
+    if rounding == "compensated":
+        residual.copy_(total.sub_(weight))
+
+
+def stochastic_round(x: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    """float32 → float16 or bfloat16, up or down with the probability that makes the expectation exact.
+
+    A random number is added to the bits that the cast drops; below float16's normal range the spacing is fixed, and a
+    floor after adding a uniform number does the same.
+    """
+    dropped = 16 if dtype == torch.bfloat16 else 13
+    generator = torch.Generator(x.device).manual_seed(seed)
+    noise = torch.randint(1 << dropped, x.shape, generator=generator, device=x.device, dtype=torch.int32)
+    rounded = ((x.view(torch.int32) + noise) & -(1 << dropped)).view(torch.float32)
+    if dtype == torch.float16:
+        small = torch.floor(x * 2.0**24 + noise * 2.0**-dropped) * 2.0**-24
+        rounded = torch.where(x.abs() < 2.0**-14, small, rounded)
+    return torch.where(torch.isfinite(x), rounded, x).to(dtype)

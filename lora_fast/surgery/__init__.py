@@ -1,0 +1,1 @@
+"""Puts adapter layers into a model, fuses PEFT's, and merges them."""

@@ -1,0 +1,46 @@
+"""What a surgery did: each layer it changed and, for each candidate it left alone, the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .. import checks
+
+SHOWN = 4  # names printed per reason
+
+
+@dataclass
+class Report:
+    """Attributes:
+    action: what was done, in the past tense ("fused").
+    changed: module name → what it became.
+    left: candidate's name → why it was left alone.
+    note: what else there is to say, in a sentence.
+    """
+
+    action: str
+    changed: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+
+    def __str__(self) -> str:
+        layers = "layer" if len(self.changed) == 1 else "layers"
+        left = f"; left {self.reasons()}" if self.left else ""
+        return f"{self.action} {len(self.changed)} {layers}{left}" + (f". {self.note}" if self.note else "")
+
+    def reasons(self) -> str:
+        """The candidates left alone, grouped by reason: ``1: lm_head (output embeddings)``."""
+        groups: dict[str, list[str]] = {}
+        for name, reason in self.left.items():
+            groups.setdefault(reason, []).append(name)
+        return "; ".join(f"{len(names)}: {_shorten(names)} ({reason})" for reason, names in groups.items())
+
+    def require_change(self, argument: str, expected: str, allow_empty: bool) -> None:
+        """Raise ArgumentError, before anything is done, if nothing is to be changed and that is not allowed."""
+        if not self.changed and not allow_empty:
+            raise checks.ArgumentError(argument, expected, f"none; left {self.reasons()}" if self.left else "none")
+
+
+def _shorten(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

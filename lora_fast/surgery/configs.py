@@ -1,0 +1,122 @@
+"""What ``inject_`` puts in: one config for each parametrisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from torch import nn
+
+from .. import checks
+from ..layers.lora import LoRALinear
+from ..layers.nb_lora import NBLoRALinear
+from ..layers.sing_lora import SingLoRALinear
+from . import targets
+
+
+class AdapterConfig:
+    """A frozen dataclass of ``target_modules`` and of the arguments of ``from_linear``, checked.
+
+    Attributes:
+        layer: the class of the layers.
+    """
+
+    layer: type[nn.Module]
+
+    def __post_init__(self) -> None:
+        self.check()
+        targets.check(self.target_modules)
+
+    def check(self) -> None:
+        """Raises ArgumentError if no layer takes the settings: by making one that fits the rank."""
+        self.layer(self.r, 1, device="meta", **self.layer_settings())
+
+    def layer_settings(self) -> dict:
+        """The arguments of the layer's ``from_linear``."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "target_modules"}
+
+
+@dataclass(frozen=True)
+class LoRAConfig(AdapterConfig):
+    """Plain adapters for ``inject_`` (Hu et al., arXiv 2106.09685; see ``LoRALinear``).
+
+    Args:
+        r: rank, 1 to 256.
+        alpha: scale of the adapter; its product is scaled by alpha / r, or alpha / sqrt(r) with ``use_rslora``.
+        dropout: probability of dropping an element of a layer's input on the adapter's way, in training only.
+        target_modules: ``"all-linear"`` (every nn.Linear but the output embeddings), a list of module names or ends of
+            names (``["q_proj", "v_proj"]``), or a regular expression for whole names; as in PEFT.
+        use_rslora: rank-stabilised scaling (Kalajdzievski, arXiv 2312.03732).
+        init: of lora_A, ``"kaiming"`` or ``"gaussian"``; lora_B starts at 0.
+
+    Raises:
+        ArgumentError: a value out of range.
+    """
+
+    layer = LoRALinear
+
+    r: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    target_modules: str | list[str] = targets.ALL_LINEAR
+    use_rslora: bool = False
+    init: str = "kaiming"
+
+
+@dataclass(frozen=True)
+class NBLoRAConfig(AdapterConfig):
+    """Norm-bounded adapters for ``inject_`` ("Norm-Bounded Low-Rank Adaptation"; see ``NBLoRALinear``).
+
+    Args:
+        r: rank, 1 to 256 and at most each layer's d_in.
+        norm: ``"spectral"``, ``"frobenius"`` or ``"nuclear"``.
+        bound: on the norm of each layer's ΔW; None: 1, √r or r.
+        bound_ratio: instead of ``bound``, each layer's bound as a multiple of its frozen weight's own norm (the nuclear
+            and spectral norms of a large model's weights take minutes).
+        learn_scale: train how the bound is shared out among the singular values.
+        dropout, target_modules: as in LoRAConfig.
+
+    Raises:
+        ArgumentError: a value out of range.
+    """
+
+    layer = NBLoRALinear
+
+    r: int = 16
+    norm: str = "nuclear"
+    bound: float | None = None
+    bound_ratio: float | None = None
+    learn_scale: bool = True
+    dropout: float = 0.0
+    target_modules: str | list[str] = targets.ALL_LINEAR
+
+    def check(self) -> None:
+        settings = self.layer_settings()
+        ratio = settings.pop("bound_ratio")
+        self.layer(self.r, 1, device="meta", **settings)
+        if ratio is not None:
+            checks.positive(ratio, "bound_ratio")
+            if self.bound is not None:
+                raise checks.ArgumentError("bound_ratio", "None where bound is given", repr(ratio))
+
+
+@dataclass(frozen=True)
+class SingLoRAConfig(AdapterConfig):
+    """Adapters of one matrix for ``inject_`` (SingLoRA; see ``SingLoRALinear``).
+
+    Args:
+        r: rank, 1 to 256.
+        alpha: scale of the adapter; its product is scaled by alpha / r.
+        ramp_steps: optimizer steps that lead the adapter in (``lf.count_steps_``); 0: it counts from the start.
+        dropout, target_modules: as in LoRAConfig.
+
+    Raises:
+        ArgumentError: a value out of range.
+    """
+
+    layer = SingLoRALinear
+
+    r: int = 16
+    alpha: float = 16
+    ramp_steps: int = 100
+    dropout: float = 0.0
+    target_modules: str | list[str] = targets.ALL_LINEAR

@@ -1,0 +1,102 @@
+"""Adapters into their weights and out again, for all layers of a model."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .. import checks
+from ..layers.find import ADAPTER_LAYERS, adapter_layers, fused_class
+from .change_report import Report
+
+ROUNDINGS = ("nearest",)
+
+
+def merge_(model: nn.Module, rounding: str = "nearest", *, allow_empty: bool = False) -> Report:
+    """Fold adapters into their weights: W + scaling · b a, summed in float32 and rounded once. The original weights
+    are kept (a second copy in memory) for ``unmerge_``; adapters stay as they are.
+
+    Works on ``LoRALinear``, ``NBLoRALinear`` and fused PEFT layers (their active adapters). Left alone: PEFT layers
+    that are not fused (PEFT's own merge does not restore every bit) and weights tied to another module's, which would
+    change too.
+
+    Args:
+        model: any module with such layers.
+        rounding: ``"nearest"``.
+        allow_empty: accept that no layer is merged.
+
+    Raises:
+        ArgumentError: nothing to merge, or an unknown rounding. The model is then unchanged.
+    """
+    checks.choice(rounding, "rounding", ROUNDINGS)
+    layers = adapter_layers(model)
+    owners = weight_owners(model)
+    report = Report("merged")
+    for name, layer in layers.items():
+        reason = _unmergeable(layer) or _tied(layer, owners)
+        (report.left if reason else report.changed)[name] = reason or "adapter folded into its weight"
+    report.require_change("model", "at least one layer to merge", allow_empty)
+    done = []
+    try:
+        for name in report.changed:
+            layers[name].merge()
+            done.append(layers[name])
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
+    return report
+
+
+def unmerge_(model: nn.Module, *, allow_empty: bool = False) -> Report:
+    """Restore every bit of the weights that ``merge_`` (or ``merge_adapter`` of a fused PEFT model) changed.
+
+    Raises:
+        ArgumentError: nothing to restore, and not ``allow_empty``.
+    """
+    report = Report("unmerged")
+    for name, layer in adapter_layers(model).items():
+        if layer._buffers.get("_unmerged_weight") is not None:
+            report.changed[name] = "original weight restored"
+        else:
+            report.left[name] = "merged by PEFT, which keeps no original" if layer.merged else "not merged"
+    report.require_change("model", "at least one merged layer", allow_empty)
+    for name in report.changed:
+        model.get_submodule(name).unmerge()
+    return report
+
+
+def _unmergeable(layer: nn.Module) -> str | None:
+    if isinstance(layer, ADAPTER_LAYERS):
+        return "already merged" if layer.merged else None
+    if type(layer) is not fused_class():
+        return "not fused: use lf.fuse_ first (PEFT's own merge does not restore every bit)"
+    if layer.disable_adapters:
+        return "adapters disabled"
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not active:
+        return "active adapter not in this layer"
+    if set(active) <= set(layer.merged_adapters):
+        return "already merged"
+    return None if all(layer._is_plain(name) for name in active) else "adapter that is more than scaling · b a"
+
+
+def original_weight(layer: nn.Module) -> Tensor | None:
+    """A layer's frozen weight without its adapters; None where PEFT has merged them and kept no original."""
+    kept = layer._buffers.get("_unmerged_weight")
+    if kept is not None or layer.merged:
+        return kept
+    return layer.weight
+
+
+def weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    """id of each parameter → names of the modules that hold it."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _tied(layer: nn.Module, owners: dict[int, list[str]]) -> str | None:
+    names = owners[id(layer.weight)]
+    return f"one weight held by {' and '.join(names)}: both would change" if len(names) > 1 else None

@@ -1,0 +1,96 @@
+"""Which modules ``inject_`` is asked for, and whether a fused layer can stand in for each."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from torch import nn
+
+from .. import checks
+from ..layers.base import is_hooked
+from ..layers.find import ADAPTER_LAYERS
+
+ALL_LINEAR = "all-linear"
+
+
+def check(target_modules: object) -> None:
+    """Raises ArgumentError unless it is "all-linear", a regular expression, or a non-empty collection of names."""
+    expected = f"{ALL_LINEAR!r}, a regular expression, or a non-empty list of module names"
+    if isinstance(target_modules, str):
+        try:
+            re.compile(target_modules)
+        except re.error as error:
+            raise checks.ArgumentError("target_modules", expected, f"{target_modules!r} ({error})") from None
+        return
+    collection = isinstance(target_modules, (list, tuple, set, frozenset)) and target_modules
+    if not collection or not all(isinstance(name, str) and name for name in target_modules):
+        raise checks.ArgumentError("target_modules", expected, repr(target_modules))
+
+
+def matches(target_modules: str | list[str], name: str) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name; an entry of a list is the name or its end."""
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in target_modules)
+
+
+def candidates(model: nn.Module, target_modules: str | list[str]) -> dict[str, nn.Module]:
+    """Name → module of everything the target names; for "all-linear", of everything that looks linear."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
+        return {name: module for name, module in modules.items() if looks_linear(module)}
+    return {name: module for name, module in modules.items() if matches(target_modules, name)}
+
+
+def left_alone(model: nn.Module, found: dict[str, nn.Module], target_modules: str | list[str]) -> dict[str, str]:
+    """Candidate's name → why no fused layer can take its place; for a target that names no module, that."""
+    reasons = {}
+    everything = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
+    head = model.get_output_embeddings() if everything and hasattr(model, "get_output_embeddings") else None
+    for name, module in found.items():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        reason = "output embeddings" if module is head else unsupported(module, parent)
+        if reason is not None:
+            reasons[name] = reason
+    if not isinstance(target_modules, str):
+        for target in sorted(target_modules):
+            if not any(matches([target], name) for name in found):
+                reasons[target] = "no module of this name"
+    return reasons
+
+
+def unsupported(module: nn.Module, parent: nn.Module) -> str | None:
+    """Why no layer of ours can stand in for the module, or None."""
+    kind = type(module).__name__
+    if isinstance(module, ADAPTER_LAYERS):
+        return f"already a {kind}"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "parametrized weight"
+    if type(module) is not nn.Linear:
+        return f"{kind}, {'a subclass of' if isinstance(module, nn.Linear) else 'not'} torch.nn.Linear"
+    if is_hooked(module):
+        return "hooks, or a replaced forward, which a new layer would lose"
+    if type(module.weight) is not nn.Parameter:
+        return f"weight of type {type(module.weight).__name__}, not a plain parameter"
+    if module.weight.dtype not in checks.FLOATS:
+        return f"weight of dtype {module.weight.dtype}"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "torch.nn.TransformerEncoderLayer reads its weight directly in eval mode"
+    return None
+
+
+def looks_linear(module: nn.Module) -> bool:
+    """nn.Linear, its subclasses, and what calls itself linear: quantised layers, transformers' Conv1D."""
+    kind = type(module).__name__
+    leaf = next(module.children(), None) is None
+    return isinstance(module, nn.Linear) or (leaf and ("Linear" in kind or kind == "Conv1D"))
+
+
+def closest(model: nn.Module, target_modules: str | list[str]) -> str:
+    """The names of linear layers nearest to what was asked for, for an error message."""
+    names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names |= {name.rpartition(".")[2] for name in names}
+    wanted = [target_modules] if isinstance(target_modules, str) else sorted(target_modules)
+    near = [name for target in wanted for name in difflib.get_close_matches(target, sorted(names), n=2, cutoff=0.3)]
+    return ", ".join(dict.fromkeys(near)) or ", ".join(sorted(names)[:4]) or "this model has no torch.nn.Linear"

@@ -1,0 +1,368 @@
+"""The optimizer on the Triton kernels, through the interpreter (natively on a CUDA machine): against the transcription
+of the methods, in launches and torch operations a step, and as an optimizer."""
+
+import copy
+import io
+import weakref
+from types import SimpleNamespace
+
+import adapter_pairs
+import method_runs
+import pytest
+import torch
+import transcription as T
+from step_launches import LAUNCHES
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lora_fast as lf
+from lora_fast import methods as M
+from lora_fast.batches.grouped import GroupedBatch
+from lora_fast.kernels import pointer_table
+from lora_fast.kernels.inspection import interpreter
+
+pytestmark = pytest.mark.gpu
+
+ONE_RANK, TWO_RANKS = [(24, 40, 4), (17, 33, 4)], [(24, 40, 4), (9, 50, 4), (17, 33, 3)]
+LONG = {
+    "ilora lora+": [M.ILoRA(lam=1.0), M.LoRAPlus(4.0)],
+    "pilora": [M.PiLoRA(lam=1.0, damping=1e-2)],
+    "scalora": [M.ScaLoRA(interval=5)],
+    "balora mv": [M.BaLoRA(every=3, transport="mv"), M.ScaledAdamW(damping=1e-2)],
+}
+SHORT = {
+    "plain": [],
+    "ref-lora": [M.RefLoRA()],
+    "lora-muon ilora": [M.LoRAMuon(), M.ILoRA(lam=1.0)],
+    "scale-reg": [M.ScaleReg(lam=0.05), M.ScaledAdamW(damping=1e-2)],
+    "scale-reg decoupled": [M.ScaleReg(lam=0.05, decoupled=True)],
+    "ilora clipped": [M.ILoRA(lam=1e4, rho_scale=2.0)],
+    "scalora paper": [M.ScaLoRA(kappa=30.0, interval=1, solver="paper"), M.LoRAPlus(2.0)],
+}
+CASES = [(*case, 200, ONE_RANK) for case in LONG.items()]
+CASES += [(*case, 12, TWO_RANKS) for case in SHORT.items()]
+
+
+@pytest.mark.parametrize("name, methods, steps, shapes", CASES, ids=[name for name, *_ in CASES])
+def test_against_the_transcription(name, methods, steps, shapes, monkeypatch):
+    monkeypatch.setattr(method_runs.layers, "__defaults__", (0, shapes, False))
+    monkeypatch.setattr(method_runs.gradient_stream, "__defaults__", (shapes, 1))
+    exact = method_runs.run(T.Run, torch.float64, methods, steps)
+    formulas = method_runs.distance(method_runs.run(T.Run, torch.float32, methods, steps), exact)
+    with lf.set_backend("triton"):
+        work = method_runs.run(method_runs.Ours, torch.float32, methods, steps)
+    batches = work.optimizer._batches
+    assert all(isinstance(batch, GroupedBatch) for batch in batches) and len(batches) == len({r for *_, r in shapes})
+    assert method_runs.distance(work, exact) <= 1.1 * formulas + method_runs.ULPS * torch.finfo(torch.float32).eps
+
+
+class Operations(TorchDispatchMode):
+    """Torch operations that compute something: on a GPU each is a launch."""
+
+    FREE = ("empty", "empty_like", "empty_strided", "_record_function_enter_new", "_record_function_exit")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name not in self.FREE and not function.is_view:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+WITH_TORCH = ("balora", "ref-lora")  # whose eigenproblems are torch's
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts launches")
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches_do_not_grow_with_the_layers(name, monkeypatch):
+    methods, expected = LAUNCHES[name]
+    computed = []
+    for n_pairs in (1, 24, 224):
+        shapes = [(8 + 8 * (i % 2), 16 + 8 * (i % 3), 2) for i in range(n_pairs)]
+        chosen = adapter_pairs.pairs(shapes=shapes)
+        adapter_pairs.set_gradients(chosen, 0)
+        with lf.set_backend("triton"):
+            optimizer = lf.optim.LoRAAdamW(chosen, methods=methods)
+            with monkeypatch.context() as patch:  # counted, not made
+                patch.setattr(interpreter.InterpretedFunction, "run", lambda *args, **kwargs: None)
+                for _ in range(2):  # tables of addresses are made at the first steps
+                    optimizer.step()
+                with interpreter.traffic() as counted, Operations() as operations:
+                    optimizer.step()
+        assert counted.launches == [f"lora_{kernel}_kernel" for kernel in expected]
+        computed.append(operations.names)
+    assert computed[0] == computed[1] == computed[2]
+    if name not in WITH_TORCH:
+        assert computed[0] == []
+
+
+MIXED = [M.PiLoRA()], [M.ScaLoRA(interval=3)], [M.ScaleReg(lam=0.05)], []
+
+
+@pytest.mark.parametrize("methods", MIXED, ids=["pilora", "scalora", "scale-reg", "plain"])
+def test_the_same_bits_on_repeat_and_after_resume(methods):
+    start = lambda: adapter_pairs.pairs(weight_dtype=torch.bfloat16)
+    with lf.set_backend("triton"):
+        straight, again, resumed = start(), start(), start()
+        for chosen in (straight, again):
+            adapter_pairs.train(whole := lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=methods), chosen, 6)
+        assert adapter_pairs.same(adapter_pairs.bits(straight), adapter_pairs.bits(again))
+        adapter_pairs.train(before := lf.optim.LoRAAdamW(resumed, lr=1e-2, methods=methods), resumed, 3)
+        torch.save(before.state_dict(), file := io.BytesIO())
+        file.seek(0)
+        after = lf.optim.LoRAAdamW(resumed, lr=1e-2, methods=methods)
+        after.load_state_dict(torch.load(file))
+        adapter_pairs.train(after, resumed, 3, first=3)
+    assert adapter_pairs.same(adapter_pairs.bits(straight, whole), adapter_pairs.bits(resumed, after))
+
+
+def test_the_backend_may_change_between_steps():
+    """State is per parameter: steps on either backend follow each other."""
+    ours, torchs = adapter_pairs.pairs(), adapter_pairs.pairs()
+    mixed, reference = (lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=[M.ILoRA()]) for chosen in (ours, torchs))
+    for i in range(4):
+        with lf.set_backend("triton" if i % 2 else "torch"):
+            adapter_pairs.train(mixed, ours, 1, first=i)
+        adapter_pairs.train(reference, torchs, 1, first=i)
+    for got, want in zip(adapter_pairs.bits(ours, mixed), adapter_pairs.bits(torchs, reference), strict=True):
+        assert (got - want).norm() <= 8 * torch.finfo(torch.float32).eps * want.norm()
+
+
+def test_gradients_of_some_pairs_and_of_one_factor():
+    """Without a method that uses both factors, a lone factor takes plain AdamW; pairs without gradients rest."""
+    chosen = adapter_pairs.pairs()
+    adapter_pairs.set_gradients(chosen, 0)
+    chosen[0][0].grad = chosen[1][0].grad = chosen[1][1].grad = None
+    before = adapter_pairs.bits(chosen)
+    with lf.set_backend("triton"):
+        (optimizer := lf.optim.LoRAAdamW(chosen)).step()
+        moved = [not torch.equal(x, y) for x, y in zip(adapter_pairs.bits(chosen), before, strict=True)]
+        assert moved == [False, True, False] + [False] * 3 + [True, True, False] * 2
+        with pytest.raises(lf.ArgumentError, match=r"lora_A\.grad"):
+            lf.optim.LoRAAdamW(chosen, methods=[M.ILoRA()]).step()
+    assert optimizer.state[chosen[0][1]]["step"].item() == 1
+
+
+def test_strided_parameters_and_learning_rates_in_tensors():
+    chosen = adapter_pairs.pairs()
+    with torch.no_grad():
+        chosen[0][0].data = chosen[0][0].data.T.contiguous().T
+    adapter_pairs.set_gradients(chosen, 0)
+    twin = copy.deepcopy(chosen)
+    adapter_pairs.set_gradients(twin, 0)
+    with lf.set_backend("triton"):
+        lf.optim.LoRAAdamW(chosen, lr=torch.tensor(1e-2), methods=[M.ILoRA(lam=1.0)]).step()
+    lf.optim.LoRAAdamW(twin, lr=1e-2, methods=[M.ILoRA(lam=1.0)]).step()
+    for got, want in zip(adapter_pairs.bits(chosen), adapter_pairs.bits(twin), strict=True):
+        assert (got - want).norm() <= 8 * torch.finfo(torch.float32).eps * want.norm()
+
+
+class Recorded:
+    """Launches of the interpreter, which can be made again, as a CUDA graph replays them."""
+
+    def __init__(self, monkeypatch):
+        self.calls, run = [], interpreter.InterpretedFunction.run
+
+        def record(function, *args, **kwargs):
+            self.calls.append(lambda: run(function, *args, **kwargs))
+            return run(function, *args, **kwargs)
+
+        monkeypatch.setattr(interpreter.InterpretedFunction, "run", record)
+
+    def replay(self):
+        for call in self.calls:
+            call()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bench/gpu.py captures real graphs")
+@pytest.mark.parametrize("methods", [[], [M.PiLoRA()], [M.LoRAMuon(), M.ILoRA()]], ids=["plain", "pilora", "lora-muon"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_replay_sees_the_new_step_and_rate(methods, dtype, monkeypatch):
+    """The learning rate is on the device, and a schedule fills it. Launches read it there, with the step count."""
+    rates = [1e-2, 3e-3, 2e-2]
+    replayed, stepped = adapter_pairs.pairs(), adapter_pairs.pairs()
+    ours, theirs = ([p for a, b, *_ in some for p in (a, b)] for some in (replayed, stepped))
+    for p in ours:
+        p.grad = torch.zeros_like(p)
+    lr = torch.tensor(rates[0], dtype=dtype)
+    with lf.set_backend("triton"):
+        optimizer = lf.optim.LoRAAdamW(replayed, lr=lr, weight_decay=0.1, methods=methods)
+        reference = lf.optim.LoRAAdamW(stepped, lr=rates[0], weight_decay=0.1, methods=methods)
+        recorded = None
+        for i, rate in enumerate(rates):
+            adapter_pairs.set_gradients(stepped, i)
+            torch._foreach_copy_([p.grad for p in ours], [p.grad for p in theirs])
+            lr.fill_(rate)
+            reference.param_groups[0]["lr"] = rate
+            reference.step()
+            if recorded:
+                recorded.replay()
+                continue
+            with monkeypatch.context() as patch:
+                recorded = Recorded(patch)
+                optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert (p - q).norm() <= 4 * torch.finfo(torch.float32).eps * q.norm()
+        assert optimizer.state[p]["step"].item() == len(rates)
+
+
+@pytest.mark.parametrize("methods", [[], [M.PiLoRA()], [M.LoRAMuon()]], ids=["plain", "pilora", "lora-muon"])
+def test_gradients_are_freed_after_the_step(methods):
+    """One of them kernels cannot take as it is: its copy is freed, too."""
+    chosen = adapter_pairs.pairs()
+    with lf.set_backend("triton"):
+        optimizer = lf.optim.LoRAAdamW(chosen, methods=methods)
+        adapter_pairs.set_gradients(chosen, 0)
+        chosen[0][0].grad = chosen[0][0].grad.T.contiguous().T
+        optimizer.step()
+        held = [weakref.ref(p.grad) for a, b, *_ in chosen for p in (a, b)]
+        optimizer.zero_grad()
+    assert not any(reference() for reference in held)
+
+
+def test_a_moved_gradient_is_an_error_while_a_graph_is_captured(monkeypatch):
+    """A step whose tensors have not moved is captured without a copy from the host, and its batch is held for good."""
+    chosen = adapter_pairs.pairs()
+    adapter_pairs.set_gradients(chosen, 0)
+    with lf.set_backend("triton"):
+        optimizer = lf.optim.LoRAAdamW(chosen, methods=[M.PiLoRA()])
+        optimizer.step()
+        monkeypatch.setattr(pointer_table, "capturing", lambda: True)
+        monkeypatch.setattr(pointer_table, "_captured", {})
+        monkeypatch.setattr(pointer_table, "_held", [])
+        with monkeypatch.context() as patch:
+            patch.setattr(pointer_table, "to_device", None)
+            optimizer.step(), optimizer.step()
+        assert optimizer._batches[0] in pointer_table._held and len(pointer_table._held) == len(
+            set(map(id, pointer_table._held))
+        )
+        before = adapter_pairs.bits(chosen)
+        held = [p.grad for a, b, *_ in chosen for p in (a, b)]  # so that none of their places comes again
+        adapter_pairs.set_gradients(chosen, 1)
+        with pytest.raises(RuntimeError, match="has moved since the last step"):
+            optimizer.step()
+    assert adapter_pairs.same(adapter_pairs.bits(chosen), before) and held
+
+
+def adamw_of(chosen, **settings):
+    return torch.optim.AdamW([p for a, b, *_ in chosen for p in (a, b)], lr=1e-2, **settings)
+
+
+def test_factors_of_other_step_counts():
+    """b alone had gradients for two steps, then both: each has its own bias correction, as in torch's AdamW."""
+    ours, theirs = adapter_pairs.pairs(), adapter_pairs.pairs()
+    with lf.set_backend("triton"):
+        optimizer, reference = lf.optim.LoRAAdamW(ours, lr=1e-2), adamw_of(theirs, weight_decay=0.0)
+        for i in range(4):
+            for some in (ours, theirs):
+                adapter_pairs.set_gradients(some, i)
+                for p, *_ in some if i < 2 else ():
+                    p.grad = None
+            optimizer.step(), reference.step()
+    for x, y in zip(adapter_pairs.bits(ours), adapter_pairs.bits(theirs), strict=True):
+        assert (x - y).norm() <= 1e-5 * y.norm()
+    assert [optimizer.state[p]["step"].item() for p in ours[0][:2]] == [2, 4]
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("methods", [[], [M.ILoRA()]], ids=["plain", "ilora"])
+@pytest.mark.parametrize("change", ["dict", "entry", "popped", "missing", "cleared"])
+def test_state_that_a_user_changes_is_what_the_next_step_takes(change, methods, backend):
+    """The state of one parameter is replaced by copies, as on the way to a CPU and back, reset, or lost."""
+    chosen = adapter_pairs.pairs()
+    with lf.set_backend(backend):
+        adapter_pairs.train(optimizer := lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=methods), chosen, 2)
+        adapter_pairs.train(
+            twin := lf.optim.LoRAAdamW(others := adapter_pairs.pairs(), lr=1e-2, methods=methods), others, 2
+        )
+        for opt, some in ((optimizer, chosen), (twin, others)):
+            kept, p = opt.state[some[0][0]], some[0][0]
+            fresh = {name: torch.zeros_like(x) if name != "step" else x.clone() for name, x in kept.items()}
+            if opt is twin:  # by a way that makes the batches anew
+                for name, x in kept.items():
+                    x.copy_(fresh[name])
+                if change in ("popped", "missing", "cleared"):
+                    kept["step"].zero_()
+                opt._forget_batches()
+            elif change == "dict":
+                opt.state[p] = fresh
+            elif change == "entry":
+                kept |= fresh
+            elif change == "popped":
+                opt.state.pop(p)
+            elif change == "missing":
+                del kept["exp_avg"], kept["exp_avg_sq"], kept["step"]
+            elif change == "cleared":
+                kept.clear()
+        adapter_pairs.train(optimizer, chosen, 2, first=2), adapter_pairs.train(twin, others, 2, first=2)
+    assert adapter_pairs.same(adapter_pairs.bits(chosen, optimizer), adapter_pairs.bits(others, twin))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_state_that_is_moved_inside_its_tensors(backend):
+    chosen, others = adapter_pairs.pairs(), adapter_pairs.pairs()
+    with lf.set_backend(backend):
+        optimizers = [lf.optim.LoRAAdamW(some, lr=1e-2, methods=[M.ILoRA()]) for some in (chosen, others)]
+        for optimizer, some in zip(optimizers, (chosen, others), strict=True):
+            adapter_pairs.train(optimizer, some, 2)
+        for state in optimizers[0].state.values():
+            for x in state.values():
+                x.data = x.data.clone()
+        for optimizer, some in zip(optimizers, (chosen, others), strict=True):
+            adapter_pairs.train(optimizer, some, 2, first=2)
+    assert adapter_pairs.same(adapter_pairs.bits(chosen, optimizers[0]), adapter_pairs.bits(others, optimizers[1]))
+
+
+def test_parameters_that_change_their_device_change_their_batches(monkeypatch):
+    """Under "auto", as from a CPU to a GPU."""
+    from lora_fast import backend
+
+    chosen = adapter_pairs.pairs()
+    optimizer = lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=[M.ILoRA()])
+    adapter_pairs.train(optimizer, chosen, 1)
+    assert not any(isinstance(batch, GroupedBatch) for batch in optimizer._batches)
+    for p in (p for a, b, *_ in chosen for p in (a, b)):
+        p.data = p.data.clone()
+    monkeypatch.setattr(backend, "uses_triton", lambda tensor: True)
+    adapter_pairs.train(optimizer, chosen, 1, first=1)
+    assert all(isinstance(batch, GroupedBatch) for batch in optimizer._batches)
+
+
+@pytest.mark.parametrize("on_device", ["lora_A", "lora_B"])
+def test_a_rate_beside_one_on_the_device_keeps_its_precision(on_device):
+    """One rate is a tensor, the other a number: the same bits as with two numbers."""
+    ends = []
+    for numbers in (True, False):
+        chosen = adapter_pairs.pairs()
+        adapter_pairs.set_gradients(chosen, 0)
+        with lf.set_backend("triton"):
+            optimizer = lf.optim.LoRAAdamW(chosen, methods=[M.LoRAPlus(ratio=2.0)])
+            for group, name, lr in zip(optimizer.param_groups, ("lora_A", "lora_B"), (0.1, 0.3), strict=True):
+                group["lr"] = lr if numbers or name != on_device else torch.tensor(lr, dtype=torch.float64)
+            optimizer.step()
+        ends.append(adapter_pairs.bits(chosen))
+    assert adapter_pairs.same(*ends)
+
+
+def test_float64_is_refused_by_name():
+    chosen = adapter_pairs.pairs(dtype=torch.float64)
+    adapter_pairs.set_gradients(chosen, 0)
+    with lf.set_backend("triton"), pytest.raises(lf.BackendError, match="float64"):
+        lf.optim.LoRAAdamW(chosen, methods=[M.ILoRA()]).step()
+
+
+def test_scalora_on_a_gpu_reads_seed_and_kappa_at_one_address():
+    """A CUDA graph reads them again there. The seed in memory is the number that it would be elsewhere."""
+    group = SimpleNamespace(count=8, _steps=torch.full((4,), 7.0), _device=SimpleNamespace(type="cuda"))
+    in_memory = GroupedBatch._seed(group, 3)
+    group._device = torch.device("cpu")
+    assert in_memory.dtype == torch.int64 and in_memory.item() == GroupedBatch._seed(group, 3)
+    method, memory, addresses = M.ScaLoRA(), {}, set()
+    for value in (4.0, 9.0):
+        solved = [(torch.full((2, 3), value), torch.ones(2, 3, dtype=torch.bool))]
+        kappa = method._calibrated(solved, memory)
+        addresses.add(kappa.data_ptr())
+        assert kappa is memory["kappa"] and kappa.item() == pytest.approx(4.0)
+    assert len(addresses) == 1

@@ -1,0 +1,231 @@
+"""functional.cayley and the scales that go with it: gradients, orthogonality, the error budget, what is kept."""
+
+import pytest
+import torch
+from budget import check, error
+
+import lora_fast as lf
+from lora_fast.functional import cayley
+from lora_fast.ops import cayley as module
+from lora_fast.ops.cayley import Free, factors
+from lora_fast.ops.reference import cayley as reference
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPES = [(7, 3, 4), (5, 3, 2), (6, 2, 5), (3, 3, 9), (4, 1, 3), (7, 3, 4)]  # d_in, r, d_out
+
+
+def pairs(dtype=torch.float64, shapes=SHAPES, skew=1.0, seed=0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """free_a, whose entries' skew part is up to ``skew``, and free_b."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
+    free_a, free_b = [], []
+    for d_in, r, d_out in shapes:
+        a = draw(r, d_in) / d_in**0.5
+        a[:, :r] = skew / 2 * (2 * torch.rand(r, r, generator=generator, dtype=torch.float64) - 1)
+        free_a.append(a.to(DEVICE, dtype).requires_grad_())
+        free_b.append((draw(d_out, r) / d_out**0.5).to(DEVICE, dtype).requires_grad_())
+    return free_a, free_b
+
+
+def flat(lists) -> tuple[torch.Tensor, ...]:
+    return tuple(x for xs in lists for x in xs)
+
+
+def printed(a, b):
+    """The paper's formula, differentiable, in its arguments' dtype."""
+    r = len(a)
+    a1, a2 = a[:, :r], a[:, r:]
+    eye = torch.eye(r, dtype=a.dtype, device=a.device)
+    inverse = torch.linalg.inv(eye + a1.T - a1 + a2 @ a2.T + b.T @ b)
+    return torch.cat([2 * inverse.T - eye, -2 * inverse.T @ a2], 1), -2 * b @ inverse
+
+
+def test_gradcheck():
+    free_a, free_b = pairs()
+    call = lambda *t: flat(cayley(list(t[: len(SHAPES)]), list(t[len(SHAPES) :])))
+    with lf.set_backend("torch"):
+        assert torch.autograd.gradcheck(call, free_a + free_b)
+
+
+def test_gradcheck_with_scales():
+    """Spectral (power 0), Frobenius (1/2) and nuclear (1) bounds in one node."""
+    free_a, free_b = pairs()
+    n = len(SHAPES)
+    scale = [torch.randn(r, dtype=torch.float64, device=DEVICE, requires_grad=True) for _, r, _ in SHAPES]
+    bounds, powers = [0.5, 1.0, 1.5, 2.0, 2.5, 3.0], [0.0, 0.5, 1.0] * 2
+    call = lambda *t: flat(factors(Free(list(t[:n]), list(t[n : 2 * n]), list(t[2 * n :]), bounds, powers)))
+    with lf.set_backend("torch"):
+        assert torch.autograd.gradcheck(call, free_a + free_b + scale)
+
+
+def test_is_the_formula():
+    free_a, free_b = pairs(skew=10.0)
+    for a, b, made_a, made_b in zip(free_a, free_b, *cayley(free_a, free_b), strict=True):
+        torch.testing.assert_close((made_a, made_b), printed(a, b))
+    torch.testing.assert_close(cayley(free_a[0], free_b[0]), printed(free_a[0], free_b[0]))
+
+
+def off_identity(a, b) -> torch.Tensor:
+    """‖a aᵀ + bᵀb − I‖₁ over 12 r ε of float32, of stacked pairs."""
+    a, b = a.double(), b.double()
+    r = a.shape[1]
+    off = a @ a.mT + b.mT @ b - torch.eye(r, device=a.device)
+    return off.abs().sum(-2).amax(-1) / (12 * r * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("r", [1, 2, 3, 5, 8, 16])
+@pytest.mark.parametrize("d_in, d_out", [(0, 9), (5, 3), (40, 24)], ids=["square", "small", "wide"])
+def test_orthogonal_in_float32(r, d_in, d_out):
+    """140 random pairs of each of four skew parts a case, 10,080 in all."""
+    for seed, skew in enumerate((0.1, 1.0, 10.0, 100.0)):
+        free_a, free_b = pairs(torch.float32, [(r + d_in, r, d_out)] * 140, skew, seed)
+        assert off_identity(*map(torch.stack, cayley(free_a, free_b))).max() <= 1
+
+
+def test_orthogonal_where_rows_are_alike():
+    """Parameters ten times the usual, their rows alike in nine tenths: M's smallest eigenvalue is lost in float32."""
+    free_a, free_b = (torch.stack(xs) for xs in pairs(torch.float32, [(40, 8, 24)] * 200))
+    free_a = 10 * (0.1 * free_a + 0.9 * free_a[:, :1])
+    free_b = 10 * (0.1 * free_b + 0.9 * free_b[..., :1])
+    assert off_identity(*map(torch.stack, cayley(list(free_a), list(free_b)))).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("skew", [1.0, 30.0])
+def test_within_the_error_budget(skew, dtype):
+    """Values and gradients against float64 on the same inputs; eager is autograd through the paper's formula, in
+    float32 for bfloat16 parameters as here."""
+    shapes = [(40, 5, 24), (24, 16, 40), (33, 1, 7), (9, 9, 20), (200, 32, 100)]
+
+    def run(kind, call):
+        free_a, free_b = pairs(dtype, shapes, skew)
+        free_a, free_b = ([x.detach().to(kind or dtype).requires_grad_() for x in xs] for xs in (free_a, free_b))
+        made_a, made_b = call(free_a, free_b)
+        for x in made_a + made_b:
+            x.backward(torch.cos(torch.arange(x.numel())).view_as(x).to(x), retain_graph=True)
+        return made_a, made_b, [x.grad for x in free_a], [x.grad for x in free_b]
+
+    looped = lambda a, b: tuple(map(list, zip(*(printed(x, y) for x, y in zip(a, b, strict=True)), strict=True)))
+    got, eager, exact = run(None, cayley), run(torch.float32, looped), run(torch.float64, looped)
+    for name, ours, theirs, true in zip(("a", "b", "d free_a", "d free_b"), got, eager, exact, strict=True):
+        for i, shape in enumerate(shapes):
+            low = name.startswith("d")
+            assert ours[i].dtype == (dtype if low else torch.float32)
+            allowed = error(theirs[i].to(ours[i].dtype), true[i])
+            check(f"{name} of {shape}", ours[i], true[i], allowed, dtype if low else torch.float32)
+
+
+def test_wi_alone_is_kept():
+    free_a, free_b = pairs(torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        a, _ = cayley(free_a, free_b)
+    assert not kept
+    node = a[0].grad_fn
+    assert [tuple(x.shape) for x in node.inverses] == [(r, r) for _, r, _ in SHAPES] and not node.scales
+
+
+def test_one_node_for_all_pairs():
+    made_a, made_b = cayley(*pairs())
+    assert len({x.grad_fn for x in made_a + made_b}) == 1
+
+
+def test_pairs_without_a_gradient_get_none(monkeypatch):
+    """A pair that no loss depends on costs nothing backward, and its parameters' gradients stay None."""
+    seen = []
+    twin = reference.cayley_backward
+    monkeypatch.setattr(reference, "cayley_backward", lambda *args: seen.append(len(args[0])) or twin(*args))
+    free_a, free_b = pairs()
+    made_a, made_b = cayley(free_a, free_b)
+    (made_a[0].sum() + made_b[2].sum()).backward()
+    assert seen == [2] and [x.grad is not None for x in free_a] == [True, False, True, False, False, False]
+    expected = [torch.autograd.grad(printed(free_a[0], free_b[0])[0].sum(), (free_a[0], free_b[0]))]
+    torch.testing.assert_close((free_a[0].grad, free_b[0].grad), expected[0])
+
+
+@pytest.mark.parametrize("parameter", [0, 1], ids=["free_a", "free_b"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_stay_in_their_pair(bad, parameter):
+    lists = pairs(torch.float32)
+    clean = cayley(*lists)
+    with torch.no_grad():
+        lists[parameter][1][-1, -1] = bad
+    for made, before in zip(cayley(*lists), clean, strict=True):
+        for i in range(len(SHAPES)):
+            assert i == 1 or torch.equal(made[i], before[i])
+    broken = torch.cat([made[1].flatten() for made in cayley(*lists)])
+    assert broken.isnan().all() if bad != bad else not broken.isfinite().all()
+
+
+def test_no_second_derivative():
+    made, _ = cayley(*(xs[0] for xs in pairs()))
+    leaf = made.grad_fn.next_functions[0][0].variable
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(made.sum(), leaf, create_graph=True)
+
+
+def test_in_place_change_between_forward_and_backward_is_caught():
+    free_a, free_b = pairs()
+    made, _ = cayley(free_a, free_b)
+    with torch.no_grad():
+        free_b[3].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        made[0].sum().backward()
+
+
+def test_autocast_leaves_it_alone():
+    free_a, free_b = pairs(torch.float32)
+    expected = cayley(free_a, free_b)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        made = cayley(free_a, free_b)
+    assert all(torch.equal(x, y) for xs, ys in zip(made, expected, strict=True) for x, y in zip(xs, ys, strict=True))
+
+
+def test_compile_fullgraph():
+    free_a, free_b = pairs(torch.float32)
+    compiled = torch.compile(lambda a, b: cayley(a, b), fullgraph=True, backend="aot_eager")
+
+    def run(call):
+        made = flat(call(free_a, free_b))
+        sum(x.square().mul(0.5 + i).sum() for i, x in enumerate(made)).backward()
+        grads = [x.grad for x in free_a + free_b]
+        for x in free_a + free_b:
+            x.grad = None
+        return [*made, *grads]
+
+    assert all(torch.equal(x, y) for x, y in zip(run(compiled), run(cayley), strict=True))
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+def test_opcheck(scaled):
+    free_a, free_b = pairs(torch.float32, SHAPES[:3])
+    scale = [x.detach()[:, 0].clone().requires_grad_() for x in free_a] if scaled else []
+    numbers = ([0.5, 1.0, 2.0], [0.0, 0.5, 1.0]) if scaled else ([], [])
+    torch.library.opcheck(module.cayley_op, (free_a, free_b, scale, *numbers, False))
+
+
+# ── bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+BAD = {
+    "r above d_in": ("free_a[0]", [torch.zeros(3, 2)], [torch.zeros(4, 3)]),
+    "no rank": ("free_a[0]", [torch.zeros(0, 2)], [torch.zeros(4, 0)]),
+    "r above 256": ("free_a[0]", [torch.zeros(257, 300)], [torch.zeros(4, 257)]),
+    "integers": ("free_a[0]", [torch.zeros(1, 2, dtype=torch.int64)], [torch.zeros(4, 1)]),
+    "vector": ("free_b[0]", [torch.zeros(1, 2)], [torch.zeros(4)]),
+    "other rank": ("free_b[1]", [torch.zeros(1, 2)] * 2, [torch.zeros(4, 1), torch.zeros(4, 2)]),
+    "other dtype": ("free_b[0]", [torch.zeros(1, 2)], [torch.zeros(4, 1).half()]),
+    "other device": ("free_b[0]", [torch.zeros(1, 2)], [torch.zeros(4, 1, device="meta")]),
+    "lengths": ("free_b", [torch.zeros(1, 2)] * 2, [torch.zeros(4, 1)]),
+    "empty": ("free_b", [], []),
+    "no tensor": ("free_a[0]", ["a"], [torch.zeros(4, 1)]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_are_named(case):
+    argument, free_a, free_b = BAD[case]
+    with pytest.raises(lf.ArgumentError) as raised:
+        cayley(free_a, free_b)
+    assert raised.value.argument == argument

@@ -1,0 +1,216 @@
+"""lora-fast doctor: the whole of it here, and what it says of a broken installation."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lora_fast import set_backend
+from lora_fast.cli import app
+from lora_fast.cli.doctor import checkup, installation
+from lora_fast.kernels import tiles, tuned
+
+
+def invoke(*options: str):
+    return CliRunner().invoke(app, ["doctor", *options])
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Replaces the checks; the core's layer works."""
+
+    def set_checks(*checks):
+        works = checkup.Check("layer, torch backend", True, checkup._torch_layer, "")
+        monkeypatch.setattr(checkup, "checks", lambda: [works, *checks])
+
+    return set_checks
+
+
+def broken(core: bool) -> checkup.Check:
+    def run():
+        raise RuntimeError("no such thing\nmore of it")
+
+    return checkup.Check("some part", core, run, "pip install something")
+
+
+def test_all_of_it_works_here():
+    result = invoke("--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    installed = found["versions"]["torch"].split("+")[0]  # PyPI's build for CUDA says +cu130 in __version__ alone
+    assert found["core_works"] and installed == torch.__version__.split("+")[0]
+    assert found["backend"]["name"] == ("triton" if torch.cuda.is_available() else "torch")
+    seen = {check["name"]: check for check in found["checks"]}
+    there = torch.cuda.is_available() or installation.driver() != installation.NO_DRIVER
+    assert {name: check["state"] for name, check in seen.items() if check["state"] != "works"} == (
+        {} if there else {"GPU": "none"}
+    )
+    assert seen["compiling a kernel"]["seen"].endswith("0 spills")
+    assert seen["fusing a PEFT model"]["seen"].startswith("fused 2 layers")
+
+
+def test_what_is_not_core_is_told_with_its_remedy_and_exit_code_0(few):
+    few(broken(core=False))
+    result = invoke()
+    assert result.exit_code == 0
+    assert "some part: RuntimeError: no such thing" in result.output and "pip install something" in result.output
+    assert "The core works; what does not: some part." in result.output
+
+
+def test_a_broken_core_is_an_exit_code(few):
+    few(broken(core=True))
+    result = invoke()
+    assert result.exit_code == 1 and "the core does not work here: some part" in result.output
+    as_json = invoke("--json")
+    assert as_json.exit_code == 1 and json.loads(as_json.stdout)["core_works"] is False
+
+
+def test_a_backend_that_cannot_run_is_no_core(few, monkeypatch):
+    few()
+    monkeypatch.setattr(installation, "which_backend", lambda: ("none", "expected a CUDA device"))
+    result = invoke()
+    assert result.exit_code == 1 and "expected a CUDA device" in result.output
+
+
+def test_a_wrong_layer_is_found(monkeypatch):
+    monkeypatch.setattr(checkup, "layer_error", lambda device: 1e-3)
+    finding = examined("layer, torch backend")
+    assert finding.core and finding.state == checkup.FAILS and "off by 1.0e-03" in finding.seen
+
+
+def test_the_layer_is_compared_with_its_formula(monkeypatch):
+    from lora_fast.ops.reference import linear as reference
+
+    right = reference.grad_a
+    device = torch.device("cpu")
+    with set_backend("torch"):
+        assert checkup.layer_error(device) < checkup.ERROR[torch.float32]
+        monkeypatch.setattr(reference, "grad_a", lambda *arguments: 1.01 * right(*arguments))
+        assert checkup.layer_error(device) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", checkup.ERROR, ids=str)
+@pytest.mark.parametrize("strategy", ["fused", "cublas"])
+def test_the_kernels_are_within_what_is_asked_of_them(dtype, strategy):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with set_backend("triton"), tiles.assume(strategy=strategy):
+        assert 0 < checkup.layer_error(device, dtype) < checkup.ERROR[dtype]
+
+
+def examined(name: str) -> checkup.Finding:
+    return checkup.examine(next(check for check in checkup.checks() if check.name == name))
+
+
+NEW = installation.TESTED | {"torch": "99.1.0"}
+OLD = installation.TESTED | {"torch": "2.8.1+cu128", "peft": "0.17.0"}
+FEW = {name: version for name, version in installation.TESTED.items() if name not in ("transformers", "matplotlib")}
+
+
+@pytest.mark.parametrize(("here", "seen", "remedy"), [
+    (NEW, "as required; newer than those tested: torch 99.1.0", ""),
+    (OLD, "needed: torch>=2.9, peft>=0.18", "pip install 'torch>=2.9' 'peft>=0.18'"),
+    (FEW, "needed: transformers>=5.0, matplotlib>=3.9", "pip install 'transformers>=5.0' 'matplotlib>=3.9'"),
+], ids=["newer", "too old", "missing"])  # fmt: skip
+def test_versions_are_held_to_the_package_s_requirements(monkeypatch, here, seen, remedy):
+    monkeypatch.setattr(installation, "version", lambda package: here.get(package, installation.ABSENT))
+    finding = examined("versions")
+    assert (finding.state == checkup.FAILS) is bool(remedy)
+    assert (finding.seen, finding.remedy) == (seen, remedy)
+
+
+def test_the_tested_versions_are_those_of_constraints_txt():
+    lines = (Path(__file__).resolve().parents[2] / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    assert {name: pinned[name] for name in installation.TESTED} == installation.TESTED
+
+
+def no_gpu(monkeypatch, driver: str, cuda: str | None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(installation, "driver", lambda: driver)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+
+
+def test_no_driver_is_no_failure(monkeypatch):
+    no_gpu(monkeypatch, installation.NO_DRIVER, None)
+    finding = examined("GPU")
+    assert finding.state == checkup.ABSENT and "--gpus all" in finding.remedy
+
+
+def test_a_torch_for_cpus_beside_a_driver_is_named(monkeypatch):
+    no_gpu(monkeypatch, "580.65.06", None)
+    finding = examined("GPU")
+    assert finding.state == checkup.FAILS and "580.65.06" in finding.seen and "a build for CPUs" in finding.seen
+    assert finding.remedy.startswith("Install a build of torch for CUDA")
+
+
+def test_a_driver_too_old_for_torch_is_told_in_torch_s_words(monkeypatch):
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
+
+    no_gpu(monkeypatch, "470.82", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", init)
+    finding = examined("GPU")
+    assert finding.state == checkup.FAILS and "is too old (found version 11040)" in finding.seen
+    assert "update it" in finding.remedy and "CUDA_VISIBLE_DEVICES" in finding.remedy
+
+
+@pytest.mark.parametrize(("capability", "state"), [((7, 5), "fails"), ((8, 0), "works"), ((12, 0), "works")])
+def test_a_gpu_older_than_ampere_is_named(capability, state):
+    finding = checkup.examine(checkup.Check("GPU", False, lambda: checkup._arch(capability), ""))
+    assert finding.state == state and f"sm_{capability[0]}{capability[1]}" in finding.seen
+    assert ("LORA_FAST_BACKEND=torch" in finding.remedy) is (state == "fails")
+
+
+def test_the_interpreter_left_on_is_not_taken_for_the_kernels(monkeypatch):
+    for value in ("1", "true", "On"):
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        finding = checkup.examine(checkup.Check("layer, Triton kernels", True, checkup._gpu_layer, ""))
+        assert finding.state == checkup.FAILS and finding.remedy == "unset TRITON_INTERPRET"
+
+
+@pytest.mark.parametrize(("variable", "value", "seen"), [
+    ("CC", "/no/such/compiler", "FileNotFoundError"),
+    ("CC", "false", "RuntimeError: false: exit code 1"),
+    ("PATH", "", "neither gcc nor clang"),
+], ids=["not there", "broken", "none"])  # fmt: skip
+def test_a_compiler_that_does_not_work_is_named(monkeypatch, variable, value, seen):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv(variable, value)
+    finding = examined("C compiler")
+    assert finding.state == checkup.FAILS and seen in finding.seen and "install gcc" in finding.remedy
+
+
+def test_a_damaged_file_of_tune_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuned.path().parent.mkdir()
+    tuned.path().write_text("{")
+    finding = examined("tuned choices")
+    assert finding.state == checkup.FAILS and "tuned.json" in finding.seen
+    assert finding.remedy == "lora-fast tune --clear"
+
+
+def test_a_missing_triton_is_not_taken_for_a_damaged_file(monkeypatch):
+    def read():
+        raise ModuleNotFoundError("No module named 'triton'")
+
+    monkeypatch.setattr(tuned, "read", read)
+    finding = examined("tuned choices")
+    assert finding.state == checkup.FAILS and "'triton>=3.6'" in finding.remedy
+
+
+def test_a_failure_in_another_process_says_its_last_line():
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: division by zero"):
+        checkup._in_a_process("1 / 0")
+
+
+def test_no_driver_is_said(monkeypatch):
+    def missing(*arguments, **options):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert installation.versions()["driver"] == installation.NO_DRIVER

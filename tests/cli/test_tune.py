@@ -1,0 +1,332 @@
+"""lora-fast tune: the file it keeps, what the launchers do with it, and the search with a clock of the test's own. Only
+the timing itself needs a GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import tiny_model
+import torch
+from typer.testing import CliRunner
+
+from lora_fast.cli import app
+from lora_fast.cli.tune import search
+from lora_fast.cli.tune.command import layer_shapes, results
+from lora_fast.kernels import device, linear, tiles, tuned
+from lora_fast.kernels.inspection import interpreter
+from lora_fast.kernels.linear import strategies
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPE = search.Shape(n_tokens=48, d_in=64, d_out=32, r=4, dropout=0.1, dtype=torch.float16)
+OPS = ("project_short", "linear", "grad_s_b", "grad_a", "grad_x_dropout")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuned._table.cache_clear()
+    yield tmp_path / "lora_fast" / "tuned.json"
+    tuned._table.cache_clear()
+
+
+def invoke(*options: str):
+    return CliRunner().invoke(app, ["tune", *options])
+
+
+def a_table() -> tuned.Table:
+    key = tuned.key("linear", torch.bfloat16, 8000, 4096, 14336, 16)
+    return {key: "fused", key._replace(op="linear_tma"): (128, 256, 64, 8, 3)}
+
+
+def test_the_file_keeps_what_is_written(cache):
+    assert tuned.read() == {}
+    devices = {"a GPU, sm_90, triton 3.7.1": a_table(), "another": {}}
+    tuned.write(devices)
+    assert tuned.read() == devices
+    assert [path.name for path in cache.parent.iterdir()] == ["tuned.json"]
+
+
+DAMAGE = {
+    "cut short": lambda text: text[: len(text) // 2],
+    "another format": lambda text: text.replace('"format": 1', '"format": 2'),
+    "not an object": lambda text: "[1, 2]",
+    "an unknown strategy": lambda text: text.replace('"fused"', '"magic"'),
+    "a tile of four": lambda text: text.replace("8,\n    3", "8").replace("8,\n     3", "8"),
+    "a size that is text": lambda text: text.replace("14336", '"14336"'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_file_is_named_and_launches_go_on_with_a_warning(cache, damage, monkeypatch):
+    tuned.write({"gpu": a_table()})
+    before = cache.read_text()
+    cache.write_text(damage(before))
+    assert cache.read_text() != before
+    with pytest.raises(ValueError, match=r"tuned\.json"):
+        tuned.read()
+    shown = invoke("--show")
+    assert shown.exit_code == 2 and "--clear" in shown.output
+    monkeypatch.setattr(tuned, "device_name", lambda device: "gpu")
+    with pytest.warns(UserWarning, match="tune --clear"):
+        assert tuned._table(torch.device("cuda", 0)) == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuned._table(torch.device("cuda", 0)) == {}  # said once
+
+
+def test_each_device_has_its_own_choices_and_a_cpu_none(monkeypatch):
+    tuned.write({"gpu": a_table()})
+    monkeypatch.setattr(tuned, "device_name", lambda device: ("gpu", "other")[device.index])
+    assert tuned._table(torch.device("cuda", 0)) == a_table()
+    assert tuned._table(torch.device("cuda", 1)) == {}
+    assert tuned._table(torch.device("cpu")) == {}
+
+
+@pytest.mark.parametrize(("n_tokens", "d_out", "r", "found"), [
+    (8192, 14336, 16, "fused"), (4097, 14336, 16, "fused"), (4096, 14336, 16, None),
+    (8192, 4096, 16, None), (8192, 14336, 8, None),
+])  # fmt: skip
+def test_a_choice_holds_for_its_shape_and_rank_and_tokens_up_to_a_power_of_two(n_tokens, d_out, r, found):
+    left = torch.empty(n_tokens, 4096, dtype=torch.bfloat16, device="meta")
+    with tuned.using(a_table()):
+        assert tuned.find("linear", left, 4096, d_out, r) == found
+        assert tuned.find("linear", left.float(), 4096, d_out, r) is None
+
+
+def test_measured_comes_before_the_default_and_after_what_is_assumed():
+    x, weight = torch.empty(48, 64, dtype=torch.float16), torch.empty(32, 64, dtype=torch.float16)
+    chosen = lambda: tiles.project(x, 4, short=False, wide=False)
+    default = chosen()
+    measured = {tuned.key("project", x.dtype, 48, 64, 0, 4): (32, 0, 64, 8, 2)}
+    with tuned.using(measured):
+        assert chosen() == (32, 0, 64, 16, 8, 2) != default
+        with tiles.assume(arch=90):
+            assert chosen() != (32, 0, 64, 16, 8, 2)
+    assert chosen() == default
+    gemm = lambda direction: strategies.strategy(direction, x, weight, x.dtype, 4, dropout=False)
+    unmeasured = gemm("forward")
+    other = {"fused": "cublas", "cublas": "fused"}[unmeasured]
+    with tuned.using({tuned.key("linear", x.dtype, 48, 64, 32, 4): other}):
+        assert gemm("forward") == other
+        assert strategies.way("forward", x, weight, x.dtype, 4, dropout=False).gemm == other
+        with tiles.assume(strategy=unmeasured):
+            assert gemm("forward") == unmeasured
+
+
+def case_of(op: str, shape: search.Shape = SHAPE) -> search.Case:
+    return next(case for case in search.cases(shape, DEVICE) if case.key.op == op)
+
+
+def test_every_op_of_a_layer_is_a_case():
+    assert tuple(case.key.op for case in search.cases(SHAPE, DEVICE)) == OPS
+    plain = tuple(case.key.op for case in search.cases(replace(SHAPE, dropout=0.0), DEVICE))
+    assert plain == (*OPS[:-1], "grad_x")
+
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize("arch, dtype, runs", [(90, HALF, True), (90, SINGLE, False), (100, HALF, False)])
+def test_gluon_is_tried_where_it_runs(arch, dtype, runs, monkeypatch):
+    monkeypatch.setattr(device, "of", lambda torch_device: device.CARDS[arch])
+    gemms = [case_of(op, replace(SHAPE, dtype=dtype)) for op in ("linear", "grad_x_dropout")]
+    assert [{case.key: "gluon"} in case.candidates for case in gemms] == [runs, runs]
+    assert all({case.key: "cublas"} in case.candidates for case in gemms)
+
+
+def clock(best: int, seconds: list):
+    """Says that candidate ``best`` takes ``seconds[1]`` and every other one ``seconds[0]``."""
+
+    def timer(calls):
+        return [seconds[i == best] for i in range(len(calls))]
+
+    return timer
+
+
+@pytest.mark.parametrize("op", ["linear", "grad_a"])
+def test_the_fastest_is_chosen_and_then_runs(op):
+    case = case_of(op)
+    case = replace(case, candidates=case.candidates[:3])
+    outcome = search.search(case, clock(1, [2e-3, 1e-3]))
+    assert outcome.choice == case.candidates[1] and outcome.failed == 0
+    assert (outcome.default, outcome.best) == (2e-3, 1e-3)
+    table: tuned.Table = {}
+    search.remember(table, case, outcome)
+    assert table == case.candidates[1]
+    if op == "linear" and DEVICE.type == "cpu":
+        with tuned.using(table), interpreter.traffic() as counted:
+            case.call()
+        assert counted.launches == ["lora_update_kernel"]  # cuBLAS, then the update
+    search.remember(table, case, search.search(case, clock(0, [2e-3, 1e-3])))
+    assert table == {}  # the default won: what was known is forgotten
+
+
+def test_shapes_share_what_they_have_in_common_and_each_is_kept_when_it_is_done(monkeypatch):
+    """The second shape has the first one's d_in: its project and grad_a are known already."""
+    monkeypatch.setattr(tiles, "candidates", lambda *arguments: [(32, 32, 32, 4, 2), (32, 64, 64, 4, 2)])
+    table: tuned.Table = {}
+    sizes = []
+    shapes = [SHAPE, replace(SHAPE, d_out=48)]
+    said = []
+    done = lambda: sizes.append(len(table))
+    outcomes = search.search_all(shapes, DEVICE, table, clock(1, [2e-3, 1e-3]), said.append, done)
+    assert said == [one.key for one in outcomes]
+    assert [one.key.op for one in outcomes] == [*OPS, "linear", "grad_s_b", "grad_x_dropout"]
+    assert sizes == [5, 8] and all(one.choice.items() <= table.items() for one in outcomes)
+
+
+def test_what_gains_less_than_noise_leaves_the_default():
+    case = case_of("grad_a")
+    outcome = search.search(replace(case, candidates=case.candidates[:2]), clock(1, [1e-3, 0.99e-3]))
+    assert outcome.choice == {} and outcome.best == outcome.default
+
+
+def test_candidates_that_fail_or_differ_are_never_timed():
+    case = case_of("project_short")
+    broken, wrong = case.candidates[1], case.candidates[2]
+    asked = []
+
+    def call():
+        chosen = tuned._used[-1]
+        if chosen == broken:
+            raise RuntimeError("out of resource: shared memory")
+        return torch.full((4, 4), 2.0 if chosen == wrong else 1.0)
+
+    def timer(calls):
+        asked.append(len(calls))
+        return [1.0] * len(calls)
+
+    outcome = search.search(replace(case, call=call, candidates=case.candidates[:4]), timer)
+    assert asked == [2] and (outcome.tried, outcome.failed) == (2, 2)
+
+
+def test_results_that_differ_by_the_order_of_a_sum_agree_and_wrong_ones_do_not():
+    key = tuned.key("linear", torch.float32, 48, 4096, 32, 4)
+    left, right = torch.randn(2, 64, 4096, generator=torch.Generator().manual_seed(0))
+    products = left * right
+    in_turn = products.cumsum(1)[:, -1]  # one number after the other: a tile that walks the whole row
+    in_pairs = products.sum(1)
+    assert not torch.equal(in_turn, in_pairs)
+    assert search._close(in_turn, in_pairs, key)
+    assert not search._close(products[:, 1:].sum(1), in_pairs, key)
+    assert not search._close(in_pairs * torch.nan, in_pairs, key)
+
+
+def test_no_call_under_the_clock_changes_its_inputs():
+    """Every tensor that a call closes over is the same to the last bit after two calls of every kind."""
+    for case in search.cases(SHAPE, DEVICE):
+        tensors = [c.cell_contents for c in case.call.__closure__ if isinstance(c.cell_contents, torch.Tensor)]
+        before = [tensor.clone() for tensor in tensors]
+        assert len(tensors) >= 2
+        for choice in ({}, case.candidates[1]):
+            with tuned.using(choice):
+                case.call()
+        assert all(torch.equal(one, other) for one, other in zip(tensors, before, strict=True)), case.key.op
+
+
+def test_candidates_begin_with_the_default_and_differ():
+    h100 = device.CARDS[90]
+    for op, size in {(op, size) for op, size, *_ in tiles.TABLE if not op.startswith("update")}:
+        found = tiles.candidates(op, size, h100, 16)
+        assert found[0] == tiles.row(op, size, h100, 16)
+        assert len(found) == len(set(found)) > 3
+        assert all(side & (side - 1) == 0 for tile in found for side in tile[:4])
+
+
+def test_shapes_come_from_the_configuration_alone(tmp_path):
+    folder = tiny_model.save(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    assert layer_shapes(str(folder), "all-linear") == [(32, 32), (32, 16), (32, 64), (64, 32)]
+    assert layer_shapes(str(folder), ["down_proj"]) == [(64, 32)]
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """The command on a tiny model, on the test's own device and with two candidates for each tile."""
+    monkeypatch.setattr(sys.modules["lora_fast.cli.tune.command"], "_gpu", lambda: DEVICE)
+    monkeypatch.setattr(tuned, "device_name", lambda device: "a GPU")
+    monkeypatch.setattr(tiles, "candidates", lambda *arguments: [(32, 32, 32, 4, 2), (32, 64, 64, 4, 2)])
+    folder = tiny_model.save(tmp_path / "model")
+    return ("--model", str(folder), "--rank", "4", "--batch", "1", "--seq-len", "16", "--dtype", "float32")
+
+
+def test_the_command_measures_every_shape_and_keeps_what_won(tiny, monkeypatch):
+    monkeypatch.setattr(search, "time_on_gpu", clock(1, [2e-3, 1e-3]))
+    result = invoke(*tiny)
+    assert result.exit_code == 0, result.output
+    assert "4 layer shapes on a GPU" in result.output and "64→32" in result.output
+    table = tuned.read()["a GPU"]
+    assert {key.op for key in table} == {"project_short", "linear", "grad_s_b", "grad_a", "grad_x"}
+    assert {choice for key, choice in table.items() if key.op == "linear"} == {"cublas"}
+    monkeypatch.setattr(search, "time_on_gpu", clock(0, [2e-3, 1e-3]))
+    assert invoke(*tiny).exit_code == 0
+    assert tuned.read() == {"a GPU": {}}  # measured again: the defaults are best now
+
+
+def test_ctrl_c_keeps_the_shapes_that_are_done(tiny, monkeypatch):
+    asked = []
+
+    def timer(calls):
+        asked.append(calls)
+        if len(asked) == 6:
+            raise KeyboardInterrupt
+        return [2e-3, *[1e-3] * (len(calls) - 1)]
+
+    monkeypatch.setattr(search, "time_on_gpu", timer)
+    result = invoke(*tiny)
+    assert result.exit_code == 130 and "1 of 4 shapes are kept" in result.output
+    assert len(tuned.read()["a GPU"]) == 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_it_says_so_before_anything_else(cache):
+    result = invoke("--model", "/nowhere", "--rank", "0")
+    assert result.exit_code == 2
+    assert "lora-fast tune: expected a CUDA GPU to measure on, got none" in result.output
+    assert not cache.exists()
+
+
+def test_kernels_in_the_interpreter_are_not_timed(cache, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    result = invoke()
+    assert result.exit_code == 2 and "unset it" in result.output and not cache.exists()
+
+
+def test_a_gpu_older_than_the_kernels_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(major=7, minor=5))
+    with pytest.raises(RuntimeError, match=r"sm_80 \(Ampere\) or later, got sm_75"):
+        device._of_gpu.__wrapped__(0)
+
+
+def test_show_and_clear_work_anywhere(cache):
+    assert "Nothing measured yet" in invoke("--show").output
+    tuned.write({"a GPU, sm_90, triton 3.7.1": a_table()})
+    shown = invoke("--show").output
+    assert "a GPU, sm_90" in shown and "4096→14336" in shown and "128×256×64×8×3" in shown and "8,192" in shown
+    assert json.loads(cache.read_text())["format"] == tuned.FORMAT
+    assert "Removed" in invoke("--clear").output and not cache.exists()
+    assert "Nothing to remove" in invoke("--clear").output
+
+
+def test_the_results_are_a_table_of_what_was_chosen():
+    case = case_of("linear")
+    rows = results([search.Outcome(case.key, 2e-3, 1e-3, case.candidates[1], 5, 1)]).rows
+    assert [cell.text for cell in rows[0]] == [
+        "linear", "64→32", "2000.0 µs", "1000.0 µs", "2.00", "cublas", "5, 1 unfit",
+    ]  # fmt: skip
+
+
+def test_the_layer_with_measured_tiles_is_still_the_layer():
+    x = torch.randn(48, 64, dtype=torch.float16, device=DEVICE)
+    a = torch.randn(4, 64, device=DEVICE)
+    with tuned.using({tuned.key("project", x.dtype, 48, 64, 0, 4): (32, 0, 32, 4, 2)}):
+        s = linear.project(x, a)
+    exact = x.double() @ a.half().double().t()
+    assert (s.double() - exact).norm() <= torch.finfo(torch.float16).eps * exact.norm()

@@ -1,0 +1,115 @@
+"""Runs lora-fast finetune on a tiny model, and reads what a run leaves."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+from pathlib import Path
+
+import peft
+import tiny_model
+import torch
+import transformers
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from lora_fast.cli import app
+from lora_fast.cli.inputs import data
+from lora_fast.cli.output.terminal import Display
+
+SEQ_LEN, STEPS = 32, 6
+
+
+def invoke(place: Path, *options: object):
+    """Runs the command on the tiny pair; a later option wins over an earlier one."""
+    pair = ("--model", place / "model", "--data", place / "text.txt")
+    base = (*pair, "--seq-len", SEQ_LEN, "--steps", STEPS, "--rank", 4)
+    return CliRunner().invoke(app, ["finetune", *map(str, (*base, *options))])
+
+
+def resume(folder: Path, *options: object):
+    return CliRunner().invoke(app, ["finetune", "--output", str(folder), "--resume", *map(str, options)])
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def held_out_loss_in_peft(place: Path, folder: Path) -> float:
+    base = transformers.AutoModelForCausalLM.from_pretrained(place / "model")
+    model = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
+    tokens = tokenized(place / "text.txt").held_out
+    with torch.no_grad():
+        return model(input_ids=tokens.ids, labels=tokens.labels).loss.item()
+
+
+def tokenized(path: Path, seq_len: int = SEQ_LEN) -> data.TokenData:
+    tokenizer = tiny_model.byte_tokenizer()
+    return data.blocks(data.documents(path, data.read(path), tokenizer), tokenizer, seq_len)
+
+
+def at_step(monkeypatch, step: int, act) -> list[int]:
+    """Calls ``act`` once step ``step`` is done; returns the list of all steps done."""
+    shown, seen = Display.step, []
+
+    def step_and_act(self, number, *figures):
+        shown(self, number, *figures)
+        seen.append(number)
+        if number == step:
+            act()
+
+    monkeypatch.setattr(Display, "step", step_and_act)
+    return seen
+
+
+def same_result(one: Path, two: Path) -> None:
+    first, second = (metrics(folder)["runs"]["fused"] for folder in (one, two))
+    assert first["losses"] == second["losses"]
+    assert first["held_out"] == second["held_out"]
+    a, b = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (one, two))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Page(html.parser.HTMLParser):
+    """What the tests need to know of a page; fails where a tag is not closed in order."""
+
+    VOID = ("meta", "br", "link", "img", "path", "use")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.ids, self.addresses, self.words = [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.handle_startendtag(tag, attrs)
+
+    def handle_startendtag(self, tag, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.addresses += [value for name, value in attrs if not name.startswith("xmlns") and "//" in (value or "")]
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, words):
+        self.words.append(words)
+
+
+def refused(result, *fragments: str) -> None:
+    """A named error: exit code 2, one paragraph, no traceback."""
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2, said
+    assert isinstance(result.exception, SystemExit)
+    for fragment in fragments:
+        assert fragment in said, said
+
+
+def gpt2(folder: Path) -> None:
+    """A tiny model whose layers are Conv1D."""
+    letters = tiny_model.byte_tokenizer()
+    letters.save_pretrained(folder)
+    config = transformers.GPT2Config(vocab_size=len(letters), n_embd=16, n_layer=1, n_head=1, eos_token_id=256)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)

@@ -1,0 +1,69 @@
+"""Runs a method on a few layers, ours and the float64 transcription of its formulas."""
+
+import torch
+import transcription as T
+from torch import nn
+
+import lora_fast as lf
+
+SHAPES = [(24, 40, 4), (24, 40, 4), (24, 40, 4), (33, 17, 3), (17, 33, 3), (40, 40, 8), (40, 40, 8), (9, 50, 1)]
+
+
+STEPS = 200
+
+
+ULPS = 8  # of float32, where a case makes no error worth the name
+
+
+def layers(dtype, seed=0, shapes=SHAPES, zero_b=False):
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for d_out, d_in, r in shapes:
+        draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)
+        a, b, w = draw(r, d_in) / d_in**0.5, draw(d_out, r) / 4, draw(d_out, d_in) / d_in**0.5
+        found.append(T.Layer(a, torch.zeros_like(b) if zero_b else b, 2.0, w))
+    return found
+
+
+def gradient_stream(shapes=SHAPES, seed=1):
+    """Gradients of the effective weights: a direction that stays, and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda d_out, d_in: torch.randn(d_out, d_in, generator=generator, dtype=torch.float64)
+    steady = [draw(d_out, d_in) for d_out, d_in, _ in shapes]
+    while True:
+        yield [g + draw(*g.shape) for g in steady]
+
+
+class Ours:
+    """The optimizer on the same layers, with the interface of a transcription."""
+
+    def __init__(self, layers, methods, **settings):
+        self.layers = layers
+        for layer in layers:
+            layer.a, layer.b = nn.Parameter(layer.a), nn.Parameter(layer.b)
+        pairs = [(layer.a, layer.b, layer.s, layer.w) for layer in layers]
+        self.optimizer = lf.optim.LoRAAdamW(pairs, methods=methods, **settings)
+
+    def step(self, gs):
+        for layer, g in zip(self.layers, gs, strict=True):
+            with torch.no_grad():
+                layer.a.grad, layer.b.grad = T.gradients(layer, g)
+        self.optimizer.step()
+
+
+def run(kind, dtype, methods, steps=STEPS, zero_b=False, seed=0, **settings):
+    work = kind(layers(dtype, seed=seed, zero_b=zero_b), methods, **{"lr": 1e-2, "weight_decay": 0.1, **settings})
+    stream = gradient_stream(seed=seed + 1)
+    for _ in range(steps):
+        work.step(next(stream))
+    return work
+
+
+def factors(work):
+    return [p.detach().double() for x in work.layers for p in (x.a, x.b, x.w)]
+
+
+def distance(work, exact):
+    """Relative L2 error over all factors and weights, each divided by its own norm."""
+    errors = [(got - want).norm() / want.norm() for got, want in zip(factors(work), factors(exact), strict=True)]
+    return torch.stack(errors).square().mean().sqrt().item()

@@ -1,0 +1,579 @@
+"""What tests and benchmarks run on the stub driver (stub_driver.py), each in a process of its own:
+
+    python tests/helpers/stub_runs.py COMMAND --arch 90
+
+prints one line of JSON. ``launch_matrix`` is what ``make launches`` runs in full and the suite in part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parent))
+import stub_driver
+
+ARCHS = (90, 80, 89, 120)  # H100, A100, RTX 4090, RTX 5090
+DIMENSIONS = {
+    "r": (1, 8, 16, 17, 24, 32, 33, 64, 128, 256),
+    "adapter": ("bfloat16", "float32", "autocast"),  # the last: float32, in an autocast region
+    "dropout": (0.0, 0.1),
+    "bias": (False, True),
+    "tokens": (1, 17, 512, 8192),
+    "strategy": (None, "fused", "cublas"),
+}
+
+
+def matrix() -> list[dict]:
+    """Every combination."""
+    return [dict(zip(DIMENSIONS, values, strict=True)) for values in itertools.product(*DIMENSIONS.values())]
+
+
+def pairwise() -> list[dict]:
+    """Some of them, such that every two values of any two dimensions meet in one: greedily, always the same."""
+    pairs_of = lambda case: set(itertools.combinations(case.items(), 2))
+    cases, draw = matrix(), random.Random(0)
+    draw.shuffle(cases)
+    missing = set().union(*map(pairs_of, cases))
+    chosen = []
+    while missing:
+        best = max(cases, key=lambda case: len(pairs_of(case) & missing))
+        chosen.append(best)
+        missing -= pairs_of(best)
+    return chosen
+
+
+def operands(case: dict, d_in: int = 512, d_out: int = 768, dtype=None) -> dict:
+    """A layer's tensors. Kernels of the stub compute nothing, but where torch multiplies it does."""
+    import torch
+
+    dtype = dtype or torch.bfloat16
+    adapter = torch.float32 if case["adapter"] == "autocast" else getattr(torch, case["adapter"])
+    return {
+        "x": torch.zeros(case["tokens"], d_in, dtype=dtype, requires_grad=True),
+        "weight": torch.zeros(d_out, d_in, dtype=dtype),
+        "bias": torch.zeros(d_out, dtype=dtype, requires_grad=True) if case["bias"] else None,
+        "lora_A": torch.zeros(case["r"], d_in, dtype=adapter, requires_grad=True),
+        "lora_B": torch.zeros(d_out, case["r"], dtype=adapter, requires_grad=True),
+    }
+
+
+def run_layer(tensors: dict, dropout: float, seed: int | None = None, autocast: bool = False) -> None:
+    """Forward and backward through the public function."""
+    import torch
+
+    import lora_fast as lf
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = lf.functional.lora_linear(*tensors.values(), 2.0, dropout, seed)
+    trained = [tensor for tensor in tensors.values() if tensor is not None and tensor.requires_grad]
+    torch.autograd.grad(y, trained, torch.zeros_like(y))
+
+
+def launch_matrix(stub: stub_driver.Stub, cases: list[dict]) -> dict:
+    """Each case forward and backward, by plan but where a strategy is assumed; what failed, with why; and which kernels
+    of plans keep something on a stack, and so spill."""
+    from contextlib import nullcontext
+
+    from lora_fast.kernels import tiles
+
+    failures, launches, kernels, spilling = [], 0, set(), {}
+    for case in cases:
+        assumed = tiles.assume(arch=stub.card.arch, strategy=case["strategy"]) if case["strategy"] else nullcontext()
+        tensors = operands(case)
+        try:
+            with assumed, stub.noted() as noted:
+                for _ in range(2):
+                    run_layer(tensors, case["dropout"], autocast=case["adapter"] == "autocast")
+            launches += len(noted)
+            kernels |= {(launch.kernel, launch.cubin) for launch in noted}
+            if not case["strategy"]:
+                again = noted[len(noted) // 2 :]
+                spilling |= {f"{launch.kernel} {case}": launch.stack for launch in again if launch.stack}
+        except Exception as error:  # whatever it is, it is this case's failure
+            failures.append(case | {"error": f"{type(error).__name__}: {error}"[:500]})
+    counts = {"cases": len(cases), "launches": launches, "kernels": len(kernels)}
+    return {"card": stub.card.name, **counts, "failures": failures, "spilling": spilling}
+
+
+class Arena:
+    """Memory handed out from its start at each ``rewind``, so that two runs of a call get the same addresses."""
+
+    def __init__(self, size: int):
+        import torch
+
+        self.memory, self.used, self.allocate = torch.zeros(size, dtype=torch.uint8), 0, torch.empty_strided
+        self.memory = self.memory[-self.memory.data_ptr() % 256 :]
+        torch.empty_strided = self.empty_strided
+
+    def rewind(self) -> None:
+        self.used = 0
+
+    def holds(self, address: int) -> bool:
+        return 0 <= address - self.memory.data_ptr() < self.memory.nbytes
+
+    def empty_strided(self, shape, strides, dtype, device):
+        if device.type != "cpu":
+            return self.allocate(shape, strides, dtype=dtype, device=device)
+        count = max(1, 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)))
+        start = self.used
+        self.used += -(-count * dtype.itemsize // 256) * 256
+        return self.memory[start : start + count * dtype.itemsize].view(dtype).as_strided(shape, strides)
+
+
+# What a call's signature is made of: name → values. A call changes one of them, or draws them all anew.
+PARTS = {
+    "tokens": (8192, 1, 40, 4096),
+    "lead": (False, True),  # another leading dimension
+    "d_in": (512, 510, 512),
+    "d_out": (1536, 1530, 1536),
+    "r": (8, 16, 40),
+    "dtype": ("bfloat16", "float16", "float32"),
+    "adapter": ("same", "float32"),
+    "padding": (0, 8, 3),  # elements between the rows of x
+    "dy padding": (0, 0, 16),
+    "weight padding": (0, 0, 16),
+    "a padding": (0, 0, 16),
+    "b padding": (0, 0, 16),
+    "moved": (None, "x", "weight", "a", "b", "dy"),  # off a multiple of 16 bytes
+    "rounded": (False, True),
+    "bias": (1, 2, None),  # its stride
+    "dropout": (0.0, 0.1, 0.5),
+    "seed": ("number", "tensor"),
+    "stream": (0, 7, 1 << 40),
+    "device": (0, 1),
+    "tf32": (False, True),
+    "needs": ((True, True, True), (False, True, True), (True, False, False), (False, False, True)),
+    "scaling": (2.0, 1, 0.5),
+}
+
+
+def laid_out(rows: int, columns: int, dtype, padding: int = 0, offset: int = 0):
+    import torch
+
+    whole = torch.zeros(rows * (columns + padding) + offset, dtype=dtype)
+    return whole[offset:].as_strided((rows, columns), (columns + padding, 1))
+
+
+def call_of(parts: dict, draw: random.Random):
+    """A function that runs forward and backward on the kernels' own interface, always on the same tensors."""
+    import torch
+
+    from lora_fast.kernels import linear
+
+    dtype = getattr(torch, parts["dtype"])
+    adapter = dtype if parts["adapter"] == "same" else torch.float32
+    n, d_in, d_out, r = (parts[name] for name in ("tokens", "d_in", "d_out", "r"))
+    offset = lambda name: 4 * (parts["moved"] == name)
+    x = laid_out(n, d_in, dtype, parts["padding"], offset("x"))
+    dy = laid_out(n, d_out, dtype, parts["dy padding"], offset("dy"))
+    weight = laid_out(d_out, d_in, dtype, parts["weight padding"], offset("weight"))
+    a = laid_out(r, d_in, adapter, parts["a padding"], offset("a"))
+    b = laid_out(d_out, r, adapter, parts["b padding"], offset("b"))
+    if parts["lead"]:
+        x, dy = x.unsqueeze(0), dy.unsqueeze(0)
+    bias = None if parts["bias"] is None else torch.zeros(d_out * parts["bias"], dtype=dtype)[:: parts["bias"]]
+    seed = torch.zeros((), dtype=torch.int64) if parts["seed"] == "tensor" else draw.randrange(1 << 40)  # no address
+    keep = linear.draw_mask(x, parts["dropout"], seed) if parts["dropout"] else None
+    scaling, needs, rounded = parts["scaling"], parts["needs"], parts["rounded"]
+
+    def call():
+        _, s = linear.forward(x, weight, bias, a, b, scaling, keep, rounded)
+        linear.backward(dy, x, s, weight, a, b, scaling, keep, rounded, needs)
+
+    return call, [tensor for tensor in (x, dy, weight, a, b, bias, seed) if isinstance(tensor, torch.Tensor)]
+
+
+def same(mine: stub_driver.Launched | None, theirs: stub_driver.Launched | None, known) -> bool:
+    """Whether two launches are the same, byte by byte; but where both have an address that is not ``known``, of a
+    product that torch allocated itself."""
+    if mine is None or theirs is None or mine._replace(arguments=()) != theirs._replace(arguments=()):
+        return False
+
+    def unknown(argument: bytes | None) -> bool:
+        address = int.from_bytes(argument or b"", "little")
+        return argument is not None and len(argument) == 8 and address >= 1 << 40 and not known(address)
+
+    both = itertools.zip_longest(mine.arguments, theirs.arguments)
+    return all(one == other or (unknown(one) and unknown(other)) for one, other in both)
+
+
+def both_ways(stub: stub_driver.Stub, arena: Arena, call) -> tuple[list, list]:
+    """What a call launches by its plan, and by Triton's JIT, at the same addresses."""
+    from lora_fast.kernels import linear
+
+    by_plan, runs = linear.by_jit, []
+    for by_jit in (by_plan, by_plan, lambda: True):  # the first makes the plan
+        linear.by_jit = by_jit
+        arena.rewind()
+        with stub.noted() as noted:
+            call()
+        runs.append(noted)
+    linear.by_jit = by_plan
+    return runs[1], runs[2]
+
+
+def plan_proof(stub: stub_driver.Stub, n_calls: int = 210) -> dict:
+    """Random calls by plans and by Triton's JIT: what differs in what the driver got, byte by byte. Of three calls
+    the second has one part changed, to each value in its turn, and the third is the first again."""
+    import torch
+
+    from lora_fast.kernels import launch, linear
+
+    launch.takes_more_registers = lambda *given: False  # what is compiled again, the JIT has not: ``roomy`` has that
+    arena, draw, differences, launches, kernels = Arena(1 << 29), random.Random(1), [], 0, []
+    parts = {name: values[0] for name, values in PARTS.items()}
+    usual, changes = parts, dict.fromkeys(PARTS, 0)
+    turns = [(name, value) for name, values in PARTS.items() for value in dict.fromkeys(values) if value != values[0]]
+    for i in range(n_calls):
+        before = parts
+        if i % 3 == 0:
+            first = usual | dict(draw.sample(turns, draw.choice((0, 0, 1, 2))))
+        name, value = turns[i // 3 % len(turns)]
+        parts = first | {name: value if first[name] != value else usual[name]} if i % 3 == 1 else first
+        for name in PARTS:
+            changes[name] += before[name] != parts[name]
+        call, tensors = call_of(parts, random.Random(i // 3))
+        inputs = {tensor.data_ptr() for tensor in tensors}
+        known = lambda address, inputs=inputs: address in inputs or arena.holds(address)
+        stub.stream, stub.device = parts["stream"], parts["device"]
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if parts["tf32"] else "ieee"
+        plan, jit = both_ways(stub, arena, call)
+        launches += len(plan)
+        kernels += [one.kernel for one in plan]
+        for mine, theirs in itertools.zip_longest(plan, jit):
+            if not same(mine, theirs, known):
+                differences.append(f"{parts}: {mine} and {theirs}"[:2000])
+    of_kernels = {name: kernels.count(name) for name in sorted(set(kernels))}
+    counts = {"launches": launches, "kernels": of_kernels, "plans": len(linear._plans)}
+    return {**counts, "differences": differences, "changes": changes}
+
+
+def roomy(stub: stub_driver.Stub) -> dict:
+    """As if ptxas had let every kernel spill: a plan launches kernels that are compiled with more registers, which
+    differ in nothing else."""
+    from lora_fast.kernels import launch
+
+    prepare = launch.Launch._prepare
+
+    def spilling(self, compiled, *rest):
+        compiled.n_spills = 1
+        return prepare(self, compiled, *rest)
+
+    launch.Launch._prepare = spilling
+    arena = Arena(1 << 27)
+    parts = {name: values[0] for name, values in PARTS.items()} | {"tokens": 8192, "dropout": 0.1}
+    call, tensors = call_of(parts, random.Random(0))
+    inputs = {tensor.data_ptr() for tensor in tensors}
+    known = lambda address: address in inputs or arena.holds(address)
+    plan, jit = both_ways(stub, arena, call)
+    put = lambda mine, theirs: mine._replace(function=theirs.function, cubin=theirs.cubin, stack=theirs.stack)
+    alike = [same(put(mine, theirs), theirs, known) for mine, theirs in zip(plan, jit, strict=True)]
+    return {"alike": alike, "others": [mine.cubin != theirs.cubin for mine, theirs in zip(plan, jit, strict=True)]}
+
+
+def backward_in_autocast(stub: stub_driver.Stub) -> dict:
+    """float32 forward, backward in an autocast region, by plans made outside it and inside: what torch's products give,
+    which kernels read as float32."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    import lora_fast as lf
+    from lora_fast.kernels import linear
+
+    class Products(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.dtypes = set()
+
+        def __torch_dispatch__(self, operator, types, given=(), named=None):
+            result = operator(*given, **(named or {}))
+            if operator.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+                self.dtypes.add(str(result.dtype))
+            return result
+
+    case, seen = {"r": 16, "adapter": "float32", "bias": False, "tokens": 1024}, []
+    for first, second in ((False, True), (True, False)):
+        linear._plans.clear()
+        for inside in (first, second):
+            tensors = operands(case, dtype=torch.float32)
+            y = lf.functional.lora_linear(*tensors.values(), 2.0)
+            trained = [tensors[name] for name in ("x", "lora_A", "lora_B")]
+            products = Products()
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside), products:
+                torch.autograd.grad(y, trained, torch.zeros_like(y))
+            seen.append(sorted(products.dtypes))
+    return {"dtypes": seen}
+
+
+def gluon(stub: stub_driver.Stub) -> dict:
+    """A layer of which the GEMM's strategy "gluon" was measured best: launches by plan and by Triton's JIT, with rows
+    that TMA can address and without."""
+    import torch
+
+    from lora_fast.kernels import tuned
+
+    arena, draw, names, differences = Arena(1 << 27), random.Random(2), [], []
+    parts = {name: values[0] for name, values in PARTS.items()} | {"tokens": 1024}
+    for r, adapter, dropout, dtype, padding in (
+        (16, "float32", 0.1, "bfloat16", 0), (40, "same", 0.0, "bfloat16", 8), (8, "float32", 0.1, "float16", 0),
+        (1, "same", 0.1, "float16", 0), (256, "float32", 0.0, "bfloat16", 0), (16, "same", 0.0, "bfloat16", 3),
+    ):  # fmt: skip
+        given = {"r": r, "adapter": adapter, "dropout": dropout, "dtype": dtype, "padding": padding, "bias": 1}
+        call, tensors = call_of(parts | given, draw)
+        inputs = {tensor.data_ptr() for tensor in tensors}
+        d_in, d_out = parts["d_in"], parts["d_out"]
+        key = tuned.key("linear", getattr(torch, dtype), 1024, d_in, d_out, r)
+        backward = key._replace(op="grad_x" + "_dropout" * bool(dropout), d_in=d_out, d_out=d_in)
+        with tuned.using({key: "gluon", backward: "gluon"}):
+            plan, jit = both_ways(stub, arena, call)
+        names.append([launch.kernel for launch in plan])
+        known = lambda address, inputs=inputs: address in inputs or arena.holds(address)
+        for mine, theirs in itertools.zip_longest(plan, jit):
+            if not same(mine, theirs, known):
+                differences.append(f"{given}: {mine} and {theirs}"[:2000])
+    return {"launched": names, "differences": differences}
+
+
+def leave_products_out() -> None:
+    """Torch's own products only allocate: the stub's kernels compute nothing either."""
+    import torch
+
+    from lora_fast.kernels.linear import cublas, gemm
+
+    empty = lambda rows, columns, dtype: torch.empty(rows, columns, dtype=dtype)
+    torch.mm = lambda a, b, out_dtype=None: empty(len(a), b.shape[1], out_dtype or a.dtype)
+    torch.addmm = lambda c, a, b, beta=1, alpha=1: empty(len(a), b.shape[1], a.dtype)
+    torch.matmul = lambda a, b: a.new_empty(*a.shape[:-1], b.shape[1])
+    gemm.F = cublas.F = SimpleNamespace(linear=lambda x, weight, bias=None: x.new_empty(*x.shape[:-1], len(weight)))
+
+
+def variants(stub: stub_driver.Stub) -> dict:
+    """Compiled variants that 20 batch sizes of one layer with dropout load, by kernel, for some layers."""
+    leave_products_out()
+    loaded = {}
+    for d_out, adapter in ((64, "float32"), (4096, "float32"), (4096, "bfloat16")):
+        used = set()
+        for n in (1, 3, *range(40, 4000, 230)):
+            case = {"r": 16, "adapter": adapter, "bias": False, "tokens": n}
+            with stub.noted() as noted:
+                run_layer(operands(case, 4096, d_out), 0.1)
+            used |= {(launch.kernel, launch.function) for launch in noted}
+        names = [kernel for kernel, _ in used]
+        loaded[f"4096 → {d_out}, {adapter}"] = {name: names.count(name) for name in sorted(set(names))}
+    return loaded
+
+
+def capture(stub: stub_driver.Stub) -> dict:
+    """After a warm-up with seeds of the host, a capture, whose seeds are on the device: what loads a module fails."""
+    from lora_fast import backend
+
+    outcome = {}
+    for strategy in ("by estimate", "cublas thin"):
+        case = {"r": 64 if strategy == "cublas thin" else 16, "adapter": "float32", "bias": True, "tokens": 4096}
+        tensors = operands(case, 1024, 1024)
+        run_layer(tensors, 0.1)
+        loads = stub.counter("loads")
+        capturing, backend.is_capturing = backend.is_capturing, lambda device: True
+        with stub.capturing(), stub.noted() as noted:
+            run_layer(tensors, 0.1)
+        backend.is_capturing = capturing
+        outcome[strategy] = {"loads": stub.counter("loads") - loads, "launches": len(noted)}
+    with stub.capturing():  # the stub does refuse
+        try:
+            run_layer(operands(case | {"r": 24}, 1024, 1024), 0.1)
+        except RuntimeError as error:
+            outcome["refused"] = str(error)
+    return outcome
+
+
+STEPS = {"AdamW": 1, "ILoRA": 3, "PiLoRA": 5, "LoRAMuon": 4}  # launches
+
+
+def optimizer_steps(stub: stub_driver.Stub) -> dict:
+    """Of each method, rank and place of the learning rate: what a step launches by plan and through Triton's JIT, with
+    gradients that move (a kernel that spills is another one by plan, with more registers); and what one loads, once
+    one was made, while a graph is captured."""
+    import torch
+    from torch import nn
+
+    import lora_fast as lf
+    from lora_fast.kernels import launch, pointer_table
+
+    outcome = {"differences": [], "launches": {}, "loads": {}}
+    arena, by_jit = Arena(1 << 22), launch.by_jit
+    allocate = torch.empty
+
+    def empty(*shape, dtype=None, device=None):
+        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        strides = allocate(shape, device="meta").stride()
+        return arena.empty_strided(shape, strides, dtype or torch.float32, torch.device(device or "cpu"))
+
+    def noted(step) -> list:
+        arena.rewind()
+        with stub.noted() as launches:
+            torch.empty = empty
+            step()
+            torch.empty = allocate
+        return [launch._replace(function=0) for launch in launches]
+
+    for name, r, on_device in itertools.product(STEPS, (8, 17, 100), (False, True)):
+        shapes = [(64, 40), (40, 64), (33, 24)]
+        pairs = [(nn.Parameter(torch.zeros(r, i)), nn.Parameter(torch.zeros(o, r))) for i, o in shapes]
+        methods = [] if name == "AdamW" else [getattr(lf.methods, name)()]
+        rate = torch.tensor(1e-3) if on_device else 1e-3
+        optimizer = lf.optim.LoRAAdamW(pairs, lr=rate, methods=methods)
+        held, words = [], f"{name}, r={r}, rate {'on the device' if on_device else 'a number'}"
+
+        def move(pairs=pairs, held=held):
+            for p in (p for pair in pairs for p in pair):
+                held.append(p.grad)
+                p.grad = torch.zeros_like(p)
+
+        move()
+        optimizer.step()
+        move()
+        by_plan = noted(optimizer.step)
+        launch.by_jit = lambda: True
+        through_jit = noted(optimizer.step)
+        launch.by_jit = by_jit
+        for planned, compiled in zip(by_plan, through_jit, strict=True):
+            spilled = compiled.stack > planned.stack == 0
+            if planned != (compiled._replace(cubin=planned.cubin, stack=0) if spilled else compiled):
+                outcome["differences"].append(f"{words}: {planned.kernel}")
+        outcome["launches"][words] = [planned.kernel for planned in by_plan]
+        loads, capturing = stub.counter("loads"), pointer_table.capturing
+        pointer_table.capturing, pointer_table.to_device, to_device = lambda: True, None, pointer_table.to_device
+        with stub.capturing():
+            optimizer.step()
+        pointer_table.capturing, pointer_table.to_device = capturing, to_device
+        outcome["loads"][words] = stub.counter("loads") - loads
+    return outcome
+
+
+def public_functions(stub: stub_driver.Stub) -> dict:
+    """The functions that are handed lists, twice: with aligned matrices, then with ones that are not."""
+    import torch
+
+    import lora_fast.functional as F
+    from lora_fast.kernels.pairs import transform
+
+    a, b = [torch.ones(16, 64), torch.ones(16, 32)], [torch.ones(48, 16), torch.ones(24, 16)]
+    zeros = lambda like: [torch.zeros_like(x) for x in like]
+    factors = list(zip(a + b, zeros(a + b), zeros(a + b), zeros(a + b), strict=True))
+    hyper, steps = torch.ones(4, 5, dtype=torch.float64), torch.zeros(4)
+    storage = torch.zeros(4 * 16 * 16 + 1)
+    cubins = []
+    for offset in (0, 1):
+        matrices = storage[offset : offset + 4 * 16 * 16].view(4, 16, 16)
+        with stub.noted() as noted:
+            F.adapter_step_(factors, [True] * 2 + [False] * 2, hyper, steps, F.StepWork(matrices=matrices))
+            transform.transform_(a + b, [True] * 2 + [False] * 2, matrices)
+        cubins.append([launch.cubin for launch in noted])
+    with stub.noted() as noted:
+        F.adapter_step_(factors, [True] * 2 + [False] * 2, hyper, steps)
+        F.gram(a, dim=1)
+        F.scalora_scaling(a, b, zeros(a), zeros(b), 1.0, 1.0)
+        F.add_low_rank_(torch.zeros(48, 64), a[0], b[0], 1.0)
+    return {"cubins": cubins, "launched": [launch.kernel for launch in noted]}
+
+
+def too_large(stub: stub_driver.Stub) -> dict:
+    """What a tile that does not fit says; and that the next call, with one that does, runs."""
+    import torch
+
+    from lora_fast.kernels import launch, tuned
+
+    tensors = operands({"r": 16, "adapter": "bfloat16", "bias": False, "tokens": 512}, 1024, 1024)
+    key = tuned.key("grad_a", torch.bfloat16, 512, 1024, 0, 16)
+    with tuned.using({key: (128, 256, 0, 8, 3)}), stub.noted() as noted:
+        try:
+            run_layer(tensors, 0.1)
+            error = None
+        except launch.LaunchError as raised:
+            error = str(raised)
+    with stub.noted() as after:
+        run_layer(tensors, 0.1)
+    names = lambda launches: [one.kernel for one in launches]
+    return {"error": error, "launched": names(noted), "after": names(after)}
+
+
+def hooks(stub: stub_driver.Stub) -> dict:
+    """Launch hooks see every launch, also of layers whose plans were made without them."""
+    from triton import knobs
+
+    tensors, seen = operands({"r": 16, "adapter": "float32", "bias": False, "tokens": 4096}, 1024, 1024), []
+    with stub.noted() as noted:
+        run_layer(tensors, 0.1), run_layer(tensors, 0.1)
+    hook = lambda metadata: seen.append(metadata.get()["name"])
+    knobs.runtime.launch_enter_hook.add(hook)
+    run_layer(tensors, 0.1)
+    knobs.runtime.launch_enter_hook.remove(hook)
+    run_layer(tensors, 0.1)
+    return {"seen": seen, "launched": [launch.kernel for launch in noted[len(noted) // 2 :]]}
+
+
+def threads(stub: stub_driver.Stub) -> dict:
+    """Two threads with their own tensors and the same plans, of which some are dropped for others: no error."""
+    from lora_fast.kernels import launch, linear
+
+    launch.KEPT = 3
+    cases = [{"r": r, "adapter": "bfloat16", "bias": False, "tokens": 1024} for r in (8, 8)]
+    errors = []
+
+    def work(case):
+        try:
+            tensors = [operands(case | {"tokens": n}, 1024, 1024) for n in (1024, 2048, 4096)]
+            for _ in range(20):
+                for each in tensors:
+                    run_layer(each, 0.1)
+        except Exception as error:
+            errors.append(repr(error))
+
+    workers = [threading.Thread(target=work, args=(case,)) for case in cases]
+    before = stub.counter("launches")
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return {"errors": errors, "kept": len(linear._plans), "launches": stub.counter("launches") - before}
+
+
+COMMANDS = {
+    "sample": lambda stub: launch_matrix(stub, pairwise()),
+    "proof": plan_proof,
+    "roomy": roomy,
+    "backward_in_autocast": backward_in_autocast,
+    "gluon": gluon,
+    "variants": variants,
+    "capture": capture,
+    "optimizer_steps": optimizer_steps,
+    "public_functions": public_functions,
+    "too_large": too_large,
+    "hooks": hooks,
+    "threads": threads,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["matrix", *COMMANDS])
+    parser.add_argument("--arch", type=int, default=90)
+    parser.add_argument("--rank", type=int, help="of the matrix, one rank alone")
+    options = parser.parse_args()
+    stub = stub_driver.install(options.arch)
+    if options.command == "matrix":
+        cases = [case for case in matrix() if options.rank in (None, case["r"])]
+        print(json.dumps(launch_matrix(stub, cases)))
+    else:
+        print(json.dumps(COMMANDS[options.command](stub), ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The catalogue's launches, compiled for every arch without a GPU: what lora-fast inspect measures breaks none of its
+rules. By default for sm_80, sm_90 and sm_100 every variant at one rank, the first and the last variant at the others
+(about nine minutes of one core), for the other archs (test_launches.py launches their layers) two variants at one rank;
+``-m budget`` compiles them all."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.platform != "linux":
+    pytest.skip("Triton needs Linux", allow_module_level=True)
+
+from lora_fast.cli.inspect import measure
+from lora_fast.kernels.inspection import catalogue, rules
+
+THIN, GEMM = ["project", "grad_s_b", "grad_a"], ["linear", "grad_x", "few_tokens"]
+FULL = (80, 90, 100)
+SHARES = {"thin": THIN, "gemm": GEMM, "rest": [op for op in catalogue.OPS if op not in THIN + GEMM]}
+
+
+def sample(ops: list[str], arch: int) -> list[catalogue.Case]:
+    """Every variant at each op's second rank (of one: at that), the first and the last at the others; of archs that are
+    not in ``FULL`` the first and the last at the second rank."""
+    chosen = []
+    for op in ops:
+        ranks: dict[tuple, list[catalogue.Case]] = {}
+        for case in filter(lambda case: case.runs_on(arch), catalogue.cases([op])):
+            ranks.setdefault((case.dtype, case.r), []).append(case)
+        second = list(ranks)[:2][-1]
+        for place, cases in ranks.items() if arch in FULL else [(second, ranks[second])]:
+            chosen += cases if (place == second and arch in FULL) or len(cases) < 3 else [cases[0], cases[-1]]
+    return chosen
+
+
+def everything(ops: list[str], arch: int) -> list[catalogue.Case]:
+    return [case for case in catalogue.cases(ops) if case.runs_on(arch)]
+
+
+ALL = pytest.param(everything, marks=pytest.mark.budget)
+
+
+@pytest.mark.parametrize("arch", rules.ARCHS, ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("cases", [sample, ALL], ids=["some", "all"])
+def test_no_rule_is_broken(cases, share, arch):
+    rows = measure([(case, arch) for case in cases(SHARES[share], arch)], traffic=False, processes=1)
+    assert {row["op"] for row in rows} == set(SHARES[share])
+    broken = [f"{row['kernel']} {row['dtype']} r={row['r']} {row['variant']}: {row['broken']}" for row in rows]
+    assert not any(row["broken"] for row in rows), "\n".join(
+        line for line, row in zip(broken, rows, strict=True) if row["broken"]
+    )
+
+
+def test_catalogue_launches_every_kernel():
+    code = (
+        "from lora_fast.kernels import tiles\nfrom lora_fast.kernels.inspection import catalogue, compiler\n"
+        "with tiles.assume(arch=90), compiled.recorded() as launches:\n"
+        "    for case in catalogue.cases(): case.run()\n"
+        "print(*{launch.kernel.__name__ for launch in launches})"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sources = [path.read_text(encoding="utf-8") for path in Path(catalogue.__file__).parent.glob("*.py")]
+    written = {name for source in sources for name in re.findall(r"^def (lora_\w+_kernel)\(", source, re.M)}
+    assert set(done.stdout.split()) == written

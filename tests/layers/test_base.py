@@ -1,0 +1,83 @@
+"""AdapterLinear: what a parametrisation gets from it, shown by one of a dozen lines (LoRA-FA: only b is trained)."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lora_fast as lf
+from lora_fast.layers.base import AdapterLinear
+
+
+class OnlyB(AdapterLinear):
+    """a frozen and random, b trained."""
+
+    TRAINABLE = SAVED_STATE = ("free_b",)
+    INIT_ARGUMENTS = ("alpha",)
+
+    def __init__(self, in_features, out_features, *, r, alpha=1.0, dropout=0.0, bias=True, device=None, dtype=None):
+        super().__init__(in_features, out_features, r, dropout, bias, device, dtype)
+        self.alpha, self.scaling = alpha, alpha / r
+        self.free_b = nn.Parameter(torch.empty(out_features, r, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_adapter(self):
+        nn.init.ones_(self.free_b)
+
+    @property
+    def lora_A(self):
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(self.r, self.in_features, generator=generator).to(self.free_b)
+
+    @property
+    def lora_B(self):
+        return self.free_b
+
+
+def inputs():
+    return torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_parametrisation_is_a_dozen_lines():
+    linear = nn.Linear(10, 6, dtype=torch.bfloat16).eval()
+    layer = OnlyB.from_linear(linear, r=4, alpha=2.0, dropout=0.5)
+    assert layer.weight is linear.weight and layer.bias is linear.bias and not layer.training
+    trained = {name: p.dtype for name, p in layer.named_parameters() if p.requires_grad}
+    assert trained == {"free_b": torch.float32}
+    assert list(layer.state_dict()) == ["weight", "bias", "free_b"]
+    assert repr(layer) == "OnlyB(in_features=10, out_features=6, r=4, alpha=2.0, dropout=0.5, bias=True)"
+
+
+def test_forward_backward_and_merge():
+    layer, x = OnlyB(10, 6, r=4, alpha=2.0), inputs()
+    weight = layer.weight.clone()
+    expected = nn.functional.linear(x, weight + 0.5 * layer.lora_B @ layer.lora_A, layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.free_b.grad, 0.5 * (x @ layer.lora_A.T).sum(0).expand(6, 4))
+    layer.merge()
+    assert layer.merged and repr(layer).endswith(", merged)")
+    torch.testing.assert_close(layer(x), expected)
+    layer.unmerge()
+    assert torch.equal(layer.weight, weight) and torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_dropout_in_training_only():
+    layer, x = OnlyB(10, 6, r=4, dropout=0.5), inputs()
+    assert not torch.equal(layer(x), layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
+
+
+def test_what_files_restore():
+    layer, other = OnlyB(10, 6, r=4), OnlyB(10, 6, r=4)
+    other.load_free_(torch.full((6, 4), 3.0))
+    assert (other.free_b == 3).all()
+    with pytest.raises(lf.ArgumentError, match=r"^adapter: expected the parameters of a OnlyB beside it"):
+        layer.free_parameters_for(layer.lora_A, layer.lora_B)
+
+
+@pytest.mark.parametrize("linear", [nn.Identity(), None], ids=["Identity", "None"])
+def test_only_linear_layers(linear):
+    with pytest.raises(lf.ArgumentError, match=r"^linear: expected a torch.nn.Linear, got "):
+        OnlyB.from_linear(linear, r=2)

@@ -1,0 +1,536 @@
+"""fuse_, unfuse_ and merging on PEFT models: the same results as PEFT's own layers, and PEFT goes on working."""
+
+import contextlib
+import copy
+import io
+import pickle
+
+import budget
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.helpers import disable_input_dtype_casting
+from tiny import (
+    assert_same_tensors,
+    assert_unchanged,
+    batch,
+    fill,
+    injected_llama,
+    llama,
+    loss_of,
+    peft_llama,
+    snapshot,
+)
+from torch import nn
+
+import lora_fast as lf
+from lora_fast.layers.fused_peft import FusedLoraLinear
+
+LLAMA_LINEARS = 14  # in two layers
+PROBE = "base_model.model.model.layers.0.self_attn.q_proj"
+STEPS = 50
+
+
+def fused_llama(**options):
+    model = peft_llama(**options)
+    lf.fuse_(model)
+    return model
+
+
+def fused_layers(model):
+    return [module for module in model.modules() if type(module) is FusedLoraLinear]
+
+
+def trained(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+# one layer against PEFT's
+
+
+DTYPES = {
+    "float32": (torch.float32, torch.float32, None),
+    "bfloat16": (torch.bfloat16, torch.bfloat16, None),
+    "float16": (torch.float16, torch.float16, None),
+    "float32-autocast": (torch.float32, torch.float32, torch.bfloat16),
+    "bfloat16-base-float32-adapters-autocast": (torch.bfloat16, torch.float32, torch.bfloat16),
+    "bfloat16-base-float32-adapters": (torch.bfloat16, torch.float32, None),
+}
+
+
+def build_layer(base_dtype, adapter_dtype, bias):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(48, 40, bias=bias)).to(base_dtype)
+    layer = get_peft_model(base, LoraConfig(r=5, lora_alpha=9, target_modules=["0"])).base_model.model[0]
+    nn.init.normal_(layer.lora_B["default"].weight, std=0.2)
+    layer.lora_A.to(adapter_dtype), layer.lora_B.to(adapter_dtype)
+    return layer
+
+
+def run_layer(layer, x, dy, autocast):
+    x = x.clone().requires_grad_()
+    cast = torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext()
+    with cast:
+        y = layer(x)
+    y.backward(dy.to(y.dtype))
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return {"y": y.detach(), "dx": x.grad, "da": a.grad, "db": b.grad}
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("case", DTYPES)
+def test_a_fused_layer_is_as_exact_as_peft(case, bias):
+    base_dtype, adapter_dtype, autocast = DTYPES[case]
+    eager = build_layer(base_dtype, adapter_dtype, bias)
+    fused, exact = copy.deepcopy(eager), copy.deepcopy(eager).double()
+    fused.__class__ = FusedLoraLinear
+    x, dy = torch.randn(2, 7, 48).to(base_dtype), torch.randn(2, 7, 40).to(autocast or base_dtype)
+    got, theirs = run_layer(fused, x, dy, autocast), run_layer(eager, x, dy, autocast)
+    truth = run_layer(exact, x.double(), dy.double(), None)
+    assert fused.fallback_reason is None
+    for name in got:
+        assert got[name].dtype == theirs[name].dtype, name
+        budget.check(name, got[name], truth[name], budget.error(theirs[name], truth[name]), autocast or base_dtype)
+
+
+# what fuse_ changes, and what it leaves
+
+
+def test_fuse_changes_classes_only():
+    model = peft_llama()
+    before = snapshot(model)
+    report = lf.fuse_(model)
+    assert str(report) == "fused 14 layers"
+    after = snapshot(model)
+    assert [entry[:2] for entry in after["modules"]] == [entry[:2] for entry in before["modules"]]
+    assert after["parameters"] == before["parameters"]
+    assert_same_tensors(after["bits"], before["bits"])
+    assert str(lf.unfuse_(model)) == "unfused 14 layers"
+    assert_unchanged(model, before)
+
+
+def test_every_layer_runs_fused():
+    model = fused_llama()
+    model(batch())
+    assert [layer.fallback_reason for layer in fused_layers(model)] == [None] * LLAMA_LINEARS
+
+
+def test_filter_fn_and_strict():
+    model = peft_llama()
+    report = lf.fuse_(model, filter_fn=lambda name, layer: "q_proj" in name, strict=True)
+    assert len(report.changed) == 2 and set(report.left.values()) == {"excluded by filter_fn"}
+    again = lf.fuse_(model)
+    assert len(again.changed) == LLAMA_LINEARS - 2 and set(again.left.values()) == {"already fused"}
+
+
+def test_a_model_that_is_no_peft_model_but_holds_peft_layers():
+    model = llama()
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]))
+    assert len(lf.fuse_(model).changed) == 2
+
+
+def probe_model(**options):
+    return peft_llama(targets=["q_proj"], **options)
+
+
+def hook_base(model):
+    model.get_submodule(PROBE).base_layer.register_forward_hook(lambda module, args, output: output + 1)
+
+
+def patch_base(model):
+    base = model.get_submodule(PROBE).base_layer
+    base.forward = lambda x: nn.functional.linear(x, base.weight) + 1
+
+
+def train_base(model):
+    model.get_submodule(PROBE).base_layer.weight.requires_grad_()
+
+
+def hook_lora(model):
+    model.get_submodule(PROBE).lora_A["default"].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def own_dropout(model):
+    model.get_submodule(PROBE).lora_dropout["default"] = nn.AlphaDropout(0.5)
+
+
+def merge_all(model):
+    model.merge_adapter()
+
+
+def patch_layer(model):
+    layer = model.get_submodule(PROBE)
+    layer.forward = layer.forward
+
+
+class ShardedTensor(torch.Tensor):
+    """Stands for DTensor: a parameter of another tensor type."""
+
+
+def shard_base(model):
+    base = model.get_submodule(PROBE).base_layer
+    base.weight = nn.Parameter(base.weight.data.as_subclass(ShardedTensor), requires_grad=False)
+
+
+UNFUSABLE = {
+    "dora": ({"use_dora": True}, None, "variant DoraLinearVariant"),
+    "lora-bias": ({"lora_bias": True}, None, "bias on lora_B"),
+    "rank": ({"r": 257}, None, "rank 257"),
+    "hook": ({}, hook_base, "hooks"),
+    "replaced-base-forward": ({}, patch_base, "replaced forward"),
+    "replaced-forward": ({}, patch_layer, "its forward was replaced"),
+    "trainable-base": ({}, train_base, "trainable base weight"),
+    "sharded": ({}, shard_base, "weight of type ShardedTensor"),
+    "lora-hook": ({}, hook_lora, "hooks"),
+    "dropout": ({}, own_dropout, "AlphaDropout"),
+    "merged": ({}, merge_all, "merged: unmerge it first"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_bias")
+@pytest.mark.parametrize("case", UNFUSABLE)
+def test_fuse_leaves_with_the_reason(case):
+    options, change, reason = UNFUSABLE[case]
+    model = probe_model(**options)
+    if change is not None:
+        change(model)
+    before = snapshot(model)
+    report = lf.fuse_(model, allow_empty=True)
+    assert reason in report.left[PROBE]
+    assert len(report.changed) == (0 if options or case == "merged" else 1)
+    lf.unfuse_(model, allow_empty=True)
+    with pytest.raises(lf.ArgumentError) as raised:
+        lf.fuse_(model, strict=True)
+    assert raised.value.argument == "peft_model" and reason in str(raised.value)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("act", "build", "says"),
+    [
+        (lf.fuse_, llama, ["peft_model", "at least one LoRA layer of PEFT"]),
+        (lf.fuse_, injected_llama, ["peft_model", "at least one LoRA layer of PEFT"]),
+        (lf.fuse_, fused_llama, ["already fused"]),
+        (lf.fuse_, lambda: probe_model(use_dora=True), ["DoraLinearVariant"]),
+        (lf.unfuse_, peft_llama, ["peft_model", "at least one fused layer", "not fused"]),
+        (lf.merge_, peft_llama, ["not fused: use lf.fuse_ first"]),
+        (lf.unmerge_, fused_llama, ["not merged"]),
+    ],
+    ids=["plain", "injected", "twice", "dora", "unfuse-unfused", "merge-unfused", "unmerge-unmerged"],
+)
+def test_nothing_to_do_is_an_error_and_changes_nothing(act, build, says):
+    model = build()
+    before = snapshot(model)
+    with pytest.raises(lf.ArgumentError) as raised:
+        act(model)
+    assert all(part in str(raised.value) for part in says), raised.value
+    assert_unchanged(model, before)
+    assert not act(model, allow_empty=True).changed
+
+
+# PEFT's forward wherever the fused op would not compute the same
+
+
+@contextlib.contextmanager
+def changed(change, model):
+    change(model)
+    yield
+
+
+def add_second(model, name="second", **options):
+    torch.manual_seed(2)
+    model.add_adapter(name, LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], **options))
+    fill(model, seed=2)
+
+
+def two_active(model):
+    add_second(model)
+    model.base_model.set_adapter(["default", "second"])
+
+
+def other_targets(model):
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["k_proj"]))
+    model.set_adapter("other")
+
+
+def dora_active(model):
+    add_second(model, "dora", use_dora=True)
+    model.set_adapter("dora")
+
+
+FALLBACKS = {
+    "disabled": (lambda model: model.disable_adapter(), "adapters disabled"),
+    "merged": (lambda model: changed(merge_all, model), "merged"),
+    "two-active": (lambda model: changed(two_active, model), "2 active adapters"),
+    "not-in-this-layer": (lambda model: changed(other_targets, model), "no adapter 'other'"),
+    "dora": (lambda model: changed(dora_active, model), "DoraLinearVariant"),
+    "hook": (lambda model: changed(hook_base, model), "hooks"),
+    "lora-hook": (lambda model: changed(hook_lora, model), "hooks"),
+    "replaced-forward": (lambda model: changed(patch_base, model), "replaced forward"),
+    "trainable-base": (lambda model: changed(train_base, model), "trainable base"),
+    "no-input-cast": (lambda model: disable_input_dtype_casting(model), "casting of the input is off"),
+}
+
+
+@pytest.mark.parametrize("case", FALLBACKS)
+def test_peft_computes_what_the_fused_op_does_not(case):
+    change, reason = FALLBACKS[case]
+    theirs, ours = probe_model(), probe_model()
+    lf.fuse_(ours)
+    with change(theirs), change(ours):
+        assert torch.equal(ours(batch()).logits, theirs(batch()).logits) or case == "merged"  # merged: rounded once
+        assert reason in ours.get_submodule(PROBE).fallback_reason
+
+
+def test_adapter_names_for_each_row_fall_back():
+    theirs, ours = probe_model().eval(), probe_model().eval()
+    lf.fuse_(ours)
+    for model in (theirs, ours):
+        add_second(model)
+        model.eval()
+    names = ["second", "default"]
+    assert torch.equal(ours(batch(), adapter_names=names).logits, theirs(batch(), adapter_names=names).logits)
+    assert ours.get_submodule(PROBE).fallback_reason == "extra arguments"
+
+
+def test_the_reason_goes_when_the_layer_runs_fused_again():
+    model = fused_llama()
+    with model.disable_adapter():
+        model(batch())
+    assert fused_layers(model)[0].fallback_reason == "adapters disabled"
+    model(batch())
+    assert fused_layers(model)[0].fallback_reason is None
+
+
+def test_a_mismatched_input_raises_as_in_torch():
+    layer = build_layer(torch.float32, torch.float32, True)
+    layer.__class__ = FusedLoraLinear
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(torch.randn(2, 48, dtype=torch.bfloat16))
+    assert layer.fallback_reason == "torch.bfloat16 input to torch.float32 weights"
+
+
+# PEFT's life cycle
+
+
+def test_switching_adapters():
+    theirs, ours = probe_model(), probe_model()
+    lf.fuse_(ours)
+    for model in (theirs, ours):
+        add_second(model)
+    for adapter in ("second", "default"):
+        theirs.set_adapter(adapter), ours.set_adapter(adapter)
+        for model in (theirs, ours):
+            model.zero_grad()
+            loss_of(model, batch()).backward()
+        assert trained(ours).keys() == trained(theirs).keys()
+        layer = ours.get_submodule(PROBE)
+        assert layer.fallback_reason is None
+        assert (layer.lora_A[adapter].weight.grad is not None) and adapter in layer.active_adapters
+    ours.delete_adapter("second")
+    ours(batch())
+    assert ours.get_submodule(PROBE).fallback_reason is None
+
+
+def test_new_layers_after_add_adapter_are_fused_by_a_second_call():
+    model = fused_llama(targets=["q_proj"])
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["k_proj"]))
+    assert len(lf.fuse_(model).changed) == 2
+
+
+@pytest.mark.parametrize("move", ["deepcopy", "pickle", "torch.save", "state_dict"])
+def test_a_fused_model_survives(move):
+    model = fused_llama(dropout=0.1).eval()
+    if move == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif move == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    elif move == "torch.save":
+        file = io.BytesIO()
+        torch.save(model, file)
+        twin = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    else:
+        twin = peft_llama(seed=5, dropout=0.1).eval()
+        twin.load_state_dict(model.state_dict())
+        lf.fuse_(twin)
+    assert len(fused_layers(twin)) == LLAMA_LINEARS
+    assert_same_tensors(twin.state_dict(), model.state_dict())
+    assert torch.equal(twin(batch()).logits, model(batch()).logits)
+
+
+def test_dropout_only_in_training():
+    model = fused_llama(dropout=0.5)
+    assert not torch.equal(model(batch()).logits, model(batch()).logits)
+    model.eval()
+    assert torch.equal(model(batch()).logits, model(batch()).logits)
+    assert fused_layers(model)[0].fallback_reason is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_casting_a_fused_model(dtype):
+    model = fused_llama().to(dtype)
+    loss_of(model, batch()).backward()
+    assert fused_layers(model)[0].fallback_reason is None
+    assert {parameter.grad.dtype for parameter in trained(model).values()} == {dtype}
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_gradient_checkpointing_changes_no_bit(reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = fused_llama(dropout=0.2).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(3)
+        loss_of(model, batch()).backward()
+        gradients.append({name: parameter.grad for name, parameter in trained(model).items()})
+    assert_same_tensors(*gradients)
+
+
+def test_compiles_without_a_graph_break():
+    model = fused_llama()
+    loss = loss_of(model, batch())
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in trained(model).items()}
+    model.zero_grad()
+    compiled = torch.compile(lambda ids: loss_of(model, ids), fullgraph=True, backend="aot_eager")
+    again = compiled(batch())
+    again.backward()
+    assert torch.equal(again, loss)
+    assert_same_tensors({name: parameter.grad for name, parameter in trained(model).items()}, gradients)
+    torch._dynamo.reset()
+
+
+# merging
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["lf.merge_", "merge_adapter", "merge_adapter-safe"])
+def test_merge_rounds_once_and_unmerge_restores_every_bit(way, dtype):
+    model = fused_llama(dtype=dtype)
+    before = snapshot(model)
+    if way == "lf.merge_":
+        assert len(lf.merge_(model).changed) == LLAMA_LINEARS
+    else:
+        model.merge_adapter(safe_merge=way.endswith("safe"))
+    for name, layer in model.named_modules():
+        if type(layer) is FusedLoraLinear:
+            a, b = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
+            weight = before["bits"][f"{name}.base_layer.weight"].float()
+            assert torch.equal(layer.base_layer.weight, torch.addmm(weight, b, a, alpha=2.0).to(dtype)), name
+    assert model.state_dict().keys() == before["bits"].keys()
+    lf.unmerge_(model) if way == "lf.merge_" else model.unmerge_adapter()
+    assert_unchanged(model, before)
+
+
+def test_disable_adapter_unmerges():
+    model, base = fused_llama(), peft_llama()
+    before = snapshot(model)
+    lf.merge_(model)
+    with model.disable_adapter(), base.disable_adapter():
+        assert torch.equal(model(batch()).logits, base(batch()).logits)
+    assert_unchanged(model, before)
+
+
+def test_two_adapters_merge_from_the_original():
+    model = fused_llama(targets=["q_proj"], dtype=torch.bfloat16)
+    add_second(model)
+    layer, before = model.get_submodule(PROBE), snapshot(model)
+    weight = layer.base_layer.weight.detach().clone()
+    model.merge_adapter(["default"])
+    with pytest.warns(UserWarning, match="additionally merging second"):
+        model.merge_adapter(["second"])
+    total = weight.float()
+    for adapter in ("default", "second"):
+        a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
+        total = torch.addmm(total, b, a, alpha=layer.scaling[adapter])
+    assert torch.equal(layer.base_layer.weight, total.bfloat16())
+    model.unmerge_adapter()
+    assert_unchanged(model, before)
+
+
+def test_merging_a_variant_is_left_to_peft():
+    models = [probe_model(), fused_llama(targets=["q_proj"])]
+    for model in models:
+        dora_active(model)
+    with pytest.raises(lf.ArgumentError, match="more than scaling"):
+        lf.merge_(models[1])
+    for model in models:
+        model.merge_adapter()
+    theirs, ours = (model.get_submodule(PROBE).base_layer.weight for model in models)
+    assert torch.equal(ours, theirs)
+    models[1].unmerge_adapter()
+    assert not models[1].get_submodule(PROBE).merged
+
+
+@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe-merge"])
+def test_merge_and_unload_gives_the_plain_model(safe):
+    model = fused_llama()
+    logits = model(batch()).logits
+    plain = model.merge_and_unload(safe_merge=safe)
+    assert {name for name, _ in plain.named_parameters()} == {name for name, _ in llama().named_parameters()}
+    assert not any("_unmerged_weight" in name for name, _ in plain.named_buffers())
+    assert (plain(batch()).logits - logits).norm() <= 8 * torch.finfo(torch.float32).eps * logits.norm()
+
+
+def test_safe_merge_refuses_nan_and_changes_nothing():
+    model = fused_llama(targets=["q_proj"])
+    model.get_submodule(PROBE).lora_B["default"].weight.data[0, 0] = torch.inf
+    before = model.get_submodule(PROBE).base_layer.weight.clone()
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(model.get_submodule(PROBE).base_layer.weight, before)
+
+
+def test_a_merged_layer_is_not_unfused():
+    model = fused_llama()
+    lf.merge_(model)
+    with pytest.raises(lf.ArgumentError, match="unmerge it first"):
+        lf.unfuse_(model)
+
+
+# training
+
+
+def train(model):
+    """Losses of every step and the final adapters, as float64 vectors."""
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(adapters, lr=5e-3)
+    losses = []
+    for step in range(STEPS):
+        loss = loss_of(model, batch(step % 4))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach().double())
+    return torch.stack(losses), torch.cat([parameter.detach().double().flatten() for parameter in adapters])
+
+
+def injected_twin(peft_model):
+    """A plain model with LoRALinear layers that start from the PEFT model's adapters."""
+    model = injected_llama()
+    for name, layer in model.named_modules():
+        if isinstance(layer, lf.LoRALinear):
+            theirs = peft_model.get_submodule(f"base_model.model.{name}")
+            layer.lora_A.data.copy_(theirs.lora_A["default"].weight)
+            layer.lora_B.data.copy_(theirs.lora_B["default"].weight)
+            layer.weight.data.copy_(theirs.base_layer.weight)
+    model.model.embed_tokens.load_state_dict(peft_model.base_model.model.model.embed_tokens.state_dict())
+    model.lm_head.load_state_dict(peft_model.base_model.model.lm_head.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("seed", [0, 3, 4], ids="seed-{}".format)
+def test_training_is_as_exact_as_peft(seed):
+    eager = peft_llama(seed, filled=False)
+    exact, fused, injected = copy.deepcopy(eager).double(), copy.deepcopy(eager), injected_twin(eager)
+    lf.fuse_(fused)
+    truth, theirs = train(exact), train(eager)
+    assert truth[0][-4:].mean() < truth[0][:4].mean() - 0.5  # it does learn
+    for engine, model in (("fused", fused), ("injected", injected)):
+        ours = train(model)
+        for what, got, peft, true in zip(("losses", "adapters"), ours, theirs, truth, strict=True):
+            allowed = budget.EAGER * budget.error(peft, true) + 2 * torch.finfo(torch.float32).eps
+            assert budget.error(got, true) <= allowed, f"{what}, {engine}"
+    assert all(layer.fallback_reason is None for layer in fused_layers(fused))

@@ -1,0 +1,90 @@
+"""A plain adapter as norm-bounded free parameters: every product within the bound has them, none outside."""
+
+import pytest
+import torch
+
+import lora_fast as lf
+from lora_fast.layers.nb_lora import NORMS, NBLoRALinear
+
+SHAPES = {  # rank of the adapter, d_in, d_out, r
+    "plain": (4, 10, 12, 4),
+    "lower rank": (3, 10, 12, 5),
+    "higher rank, of product 3": (8, 10, 3, 4),
+    "r = d_in": (4, 4, 12, 4),
+    "r > d_out": (8, 10, 3, 8),
+    "square": (8, 8, 8, 8),
+    "wide": (16, 64, 48, 16),
+    "one": (1, 1, 1, 1),
+}
+BOUND = 2.0
+
+
+def adapter(k, d_in, d_out, dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+    return draw(k, d_in), draw(d_out, k)
+
+
+def size(singular, norm, r, learn_scale) -> float:
+    """What the bound is compared with: the norm, or, where the shares are fixed, that of r times the largest."""
+    if not learn_scale or norm == "spectral":
+        return singular[0].item() * r ** NORMS[norm]
+    return singular.norm(1 / NORMS[norm]).item()
+
+
+@pytest.mark.parametrize("used", [0.0, 0.3, 0.999, 1.0])
+@pytest.mark.parametrize("learn_scale", [True, False], ids=["learnt", "fixed"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_round_trip(shape, norm, learn_scale, used):
+    """Exact in float64, and within the rounding of a few products in float32."""
+    k, d_in, d_out, r = SHAPES[shape]
+    a, b = adapter(k, d_in, d_out)
+    scaling = used * BOUND / size(torch.linalg.svdvals(b @ a), norm, r, learn_scale)
+    for dtype in (torch.float64, torch.float32):
+        layer = NBLoRALinear(d_in, d_out, r=r, norm=norm, bound=BOUND, learn_scale=learn_scale, dtype=dtype)
+        layer.load_free_(*layer.free_parameters_for(a, b, scaling))
+        made_a, made_b = (x.double() for x in layer.plain_factors())
+        assert (made_b @ made_a - scaling * b @ a).norm() <= 64 * torch.finfo(dtype).eps * (scaling * b @ a).norm()
+
+
+def test_a_trained_layer_comes_back():
+    layer = NBLoRALinear(10, 12, r=4, bound=BOUND, dtype=torch.float64)
+    with torch.no_grad():
+        for name in layer.TRAINABLE:
+            getattr(layer, name).normal_()
+    a, b = layer.plain_factors()
+    layer.load_free_(*layer.free_parameters_for(a, b))
+    again_a, again_b = layer.plain_factors()
+    torch.testing.assert_close(again_b @ again_a, b @ a)
+
+
+@pytest.mark.parametrize(
+    "norm, learn_scale, scaling, message",
+    [
+        ("spectral", True, 1.0, r"singular values of at most 2, got singular values [\d., ]+$"),
+        ("nuclear", True, 1.0, r"a nuclear norm of at most 2, got singular values [\d., ]+$"),
+        ("frobenius", True, 1.0, r"a Frobenius norm of at most 2, got singular values [\d., ]+$"),
+        ("nuclear", False, 1.0, r"singular values of at most 0\.5, got singular values [\d., ]+$"),
+        ("nuclear", True, float("nan"), "finite"),
+    ],
+    ids=["spectral", "nuclear", "frobenius", "fixed", "nan"],
+)
+def test_outside_the_bound_is_named(norm, learn_scale, scaling, message):
+    a, b = adapter(4, 10, 12)
+    layer = NBLoRALinear(10, 12, r=4, norm=norm, bound=BOUND, learn_scale=learn_scale)
+    with pytest.raises(lf.ArgumentError, match=f"^adapter: expected .*{message}"):
+        layer.free_parameters_for(a * scaling, b)
+
+
+def test_the_violating_values_are_those_above():
+    a = torch.diag(torch.tensor([5.0, 3.0, 1.0, 0.5]))
+    layer = NBLoRALinear(4, 4, r=4, norm="spectral", bound=BOUND)
+    with pytest.raises(lf.ArgumentError, match=r"got singular values 5, 3$"):
+        layer.free_parameters_for(a, torch.eye(4))
+
+
+def test_a_rank_above_r_is_named():
+    a, b = adapter(8, 10, 12)
+    with pytest.raises(lf.ArgumentError, match=r"^adapter: expected a product of rank at most 4, got singular values "):
+        NBLoRALinear(10, 12, r=4, bound=1e6).free_parameters_for(a, b)

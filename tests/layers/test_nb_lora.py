@@ -1,0 +1,624 @@
+"""NBLoRALinear and models of them: the bound, gradients, one transform for all layers, when its values are reused."""
+
+import copy
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+from budget import check, error
+from nb_lora_models import NORMS, layers_of, scatter
+from tiny import assert_unchanged, batch, llama, loss_of, snapshot
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lora_fast as lf
+from lora_fast.layers import nb_lora
+from lora_fast.ops import cayley as cayley_op
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EPS = torch.finfo(torch.float32).eps
+
+
+def layer_of(norm="nuclear", dtype=torch.float32, **settings) -> lf.NBLoRALinear:
+    torch.manual_seed(0)
+    made = lf.NBLoRALinear(10, 12, **{"r": 4, "norm": norm, "bound": 1.5, "dtype": dtype, "device": DEVICE} | settings)
+    return scatter(made)
+
+
+def stack_of(**settings) -> nn.Module:
+    """Linear layers of several shapes with an activation between, each in a block of its own."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(i, o), nn.Tanh()) for i, o in [(10, 14), (14, 6), (6, 10)]]
+    model = nn.Sequential(*blocks).to(DEVICE)
+    lf.inject_(model, lf.NBLoRAConfig(**{"r": 4, "bound": 1.5} | settings))
+    return scatter(model)
+
+
+def trained(model) -> list[torch.Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def gradients(model, run=None, x=None) -> list[torch.Tensor]:
+    model.zero_grad()
+    x = inputs() if x is None else x
+    (model if run is None else run)(x).pow(2).sum().backward()
+    return [p.grad for p in trained(model)]
+
+
+def inputs() -> torch.Tensor:
+    return torch.randn(5, 10, generator=torch.Generator().manual_seed(3)).to(DEVICE).requires_grad_()
+
+
+def alone(model) -> nn.Module:
+    """A copy in which every layer computes its own factors."""
+    model = copy.deepcopy(model)
+    model._forward_pre_hooks.clear()
+    model._forward_hooks.clear()
+    return model
+
+
+def assert_equal(these, those) -> None:
+    assert len(these) == len(those) and all(torch.equal(x, y) for x, y in zip(these, those, strict=True))
+
+
+def assert_close(these, those) -> None:
+    """The order of summation may differ: one product for many layers, or several."""
+    for x, y in zip(these, those, strict=True):
+        assert (x - y).norm() <= 16 * EPS * y.norm()
+
+
+@pytest.fixture
+def transforms(monkeypatch) -> list[int]:
+    """How many pairs each call of the transform had."""
+    calls, compute = [], cayley_op.compute
+    monkeypatch.setattr(cayley_op, "compute", lambda free: calls.append(len(free.a)) or compute(free))
+    return calls
+
+
+# ── the layer ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("learn_scale", [True, False], ids=["learnt", "fixed"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradcheck(norm, learn_scale):
+    layer = layer_of(norm, torch.float64, learn_scale=learn_scale)
+    names = [name for name, p in layer.named_parameters() if p.requires_grad]
+    assert names == ["free_a", "free_b"] + ["free_scale"] * (learn_scale and norm != "spectral")
+    x = inputs().detach().double().requires_grad_()
+
+    def call(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    with lf.set_backend("torch"):
+        assert torch.autograd.gradcheck(call, (x, *trained(layer)))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_is_the_formula(norm):
+    """y = x Wᵀ + bias + 2 ((x aᵀ)∘sv) bᵀ, with the norm of sv equal to the bound."""
+    layer, x = layer_of(norm), inputs()
+    power = {"spectral": 0.0, "frobenius": 0.5, "nuclear": 1.0}[norm]
+    sv = 1.5 * torch.softmax(layer.free_scale / 2, 0) ** power
+    a, b = lf.functional.cayley(layer.free_a, layer.free_b)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias) + 2 * (x @ a.T * sv) @ b.T)
+    size = {"spectral": sv.max(), "frobenius": sv.norm(), "nuclear": sv.sum()}[norm]
+    torch.testing.assert_close(size, torch.tensor(1.5, device=DEVICE))
+
+
+@pytest.mark.parametrize("norm, bound", [("spectral", 1.0), ("frobenius", 2.0), ("nuclear", 4.0)])
+def test_default_bound_makes_every_singular_value_one(norm, bound):
+    layer = lf.NBLoRALinear(10, 12, r=4, norm=norm)
+    assert layer.bound == bound
+    _, scale = cayley_op.compute(
+        cayley_op.Free([layer.free_a], [layer.free_b], [layer.free_scale], [bound], [layer.power])
+    )[2:]
+    torch.testing.assert_close(scale[0], torch.full((4,), 2.0))
+
+
+@pytest.mark.parametrize("norm, order", [("spectral", 2), ("frobenius", "fro"), ("nuclear", "nuc")])
+def test_bound_as_a_ratio_of_the_weight(norm, order):
+    linear = nn.Linear(10, 12)
+    layer = lf.NBLoRALinear.from_linear(linear, r=4, norm=norm, bound_ratio=0.25)
+    assert layer.bound == pytest.approx(0.25 * torch.linalg.matrix_norm(linear.weight.double(), order).item(), rel=1e-9)
+
+
+def test_starts_as_its_linear():
+    linear = nn.Linear(10, 12, device=DEVICE)
+    layer = lf.NBLoRALinear.from_linear(linear, r=4, dropout=0.5)
+    x = inputs()
+    assert torch.equal(layer(x), linear(x))
+    assert layer.weight is linear.weight and layer.bias is linear.bias and not layer.weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype, adapter", [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)], ids=str)
+def test_adapter_dtype(dtype, adapter):
+    layer = lf.NBLoRALinear.from_linear(nn.Linear(10, 12, dtype=dtype), r=2)
+    assert {getattr(layer, name).dtype for name in layer.TRAINABLE} == {adapter} and layer.weight.dtype == dtype
+    assert layer(torch.randn(3, 10).to(dtype)).dtype == dtype
+    layer.to(torch.bfloat16)(torch.randn(3, 10).bfloat16()).sum().backward()
+    assert {getattr(layer, name).grad.dtype for name in layer.TRAINABLE} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("r, d_in, d_out", [(10, 10, 12), (8, 10, 3), (1, 1, 1)], ids=["r = d_in", "r > d_out", "1×1"])
+def test_extreme_ranks(r, d_in, d_out):
+    layer = scatter(lf.NBLoRALinear(d_in, d_out, r=r, bound=1.5, dtype=torch.float64))
+    x = torch.randn(3, d_in, dtype=torch.float64)
+    a, b = layer.plain_factors()
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight + b @ a, layer.bias))
+    assert torch.linalg.matrix_norm(b @ a, "nuc") <= 1.5
+    layer(x).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("name", ["free_a", "free_b", "free_scale"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_nan_comes_out_as_nan(backend, name):
+    layer = layer_of()
+    with torch.no_grad():
+        getattr(layer, name).flatten()[-1] = float("nan")
+    with lf.set_backend(backend):
+        assert layer(inputs()).isnan().all()
+
+
+def printed(layer, x) -> torch.Tensor:
+    """The paper's layer under autograd: y = x Wᵀ + bias + 2 ((x aᵀ)∘sv) bᵀ."""
+    a1, a2 = layer.free_a.split([layer.r, layer.in_features - layer.r], 1)
+    eye = torch.eye(layer.r, dtype=x.dtype, device=x.device)
+    inverse = torch.linalg.inv(eye + a1.T - a1 + a2 @ a2.T + layer.free_b.T @ layer.free_b)
+    a, b = torch.cat([2 * inverse.T - eye, -2 * inverse.T @ a2], 1), -2 * layer.free_b @ inverse
+    sv = layer.bound * torch.softmax(layer.free_scale / layer.r**0.5, 0) ** layer.power
+    return nn.functional.linear(x, layer.weight, layer.bias) + 2 * (x @ a.T * sv) @ b.T
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    "r, d_in, d_out", [(4, 10, 12), (9, 9, 20), (7, 13, 3)], ids=["plain", "r = d_in", "r > d_out"]
+)
+def test_whole_layer_within_the_error_budget(r, d_in, d_out, norm, backend):
+    """Output and all gradients against the paper's formula in float64; eager is that formula in float32."""
+    layer = scatter(lf.NBLoRALinear(d_in, d_out, r=r, norm=norm, bound=1.5, device=DEVICE))
+    draw = lambda *size: torch.randn(*size, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    x, dy = draw(5, d_in), draw(5, d_out)
+
+    def run(layer, call, dtype):
+        at = x.to(dtype).requires_grad_()
+        y = call(layer, at)
+        names = [name for name, p in layer.named_parameters() if p.requires_grad]
+        return ["y", "dx", *names], [y, *torch.autograd.grad(y, (at, *trained(layer)), dy.to(dtype))]
+
+    with lf.set_backend(backend):
+        names, got = run(layer, lambda layer, x: layer(x), torch.float32)
+    eager, exact = (run(copy.deepcopy(layer).to(dtype), printed, dtype)[1] for dtype in (torch.float32, torch.float64))
+    for name, ours, theirs, true in zip(names, got, eager, exact, strict=True):
+        check(name, ours, true, error(theirs, true), torch.float32)
+
+
+# ── the bound ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def assert_bounded(*layers) -> None:
+    """Singular values of the last forward's ΔW at most sv, both sorted, and its norm at most the bound, within 12 r ε
+    (a aᵀ + bᵀb = I). Layers of one shape and norm."""
+    a, b, _, scale = (
+        torch.stack(parts).double() for parts in zip(*(layer.kept.values for layer in layers), strict=True)
+    )
+    (r, norm, bound), room = (getattr(layers[0], name) for name in ("r", "norm", "bound")), 12 * layers[0].r * EPS
+    singular = torch.linalg.svdvals(b @ a)[:, :r]
+    most = scale.sort(descending=True).values / 2
+    assert (singular <= most + room * most[:, :1]).all()
+    size = {"spectral": singular.amax(1), "frobenius": singular.norm(dim=1), "nuclear": singular.sum(1)}[norm]
+    assert (size <= bound * (1 + room)).all()
+
+
+class SideBySide(nn.ModuleList):
+    def forward(self, x):
+        return torch.stack([layer(x) for layer in self])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_no_step_exceeds_the_bound(norm):
+    """1,000 steps towards a target far outside, at learning rates from 1e-3 to 10, and what every forward used."""
+    rates = (1e-3, 0.1, 1.0, 10.0)
+    layers = SideBySide(layer_of(norm) for _ in rates)
+    nb_lora.share_factors_(layers)
+    groups = [{"params": trained(layer), "lr": lr} for layer, lr in zip(layers, rates, strict=True)]
+    optimizer = torch.optim.Adam(groups, fused=True)
+    x, target = inputs().detach(), 100 * torch.randn(5, 12, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    for _ in range(1000):
+        (layers(x) - target).pow(2).mean((1, 2)).sum().backward()
+        assert_bounded(*layers)
+        optimizer.step()
+        optimizer.zero_grad()
+    layers(x)
+    assert_bounded(*layers)
+    used = [lf.metrics.bound_stats(layers)[str(i)].used for i in range(len(rates))]
+    assert max(used) > 0.99  # the bound was what held them
+
+
+# ── one transform for a model ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_one_transform_a_forward(transforms):
+    model = stack_of()
+    expected = gradients(alone(model))
+    transforms.clear()
+    got = gradients(model)
+    assert transforms == [3]
+    assert_close(got, expected)
+    assert all(layer.shared is None for layer in layers_of(model))
+
+
+def test_one_node_for_all_layers():
+    model = stack_of()
+    nodes = set()
+    for layer in layers_of(model):
+        layer.register_forward_pre_hook(lambda layer, args: nodes.add(layer.shared[0].grad_fn))
+    model(inputs())
+    assert len(nodes) == 1
+
+
+def test_values_are_kept_while_nothing_changes(transforms):
+    model = stack_of()
+    with torch.no_grad():
+        first = model(inputs())
+        assert torch.equal(model(inputs()), first) and transforms == [3]
+        layers_of(model)[1].free_b.add_(1)
+        changed = model(inputs())
+        assert not torch.equal(changed, first) and transforms == [3, 1]
+    with torch.inference_mode():
+        assert torch.equal(model(inputs()), changed) and transforms == [3, 1]
+
+
+CHANGES = {
+    "in place": lambda layer: layer.free_a.mul_(2),
+    "scale": lambda layer: layer.free_scale.add_(torch.arange(4.0, device=DEVICE)),
+    "new memory": lambda layer: setattr(layer.free_a, "data", layer.free_a.data * 2),
+    "new parameter": lambda layer: setattr(layer, "free_a", nn.Parameter(layer.free_a * 2)),
+    "bound": lambda layer: setattr(layer, "bound", 3.0),
+    "load_state_dict": lambda layer: layer.load_state_dict({k: 2 * v for k, v in layer.state_dict().items()}),
+    "behind the counter, then eval()": lambda layer: (layer.free_a.data.mul_(2), layer.eval()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_change_is_seen(change):
+    model = stack_of()
+    before = model(inputs())
+    CHANGES[change](layers_of(model)[0])
+    after = model(inputs())
+    assert not torch.equal(after, before)
+    assert torch.equal(after, alone(model)(inputs()))
+
+
+def test_optimizer_that_no_counter_shows():
+    """An optimizer of another library may write through raw pointers: evaluation after a step sees it all the same."""
+    model = stack_of()
+    with torch.no_grad():
+        model(inputs())
+    gradients(model)
+    for p in trained(model):
+        p.data.sub_(p.grad)
+    with torch.no_grad():
+        assert torch.equal(model(inputs()), alone(model)(inputs()))
+
+
+def test_accumulation_is_the_sum():
+    model = stack_of()
+    halves = inputs().detach().split([2, 3])
+    expected = [
+        sum(pair) for pair in zip(*([g.clone() for g in gradients(model, x=half)] for half in halves), strict=True)
+    ]
+    model.zero_grad()
+    for half in halves:
+        model(half).pow(2).sum().backward()
+    assert_equal([p.grad for p in trained(model)], expected)
+
+
+def test_two_forwards_before_one_backward():
+    model = stack_of()
+    expected = [2 * g for g in gradients(model)]
+    assert_close(gradients(model, lambda x: torch.cat([model(x), model(x)])), expected)
+
+
+def test_backward_frees_the_graph():
+    model = stack_of()
+    nodes = []
+    layer = layers_of(model)[0]
+    layer.register_forward_pre_hook(lambda layer, args: nodes.append(weakref.ref(layer.shared[0].grad_fn)))
+    gradients(model)
+    assert nodes[0]() is None
+    assert all(x.grad_fn is None for layer in layers_of(model) for x in layer.kept.values)
+
+
+def test_a_forward_that_fails_leaves_nothing(transforms):
+    model = stack_of()
+    with pytest.raises(lf.ArgumentError):
+        model(torch.zeros(5, 9, device=DEVICE))
+    assert all(layer.shared is None for layer in layers_of(model))
+    gradients(model)
+    assert transforms == [3, 3]
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("region", ["blocks", "model"])
+@pytest.mark.parametrize("hooked", [True, False], ids=["together", "alone"])
+def test_checkpointing_is_bitwise(hooked, region, reentrant, transforms):
+    model = stack_of()
+    if not hooked:
+        model = alone(model)
+    expected = gradients(model)
+    transforms.clear()
+    if region == "model":
+        got = gradients(model, lambda x: checkpoint(model, x, use_reentrant=reentrant))
+    else:
+        plain = [type(block).forward.__get__(block) for block in model]
+        for block, forward in zip(model, plain, strict=True):
+            block.forward = lambda x, forward=forward: checkpoint(forward, x, use_reentrant=reentrant)
+        got = gradients(model)
+        assert not hooked or transforms == [3]  # what is run again takes the values of its first run
+    assert_close(got, expected) if hooked else assert_equal(got, expected)
+
+
+def test_checkpointing_in_transformers(transforms):
+    ids, model = batch().to(DEVICE), llama().to(DEVICE)
+    lf.inject_(model, lf.NBLoRAConfig(r=4))
+    scatter(model).train()
+    loss_of(model, ids).backward()
+    expected = [p.grad for p in trained(model)]
+    for options in ({"use_reentrant": False}, {"use_reentrant": True}):
+        model.zero_grad()
+        model.gradient_checkpointing_enable(options)
+        model.enable_input_require_grads()
+        loss_of(model, ids).backward()
+        assert_close([p.grad for p in trained(model)], expected)
+    assert transforms == [14] * 3
+
+
+def test_generation_computes_once(transforms):
+    model = llama().to(DEVICE).eval()
+    lf.inject_(model, lf.NBLoRAConfig(r=4))
+    scatter(model)
+    model.generate(batch().to(DEVICE), max_new_tokens=4, do_sample=False, use_cache=True)
+    assert transforms == [14]
+
+
+def test_a_part_called_by_itself(transforms):
+    model = stack_of()
+    whole = gradients(model)[3:6]
+    hidden = model[0](inputs()).detach()
+    transforms.clear()
+    model.zero_grad()
+    model[2](model[1](hidden)).pow(2).sum().backward()
+    assert transforms == [1, 1]
+    assert_close([p.grad for p in trained(model[1])], whole)
+    model[1](hidden).sum().backward()  # and again, with a graph of its own
+
+
+def test_partial_freezing():
+    model = stack_of()
+    expected = gradients(model)
+    first, second, third = layers_of(model)
+    for p in first.parameters():
+        p.requires_grad_(False)
+    second.free_a.requires_grad_(False)
+    third.free_scale.requires_grad_(False)
+    got = gradients(model)
+    assert_close(got, [expected[4], expected[5], expected[6], expected[7]])
+    assert first.kept.values[0].grad_fn is None and all(p.grad is None for p in first.parameters())
+
+
+def test_all_frozen_keeps_values(transforms):
+    model = stack_of()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for _ in range(2):
+        x = inputs()
+        model(x).sum().backward()
+        assert x.grad is not None
+    assert transforms == [3]
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "layer"])
+def test_compile_fullgraph(whole):
+    model = stack_of() if whole else layer_of()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert_close(gradients(model, compiled), gradients(model))
+    with torch.no_grad():
+        assert torch.equal(compiled(inputs()), model(inputs()))
+        scatter(model, seed=2)
+        assert torch.equal(compiled(inputs()), model(inputs()))
+
+
+def test_compiled_blocks_in_an_eager_model():
+    model = stack_of()
+    expected = gradients(model)
+    for block in model:
+        block.compile(fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        assert_close(gradients(model), expected)
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(autocast):
+    """Only the layer's products are in the low precision: the factors are the same."""
+    model = stack_of()
+    with torch.no_grad():
+        model(inputs())
+        expected = [layer.kept.values for layer in layers_of(model)]
+        model.train()
+        with torch.autocast(DEVICE.type, autocast):
+            assert model(inputs()).dtype == autocast
+    for layer, values in zip(layers_of(model), expected, strict=True):
+        assert_equal(layer.kept.values, values)
+
+
+# ── as a torch user expects ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def through_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_torch_save])
+def test_copies(copied, transforms):
+    model = stack_of()
+    gradients(model)
+    other = copied(model)
+    assert all(layer.kept is None for layer in layers_of(other))
+    with torch.no_grad():
+        for p in trained(model):
+            p.zero_()
+    expected = gradients(alone(other))
+    transforms.clear()
+    assert_close(gradients(other), expected)
+    assert transforms == [3]  # the copy's hook computes the copy's layers
+
+
+def test_saved_files_hold_no_factors():
+    model, file = stack_of(), io.BytesIO()
+    gradients(model)
+    torch.save(model, file)
+    before = len(file.getvalue())
+    for layer in layers_of(model):
+        layer.kept = None
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert before <= len(file.getvalue())
+
+
+def test_state_dict():
+    layer, other = layer_of(), layer_of(bound=1.5)
+    assert list(layer.state_dict()) == ["weight", "bias", "free_a", "free_b", "free_scale"]
+    scatter(other, seed=2).load_state_dict(layer.state_dict())
+    assert torch.equal(other(inputs()), layer(inputs()))
+
+
+def test_merge_and_unmerge():
+    model = stack_of()
+    x, weights = inputs(), [layer.weight.clone() for layer in layers_of(model)]
+    with torch.no_grad():
+        before = model(x)
+        assert len(lf.merge_(model).changed) == 3
+        torch.testing.assert_close(model(x), before)
+        lf.unmerge_(model)
+        assert torch.equal(model(x), before)
+    assert_equal([layer.weight for layer in layers_of(model)], weights)
+
+
+def test_plain_adamw_trains_it():
+    model = stack_of()
+    optimizer = lf.optim.LoRAAdamW(model, lr=1e-2)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 9
+    before = [p.detach().clone() for p in trained(model)]
+    losses = []
+    for _ in range(20):
+        loss = model(inputs()).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and not any(torch.equal(p, q) for p, q in zip(trained(model), before, strict=True))
+
+
+@pytest.mark.parametrize("norm, order", [("spectral", 2), ("frobenius", "fro"), ("nuclear", "nuc")])
+def test_how_much_of_the_bound_is_used(norm, order):
+    model = stack_of(norm=norm)
+    stats = lf.metrics.bound_stats(model)
+    assert len(stats) == 3
+    for name, layer in model.named_modules():
+        if name in stats:
+            a, b = layer.plain_factors()
+            value = torch.linalg.matrix_norm(b @ a, order).item()
+            assert stats[name] == lf.metrics.BoundStats(norm, 1.5, stats[name].value, stats[name].value / 1.5)
+            assert stats[name].value == pytest.approx(value, rel=1e-5) and 0 < stats[name].used <= 1
+
+
+def test_methods_of_factors_are_refused():
+    with pytest.raises(lf.ArgumentError, match=r"^methods: expected none for a model without trained LoRA factors"):
+        lf.optim.LoRAAdamW(stack_of(), methods=[lf.methods.ILoRA()])
+
+
+def test_inject_again_joins_the_same_transform(transforms):
+    model = llama()
+    lf.inject_(model, lf.NBLoRAConfig(r=4, target_modules=["q_proj"]))
+    report = lf.inject_(model, lf.NBLoRAConfig(r=2, norm="spectral"))
+    assert len(report.changed) == 12 and "already a NBLoRALinear" in report.reasons()
+    model(batch())
+    assert transforms == [14]
+
+
+# ── bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("r", 0), ("r", 11), ("r", 257), ("norm", "schatten"), ("bound", 0), ("bound", -1.0), ("bound", float("nan"))]
+    + [("learn_scale", 1), ("dropout", 2.0)],
+    ids=str,
+)
+def test_bad_settings_are_named(name, value):
+    with pytest.raises(lf.ArgumentError, match=rf"^{name}: expected .+, got "):
+        lf.NBLoRALinear(10, 12, **{"r": 4, name: value})
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("norm", {"norm": "l2"}),
+        ("bound", {"bound": 0.0}),
+        ("bound", {"bound": float("nan")}),
+        ("bound_ratio", {"bound_ratio": -1.0}),
+        ("bound_ratio", {"bound_ratio": 1.0, "bound": 1.0}),
+        ("target_modules", {"target_modules": []}),
+    ],
+    ids=str,
+)
+def test_bad_configs_are_named(name, settings):
+    with pytest.raises(lf.ArgumentError, match=rf"^{name}: expected .+, got "):
+        lf.NBLoRAConfig(**settings)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")], ids=str)
+def test_a_ratio_of_no_norm_is_named(value, norm):
+    linear = nn.Linear(10, 14)
+    nn.init.constant_(linear.weight, value)
+    with pytest.raises(lf.ArgumentError, match=r"^bound_ratio: .*finite and above 0, got norm (0|nan|inf)$"):
+        lf.NBLoRALinear.from_linear(linear, r=2, norm=norm, bound_ratio=0.1)
+    assert linear.weight.requires_grad
+
+
+def zeroed(model):
+    nn.init.zeros_(model[1][0].weight)
+    return model
+
+
+@pytest.mark.parametrize(
+    "change, config, message",
+    [
+        (zeroed, {"bound_ratio": 0.1}, r"^bound_ratio: .*above 0 \(1\.0\), got norm 0"),
+        (lambda m: m.to("meta"), {"bound_ratio": 0.1}, r"^bound_ratio: .*data \(0\.0\), got .*meta"),
+        (lambda m: m, {"r": 12}, r"^r: .*at most in_features, 10 \(0\.0\), got 12"),
+        (lambda m: m, {"target_modules": ["1"]}, r"^target_modules: .*left .*Sequential, not torch.nn.Linear"),
+    ],
+    ids=["zero weight", "meta weight", "r > d_in", "not linear"],
+)
+def test_errors_of_inject_leave_the_model(change, config, message):
+    blocks = [nn.Sequential(nn.Linear(i, o), nn.Tanh()) for i, o in [(10, 14), (14, 6)]]
+    model = change(nn.Sequential(*blocks))
+    before = snapshot(model)
+    with pytest.raises(lf.ArgumentError, match=message):
+        lf.inject_(model, lf.NBLoRAConfig(**{"r": 2} | config))
+    if not next(model.parameters()).is_meta:
+        assert_unchanged(model, before)
+    assert not model._forward_pre_hooks

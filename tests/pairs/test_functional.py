@@ -1,0 +1,198 @@
+"""The public functions of the adapter step on both backends: lists of mixed shapes, ranks and layouts against float64
+of the same formula, what they leave alone, what they refuse. And the small kernels between two passes."""
+
+import pytest
+import torch
+from budget import check, error
+
+from lora_fast import functional as F
+from lora_fast.backend import set_backend
+from lora_fast.kernels.pairs import regularizers
+from lora_fast.ops.reference import pairs as reference
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # numpy's, for a pair of zeros
+SHAPES = [(24, 40, 4), (9, 50, 4), (17, 33, 3), (24, 40, 4)]  # d_out, d_in, r
+FLOAT32 = torch.float32
+backends = pytest.mark.parametrize("backend", ["torch", "triton"])
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def lists(strided=True):
+    """a, b, da, db; the second a is a transposed view."""
+    a, b = ([randn(*shape, seed=i) for i, shape in enumerate(shapes)] for shapes in _both())
+    da, db = ([randn(*shape, seed=i + 10) for i, shape in enumerate(shapes)] for shapes in _both())
+    if strided:
+        a[1] = a[1].T.contiguous().T
+    return a, b, da, db
+
+
+def _both():
+    return [(r, d_in) for _, d_in, r in SHAPES], [(d_out, r) for d_out, _, r in SHAPES]
+
+
+def against_float64(function, *arguments, names=("result",)):
+    """Every result beside the same function's in float64 on the torch backend, judged by its error in float32 there."""
+    wide = [[x.double() for x in some] if isinstance(some, list) else some for some in arguments]
+    got = function(*arguments)
+    with set_backend("torch"):
+        exact, eager = function(*wide), function(*arguments)
+    got, exact, eager = (x if isinstance(x, tuple) else (x,) for x in (got, exact, eager))
+    for name, of_got, of_exact, of_eager in zip(names, got, exact, eager, strict=True):
+        for i, (x, right, plain) in enumerate(zip(of_got, of_exact, of_eager, strict=True)):
+            check(f"{name}[{i}]", x, right.double(), error(plain, right.double()), FLOAT32)
+
+
+@backends
+def test_grams(backend):
+    a, b, *_ = lists()
+    with set_backend(backend):
+        against_float64(lambda x: F.gram(x, 1), a)
+        against_float64(lambda x: F.gram(x, 0), b)
+        assert F.gram([], 0) == []
+
+
+@backends
+@pytest.mark.parametrize("solver", ["nnls", "paper", "column", "scalar"])
+def test_scalora_scaling(backend, solver):
+    with set_backend(backend):
+        scaling = lambda a, b, da, db: F.scalora_scaling(a, b, da, db, 2.0, 30.0, solver)
+        against_float64(scaling, *lists(), names=("alpha", "beta", "info"))
+
+
+@backends
+@pytest.mark.parametrize("gauge", ["symmetric", "svd_signed"])
+def test_hyperbalance(backend, gauge):
+    a, b, *_ = lists()
+    before = [x.clone() for x in (*a, *b)]
+    with set_backend(backend):
+        against_float64(lambda a, b: F.hyperbalance(a, b, gauge), a, b, names=("a", "b"))
+    assert all(torch.equal(x, y) for x, y in zip((*a, *b), before, strict=True)), "the inputs stay"
+
+
+@backends
+def test_solves(backend):
+    root = randn(5, 7, 7)
+    spd, rhs = root @ root.mT + torch.eye(7), randn(5, 7, 3)
+    skew = root - root.mT + 2 * torch.eye(7)
+    with set_backend(backend):
+        against_float64(lambda m, x: F.spd_solve(m[0], x[0], 0.5), [spd], [rhs], names=("x", "info"))
+        against_float64(lambda m: F.small_inverse(m[0]), [skew])
+
+
+@backends
+def test_merge(backend):
+    weight, a, b, scale = randn(9, 50, seed=3), randn(4, 50), randn(9, 4), randn(4)
+    exact = weight.double() + (b.double() * scale.double()) @ a.double()
+    eager = error(weight + (b * scale) @ a, exact)
+    with set_backend(backend):
+        assert F.add_low_rank_(weight, a.T.contiguous().T, b, scale) is weight
+    check("weight", weight, exact, eager, FLOAT32)
+
+
+def step_case(dtype=FLOAT32):
+    a, b, da, db = lists(strided=False)
+    tensors, is_a = list(zip(b + a, db + da, strict=True)), [False] * len(b) + [True] * len(a)
+    factors = [
+        tuple(x.to(dtype) for x in (p, g, 0.1 * randn(*p.shape, seed=20), 0.01 * randn(*p.shape, seed=30).square()))
+        for p, g in tensors
+    ]
+    n = len(factors)
+    hyper = torch.tensor([[1e-2 * (i + 1), 0.9, 0.999, 1e-8, 0.1] for i in range(n)], dtype=torch.float64)
+    work = F.StepWork(randn(n), randn(n, 4, 4), 0.5 + randn(n, 4).abs(), 0.5 + randn(n, 4, seed=1).abs(), True)
+    return factors, is_a, hyper, torch.arange(n, dtype=FLOAT32), F.StepWork(*(w.to(dtype) for w in work[:4]), True)
+
+
+@backends
+def test_adapter_step(backend):
+    runs = {}
+    kinds = {"got": (FLOAT32, backend), "exact": (torch.float64, "torch"), "eager": (FLOAT32, "torch")}
+    for name, (dtype, chosen) in kinds.items():
+        factors, is_a, hyper, steps, work = step_case(dtype)
+        with set_backend(chosen):
+            grams = F.adapter_step_(factors, is_a, hyper, steps, work)
+        runs[name] = [x for f in factors for x in f] + list(grams)
+        assert torch.equal(steps, torch.arange(len(factors)) + 1.0)
+    for i, (got, exact, eager) in enumerate(zip(*runs.values(), strict=True)):
+        check(f"tensor {i}", got, exact.double(), error(eager, exact.double()), FLOAT32)
+
+
+@backends
+def test_adapter_step_without_anything_is_adamw(backend):
+    factors, is_a, hyper, steps, _ = step_case()
+    wanted = [torch.nn.Parameter(f[0].clone()) for f in factors]
+    for p, (_, g, *_), (lr, *_, decay) in zip(wanted, factors, hyper.tolist(), strict=True):
+        p.grad = g.clone()
+        torch.optim.AdamW([p], lr=lr, weight_decay=decay).step()
+    for _, _, m, v in factors:
+        m.zero_(), v.zero_()
+    with set_backend(backend):
+        assert F.adapter_step_(factors, is_a, hyper, steps.zero_()) is None
+    for (p, *_), want in zip(factors, wanted, strict=True):
+        assert (p - want).norm() <= 8 * torch.finfo(FLOAT32).eps * want.norm()
+
+
+@pytest.mark.parametrize("name", ["hyper", "steps", "additive", "matrices", "scale_p", "is_a", "factors[1][2]", "lone"])
+def test_adapter_step_names_what_does_not_fit(name):
+    factors, is_a, hyper, steps, work = step_case()
+    before = [x.clone() for f in factors for x in f]
+    if name == "factors[1][2]":
+        factors[1] = (*factors[1][:2], factors[1][2].T, factors[1][3])
+    elif name == "is_a":
+        is_a = is_a[1:]
+    elif name in ("hyper", "steps"):
+        hyper, steps = (hyper[1:], steps) if name == "hyper" else (hyper, steps.double())
+    else:
+        work = work._replace(**({"scale_g": None} if name == "lone" else {name: getattr(work, name)[1:]}))
+    expected = "scale_p, scale_g" if name == "lone" else name
+    with pytest.raises(ValueError) as raised:
+        F.adapter_step_(factors, is_a, hyper, steps, work)
+    assert raised.value.argument == expected
+    assert all(torch.equal(x, y) for x, y in zip((x for f in step_case()[0] for x in f), before, strict=True))
+
+
+def grams_of(n, r, seed=0):
+    a, b = randn(n, r, 2 * r + 3, seed=seed), randn(n, 3 * r + 1, r, seed=seed + 1)
+    return a @ a.mT, b.mT @ b
+
+
+@pytest.mark.parametrize("in_memory", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("r", [1, 3, 64, 100])
+def test_imbalance_kernel(r, in_memory):
+    ka, kb = grams_of(3, r)
+    kb[1], ka[1] = 0, 0
+    rho, lrs = torch.tensor([0.1, 0.5, 2.0]), (1e-2, 1e3)  # of b's, h is clipped
+    lrs = tuple(torch.tensor(lr) for lr in lrs) if in_memory else lrs
+    got = regularizers.imbalance(ka, kb, rho, *lrs, 0.5)
+    exact = reference.imbalance(ka.double(), kb.double(), rho.double(), 1e-2, 1e3, 0.5)
+    check("matrices", got, exact, error(reference.imbalance(ka, kb, rho, 1e-2, 1e3, 0.5), exact), FLOAT32)
+    assert got[[1, 4]].eq(0).all() and got.isfinite().all()
+
+
+@pytest.mark.parametrize("r", [1, 3, 100])
+def test_scale_reg_kernel(r):
+    ka, kb = grams_of(3, r)
+    ka[1], kb[2] = 0, 0
+    sizes = torch.tensor([100.0, 50.0, 7.0]), torch.tensor([3.0, 5.0, 11.0])
+    got = regularizers.scale_reg(ka, kb, *sizes, 0.01, 1e-6)
+    exact = reference.scale_reg(ka.double(), kb.double(), *(x.double() for x in sizes), 0.01, 1e-6)
+    check("c", got, exact, error(reference.scale_reg(ka, kb, *sizes, 0.01, 1e-6), exact), FLOAT32)
+    assert got[[1, 4]].eq(0).all()
+
+
+def test_a_nan_stays_in_its_pair():
+    ka, kb = grams_of(3, 5)
+    clean = regularizers.imbalance(ka, kb, torch.ones(3), 0.1, 0.1, 0.5)
+    ka[1, 2, :] = ka[1, :, 2] = float("nan")
+    got = regularizers.imbalance(ka, kb, torch.ones(3), 0.1, 0.1, 0.5)
+    assert got[[1, 4], 2].isnan().all() and torch.equal(got[[0, 2, 3, 5]], clean[[0, 2, 3, 5]])
+    got = regularizers.scale_reg(ka, kb, torch.ones(3), torch.ones(3), 0.01, 1e-6)
+    assert got.isnan().tolist() == [False, True, False] * 2
+
+
+def test_no_pairs():
+    nothing = torch.empty(0, 4, 4)
+    assert regularizers.imbalance(nothing, nothing, torch.empty(0), 0.1, 0.1, 0.5).shape == (0, 4, 4)
+    assert regularizers.scale_reg(nothing, nothing, torch.empty(0), torch.empty(0), 0.1, 0.1).shape == (0,)
