@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from .limits import OLDEST_ARCH
+
 
 class Device(NamedTuple):
     """``shared_memory``: bytes a block may use (CUDA's opt-in limit)."""
@@ -20,7 +22,6 @@ class Device(NamedTuple):
     multiprocessors: int
 
 
-OLDEST_ARCH = 80
 INTERPRETED_ARCH = 80
 # One card of each arch that kernels are compiled and inspected for (CUDA programming guide; the cards' data sheets).
 CARDS = {

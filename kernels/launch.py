@@ -13,8 +13,8 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import device, tiles
+from .limits import LARGEST_RANK
 
-LARGEST_RANK = 256
 MOST_REGISTERS = 255  # of a thread
 REGISTERS = 1 << 16  # of a multiprocessor
 

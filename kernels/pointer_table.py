@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .grouping import group_by
 from .launch import Launch, report_addresses
 
 ADDRESSES = 3
@@ -219,13 +220,14 @@ def tables(
 ) -> list[Table]:
     """One for each combination of dtypes and number of experts, and one more for what of it is not aligned, in the
     order in which they first occur. ``beside``: tensors of the factors that ``Table.beside`` will get."""
-    lists = [*columns] if beside is None else [*columns, beside]
-    members: dict[tuple, list[int]] = {}
-    for i, tensors in enumerate(zip(*lists, strict=True)):
+    rows = list(zip(*columns, *([] if beside is None else [beside]), strict=True))
+
+    def kind(i: int) -> tuple:
         n_experts = 1 if experts is None else experts[i]
-        kind = n_experts, _is_aligned(tensors, is_a[i], n_experts), *(t.dtype for t in tensors)
-        members.setdefault(kind, []).append(i)
-    return [Table(columns, is_a, places, indices, *kind[:2]) for kind, places in members.items()]
+        return n_experts, _is_aligned(rows[i], is_a[i], n_experts), *(t.dtype for t in rows[i])
+
+    places = group_by(range(len(rows)), kind)
+    return [Table(columns, is_a, members, indices, *kinds[:2]) for kinds, members in places.items()]
 
 
 def largest_rank(factors: list[torch.Tensor], is_a: list[bool]) -> int:

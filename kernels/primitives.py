@@ -7,8 +7,10 @@ bfloat16 truncates. ``dot``, ``drop`` and ``round_to`` are what the kernels use 
 import triton
 import triton.language as tl
 
+from . import limits
+
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
-PHILOX_ROUNDS = tl.constexpr(7)
+PHILOX_ROUNDS = tl.constexpr(limits.PHILOX_ROUNDS)
 
 
 @triton.jit

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import torch
 
@@ -64,6 +67,23 @@ def uses_triton(tensor: torch.Tensor) -> bool:
             "backend 'triton' with float64: expected float16, bfloat16 or float32; lf.set_backend('torch') computes it"
         )
     return True
+
+
+def ops(family: str, tensor: torch.Tensor) -> ModuleType:
+    """Returns the module that computes a family of ops ("linear", "pairs" or "cayley") on this tensor: the kernels
+    (``lora_fast.kernels.<family>``) or their torch twins (``lora_fast.ops.reference.<family>``). Both have the same
+    functions with the same arguments.
+
+    Raises:
+        BackendError: as ``uses_triton``.
+    """
+    return load_ops(family, uses_triton(tensor))
+
+
+@cache
+def load_ops(family: str, triton: bool) -> ModuleType:
+    """Imports one of the two modules of a family. Triton is imported only where its kernels run."""
+    return import_module(f".{'kernels' if triton else 'ops.reference'}.{family}", __package__)
 
 
 def is_capturing(device: torch.device) -> bool:

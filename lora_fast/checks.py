@@ -7,8 +7,9 @@ import math
 
 import torch
 
+from .kernels.limits import LARGEST_RANK
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAX_RANK = 256
 NUMBERS = (float, int)
 
 
@@ -36,8 +37,8 @@ class BackendError(RuntimeError):
 
 
 def rank(r: object, argument: str = "r") -> int:
-    if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= MAX_RANK:
-        raise ArgumentError(argument, f"an integer from 1 to {MAX_RANK}", repr(r))
+    if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= LARGEST_RANK:
+        raise ArgumentError(argument, f"an integer from 1 to {LARGEST_RANK}", repr(r))
     return r
 
 
@@ -118,8 +119,8 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: b
         raise ArgumentError("x", f"shape (..., {d_in}) to fit weight {_shape(weight)}", _shape(x))
     if bias is not None and _shape(bias) != (d_out,):
         raise ArgumentError("bias", f"shape ({d_out},) to fit weight {_shape(weight)}", _shape(bias))
-    if lora_A.dim() != 2 or lora_A.shape[1] != d_in or not 1 <= lora_A.shape[0] <= MAX_RANK:
-        raise ArgumentError("lora_A", f"shape (r, {d_in}) with r from 1 to {MAX_RANK}", _shape(lora_A))
+    if lora_A.dim() != 2 or lora_A.shape[1] != d_in or not 1 <= lora_A.shape[0] <= LARGEST_RANK:
+        raise ArgumentError("lora_A", f"shape (r, {d_in}) with r from 1 to {LARGEST_RANK}", _shape(lora_A))
     if _shape(lora_B) != (d_out, lora_A.shape[0]):
         raise ArgumentError("lora_B", f"shape ({d_out}, {lora_A.shape[0]}) to fit weight and lora_A", _shape(lora_B))
     if weight.requires_grad:
@@ -139,7 +140,7 @@ def _fits(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: bool) -
     return (
         x.shape[-1] == d_in == a_in
         and lora_B.shape == (d_out, r)
-        and 0 < r <= MAX_RANK
+        and 0 < r <= LARGEST_RANK
         and dtype in FLOATS
         and (weight.dtype is dtype or (autocast and weight.dtype in FLOATS))
         and lora_A.dtype in FLOATS

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .batches import pairs
 from .batches.pairs import Pair
+from .kernels.grouping import group_by
 from .layers.nb_lora import NBLoRALinear, factors_of
 from .layers.sing_lora import SingLoRALinear
 from .ops import pairs as pair_ops
@@ -58,9 +59,8 @@ def adapter_stats(model: nn.Module) -> dict[str, AdapterStats]:
     """
     found = pairs.find_pairs(model) + _derived(model)
     pairs.check(found, set())
-    groups: dict[tuple, list[Pair]] = {}
-    for pair in found:
-        groups.setdefault((pair.a.shape, pair.b.shape, pair.experts, pair.a.dtype, pair.a.device), []).append(pair)
+    kind = lambda pair: (pair.a.shape, pair.b.shape, pair.experts, pair.a.dtype, pair.a.device)
+    groups = group_by(found, kind)
     if not groups:
         return {}
     device = found[0].a.device

@@ -65,7 +65,6 @@ class LoRAAdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         _check_settings(defaults)
         self._methods = compose(methods)
-        self._middle = tuple(method for method in self._methods if type(method) is not LoRAPlus)
         self._pairs: list[PairInGroups] = []
         self._forget_batches()
         found = pairs.find_pairs(model) if isinstance(model, nn.Module) else pairs.make_pairs(model)
@@ -120,10 +119,10 @@ class LoRAAdamW(torch.optim.Optimizer):
         self._forget_batches()
 
     def _check_methods(self, added: list[Pair]) -> None:
-        for method in self._middle:
+        for method in self._methods:
             for pair in added:
                 for name, factor in (("lora_A", pair.a), ("lora_B", pair.b)):
-                    if not factor.requires_grad:
+                    if method.uses_both_factors and not factor.requires_grad:
                         expected = f"a trained factor ({type(method).__name__} uses both)"
                         raise checks.ArgumentError(f"{pair.name}.{name}", expected, "requires_grad=False")
             method.check([pair for pair, *_ in self._pairs] + added)
@@ -151,12 +150,12 @@ class LoRAAdamW(torch.optim.Optimizer):
         memory = self.param_groups[self._pairs[0][1]].setdefault("method_state", {})
         for batch in current:
             batch.begin(self.param_groups)
-        for method in self._middle:
+        for method in self._methods:
             method.before_all(current, memory)
-        replacement = next((method for method in self._middle if method.replaces_adamw), None)
-        followers = [method for method in self._middle if method.has_after]
+        replacement = next((method for method in self._methods if method.replaces_adamw), None)
+        followers = [method for method in self._methods if method.has_after]
         for batch in current:
-            for method in self._middle:
+            for method in self._methods:
                 method.before(batch)
             if replacement is None:
                 batch.adamw(grams=bool(followers))
@@ -191,19 +190,20 @@ class LoRAAdamW(torch.optim.Optimizer):
 
     def _build(self, trained: list[bool]) -> None:
         """Batches, and what plain AdamW trains: each parameter that has a gradient now is in one of them."""
-        stacked = any(method.needs_stacks for method in self._middle)
-        triton = not stacked and partition.grouped([pair for pair, *_ in self._pairs])
+        stacked = any(method.needs_stacks for method in self._methods)
+        pairing = [method for method in self._methods if method.uses_both_factors]
+        triton = not stacked and partition.runs_on_triton([pair for pair, *_ in self._pairs])
         active = []
         for (pair, *groups), of_a, of_b in zip(self._pairs, trained[::2], trained[1::2], strict=False):
-            if of_a != of_b and self._middle:
+            if of_a != of_b and pairing:
                 factor = "lora_B" if of_a else "lora_A"
-                methods = ", ".join(type(method).__name__ for method in self._middle)
+                methods = ", ".join(type(method).__name__ for method in pairing)
                 raise checks.ArgumentError(f"{pair.name}.{factor}.grad", f"a gradient ({methods}: both)", "None")
-            if of_a and of_b and (self._middle or triton):
-                active.append((pair if self._middle else pair.whole(), *groups))
-        for method in self._middle:
+            if of_a and of_b and (pairing or triton):
+                active.append((pair if pairing else pair.whole(), *groups))
+        for method in self._methods:
             method.check([pair for pair, *_ in active])
-        layout = next((m.layout for m in self._middle if type(m).layout is not Method.layout), Method().layout)
+        layout = next((m.layout for m in self._methods if type(m).layout is not Method.layout), Method().layout)
         self._batches = partition.build(active, self.state, layout, triton)
         batched = {id(p) for pair, *_ in active for p in (pair.a, pair.b)}
         self._plain = []
@@ -233,7 +233,7 @@ class LoRAAdamW(torch.optim.Optimizer):
         self._forget_batches()
 
     def __getstate__(self) -> dict:
-        own = {"_methods": self._methods, "_middle": self._middle, "_pairs": self._pairs}
+        own = {"_methods": self._methods, "_pairs": self._pairs}
         rebuilt = {"_parameters": [], "_batches": [], "_plain": [], "_built_for": None}
         return super().__getstate__() | own | rebuilt
 

@@ -12,6 +12,7 @@ import transformers
 from transformers.trainer_callback import PrinterCallback
 
 import lora_fast as lf
+from lora_fast.layers.find import peft_layers
 
 STEPS = 5
 
@@ -132,7 +133,7 @@ def test_one_adapter_of_nan_leaves_the_others_figures_alone():
     model = tiny.peft_llama()
     before = lf.metrics.adapter_stats(model)
     name = next(iter(before))
-    lf.layers.peft_layers(model)[name.rpartition(".")[0]].lora_A["default"].weight.data[0, 0] = math.nan
+    peft_layers(model)[name.rpartition(".")[0]].lora_A["default"].weight.data[0, 0] = math.nan
     after = lf.metrics.adapter_stats(model)
     assert math.isnan(after[name].rank) and math.isnan(after[name].spectral)
     assert {k: v for k, v in after.items() if k != name} == {k: v for k, v in before.items() if k != name}

@@ -26,7 +26,8 @@ from library import BAD_ARGUMENT, MISALIGNED, NO_ARCH, NO_DRIVER, NO_KERNEL, Ker
 
 from build import LENGTHS, as_embedded, name_of_cubin
 from lora_fast.kernels.inspection import compiler
-from lora_fast.kernels.launch import LARGEST_RANK, MOST_REGISTERS
+from lora_fast.kernels.launch import MOST_REGISTERS
+from lora_fast.kernels.limits import LARGEST_RANK
 
 SKIPPED = 77
 SIZES = {"p": 8, "l": 8, "i": 4, "f": 4}  # of parameters, by kind

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from library import DTYPES, NO_KERNEL, CayleyPair, Factor, Group, Layer, Library, StepWork
 
-from lora_fast.kernels import cayley, tiles
+from lora_fast.kernels import cayley, limits, tiles
 from lora_fast.kernels import linear as layer
 from lora_fast.kernels.inspection.catalogue import variants
 from lora_fast.kernels.launch import NO_MASK
@@ -354,7 +354,7 @@ def merge_case(library, device, dtype, r, rounding):
             factors.append(Factor((c_void_p * 4)(*addresses), d_out, d_in, 0, i))
         group, host = library.group(3, dtype, r, factors)
         on_device(case, group, host, columns=12)
-        library("merge", group, t["scale"], add_low_rank.ROUNDINGS.index(rounding), c_int64(SEED))
+        library("merge", group, t["scale"], limits.ROUNDINGS.index(rounding), c_int64(SEED))
         return of(t, "w") + of(t, "lost")
 
     case.python, case.c = python, c
@@ -412,7 +412,7 @@ def scalora(library, device, dtype, r, solver):
     def c(t):
         x, active = case.empty(3, 2 * r), case.empty(3, 2 * r, dtype=torch.bool)
         info, parts = case.empty(3, dtype=torch.int32), case.scratch(library.scalora_workspace(3, r))
-        library("scalora_solve", 3, r, t["matrices"], scalora_system.SOLVERS.index(solver), x, active, info, parts)
+        library("scalora_solve", 3, r, t["matrices"], limits.SOLVERS.index(solver), x, active, info, parts)
         scale_p, scale_g, rest = case.empty(6, r), case.empty(6, r), case.empty(3, r)
         library("scalora_scales", 3, r, x, active, t["kappa"], t["scaling"], 0.25, 4.0, scale_p, scale_g, rest)
         case.own = [{"x": x, "active": active, "info": info, "scratch": parts}]

@@ -23,7 +23,9 @@ from collections.abc import Callable
 import torch
 import triton
 
-from ..launch import LARGEST_RANK, on_device
+from ..grouping import map_groups
+from ..launch import on_device
+from ..limits import LARGEST_RANK
 from ..linalg.blocked import registers
 from ..linalg.spd import SLOTS
 from ..pointer_table import TL_DTYPE, Table, whole
@@ -31,6 +33,8 @@ from .addresses import place
 from .algebra import WARPS, lora_cayley_backward_kernel, lora_cayley_inverse_kernel
 from .products import outer
 from .sums import inner
+
+__all__ = ["cayley", "cayley_backward"]
 
 Tensors = list[torch.Tensor]
 
@@ -108,15 +112,10 @@ def _block(r_max: int) -> int:
 
 def _by_dtype(compute: Callable, width: int, free_a: Tensors, *lists: Tensors | None) -> tuple[Tensors, ...]:
     """compute's ``width`` result lists, called once for all positions whose free_a has one dtype."""
-    places: dict[torch.dtype, list[int]] = {}
-    for i, x in enumerate(free_a):
-        places.setdefault(x.dtype, []).append(i)
-    results: list[dict[int, torch.Tensor]] = [{} for _ in range(width)]
-    for some in places.values():
-        made = compute(*([xs[i].contiguous() for i in some] if xs else None for xs in (free_a, *lists)))
-        for result, tensors in zip(results, made, strict=True):
-            result.update(zip(some, tensors, strict=True))
-    return tuple([result[i] for i in range(len(free_a))] for result in results)
+    given = [[x.contiguous() for x in xs] if xs else [None] * len(free_a) for xs in (free_a, *lists)]
+    whole_or_none = lambda members: None if members[0] is None else members
+    results = map_groups(lambda *groups: compute(*map(whole_or_none, groups)), lambda a, *others: a.dtype, *given)
+    return tuple([result[i] for result in results] for i in range(width))
 
 
 def _check(free_a: list[torch.Tensor], free_b: list[torch.Tensor], scales: list[torch.Tensor] | None) -> None:

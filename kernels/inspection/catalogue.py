@@ -19,9 +19,8 @@ from .. import linear as layer
 from ..linalg import inverse, spd
 from ..linear.cublas import Halves
 from ..linear.project import Project
-from ..pairs import adamw, add_low_rank, momentum, regularizers, scalora_scales, scalora_system
+from ..pairs import adamw, add_low_rank, inverse_mean, momentum, regularizers, scalora_scales, scalora_system
 from ..pairs import gram as grams
-from ..pairs import muon as roots
 from ..pairs.transform import transform_
 
 N_TOKENS, SHORT, FEW, D_IN, D_OUT = 8192, 1024, 16, 4096, 4096
@@ -230,7 +229,7 @@ def scale_reg(r: int, dtype: torch.dtype) -> None:
 
 def muon(r: int, dtype: torch.dtype) -> None:
     square = torch.zeros(3, r, r, dtype=dtype)
-    roots.muon(square, square, square, square, 1e-3, 1e-3, 3e-4)
+    inverse_mean.muon(square, square, square, square, 1e-3, 1e-3, 3e-4)
 
 
 def spd_solve(r: int, dtype: torch.dtype) -> None:

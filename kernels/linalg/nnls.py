@@ -12,10 +12,11 @@ Shapes    M (n, n) float32, either a block [BLOCK_N, BLOCK_N] in registers, fact
 import triton
 import triton.language as tl
 
+from .. import limits
 from ..primitives import div_rn, take_row
 from .blocked import cholesky, cholesky_solve
 
-RIDGE = tl.constexpr(1e-7)  # as in the twin
+RIDGE = tl.constexpr(limits.RIDGE)
 ROUNDING = tl.constexpr(1e-6)  # a slope's, relative to the sum of its terms' sizes: 8 units in the last place
 TRIES, ROUNDS = tl.constexpr(3), tl.constexpr(100)
 

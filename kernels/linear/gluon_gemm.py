@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .. import tiles
+from .. import limits, tiles
 from ..launch import NO_MASK, Keep, Launch, LaunchError, Matrix, allocator
 
 # Triton 3.9 has new names for these.
@@ -44,7 +44,7 @@ FETCHING_WARPS, PREPARING_WARPS = gl.constexpr(1), gl.constexpr(2)
 FETCHING_REGISTERS, PREPARING_REGISTERS = gl.constexpr(24), gl.constexpr(168)  # of a thread
 NUMBERS = gl.constexpr(16)  # of a factor, S or dS that a thread converts at a time
 MASK_ROWS = gl.constexpr(8)  # tokens whose mask is drawn at a time
-PHILOX_ROUNDS = gl.constexpr(7)
+PHILOX_ROUNDS = gl.constexpr(limits.PHILOX_ROUNDS)
 
 
 @gluon.jit

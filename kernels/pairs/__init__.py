@@ -1,1 +1,79 @@
-"""Kernels over all adapter pairs at once: Grams, AdamW, the methods, merges."""
+"""The adapter step's ops on the kernels, for all pairs at once: the Triton half of the family ``pairs``.
+
+``lora_fast.ops.reference.pairs`` has the same functions with the same arguments in plain torch; its docstrings specify
+both. ``lora_fast.backend.ops("pairs", tensor)`` chooses between the two modules.
+"""
+
+import torch
+from torch import Tensor
+
+from ..linalg import inverse, spd
+from ..records import Grams, StepWork
+from . import adamw, add_low_rank, gram, transform
+from .inverse_mean import muon
+from .regularizers import imbalance, scale_reg
+from .scalora_scales import scales
+from .scalora_system import scalora_solve
+
+__all__ = [
+    "adapter_step_",
+    "add_low_rank_",
+    "factor_grams",
+    "imbalance",
+    "muon",
+    "pair_grams",
+    "scale_reg",
+    "scales",
+    "scalora_solve",
+    "small_inverse",
+    "spd_inverse",
+    "spd_solve",
+    "transformed",
+]
+
+
+def spd_solve(matrices: Tensor, rhs: Tensor, damping: float = 0.0) -> tuple[Tensor, Tensor]:
+    return spd.spd_solve(matrices.float(), rhs.float(), damping)
+
+
+def spd_inverse(matrices: Tensor, damping: float) -> Tensor:
+    return spd.spd_inverse(matrices.float(), damping)
+
+
+def small_inverse(matrices: Tensor) -> Tensor:
+    return inverse.small_inverse(matrices.float())
+
+
+def factor_grams(factors: list[Tensor], is_a: list[bool]) -> Tensor:
+    return gram.factor_grams([x.contiguous() for x in factors], is_a)
+
+
+def pair_grams(
+    a: list[Tensor], b: list[Tensor], da: list[Tensor] | None = None, db: list[Tensor] | None = None
+) -> Grams:
+    lists = [a, b] if da is None else [a, b, da, db]
+    lists = [[x.contiguous() for x in members] for members in lists]
+    return gram.gram(*lists, wanted=Grams._fields[: 2 if da is None else 5])
+
+
+def transformed(factors: list[Tensor], is_a: bool, matrices: Tensor) -> list[Tensor]:
+    results = [x.clone(memory_format=torch.contiguous_format) for x in factors]
+    transform.transform_(results, [is_a] * len(results), matrices.contiguous())
+    return results
+
+
+def add_low_rank_(
+    weights: list[Tensor], a: list[Tensor], b: list[Tensor], scale: Tensor, rounding: str = "nearest", seed: int = 0
+) -> None:
+    factors = ([x.contiguous() for x in members] for members in (a, b))
+    add_low_rank.add_low_rank_(weights, *factors, scale.contiguous(), rounding, seed)
+
+
+def adapter_step_(
+    factors: list[tuple[Tensor, Tensor, Tensor, Tensor]],
+    is_a: list[bool],
+    hyper: Tensor,
+    steps: Tensor,
+    work: StepWork,
+) -> Tensor | None:
+    return adamw.step_(factors, is_a, hyper, steps, work)

@@ -43,6 +43,7 @@ from ..pointer_table import (
     tensor_at,
 )
 from ..primitives import dot, round_to, to_float32
+from ..records import StepWork
 from ..tiles import GroupedTile, grouped
 from . import gram as grams
 
@@ -213,16 +214,6 @@ def lora_step_kernel(
             t, of_step, False, P, G, M, V, ADD, MATRIX, SCALE, GRAM, UNIFORM_R, ALIGNED, EXPERTS, R_MAX, CHUNK,
             BLOCK_D, BLOCK_R, BLOCK_K,
         )  # fmt: skip
-
-
-class StepWork(NamedTuple):
-    """What ``step_`` does besides AdamW; row i belongs to factor i, R is the largest rank."""
-
-    additive: torch.Tensor | None = None  # c, float32 (n,)
-    matrices: torch.Tensor | None = None  # M, float32 (n, R, R)
-    scale_p: torch.Tensor | None = None  # d, float32 (n, R)
-    scale_g: torch.Tensor | None = None  # e, float32 (n, R)
-    gram: bool = False
 
 
 class Settings(NamedTuple):

@@ -18,11 +18,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ..grouping import group_by
 from ..launch import on_device, report_addresses
+from ..limits import ROUNDINGS
 from ..pointer_table import TL_DTYPE, check_dtype, check_storage, kept, pointer_at, to_device
 from ..primitives import PHILOX_ROUNDS, dot, round_to, to_float32
 
-ROUNDINGS = ("nearest", "stochastic", "compensated")
 NEAREST, STOCHASTIC, COMPENSATED = (tl.constexpr(i) for i in range(3))
 COLUMNS = tl.constexpr(12)
 BLOCK_OUT, BLOCK_IN, BLOCK_R, CHUNK, WARPS = 8, 512, 16, 1024, 8
@@ -139,10 +140,8 @@ def add_low_rank_(
             f"lora_fast: scale: expected contiguous float32 ({len(weights)}, {r_max}), "
             f"got {scale.dtype} {tuple(scale.shape)}"
         )
-    by_dtypes: dict[tuple, list[tuple]] = {}
-    for i, layer in enumerate(zip(weights, residuals or weights, a, b, strict=True)):
-        by_dtypes.setdefault(tuple(t.dtype for t in layer), []).append((layer, i))
-    for members in by_dtypes.values():
+    layers = [(layer, i) for i, layer in enumerate(zip(weights, residuals or weights, a, b, strict=True))]
+    for members in group_by(layers, lambda member: tuple(t.dtype for t in member[0])).values():
         _launch(members, scale, rounding, seed)
     torch.autograd.graph.increment_version(weights)
 

@@ -14,8 +14,6 @@ Roofline  every operand once against 2 r operations an element and Gram: memory 
           operands from shared memory: up to rank 16 by few warps, so that each thread has more of the Gram.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -37,6 +35,7 @@ from ..pointer_table import (
     tensor_at,
 )
 from ..primitives import dot
+from ..records import Grams
 from ..tiles import grouped
 
 
@@ -119,16 +118,6 @@ def lora_gram_kernel(
             entries, beside, partials, totals, counters, i_tensor, i_chunk, n_pairs, KB, KQ, -1, SLOTS, False, DTYPE_A,
             DTYPE_DA, STRIDE_DA, UNIFORM_R, ALIGNED, EXPERTS, R_MAX, CHUNK, BLOCK_D, BLOCK_R,
         )  # fmt: skip
-
-
-class Grams(NamedTuple):
-    """Each float32 (n_pairs, R, R), or None where it was not asked for."""
-
-    ka: torch.Tensor | None
-    kb: torch.Tensor | None
-    kp: torch.Tensor | None
-    kq: torch.Tensor | None
-    k: torch.Tensor | None
 
 
 _SIDE_A, _SIDE_B = ("ka", "kp", "k"), ("kb", "kq")

@@ -18,15 +18,15 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import limits
 from ..launch import check_tensor, on_device
+from ..limits import LARGEST_SCALORA_RANK, SOLVERS
 from ..linalg.blocked import registers
 from ..linalg.nnls import solve
 from ..primitives import div_rn
 
-SOLVERS = ("nnls", "paper", "column", "scalar")
 NNLS, PAPER, COLUMN, SCALAR = (tl.constexpr(i) for i in range(4))
-LARGEST = 128  # rank
-DEAD, COLLINEAR = tl.constexpr(1e-12), tl.constexpr(1e-6)  # as in the twin
+INACTIVE, COLLINEAR = tl.constexpr(limits.INACTIVE), tl.constexpr(limits.COLLINEAR)
 IN_REGISTERS = 64  # size of the largest system there
 CHUNK = 16  # rows of a system in memory at a time
 WARPS = {16: 1, 32: 4, 64: 8, 128: 8, 256: 8}  # by BLOCK_N
@@ -140,7 +140,7 @@ def lora_scalora_solve_kernel(
     b_lam = b_lam * power * power
     b_diagonal = two_blocks(kb, ka, i_n, r, r + 1) * b_lam
     largest_a, largest_b = tl.max(tl.where(i_n < r, b_diagonal, 0.0), 0), tl.max(tl.where(i_n < r, 0.0, b_diagonal), 0)
-    m_alive = (b_diagonal <= tl.where(i_n < r, largest_a, largest_b) * DEAD) == 0
+    m_alive = (b_diagonal <= tl.where(i_n < r, largest_a, largest_b) * INACTIVE) == 0
     b_root = tl.sqrt_rn(tl.where(m_alive, b_diagonal, 1.0))
     b_d = tl.where(m_alive, tl.div_rn(tl.full([BLOCK_N], 1.0, tl.float32), b_root), 0.0)
     unit, upper = scratch, scratch
@@ -203,8 +203,8 @@ def scalora_solve(
 
 def _check_grams(grams: dict[str, torch.Tensor]) -> tuple[int, int]:
     shape = tuple(grams["ka"].shape)
-    if len(shape) != 3 or shape[1] != shape[2] or not 1 <= shape[1] <= LARGEST:
-        raise ValueError(f"lora_fast: ka: expected (n, r, r), r from 1 to {LARGEST}, got {shape}")
+    if len(shape) != 3 or shape[1] != shape[2] or not 1 <= shape[1] <= LARGEST_SCALORA_RANK:
+        raise ValueError(f"lora_fast: ka: expected (n, r, r), r from 1 to {LARGEST_SCALORA_RANK}, got {shape}")
     for name, gram in grams.items():
         check_tensor(name, gram, shape, torch.float32)
     return shape[:2]

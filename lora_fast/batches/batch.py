@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..ops.pairs import Grams
+from .. import backend, checks
+from ..kernels.records import Grams
 from .pairs import Pair
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -35,6 +35,7 @@ class Batch(ABC):
 
     Attributes:
         pairs: those that the batch holds. products: L, the number of their products.
+        ops: the module that computes r×r algebra for these pairs, kernels or twins (``backend.ops``).
         count: b's steps, the one under way included (a's may be others only without a method that uses both).
         settings_a, settings_b: lr, betas, eps and weight_decay of this step.
     """
@@ -42,6 +43,7 @@ class Batch(ABC):
     def __init__(self, members: list[PairInGroups], counts: tuple[int, int]):
         """counts: the steps that b and a have taken."""
         self.pairs = [pair for pair, *_ in members]
+        self.ops = backend.ops("pairs", self.pairs[0].a)
         self.products = sum(pair.experts for pair in self.pairs)
         self.count = counts[0]
         self._groups = members[0][1:]

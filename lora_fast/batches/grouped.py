@@ -12,15 +12,14 @@ from torch import Tensor
 
 from ..kernels import pointer_table
 from ..kernels.launch import report_addresses
-from ..kernels.linalg import spd
 from ..kernels.pairs import adamw as kernel
 from ..kernels.pairs import add_low_rank as merge
 from ..kernels.pairs import gram, momentum, regularizers, transform
-from ..ops.pairs import Grams
+from ..kernels.records import Grams, StepWork
 from .batch import MOMENTS, Batch, PairInGroups
 from .pairs import Pair
 
-ALL = gram.Grams._fields
+ALL = Grams._fields
 
 
 class GroupedBatch(Batch):
@@ -123,7 +122,7 @@ class GroupedBatch(Batch):
         self._work["additive"] = coefficients
 
     def precondition(self, damping: float) -> None:
-        self.transform_gradients(spd.spd_inverse(self._both(), damping))  # b's gradient takes Ka, a's Kb
+        self.transform_gradients(self.ops.spd_inverse(self._both(), damping))  # b's gradient takes Ka, a's Kb
 
     def transform_gradients(self, matrices: Tensor) -> None:
         self._work["matrices"] = matrices.contiguous()
@@ -150,7 +149,7 @@ class GroupedBatch(Batch):
         return self._steps[0].long() + (base + 1) if self._device.type == "cuda" else base + self.count
 
     def adamw(self, grams: bool) -> None:
-        work = kernel.StepWork(**self._work, gram=grams)
+        work = StepWork(**self._work, gram=grams)
         factors = self._with_gradients()
         self._after = kernel.step_tables_(factors, 2 * self.products, self._rank, self._settings(), self._steps, work)
         torch.autograd.graph.increment_version(self._factors)

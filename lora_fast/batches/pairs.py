@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from .. import checks
+from ..kernels.limits import LARGEST_RANK
 from ..layers.find import expert_count, peft_layers
 from ..layers.lora import LoRALinear
 from ..surgery.merge import weight_owners
@@ -130,9 +131,9 @@ def check(pairs: list[Pair], trained: set[int]) -> None:
 
 def _check_pair(pair: Pair) -> None:
     a, b = pair.a, pair.b
-    if b.shape[1] != a.shape[0] or a.shape[0] % pair.experts or not 1 <= pair.rank <= checks.MAX_RANK:
+    if b.shape[1] != a.shape[0] or a.shape[0] % pair.experts or not 1 <= pair.rank <= LARGEST_RANK:
         each = f" for each of {pair.experts} experts" if pair.experts > 1 else ""
-        expected = f"shape (d_out, {a.shape[0]}) to fit lora_A {tuple(a.shape)}, rank 1 to {checks.MAX_RANK}{each}"
+        expected = f"shape (d_out, {a.shape[0]}) to fit lora_A {tuple(a.shape)}, rank 1 to {LARGEST_RANK}{each}"
         raise checks.ArgumentError(f"{pair.name}.lora_B", expected, tuple(b.shape))
     if a.dtype != b.dtype or a.device != b.device:
         expected = f"{a.dtype} on {a.device}, as lora_A"

@@ -10,7 +10,7 @@ from .batch import Batch, PairInGroups, Shapes
 from .pairs import Pair
 
 
-def grouped(pairs: list[Pair]) -> bool:
+def runs_on_triton(pairs: list[Pair]) -> bool:
     """Whether these pairs' steps go to the Triton kernels.
 
     Raises:

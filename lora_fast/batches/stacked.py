@@ -9,9 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..kernels.records import Grams
+from ..ops.pairs import adamw_, at_least_float32
 from ..ops.reference import pairs as reference
 from ..ops.reference import scalora_solution
-from ..ops.reference.pairs import Grams, wide
 from .batch import MOMENTS, Batch, PairInGroups, Shapes
 
 CACHED = 1 << 20  # elements of a factor's stack on a CPU: larger ones leave its caches, smaller ones are more calls
@@ -66,7 +67,7 @@ class Factor:
         else:
             p, m, v = [self.value], *([self.state[name]] for name in MOMENTS)
             g, steps, self.grad = [self.grad], self._slices["step"][:1], None
-        reference.adamw(p, g, m, v, steps, settings)
+        adamw_(p, g, m, v, steps, settings)
 
 
 class ExpertsFactor(Factor):
@@ -109,7 +110,7 @@ class ExpertsFactor(Factor):
             self._split(gradient).copy_(self.grad)
             self.grad = None
         moments = ([self._whole[name]] for name in MOMENTS)
-        reference.adamw([parameter.data], [gradient], *moments, [self.steps[0]], settings)
+        adamw_([parameter.data], [gradient], *moments, [self.steps[0]], settings)
 
 
 class StackedBatch(Batch):
@@ -153,7 +154,7 @@ class StackedBatch(Batch):
 
     def add_to_gradients(self, coefficients: Tensor) -> None:
         for factor, c in zip((self.b, self.a), coefficients.chunk(2), strict=True):
-            factor.grad = (wide(factor.gradient()) + c[:, None, None] * factor.value).to(factor.value.dtype)
+            factor.grad = (at_least_float32(factor.gradient()) + c[:, None, None] * factor.value).to(factor.value.dtype)
 
     def precondition(self, damping: float) -> None:
         ka, kb, *_ = self.grams()
@@ -161,8 +162,8 @@ class StackedBatch(Batch):
 
     def transform_gradients(self, matrices: Tensor) -> None:
         for_b, for_a = matrices.chunk(2)
-        self.a.grad = (for_a @ wide(self.a.gradient())).to(self.a.value.dtype)
-        self.b.grad = (wide(self.b.gradient()) @ for_b).to(self.b.value.dtype)
+        self.a.grad = (for_a @ at_least_float32(self.a.gradient())).to(self.a.value.dtype)
+        self.b.grad = (at_least_float32(self.b.gradient()) @ for_b).to(self.b.value.dtype)
 
     def scale(self, factor_scales: Tensor, gradient_scales: Tensor) -> None:
         axes = (slice(None), None), (slice(None), slice(None), None)  # columns of b, rows of a
@@ -195,22 +196,22 @@ class StackedBatch(Batch):
         moments = []
         for factor in (self.a, self.b):
             moments.append(factor.state["exp_avg"])
-            moments[-1].copy_(torch.lerp(wide(moments[-1]), wide(factor.gradient()), 1 - beta))
+            moments[-1].copy_(torch.lerp(at_least_float32(moments[-1]), at_least_float32(factor.gradient()), 1 - beta))
         kp, kq, *_ = reference.grams(*moments)
         return self.grams()._replace(kp=kp, kq=kq)
 
     def move(self, matrices: Tensor) -> None:
         for_b, for_a = matrices.chunk(2)
-        moves = wide(self.b.state["exp_avg"]) @ for_b, for_a @ wide(self.a.state["exp_avg"])
+        moves = at_least_float32(self.b.state["exp_avg"]) @ for_b, for_a @ at_least_float32(self.a.state["exp_avg"])
         rows = zip((self.b, self.a), (self.settings_b, self.settings_a), moves, strict=True)
         for factor, settings, of_factor in rows:
             kept = 1 - settings["lr"] * settings["weight_decay"]
-            factor.value.copy_(kept * wide(factor.value) + of_factor)
+            factor.value.copy_(kept * at_least_float32(factor.value) + of_factor)
 
     def transform(self, matrices: Tensor, target: str = "value", add: bool = False) -> None:
         for_b, for_a = matrices.chunk(2)
         a, b = (factor.value if target == "value" else factor.state[target] for factor in (self.a, self.b))
-        for x, product in ((a, for_a @ wide(a)), (b, wide(b) @ for_b)):
+        for x, product in ((a, for_a @ at_least_float32(a)), (b, at_least_float32(b) @ for_b)):
             if add:
                 x.add_(product)
             else:

@@ -8,7 +8,7 @@ from operator import is_
 import torch
 from torch import Tensor
 
-from ..ops import pairs as step
+from ..ops.pairs import adamw_, with_strides_of
 from .batch import MOMENTS
 
 
@@ -26,7 +26,7 @@ class UnpairedParameters:
         for p, state in zip(parameters, self._states, strict=True):
             for name in MOMENTS:
                 there = state[name].to(p.device, p.dtype) if name in state else torch.zeros_like(p)
-                state[name] = step.with_strides_of(there, p)
+                state[name] = with_strides_of(there, p)
         counts = [state.get("step", torch.zeros(())) for state in self._states]
         self._steps = torch.stack([count.to(parameters[0].device, torch.float32) for count in counts])
         self._counts = list(self._steps)
@@ -54,4 +54,4 @@ class UnpairedParameters:
         self._steps += 1
         gradients = [p.grad for p in self.parameters]
         moments = ([state[name] for state in self._states] for name in MOMENTS)
-        step.adamw(self.parameters, gradients, *moments, self._counts, settings)
+        adamw_(self.parameters, gradients, *moments, self._counts, settings)

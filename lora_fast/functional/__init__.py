@@ -1,8 +1,9 @@
 """Public functions: tensors in, tensors out. They check their arguments, then run the op."""
 
+from ..kernels.records import StepWork
 from .cayley import cayley
 from .linear import lora_linear
-from .pairs import StepWork, adapter_step_, add_low_rank_, gram, hyperbalance, scalora_scaling, small_inverse, spd_solve
+from .pairs import adapter_step_, add_low_rank_, gram, hyperbalance, scalora_scaling, small_inverse, spd_solve
 
 __all__ = [
     "StepWork",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .. import checks
+from ..kernels.limits import LARGEST_RANK
 from ..ops.cayley import Free, factors
 
 
@@ -46,8 +47,8 @@ def _check(free_a: Sequence[Tensor], free_b: Sequence[Tensor]) -> None:
                 got = f"{x.dtype} {tuple(x.shape)} on {x.device}"
                 raise checks.ArgumentError(f"{name}[{i}]", f"a floating-point matrix on {device}", got)
         rank, d_in = a.shape
-        if not 1 <= rank <= min(d_in, checks.MAX_RANK):
-            expected = f"shape (r, d_in) with r from 1 to {checks.MAX_RANK} and at most d_in"
+        if not 1 <= rank <= min(d_in, LARGEST_RANK):
+            expected = f"shape (r, d_in) with r from 1 to {LARGEST_RANK} and at most d_in"
             raise checks.ArgumentError(f"free_a[{i}]", expected, tuple(a.shape))
         if b.shape[1] != rank or b.dtype != a.dtype:
             expected = f"{a.dtype} of shape (d_out, {rank}) to fit free_a"

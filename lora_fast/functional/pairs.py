@@ -4,12 +4,15 @@ one batched call for each shape on the torch backend."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .. import backend, checks
+from ..kernels.grouping import map_groups
+from ..kernels.limits import SOLVERS
+from ..kernels.records import StepWork
 from ..ops import pairs as pair_ops
 
 Tensors = Tensor | Sequence[Tensor]
@@ -31,7 +34,7 @@ def gram(tensors: Sequence[Tensor], dim: int) -> list[Tensor]:
     if dim not in (0, 1):
         raise checks.ArgumentError("dim", "0 or 1", repr(dim))
     is_a = [dim == 1] * len(_matrices("tensors", tensors))
-    compute = lambda *members: (pair_ops.factor_grams(*members),)
+    compute = lambda factors, is_a: (_ops(factors[0]).factor_grams(factors, is_a),)
     return [result for (result,) in _together(compute, lambda x: x.shape[1 - dim], tensors, is_a)]
 
 
@@ -47,7 +50,7 @@ def spd_solve(matrices: Tensor, rhs: Tensor, damping: float = 0.0) -> tuple[Tens
     _stack("matrices", matrices)
     if rhs.dim() != 3 or rhs.shape[:2] != matrices.shape[:2]:
         raise checks.ArgumentError("rhs", f"shape {(*matrices.shape[:2], 'k')}", tuple(rhs.shape))
-    return pair_ops.spd_solve(matrices, rhs, checks.nonnegative(damping, "damping"))
+    return _ops(matrices).spd_solve(matrices, rhs, checks.nonnegative(damping, "damping"))
 
 
 def small_inverse(matrices: Tensor) -> Tensor:
@@ -57,7 +60,7 @@ def small_inverse(matrices: Tensor) -> Tensor:
         ArgumentError: not (L, r, r).
     """
     _stack("matrices", matrices)
-    return pair_ops.small_inverse(matrices)
+    return _ops(matrices).small_inverse(matrices)
 
 
 def scalora_scaling(
@@ -80,14 +83,15 @@ def scalora_scaling(
     """
     checks.positive(scaling, "scaling")
     checks.positive(kappa, "kappa")
-    checks.choice(solver, "solver", pair_ops.SOLVERS)
+    checks.choice(solver, "solver", SOLVERS)
     single = isinstance(a, Tensor)
     lists = [_matrices(name, [x] if single else x) for name, x in (("a", a), ("b", b), ("da", da), ("db", db))]
     _check_lists(*lists)
 
     def compute(*members: list[Tensor]) -> tuple[Tensor, ...]:
-        x, active, info = pair_ops.scalora_solve(pair_ops.pair_grams(*members), solver)
-        factors, *_ = pair_ops.scales(x, active, kappa, torch.ones_like(x[:, 0]), 0.0, None)
+        ops = _ops(members[0][0])
+        x, active, info = ops.scalora_solve(*ops.pair_grams(*members), solver)
+        factors, *_ = ops.scales(x, active, kappa, torch.ones_like(x[:, 0]), 0.0, None)
         return (*factors.chunk(2), info)
 
     return _unpack(_together(compute, lambda a: a.shape[0], *lists), 3, single)
@@ -114,8 +118,9 @@ def hyperbalance(a: Tensors, b: Tensors, gauge: str = "symmetric") -> tuple[Tens
 
 
 def _balanced(a: list[Tensor], b: list[Tensor], gauge: str) -> tuple[list[Tensor], list[Tensor]]:
-    t, t_inverse = pair_ops.hyperbalance(*pair_ops.pair_grams(a, b)[:2], gauge)
-    return pair_ops.transformed(a, True, t_inverse), pair_ops.transformed(b, False, t)
+    ops = _ops(a[0])
+    t, t_inverse = pair_ops.hyperbalance(*ops.pair_grams(a, b)[:2], gauge)
+    return ops.transformed(a, True, t_inverse), ops.transformed(b, False, t)
 
 
 @torch.no_grad()
@@ -143,29 +148,10 @@ def add_low_rank_(
     if weight.dtype not in checks.FLOATS or weight.requires_grad:
         got = f"{weight.dtype}, requires_grad={weight.requires_grad}"
         raise checks.ArgumentError("weight", "a frozen floating-point tensor", got)
-    scale = torch.as_tensor(scale, dtype=pair_ops.wide(a).dtype, device=a.device).expand(a.shape[0])
+    scale = torch.as_tensor(scale, dtype=pair_ops.at_least_float32(a).dtype, device=a.device).expand(a.shape[0])
     seed = int(torch.randint(1 << 62, (), dtype=torch.int64)) if seed is None else seed
-    pair_ops.add_low_rank_([weight], [a], [b], scale[None], rounding, seed)
+    _ops(weight).add_low_rank_([weight], [a], [b], scale[None], rounding, seed)
     return weight
-
-
-class StepWork(NamedTuple):
-    """What ``adapter_step_`` does to each of n factors besides AdamW, in this order; None: nothing. R is the largest
-    rank; beyond its own rank a factor's numbers do not count.
-
-    Attributes:
-        additive: c (n,): g ← g + c p.
-        matrices: M (n, R, R): g ← M g for an a, g ← g M for a b.
-        scale_p, scale_g: d and e (n, R), a number for each rank row of an a, column of a b: p ← d p, g ← e g, m ← e m,
-            v ← e² v. They come together.
-        gram: whether the Grams of the new factors are wanted.
-    """
-
-    additive: Tensor | None = None
-    matrices: Tensor | None = None
-    scale_p: Tensor | None = None
-    scale_g: Tensor | None = None
-    gram: bool = False
 
 
 @torch.no_grad()
@@ -204,7 +190,8 @@ def adapter_step_(
             _check_rows(name, getattr(work, name), shape, wide)
     if (work.scale_p is None) != (work.scale_g is None):
         raise checks.ArgumentError("scale_p, scale_g", "both or neither", "one of them")
-    return pair_ops.adapter_step_(list(factors), list(is_a), hyper, steps, work)
+    ops = _ops(factors[0][0] if factors else hyper)
+    return ops.adapter_step_(list(factors), list(is_a), hyper, steps, work)
 
 
 def _check_factors(factors: Sequence, is_a: Sequence[bool]) -> None:
@@ -223,20 +210,20 @@ def _check_rows(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype
         raise checks.ArgumentError(name, f"{dtype} {shape}", f"{x.dtype} {tuple(x.shape)}")
 
 
+def _ops(tensor: Tensor) -> ModuleType:
+    return backend.ops("pairs", tensor)
+
+
 def _together(compute: Callable, rank: Callable, *lists: Sequence) -> list[tuple[Tensor, ...]]:
-    """compute's results for each position of the lists, called once on all positions of a rank (Triton) or of a shape
-    (torch) and of a device and dtype. ``rank``: of a position's first tensor."""
-    groups: dict[tuple, list[int]] = {}
-    for i, members in enumerate(zip(*lists, strict=True)):
+    """Returns compute's results for each position of the lists. ``compute`` is called once for all positions of one
+    rank (Triton) or one shape (torch), on one device, of one dtype. ``rank`` takes a position's first tensor."""
+
+    def kind(*members: object) -> tuple:
         tensors = [x for x in members if isinstance(x, Tensor)]
         sizes = rank(tensors[0]) if backend.uses_triton(tensors[0]) else tuple(x.shape for x in tensors)
-        groups.setdefault((sizes, *((x.dtype, x.device) for x in tensors)), []).append(i)
-    results: list[tuple[Tensor, ...]] = [()] * len(lists[0])
-    for indices in groups.values():
-        computed = compute(*([members[i] for i in indices] for members in lists))
-        for i, result in zip(indices, zip(*computed, strict=True), strict=True):
-            results[i] = result
-    return results
+        return sizes, *((x.dtype, x.device) for x in tensors)
+
+    return map_groups(compute, kind, *lists)
 
 
 def _unpack(results: list[tuple[Tensor, ...]], width: int, single: bool) -> tuple:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Dropout, Identity, Linear, Parameter
 
 from .. import functional
-from ..checks import MAX_RANK
+from ..kernels.limits import LARGEST_RANK
 from .base import is_hooked, merged_weight
 
 PLAIN = (Parameter, Tensor)  # neither a DTensor nor a quantised subclass
@@ -129,7 +129,7 @@ def fused_arguments(layer: lora.Linear, adapter: str) -> tuple | str:
         return "trainable base weight"
     if b_parameters.get("bias") is not None:
         return "bias on lora_B"
-    if layer.r[adapter] > MAX_RANK:
-        return f"rank {layer.r[adapter]}, above {MAX_RANK}"
+    if layer.r[adapter] > LARGEST_RANK:
+        return f"rank {layer.r[adapter]}, above {LARGEST_RANK}"
     dropout_p = dropout.p if dropout.training and type(dropout) is Dropout else 0.0
     return weight, parameters.get("bias"), lora_a, lora_b, layer.scaling[adapter], dropout_p

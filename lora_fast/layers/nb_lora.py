@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..kernels.grouping import group_by
 from . import factor_cache as factors
 from . import inverse_cayley
 from .base import AdapterLinear
@@ -184,11 +185,10 @@ def before_forward(model: nn.Module, args: tuple) -> None:
 
 def factors_of(model: nn.Module) -> list[tuple[NBLoRALinear, tuple[Tensor, Tensor]]]:
     """a (r, d_in) and b (d_out, r) of every NBLoRALinear that is not merged or sharded, one transform a device."""
-    places: dict[torch.device, list[NBLoRALinear]] = {}
-    for layer in model.modules():
-        if isinstance(layer, NBLoRALinear) and not layer.merged and type(layer.free_a) in (nn.Parameter, Tensor):
-            places.setdefault(layer.free_a.device, []).append(layer)
-    return [pair for layers in places.values() for pair in zip(layers, factors.cached_factors(layers), strict=True)]
+    layers = [x for x in model.modules() if isinstance(x, NBLoRALinear) and not x.merged]
+    whole = [layer for layer in layers if type(layer.free_a) in (nn.Parameter, Tensor)]
+    groups = group_by(whole, lambda layer: layer.free_a.device).values()
+    return [pair for group in groups for pair in zip(group, factors.cached_factors(group), strict=True)]
 
 
 def after_forward(model: nn.Module, args: tuple, output: object) -> None:

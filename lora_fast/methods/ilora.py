@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from .. import checks
 from ..batches.batch import Batch
 from ..batches.pairs import Pair
-from ..ops import pairs as pair_ops
 from .method import Method
 
 
@@ -43,7 +42,8 @@ class ILoRA(Method):
     def after(self, batch: Batch) -> None:
         ka, kb, *_ = batch.grams()
         lr_a, lr_b = batch.settings_a["lr"], batch.settings_b["lr"]
-        batch.transform(pair_ops.imbalance(ka, kb, batch.per_pair("rho", self._ratio), lr_a, lr_b, self.lam), add=True)
+        rho = batch.per_pair("rho", self._ratio)
+        batch.transform(batch.ops.imbalance(ka, kb, rho, lr_a, lr_b, self.lam), add=True)
 
     def _ratio(self, pair: Pair) -> float:
         ratio = pair.rank / pair.b.shape[0]

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from .. import checks
 from ..batches.batch import Batch, Shapes
 from ..batches.pairs import Pair
-from ..ops import pairs as pair_ops
 from .method import Method
 
 
@@ -58,4 +57,4 @@ class LoRAMuon(Method):
 
     def update(self, batch: Batch) -> None:
         grams = batch.momentum(self.beta)
-        batch.move(pair_ops.muon(grams, batch.settings_a["lr"], batch.settings_b["lr"], self.damping))
+        batch.move(batch.ops.muon(*grams[:4], batch.settings_a["lr"], batch.settings_b["lr"], self.damping))

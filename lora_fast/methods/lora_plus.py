@@ -14,5 +14,7 @@ class LoRAPlus(Method):
 
     ratio: float = 16.0
 
+    uses_both_factors = False
+
     def __post_init__(self) -> None:
         checks.positive(self.ratio, "ratio")

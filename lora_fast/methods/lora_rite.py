@@ -19,6 +19,7 @@ from ..batches.batch import Shapes
 from ..batches.pairs import Pair
 from ..batches.stacked import Factor, StackedBatch
 from ..ops import pairs as pair_ops
+from ..ops.pairs import at_least_float32
 from .method import Method
 
 
@@ -60,8 +61,8 @@ class LoRARITE(Method):
             u_a, _, inverse_a = pair_ops.rite_factor(a.value.mT)
             moment_a, moment_b = a.state["exp_avg"], b.state["exp_avg"].mT
             settings_a, settings_b = stack.settings_a, stack.settings_b
-            sides.append((a, settings_a, a.value, inverse_b.mT @ pair_ops.wide(da), moment_a, u_b, inverse_b))
-            sides.append((b, settings_b, b.value.mT, inverse_a.mT @ pair_ops.wide(db).mT, moment_b, u_a, inverse_a))
+            sides.append((a, settings_a, a.value, inverse_b.mT @ at_least_float32(da), moment_a, u_b, inverse_b))
+            sides.append((b, settings_b, b.value.mT, inverse_a.mT @ at_least_float32(db).mT, moment_b, u_a, inverse_a))
         device = sides[0][3].device
         norm = torch.stack([side[3].square().sum().to(device) for side in sides]).sum().sqrt()
         clip = (self.clip / norm).clamp(max=1.0)
@@ -77,4 +78,4 @@ class LoRARITE(Method):
         moment.copy_(m)
         state["second_moment"].copy_(v)
         state["basis"].copy_(u)
-        value -= (lr * (inverse @ m + weight_decay * pair_ops.wide(value))).to(value.dtype)
+        value -= (lr * (inverse @ m + weight_decay * at_least_float32(value))).to(value.dtype)

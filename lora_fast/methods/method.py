@@ -13,11 +13,13 @@ class Method:
     Attributes:
         has_after: whether ``after`` does anything: AdamW then leaves the Grams of its result.
         replaces_adamw: whether the method is an update of its own: AdamW does not run, ``update`` runs in its place.
+        uses_both_factors: whether the method needs both factors of a pair and their gradients.
         needs_stacks: whether the method works on plain-torch stacks only, on every device.
     """
 
     has_after = False
     replaces_adamw = False
+    uses_both_factors = True
     needs_stacks = False
 
     def check(self, pairs: list[Pair]) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .. import checks
 from ..batches.batch import Batch
-from ..ops import pairs as pair_ops
 from .method import Method
 
 
@@ -55,4 +54,4 @@ class ScaleReg(Method):
         ka, kb, *_ = batch.grams()
         entries_a = batch.per_pair("entries_a", lambda pair: pair.rank * pair.a.shape[1])
         entries_b = batch.per_pair("entries_b", lambda pair: pair.rank * pair.b.shape[0])
-        return pair_ops.scale_reg(ka, kb, entries_a, entries_b, self.lam, self.eps)
+        return batch.ops.scale_reg(ka, kb, entries_a, entries_b, self.lam, self.eps)

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..batches import partition as batches
 from ..batches.batch import Batch, Shapes, adamw_state
 from ..batches.pairs import Pair, check_mergeable
+from ..batches.partition import runs_on_triton
+from ..kernels.grouping import group_by
+from ..kernels.limits import LARGEST_SCALORA_RANK, ROUNDINGS, SOLVERS
+from ..kernels.records import Grams
 from ..layers import merge_log
-from ..ops import pairs as pair_ops
 from .method import Method
 
 FLOOR = 1e-3  # of a scale: no column dies
@@ -57,8 +59,8 @@ class ScaLoRA(Method):
         if self.kappa is not None:
             checks.positive(self.kappa, "kappa")
         checks.count(self.interval, "interval")
-        checks.choice(self.solver, "solver", pair_ops.SOLVERS)
-        checks.choice(self.rounding, "rounding", pair_ops.ROUNDINGS)
+        checks.choice(self.solver, "solver", SOLVERS)
+        checks.choice(self.rounding, "rounding", ROUNDINGS)
         checks.choice(self.keep, "keep", merge_log.KEEP)
         if self.limit is not None and checks.positive(self.limit, "limit") <= 1:
             raise checks.ArgumentError("limit", "a number above 1, or None", repr(self.limit))
@@ -67,12 +69,11 @@ class ScaLoRA(Method):
 
     def check(self, pairs: list[Pair]) -> None:
         check_mergeable(pairs)
-        if not batches.grouped(pairs):
+        if not runs_on_triton(pairs):
             return
-        largest = pair_ops.largest_scalora_rank()
         for pair in pairs:
-            if pair.rank > largest:
-                expected = f"a rank of at most {largest} for ScaLoRA on the Triton backend"
+            if pair.rank > LARGEST_SCALORA_RANK:
+                expected = f"a rank of at most {LARGEST_SCALORA_RANK} for ScaLoRA on the Triton backend"
                 raise checks.ArgumentError(f"{pair.name}.lora_A", expected, pair.rank)
             if not pair.weight.is_contiguous():
                 expected = "a contiguous weight, for ScaLoRA's merges on the Triton backend"
@@ -89,12 +90,12 @@ class ScaLoRA(Method):
         if not due:
             return
         together = _by_rank(due)
-        solved = [pair_ops.scalora_solve(grams, self.solver)[:2] for _, grams in together]
+        solved = [members[0].ops.scalora_solve(*grams, self.solver)[:2] for members, grams in together]
         kappa = self.kappa if self.kappa is not None else self._calibrated(solved, memory)
         low, high = (FLOOR, None) if self.limit is None else (1 / self.limit, self.limit)
         for (members, _), (x, active) in zip(together, solved, strict=True):
             scaling = _joined([batch.per_pair("scaling", lambda pair: pair.scaling) for batch in members])
-            self._apply(members, *pair_ops.scales(x, active, kappa, scaling, low, high))
+            self._apply(members, *members[0].ops.scales(x, active, kappa, scaling, low, high))
 
     def _calibrated(self, solved: list[tuple[Tensor, Tensor]], memory: dict) -> Tensor:
         """κ from memory, or, while that holds none (0), the one that makes the geometric mean of β 1. Decided on the
@@ -121,19 +122,12 @@ class ScaLoRA(Method):
             batch.scale(of_factors, of_gradients)
 
 
-def _by_rank(batches: list[Batch]) -> list[tuple[list[Batch], pair_ops.Grams]]:
-    """Batches of one rank, dtype and device, with all their Grams in one: they are solved together."""
-    together: dict[tuple, list[tuple[Batch, pair_ops.Grams]]] = {}
-    for batch in batches:
-        grams = batch.grams(gradients=True)
-        together.setdefault((grams.ka.shape[-1], grams.ka.dtype, grams.ka.device), []).append((batch, grams))
-    return [
-        (
-            [batch for batch, _ in members],
-            pair_ops.Grams(*map(_joined, zip(*(grams for _, grams in members), strict=True))),
-        )
-        for members in together.values()
-    ]
+def _by_rank(batches: list[Batch]) -> list[tuple[list[Batch], Grams]]:
+    """Batches of one rank, dtype and device, and all their Grams in one tensor each: they are solved together."""
+    listed = [(batch, batch.grams(gradients=True)) for batch in batches]
+    groups = group_by(listed, lambda entry: (entry[1].ka.shape[-1], entry[1].ka.dtype, entry[1].ka.device))
+    joined = lambda group: Grams(*map(_joined, zip(*(grams for _, grams in group), strict=True)))
+    return [([batch for batch, _ in group], joined(group)) for group in groups.values()]
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

@@ -55,7 +55,7 @@ def factors(free: Free) -> tuple[list[Tensor], list[Tensor]]:
 
 def compute(free: Free) -> Values:
     """The values, by whatever backend serves the parameters."""
-    ops = _ops(backend.uses_triton(free.a[0]))
+    ops = backend.ops("cayley", free.a[0])
     with torch.inference_mode(False), torch.no_grad(), _no_autocast(free.a[0]):
         scales = reference.bounded_scales(*free[2:]) if free.scale else []
         return Values(*ops.cayley(free.a, free.b, scales or None), scales)
@@ -68,15 +68,6 @@ def attach(free: Free, values: Values) -> tuple[list[Tensor], list[Tensor]]:
     made = CayleyFunction.apply(free, values, *free.tensors)
     n = len(free.a)
     return list(made[:n]), list(made[n:])
-
-
-def _ops(triton: bool):
-    """The kernels, or their plain-torch twins."""
-    if triton:
-        from ..kernels import cayley as kernels
-
-        return kernels
-    return reference
 
 
 @contextmanager
@@ -114,7 +105,7 @@ def backward(free: Free, inverses: list[Tensor], scales: list[Tensor], grads: Se
     a, b = pick(free.a), pick(free.b)
     grad_a = [torch.zeros_like(x) if g is None else g for x, g in zip(a, pick(grads[:n]), strict=True)]
     grad_b = [torch.zeros_like(x) if g is None else g for x, g in zip(b, pick(grads[n:]), strict=True)]
-    ops = _ops(backend.uses_triton(a[0]))
+    ops = backend.ops("cayley", a[0])
     with _no_autocast(a[0]):
         lists = ops.cayley_backward(a, b, pick(scales) if scales else None, pick(inverses), grad_a, grad_b)
         if scales:

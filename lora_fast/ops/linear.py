@@ -8,8 +8,6 @@ its seed.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -46,21 +44,10 @@ def _bias_gradient(dy: Tensor) -> Tensor:
     return dy.reshape(-1, dy.shape[-1]).sum(0)
 
 
-@cache
-def _ops(triton: bool):
-    """The Triton launchers or their torch twins: two modules with the same functions. Forward chooses and backward
-    follows: the two draw different dropout masks."""
-    if not triton:
-        return reference
-    from ..kernels import linear
-
-    return linear
-
-
 class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded):
-        ops = _ops(backend.uses_triton(x))
+        ops = backend.ops("linear", x)  # backward takes the same: the two modules draw different dropout masks
         y, s = forward(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded)
         ctx.save_for_backward(x, s, weight, lora_A, lora_B)
         ctx.ops, ctx.constants = ops, (scaling, dropout_p, seed, rounded)
@@ -97,7 +84,9 @@ def lora_linear_op(
     rounded: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor]:
-    return forward(_ops(triton), x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded)
+    return forward(
+        backend.load_ops("linear", triton), x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded
+    )
 
 
 def _wider(x: torch.dtype, factor: torch.dtype, triton: bool) -> torch.dtype:
@@ -133,7 +122,7 @@ def lora_linear_backward_op(
     dx = da = db = None
     if need_x or need_a or need_b:
         constants = scaling, dropout_p, seed, rounded, (need_x, need_a, need_b)
-        dx, da, db = backward(_ops(triton), dy, x, s, weight, lora_A, lora_B, *constants)
+        dx, da, db = backward(backend.load_ops("linear", triton), dy, x, s, weight, lora_A, lora_B, *constants)
     grads = dx, _bias_gradient(dy) if need_bias else None, da, db
     return [grad for grad in grads if grad is not None]
 

@@ -1,7 +1,7 @@
-"""The adapter step's operations: the one place that decides who computes them, Triton or plain torch.
+"""Ops on adapter pairs that are batched torch on every device: torch's AdamW on lists of tensors, and the r×r algebra
+of BaLoRA, RefLoRA and LoRA-RITE. The ops that have kernels are in kernels/pairs and reference/pairs.py.
 
-First those on r×r matrices, (L, r, r); then those on lists of factors, of one rank for Triton, of one shape for plain
-torch (``adapter_step_`` takes any).
+r×r matrices are (L, r, r). Nothing here waits for a device, except where ``torch.linalg`` does.
 """
 
 from __future__ import annotations
@@ -9,173 +9,117 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backend
-from .reference import pairs as reference
-from .reference import scalora_solution
-from .reference.pairs import (
-    GAUGES,
-    Grams,
-    adamw,
-    grams,
-    hyperbalance,
-    refactor,
-    rite_factor,
-    rite_update,
-    wide,
-    with_strides_of,
-)
-from .reference.scalora_solution import ROUNDINGS, SOLVERS
+from .reference.pairs import at_least_float32, cholesky, grams
 
 __all__ = [
     "GAUGES",
-    "ROUNDINGS",
-    "SOLVERS",
-    "Grams",
-    "adamw",
-    "adapter_step_",
-    "add_low_rank_",
-    "factor_grams",
+    "adamw_",
+    "at_least_float32",
     "grams",
     "hyperbalance",
-    "imbalance",
-    "largest_scalora_rank",
-    "muon",
-    "pair_grams",
     "refactor",
     "rite_factor",
     "rite_update",
-    "scale_reg",
-    "scales",
-    "scalora_solve",
-    "small_inverse",
-    "spd_solve",
-    "transformed",
-    "wide",
     "with_strides_of",
 ]
 
-
-def imbalance(ka: Tensor, kb: Tensor, rho: Tensor, lr_a: float | Tensor, lr_b: float | Tensor, lam: float) -> Tensor:
-    """iLoRA's middle: see ``reference.pairs.imbalance``."""
-    if backend.uses_triton(ka):
-        from ..kernels.pairs import regularizers
-
-        return regularizers.imbalance(ka, kb, rho, lr_a, lr_b, lam)
-    return reference.imbalance(ka, kb, rho, lr_a, lr_b, lam)
+GAUGES = ("symmetric", "svd", "svd_signed")
+BALANCE_FLOOR = 1e-6  # of the largest singular value: below, a direction is not rescaled further
 
 
-def scale_reg(ka: Tensor, kb: Tensor, entries_a: Tensor, entries_b: Tensor, lam: float, eps: float) -> Tensor:
-    """Scale regularization's middle: see ``reference.pairs.scale_reg``."""
-    if backend.uses_triton(ka):
-        from ..kernels.pairs import regularizers
-
-        return regularizers.scale_reg(ka, kb, entries_a, entries_b, lam, eps)
-    return reference.scale_reg(ka, kb, entries_a, entries_b, lam, eps)
-
-
-def muon(grams: Grams, lr_a: float | Tensor, lr_b: float | Tensor, damping: float) -> Tensor:
-    """LoRA-Muon's middle, from the Grams of the factors and of their momenta: see ``reference.pairs.muon``."""
-    if backend.uses_triton(grams.ka):
-        from ..kernels.pairs import muon as roots
-
-        return roots.muon(*grams[:4], lr_a, lr_b, damping)
-    return reference.muon(*grams[:4], lr_a, lr_b, damping)
+def adamw_(p: list, g: list, m: list, v: list, steps: list, settings: dict) -> None:
+    """torch's AdamW (its fused form) in place on lists of tensors of one dtype and device. ``steps`` are float32
+    scalars, one a tensor, that already count this step. ``settings`` has lr, betas, eps and weight_decay. A gradient
+    may have any strides; m and v have those of p."""
+    beta1, beta2 = settings["betas"]
+    torch._fused_adamw_(
+        p, list(map(with_strides_of, g, p)), m, v, [], steps, lr=settings["lr"], beta1=beta1, beta2=beta2,
+        weight_decay=settings["weight_decay"], eps=settings["eps"], amsgrad=False, maximize=False,
+    )  # fmt: skip
 
 
-def scalora_solve(grams: Grams, solver: str) -> tuple[Tensor, Tensor, Tensor]:
-    """ScaLoRA's Hadamard system: see ``reference.scalora_solution.scalora_solve``."""
-    if backend.uses_triton(grams.ka):
-        from ..kernels.pairs import scalora_system
-
-        return scalora_system.scalora_solve(*grams, solver)
-    return scalora_solution.scalora_solve(*grams, solver)
-
-
-def largest_scalora_rank() -> int:
-    """Of ``scalora_solve`` on the Triton backend; the twin takes any."""
-    from ..kernels.pairs import scalora_system
-
-    return scalora_system.LARGEST
+def with_strides_of(x: Tensor, p: Tensor) -> Tensor:
+    """Returns x with the strides of p, copied if it has others: on a CPU torch's fused AdamW reads every tensor in the
+    order of its memory."""
+    if x.stride() == p.stride():
+        return x
+    return torch.empty_like(p, dtype=x.dtype, device=x.device).copy_(x)
 
 
-def scales(
-    x: Tensor, active: Tensor, kappa: float | Tensor, scaling: Tensor, low: float, high: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ScaLoRA's scales: see ``reference.scalora_solution.scales``."""
-    if backend.uses_triton(x):
-        from ..kernels.pairs import scalora_scales
+def hyperbalance(ka: Tensor, kb: Tensor, gauge: str = "symmetric") -> tuple[Tensor, Tensor]:
+    """BaLoRA: T and T⁻¹ (L, r, r), such that b T and T⁻¹ a have the same Gram: T Tᵀ = Kb⁻¹ # Ka (geometric mean).
 
-        return scalora_scales.scales(x, active, kappa, scaling, low, high)
-    return scalora_solution.scales(x, active, kappa, scaling, low, high)
-
-
-def spd_solve(matrices: Tensor, rhs: Tensor, damping: float = 0.0) -> tuple[Tensor, Tensor]:
-    """See ``reference.pairs.spd_solve``."""
-    if backend.uses_triton(matrices):
-        from ..kernels.linalg import spd
-
-        return spd.spd_solve(matrices.float(), rhs.float(), damping)
-    return reference.spd_solve(matrices, rhs, damping)
-
-
-def small_inverse(matrices: Tensor) -> Tensor:
-    """See ``reference.pairs.small_inverse``."""
-    if backend.uses_triton(matrices):
-        from ..kernels.linalg import inverse
-
-        return inverse.small_inverse(matrices.float())
-    return reference.small_inverse(matrices)
+    The identity where b = 0 or a has not full rank. The algebra runs in float64: it squares conditions.
+    """
+    base, inverse_base, sigma, skip = _balanced_basis(ka, kb)
+    if gauge == "symmetric":
+        squared = base @ (base / sigma[:, None, :]).mT
+        q, d = _symmetric_root(squared)
+        t, t_inverse = (q * d[:, None, :]) @ q.mT, (q / d[:, None, :]) @ q.mT
+    else:
+        root = sigma.sqrt()
+        t, t_inverse = base / root[:, None, :], root[:, :, None] * inverse_base
+        if gauge == "svd_signed":
+            sign = torch.where(t.gather(-2, t.abs().argmax(-2, keepdim=True)) < 0, -1.0, 1.0)
+            t, t_inverse = t * sign, t_inverse * sign.mT
+    return _where_not(skip, t, t_inverse, ka.dtype)
 
 
-def factor_grams(factors: list[Tensor], is_a: list[bool]) -> Tensor:
-    """x xᵀ of an a, xᵀx of a b: (n, r, r)."""
-    if backend.uses_triton(factors[0]):
-        from ..kernels.pairs import gram
+def refactor(ka: Tensor, kb: Tensor) -> tuple[Tensor, Tensor]:
+    """RefLoRA: S = Kb⁻¹ # Ka, the SPD solution of S Kb S = Ka, and S⁻¹, (L, r, r).
 
-        return gram.factor_grams([x.contiguous() for x in factors], is_a)
-    x = wide(torch.stack(factors))
-    return x @ x.mT if is_a[0] else x.mT @ x
-
-
-def pair_grams(a: list[Tensor], b: list[Tensor], da: list[Tensor] | None = None, db: list | None = None) -> Grams:
-    """The Grams of a list of pairs, with gradients all five."""
-    lists = [a, b] if da is None else [a, b, da, db]
-    if backend.uses_triton(a[0]):
-        from ..kernels.pairs import gram
-
-        lists = [[x.contiguous() for x in members] for members in lists]
-        return Grams(*gram.gram(*lists, wanted=Grams._fields[: 2 if da is None else 5]))
-    return grams(*(torch.stack(members) for members in lists))
+    The identity where b = 0 or a has not full rank. The algebra runs in float64, as that of ``hyperbalance``, whose
+    T Tᵀ is S; directions in which b vanishes are treated as there.
+    """
+    base, inverse_base, sigma, skip = _balanced_basis(ka, kb)
+    s, s_inverse = base @ (base / sigma[:, None, :]).mT, inverse_base.mT @ (sigma[:, :, None] * inverse_base)
+    return _where_not(skip, s, s_inverse, ka.dtype)
 
 
-def transformed(factors: list[Tensor], is_a: bool, matrices: Tensor) -> list[Tensor]:
-    """M x of each a, x M of each b, rounded to its dtype."""
-    if backend.uses_triton(factors[0]):
-        from ..kernels.pairs import transform
-
-        results = [x.clone(memory_format=torch.contiguous_format) for x in factors]
-        transform.transform_(results, [is_a] * len(results), matrices.contiguous())
-        return results
-    x = torch.stack(factors)
-    return list((matrices @ wide(x) if is_a else wide(x) @ matrices).to(x.dtype))
-
-
-def add_low_rank_(weights: list, a: list, b: list, scale: Tensor, rounding: str, seed: int) -> None:
-    """weights[i] += b[i] diag(scale[i]) a[i]: see ``reference.scalora_solution.add_low_rank_``."""
-    if backend.uses_triton(weights[0]):
-        from ..kernels.pairs import add_low_rank
-
-        factors = ([x.contiguous() for x in members] for members in (a, b))
-        add_low_rank.add_low_rank_(weights, *factors, scale.contiguous(), rounding, seed)
-        return
-    for weight, of_a, of_b, of_scale in zip(weights, a, b, scale, strict=True):
-        scalora_solution.add_low_rank_(weight, of_a, of_b, of_scale, rounding, seed)
+def _balanced_basis(ka: Tensor, kb: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """N = L V, N⁻¹ and σ in float64, with Ka = L Lᵀ and Lᵀ Kb L = V diag(σ²) Vᵀ, so that N Nᵀ = Ka and
+    Nᵀ Kb N = diag(σ²); and where b = 0 or a has not full rank, (L, 1, 1): L is the identity there, σ is 1."""
+    ka, kb = ka.double(), kb.double()
+    eye = torch.eye(ka.shape[-1], dtype=ka.dtype, device=ka.device)
+    lower, info = cholesky(ka, 0.0)
+    skip = ((info != 0) | (kb.diagonal(dim1=-2, dim2=-1).sum(-1) == 0))[:, None, None]
+    lower = torch.where(skip, eye, lower)
+    core = torch.where(skip, eye, lower.mT @ kb @ lower)
+    v = torch.linalg.eigh(0.5 * (core + core.mT))[1].flip(-1)
+    base = lower @ v
+    sigma = (base * (kb @ base)).sum(-2).clamp(min=0).sqrt()  # re-measured: ‖b base_j‖
+    sigma = torch.where(skip[:, 0], 1.0, torch.maximum(sigma, BALANCE_FLOOR * sigma.amax(-1, keepdim=True)))
+    inverse_base = v.mT @ torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+    return base, inverse_base, sigma, skip
 
 
-def adapter_step_(factors: list, is_a: list[bool], hyper: Tensor, steps: Tensor, work) -> Tensor | None:
-    """See ``functional.adapter_step_``."""
-    if factors and backend.uses_triton(factors[0][0]):
-        from ..kernels.pairs import adamw as kernel
+def _where_not(skip: Tensor, matrices: Tensor, inverses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both in ``dtype``, the identity where ``skip``."""
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    return torch.where(skip, eye, matrices).to(dtype), torch.where(skip, eye, inverses).to(dtype)
 
-        return kernel.step_(factors, is_a, hyper, steps, kernel.StepWork(*work))
-    return reference.adapter_step_(factors, is_a, hyper, steps, *work)
+
+def _symmetric_root(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors (L, r, r), and square roots (L, r) of the eigenvalues, of symmetric positive matrices."""
+    values, q = torch.linalg.eigh(0.5 * (matrices + matrices.mT))
+    return q, values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()
+
+
+def rite_factor(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """LoRA-RITE: U, R and the pseudo-inverse of R with x = U R, of b (L, d_out, r) or aᵀ (L, d_in, r)."""
+    u, upper = torch.linalg.qr(at_least_float32(x))
+    return u, upper, torch.linalg.pinv(upper)
+
+
+def rite_update(
+    g: Tensor, m: Tensor, v: Tensor, u: Tensor, u_old: Tensor, beta1: Tensor, beta2: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """LoRA-RITE: the next moments (m, v) for unmagnified gradients g (L, r, d): moments are carried into the new basis,
+    V is the average of g gᵀ/d, m that of (V^½ + ε)⁻¹ g; the betas are bias-corrected, float64 (L, 1, 1)."""
+    keep_m, new_m, keep_v, new_v = (x.to(g.dtype) for x in (beta1, 1 - beta1, beta2, 1 - beta2))
+    carry = u.mT @ u_old
+    v = carry @ v @ carry.mT
+    v = keep_v * v + new_v * (g @ g.mT / g.shape[-1])
+    values, q = torch.linalg.eigh(0.5 * (v + v.mT))
+    whitened = q @ ((q.mT @ g) / (values.clamp(min=0).sqrt() + eps)[:, :, None])
+    return keep_m * (carry @ m) + new_m * whitened, v

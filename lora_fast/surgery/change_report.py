@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .. import checks
+from ..kernels.grouping import group_by
 
 SHOWN = 4  # names printed per reason
 
@@ -30,9 +31,7 @@ class Report:
 
     def reasons(self) -> str:
         """The candidates left alone, grouped by reason: ``1: lm_head (output embeddings)``."""
-        groups: dict[str, list[str]] = {}
-        for name, reason in self.left.items():
-            groups.setdefault(reason, []).append(name)
+        groups = group_by(self.left, self.left.__getitem__)
         return "; ".join(f"{len(names)}: {_shorten(names)} ({reason})" for reason, names in groups.items())
 
     def require_change(self, argument: str, expected: str, allow_empty: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import checks
+from ..kernels.grouping import group_by
 from ..layers.find import ADAPTER_LAYERS, adapter_layers, fused_class
 from .change_report import Report
 
@@ -90,11 +91,9 @@ def original_weight(layer: nn.Module) -> Tensor | None:
 
 def weight_owners(model: nn.Module) -> dict[int, list[str]]:
     """id of each parameter → names of the modules that hold it."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            owners.setdefault(id(parameter), []).append(name)
-    return owners
+    holders = [(name, p) for name, module in model.named_modules() for p in module._parameters.values()]
+    groups = group_by(holders, lambda holder: id(holder[1]))
+    return {parameter: [name for name, _ in group] for parameter, group in groups.items()}
 
 
 def _tied(layer: nn.Module, owners: dict[int, list[str]]) -> str | None:

@@ -9,6 +9,7 @@ from torch import nn
 
 import lora_fast as lf
 from lora_fast import methods as M
+from lora_fast.batches.pairs import Pair, find_pairs
 from lora_fast.kernels.inspection import interpreter
 
 pytestmark = pytest.mark.gpu
@@ -82,7 +83,7 @@ def test_experts_beside_ordinary_pairs_of_their_rank():
         model, (wrapper,) = experts.experts_model(dtype=torch.float32)
         torch.manual_seed(1)
         pair = nn.Parameter(torch.randn(experts.R, 24)), nn.Parameter(torch.randn(16, experts.R))
-        entries = lf.pairs.find_pairs(model) + [lf.pairs.Pair("pair", *pair)]
+        entries = find_pairs(model) + [Pair("pair", *pair)]
         optimizers = [entries] if both else [[entry] for entry in entries]
         with lf.set_backend("triton"):
             optimizers = [lf.optim.LoRAAdamW(some, lr=1e-2, methods=[M.PiLoRA()]) for some in optimizers]

@@ -23,6 +23,7 @@ from torch import nn
 
 import lora_fast as lf
 from lora_fast import methods as M
+from lora_fast.batches.pairs import find_pairs
 
 every_method = pytest.mark.parametrize("methods", METHODS.values(), ids=METHODS.keys())
 
@@ -246,7 +247,7 @@ def test_one_matrix_is_an_ordinary_pair():
     model = nn.ModuleDict({"layer": nn.Linear(D_IN, D_OUT, bias=False)})
     config = peft.LoraConfig(r=R, target_modules=[], target_parameters=["layer.weight"])
     model = peft.get_peft_model(model, config)
-    (pair,) = lf.pairs.find_pairs(model)
+    (pair,) = find_pairs(model)
     assert (pair.experts, pair.rank, pair.product_names) == (1, R, [pair.name])
     assert pair.weight is model.base_model.model["layer"].get_param() and pair.unmergeable is None
 

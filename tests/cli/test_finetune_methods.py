@@ -24,7 +24,6 @@ from finetune_runs import (
 )
 from safetensors.torch import load_file
 
-import lora_fast as lf
 from lora_fast import methods
 from lora_fast.cli.finetune import report_bounds
 from lora_fast.cli.finetune.weight_change import mean_erank
@@ -32,6 +31,7 @@ from lora_fast.cli.inputs.method_options import METHODS, read, with_bounds
 from lora_fast.cli.inputs.settings import Settings
 from lora_fast.cli.output import run_folder
 from lora_fast.cli.output.terminal import Display
+from lora_fast.layers.find import peft_layers
 from lora_fast.measure import memory
 
 SEVERAL = ("lora", "ilora:lam=2", "lora:lr=2e-3")
@@ -220,7 +220,7 @@ def test_the_erank_of_all_change_is_that_of_a_whole_svd():
     torch.manual_seed(0)
     start, model = tiny.llama(), tiny.peft_llama()
     eranks = []
-    for name, layer in lf.layers.peft_layers(model).items():
+    for name, layer in peft_layers(model).items():
         weight = layer.get_base_layer().weight
         weight.data += torch.randn(len(weight), 3) @ torch.randn(3, weight.shape[1])
         before = start.get_submodule(name.removeprefix("base_model.model.")).weight

@@ -20,7 +20,7 @@ import lora_fast as lf
 import lora_fast.kernels
 from lora_fast import methods as M
 from lora_fast.batches.pairs import Pair
-from lora_fast.kernels import cayley, linear, tiles
+from lora_fast.kernels import cayley, limits, linear, tiles
 from lora_fast.kernels.inspection import sanitizer
 from lora_fast.kernels.linalg import inverse, spd
 from lora_fast.kernels.linear import cublas as thin
@@ -224,7 +224,7 @@ def optimizer_runs() -> dict:
 
 def scalora_runs() -> dict:
     runs = {}
-    for solver in scalora_system.SOLVERS:
+    for solver in limits.SOLVERS:
         runs[f"scalora {solver}"] = partial(run_scalora, 5, solver, False)
         runs[f"scalora {solver} in memory"] = partial(run_in_memory, run_scalora, 9, solver, True)
     return runs
@@ -288,7 +288,7 @@ def large_runs() -> dict:
         runs[f"cayley rank {r}"] = partial(run_cayley, (r, 3), (r + 300, 2100), scaled=True)
         runs[f"merge rank {r}"] = partial(run_merge, [(r, 1030, 520), (3, 70, 33)], BFLOAT16, "stochastic", True)
     runs["cayley, blocks and chunks"] = partial(run_cayley, (70,), (8300,), scaled=True)
-    for r, solver in itertools.product((33, 64, 100), scalora_system.SOLVERS):
+    for r, solver in itertools.product((33, 64, 100), limits.SOLVERS):
         runs[f"scalora {solver} rank {r}"] = partial(run_scalora, r, solver, True)
     return runs
 

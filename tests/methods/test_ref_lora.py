@@ -6,7 +6,7 @@ from torch import nn
 
 import lora_fast as lf
 from lora_fast import methods as M
-from lora_fast.ops.reference import pairs as twin
+from lora_fast.ops import pairs as twin
 
 
 def draw(*shape, seed=0):

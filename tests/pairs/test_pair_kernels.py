@@ -9,7 +9,7 @@ from budget import check, error
 from launching import DEVICE, poisoned_empty, randn, size
 from triton.runtime.interpreter import InterpretedFunction
 
-from lora_fast.kernels import pointer_table
+from lora_fast.kernels import limits, pointer_table
 from lora_fast.kernels.inspection import interpreter
 from lora_fast.kernels.linalg import spd
 from lora_fast.kernels.pairs import adamw, add_low_rank, gram, transform
@@ -280,7 +280,7 @@ def merge_formula(w, a, b, scale, dtype):
 LAYERS = [(4, 40, 24), (7, 1, 9), (3, 1030, 520), (1, 33, 1030)]
 
 
-@pytest.mark.parametrize("rounding", add_low_rank.ROUNDINGS)
+@pytest.mark.parametrize("rounding", limits.ROUNDINGS)
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16])
 def test_merge(dtype, rounding):
     """Nearest: the budget. Stochastic: one of the two neighbours. Compensated: nearest, and the sum is kept."""

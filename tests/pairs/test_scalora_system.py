@@ -8,6 +8,7 @@ from budget import DRAWS, check, error
 from launching import DEVICE, poisoned_empty
 from triton.runtime.interpreter import InterpretedFunction
 
+from lora_fast.kernels import limits
 from lora_fast.kernels.inspection import interpreter
 from lora_fast.kernels.pairs import scalora_scales, scalora_system
 from lora_fast.ops.reference import scalora_solution as twin
@@ -72,7 +73,7 @@ def check_pairs(tensors, solver):
 
 
 @pytest.mark.parametrize("kind", ["", "correlated", "rank 1"])
-@pytest.mark.parametrize("solver", scalora_system.SOLVERS)
+@pytest.mark.parametrize("solver", limits.SOLVERS)
 def test_against_the_twin(solver, kind):
     info = check_pairs(pairs(3, 4, kind), solver)
     if solver != "scalar":
@@ -140,7 +141,7 @@ def test_theorem_3(numbers, want):
     assert info == 0
 
 
-@pytest.mark.parametrize("solver", scalora_system.SOLVERS)
+@pytest.mark.parametrize("solver", limits.SOLVERS)
 def test_what_has_no_say(solver):
     """b = 0, a gradient of 0, and pairs padded to a larger rank."""
     a, b, p, q = pairs(3, 3)
@@ -159,7 +160,7 @@ def test_what_has_no_say(solver):
 
 @pytest.mark.parametrize(
     "r, value, solver",
-    [(2, value, solver) for value in (float("nan"), float("inf")) for solver in scalora_system.SOLVERS]
+    [(2, value, solver) for value in (float("nan"), float("inf")) for solver in limits.SOLVERS]
     + [(33, float("nan"), "nnls"), (33, float("nan"), "scalar")],
 )
 def test_what_is_not_finite_stays_in_its_pair(r, value, solver):

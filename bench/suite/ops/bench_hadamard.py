@@ -2,17 +2,16 @@
 
 import torch
 
+from lora_fast.kernels.limits import LARGEST_SCALORA_RANK
 from lora_fast.ops.reference import scalora_solution
 from lora_fast.ops.reference.pairs import Grams, grams
 from suite.cases import Case, Scale
 from suite.comparison import Comparison, Cost, Provider, Setting, size
 from suite.ops.pair_operands import Pairs
 
-LARGEST = 128  # rank
-
 
 def cases(scale: Scale) -> list[Case]:
-    return [case for case in scale.steps("hadamard") if case.r <= LARGEST]
+    return [case for case in scale.steps("hadamard") if case.r <= LARGEST_SCALORA_RANK]
 
 
 def of_one_gradient(pairs: Pairs, r: int) -> Pairs:

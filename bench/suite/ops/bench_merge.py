@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from lora_fast.ops import pairs as pair_ops
+import lora_fast
 from suite.cases import Case, Scale
 from suite.comparison import Comparison, Cost, Provider, Setting, size
 from suite.ops.pair_operands import Pairs
@@ -40,7 +40,7 @@ def build(case: Case, setting: Setting) -> Comparison:
         return own
 
     def ours(own):
-        pair_ops.add_low_rank_(own, pairs.a, pairs.b, scale, "nearest", 0)
+        lora_fast.backend.ops("pairs", own[0]).add_low_rank_(own, pairs.a, pairs.b, scale, "nearest", 0)
         return own
 
     named = lambda own: {str(i): weight for i, weight in enumerate(own)}

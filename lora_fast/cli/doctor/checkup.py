@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ... import LoRAConfig, LoRALinear, backend, fuse_, inject_, load_adapter, methods, save_adapter
+from ...kernels.limits import OLDEST_ARCH
 from ...optim import LoRAAdamW
 from . import installation
 
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # relative L2: a wrong formula is wrong by far more
 SECONDS = 120  # for a check in a process of its own
 ARCH = 90  # compiled for where there is no GPU
-OLDEST_ARCH = 80
 WORKS, FAILS, ABSENT = "works", "fails", "none"
 
 _FIX_GPU = (

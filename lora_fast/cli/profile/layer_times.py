@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
+from ...kernels.grouping import group_by
 from ...measure.ceilings import Ceilings, layer_cost
 from ...measure.clock import Clock, Spread
 from .engines import BASE, EAGER, FUSED, Engines
@@ -66,11 +67,9 @@ def measure(
 
 def by_shape(engines: Engines) -> dict[tuple[int, int], list[str]]:
     """(d_in, d_out) → names of the linear layers that PEFT has adapted."""
-    shapes: dict[tuple[int, int], list[str]] = {}
-    for name, module in engines.found[EAGER].model.named_modules():
-        if isinstance(module, PeftLinear):
-            shapes.setdefault((module.in_features, module.out_features), []).append(name)
-    return shapes
+    modules = dict(engines.found[EAGER].model.named_modules())
+    names = [name for name, module in modules.items() if isinstance(module, PeftLinear)]
+    return group_by(names, lambda name: (modules[name].in_features, modules[name].out_features))
 
 
 def activations(engines: Engines, batch: dict, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:

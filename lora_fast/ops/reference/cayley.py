@@ -24,6 +24,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ...kernels.grouping import map_groups
+
+__all__ = ["cayley", "cayley_backward"]
+
 CACHED = 1 << 19  # elements of the factors that are worked on at a time: what a CPU's cache holds
 
 
@@ -110,21 +114,18 @@ def _cast(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
 def _over_stacks(compute: Callable, *lists: Sequence[Tensor]) -> list[list[Tensor]]:
     """compute's results for every position of the lists. It is called with stacks of the tensors, in at least float32,
     at positions that agree in shapes, dtype and device; on a CPU with no more at a time than its cache holds."""
-    places: dict[tuple, list[int]] = {}
-    for i, tensors in enumerate(zip(*lists, strict=True)):
-        places.setdefault((tensors[0].dtype, tensors[0].device, *(x.shape for x in tensors[:2])), []).append(i)
-    order, made = [], []
-    for (_, device, *shapes), indices in places.items():
-        size = max(1, CACHED // sum(shape.numel() for shape in shapes)) if device.type == "cpu" else len(indices)
-        for part in (indices[first : first + size] for first in range(0, len(indices), size)):
-            stacks = (_wide(torch.stack([tensors[i] for i in part])) for tensors in lists)
-            order += part
-            made.append([x.unbind() for x in compute(*stacks)])
-    results = []
-    for parts in zip(*made, strict=True):
-        placed = dict(zip(order, (x for part in parts for x in part), strict=True))
-        results.append([placed[i] for i in range(len(order))])
-    return results
+
+    def in_parts(*members: list[Tensor]) -> list[list[Tensor]]:
+        first, elements = members[0], sum(tensors[0].numel() for tensors in members[:2])
+        size = max(1, CACHED // elements) if first[0].device.type == "cpu" else len(first)
+        parts = []
+        for start in range(0, len(first), size):
+            stacks = (_wide(torch.stack(tensors[start : start + size])) for tensors in members)
+            parts.append(compute(*stacks))
+        return [[x for stack in stacks for x in stack] for stacks in zip(*parts, strict=True)]
+
+    kind = lambda *members: (members[0].dtype, members[0].device, *(x.shape for x in members[:2]))
+    return [list(results) for results in zip(*map_groups(in_parts, kind, *lists), strict=True)]
 
 
 def _wide(x: Tensor) -> Tensor:

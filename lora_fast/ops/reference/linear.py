@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PHILOX_ROUNDS = 7
+from ...kernels.limits import PHILOX_ROUNDS
+
+__all__ = ["backward", "draw_mask", "forward", "grad_a", "grad_s_b", "grad_x", "linear", "project"]
+
 DROP_LEVELS = 1 << 16  # a dropout probability is a multiple of 1/65536
 
 

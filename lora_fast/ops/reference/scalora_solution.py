@@ -14,11 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SOLVERS = ("nnls", "paper", "column", "scalar")
-ROUNDINGS = ("nearest", "stochastic", "compensated")
-RIDGES = (1e-7, 1e-6, 1e-5)  # added to the equilibrated system's unit diagonal: the first with which it factors
-DEAD = 1e-12  # of the largest diagonal entry of its own block: a coordinate below has no say and keeps scale 1
-COLLINEAR = 1e-6
+from ...kernels.limits import COLLINEAR, INACTIVE, RIDGE
+
+RIDGES = (RIDGE, 10 * RIDGE, 100 * RIDGE)  # the first with which the system factors is used
 PIVOTS, ROUNDS = 8, 2
 
 
@@ -70,7 +68,7 @@ def _system(ka: Tensor, kb: Tensor, kp: Tensor, kq: Tensor, k: Tensor) -> tuple[
 
 def _active(m: Tensor, r: int) -> Tensor:
     blocks = m.diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, r))
-    return ~(blocks <= DEAD * blocks.amax(-1, keepdim=True)).flatten(-2)  # a NaN is active
+    return ~(blocks <= INACTIVE * blocks.amax(-1, keepdim=True)).flatten(-2)  # a NaN is active
 
 
 def _columnwise(m: Tensor, lam: Tensor, active: Tensor, solver: str) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@ import torch
 from launching import DEVICE, poisoned_empty, randn, size
 
 from lora_fast.kernels.inspection import interpreter
-from lora_fast.kernels.pairs import muon as roots
-from lora_fast.kernels.pairs.muon import muon
+from lora_fast.kernels.pairs import inverse_mean
+from lora_fast.kernels.pairs.inverse_mean import muon
 from lora_fast.ops.reference import pairs as twin
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +22,7 @@ NAN_MEANT = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")  # numpy's
 @pytest.fixture
 def in_memory(monkeypatch):
     """Matrices of rank R are worked on in memory, as those above 64 are, which take longer to interpret."""
-    monkeypatch.setattr(roots, "IN_REGISTERS", R - 1)
+    monkeypatch.setattr(inverse_mean, "IN_REGISTERS", R - 1)
 
 
 @pytest.fixture(params=["in registers", "in memory"])
@@ -130,7 +130,7 @@ def test_more_factors_than_programs(monkeypatch, in_memory):
     """In memory, programs go through the factors: the same bits with one program as with one for each."""
     grams = [spd(1, R, 1e3, seed) for seed in range(4)]
     together = muon(*grams, 0.1, 0.2, 0.0)
-    monkeypatch.setattr(roots, "SLOTS", 1)
+    monkeypatch.setattr(inverse_mean, "SLOTS", 1)
     assert torch.equal(together, muon(*grams, 0.1, 0.2, 0.0))
 
 

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from ..launch import MOST_REGISTERS, check_square, check_tensor, launch, on_device
+from ..limits import MUON_DAMPING_ULPS
 from ..linalg.blocked import BLOCK, cholesky, cholesky_solve
 from ..linalg.inverse import take_pivot
 from ..linalg.spd import IN_REGISTERS, WARPS
@@ -32,7 +33,7 @@ from ..primitives import div_rn
 from .regularizers import learning_rates
 
 STEPS = tl.constexpr(8)
-LEAST_DAMPING = 2.0**-19  # 16 ε, as in the twin
+LEAST_DAMPING = MUON_DAMPING_ULPS * 2.0**-23  # of float32
 SLOTS = 192  # programs, at most, that work in memory: a multiprocessor runs one at a time
 
 
