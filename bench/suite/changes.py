@@ -11,7 +11,7 @@ from suite.cases import from_dict
 
 
 class Change(NamedTuple):
-    """One compared row. ``times``: new speed over old. ``beyond_noise``: the intervals do not overlap."""
+    """A compared row. ``times``: new speed over old. ``beyond_noise``: the intervals do not overlap."""
 
     case: str
     provider: str

@@ -38,7 +38,7 @@ class Unavailable(Exception):
 
 
 class Setting(NamedTuple):
-    """Where a case runs. ``triton``: ours are the kernels, native or interpreted; otherwise their torch twins."""
+    """The device and our implementation. ``triton``: the kernels, native or interpreted; else their torch twins."""
 
     device: torch.device
     triton: bool
@@ -53,7 +53,7 @@ class Provider:
         results: from forward's value, after backward, the tensors whose error is computed; None where they are not
             comparable.
         prepare: called before each run, not timed. context: entered around each run.
-        own: tensors that do not count as saved for backward.
+        excluded: tensors that do not count as saved for backward.
         apart: whether the device is timed apart from the host. Otherwise, as for whole training steps, the time
             includes both.
         compiled: whether torch.compile made it. keeps: from forward's value, the tensors that its graph keeps for
@@ -65,7 +65,7 @@ class Provider:
     results: Callable[[object], dict[str, Tensor]] | None = None
     prepare: Callable[[], None] = lambda: None
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    own: Iterable[Tensor] = ()
+    excluded: Iterable[Tensor] = ()
     compiled: bool = False
     apart: bool = True
     keeps: Callable[[object], Iterable[Tensor]] = lambda value: ()
@@ -285,7 +285,7 @@ def saved_bytes(provider: Provider) -> int:
     """Returns the bytes of the distinct storages that forward keeps for backward, the provider's own excluded."""
     provider.prepare()
     with provider.context():
-        return memory.saved_bytes(provider.forward, provider.own, provider.keeps)
+        return memory.saved_bytes(provider.forward, provider.excluded, provider.keeps)
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:

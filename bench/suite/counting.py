@@ -3,9 +3,9 @@
     cd bench; python -m suite.counting SECONDS < cases.json > counts.json
 
 It runs in a process of its own, because TRITON_INTERPRET must be set before triton is imported, while the suite's
-timings on a CPU are those of the torch twins. Tiles and strategy ("fused") are those of sm_90. Launches do not depend on
-sizes. Traffic is counted at ``TOKENS`` tokens, ``PAIRS`` pairs and ``SIDE`` columns at most, where factors that are read
-again weigh more than in a real layer, which bench/counts.py counts.
+timings on a CPU are those of the torch twins. Tiles and strategy ("fused") are those of sm_90. Launches do not depend
+on sizes. Traffic is counted at ``TOKENS`` tokens, ``PAIRS`` pairs and ``SIDE`` columns at most, where factors that are
+read again weigh more than in a real layer, which bench/counts.py counts.
 """
 
 import os
@@ -40,7 +40,7 @@ def count(case: Case) -> dict:
     """Counts one run of ours, forward and backward; for an optimizer a step after the first.
 
     Returns:
-        {"traffic": bytes requested over the least possible, "launches"}, or {} for a method that runs no kernel of ours.
+        {"traffic": bytes requested over the least possible, "launches"}; {} for a method that runs none of our kernels.
     """
     comparison = module(case.op).build(case, Setting(torch.device("cpu"), triton=True))
     ours = "ours, fused" if "ours, fused" in comparison.providers else "ours"

@@ -181,7 +181,7 @@ def build(case: Case, setting: Setting) -> Comparison:
                 trained.restore(optimizer)
 
             judged = results if comparable and not moves else None  # another rate gives another result
-            return Provider(run, None, judged, prepare, context, own=trained.flat)
+            return Provider(run, None, judged, prepare, context, excluded=trained.flat)
 
         return build_provider
 

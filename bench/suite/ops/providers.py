@@ -160,7 +160,9 @@ def frozen(op: Operands) -> Provider:
     def prepare():
         op.x.grad = None
 
-    return Provider(lambda: F.linear(op.x, op.weight), lambda y: y.backward(op.dy), None, prepare, own=(op.weight,))
+    return Provider(
+        lambda: F.linear(op.x, op.weight), lambda y: y.backward(op.dy), None, prepare, excluded=(op.weight,)
+    )
 
 
 def peft(op: Operands, case: Case, adapter: torch.dtype, autocast: bool = False) -> Provider:

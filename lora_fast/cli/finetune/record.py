@@ -6,6 +6,7 @@ import math
 import statistics
 from dataclasses import asdict, dataclass, field
 
+from ...measure.clock import Spread
 from ...metrics import BoundStats
 
 
@@ -48,10 +49,7 @@ class Record:
 
     def step_time(self) -> dict[str, float]:
         """Median and the 20th and 80th percentile, in seconds, of the steps after the first, which also allocates."""
-        seconds = _settled(self.seconds)
-        fifths = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else None
-        low, high = (fifths[0], fifths[3]) if fifths else (seconds[0], seconds[0])
-        return {"median": statistics.median(seconds), "p20": low, "p80": high}
+        return asdict(Spread.of(_settled(self.seconds)))
 
     def optimizer_time(self) -> float:
         """Mean seconds of the update after the first step: what a method does every few steps counts in full."""

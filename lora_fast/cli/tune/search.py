@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ...kernels import linear, tiles, tuned
+from ...measure.clock import Clock, flush_cache, turns
 
 GAIN = 0.02  # a choice must be this much faster than the default: less is noise
 ROUNDS, WARM_UP = 20, 3
-L2_FLUSH = 1 << 28  # bytes written before each timed call
 
 Timer = Callable[[list[Callable[[], object]]], list[float]]
 
@@ -162,16 +162,13 @@ def _close(one: Tensor, other: Tensor, key: tuned.Key) -> bool:
 
 def time_on_gpu(calls: list[Callable[[], object]]) -> list[float]:
     """Median seconds of each on the current CUDA device, the calls taking turns, L2 overwritten before each."""
-    flush = torch.empty(L2_FLUSH, dtype=torch.uint8, device="cuda")
-    events: list[list[tuple]] = [[] for _ in calls]
-    for i in range(WARM_UP + ROUNDS):
-        for call, pairs in zip(calls, events, strict=True):
-            flush.zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            if i >= WARM_UP:
-                pairs.append((start, end))
-    torch.cuda.synchronize()
-    return [statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3 for pairs in events]
+    device = torch.device("cuda")
+    clocks: list[list[Clock]] = [[] for _ in calls]
+    for turn, i in turns(range(len(calls)), ROUNDS, WARM_UP):
+        flush_cache(device)
+        clock = Clock(device)
+        calls[i]()
+        clock.mark()
+        if turn >= 0:
+            clocks[i].append(clock)  # read at the end, so that the host does not wait between the calls
+    return [statistics.median(clock.seconds()[0] for clock in readings) for readings in clocks]
