@@ -7,7 +7,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 

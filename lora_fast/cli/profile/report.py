@@ -92,24 +92,24 @@ def notes(result: Result) -> list[str]:
     """Returns notes on how the figures were measured."""
     size = f"{result.settings['batch']} × {result.settings['seq_len']} random tokens"
     texts = [
-        f"A step is the forward and backward pass over {size} and the optimizer's update, with the same batch each time. "
+        f"A step is the forward and backward pass over {size} and the optimizer's update, always with the same batch. "
         f"The engines take turns step by step ({result.settings['steps']} counted steps each, after one that is not "
         "counted) and share every weight. “Over fused” is the median of the ratios of steps in the same round.",
         "“base” is the frozen model without adapters, with gradients down to its embeddings. “PEFT eager” and “PEFT "
-        "compiled” are PEFT's layers with torch's fused AdamW, the latter with each repeated block under torch.compile. "
-        "“fused” is the same PEFT model after lora_fast.fuse_, with LoRAAdamW. 16-bit weights run under autocast, as in "
-        "transformers' Trainer.",
+        "compiled” are PEFT's layers with torch's fused AdamW, the latter with each repeated block under "
+        "torch.compile. “fused” is the same PEFT model after lora_fast.fuse_, with LoRAAdamW. 16-bit weights run under "
+        "autocast, as in transformers' Trainer.",
         "The peak contains the engine's own model, its optimizer state, and the most that a step allocates besides. "
         "“Kept for backward” counts the distinct tensors that a forward pass stores, logits and loss included, weights "
         "excluded.",
-        f"The gradient error is the largest relative L2 error of dx, da and db against PEFT's eager layer in float64, for "
-        f"one layer of each shape, on at most {CHECKED_TOKENS} tokens of its inputs and gradients in the model, without "
-        "dropout. lora_B is random here, since a fresh one is zero.",
+        "The gradient error is the largest relative L2 error of dx, da and db against PEFT's eager layer in float64, "
+        f"for one layer of each shape, on at most {CHECKED_TOKENS} tokens of its inputs and gradients in the model, "
+        "without dropout. lora_B is random here, since a fresh one is zero.",
         "The share of the roofline (base · eager · fused) is the least time for the layer's operations and bytes, each "
         f"operand once, at this device's own ceilings, over the median of {ROUNDS} rounds. The ceilings are "
-        f"{result.ceilings.operations / 1e12:.3g} TFLOP/s in a square GEMM and {result.ceilings.bandwidth / 1e9:.3g} GB/s "
-        "in a copy, read plus written. Operands that stay in caches can give more than 100 %; a GPU's L2 cache is "
-        "overwritten before each run.",
+        f"{result.ceilings.operations / 1e12:.3g} TFLOP/s in a square GEMM and "
+        f"{result.ceilings.bandwidth / 1e9:.3g} GB/s in a copy, read plus written. Operands that stay in caches can "
+        "give more than 100 %; a GPU's L2 cache is overwritten before each run.",
         f"Conditions: {result.machine}.",
     ]
     if result.skipped:

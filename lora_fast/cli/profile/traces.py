@@ -25,7 +25,7 @@ def trace(engines: Engines, engine: Engine, batch: dict, folder: Path) -> str:
 
 
 def snapshot(engines: Engines, engine: Engine, batch: dict, folder: Path) -> str:
-    """Writes the CUDA allocator's history over one step, for https://pytorch.org/memory_viz. Returns the file's name."""
+    """Writes the CUDA allocator's history of a step, for https://pytorch.org/memory_viz. Returns the file's name."""
     torch.cuda.memory._record_memory_history(stacks="python")  # resolving C++ frames takes minutes
     try:
         step(engines, engine, batch)
