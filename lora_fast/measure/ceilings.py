@@ -26,8 +26,8 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The ceilings of a device: operations a second of a square GEMM in ``dtype``, and bytes a second (read plus written)
-    of a copy."""
+    """The ceilings of a device: operations a second of a square GEMM in ``dtype``, and bytes a second (read plus
+    written) of a copy."""
 
     dtype: str
     operations: float

@@ -31,8 +31,8 @@ EXPECTED = {"GD": (8e-5, 5e-11), "Adam": 8e-10, "symmetric": 3.5e-12, "svd": 1.9
 
 @dataclass(frozen=True)
 class Problem:
-    """The problems of S seeds: ``z`` (S, 20, 20), the initial ``a`` (S, 4, 20), and ``floor`` (S,), the loss of the best
-    matrix of rank 4."""
+    """The problems of S seeds: ``z`` (S, 20, 20), the initial ``a`` (S, 4, 20), and ``floor`` (S,), the loss of the
+    best matrix of rank 4."""
 
     z: Tensor
     a: Tensor
@@ -145,7 +145,7 @@ def descend(a: Tensor, b: Tensor, da: Tensor, db: Tensor, rate: Tensor) -> tuple
 
 
 class Adam:
-    """Adam (betas 0.9 and 0.999) on a stack of pairs with a learning rate each. Balancing does not touch the moments."""
+    """Adam (betas 0.9 and 0.999) on a stack of pairs with a learning rate each. Balancing does not change them."""
 
     def __init__(self):
         self._moments: list[list[Tensor]] = []
