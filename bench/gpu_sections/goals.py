@@ -3,6 +3,7 @@ values)."""
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Collection
 from typing import NamedTuple
@@ -87,6 +88,11 @@ def _least_over_peft(results: dict) -> float:
     return min(_over("grid", name, "PEFT", "ours", "full")(results) for name in results["grid"])
 
 
+def _over_lora(method: str, results: dict) -> float:
+    """Returns the median of a method's time over LoRA's in a training step of four blocks."""
+    return results["training"][TRAINING][method]["over LoRA"][1]
+
+
 def _goals() -> list[Goal]:
     goals = []
     for d_out in (4096, 14336):
@@ -128,12 +134,17 @@ def _goals() -> list[Goal]:
         Goal("inverses", "torch.linalg.inv in a loop / those 224 inverses", "≥", 100, loop),
     ]
     for name, limit in (("NB-LoRA", 1.02), ("ScaLoRA", 1.03)):
-        read = lambda results, name=name: results["training"][TRAINING][name]["over LoRA"][1]
         every = " (every 10 steps)" if name == "ScaLoRA" else ""
-        goals.append(Goal("training", f"{name}{every} training step / LoRA's", "≤", limit, read))
-    engine = lambda results, name: results["whole"][WHOLE][name]
-    speed = lambda results: engine(results, "ours")["tokens a second"]
-    memory = lambda results: engine(results, "ours")["peak GiB"] / engine(results, "PEFT")["peak GiB"]
+        figure = f"{name}{every} training step / LoRA's"
+        goals.append(Goal("training", figure, "≤", limit, functools.partial(_over_lora, name)))
+
+    def speed(results: dict) -> float:
+        return results["whole"][WHOLE]["ours"]["tokens a second"]
+
+    def memory(results: dict) -> float:
+        ours, peft = (results["whole"][WHOLE][name]["peak GiB"] for name in ("ours", "PEFT"))
+        return ours / peft
+
     goals += [
         Goal("grid", "PEFT / ours, the least over all ranks and numbers of tokens", "≥", 1.0, _least_over_peft),
         Goal("whole", f"a training step of Llama-3-8B (public anchor {ANCHOR:,})", "≥", 14_000, speed, " tokens/s"),

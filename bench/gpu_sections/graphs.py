@@ -157,7 +157,10 @@ def of_norm_bounded(n: int, d: int, device: torch.device) -> dict:
 def pairs(d: int, device: torch.device) -> list[tuple]:
     """Returns tuples (a, b, scaling, weight) with gradients; every call draws the same values."""
     generator = torch.Generator(device).manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
     r, drawn = min(16, d // 4), []
     for m, k in ((d, d), (d, d // 2))[: 1 if device.type == "cpu" else 2]:
         a, b = nn.Parameter(draw(r, m) / m**0.5), nn.Parameter(draw(k, r) / 10)

@@ -43,10 +43,9 @@ def measure_ceilings(device: torch.device, dtype: str, small: bool = False) -> C
     side = SMALL_SIDE if small else GEMM_SIDE[device.type]
     size = SMALL_BYTES if small else COPIED_BYTES[device.type]
     left, right = (torch.randn(side, side, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    product = torch.empty_like(left)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    gemm = _least_seconds(lambda: torch.mm(left, right, out=product), device)
+    gemm = _least_seconds(lambda: torch.mm(left, right), device)
     copy = _least_seconds(lambda: target.copy_(source), device)
     return Ceilings(dtype, 2 * side**3 / gemm, 2 * size / copy)
 

@@ -186,7 +186,8 @@ def test_every_test_of_the_registry_is_collected():
     """A node id that no longer exists would stop ``bench/run.py`` before it measures anything."""
     nodes = dict.fromkeys(node for op in registry.OPS for node in registry.TESTS[op])
     files = dict.fromkeys(node.partition("::")[0] for node in nodes)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q", *files]
+    options = ["-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider", "--collect-only", "-q"]
+    command = [sys.executable, "-m", "pytest", *options, *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     collected = {line for line in done.stdout.splitlines() if "::" in line}
     collected |= {line.partition("[")[0] for line in collected}

@@ -26,7 +26,10 @@ class Free:
 
     def __init__(self, case: Case, device: torch.device):
         generator = torch.Generator(device).manual_seed(0)
-        draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=device)
+
         self.a = [nn.Parameter(draw(case.r, d_in) / d_in**0.5) for d_in, _ in case.pairs]
         self.b = [nn.Parameter(draw(d_out, case.r) / d_out**0.5) for _, d_out in case.pairs]
         self.scale = [nn.Parameter(draw(case.r)) for _ in case.pairs]

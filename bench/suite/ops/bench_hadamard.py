@@ -60,5 +60,8 @@ def build(case: Case, setting: Setting) -> Comparison:
     baseline = {"torch, batched": batched} if setting.triton else {"torch, loop": looped}
     n, side = len(case.pairs), 2 * case.r
     cost = Cost(size(*stacked) + 4 * n * side, n * side**3 // 3)
-    exact = lambda: results(solve(Grams(*(gram.double() for gram in stacked))))
+
+    def exact():
+        return results(solve(Grams(*(gram.double() for gram in stacked))))
+
     return Comparison(baseline | {"ours": ours}, {"forward": cost}, exact)

@@ -22,7 +22,10 @@ class Pairs:
     def of(cls, case: Case, device: torch.device) -> "Pairs":
         """Draws the pairs of a case. Every call draws the same values."""
         generator = torch.Generator(device).manual_seed(0)
-        draw = lambda m, n, scale: torch.randn(m, n, generator=generator, device=device) * scale
+
+        def draw(m: int, n: int, scale: float) -> Tensor:
+            return torch.randn(m, n, generator=generator, device=device) * scale
+
         lists = [], [], [], []
         for d_in, d_out in case.pairs:
             pair = draw(case.r, d_in, d_in**-0.5), draw(d_out, case.r, 0.01)
