@@ -512,8 +512,10 @@ def test_keys_do_not_depend_on_earlier_compilations(tmp_path):
     code = """if 1:
         import sys; sys.path.insert(0, {!r})
         from gpu_sections import compile_cache; compile_cache.use()
-        from lora_fast.kernels.linear import gemm, grads, project
-        kernels = [gemm.lora_linear_kernel, project.lora_project_kernel, grads.lora_grad_a_kernel]
+        from lora_fast.kernels.linear.gemm import lora_linear_kernel
+        from lora_fast.kernels.linear.grads import lora_grad_a_kernel
+        from lora_fast.kernels.linear.project import lora_project_kernel
+        kernels = [lora_linear_kernel, lora_project_kernel, lora_grad_a_kernel]
         keys = {{kernel.__name__: kernel.cache_key for kernel in kernels[::{}]}}
         print(sorted(keys.items()))
     """
