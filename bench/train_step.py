@@ -114,9 +114,9 @@ def compare(sides: dict[str, Side], feed: Iterator[Tensor], pairs: int, descript
 
 
 def row(result: dict, label: str, sign: str, goal: float | None) -> list[str]:
-    """Returns the cells of a comparison: seconds of both sides, ratio, goal and verdict."""
+    """Returns the cells of a comparison: label, seconds of both sides, ratio, goal and verdict."""
     ratio = Spread.of(result["ratios"])
-    medians = [f"{name} {statistics.median(values):.3f}" for name, values in result["seconds"].items()]
+    medians = [f"{statistics.median(values):.3f}" for values in result["seconds"].values()]
     figures = f"{ratio.median:.3f} ({ratio.p20:.3f}–{ratio.p80:.3f})"
     if goal is None:
         return [label, *medians, figures, "", ""]
@@ -141,7 +141,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
     tokens = f"{options.batch}×{options.seq_len} tokens"
     table = Table(title=f"SmolLM2-135M, r={options.rank}, {tokens}, {name}, torch {torch.__version__}")
-    for column in ("comparison", "s/step", "s/step", "ratio (p20–p80)", "goal", "verdict"):
+    for column in ("A / B", "A s/step", "B s/step", "A / B (p20–p80)", "goal", "verdict"):
         table.add_column(column, justify="right")
     ids, results = blocks(options.seq_len, device), []
     for dropout in options.dropout if "fused" in options.compare else ():

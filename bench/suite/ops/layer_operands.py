@@ -1,4 +1,4 @@
-"""Shared by the single ops of the layer: operands without a graph, our launchers or their torch twins, eager
+"""Provides the single ops of the layer with operands without a graph, our launchers or their torch twins, and eager
 providers."""
 
 from collections.abc import Callable

@@ -145,7 +145,7 @@ def descend(a: Tensor, b: Tensor, da: Tensor, db: Tensor, rate: Tensor) -> tuple
 
 
 class Adam:
-    """Adam (betas 0.9 and 0.999) on a stack of pairs with a learning rate each. Balancing does not change them."""
+    """Adam (betas 0.9 and 0.999) on a stack of pairs with a learning rate each; balancing keeps the moments."""
 
     def __init__(self):
         self._moments: list[list[Tensor]] = []
