@@ -362,7 +362,7 @@ def test_scalora_on_a_gpu_reads_seed_and_kappa_at_one_address():
     method, memory, addresses = M.ScaLoRA(), {}, set()
     for value in (4.0, 9.0):
         solved = [(torch.full((2, 3), value), torch.ones(2, 3, dtype=torch.bool))]
-        kappa = method._calibrated(solved, memory)
+        kappa = method._calibrate(solved, memory)
         addresses.add(kappa.data_ptr())
         assert kappa is memory["kappa"] and kappa.item() == pytest.approx(4.0)
     assert len(addresses) == 1
