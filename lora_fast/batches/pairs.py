@@ -89,7 +89,8 @@ def find_pairs(model: nn.Module) -> list[Pair]:
                 continue
             weight, reason = _base_weight(layer, adapter, owners)
             experts = expert_count(layer)
-            # PEFT sets this attribute for weights stored as (E, d_out, d_in); older versions know the other layout only.
+            # PEFT sets this attribute for weights stored as (E, d_out, d_in); older versions have the other layout
+            # only.
             transposed = experts > 1 and not getattr(layer, "_did_swap_in_out_features", False)
             settings = float(layer.scaling[adapter]), weight, reason, layer, experts, transposed
             pairs.append(Pair(f"{name}.{adapter}", a, b, *settings))
