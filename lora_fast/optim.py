@@ -278,10 +278,10 @@ def _check_saved(groups: list[dict], saved: list[dict], state: dict) -> None:
         methods, saved_methods = group.get("methods", []), other.get("methods", [])
         if methods != saved_methods:
             raise checks.ArgumentError("state_dict", f"methods {methods}", saved_methods)
-        names = group.get("param_names", [])
-        for name, saved_name in zip(names, other.get("param_names", names), strict=True):
-            if _bare(name) != _bare(saved_name):
-                raise checks.ArgumentError("state_dict", f"parameter {name} in this place", saved_name)
+        names = other.get("param_names", group.get("param_names", []))
+        for name, theirs in zip(group.get("param_names", []), names, strict=True):
+            if _bare(name) != _bare(theirs):
+                raise checks.ArgumentError("state_dict", f"parameter {name} in this place", theirs)
         for p, i in zip(group["params"], other["params"], strict=True):
             moment = state.get(i, {}).get("exp_avg")
             if moment is not None and moment.shape != p.shape:
@@ -289,5 +289,4 @@ def _check_saved(groups: list[dict], saved: list[dict], state: dict) -> None:
 
 
 def _bare(name: str) -> str:
-    """Returns the name that the parameter has in the model without wrappers."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -23,11 +23,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "layer": (*LAYER, "tests/linear/test_kernels.py::test_error_budget[0]"),
     "gram": ("tests/pairs/test_pair_kernels.py::test_subsets_of_grams",),
     "solve": (
-        "tests/methods/test_step.py::test_spd_solve_by_lapacks_ratio",
-        "tests/methods/test_step.py::test_small_inverse",
+        "tests/pairs/test_reference.py::test_spd_solve_has_a_small_residual",
+        "tests/pairs/test_reference.py::test_small_inverse_has_a_small_residual",
     ),
     "hadamard": (
-        "tests/methods/test_step.py::test_nnls_is_the_optimum",
+        "tests/pairs/test_scalora_solution.py::test_nnls_minimises_the_objective",
         "tests/pairs/test_scalora_system.py::test_theorem_3",
     ),
     "cayley": (
@@ -39,7 +39,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/pairs/test_pair_kernels.py::test_step_is_torchs_adamw",
     ),
     "merge": (
-        "tests/methods/test_step.py::test_scaling_leaves_the_effective_weight",
+        "tests/methods/test_scalora.py::test_scaling_keeps_the_effective_weight",
         "tests/pairs/test_pair_kernels.py::test_merge_of_every_rank",
     ),
 }

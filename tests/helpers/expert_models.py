@@ -83,3 +83,15 @@ def effective(wrapper):
     """W + ΔW in float64, by PEFT."""
     exact = copy.deepcopy(wrapper).double()
     return (exact.get_param() + exact.get_delta_weight("default")).detach()
+
+
+def factors(wrapper):
+    """Each expert's (a, b), copied from PEFT's own factors, and the scaling."""
+    lhs, rhs, scaling = wrapper.get_delta_factors("default")
+    a, b = (rhs, lhs) if wrapper._did_swap_in_out_features else (lhs.mT, rhs.mT)
+    return [(x.detach().clone(), y.detach().clone()) for x, y in zip(a, b, strict=True)], scaling
+
+
+def matrices(wrapper, x):
+    """Each expert's (d_out, d_in) of the parameter or of PEFT's change of it."""
+    return x.detach().clone() if wrapper._did_swap_in_out_features else x.detach().mT.clone()

@@ -67,3 +67,14 @@ def distance(work, exact):
     """Relative L2 error over all factors and weights, each divided by its own norm."""
     errors = [(got - want).norm() / want.norm() for got, want in zip(factors(work), factors(exact), strict=True)]
     return torch.stack(errors).square().mean().sqrt().item()
+
+
+def layer_with_gradients(seed, r=4, d_in=9, d_out=7, s=2.0, correlated=False):
+    """Returns a pair in float64, the gradient of its effective weight, and its consistent factor gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    a, b, full = draw(r, d_in), draw(d_out, r), draw(d_out, d_in)
+    if correlated:  # ScaLoRA's column solution then has negative entries
+        a, b = a + 3 * a[:1], b + 2 * b[:, :1]
+    layer = T.Layer(a, b, s, draw(d_out, d_in))
+    return layer, full, *T.gradients(layer, full)

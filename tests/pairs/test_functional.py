@@ -4,9 +4,11 @@ of the same formula, what they leave alone, what they refuse. And the small kern
 import pytest
 import torch
 from budget import check, error
+from method_runs import layer_with_gradients
 
 from lora_fast import functional as F
 from lora_fast.backend import set_backend
+from lora_fast.checks import ArgumentError
 from lora_fast.kernels.pairs import regularizers
 from lora_fast.ops.reference import pairs as reference
 
@@ -196,3 +198,47 @@ def test_no_pairs():
     nothing = torch.empty(0, 4, 4)
     assert regularizers.imbalance(nothing, nothing, torch.empty(0), 0.1, 0.1, 0.5).shape == (0, 4, 4)
     assert regularizers.scale_reg(nothing, nothing, torch.empty(0), torch.empty(0), 0.1, 0.1).shape == (0,)
+
+
+def test_lists_give_the_results_of_their_pairs():
+    layers = [
+        layer_with_gradients(0),
+        layer_with_gradients(1, r=3),
+        layer_with_gradients(2),
+        layer_with_gradients(3, r=1, d_in=5),
+    ]
+    lists = [[x[0].a for x in layers], [x[0].b for x in layers], [x[2] for x in layers], [x[3] for x in layers]]
+    alpha, beta, _ = F.scalora_scaling(*lists, 2.0, 3.0)
+    balanced = F.hyperbalance(*lists[:2])
+    grams = F.gram(lists[0], dim=1)
+    for i, (a, b, da, db) in enumerate(zip(*lists, strict=True)):
+        torch.testing.assert_close(
+            torch.cat(F.scalora_scaling(a, b, da, db, 2.0, 3.0)[:2]), torch.cat([alpha[i], beta[i]])
+        )
+        torch.testing.assert_close(F.hyperbalance(a, b)[0], balanced[0][i])
+        torch.testing.assert_close(grams[i], a @ a.T)
+    torch.testing.assert_close(F.gram(lists[1], dim=0)[1], lists[1][1].T @ lists[1][1])
+
+
+@pytest.mark.parametrize(
+    "call, argument",
+    [
+        (lambda: F.gram([torch.ones(2)], 1), "tensors"),
+        (lambda: F.gram([torch.ones(2, 2)], 2), "dim"),
+        (lambda: F.spd_solve(torch.ones(2, 3), torch.ones(2, 3, 1)), "matrices"),
+        (lambda: F.spd_solve(torch.ones(2, 3, 3), torch.ones(2, 4, 1)), "rhs"),
+        (lambda: F.spd_solve(torch.ones(2, 3, 3), torch.ones(2, 3, 1), -1.0), "damping"),
+        (lambda: F.hyperbalance(torch.ones(2, 3), torch.ones(4, 3)), "b"),
+        (lambda: F.hyperbalance(torch.ones(2, 3), torch.ones(4, 2), "polar"), "gauge"),
+        (lambda: F.scalora_scaling(*[torch.ones(2, 2)] * 4, 1.0, 0.0), "kappa"),
+        (lambda: F.scalora_scaling(*[torch.ones(2, 2)] * 3, torch.ones(3, 2), 1.0, 1.0), "db"),
+        (lambda: F.add_low_rank_(torch.ones(3, 3), torch.ones(2, 3), torch.ones(4, 2), 1.0), "weight"),
+        (
+            lambda: F.add_low_rank_(torch.ones(4, 3, dtype=torch.int8), torch.ones(2, 3), torch.ones(4, 2), 1.0),
+            "weight",
+        ),
+    ],
+)
+def test_functions_name_the_argument_that_does_not_fit(call, argument):
+    with pytest.raises(ArgumentError, match=rf"^{argument}(\[0\])?: expected"):
+        call()

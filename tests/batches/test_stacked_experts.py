@@ -16,6 +16,8 @@ from expert_models import (
     directions,
     effective,
     experts_model,
+    factors,
+    matrices,
     peft,
     set_gradients,
 )
@@ -26,18 +28,6 @@ from lora_fast import methods as M
 from lora_fast.batches.pairs import find_pairs
 
 every_method = pytest.mark.parametrize("methods", METHODS.values(), ids=METHODS.keys())
-
-
-def factors(wrapper):
-    """Each expert's (a, b), copied from PEFT's own factors, and the scaling."""
-    lhs, rhs, scaling = wrapper.get_delta_factors("default")
-    a, b = (rhs, lhs) if wrapper._did_swap_in_out_features else (lhs.mT, rhs.mT)
-    return [(x.detach().clone(), y.detach().clone()) for x, y in zip(a, b, strict=True)], scaling
-
-
-def matrices(wrapper, x):
-    """Each expert's (d_out, d_in) of the parameter or of PEFT's change of it."""
-    return x.detach().clone() if wrapper._did_swap_in_out_features else x.detach().mT.clone()
 
 
 def train(optimizer, wrappers, steps, first=0):
@@ -134,34 +124,6 @@ def test_the_limit_is_on_an_experts_rank(experts, r, fits):
     else:
         with pytest.raises(lf.ArgumentError, match=f"rank 1 to 256 for each of {experts} experts"):
             lf.optim.LoRAAdamW(model)
-
-
-@both_layouts
-def test_statistics_of_each_expert(is_transposed):
-    model, (wrapper,) = experts_model(is_transposed)
-    stats = lf.metrics.adapter_stats(model)
-    prefix = "base_model.model.0.experts.default."
-    assert list(stats) == [f"{prefix}{e}" for e in range(E)]
-    deltas = matrices(wrapper, wrapper.get_delta_weight("default"))
-    for (a, b), delta, row in zip(factors(wrapper)[0], deltas, stats.values(), strict=True):
-        sigma = torch.linalg.svdvals(delta)
-        norm_a, norm_b = torch.linalg.matrix_norm(a), torch.linalg.matrix_norm(b)
-        unbalanced = torch.linalg.matrix_norm(a @ a.mT - b.mT @ b)
-        imbalance = torch.linalg.matrix_norm(a @ a.mT - R / D_OUT * b.mT @ b)
-        want = {
-            "norm_a": norm_a,
-            "norm_b": norm_b,
-            "rms_ratio": norm_a / norm_b * (D_OUT / D_IN) ** 0.5,
-            "frobenius": sigma.square().sum().sqrt(),
-            "spectral": sigma[0],
-            "nuclear": sigma.sum(),
-            "rank": (sigma > 0.005).sum(),
-            "erank": sigma.square().sum() / sigma[0] ** 2,
-            "unbalanced": unbalanced,
-            "imbalance": imbalance,
-        }
-        for name, value in want.items():
-            assert getattr(row, name) == pytest.approx(value.item(), rel=1e-9), name
 
 
 @both_layouts
