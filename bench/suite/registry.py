@@ -35,7 +35,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/cayley/test_cayley.py::test_within_the_error_budget",
     ),
     "step": (
-        "tests/test_optim.py::test_plain_is_torchs_fused_adamw_to_the_bit",
+        "tests/test_optim.py::test_step_without_methods_is_bitwise_torchs_fused_adamw",
         "tests/pairs/test_pair_kernels.py::test_step_is_torchs_adamw",
     ),
     "merge": (

@@ -9,8 +9,8 @@ from lora_fast import methods as M
 
 @pytest.mark.parametrize("ratio, order", [(1.0, 2), (0.5, 1)], ids=["equal shares", "b half of a"])
 def test_ilora_after_lora_rite_moves_the_product_by_its_formula(ratio, order):
-    """With h = lr λ and D = a aᵀ − ρ bᵀb of RITE's factors, iLoRA changes b a by exactly
-    −h (1 − ρ) b D a − h² ρ b D² a, which is of second order in h where ρ = 1."""
+    """iLoRA changes b a by exactly −h (1 − ρ) b D a − h² ρ b D² a, with h = lr λ and D = a aᵀ − ρ bᵀb of RITE's
+    factors. The change is of second order in h for ρ = 1."""
     lr = 1e-2
     rite = run(Ours, torch.float64, [M.LoRARITE()], steps=1, lr=lr, weight_decay=0.0)
     moved = {}
@@ -28,8 +28,8 @@ def test_ilora_after_lora_rite_moves_the_product_by_its_formula(ratio, order):
 
 
 def test_ilora_after_lora_rite_keeps_the_product_of_20_steps():
-    """Followers choose the split of a product that RITE's later steps do not depend on: with ρ = 1 a thousandth of the
-    learning rate moves the product of 20 steps by second order only, while it pulls the Grams together."""
+    """iLoRA changes the split of the product, on which RITE's later steps do not depend. With ρ = 1, the product of 20
+    steps changes in second order only, while the imbalance falls."""
     settings = {"steps": 20, "lr": 1e-2, "weight_decay": 0.0}
     plain = run(Ours, torch.float64, [M.LoRARITE()], **settings)
     pulled = run(Ours, torch.float64, [M.LoRARITE(), M.ILoRA(lam=1e-2, rho=1.0)], **settings)

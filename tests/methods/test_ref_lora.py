@@ -1,4 +1,4 @@
-"""RefLoRA: S solves its equation, and the step does not depend on how the product is split."""
+"""RefLoRA: to first order its step does not depend on how the product is split into factors."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def draw(*shape, seed=0):
 
 
 def transformed_gradients(a, b, g):
-    """S da and db S⁻¹ of the gradient g of the product."""
+    """Returns S da and db S⁻¹ for the gradient g of the product."""
     s, s_inverse = twin.refactor(a @ a.mT, b.mT @ b)
     return s @ (b.mT @ g), g @ a.mT @ s_inverse
 
@@ -29,7 +29,7 @@ def test_first_order_of_a_gradient_step_does_not_depend_on_the_split():
 
 
 def test_gradients_are_those_of_the_balanced_factors():
-    """With b' = b T and a' = T⁻¹ a, the gradient steps of b' and a', carried back, are those of RefLoRA."""
+    """The gradient steps of b' = b T and a' = T⁻¹ a, transformed back to b and a, are those of RefLoRA."""
     a, b, g = draw(1, 4, 30), draw(1, 20, 4, seed=1), draw(1, 20, 30, seed=2)
     t, t_inverse = twin.hyperbalance(a @ a.mT, b.mT @ b)
     da, db = transformed_gradients(a, b, g)
@@ -37,8 +37,8 @@ def test_gradients_are_those_of_the_balanced_factors():
 
 
 @pytest.mark.parametrize("case", ["b is zero", "a has not full rank"])
-def test_gradients_are_left_alone(case):
-    """The step is AdamW's, to the bit."""
+def test_gradients_are_unchanged_where_no_balanced_factors_exist(case):
+    """The step is bitwise that of AdamW."""
     ends = []
     for methods in ([M.RefLoRA()], []):
         a, b = draw(4, 30), draw(20, 4, seed=1)

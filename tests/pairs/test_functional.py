@@ -1,5 +1,5 @@
-"""The public functions of the adapter step on both backends: lists of mixed shapes, ranks and layouts against float64
-of the same formula, what they leave alone, what they refuse. And the small kernels between two passes."""
+"""The public functions of the adapter step on both backends: lists of mixed shapes, ranks and layouts against the same
+formula in float64, inputs that they do not change, and arguments that they refuse."""
 
 import pytest
 import torch
@@ -9,12 +9,16 @@ from method_runs import layer_with_gradients
 from lora_fast import functional as F
 from lora_fast.backend import set_backend
 from lora_fast.checks import ArgumentError
-from lora_fast.kernels.pairs import regularizers
-from lora_fast.ops.reference import pairs as reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # numpy's, for a pair of zeros
+
+
 SHAPES = [(24, 40, 4), (9, 50, 4), (17, 33, 3), (24, 40, 4)]  # d_out, d_in, r
+
+
 FLOAT32 = torch.float32
+
+
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
@@ -23,32 +27,33 @@ def randn(*shape, seed=0):
 
 
 def lists(strided=True):
-    """a, b, da, db; the second a is a transposed view."""
-    a, b = ([randn(*shape, seed=i) for i, shape in enumerate(shapes)] for shapes in _both())
-    da, db = ([randn(*shape, seed=i + 10) for i, shape in enumerate(shapes)] for shapes in _both())
+    """Returns lists of a, b, da and db. With ``strided``, the second a is a transposed view."""
+    a, b = ([randn(*shape, seed=i) for i, shape in enumerate(shapes)] for shapes in _shapes())
+    da, db = ([randn(*shape, seed=i + 10) for i, shape in enumerate(shapes)] for shapes in _shapes())
     if strided:
         a[1] = a[1].T.contiguous().T
     return a, b, da, db
 
 
-def _both():
+def _shapes():
     return [(r, d_in) for _, d_in, r in SHAPES], [(d_out, r) for d_out, _, r in SHAPES]
 
 
 def against_float64(function, *arguments, names=("result",)):
-    """Every result beside the same function's in float64 on the torch backend, judged by its error in float32 there."""
-    wide = [[x.double() for x in some] if isinstance(some, list) else some for some in arguments]
+    """Checks every result against that of the torch backend in float64. The budget is the torch backend's error in
+    float32."""
+    in_float64 = [[x.double() for x in argument] if isinstance(argument, list) else argument for argument in arguments]
     got = function(*arguments)
     with set_backend("torch"):
-        exact, eager = function(*wide), function(*arguments)
+        exact, eager = function(*in_float64), function(*arguments)
     got, exact, eager = (x if isinstance(x, tuple) else (x,) for x in (got, exact, eager))
-    for name, of_got, of_exact, of_eager in zip(names, got, exact, eager, strict=True):
-        for i, (x, right, plain) in enumerate(zip(of_got, of_exact, of_eager, strict=True)):
-            check(f"{name}[{i}]", x, right.double(), error(plain, right.double()), FLOAT32)
+    for name, *results in zip(names, got, exact, eager, strict=True):
+        for i, (x, exact_x, eager_x) in enumerate(zip(*results, strict=True)):
+            check(f"{name}[{i}]", x, exact_x.double(), error(eager_x, exact_x.double()), FLOAT32)
 
 
 @backends
-def test_grams(backend):
+def test_gram_meets_the_error_budget(backend):
     a, b, *_ = lists()
     with set_backend(backend):
         against_float64(lambda x: F.gram(x, 1), a)
@@ -58,7 +63,7 @@ def test_grams(backend):
 
 @backends
 @pytest.mark.parametrize("solver", ["nnls", "paper", "column", "scalar"])
-def test_scalora_scaling(backend, solver):
+def test_scalora_scaling_meets_the_error_budget(backend, solver):
     with set_backend(backend):
         scaling = lambda a, b, da, db: F.scalora_scaling(a, b, da, db, 2.0, 30.0, solver)
         against_float64(scaling, *lists(), names=("alpha", "beta", "info"))
@@ -66,16 +71,16 @@ def test_scalora_scaling(backend, solver):
 
 @backends
 @pytest.mark.parametrize("gauge", ["symmetric", "svd_signed"])
-def test_hyperbalance(backend, gauge):
+def test_hyperbalance_meets_the_error_budget(backend, gauge):
     a, b, *_ = lists()
     before = [x.clone() for x in (*a, *b)]
     with set_backend(backend):
         against_float64(lambda a, b: F.hyperbalance(a, b, gauge), a, b, names=("a", "b"))
-    assert all(torch.equal(x, y) for x, y in zip((*a, *b), before, strict=True)), "the inputs stay"
+    assert all(torch.equal(x, y) for x, y in zip((*a, *b), before, strict=True)), "inputs changed"
 
 
 @backends
-def test_solves(backend):
+def test_solves_meet_the_error_budget(backend):
     root = randn(5, 7, 7)
     spd, rhs = root @ root.mT + torch.eye(7), randn(5, 7, 3)
     skew = root - root.mT + 2 * torch.eye(7)
@@ -85,7 +90,7 @@ def test_solves(backend):
 
 
 @backends
-def test_merge(backend):
+def test_add_low_rank_meets_the_error_budget(backend):
     weight, a, b, scale = randn(9, 50, seed=3), randn(4, 50), randn(9, 4), randn(4)
     exact = weight.double() + (b.double() * scale.double()) @ a.double()
     eager = error(weight + (b * scale) @ a, exact)
@@ -108,7 +113,7 @@ def step_case(dtype=FLOAT32):
 
 
 @backends
-def test_adapter_step(backend):
+def test_adapter_step_meets_the_error_budget(backend):
     runs = {}
     kinds = {"got": (FLOAT32, backend), "exact": (torch.float64, "torch"), "eager": (FLOAT32, "torch")}
     for name, (dtype, chosen) in kinds.items():
@@ -122,7 +127,7 @@ def test_adapter_step(backend):
 
 
 @backends
-def test_adapter_step_without_anything_is_adamw(backend):
+def test_adapter_step_without_work_is_torchs_adamw(backend):
     factors, is_a, hyper, steps, _ = step_case()
     wanted = [torch.nn.Parameter(f[0].clone()) for f in factors]
     for p, (_, g, *_), (lr, *_, decay) in zip(wanted, factors, hyper.tolist(), strict=True):
@@ -137,7 +142,7 @@ def test_adapter_step_without_anything_is_adamw(backend):
 
 
 @pytest.mark.parametrize("name", ["hyper", "steps", "additive", "matrices", "scale_p", "is_a", "factors[1][2]", "lone"])
-def test_adapter_step_names_what_does_not_fit(name):
+def test_adapter_step_names_the_argument_that_does_not_fit(name):
     factors, is_a, hyper, steps, work = step_case()
     before = [x.clone() for f in factors for x in f]
     if name == "factors[1][2]":
@@ -153,51 +158,6 @@ def test_adapter_step_names_what_does_not_fit(name):
         F.adapter_step_(factors, is_a, hyper, steps, work)
     assert raised.value.argument == expected
     assert all(torch.equal(x, y) for x, y in zip((x for f in step_case()[0] for x in f), before, strict=True))
-
-
-def grams_of(n, r, seed=0):
-    a, b = randn(n, r, 2 * r + 3, seed=seed), randn(n, 3 * r + 1, r, seed=seed + 1)
-    return a @ a.mT, b.mT @ b
-
-
-@pytest.mark.parametrize("in_memory", [False, True], ids=["number", "tensor"])
-@pytest.mark.parametrize("r", [1, 3, 64, 100])
-def test_imbalance_kernel(r, in_memory):
-    ka, kb = grams_of(3, r)
-    kb[1], ka[1] = 0, 0
-    rho, lrs = torch.tensor([0.1, 0.5, 2.0]), (1e-2, 1e3)  # of b's, h is clipped
-    lrs = tuple(torch.tensor(lr) for lr in lrs) if in_memory else lrs
-    got = regularizers.imbalance(ka, kb, rho, *lrs, 0.5)
-    exact = reference.imbalance(ka.double(), kb.double(), rho.double(), 1e-2, 1e3, 0.5)
-    check("matrices", got, exact, error(reference.imbalance(ka, kb, rho, 1e-2, 1e3, 0.5), exact), FLOAT32)
-    assert got[[1, 4]].eq(0).all() and got.isfinite().all()
-
-
-@pytest.mark.parametrize("r", [1, 3, 100])
-def test_scale_reg_kernel(r):
-    ka, kb = grams_of(3, r)
-    ka[1], kb[2] = 0, 0
-    sizes = torch.tensor([100.0, 50.0, 7.0]), torch.tensor([3.0, 5.0, 11.0])
-    got = regularizers.scale_reg(ka, kb, *sizes, 0.01, 1e-6)
-    exact = reference.scale_reg(ka.double(), kb.double(), *(x.double() for x in sizes), 0.01, 1e-6)
-    check("c", got, exact, error(reference.scale_reg(ka, kb, *sizes, 0.01, 1e-6), exact), FLOAT32)
-    assert got[[1, 4]].eq(0).all()
-
-
-def test_a_nan_stays_in_its_pair():
-    ka, kb = grams_of(3, 5)
-    clean = regularizers.imbalance(ka, kb, torch.ones(3), 0.1, 0.1, 0.5)
-    ka[1, 2, :] = ka[1, :, 2] = float("nan")
-    got = regularizers.imbalance(ka, kb, torch.ones(3), 0.1, 0.1, 0.5)
-    assert got[[1, 4], 2].isnan().all() and torch.equal(got[[0, 2, 3, 5]], clean[[0, 2, 3, 5]])
-    got = regularizers.scale_reg(ka, kb, torch.ones(3), torch.ones(3), 0.01, 1e-6)
-    assert got.isnan().tolist() == [False, True, False] * 2
-
-
-def test_no_pairs():
-    nothing = torch.empty(0, 4, 4)
-    assert regularizers.imbalance(nothing, nothing, torch.empty(0), 0.1, 0.1, 0.5).shape == (0, 4, 4)
-    assert regularizers.scale_reg(nothing, nothing, torch.empty(0), torch.empty(0), 0.1, 0.1).shape == (0,)
 
 
 def test_lists_give_the_results_of_their_pairs():

@@ -135,8 +135,8 @@ def test_scales_do_not_depend_on_loss_scaling():
 def test_stochastic_rounding_goes_to_a_neighbour():
     x = torch.tensor([1.0, 1.001, -3.3, 0.0, 3e-7, -2.9e-8, 6e-5, 60000.0, math.inf, math.nan])
     for dtype in (torch.bfloat16, torch.float16):
-        zeros, one = torch.zeros(1, 10, dtype=dtype), torch.ones(1, 1)
-        merged = [F.add_low_rank_(zeros.clone(), x[None], one, 1.0, "stochastic", seed)[0] for seed in range(300)]
+        zeros, b = torch.zeros(1, 10, dtype=dtype), torch.ones(1, 1)
+        merged = [F.add_low_rank_(zeros.clone(), x[None], b, 1.0, "stochastic", seed)[0] for seed in range(300)]
         rounded = torch.stack(merged).double()
         spacing = torch.maximum(x.abs() * torch.finfo(dtype).eps, torch.tensor(2.0**-24)).double()
         assert ((rounded - x.double()).abs()[:, :8] <= spacing[:8]).all()
