@@ -169,9 +169,8 @@ class StackedBatch(Batch):
 
     def precondition(self, damping: float) -> None:
         ka, kb, *_ = self.grams()
-        self.transform_gradients(
-            self.ops.spd_inverse(torch.cat([ka, kb]), damping)
-        )  # Ka is for b's gradient, Kb for a's
+        inverses = self.ops.spd_inverse(torch.cat([ka, kb]), damping)
+        self.transform_gradients(inverses)  # Ka is for b's gradient, Kb for a's
 
     def transform_gradients(self, matrices: Tensor) -> None:
         matrices_b, matrices_a = matrices.chunk(2)

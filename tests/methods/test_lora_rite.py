@@ -1,9 +1,11 @@
-"""LoRA-RITE followed by iLoRA: the product is that of LoRA-RITE to second order."""
+"""LoRA-RITE runs in torch on both backends. iLoRA after it changes its product in second order."""
 
 import pytest
 import torch
+from adapter_pairs import bits, pairs, same, train
 from method_runs import Ours, run
 
+import lora_fast as lf
 from lora_fast import methods as M
 
 
@@ -36,3 +38,16 @@ def test_ilora_after_lora_rite_keeps_the_product_of_20_steps():
     for x, y in zip(plain.layers, pulled.layers, strict=True):
         imbalance = [(layer.a @ layer.a.T - layer.b.T @ layer.b).norm() for layer in (x, y)]
         assert (y.b @ y.a - x.b @ x.a).norm() <= 1e-4 * (x.b @ x.a).norm() and imbalance[1] < imbalance[0]
+
+
+@pytest.mark.parametrize("methods", [[M.LoRARITE()], [M.LoRARITE(), M.ILoRA()]], ids=["lora-rite", "lora-rite ilora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_lora_rite_is_bitwise_equal_on_both_backends(dtype, methods):
+    """Its stacks are plain torch everywhere, so float64 is not refused on the Triton backend."""
+    ends = []
+    for backend in ("torch", "triton"):
+        chosen = pairs(dtype=dtype)
+        with lf.set_backend(backend):
+            train(lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=methods), chosen, 3)
+        ends.append(bits(chosen))
+    assert same(*ends)
