@@ -23,17 +23,18 @@ ALL_GRAMS = Grams._fields
 
 
 class GroupedBatch(Batch):
-    """Pairs of one rank. Factors are listed with all b first, then all a. A batch owns pointer tables with the
-    addresses of factors and moments, which are copied to the device once: one table for each combination of dtypes, as
-    a rule one. Gradients move at every step; the list of their addresses is copied when it has changed. Hyperparameters
-    are arguments of the launch."""
+    """Pairs of one rank. Their factors are listed with all b first, then all a.
+
+    A batch owns pointer tables with the addresses of factors and moments, which are copied to the device once. There is
+    one table for each combination of dtypes, so as a rule one. Gradients move at every step, and the list of their
+    addresses is copied when it has changed. Hyperparameters are arguments of the launch.
+    """
 
     ops = backend.load_ops("pairs", triton=True)
 
     def __init__(self, members: list[PairInGroups], counts: tuple[int, int], states: dict, layout: Callable):
         super().__init__(members, counts)
-        self._b, self._a = [pair.b for pair in self.pairs], [pair.a for pair in self.pairs]
-        self._factors = self._b + self._a
+        self._factors = [pair.b for pair in self.pairs] + [pair.a for pair in self.pairs]
         self._rank, self._device = self.pairs[0].rank, self._factors[0].device
         self._steps = torch.tensor(counts, dtype=torch.float32).repeat_interleave(self.products).to(self._device)
         experts = [pair.experts for pair in self.pairs] * 2
@@ -71,8 +72,8 @@ class GroupedBatch(Batch):
     def begin(self, param_groups: list[dict]) -> None:
         super().begin(param_groups)
         self._forget()
-        for pairs in self._tables:
-            report_addresses(pairs.entries, (column[i] for column in self._columns() for i in pairs.members))
+        for table in self._tables:
+            report_addresses(table.entries, (column[i] for column in self._columns() for i in table.members))
         if pointer_table.capturing():
             pointer_table.keep_for_good(self)
 
@@ -86,7 +87,7 @@ class GroupedBatch(Batch):
         last, current = len(self._states) - 1, self.count % len(self._states)
         return (
             self._current_places() == self._places
-            and all([p.is_contiguous() for p in self._factors])  # lists: faster than generators
+            and all([p.is_contiguous() for p in self._factors])  # all() of a list is faster than of a generator
             and [p.dtype for p in self._factors] == self._dtypes
             and all([self._current_state_addresses(i) == self._state_addresses[i] for i in (0, current, last)])
         )
@@ -119,15 +120,16 @@ class GroupedBatch(Batch):
         return self._grams_before
 
     def _compute_grams(self, *wanted: str) -> Tensor:
-        factors = [pairs.column(0) for pairs in self._tables]
+        factors = [table.column(0) for table in self._tables]
         return gram.grams_of(factors, self.products, self._rank, wanted).flatten(0, 1)
 
     def _with_gradients(self) -> list[pointer_table.Listed]:
+        """Returns the tables with the addresses of the gradients beside those of the factors."""
         if self._listed is None:
             gradients = [p.grad for p in self._factors]
             if not all([g.is_contiguous() for g in gradients]):
                 gradients = [g.contiguous() for g in gradients]
-            self._listed = [pairs.beside(gradients) for pairs in self._tables]
+            self._listed = [table.beside(gradients) for table in self._tables]
         return self._listed
 
     def add_to_gradients(self, coefficients: Tensor) -> None:
@@ -177,7 +179,7 @@ class GroupedBatch(Batch):
         momentum.average_(self._with_gradients(), beta, self._steps)
         torch.autograd.graph.increment_version(self._columns()[1])
         self._listed = None  # as in adamw
-        factors = [pairs.column(1) for pairs in self._tables]
+        factors = [table.column(1) for table in self._tables]
         totals = gram.grams_of(factors, self.products, self._rank, ("ka", "kb", "kp", "kq"))
         return Grams(*totals)
 

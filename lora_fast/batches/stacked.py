@@ -40,8 +40,8 @@ class Factor:
                 if name in states[p]:
                     self.state[name][i].copy_(states[p][name])
         stacks = {"value": self.value, "step": self.steps} | self.state
-        self._slices = {name: list(stack) for name, stack in stacks.items()}
-        for i, p in enumerate(parameters):
+        self._slices = {name: list(stack) for name, stack in stacks.items()}  # made once, since slicing takes time
+        for i, p in enumerate(parameters):  # the stacks replace the tensors' own memory, so that nothing is kept twice
             p.data = self.value[i]
             states[p].update({name: slices[i] for name, slices in self._slices.items() if name != "value"})
         self._states = [states[p] for p in parameters]
@@ -109,7 +109,7 @@ class ExpertsFactor(Factor):
         """Applies AdamW to the whole parameter, since it works entry by entry."""
         parameter = self.parameters[0]
         gradient = parameter.grad
-        if self.grad is not None:
+        if self.grad is not None:  # bring (E, …) back to the parameter's layout
             gradient = torch.empty_like(parameter)
             self._split(gradient).copy_(self.grad)
             self.grad = None
@@ -194,7 +194,7 @@ class StackedBatch(Batch):
         if residuals is None:
             residuals = [None] * self.products
         elif self.pairs[0].transposed:
-            residuals = residuals.mT
+            residuals = residuals.mT  # stored in the layout of the weight
         operands = zip(weights, self.a.value, self.b.value, residual_scale, residuals, names, strict=True)
         for weight, a, b, scale, residual, name in operands:
             # By the product's name, the noise does not depend on the batch. torch's CPU generator takes 32 bits.
@@ -209,6 +209,7 @@ class StackedBatch(Batch):
         moments = []
         for factor in (self.a, self.b):
             moments.append(factor.state["exp_avg"])
+            # In float32, since a 16-bit average would lose small changes; rounded once.
             moments[-1].copy_(torch.lerp(at_least_float32(moments[-1]), at_least_float32(factor.gradient()), 1 - beta))
         kp, kq, *_ = grams(*moments)
         return self.grams()._replace(kp=kp, kq=kq)

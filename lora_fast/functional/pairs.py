@@ -93,6 +93,7 @@ def scalora_scaling(
     def compute(*members: list[Tensor]) -> tuple[Tensor, ...]:
         ops = _ops(members[0][0])
         x, active, info = ops.scalora_solve(*ops.pair_grams(*members), solver)
+        # Without limits. The last two results, scales of gradients and of the merge, are not needed.
         factors, *_ = ops.scales(x, active, kappa, torch.ones_like(x[:, 0]), 0.0, None)
         return (*factors.chunk(2), info)
 
@@ -152,7 +153,7 @@ def add_low_rank_(
         got = f"{weight.dtype}, requires_grad={weight.requires_grad}"
         raise checks.ArgumentError("weight", "a frozen floating-point tensor", got)
     scale = torch.as_tensor(scale, dtype=pairs.at_least_float32(a).dtype, device=a.device).expand(a.shape[0])
-    seed = int(torch.randint(1 << 62, (), dtype=torch.int64)) if seed is None else seed
+    seed = int(torch.randint(1 << 62, (), dtype=torch.int64)) if seed is None else seed  # the kernel takes an int64
     _ops(weight).add_low_rank_([weight], [a], [b], scale[None], rounding, seed)
     return weight
 
@@ -186,12 +187,14 @@ def adapter_step_(
     _check_factors(factors, is_a)
     r = max((f[0].shape[0 if side else 1] for f, side in zip(factors, is_a, strict=True)), default=1)
     n = len(factors)
+    # The twins keep float64 for float64 factors; the kernels compute in float32.
     dtype = torch.float64 if n and factors[0][0].dtype == torch.float64 else torch.float32
     _check_rows("hyper", hyper, (n, 5), torch.float64)
     _check_rows("steps", steps, (n,), torch.float32)
     for name, shape in (("additive", (n,)), ("matrices", (n, r, r)), ("scale_p", (n, r)), ("scale_g", (n, r))):
         if getattr(work, name) is not None:
             _check_rows(name, getattr(work, name), shape, dtype)
+    # Scaled factors with unscaled gradients, or the reverse, would be those of another product.
     if (work.scale_p is None) != (work.scale_g is None):
         raise checks.ArgumentError("scale_p, scale_g", "both or neither", "one of them")
     ops = _ops(factors[0][0] if factors else hyper)
@@ -225,6 +228,7 @@ def _together(compute: Callable, rank: Callable, *lists: Sequence) -> list[tuple
 
     def kind(*members: object) -> tuple:
         tensors = [x for x in members if isinstance(x, Tensor)]
+        # A kernel takes factors of any sizes as long as their rank is one; torch needs equal shapes to stack them.
         sizes = rank(tensors[0]) if backend.uses_triton(tensors[0]) else tuple(x.shape for x in tensors)
         return sizes, *((x.dtype, x.device) for x in tensors)
 

@@ -40,7 +40,7 @@ class ILoRA(Method):
         checks.nonnegative(self.rho_exponent, "rho_exponent")
 
     def after(self, batch: Batch) -> None:
-        ka, kb, *_ = batch.grams()
+        ka, kb, *_ = batch.grams()  # of the factors after AdamW, since has_after is set
         lr_a, lr_b = batch.settings_a["lr"], batch.settings_b["lr"]
         rho = batch.per_pair("rho", self._ratio)
         batch.transform(batch.ops.imbalance(ka, kb, rho, lr_a, lr_b, self.lam), add=True)

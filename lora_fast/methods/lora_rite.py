@@ -56,7 +56,7 @@ class LoRARITE(Method):
     def before_all(self, stacks: list[StackedBatch], memory: dict) -> None:
         """Updates all factors here, since the gradients of all pairs are clipped together."""
         sides = [side for stack in stacks for side in _sides(stack)]
-        device = sides[0].g.device
+        device = sides[0].g.device  # a model may be spread over devices
         norm = torch.stack([side.g.square().sum().to(device) for side in sides]).sum().sqrt()
         clip = (self.clip / norm).clamp(max=1.0)
         for side in sides:
@@ -64,6 +64,7 @@ class LoRARITE(Method):
 
     def _move(self, side: Side, g: Tensor) -> None:
         lr, weight_decay = side.settings["lr"], side.settings["weight_decay"]
+        # In float64, since 1 − β₂ has few digits in float32. At the first step both betas are 0.
         count = side.factor.steps.double()[:, None, None]
         betas = [beta * (1 - beta ** (count - 1)) / (1 - beta**count) for beta in side.settings["betas"]]
         state = side.factor.state

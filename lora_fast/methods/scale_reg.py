@@ -47,6 +47,7 @@ class ScaleReg(Method):
     def after(self, batch: Batch) -> None:
         if self.decoupled:
             c_b, c_a = self._coefficients(batch).chunk(2)
+            # p += c p of each factor is a transform by c I.
             changes = torch.cat([c_b * -batch.settings_b["lr"], c_a * -batch.settings_a["lr"]])
             batch.transform(torch.diag_embed(changes[:, None].expand(-1, batch.pairs[0].rank)), add=True)
 

@@ -35,6 +35,7 @@ def scalora_solve(
     """
     m, lam = _system(ka, kb, kp, kq, k)
     active = _active(m, ka.shape[-1])
+    # A pair with a NaN must not pass for an inactive one, whose scales are 1.
     sound = torch.stack([gram.isfinite().flatten(1).all(-1) for gram in (ka, kb, kp, kq, k)]).all(0)
     if solver == "scalar":
         x, info = _scalar(m, lam, ka.shape[-1]), torch.zeros(len(m), dtype=torch.int32, device=m.device)
@@ -82,7 +83,7 @@ def _active(m: Tensor, r: int) -> Tensor:
 def _columnwise(m: Tensor, lam: Tensor, active: Tensor, solver: str) -> tuple[Tensor, Tensor]:
     """Runs the solvers that give every column its own scale, on the system equilibrated to a unit diagonal."""
     diagonal = m.diagonal(dim1=-2, dim2=-1)
-    d = torch.where(active, diagonal, 1.0).rsqrt() * active
+    d = torch.where(active, diagonal, 1.0).rsqrt() * active  # 0 for inactive entries: _factorable gives them 1
     unit = _factorable(d[:, :, None] * m * d[:, None, :], active)
     rhs = d * lam
     z = _solve(unit, rhs)
@@ -102,14 +103,14 @@ def _factorable(unit: Tensor, active: Tensor) -> Tensor:
     eye = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
     tries = [unit + torch.where(active, ridge, 1.0)[:, :, None] * eye for ridge in RIDGES]
     result = tries[-1]
-    for attempt in tries[-2::-1]:
+    for attempt in tries[-2::-1]:  # towards the smallest ridge, so that the smallest one that factors is kept
         fails = torch.linalg.cholesky_ex(attempt)[1] != 0
         result = torch.where(fails[:, None, None], result, attempt)
     return result
 
 
 def _solve(m: Tensor, rhs: Tensor) -> Tensor:
-    factor = torch.linalg.cholesky_ex(m)[0]
+    factor = torch.linalg.cholesky_ex(m)[0]  # cholesky waits for the device to raise an error
     return torch.cholesky_solve(rhs[:, :, None], factor)[:, :, 0]
 
 
@@ -128,10 +129,11 @@ def _nonnegative(m: Tensor, rhs: Tensor, start: Tensor) -> Tensor:
     z = z.clamp(min=0)
     diagonal = m.diagonal(dim1=-2, dim2=-1)
     for _ in range(ROUNDS):
-        for j in range(m.shape[-1]):
+        for j in range(m.shape[-1]):  # each coordinate's minimum, clipped to the bound
             slope = rhs[:, j] - (m[:, j] * z).sum(-1)
             z[:, j] = (z[:, j] + slope / diagonal[:, j]).clamp(min=0)
         target = _solve_free(m, rhs, z > 0)
+        # The largest part of the way to the target on which no coordinate becomes negative.
         reach = torch.where(target < 0, z / (z - target), 1.0).amin(-1, keepdim=True)
         z = torch.lerp(z, target, reach).clamp(min=0)
     return z
@@ -148,6 +150,7 @@ def _scalar(m: Tensor, lam: Tensor, r: int) -> Tensor:
     pa, pb = lam[:, :r].sum(-1), lam[:, r:].sum(-1)
     maa, mbb, c = m[:, :r, :r].sum((-1, -2)), m[:, r:, r:].sum((-1, -2)), m[:, :r, r:].sum((-1, -2))
     ca, cb, det = pa * mbb - pb * c, pb * maa - pa * c, maa * mbb - c * c
+    # Both scalars are positive where Cramer's rule gives positive ones. Otherwise the optimum has one scalar at 0.
     zero = torch.zeros_like(pa)
     only_a, only_b = (ca > 0) & (cb <= 0), (cb > 0) & (ca <= 0)
     both = (ca >= 0) & (cb >= 0) & (det > COLLINEAR * maa * mbb) & ~only_a & ~only_b
@@ -184,7 +187,7 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
     A random number is added to the bits that the cast drops. Below float16's normal range the spacing is constant, and
     adding a uniform number before a floor has the same effect. Values that are not finite are not changed.
     """
-    dropped = 16 if dtype == torch.bfloat16 else 13
+    dropped = 16 if dtype == torch.bfloat16 else 13  # bits of float32's mantissa beyond that of dtype
     generator = torch.Generator(x.device).manual_seed(seed)
     noise = torch.randint(1 << dropped, x.shape, generator=generator, device=x.device, dtype=torch.int32)
     rounded = ((x.view(torch.int32) + noise) & -(1 << dropped)).view(torch.float32)
