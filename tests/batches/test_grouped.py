@@ -103,9 +103,8 @@ MIXED = [M.PiLoRA()], [M.ScaLoRA(interval=3)], [M.ScaleReg(lam=0.05)], []
 
 @pytest.mark.parametrize("methods", MIXED, ids=["pilora", "scalora", "scale-reg", "plain"])
 def test_steps_are_bitwise_equal_on_repeat_and_after_resume(methods):
-    start = lambda: adapter_pairs.pairs(weight_dtype=torch.bfloat16)
+    straight, again, resumed = (adapter_pairs.pairs(weight_dtype=torch.bfloat16) for _ in range(3))
     with lf.set_backend("triton"):
-        straight, again, resumed = start(), start(), start()
         for chosen in (straight, again):
             adapter_pairs.train(whole := lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=methods), chosen, 6)
         assert adapter_pairs.same(adapter_pairs.bits(straight), adapter_pairs.bits(again))

@@ -9,9 +9,9 @@ SHAPES = [(12, 20, 4), (12, 20, 4), (9, 7, 3), (20, 12, 4)]
 def pairs(seed=0, dtype=torch.float32, weight_dtype=None, zero_b=False, shapes=SHAPES):
     """Returns (lora_A, lora_B, scaling, weight) for each of the shapes (d_out, d_in, r)."""
     g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g)
     layers = []
     for d_out, d_in, r in shapes:
+        draw = lambda *shape: torch.randn(*shape, generator=g)
         a, b, w = draw(r, d_in) / d_in**0.5, draw(d_out, r) * (not zero_b), draw(d_out, d_in) / 4
         layers.append((nn.Parameter(a.to(dtype)), nn.Parameter(b.to(dtype)), 2.0, w.to(weight_dtype or dtype)))
     return layers

@@ -54,9 +54,9 @@ class Experts(nn.Module):
 def experts_model(is_transposed=False, experts=E, r=R, dtype=torch.float64, layers=1, d_out=D_OUT, d_in=D_IN):
     """Returns a PEFT model with random factors, and its wrappers."""
     torch.manual_seed(0)
-    layer = lambda: nn.ModuleDict({"experts": Experts(experts, d_out, d_in, is_transposed, dtype)})
     config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=[], target_parameters=["experts.matrices"])
-    model = peft.get_peft_model(nn.ModuleList([layer() for _ in range(layers)]), config)
+    modules = [nn.ModuleDict({"experts": Experts(experts, d_out, d_in, is_transposed, dtype)}) for _ in range(layers)]
+    model = peft.get_peft_model(nn.ModuleList(modules), config)
     wrappers = [module for module in model.modules() if type(module).__name__ == "ParamWrapper"]
     for wrapper in wrappers:
         nn.init.normal_(wrapper.lora_A["default"].weight, std=d_in**-0.5)

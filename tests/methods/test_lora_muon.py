@@ -113,7 +113,10 @@ def test_step_is_bounded_where_grams_are_singular(case, dtype):
     lr, slack = 0.1, 1.0 + 100 * torch.finfo(dtype).eps
     start_a, start_b, g = degenerate(case, dtype)
     (a, b), optimizer = optimizer_on(start_a, start_b, lr=lr)
-    norm = lambda x: torch.linalg.matrix_norm(x, 2).item()
+
+    def norm(x):
+        return torch.linalg.matrix_norm(x, 2).item()
+
     for _ in range(10):
         old_a, old_b = a.detach().double(), b.detach().double()
         set_gradients((a, b), g)

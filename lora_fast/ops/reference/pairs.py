@@ -127,11 +127,11 @@ def adapter_step_(
     """Performs an optimizer step on factors (p, g, m, v) of any shapes, in place except for g. Returns the Grams of the
     new p, float32 (n, R, R), if ``work.gram``."""
     steps += 1
-    kind = lambda i: (is_a[i], factors[i][0].shape, *(x.dtype for x in factors[i]))
     largest = max((f[0].shape[0 if side else 1] for f, side in zip(factors, is_a, strict=True)), default=1)
     totals = None
     if work.gram:
         totals = torch.zeros(len(factors), largest, largest, dtype=torch.float32, device=hyper.device)
+    kind = lambda i: (is_a[i], factors[i][0].shape, *(x.dtype for x in factors[i]))
     for (side, *_), indices in group_by(range(len(factors)), kind).items():
         stacks = [torch.stack([factors[i][j] for i in indices]) for j in range(4)]
         r = stacks[0].shape[1 if side else 2]
