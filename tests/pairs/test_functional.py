@@ -1,5 +1,5 @@
 """The public functions of the adapter step on both backends: lists of mixed shapes, ranks and layouts against the same
-formula in float64, inputs that they do not change, and arguments that they refuse."""
+formula in float64, inputs that stay unchanged, arguments that are refused."""
 
 import pytest
 import torch
@@ -11,14 +11,8 @@ from lora_fast.backend import set_backend
 from lora_fast.checks import ArgumentError
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # numpy's, for a pair of zeros
-
-
 SHAPES = [(24, 40, 4), (9, 50, 4), (17, 33, 3), (24, 40, 4)]  # d_out, d_in, r
-
-
 FLOAT32 = torch.float32
-
-
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
@@ -27,33 +21,32 @@ def randn(*shape, seed=0):
 
 
 def lists(strided=True):
-    """Returns lists of a, b, da and db. With ``strided``, the second a is a transposed view."""
-    a, b = ([randn(*shape, seed=i) for i, shape in enumerate(shapes)] for shapes in _shapes())
-    da, db = ([randn(*shape, seed=i + 10) for i, shape in enumerate(shapes)] for shapes in _shapes())
+    """Returns a, b, da, db; with ``strided`` the second a is a transposed view."""
+    a, b = ([randn(*shape, seed=i) for i, shape in enumerate(shapes)] for shapes in _both())
+    da, db = ([randn(*shape, seed=i + 10) for i, shape in enumerate(shapes)] for shapes in _both())
     if strided:
         a[1] = a[1].T.contiguous().T
     return a, b, da, db
 
 
-def _shapes():
+def _both():
     return [(r, d_in) for _, d_in, r in SHAPES], [(d_out, r) for d_out, _, r in SHAPES]
 
 
 def against_float64(function, *arguments, names=("result",)):
-    """Checks every result against that of the torch backend in float64. The budget is the torch backend's error in
-    float32."""
-    in_float64 = [[x.double() for x in argument] if isinstance(argument, list) else argument for argument in arguments]
+    """Checks every result against the same function in float64 on the torch backend, by its error in float32 there."""
+    wide = [[x.double() for x in value] if isinstance(value, list) else value for value in arguments]
     got = function(*arguments)
     with set_backend("torch"):
-        exact, eager = function(*in_float64), function(*arguments)
+        exact, eager = function(*wide), function(*arguments)
     got, exact, eager = (x if isinstance(x, tuple) else (x,) for x in (got, exact, eager))
-    for name, *results in zip(names, got, exact, eager, strict=True):
-        for i, (x, exact_x, eager_x) in enumerate(zip(*results, strict=True)):
-            check(f"{name}[{i}]", x, exact_x.double(), error(eager_x, exact_x.double()), FLOAT32)
+    for name, *lists_of_name in zip(names, got, exact, eager, strict=True):
+        for i, (x, right, plain) in enumerate(zip(*lists_of_name, strict=True)):
+            check(f"{name}[{i}]", x, right.double(), error(plain, right.double()), FLOAT32)
 
 
 @backends
-def test_gram_meets_the_error_budget(backend):
+def test_gram_matches_float64(backend):
     a, b, *_ = lists()
     with set_backend(backend):
         against_float64(lambda x: F.gram(x, 1), a)
@@ -63,7 +56,7 @@ def test_gram_meets_the_error_budget(backend):
 
 @backends
 @pytest.mark.parametrize("solver", ["nnls", "paper", "column", "scalar"])
-def test_scalora_scaling_meets_the_error_budget(backend, solver):
+def test_scalora_scaling_matches_float64(backend, solver):
     with set_backend(backend):
         scaling = lambda a, b, da, db: F.scalora_scaling(a, b, da, db, 2.0, 30.0, solver)
         against_float64(scaling, *lists(), names=("alpha", "beta", "info"))
@@ -71,16 +64,16 @@ def test_scalora_scaling_meets_the_error_budget(backend, solver):
 
 @backends
 @pytest.mark.parametrize("gauge", ["symmetric", "svd_signed"])
-def test_hyperbalance_meets_the_error_budget(backend, gauge):
+def test_hyperbalance_matches_float64(backend, gauge):
     a, b, *_ = lists()
     before = [x.clone() for x in (*a, *b)]
     with set_backend(backend):
         against_float64(lambda a, b: F.hyperbalance(a, b, gauge), a, b, names=("a", "b"))
-    assert all(torch.equal(x, y) for x, y in zip((*a, *b), before, strict=True)), "inputs changed"
+    assert all(torch.equal(x, y) for x, y in zip((*a, *b), before, strict=True)), "the inputs change"
 
 
 @backends
-def test_solves_meet_the_error_budget(backend):
+def test_spd_solve_and_small_inverse_match_float64(backend):
     root = randn(5, 7, 7)
     spd, rhs = root @ root.mT + torch.eye(7), randn(5, 7, 3)
     skew = root - root.mT + 2 * torch.eye(7)
@@ -90,7 +83,7 @@ def test_solves_meet_the_error_budget(backend):
 
 
 @backends
-def test_add_low_rank_meets_the_error_budget(backend):
+def test_add_low_rank_matches_float64(backend):
     weight, a, b, scale = randn(9, 50, seed=3), randn(4, 50), randn(9, 4), randn(4)
     exact = weight.double() + (b.double() * scale.double()) @ a.double()
     eager = error(weight + (b * scale) @ a, exact)
@@ -113,7 +106,7 @@ def step_case(dtype=FLOAT32):
 
 
 @backends
-def test_adapter_step_meets_the_error_budget(backend):
+def test_adapter_step_matches_float64(backend):
     runs = {}
     kinds = {"got": (FLOAT32, backend), "exact": (torch.float64, "torch"), "eager": (FLOAT32, "torch")}
     for name, (dtype, chosen) in kinds.items():
@@ -127,7 +120,7 @@ def test_adapter_step_meets_the_error_budget(backend):
 
 
 @backends
-def test_adapter_step_without_work_is_torchs_adamw(backend):
+def test_adapter_step_without_work_agrees_with_torch_adamw(backend):
     factors, is_a, hyper, steps, _ = step_case()
     wanted = [torch.nn.Parameter(f[0].clone()) for f in factors]
     for p, (_, g, *_), (lr, *_, decay) in zip(wanted, factors, hyper.tolist(), strict=True):
@@ -142,7 +135,7 @@ def test_adapter_step_without_work_is_torchs_adamw(backend):
 
 
 @pytest.mark.parametrize("name", ["hyper", "steps", "additive", "matrices", "scale_p", "is_a", "factors[1][2]", "lone"])
-def test_adapter_step_names_the_argument_that_does_not_fit(name):
+def test_adapter_step_names_a_bad_argument_and_changes_nothing(name):
     factors, is_a, hyper, steps, work = step_case()
     before = [x.clone() for f in factors for x in f]
     if name == "factors[1][2]":
