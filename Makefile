@@ -4,7 +4,7 @@
 # make lint   format, lint and types alone (a minute)
 # make aot    the kernels without Python: build/aot/liblora_fast.so and its tests (cmake and a C compiler needed)
 # make env    the environment alone: .venv with the versions of constraints.txt
-# make bench  the figures of README.md that a CPU machine can measure
+# make bench  the figures of docs/measured.md
 # make launches  every launch of a layer on the limits of four cards (five minutes to half an hour): bench/launches.json
 # make tritons   the GEMM compiled with each Triton that is supported, held to the rules of lora-fast inspect
 # make gpu-cache TRITON=3.6.0  what bench/gpu.py launches, compiled for an H100 by the GPU machine's Triton
