@@ -38,6 +38,7 @@ from typer.testing import CliRunner
 from lora_fast import functional
 from lora_fast.checks import ArgumentError
 from lora_fast.cli import app
+from lora_fast.cli.finetune import report, training
 from lora_fast.cli.finetune.record import Record
 from lora_fast.cli.inputs import data, models
 from lora_fast.cli.inputs.settings import Settings
@@ -120,9 +121,7 @@ def test_a_run_that_died_resumes_from_its_last_whole_checkpoint(place, finished,
 def test_ctrl_c_twice_stops_at_once_and_the_end_can_still_be_resumed(place, finished, monkeypatch):
     folder = place / "twice"
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "lora_fast.cli.finetune.training.fallbacks", lambda model: [signal.raise_signal(2) for _ in range(2)]
-        )
+        patch.setattr(training, "fallbacks", lambda model: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
         result = invoke(place, "--output", folder, "--dropout", 0.2, "--accumulation", 2)
     assert result.exit_code == 130 and "--resume" in result.output
     steps = at_step(monkeypatch, 0, None)
@@ -173,8 +172,6 @@ def test_only_the_fused_engine_calls_the_fused_op(place, tmp_path, monkeypatch, 
 
 
 def test_the_first_engine_s_model_is_gone_before_the_second_is_loaded(place, tmp_path, monkeypatch):
-    from lora_fast.cli.finetune import training
-
     prepare, seen = training.prepare, []
 
     def watched(job, run):
@@ -213,8 +210,6 @@ def test_the_report_stands_alone_and_shows_both_curves(compared):
 
 
 def test_the_report_of_a_hostile_text_stays_text(compared):
-    from lora_fast.cli.finetune import report
-
     record = Record(**json.loads((compared / "fused" / run_folder.RECORD).read_text()))
     record.sample_after = "<script>alert(1)</script>"
     page = report.html(Settings(model="<b>m"), [record], machine.environment(), "<i>")

@@ -63,7 +63,7 @@ A_KERNEL_THAT_SPILLS = """
 import sys
 import torch, triton, triton.language as tl
 from lora_fast.cli import app
-from lora_fast.kernels import catalogue
+from lora_fast.kernels.inspection import catalogue
 
 @triton.jit
 def lora_hungry_kernel(x, SIZE: tl.constexpr):
@@ -95,16 +95,16 @@ A_LOOP_THAT_IS_NOT_PIPELINED = """
 import importlib.util, sys
 from pathlib import Path
 from lora_fast.cli import app
-from lora_fast.kernels import linear
+from lora_fast.kernels.linear import gemm
 
 loop = "tl.num_programs(0), disable_licm=True)"
-source, planted = Path(linear.__file__).read_text(), Path(sys.argv[1])
+source, planted = Path(gemm.__file__).read_text(), Path(sys.argv[1])
 assert source.count(loop) == 1
 planted.write_text(source.replace(loop, "tl.num_programs(0), flatten=True)"))  # as the GEMM once was
-spec = importlib.util.spec_from_file_location("lora_fast.kernels.planted", planted)
+spec = importlib.util.spec_from_file_location("lora_fast.kernels.linear.planted", planted)
 module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-linear.lora_linear_kernel = module.lora_linear_kernel
+gemm.lora_linear_kernel = module.lora_linear_kernel
 command = sys.modules["lora_fast.cli.inspect"]
 command._in_parallel = lambda work, jobs, *rest: [work(job) for job in jobs if job[0].dtype == "bfloat16"]
 command._jobs = lambda *options, jobs=command._jobs: [job for job in jobs(*options) if job[0].dtype == "bfloat16"]
