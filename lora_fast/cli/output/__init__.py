@@ -1,1 +1,1 @@
-"""What a command shows and leaves: terminal, tables, plots, run folders."""
+"""What the commands print and write: the terminal, tables, plots, HTML pages and run folders."""
