@@ -1,4 +1,5 @@
-"""Gives each run one colour in the terminal, the tables and the plots. The colours are readable on light and on dark."""
+"""Gives each run one colour in the terminal, the tables and the plots. The colours are readable on light and on
+dark."""
 
 from __future__ import annotations
 

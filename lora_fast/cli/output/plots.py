@@ -34,8 +34,8 @@ _LETTERS = {_WIDTH: 62, _WIDE: 140}  # characters of legend text that fit into o
 
 @dataclass(frozen=True)
 class Series:
-    """A line to draw. ``look`` holds keyword arguments for matplotlib's ``plot``. ``band`` holds the lower and the upper
-    values of a shaded area around the line."""
+    """A line to draw. ``look`` holds keyword arguments for matplotlib's ``plot``. ``band`` holds the lower and the
+    upper values of a shaded area around the line."""
 
     label: str
     colour: str
@@ -59,8 +59,8 @@ class Bar:
 def lines(
     name: str, series: list[Series], x: str, y: str, *, wide: bool = False, log: bool = False, zero: bool = False
 ) -> str:
-    """Draws lines over steps, with the legend above them. ``name`` must be unique on the page. ``zero`` starts the y axis
-    at 0."""
+    """Draws lines over steps, with the legend above them. ``name`` must be unique on the page. ``zero`` starts the y
+    axis at 0."""
 
     def draw(axes):
         for line in series:
@@ -96,8 +96,8 @@ def bars(name: str, values: list[Bar], x: str) -> str:
 
 
 def cells(name: str, rows: list[str], columns: list[int], values: list[list[float]], x: str, unit: str) -> str:
-    """Draws ``values[row][column]`` as a wide table of coloured cells. The colour scale runs from 0 to the largest value,
-    and NaN stays empty. The cells also contain the numbers if there are at most MOST_NUMBERS columns."""
+    """Draws ``values[row][column]`` as a wide table of coloured cells. The colour scale runs from 0 to the largest
+    value, and NaN stays empty. The cells also contain the numbers if there are at most MOST_NUMBERS columns."""
 
     def draw(axes):
         import matplotlib
@@ -145,6 +145,8 @@ def _svg(name: str, draw: Callable, width: float, height: float = 3.2, legend: S
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)
     svg = file.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")  # without the XML prologue, which is not allowed within HTML
+    svg = svg[svg.index("<svg") :].replace(
+        _INK, "currentColor"
+    )  # without the XML prologue, which is not allowed within HTML
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     return re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", svg)  # ids are unique on a page of several drawings

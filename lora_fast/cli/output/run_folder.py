@@ -1,10 +1,8 @@
 """The folder of a run: its name, its files, and the checks before a run starts or resumes.
 
-    run.json        the settings and the fingerprint of the data: the folder belongs to one run
-    checkpoints/    checkpoints of transformers' Trainer; each is complete once it has a record.json, which is written last
-    adapter/        the result, in PEFT's format
-    metrics.json    all figures
-    report.html     the same figures as tables and plots
+    run.json        the settings and the fingerprint of the data: the folder belongs to one run checkpoints/
+    checkpoints of transformers' Trainer; each is complete once it has a record.json, which is written last adapter/
+    the result, in PEFT's format metrics.json    all figures report.html     the same figures as tables and plots
 
 With --compare each run has a sub-folder (fused/ and eager/, or one for each method) with its own checkpoints/ and
 adapter/, and with a record.json once the run has finished.
@@ -109,7 +107,8 @@ def write_json(path: Path, content: object) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes the whole file or nothing: into a scratch file beside it, which replaces it once the disk has the bytes."""
+    """Writes the whole file or nothing: into a scratch file beside it, which replaces it once the disk has the
+    bytes."""
     scratch = path.with_name(path.name + ".part")
     with scratch.open("w", encoding="utf-8") as file:
         file.write(text)

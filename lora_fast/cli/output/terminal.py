@@ -31,8 +31,8 @@ class RunFailed(Exception):
 
 @contextlib.contextmanager
 def exit_codes(display: Display) -> Iterator[None]:
-    """Turns the foreseen errors into a paragraph and an exit code: 2 for invalid input, 1 for a run that failed, 130 for
-    Ctrl-C. Any other exception keeps its traceback."""
+    """Turns the foreseen errors into a paragraph and an exit code: 2 for invalid input, 1 for a run that failed, 130
+    for Ctrl-C. Any other exception keeps its traceback."""
     try:
         yield
     except ArgumentError as error:
@@ -63,7 +63,8 @@ class _BarWithLine(Progress):
 
 
 class Display:
-    """Shows the progress of runs that follow each other. If the output is not a terminal, only the notes are printed."""
+    """Shows the progress of runs that follow each other. If the output is not a terminal, only the notes are
+    printed."""
 
     def __init__(self):
         self.console = Console(highlight=False)
