@@ -207,7 +207,7 @@ def test_a_comparison_goes_on_where_it_was_interrupted(place, compared, monkeypa
 def test_a_method_that_diverges_leaves_the_others(place, tmp_path):
     result = invoke(place, "--output", tmp_path / "out", "--compare", "--method", "lora:lr=1e30", "--method", "lora")
     assert result.exit_code == 0, result.output
-    assert "going on without it" in result.output
+    assert "the comparison continues without this run" in result.output
     figures = metrics(tmp_path / "out")
     assert "loss is nan at step 2" in figures["runs"]["lora:lr=1e30"]["diverged"]
     assert figures["comparison"]["lora:lr=1e30"]["held_out_after"] is None
@@ -268,8 +268,7 @@ def test_layers_have_their_place_by_kind_and_depth():
 def test_the_terminal_says_how_much_of_the_bounds_is_used():
     display = Display()
     display.console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=80)
-    runs = Settings(method=("nb-lora",)).runs
-    with display.training(runs[0], runs, 2, 0):
+    with display.training("nb-lora", ["nb-lora"], total=2, done=0):
         display.step(1, 1.0, 1.0)
         display.bounds([0.25, 0.75])
     assert "mean 50.0%, most 75.0%" in display.console.file.getvalue()

@@ -56,7 +56,7 @@ def test_broken_rule_is_the_exit_code(monkeypatch):
     row |= {"broken": ["8 bytes of stack"]}
     monkeypatch.setattr(sys.modules["lora_fast.cli.inspect"], "measure", lambda *_: [row])
     shown = run("--op", "linear")
-    assert shown.exit_code == 1 and "8 bytes of stack" in shown.stdout and "1 of them against a rule" in shown.stdout
+    assert shown.exit_code == 1 and "8 bytes of stack" in shown.stdout and "1 with a broken rule" in shown.stdout
 
 
 A_KERNEL_THAT_SPILLS = """
@@ -88,7 +88,7 @@ def test_a_kernel_that_spills_is_the_exit_code(tmp_path):
     done = subprocess.run([sys.executable, script], env=compiling, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "sm_90 lora_hungry_kernel of hungry, fp32 r16, w1: " in done.stdout and " spills" in done.stdout
-    assert "1 kernel, 1 of them against a rule." in done.stdout
+    assert "1 kernel, 1 with a broken rule." in done.stdout
 
 
 A_LOOP_THAT_IS_NOT_PIPELINED = """
