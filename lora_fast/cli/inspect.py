@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 CompileJob = tuple["Case", int]  # a case and the arch to compile it for
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_ARCH = "An arch, such as 90 for sm_90. Repeatable; the default is all."
+_OP = "An op, such as project or gram. Repeatable; the default is all."
+_RANK = "A rank of the adapters, such as 16. Repeatable; the default is all."
+_TRAFFIC = "Also count the bytes that the kernels move, in Triton's interpreter."
+_JSON = "Print JSON instead of tables."
+_PROCESSES = "Number of processes that compile in parallel."
 EPILOG = """
 **Examples**
 
@@ -41,22 +47,12 @@ EPILOG = """
 
 
 def inspect(
-    arch: Annotated[
-        list[int] | None, typer.Option(help="An arch, such as 90 for sm_90. Repeatable; the default is all.")
-    ] = None,
-    op: Annotated[
-        list[str] | None, typer.Option(help="An op, such as project or gram. Repeatable; the default is all.")
-    ] = None,
-    rank: Annotated[
-        list[int] | None, typer.Option(help="A rank of the adapters, such as 16. Repeatable; the default is all.")
-    ] = None,
-    traffic: Annotated[
-        bool, typer.Option(help="Also count the bytes that the kernels move, in Triton's interpreter.")
-    ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-    processes: Annotated[
-        int, typer.Option(help="Number of processes that compile in parallel.", min=1)
-    ] = os.cpu_count() or 1,
+    arch: Annotated[list[int] | None, typer.Option(help=_ARCH)] = None,
+    op: Annotated[list[str] | None, typer.Option(help=_OP)] = None,
+    rank: Annotated[list[int] | None, typer.Option(help=_RANK)] = None,
+    traffic: Annotated[bool, typer.Option(help=_TRAFFIC)] = True,
+    as_json: Annotated[bool, typer.Option("--json", help=_JSON)] = False,
+    processes: Annotated[int, typer.Option(help=_PROCESSES, min=1)] = os.cpu_count() or 1,
 ) -> None:
     """Compile every kernel for sm_80, 86, 89, 90, 100 and 120, and check the result. Needs no GPU.
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished call leaves.
+    """The result of a finished call.
 
     Attributes:
         records: one record for each of ``settings.runs``, in their order.

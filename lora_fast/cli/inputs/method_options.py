@@ -66,7 +66,7 @@ class SingLoRA:
 
 
 METHODS = {  # name → (class in lora_fast.methods or in ADAPTERS, what it does)
-    "lora": (None, "AdamW on both factors: plain LoRA."),
+    "lora": (None, "Plain LoRA, with AdamW on both factors."),
     "lora+": (methods.LoRAPlus, "AdamW with a higher learning rate for b than for a."),
     "scale-reg": (methods.ScaleReg, "Adds a loss on the difference between the two factors' mean squares."),
     "scaled-adamw": (methods.ScaledAdamW, "AdamW on gradients preconditioned by the other factor (Riemannian LoRA)."),
@@ -91,7 +91,7 @@ ADAPTERS = (NBLoRA, SingLoRA)  # kinds of adapters that PEFT does not have
 
 @dataclass(frozen=True)
 class Choice:
-    """One parsed ``--method``.
+    """A parsed ``--method``.
 
     Attributes:
         text: the option as it was typed.
@@ -109,7 +109,7 @@ class Choice:
 
     @property
     def sentence(self) -> str:
-        """What the method does."""
+        """A sentence about what the method does."""
         return METHODS[self.name][1]
 
     @property

@@ -18,7 +18,7 @@ DEFAULT_STEPS = 40
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. A call of finetune makes one run or, with --compare, several.
+    """A training run. A call of finetune makes one run or, with --compare, several.
 
     Attributes:
         label: its name in tables, plots and metrics.json.

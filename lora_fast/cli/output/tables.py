@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of a table. ``colour`` is the colour of the run that the cell names; ``strong`` marks the best
+    """An entry of a table. ``colour`` is the colour of the run that the cell names; ``strong`` marks the best
     value."""
 
     text: str
