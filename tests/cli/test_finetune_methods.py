@@ -1,13 +1,9 @@
 """lora-fast finetune --method: each method trains, differs from plain LoRA, resumes to the same bits, and several are
 compared."""
 
-import io
-import json
 import signal
 
 import pytest
-import rich.console
-import tiny
 import tiny_model
 import torch
 import transformers
@@ -24,14 +20,9 @@ from finetune_runs import (
 )
 from safetensors.torch import load_file
 
-from lora_fast import methods
-from lora_fast.cli.finetune import report_bounds
-from lora_fast.cli.finetune.weight_change import mean_erank
-from lora_fast.cli.inputs.method_options import METHODS, read, with_bounds
+from lora_fast.cli.inputs.method_options import METHODS, read
 from lora_fast.cli.inputs.settings import Settings
 from lora_fast.cli.output import run_folder
-from lora_fast.cli.output.terminal import Display
-from lora_fast.layers.find import peft_layers
 from lora_fast.measure import memory
 
 SEVERAL = ("lora", "ilora:lam=2", "lora:lr=2e-3")
@@ -49,7 +40,7 @@ def plain(place):
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "lora"])
-def test_each_method_trains(place, plain, method):
+def test_method_trains_unlike_plain_lora(place, plain, method):
     folder = place / f"method {method}"
     result = invoke(place, "--output", folder, "--method", method)
     assert result.exit_code == 0, result.output
@@ -60,7 +51,7 @@ def test_each_method_trains(place, plain, method):
     assert trained.keys() >= plain.keys() and not all(torch.equal(trained[key], plain[key]) for key in plain)
 
 
-def test_peft_loads_scalora_s_adapter_with_the_weights_that_it_changed(place):
+def test_scalora_adapter_and_changed_weights_load_in_peft(place):
     folder = place / "for peft"
     assert invoke(place, "--output", folder, "--method", "scalora").exit_code == 0
     run = metrics(folder)["runs"]["fused"]
@@ -69,7 +60,7 @@ def test_peft_loads_scalora_s_adapter_with_the_weights_that_it_changed(place):
     assert held_out_loss_in_peft(place, folder) == pytest.approx(run["held_out"][-1][1], abs=1e-5)
 
 
-def test_nb_lora_beside_plain_lora(place, plain):
+def test_nb_lora_stays_within_its_bound_beside_plain_lora(place, plain):
     """Compared with plain LoRA, which ends where it would alone; its adapter is one that plain PEFT reads, within the
     bound."""
     folder, method = place / "bounded", "nb-lora:norm=spectral,lr=0.1,bound=0.5"
@@ -96,7 +87,7 @@ def test_nb_lora_beside_plain_lora(place, plain):
     assert held_out_loss_in_peft(place, place_of) == pytest.approx(runs[method]["held_out"][-1][1], abs=1e-5)
 
 
-def test_resuming_takes_the_bound_of_the_run_or_no_other(place, monkeypatch):
+def test_resume_accepts_only_the_bound_of_the_run(place, monkeypatch):
     folder, options = place / "bound kept", ("--compare", "--method", "nb-lora", "--norm", "frobenius", "--bound", 0.5)
     with monkeypatch.context() as patched:
         at_step(patched, 1, lambda: signal.raise_signal(signal.SIGINT))
@@ -116,7 +107,7 @@ RESUMED = [
 
 
 @pytest.mark.parametrize("method", RESUMED)
-def test_resumes_to_the_same_bits(place, monkeypatch, method):
+def test_method_resumes_to_the_same_bits(place, monkeypatch, method):
     whole, stopped = place / f"whole {method}", place / f"stopped {method}"
     assert invoke(place, "--output", whole, "--method", method).exit_code == 0
     with monkeypatch.context() as patched:
@@ -127,7 +118,7 @@ def test_resumes_to_the_same_bits(place, monkeypatch, method):
     same_result(whole, stopped)
 
 
-def test_sing_lora_is_led_in_over_a_quarter_of_the_run_unless_told_otherwise(place):
+def test_sing_lora_ramp_is_a_quarter_of_the_run_by_default(place):
     """The adapter in PEFT's files is the one of the last step, led in as far as it was then."""
     for method, steps in (("sing-lora", 2), ("sing-lora:ramp_steps=9", 9)):
         folder = place / f"ramp {method}"
@@ -146,7 +137,7 @@ def compared(place):
     return place / "several"
 
 
-def test_a_comparison_starts_every_method_alike_and_records_what_a_choice_needs(compared, plain):
+def test_comparison_starts_all_methods_alike_and_records_their_figures(compared, plain):
     figures = metrics(compared)
     assert list(figures["runs"]) == list(figures["comparison"]) == list(SEVERAL)
     first, second, third = (figures["runs"][name] for name in SEVERAL)
@@ -166,7 +157,7 @@ def test_a_comparison_starts_every_method_alike_and_records_what_a_choice_needs(
     assert figures["comparison"]["lora"]["state_bytes"] == pytest.approx(2 * 4 * trained, rel=0.05)  # and step counts
 
 
-def test_the_page_of_a_comparison_explains_each_method(compared):
+def test_page_of_a_comparison_explains_each_method(compared):
     text = (compared / "report.html").read_text()
     page = Page(text)
     assert page.addresses == [] and len(page.ids) == len(set(page.ids))
@@ -179,7 +170,7 @@ def test_the_page_of_a_comparison_explains_each_method(compared):
     assert metrics(compared)["runs"]["lora"]["adapter"][0].get("adapter/rms_ratio_mean") is None  # b = 0: no ratio
 
 
-def test_a_comparison_goes_on_where_it_was_interrupted(place, compared, monkeypatch):
+def test_comparison_resumes_where_it_was_interrupted(place, compared, monkeypatch):
     folder = place / "stopped in the second"
     options = [word for method in SEVERAL for word in ("--method", method)]
     seen = []
@@ -204,7 +195,7 @@ def test_a_comparison_goes_on_where_it_was_interrupted(place, compared, monkeypa
             assert one[name][what] == two[name][what], (name, what)
 
 
-def test_a_method_that_diverges_leaves_the_others(place, tmp_path):
+def test_comparison_continues_without_a_diverged_method(place, tmp_path):
     result = invoke(place, "--output", tmp_path / "out", "--compare", "--method", "lora:lr=1e30", "--method", "lora")
     assert result.exit_code == 0, result.output
     assert "the comparison continues without this run" in result.output
@@ -216,20 +207,7 @@ def test_a_method_that_diverges_leaves_the_others(place, tmp_path):
     assert "diverged" in words and "Lowest held-out loss: lora," in words
 
 
-def test_the_erank_of_all_change_is_that_of_a_whole_svd():
-    torch.manual_seed(0)
-    start, model = tiny.llama(), tiny.peft_llama()
-    eranks = []
-    for name, layer in peft_layers(model).items():
-        weight = layer.get_base_layer().weight
-        weight.data += torch.randn(len(weight), 3) @ torch.randn(3, weight.shape[1])
-        before = start.get_submodule(name.removeprefix("base_model.model.")).weight
-        sigma = torch.linalg.svdvals((weight - before + layer.get_delta_weight("default")).double())
-        eranks.append((sigma.square().sum() / sigma[0].square()).item())
-    assert mean_erank(model, start) == pytest.approx(sum(eranks) / len(eranks), rel=1e-3)
-
-
-def test_a_method_that_cannot_train_the_model_is_named_before_any_has_run(place, tmp_path):
+def test_method_that_cannot_train_the_model_is_rejected_before_any_run(place, tmp_path):
     gpt2(tmp_path / "gpt2")  # its layers hold transposed weights
     options = ("--engine", "eager", "--compare", "--method", "lora", "--method", "scalora")
     result = invoke(place, "--model", tmp_path / "gpt2", "--output", tmp_path / "out", *options)
@@ -245,7 +223,7 @@ def test_a_method_that_cannot_train_the_model_is_named_before_any_has_run(place,
     ],
     ids=["rank", "zero weight"],
 )
-def test_a_later_run_that_cannot_begin_is_named_in_time(place, tmp_path, later, message):
+def test_later_run_that_cannot_begin_is_rejected_before_the_first(place, tmp_path, later, message):
     model = transformers.AutoModelForCausalLM.from_pretrained(place / "model")
     if "ratio" in later:
         torch.nn.init.zeros_(model.model.layers[1].mlp.up_proj.weight)
@@ -258,23 +236,7 @@ def test_a_later_run_that_cannot_begin_is_named_in_time(place, tmp_path, later, 
     assert not (tmp_path / "out").exists()
 
 
-def test_layers_have_their_place_by_kind_and_depth():
-    names = ["model.layers.0.mlp.up", "model.layers.10.mlp.up", "model.layers.0.attn.q"]
-    assert list(report_bounds._places(names).values()) == [("mlp.up", 0), ("mlp.up", 10), ("attn.q", 0)]
-    assert report_bounds._places(["head"]) == {"head": ("head", 0)}
-    assert list(report_bounds._places(["e.0.x", "d.0.x"]).values()) == [("e.x", 0), ("d.x", 0)]
-
-
-def test_the_terminal_says_how_much_of_the_bounds_is_used():
-    display = Display()
-    display.console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=80)
-    with display.training("nb-lora", ["nb-lora"], total=2, done=0):
-        display.step(1, 1.0, 1.0)
-        display.bounds([0.25, 0.75])
-    assert "mean 50.0%, most 75.0%" in display.console.file.getvalue()
-
-
-def test_peak_bytes_are_those_alive_at_once():
+def test_peak_bytes_count_tensors_that_exist_at_once():
     with memory.PeakBytes() as counted:
         a = torch.zeros(1000)
         b = a + 1
@@ -286,30 +248,6 @@ def test_peak_bytes_are_those_alive_at_once():
             a = a + 1  # the old one goes
         a.add_(1)
     assert counted.peak == 8000
-
-
-def test_choices_become_hyperparameters():
-    assert read("ilora:lam=0.5, rho_scale=2").instances == (methods.ILoRA(lam=0.5, rho_scale=2),)
-    assert read("balora:gauge=svd,every=3").instances == (methods.BaLoRA(gauge="svd", every=3),)
-    assert read("scale-reg:decoupled=true").instances == (methods.ScaleReg(decoupled=True),)
-    assert read("scalora:limit=none,kappa=2").instances == (methods.ScaLoRA(limit=None, kappa=2),)
-    assert (read("lora:lr=3e-4").instances, read("lora:lr=3e-4").lr, read("lora").lr) == ((), 3e-4, None)
-
-
-def test_bounds_go_to_every_nb_lora_without_its_own():
-    given = ("lora", "nb-lora", "nb-lora:norm=spectral", "nb-lora:lr=0.1,bound_ratio=0.5")
-    assert with_bounds(given, "frobenius", 2.0, None) == (
-        "lora",
-        "nb-lora:norm=frobenius,bound=2.0",
-        "nb-lora:norm=spectral,bound=2.0",
-        "nb-lora:lr=0.1,bound_ratio=0.5,norm=frobenius",
-    )
-    assert with_bounds(given, None, None, None) == given
-
-
-def test_settings_survive_json():
-    settings = Settings(method=("lora", "ilora:lam=1"), compare=True)
-    assert Settings(**json.loads(json.dumps(settings.as_dict()))) == settings
 
 
 @pytest.mark.parametrize(
@@ -340,6 +278,6 @@ def test_settings_survive_json():
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
-def test_bad_methods_are_named(place, options, message):
+def test_bad_method_is_named_and_writes_nothing(place, options, message):
     refused(invoke(place, "--output", place / "never", *options), message)
     assert not (place / "never").exists()
