@@ -1,5 +1,5 @@
-"""docs/troubleshooting.md quotes errors. Each is raised here and must read as it is quoted, so that a search for its
-text finds the page."""
+"""Raises every error that docs/troubleshooting.md quotes, and compares the texts, so that a search for an error's text
+finds the page."""
 
 import re
 import subprocess
@@ -142,14 +142,14 @@ def test_quoted_error_has_the_quoted_text(quoted, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(Exception, match=r".") as raised:
         next(run for key, run in ERRORS.items() if quoted.startswith(key))()
-    said = f"{raised.type.__name__}: {' '.join(str(raised.value).split())}"
+    message = f"{raised.type.__name__}: {' '.join(str(raised.value).split())}"
     for part in filter(None, map(str.strip, quoted.split("…"))):
-        assert part in said
+        assert part in message
 
 
 @pytest.mark.parametrize("package", ["typer", "rich"])
 def test_missing_package_of_the_command_line_is_named(package):
     code = f"import sys; sys.modules[{package!r}] = None; import lora_fast.cli"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    last = done.stderr.splitlines()[-1]
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = process.stderr.splitlines()[-1]
     assert last.startswith("lora_fast.checks.MissingPackageError") and "pip install typer rich" in last

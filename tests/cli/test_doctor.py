@@ -1,4 +1,4 @@
-"""lora-fast doctor: the whole of it here, and what it says of a broken installation."""
+"""``lora-fast doctor`` on this machine, and its findings on broken installations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def invoke(*options: str):
 
 @pytest.fixture
 def few(monkeypatch):
-    """Replaces the checks; the core's layer works."""
+    """Replaces the checks by one that works and those that are given."""
 
     def set_checks(*checks):
         works = checkup.Check("layer, torch backend", True, checkup._torch_layer, "")
@@ -32,6 +32,8 @@ def few(monkeypatch):
 
 
 def broken(core: bool) -> checkup.Check:
+    """Returns a check that fails."""
+
     def run():
         raise RuntimeError("no such thing\nmore of it")
 
@@ -41,17 +43,16 @@ def broken(core: bool) -> checkup.Check:
 def test_doctor_works_on_this_machine():
     result = invoke("--json")
     assert result.exit_code == 0, result.output
-    found = json.loads(result.output)
-    installed = found["versions"]["torch"].split("+")[0]  # PyPI's build for CUDA says +cu130 in __version__ alone
-    assert found["core_works"] and installed == torch.__version__.split("+")[0]
-    assert found["backend"]["name"] == ("triton" if torch.cuda.is_available() else "torch")
-    seen = {check["name"]: check for check in found["checks"]}
-    there = torch.cuda.is_available() or installation.driver() != installation.NO_DRIVER
-    assert {name: check["state"] for name, check in seen.items() if check["state"] != "works"} == (
-        {} if there else {"GPU": "none"}
-    )
-    assert seen["compiling a kernel"]["seen"].endswith("0 spills")
-    assert seen["fusing a PEFT model"]["seen"].startswith("fused 2 layers")
+    report = json.loads(result.output)
+    installed = report["versions"]["torch"].split("+")[0]  # PyPI's CUDA build has +cu130 in __version__ only
+    assert report["core_works"] and installed == torch.__version__.split("+")[0]
+    assert report["backend"]["name"] == ("triton" if torch.cuda.is_available() else "torch")
+    findings = {check["name"]: check for check in report["checks"]}
+    has_gpu = torch.cuda.is_available() or installation.driver() != installation.NO_DRIVER
+    states = {name: finding["state"] for name, finding in findings.items() if finding["state"] != "works"}
+    assert states == ({} if has_gpu else {"GPU": "none"})
+    assert findings["compiling a kernel"]["seen"].endswith("0 spills")
+    assert findings["fusing a PEFT model"]["seen"].startswith("fused 2 layers")
 
 
 def test_broken_optional_part_has_a_remedy_and_exit_code_0(few):
@@ -59,13 +60,13 @@ def test_broken_optional_part_has_a_remedy_and_exit_code_0(few):
     result = invoke()
     assert result.exit_code == 0
     assert "some part: RuntimeError: no such thing" in result.output and "pip install something" in result.output
-    assert "The core works; what does not: some part." in result.output
+    assert "The core works. These parts do not: some part." in result.output
 
 
 def test_broken_core_has_exit_code_1(few):
     few(broken(core=True))
     result = invoke()
-    assert result.exit_code == 1 and "the core does not work here: some part" in result.output
+    assert result.exit_code == 1 and "the core does not work: some part" in result.output
     as_json = invoke("--json")
     assert as_json.exit_code == 1 and json.loads(as_json.stdout)["core_works"] is False
 
@@ -86,11 +87,11 @@ def test_layer_check_fails_for_a_wrong_layer(monkeypatch):
 def test_layer_error_is_relative_to_the_formula(monkeypatch):
     from lora_fast.ops.reference import linear as reference
 
-    right = reference.grad_a
+    grad_a = reference.grad_a
     device = torch.device("cpu")
     with set_backend("torch"):
         assert checkup.layer_error(device) < checkup.ERROR[torch.float32]
-        monkeypatch.setattr(reference, "grad_a", lambda *arguments: 1.01 * right(*arguments))
+        monkeypatch.setattr(reference, "grad_a", lambda *arguments: 1.01 * grad_a(*arguments))
         assert checkup.layer_error(device) == pytest.approx(0.01, rel=1e-3)
 
 
@@ -103,6 +104,7 @@ def test_kernels_are_within_the_allowed_error(dtype, strategy):
 
 
 def examined(name: str) -> checkup.Finding:
+    """Returns the finding of the check of this name."""
     return checkup.examine(next(check for check in checkup.checks() if check.name == name))
 
 
@@ -111,13 +113,13 @@ OLD = installation.TESTED | {"torch": "2.8.1+cu128", "peft": "0.17.0"}
 FEW = {name: version for name, version in installation.TESTED.items() if name not in ("transformers", "matplotlib")}
 
 
-@pytest.mark.parametrize(("here", "seen", "remedy"), [
-    (NEW, "as required; newer than those tested: torch 99.1.0", ""),
+@pytest.mark.parametrize(("installed", "seen", "remedy"), [
+    (NEW, "as required; newer than the tested ones: torch 99.1.0", ""),
     (OLD, "needed: torch>=2.9, peft>=0.18", "pip install 'torch>=2.9' 'peft>=0.18'"),
     (FEW, "needed: transformers>=5.0, matplotlib>=3.9", "pip install 'transformers>=5.0' 'matplotlib>=3.9'"),
 ], ids=["newer", "too old", "missing"])  # fmt: skip
-def test_versions_are_checked_against_the_requirements(monkeypatch, here, seen, remedy):
-    monkeypatch.setattr(installation, "version", lambda package: here.get(package, installation.ABSENT))
+def test_versions_are_checked_against_the_requirements(monkeypatch, installed, seen, remedy):
+    monkeypatch.setattr(installation, "version", lambda package: installed.get(package, installation.ABSENT))
     finding = examined("versions")
     assert (finding.state == checkup.FAILS) is bool(remedy)
     assert (finding.seen, finding.remedy) == (seen, remedy)
@@ -130,6 +132,7 @@ def test_tested_versions_equal_constraints_txt():
 
 
 def no_gpu(monkeypatch, driver: str, cuda: str | None) -> None:
+    """Lets torch see no GPU, beside this driver and as a build for this CUDA."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(installation, "driver", lambda: driver)
     monkeypatch.setattr(torch.version, "cuda", cuda)
@@ -170,7 +173,7 @@ def test_interpreter_left_on_fails_the_kernel_check(monkeypatch):
     for value in ("1", "true", "On"):
         monkeypatch.setenv("TRITON_INTERPRET", value)
         finding = checkup.examine(checkup.Check("layer, Triton kernels", True, checkup._gpu_layer, ""))
-        assert finding.state == checkup.FAILS and finding.remedy == "unset TRITON_INTERPRET"
+        assert finding.state == checkup.FAILS and finding.remedy == "Unset TRITON_INTERPRET."
 
 
 @pytest.mark.parametrize(("variable", "value", "seen"), [
@@ -205,7 +208,7 @@ def test_missing_triton_is_not_taken_for_a_damaged_file(monkeypatch):
 
 def test_failure_in_another_process_reports_its_last_line():
     with pytest.raises(RuntimeError, match="ZeroDivisionError: division by zero"):
-        checkup._in_a_process("1 / 0")
+        checkup._run_in_process("1 / 0")
 
 
 def test_versions_report_a_missing_driver(monkeypatch):

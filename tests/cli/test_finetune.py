@@ -1,4 +1,4 @@
-"""lora-fast finetune, from end to end, on a tiny random Llama: files, figures, resuming, comparing, bad input."""
+"""Runs of ``lora-fast finetune`` on a tiny random Llama: files, figures, resuming, comparing, bad input."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from lora_fast.measure import machine, memory
 
 @pytest.fixture(scope="module")
 def finished(place) -> Path:
-    """An uninterrupted run, with dropout and accumulation: both must survive a resume."""
+    """The folder of an uninterrupted run with dropout and accumulation, which a resumed run must reproduce."""
     result = invoke(place, "--output", place / "finished", "--dropout", 0.2, "--accumulation", 2)
     assert result.exit_code == 0, result.output
     return place / "finished"
@@ -52,6 +52,7 @@ def finished(place) -> Path:
 
 @pytest.fixture(scope="module")
 def compared(place) -> Path:
+    """The folder of a comparison of both engines."""
     result = invoke(place, "--output", place / "compared", "--compare", "--lr", 0.01)
     assert result.exit_code == 0, result.output
     assert "eager / fused" in result.output and "fused 14 layers" in result.output
@@ -86,7 +87,7 @@ def test_ctrl_c_then_resume_ends_bitwise_like_an_uninterrupted_run(place, finish
         result = invoke(place, *options)
     assert result.exit_code == 130
     assert f"lora-fast finetune --output {folder} --resume" in result.output
-    assert steps == [1, 2, 3, 4]  # the signal came after step 3 was over: step 4 is the current one
+    assert steps == [1, 2, 3, 4]  # the signal comes after step 3, so step 4 is the current one
     assert not (folder / "metrics.json").exists()
     with monkeypatch.context() as patch:
         steps = at_step(patch, 0, None)
@@ -98,16 +99,18 @@ def test_ctrl_c_then_resume_ends_bitwise_like_an_uninterrupted_run(place, finish
 
 @pytest.mark.parametrize(("last_step", "remaining"), [(5, [3, 4, 5, 6]), (1, [1, 2, 3, 4, 5, 6])])
 def test_crashed_run_resumes_from_its_last_complete_checkpoint(place, finished, monkeypatch, last_step, remaining):
-    folder = place / f"died_{last_step}"
+    folder = place / f"crashed_{last_step}"
 
-    def die():
+    def crash():
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch:
-        at_step(patch, last_step, die)
+        at_step(patch, last_step, crash)
         result = invoke(place, "--output", folder, "--dropout", 0.2, "--accumulation", 2, "--save-every", 2)
-    assert isinstance(result.exception, RuntimeError)  # a real failure keeps its traceback
-    (folder / "checkpoints/checkpoint-4" / run_folder.RECORD).unlink(missing_ok=True)  # as if it had died while saving
+    assert isinstance(result.exception, RuntimeError)  # other exceptions keep their traceback
+    (folder / "checkpoints/checkpoint-4" / run_folder.RECORD).unlink(
+        missing_ok=True
+    )  # as if the crash had come while saving
     steps = at_step(monkeypatch, 0, None)
     assert resume(folder).exit_code == 0
     assert steps == remaining
@@ -152,33 +155,38 @@ def test_ctrl_c_ends_a_process_with_exit_code_130(place):
         while not (folder / "run.json").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=120)[0]
-    assert process.returncode == 130, said
-    assert f"--output {folder} --resume" in said and "Traceback" not in said
+        output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, output
+    assert f"--output {folder} --resume" in output and "Traceback" not in output
     assert run_folder.last_checkpoint(folder) is not None
 
 
 @pytest.mark.parametrize(("engine", "calls"), [("fused", True), ("eager", False)])
 def test_fused_op_is_called_by_the_fused_engine_only(place, tmp_path, monkeypatch, engine, calls):
     called, lora_linear = [], functional.lora_linear
-    monkeypatch.setattr(functional, "lora_linear", lambda *args: called.append(1) or lora_linear(*args))
+
+    def lora_linear_and_count(*arguments):
+        called.append(1)
+        return lora_linear(*arguments)
+
+    monkeypatch.setattr(functional, "lora_linear", lora_linear_and_count)
     assert invoke(place, "--output", tmp_path / "out", "--steps", 1, "--engine", engine).exit_code == 0
     assert bool(called) is calls
     assert list(metrics(tmp_path / "out")["runs"]) == [engine]
 
 
 def test_first_model_is_freed_before_the_second_is_loaded(place, tmp_path, monkeypatch):
-    prepare, seen = training.prepare, []
+    prepare, models = training.prepare, []
 
-    def watched(job, run):
-        assert [model() for model in seen] == [None] * len(seen)
-        model, layers = prepare(job, run)
-        seen.append(weakref.ref(model))
+    def prepare_and_watch(context, run):
+        assert [model() for model in models] == [None] * len(models)
+        model, layers = prepare(context, run)
+        models.append(weakref.ref(model))
         return model, layers
 
-    monkeypatch.setattr(training, "prepare", watched)
+    monkeypatch.setattr(training, "prepare", prepare_and_watch)
     assert invoke(place, "--output", tmp_path / "out", "--steps", 1, "--compare").exit_code == 0
-    assert len(seen) == 2
+    assert len(models) == 2
 
 
 def test_engines_train_alike(compared):
@@ -186,7 +194,7 @@ def test_engines_train_alike(compared):
     fused, eager = figures["runs"]["fused"], figures["runs"]["eager"]
     assert figures["comparison"]["ran_first"] == "fused"
     assert figures["comparison"]["max_loss_difference"] < 1e-5
-    assert fused["losses"][0] - fused["losses"][-1] > 0.1  # something was learnt, or agreement would mean nothing
+    assert fused["losses"][0] - fused["losses"][-1] > 0.1  # without learning, agreement would mean nothing
     assert eager["layers"] == "PEFT's own layers"
     a, b = (load_file(compared / engine / "adapter/adapter_model.safetensors") for engine in ("fused", "eager"))
     assert all((a[name] - b[name]).abs().max() < 1e-4 for name in a)
@@ -254,10 +262,10 @@ def test_report_escapes_hostile_text(compared):
         (("--model", "bert"), "--model: expected a causal language model"),
         (("--model", "bare"), "--model: expected a model with a tokenizer"),
         (("--model", "nobody/no-such-model"), "--model: expected a folder or a hub id with a model configuration"),
-        (("--output", "full"), "--output: expected a new or empty folder, got 'full', which holds other files"),
+        (("--output", "full"), "--output: expected a new or empty folder, got 'full', which contains other files"),
         (("--output", "short.txt"), "--output: expected a folder, got 'short.txt', which is a file"),
         (("--output", "short.txt/below"), "--output: expected a folder that can be written"),
-        (("--output", "held"), "--output: expected a new or empty folder, got 'held', which already holds a run"),
+        (("--output", "held"), "--output: expected a new or empty folder, got 'held', which already contains a run"),
     ],
     ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, tuple) else "",
 )
@@ -337,18 +345,18 @@ def test_saved_for_backward_counts_distinct_storages_without_the_model():
             self.weight = torch.nn.Parameter(torch.ones(3, 5))
 
         def forward(self, x):
-            y = x @ self.weight  # keeps x (and the weight, which does not count)
-            return SimpleNamespace(loss=(y * y).sum())  # keeps y, twice the same
+            y = x @ self.weight  # saves x, and the weight, which does not count
+            return SimpleNamespace(loss=(y * y).sum())  # saves y twice
 
     assert memory.saved_for_backward(Squares(), {"x": torch.ones(7, 3)}) == 4 * (7 * 3 + 7 * 5)
 
 
 def test_saved_for_backward_frees_what_it_counted():
-    """Else every run of a comparison would leave its weights and activations behind."""
+    """Otherwise every run of a comparison would keep its weights and activations in memory."""
 
     class Exp(torch.nn.Linear):
         def forward(self, x):
-            return SimpleNamespace(loss=super().forward(x).exp().sum())  # exp keeps its own result
+            return SimpleNamespace(loss=super().forward(x).exp().sum())  # exp saves its result for backward
 
     model = Exp(3, 5)
     weight = weakref.ref(model.weight)

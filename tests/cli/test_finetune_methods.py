@@ -1,5 +1,4 @@
-"""lora-fast finetune --method: each method trains, differs from plain LoRA, resumes to the same bits, and several are
-compared."""
+"""Runs of ``lora-fast finetune --method``: training, resuming to the same bits, and comparing methods."""
 
 import signal
 
@@ -29,12 +28,13 @@ SEVERAL = ("lora", "ilora:lam=2", "lora:lr=2e-3")
 
 
 def adapter(folder):
+    """Returns the tensors of the adapter in a run's folder."""
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def plain(place):
-    """The adapter of plain LoRA."""
+    """The adapter that plain LoRA trains."""
     assert invoke(place, "--output", place / "plain").exit_code == 0
     return adapter(place / "plain")
 
@@ -61,18 +61,17 @@ def test_scalora_adapter_and_changed_weights_load_in_peft(place):
 
 
 def test_nb_lora_stays_within_its_bound_beside_plain_lora(place, plain):
-    """Compared with plain LoRA, which ends where it would alone; its adapter is one that plain PEFT reads, within the
-    bound."""
+    """Plain LoRA ends as it would alone, PEFT reads nb-lora's adapter, and every ΔW is within its bound."""
     folder, method = place / "bounded", "nb-lora:norm=spectral,lr=0.1,bound=0.5"
     options = ("--compare", "--method", "nb-lora:norm=spectral,lr=0.1", "--bound", 0.5)
     assert invoke(place, "--output", folder, *options).exit_code == 0
     runs = metrics(folder)["runs"]
     assert list(runs) == ["lora", method]
-    used = [point["adapter/bound_used_max"] for point in runs[method]["adapter"]]
+    used = [row["adapter/bound_used_max"] for row in runs[method]["adapter"]]
     assert used[0] == 0 < used[-1] <= 1 + 1e-5
     assert "Spectral norm of each ΔW at most 0.5" in runs[method]["layers"]
-    beside = adapter(folder / "lora")
-    assert beside.keys() == plain.keys() and all(torch.equal(beside[key], plain[key]) for key in plain)
+    lora_beside = adapter(folder / "lora")
+    assert lora_beside.keys() == plain.keys() and all(torch.equal(lora_beside[key], plain[key]) for key in plain)
     bounds, used_at_end = runs[method]["bounds"], metrics(folder)["comparison"][method]["bound_used_mean"]
     assert len(bounds) == 14 and runs["lora"]["bounds"] == {}
     assert all(row["norm"] == "spectral" and row["bound"] == 0.5 for row in bounds.values())
@@ -80,11 +79,11 @@ def test_nb_lora_stays_within_its_bound_beside_plain_lora(place, plain):
     assert sum(row["values"][-1] / 0.5 for row in bounds.values()) / 14 == pytest.approx(used_at_end)
     page = Page((folder / "report.html").read_text())
     assert page.addresses == [] and len(page.ids) == len(set(page.ids))
-    limits = "Spectral norm of each ΔW at most 0.5. Each bound"
-    for said in (limits, "mlp.down_proj", "% of the bound", f"{100 * used_at_end:.1f}%"):
-        assert said in " ".join(page.words), said
-    place_of = folder / Settings(method=("lora", method), compare=True).runs[1].folder
-    assert held_out_loss_in_peft(place, place_of) == pytest.approx(runs[method]["held_out"][-1][1], abs=1e-5)
+    limits = "Spectral norm of each ΔW at most 0.5. metrics.json has"
+    for text in (limits, "mlp.down_proj", "% of the bound", f"{100 * used_at_end:.1f}%"):
+        assert text in " ".join(page.words), text
+    bounded_folder = folder / Settings(method=("lora", method), compare=True).runs[1].folder
+    assert held_out_loss_in_peft(place, bounded_folder) == pytest.approx(runs[method]["held_out"][-1][1], abs=1e-5)
 
 
 def test_resume_accepts_only_the_bound_of_the_run(place, monkeypatch):
@@ -119,17 +118,18 @@ def test_method_resumes_to_the_same_bits(place, monkeypatch, method):
 
 
 def test_sing_lora_ramp_is_a_quarter_of_the_run_by_default(place):
-    """The adapter in PEFT's files is the one of the last step, led in as far as it was then."""
+    """The adapter in PEFT's files has the scale of the last step, even if the ramp has not ended."""
     for method, steps in (("sing-lora", 2), ("sing-lora:ramp_steps=9", 9)):
         folder = place / f"ramp {method}"
         assert invoke(place, "--output", folder, "--method", method, "--alpha", 8).exit_code == 0
         run = metrics(folder)["runs"]["fused"]
-        assert run["layers"].endswith(f"ΔW led in over the first {steps} steps")
+        assert run["layers"].endswith(f"ΔW ramps up over the first {steps} steps")
         assert held_out_loss_in_peft(place, folder) == pytest.approx(run["held_out"][-1][1], abs=1e-5)
 
 
 @pytest.fixture(scope="module")
 def compared(place):
+    """The folder of a comparison of SEVERAL."""
     options = [word for method in SEVERAL for word in ("--method", method)]
     result = invoke(place, "--output", place / "several", "--compare", *options)
     assert result.exit_code == 0, result.output
@@ -143,7 +143,7 @@ def test_comparison_starts_all_methods_alike_and_records_their_figures(compared,
     first, second, third = (figures["runs"][name] for name in SEVERAL)
     assert first["losses"][0] == second["losses"][0] == third["losses"][0]
     assert len({tuple(run["losses"]) for run in (first, second, third)}) == 3
-    assert all(torch.equal(tensor, plain[name]) for name, tensor in adapter(compared / "lora").items())  # as if alone
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in adapter(compared / "lora").items())  # as alone
     for name, run in figures["runs"].items():
         row = figures["comparison"][name]
         assert len(run["optimizer_seconds"]) == len(run["seconds"]) == len(run["losses"])
@@ -154,7 +154,9 @@ def test_comparison_starts_all_methods_alike_and_records_their_figures(compared,
         assert 0 < row["state_bytes"] <= row["peak_bytes"]
     assert figures["comparison"]["lora"]["step_over_baseline"] == 1
     trained = sum(tensor.numel() for tensor in plain.values())
-    assert figures["comparison"]["lora"]["state_bytes"] == pytest.approx(2 * 4 * trained, rel=0.05)  # and step counts
+    assert figures["comparison"]["lora"]["state_bytes"] == pytest.approx(
+        2 * 4 * trained, rel=0.05
+    )  # two float32 moments; step counts
 
 
 def test_page_of_a_comparison_explains_each_method(compared):
@@ -163,36 +165,36 @@ def test_page_of_a_comparison_explains_each_method(compared):
     assert page.addresses == [] and len(page.ids) == len(set(page.ids))
     words = " ".join(" ".join(page.words).split())
     for name in SEVERAL:
-        assert read(name).sentence in words and words.count(name) > 8  # the table, the legends
+        assert read(name).sentence in words and words.count(name) > 8  # in the table and the legends
     options, figures = ("ILoRA(lam=2, rho=None", "learning rate 0.002"), ("Norm of b", "overhead, % of lora's step")
     for expected in (*options, *figures):
         assert expected in words, expected
-    assert metrics(compared)["runs"]["lora"]["adapter"][0].get("adapter/rms_ratio_mean") is None  # b = 0: no ratio
+    assert metrics(compared)["runs"]["lora"]["adapter"][0].get("adapter/rms_ratio_mean") is None  # b = 0 has no ratio
 
 
 def test_comparison_resumes_where_it_was_interrupted(place, compared, monkeypatch):
     folder = place / "stopped in the second"
     options = [word for method in SEVERAL for word in ("--method", method)]
-    seen = []
+    calls = []
 
-    def stop_in_the_second():
-        seen.append(1)
-        if len(seen) == 2:
+    def stop_in_the_second_run():
+        calls.append(1)
+        if len(calls) == 2:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patched:
-        at_step(patched, 3, stop_in_the_second)
+        at_step(patched, 3, stop_in_the_second_run)
         assert invoke(place, "--output", folder, "--compare", *options).exit_code == 130
     assert (folder / "lora" / run_folder.RECORD).exists() and not (folder / "ilora-lam=2" / run_folder.RECORD).exists()
     steps = at_step(monkeypatch, 0, None)
-    assert resume(folder, "--method", "lora").exit_code == 2  # not those of the run
+    assert resume(folder, "--method", "lora").exit_code == 2  # the run has other methods
     result = resume(folder, *options)
     assert result.exit_code == 0, result.output
     assert steps == [5, 6, 1, 2, 3, 4, 5, 6]
-    one, two = metrics(compared)["runs"], metrics(folder)["runs"]
+    whole, resumed = metrics(compared)["runs"], metrics(folder)["runs"]
     for name in SEVERAL:
-        for what in ("losses", "held_out", "adapter", "bounds"):
-            assert one[name][what] == two[name][what], (name, what)
+        for figure in ("losses", "held_out", "adapter", "bounds"):
+            assert whole[name][figure] == resumed[name][figure], (name, figure)
 
 
 def test_comparison_continues_without_a_diverged_method(place, tmp_path):
@@ -208,7 +210,7 @@ def test_comparison_continues_without_a_diverged_method(place, tmp_path):
 
 
 def test_method_that_cannot_train_the_model_is_rejected_before_any_run(place, tmp_path):
-    gpt2(tmp_path / "gpt2")  # its layers hold transposed weights
+    gpt2(tmp_path / "gpt2")  # its layers have transposed weights
     options = ("--engine", "eager", "--compare", "--method", "lora", "--method", "scalora")
     result = invoke(place, "--model", tmp_path / "gpt2", "--output", tmp_path / "out", *options)
     refused(result, "--method scalora: ", "expected a weight that ScaLoRA can merge into")
@@ -245,7 +247,7 @@ def test_peak_bytes_count_tensors_that_exist_at_once():
         assert counted.peak == 8000
         del view
         for _ in range(3):
-            a = a + 1  # the old one goes
+            a = a + 1  # frees the previous a
         a.add_(1)
     assert counted.peak == 8000
 

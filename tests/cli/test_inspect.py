@@ -1,4 +1,4 @@
-"""lora-fast inspect: rows, JSON, exit codes, and the rules themselves."""
+"""``lora-fast inspect``: rows, JSON, exit codes, and the rules themselves."""
 
 import json
 import os
@@ -76,19 +76,19 @@ def hungry(r, dtype):
 
 catalogue.OPS["hungry"] = catalogue.Op(hungry, {"float32": (16,)})
 command = sys.modules["lora_fast.cli.inspect"]
-command._in_parallel = lambda work, jobs, *rest: [work(job) for job in jobs]  # other processes do not know this op
+command._in_parallel = lambda work, jobs, *options: [work(job) for job in jobs]  # others would not know this op
 app(["inspect", "--op", "hungry", "--arch", "90", "--no-traffic"])
 """
 
 
 def test_spilling_kernel_has_exit_code_1(tmp_path):
-    script = tmp_path / "hungry.py"  # a file: Triton reads a kernel's source
+    script = tmp_path / "hungry.py"  # a file, since Triton reads a kernel's source
     script.write_text(A_KERNEL_THAT_SPILLS)
     compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, script], env=compiling, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    assert "sm_90 lora_hungry_kernel of hungry, fp32 r16, w1: " in done.stdout and " spills" in done.stdout
-    assert "1 kernel, 1 with a broken rule." in done.stdout
+    process = subprocess.run([sys.executable, script], env=compiling, capture_output=True, text=True)
+    assert process.returncode == 1, process.stderr
+    assert "sm_90 lora_hungry_kernel of hungry, fp32 r16, w1: " in process.stdout and " spills" in process.stdout
+    assert "1 kernel, 1 with a broken rule." in process.stdout
 
 
 A_LOOP_THAT_IS_NOT_PIPELINED = """
@@ -100,13 +100,13 @@ from lora_fast.kernels.linear import gemm
 loop = "tl.num_programs(0), disable_licm=True)"
 source, planted = Path(gemm.__file__).read_text(), Path(sys.argv[1])
 assert source.count(loop) == 1
-planted.write_text(source.replace(loop, "tl.num_programs(0), flatten=True)"))  # as the GEMM once was
+planted.write_text(source.replace(loop, "tl.num_programs(0), flatten=True)"))  # an earlier version of the GEMM
 spec = importlib.util.spec_from_file_location("lora_fast.kernels.linear.planted", planted)
 module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 gemm.lora_linear_kernel = module.lora_linear_kernel
 command = sys.modules["lora_fast.cli.inspect"]
-command._in_parallel = lambda work, jobs, *rest: [work(job) for job in jobs if job[0].dtype == "bfloat16"]
+command._in_parallel = lambda work, jobs, *options: [work(job) for job in jobs if job[0].dtype == "bfloat16"]
 command._jobs = lambda *options, jobs=command._jobs: [job for job in jobs(*options) if job[0].dtype == "bfloat16"]
 app(["inspect", "--op", "linear", "--arch", "90", "--rank", "16", "--no-traffic"])
 """
@@ -117,11 +117,11 @@ def test_loop_without_a_pipeline_has_exit_code_1(tmp_path):
     script.write_text(A_LOOP_THAT_IS_NOT_PIPELINED)
     compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, script, tmp_path / "planted_linear.py"]
-    done = subprocess.run(command, env=compiling, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    assert "sm_90 lora_linear_kernel of linear, bf16 r16 fused, " in done.stdout
-    assert done.stdout.count("no product in flight") == 3  # adapters in 16 bits, in float32, no bias
-    assert "fused padding 4, " not in done.stdout.split("r: rank.")[0].splitlines()[-1]
+    process = subprocess.run(command, env=compiling, capture_output=True, text=True)
+    assert process.returncode == 1, process.stderr
+    assert "sm_90 lora_linear_kernel of linear, bf16 r16 fused, " in process.stdout
+    assert process.stdout.count("no product in flight") == 3  # adapters in 16 bits, in float32, no bias
+    assert "fused padding 4, " not in process.stdout.split("r: rank.")[0].splitlines()[-1]
 
 
 def test_error_names_the_case(monkeypatch):
@@ -184,13 +184,13 @@ def test_tma_is_neither_expected_before_hopper_nor_with_unaligned_rows():
 
 
 @pytest.mark.parametrize(
-    "options, said",
+    "options, message",
     [
         (("--arch", "70"), "--arch: expected one of 80, 86, 89, 90, 100, 120, got 70"),
         (("--op", "prject"), "--op: expected one of project"),
         (("--op", "transform", "--rank", "3"), "--rank: expected some of 8, 16, 64, 128, got 3"),
     ],
 )
-def test_unknown_value_is_named(options, said):
+def test_unknown_value_is_named(options, message):
     shown = run(*options)
-    assert shown.exit_code == 2 and said in shown.output
+    assert shown.exit_code == 2 and message in shown.output

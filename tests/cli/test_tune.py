@@ -1,5 +1,5 @@
-"""lora-fast tune: the file it keeps, what the launchers do with it, and the search with a clock of the test's own. Only
-the timing itself needs a GPU."""
+"""``lora-fast tune``: its file, the launches that follow it, and the search with a timer of the tests. Only the timing
+itself needs a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OPS = ("project_short", "linear", "grad_s_b", "grad_a", "grad_x_dropout")
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache folder of the test's own."""
+    """Sets an empty cache folder and returns the path of the file in it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tuned._table.cache_clear()
     yield tmp_path / "lora_fast" / "tuned.json"
@@ -77,7 +77,7 @@ def test_damaged_file_is_named_and_launches_warn(cache, damage, monkeypatch):
         assert tuned._table(torch.device("cuda", 0)) == {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuned._table(torch.device("cuda", 0)) == {}  # said once
+        assert tuned._table(torch.device("cuda", 0)) == {}  # without a second warning
 
 
 def test_choices_are_kept_by_device_and_a_cpu_has_none(monkeypatch):
@@ -88,20 +88,23 @@ def test_choices_are_kept_by_device_and_a_cpu_has_none(monkeypatch):
     assert tuned._table(torch.device("cpu")) == {}
 
 
-@pytest.mark.parametrize(("n_tokens", "d_out", "r", "found"), [
+@pytest.mark.parametrize(("n_tokens", "d_out", "r", "choice"), [
     (8192, 14336, 16, "fused"), (4097, 14336, 16, "fused"), (4096, 14336, 16, None),
     (8192, 4096, 16, None), (8192, 14336, 8, None),
 ])  # fmt: skip
-def test_choice_holds_for_its_shape_and_tokens_up_to_a_power_of_two(n_tokens, d_out, r, found):
+def test_choice_holds_for_its_shape_and_tokens_up_to_a_power_of_two(n_tokens, d_out, r, choice):
     left = torch.empty(n_tokens, 4096, dtype=torch.bfloat16, device="meta")
     with tuned.using(a_table()):
-        assert tuned.find("linear", left, 4096, d_out, r) == found
+        assert tuned.find("linear", left, 4096, d_out, r) == choice
         assert tuned.find("linear", left.float(), 4096, d_out, r) is None
 
 
 def test_measured_choice_precedes_the_default_and_follows_assume():
     x, weight = torch.empty(48, 64, dtype=torch.float16), torch.empty(32, 64, dtype=torch.float16)
-    chosen = lambda: tiles.project(x, 4, short=False, wide=False)
+
+    def chosen() -> tuple:
+        return tiles.project(x, 4, short=False, wide=False)
+
     default = chosen()
     measured = {tuned.key("project", x.dtype, 48, 64, 0, 4): (32, 0, 64, 8, 2)}
     with tuned.using(measured):
@@ -109,7 +112,10 @@ def test_measured_choice_precedes_the_default_and_follows_assume():
         with tiles.assume(arch=90):
             assert chosen() != (32, 0, 64, 16, 8, 2)
     assert chosen() == default
-    gemm = lambda direction: strategies.strategy(direction, x, weight, x.dtype, 4, dropout=False)
+
+    def gemm(direction: str) -> str:
+        return strategies.strategy(direction, x, weight, x.dtype, 4, dropout=False)
+
     unmeasured = gemm("forward")
     other = {"fused": "cublas", "cublas": "fused"}[unmeasured]
     with tuned.using({tuned.key("linear", x.dtype, 48, 64, 32, 4): other}):
@@ -141,7 +147,7 @@ def test_gluon_is_a_candidate_where_it_runs(arch, dtype, runs, monkeypatch):
 
 
 def clock(best: int, seconds: list):
-    """Says that candidate ``best`` takes ``seconds[1]`` and every other one ``seconds[0]``."""
+    """Returns a timer for which candidate ``best`` takes ``seconds[1]`` and every other one ``seconds[0]``."""
 
     def timer(calls):
         return [seconds[i == best] for i in range(len(calls))]
@@ -162,23 +168,23 @@ def test_fastest_candidate_is_chosen_and_then_runs(op):
     if op == "linear" and DEVICE.type == "cpu":
         with tuned.using(table), interpreter.traffic() as counted:
             case.call()
-        assert counted.launches == ["lora_update_kernel"]  # cuBLAS, then the update
+        assert counted.launches == ["lora_update_kernel"]  # cuBLAS runs the GEMM, then the kernel adds the update
     search.remember(table, case, search.search(case, clock(0, [2e-3, 1e-3])))
-    assert table == {}  # the default won: what was known is forgotten
+    assert table == {}  # the default is fastest, so the old choice is deleted
 
 
 def test_shapes_share_cases_and_each_shape_is_kept_when_done(monkeypatch):
-    """The second shape has the first one's d_in: its project and grad_a are known already."""
+    """The second shape has the d_in of the first one, whose project and grad_a it shares."""
     monkeypatch.setattr(tiles, "candidates", lambda *arguments: [(32, 32, 32, 4, 2), (32, 64, 64, 4, 2)])
     table: tuned.Table = {}
     sizes = []
     shapes = [SHAPE, replace(SHAPE, d_out=48)]
-    said = []
-    done = lambda: sizes.append(len(table))
-    outcomes = search.search_all(shapes, DEVICE, table, clock(1, [2e-3, 1e-3]), said.append, done)
-    assert said == [one.key for one in outcomes]
-    assert [one.key.op for one in outcomes] == [*OPS, "linear", "grad_s_b", "grad_x_dropout"]
-    assert sizes == [5, 8] and all(one.choice.items() <= table.items() for one in outcomes)
+    keys = []
+    timer = clock(1, [2e-3, 1e-3])
+    outcomes = search.search_all(shapes, DEVICE, table, timer, keys.append, lambda: sizes.append(len(table)))
+    assert keys == [outcome.key for outcome in outcomes]
+    assert [outcome.key.op for outcome in outcomes] == [*OPS, "linear", "grad_s_b", "grad_x_dropout"]
+    assert sizes == [5, 8] and all(outcome.choice.items() <= table.items() for outcome in outcomes)
 
 
 def test_gain_below_noise_leaves_the_default():
@@ -190,7 +196,7 @@ def test_gain_below_noise_leaves_the_default():
 def test_candidates_that_fail_or_differ_are_not_timed():
     case = case_of("project_short")
     broken, wrong = case.candidates[1], case.candidates[2]
-    asked = []
+    counts = []
 
     def call():
         chosen = tuned._used[-1]
@@ -199,18 +205,18 @@ def test_candidates_that_fail_or_differ_are_not_timed():
         return torch.full((4, 4), 2.0 if chosen == wrong else 1.0)
 
     def timer(calls):
-        asked.append(len(calls))
+        counts.append(len(calls))
         return [1.0] * len(calls)
 
     outcome = search.search(replace(case, call=call, candidates=case.candidates[:4]), timer)
-    assert asked == [2] and (outcome.tried, outcome.failed) == (2, 2)
+    assert counts == [2] and (outcome.tried, outcome.failed) == (2, 2)
 
 
 def test_close_allows_another_order_of_a_sum_but_no_wrong_result():
     key = tuned.key("linear", torch.float32, 48, 4096, 32, 4)
     left, right = torch.randn(2, 64, 4096, generator=torch.Generator().manual_seed(0))
     products = left * right
-    in_turn = products.cumsum(1)[:, -1]  # one number after the other: a tile that walks the whole row
+    in_turn = products.cumsum(1)[:, -1]  # adds the numbers one by one, as a tile does that walks the whole row
     in_pairs = products.sum(1)
     assert not torch.equal(in_turn, in_pairs)
     assert search._close(in_turn, in_pairs, key)
@@ -219,7 +225,7 @@ def test_close_allows_another_order_of_a_sum_but_no_wrong_result():
 
 
 def test_timed_calls_do_not_change_their_inputs():
-    """Every tensor that a call closes over is the same to the last bit after two calls of every kind."""
+    """Every tensor in the closure of a call has the same bits after two calls."""
     for case in search.cases(SHAPE, DEVICE):
         tensors = [c.cell_contents for c in case.call.__closure__ if isinstance(c.cell_contents, torch.Tensor)]
         before = [tensor.clone() for tensor in tensors]
@@ -227,16 +233,16 @@ def test_timed_calls_do_not_change_their_inputs():
         for choice in ({}, case.candidates[1]):
             with tuned.using(choice):
                 case.call()
-        assert all(torch.equal(one, other) for one, other in zip(tensors, before, strict=True)), case.key.op
+        assert all(torch.equal(after, kept) for after, kept in zip(tensors, before, strict=True)), case.key.op
 
 
 def test_candidates_begin_with_the_default_and_are_distinct():
     h100 = device.CARDS[90]
     for op, size in {(op, size) for op, size, *_ in tiles.TABLE if not op.startswith("update")}:
-        found = tiles.candidates(op, size, h100, 16)
-        assert found[0] == tiles.row(op, size, h100, 16)
-        assert len(found) == len(set(found)) > 3
-        assert all(side & (side - 1) == 0 for tile in found for side in tile[:4])
+        candidates = tiles.candidates(op, size, h100, 16)
+        assert candidates[0] == tiles.row(op, size, h100, 16)
+        assert len(candidates) == len(set(candidates)) > 3
+        assert all(side & (side - 1) == 0 for tile in candidates for side in tile[:4])  # powers of two
 
 
 def test_layer_shapes_need_only_the_configuration(tmp_path):
@@ -248,7 +254,7 @@ def test_layer_shapes_need_only_the_configuration(tmp_path):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """The command on a tiny model, on the test's own device and with two candidates for each tile."""
+    """Returns options for a tiny model. Sets the test's device, and two candidates for each tile."""
     monkeypatch.setattr(sys.modules["lora_fast.cli.tune.command"], "_gpu", lambda: DEVICE)
     monkeypatch.setattr(tuned, "device_name", lambda device: "a GPU")
     monkeypatch.setattr(tiles, "candidates", lambda *arguments: [(32, 32, 32, 4, 2), (32, 64, 64, 4, 2)])
@@ -266,15 +272,15 @@ def test_command_measures_every_shape_and_keeps_the_fastest(tiny, monkeypatch):
     assert {choice for key, choice in table.items() if key.op == "linear"} == {"cublas"}
     monkeypatch.setattr(search, "time_on_gpu", clock(0, [2e-3, 1e-3]))
     assert invoke(*tiny).exit_code == 0
-    assert tuned.read() == {"a GPU": {}}  # measured again: the defaults are best now
+    assert tuned.read() == {"a GPU": {}}  # the defaults are fastest in this second measurement
 
 
 def test_ctrl_c_keeps_the_shapes_that_are_done(tiny, monkeypatch):
-    asked = []
+    timed = []
 
     def timer(calls):
-        asked.append(calls)
-        if len(asked) == 6:
+        timed.append(calls)
+        if len(timed) == 6:
             raise KeyboardInterrupt
         return [2e-3, *[1e-3] * (len(calls) - 1)]
 

@@ -1,4 +1,4 @@
-"""What the terminal shows during a run."""
+"""The display of a run in a terminal."""
 
 import io
 
