@@ -105,8 +105,8 @@ def run(settings: Settings, display: Display) -> None:
                 device,
                 table,
                 search.time_on_gpu,
-                doing=lambda key: progress.doing(f"{key.op} {_shape(key)}"),
-                done=keep,
+                before_case=lambda key: progress.doing(f"{key.op} {_shape(key)}"),
+                after_shape=keep,
             )
     except KeyboardInterrupt:
         display.note(f"Interrupted: {finished} of {len(shapes)} shapes are kept in {tuned.path()}.")

@@ -104,19 +104,19 @@ def search_all(
     device: torch.device,
     table: tuned.Table,
     timer: Timer,
-    doing: Callable[[tuned.Key], None],
-    done: Callable[[], None],
+    before_case: Callable[[tuned.Key], None],
+    after_shape: Callable[[], None],
 ) -> list[Outcome]:
     """Searches every case of every shape and stores the choices in ``table``. Cases that shapes share are searched
-    once. Calls ``doing`` before each case and ``done`` after each shape."""
+    once. Calls ``before_case`` with the key of each case, and ``after_shape`` after each shape."""
     outcomes: dict[tuned.Key, Outcome] = {}
     for shape in shapes:
         for case in cases(shape, device):
             if case.key not in outcomes:
-                doing(case.key)
+                before_case(case.key)
                 outcomes[case.key] = search(case, timer)
                 remember(table, case, outcomes[case.key])
-        done()
+        after_shape()
     return list(outcomes.values())
 
 
