@@ -43,7 +43,7 @@ def bench(
         message = f"lora-fast bench: there is no {SUITE}. The suite is part of the repository, not of the package."
         typer.echo(f"{message} Clone the repository and run `pip install -e '.[bench]'` in it.", err=True)
         raise typer.Exit(2)
-    command = [sys.executable, str(SUITE), *(ops or [])]
+    command = [sys.executable, str(SUITE), *(ops or [])]  # a process whose sys.path starts at bench/
     command += ["--quick"] if quick else []
     for name, value in (("--compare", compare), ("--output", output)):
         command += [name, str(value)] if value else []

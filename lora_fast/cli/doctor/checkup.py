@@ -34,6 +34,7 @@ _FIX_COMPILER = (
     "On a GPU Triton builds the launchers of kernels with a C compiler. Install gcc and Python's headers (Debian, "
     "Ubuntu: apt install gcc python3-dev), or set CC."
 )
+_FIX_FILES = "Make the temporary folder writable, or set TMPDIR. Otherwise reinstall safetensors."
 _INTERPRETED = "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
 _KERNELS = """
 import torch
@@ -112,16 +113,11 @@ def checks() -> list[Check]:
         Check("GPU", False, _gpu, _FIX_GPU),
         Check("layer, torch backend", True, _torch_layer, tested),
         Check("optimizer step", True, _optimizer, tested),
-        Check(
-            "adapter files",
-            True,
-            _files,
-            "Make the temporary folder writable, or set TMPDIR. Otherwise reinstall safetensors.",
-        ),
+        Check("adapter files", True, _files, _FIX_FILES),
         Check("C compiler", False, _compiler, _FIX_COMPILER),
     ]
     if torch.cuda.is_available():
-        is_core = installation.which_backend()[0] == "triton"
+        is_core = installation.which_backend()[0] == "triton"  # not if LORA_FAST_BACKEND=torch
         result.append(Check("layer, Triton kernels", is_core, _gpu_layer, f"Look at the other checks. {tested}"))
     else:
         numpy = f"Triton 3.6's interpreter needs numpy below 2.4. {triton}"
@@ -140,8 +136,8 @@ def layer_error(device: torch.device, dtype: torch.dtype = torch.float32) -> flo
     """Returns the largest relative L2 error of a tiny layer's output and gradients, on the active backend, against the
     formula in float64."""
     torch.manual_seed(0)
-    layer = LoRALinear(72, 40, r=3, alpha=6, device=device, dtype=dtype)
-    nn.init.normal_(layer.lora_B)
+    layer = LoRALinear(72, 40, r=3, alpha=6, device=device, dtype=dtype)  # sizes that fill no tile
+    nn.init.normal_(layer.lora_B)  # a fresh one is zero, which would hide errors
     x = torch.randn(10, 72, device=device, dtype=dtype, requires_grad=True)
     dy = torch.randn(10, 40, device=device, dtype=dtype)
     inputs = (x, layer.lora_A, layer.lora_B)
@@ -167,6 +163,7 @@ def _check_error(error: float, dtype: torch.dtype = torch.float32) -> str:
 
 
 def _versions() -> str:
+    """Compares the installed versions with the requirements of the package."""
     if unmet := installation.unmet():
         raise Problem(f"needed: {', '.join(unmet)}", f"pip install {' '.join(map(repr, unmet))}")
     newer = installation.newer_than_tested()
@@ -174,6 +171,7 @@ def _versions() -> str:
 
 
 def _gpu() -> str:
+    """Returns the arch of the GPU, or finds out why torch sees none."""
     if torch.cuda.is_available():
         return _arch(torch.cuda.get_device_capability())
     if installation.driver() == installation.NO_DRIVER:
@@ -204,18 +202,21 @@ def _compiler() -> str:
         source = Path(folder, "probe.c")
         source.write_text("#include <Python.h>\n")
         command = [compiler, source, f"-I{sysconfig.get_config_var('INCLUDEPY')}", "-shared", "-fPIC", "-o"]
-        done = subprocess.run([*command, source.with_suffix(".so")], capture_output=True, text=True, timeout=SECONDS)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().partition("\n")[0] or f"{compiler}: exit code {done.returncode}")
+        command.append(source.with_suffix(".so"))
+        process = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    if process.returncode:
+        raise RuntimeError(process.stderr.strip().partition("\n")[0] or f"{compiler}: exit code {process.returncode}")
     return f"{compiler}, with Python's headers"
 
 
 def _torch_layer() -> str:
+    """Runs a layer on the torch backend."""
     with backend.set_backend("torch"):
         return _check_error(layer_error(torch.device("cpu")))
 
 
 def _gpu_layer() -> str:
+    """Runs a layer on the Triton kernels, in each dtype of ERROR."""
     if backend.interpreting():
         raise Problem("the kernels run in Triton's interpreter, many times slower", "Unset TRITON_INTERPRET.")
     device = torch.device("cuda")
@@ -225,10 +226,12 @@ def _gpu_layer() -> str:
 
 
 def _interpreted_layer() -> str:
+    """Runs a layer on the Triton kernels in Triton's interpreter."""
     return _check_error(float(_run_in_process(_INTERPRETED + _KERNELS)))
 
 
 def _compile() -> str:
+    """Compiles a kernel for the GPU, or for sm_90 if there is none."""
     arch = ARCH
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
@@ -243,12 +246,11 @@ def _run_in_process(code: str) -> str:
     with tempfile.NamedTemporaryFile("w", suffix=".py") as script:  # a file, since Triton reads a kernel's source
         script.write(code)
         script.flush()
-        done = subprocess.run(
-            [sys.executable, script.name], env=environment, capture_output=True, text=True, timeout=SECONDS
-        )
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
-    return done.stdout.strip().splitlines()[-1]
+        command = [sys.executable, script.name]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    if process.returncode:
+        raise RuntimeError((process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1])
+    return process.stdout.strip().splitlines()[-1]
 
 
 def _tiny_model() -> nn.Module:
@@ -257,6 +259,7 @@ def _tiny_model() -> nn.Module:
 
 
 def _optimizer() -> str:
+    """Trains an injected model for a few steps."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _tiny_model().to(device)
     inject_(model, LoRAConfig(r=4, alpha=8))
@@ -275,6 +278,7 @@ def _optimizer() -> str:
 
 
 def _files() -> str:
+    """Saves an adapter and loads it into another model."""
     model, other = _tiny_model(), _tiny_model()
     inject_(model, LoRAConfig(r=4, alpha=8))
     nn.init.normal_(model[0].lora_B)
@@ -289,6 +293,7 @@ def _files() -> str:
 
 
 def _peft() -> str:
+    """Fuses a PEFT model and compares its output."""
     import peft
 
     model = peft.get_peft_model(_tiny_model(), peft.LoraConfig(r=4, target_modules=["0", "2"]))
@@ -300,6 +305,7 @@ def _peft() -> str:
 
 
 def _tuned() -> str:
+    """Reads the file of ``lora-fast tune``."""
     from ...kernels import tuned
 
     try:
@@ -310,6 +316,7 @@ def _tuned() -> str:
 
 
 def _model() -> str:
+    """Finds the packaged model."""
     from ..inputs import models
 
     models.locate(models.PACKAGED)
@@ -317,6 +324,7 @@ def _model() -> str:
 
 
 def _text() -> str:
+    """Finds the packaged text."""
     from ..inputs import data
 
     data.locate(data.PACKAGED)

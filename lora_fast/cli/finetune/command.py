@@ -15,7 +15,7 @@ from ..output import run_folder
 from ..output.terminal import Display, exit_codes
 from . import next_steps, pipeline
 
-_BY_DEFAULT = Settings()
+_BY_DEFAULT = Settings()  # the defaults of the options below
 
 
 def _option(panel: str, text: str, *names: str, **more):
@@ -138,7 +138,7 @@ def finetune(
         values = {field.name: context.params[field.name] for field in fields(Settings)}
         values |= {"model": absolute(model), "data": absolute(data)}
         values |= {"method": with_bounds(tuple(method), norm, bound, bound_ratio)}
-        if resume:
+        if resume:  # only typed options must agree with the saved settings; defaults need not
             typed = {n: v for n, v in values.items() if context.get_parameter_source(n).name == "COMMANDLINE"}
             settings = run_folder.saved_settings(output, typed)
         else:

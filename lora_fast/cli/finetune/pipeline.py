@@ -118,7 +118,7 @@ def _run(context: RunContext, run: Run, folder: Path) -> Record:
         record = error.record  # the other methods can still be compared
         record.diverged = str(error)
         context.display.note(f"  {record.diverged}; the comparison continues without this run", style="red")
-    if len(runs) > 1:
+    if len(runs) > 1:  # marks the run as finished, for a later --resume
         run_folder.write_json(place / run_folder.RECORD, record.as_dict())
         if context.stop.requested and run != runs[-1]:
             raise KeyboardInterrupt

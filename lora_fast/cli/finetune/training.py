@@ -192,9 +192,9 @@ def train(context: RunContext, run: Run, model: torch.nn.Module, layers: str, fo
     trainer, recorder = _trainer(context, run, model, folder, checkpoint)
     record, labels = recorder.record, [planned.label for planned in context.settings.runs]
     record.layers = record.layers or layers
-    if not record.sample_before:
+    if not record.sample_before:  # unless the run is resumed
         record.sample_before = sample(model, context.tokenizer, context.prompt)
-    if len(record.losses) == context.total:  # the interruption came after the last step
+    if len(record.losses) == context.total:  # no step is left to train, so only load the weights
         trainer._load_from_checkpoint(str(checkpoint))
     else:
         with context.display.training(run.label, labels, context.total, done=len(record.losses)):
@@ -250,7 +250,7 @@ def _trainer(
     trainer_class = AdapterTrainer if run.method.adapters else transformers.Trainer
     trainer_class = ScaLoRATrainer if _changes_base(run) else trainer_class
     trainer = trainer_class(model, args, callbacks=[recorder], optimizer_cls_and_kwargs=optimizer, **data)
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback)  # it prints every log
     recorder.statistics = hf.AdapterStatsCallback(trainer, math.ceil(context.total / STATISTICS))
     trainer.add_callback(recorder.statistics)  # after the recorder, which has stopped the clock by then
     return trainer, recorder
@@ -281,13 +281,13 @@ def _arguments(context: RunContext, run: Run, folder: Path, resumed: bool) -> tr
         bf16=context.dtype == torch.bfloat16,
         fp16=context.dtype == torch.float16,
         logging_steps=1,
-        logging_nan_inf_filter=False,
+        logging_nan_inf_filter=False,  # Recorder stops at a loss that is not finite
         eval_on_start=not resumed,
-        prediction_loss_only=True,
+        prediction_loss_only=True,  # without keeping the logits of all blocks
         save_strategy="no",  # Recorder decides when
         save_total_limit=2,  # a crash may leave the last one incomplete
-        label_names=["labels"],
-        remove_unused_columns=False,
+        label_names=["labels"],  # rather than what the Trainer infers from the model's class
+        remove_unused_columns=False,  # Blocks yields only what the model takes
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
         disable_tqdm=True,
@@ -316,7 +316,7 @@ class Recorder(transformers.TrainerCallback):
         self._save_every = context.settings.save_every or math.ceil(context.total / CHECKPOINTS)
 
     def on_train_begin(self, args, state, control, model, **others):
-        if not self.record.saved_bytes:
+        if not self.record.saved_bytes:  # unless a resumed run has measured it
             rows = [self.context.data.train[i] for i in range(min(args.train_batch_size, len(self.context.data.train)))]
             batch = transformers.default_data_collator(rows)
             self.record.saved_bytes = saved_for_backward(model.train(), batch)

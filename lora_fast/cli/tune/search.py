@@ -127,7 +127,7 @@ def search(case: Case, timer: Timer) -> Outcome:
     seconds = timer([_bound(case, choice) for choice in working])
     best = min(range(len(working)), key=seconds.__getitem__)
     if seconds[best] > (1 - GAIN) * seconds[0]:
-        best = 0
+        best = 0  # the default
     failed = len(case.candidates) - len(working)
     return Outcome(case.key, seconds[0], seconds[best], working[best], len(working), failed)
 
