@@ -137,8 +137,7 @@ def _cache_folder() -> Path:
 
 
 def _converted(gguf: Path) -> Path:
-    """Returns the cache folder of the converted model. A new one is written elsewhere and then renamed, so that the
-    cache never contains half a model."""
+    """The cache folder, written beside its place and renamed into it, so that it is there whole or not at all."""
     folder = _cache_folder()
     if folder.exists():
         return folder
@@ -149,8 +148,8 @@ def _converted(gguf: Path) -> Path:
         for path in scratch.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        scratch.chmod(0o755)  # mkdtemp gives access to the owner only
-        with contextlib.suppress(OSError):  # if another process was faster
+        scratch.chmod(0o755)
+        with contextlib.suppress(OSError):  # another process was faster
             scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

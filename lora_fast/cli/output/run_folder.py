@@ -107,8 +107,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes the whole file or nothing: into a scratch file beside it, which replaces it once the disk has the
-    bytes."""
+    """Whole or not at all: written beside its place, synchronised, renamed."""
     scratch = path.with_name(path.name + ".part")
     with scratch.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -17,7 +17,7 @@ from ...kernels import linear, tiles, tuned
 
 GAIN = 0.02  # share of the default's time that a choice must save; less is noise
 ROUNDS, WARM_UP = 20, 3
-L2_FLUSH = 1 << 28  # bytes that are written before each timed call, more than any L2 holds
+L2_FLUSH = 1 << 28  # bytes written before each timed call
 
 Timer = Callable[[list[Callable[[], object]]], list[float]]
 
@@ -171,8 +171,7 @@ def _close(result: Tensor, expected: Tensor, key: tuned.Key) -> bool:
 
 
 def time_on_gpu(calls: list[Callable[[], object]]) -> list[float]:
-    """Returns the median seconds of each call on the current CUDA device. The calls take turns, so that a change of
-    clock rate affects all of them, and L2 is overwritten before each."""
+    """Median seconds of each on the current CUDA device, the calls taking turns, L2 overwritten before each."""
     flush = torch.empty(L2_FLUSH, dtype=torch.uint8, device="cuda")
     events: list[list[tuple]] = [[] for _ in calls]
     for i in range(WARM_UP + ROUNDS):
