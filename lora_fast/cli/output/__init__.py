@@ -1,1 +1,1 @@
-"""What the commands print and write: the terminal, tables, plots, HTML pages and run folders."""
+"""Shows and saves the results of the commands: terminal, tables, plots, HTML pages and run folders."""
