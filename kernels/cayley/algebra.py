@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..linalg.blocked import BLOCK, add_products
 from ..linalg.inverse import invert
-from ..pointer_table import D, R, entry, pointer_at, tensor_at
+from ..pointer_table import D, R, load_entry, pointer_at, tensor_at
 from ..primitives import round_to
 
 ROWS = tl.constexpr(4)  # of matrices that come from several places, at a time: their addresses take registers
@@ -42,7 +42,7 @@ def lora_cayley_inverse_kernel(
     for i_pair in tl.range(i_slot, n, tl.num_programs(0), num_stages=1):
         free_a, a = tensor_at(entries, i_pair, 0, P, False), pointer_at(moving + i_pair, tl.float32, False)
         inverse = pointer_at(moving + 2 * n + i_pair, tl.float32, False)
-        d_in, r = entry(entries, i_pair, D), entry(entries, i_pair, R).to(tl.int32)
+        d_in, r = load_entry(entries, i_pair, D), load_entry(entries, i_pair, R).to(tl.int32)
         gram_a, gram_b = totals + i_pair * SIZE, totals + (n + i_pair) * SIZE
         times_a, times_b = factors + i_pair * SIZE, factors + (n + i_pair) * SIZE
         b_scale = load_scale(moving + 3 * n + i_pair, i_r, r, SCALED)[None, :]
@@ -83,7 +83,7 @@ def lora_cayley_backward_kernel(
     for i_pair in tl.range(tl.program_id(0).to(tl.int64), n, tl.num_programs(0), num_stages=1):
         da, grad_a = pointer_at(moving + i_pair, P, False), pointer_at(moving + 3 * n + i_pair, tl.float32, False)
         w, scale = pointer_at(moving + 5 * n + i_pair, tl.float32, False), moving + 6 * n + i_pair
-        d_in, r = entry(entries, i_pair, D), entry(entries, i_pair, R).to(tl.int32)
+        d_in, r = load_entry(entries, i_pair, D), load_entry(entries, i_pair, R).to(tl.int32)
         m_r = i_r < r
         sum_a, sum_b = totals + i_pair * SIZE, totals + (n + i_pair) * SIZE
         b_scale = load_scale(scale, i_r, r, SCALED)[None, :]

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..factor_tiles import load_block, load_matrix
 from ..launch import on_device
-from ..pointer_table import INDEX, SIDE, SIDE_A, TL_DTYPE, Table, entry, offsets, pointer_at, sizes, tensor_at
+from ..pointer_table import INDEX, SIDE, SIDE_A, TL_DTYPE, Table, load_entry, tile_offsets, pointer_at, load_sizes, tensor_at
 from ..primitives import dot, round_to, to_float32
 from ..tiles import grouped
 from .addresses import AddressList
@@ -48,9 +48,9 @@ def outer_factor(
     """One chunk of one factor. A and B among ``factors``: forward i for a, n + i for b, no B; backward i for both, and
     n + i for a, 2n + i for b, i being the pair."""
     SIZE: tl.constexpr = R_MAX * R_MAX
-    index = entry(entries, i_tensor, INDEX)  # of a pair's a, n more for its b
+    index = load_entry(entries, i_tensor, INDEX)  # of a pair's a, n more for its b
     x, out = tensor_at(entries, i_tensor, 0, X, ALIGNED), pointer_at(moving + index, OUT, ALIGNED)
-    d, r = sizes(entries, i_tensor, IS_A, UNIFORM_R, ALIGNED)
+    d, r = load_sizes(entries, i_tensor, IS_A, UNIFORM_R, ALIGNED)
     i_r = tl.arange(0, BLOCK_R)
     p_a = factors + index * SIZE
     if BACKWARD:
@@ -73,7 +73,7 @@ def outer_factor(
         mask = (i_d < d)[:, None] & (i_r < r)[None, :]
         if IS_A:
             mask = mask & (i_d >= r)[:, None]
-        tl.store(out + offsets(i_d, i_r, d, r, IS_A), round_to(b_out, OUT), mask=mask)
+        tl.store(out + tile_offsets(i_d, i_r, d, r, IS_A), round_to(b_out, OUT), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -83,7 +83,7 @@ def lora_cayley_outer_kernel(
     CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     i_tensor, i_chunk = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
-    if entry(entries, i_tensor, SIDE) == SIDE_A:
+    if load_entry(entries, i_tensor, SIDE) == SIDE_A:
         outer_factor(
             entries, moving, factors, i_tensor, i_chunk, n, True, X, OUT, BACKWARD, UNIFORM_R, ALIGNED, R_MAX, CHUNK,
             BLOCK_D, BLOCK_R, BLOCK_K,

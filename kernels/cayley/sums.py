@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..factor_tiles import add_up, deposit, last_to_arrive, load_block
+from ..factor_tiles import add_partials, store_partial, is_last_program, load_block
 from ..launch import on_device
-from ..pointer_table import INDEX, SIDE, SIDE_A, TL_DTYPE, Table, entry, pointer_at, programs_of, sizes, tensor_at
+from ..pointer_table import INDEX, SIDE, SIDE_A, TL_DTYPE, Table, load_entry, pointer_at, count_programs, load_sizes, tensor_at
 from ..primitives import dot, to_float32
 from ..tiles import grouped
 from .addresses import AddressList
@@ -40,10 +40,10 @@ def inner_factor(
     """One chunk of one factor, one block of xᵀy."""
     N_BLOCKS: tl.constexpr = (R_MAX + BLOCK_R - 1) // BLOCK_R
     SIZE: tl.constexpr = R_MAX * R_MAX
-    index = entry(entries, i_tensor, INDEX)  # of a pair's a, n more for its b
+    index = load_entry(entries, i_tensor, INDEX)  # of a pair's a, n more for its b
     x = tensor_at(entries, i_tensor, 0, X, ALIGNED)
     y = pointer_at(moving + GRADIENTS * n + index, tl.float32, ALIGNED) if BACKWARD else x
-    d, r = sizes(entries, i_tensor, IS_A, UNIFORM_R, ALIGNED)
+    d, r = load_sizes(entries, i_tensor, IS_A, UNIFORM_R, ALIGNED)
     i_row = (tl.program_id(1) // N_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
     i_col = (tl.program_id(1) % N_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
     b_sum = tl.zeros([BLOCK_R, BLOCK_R], dtype=SUM)
@@ -56,12 +56,12 @@ def inner_factor(
         else:
             b_y = b_x
         b_sum = dot(tl.trans(b_x), b_y, b_sum, "ieee")
-    count = programs_of(d, CHUNK)
+    count = count_programs(d, CHUNK)
     p_mine, p_total = partials + tl.program_id(0).to(tl.int64) * SIZE, totals + index * SIZE
-    deposit(b_sum, p_mine, p_total, i_row, i_col, count, R_MAX)
+    store_partial(b_sum, p_mine, p_total, i_row, i_col, count, R_MAX)
     if count > 1:  # noqa: SIM102 - a jit function evaluates both sides of an `and`
-        if last_to_arrive(counters + i_tensor * N_BLOCKS * N_BLOCKS + tl.program_id(1), count):
-            add_up(p_mine - i_chunk.to(tl.int64) * SIZE, p_total, SIZE, i_row, i_col, count, R_MAX)
+        if is_last_program(counters + i_tensor * N_BLOCKS * N_BLOCKS + tl.program_id(1), count):
+            add_partials(p_mine - i_chunk.to(tl.int64) * SIZE, p_total, SIZE, i_row, i_col, count, R_MAX)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -71,7 +71,7 @@ def lora_cayley_inner_kernel(
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     i_tensor, i_chunk = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
-    if entry(entries, i_tensor, SIDE) == SIDE_A:
+    if load_entry(entries, i_tensor, SIDE) == SIDE_A:
         inner_factor(
             entries, moving, partials, totals, counters, i_tensor, i_chunk, n, True, X, BACKWARD, SUM, UNIFORM_R,
             ALIGNED, R_MAX, CHUNK, BLOCK_D, BLOCK_R,
