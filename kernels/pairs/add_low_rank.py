@@ -11,7 +11,7 @@ Shapes    W (d_out, d_in), contiguous, a (r, d_in), b (d_out, r), any float; sca
           residual of W's shape and dtype. All layers of a launch share W's dtype and the adapters'. DENSE: all a and b
           are contiguous; experts' factors, which are interleaved, are not. The launch has a table of its own, int64
           (n, COLUMNS): addresses of W, residual, a, b; d_out, r, d_in, the layer's row in ``scale``; strides of a, b.
-Roofline  W is read and written once against 2 r operations an element; a and b add r·4·(1/512 + 1/1024) bytes an element.
+Roofline  W is read and written once against 2 r operations an element; a and b add r·4·(1/512 + 1/1024) bytes each.
 """
 
 import torch
@@ -184,8 +184,8 @@ class _LayerTable:
             (d_out, d_in), r = w.shape, a.shape[0]
             shapes = residual.shape, a.shape, b.shape
             assert shapes == (w.shape, (r, d_in), (d_out, r)) and residual.dtype == w.dtype, (
-                f"layer {index}: expected residual, a (r, d_in), b (d_out, r) to fit weight {w.dtype} {tuple(w.shape)}, "
-                f"got {residual.dtype} {tuple(residual.shape)}, {tuple(a.shape)}, {tuple(b.shape)}"
+                f"layer {index}: expected residual, a (r, d_in), b (d_out, r) to fit weight {w.dtype} "
+                f"{tuple(w.shape)}, got {residual.dtype} {tuple(residual.shape)}, {tuple(a.shape)}, {tuple(b.shape)}"
             )
             for tensor in (w, residual):
                 check_storage(tensor)

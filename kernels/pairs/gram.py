@@ -174,8 +174,8 @@ def factor_grams(tensors: list[torch.Tensor], is_a: list[bool]) -> torch.Tensor:
 
 
 def table_grams(tables: list[TableWithGradients], n_pairs: int, r: int, wanted: tuple[str, ...]) -> torch.Tensor:
-    """Computes the Grams named in ``wanted`` from tables of pairs of rank r, which have the rows of all b, then those of
-    all a: float32 (wanted, n_pairs, r, r)."""
+    """Computes the Grams named in ``wanted`` from tables of pairs of rank r, which have the rows of all b, then
+    those of all a: float32 (wanted, n_pairs, r, r)."""
     totals = torch.empty((len(wanted), n_pairs, r, r), dtype=torch.float32, device=tables[0].factors.device)
     _launch(tables, totals, wanted)
     return totals

@@ -27,7 +27,7 @@ import triton.language as tl
 from ..launch import MOST_REGISTERS, check_square, check_tensor, launch, on_device
 from ..limits import MUON_DAMPING_ULPS
 from ..linalg.blocked import BLOCK, cholesky, cholesky_solve
-from ..linalg.inverse import take_pivot
+from ..linalg.inverse import eliminate_pivot
 from ..linalg.spd import IN_REGISTERS, WARPS
 from ..primitives import div_rn
 from .regularizers import learning_rates
@@ -90,7 +90,7 @@ def average(b_first, b_second, mu):
 @triton.jit
 def invert_both(b_first, b_second, i_r, r):
     for j in range(0, r):
-        b_first, b_second = take_pivot(b_first, i_r, i_r, j), take_pivot(b_second, i_r, i_r, j)
+        b_first, b_second = eliminate_pivot(b_first, i_r, i_r, j), eliminate_pivot(b_second, i_r, i_r, j)
     return b_first, b_second
 
 
