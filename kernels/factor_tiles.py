@@ -1,7 +1,7 @@
-"""Jit functions on tiles of a factor: loads, products with r×r matrices, and sums over the programs that share a factor.
+"""Jit functions on tiles of a factor: loads, products with r×r matrices, sums over the programs that share a factor.
 
-Math      A factor is seen as d rows of r rank columns (pointer_table.py): p ← p M for a tile of b multiplies from the
-          right as it is; for a, p ← M p multiplies the transposed tile by Mᵀ.
+Math      A factor is seen as d rows of r rank columns (pointer_table.py), so every product is a tile times an r×r
+          matrix from the right: p M of a b multiplies its tile by M, M p of an a its transposed tile by Mᵀ.
 Grid      One program per chunk of d of one factor. A kernel that sums over d lets every program store a partial sum.
           The last program of the factor to finish, found by an integer counter, adds them in the order of the chunks,
           so the same inputs give the same bits and there is no second launch. Counters are left at zero.
@@ -69,7 +69,7 @@ def load_block(p, i_d, i_r, d, r, IS_A: tl.constexpr, EXPERTS: tl.constexpr = 1)
 
 @triton.jit
 def load_matrix(matrix, i_k, i_r, r, IS_A: tl.constexpr, R_MAX: tl.constexpr):
-    """Returns M as it multiplies a tile [BLOCK_D, rank] from the right: M for b, Mᵀ for a. float32 [BLOCK_K, BLOCK_R]."""
+    """Returns M as it multiplies a tile [BLOCK_D, rank] from the right, M for b, Mᵀ for a: [BLOCK_K, BLOCK_R]."""
     mask = (i_k < r)[:, None] & (i_r < r)[None, :]
     if IS_A:
         p_matrix = matrix + i_r[None, :] * R_MAX + i_k[:, None]

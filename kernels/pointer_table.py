@@ -98,7 +98,7 @@ def tile_offsets(i_d, i_r, d, r, IS_A: tl.constexpr, EXPERTS: tl.constexpr = 1):
 
 @triton.jit
 def count_programs(d, CHUNK: tl.constexpr):
-    """Returns the number of programs of a tensor of d rows. An empty tensor has one program, which writes its results."""
+    """Returns the number of programs of a tensor of d rows. An empty tensor has one, which writes its results."""
     return tl.maximum(tl.cdiv(d, CHUNK), 1).to(tl.int32)
 
 
@@ -116,7 +116,7 @@ class FactorTable:
     """Factors of one combination of dtypes on one device, either all aligned or none.
 
     Args:
-        columns: up to three lists of contiguous tensors. The first list holds the factors; the others have their shapes.
+        columns: up to three lists of contiguous tensors: the factors, then tensors of their shapes.
         is_a: whether a factor's rank is its first dimension.
         positions: the positions in those lists of the factors that the table holds.
         indices: each factor's row in the launch's other arguments; the first expert's row for experts.
@@ -227,8 +227,9 @@ def build_tables(
     experts: Sequence[int] | None = None,
     gradients: list[torch.Tensor] | None = None,
 ) -> list[FactorTable]:
-    """Builds one table for each combination of dtypes, number of experts and alignment, in the order in which they first
-    occur. ``gradients``: tensors that ``FactorTable.with_gradients`` will get; they split the tables by dtype, too."""
+    """Builds one table for each combination of dtypes, number of experts and alignment, in the order in which they
+    first occur. ``gradients``: tensors that ``FactorTable.with_gradients`` will get; their dtypes and alignment count,
+    too."""
     rows = list(zip(*columns, *([] if gradients is None else [gradients]), strict=True))
 
     def kind(i: int) -> tuple:
@@ -379,8 +380,8 @@ def hold_for_graphs(owner: object) -> None:
 
 
 def cached(kind: str, key: list, build: Callable):
-    """Returns what ``build`` returned for this key. The result is kept until ``CACHE_SIZE`` others of its kind were used
-    since; for good where a CUDA graph has used it."""
+    """Returns what ``build`` returned for this key. The result is kept until ``CACHE_SIZE`` others of its kind were
+    used since, or for good where a CUDA graph has used it."""
     recent, captured = _recent.setdefault(kind, []), _captured.setdefault(kind, [])
     for entries in (captured, recent):
         for i, (known_key, result) in enumerate(entries):

@@ -102,9 +102,8 @@ def lora_cayley_backward_kernel(
             b_t = tl.load(grad_a + i_r[None, :] * d_in + i_row[:, None], mask=mask, other=0.0)
             b_t -= tl.load(sum_a + o_sum, mask=mask, other=0.0) + b_c * b_scale
             tl.store(t + o_slot, b_t, mask=mask)
-            tl.store(
-                w_transposed + o_slot, tl.load(w + i_r[None, :] * r + i_row[:, None], mask=mask, other=0.0), mask=mask
-            )
+            b_wt = tl.load(w + i_r[None, :] * r + i_row[:, None], mask=mask, other=0.0)
+            tl.store(w_transposed + o_slot, b_wt, mask=mask)
             if SCALED:
                 b_w = tl.load(w + i_row[:, None] * r + i_r[None, :], mask=mask, other=0.0)
                 b_dscale -= 2.0 * tl.sum(b_w * b_c, 0)

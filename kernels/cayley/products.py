@@ -57,8 +57,8 @@ def multiply_factor(
     UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, R_MAX: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Multiplies one chunk of one factor. Rows of ``multipliers``, with i the pair: forward A is i for a, n + i for b, and
-    there is no B; backward A is i for both, and B is n + i for a, 2n + i for b."""
+    """Multiplies one chunk of one factor. Rows of ``multipliers``, with i the pair: forward A is i for a, n + i for b,
+    and there is no B; backward A is i for both, and B is n + i for a, 2n + i for b."""
     SIZE: tl.constexpr = R_MAX * R_MAX
     index = load_entry(entries, i_tensor, INDEX)  # the pair for an a, n + the pair for a b
     x, out = tensor_at(entries, i_tensor, 0, X, ALIGNED), pointer_at(addresses + index, OUT, ALIGNED)

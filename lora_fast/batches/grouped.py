@@ -45,7 +45,7 @@ class GroupedBatch(Batch):
         self._moments = [name for name in MOMENTS if name in shapes[0]]
         self._names = (*self._moments, "step")
         is_a = [False] * len(self.pairs) + [True] * len(self.pairs)
-        self._tables = pointer_table.tables(self._columns(), is_a, first, experts)
+        self._tables = pointer_table.build_tables(self._columns(), is_a, first, experts)
         self._places, self._dtypes = self._places_now(), [p.dtype for p in self._factors]
         self._state_places = [self._places_of_state(i) for i in range(len(self._states))]
         self._forget()
@@ -64,9 +64,9 @@ class GroupedBatch(Batch):
         super().begin(param_groups)
         self._forget()
         for pairs in self._tables:
-            report_addresses(pairs.entries, (column[i] for column in self._columns() for i in pairs.members))
+            report_addresses(pairs.entries, (column[i] for column in self._columns() for i in pairs.positions))
         if pointer_table.capturing():
-            pointer_table.keep_for_good(self)
+            pointer_table.hold_for_graphs(self)
 
     def _forget(self) -> None:
         self._work, self._metric, self._after, self._listed = {}, None, None, None
@@ -93,7 +93,7 @@ class GroupedBatch(Batch):
 
     def grams(self, gradients: bool = False) -> Grams:
         if gradients:
-            return Grams(*gram.grams_of(self._with_gradients(), self.products, self._rank, ALL))
+            return Grams(*gram.table_grams(self._with_gradients(), self.products, self._rank, ALL))
         if self._after is not None:
             kb, ka = self._after.chunk(2)
             return Grams(ka, kb)
@@ -107,15 +107,15 @@ class GroupedBatch(Batch):
         return self._metric
 
     def _grams(self, *wanted: str) -> Tensor:
-        factors = [pairs.column(0) for pairs in self._tables]
-        return gram.grams_of(factors, self.products, self._rank, wanted).flatten(0, 1)
+        factors = [pairs.with_column(0) for pairs in self._tables]
+        return gram.table_grams(factors, self.products, self._rank, wanted).flatten(0, 1)
 
-    def _with_gradients(self) -> list[pointer_table.Listed]:
+    def _with_gradients(self) -> list[pointer_table.TableWithGradients]:
         if self._listed is None:
             gradients = [p.grad for p in self._factors]
             if not all([g.is_contiguous() for g in gradients]):
                 gradients = [g.contiguous() for g in gradients]
-            self._listed = [pairs.beside(gradients) for pairs in self._tables]
+            self._listed = [pairs.with_gradients(gradients) for pairs in self._tables]
         return self._listed
 
     def add_to_gradients(self, coefficients: Tensor) -> None:
@@ -161,8 +161,8 @@ class GroupedBatch(Batch):
         momentum.average_(self._with_gradients(), beta, self._steps)
         torch.autograd.graph.increment_version(self._columns()[1])
         self._listed = None  # as in adamw
-        factors = [pairs.column(1) for pairs in self._tables]
-        totals = gram.grams_of(factors, self.products, self._rank, ("ka", "kb", "kp", "kq"))
+        factors = [pairs.with_column(1) for pairs in self._tables]
+        totals = gram.table_grams(factors, self.products, self._rank, ("ka", "kb", "kp", "kq"))
         return Grams(*totals)
 
     def move(self, matrices: Tensor) -> None:
