@@ -31,7 +31,7 @@ from lora_fast.kernels.inspection.catalogue import Case, variants
 from lora_fast.kernels.linalg import spd
 from lora_fast.kernels.linear import grads
 
-# Arguments that the header's rules make multiples of 16. A stride is a length, or the rank that the kernel is built for.
+# Arguments that the header's rules make multiples of 16. A stride is a length, or the rank that a kernel is built for.
 LENGTHS = {"d_in", "d_out", "d_in_per_split"}
 LENGTHS |= {f"stride_{name}" for name in ("x", "a", "b", "dy", "left", "weight", "factor")}
 CONSTANTS = ("BLOCK", "BLOCK_T", "BLOCK_OUT", "BLOCK_IN", "BLOCK_R", "BLOCK_D", "BLOCK_K", "CHUNK")  # of struct tile

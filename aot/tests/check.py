@@ -29,7 +29,7 @@ from lora_fast.kernels.launch import MOST_REGISTERS
 from lora_fast.kernels.limits import LARGEST_RANK
 
 SKIPPED = 77
-SIZES = {"p": 8, "l": 8, "i": 4, "f": 4}  # of parameters, by kind
+SIZES = {"p": 8, "l": 8, "d": 8, "i": 4, "f": 4}  # bytes of a parameter, by kind
 
 
 def contents(library: Library, archs: list[str]) -> None:
@@ -123,6 +123,8 @@ def compare(
             assert expected.nbytes >= value.nbytes, f"{where}: room for {expected.nbytes} bytes, needs {value.nbytes}"
         elif kind == "f":
             assert ctypes.c_float.from_buffer_copy(ctypes.c_uint(slot)).value == ctypes.c_float(value).value, where
+        elif kind == "d":
+            assert ctypes.c_double.from_buffer_copy(ctypes.c_uint64(slot)).value == value, where
         else:
             assert slot == value, f"{where}: {slot}, from Python {value}"
 

@@ -1,5 +1,5 @@
-"""The public functions of the adapter step on both backends: lists of mixed shapes, ranks and layouts against float64
-of the same formula, what they leave alone, what they refuse. And the small kernels between two passes."""
+"""The public functions of the adapter step on both backends: lists of mixed shapes, ranks and layouts against the same
+formula in float64, inputs that stay unchanged, arguments that are refused."""
 
 import pytest
 import torch
@@ -7,8 +7,6 @@ from budget import check, error
 
 from lora_fast import functional as F
 from lora_fast.backend import set_backend
-from lora_fast.kernels.pairs import regularizers
-from lora_fast.ops.reference import pairs as reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # numpy's, for a pair of zeros
 SHAPES = [(24, 40, 4), (9, 50, 4), (17, 33, 3), (24, 40, 4)]  # d_out, d_in, r
@@ -21,7 +19,7 @@ def randn(*shape, seed=0):
 
 
 def lists(strided=True):
-    """a, b, da, db; the second a is a transposed view."""
+    """Returns a, b, da, db; with ``strided`` the second a is a transposed view."""
     a, b = ([randn(*shape, seed=i) for i, shape in enumerate(shapes)] for shapes in _both())
     da, db = ([randn(*shape, seed=i + 10) for i, shape in enumerate(shapes)] for shapes in _both())
     if strided:
@@ -34,19 +32,19 @@ def _both():
 
 
 def against_float64(function, *arguments, names=("result",)):
-    """Every result beside the same function's in float64 on the torch backend, judged by its error in float32 there."""
-    wide = [[x.double() for x in some] if isinstance(some, list) else some for some in arguments]
+    """Checks every result against the same function in float64 on the torch backend, by its error in float32 there."""
+    wide = [[x.double() for x in value] if isinstance(value, list) else value for value in arguments]
     got = function(*arguments)
     with set_backend("torch"):
         exact, eager = function(*wide), function(*arguments)
     got, exact, eager = (x if isinstance(x, tuple) else (x,) for x in (got, exact, eager))
-    for name, of_got, of_exact, of_eager in zip(names, got, exact, eager, strict=True):
-        for i, (x, right, plain) in enumerate(zip(of_got, of_exact, of_eager, strict=True)):
+    for name, *lists_of_name in zip(names, got, exact, eager, strict=True):
+        for i, (x, right, plain) in enumerate(zip(*lists_of_name, strict=True)):
             check(f"{name}[{i}]", x, right.double(), error(plain, right.double()), FLOAT32)
 
 
 @backends
-def test_grams(backend):
+def test_gram_matches_float64(backend):
     a, b, *_ = lists()
     with set_backend(backend):
         against_float64(lambda x: F.gram(x, 1), a)
@@ -56,7 +54,7 @@ def test_grams(backend):
 
 @backends
 @pytest.mark.parametrize("solver", ["nnls", "paper", "column", "scalar"])
-def test_scalora_scaling(backend, solver):
+def test_scalora_scaling_matches_float64(backend, solver):
     with set_backend(backend):
         scaling = lambda a, b, da, db: F.scalora_scaling(a, b, da, db, 2.0, 30.0, solver)
         against_float64(scaling, *lists(), names=("alpha", "beta", "info"))
@@ -64,16 +62,16 @@ def test_scalora_scaling(backend, solver):
 
 @backends
 @pytest.mark.parametrize("gauge", ["symmetric", "svd_signed"])
-def test_hyperbalance(backend, gauge):
+def test_hyperbalance_matches_float64(backend, gauge):
     a, b, *_ = lists()
     before = [x.clone() for x in (*a, *b)]
     with set_backend(backend):
         against_float64(lambda a, b: F.hyperbalance(a, b, gauge), a, b, names=("a", "b"))
-    assert all(torch.equal(x, y) for x, y in zip((*a, *b), before, strict=True)), "the inputs stay"
+    assert all(torch.equal(x, y) for x, y in zip((*a, *b), before, strict=True)), "the inputs change"
 
 
 @backends
-def test_solves(backend):
+def test_spd_solve_and_small_inverse_match_float64(backend):
     root = randn(5, 7, 7)
     spd, rhs = root @ root.mT + torch.eye(7), randn(5, 7, 3)
     skew = root - root.mT + 2 * torch.eye(7)
@@ -83,7 +81,7 @@ def test_solves(backend):
 
 
 @backends
-def test_merge(backend):
+def test_add_low_rank_matches_float64(backend):
     weight, a, b, scale = randn(9, 50, seed=3), randn(4, 50), randn(9, 4), randn(4)
     exact = weight.double() + (b.double() * scale.double()) @ a.double()
     eager = error(weight + (b * scale) @ a, exact)
@@ -106,7 +104,7 @@ def step_case(dtype=FLOAT32):
 
 
 @backends
-def test_adapter_step(backend):
+def test_adapter_step_matches_float64(backend):
     runs = {}
     kinds = {"got": (FLOAT32, backend), "exact": (torch.float64, "torch"), "eager": (FLOAT32, "torch")}
     for name, (dtype, chosen) in kinds.items():
@@ -120,7 +118,7 @@ def test_adapter_step(backend):
 
 
 @backends
-def test_adapter_step_without_anything_is_adamw(backend):
+def test_adapter_step_without_work_agrees_with_torch_adamw(backend):
     factors, is_a, hyper, steps, _ = step_case()
     wanted = [torch.nn.Parameter(f[0].clone()) for f in factors]
     for p, (_, g, *_), (lr, *_, decay) in zip(wanted, factors, hyper.tolist(), strict=True):
@@ -135,7 +133,7 @@ def test_adapter_step_without_anything_is_adamw(backend):
 
 
 @pytest.mark.parametrize("name", ["hyper", "steps", "additive", "matrices", "scale_p", "is_a", "factors[1][2]", "lone"])
-def test_adapter_step_names_what_does_not_fit(name):
+def test_adapter_step_names_a_bad_argument_and_changes_nothing(name):
     factors, is_a, hyper, steps, work = step_case()
     before = [x.clone() for f in factors for x in f]
     if name == "factors[1][2]":
@@ -151,48 +149,3 @@ def test_adapter_step_names_what_does_not_fit(name):
         F.adapter_step_(factors, is_a, hyper, steps, work)
     assert raised.value.argument == expected
     assert all(torch.equal(x, y) for x, y in zip((x for f in step_case()[0] for x in f), before, strict=True))
-
-
-def grams_of(n, r, seed=0):
-    a, b = randn(n, r, 2 * r + 3, seed=seed), randn(n, 3 * r + 1, r, seed=seed + 1)
-    return a @ a.mT, b.mT @ b
-
-
-@pytest.mark.parametrize("in_memory", [False, True], ids=["number", "tensor"])
-@pytest.mark.parametrize("r", [1, 3, 64, 100])
-def test_imbalance_kernel(r, in_memory):
-    ka, kb = grams_of(3, r)
-    kb[1], ka[1] = 0, 0
-    rho, lrs = torch.tensor([0.1, 0.5, 2.0]), (1e-2, 1e3)  # of b's, h is clipped
-    lrs = tuple(torch.tensor(lr) for lr in lrs) if in_memory else lrs
-    got = regularizers.imbalance(ka, kb, rho, *lrs, 0.5)
-    exact = reference.imbalance(ka.double(), kb.double(), rho.double(), 1e-2, 1e3, 0.5)
-    check("matrices", got, exact, error(reference.imbalance(ka, kb, rho, 1e-2, 1e3, 0.5), exact), FLOAT32)
-    assert got[[1, 4]].eq(0).all() and got.isfinite().all()
-
-
-@pytest.mark.parametrize("r", [1, 3, 100])
-def test_scale_reg_kernel(r):
-    ka, kb = grams_of(3, r)
-    ka[1], kb[2] = 0, 0
-    sizes = torch.tensor([100.0, 50.0, 7.0]), torch.tensor([3.0, 5.0, 11.0])
-    got = regularizers.scale_reg(ka, kb, *sizes, 0.01, 1e-6)
-    exact = reference.scale_reg(ka.double(), kb.double(), *(x.double() for x in sizes), 0.01, 1e-6)
-    check("c", got, exact, error(reference.scale_reg(ka, kb, *sizes, 0.01, 1e-6), exact), FLOAT32)
-    assert got[[1, 4]].eq(0).all()
-
-
-def test_a_nan_stays_in_its_pair():
-    ka, kb = grams_of(3, 5)
-    clean = regularizers.imbalance(ka, kb, torch.ones(3), 0.1, 0.1, 0.5)
-    ka[1, 2, :] = ka[1, :, 2] = float("nan")
-    got = regularizers.imbalance(ka, kb, torch.ones(3), 0.1, 0.1, 0.5)
-    assert got[[1, 4], 2].isnan().all() and torch.equal(got[[0, 2, 3, 5]], clean[[0, 2, 3, 5]])
-    got = regularizers.scale_reg(ka, kb, torch.ones(3), torch.ones(3), 0.01, 1e-6)
-    assert got.isnan().tolist() == [False, True, False] * 2
-
-
-def test_no_pairs():
-    nothing = torch.empty(0, 4, 4)
-    assert regularizers.imbalance(nothing, nothing, torch.empty(0), 0.1, 0.1, 0.5).shape == (0, 4, 4)
-    assert regularizers.scale_reg(nothing, nothing, torch.empty(0), torch.empty(0), 0.1, 0.1).shape == (0,)
