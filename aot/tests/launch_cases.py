@@ -22,7 +22,8 @@ class Case:
     Attributes:
         tensors: by name, the inputs and the tensors changed in place.
         python, c: functions that take the tensors and return the results.
-        memory: for each launch, by parameter, the C side's memory for what the Python launcher allocates.
+        memory: for each launch, by parameter, the C side's memory for what the Python launcher allocates; None for a
+            null pointer.
         tables: for each launch, or one for all, the address and contents of every part of its table by parameter. None
             stands for contents that kernels change.
         table: the table in device memory.
@@ -230,12 +231,13 @@ def adamw_step(library, device, dtype, r, add, matrix, scale, gram):
     extras = {"additive": (add, (4,)), "matrices": (matrix, (4, r, r)), "scale_p": (scale, (4, r))}
     for name, (on, shape) in (extras | {"scale_g": (scale, (4, r))}).items():
         case.add(name, *shape, dtype=torch.float32) if on else case.tensors.update({name: None})
+    optional = ("additive", "matrices", "scale_p", "scale_g")
     flat = not (matrix or scale or gram)
     sides = [bool(is_a) for _, _, is_a, _ in factors]
 
     def python(t):
         rows = [tuple(t[name] for name in names) for names, *_ in factors]
-        work = adamw.StepWork(*(t[name] for name in ("additive", "matrices", "scale_p", "scale_g")), bool(gram))
+        work = adamw.StepWork(*(t[name] for name in optional), bool(gram))
         grams = adamw.step_(rows, sides, t["hyper"], t["steps"], work)
         return [*(x for row in rows for x in (row[0], *row[2:])), t["steps"], *([grams] if gram else [])]
 
@@ -244,9 +246,9 @@ def adamw_step(library, device, dtype, r, add, matrix, scale, gram):
         grams = case.empty(4, r, r, dtype=torch.float32) if gram else None
         parts = case.scratch(library.gram_workspace(group))
         address = lambda x: None if x is None else x.data_ptr()
-        work = StepWork(*(address(t[name]) for name in ("additive", "matrices", "scale_p", "scale_g")), address(grams))
+        work = StepWork(*(address(t[name]) for name in optional), address(grams))
         library("adamw_step", group, t["hyper"], 1, t["steps"], work, parts)
-        case.memory = [{"partials": parts, "totals": grams}]
+        case.memory = [{name: t[name] for name in optional} | {"partials": parts, "totals": grams}]
         changed = [t[name] for names, *_ in factors for name in (names[0], *names[2:])]
         return [*changed, t["steps"], *([grams] if gram else [])]
 
