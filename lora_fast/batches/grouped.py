@@ -52,7 +52,7 @@ class GroupedBatch(Batch):
         self._moments = [name for name in MOMENTS if name in shapes[0]]
         self._names = (*self._moments, "step")
         is_a = [False] * len(self.pairs) + [True] * len(self.pairs)
-        self._tables = pointer_table.tables(self._columns(), is_a, first, experts)
+        self._tables = pointer_table.build_tables(self._columns(), is_a, first, experts)
         self._places, self._dtypes = self._current_places(), [p.dtype for p in self._factors]
         self._state_addresses = [self._current_state_addresses(i) for i in range(len(self._states))]
         self._forget()
@@ -73,9 +73,9 @@ class GroupedBatch(Batch):
         super().begin(param_groups)
         self._forget()
         for table in self._tables:
-            report_addresses(table.entries, (column[i] for column in self._columns() for i in table.members))
+            report_addresses(table.entries, (column[i] for column in self._columns() for i in table.positions))
         if pointer_table.capturing():
-            pointer_table.keep_for_good(self)
+            pointer_table.hold_for_graphs(self)
 
     def _forget(self) -> None:
         """Drops all that belongs to one step: the recorded work, Ka and Kb before and after AdamW, and the
@@ -106,7 +106,7 @@ class GroupedBatch(Batch):
 
     def grams(self, gradients: bool = False) -> Grams:
         if gradients:
-            return Grams(*gram.grams_of(self._with_gradients(), self.products, self._rank, ALL_GRAMS))
+            return Grams(*gram.table_grams(self._with_gradients(), self.products, self._rank, ALL_GRAMS))
         if self._grams_after is not None:
             kb, ka = self._grams_after.chunk(2)
             return Grams(ka, kb)
@@ -120,16 +120,16 @@ class GroupedBatch(Batch):
         return self._grams_before
 
     def _compute_grams(self, *wanted: str) -> Tensor:
-        factors = [table.column(0) for table in self._tables]
-        return gram.grams_of(factors, self.products, self._rank, wanted).flatten(0, 1)
+        factors = [table.with_column(0) for table in self._tables]
+        return gram.table_grams(factors, self.products, self._rank, wanted).flatten(0, 1)
 
-    def _with_gradients(self) -> list[pointer_table.Listed]:
+    def _with_gradients(self) -> list[pointer_table.TableWithGradients]:
         """Returns the tables with the addresses of the gradients beside those of the factors."""
         if self._listed is None:
             gradients = [p.grad for p in self._factors]
             if not all([g.is_contiguous() for g in gradients]):
                 gradients = [g.contiguous() for g in gradients]
-            self._listed = [table.beside(gradients) for table in self._tables]
+            self._listed = [table.with_gradients(gradients) for table in self._tables]
         return self._listed
 
     def add_to_gradients(self, coefficients: Tensor) -> None:
@@ -179,8 +179,8 @@ class GroupedBatch(Batch):
         momentum.average_(self._with_gradients(), beta, self._steps)
         torch.autograd.graph.increment_version(self._columns()[1])
         self._listed = None  # as in adamw
-        factors = [table.column(1) for table in self._tables]
-        totals = gram.grams_of(factors, self.products, self._rank, ("ka", "kb", "kp", "kq"))
+        factors = [table.with_column(1) for table in self._tables]
+        totals = gram.table_grams(factors, self.products, self._rank, ("ka", "kb", "kp", "kq"))
         return Grams(*totals)
 
     def move(self, matrices: Tensor) -> None:

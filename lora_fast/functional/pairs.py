@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import backend, checks
 from ..kernels.grouping import map_groups
-from ..kernels.limits import SOLVERS
+from ..kernels.limits import LARGEST_RANK, LARGEST_SCALORA_RANK, SOLVERS
 from ..kernels.records import StepWork
 from ..ops import pairs
 
@@ -35,8 +35,9 @@ def gram(tensors: Sequence[Tensor], dim: int) -> list[Tensor]:
     if dim not in (0, 1):
         raise checks.ArgumentError("dim", "0 or 1", repr(dim))
     is_a = [dim == 1] * len(_matrices("tensors", tensors))
-    compute = lambda factors, is_a: (_ops(factors[0]).factor_grams(factors, is_a),)
-    return [result for (result,) in _together(compute, lambda x: x.shape[1 - dim], tensors, is_a)]
+    rank_dim = 1 - dim
+    compute = lambda factors, is_a: (_ops(factors[0], factors[0].shape[rank_dim]).factor_grams(factors, is_a),)
+    return [result for (result,) in _together(compute, lambda x: x.shape[rank_dim], tensors, is_a)]
 
 
 def spd_solve(matrices: Tensor, rhs: Tensor, damping: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -51,7 +52,7 @@ def spd_solve(matrices: Tensor, rhs: Tensor, damping: float = 0.0) -> tuple[Tens
     _check_square("matrices", matrices)
     if rhs.dim() != 3 or rhs.shape[:2] != matrices.shape[:2]:
         raise checks.ArgumentError("rhs", f"shape {(*matrices.shape[:2], 'k')}", tuple(rhs.shape))
-    return _ops(matrices).spd_solve(matrices, rhs, checks.nonnegative(damping, "damping"))
+    return _ops(matrices, matrices.shape[-1]).spd_solve(matrices, rhs, checks.nonnegative(damping, "damping"))
 
 
 def small_inverse(matrices: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def small_inverse(matrices: Tensor) -> Tensor:
         ArgumentError: a tensor that is not (L, r, r).
     """
     _check_square("matrices", matrices)
-    return _ops(matrices).small_inverse(matrices)
+    return _ops(matrices, matrices.shape[-1]).small_inverse(matrices)
 
 
 def scalora_scaling(
@@ -91,7 +92,7 @@ def scalora_scaling(
     _check_lists(*lists)
 
     def compute(*members: list[Tensor]) -> tuple[Tensor, ...]:
-        ops = _ops(members[0][0])
+        ops = _ops(members[0][0], members[0][0].shape[0], LARGEST_SCALORA_RANK)
         x, active, info = ops.scalora_solve(*ops.pair_grams(*members), solver)
         # Without limits. The last two results, scales of gradients and of the merge, are not needed.
         factors, *_ = ops.scales(x, active, kappa, torch.ones_like(x[:, 0]), 0.0, None)
@@ -121,7 +122,7 @@ def hyperbalance(a: Tensors, b: Tensors, gauge: str = "symmetric") -> tuple[Tens
 
 
 def _balanced(a: list[Tensor], b: list[Tensor], gauge: str) -> tuple[list[Tensor], list[Tensor]]:
-    ops = _ops(a[0])
+    ops = _ops(a[0], a[0].shape[0])
     t, t_inverse = pairs.hyperbalance(*ops.pair_grams(a, b)[:2], gauge)
     return ops.transformed(a, True, t_inverse), ops.transformed(b, False, t)
 
@@ -152,9 +153,10 @@ def add_low_rank_(
     if weight.dtype not in checks.FLOATS or weight.requires_grad:
         got = f"{weight.dtype}, requires_grad={weight.requires_grad}"
         raise checks.ArgumentError("weight", "a frozen floating-point tensor", got)
+    _check_contiguous_for_triton("weight", weight)
     scale = torch.as_tensor(scale, dtype=pairs.at_least_float32(a).dtype, device=a.device).expand(a.shape[0])
     seed = int(torch.randint(1 << 62, (), dtype=torch.int64)) if seed is None else seed  # the kernel takes an int64
-    _ops(weight).add_low_rank_([weight], [a], [b], scale[None], rounding, seed)
+    _ops(weight, 1).add_low_rank_([weight], [a], [b], scale[None], rounding, seed)
     return weight
 
 
@@ -191,13 +193,14 @@ def adapter_step_(
     dtype = torch.float64 if n and factors[0][0].dtype == torch.float64 else torch.float32
     _check_rows("hyper", hyper, (n, 5), torch.float64)
     _check_rows("steps", steps, (n,), torch.float32)
+    _check_contiguous_for_triton("steps", steps)
     for name, shape in (("additive", (n,)), ("matrices", (n, r, r)), ("scale_p", (n, r)), ("scale_g", (n, r))):
         if getattr(work, name) is not None:
             _check_rows(name, getattr(work, name), shape, dtype)
     # Scaled factors with unscaled gradients, or the reverse, would be those of another product.
     if (work.scale_p is None) != (work.scale_g is None):
         raise checks.ArgumentError("scale_p, scale_g", "both or neither", "one of them")
-    ops = _ops(factors[0][0] if factors else hyper)
+    ops = _ops(factors[0][0], r) if factors else _ops(steps, 1)
     return ops.adapter_step_(list(factors), list(is_a), hyper, steps, work)
 
 
@@ -210,6 +213,7 @@ def _check_factors(factors: Sequence, is_a: Sequence[bool]) -> None:
             if x.shape != tensors[0].shape or x.device != factors[0][0].device:
                 expected = f"shape {tuple(tensors[0].shape)} on {factors[0][0].device}"
                 raise checks.ArgumentError(f"factors[{i}][{j}]", expected, f"{tuple(x.shape)} on {x.device}")
+            _check_contiguous_for_triton(f"factors[{i}][{j}]", x)
 
 
 def _check_rows(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -217,7 +221,16 @@ def _check_rows(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype
         raise checks.ArgumentError(name, f"{dtype} {shape}", f"{x.dtype} {tuple(x.shape)}")
 
 
-def _ops(tensor: Tensor) -> ModuleType:
+def _check_contiguous_for_triton(name: str, tensor: Tensor) -> None:
+    """Raises ArgumentError for a tensor that the kernels cannot change in place."""
+    if backend.uses_triton(tensor) and not tensor.is_contiguous():
+        raise checks.ArgumentError(name, "a contiguous tensor on the Triton backend", f"strides {tensor.stride()}")
+
+
+def _ops(tensor: Tensor, rank: int, largest_rank: int = LARGEST_RANK) -> ModuleType:
+    """Returns the ops on this tensor. Raises ArgumentError for a rank that is too large for the kernels."""
+    if backend.uses_triton(tensor) and rank > largest_rank:
+        raise checks.ArgumentError("rank", f"at most {largest_rank} on the Triton backend", rank)
     return backend.ops("pairs", tensor)
 
 

@@ -230,12 +230,12 @@ def test_moved_gradient_is_an_error_while_a_graph_is_captured(monkeypatch):
         optimizer.step()
         monkeypatch.setattr(pointer_table, "capturing", lambda: True)
         monkeypatch.setattr(pointer_table, "_captured", {})
-        monkeypatch.setattr(pointer_table, "_held", [])
+        monkeypatch.setattr(pointer_table, "_held_for_graphs", [])
         with monkeypatch.context() as patch:
             patch.setattr(pointer_table, "to_device", None)
             optimizer.step(), optimizer.step()
-        assert optimizer._batches[0] in pointer_table._held and len(pointer_table._held) == len(
-            set(map(id, pointer_table._held))
+        assert optimizer._batches[0] in pointer_table._held_for_graphs and len(pointer_table._held_for_graphs) == len(
+            set(map(id, pointer_table._held_for_graphs))
         )
         before = adapter_pairs.bits(chosen)
         held = [p.grad for a, b, *_ in chosen for p in (a, b)]  # held, so that no new gradient gets an old address

@@ -153,6 +153,29 @@ def test_adapter_step_names_a_bad_argument_and_changes_nothing(name):
     assert all(torch.equal(x, y) for x, y in zip((x for f in step_case()[0] for x in f), before, strict=True))
 
 
+BEYOND_THE_KERNELS = {
+    "gram": (lambda x: F.gram([x], 0), "rank"),
+    "spd_solve": (lambda x: F.spd_solve(x[None, :257], x[None, :257]), "rank"),
+    "small_inverse": (lambda x: F.small_inverse(x[None, :257]), "rank"),
+    "scalora_scaling": (lambda x: F.scalora_scaling(*[x[:129].T[:129], x[:129, :129]] * 2, 1.0, 1.0), "rank"),
+    "add_low_rank_": (lambda x: F.add_low_rank_(x.T, x[:2, :300], x[:257, :2], 1.0), "weight"),
+    "adapter_step_": (lambda x: adapter_step_on(x.T), "factors[0][0]"),
+    "steps": (lambda x: adapter_step_on(x[:4, :2].contiguous(), torch.zeros(4)[::2]), "steps"),
+}
+
+
+def adapter_step_on(x, steps=None):
+    steps = torch.zeros(2) if steps is None else steps
+    return F.adapter_step_([(x, x, x, x)] * 2, [False] * 2, torch.ones(2, 5, dtype=torch.float64), steps)
+
+
+@pytest.mark.parametrize("call, argument", BEYOND_THE_KERNELS.values(), ids=BEYOND_THE_KERNELS)
+def test_triton_backend_names_what_its_kernels_cannot_take(call, argument):
+    with set_backend("triton"), pytest.raises(ValueError) as raised:
+        call(torch.zeros(300, 257))
+    assert raised.value.argument == argument
+
+
 def test_lists_give_the_results_of_their_pairs():
     layers = [
         layer_with_gradients(0),
