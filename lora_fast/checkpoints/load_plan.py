@@ -57,8 +57,8 @@ def into_peft_layers(model: nn.Module, layers: dict[str, nn.Module], active: str
     Raises:
         CheckpointError: the adapter does not fit the layers.
     """
-    plan = Plan()
     _check_names(layers, adapter)
+    plan = Plan(changes=_changes(layers, adapter))
     for name, layer in layers.items():
         a, b = layer.lora_A[active], layer.lora_B[active]
         if active in layer.lora_variant or b.bias is not None:
@@ -66,7 +66,6 @@ def into_peft_layers(model: nn.Module, layers: dict[str, nn.Module], active: str
         _check_unmerged(name, layer)
         plan.factors += _factors(name, a.weight, b.weight, layer.scaling[active], adapter)
     base_weights.check(model, layers, adapter)
-    plan.changes += [(layers[name], change) for name, change in adapter.changes.items()]
     return plan
 
 
@@ -86,7 +85,16 @@ def into_our_layers(
     for name, layer in layers.items():
         _check_unmerged(name, layer)
     base_weights.check(model, layers, adapter)
-    return _plan_values(layers, adapter, free)
+    plan = Plan(changes=_changes(layers, adapter))
+    for name, layer in layers.items():
+        if not layer.SAVED_STATE:
+            plan.factors += _factors(name, layer.lora_A, layer.lora_B, layer.scaling, adapter)
+        elif name in free:
+            _check_free(name, layer, free[name])
+            plan.free.append((layer, free[name].tensors))
+        else:
+            plan.free.append((layer, _free_parameters(name, layer, adapter)))
+    return plan
 
 
 def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLayer]) -> Plan:
@@ -115,8 +123,13 @@ def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLay
         kinds[real_names[name]] = _kind(adapter.settings(name), free.get(name))
     base_weights.check(model, linears, adapter)
     replacements = inject.build_layers(model, kinds)
-    plan = _plan_values({name: replacements[linear] for name, linear in linears.items()}, adapter, free)
-    plan.replacements = replacements
+    layers = {name: replacements[linear] for name, linear in linears.items()}
+    plan = Plan(replacements, changes=_changes(layers, adapter))
+    for name, layer in layers.items():  # their class, settings and shapes are the files'
+        if name in free:
+            plan.free.append((layer, free[name].tensors))
+        else:
+            plan.factors += zip((layer.lora_A, layer.lora_B), adapter.pairs[name], strict=True)
     return plan
 
 
@@ -127,20 +140,8 @@ def _kind(settings: dict, saved: FreeLayer | None) -> tuple[type[nn.Module], dic
     return saved.kind, {"r": settings["r"], "dropout": settings["dropout"], **saved.settings}
 
 
-def _plan_values(layers: dict[str, nn.Module], adapter: Adapter, free: dict[str, FreeLayer]) -> Plan:
-    """Plans the values of layers of ours, placed already or new: a LoRALinear gets the factors, any other layer its
-    own parameters from the sidecar, or those that equal a plain adapter."""
-    plan = Plan()
-    for name, layer in layers.items():
-        if not layer.SAVED_STATE:
-            plan.factors += _factors(name, layer.lora_A, layer.lora_B, layer.scaling, adapter)
-        elif name in free:
-            _check_free(name, layer, free[name])
-            plan.free.append((layer, free[name].tensors))
-        else:
-            plan.free.append((layer, _free_parameters(name, layer, adapter)))
-    plan.changes += [(layers[name], change) for name, change in adapter.changes.items()]
-    return plan
+def _changes(layers: dict[str, nn.Module], adapter: Adapter) -> list[tuple[nn.Module, Change]]:
+    return [(layers[name], change) for name, change in adapter.changes.items()]
 
 
 def _factors(

@@ -205,7 +205,7 @@ def assert_bounded(*layers) -> None:
     """Singular values of the last forward's ΔW at most sv, both sorted, and its norm at most the bound, within 12 r ε
     (a aᵀ + bᵀb = I). Layers of one shape and norm."""
     a, b, _, scale = (
-        torch.stack(parts).double() for parts in zip(*(layer.kept.values for layer in layers), strict=True)
+        torch.stack(parts).double() for parts in zip(*(layer.cache.values for layer in layers), strict=True)
     )
     (r, norm, bound), room = (getattr(layers[0], name) for name in ("r", "norm", "bound")), 12 * layers[0].r * EPS
     singular = torch.linalg.svdvals(b @ a)[:, :r]
@@ -333,7 +333,7 @@ def test_backward_frees_the_graph():
     layer.register_forward_pre_hook(lambda layer, args: nodes.append(weakref.ref(layer.shared[0].grad_fn)))
     gradients(model)
     assert nodes[0]() is None
-    assert all(x.grad_fn is None for layer in layers_of(model) for x in layer.kept.values)
+    assert all(x.grad_fn is None for layer in layers_of(model) for x in layer.cache.values)
 
 
 def test_a_forward_that_fails_leaves_nothing(transforms):
@@ -410,7 +410,7 @@ def test_partial_freezing():
     third.free_scale.requires_grad_(False)
     got = gradients(model)
     assert_close(got, [expected[4], expected[5], expected[6], expected[7]])
-    assert first.kept.values[0].grad_fn is None and all(p.grad is None for p in first.parameters())
+    assert first.cache.values[0].grad_fn is None and all(p.grad is None for p in first.parameters())
 
 
 def test_all_frozen_keeps_values(transforms):
@@ -451,12 +451,12 @@ def test_autocast(autocast):
     model = stack_of()
     with torch.no_grad():
         model(inputs())
-        expected = [layer.kept.values for layer in layers_of(model)]
+        expected = [layer.cache.values for layer in layers_of(model)]
         model.train()
         with torch.autocast(DEVICE.type, autocast):
             assert model(inputs()).dtype == autocast
     for layer, values in zip(layers_of(model), expected, strict=True):
-        assert_equal(layer.kept.values, values)
+        assert_equal(layer.cache.values, values)
 
 
 # ── as a torch user expects ──────────────────────────────────────────────────────────────────────────────────────────
@@ -474,7 +474,7 @@ def test_copies(copied, transforms):
     model = stack_of()
     gradients(model)
     other = copied(model)
-    assert all(layer.kept is None for layer in layers_of(other))
+    assert all(layer.cache is None for layer in layers_of(other))
     with torch.no_grad():
         for p in trained(model):
             p.zero_()
@@ -490,7 +490,7 @@ def test_saved_files_hold_no_factors():
     torch.save(model, file)
     before = len(file.getvalue())
     for layer in layers_of(model):
-        layer.kept = None
+        layer.cache = None
     file = io.BytesIO()
     torch.save(model, file)
     assert before <= len(file.getvalue())

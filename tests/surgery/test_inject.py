@@ -288,11 +288,10 @@ def test_a_failure_while_merging_unmerges(monkeypatch):
 @pytest.mark.parametrize(
     ("act", "says"),
     [
-        (lambda model: lf.merge_(model, rounding="up"), ["rounding", "nearest", "up"]),
         (lambda model: lf.unmerge_(model), ["model", "at least one merged layer", "not merged"]),
         (lambda model: lf.merge_(model.model.embed_tokens), ["model", "at least one layer to merge"]),
     ],
-    ids=["rounding", "unmerge-unmerged", "no-adapters"],
+    ids=["unmerge-unmerged", "no-adapters"],
 )
 def test_merging_refuses_and_changes_nothing(act, says):
     model = injected_llama()
