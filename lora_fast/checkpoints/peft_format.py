@@ -52,7 +52,7 @@ HARMLESS = ("use_rslora", "loftq_config", "corda_config", "eva_config", "lora_ga
 
 @dataclass
 class Change:
-    """How a frozen weight differs from the base model's. At least one of the attributes is set.
+    """The difference of a frozen weight from the base model's. At least one of the attributes is set.
 
     Attributes:
         weight: the whole changed weight, (d_out, d_in).

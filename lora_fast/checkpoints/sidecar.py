@@ -31,7 +31,7 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass
 class FreeLayer:
-    """One layer of a sidecar.
+    """The entry of a layer in a sidecar.
 
     Attributes:
         kind: its class.
