@@ -42,7 +42,8 @@ class BackendError(RuntimeError):
     """The chosen backend cannot run on this machine or these tensors."""
 
 
-# Each of the following returns the value, or raises ArgumentError. A bool is an int in Python, so it is refused explicitly.
+# Each of the following functions returns the value or raises ArgumentError. A bool is an int in Python and is therefore
+# refused explicitly.
 
 
 def rank(r: object, argument: str = "r") -> int:

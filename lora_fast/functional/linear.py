@@ -9,8 +9,8 @@ from .. import backend, checks
 from ..ops import linear as linear_op
 
 _SEEDS = 1 << 62
-# Looked up once, because attribute accesses cost host time in every layer's call. Function.apply is a Python method that
-# serves functorch (vmap, grad); without functorch it only calls the method that it overrides.
+# Looked up once, because attribute accesses cost host time in every layer's call. Function.apply is a Python method for
+# functorch (vmap, grad); without functorch it only calls the method that it overrides.
 _any_autocast, _traced, _functorch = (
     torch._C._is_any_autocast_enabled,
     torch.compiler.is_compiling,
