@@ -42,14 +42,14 @@ def printed(a, b):
     return torch.cat([2 * inverse.T - eye, -2 * inverse.T @ a2], 1), -2 * b @ inverse
 
 
-def test_gradcheck():
+def test_cayley_passes_gradcheck():
     free_a, free_b = pairs()
     call = lambda *t: flat(cayley(list(t[: len(SHAPES)]), list(t[len(SHAPES) :])))
     with lf.set_backend("torch"):
         assert torch.autograd.gradcheck(call, free_a + free_b)
 
 
-def test_gradcheck_with_scales():
+def test_cayley_with_scales_passes_gradcheck():
     """Spectral (power 0), Frobenius (1/2) and nuclear (1) bounds in one node."""
     free_a, free_b = pairs()
     n = len(SHAPES)
@@ -60,7 +60,7 @@ def test_gradcheck_with_scales():
         assert torch.autograd.gradcheck(call, free_a + free_b + scale)
 
 
-def test_is_the_formula():
+def test_cayley_is_the_formula():
     free_a, free_b = pairs(skew=10.0)
     for a, b, made_a, made_b in zip(free_a, free_b, *cayley(free_a, free_b), strict=True):
         torch.testing.assert_close((made_a, made_b), printed(a, b))
@@ -77,14 +77,14 @@ def off_identity(a, b) -> torch.Tensor:
 
 @pytest.mark.parametrize("r", [1, 2, 3, 5, 8, 16])
 @pytest.mark.parametrize("d_in, d_out", [(0, 9), (5, 3), (40, 24)], ids=["square", "small", "wide"])
-def test_orthogonal_in_float32(r, d_in, d_out):
+def test_result_is_orthogonal_in_float32(r, d_in, d_out):
     """140 random pairs of each of four skew parts a case, 10,080 in all."""
     for seed, skew in enumerate((0.1, 1.0, 10.0, 100.0)):
         free_a, free_b = pairs(torch.float32, [(r + d_in, r, d_out)] * 140, skew, seed)
         assert off_identity(*map(torch.stack, cayley(free_a, free_b))).max() <= 1
 
 
-def test_orthogonal_where_rows_are_alike():
+def test_result_is_orthogonal_with_nearly_parallel_rows():
     """Parameters ten times the usual, their rows alike in nine tenths: M's smallest eigenvalue is lost in float32."""
     free_a, free_b = (torch.stack(xs) for xs in pairs(torch.float32, [(40, 8, 24)] * 200))
     free_a = 10 * (0.1 * free_a + 0.9 * free_a[:, :1])
@@ -94,7 +94,7 @@ def test_orthogonal_where_rows_are_alike():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("skew", [1.0, 30.0])
-def test_within_the_error_budget(skew, dtype):
+def test_cayley_is_within_the_error_budget(skew, dtype):
     """Values and gradients against float64 on the same inputs; eager is autograd through the paper's formula, in
     float32 for bfloat16 parameters as here."""
     shapes = [(40, 5, 24), (24, 16, 40), (33, 1, 7), (9, 9, 20), (200, 32, 100)]
@@ -117,7 +117,7 @@ def test_within_the_error_budget(skew, dtype):
             check(f"{name} of {shape}", ours[i], true[i], allowed, dtype if low else torch.float32)
 
 
-def test_wi_alone_is_kept():
+def test_node_keeps_wi_alone():
     free_a, free_b = pairs(torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
@@ -127,7 +127,7 @@ def test_wi_alone_is_kept():
     assert [tuple(x.shape) for x in node.inverses] == [(r, r) for _, r, _ in SHAPES] and not node.scales
 
 
-def test_one_node_for_all_pairs():
+def test_all_pairs_share_one_node():
     made_a, made_b = cayley(*pairs())
     assert len({x.grad_fn for x in made_a + made_b}) == 1
 
@@ -159,14 +159,14 @@ def test_nan_and_inf_stay_in_their_pair(bad, parameter):
     assert broken.isnan().all() if bad != bad else not broken.isfinite().all()
 
 
-def test_no_second_derivative():
+def test_second_derivative_is_refused():
     made, _ = cayley(*(xs[0] for xs in pairs()))
     leaf = made.grad_fn.next_functions[0][0].variable
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(made.sum(), leaf, create_graph=True)
 
 
-def test_in_place_change_between_forward_and_backward_is_caught():
+def test_in_place_change_before_backward_is_refused():
     free_a, free_b = pairs()
     made, _ = cayley(free_a, free_b)
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_in_place_change_between_forward_and_backward_is_caught():
         made[0].sum().backward()
 
 
-def test_autocast_leaves_it_alone():
+def test_autocast_does_not_change_the_result():
     free_a, free_b = pairs(torch.float32)
     expected = cayley(free_a, free_b)
     with torch.autocast(DEVICE.type, torch.bfloat16):
@@ -183,7 +183,7 @@ def test_autocast_leaves_it_alone():
     assert all(torch.equal(x, y) for xs, ys in zip(made, expected, strict=True) for x, y in zip(xs, ys, strict=True))
 
 
-def test_compile_fullgraph():
+def test_cayley_compiles_as_one_graph():
     free_a, free_b = pairs(torch.float32)
     compiled = torch.compile(lambda a, b: cayley(a, b), fullgraph=True, backend="aot_eager")
 
@@ -199,7 +199,7 @@ def test_compile_fullgraph():
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
-def test_opcheck(scaled):
+def test_ops_pass_opcheck(scaled):
     free_a, free_b = pairs(torch.float32, SHAPES[:3])
     scale = [x.detach()[:, 0].clone().requires_grad_() for x in free_a] if scaled else []
     numbers = ([0.5, 1.0, 2.0], [0.0, 0.5, 1.0]) if scaled else ([], [])
@@ -224,7 +224,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_arguments_are_named(case):
+def test_cayley_refuses_bad_arguments(case):
     argument, free_a, free_b = BAD[case]
     with pytest.raises(lf.ArgumentError) as raised:
         cayley(free_a, free_b)

@@ -47,7 +47,7 @@ def assert_bitwise(model, other) -> None:
 
 @pytest.mark.parametrize("fresh", [single_llama, llama], ids=["with layers", "plain"])
 @pytest.mark.parametrize("steps", [0, 3, 9], ids=["before the ramp", "in it", "after it"])
-def test_restores_every_bit(steps, fresh, tmp_path):
+def test_load_restores_every_bit(steps, fresh, tmp_path):
     model, other = trained(steps), fresh()
     lf.save_adapter(model, tmp_path)
     assert len(lf.load_adapter(other, tmp_path).changed) == 14
@@ -55,7 +55,7 @@ def test_restores_every_bit(steps, fresh, tmp_path):
     assert {int(layer.steps) for layer in layers_of(other).values()} == {steps}
 
 
-def test_training_goes_on_to_the_same_bits(tmp_path):
+def test_training_continues_to_the_same_bits(tmp_path):
     def train(model, optimizer):
         loss_of(model, batch()).backward()
         optimizer.step()
@@ -73,13 +73,13 @@ def test_training_goes_on_to_the_same_bits(tmp_path):
 
 
 @pytest.mark.parametrize("steps", [3, 9], ids=["in the ramp", "after it"])
-def test_peft_reads_it(steps, tmp_path):
+def test_peft_reads_the_plain_adapter(steps, tmp_path):
     model = trained(steps)
     lf.save_adapter(model, tmp_path)
     assert_peft_logits(model, PeftModel.from_pretrained(llama(), tmp_path))
 
 
-def test_three_parametrisations_in_one_model(tmp_path):
+def test_model_with_three_kinds_of_layers_is_restored(tmp_path):
     def mixed():
         model = llama()
         lf.inject_(model, lf.NBLoRAConfig(r=4, norm="spectral", bound=0.7, target_modules=["q_proj"]))
@@ -127,7 +127,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_sidecar_that_does_not_fit_is_named(damage, saved):
+def test_damaged_sidecar_is_refused(damage, saved):
     change, message = DAMAGES[damage]
     rewritten(saved, change)
     for model in (single_llama(), llama()):
@@ -147,7 +147,7 @@ def test_a_sidecar_that_does_not_fit_is_named(damage, saved):
     ],
     ids=["alpha", "ramp", "rank", "norm-bounded"],
 )
-def test_a_model_that_does_not_fit_is_named(config, message, saved):
+def test_model_that_does_not_fit_is_refused(config, message, saved):
     model = llama()
     lf.inject_(model, config)
     before = snapshot(model)
@@ -156,7 +156,7 @@ def test_a_model_that_does_not_fit_is_named(config, message, saved):
     assert_unchanged(model, before)
 
 
-def test_a_plain_adapter_is_no_single_matrix(saved):
+def test_sing_lora_layers_refuse_a_plain_adapter(saved):
     (saved / SIDECAR).unlink()
     model = single_llama()
     before = snapshot(model)
@@ -167,7 +167,7 @@ def test_a_plain_adapter_is_no_single_matrix(saved):
     assert_unchanged(model, before)
 
 
-def test_merged_layers_are_named(saved):
+def test_merged_layers_are_refused(saved):
     model = single_llama()
     lf.merge_(model)
     with pytest.raises(lf.CheckpointError, match="unmerged layers"):

@@ -9,6 +9,10 @@ import lora_fast as lf
 VOCABULARY = 97
 
 
+class ShardedTensor(torch.Tensor):
+    """A subclass of torch.Tensor that stands for DTensor."""
+
+
 def llama(seed=0, dtype=torch.float32, tied=False, hidden=64, layers=2):
     config = LlamaConfig(
         hidden_size=hidden,
