@@ -1,4 +1,4 @@
-"""lora_fast.hf in transformers' Trainer: what the optimizer is built of, what is logged and when."""
+"""lora_fast.hf in transformers' Trainer: the optimizer's settings, the logged statistics, and resumed runs."""
 
 import math
 import re
@@ -27,13 +27,13 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Log(transformers.TrainerCallback):
-    """Stands for wandb and the like: what a callback hears, with the step."""
+    """Stands for wandb and similar callbacks: collects the logs with their steps."""
 
     def __init__(self):
-        self.heard = []
+        self.logs = []
 
     def on_log(self, args, state, control, logs, **others):
-        self.heard.append((state.global_step, dict(logs)))
+        self.logs.append((state.global_step, dict(logs)))
 
 
 class ScaLoRATrainer(lf.hf.ExactCheckpoints, transformers.Trainer):
@@ -51,8 +51,8 @@ def trainer_of(model, folder, methods=(), kind=transformers.Trainer, **changes):
     return trainer
 
 
-def adapter_logs(heard):
-    return {step: logs for step, logs in heard if "adapter/norm_a_mean" in logs}
+def adapter_logs(logs_by_step):
+    return {step: logs for step, logs in logs_by_step if "adapter/norm_a_mean" in logs}
 
 
 def test_optimizer_has_the_trainer_s_settings(tmp_path):
@@ -69,10 +69,10 @@ def test_statistics_are_logged_when_due_and_no_loss_is_lost(tmp_path):
     trainer.add_callback(lf.hf.AdapterStatsCallback(trainer, every=2))
     trainer.add_callback(log)
     trainer.train()
-    assert list(adapter_logs(log.heard)) == [0, 2, 4, 5]
-    assert [step for step, logs in log.heard if "loss" in logs] == [1, 2, 3, 4, 5]
+    assert list(adapter_logs(log.logs)) == [0, 2, 4, 5]
+    assert [step for step, logs in log.logs if "loss" in logs] == [1, 2, 3, 4, 5]
     assert [row["step"] for row in trainer.state.log_history if "adapter/rank_min" in row] == [0, 2, 4, 5]
-    last = adapter_logs(log.heard)[5]
+    last = adapter_logs(log.logs)[5]
     norms = [layer.norm_b for layer in lf.metrics.adapter_stats(model).values()]
     assert last["adapter/norm_b_min"] == min(norms) and last["adapter/norm_b_max"] == max(norms)
     assert last["adapter/norm_b_mean"] == pytest.approx(sum(norms) / len(norms))

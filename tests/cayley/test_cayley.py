@@ -33,7 +33,7 @@ def flat(lists) -> tuple[torch.Tensor, ...]:
     return tuple(x for xs in lists for x in xs)
 
 
-def printed(a, b):
+def papers_formula(a, b):
     """The paper's formula, differentiable, in its arguments' dtype."""
     r = len(a)
     a1, a2 = a[:, :r], a[:, r:]
@@ -63,8 +63,8 @@ def test_cayley_with_scales_passes_gradcheck():
 def test_cayley_is_the_formula():
     free_a, free_b = pairs(skew=10.0)
     for a, b, made_a, made_b in zip(free_a, free_b, *cayley(free_a, free_b), strict=True):
-        torch.testing.assert_close((made_a, made_b), printed(a, b))
-    torch.testing.assert_close(cayley(free_a[0], free_b[0]), printed(free_a[0], free_b[0]))
+        torch.testing.assert_close((made_a, made_b), papers_formula(a, b))
+    torch.testing.assert_close(cayley(free_a[0], free_b[0]), papers_formula(free_a[0], free_b[0]))
 
 
 def off_identity(a, b) -> torch.Tensor:
@@ -107,7 +107,7 @@ def test_cayley_is_within_the_error_budget(skew, dtype):
             x.backward(torch.cos(torch.arange(x.numel())).view_as(x).to(x), retain_graph=True)
         return made_a, made_b, [x.grad for x in free_a], [x.grad for x in free_b]
 
-    looped = lambda a, b: tuple(map(list, zip(*(printed(x, y) for x, y in zip(a, b, strict=True)), strict=True)))
+    looped = lambda a, b: tuple(map(list, zip(*(papers_formula(x, y) for x, y in zip(a, b, strict=True)), strict=True)))
     got, eager, exact = run(None, cayley), run(torch.float32, looped), run(torch.float64, looped)
     for name, ours, theirs, true in zip(("a", "b", "d free_a", "d free_b"), got, eager, exact, strict=True):
         for i, shape in enumerate(shapes):
@@ -141,7 +141,7 @@ def test_pairs_without_a_gradient_get_none(monkeypatch):
     made_a, made_b = cayley(free_a, free_b)
     (made_a[0].sum() + made_b[2].sum()).backward()
     assert seen == [2] and [x.grad is not None for x in free_a] == [True, False, True, False, False, False]
-    expected = [torch.autograd.grad(printed(free_a[0], free_b[0])[0].sum(), (free_a[0], free_b[0]))]
+    expected = [torch.autograd.grad(papers_formula(free_a[0], free_b[0])[0].sum(), (free_a[0], free_b[0]))]
     torch.testing.assert_close((free_a[0].grad, free_b[0].grad), expected[0])
 
 
@@ -152,35 +152,35 @@ def test_nan_and_inf_stay_in_their_pair(bad, parameter):
     clean = cayley(*lists)
     with torch.no_grad():
         lists[parameter][1][-1, -1] = bad
-    for made, before in zip(cayley(*lists), clean, strict=True):
+    for results, before in zip(cayley(*lists), clean, strict=True):
         for i in range(len(SHAPES)):
-            assert i == 1 or torch.equal(made[i], before[i])
-    broken = torch.cat([made[1].flatten() for made in cayley(*lists)])
+            assert i == 1 or torch.equal(results[i], before[i])
+    broken = torch.cat([results[1].flatten() for results in cayley(*lists)])
     assert broken.isnan().all() if bad != bad else not broken.isfinite().all()
 
 
 def test_second_derivative_is_refused():
-    made, _ = cayley(*(xs[0] for xs in pairs()))
-    leaf = made.grad_fn.next_functions[0][0].variable
+    a, _ = cayley(*(xs[0] for xs in pairs()))
+    leaf = a.grad_fn.next_functions[0][0].variable
     with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(made.sum(), leaf, create_graph=True)
+        torch.autograd.grad(a.sum(), leaf, create_graph=True)
 
 
 def test_in_place_change_before_backward_is_refused():
     free_a, free_b = pairs()
-    made, _ = cayley(free_a, free_b)
+    a, _ = cayley(free_a, free_b)
     with torch.no_grad():
         free_b[3].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        made[0].sum().backward()
+        a[0].sum().backward()
 
 
 def test_autocast_does_not_change_the_result():
     free_a, free_b = pairs(torch.float32)
     expected = cayley(free_a, free_b)
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        made = cayley(free_a, free_b)
-    assert all(torch.equal(x, y) for xs, ys in zip(made, expected, strict=True) for x, y in zip(xs, ys, strict=True))
+        results = cayley(free_a, free_b)
+    assert all(torch.equal(x, y) for xs, ys in zip(results, expected, strict=True) for x, y in zip(xs, ys, strict=True))
 
 
 def test_cayley_compiles_as_one_graph():
@@ -188,12 +188,12 @@ def test_cayley_compiles_as_one_graph():
     compiled = torch.compile(lambda a, b: cayley(a, b), fullgraph=True, backend="aot_eager")
 
     def run(call):
-        made = flat(call(free_a, free_b))
-        sum(x.square().mul(0.5 + i).sum() for i, x in enumerate(made)).backward()
+        results = flat(call(free_a, free_b))
+        sum(x.square().mul(0.5 + i).sum() for i, x in enumerate(results)).backward()
         grads = [x.grad for x in free_a + free_b]
         for x in free_a + free_b:
             x.grad = None
-        return [*made, *grads]
+        return [*results, *grads]
 
     assert all(torch.equal(x, y) for x, y in zip(run(compiled), run(cayley), strict=True))
 

@@ -24,13 +24,13 @@ LLAMA_LINEARS = 14  # in two layers
 
 
 def adapters_of(model):
-    """Key in the file → tensor, whichever kind of model it is."""
-    found = {}
+    """Returns key in the file → tensor, for any kind of model."""
+    tensors = {}
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             name = PREFIX + name.removeprefix(PREFIX).replace(".default", "")
-            found[name if name.endswith(".weight") else f"{name}.weight"] = parameter.detach()
-    return found
+            tensors[name if name.endswith(".weight") else f"{name}.weight"] = parameter.detach()
+    return tensors
 
 
 SHAPES = {

@@ -104,8 +104,8 @@ def test_terms_are_ranks_for_peft_and_restored_into_the_weights(kind, use_rslora
         budget.check(name, restored[name] - before[name], change, 0.0, torch.float32)
         scaling = theirs.get_submodule(PREFIX + name).scaling["default"]
         delta = theirs.get_submodule(PREFIX + name).get_delta_weight("default")
-        own = scaling * trained[f"{name}.b"].double() @ trained[f"{name}.a"].double()
-        budget.check(name, delta, change + own, 0.0, torch.float32)
+        adapter = scaling * trained[f"{name}.b"].double() @ trained[f"{name}.a"].double()
+        budget.check(name, delta, change + adapter, 0.0, torch.float32)
 
 
 def test_terms_restore_a_16_bit_weight_to_its_rounding(tmp_path):
@@ -143,17 +143,17 @@ def test_many_terms_may_exceed_the_largest_rank(tmp_path):
 
 
 def test_terms_and_whole_weights_may_mix(tmp_path):
-    """Ranks then differ between layers: PEFT's patterns. Of the others one is whole, one has not changed."""
+    """Two layers have terms and so other ranks than the third, whose weight is whole, and the fourth, unchanged."""
     model = injected()
-    found = pairs.find_pairs(model)
-    for pair, keep in zip(found, ("terms", "weights", "terms"), strict=False):
+    model_pairs = pairs.find_pairs(model)
+    for pair, keep in zip(model_pairs, ("terms", "weights", "terms"), strict=False):
         merge_log.record(pair.layer, pair.a, pair.b, torch.ones(RANK), keep)
         pair.weight.data += pair.b @ pair.a
     report = lf.save_adapter(model, tmp_path)
     assert "1 weights saved whole" in report.note and f"2 saved as terms, rank up to {RANK}" in report.note
     theirs, ours = (twin.eval() for twin in (PeftModel.from_pretrained(llama(), tmp_path), injected()))
     lf.load_adapter(ours, tmp_path)
-    for pair in (found[1], found[3]):
+    for pair in (model_pairs[1], model_pairs[3]):
         assert torch.equal(ours.get_submodule(pair.name).weight, pair.weight)
     exact, eager = (twin.double().eval()(batch()).logits for twin in (model, ours))
     budget.check("logits", theirs.double()(batch()).logits, exact, budget.error(eager, exact), torch.float32)
@@ -182,9 +182,9 @@ def test_exact_save_restores_every_bit_and_the_terms(kind, keep, tmp_path):
     assert_same_tensors(weights_of(resumed), weights_of(model))
     for which, twin in (("one", model), ("other", resumed)):
         lf.save_adapter(merge_some(twin, keep), tmp_path / which)
-    (one, metadata), (other, same) = read(tmp_path / "one"), read(tmp_path / "other")
-    assert_same_tensors(one, other)
-    assert metadata == same
+    (tensors, metadata), (others, other_metadata) = read(tmp_path / "one"), read(tmp_path / "other")
+    assert_same_tensors(tensors, others)
+    assert metadata == other_metadata
 
 
 def test_peft_reads_an_exact_save(tmp_path):
@@ -206,7 +206,7 @@ def wrap(model):
 
 @pytest.mark.parametrize("again", [inject, wrap])
 def test_base_after_merge_and_unload_is_saved_whole(again, tmp_path):
-    """Its terms no longer tell all: the adapter has been merged too."""
+    """The terms would be incomplete, because the adapter has been merged too."""
     model = again(merge_some(peft(), "terms").merge_and_unload())
     assert f"{LAYERS} weights saved whole" in lf.save_adapter(model, tmp_path).note
 
@@ -376,8 +376,8 @@ def tied_llama():
 
 def with_shared_weights():
     model = injected()
-    one, two = (model.model.layers[i].self_attn.q_proj for i in (0, 1))
-    two.weight = one.weight
+    first, second = (model.model.layers[i].self_attn.q_proj for i in (0, 1))
+    second.weight = first.weight
     return model
 
 

@@ -1,5 +1,5 @@
-"""SingLoRA's adapters on disk, and folders with several parametrisations: plain LoRA for everyone else, every bit of
-what is trained for us. (Norm-bounded ones: test_nb_files.py.)"""
+"""The sidecar of SingLoRA layers and of models with several kinds of layers: every bit of the trained parameters is
+restored. (Norm-bounded layers: test_sidecar_nb_lora.py.)"""
 
 import pytest
 import torch
@@ -39,7 +39,8 @@ def assert_bitwise(model, other) -> None:
     for name, layer in ours.items():
         assert type(layer) is type(theirs[name])
         assert all(
-            torch.equal(getattr(layer, own), getattr(theirs[name], own)) for own in layer.SAVED_STATE + layer.TRAINABLE
+            torch.equal(getattr(layer, role), getattr(theirs[name], role))
+            for role in layer.SAVED_STATE + layer.TRAINABLE
         )
         assert all(getattr(layer, key) == getattr(theirs[name], key) for key in (*layer.INIT_ARGUMENTS, "scaling", "r"))
     assert torch.equal(logits(model), logits(other))
@@ -104,12 +105,13 @@ def saved(tmp_path):
     return tmp_path
 
 
-def each(own, made):
-    """A change of that tensor of every layer."""
-    return lambda m, t: t.update({key: made(value) for key, value in t.items() if key.endswith(own)})
+def each(role, change):
+    """Returns a function that changes the tensor of this role of every layer."""
+    return lambda m, t: t.update({key: change(value) for key, value in t.items() if key.endswith(role)})
 
 
-def noted(old, new):
+def replaced(old, new):
+    """Returns a function that replaces a string in the metadata."""
     return lambda m, t: m.update(layers=m["layers"].replace(old, new))
 
 
@@ -118,11 +120,11 @@ DAMAGES = {
     "float64": (each("free_s", lambda x: x.double()), r"^key model.*\.free_s: .*float32.* got torch.float64"),
     "half a step": (each("steps", lambda x: x + 0.5), r"^key model.*\.steps: .*int64.* got torch.float32"),
     "steps of each row": (each("steps", lambda x: x.expand(4).clone()), r"^key model.*\.steps: .*shape \(\)"),
-    "alpha of 0": (noted(str(ALPHA), "0.0"), r"^alpha of model.* in free_parameters.safetensors: .*above 0"),
-    "a ramp of -7": (noted(f'"ramp_steps": {RAMP}', '"ramp_steps": -7'), r"^ramp_steps of model.*at least 1"),
-    "another kind": (noted("SingLoRALinear", "NBLoRALinear"), "class, settings and tensors of each layer"),
-    "an unknown kind": (noted("SingLoRALinear", "Other"), "class, settings and tensors of each layer"),
-    "not JSON": (noted("}", ""), "class, settings and tensors of each layer"),
+    "alpha of 0": (replaced(str(ALPHA), "0.0"), r"^alpha of model.* in free_parameters.safetensors: .*above 0"),
+    "a ramp of -7": (replaced(f'"ramp_steps": {RAMP}', '"ramp_steps": -7'), r"^ramp_steps of model.*at least 1"),
+    "another kind": (replaced("SingLoRALinear", "NBLoRALinear"), "class, settings and tensors of each layer"),
+    "an unknown kind": (replaced("SingLoRALinear", "Other"), "class, settings and tensors of each layer"),
+    "not JSON": (replaced("}", ""), "class, settings and tensors of each layer"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Norm-bounded adapters on disk: plain LoRA for everyone else, the free parameters bit for bit for us."""
+"""The sidecar of norm-bounded layers: PEFT reads plain LoRA, and the free parameters are restored bit for bit."""
 
 import json
 
@@ -49,7 +49,7 @@ def test_peft_reads_the_plain_adapter(norm, tmp_path):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_norm_bounded_layers_take_peft_s_adapter(norm, tmp_path):
-    """Projected: what PEFT saved gives the same logits in norm-bounded layers, and PEFT reads it again from there."""
+    """PEFT's adapter gives the same logits in norm-bounded layers, and PEFT reads the adapter that those save."""
     peft = peft_llama(use_rslora=True)
     peft.save_pretrained(tmp_path)
     model = bounded_llama(scattered=False, norm=norm, bound=40.0)
@@ -67,7 +67,7 @@ def test_load_restores_every_bit_of_norm_bounded_layers(saved):
 
 
 def test_load_restores_every_bit_in_a_plain_model(saved):
-    """The layers come back as they were: norm, bound, shares and one transform for all."""
+    """The new layers have the saved norm, bound and shares, and one transform for all of them."""
     model, path = saved
     other = llama()
     lf.load_adapter(other, path)

@@ -40,32 +40,30 @@ KINDS = {"injected": injected, "fused": fused, "peft": peft}
 
 
 def merge_some(model, keep="weights", merges=2):
-    """What ScaLoRA does to the base: W += b diag(rest) a, noted. The model is returned."""
+    """Changes the base as ScaLoRA does, W += b diag(residual_scale) a, records it, and returns the model."""
     generator = torch.Generator().manual_seed(3)
     for _ in range(merges):
         for pair in pairs.find_pairs(model):
-            rest = torch.rand(len(pair.a), generator=generator)
-            merge_log.record(pair.layer, pair.a, pair.b, rest, keep)
-            pair.weight.data += ((pair.b * rest) @ pair.a).to(pair.weight.dtype)
+            residual_scale = torch.rand(len(pair.a), generator=generator)
+            merge_log.record(pair.layer, pair.a, pair.b, residual_scale, keep)
+            pair.weight.data += ((pair.b * residual_scale) @ pair.a).to(pair.weight.dtype)
             fill(model, seed=int(generator.initial_seed()) + 1)
     return model
 
 
 def weights_of(model):
-    """Layer's name → its frozen weight and its adapter, in any kind of model."""
-    found = {}
+    """Returns a layer's name → its frozen weight and its adapter, for any kind of model."""
+    weights = {}
     for pair in pairs.find_pairs(model):
         name = pair.name.removeprefix(PREFIX).removesuffix(".default")
-        found |= {name: pair.weight.detach(), f"{name}.a": pair.a.detach(), f"{name}.b": pair.b.detach()}
-    return found
+        weights |= {name: pair.weight.detach(), f"{name}.a": pair.a.detach(), f"{name}.b": pair.b.detach()}
+    return weights
 
 
 def read(folder):
+    """Returns the tensors and the metadata of an adapter's file."""
     with safe_open(folder / WEIGHTS, "pt") as file:
         return safetensors.torch.load_file(folder / WEIGHTS), file.metadata()
-
-
-# in training
 
 
 def train(model, optimizer, steps, first=0):

@@ -1,4 +1,4 @@
-"""AdapterLinear: what a parametrisation gets from it, shown by one of a dozen lines (LoRA-FA: only b is trained)."""
+"""AdapterLinear: what a subclass gets from it, shown by one of a dozen lines (LoRA-FA, which trains only b)."""
 
 import copy
 
@@ -11,7 +11,7 @@ from lora_fast.layers.base import AdapterLinear
 
 
 class OnlyB(AdapterLinear):
-    """a frozen and random, b trained."""
+    """A layer with a frozen random a and a trained b."""
 
     TRAINABLE = SAVED_STATE = ("free_b",)
     INIT_ARGUMENTS = ("alpha",)

@@ -26,7 +26,7 @@ def adapter(k, d_in, d_out, dtype=torch.float64) -> tuple[torch.Tensor, torch.Te
 
 
 def size(singular, norm, r, learn_scale) -> float:
-    """What the bound is compared with: the norm, or, where the shares are fixed, that of r times the largest."""
+    """Returns the value that is compared with the bound: the norm, with fixed shares that of r times the largest."""
     if not learn_scale or norm == "spectral":
         return singular[0].item() * r ** NORMS[norm]
     return singular.norm(1 / NORMS[norm]).item()
@@ -37,15 +37,17 @@ def size(singular, norm, r, learn_scale) -> float:
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_free_parameters_reproduce_the_product(shape, norm, learn_scale, used):
-    """Exact in float64, and within the rounding of a few products in float32."""
+    """The error is within the rounding of a few products, in float64 and in float32."""
     k, d_in, d_out, r = SHAPES[shape]
     a, b = adapter(k, d_in, d_out)
     scaling = used * BOUND / size(torch.linalg.svdvals(b @ a), norm, r, learn_scale)
     for dtype in (torch.float64, torch.float32):
         layer = NBLoRALinear(d_in, d_out, r=r, norm=norm, bound=BOUND, learn_scale=learn_scale, dtype=dtype)
         layer.load_free_(*layer.free_parameters_for(a, b, scaling))
-        made_a, made_b = (x.double() for x in layer.plain_factors())
-        assert (made_b @ made_a - scaling * b @ a).norm() <= 64 * torch.finfo(dtype).eps * (scaling * b @ a).norm()
+        a_of_layer, b_of_layer = (x.double() for x in layer.plain_factors())
+        assert (b_of_layer @ a_of_layer - scaling * b @ a).norm() <= 64 * torch.finfo(dtype).eps * (
+            scaling * b @ a
+        ).norm()
 
 
 def test_free_parameters_reproduce_a_trained_layer():

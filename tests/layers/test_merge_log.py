@@ -46,9 +46,9 @@ def test_copies_keep_the_mark_and_the_terms(kind, copied, keep, tmp_path):
     keys = list(KINDS[kind]().state_dict())
     lf.save_adapter(model, tmp_path / "model")
     lf.save_adapter(copied(model), tmp_path / "copy")
-    (one, metadata), (other, same) = read(tmp_path / "model"), read(tmp_path / "copy")
-    assert_same_tensors(one, other)
-    assert metadata == same and "changed_base" in metadata
+    (tensors, metadata), (others, other_metadata) = read(tmp_path / "model"), read(tmp_path / "copy")
+    assert_same_tensors(tensors, others)
+    assert metadata == other_metadata and "changed_base" in metadata
     assert list(model.state_dict()) == keys
 
 
@@ -89,7 +89,7 @@ def test_terms_are_refused_in_a_cuda_graph(monkeypatch):
 
 
 def transposed(layer):
-    """The same weight, by columns."""
+    """Stores the layer's weight by columns."""
     layer.weight.data = layer.weight.data.t().contiguous().t()
 
 
@@ -102,15 +102,15 @@ REFUSED = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", REFUSED)
 def test_scalora_refuses_weights_that_the_kernels_cannot_merge(case, kind):
-    """By the constructor, or, where the backend came later, by the step; the torch backend takes both."""
+    """The constructor refuses them, or the step if the backend is chosen later; the torch backend takes both."""
     message, config, change = REFUSED[case]
 
-    def made():
+    def build():
         model = KINDS[kind](**config)
         change(merge_log.holder(model.get_submodule(f"base_model.model.{LAYER}" if kind != "injected" else LAYER)))
         return model, scalora(model)
 
-    (model, optimizer), (other, expected) = made(), made()
+    (model, optimizer), (other, expected) = build(), build()
     with lf.set_backend("triton"), pytest.raises(lf.ArgumentError, match=message):
         scalora(model)
     loss_of(model, batch(seed=0)).backward()

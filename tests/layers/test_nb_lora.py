@@ -1,4 +1,4 @@
-"""NBLoRALinear and models of them: the bound, gradients, one transform for all layers, when its values are reused."""
+"""NBLoRALinear and models of such layers: the bound, gradients, one transform for all layers, and its cache."""
 
 import copy
 import io
@@ -25,8 +25,8 @@ EPS = torch.finfo(torch.float32).eps
 
 def layer_of(norm="nuclear", dtype=torch.float32, **settings) -> lf.NBLoRALinear:
     torch.manual_seed(0)
-    made = lf.NBLoRALinear(10, 12, **{"r": 4, "norm": norm, "bound": 1.5, "dtype": dtype, "device": DEVICE} | settings)
-    return scatter(made)
+    defaults = {"r": 4, "norm": norm, "bound": 1.5, "dtype": dtype, "device": DEVICE}
+    return scatter(lf.NBLoRALinear(10, 12, **defaults | settings))
 
 
 def stack_of(**settings) -> nn.Module:
@@ -66,14 +66,14 @@ def assert_equal(these, those) -> None:
 
 
 def assert_close(these, those) -> None:
-    """The order of summation may differ: one product for many layers, or several."""
+    """Allows for another order of summation: one product for many layers, or several."""
     for x, y in zip(these, those, strict=True):
         assert (x - y).norm() <= 16 * EPS * y.norm()
 
 
 @pytest.fixture
 def transforms(monkeypatch) -> list[int]:
-    """How many pairs each call of the transform had."""
+    """A list that gets the number of pairs of each call of the transform."""
     calls, compute = [], cayley_op.compute
     monkeypatch.setattr(cayley_op, "compute", lambda free: calls.append(len(free.a)) or compute(free))
     return calls
@@ -164,7 +164,7 @@ def test_nan_parameter_gives_nan_outputs(backend, name):
         assert layer(inputs()).isnan().all()
 
 
-def printed(layer, x) -> torch.Tensor:
+def papers_formula(layer, x) -> torch.Tensor:
     """The paper's layer under autograd: y = x Wᵀ + bias + 2 ((x aᵀ)∘sv) bᵀ."""
     a1, a2 = layer.free_a.split([layer.r, layer.in_features - layer.r], 1)
     eye = torch.eye(layer.r, dtype=x.dtype, device=x.device)
@@ -193,7 +193,9 @@ def test_layer_is_within_the_error_budget(r, d_in, d_out, norm, backend):
 
     with lf.set_backend(backend):
         names, got = run(layer, lambda layer, x: layer(x), torch.float32)
-    eager, exact = (run(copy.deepcopy(layer).to(dtype), printed, dtype)[1] for dtype in (torch.float32, torch.float64))
+    eager, exact = (
+        run(copy.deepcopy(layer).to(dtype), papers_formula, dtype)[1] for dtype in (torch.float32, torch.float64)
+    )
     for name, ours, theirs, true in zip(names, got, eager, exact, strict=True):
         check(name, ours, true, error(theirs, true), torch.float32)
 
@@ -202,15 +204,15 @@ def test_layer_is_within_the_error_budget(r, d_in, d_out, norm, backend):
 
 
 def assert_bounded(*layers) -> None:
-    """Singular values of the last forward's ΔW at most sv, both sorted, and its norm at most the bound, within 12 r ε
-    (a aᵀ + bᵀb = I). Layers of one shape and norm."""
+    """Asserts that the singular values of the last forward's ΔW are at most sv, both sorted, and that its norm is at
+    most the bound, within 12 r ε (a aᵀ + bᵀb = I). The layers have one shape and norm."""
     a, b, _, scale = (
         torch.stack(parts).double() for parts in zip(*(layer.cache.values for layer in layers), strict=True)
     )
     (r, norm, bound), room = (getattr(layers[0], name) for name in ("r", "norm", "bound")), 12 * layers[0].r * EPS
     singular = torch.linalg.svdvals(b @ a)[:, :r]
-    most = scale.sort(descending=True).values / 2
-    assert (singular <= most + room * most[:, :1]).all()
+    largest = scale.sort(descending=True).values / 2
+    assert (singular <= largest + room * largest[:, :1]).all()
     size = {"spectral": singular.amax(1), "frobenius": singular.norm(dim=1), "nuclear": singular.sum(1)}[norm]
     assert (size <= bound * (1 + room)).all()
 
@@ -222,7 +224,7 @@ class SideBySide(nn.ModuleList):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_training_never_exceeds_the_bound(norm):
-    """1,000 steps towards a target far outside, at learning rates from 1e-3 to 10, and what every forward used."""
+    """Trains for 1,000 steps towards a target far outside the bound, at learning rates from 1e-3 to 10."""
     rates = (1e-3, 0.1, 1.0, 10.0)
     layers = SideBySide(layer_of(norm) for _ in rates)
     nb_lora.share_factors_(layers)
@@ -237,7 +239,7 @@ def test_training_never_exceeds_the_bound(norm):
     layers(x)
     assert_bounded(*layers)
     used = [lf.metrics.bound_stats(layers)[str(i)].used for i in range(len(rates))]
-    assert max(used) > 0.99  # the bound was what held them
+    assert max(used) > 0.99  # without the bound, ΔW would have grown further
 
 
 # ── one transform for a model ────────────────────────────────────────────────────────────────────────────────────────
@@ -297,7 +299,7 @@ def test_cache_is_invalid_after_a_change(change):
 
 
 def test_cache_is_invalid_after_an_optimizer_without_counters():
-    """An optimizer of another library may write through raw pointers: evaluation after a step sees it all the same."""
+    """An optimizer of another library may write through raw pointers; an evaluation after its step must see that."""
     model = stack_of()
     with torch.no_grad():
         model(inputs())
@@ -361,7 +363,7 @@ def test_activation_checkpointing_changes_no_bit(hooked, region, reentrant, tran
         for block, forward in zip(model, plain, strict=True):
             block.forward = lambda x, forward=forward: checkpoint(forward, x, use_reentrant=reentrant)
         got = gradients(model)
-        assert not hooked or transforms == [3]  # what is run again takes the values of its first run
+        assert not hooked or transforms == [3]  # the second run takes the values of the first
     assert_close(got, expected) if hooked else assert_equal(got, expected)
 
 
@@ -397,7 +399,7 @@ def test_submodule_called_by_itself_computes_its_factors(transforms):
     model[2](model[1](hidden)).pow(2).sum().backward()
     assert transforms == [1, 1]
     assert_close([p.grad for p in trained(model[1])], whole)
-    model[1](hidden).sum().backward()  # and again, with a graph of its own
+    model[1](hidden).sum().backward()  # a second backward works, because each call has its own graph
 
 
 def test_frozen_layers_get_no_gradient():
@@ -447,7 +449,7 @@ def test_compiled_blocks_run_in_an_eager_model():
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_leaves_the_factors_in_float32(autocast):
-    """Only the layer's products are in the low precision: the factors are the same."""
+    """Only the layer's products have the low precision."""
     model = stack_of()
     with torch.no_grad():
         model(inputs())

@@ -1,4 +1,4 @@
-"""SingLoRALinear: one matrix for both factors, led in by the optimizer's steps."""
+"""SingLoRALinear: one matrix for both factors, with a warm-up over the optimizer's steps."""
 
 import copy
 

@@ -32,7 +32,7 @@ class QuantLinear(nn.Linear):
 
 
 class Zoo(nn.Module):
-    """One layer of every kind that a fused layer cannot stand in for, and a plain one."""
+    """A model with one layer of every kind that inject_ cannot replace, and a plain one."""
 
     def __init__(self):
         super().__init__()
@@ -249,23 +249,23 @@ def test_gradient_checkpointing_changes_no_bit(reentrant):
 
 @pytest.fixture
 def bars(monkeypatch) -> list[dict]:
-    """What tqdm is called with; its place is taken by one that counts."""
-    made = []
+    """A list that gets the options of each tqdm bar and how many items it counted."""
+    calls = []
 
     def counting(items, **options):
-        made.append(options | {"done": 0})
+        calls.append(options | {"done": 0})
         for item in items:
             yield item
-            made[-1]["done"] += 1
+            calls[-1]["done"] += 1
 
     monkeypatch.setattr("tqdm.tqdm", counting)
-    return made
+    return calls
 
 
 def test_progress_bar_counts_the_layers(bars):
     lf.inject_(llama(), lf.NBLoRAConfig(r=2, bound_ratio=0.1))
-    (made,) = bars
-    assert made["done"] == LLAMA_LINEARS and made["delay"] == 2 and not made["leave"] and made["unit"] == "layer"
+    (bar,) = bars
+    assert bar["done"] == LLAMA_LINEARS and bar["delay"] == 2 and not bar["leave"] and bar["unit"] == "layer"
 
 
 def test_progress_off_and_loading_show_no_bar(bars, tmp_path):
