@@ -25,7 +25,24 @@ import lora_fast as lf
     ],
     ids=lambda value: value if isinstance(value, str) else str(next(iter(value.items()))),
 )
-def test_config_refuses_bad_settings(settings, argument):
+def test_lora_config_refuses_bad_settings(settings, argument):
     with pytest.raises(lf.ArgumentError) as raised:
         lf.LoRAConfig(**settings)
     assert raised.value.argument == argument
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("norm", {"norm": "l2"}),
+        ("bound", {"bound": 0.0}),
+        ("bound", {"bound": float("nan")}),
+        ("bound_ratio", {"bound_ratio": -1.0}),
+        ("bound_ratio", {"bound_ratio": 1.0, "bound": 1.0}),
+        ("target_modules", {"target_modules": []}),
+    ],
+    ids=str,
+)
+def test_nb_lora_config_refuses_bad_settings(name, settings):
+    with pytest.raises(lf.ArgumentError, match=rf"^{name}: expected .+, got "):
+        lf.NBLoRAConfig(**settings)
