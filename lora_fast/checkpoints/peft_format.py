@@ -236,13 +236,13 @@ def _settings(config: dict, name: str) -> dict:
         raise CheckpointError(f"{error.argument} in {CONFIG}", error.expected, error.got) from error
 
 
-def _by_pattern(config: dict, field: str, name: str, default: object) -> object:
+def _by_pattern(config: dict, setting: str, name: str, default: object) -> object:
     """Returns the value of the first pattern that matches the name, or its end after a dot, as PEFT does."""
-    patterns = config.get(field) or {}
+    patterns = config.get(setting) or {}
     try:
         return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
     except (AttributeError, re.error) as error:
-        raise CheckpointError(field, "an object whose keys are regular expressions", repr(patterns)) from error
+        raise CheckpointError(setting, "an object whose keys are regular expressions", repr(patterns)) from error
 
 
 def _scaling(settings: dict) -> float:
