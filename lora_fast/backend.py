@@ -62,7 +62,7 @@ def uses_triton(tensor: torch.Tensor) -> bool:
             f"backend 'triton' on {tensor.device} tensors: expected a CUDA device, or TRITON_INTERPRET=1 set before "
             "Python starts; lf.set_backend('auto') uses plain torch here"
         )
-    if tensor.dtype == torch.float64:
+    if tensor.dtype == torch.float64:  # the kernels accumulate in float32
         raise checks.BackendError(
             "backend 'triton' with float64: expected float16, bfloat16 or float32; lf.set_backend('torch') computes it"
         )

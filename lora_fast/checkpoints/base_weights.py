@@ -59,7 +59,7 @@ def check(model: nn.Module, layers: dict[str, nn.Module], adapter: Adapter) -> N
     for name, layer in layers.items():
         if name in adapter.changes:
             _check_change(name, layer, adapter.changes[name], owners)
-        saved = adapter.base_weights.get(name)
+        saved = adapter.base_weights.get(name)  # PEFT's, of an adapted embedding: it must be the model's own
         if saved is not None and not torch.equal(saved, layer.weight.detach().to("cpu", saved.dtype)):
             expected = "the model's own frozen weight"
             raise CheckpointError(f"key {PREFIX}{name}.base_layer.weight", expected, "other values or another shape")

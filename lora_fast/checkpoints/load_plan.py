@@ -37,8 +37,8 @@ class Plan:
 
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> None:
-        """Writes into the model. Types, shapes and dtypes have been checked and the new layers exist, so that nothing
-        but a copy is left to do; a change by terms needs memory for one weight in float32."""
+        """Writes into the model. Types, shapes and dtypes have been checked and the new layers exist, so only copies
+        are left. The one allocation is that of a weight in float32 for each change by terms."""
         inject.place_(model, self.replacements)
         for parameter, value in self.factors:
             parameter.copy_(value)
@@ -108,6 +108,7 @@ def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLay
         ArgumentError: a model that is a single layer.
     """
     inject.check_plain(model)
+    # The files have bare names; the model's own are those under which its modules are found.
     real_names = {bare_name(name): name for name, _ in model.named_modules() if name}
     _check_names([name for name in real_names if name in adapter.pairs or adapter.targets(name)], adapter)
     kinds, linears = {}, {}

@@ -84,6 +84,7 @@ class AdapterLinear(nn.Module):
         if weight.dtype not in checks.FLOATS:
             expected = "a dtype among float16, bfloat16, float32, float64"
             raise checks.ArgumentError("linear.weight", expected, weight.dtype)
+        # On the meta device the constructor neither allocates nor initialises a weight that is replaced below.
         place = {"device": "meta", "dtype": torch.promote_types(weight.dtype, torch.float32)}
         layer = cls(linear.in_features, linear.out_features, bias=bias is not None, **settings, **place)
         for name in cls.TRAINABLE:  # allocated once, here: the constructor's own are on the meta device
@@ -92,7 +93,7 @@ class AdapterLinear(nn.Module):
         layer.reset_adapter()
         layer.weight = weight.requires_grad_(False)
         layer.bias = None if bias is None else bias.requires_grad_(False)
-        if merge_log.is_changed(linear):
+        if merge_log.is_changed(linear):  # by a merge of an adapter that has been removed since
             merge_log.mark(layer)
         return layer.train(linear.training)
 
@@ -136,6 +137,7 @@ class AdapterLinear(nn.Module):
         """Adds the adapter to ``weight`` with one rounding; the original weight is kept until ``unmerge``."""
         if not self.merged:
             original = self.weight.data
+            # Assigning .data keeps the parameter's identity, which optimizers and tied modules rely on.
             self.weight.data = merged_weight(original, [(self.lora_A, self.lora_B, self.scaling)])
             self._unmerged_weight = original
 

@@ -33,7 +33,7 @@ class FusedLoraLinear(lora.Linear):
         """x: (..., d_in) → (..., d_out) in the dtype of the base layer's result."""
         call = "extra arguments" if args or kwargs else self._fused_call(x)
         if type(call) is tuple:
-            if self.fallback_reason is not None:
+            if self.fallback_reason is not None:  # nn.Module.__setattr__ is slow, so it runs only for a change
                 self._note(None)
             return functional.lora_linear(x, *call)
         self._note(call)
@@ -55,6 +55,7 @@ class FusedLoraLinear(lora.Linear):
         if type(call) is str:
             return call
         weight, bias = call[0], call[1]
+        # Autocast casts x, weight and bias to one dtype, except float64. Without it PEFT casts x for the adapter only.
         if x.dtype is not weight.dtype or (bias is not None and bias.dtype is not weight.dtype):
             if torch.float64 in (x.dtype, weight.dtype) or not torch.is_autocast_enabled(x.device.type):
                 return f"{x.dtype} input to {weight.dtype} weights"
@@ -108,7 +109,7 @@ def fused_arguments(layer: lora.Linear, adapter: str) -> tuple | str:
     Returns:
         (weight, bias, lora_A, lora_B, scaling, dropout_p), or the reason as a string.
     """
-    modules = layer._modules
+    modules = layer._modules  # read past nn.Module.__getattr__, which costs host time at every call
     base, a = modules["base_layer"], modules["lora_A"]._modules.get(adapter)
     if a is None:
         return f"no adapter {adapter!r} in this layer"

@@ -186,7 +186,7 @@ def share_factors_(model: nn.Module) -> None:
     forward. Layers that are sharded (DTensor) or merged are left out. Copies of the model have the hooks, too."""
     if before_forward not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(before_forward)
-        model.register_forward_hook(after_forward, always_call=True)
+        model.register_forward_hook(after_forward, always_call=True)  # also after a forward that raises
 
 
 def before_forward(model: nn.Module, args: tuple) -> None:
@@ -199,6 +199,7 @@ def factors_of(model: nn.Module) -> list[tuple[NBLoRALinear, tuple[Tensor, Tenso
     """Returns a (r, d_in) and b (d_out, r) of every NBLoRALinear that is not merged or sharded, computed in one call
     per device."""
     layers = [x for x in model.modules() if isinstance(x, NBLoRALinear) and not x.merged]
+    # FSDP gathers a DTensor only for its own module's forward, so such a layer computes its factors there.
     whole = [layer for layer in layers if type(layer.free_a) in (nn.Parameter, Tensor)]
     groups = group_by(whole, lambda layer: layer.free_a.device).values()
     return [pair for group in groups for pair in zip(group, factor_cache.cached_factors(group), strict=True)]

@@ -54,7 +54,7 @@ class SingLoRALinear(AdapterLinear):
         self.ramp_steps = checks.count(ramp_steps, "ramp_steps") if ramp_steps != 0 else 0
         self.free_s = nn.Parameter(torch.empty(max(in_features, out_features), r, device=device, dtype=dtype))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
-        self.counted = False
+        self.counted = False  # whether an optimizer counts the steps
         self.reset_parameters()
 
     def reset_adapter(self) -> None:

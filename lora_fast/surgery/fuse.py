@@ -59,7 +59,7 @@ def fuse_(
         raise checks.ArgumentError("peft_model", "only layers that can be fused (strict=True)", got)
     report.require_change("peft_model", "at least one LoRA layer of PEFT to fuse", allow_empty)
     for layer in chosen:
-        layer.__class__ = fused
+        layer.__class__ = fused  # the object stays the same, and so do its hooks, parameters and names
     return report
 
 
@@ -87,7 +87,7 @@ def unfuse_(peft_model: nn.Module, *, allow_empty: bool = False) -> Report:
     report.require_change("peft_model", "at least one fused layer", allow_empty)
     for name in report.changed:
         layer = peft_model.get_submodule(name)
-        layer.__dict__.pop("fallback_reason", None)
+        layer.__dict__.pop("fallback_reason", None)  # the instance's; the class has a default
         layer.__class__ = lora.Linear
     return report
 

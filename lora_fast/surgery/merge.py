@@ -28,7 +28,7 @@ def merge_(model: nn.Module, *, allow_empty: bool = False) -> Report:
         ArgumentError: no layer to merge. The model is then unchanged.
     """
     layers = adapter_layers(model)
-    owners = weight_owners(model)
+    owners = weight_owners(model)  # of the whole model: a weight may be tied to a module without an adapter
     report = Report("merged")
     for name, layer in layers.items():
         reason = _unmergeable(layer) or _tied(layer, owners)

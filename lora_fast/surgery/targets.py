@@ -48,6 +48,7 @@ def left_alone(model: nn.Module, modules: dict[str, nn.Module], target_modules: 
     """Returns the name of a candidate → why no layer of ours can replace it. A target that names no module is listed
     too."""
     reasons = {}
+    # PEFT leaves the output embeddings out of "all-linear", too.
     everything = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
     head = model.get_output_embeddings() if everything and hasattr(model, "get_output_embeddings") else None
     for name, module in modules.items():
@@ -69,7 +70,7 @@ def unsupported(module: nn.Module, parent: nn.Module) -> str | None:
         return f"already a {kind}"
     if nn.utils.parametrize.is_parametrized(module):
         return "parametrized weight"
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear:  # a subclass, as of quantised layers, may have another forward
         return f"{kind}, {'a subclass of' if isinstance(module, nn.Linear) else 'not'} torch.nn.Linear"
     if is_hooked(module):
         return "hooks, or a replaced forward, which a new layer would lose"
