@@ -137,7 +137,7 @@ class AdapterLinear(nn.Module):
         """Adds the adapter to ``weight`` with one rounding; the original weight is kept until ``unmerge``."""
         if not self.merged:
             original = self.weight.data
-            # Assigning .data keeps the parameter's identity, which optimizers and tied modules rely on.
+            # Assigning .data keeps the parameter's identity, on which optimizers rely.
             self.weight.data = merged_weight(original, [(self.lora_A, self.lora_B, self.scaling)])
             self._unmerged_weight = original
 
