@@ -12,13 +12,12 @@ from .batches import pairs, partition
 from .batches.batch import Batch, PairInGroups
 from .batches.pairs import Pair
 from .batches.unpaired import UnpairedParameters
+from .layers.find import bare_name
 from .layers.sing_lora import count_steps_
 from .methods import LoRAPlus, compose
 from .methods.method import Method
 
 __all__ = ["LoRAAdamW"]
-
-WRAPPERS = ("module", "_orig_mod")  # parts of names that come from wrapping a model
 
 
 class LoRAAdamW(torch.optim.Optimizer):
@@ -280,13 +279,9 @@ def _check_saved(groups: list[dict], saved: list[dict], state: dict) -> None:
             raise checks.ArgumentError("state_dict", f"methods {methods}", saved_methods)
         names = other.get("param_names", group.get("param_names", []))
         for name, theirs in zip(group.get("param_names", []), names, strict=True):
-            if _bare(name) != _bare(theirs):
+            if bare_name(name) != bare_name(theirs):
                 raise checks.ArgumentError("state_dict", f"parameter {name} in this place", theirs)
         for p, i in zip(group["params"], other["params"], strict=True):
             moment = state.get(i, {}).get("exp_avg")
             if moment is not None and moment.shape != p.shape:
                 raise checks.ArgumentError("state_dict", f"moments of shape {tuple(p.shape)}", tuple(moment.shape))
-
-
-def _bare(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

