@@ -38,8 +38,8 @@ def contents(library: Library, archs: list[str]) -> None:
     assert len(functions) >= 20, functions
     for name in functions:
         getattr(library.library, name)
-    held = {kernel.arch for kernel in library.kernels}
-    assert held == {int(arch) for arch in archs}, f"built for {archs}, holds {held}"
+    embedded_archs = {kernel.arch for kernel in library.kernels}
+    assert embedded_archs == {int(arch) for arch in archs}, f"built for {archs}, has {embedded_archs}"
     for kernel in library.kernels:
         assert ctypes.string_at(kernel.cubin, 4) == b"\x7fELF", kernel.key
     case, config = layer_case(library, torch.device("cpu"), torch.bfloat16, 16, "bfloat16")

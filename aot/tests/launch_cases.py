@@ -209,9 +209,10 @@ def plan(case: Case, t, op: int, factors, flat: bool = False, by_pair: bool = Fa
 def gram_case(library, device, dtype, r):
     case, factors = pairs_case(library, device, dtype, r, "pg")
     factors = factors[2:] + factors[:2]  # the launcher's order: a's first
-    select = lambda t, side, name: [t[f"{side}{i}{name}"] for i in range(2)]
-    lists = (("a", "p"), ("b", "p"), ("a", "g"), ("b", "g"))
-    case.python = lambda t: [torch.stack(gram.gram(*(select(t, *which) for which in lists), gram.Grams._fields))]
+
+    def python(t):
+        lists = [[t[f"{side}{i}{name}"] for i in range(2)] for side, name in ("ap", "bp", "ag", "bg")]
+        return [torch.stack(gram.gram(*lists, gram.Grams._fields))]
 
     def c(t):
         group = plan(case, t, 0, factors, by_pair=True)
@@ -221,7 +222,7 @@ def gram_case(library, device, dtype, r):
         case.memory = [{"partials": parts, "totals": grams}]
         return [grams]
 
-    case.c = c
+    case.python, case.c = python, c
     return case
 
 
@@ -274,6 +275,11 @@ def transform(library, device, dtype, r, add):
     return case
 
 
+def by_pair(t: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:
+    """Returns the tensors name0, name1, … of the pairs."""
+    return [t[f"{name}{i}"] for i in range(len(PAIRS))]
+
+
 def in_parts(memory: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
     """Splits memory into slices of these sizes in bytes, each at a multiple of 16; together they are all of it."""
     padded = [-(-size // 16) * 16 for size in sizes]
@@ -291,17 +297,16 @@ def cayley_case(library, device, dtype, r, backward):
             case.add(f"inverse{i}", r, r, dtype=torch.float32)
     for tensor in case.tensors.values():
         tensor /= 64  # so small that no result overflows
-    select = lambda t, name: [t[f"{name}{i}"] for i in range(n)]
     names = ("free_a", "free_b", "scale") + ("inverse", "grad_a", "grad_b") * backward
 
     def python(t):
         run = cayley.cayley_backward if backward else cayley.cayley
-        return [x for part in run(*(select(t, name) for name in names)) for x in part]
+        return [x for part in run(*(by_pair(t, name) for name in names)) for x in part]
 
     def c(t):
         kind = dtype if backward else torch.float32
         result_a, result_b = (
-            [case.empty(*x.shape, dtype=kind) for x in select(t, name)] for name in ("free_a", "free_b")
+            [case.empty(*x.shape, dtype=kind) for x in by_pair(t, name)] for name in ("free_a", "free_b")
         )
         third = [case.empty(*((r,) if backward else (r, r)), dtype=torch.float32) for _ in range(n)]
         pairs = []
@@ -353,14 +358,13 @@ def merge_case(library, device, dtype, r, rounding):
         case.add(f"a{i}", r, d_in, dtype=torch.float32), case.add(f"b{i}", d_out, r, dtype=torch.float32)
     case.add("scale", 2, r, dtype=torch.float32)
     compensated = rounding == "compensated"
-    select = lambda t, name: [t[f"{name}{i}"] for i in range(2)]
 
     def python(t):
-        residuals = select(t, "lost") if compensated else None
+        residuals = by_pair(t, "lost") if compensated else None
         add_low_rank.add_low_rank_(
-            select(t, "w"), select(t, "a"), select(t, "b"), t["scale"], rounding, SEED, residuals
+            by_pair(t, "w"), by_pair(t, "a"), by_pair(t, "b"), t["scale"], rounding, SEED, residuals
         )
-        return select(t, "w") + select(t, "lost")
+        return by_pair(t, "w") + by_pair(t, "lost")
 
     def c(t):
         factors = []
@@ -370,7 +374,7 @@ def merge_case(library, device, dtype, r, rounding):
         group, host = library.group(3, dtype, r, factors)
         on_device(case, group, host, columns=12)
         library("merge", group, t["scale"], limits.ROUNDINGS.index(rounding), c_int64(SEED))
-        return select(t, "w") + select(t, "lost")
+        return by_pair(t, "w") + by_pair(t, "lost")
 
     case.python, case.c = python, c
     return case
@@ -443,10 +447,20 @@ def scalora(library, device, dtype, r, solver):
 
 
 CASES = {
-    "project": project, "linear": linear, "grad_s_b": grad_s_b, "grad_a": grad_a, "grad_x": grad_x, "gram": gram_case,
-    "adamw_step": adamw_step, "transform": transform, "cayley": cayley_case, "merge": merge_case,
-    "spd_solve": spd_solve, "small_inverse": small_inverse, "scalora": scalora,
-}  # fmt: skip
+    "project": project,
+    "linear": linear,
+    "grad_s_b": grad_s_b,
+    "grad_a": grad_a,
+    "grad_x": grad_x,
+    "gram": gram_case,
+    "adamw_step": adamw_step,
+    "transform": transform,
+    "cayley": cayley_case,
+    "merge": merge_case,
+    "spd_solve": spd_solve,
+    "small_inverse": small_inverse,
+    "scalora": scalora,
+}
 
 
 def embedded(library: Library, device: torch.device, arch: int):

@@ -61,6 +61,7 @@ def eliminate(matrix, b_x, i_r, r, damping, MORE: tl.constexpr):
     return b_a, b_d, b_x, bad
 
 
+# do_not_specialize: sizes of 1 or multiples of 16 would otherwise compile further kernels.
 @triton.jit(do_not_specialize=["r", "k"])
 def lora_spd_solve_kernel(
     matrices, rhs, solutions, info,

@@ -96,9 +96,14 @@ def step_constants(lr, beta1, beta2, eps, decay, t):
     computed in float64 once a program, since most cards are 64 times slower in it."""
     step_size, root = lr / (1.0 - power(beta1, t)), tl.sqrt(1.0 - power(beta2, t))
     return (
-        (1.0 - beta1).to(tl.float32), beta2.to(tl.float32), (1.0 - beta2).to(tl.float32),
-        step_size.to(tl.float32), root.to(tl.float32), eps.to(tl.float32), (1.0 - lr * decay).to(tl.float32),
-    )  # fmt: skip
+        (1.0 - beta1).to(tl.float32),
+        beta2.to(tl.float32),
+        (1.0 - beta2).to(tl.float32),
+        step_size.to(tl.float32),
+        root.to(tl.float32),
+        eps.to(tl.float32),
+        (1.0 - lr * decay).to(tl.float32),
+    )
 
 
 @triton.jit
@@ -123,7 +128,7 @@ def step_factor(
 ):  # fmt: skip
     """Runs the step on one chunk of one factor."""
     SIZE: tl.constexpr = R_MAX * R_MAX
-    WIDE: tl.constexpr = ALIGNED and (IS_A or EXPERTS == 1)
+    WIDE: tl.constexpr = ALIGNED and (IS_A or EXPERTS == 1)  # experts' b are interleaved: read element by element
     p, g = tensor_at(entries, i_tensor, 0, P, WIDE), pointer_at(gradients + i_tensor, G, WIDE)
     m, v = tensor_at(entries, i_tensor, 1, M, WIDE), tensor_at(entries, i_tensor, 2, V, WIDE)
     if BLOCK_R == 1:
@@ -190,6 +195,7 @@ def step_factor(
             add_partials(p_partial - i_chunk.to(tl.int64) * stride, p_total, stride, i_r, i_r, count, R_MAX)
 
 
+# do_not_specialize: the alignment of a learning rate's address must not choose another compiled kernel.
 @triton.jit(do_not_specialize=["p_lr_b", "p_lr_a"])
 def lora_step_kernel(
     entries, gradients, tiles, hyper, p_lr_b, p_lr_a, steps, additive, matrices, scale_p, scale_g, partials, totals,

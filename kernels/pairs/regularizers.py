@@ -97,8 +97,8 @@ def learning_rates(
     rates = first, second
     if not any(is_on_device(lr, device) for lr in rates):
         return False, (placeholder, placeholder), (float(first), float(second))
-    on_device = lambda lr: lr if is_on_device(lr, device) else torch.full((), lr, dtype=torch.float64, device=device)
-    return True, tuple(map(on_device, rates)), (0.0, 0.0)
+    to_tensor = lambda lr: lr if is_on_device(lr, device) else torch.full((), lr, dtype=torch.float64, device=device)
+    return True, tuple(map(to_tensor, rates)), (0.0, 0.0)
 
 
 def imbalance(

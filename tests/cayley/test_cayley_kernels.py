@@ -149,10 +149,9 @@ def test_same_inputs_give_the_same_bits():
 
 def test_few_programs_give_the_bits_of_many(monkeypatch):
     lists = pairs(MIXED)
-    run = lambda: cayley.cayley(*lists)
-    all_at_once = run()
+    all_at_once = cayley.cayley(*lists)
     monkeypatch.setattr(cayley, "SLOTS", 2)
-    for xs, ys in zip(all_at_once, run(), strict=True):
+    for xs, ys in zip(all_at_once, cayley.cayley(*lists), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
 
 
@@ -213,10 +212,10 @@ def test_graph_replay_follows_the_parameters():
 def test_unaligned_gradients_give_the_same_bits():
     lists = pairs([(8, 64, 32)])
     a, b, inverses = cayley.cayley(*lists)
-    shift = lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
     plain = cayley.cayley_backward(*lists, None, inverses, a, b)
-    shifted = cayley.cayley_backward(*lists, None, inverses, [shift(a[0])], [shift(b[0])])
-    assert shift(a[0]).data_ptr() % 16, "not aligned"
+    grads = [torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape) for x in (a[0], b[0])]
+    assert all(x.data_ptr() % 16 for x in grads), "the gradients are aligned"
+    shifted = cayley.cayley_backward(*lists, None, inverses, grads[:1], grads[1:])
     assert all(torch.equal(x[0], y[0]) for x, y in zip(plain[:2], shifted[:2], strict=True))
 
 

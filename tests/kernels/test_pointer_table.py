@@ -11,15 +11,16 @@ pytestmark = pytest.mark.gpu
 
 
 def test_table_is_cached_until_an_address_or_a_shape_changes():
+    def find(a):
+        return pointer_table.find_tables([[a, b]], [True, False])[0].factors
+
     a, b = randn(4, 16), randn(8, 4)
-    find = lambda: pointer_table.find_tables([[a, b]], [True, False])[0].factors
-    first = find()
-    assert find() is first
-    a = a.clone()
-    second = find()
-    assert second is not first and second.entries[0, 0] == a.data_ptr()
-    a = a.view(16, 4)
-    assert find() is not second, "the address is the same, but not the shape"
+    first = find(a)
+    assert find(a) is first
+    moved = a.clone()
+    second = find(moved)
+    assert second is not first and second.entries[0, 0] == moved.data_ptr()
+    assert find(moved.view(16, 4)) is not second, "the address is the same, but not the shape"
 
 
 def test_cache_forgets_the_oldest_tables():

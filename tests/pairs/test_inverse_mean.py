@@ -85,10 +85,16 @@ def test_muon_is_within_its_error_bound_without_full_rank(place):
     rank_1, half, full = rank_1 @ rank_1.mT, half @ half.mT, spd(1, R, 10.0)
     rows = full.clone()
     rows[:, :5], rows[:, :, :5] = 0.0, 0.0
-    grams = [torch.cat(row) for row in zip(
-        (rank_1, rank_1, rank_1, rank_1), (half, full, half, 1e-20 * full), (rows, rows, full, rows),
-        (half, half, half, half), strict=True,
-    )]  # fmt: skip
+    grams = [
+        torch.cat(row)
+        for row in zip(
+            (rank_1, rank_1, rank_1, rank_1),
+            (half, full, half, 1e-20 * full),
+            (rows, rows, full, rows),
+            (half, half, half, half),
+            strict=True,
+        )
+    ]
     with poisoned_empty():
         got = muon(*grams, 2.0, 2.0, 0.0)
     check(grams, got)

@@ -26,7 +26,10 @@ def pairs(n, r, kind="", seed=0):
     """Returns a, b and consistent gradients P, Q of n pairs, float64. kind "correlated": the constraints are mostly
     active; "singular": M does not have full rank; "rank 1": the gradient has rank 1."""
     generator = torch.Generator().manual_seed(100 * r + seed)
-    draw = lambda *shape: torch.randn(n, *shape, generator=generator, dtype=torch.float64)
+
+    def draw(*shape):
+        return torch.randn(n, *shape, generator=generator, dtype=torch.float64)
+
     d_in, d_out = (max(1, r // 2), max(1, r // 2)) if kind == "singular" else (3 * r + 5, 2 * r + 7)
     a, b, g = draw(r, d_in), draw(d_out, r), draw(d_out, d_in)
     if kind in ("correlated", "singular"):
@@ -55,17 +58,17 @@ def twin_error(tensors, solver):
     """Returns the twin's largest error in float32, over gradient scales that change only the roundings."""
     errors = []
     for i in range(DRAWS):
-        given = grams(*tensors, 1 + i / DRAWS)
-        exact, active, _ = twin.scalora_solve(*double(given), solver)
-        errors.append(error(only_active(twin.scalora_solve(*given, solver)[0], active), only_active(exact, active)))
+        inputs = grams(*tensors, 1 + i / DRAWS)
+        exact, active, _ = twin.scalora_solve(*double(inputs), solver)
+        errors.append(error(only_active(twin.scalora_solve(*inputs, solver)[0], active), only_active(exact, active)))
     return max(errors)
 
 
 def check_pairs(tensors, solver):
-    given = grams(*tensors)
+    inputs = grams(*tensors)
     with poisoned_empty():
-        x, active, info = scalora_system.scalora_solve(*given, solver)
-    exact, exact_active, exact_info = twin.scalora_solve(*double(given), solver)
+        x, active, info = scalora_system.scalora_solve(*inputs, solver)
+    exact, exact_active, exact_info = twin.scalora_solve(*double(inputs), solver)
     assert torch.equal(active, exact_active) and torch.equal(info, exact_info)
     assert x[~active].eq(0).all() and x.ge(0).all()
     check(solver, x, only_active(exact, active), twin_error(tensors, solver), torch.float32)
@@ -82,17 +85,26 @@ def test_solution_matches_the_twin(solver, kind):
 
 @pytest.mark.parametrize(
     "r, solver, kind",
-    [(1, "nnls", ""), (8, "nnls", "correlated"), (16, "nnls", "rank 1"), (17, "nnls", "correlated"),
-     (32, "paper", ""), (33, "nnls", "rank 1"), (33, "paper", "correlated"), (65, "column", ""), (100, "scalar", ""),
-     (128, "scalar", "correlated")],
-)  # fmt: skip
+    [
+        (1, "nnls", ""),
+        (8, "nnls", "correlated"),
+        (16, "nnls", "rank 1"),
+        (17, "nnls", "correlated"),
+        (32, "paper", ""),
+        (33, "nnls", "rank 1"),
+        (33, "paper", "correlated"),
+        (65, "column", ""),
+        (100, "scalar", ""),
+        (128, "scalar", "correlated"),
+    ],
+)
 def test_solution_matches_the_twin_at_every_rank(r, solver, kind):
     check_pairs(pairs(1, r, kind), solver)
 
 
-def unit_system(given):
+def unit_system(inputs):
     """Returns the equilibrated system in float64 without its ridge: M, λ, and d with x = d z."""
-    m, lam = twin._system(*double(given))
+    m, lam = twin._system(*double(inputs))
     d = m.diagonal(dim1=-2, dim2=-1).rsqrt()
     return d[:, :, None] * m * d[:, None, :], d * lam, d
 
@@ -100,10 +112,10 @@ def unit_system(given):
 @pytest.mark.parametrize("r, kind", [(4, "correlated"), (4, "singular"), (6, "singular"), (17, "correlated")])
 def test_nnls_meets_the_conditions_of_the_optimum(r, kind):
     """Slopes are 0 where z > 0, else at most 0, by LAPACK's ratio; M may be singular."""
-    given = grams(*pairs(2 if r < 17 else 1, r, kind))
-    x, active, info = scalora_system.scalora_solve(*given, "nnls")
+    inputs = grams(*pairs(2 if r < 17 else 1, r, kind))
+    x, active, info = scalora_system.scalora_solve(*inputs, "nnls")
     assert info.any() and active.all()
-    m, rhs, d = unit_system(given)
+    m, rhs, d = unit_system(inputs)
     z = x.double() / d
     slope = rhs - (m @ z[:, :, None])[:, :, 0]
     wrong = torch.where(z > 0, slope.abs(), slope.clamp(min=0))
@@ -113,9 +125,9 @@ def test_nnls_meets_the_conditions_of_the_optimum(r, kind):
 
 def test_nnls_agrees_with_lawson_and_hanson():
     tensors = pairs(4, 5, "correlated", seed=1)
-    given = grams(*tensors)
-    x, _, info = scalora_system.scalora_solve(*given, "nnls")
-    m, rhs, d = unit_system(given)
+    inputs = grams(*tensors)
+    x, _, info = scalora_system.scalora_solve(*inputs, "nnls")
+    m, rhs, d = unit_system(inputs)
     ridge = twin.RIDGES[0] * torch.eye(10, dtype=torch.float64, device=DEVICE)
     exact = torch.stack([T.nnls(m[i] + ridge, rhs[i]) for i in range(4)]) * d
     assert info.any()
@@ -135,8 +147,8 @@ THEOREM_3 = {
 
 @pytest.mark.parametrize("numbers, want", THEOREM_3.values(), ids=THEOREM_3)
 def test_scalar_solver_follows_theorem_3(numbers, want):
-    given = [torch.tensor(float(number), device=DEVICE).view(1, 1, 1) for number in numbers]
-    x, _, info = scalora_system.scalora_solve(*given, "scalar")
+    inputs = [torch.tensor(float(number), device=DEVICE).view(1, 1, 1) for number in numbers]
+    x, _, info = scalora_system.scalora_solve(*inputs, "scalar")
     torch.testing.assert_close(x[0].cpu(), torch.tensor(want, dtype=torch.float32), rtol=EPS, atol=0)
     assert info == 0
 
@@ -166,12 +178,12 @@ def test_inactive_coordinates_are_zero(solver):
 def test_nan_and_inf_affect_only_their_pair(r, value, solver):
     """A NaN or Inf in any Gram, on the diagonal or off it, makes its pair NaN and changes no bit of the others."""
     places = [(i, j) for i in range(5) for j in (0, 1)] if r == 2 else [(4, 7)]
-    given = grams(*pairs(1, r))
-    clean = scalora_system.scalora_solve(*given, solver)
-    given = [x.repeat(len(places) + 1, 1, 1) for x in given]
+    inputs = grams(*pairs(1, r))
+    clean = scalora_system.scalora_solve(*inputs, solver)
+    inputs = [x.repeat(len(places) + 1, 1, 1) for x in inputs]
     for pair, (i, j) in enumerate(places):
-        given[i][pair, 0, j] = value
-    x, active, info = scalora_system.scalora_solve(*given, solver)
+        inputs[i][pair, 0, j] = value
+    x, active, info = scalora_system.scalora_solve(*inputs, solver)
     assert x[:-1].isnan().all() and active[:-1].all() and info[:-1].eq(1).all()
     for got, want in zip((x, active, info), clean, strict=True):
         assert torch.equal(got[-1], want[0])
@@ -182,19 +194,19 @@ def test_nan_and_inf_affect_only_their_pair(r, value, solver):
 @pytest.mark.parametrize("solver", ["nnls", "scalar"])
 def test_loss_scaling_changes_no_bit(solver):
     tensors = pairs(2, 4, "correlated")
-    given = grams(*tensors)
-    want = scalora_system.scalora_solve(*given, solver)
+    inputs = grams(*tensors)
+    want = scalora_system.scalora_solve(*inputs, solver)
     for power in (2.0**16, 2.0**-31, 2.0**40):
-        scaled = [x * s for x, s in zip(given, (1, 1, power**2, power**2, power), strict=True)]
+        scaled = [x * s for x, s in zip(inputs, (1, 1, power**2, power**2, power), strict=True)]
         for got, same in zip(scalora_system.scalora_solve(*scaled, solver), want, strict=True):
             assert torch.equal(got, same)
     x = scalora_system.scalora_solve(*grams(*tensors, 3.7), solver)[0]
-    check("x", x, twin.scalora_solve(*double(given), solver)[0], twin_error(tensors, solver), torch.float32)
+    check("x", x, twin.scalora_solve(*double(inputs), solver)[0], twin_error(tensors, solver), torch.float32)
 
 
 def test_same_inputs_give_the_same_bits():
-    given = grams(*pairs(1, 6, "singular"))
-    first, again = (scalora_system.scalora_solve(*given, "nnls")[0] for _ in range(2))
+    inputs = grams(*pairs(1, 6, "singular"))
+    first, again = (scalora_system.scalora_solve(*inputs, "nnls")[0] for _ in range(2))
     assert torch.equal(first, again)
 
 
@@ -202,9 +214,9 @@ def test_same_inputs_give_the_same_bits():
 @pytest.mark.parametrize("r, solver", [(4, "nnls"), (33, "scalar")])
 def test_one_launch_reads_the_grams_once(r, solver):
     """The diagonals are read once more."""
-    given = grams(*pairs(3, r))
+    inputs = grams(*pairs(3, r))
     with interpreter.traffic() as counted:
-        scalora_system.scalora_solve(*given, solver)
+        scalora_system.scalora_solve(*inputs, solver)
     assert counted.launches == ["lora_scalora_solve_kernel"]
     equilibration = 4 * 4 * r * 3 if solver == "scalar" else 0  # read from memory at rank 33
     assert counted.loaded == 4 * 3 * (5 * r * r + 4 * r) + equilibration
@@ -232,9 +244,12 @@ def test_scales_match_the_formula(low, high, in_memory):
     active = (torch.rand(n, 2 * r, generator=generator) < 0.8).to(DEVICE)
     active[3, 2], active[5, 1] = True, True
     scaling = torch.rand(n, generator=generator).to(DEVICE)
-    as_given = lambda v: torch.tensor(v, dtype=torch.float64, device=DEVICE) if in_memory else v
+
+    def kappa_argument(kappa):
+        return torch.tensor(kappa, dtype=torch.float64, device=DEVICE) if in_memory else kappa
+
     with poisoned_empty():
-        scale_p, scale_g, residual_scale = scalora_scales.scales(x, active, as_given(0.7), scaling, low, high)
+        scale_p, scale_g, residual_scale = scalora_scales.scales(x, active, kappa_argument(0.7), scaling, low, high)
     want = torch.where(active, (x.double() / 0.7).sqrt().clamp(low, high), 1.0)
     alpha, beta = want[:, :r], want[:, r:]
     torch.testing.assert_close(scale_p.double(), torch.cat([alpha, beta]), rtol=EPS, atol=0, equal_nan=True)
@@ -244,10 +259,12 @@ def test_scales_match_the_formula(low, high, in_memory):
     assert (residual_scale.double() - exact).abs().nan_to_num().le((2 * EPS * size).nan_to_num()).all()
     assert scale_p[5, 1].isnan() and scale_g[n + 5, 1].isnan() and residual_scale[5, 1].isnan()
     for kappa in (0.0, -1.0):
-        scale_p, scale_g, residual_scale = scalora_scales.scales(x, active, as_given(kappa), scaling, low, high)
+        scale_p, scale_g, residual_scale = scalora_scales.scales(x, active, kappa_argument(kappa), scaling, low, high)
         assert scale_p.eq(1).all() and scale_g.eq(1).all() and residual_scale.eq(0).all()
     assert (
-        scalora_scales.scales(x, active, as_given(float("nan")), scaling, low, high)[0][:n][active[:, :r]].isnan().all()
+        scalora_scales.scales(x, active, kappa_argument(float("nan")), scaling, low, high)[0][:n][active[:, :r]]
+        .isnan()
+        .all()
     )
 
 
