@@ -18,7 +18,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from ..checks import CheckpointError
-from ..layers.find import ADAPTER_LAYERS, bare_name, peft_layers
+from ..layers.find import ADAPTER_LAYERS, key_name, peft_layers
 from ..surgery import targets
 from ..surgery.change_report import Report
 from . import base_weights, folder, io, load_plan, peft_format, sidecar
@@ -120,7 +120,7 @@ def _our_layers(model: nn.Module) -> dict[str, nn.Module]:
     if isinstance(model, ADAPTER_LAYERS):
         expected = "a module that contains adapter layers (their names become the keys)"
         raise CheckpointError("model", expected, f"a single {type(model).__name__}")
-    return {bare_name(name): module for name, module in model.named_modules() if isinstance(module, ADAPTER_LAYERS)}
+    return {key_name(name): module for name, module in model.named_modules() if isinstance(module, ADAPTER_LAYERS)}
 
 
 def _active_layers(model: nn.Module) -> tuple[str, dict[str, nn.Module]]:
@@ -134,7 +134,7 @@ def _active_layers(model: nn.Module) -> tuple[str, dict[str, nn.Module]]:
     adapter = active.pop()
     prefix = PREFIX if isinstance(model, PeftModel) else ""
     holding = {name: layer for name, layer in layers.items() if adapter in getattr(layer, "lora_A", ())}
-    return adapter, {bare_name(name).removeprefix(prefix): layer for name, layer in holding.items()}
+    return adapter, {key_name(name).removeprefix(prefix): layer for name, layer in holding.items()}
 
 
 def _collect(model: nn.Module, exact: bool) -> tuple[dict[str, nn.Module], folder.Contents]:
@@ -164,7 +164,7 @@ def _peft_files(model: nn.Module, adapter: str) -> tuple[dict, dict[str, Tensor]
         saved = Path(temporary) if adapter == "default" else Path(temporary) / adapter
         config = json.loads((saved / CONFIG).read_bytes())
         tensors = safetensors.torch.load((saved / WEIGHTS).read_bytes())
-    return config, {bare_name(key): tensor for key, tensor in tensors.items()}
+    return config, {key_name(key): tensor for key, tensor in tensors.items()}
 
 
 def _config(model: nn.Module, layers: dict[str, nn.Module]) -> dict:
@@ -172,7 +172,7 @@ def _config(model: nn.Module, layers: dict[str, nn.Module]) -> dict:
     use_rslora = all(layer.use_rslora for layer in layers.values())
     ranks = {name: layer.r for name, layer in layers.items()}
     alphas = {name: _alpha(layer, use_rslora) for name, layer in layers.items()}
-    modules = [bare_name(name) for name, _ in model.named_modules()]
+    modules = [key_name(name) for name, _ in model.named_modules()]
     # A list of names would also select modules whose names end in one of them; a regular expression does not.
     ambiguous = any(name not in layers and targets.matches(list(layers), name) for name in modules)
     config = {

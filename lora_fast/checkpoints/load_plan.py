@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..checks import CheckpointError
-from ..layers.find import bare_name
+from ..layers.find import key_name
 from ..layers.lora import LoRALinear
 from ..surgery import inject, targets
 from . import base_weights, sidecar
@@ -109,7 +109,7 @@ def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLay
     """
     inject.check_plain(model)
     # The files have bare names; the model's own are those under which its modules are found.
-    real_names = {bare_name(name): name for name, _ in model.named_modules() if name}
+    real_names = {key_name(name): name for name, _ in model.named_modules() if name}
     _check_names([name for name in real_names if name in adapter.pairs or adapter.targets(name)], adapter)
     kinds, linears = {}, {}
     for name, (a, b) in adapter.pairs.items():

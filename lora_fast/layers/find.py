@@ -26,6 +26,13 @@ def bare_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
+def key_name(name: str) -> str:
+    """Returns the name of a module as an adapter file has it: without wrappers, but with a child called ``module``. The
+    model is out of its data-parallel wrapper when it is saved, so such a child is the model's own, and PEFT keeps its
+    name."""
+    return ".".join(part for part in name.split(".") if part == "module" or part not in WRAPPERS)
+
+
 def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Returns name → layer of every adapter layer, ours and PEFT's."""
     theirs = peft_layers(model)

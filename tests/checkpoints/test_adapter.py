@@ -1,5 +1,6 @@
 """save_adapter and load_adapter: PEFT reads ours, we read PEFT's, bit for bit; bad files change nothing."""
 
+import copy
 import json
 import os
 import struct
@@ -476,3 +477,28 @@ def test_pattern_of_a_short_name_does_not_match_a_longer_one(tmp_path):
     lf.save_adapter(model, tmp_path)
     ranks = PeftModel.from_pretrained(build(), tmp_path).base_model.model
     assert (ranks["proj"].r["default"], ranks["z"]["proj"].r["default"]) == (2, 3)
+
+
+class WithModule(nn.Module):
+    """A model whose own child is called as data parallelism calls the model that it wraps."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
+
+    def forward(self, x):
+        return self.module["q_proj"](x)
+
+
+def test_adapter_files_keep_the_name_of_a_child_called_module(tmp_path):
+    torch.manual_seed(0)
+    model = WithModule()
+    base = copy.deepcopy(model)
+    lf.inject_(model, lf.LoRAConfig(r=2))
+    nn.init.normal_(model.module["q_proj"].lora_B)
+    lf.save_adapter(model, tmp_path)
+    x = torch.randn(3, 8)
+    theirs = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.allclose(theirs(x), model(x), atol=1e-6)
+    lf.load_adapter(plain := WithModule(), tmp_path)
+    assert torch.equal(plain.module["q_proj"].lora_B, model.module["q_proj"].lora_B)
