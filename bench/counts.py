@@ -5,7 +5,8 @@ adapters' gradients. (host.py measures host time.)
     python bench/counts.py --only saved
 
 Triton's interpreter counts traffic and launches at 4096×4096 and 8,192 tokens, so they are exact. The traffic excludes
-the GEMM itself, which re-reads its operands from L2 by design. README states the goals.
+the GEMM itself, which re-reads its operands from L2 by design. The
+goals are in docs/measured.md.
 """
 
 import argparse

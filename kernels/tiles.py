@@ -139,6 +139,11 @@ class GroupedTile(NamedTuple):
     warps: int
     stages: int
 
+    def options(self, **block_sizes: int) -> dict[str, int]:
+        """Returns the tile as a grouped kernel's constexprs and compiler options, with further block sizes."""
+        blocks = {"CHUNK": self.chunk, "BLOCK_D": self.d, "BLOCK_R": self.r}
+        return blocks | block_sizes | {"num_warps": self.warps, "num_stages": self.stages}
+
 
 # op → rows (largest rank class, d, r, chunk, warps, stages)
 GROUPED = {
@@ -271,10 +276,10 @@ def _thin(op: str, name: str, tall: torch.Tensor, d_in: int, d_out: int, r: int)
 
 
 def grouped(op: str, r: int) -> GroupedTile:
-    """``r``: the largest rank of the launch; 1 only for elementwise work (products need 16 columns)."""
-    rank_class = triton.next_power_of_2(r)
-    if rank_class > GROUPED[op][-1][0]:
-        raise ValueError(f"lora_fast: rank: expected 1 to {GROUPED[op][-1][0]}, got {r}")
+    """Returns the tile of a grouped launch. ``r``: its largest rank; 1 only for elementwise work (products need 16
+    columns)."""
+    rank_class, largest = triton.next_power_of_2(r), GROUPED[op][-1][0]
+    assert rank_class <= largest, f"rank: expected 1 to {largest}, got {r}"
     return GroupedTile(*next(row for row in GROUPED[op] if rank_class <= row[0])[1:])
 
 

@@ -81,7 +81,7 @@ def test_gluon_launches_where_it_was_measured_and_can_run():
 
 def test_batch_sizes_share_compiled_kernels():
     """Two more than there are kernels, on a layer whose GEMM is cuBLAS's mostly; on one that takes every way with its
-    batch size a kernel has several roles (README has how many), and no more variants than these."""
+    batch size a kernel has several roles (docs/measured.md has how many), and no more variants than these."""
     loaded = run("variants")
     narrow, wide = loaded["4096 → 64, float32"], loaded["4096 → 4096, float32"]
     assert sum(narrow.values()) <= len(narrow) + 2, narrow

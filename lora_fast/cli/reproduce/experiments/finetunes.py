@@ -20,16 +20,13 @@ class Quiet(Display):
     def note(self, text: str, style: str = "") -> None:
         pass
 
-    def finished(self, *everything) -> None:
-        pass
-
 
 def train(session: Session, methods: list[str]) -> dict[str, Record]:
     """Returns the record of each method. Methods that this session has trained before are not trained again."""
     missing = [name for name in methods if name not in session.trained]
     if missing:
         folder = session.folder / f"{FOLDER}-{len(session.trained) + 1}"
-        records = pipeline.run(settings(session, missing), folder, False, Quiet())
+        records = pipeline.run(settings(session, missing), folder, False, Quiet()).records
         session.trained.update(zip(missing, records, strict=True))
         for checkpoints in folder.glob("*/checkpoints"):  # they serve only to resume an interrupted job
             shutil.rmtree(checkpoints)
