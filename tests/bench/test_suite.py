@@ -224,7 +224,7 @@ def test_bench_command_without_the_repository_explains_itself(monkeypatch, tmp_p
 
     monkeypatch.setattr(sys.modules["lora_fast.cli.bench"], "SUITE", tmp_path / "bench" / "run.py")
     done = CliRunner().invoke(app, ["bench"])
-    assert done.exit_code == 2 and "installed without it" in done.output
+    assert done.exit_code == 2 and "part of the repository, not of the package" in done.output
 
 
 # ---- Times of a device
