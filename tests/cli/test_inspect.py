@@ -169,7 +169,7 @@ def test_each_rule(change, rule):
 
 def test_a_stray_number_is_said_once_and_no_more_is_allowed(monkeypatch):
     place = triton.__version__.rpartition(".")[0], 90, r"linear bfloat16 r=\d6 strategy fused"
-    monkeypatch.setattr(rules, "STRAYS", ((*place, 8),))
+    monkeypatch.setattr(rules, "ALLOWED_SPILLS", ((*place, 8),))
     stray = CLEAN | {"spills": 2, "stack": 8}
     assert rules.broken(ALIGNED, stray) == []
     assert rules.broken(ALIGNED, stray | {"stack": 16}) == ["2 spills", "16 bytes of stack"]

@@ -448,7 +448,7 @@ def launch(launched, tensors: tuple, numbers: tuple, late: float, seed: int = 0,
     options = dict(launched.options)
     warps = options.pop("num_warps")
     n = len(launched.matrices)
-    described = [matrix.of(tensor) for matrix, tensor in zip(launched.matrices, tensors, strict=False)]
+    described = [matrix.describe(tensor) for matrix, tensor in zip(launched.matrices, tensors, strict=False)]
     for program in range(launched.grid[0]):
         machine = Machine(program, launched.grid[0], late, draw)
         machine.allocations, machine.warps = [], warps

@@ -148,7 +148,7 @@ def install(arch: int) -> Stub:
     cuda.get_current_stream = lambda index: stub.stream
     cuda.get_device_capability = lambda index=None: divmod(stub.card.arch, 10)
     driver.set_active(cuda)
-    device.of = lambda torch_device: stub.card
+    device.get = lambda torch_device: stub.card
     device.index = lambda tensor: stub.device
     device.stream = lambda tensor: stub.stream
     backend.uses_triton = lambda tensor: backend._chosen != "torch"

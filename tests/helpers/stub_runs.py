@@ -523,7 +523,7 @@ def threads(stub: stub_driver.Stub) -> dict:
     """Two threads with their own tensors and the same plans, of which some are dropped for others: no error."""
     from lora_fast.kernels import launch, linear
 
-    launch.KEPT = 3
+    launch.MAX_PLANS = 3
     cases = [{"r": r, "adapter": "bfloat16", "bias": False, "tokens": 1024} for r in (8, 8)]
     errors = []
 

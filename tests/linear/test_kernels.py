@@ -356,5 +356,5 @@ def test_addresses_beyond_int32():
 
 def test_rows_copies_only_what_it_must():
     contiguous = torch.randn(4, 6)
-    assert launch.rows(contiguous[:, :5]).data_ptr() == contiguous.data_ptr()
-    assert launch.rows(contiguous.t()).stride(1) == 1
+    assert launch.contiguous_rows(contiguous[:, :5]).data_ptr() == contiguous.data_ptr()
+    assert launch.contiguous_rows(contiguous.t()).stride(1) == 1

@@ -24,18 +24,18 @@ TOKENS = sorted({1, 16384, *(n + more for n in (2**k for k in range(1, 15)) for 
 def peft(call: strategies.Call, direction: str, card: device.Device) -> float:
     """Seconds of PEFT's eager layer: a launch for each operation; the adapter, and with it x and dy, in the adapter's
     dtype."""
-    clock = strategies.Clock(call, card)
+    costs = strategies.CostModel(call, card)
     t, d_in, d_out, r, size, wide = *call[:4], call.dtype.itemsize, call.factor.itemsize
-    move = lambda width, n_bytes: clock.memory(t * width * n_bytes)
-    thin = lambda width: clock.memory((t * width + r * width + t * r) * wide)
+    move = lambda width, n_bytes: costs.memory(t * width * n_bytes)
+    thin = lambda width: costs.memory((t * width + r * width + t * r) * wide)
     cast = lambda width: move(width, size + wide) if wide > size else 0.0
     if direction == "forward":  # x W; x, dropped, a, b, times s, plus, in x's dtype
-        seconds = clock.cublas(t, d_in, d_out) + cast(d_in) + (move(d_in, 2 * wide + 1) if call.dropout else 0.0)
+        seconds = costs.cublas(t, d_in, d_out) + cast(d_in) + (move(d_in, 2 * wide + 1) if call.dropout else 0.0)
         return seconds + thin(d_in) + thin(d_out) + move(d_out, 2 * wide) + move(d_out, size + 2 * wide) + cast(d_out)
     # dy; dy s; db, dS; da, dS a; dropped; in x's dtype; dy W; plus
     seconds = cast(d_out) + move(d_out, 2 * wide) + 2 * thin(d_out) + 2 * thin(d_in) + cast(d_in)
     seconds += move(d_in, 2 * wide + 1) if call.dropout else 0.0
-    return seconds + clock.cublas(t, d_out, d_in) + move(d_in, 3 * size)
+    return seconds + costs.cublas(t, d_out, d_in) + move(d_in, 3 * size)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
@@ -88,7 +88,7 @@ def operands(n: int, d_in: int, d_out: int, dtype=HALF, padding: int = 0) -> tup
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("d_in, padding", [(4095, 0), (4096, 1), (4096, 4)])
 def test_what_cannot_be_streamed_is_cublas(arch, d_in, padding, monkeypatch):
-    monkeypatch.setattr(device, "of", lambda _: device.CARDS[arch])
+    monkeypatch.setattr(device, "get", lambda _: device.CARDS[arch])
     for direction in ("forward", "backward"):
         left, weight = operands(8192, d_in, 4096, padding=padding)
         left = left if direction == "forward" else left.new_empty(8192, 4096)
@@ -104,7 +104,7 @@ def test_a_transposed_weight_is_not_copied():
 
 
 def test_measured_comes_before_estimated_and_after_assumed(monkeypatch):
-    monkeypatch.setattr(device, "of", lambda _: device.CARDS[90])
+    monkeypatch.setattr(device, "get", lambda _: device.CARDS[90])
     left, weight = operands(8192, 4096, 4096)
     forward = lambda: strategies.way("forward", left, weight, HALF, 16, False).gemm
     key = tuned.key("linear", HALF, 8192, 4096, 4096, 16)
