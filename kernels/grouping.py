@@ -1,4 +1,4 @@
-"""Groups items by a key, such as shape, dtype or device, and computes results group by group."""
+"""Work on items that belong together by a key: shapes, dtypes, devices."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
@@ -7,7 +7,7 @@ Item = TypeVar("Item")
 
 
 def group_by(items: Iterable[Item], key: Callable[[Item], Hashable]) -> dict[Hashable, list[Item]]:
-    """Returns the items of each key in their original order. The keys are in the order of their first item."""
+    """Returns the items of each key in their order; the keys are in the order of their first item."""
     groups: dict[Hashable, list[Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -15,12 +15,11 @@ def group_by(items: Iterable[Item], key: Callable[[Item], Hashable]) -> dict[Has
 
 
 def map_groups(compute: Callable, key: Callable[..., Hashable], *lists: Sequence) -> list[tuple]:
-    """Calls ``compute`` once for each group of positions with the same key and returns the results in list order.
+    """Calls ``compute`` once for all positions of the lists that have one key, and puts its results back in order.
 
     Args:
-        compute: takes one list for each of ``lists``, restricted to the group's positions. Returns one or more lists
-            of results with one entry for each position.
-        key: takes the items at one position, one from each of ``lists``.
+        compute: takes the lists of a group's members, and returns as many results a position, each as a list.
+        key: takes a position's members.
 
     Returns:
         One tuple of results for each position.

@@ -1,4 +1,4 @@
-"""Records passed between the kernels and the code around them. This module does not import Triton."""
+"""Records that cross the border between the kernels and the code around them, readable without Triton."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,7 @@ from torch import Tensor
 
 
 class Grams(NamedTuple):
-    """The r×r Gram matrices of L pairs, each (L, r, r) in float32 (in float64 for float64 pairs). A Gram that was not
-    requested is None."""
+    """The r×r Grams of L pairs, each (L, r, r) in float32 (float64 of float64 pairs), or None where not computed."""
 
     ka: Tensor | None  # a aᵀ
     kb: Tensor | None  # bᵀb
@@ -17,16 +16,15 @@ class Grams(NamedTuple):
 
 
 class StepWork(NamedTuple):
-    """The operations that an adapter step applies to each of n factors before AdamW, in this order.
-
-    None skips an operation. R is the largest rank of the n factors; values beyond a factor's own rank are ignored.
+    """What an adapter step does to each of n factors besides AdamW, in this order. None leaves a part out. R is the
+    largest rank. Numbers beyond a factor's own rank are ignored.
 
     Attributes:
         additive: c (n,): g ← g + c p.
         matrices: M (n, R, R): g ← M g for an a, g ← g M for a b.
-        scale_p, scale_g: d and e (n, R), one number for each row of an a and each column of a b: p ← d p, g ← e g,
-            m ← e m, v ← e² v. Either both are given or neither.
-        gram: whether the step returns the Grams of the new factors.
+        scale_p, scale_g: d and e (n, R), one number for each rank row of an a and each column of a b: p ← d p, g ← e g,
+            m ← e m, v ← e² v. Both are given, or neither.
+        gram: whether the Grams of the new factors are returned.
     """
 
     additive: Tensor | None = None

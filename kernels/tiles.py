@@ -32,12 +32,12 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
-    def options(self, outer: str = "BLOCK_OUT", inner: str = "BLOCK_IN") -> dict[str, int]:
-        """Returns the block sizes as a kernel's constexprs, together with the compiler's options. ``outer`` and
-        ``inner`` are the constexprs' names."""
-        blocks = {"BLOCK_T": self.t, outer: self.outer, inner: self.inner, "BLOCK_R": self.r}
-        blocks = {name: size for name, size in blocks.items() if size}
-        return blocks | {"num_warps": self.warps, "num_stages": self.stages}
+    def options(self, outer: str = "BLOCK_OUT") -> dict[str, int]:
+        """Returns the block sizes as a kernel's constexprs, together with the compiler's options. ``outer`` is the
+        constexpr for the columns that a program owns."""
+        blocks = ("BLOCK_T", self.t), (outer, self.outer), ("BLOCK_IN", self.inner), ("BLOCK_R", self.r)
+        used = {name: size for name, size in blocks if size}
+        return used | {"num_warps": self.warps, "num_stages": self.stages}
 
 
 # (op, bytes of an element, oldest arch, largest shared memory of a block in KiB) → rows (largest rank class, tokens,
@@ -145,10 +145,10 @@ class GroupedTile(NamedTuple):
     warps: int
     stages: int
 
-    def options(self) -> dict[str, int]:
-        """Returns the block sizes as a kernel's constexprs, together with the compiler's options."""
+    def options(self, **block_sizes: int) -> dict[str, int]:
+        """Returns the tile as a grouped kernel's constexprs and compiler options, with further block sizes."""
         blocks = {"CHUNK": self.chunk, "BLOCK_D": self.d, "BLOCK_R": self.r}
-        return blocks | {"num_warps": self.warps, "num_stages": self.stages}
+        return blocks | block_sizes | {"num_warps": self.warps, "num_stages": self.stages}
 
 
 # op → rows (largest rank class, d, r, chunk, warps, stages)

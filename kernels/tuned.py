@@ -111,7 +111,7 @@ def read() -> dict[str, Table]:
 
 
 def write(devices: dict[str, Table]) -> None:
-    """Replaces the file atomically: writes a file beside it, synchronises it to disk and renames it."""
+    """Whole or not at all: written beside its place, synchronised, renamed."""
     rows = {device: [[*key, choice] for key, choice in table.items()] for device, table in devices.items()}
     path().parent.mkdir(parents=True, exist_ok=True)
     scratch = path().with_name(f"{path().name}.{os.getpid()}")

@@ -230,11 +230,11 @@ def _step_instructions(compiled) -> int:
             if target and target[1] in labels:
                 loops.append(instructions[labels[target[1]] :])
 
-    def rank(loop: list[str]) -> tuple[bool, float]:
+    def score(loop: list[str]) -> tuple[bool, float]:
         leaves_one_in_flight = _count(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x[1-9]", loop) > 0
         return leaves_one_in_flight, _count(r"HGMMA|UTC\w*MMA|HMMA", loop) / len(loop)
 
-    return len(max(loops, key=rank))
+    return len(max(loops, key=score))
 
 
 def _cuobjdump(flag: str, cubin: Path) -> str:
