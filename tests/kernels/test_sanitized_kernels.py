@@ -28,7 +28,7 @@ from lora_fast.kernels.pairs import (
     adamw,
     add_low_rank,
     gram,
-    muon,
+    inverse_mean,
     regularizers,
     scalora_scales,
     scalora_system,
@@ -106,7 +106,7 @@ def run_middle(r, in_memory) -> None:
     with poisoned_empty():
         regularizers.imbalance(grams, grams, rows, rate, rate, 0.1)
         regularizers.scale_reg(grams, grams, rows, rows, 0.1, 1e-8)
-        muon.muon(grams, grams, grams, grams, rate, rate, 3e-4)
+        inverse_mean.muon(grams, grams, grams, grams, rate, rate, 3e-4)
 
 
 def spd_matrices(n, r):
@@ -140,9 +140,9 @@ def run_scalora(r, solver, in_memory) -> None:
 def run_in_memory(run, *args, **options) -> None:
     """Runs small matrices in memory, as if they were too large for registers, with fewer programs than matrices."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (scalora_system, inverse, muon, spd):
+        for module in (scalora_system, inverse, inverse_mean, spd):
             patch.setattr(module, "IN_REGISTERS", 1)
-        for module in (cayley, inverse, muon, spd):
+        for module in (cayley, inverse, inverse_mean, spd):
             patch.setattr(module, "SLOTS", 2)
         run(*args, **options)
 
