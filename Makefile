@@ -1,8 +1,10 @@
 # make demo   fine-tune a real model on real text (about three minutes on 2 CPU cores)
-# make test   the whole suite
+# make test   format, lint, types and the whole suite (about 14 minutes on 2 CPU cores)
+# make quick  the suite without its slow half: no training runs, no sanitizer, no whole suites in the interpreter
+# make lint   format, lint and types alone (a minute)
 # make aot    the kernels without Python: build/aot/liblora_fast.so and its tests (cmake and a C compiler needed)
 # make env    the environment alone: .venv with the versions of constraints.txt
-# make bench  the figures of README.md that a CPU machine can measure
+# make bench  the figures of docs/measured.md
 # make launches  every launch of a layer on the limits of four cards (five minutes to half an hour): bench/launches.json
 # make tritons   the GEMM compiled with each Triton that is supported, held to the rules of lora-fast inspect
 # make gpu-cache TRITON=3.6.0  what bench/gpu.py launches, compiled for an H100 by the GPU machine's Triton
@@ -14,7 +16,7 @@ STAMP  := $(VENV)/.installed
 TRITONS := 3.6.0 3.7.1 3.9.0
 TRITON ?= 3.6.0
 
-.PHONY: env demo test bench launches tritons gpu-cache lint clean aot $(TRITONS:%=triton-%)
+.PHONY: env demo test quick bench launches tritons gpu-cache lint clean aot $(TRITONS:%=triton-%)
 env: $(STAMP)
 
 $(STAMP): setup.py pyproject.toml constraints.txt Makefile
@@ -28,8 +30,15 @@ $(STAMP): setup.py pyproject.toml constraints.txt Makefile
 demo: env
 	$(BIN)/lora-fast finetune
 
-test: env lint
+test: env
+	@echo "make test: about 14 minutes on 2 cores. It checks format, lint and types, then every module against PEFT, torch"
+	@echo "or float64: kernels in Triton's interpreter, layers, files, methods, commands, benchmarks, docs. No GPU is needed."
+	@$(MAKE) --no-print-directory lint
 	$(BIN)/pytest -n 2 --dist worksteal
+
+quick: env
+	@echo "make quick: about 4 minutes on 2 cores, the tests that are not marked slow."
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not budget"
 
 aot: env
 	cmake -S . -B build/aot -DPython3_EXECUTABLE=$(abspath $(BIN))/python
@@ -37,7 +46,9 @@ aot: env
 	ctest --test-dir build/aot --output-on-failure
 
 lint: env
-	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
 
 bench: env
 	$(BIN)/python bench/counts.py

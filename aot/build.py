@@ -2,10 +2,10 @@
 
     python aot/build.py --archs '80;90;100' --out build/kernels
 
-Run by CMake. Every kernel is one launch of the catalogue (lora_fast.kernels.catalogue), specialised for any call that
-keeps the header's word on alignment; its key is the case: kernel, op, dtype, rank and what else was chosen. A kernel
-that ptxas lets spill is compiled again with all the registers a thread can have; one that still spills, or has a stack,
-ends the build.
+CMake runs it. Every kernel is one launch of the catalogue (lora_fast.kernels.inspection.catalogue), specialised for any
+call that meets the header's alignment rules. Its key names the case: kernel, op, dtype, rank and options. A kernel that
+spills is compiled again with all the registers that a thread can have. One that still spills, or has a stack, ends the
+build.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -30,18 +31,19 @@ from lora_fast.kernels.inspection.catalogue import Case, variants
 from lora_fast.kernels.linalg import spd
 from lora_fast.kernels.linear import grads
 
-LENGTHS = {"d_in", "d_out", "d_in_per_split"}  # what the header promises to be multiples of 16; strides are of these
-LENGTHS |= {f"stride_{name}" for name in ("x", "a", "b", "dy", "left", "weight", "factor")}  # and of the rank, built in
+# Arguments that the header's rules make multiples of 16. A stride is a length, or the rank that a kernel is built for.
+LENGTHS = {"d_in", "d_out", "d_in_per_split"}
+LENGTHS |= {f"stride_{name}" for name in ("x", "a", "b", "dy", "left", "weight", "factor")}
 CONSTANTS = ("BLOCK", "BLOCK_T", "BLOCK_OUT", "BLOCK_IN", "BLOCK_R", "BLOCK_D", "BLOCK_K", "CHUNK")  # of struct tile
-IMPLIED = {"strategy", "padding"}  # one value each: not part of a key
-EVERY = 5  # seconds, from one line of progress to the next
+IMPLIED = {"strategy", "padding"}  # options with one value each, which keys leave out
+PROGRESS_INTERVAL = 5  # seconds between lines of progress
 SMALL = (16, 32, 64, 128, 256)  # rank classes of spd_solve and small_inverse
-HADAMARD = (8, 16, 32, 64, 128)  # of ScaLoRA's system
+SCALORA = (8, 16, 32, 64, 128)  # of ScaLoRA's system
 STEPS = ((), ("add",), ("matrix",), ("scale",), ("gram",), ("matrix", "gram"))
 
 
 def cases(ops: list[str] | None, dtypes: list[str], ranks: list[int]) -> list[Case]:
-    """What the library embeds, for each arch."""
+    """Returns the cases that the library embeds for each arch."""
     masks, gemm = {"dropout": (0.0, 0.1)}, {"strategy": ("fused",), "padding": (0,)}
     layer = {
         "project": masks | {"tokens": ("many", "short")},
@@ -50,33 +52,33 @@ def cases(ops: list[str] | None, dtypes: list[str], ranks: list[int]) -> list[Ca
         "grad_a": masks,
         "grad_x": gemm | masks,
     }
-    found = []
+    chosen = []
     for op, choices in layer.items():
         for dtype in dtypes:
-            found += _cases(op, dtype, ranks, variants(adapter=tuple({dtype: 0, "float32": 0}), **choices))
+            chosen += _cases(op, dtype, ranks, variants(adapter=tuple({dtype: 0, "float32": 0}), **choices))
     names = ("add", "matrix", "scale", "gram")
     steps = [{name: name in on for name in names} for on in STEPS]
     for dtype in {**dict.fromkeys(dtypes), "float32": None}:
-        found += _cases("gram", dtype, ranks, [{}])
+        chosen += _cases("gram", dtype, ranks, [{}])
         stepping = _cases("adamw_step", dtype, ranks, steps)
-        found += [case for case in stepping if case.r <= factor_tiles.GRAM_RANK or not case.variant["gram"]]
-        found += _cases("transform", dtype, ranks, variants(add=(False, True)))
-        found += _cases("cayley", dtype, ranks, variants(backward=(False, True)))
+        chosen += [case for case in stepping if case.r <= factor_tiles.GRAM_RANK or not case.variant["gram"]]
+        chosen += _cases("transform", dtype, ranks, variants(add=(False, True)))
+        chosen += _cases("cayley", dtype, ranks, variants(backward=(False, True)))
     for dtype in dtypes:
         roundings = ("nearest",) if dtype == "float32" else ("nearest", "stochastic", "compensated")
-        found += _cases("merge", dtype, ranks, variants(rounding=roundings))
-    found += _cases("spd_solve", "float32", SMALL, [{}])
-    found += _cases("small_inverse", "float32", SMALL, [{}])
-    found += _cases("scalora", "float32", HADAMARD, variants(solver=("nnls", "paper", "column", "scalar")))
-    return [case for case in found if ops is None or case.op in ops]
+        chosen += _cases("merge", dtype, ranks, variants(rounding=roundings))
+    chosen += _cases("spd_solve", "float32", SMALL, [{}])
+    chosen += _cases("small_inverse", "float32", SMALL, [{}])
+    chosen += _cases("scalora", "float32", SCALORA, variants(solver=("nnls", "paper", "column", "scalar")))
+    return [case for case in chosen if ops is None or case.op in ops]
 
 
-def _cases(op: str, dtype: str, ranks, chosen: list[dict]) -> list[Case]:
-    return [Case(op, dtype, r, variant) for r in ranks for variant in chosen]
+def _cases(op: str, dtype: str, ranks: Iterable[int], options: list[dict]) -> list[Case]:
+    return [Case(op, dtype, r, variant) for r in ranks for variant in options]
 
 
-class InParts(grads.Split):
-    """A result that is float32 partial sums even where there is one, so that one kernel serves every size."""
+class AlwaysSplit(grads.Split):
+    """A result that is stored as float32 partial sums even where there is one, so that one kernel serves every size."""
 
     def __init__(self, shape: tuple[int, ...], dtype, count: int, *more):
         super().__init__(shape, dtype, count, *more)
@@ -85,13 +87,13 @@ class InParts(grads.Split):
 
 @contextmanager
 def as_embedded(arch: int):
-    """Within: Python's launchers choose as the library does."""
-    with tiles.assume(arch=arch, strategy="fused", tma=False), mock.patch.object(grads, "Split", InParts):
+    """A context in which Python's launchers choose the kernels that the library has."""
+    with tiles.assume(arch=arch, strategy="fused", tma=False), mock.patch.object(grads, "Split", AlwaysSplit):
         yield
 
 
 def compile_case(case: Case, arch: int) -> list[dict]:
-    """What the table needs to know of each launch of the case."""
+    """Returns a row of the table for each launch of the case."""
     with as_embedded(arch), compiler.recorded() as launches:
         case.run()
     return [_row(case, arch, launch) for launch in launches]
@@ -118,13 +120,13 @@ def _row(case: Case, arch: int, launch: compiler.Launch) -> dict:
 
 
 def name_of_cubin(kernel) -> str:
-    """By its PTX, which is the same in every process. ptxas may choose other registers from one run to the next, and
-    Triton's own hash of a kernel depends on the ones before it."""
+    """Returns a hash of the kernel's PTX, which is the same in every process. The cubin is not, since ptxas may choose
+    other registers from one run to the next, and Triton's own hash depends on the kernels compiled before."""
     return hashlib.sha256(kernel.asm["ptx"].encode()).hexdigest()[:32]
 
 
 def _params(kernel) -> list[str]:
-    """name:kind of every parameter: p a pointer, i and l integers of 32 and 64 bits, f a float, d a double."""
+    """Returns name:kind of every parameter: p a pointer, i and l integers of 32 and 64 bits, f a float, d a double."""
     kinds = {"i32": "i", "i64": "l", "fp32": "f", "fp64": "d"}
     signature = {name: kind for name, kind in kernel.src.signature.items() if kind != "constexpr"}
     params = [f"{name}:{'p' if kind[0] == '*' else kinds[kind]}" for name, kind in signature.items()]
@@ -135,7 +137,7 @@ def _params(kernel) -> list[str]:
 
 
 def write(rows: list[dict], out: Path) -> None:
-    """kernels.c, kernels.S and the cubins that it takes in."""
+    """Writes kernels.c, kernels.S and the cubins that kernels.S includes."""
     out.mkdir(parents=True, exist_ok=True)
     cubins = {row["name_of_cubin"]: row["cubin"] for row in rows}
     assembly = ['.section .rodata, "a"']
@@ -166,16 +168,24 @@ def _symbol(name: str) -> str:
     return f"lora_fast_cubin_{name}"
 
 
+def _words(text: str) -> list[str]:
+    return text.replace(",", ";").split(";")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in _words(text)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words = lambda text: text.replace(",", ";").split(";")
-    numbers = lambda text: [int(word) for word in words(text)]
-    parser.add_argument("--archs", type=numbers, default=[80, 90, 100], help=";".join(map(str, device.CARDS)))
-    parser.add_argument("--dtypes", type=words, default=["bfloat16"], help="of activations; adapters too, or float32")
-    parser.add_argument("--ranks", type=numbers, default=[8, 16, 32, 64, 128], help="8;16;32;64;128")
-    parser.add_argument("--ops", type=words, help="of the catalogue; all, if not given")
+    parser.add_argument("--archs", type=_numbers, default=[80, 90, 100], help=";".join(map(str, device.CARDS)))
+    parser.add_argument(
+        "--dtypes", type=_words, default=["bfloat16"], help="of activations; adapters have the same dtype or float32"
+    )
+    parser.add_argument("--ranks", type=_numbers, default=[8, 16, 32, 64, 128], help="8;16;32;64;128")
+    parser.add_argument("--ops", type=_words, help="of the catalogue; default: all")
     parser.add_argument("--out", type=Path, required=True, help="folder for kernels.c, kernels.S and the cubins")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="compilations at a time")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="number of compilations in parallel")
     options = parser.parse_args()
     if set(options.archs) - set(device.CARDS):
         parser.error(f"--archs: expected some of {sorted(device.CARDS)}, got {options.archs}")
@@ -186,14 +196,14 @@ def main() -> None:
     jobs = [(case, arch) for arch in options.archs for case in cases(options.ops, options.dtypes, options.ranks)]
     with ProcessPoolExecutor(min(options.processes, len(jobs)), get_context("spawn")) as pool:
         futures = [pool.submit(compile_case, *job) for job in jobs]
-        told = time.monotonic()
+        last_report = time.monotonic()
         for done, future in enumerate(as_completed(futures), 1):
             if future.exception():
                 pool.shutdown(cancel_futures=True)
                 sys.exit(f"build.py: {future.exception()}")
-            if time.monotonic() - told > EVERY or done == len(jobs):
+            if time.monotonic() - last_report > PROGRESS_INTERVAL or done == len(jobs):
                 print(f"compiled {done} of {len(jobs)}", flush=True)
-                told = time.monotonic()
+                last_report = time.monotonic()
     write([row for future in futures for row in future.result()], options.out)
 
 

@@ -1,4 +1,4 @@
-/* The driver, opened at the first launch, and launches through it. */
+/* Opens the driver at the first launch, finds and loads kernels, and launches them. */
 
 #include "kernels.h"
 
@@ -30,7 +30,7 @@ static struct {
 static pthread_once_t opened = PTHREAD_ONCE_INIT;
 static int open_status = LORA_FAST_NO_DRIVER;
 static pthread_mutex_t loading = PTHREAD_MUTEX_INITIALIZER;
-static CUkernel *loaded; /* of every row; a kernel of a CUlibrary serves every context */
+static CUkernel *loaded; /* one for each row; a kernel of a CUlibrary is valid in every context */
 
 static void open_driver(void) {
     void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL);
@@ -70,13 +70,13 @@ int lora_fast_multiprocessors(int *count) {
     return device_attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, count);
 }
 
-/* An arch's cubin runs on later devices of its generation up to sm_8x; from sm_90 on it is for that one alone. */
+/* A cubin runs on later devices of its generation up to sm_8x. From sm_90 on, a kernel is for one arch only. */
 static int runs_on(int arch, int device) {
     return arch == device || (device < 90 && arch / 10 == device / 10 && arch < device);
 }
 
-/* device 0: any; shared: bytes a block may use there, which is less on some devices than on the first of their
-   generation. */
+/* Finds the row with this key of the latest arch that runs on the device (0: any device). shared: the bytes of shared
+   memory that a block may use there; some devices have less than the first of their generation. */
 static int best_row(int *row, const char *key, int device, unsigned shared) {
     int any = 0, best = -1;
     for (int i = 0; i < lora_fast_table_length; i++) {
@@ -126,7 +126,7 @@ static int load(int row, CUkernel *kernel) {
     return status;
 }
 
-/* The value of the parameter `name` of kind p, i, l, f or d, in a slot as the kernel reads it. */
+/* Stores the value of the parameter `name` of kind p, i, l, f or d in a slot, as the kernel reads it. */
 static int value_of(const char *name, size_t length, char kind, const struct argument *argument, uint64_t *slot) {
     for (; argument->name; argument++)
         if (strlen(argument->name) == length && !strncmp(argument->name, name, length)) break;
@@ -135,7 +135,7 @@ static int value_of(const char *name, size_t length, char kind, const struct arg
     if (kind == 'p') memcpy(slot, &argument->pointer, sizeof argument->pointer);
     else if (kind == 'f') memcpy(slot, &argument->number, sizeof argument->number);
     else if (kind == 'd') memcpy(slot, &(double){argument->number}, sizeof(double));
-    else memcpy(slot, &argument->integer, kind == 'l' ? 8 : 4); /* little-endian, as every CUDA host */
+    else memcpy(slot, &argument->integer, kind == 'l' ? 8 : 4); /* every CUDA host is little-endian */
     return LORA_FAST_OK;
 }
 
@@ -151,7 +151,8 @@ int lora_fast_launch(int row, int64_t grid_x, int64_t grid_y, int64_t grid_z, co
         next += length + 2;
         if (*next == ' ') next++;
     }
-    for (int i = 0; i < count + 2; i++) pointers[i] = &values[i]; /* two scratch buffers that no kernel here uses */
+    /* Triton adds two pointers to scratch memory, which no kernel here uses. */
+    for (int i = 0; i < count + 2; i++) pointers[i] = &values[i];
     if (grid_x == 0 || grid_y == 0) return LORA_FAST_OK;
     if (grid_x > INT32_MAX || grid_y > UINT16_MAX || grid_z > UINT16_MAX) return LORA_FAST_BAD_ARGUMENT;
     const struct kernel *kernel = &lora_fast_table[row];

@@ -1,5 +1,5 @@
-/* The forward pass of one LoRA layer, as an engine would call it. Here without memory of a device, so that it builds
-   and runs anywhere: with a GPU, take the addresses from cudaMalloc and the stream from cudaStreamCreate. */
+/* The forward pass of one LoRA layer, as an engine would call it. It uses no device memory, so that it builds and runs
+   anywhere. With a GPU, take the addresses from cudaMalloc and the stream from cudaStreamCreate. */
 
 #include "lora_fast.h"
 
@@ -21,10 +21,10 @@ int main(void) {
                              .dtype = LORA_FAST_BFLOAT16, .adapter = LORA_FAST_FLOAT32};
     void *nowhere = (void *)256;
     int misaligned = forward(&layer, (char *)nowhere + 2, nowhere, nowhere, nowhere, nowhere, nowhere, NULL);
-    printf("an address that is no multiple of 16: %s\n", lora_fast_error_name(misaligned));
+    printf("an address that is not a multiple of 16: %s\n", lora_fast_error_name(misaligned));
     if (misaligned != LORA_FAST_MISALIGNED) return 1;
 
     int error = forward(&layer, nowhere, nowhere, nowhere, nowhere, nowhere, nowhere, NULL);
     printf("a launch without a CUDA context: %s\n", lora_fast_error_name(error));
-    return error == LORA_FAST_OK; /* it cannot have worked */
+    return error == LORA_FAST_OK; /* success is impossible here */
 }

@@ -1,6 +1,6 @@
-/* The layer: the grids of kernels/linear/project.py, linear.py and grads.py. Python's launcher has a kernel write the result
-   itself where there would be one partial sum; here that one is added as more are, so that one kernel serves every
-   size. */
+/* The layer. Grids are those of kernels/linear/{project,gemm,grads}.py. Where there is one partial sum, Python's
+   launcher lets the kernel write the result itself; here one partial sum is added like several, so that one kernel
+   serves every size. */
 
 #include "kernels.h"
 
@@ -40,7 +40,7 @@ API int lora_fast_project(const lora_fast_layer *layer, const void *x, const voi
                             stream);
 }
 
-/* result (n_tokens, d_out) from left (n_tokens, d_in), as kernels/linear/gemm.py names them in both directions. */
+/* Computes result (n_tokens, d_out) from left (n_tokens, d_in), named for both directions as in linear/gemm.py. */
 static int gemm(const lora_fast_layer *layer, int row, const void *left, const void *weight, const void *bias,
                 const void *thin, const void *factor, void *result, int d_in, int d_out, int stride_weight,
                 int stride_factor, float scaling, lora_fast_stream stream) {
@@ -78,8 +78,8 @@ API int lora_fast_grad_x(const lora_fast_layer *layer, const void *dy, const voi
                 stream);
 }
 
-/* Column chunks, token splits and tokens per split, by the rule of `splits` in kernels/tiles.py: the same on every
-   device that takes the same kernel. */
+/* Column chunks, token splits and tokens per split, by the rule of `splits` in kernels/tiles.py, which depends on the
+   kernel but not on the device. */
 struct split {
     int64_t chunks, splits, tokens;
 };
@@ -107,7 +107,7 @@ static int find_grad_a(const lora_fast_layer *layer, int *row, struct split *par
     return LORA_FAST_OK;
 }
 
-/* Numbers that the partial sums of dS take: those of db start behind them, at a multiple of 16 bytes. */
+/* The number of floats that the partial sums of dS take. Those of db follow, at a multiple of 16 bytes. */
 static int64_t room_for_ds(const lora_fast_layer *layer, struct split parts) {
     return divide_up(parts.chunks * layer->n_tokens * layer->r, 4) * 4;
 }
@@ -144,7 +144,7 @@ API int lora_fast_grad_s_b(const lora_fast_layer *layer, const void *dy, const v
     struct split parts;
     CALL(check(layer));
     CALL(CHECK_ADDRESSES(dy, s, b, ds, db, workspace));
-    if (layer->n_tokens == 0) return LORA_FAST_BAD_ARGUMENT; /* db would have to be zeroed: there is no gradient */
+    if (layer->n_tokens == 0) return LORA_FAST_BAD_ARGUMENT; /* no kernel would set db to zero */
     CALL(find_grad_s_b(layer, &row, &parts));
     int64_t numel_s = (int64_t)layer->n_tokens * layer->r, numel_b = (int64_t)layer->d_out * layer->r;
     float *ds_parts = workspace, *db_parts = ds_parts + room_for_ds(layer, parts);

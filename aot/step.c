@@ -1,12 +1,14 @@
-/* The step and the small matrices: tables as kernels/pointer_table.py and merge.py build them, grids as gram.py, step.py,
-   solve.py, inverse.py, hadamard.py and rescale.py choose them. */
+/* The step and the small matrices. Tables have the layout of kernels/pointer_table.py and pairs/add_low_rank.py; grids
+   are those of kernels/pairs/{gram,adamw,transform,add_low_rank,scalora_system,scalora_scales}.py and of
+   kernels/linalg/{spd,inverse}.py. */
 
 #include "kernels.h"
 
 #include <string.h>
 
-enum { COLUMNS = 8, MERGE_COLUMNS = 12, COUNTERS = 16, HYPER = 5, LARGEST_RANK = 256, HADAMARD_RANK = 128, HADAMARD_IN_REGISTERS = 32 };
-enum { SCRATCHES = 3 }; /* matrices that kernels/linalg/inverse.py works on beside the result; solve.py takes one */
+enum { COLUMNS = 8, MERGE_COLUMNS = 12, COUNTERS = 16, HYPER = 5 };
+enum { LARGEST_RANK = 256, LARGEST_SCALORA_RANK = 128, SCALORA_IN_REGISTERS = 32 };
+enum { SCRATCHES = 3 }; /* scratch matrices of a program of kernels/linalg/inverse.py; spd.py takes one */
 
 static int find_any(const lora_fast_group *group, int *row) {
     const char *dtype = lora_fast_dtype_name(group->dtype);
@@ -24,7 +26,7 @@ static int find_any(const lora_fast_group *group, int *row) {
     return LORA_FAST_BAD_ARGUMENT;
 }
 
-/* Programs that a factor has. */
+/* The number of programs of a factor. */
 static int64_t programs_of(const lora_fast_group *group, const lora_fast_factor *factor, int block_in) {
     int64_t d = group->op == LORA_FAST_STEP && group->flat ? factor->d * group->r : factor->d;
     int64_t programs = divide_up(d, group->chunk);
@@ -33,14 +35,16 @@ static int64_t programs_of(const lora_fast_group *group, const lora_fast_factor 
 
 static int n_tensors(lora_fast_op op) { return (const int[]){2, 4, 1, 4}[op]; }
 
-/* Numbers of a factor's row in the table, and of the list beside it: a gradient's address. */
+/* The length of a factor's row in the table. */
 static int64_t columns(const lora_fast_group *group) { return group->op == LORA_FAST_MERGE ? MERGE_COLUMNS : COLUMNS; }
 
-static int beside(lora_fast_op op) { return op == LORA_FAST_GRAM || op == LORA_FAST_STEP; }
+/* Whether a list of gradients' addresses follows the rows. */
+static int has_gradients(lora_fast_op op) { return op == LORA_FAST_GRAM || op == LORA_FAST_STEP; }
 
+/* int64 numbers before the counters, which start at a multiple of 16 bytes. */
 static int64_t numbers(const lora_fast_group *group) {
     int64_t n = group->n_factors;
-    return columns(group) * n + (beside(group->op) ? (n + 1) / 2 * 2 : 0); /* what follows starts at 16 bytes */
+    return columns(group) * n + (has_gradients(group->op) ? (n + 1) / 2 * 2 : 0);
 }
 
 API int lora_fast_plan(lora_fast_group *group, const lora_fast_factor *factors) {
@@ -68,7 +72,7 @@ API int lora_fast_fill(const lora_fast_group *group, const lora_fast_factor *fac
     int row;
     CALL(find_any(group, &row));
     int merge = group->op == LORA_FAST_MERGE;
-    int64_t *entry = host, *list = entry + columns(group) * group->n_factors;
+    int64_t *entry = host, *gradients = entry + columns(group) * group->n_factors;
     int32_t *counters = (int32_t *)(entry + numbers(group));
     int32_t *tile = counters + COUNTERS * (int64_t)group->n_factors;
     memset(host, 0, group->bytes);
@@ -78,15 +82,15 @@ API int lora_fast_fill(const lora_fast_group *group, const lora_fast_factor *fac
         int column = 0;
         for (int j = 0; j < n_tensors(group->op); j++) {
             int64_t address = (int64_t)(uintptr_t)factor->tensors[j];
-            if (beside(group->op) && j == 1) list[i] = address;
+            if (has_gradients(group->op) && j == 1) gradients[i] = address;
             else entry[column++] = address;
         }
         if (merge) {
-            int64_t rest[] = {factor->d, r, factor->d_in, factor->index, factor->d_in, 1, r, 1};
-            memcpy(entry + 4, rest, sizeof rest);
+            int64_t sizes[] = {factor->d, r, factor->d_in, factor->index, factor->d_in, 1, r, 1};
+            memcpy(entry + 4, sizes, sizeof sizes);
         } else {
-            int64_t rest[] = {factor->d, r, factor->is_a != 0, factor->index};
-            memcpy(entry + 3, rest, sizeof rest);
+            int64_t sizes[] = {factor->d, r, factor->is_a != 0, factor->index};
+            memcpy(entry + 3, sizes, sizeof sizes);
         }
         for (int64_t j = 0; j < count; j++) *tile++ = i, *tile++ = (int32_t)j;
     }
@@ -96,7 +100,7 @@ API int lora_fast_fill(const lora_fast_group *group, const lora_fast_factor *fac
 /* The parts of a table in device memory. */
 #define TABLE                                                                                                          \
     NAMED_POINTER("entries", group->device),                                                                           \
-        NAMED_POINTER("beside", (const int64_t *)group->device + columns(group) * group->n_factors),                   \
+        NAMED_POINTER("gradients", (const int64_t *)group->device + columns(group) * group->n_factors),                \
         NAMED_POINTER("counters", counters_of(group)),                                                                 \
         NAMED_POINTER("tiles", counters_of(group) + COUNTERS * (int64_t)group->n_factors)
 
@@ -148,7 +152,7 @@ API int lora_fast_adamw_step(const lora_fast_group *group, const double *hyper, 
                             NAMED_POINTER("scale_g", work->scale_g), NAMED_POINTER("partials", workspace),
                             NAMED_POINTER("totals", work->grams),
                             NAMED_INTEGER("stride_hyper", hyper_rows > 1 ? HYPER : 0),
-                            /* What the optimizer of the Python package passes in place of hyper. */
+                            /* Python's optimizer passes these in place of hyper; the kernel ignores them. */
                             NAMED_POINTER("p_lr_b", steps), NAMED_POINTER("p_lr_a", steps), NAMED_NUMBER("lr_b", 0),
                             NAMED_NUMBER("beta1_b", 0), NAMED_NUMBER("beta2_b", 0), NAMED_NUMBER("eps_b", 0),
                             NAMED_NUMBER("decay_b", 0), NAMED_NUMBER("lr_a", 0), NAMED_NUMBER("beta1_a", 0),
@@ -217,16 +221,16 @@ API int lora_fast_small_inverse(int n, int r, const float *matrices, float *inve
 }
 
 API size_t lora_fast_scalora_workspace(int n, int r) {
-    return r > HADAMARD_IN_REGISTERS ? sizeof(float) * n * 2 * (2 * r) * (2 * r) : 0;
+    return r > SCALORA_IN_REGISTERS ? sizeof(float) * n * 2 * (2 * r) * (2 * r) : 0;
 }
 
 API int lora_fast_scalora_solve(int n, int r, const float *grams, lora_fast_solver solver, float *x,
-                                unsigned char *alive, int32_t *info, void *workspace, lora_fast_stream stream) {
+                                unsigned char *active, int32_t *info, void *workspace, lora_fast_stream stream) {
     static const char *const names[] = {"nnls", "paper", "column", "scalar"};
     int row;
     if (n < 0 || r < 1 || (unsigned)solver > 3) return LORA_FAST_BAD_ARGUMENT;
-    if (r > HADAMARD_RANK) return LORA_FAST_NO_KERNEL;
-    CALL(CHECK_ADDRESSES(grams, x, alive, info, r > HADAMARD_IN_REGISTERS ? workspace : grams));
+    if (r > LARGEST_SCALORA_RANK) return LORA_FAST_NO_KERNEL;
+    CALL(CHECK_ADDRESSES(grams, x, active, info, r > SCALORA_IN_REGISTERS ? workspace : grams));
     CALL(lora_fast_find(&row, "lora_scalora_solve_kernel scalora float32 r%d solver=%s", lora_fast_rank_class(r, 8),
                         names[solver]));
     int64_t size = (int64_t)n * r * r;
@@ -234,22 +238,22 @@ API int lora_fast_scalora_solve(int n, int r, const float *grams, lora_fast_solv
                             (struct argument[]){NAMED_POINTER("ka", grams), NAMED_POINTER("kb", grams + size),
                                                 NAMED_POINTER("kp", grams + 2 * size),
                                                 NAMED_POINTER("kq", grams + 3 * size),
-                                                NAMED_POINTER("k", grams + 4 * size), POINTER(x), POINTER(alive),
+                                                NAMED_POINTER("k", grams + 4 * size), POINTER(x), POINTER(active),
                                                 POINTER(info), NAMED_POINTER("scratch", workspace), INTEGER(r), END},
                             stream);
 }
 
-API int lora_fast_scalora_scales(int n, int r, const float *x, const unsigned char *alive, const double *kappa,
+API int lora_fast_scalora_scales(int n, int r, const float *x, const unsigned char *active, const double *kappa,
                                  const float *scaling, float low, float high, float *scale_p, float *scale_g,
-                                 float *rest, lora_fast_stream stream) {
+                                 float *residual_scale, lora_fast_stream stream) {
     int row;
     if (n < 0 || r < 1 || (int64_t)n * r > INT32_MAX) return LORA_FAST_BAD_ARGUMENT;
-    CALL(CHECK_ADDRESSES(x, alive, kappa, scaling, scale_p, scale_g, rest));
-    CALL(lora_fast_find(&row, "lora_scales_kernel scalora float32 r8 solver=nnls")); /* the same for all */
+    CALL(CHECK_ADDRESSES(x, active, kappa, scaling, scale_p, scale_g, residual_scale));
+    CALL(lora_fast_find(&row, "lora_scales_kernel scalora float32 r8 solver=nnls")); /* one kernel for all ranks */
     int64_t size = (int64_t)n * r;
     return lora_fast_launch(row, divide_up(size, lora_fast_table[row].tile.BLOCK), 1, 1,
-                            (struct argument[]){POINTER(x), POINTER(alive), POINTER(kappa), POINTER(scaling),
-                                                POINTER(scale_p), POINTER(scale_g), POINTER(rest),
+                            (struct argument[]){POINTER(x), POINTER(active), POINTER(kappa), POINTER(scaling),
+                                                POINTER(scale_p), POINTER(scale_g), POINTER(residual_scale),
                                                 NAMED_NUMBER("low", low), NAMED_NUMBER("high", high), INTEGER(size),
                                                 INTEGER(r), END},
                             stream);

@@ -5,7 +5,7 @@ gradients. (Host time: host.py.)
     python bench/counts.py --only saved
 
 Traffic and launches are counted by Triton's interpreter at 4096×4096 and 8,192 tokens, so they are exact; the GEMM
-itself is left out of the traffic (it re-reads its operands from L2 by design). Goals: README.
+itself is left out of the traffic (it re-reads its operands from L2 by design). Goals: docs/measured.md.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Work on items that belong together by a key: shapes, dtypes, devices."""
+"""Groups items by a key, such as shape, dtype and device, and maps functions over the groups."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
@@ -7,7 +7,7 @@ Item = TypeVar("Item")
 
 
 def group_by(items: Iterable[Item], key: Callable[[Item], Hashable]) -> dict[Hashable, list[Item]]:
-    """Returns the items of each key in their order; the keys are in the order of their first item."""
+    """Returns the items of each key, in their order. The keys are in the order of their first item."""
     groups: dict[Hashable, list[Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -15,14 +15,16 @@ def group_by(items: Iterable[Item], key: Callable[[Item], Hashable]) -> dict[Has
 
 
 def map_groups(compute: Callable, key: Callable[..., Hashable], *lists: Sequence) -> list[tuple]:
-    """Calls ``compute`` once for all positions of the lists that have one key, and puts its results back in order.
+    """Calls ``compute`` once for all positions of the lists that have the same key, and restores the order of its
+    results.
 
     Args:
-        compute: takes the lists of a group's members, and returns as many results a position, each as a list.
-        key: takes a position's members.
+        compute: takes one list for each of ``lists``, with the members of a group, and returns a tuple of lists of
+            results, each with one result for each member.
+        key: takes the members at one position, one of each list.
 
     Returns:
-        One tuple of results for each position.
+        a tuple of results for each position.
     """
     rows = list(zip(*lists, strict=True))
     results: list[tuple] = [()] * len(rows)

@@ -1,12 +1,12 @@
-"""Constants that the kernels and the code around them share, readable without Triton."""
+"""Constants that the kernels share with the code around them. This module does not import Triton."""
 
-LARGEST_RANK = 256  # of an adapter, on either backend
-LARGEST_SCALORA_RANK = 128  # of ScaLoRA's system in the kernels; the torch twin takes any rank
-OLDEST_ARCH = 80  # of a GPU, as 10 · major + minor of its compute capability
-PHILOX_ROUNDS = 7  # of the generator that draws dropout masks and stochastic roundings
-SOLVERS = ("nnls", "paper", "column", "scalar")  # of ScaLoRA's scales
-ROUNDINGS = ("nearest", "stochastic", "compensated")  # of a 16-bit weight after a merge
-INACTIVE = 1e-12  # of the largest diagonal entry of its block: a coordinate of ScaLoRA's system below keeps scale 1
-COLLINEAR = 1e-6  # relative determinant below which ScaLoRA's one α and one β are not independent
+LARGEST_RANK = 256  # largest rank of an adapter, on either backend
+LARGEST_SCALORA_RANK = 128  # largest rank of ScaLoRA in the kernels; the torch twin has no limit
+OLDEST_ARCH = 80  # oldest compute capability of a GPU, as 10 · major + minor
+PHILOX_ROUNDS = 7  # rounds of the generator of dropout masks and stochastic roundings
+SOLVERS = ("nnls", "paper", "column", "scalar")  # solvers of ScaLoRA's scales
+ROUNDINGS = ("nearest", "stochastic", "compensated")  # roundings of a 16-bit weight after a merge
+INACTIVE = 1e-12  # relative to its block's largest diagonal entry: a coordinate of ScaLoRA's system below keeps scale 1
+COLLINEAR = 1e-6  # relative determinant below which ScaLoRA's scalar α and β are not independent
 RIDGE = 1e-7  # added to the unit diagonal of ScaLoRA's system
-MUON_DAMPING_ULPS = 16  # least damping of LoRA-Muon's Grams, in units of ε times their trace: their rounding
+MUON_DAMPING_ULPS = 16  # least damping of LoRA-Muon's Grams, in units of ε times their trace, for their rounding

@@ -1,4 +1,4 @@
-"""Records that cross the border between the kernels and the code around them, readable without Triton."""
+"""Records that the kernels exchange with the code around them. This module does not import Triton."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Grams(NamedTuple):
-    """The r×r Grams of L pairs, each (L, r, r) in float32 (float64 of float64 pairs), or None where not computed."""
+    """The r×r Grams of L pairs: (L, r, r) in float32 (float64 for float64 pairs), or None where not computed."""
 
     ka: Tensor | None  # a aᵀ
     kb: Tensor | None  # bᵀb
@@ -16,14 +16,14 @@ class Grams(NamedTuple):
 
 
 class StepWork(NamedTuple):
-    """What an adapter step does to each of n factors besides AdamW, in this order. None leaves a part out. R is the
-    largest rank. Numbers beyond a factor's own rank are ignored.
+    """The changes that an adapter step makes to each of n factors besides AdamW, in the order of the attributes. None
+    omits a change. R is the largest rank. Entries beyond a factor's own rank are ignored.
 
     Attributes:
-        additive: c (n,): g ← g + c p.
-        matrices: M (n, R, R): g ← M g for an a, g ← g M for a b.
-        scale_p, scale_g: d and e (n, R), one number for each rank row of an a and each column of a b: p ← d p, g ← e g,
-            m ← e m, v ← e² v. Both are given, or neither.
+        additive: c (n,), for g ← g + c p.
+        matrices: M (n, R, R), for g ← M g of an a and g ← g M of a b.
+        scale_p, scale_g: d and e (n, R), with one entry for each row of an a or column of a b, for p ← d p, g ← e g,
+            m ← e m and v ← e² v. Both are given, or neither.
         gram: whether the Grams of the new factors are returned.
     """
 

@@ -289,10 +289,10 @@ def _thin(op: str, name: str, tall: torch.Tensor, d_in: int, d_out: int, r: int)
 
 
 def grouped(op: str, r: int) -> GroupedTile:
-    """Returns the tile of a grouped kernel. ``r`` is the largest rank of the launch, or 1 for elementwise work on
-    factors of any rank (products need at least 16 columns)."""
-    rank_class = triton.next_power_of_2(r)
-    assert rank_class <= GROUPED[op][-1][0], f"r: expected 1 to {GROUPED[op][-1][0]}, got {r}"
+    """Returns the tile of a grouped launch. ``r``: its largest rank; 1 only for elementwise work (products need 16
+    columns)."""
+    rank_class, largest = triton.next_power_of_2(r), GROUPED[op][-1][0]
+    assert rank_class <= largest, f"rank: expected 1 to {largest}, got {r}"
     return GroupedTile(*next(row for row in GROUPED[op] if rank_class <= row[0])[1:])
 
 

@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from . import atomic_file
+
 FORMAT = 1
 STRATEGIES = ("fused", "cublas", "gluon")
 TILE_FIELDS = 5  # t, outer, inner, warps, stages, as in the rows of tiles.TABLE
@@ -111,15 +113,9 @@ def read() -> dict[str, Table]:
 
 
 def write(devices: dict[str, Table]) -> None:
-    """Whole or not at all: written beside its place, synchronised, renamed."""
+    """Writes the file atomically."""
     rows = {device: [[*key, choice] for key, choice in table.items()] for device, table in devices.items()}
-    path().parent.mkdir(parents=True, exist_ok=True)
-    scratch = path().with_name(f"{path().name}.{os.getpid()}")
-    with scratch.open("w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, "devices": rows}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path())
+    atomic_file.write_text(path(), json.dumps({"format": FORMAT, "devices": rows}, indent=1))
     _changed()
 
 

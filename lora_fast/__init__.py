@@ -1,7 +1,7 @@
 """LoRA fine-tuning on NVIDIA GPUs: fused Triton kernels behind thin torch modules.
 
-Start with ``inject_`` (a plain model) or ``fuse_`` (a PEFT model). ``lora_fast.hf`` (for transformers' Trainer) is
-loaded at its first use.
+Start with ``inject_`` for a plain model or ``fuse_`` for a PEFT model. ``lora_fast.hf``, for transformers' Trainer, is
+imported at its first use.
 """
 
 from importlib import import_module
@@ -49,6 +49,6 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name == "hf":
+    if name == "hf":  # imports transformers, which takes seconds
         return import_module(".hf", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

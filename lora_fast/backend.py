@@ -1,4 +1,4 @@
-"""Which implementation runs: the Triton kernels or their plain-torch twins. Nothing falls back silently."""
+"""Chooses the implementation that runs: the Triton kernels or their plain-torch twins. Nothing falls back silently."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _chosen = checks.choice(os.environ.get("LORA_FAST_BACKEND", "auto"), "LORA_FAST_
 
 
 class set_backend:
-    """Choose the backend: ``lf.set_backend("torch")``, or for a block: ``with lf.set_backend("torch"): ...``.
+    """Sets the backend: ``lf.set_backend("torch")``, or for a block only ``with lf.set_backend("torch"): ...``.
 
     Args:
         name: ``"auto"`` (Triton on CUDA tensors, torch elsewhere), ``"triton"`` or ``"torch"``. Triton on CPU tensors
@@ -40,20 +40,20 @@ class set_backend:
 
 
 def chosen() -> str:
-    """The name that was set."""
+    """Returns the name of the backend that is set."""
     return _chosen
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter is asked for, as Triton reads it: "true" and "on" count, too."""
+    """Returns whether the environment turns Triton's interpreter on; Triton accepts "true" and "on", too."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:
-    """Whether work on this tensor goes to the Triton kernels.
+    """Returns whether the Triton kernels compute on this tensor.
 
     Raises:
-        BackendError: Triton was asked for (or follows from CUDA) and cannot run here.
+        BackendError: Triton is chosen, by name or because the tensor is on a GPU, and cannot run.
     """
     if _chosen != "triton" and (_chosen == "torch" or not tensor.is_cuda):
         return False
@@ -62,7 +62,7 @@ def uses_triton(tensor: torch.Tensor) -> bool:
             f"backend 'triton' on {tensor.device} tensors: expected a CUDA device, or TRITON_INTERPRET=1 set before "
             "Python starts; lf.set_backend('auto') uses plain torch here"
         )
-    if tensor.dtype == torch.float64:
+    if tensor.dtype == torch.float64:  # the kernels accumulate in float32
         raise checks.BackendError(
             "backend 'triton' with float64: expected float16, bfloat16 or float32; lf.set_backend('torch') computes it"
         )
@@ -71,21 +71,21 @@ def uses_triton(tensor: torch.Tensor) -> bool:
 
 def ops(family: str, tensor: torch.Tensor) -> ModuleType:
     """Returns the module that computes a family of ops ("linear", "pairs" or "cayley") on this tensor: the kernels
-    (``lora_fast.kernels.<family>``) or their torch twins (``lora_fast.ops.reference.<family>``). Both have the same
-    functions with the same arguments.
+    (``lora_fast.kernels.<family>``) or their torch twins (``lora_fast.ops.reference.<family>``). Both modules have the
+    same functions with the same arguments.
 
     Raises:
-        BackendError: as ``uses_triton``.
+        BackendError: under the conditions of ``uses_triton``.
     """
     return load_ops(family, uses_triton(tensor))
 
 
 @cache
 def load_ops(family: str, triton: bool) -> ModuleType:
-    """Imports one of the two modules of a family. Triton is imported only where its kernels run."""
+    """Returns one of the two modules of a family. Triton is imported only where its kernels run."""
     return import_module(f".{'kernels' if triton else 'ops.reference'}.{family}", __package__)
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether what is launched there now goes into a CUDA graph."""
+    """Returns whether a CUDA graph is being captured on the device's current stream."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,5 +1,7 @@
-"""Errors, said once: which argument, what was expected, what came. Nothing here touches data, so every check runs
-before a kernel starts and costs no device synchronisation."""
+"""Errors and the checks of arguments. Each message names the argument, what was expected and what was passed.
+
+The checks read no data, so they run before a kernel starts and cost no device synchronisation.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +16,34 @@ NUMBERS = (float, int)
 
 
 class ArgumentError(ValueError):
-    """An argument that does not fit: names it, says what was expected and what came."""
+    """An argument does not fit. The message contains its name, what was expected and what was passed.
+
+    Attributes:
+        argument: the argument's name. expected: what was expected. got: what was passed.
+    """
 
     def __init__(self, argument: str, expected: str, got: object):
         self.argument, self.expected, self.got = argument, expected, got
         super().__init__(f"{argument}: expected {expected}, got {got}")
 
-    def __reduce__(self):
+    def __reduce__(self):  # BaseException's would call the constructor with the message alone
         return type(self), (self.argument, self.expected, self.got)
 
 
 class CheckpointError(ArgumentError):
-    """An adapter's files that cannot be read, written, or do not fit the model."""
+    """An adapter's files cannot be read or written, or do not fit the model."""
 
 
 class MissingPackageError(ImportError):
-    """An optional package that this call needs; the message has the pip line."""
+    """The call needs an optional package; the message contains the pip command."""
 
 
 class BackendError(RuntimeError):
-    """The chosen backend cannot run here."""
+    """The chosen backend cannot run on this machine or these tensors."""
+
+
+# Each of the following functions returns the value or raises ArgumentError. A bool is an int in Python and is therefore
+# refused explicitly.
 
 
 def rank(r: object, argument: str = "r") -> int:
@@ -96,12 +106,12 @@ def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: bool) -> None:
-    """The arguments of ``functional.lora_linear``. One expression accepts; what it does not is looked at again, piece
-    by piece, for the message: this runs at every call of every layer."""
+    """Checks the arguments of ``functional.lora_linear``. One expression accepts valid arguments, because this function
+    runs at every call of every layer; only a failure is examined piece by piece, for its message."""
     try:
         if _fits(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast):
             return
-    except (AttributeError, IndexError, TypeError, ValueError):  # not a tensor, not a matrix: named below
+    except (AttributeError, IndexError, TypeError, ValueError):  # an argument is no tensor or no matrix: named below
         pass
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B)):
         if tensor is None and name == "bias":

@@ -1,9 +1,9 @@
-"""For transformers' Trainer and what is built on it (TRL): the optimizer, and the adapters' statistics in the logs.
+"""LoRAAdamW, the adapters' statistics and exact checkpoints in transformers' Trainer and its subclasses (TRL).
 
     trainer = Trainer(model, args, …, optimizer_cls_and_kwargs=lf.hf.optimizer_cls_and_kwargs(model, args, methods))
     trainer.add_callback(lf.hf.AdapterStatsCallback(trainer, every=10))
 
-Loaded at the first use of ``lf.hf``, since it imports transformers.
+The module imports transformers, so it is imported at the first use of ``lf.hf``.
 """
 
 from __future__ import annotations
@@ -26,16 +26,19 @@ except ImportError as error:
 
 __all__ = ["AdapterStatsCallback", "ExactCheckpoints", "optimizer_cls_and_kwargs", "summary"]
 
-RATIOS = ("rms_ratio", "conditioning")  # their mean over layers is the geometric one
+RATIOS = ("rms_ratio", "conditioning")  # figures whose mean over layers is geometric
 
 
 def optimizer_cls_and_kwargs(model: nn.Module, args: TrainingArguments, methods: object = ()) -> tuple[type, dict]:
-    """What ``Trainer(optimizer_cls_and_kwargs=…)`` takes, to train ``model`` by LoRAAdamW.
+    """Returns the argument ``Trainer(optimizer_cls_and_kwargs=…)`` with which LoRAAdamW trains the model.
 
     Args:
-        model: the one that the Trainer gets, with its adapters.
-        args: learning rate, betas, epsilon and weight decay are read from here, as for Trainer's own AdamW.
+        model: the model that the Trainer gets, with its adapters.
+        args: contain the learning rate, betas, epsilon and weight decay, as for Trainer's own AdamW.
         methods: instances from ``lf.methods``.
+
+    Returns:
+        The optimizer's class and its keyword arguments.
     """
     settings = {
         "lr": args.learning_rate,
@@ -47,11 +50,18 @@ def optimizer_cls_and_kwargs(model: nn.Module, args: TrainingArguments, methods:
 
 
 class AdapterStatsCallback(TrainerCallback):
-    """Logs ``summary`` of the adapters before the first step, every ``every`` steps and after the last, through
-    ``trainer.log``: it reaches every place that the Trainer reports to. One copy from the device each time.
+    """Logs ``summary`` of the adapters before the first step, every ``every`` steps and after the last step, through
+    ``trainer.log`` and so to every place that the Trainer reports to. Each time copies once from the device.
+
+    Args:
+        trainer: the Trainer that the callback is added to.
+        every: steps between two logs, an integer of at least 1.
 
     Attributes:
-        bounds: while it logs and after, what ``lf.metrics.bound_stats`` says of each norm-bounded layer.
+        bounds: the last result of ``lf.metrics.bound_stats``, one entry per norm-bounded layer.
+
+    Raises:
+        ArgumentError: ``every`` out of range.
     """
 
     def __init__(self, trainer: Trainer, every: int = 10):
@@ -72,32 +82,37 @@ class AdapterStatsCallback(TrainerCallback):
         stats = adapter_stats(model)
         self.bounds = bound_stats(model, stats)
         if figures := summary(stats, self.bounds):
-            due = control.should_log  # of the loss of this step: any log clears it
+            loss_is_due = control.should_log  # trainer.log clears the flag, and this step's loss would not be logged
             self._trainer.log(figures)
-            control.should_log = due
+            control.should_log = loss_is_due
 
 
 class ExactCheckpoints:
-    """Goes ahead of a Trainer class for ScaLoRA, which changes the frozen weights: a checkpoint holds them too, and a
-    resumed run continues to the same bits.
+    """Makes a Trainer's checkpoints contain the frozen weights that ScaLoRA changes, so that a resumed run continues to
+    the same bits. It is the first base of a Trainer class:
 
         class ScaLoRATrainer(lf.hf.ExactCheckpoints, Trainer): pass
     """
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        save_adapter(self.model, output_dir or self.args.output_dir, exact=True)  # PEFT's two files, with the base
+        save_adapter(self.model, output_dir or self.args.output_dir, exact=True)  # replaces PEFT's two files
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_adapter(self.model if model is None else model, resume_from_checkpoint)
 
 
 def summary(stats: dict[str, AdapterStats], bounds: dict[str, BoundStats] | None = None) -> dict[str, float]:
-    """Each figure of ``lf.metrics.adapter_stats`` over all adapters: ``adapter/<figure>_mean``, ``_min``, ``_max``; and
-    ``adapter/bound_used_…`` of ``lf.metrics.bound_stats``, how much of their bounds norm-bounded layers use.
+    """Returns the mean, minimum and maximum over all adapters of each figure of ``lf.metrics.adapter_stats``, under
+    ``adapter/<figure>_mean``, ``_min`` and ``_max``.
 
-    The mean is geometric for ratios (rms_ratio, conditioning). A value that is not finite, as b = 0 makes the ratio, is
-    left out.
+    The mean is geometric for ratios (rms_ratio, conditioning). A result that is not finite is left out, such as that of
+    a ratio where b = 0.
+
+    Args:
+        stats: the result of ``lf.metrics.adapter_stats``.
+        bounds: the result of ``lf.metrics.bound_stats``. It adds ``adapter/bound_used_…``, the share of their bounds
+            that norm-bounded layers use.
     """
     names = [field.name for field in fields(AdapterStats)]
     figures = {name: [float(getattr(layer, name)) for layer in stats.values()] for name in names}

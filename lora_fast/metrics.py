@@ -1,4 +1,4 @@
-"""What a model's adapters are like, from r×r Grams: no product s b a is ever formed."""
+"""Statistics of a model's adapters. They are computed from r×r Grams, without forming any product s b a."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .batches.pairs import Pair
 from .kernels.grouping import group_by
 from .layers.nb_lora import NBLoRALinear, factors_of
 from .layers.sing_lora import SingLoRALinear
-from .ops import pairs as pair_ops
+from .ops.pairs import grams
 
 __all__ = ["AdapterStats", "BoundStats", "adapter_stats", "bound_stats"]
 
-SIGNIFICANT = 0.005  # singular values above are counted
+SIGNIFICANT = 0.005  # larger singular values count for the rank
 
 
 @dataclass(frozen=True)
 class AdapterStats:
-    """One adapter, or one expert of it, with ΔW = s b a and ρ = r / d_out.
+    """The statistics of an adapter, or of one expert of it, with ΔW = s b a and ρ = r / d_out.
 
     Attributes:
-        norm_a, norm_b: Frobenius norms. rms_ratio: root mean square of a's entries over that of b's.
+        norm_a, norm_b: Frobenius norms of a and b. rms_ratio: root mean square of a's entries over that of b's.
         frobenius, spectral, nuclear: norms of ΔW.
-        rank: number of singular values of ΔW above 0.005. erank: its stable rank, ‖ΔW‖_F² / ‖ΔW‖₂².
-        unbalanced: ‖a aᵀ − bᵀb‖_F. imbalance: ‖a aᵀ − ρ bᵀb‖_F, what iLoRA pulls to 0.
+        rank: number of singular values of ΔW above 0.005. erank: stable rank of ΔW, ‖ΔW‖_F² / ‖ΔW‖₂².
+        unbalanced: ‖a aᵀ − bᵀb‖_F, which BaLoRA makes 0. imbalance: ‖a aᵀ − ρ bᵀb‖_F, which iLoRA reduces.
         conditioning: (σ₁(a)² + σ₁(b)²) / min(σ_r(a)², σ_r(b)²).
     """
 
@@ -47,27 +47,28 @@ class AdapterStats:
 
 @torch.no_grad()
 def adapter_stats(model: nn.Module) -> dict[str, AdapterStats]:
-    """Statistics of every adapter that trains, by its layer's name (and PEFT's adapter name). Where one parameter holds
-    many experts (PEFT's ``target_parameters``), every expert has an entry, whose name ends in its number:
-    "….experts.default.0".
+    """Returns the statistics of every trained adapter, by the name of its layer (and PEFT's name of the adapter). Where
+    one parameter holds many experts (PEFT's ``target_parameters``), every expert has an entry, whose name ends in its
+    number: "….experts.default.0".
 
-    Batched over adapters of equal shape; one copy from the device for all of them. A singular value of ΔW below about
-    1e-3 of the largest carries the rounding of float32 Grams. Factors that are not finite give NaN for every figure.
+    The computation is batched over adapters of equal shape, with one copy from the device for all of them. A singular
+    value of ΔW below about 1e-3 of the largest has the rounding error of float32 Grams. Factors that are not finite
+    give NaN in every field.
 
     Raises:
-        ArgumentError: not a module.
+        ArgumentError: ``model`` is not a module.
     """
-    found = pairs.find_pairs(model) + _derived(model)
-    pairs.check(found, set())
-    kind = lambda pair: (pair.a.shape, pair.b.shape, pair.experts, pair.a.dtype, pair.a.device)
-    groups = group_by(found, kind)
+    adapters = pairs.find_pairs(model) + _derived_pairs(model)
+    pairs.check(adapters, set())
+    groups = group_by(adapters, lambda pair: (pair.a.shape, pair.b.shape, pair.experts, pair.a.dtype, pair.a.device))
     if not groups:
         return {}
-    device = found[0].a.device
-    columns = [_measure(members).to(device) for members in groups.values()]
-    rows = torch.cat(columns).tolist()  # the one copy
+    device = adapters[0].a.device
+    tables = [_measure(members).to(device) for members in groups.values()]
+    rows = torch.cat(tables).tolist()  # the only copy from the device
     names = [name for members in groups.values() for pair in members for name in pair.product_names]
-    order = {name: i for i, name in enumerate(name for pair in found for name in pair.product_names)}
+    order = {name: i for i, name in enumerate(name for pair in adapters for name in pair.product_names)}
+    # The rank, field 6, is an integer unless it is NaN.
     ranked = [[*row[:6], row[6] if math.isnan(row[6]) else int(row[6]), *row[7:]] for row in rows]
     stats = {name: AdapterStats(*row) for name, row in zip(names, ranked, strict=True)}
     return dict(sorted(stats.items(), key=lambda item: order[item[0]]))
@@ -75,7 +76,7 @@ def adapter_stats(model: nn.Module) -> dict[str, AdapterStats]:
 
 @dataclass(frozen=True)
 class BoundStats:
-    """One norm-bounded layer: the norm's name, its bound, its value for ΔW, and the value over the bound."""
+    """The bound of a norm-bounded layer: the norm's name, its bound, its value for ΔW, and the value over the bound."""
 
     norm: str
     bound: float
@@ -84,24 +85,27 @@ class BoundStats:
 
 
 def bound_stats(model: nn.Module, stats: dict[str, AdapterStats] | None = None) -> dict[str, BoundStats]:
-    """How much of its bound each NBLoRALinear uses, by its name. One copy from the device for all, or none with
-    ``stats``, what ``adapter_stats`` says of the model now.
+    """Returns how much of its bound each NBLoRALinear uses, by the layer's name.
+
+    Args:
+        model: a model with NBLoRALinear layers.
+        stats: the current result of ``adapter_stats``, if the caller has it. It saves a copy from the device.
 
     Raises:
-        ArgumentError: not a module.
+        ArgumentError: ``model`` is not a module.
     """
     if stats is None:
         stats = adapter_stats(model)
-    found = {}
+    bounds = {}
     for name, layer in model.named_modules():
         if isinstance(layer, NBLoRALinear) and name in stats:
             value = getattr(stats[name], layer.norm)
-            found[name] = BoundStats(layer.norm, layer.bound, value, value / layer.bound)
-    return found
+            bounds[name] = BoundStats(layer.norm, layer.bound, value, value / layer.bound)
+    return bounds
 
 
-def _derived(model: nn.Module) -> list[Pair]:
-    """The factors of layers that train other parameters."""
+def _derived_pairs(model: nn.Module) -> list[Pair]:
+    """Returns pairs of the factors that NBLoRALinear and SingLoRALinear compute from other parameters."""
     names = {layer: name for name, layer in model.named_modules()}
     bounded = [Pair(names[layer], a, b) for layer, (a, b) in factors_of(model)]
     single = [layer for layer in names if isinstance(layer, SingLoRALinear)]
@@ -109,16 +113,17 @@ def _derived(model: nn.Module) -> list[Pair]:
 
 
 def _measure(members: list[Pair]) -> Tensor:
-    """(L, 11) in float64: AdapterStats's fields of all products of pairs of one shape."""
+    """Returns the fields of AdapterStats for all products of pairs of one shape: (L, 11) in float64."""
     a, b = torch.cat([pair.split_a(pair.a) for pair in members]), torch.cat([pair.split_b(pair.b) for pair in members])
-    ka, kb = (gram.double() for gram in pair_ops.grams(a, b)[:2])
+    ka, kb = (gram.double() for gram in grams(a, b)[:2])
     finite = (ka.isfinite() & kb.isfinite()).all(-1).all(-1)
-    ka, kb = (gram.where(finite[:, None, None], 0.0) for gram in (ka, kb))  # eigh fails on others, for all at once
+    ka, kb = (gram.where(finite[:, None, None], 0.0) for gram in (ka, kb))  # eigh raises on NaN
     scaling = [abs(pair.scaling) for pair in members for _ in range(pair.experts)]
     scaling = torch.tensor(scaling, dtype=torch.float64, device=ka.device)
     eigen_a, eigen_b = (torch.linalg.eigvalsh(k).clamp(min=0) for k in (ka, kb))
     values, q = torch.linalg.eigh(ka)
     root = q * values.clamp(min=0).sqrt()[:, None, :]
+    # The singular values of b a are the square roots of the eigenvalues of Ka^½ᵀ Kb Ka^½, for any root of Ka.
     sigma = scaling[:, None] * torch.linalg.eigvalsh(root.mT @ kb @ root).clamp(min=0).sqrt()
     size_a, size_b = eigen_a.sum(-1), eigen_b.sum(-1)
     largest, frobenius = sigma[:, -1], sigma.square().sum(-1).sqrt()

@@ -1,4 +1,4 @@
-"""The two modules of a family of ops, kernels and torch twins, stand in for each other."""
+"""The two modules of a family of ops, kernels and torch twins, have the same functions with the same arguments."""
 
 import inspect
 

@@ -1,7 +1,6 @@
-"""The pages of docs/ and the README: links lead somewhere, examples run and print what they say, commands exist
-with the options that they are shown with, pictures are those that their code draws."""
+"""Checks README.md, CONTRIBUTING.md and docs/: links resolve, every Python example runs by itself and prints
+what its comments promise, every command exists with its options, every path that is named exists."""
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -14,61 +13,102 @@ from lora_fast.cli.inputs import method_options
 from lora_fast.cli.reproduce.experiments import EXPERIMENTS
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
-README = ROOT / "README.md"
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, CONTRIBUTING, *DOCS]
+# Names of what the reader of CONTRIBUTING.md adds, and of placeholders.
+IMAGINED = re.compile(r"/norms\.py|row_norms|sign[-_]lora|half_lora|trivial|/x/")
+FOLDERS = "aot|bench|docs|kernels|lora_fast|tests"
 
 
 def python_blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
-def links(page: Path) -> list[str]:
-    """Of links and images, those to files of the repository."""
+def links(page: Path) -> list[tuple[Path, str]]:
+    """Returns the file and the heading of every link to a file of the repository."""
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
-    return [target.partition("#")[0] for target in targets if not target.startswith(("http", "#"))]
+    parts = [target.partition("#") for target in targets if not target.startswith("http")]
+    return [((page.parent / path).resolve() if path else page, anchor) for path, _, anchor in parts]
+
+
+def anchors(page: Path) -> set[str]:
+    """Returns the anchors of a page's headings, by GitHub's rule."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def commands(page: Path) -> list[str]:
-    """Lines of shell blocks, and pieces of code in the text that begin like a command."""
+    """Returns the lines of shell blocks, and the pieces of code in the text that begin like a command."""
     text = page.read_text(encoding="utf-8")
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
     inline = [code for code in inline if code.startswith(("lora-fast ", "make ", "python ", ".venv/bin/"))]
     lines = [line.partition(" #")[0].strip() for block in blocks for line in block.splitlines() if line]
-    return lines + inline
+    return [line for line in lines + inline if not IMAGINED.search(line)]
+
+
+def paths(page: Path) -> list[str]:
+    """Returns the paths of the repository that a page names in inline code, or in the tree of CONTRIBUTING.md."""
+    text = page.read_text(encoding="utf-8")
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    named = [code for code in inline if re.fullmatch(rf"(?:{FOLDERS})/[\w./]*", code)]
+    return [path for path in named + tree(text) if not IMAGINED.search(path)]
+
+
+def tree(text: str) -> list[str]:
+    """Returns the paths of a page's tree: lines of a name and its description, two spaces deeper in each folder."""
+    found, folders = [], []
+    for block in re.findall(r"^```\n(kernels/.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for indent, name in re.findall(r"^( *)([\w./]+)", block, re.MULTILINE):
+            folders[len(indent) // 2 :] = [name]
+            found.append("".join(folders))
+    return found
 
 
 EXAMPLES = [pytest.param(code, id=f"{page.stem}-{i}") for page in PAGES for i, code in enumerate(python_blocks(page))]
-COMMANDS = list(dict.fromkeys(command for page in [README, *PAGES] for command in commands(page)))
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
 
 
-@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_resolve(page):
     assert links(page)
-    missing = [target for target in links(page) if not (page.parent / target).exists()]
+    broken = [target for target, _ in links(page) if not target.exists()]
+    broken += [anchor for target, anchor in links(page) if anchor and anchor not in anchors(target)]
+    assert not broken
+
+
+def test_readme_links_every_page():
+    assert {CONTRIBUTING, *DOCS} <= {target for target, _ in links(README)}
+
+
+def test_readme_has_at_most_1500_words():
+    before, table = README.read_text(encoding="utf-8").split("<!-- gpu table")  # bench/readme_table.py writes the table
+    assert len(before.split()) + len(table.partition("<!-- end of gpu table -->")[2].split()) <= 1500
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_named_paths_exist(page):
+    missing = [path for path in paths(page) if not (ROOT / path).exists()]
     assert not missing
 
 
-def test_the_readme_links_every_page():
-    assert {f"docs/{page.name}" for page in PAGES} <= set(links(README))
+def test_tree_has_every_folder():
+    listed = tree(CONTRIBUTING.read_text(encoding="utf-8"))
+    sources = [
+        path.relative_to(ROOT) for name in ("kernels", "lora_fast") for path in (ROOT / name).glob("**/__init__.py")
+    ]
+    folders = {f"{source.parent}/" for source in sources if source.parts[:2] != ("lora_fast", "kernels")}
+    assert len(folders) > 20 and folders - {"lora_fast/cli/reproduce/experiments/"} <= set(listed)
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
-def test_examples_run_and_print_what_they_say(code, tmp_path, monkeypatch, capsys):
-    """What stands in a comment behind a print is a line of its output."""
+def test_examples_run_alone_and_print_what_they_promise(code, tmp_path, monkeypatch, capsys):
+    """A comment behind a print is a line of its output."""
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "example", "exec"), {"__name__": "example"})
     promised = re.findall(r"^print\(.*\) +# (.+)$", code, re.MULTILINE)
     assert set(promised) <= set(capsys.readouterr().out.splitlines())
-
-
-def test_the_readme_s_first_example_runs_and_its_other_fragments_are_python(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    first, *fragments = [compile(code, "README.md", "exec") for code in python_blocks(README)]
-    assert fragments
-    exec(first, {"__name__": "example"})
-    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.encode("ascii", "ignore").decode())
@@ -79,7 +119,7 @@ def test_commands_exist_with_their_options(command):
     check(words)
 
 
-@pytest.mark.parametrize(("command", "said"), [
+@pytest.mark.parametrize(("command", "message"), [
     ("lora-fast profil", "profil"),
     ("lora-fast profile --ranks 4", "--ranks"),
     ("lora-fast finetune --rank many", "integer"),
@@ -91,8 +131,8 @@ def test_commands_exist_with_their_options(command):
     ("pytest tests/test_none.py", "none"),
     ("rm -r runs", "rm"),
 ])  # fmt: skip
-def test_a_command_that_does_not_exist_is_found(command, said):
-    with pytest.raises(Exception, match=said):
+def test_check_finds_commands_that_do_not_exist(command, message):
+    with pytest.raises(Exception, match=message):
         check(shlex.split(command))
 
 
@@ -108,7 +148,7 @@ def check(words: list[str]) -> None:
         assert all(f'"{word}"' in source for word in rest if word.startswith("-")), words
     else:
         assert program in ("pytest", "pip"), words
-        assert all((ROOT / word).exists() for word in rest if word.endswith(".py")), words
+        assert all((ROOT / word).exists() for word in rest if word.endswith(".py") or word.startswith("tests/")), words
 
 
 def check_lora_fast(words: list[str]) -> None:
@@ -118,24 +158,10 @@ def check_lora_fast(words: list[str]) -> None:
     if name not in subcommands:
         return
     try:
-        given = subcommands[name].make_context(name, rest).params
-    except typer.Exit as asked_for_help:
-        assert asked_for_help.exit_code == 0
+        values = subcommands[name].make_context(name, rest).params
+    except typer.Exit as help_page:
+        assert help_page.exit_code == 0
         return
-    for method in given.get("method") or ():
+    for method in values.get("method") or ():
         method_options.read(method)
-    assert set(given.get("names") or ()) <= set(EXPERIMENTS), words
-
-
-def test_pictures_are_what_their_code_draws(tmp_path):
-    matplotlib = pytest.importorskip("matplotlib")
-    committed = {path.name: path.read_bytes() for path in DOCS.glob("*.svg")}
-    assert set(committed) == {target for page in PAGES for target in links(page) if target.endswith(".svg")}
-    specification = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
-    specification.loader.exec_module(pictures := importlib.util.module_from_spec(specification))
-    drawn = {path.name: path.read_bytes() for path in pictures.draw(tmp_path)}
-    assert set(drawn) == set(committed)
-    if f"Matplotlib v{matplotlib.__version__},".encode() not in next(iter(committed.values())):
-        pytest.skip(f"the committed pictures are of another matplotlib than {matplotlib.__version__}: bytes may differ")
-    stale = [name for name in drawn if drawn[name] != committed[name]]
-    assert not stale, "draw them again: python docs/pictures.py"
+    assert set(values.get("names") or ()) <= set(EXPERIMENTS), words

@@ -1,4 +1,4 @@
-"""lora_fast.hf in transformers' Trainer: what the optimizer is built of, what is logged and when."""
+"""lora_fast.hf in transformers' Trainer: the optimizer's settings, the logged statistics, and resumed runs."""
 
 import math
 import re
@@ -27,13 +27,13 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Log(transformers.TrainerCallback):
-    """Stands for wandb and the like: what a callback hears, with the step."""
+    """Stands for wandb and similar callbacks: collects the logs with their steps."""
 
     def __init__(self):
-        self.heard = []
+        self.logs = []
 
     def on_log(self, args, state, control, logs, **others):
-        self.heard.append((state.global_step, dict(logs)))
+        self.logs.append((state.global_step, dict(logs)))
 
 
 class ScaLoRATrainer(lf.hf.ExactCheckpoints, transformers.Trainer):
@@ -51,11 +51,11 @@ def trainer_of(model, folder, methods=(), kind=transformers.Trainer, **changes):
     return trainer
 
 
-def adapter_logs(heard):
-    return {step: logs for step, logs in heard if "adapter/norm_a_mean" in logs}
+def adapter_logs(logs_by_step):
+    return {step: logs for step, logs in logs_by_step if "adapter/norm_a_mean" in logs}
 
 
-def test_the_optimizer_has_the_trainer_s_own_settings(tmp_path):
+def test_optimizer_has_the_trainer_s_settings(tmp_path):
     trainer = trainer_of(tiny.peft_llama(), tmp_path, [lf.methods.ILoRA(lam=0.5)])
     optimizer = trainer.create_optimizer()
     group = optimizer.param_groups[0]
@@ -63,22 +63,22 @@ def test_the_optimizer_has_the_trainer_s_own_settings(tmp_path):
     assert (group["lr"], group["betas"], group["weight_decay"]) == (3e-3, (0.9, 0.99), 0.01)
 
 
-def test_statistics_reach_every_listener_when_they_are_due_and_no_loss_is_lost(tmp_path):
+def test_statistics_are_logged_when_due_and_no_loss_is_lost(tmp_path):
     model, log = tiny.peft_llama(), Log()
     trainer = trainer_of(model, tmp_path)
     trainer.add_callback(lf.hf.AdapterStatsCallback(trainer, every=2))
     trainer.add_callback(log)
     trainer.train()
-    assert list(adapter_logs(log.heard)) == [0, 2, 4, 5]
-    assert [step for step, logs in log.heard if "loss" in logs] == [1, 2, 3, 4, 5]
+    assert list(adapter_logs(log.logs)) == [0, 2, 4, 5]
+    assert [step for step, logs in log.logs if "loss" in logs] == [1, 2, 3, 4, 5]
     assert [row["step"] for row in trainer.state.log_history if "adapter/rank_min" in row] == [0, 2, 4, 5]
-    last = adapter_logs(log.heard)[5]
+    last = adapter_logs(log.logs)[5]
     norms = [layer.norm_b for layer in lf.metrics.adapter_stats(model).values()]
     assert last["adapter/norm_b_min"] == min(norms) and last["adapter/norm_b_max"] == max(norms)
     assert last["adapter/norm_b_mean"] == pytest.approx(sum(norms) / len(norms))
 
 
-def test_the_use_of_bounds_is_logged_and_each_layer_s_is_at_hand(tmp_path):
+def test_used_bounds_are_logged_and_kept_on_the_callback(tmp_path):
     model = tiny.llama()
     lf.inject_(model, lf.NBLoRAConfig(r=4, norm="frobenius", bound=0.5))
     trainer = trainer_of(model, tmp_path, learning_rate=0.1)
@@ -96,7 +96,7 @@ def test_the_use_of_bounds_is_logged_and_each_layer_s_is_at_hand(tmp_path):
     [(lf.methods.BaLoRA(), transformers.Trainer), (lf.methods.ScaLoRA(interval=2), ScaLoRATrainer)],
     ids=["BaLoRA", "ScaLoRA"],
 )
-def test_a_resumed_run_logs_and_trains_as_the_whole_one(tmp_path, method, kind):
+def test_resumed_run_logs_and_trains_as_the_whole_one(tmp_path, method, kind):
     runs, models = [], []
     for checkpoint in (None, tmp_path / "checkpoint-2"):
         models.append(tiny.peft_llama())
@@ -109,18 +109,17 @@ def test_a_resumed_run_logs_and_trains_as_the_whole_one(tmp_path, method, kind):
     tiny.assert_same_tensors(*(model.state_dict() for model in models))
 
 
-def test_the_readme_s_lines_for_the_trainer_run(tmp_path):
+def test_readme_script_trains_with_lora_adamw_and_logs_statistics(tmp_path, monkeypatch):
     text = (Path(__file__).parents[1] / "README.md").read_text()
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "lf.hf" in block)
-    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, max_steps=2)
-    names = {"lf": lf, "transformers": transformers, "model": tiny.peft_llama(), "args": args, "data": Rows()}
+    monkeypatch.chdir(tmp_path)
+    names = {}
     exec(code, names)
-    names["trainer"].train()
     assert type(names["trainer"].optimizer.optimizer) is lf.optim.LoRAAdamW
     assert [row["step"] for row in names["trainer"].state.log_history if "adapter/rank_min" in row] == [0, 2]
 
 
-def test_ratios_have_a_geometric_mean_and_values_that_are_not_finite_are_left_out():
+def test_summary_has_geometric_means_and_only_finite_values():
     stats = lf.metrics.adapter_stats(tiny.peft_llama())
     ratios = [layer.rms_ratio for layer in stats.values()]
     assert lf.hf.summary(stats)["adapter/rms_ratio_mean"] == pytest.approx(statistics.geometric_mean(ratios))
@@ -129,7 +128,7 @@ def test_ratios_have_a_geometric_mean_and_values_that_are_not_finite_are_left_ou
     assert lf.hf.summary({}) == {}
 
 
-def test_one_adapter_of_nan_leaves_the_others_figures_alone():
+def test_nan_adapter_leaves_the_other_adapters_statistics_alone():
     model = tiny.peft_llama()
     before = lf.metrics.adapter_stats(model)
     name = next(iter(before))
@@ -141,6 +140,6 @@ def test_one_adapter_of_nan_leaves_the_others_figures_alone():
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True])
-def test_a_bad_interval_is_named(every):
+def test_callback_refuses_a_bad_interval(every):
     with pytest.raises(lf.ArgumentError, match="every: expected an integer of at least 1"):
         lf.hf.AdapterStatsCallback(None, every)

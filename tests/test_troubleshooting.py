@@ -1,5 +1,5 @@
-"""docs/troubleshooting.md quotes errors. Each is raised here and must read as it is quoted, so that a search for its
-text finds the page."""
+"""Raises every error that docs/troubleshooting.md quotes, and compares the texts, so that a search for an error's text
+finds the page."""
 
 import re
 import subprocess
@@ -124,32 +124,32 @@ ERRORS = {
     "state_dict: expected": another_state,
     "--resume: expected": lambda: run_folder.saved_settings(None, {}),
     "CheckpointError": lambda: lf.load_adapter(plain(), "/no/such/folder"),
-    "a tensor of the step has moved": lambda: pointer_table.kept("factors", ["never seen"], lambda: None),
+    "a tensor of the step has moved": lambda: pointer_table.cached("factors", ["never seen"], lambda: None),
     "interval, every: expected 1": due,
     "keep: expected 'weights'": lambda: record(plain()[0], SimpleNamespace(is_cuda=True), None, None, keep="terms"),
 }
 
 
-def test_every_quoted_error_is_raised_here():
+def test_every_quoted_error_has_a_test():
     assert {next((key for key in ERRORS if quoted.startswith(key)), quoted) for quoted in QUOTED} == set(ERRORS)
 
 
 @pytest.mark.parametrize("quoted", QUOTED)
-def test_a_quoted_error_reads_as_it_is_quoted(quoted, monkeypatch):
+def test_quoted_error_has_the_quoted_text(quoted, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(major=7, minor=5))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(Exception, match=r".") as raised:
         next(run for key, run in ERRORS.items() if quoted.startswith(key))()
-    said = f"{raised.type.__name__}: {' '.join(str(raised.value).split())}"
+    message = f"{raised.type.__name__}: {' '.join(str(raised.value).split())}"
     for part in filter(None, map(str.strip, quoted.split("…"))):
-        assert part in said
+        assert part in message
 
 
 @pytest.mark.parametrize("package", ["typer", "rich"])
-def test_the_command_line_without_its_packages_says_what_to_install(package):
+def test_missing_package_of_the_command_line_is_named(package):
     code = f"import sys; sys.modules[{package!r}] = None; import lora_fast.cli"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    last = done.stderr.splitlines()[-1]
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = process.stderr.splitlines()[-1]
     assert last.startswith("lora_fast.checks.MissingPackageError") and "pip install typer rich" in last

@@ -1,12 +1,11 @@
-"""Run by ctest on the built library.
+"""Checks of the built library, which ctest runs.
 
-contents    every function of the header is exported, the table holds the archs it was built for, and without a GPU a
-            launch returns an error with a name
-launches    with a stub of libcuda that notes launches: kernel, grid, block and every argument are those of the Python
-            launchers, and tables are those of kernels/pointer_table.py, cayley/addresses.py
-            and pairs/add_low_rank.py, number for number; the
-            cubin is what Python's launch compiles to
-reference   on a GPU: each op has the bits of the Python launcher (77: no GPU, skipped)
+contents    Every function of the header is exported, the table has the archs it was built for, and without a GPU a
+            launch returns an error with a name.
+launches    With a stub of libcuda that records launches: kernel, grid, block and every argument are those of the Python
+            launchers; tables are those of kernels/pointer_table.py, cayley/addresses.py and pairs/add_low_rank.py,
+            number for number; the cubin is what Python's launch compiles to.
+reference   On a GPU: each op returns the bits of the Python launcher (exit code 77: no GPU, skipped).
 """
 
 import argparse
@@ -30,7 +29,7 @@ from lora_fast.kernels.launch import MOST_REGISTERS
 from lora_fast.kernels.limits import LARGEST_RANK
 
 SKIPPED = 77
-SIZES = {"p": 8, "l": 8, "i": 4, "f": 4}  # of parameters, by kind
+SIZES = {"p": 8, "l": 8, "d": 8, "i": 4, "f": 4}  # bytes of a parameter, by kind
 
 
 def contents(library: Library, archs: list[str]) -> None:
@@ -39,8 +38,8 @@ def contents(library: Library, archs: list[str]) -> None:
     assert len(functions) >= 20, functions
     for name in functions:
         getattr(library.library, name)
-    held = {kernel.arch for kernel in library.kernels}
-    assert held == {int(arch) for arch in archs}, f"built for {archs}, holds {held}"
+    embedded_archs = {kernel.arch for kernel in library.kernels}
+    assert embedded_archs == {int(arch) for arch in archs}, f"built for {archs}, has {embedded_archs}"
     for kernel in library.kernels:
         assert ctypes.string_at(kernel.cubin, 4) == b"\x7fELF", kernel.key
     case, config = layer_case(library, torch.device("cpu"), torch.bfloat16, 16, "bfloat16")
@@ -56,7 +55,7 @@ def contents(library: Library, archs: list[str]) -> None:
 
 
 def launches(path: str, arch: int, stub_path: str, cubins: Path) -> None:
-    stub = ctypes.CDLL(stub_path, mode=ctypes.RTLD_GLOBAL)  # is libcuda.so.1 from now on
+    stub = ctypes.CDLL(stub_path, mode=ctypes.RTLD_GLOBAL)  # the library finds it as libcuda.so.1
     card, count = (ctypes.c_int.in_dll(stub, name) for name in ("stub_arch", "stub_count"))
     card.value, notes = arch, (Note * 64).in_dll(stub, "stub_notes")
     library, checked = Library(path), 0
@@ -67,9 +66,9 @@ def launches(path: str, arch: int, stub_path: str, cubins: Path) -> None:
             with compiler.recorded() as expected:
                 theirs = case.python(case.tensors)
             mine = case.c(case.tensors)
-        made = notes[: count.value]
-        assert [note.name.decode() for note in made] == [e.kernel.__name__ for e in expected], name
-        for i, (note, launch) in enumerate(zip(made, expected, strict=True)):
+        recorded = notes[: count.value]
+        assert [note.name.decode() for note in recorded] == [e.kernel.__name__ for e in expected], name
+        for i, (note, launch) in enumerate(zip(recorded, expected, strict=True)):
             results = {x.data_ptr(): y.data_ptr() for x, y in zip(theirs, mine, strict=True)}
             where = f"{name}: {note.name.decode()}"
             compare(where, case, i, note, rows[note.cubin], launch, results)
@@ -89,7 +88,7 @@ def launches(path: str, arch: int, stub_path: str, cubins: Path) -> None:
 
 
 def fit_or_are_refused(library: Library, count: ctypes.c_int) -> None:
-    """sm_80's kernels on a card with less shared memory: the library itself refuses what the driver would refuse."""
+    """Launches sm_80's kernels on a card with less shared memory, where the library refuses what the driver would."""
     for _, case in embedded(library, torch.device("cpu"), 80):
         count.value = 0
         try:
@@ -101,13 +100,15 @@ def fit_or_are_refused(library: Library, count: ctypes.c_int) -> None:
 def compare(
     name: str, case: Case, i: int, note: Note, kernel: Kernel, launch: compiler.Launch, results: dict[int, int]
 ) -> None:
-    """Grid, warps and every argument. ``results``: addresses of Python's results → of C's."""
+    """Compares grid, warps and every argument. ``results``: addresses of Python's results → of C's."""
     table = case.tables[i % len(case.tables)] if case.tables else {}
     grid = (*launch.grid, 1, 1)[:3]
     assert tuple(note.grid) == grid, f"{name}: grid {tuple(note.grid)}, from Python {grid}"
     assert tuple(note.block) == (32 * launch.options.get("num_warps", 4), 1, 1), name
     params = [param.split(":") for param in kernel.params.decode().split()]
-    assert list(note.sizes[: note.count]) == [SIZES[kind] for _, kind in params] + [8, 8], name  # two of scratch
+    assert list(note.sizes[: note.count]) == [SIZES[kind] for _, kind in params] + [8, 8], (
+        name
+    )  # Triton's two scratch pointers
     for (param, kind), size, memory in zip(params, note.sizes, note.values, strict=False):
         value, where = launch.arguments[param], f"{name}: {param}"
         slot = int.from_bytes(memory[:size], "little", signed=kind in "il")
@@ -117,40 +118,45 @@ def compare(
             if contents is not None:
                 assert [results.get(x, x) for x in value.flatten().tolist()] == contents, f"{where}: the tables differ"
         elif kind == "p":
-            expected = case.own[i].get(param, value) if case.own else value
+            expected = case.memory[i].get(param, value) if case.memory else value
+            if expected is None:
+                assert slot == 0, where
+                continue
             assert slot == expected.data_ptr(), where
             assert expected.nbytes >= value.nbytes, f"{where}: room for {expected.nbytes} bytes, needs {value.nbytes}"
         elif kind == "f":
             assert ctypes.c_float.from_buffer_copy(ctypes.c_uint(slot)).value == ctypes.c_float(value).value, where
+        elif kind == "d":
+            assert ctypes.c_double.from_buffer_copy(ctypes.c_uint64(slot)).value == value, where
         else:
             assert slot == value, f"{where}: {slot}, from Python {value}"
 
 
 def is_cubin_of(launch: compiler.Launch, arch: int, address: int, cubins: Path) -> bool:
-    """Whether at an address is the cubin that the build made of this launch, as it is or with more registers."""
+    """Returns whether the cubin at an address is the build's cubin of this launch, as it is or with more registers."""
     roomy = dataclasses.replace(launch, options=launch.options | {"maxnreg": MOST_REGISTERS})
     names = (name_of_cubin(compiler.compile_for(each, arch, LENGTHS)) for each in (launch, roomy))
-    made = (path.read_bytes() for path in (cubins / f"{name}.cubin" for name in names) if path.exists())
-    return any(ctypes.string_at(address, len(cubin)) == cubin for cubin in made)
+    candidates = (path.read_bytes() for path in (cubins / f"{name}.cubin" for name in names) if path.exists())
+    return any(ctypes.string_at(address, len(cubin)) == cubin for cubin in candidates)
 
 
 def reference(path: str) -> None:
-    """The bits of the Python launchers, which the test suite holds to the plain-torch twins."""
+    """Compares results with those of the Python launchers, which the test suite compares with the torch twins."""
     if not torch.cuda.is_available():
         print("no GPU")
         sys.exit(SKIPPED)
     device = torch.device("cuda")
     library = Library(path, torch.cuda.current_stream().cuda_stream)
     major, minor = torch.cuda.get_device_capability()
-    own = 10 * major + minor
-    arch = max((k.arch for k in library.kernels if k.arch // 10 == major and k.arch <= own), default=0)
+    device_arch = 10 * major + minor
+    arch = max((k.arch for k in library.kernels if k.arch // 10 == major and k.arch <= device_arch), default=0)
     checked = 0
     for name, case in embedded(library, device, arch):
         copy = {key: None if t is None else t.clone() for key, t in case.tensors.items()}
         try:
             got = case.c(case.tensors)
         except Refused as refusal:
-            if refusal.status != NO_KERNEL or arch == own:
+            if refusal.status != NO_KERNEL or arch == device_arch:
                 raise
             continue  # a kernel of sm_80 that needs more shared memory than this device has
         with as_embedded(arch):
@@ -159,7 +165,7 @@ def reference(path: str) -> None:
         for i, (mine, theirs) in enumerate(zip(got, expected, strict=True)):
             assert torch.equal(mine, theirs), f"{name}: result {i} is not what Python's launch gives"
         checked += 1
-    assert checked, f"nothing embedded for sm_{own}"
+    assert checked, f"nothing embedded for sm_{device_arch}"
     print(f"{checked} ops with the bits of the Python launchers")
 
 

@@ -1,4 +1,4 @@
-"""liblora_fast.so from Python: aot/lora_fast.h in ctypes."""
+"""The functions and structures of aot/lora_fast.h for Python, by ctypes."""
 
 import ctypes
 from ctypes import (
@@ -45,8 +45,8 @@ class StepWork(Structure):
 
 
 class CayleyPair(Structure):
-    _fields_ = [(name, c_void_p) for name in ("free_a", "free_b", "scale", "inverse", "made_a", "made_b")]
-    _fields_ += [(name, c_void_p) for name in ("made_scale", "grad_a", "grad_b")]
+    _fields_ = [(name, c_void_p) for name in ("free_a", "free_b", "scale", "inverse", "result_a", "result_b")]
+    _fields_ += [(name, c_void_p) for name in ("result_scale", "grad_a", "grad_b")]
     _fields_ += [("d_in", c_int64), ("d_out", c_int64)]
 
 
@@ -64,13 +64,15 @@ class Note(Structure):
 
 
 class Refused(Exception):
+    """A status other than 0."""
+
     def __init__(self, message: str, status: int):
         super().__init__(message)
         self.status = status
 
 
 class Library:
-    """liblora_fast.so: a method for each function, tensors as their addresses; what is not 0 is an error."""
+    """liblora_fast.so. Tensors are passed as their addresses; a status other than 0 raises ``Refused``."""
 
     def __init__(self, path: str, stream: int | None = None):
         self.library, self.stream = ctypes.CDLL(path), stream
@@ -102,12 +104,12 @@ class Library:
         return self.library.lora_fast_scalora_workspace(n, r)
 
     def group(self, op: int, dtype: torch.dtype, r: int, factors: list[Factor], flat: bool = False) -> tuple:
-        """The group, and its table as bytes in host memory."""
+        """Returns the group, and its table as bytes in host memory."""
         group = Group(op, DTYPES.index(dtype), r, len(factors), int(flat))
         return group, self._filled("", group, (Factor * len(factors))(*factors))
 
     def cayley_group(self, dtype: torch.dtype, r: int, backward: int, pairs: list[CayleyPair]) -> tuple:
-        """The same for Cayley's transform."""
+        """Returns the group of a Cayley transform, and its table as bytes in host memory."""
         group = CayleyGroup(DTYPES.index(dtype), r, len(pairs), backward)
         return group, self._filled("cayley_", group, (CayleyPair * len(pairs))(*pairs))
 

@@ -1,9 +1,9 @@
-/* A libcuda.so.1 that notes launches instead of making them, with the limits of real cards: what the ahead-of-time
-   library and Triton's own launch path would ask of a GPU, on any machine.
+/* A libcuda.so.1 that records launches instead of making them, with the limits of real cards. It shows on any machine
+   what the ahead-of-time library and Triton's own launch path request from a GPU.
 
-   It refuses what a GPU would refuse: more shared memory a block than the card allows or than was asked for, too large
-   a block or grid, a tensor map against CUDA's rules, a module loaded while a stream is captured. Which parameters a
-   kernel has, its registers and its stack it reads from the cubin, as the driver does. */
+   It returns an error where a GPU would: for more shared memory a block than the card allows or than was requested, too
+   large a block or grid, a tensor map against CUDA's rules, a module loaded while a stream is captured. It reads a
+   kernel's parameters, registers and stack from the cubin, as the driver does. */
 
 #include <cuda.h>
 #include <stdint.h>
@@ -24,12 +24,12 @@ EXPORT int stub_arch = 80;
 struct kernel {
     const unsigned char *cubin;
     char *name;
-    int registers, stack, shared; /* shared: dynamic memory that was asked for */
+    int registers, stack, shared; /* shared: dynamic memory that was requested */
     unsigned count, sizes[SLOTS];
 };
 
 struct note {
-    const void *function, *cubin; /* function: another one for each time that the kernel was loaded */
+    const void *function, *cubin; /* function: another one each time the kernel is loaded */
     const char *name;
     unsigned grid[3], block[3], shared, count, stack;
     uint64_t stream;
@@ -43,7 +43,7 @@ EXPORT unsigned long long stub_launches, stub_loads;
 static const struct card *card(void) {
     for (size_t i = 0; i < sizeof cards / sizeof *cards; i++)
         if (cards[i].arch == stub_arch) return &cards[i];
-    static struct card other; /* an arch that nothing is built for */
+    static struct card other; /* an arch without kernels */
     other = (struct card){stub_arch, SHARED_BY_DEFAULT, 1};
     return &other;
 }
@@ -108,7 +108,7 @@ static CUresult load(void **handle, const void *code) {
     return CUDA_SUCCESS;
 }
 
-static CUresult ask_for(struct kernel *kernel, CUfunction_attribute attribute, int value) {
+static CUresult request_shared(struct kernel *kernel, CUfunction_attribute attribute, int value) {
     if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_ERROR_INVALID_VALUE;
     if (value < 0 || value > card()->shared) return CUDA_ERROR_INVALID_VALUE;
     kernel->shared = value;
@@ -220,12 +220,12 @@ EXPORT CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, C
 }
 
 EXPORT CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
-    return ask_for((struct kernel *)function, attribute, value);
+    return request_shared((struct kernel *)function, attribute, value);
 }
 
 EXPORT CUresult cuKernelSetAttribute(CUfunction_attribute attribute, int value, CUkernel kernel, CUdevice device) {
     (void)device;
-    return ask_for((struct kernel *)kernel, attribute, value);
+    return request_shared((struct kernel *)kernel, attribute, value);
 }
 
 EXPORT CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) {
@@ -253,7 +253,7 @@ EXPORT CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *stat
     return *status = stub_capturing ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE, CUDA_SUCCESS;
 }
 
-/* The rules of the driver API's documentation; the map holds what it was made of, so that two can be compared. */
+/* Checks the rules of the driver API's documentation. The map holds the arguments, so that two maps can be compared. */
 EXPORT CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
                                        const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
                                        const cuuint32_t *element_strides, CUtensorMapInterleave interleave,
@@ -275,11 +275,11 @@ EXPORT CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType typ
     }
     if (interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || inner % 16 || (span && inner > span))
         return CUDA_ERROR_INVALID_VALUE;
-    uint64_t made_of[16] = {(uintptr_t)address, type, rank, swizzle, promotion, fill};
+    uint64_t arguments[16] = {(uintptr_t)address, type, rank, swizzle, promotion, fill};
     for (unsigned i = 0; i < rank && i < 2; i++)
-        made_of[6 + i] = sizes[i], made_of[8 + i] = i ? strides[i - 1] : 0, made_of[10 + i] = box[i];
+        arguments[6 + i] = sizes[i], arguments[8 + i] = i ? strides[i - 1] : 0, arguments[10 + i] = box[i];
     memset(map, 0, sizeof *map);
-    memcpy(map, made_of, sizeof made_of < sizeof *map ? sizeof made_of : sizeof *map);
+    memcpy(map, arguments, sizeof arguments < sizeof *map ? sizeof arguments : sizeof *map);
     return CUDA_SUCCESS;
 }
 

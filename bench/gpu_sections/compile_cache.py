@@ -139,24 +139,31 @@ def pack(
 ) -> list[str]:
     """Writes files of a cache to an archive of at most ``most`` MiB, of a kernel all or none, in about these seconds.
     Returns the names of those that had no room or no time."""
-    names, left, end = sorted(names), [], time.monotonic() + seconds
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = archive.with_name(f"{archive.name}.new")
-    while True:
-        with tarfile.open(unfinished, "w:xz", preset=preset) as tar:
-            for i, name in enumerate(names):
-                if time.monotonic() > end and (i == 0 or Path(name).parent != Path(names[i - 1]).parent):
-                    names, left = names[:i], left + names[i:]
-                    break
-                tar.add(folder / name, name)
-        size = unfinished.stat().st_size / MEBIBYTE
-        if size <= most or not names:
-            unfinished.replace(archive)
-            return left
-        keep, end = int(len(names) * 0.9 * most / size), math.inf
-        while keep and Path(names[keep - 1]).parent == Path(names[keep]).parent:
-            keep -= 1
-        names, left = names[:keep], left + names[keep:]
+    from lora_fast.kernels import atomic_file
+
+    left = []
+
+    def fill(unfinished: Path) -> None:
+        packed, end = sorted(names), time.monotonic() + seconds
+        while True:
+            with tarfile.open(unfinished, "w:xz", preset=preset) as tar:
+                for i, name in enumerate(packed):
+                    if time.monotonic() > end and (i == 0 or Path(name).parent != Path(packed[i - 1]).parent):
+                        left.extend(packed[i:])
+                        del packed[i:]
+                        break
+                    tar.add(folder / name, name)
+            size = unfinished.stat().st_size / MEBIBYTE
+            if size <= most or not packed:
+                return
+            keep, end = int(len(packed) * 0.9 * most / size), math.inf
+            while keep and Path(packed[keep - 1]).parent == Path(packed[keep]).parent:
+                keep -= 1
+            left.extend(packed[keep:])
+            del packed[keep:]
+
+    atomic_file.write(archive, fill)
+    return left
 
 
 def unpack(archive: Path, folder: Path) -> tuple[int, int]:

@@ -21,26 +21,26 @@ TESTS: dict[str, tuple[str, ...]] = {
     "linear": (*LAYER, "tests/linear/test_kernels.py::test_zero_or_one_token_gives_eagers_shapes"),
     "grads": (*LAYER, "tests/linear/test_kernels.py::test_gradients_that_are_not_needed_are_none"),
     "layer": (*LAYER, "tests/linear/test_kernels.py::test_error_budget[0]"),
-    "gram": ("tests/pairs/test_pair_kernels.py::test_subsets_of_grams",),
+    "gram": ("tests/pairs/test_pair_kernels.py::test_gram_computes_only_the_wanted_grams",),
     "solve": (
-        "tests/methods/test_step.py::test_spd_solve_by_lapacks_ratio",
-        "tests/methods/test_step.py::test_small_inverse",
+        "tests/pairs/test_reference.py::test_spd_solve_has_a_small_residual",
+        "tests/pairs/test_reference.py::test_small_inverse_has_a_small_residual",
     ),
     "hadamard": (
-        "tests/methods/test_step.py::test_nnls_is_the_optimum",
-        "tests/pairs/test_scalora_system.py::test_theorem_3",
+        "tests/pairs/test_scalora_solution.py::test_nnls_minimises_the_objective",
+        "tests/pairs/test_scalora_system.py::test_scalar_solver_follows_theorem_3",
     ),
     "cayley": (
-        "tests/cayley/test_cayley.py::test_is_the_formula",
-        "tests/cayley/test_cayley.py::test_within_the_error_budget",
+        "tests/cayley/test_cayley.py::test_cayley_is_the_formula",
+        "tests/cayley/test_cayley.py::test_cayley_is_within_the_error_budget",
     ),
     "step": (
-        "tests/test_optim.py::test_plain_is_torchs_fused_adamw_to_the_bit",
-        "tests/pairs/test_pair_kernels.py::test_step_is_torchs_adamw",
+        "tests/test_optim.py::test_step_without_methods_is_bitwise_torchs_fused_adamw",
+        "tests/pairs/test_pair_kernels.py::test_step_agrees_with_torch_adamw",
     ),
     "merge": (
-        "tests/methods/test_step.py::test_scaling_leaves_the_effective_weight",
-        "tests/pairs/test_pair_kernels.py::test_merge_of_every_rank",
+        "tests/methods/test_scalora.py::test_scaling_keeps_the_effective_weight",
+        "tests/pairs/test_pair_kernels.py::test_merge_matches_float64_at_every_rank",
     ),
 }
 OPS = tuple(TESTS)

@@ -1,11 +1,12 @@
-"""The r×r algebra of NB-LoRA's Cayley transform and its backward; the mathematics is in cayley/__init__.py.
+"""The r×r algebra of NB-LoRA's Cayley transform and its backward. The mathematics is in cayley/__init__.py.
 
-Grid      up to SLOTS programs that go through the pairs, each in its own scratch of BLOCK_R × BLOCK_R matrices, which
-          stays in L2 (linalg/blocked.py). A NaN stays in its pair.
-Shapes    of a pair, by address: ã or ga, a or dã (r, d_in), W (r, r), scale and d scale (r,). Sums over the factors and
-          what multiplies them: (n, R, R), R the largest rank. A pair's row in the table is that of its a; moving
-          tensors (addresses.py), n of each: forward a, b, W, scale; backward dã, db̃, d scale, ga, gb, W, scale.
-Roofline  some 6 r³ operations, one dependent step per column: latency bound; the batch hides it.
+Grid      Up to SLOTS programs loop over the pairs, each with its own scratch of BLOCK_R × BLOCK_R matrices, which stays
+          in L2 (linalg/blocked.py). A NaN stays in its pair.
+Shapes    A pair's tensors, by address: ã or ga, a or dã (r, d_in), W (r, r), scale and d scale (r,). Sums over the
+          factors and the matrices that multiply the factors: (n, R, R), R the largest rank. A pair's row in the table
+          is that of its a. The address list (addresses.py) has n addresses of each: forward a, b, W, scale; backward
+          dã, db̃, d scale, ga, gb, W, scale.
+Roofline  About 6 r³ operations, one dependent step per column: latency bound. Other programs hide the latency.
 """
 
 import triton
@@ -13,10 +14,10 @@ import triton.language as tl
 
 from ..linalg.blocked import BLOCK, add_products
 from ..linalg.inverse import invert
-from ..pointer_table import D, R, entry, pointer_at, tensor_at
+from ..pointer_table import D, R, load_entry, pointer_at, tensor_at
 from ..primitives import round_to
 
-ROWS = tl.constexpr(4)  # of matrices that come from several places, at a time: their addresses take registers
+ROWS = tl.constexpr(4)  # of matrices read from several addresses, at a time: the pointers take registers
 WARPS = {16: 1, 32: 2, 64: 4, 128: 8, 256: 8}  # by the largest rank, padded
 
 
@@ -30,25 +31,27 @@ def load_scale(p_address, i, r, SCALED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n"])
 def lora_cayley_inverse_kernel(
-    entries, moving, totals, factors, matrices, scratch, n, P: tl.constexpr, SCALED: tl.constexpr, R_MAX: tl.constexpr,
+    entries, addresses, totals, multipliers, matrices, scratch,
+    n,
+    P: tl.constexpr, SCALED: tl.constexpr, R_MAX: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """W, a's first r columns, and what multiplies the rest: −2 W for a, −2 W D for b."""
+    """Computes W, a's first r columns, and the matrices that multiply the other columns of ã (−2 W) and b̃ (−2 W D)."""
     SIZE: tl.constexpr = R_MAX * R_MAX
     SLOT: tl.constexpr = BLOCK_R * BLOCK_R
-    i_r, i_few = tl.arange(0, BLOCK_R), tl.arange(0, ROWS)
+    i_r, i_rows = tl.arange(0, BLOCK_R), tl.arange(0, ROWS)
     i_slot = tl.program_id(0).to(tl.int64)
     matrix, w, residual = matrices + i_slot * SLOT, scratch + i_slot * 2 * SLOT, scratch + (i_slot * 2 + 1) * SLOT
     for i_pair in tl.range(i_slot, n, tl.num_programs(0), num_stages=1):
-        free_a, a = tensor_at(entries, i_pair, 0, P, False), pointer_at(moving + i_pair, tl.float32, False)
-        inverse = pointer_at(moving + 2 * n + i_pair, tl.float32, False)
-        d_in, r = entry(entries, i_pair, D), entry(entries, i_pair, R).to(tl.int32)
+        free_a, a = tensor_at(entries, i_pair, 0, P, False), pointer_at(addresses + i_pair, tl.float32, False)
+        inverse = pointer_at(addresses + 2 * n + i_pair, tl.float32, False)
+        d_in, r = load_entry(entries, i_pair, D), load_entry(entries, i_pair, R).to(tl.int32)
         gram_a, gram_b = totals + i_pair * SIZE, totals + (n + i_pair) * SIZE
-        times_a, times_b = factors + i_pair * SIZE, factors + (n + i_pair) * SIZE
-        b_scale = load_scale(moving + 3 * n + i_pair, i_r, r, SCALED)[None, :]
+        multiplier_a, multiplier_b = multipliers + i_pair * SIZE, multipliers + (n + i_pair) * SIZE
+        b_scale = load_scale(addresses + 3 * n + i_pair, i_r, r, SCALED)[None, :]
         tl.debug_barrier()
         for o in tl.range(0, r, ROWS, num_stages=1):
-            i_row = o + i_few
+            i_row = o + i_rows
             mask = (i_row < r)[:, None] & (i_r < r)[None, :]
             o_gram = i_row[:, None] * R_MAX + i_r[None, :]
             b_m = tl.load(gram_a + o_gram, mask=mask, other=0.0) + tl.load(gram_b + o_gram, mask=mask, other=0.0)
@@ -58,77 +61,80 @@ def lora_cayley_inverse_kernel(
             tl.store(matrix + i_row[:, None] * BLOCK_R + i_r[None, :], b_m, mask=mask)
         invert(matrix, w, residual, r, BLOCK_R)
         for o in tl.range(0, r, ROWS, num_stages=1):
-            i_row = o + i_few
+            i_row = o + i_rows
             mask = (i_row < r)[:, None] & (i_r < r)[None, :]
             b_w = tl.load(w + i_row[:, None] * BLOCK_R + i_r[None, :], mask=mask, other=0.0)
             tl.store(inverse + i_row[:, None] * r + i_r[None, :], b_w, mask=mask)
             o_factor = i_row[:, None] * R_MAX + i_r[None, :]
-            tl.store(times_a + o_factor, -2.0 * b_w, mask=mask)
-            tl.store(times_b + o_factor, -2.0 * b_w * b_scale, mask=mask)
+            tl.store(multiplier_a + o_factor, -2.0 * b_w, mask=mask)
+            tl.store(multiplier_b + o_factor, -2.0 * b_w * b_scale, mask=mask)
             b_a = 2.0 * b_w - tl.where(i_row[:, None] == i_r[None, :], 1.0, 0.0)
             tl.store(a + i_r[None, :] * d_in + i_row[:, None], b_a, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n"])
 def lora_cayley_backward_kernel(
-    entries, moving, totals, factors, scratch, n, P: tl.constexpr, SCALED: tl.constexpr, R_MAX: tl.constexpr,
+    entries, addresses, totals, multipliers, scratch,
+    n,
+    P: tl.constexpr, SCALED: tl.constexpr, R_MAX: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """d a1, d scale, and what multiplies the rest: −R the parameters, −2 Wᵀ ga, −2 D Wᵀ gb."""
+    """Computes d a1, d scale, and the matrices that multiply the parameters (−R), ga (−2 Wᵀ) and gb (−2 D Wᵀ)."""
     SIZE: tl.constexpr = R_MAX * R_MAX
     SLOT: tl.constexpr = BLOCK_R * BLOCK_R
-    i_r, i_block, i_few = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK), tl.arange(0, ROWS)
-    turned = scratch + tl.program_id(0).to(tl.int64) * 3 * SLOT
-    t, half = turned + SLOT, turned + 2 * SLOT
+    i_r, i_block, i_rows = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK), tl.arange(0, ROWS)
+    w_transposed = scratch + tl.program_id(0).to(tl.int64) * 3 * SLOT
+    t, wt_t = w_transposed + SLOT, w_transposed + 2 * SLOT
     for i_pair in tl.range(tl.program_id(0).to(tl.int64), n, tl.num_programs(0), num_stages=1):
-        da, grad_a = pointer_at(moving + i_pair, P, False), pointer_at(moving + 3 * n + i_pair, tl.float32, False)
-        w, scale = pointer_at(moving + 5 * n + i_pair, tl.float32, False), moving + 6 * n + i_pair
-        d_in, r = entry(entries, i_pair, D), entry(entries, i_pair, R).to(tl.int32)
+        da, grad_a = pointer_at(addresses + i_pair, P, False), pointer_at(addresses + 3 * n + i_pair, tl.float32, False)
+        w, scale = pointer_at(addresses + 5 * n + i_pair, tl.float32, False), addresses + 6 * n + i_pair
+        d_in, r = load_entry(entries, i_pair, D), load_entry(entries, i_pair, R).to(tl.int32)
         m_r = i_r < r
         sum_a, sum_b = totals + i_pair * SIZE, totals + (n + i_pair) * SIZE
         b_scale = load_scale(scale, i_r, r, SCALED)[None, :]
         b_dscale = tl.zeros([BLOCK_R], dtype=tl.float32)
         tl.debug_barrier()
-        for o in tl.range(0, r, ROWS, num_stages=1):  # T; Wᵀ
-            i_row = o + i_few
+        for o in tl.range(0, r, ROWS, num_stages=1):  # T and Wᵀ
+            i_row = o + i_rows
             mask = (i_row < r)[:, None] & m_r[None, :]
             o_sum, o_slot = i_row[:, None] * R_MAX + i_r[None, :], i_row[:, None] * BLOCK_R + i_r[None, :]
             b_c = tl.load(sum_b + o_sum, mask=mask, other=0.0)  # [ROWS, BLOCK_R], as all that follows
             b_t = tl.load(grad_a + i_r[None, :] * d_in + i_row[:, None], mask=mask, other=0.0)
             b_t -= tl.load(sum_a + o_sum, mask=mask, other=0.0) + b_c * b_scale
             tl.store(t + o_slot, b_t, mask=mask)
-            tl.store(turned + o_slot, tl.load(w + i_r[None, :] * r + i_row[:, None], mask=mask, other=0.0), mask=mask)
+            b_wt = tl.load(w + i_r[None, :] * r + i_row[:, None], mask=mask, other=0.0)
+            tl.store(w_transposed + o_slot, b_wt, mask=mask)
             if SCALED:
                 b_w = tl.load(w + i_row[:, None] * r + i_r[None, :], mask=mask, other=0.0)
                 b_dscale -= 2.0 * tl.sum(b_w * b_c, 0)
         if SCALED:
-            tl.store(pointer_at(moving + 2 * n + i_pair, tl.float32, False) + i_r, b_dscale, mask=m_r)
+            tl.store(pointer_at(addresses + 2 * n + i_pair, tl.float32, False) + i_r, b_dscale, mask=m_r)
         tl.debug_barrier()
         for o in tl.range(0, r, BLOCK, num_stages=1):  # Wᵀ T
             i_row = o + i_block
             m_row = i_row < r
-            b_half = tl.zeros([BLOCK, BLOCK_R], dtype=tl.float32)
-            b_half = add_products(b_half, 1.0, turned + i_row * BLOCK_R, 1, m_row, t + i_r, BLOCK_R, m_r, r)
+            b_wt_t = tl.zeros([BLOCK, BLOCK_R], dtype=tl.float32)
+            b_wt_t = add_products(b_wt_t, 1.0, w_transposed + i_row * BLOCK_R, 1, m_row, t + i_r, BLOCK_R, m_r, r)
             o_slot = i_row[:, None] * BLOCK_R + i_r[None, :]
-            tl.store(half + o_slot, b_half, mask=m_row[:, None] & m_r[None, :])
+            tl.store(wt_t + o_slot, b_wt_t, mask=m_row[:, None] & m_r[None, :])
         tl.debug_barrier()
-        s = t
-        for o in tl.range(0, r, BLOCK, num_stages=1):  # S = 2 Wᵀ T Wᵀ, in T's place
+        s = t  # T is not read again
+        for o in tl.range(0, r, BLOCK, num_stages=1):  # S = 2 Wᵀ T Wᵀ
             i_row = o + i_block
             m_row = i_row < r
             b_s = tl.zeros([BLOCK, BLOCK_R], dtype=tl.float32)
-            b_s = add_products(b_s, 2.0, half + i_row * BLOCK_R, 1, m_row, turned + i_r, BLOCK_R, m_r, r)
+            b_s = add_products(b_s, 2.0, wt_t + i_row * BLOCK_R, 1, m_row, w_transposed + i_r, BLOCK_R, m_r, r)
             tl.store(s + i_row[:, None] * BLOCK_R + i_r[None, :], b_s, mask=m_row[:, None] & m_r[None, :])
         tl.debug_barrier()
         for o in tl.range(0, r, ROWS, num_stages=1):
-            i_row = o + i_few
+            i_row = o + i_rows
             mask = (i_row < r)[:, None] & m_r[None, :]
             o_slot, o_factor = i_row[:, None] * BLOCK_R + i_r[None, :], i_row[:, None] * R_MAX + i_r[None, :]
             b_s = tl.load(s + o_slot, mask=mask, other=0.0)
             b_st = tl.load(s + i_r[None, :] * BLOCK_R + i_row[:, None], mask=mask, other=0.0)
-            b_turned = -2.0 * tl.load(turned + o_slot, mask=mask, other=0.0)
+            b_wt = -2.0 * tl.load(w_transposed + o_slot, mask=mask, other=0.0)
             tl.store(da + i_row[:, None] * d_in + i_r[None, :], round_to(b_s - b_st, P), mask=mask)
-            tl.store(factors + i_pair * SIZE + o_factor, -(b_s + b_st), mask=mask)
-            tl.store(factors + (n + i_pair) * SIZE + o_factor, b_turned, mask=mask)
-            b_turned *= load_scale(scale, i_row, r, SCALED)[:, None]
-            tl.store(factors + (2 * n + i_pair) * SIZE + o_factor, b_turned, mask=mask)
+            tl.store(multipliers + i_pair * SIZE + o_factor, -(b_s + b_st), mask=mask)
+            tl.store(multipliers + (n + i_pair) * SIZE + o_factor, b_wt, mask=mask)
+            b_wt *= load_scale(scale, i_row, r, SCALED)[:, None]
+            tl.store(multipliers + (2 * n + i_pair) * SIZE + o_factor, b_wt, mask=mask)

@@ -1,34 +1,44 @@
-"""Tall products x A + y B over the factors of all pairs, for NB-LoRA's Cayley transform; the mathematics is in
+"""Tall products x A + y B over the factors of all pairs, for NB-LoRA's Cayley transform. The mathematics is in
 cayley/__init__.py.
 
-Math      a factor is d rows of r columns (pointer_table.py), x its free parameters. Forward x A is a or b; backward
-          x A + y B is the parameters' gradient, y that of a or b. The first r rows of an a are algebra.py's.
-Grid      one program per chunk of d of a factor.
+Math      A factor is d rows of r columns (pointer_table.py), x its free parameters. Forward x A is a or b; backward
+          x A + y B is the parameters' gradient, y that of a or b. algebra.py computes the first r rows of an a.
+Grid      One program per chunk of d of a factor.
 Shapes    x (d, r) in any float dtype, y float32; A and B (n, R, R) float32 → float32 forward, x's dtype backward.
-Roofline  every operand once against 2 r operations an element (backward 4 r): memory bound in float32.
+Roofline  Every operand once against 2 r operations an element (backward 4 r): memory bound in float32.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ..factor_tiles import load_block, load_matrix
+from ..factor_tiles import block_k, load_block, load_matrix
 from ..launch import on_device
-from ..pointer_table import INDEX, SIDE, SIDE_A, TL_DTYPE, Table, entry, offsets, pointer_at, sizes, tensor_at
+from ..pointer_table import (
+    INDEX,
+    SIDE,
+    SIDE_A,
+    TL_DTYPE,
+    FactorTable,
+    load_entry,
+    load_sizes,
+    pointer_at,
+    tensor_at,
+    tile_offsets,
+)
 from ..primitives import dot, round_to, to_float32
 from ..tiles import grouped
-from .addresses import AddressList
 from .sums import GRADIENTS
-
-IN_REGISTERS = 64  # largest rank class whose r×r matrices stay in registers while a factor passes
 
 
 @triton.jit
 def tall_product(
-    b_sum, p, matrix, b_matrix, i_d, i_r, d, r, IS_A: tl.constexpr, R_MAX: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    b_sum, p, matrix, b_matrix,
+    i_d, i_r, d, r,
+    IS_A: tl.constexpr,
+    R_MAX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """b_sum + rows i_d of p times the matrix, which is in registers where BLOCK_K is BLOCK_R."""
+    """Returns b_sum + rows i_d of p times the matrix, which is in registers where BLOCK_K is BLOCK_R."""
     if BLOCK_K == BLOCK_R:
         b_sum = dot(to_float32(load_block(p, i_d, i_r, d, r, IS_A)), b_matrix, b_sum, "ieee")
     else:
@@ -40,21 +50,23 @@ def tall_product(
 
 
 @triton.jit
-def outer_factor(
-    entries, moving, factors, i_tensor, i_chunk, n, IS_A: tl.constexpr, X: tl.constexpr, OUT: tl.constexpr,
-    BACKWARD: tl.constexpr, UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, R_MAX: tl.constexpr,
+def multiply_factor(
+    entries, addresses, multipliers,
+    i_tensor, i_chunk, n,
+    X: tl.constexpr, OUT: tl.constexpr, BACKWARD: tl.constexpr, IS_A: tl.constexpr,
+    UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, R_MAX: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one factor. A and B among ``factors``: forward i for a, n + i for b, no B; backward i for both, and
-    n + i for a, 2n + i for b, i being the pair."""
+    """Multiplies one chunk of one factor. Rows of ``multipliers``, with i the pair: forward A is i for a, n + i for b,
+    and there is no B; backward A is i for both, and B is n + i for a, 2n + i for b."""
     SIZE: tl.constexpr = R_MAX * R_MAX
-    index = entry(entries, i_tensor, INDEX)  # of a pair's a, n more for its b
-    x, out = tensor_at(entries, i_tensor, 0, X, ALIGNED), pointer_at(moving + index, OUT, ALIGNED)
-    d, r = sizes(entries, i_tensor, IS_A, UNIFORM_R, ALIGNED)
+    index = load_entry(entries, i_tensor, INDEX)  # the pair for an a, n + the pair for a b
+    x, out = tensor_at(entries, i_tensor, 0, X, ALIGNED), pointer_at(addresses + index, OUT, ALIGNED)
+    d, r = load_sizes(entries, i_tensor, IS_A, UNIFORM_R, ALIGNED)
     i_r = tl.arange(0, BLOCK_R)
-    p_a = factors + index * SIZE
+    p_a = multipliers + index * SIZE
     if BACKWARD:
-        y = pointer_at(moving + GRADIENTS * n + index, tl.float32, ALIGNED)
+        y = pointer_at(addresses + GRADIENTS * n + index, tl.float32, ALIGNED)
         p_b = p_a + n * SIZE
         if not IS_A:
             p_a -= n * SIZE
@@ -67,42 +79,51 @@ def outer_factor(
     for o_d in tl.range(start, tl.minimum(start + CHUNK, d), BLOCK_D, num_stages=1):
         i_d = o_d + tl.arange(0, BLOCK_D)
         b_out = tl.zeros([BLOCK_D, BLOCK_R], dtype=tl.float32)
-        b_out = tall_product(b_out, x, p_a, b_a, i_d, i_r, d, r, IS_A, R_MAX, BLOCK_K, BLOCK_R)
+        b_out = tall_product(b_out, x, p_a, b_a, i_d, i_r, d, r, IS_A, R_MAX, BLOCK_R, BLOCK_K)
         if BACKWARD:
-            b_out = tall_product(b_out, y, p_b, b_b, i_d, i_r, d, r, IS_A, R_MAX, BLOCK_K, BLOCK_R)
+            b_out = tall_product(b_out, y, p_b, b_b, i_d, i_r, d, r, IS_A, R_MAX, BLOCK_R, BLOCK_K)
         mask = (i_d < d)[:, None] & (i_r < r)[None, :]
         if IS_A:
-            mask = mask & (i_d >= r)[:, None]
-        tl.store(out + offsets(i_d, i_r, d, r, IS_A), round_to(b_out, OUT), mask=mask)
+            mask = mask & (i_d >= r)[:, None]  # the first r rows are algebra.py's
+        tl.store(out + tile_offsets(i_d, i_r, d, r, IS_A), round_to(b_out, OUT), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n"])
-def lora_cayley_outer_kernel(
-    entries, tiles, moving, factors, n, X: tl.constexpr, OUT: tl.constexpr, BACKWARD: tl.constexpr,
+def lora_cayley_products_kernel(
+    entries, tiles, addresses, multipliers,
+    n,
+    X: tl.constexpr, OUT: tl.constexpr, BACKWARD: tl.constexpr,
     UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, R_MAX: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     i_tensor, i_chunk = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
-    if entry(entries, i_tensor, SIDE) == SIDE_A:
-        outer_factor(
-            entries, moving, factors, i_tensor, i_chunk, n, True, X, OUT, BACKWARD, UNIFORM_R, ALIGNED, R_MAX, CHUNK,
-            BLOCK_D, BLOCK_R, BLOCK_K,
+    if load_entry(entries, i_tensor, SIDE) == SIDE_A:
+        multiply_factor(
+            entries, addresses, multipliers,
+            i_tensor, i_chunk, n,
+            X, OUT, BACKWARD, True,
+            UNIFORM_R, ALIGNED, R_MAX,
+            CHUNK, BLOCK_D, BLOCK_R, BLOCK_K,
         )  # fmt: skip
     else:
-        outer_factor(
-            entries, moving, factors, i_tensor, i_chunk, n, False, X, OUT, BACKWARD, UNIFORM_R, ALIGNED, R_MAX, CHUNK,
-            BLOCK_D, BLOCK_R, BLOCK_K,
+        multiply_factor(
+            entries, addresses, multipliers,
+            i_tensor, i_chunk, n,
+            X, OUT, BACKWARD, False,
+            UNIFORM_R, ALIGNED, R_MAX,
+            CHUNK, BLOCK_D, BLOCK_R, BLOCK_K,
         )  # fmt: skip
 
 
-def outer(table: Table, moving: AddressList, times: torch.Tensor, backward: bool) -> None:
-    """The first results among the moving tensors, one for each factor of the table."""
+def factor_products(table: FactorTable, addresses: torch.Tensor, multipliers: torch.Tensor, backward: bool) -> None:
+    """Computes x A + y B of every factor of the table, into the first tensors of the list of addresses."""
     tile, x = grouped("step", max(16, table.r_max)), TL_DTYPE[table.dtypes[0]]
-    tiles = table.tiles(tile.chunk)
-    with on_device(times):
-        lora_cayley_outer_kernel[(tiles.programs,)](
-            table.entries, tiles.pairs, moving.addresses, times, len(table) // 2, X=x,
-            OUT=x if backward else tl.float32, BACKWARD=backward, UNIFORM_R=table.uniform_r, ALIGNED=table.aligned,
-            R_MAX=table.r_max, CHUNK=tile.chunk, BLOCK_D=tile.d, BLOCK_R=tile.r,
-            BLOCK_K=tile.r if tile.r <= IN_REGISTERS else 16, num_warps=tile.warps, num_stages=tile.stages, maxnreg=128,
+    tile_map = table.tile_map(tile.chunk)
+    with on_device(multipliers):
+        lora_cayley_products_kernel[(tile_map.programs,)](
+            table.entries, tile_map.tiles, addresses, multipliers,
+            len(table) // 2,
+            X=x, OUT=x if backward else tl.float32, BACKWARD=backward,
+            UNIFORM_R=table.uniform_r, ALIGNED=table.aligned, R_MAX=table.r_max,
+            **tile.options(BLOCK_K=block_k(tile)), maxnreg=128,
         )  # fmt: skip

@@ -1,30 +1,40 @@
-"""Sums xᵀy over the factors of all pairs, for NB-LoRA's Cayley transform; the mathematics is in cayley/__init__.py.
+"""Sums xᵀy over the factors of all pairs, for NB-LoRA's Cayley transform. The mathematics is in cayley/__init__.py.
 
-Math      a factor is d rows of r columns (pointer_table.py), x its free parameters without the first r rows of an a.
-          Forward y is x, backward the gradient of what became of it.
-Grid      (chunks of all factors, blocks of the sum), partial sums as in pairs/gram.py.
-Shapes    x (d, r) in any float dtype, y float32 → (n_factors, R, R), float64 forward, float32 backward, and so are the
-          products.
-Roofline  every operand once against 2 r operations an element: memory bound in float32.
+Math      A factor is d rows of r columns (pointer_table.py), x its free parameters without the first r rows of an a.
+          Forward y is x; backward y is the gradient of the transformed factor.
+Grid      (chunks of all factors, blocks of the sum), partial sums as in factor_tiles.py.
+Shapes    x (d, r) in any float dtype, y float32 → (n_factors, R, R). Products and sums are float64 forward, float32
+          backward.
+Roofline  Every operand once against 2 r operations an element: memory bound in float32.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ..factor_tiles import add_up, deposit, last_to_arrive, load_block
+from ..factor_tiles import add_partials, is_last_program, load_block, store_partial
 from ..launch import on_device
-from ..pointer_table import INDEX, SIDE, SIDE_A, TL_DTYPE, Table, entry, pointer_at, programs_of, sizes, tensor_at
+from ..pointer_table import (
+    INDEX,
+    SIDE,
+    SIDE_A,
+    TL_DTYPE,
+    FactorTable,
+    count_programs,
+    load_entry,
+    load_sizes,
+    pointer_at,
+    tensor_at,
+)
 from ..primitives import dot, to_float32
 from ..tiles import grouped
-from .addresses import AddressList
 
-GRADIENTS = tl.constexpr(3)  # their first row among the moving tensors
+GRADIENTS = tl.constexpr(3)  # of the lists of n addresses in backward, the first of those of gradients
 
 
 @triton.jit
 def load_below(p, i_d, i_r, d, r, IS_A: tl.constexpr, DTYPE: tl.constexpr):
-    """Rows i_d of a factor, as DTYPE; of an a, without its first r."""
+    """Returns rows i_d of a factor in DTYPE, with the first r rows of an a set to 0."""
     b = to_float32(load_block(p, i_d, i_r, d, r, IS_A)).to(DTYPE)  # [BLOCK_D, BLOCK_R]
     if IS_A:
         b = tl.where((i_d >= r)[:, None], b, 0.0)
@@ -32,18 +42,20 @@ def load_below(p, i_d, i_r, d, r, IS_A: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def inner_factor(
-    entries, moving, partials, totals, counters, i_tensor, i_chunk, n, IS_A: tl.constexpr, X: tl.constexpr,
-    BACKWARD: tl.constexpr, SUM: tl.constexpr, UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, R_MAX: tl.constexpr,
+def sum_factor(
+    entries, addresses, partials, totals, counters,
+    i_tensor, i_chunk, n,
+    X: tl.constexpr, SUM: tl.constexpr, BACKWARD: tl.constexpr, IS_A: tl.constexpr,
+    UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, R_MAX: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one factor, one block of xᵀy."""
+    """Sums one chunk of one factor for one block of xᵀy."""
     N_BLOCKS: tl.constexpr = (R_MAX + BLOCK_R - 1) // BLOCK_R
     SIZE: tl.constexpr = R_MAX * R_MAX
-    index = entry(entries, i_tensor, INDEX)  # of a pair's a, n more for its b
+    index = load_entry(entries, i_tensor, INDEX)  # the pair for an a, n + the pair for a b
     x = tensor_at(entries, i_tensor, 0, X, ALIGNED)
-    y = pointer_at(moving + GRADIENTS * n + index, tl.float32, ALIGNED) if BACKWARD else x
-    d, r = sizes(entries, i_tensor, IS_A, UNIFORM_R, ALIGNED)
+    y = pointer_at(addresses + GRADIENTS * n + index, tl.float32, ALIGNED) if BACKWARD else x
+    d, r = load_sizes(entries, i_tensor, IS_A, UNIFORM_R, ALIGNED)
     i_row = (tl.program_id(1) // N_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
     i_col = (tl.program_id(1) % N_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
     b_sum = tl.zeros([BLOCK_R, BLOCK_R], dtype=SUM)
@@ -56,45 +68,55 @@ def inner_factor(
         else:
             b_y = b_x
         b_sum = dot(tl.trans(b_x), b_y, b_sum, "ieee")
-    count = programs_of(d, CHUNK)
-    p_mine, p_total = partials + tl.program_id(0).to(tl.int64) * SIZE, totals + index * SIZE
-    deposit(b_sum, p_mine, p_total, i_row, i_col, count, R_MAX)
+    count = count_programs(d, CHUNK)
+    p_partial, p_total = partials + tl.program_id(0).to(tl.int64) * SIZE, totals + index * SIZE
+    store_partial(b_sum, p_partial, p_total, i_row, i_col, count, R_MAX)
     if count > 1:  # noqa: SIM102 - a jit function evaluates both sides of an `and`
-        if last_to_arrive(counters + i_tensor * N_BLOCKS * N_BLOCKS + tl.program_id(1), count):
-            add_up(p_mine - i_chunk.to(tl.int64) * SIZE, p_total, SIZE, i_row, i_col, count, R_MAX)
+        if is_last_program(counters + i_tensor * N_BLOCKS * N_BLOCKS + tl.program_id(1), count):
+            add_partials(p_partial - i_chunk.to(tl.int64) * SIZE, p_total, SIZE, i_row, i_col, count, R_MAX)
 
 
 @triton.jit(do_not_specialize=["n"])
-def lora_cayley_inner_kernel(
-    entries, tiles, moving, partials, totals, counters, n, X: tl.constexpr, BACKWARD: tl.constexpr, SUM: tl.constexpr,
-    UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, R_MAX: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+def lora_cayley_sums_kernel(
+    entries, tiles, addresses, partials, totals, counters,
+    n,
+    X: tl.constexpr, SUM: tl.constexpr, BACKWARD: tl.constexpr,
+    UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, R_MAX: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     i_tensor, i_chunk = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
-    if entry(entries, i_tensor, SIDE) == SIDE_A:
-        inner_factor(
-            entries, moving, partials, totals, counters, i_tensor, i_chunk, n, True, X, BACKWARD, SUM, UNIFORM_R,
-            ALIGNED, R_MAX, CHUNK, BLOCK_D, BLOCK_R,
+    if load_entry(entries, i_tensor, SIDE) == SIDE_A:
+        sum_factor(
+            entries, addresses, partials, totals, counters,
+            i_tensor, i_chunk, n,
+            X, SUM, BACKWARD, True,
+            UNIFORM_R, ALIGNED, R_MAX,
+            CHUNK, BLOCK_D, BLOCK_R,
         )  # fmt: skip
     else:
-        inner_factor(
-            entries, moving, partials, totals, counters, i_tensor, i_chunk, n, False, X, BACKWARD, SUM, UNIFORM_R,
-            ALIGNED, R_MAX, CHUNK, BLOCK_D, BLOCK_R,
+        sum_factor(
+            entries, addresses, partials, totals, counters,
+            i_tensor, i_chunk, n,
+            X, SUM, BACKWARD, False,
+            UNIFORM_R, ALIGNED, R_MAX,
+            CHUNK, BLOCK_D, BLOCK_R,
         )  # fmt: skip
 
 
-def inner(table: Table, moving: AddressList, backward: bool) -> torch.Tensor:
-    """xᵀy of every factor of the table."""
+def factor_sums(table: FactorTable, addresses: torch.Tensor, backward: bool) -> torch.Tensor:
+    """Computes xᵀy of every factor of the table: (n_factors, R, R), float64 forward, float32 backward."""
     r_max, tile = table.r_max, grouped("gram", max(16, table.r_max))
-    tiles, dtype = table.tiles(tile.chunk), torch.float32 if backward else torch.float64
+    tile_map, dtype = table.tile_map(tile.chunk), torch.float32 if backward else torch.float64
     totals, partials = (
-        torch.empty((count, r_max, r_max), dtype=dtype, device=table.device) for count in (len(table), tiles.programs)
+        torch.empty((count, r_max, r_max), dtype=dtype, device=table.device)
+        for count in (len(table), tile_map.programs)
     )
     with on_device(totals):
-        lora_cayley_inner_kernel[(tiles.programs, triton.cdiv(r_max, tile.r) ** 2)](
-            table.entries, tiles.pairs, moving.addresses, partials, totals, table.counters, len(table) // 2,
-            X=TL_DTYPE[table.dtypes[0]], BACKWARD=backward, SUM=tl.float32 if backward else tl.float64,
-            UNIFORM_R=table.uniform_r, ALIGNED=table.aligned, R_MAX=r_max, CHUNK=tile.chunk, BLOCK_D=tile.d,
-            BLOCK_R=tile.r, num_warps=tile.warps, num_stages=tile.stages, maxnreg=255,
+        lora_cayley_sums_kernel[(tile_map.programs, triton.cdiv(r_max, tile.r) ** 2)](
+            table.entries, tile_map.tiles, addresses, partials, totals, table.counters,
+            len(table) // 2,
+            X=TL_DTYPE[table.dtypes[0]], SUM=tl.float32 if backward else tl.float64, BACKWARD=backward,
+            UNIFORM_R=table.uniform_r, ALIGNED=table.aligned, R_MAX=r_max,
+            **tile.options(), maxnreg=255,
         )  # fmt: skip
     return totals

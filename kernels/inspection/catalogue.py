@@ -196,7 +196,7 @@ def adamw_step(
     steps, rows = torch.ones(n), torch.zeros(n, r) if scale else None
     work = adamw.StepWork(torch.zeros(n) if add else None, torch.zeros(n, r, r) if matrix else None, rows, rows, gram)
     if numbers:
-        factors = [factors.beside(g) for factors in pointer_table.tables([p, m, v], is_a, range(n))]
+        factors = [factors.with_gradients(g) for factors in pointer_table.build_tables([p, m, v], is_a, range(n))]
         summed = adamw.step_tables_(factors, n, r, NUMBERS, steps, work)
     else:
         hyper = torch.ones(1, adamw.HYPER, dtype=torch.float64)
@@ -216,10 +216,10 @@ def muon_step(r: int, dtype: torch.dtype) -> int:
     a, b = _pairs(r, dtype)
     n, p = len(a + b), a + b
     g, m = ([torch.zeros_like(x) for x in p] for _ in range(2))
-    tables = pointer_table.tables([p, m], [True] * len(a) + [False] * len(b), range(n))
+    tables = pointer_table.build_tables([p, m], [True] * len(a) + [False] * len(b), range(n))
     matrices = torch.zeros(n, r, r)
-    momentum.average_([factors.beside(g) for factors in tables], 0.95, torch.ones(n))
-    summed = grams.grams_of([factors.column(1) for factors in tables], len(a), r, ("ka", "kb", "kp", "kq"))
+    momentum.average_([factors.with_gradients(g) for factors in tables], 0.95, torch.ones(n))
+    summed = grams.table_grams([factors.with_column(1) for factors in tables], len(a), r, ("ka", "kb", "kp", "kq"))
     momentum.move_(tables, matrices, NUMBERS)
     return size(*g, *m, *m, *p, *m, summed, *p, *p, *m, matrices)
 
@@ -245,7 +245,7 @@ def spd_solve(r: int, dtype: torch.dtype) -> None:
 
 
 def spd_inverse(r: int, dtype: torch.dtype) -> None:
-    spd.spd_inverse(torch.zeros(3, r, r, dtype=dtype), 0.5, torch.ones(3, dtype=torch.int32))
+    spd.spd_inverse(torch.zeros(3, r, r, dtype=dtype), 0.5)
 
 
 def small_inverse(r: int, dtype: torch.dtype) -> None:

@@ -1,17 +1,18 @@
-"""Matrices too large for registers, worked on in memory by one program: blocked Cholesky, its triangular solves, and
-the sum of outer products of which blocked algorithms are made.
+"""Blocked algorithms on matrices in memory, too large for one program's registers: Cholesky, its triangular solves, and
+the sum of outer products that both are built from.
 
-Math      A + δI = UᵀU (U upper triangular), then Uᵀy = rhs, U x = y. Left-looking: BLOCK rows of A, less what U's
-          earlier rows give, are one panel in registers, eliminated row by row; the solves go by blocks of rows the same
-          way. Nothing is inverted, so both are backward stable without pivoting (Higham, Accuracy and Stability of
-          Numerical Algorithms, 2nd ed., theorems 10.3 and 10.4).
-Grid      the caller's: a whole program works on one matrix, at most as wide as a constexpr power of two. What one
-          thread wrote another may read after a barrier: the functions start and end with one, a caller needs none.
-Shapes    float32, row-major; ``stride`` is from row to row.
+Math      A + δI = UᵀU (U upper triangular), then Uᵀy = rhs, U x = y. Left-looking: BLOCK rows of A, minus the
+          products of U's earlier rows, are one panel in registers, eliminated row by row. The solves take blocks of
+          rows the same way. Nothing is inverted, so both are backward stable without pivoting (Higham, Accuracy and
+          Stability of Numerical Algorithms, 2nd ed., theorems 10.3 and 10.4).
+Grid      The caller chooses it. A whole program works on one matrix, at most as wide as a constexpr power of two. A
+          thread may read what another wrote only after a barrier. The functions start and end with one, so that the
+          caller needs none.
+Shapes    float32, row-major; ``stride`` is the distance between rows.
 Roofline  n³/3 operations, and 2 n² for each right-hand side, from cache; 3 n dependent row steps: latency bound. Outer
-          products need a tenth of the registers that a float32 ``tl.dot`` takes, so more programs share a processor.
-          Launch with 8 warps and ``maxnreg=registers(BLOCK_N)``: left to itself ptxas spills some to fit one more
-          program.
+          products need a tenth of the registers of a float32 ``tl.dot``, so more programs share a multiprocessor.
+          Launch with 8 warps and ``maxnreg=registers(BLOCK_N)``, because ptxas by itself spills some registers to fit
+          one more program.
 """
 
 import triton
@@ -25,7 +26,7 @@ UNROLL = tl.constexpr(4)
 
 @triton.jit
 def add_products(b_sum, sign, p_left, step_left, m_left, p_right, step_right, m_right, count):
-    """b_sum + sign Σ_k left_k right_kᵀ, k < count: left_k is read at p_left + k step_left, right_k likewise."""
+    """Returns b_sum + sign Σ_k left_k right_kᵀ, k < count. left_k is read at p_left + k step_left, right_k likewise."""
     for k in tl.range(0, count, num_stages=1, loop_unroll_factor=UNROLL):
         b_left = tl.load(p_left + k * step_left, mask=m_left, other=0.0)
         b_right = tl.load(p_right + k * step_right, mask=m_right, other=0.0)
@@ -48,9 +49,9 @@ def copy(source, stride_source, target, stride, n, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def cholesky(matrix, upper, n, stride, damping, BLOCK_N: tl.constexpr):
-    """upper ← U with UᵀU = matrix + damping I, both (n, n) with one stride and possibly the same memory, n ≤ BLOCK_N;
-    below U's diagonal is rubbish. Returns 0, or the order (from 1) of the first leading minor that is not positive
-    definite: U is then of no use."""
+    """upper ← U with UᵀU = matrix + damping I, both (n, n) with one stride and possibly the same memory, n ≤ BLOCK_N.
+    The values below U's diagonal are undefined. Returns 0, or the order (from 1) of the first leading minor that is not
+    positive definite; U is then undefined."""
     i_n, i_block = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK)
     bad = 0
     for o in tl.range(0, n, BLOCK, num_stages=1):
@@ -65,7 +66,7 @@ def cholesky(matrix, upper, n, stride, damping, BLOCK_N: tl.constexpr):
         for j in range(o, tl.minimum(o + BLOCK, n)):
             b_row, b_column = take_row(b_panel, i_row, j), take_column(b_panel, i_n, j)
             pivot = tl.sum(tl.where(i_row == j, b_column, 0.0), 0)
-            good = (pivot > 0.0) & (pivot < float("inf"))
+            good = (pivot > 0.0) & (pivot < float("inf"))  # False for a NaN, too
             bad = tl.where((bad == 0) & (good == 0), j + 1, bad)
             root = tl.sqrt_rn(pivot)
             b_row, b_column = div_rn(b_row, root), div_rn(b_column, root)
@@ -79,14 +80,14 @@ def cholesky(matrix, upper, n, stride, damping, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def cholesky_solve(upper, rhs, x, n, k, stride, stride_x, BLOCK_K: tl.constexpr):
-    """x with UᵀU x = rhs, U from ``cholesky``; rhs and x (n, k), stride_x from row to row, possibly the same memory;
-    rhs None: the first k columns of I. BLOCK_K columns at a time."""
+    """x ← the solution of UᵀU x = rhs, U from ``cholesky``, BLOCK_K columns at a time. rhs and x are (n, k) with
+    ``stride_x`` between rows, possibly the same memory. rhs None stands for the first k columns of I."""
     i_block = tl.arange(0, BLOCK)
     last = (n - 1) // BLOCK * BLOCK
     for o_k in tl.range(0, k, BLOCK_K, num_stages=1):
         i_k = o_k + tl.arange(0, BLOCK_K)
         m_k = i_k < k
-        for o in tl.range(0, n, BLOCK, num_stages=1):  # Uᵀy = rhs, downwards
+        for o in tl.range(0, n, BLOCK, num_stages=1):  # Uᵀy = rhs, from the first row on
             i_row = o + i_block
             m_row = i_row < n
             o_x, m_x = i_row[:, None] * stride_x + i_k[None, :], m_row[:, None] & m_k[None, :]
@@ -100,9 +101,9 @@ def cholesky_solve(upper, rhs, x, n, k, stride, stride_x, BLOCK_K: tl.constexpr)
                 b_u = tl.load(upper + j * stride + i_row, mask=(i_row > j) & m_row, other=0.0)
                 b_solved = div_rn(take_row(b_x, i_row, j), tl.load(upper + j * (stride + 1)))
                 b_x = tl.where((i_row == j)[:, None], b_solved[None, :], b_x - b_u[:, None] * b_solved[None, :])
-            tl.debug_barrier()
+            tl.debug_barrier()  # rhs may be x: every thread has read this block
             tl.store(x + o_x, b_x, mask=m_x)
-        for o_back in tl.range(0, n, BLOCK, num_stages=1):  # U x = y, upwards
+        for o_back in tl.range(0, n, BLOCK, num_stages=1):  # U x = y, from the last row back
             o = last - o_back
             i_row = o + i_block
             m_row = i_row < n
@@ -124,5 +125,5 @@ def cholesky_solve(upper, rhs, x, n, k, stride, stride_x, BLOCK_K: tl.constexpr)
 
 
 def registers(block_n: int) -> int:
-    """For each thread, at most: ``maxnreg`` of the launch."""
+    """Returns the largest number of registers of a thread, ``maxnreg`` of the launch."""
     return 128 if block_n <= 128 else 255

@@ -1,13 +1,13 @@
-"""Batches of inverses without pivoting, for matrices whose symmetric part is at least I (NB-LoRA's Cayley transform).
+"""Batches of inverses without pivoting, of matrices whose symmetric part is at least I (NB-LoRA's Cayley transform).
 
 Math      Gauss-Jordan without pivoting: the symmetric part of every Schur complement is at least I, so every pivot is
           at least 1. Growth is about linear in the skew part, so one refinement follows: W ← W + W (I − M W).
-          Above rank 64 by blocks: BLOCK columns of W are a panel in registers, in which BLOCK pivots are taken; with P
-          the panel's pivot rows, every other column becomes W with the rows P zeroed, plus panel · W[P].
-Grid      up to rank 64 one program per matrix, in registers; above, up to SLOTS programs that go through the matrices,
-          M, W and I − M W in a slot of a scratch buffer that stays in L2.
+          Above rank 64 by blocks: BLOCK columns of W are a panel in registers, in which BLOCK pivots are eliminated.
+          With P the panel's pivot rows, every other column becomes W with the rows P zeroed, plus panel · W[P].
+Grid      Up to rank 64 one program per matrix, in registers. Above, up to SLOTS programs loop over the matrices, each
+          with M, W and I − M W in its slot of a scratch buffer that stays in L2.
 Shapes    (n, r, r) float32 contiguous, r from 1 to 256; n any number.
-Roofline  6 r³ operations on 8 r² bytes, one dependent step per column: latency bound; the batch hides it.
+Roofline  6 r³ operations on 8 r² bytes, one dependent step per column: latency bound. Other programs hide the latency.
 """
 
 import torch
@@ -21,18 +21,18 @@ from .spd import IN_REGISTERS, SLOTS, WARPS
 
 
 @triton.jit
-def take_pivot(b_w, i_row, i_col, j):
-    """One step of Gauss-Jordan in place, on pivot (j, j) of a matrix of which b_w holds all rows and some columns."""
+def eliminate_pivot(b_w, i_row, i_col, j):
+    """Runs one step of Gauss-Jordan in place, on pivot (j, j). b_w holds all rows and some columns of the matrix."""
     b_column, b_row = take_column(b_w, i_col, j), take_row(b_w, i_row, j)
     reciprocal = 1.0 / tl.sum(tl.where(i_col == j, b_row, 0.0), 0)
     b_row = tl.where(i_col == j, reciprocal, b_row * reciprocal)
-    rest = tl.where((i_col == j)[None, :], 0.0, b_w) - b_column[:, None] * b_row[None, :]
-    return tl.where((i_row == j)[:, None], b_row[None, :], rest)
+    other_rows = tl.where((i_col == j)[None, :], 0.0, b_w) - b_column[:, None] * b_row[None, :]
+    return tl.where((i_row == j)[:, None], b_row[None, :], other_rows)
 
 
 @triton.jit
 def product(b_sum, lhs, rhs, r, BLOCK_R: tl.constexpr):
-    """b_sum + lhs @ rhs, float32 [BLOCK_R, BLOCK_R]. At 64, where a dot would spill, column by row."""
+    """Returns b_sum + lhs @ rhs, float32 [BLOCK_R, BLOCK_R], as outer products at 64, where a dot would spill."""
     if BLOCK_R < 64:
         b_sum = dot(lhs, rhs, b_sum, "ieee")
     else:
@@ -50,17 +50,17 @@ def lora_small_inverse_kernel(matrices, inverses, r, BLOCK_R: tl.constexpr):
     inside = (i_row < r) & (i_col < r)
     b_eye = tl.where(i_row == i_col, 1.0, 0.0)
     b_matrix = tl.load(matrices + o_matrix, mask=inside, other=0.0)  # [BLOCK_R, BLOCK_R], as all that follows
-    b_matrix = tl.where(inside, b_matrix, b_eye)
+    b_matrix = tl.where(inside, b_matrix, b_eye)  # padded with I, so that every pivot is at least 1
     b_w = b_matrix
     for j in range(0, r):
-        b_w = take_pivot(b_w, i_r, i_r, j)
+        b_w = eliminate_pivot(b_w, i_r, i_r, j)
     b_residual = product(b_eye, -b_matrix, b_w, r, BLOCK_R)
     tl.store(inverses + o_matrix, product(b_w, b_w, b_residual, r, BLOCK_R), mask=inside)
 
 
 @triton.jit
 def gauss_jordan(w, r, stride, BLOCK_R: tl.constexpr):
-    """w (r, r) in memory ← its inverse; starts and ends with a barrier."""
+    """w (r, r) in memory ← its inverse. It starts and ends with a barrier."""
     i_r, i_block = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK)
     blocks = tl.cdiv(r, BLOCK)
     for i_panel in tl.range(0, blocks, num_stages=1):
@@ -71,12 +71,12 @@ def gauss_jordan(w, r, stride, BLOCK_R: tl.constexpr):
         tl.debug_barrier()
         b_panel = tl.load(p_panel, mask=m_panel, other=0.0)  # [BLOCK_R, BLOCK]
         for j in range(o, tl.minimum(o + BLOCK, r)):
-            b_panel = take_pivot(b_panel, i_r, i_col, j)
+            b_panel = eliminate_pivot(b_panel, i_r, i_col, j)
         tl.debug_barrier()
         tl.store(p_panel, b_panel, mask=m_panel)
         tl.debug_barrier()
         m_other = (i_r < r) & ((i_r < o) | (i_r >= o + BLOCK))
-        for ahead in tl.range(1, blocks + 1, num_stages=1):  # the panel's own rows last: the others need them
+        for ahead in tl.range(1, blocks + 1, num_stages=1):  # the panel's own rows last, because the others read them
             i_row = (i_panel + ahead) % blocks * BLOCK + i_block
             m_row = i_row < r
             p_rows = w + i_row[:, None] * stride + i_r[None, :]
@@ -91,9 +91,9 @@ def gauss_jordan(w, r, stride, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def invert(matrix, w, residual, r, BLOCK_R: tl.constexpr):
-    """w ← the inverse of matrix; residual ← I − M W before the refinement. All (r, r) with BLOCK_R from row to row,
-    float32; of a float64 matrix the residual is exact, and W as good as float32 holds it. Starts and ends with a
-    barrier."""
+    """w ← the inverse of matrix; residual ← I − M W before the refinement. All are (r, r), float32, with a stride of
+    BLOCK_R. For a float64 matrix the residual is computed in float64, so that W is as accurate as float32 can hold. It
+    starts and ends with a barrier."""
     i_r, i_block = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK)
     m_r = i_r < r
     copy(matrix, BLOCK_R, w, BLOCK_R, r, BLOCK_R)
@@ -118,7 +118,7 @@ def invert(matrix, w, residual, r, BLOCK_R: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "r"])
 def lora_small_inverse_blocked_kernel(matrices, inverses, scratch, n, r, BLOCK_R: tl.constexpr):
-    """The same, in memory: M, W and I − M W in the program's three slots of ``scratch``."""
+    """Computes what ``lora_small_inverse_kernel`` does, with M, W and I − M W in the program's slot of ``scratch``."""
     matrix = scratch + tl.program_id(0).to(tl.int64) * 3 * BLOCK_R * BLOCK_R
     w, residual = matrix + BLOCK_R * BLOCK_R, matrix + 2 * BLOCK_R * BLOCK_R
     for i_matrix in tl.range(tl.program_id(0).to(tl.int64), n, tl.num_programs(0), num_stages=1):
@@ -128,7 +128,8 @@ def lora_small_inverse_blocked_kernel(matrices, inverses, scratch, n, r, BLOCK_R
 
 
 def small_inverse(matrices: torch.Tensor) -> torch.Tensor:
-    """Inverses of (n, r, r) whose symmetric part is at least I. Twin: ``reference.pairs.small_inverse``."""
+    """Computes the inverses of float32 (n, r, r) whose symmetric part is at least I. Twin:
+    ``reference.pairs.small_inverse``."""
     n, r = check_square("matrices", matrices)
     inverses = torch.empty((n, r, r), dtype=torch.float32, device=matrices.device)
     if n == 0:
@@ -137,11 +138,15 @@ def small_inverse(matrices: torch.Tensor) -> torch.Tensor:
     with on_device(matrices):
         if r <= IN_REGISTERS:
             lora_small_inverse_kernel[(n,)](
-                matrices, inverses, r, BLOCK_R=block_r, num_warps=WARPS[block_r], maxnreg=255
+                matrices, inverses,
+                r,
+                BLOCK_R=block_r, num_warps=WARPS[block_r], maxnreg=255,
             )  # fmt: skip
         else:
             scratch = torch.empty((min(n, SLOTS), 3, block_r, block_r), dtype=torch.float32, device=matrices.device)
             lora_small_inverse_blocked_kernel[(len(scratch),)](
-                matrices, inverses, scratch, n, r, BLOCK_R=block_r, num_warps=8, maxnreg=registers(block_r)
+                matrices, inverses, scratch,
+                n, r,
+                BLOCK_R=block_r, num_warps=8, maxnreg=registers(block_r),
             )  # fmt: skip
     return inverses

@@ -1,7 +1,14 @@
-"""The adapter step's ops on the kernels, for all pairs at once: the Triton half of the family ``pairs``.
+"""The kernels of the adapter step, for all pairs at once: the Triton module of the op family ``pairs``.
 
-``lora_fast.ops.reference.pairs`` has the same functions with the same arguments in plain torch; its docstrings specify
-both. ``lora_fast.backend.ops("pairs", tensor)`` chooses between the two modules.
+``lora_fast.ops.reference.pairs`` is its torch twin, with the same functions and arguments; the twin's docstrings
+specify both. ``lora_fast.backend.ops("pairs", tensor)`` returns one of the two modules. The functions here convert
+arguments to what the launchers take: float32 matrices and contiguous tensors.
+
+    gram            pass 1: r×r Grams of every pair        regularizers    the algebra of iLoRA and of ScaleReg
+    scalora_system  ScaLoRA's equations                    scalora_scales  ScaLoRA's scales
+    inverse_mean    LoRA-Muon's matrices                   momentum        LoRA-Muon's momentum and move
+    adamw           pass 2: changes to gradients, AdamW    transform       factors times r×r matrices
+    add_low_rank    merges into the weights
 """
 
 import torch
@@ -52,7 +59,7 @@ def pair_grams(
     a: list[Tensor], b: list[Tensor], da: list[Tensor] | None = None, db: list[Tensor] | None = None
 ) -> Grams:
     lists = [a, b] if da is None else [a, b, da, db]
-    lists = [[x.contiguous() for x in members] for members in lists]
+    lists = [[x.contiguous() for x in tensors] for tensors in lists]
     return gram.gram(*lists, wanted=Grams._fields[: 2 if da is None else 5])
 
 
@@ -65,8 +72,8 @@ def transformed(factors: list[Tensor], is_a: bool, matrices: Tensor) -> list[Ten
 def add_low_rank_(
     weights: list[Tensor], a: list[Tensor], b: list[Tensor], scale: Tensor, rounding: str = "nearest", seed: int = 0
 ) -> None:
-    factors = ([x.contiguous() for x in members] for members in (a, b))
-    add_low_rank.add_low_rank_(weights, *factors, scale.contiguous(), rounding, seed)
+    a, b = ([x.contiguous() for x in tensors] for tensors in (a, b))
+    add_low_rank.add_low_rank_(weights, a, b, scale.contiguous(), rounding, seed)
 
 
 def adapter_step_(
@@ -76,4 +83,6 @@ def adapter_step_(
     steps: Tensor,
     work: StepWork,
 ) -> Tensor | None:
-    return adamw.step_(factors, is_a, hyper, steps, work)
+    *tensors, gram = work
+    work = StepWork(*(x if x is None else x.contiguous() for x in tensors), gram)
+    return adamw.step_(factors, is_a, hyper.contiguous(), steps, work)

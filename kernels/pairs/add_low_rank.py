@@ -2,16 +2,16 @@
 
 Math      total = W (+ residual) + Σ_k b[:, k] scale[k] a[k, :], in float32; then one rounding to W's dtype:
           nearest      ties to even
-          stochastic   up or down with the probability that makes the expectation exact: a Philox number (key = seed,
-                       counter = element, layer) is added to the bits that the cast drops; below float16's normal range,
-                       where the spacing is fixed, a floor does the same. A float32 W loses nothing: nearest.
+          stochastic   up or down with the probability that makes the expectation exact. A Philox number (key = seed,
+                       counter = element, layer) is added to the bits that the cast drops. Below float16's normal range,
+                       where the spacing is fixed, a floor has the same effect. A float32 W is rounded to nearest.
           compensated  nearest, and residual = total - W, rounded to W's dtype, is carried to the next merge.
-Grid      one program per (layer, 1024 rows, 512 columns of W): its columns of a stay in registers up to rank 16.
+Grid      One program per (layer, 1024 rows, 512 columns of W). Its columns of a stay in registers up to rank 16.
 Shapes    W (d_out, d_in), contiguous, a (r, d_in), b (d_out, r), any float; scale float32 (n, R), R the largest rank;
           residual of W's shape and dtype. All layers of a launch share W's dtype and the adapters'. DENSE: all a and b
-          are contiguous; experts' factors, which lie interleaved, are not. A table of its own, int64 (n, COLUMNS):
-          addresses of W, residual, a, b; d_out, r, d_in, the layer's row in ``scale``; strides of a and of b.
-Roofline  W read and written once against 2 r operations an element; a and b add r·4·(1/512 + 1/1024) bytes an element.
+          are contiguous; experts' factors, which are interleaved, are not. The launch has a table of its own, int64
+          (n, COLUMNS): addresses of W, residual, a, b; d_out, r, d_in, the layer's row in ``scale``; strides of a, b.
+Roofline  W is read and written once against 2 r operations an element; a and b add r·4·(1/512 + 1/1024) bytes each.
 """
 
 import torch
@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 
 from ..grouping import group_by
-from ..launch import on_device, report_addresses
+from ..launch import check_tensor, on_device, report_addresses
 from ..limits import ROUNDINGS
-from ..pointer_table import TL_DTYPE, check_dtype, check_storage, kept, pointer_at, to_device
+from ..pointer_table import ALIGNMENT, TL_DTYPE, cached, check_dtype, check_storage, pointer_at, to_device
 from ..primitives import PHILOX_ROUNDS, dot, round_to, to_float32
 
 NEAREST, STOCHASTIC, COMPENSATED = (tl.constexpr(i) for i in range(3))
@@ -31,8 +31,8 @@ BLOCK_OUT, BLOCK_IN, BLOCK_R, CHUNK, WARPS = 8, 512, 16, 1024, 8
 
 @triton.jit
 def noise(seed, i_row, o_col, i_layer, BLOCK_COL: tl.constexpr):
-    """A 16-bit number for each element of rows ``i_row`` and columns ``o_col`` … ``o_col + BLOCK_COL`` (multiples of
-    8): int32 [rows, BLOCK_COL]. One Philox call serves eight neighbours, as in ``primitives.keep_mask``."""
+    """Draws a 16-bit number for each element of rows ``i_row`` and columns ``o_col`` … ``o_col + BLOCK_COL`` (multiples
+    of 8): int32 [rows, BLOCK_COL]. One Philox call serves eight neighbours, as in ``primitives.keep_mask``."""
     i_group = o_col // 8 + tl.arange(0, BLOCK_COL // 8)
     zero = tl.zeros([i_row.shape[0], BLOCK_COL // 8], dtype=tl.uint32)
     word0, word1, word2, word3 = tl.philox(
@@ -46,13 +46,15 @@ def noise(seed, i_row, o_col, i_layer, BLOCK_COL: tl.constexpr):
 
 @triton.jit
 def round_stochastic(value, b_noise, DTYPE: tl.constexpr):
-    """float32 → bfloat16 or float16, up or down; what is not finite stays as it is."""
+    """Rounds float32 to bfloat16 or float16, up or down. A value that is not finite stays as it is."""
     bits = value.to(tl.int32, bitcast=True)
     if DTYPE == tl.bfloat16:  # noqa: SIM300
+        # bfloat16 drops the low 16 bits of a float32; float16 drops 13 (mask 8191) of a normal number.
         rounded = ((bits + b_noise) & -65536).to(tl.float32, bitcast=True)
     else:
         b_noise = b_noise & 8191
         rounded = ((bits + b_noise) & -8192).to(tl.float32, bitcast=True)
+        # float16's subnormal numbers are multiples of 2^-24.
         small = tl.floor(value * 16777216.0 + b_noise.to(tl.float32) * (1.0 / 8192)) * (1.0 / 16777216)
         rounded = tl.where(tl.abs(value) < 6.103515625e-05, small, rounded)  # 2^-14, the smallest normal number
     return round_to(tl.where(tl.abs(value) < float("inf"), rounded, value), DTYPE)
@@ -69,18 +71,20 @@ def load_a(a, o_k, i_in, r, d_in, stride_r, stride_in, BLOCK_R: tl.constexpr):
 
 @triton.jit(do_not_specialize=["seed"])
 def lora_merge_kernel(
-    entries, tiles, scale, seed, W: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROUNDING: tl.constexpr,
-    SEED_IN_MEMORY: tl.constexpr, ALIGNED: tl.constexpr, DENSE: tl.constexpr, R_MAX: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
+    entries, tiles, scale,
+    seed,
+    W: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROUNDING: tl.constexpr, SEED_IN_MEMORY: tl.constexpr,
+    ALIGNED: tl.constexpr, DENSE: tl.constexpr, R_MAX: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    WHOLE: tl.constexpr = R_MAX <= BLOCK_R
+    ONE_BLOCK: tl.constexpr = R_MAX <= BLOCK_R
     i_layer, i_tile = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
     row = entries + i_layer * COLUMNS
     w, residual = pointer_at(row, W, ALIGNED), pointer_at(row + 1, W, ALIGNED)
     a, b = pointer_at(row + 2, A, ALIGNED), pointer_at(row + 3, B, ALIGNED)
     d_out, r, d_in, index = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
     if ALIGNED:
-        d_in = d_in // 8 * 8  # as it is: see table.sizes
+        d_in = d_in // 8 * 8  # for the compiler: see pointer_table.load_sizes
     if DENSE:
         a_r, a_in, b_out, b_r = d_in, 1, r, 1
     else:
@@ -90,7 +94,7 @@ def lora_merge_kernel(
     n_columns = tl.maximum(tl.cdiv(d_in, BLOCK_IN), 1)
     o_in, start = i_tile % n_columns * BLOCK_IN, i_tile // n_columns * CHUNK
     i_in = o_in + tl.arange(0, BLOCK_IN)
-    if WHOLE:
+    if ONE_BLOCK:
         b_a = load_a(a, 0, i_in, r, d_in, a_r, a_in, BLOCK_R)  # [BLOCK_R, BLOCK_IN]
     for o_out in tl.range(start, tl.minimum(start + CHUNK, d_out), BLOCK_OUT, num_stages=1):
         i_out = o_out + tl.arange(0, BLOCK_OUT)
@@ -105,7 +109,7 @@ def lora_merge_kernel(
             p_b = b + i_out[:, None] * b_out + i_k[None, :] * b_r
             b_b = to_float32(tl.load(p_b, mask=(i_out < d_out)[:, None] & m_k[None, :], other=0.0))
             b_b *= tl.load(scale + index * R_MAX + i_k, mask=m_k, other=0.0)[None, :]  # [BLOCK_OUT, BLOCK_R]
-            b_total = dot(b_b, b_a if WHOLE else load_a(a, o_k, i_in, r, d_in, a_r, a_in, BLOCK_R), b_total, "ieee")
+            b_total = dot(b_b, b_a if ONE_BLOCK else load_a(a, o_k, i_in, r, d_in, a_r, a_in, BLOCK_R), b_total, "ieee")
         if ROUNDING == STOCHASTIC:
             b_new = round_stochastic(b_total, noise(seed, i_out, o_in, index, BLOCK_IN), W)
         else:
@@ -124,56 +128,65 @@ def add_low_rank_(
     seed: int | torch.Tensor = 0,
     residuals: list[torch.Tensor] | None = None,
 ) -> None:
-    """weights[i] += b[i] diag(scale[i]) a[i] in place. scale: float32 (n, R), R the largest rank. seed: of stochastic
-    rounding, a number or a 0-d int64 tensor on the device. residuals: of compensated rounding, shaped and typed as the
-    weights, zero at first. A float32 weight rounds to nearest whatever is asked.
+    """Adds b[i] diag(scale[i]) a[i] to every weight, in place. Twin: ``reference.scalora_solution.add_low_rank_``.
 
-    Twin: ``reference.scalora_solution.add_low_rank_``."""
-    if rounding not in ROUNDINGS or (rounding == "compensated") != (residuals is not None):
-        raise ValueError(
-            f"lora_fast: rounding: expected one of {ROUNDINGS}, residuals with 'compensated' alone; got {rounding!r}, "
-            f"residuals {'given' if residuals is not None else 'None'}"
-        )
-    r_max = max((t.shape[0] for t in a), default=1)
-    if tuple(scale.shape) != (len(weights), r_max) or scale.dtype != torch.float32 or not scale.is_contiguous():
-        raise ValueError(
-            f"lora_fast: scale: expected contiguous float32 ({len(weights)}, {r_max}), "
-            f"got {scale.dtype} {tuple(scale.shape)}"
-        )
+    Args:
+        weights: (d_out, d_in), contiguous, no two at one address.
+        a, b: (r, d_in) and (d_out, r), any strides.
+        scale: float32 (n, R), R the largest rank.
+        rounding: one of ``ROUNDINGS``. A float32 weight is rounded to nearest in any case.
+        seed: of stochastic rounding, a number or a 0-d int64 tensor on the device.
+        residuals: for compensated rounding alone, shaped and typed as the weights, zero at first.
+    """
+    assert rounding in ROUNDINGS, f"rounding: expected one of {ROUNDINGS}, got {rounding!r}"
+    assert (rounding == "compensated") == (residuals is not None), (
+        f"residuals: expected with 'compensated' alone, got {'some' if residuals is not None else 'None'}"
+    )
+    check_tensor("scale", scale, (len(weights), max((t.shape[0] for t in a), default=1)), torch.float32)
     layers = [(layer, i) for i, layer in enumerate(zip(weights, residuals or weights, a, b, strict=True))]
-    for members in group_by(layers, lambda member: tuple(t.dtype for t in member[0])).values():
-        _launch(members, scale, rounding, seed)
+    for group in group_by(layers, lambda entry: tuple(t.dtype for t in entry[0])).values():
+        _launch(group, scale, rounding, seed)
     torch.autograd.graph.increment_version(weights)
 
 
-def _launch(members: list[tuple], scale: torch.Tensor, rounding: str, seed: int | torch.Tensor) -> None:
-    places = [(i, *[(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in layer]) for layer, i in members]
-    table = kept("merge", [scale.device, *places], lambda: _Table(members, scale.device))
-    report_addresses(table.entries, (t for layer, _ in members for t in layer))
-    w, _, a, b = (TL_DTYPE[t.dtype] for t in members[0][0])
-    exact = members[0][0][0].dtype == torch.float32
+def _launch(layers: list[tuple], scale: torch.Tensor, rounding: str, seed: int | torch.Tensor) -> None:
+    """``layers``: ((weight, residual, a, b), row in ``scale``) of one combination of dtypes."""
+    key = [(i, *[(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in layer]) for layer, i in layers]
+    table = cached("merge", [scale.device, *key], lambda: _LayerTable(layers, scale.device))
+    report_addresses(table.entries, (t for layer, _ in layers for t in layer))
+    first, _ = layers[0]
+    w, _, a, b = (TL_DTYPE[t.dtype] for t in first)
+    exact = first[0].dtype == torch.float32
     with on_device(scale):
         lora_merge_kernel[(len(table.tiles),)](
-            table.entries, table.tiles, scale, seed, W=w, A=a, B=b,
+            table.entries, table.tiles, scale,
+            seed,
+            W=w, A=a, B=b,
             ROUNDING=0 if exact else ROUNDINGS.index(rounding), SEED_IN_MEMORY=isinstance(seed, torch.Tensor),
-            ALIGNED=table.aligned, DENSE=table.dense, R_MAX=scale.shape[1], CHUNK=CHUNK, BLOCK_OUT=BLOCK_OUT,
-            BLOCK_IN=BLOCK_IN, BLOCK_R=BLOCK_R, num_warps=WARPS,
+            ALIGNED=table.aligned, DENSE=table.dense, R_MAX=scale.shape[1],
+            CHUNK=CHUNK, BLOCK_OUT=BLOCK_OUT, BLOCK_IN=BLOCK_IN, BLOCK_R=BLOCK_R, num_warps=WARPS,
         )  # fmt: skip
 
 
-class _Table:
-    """Attributes: entries, tiles; aligned: whether every row starts at a multiple of 16 bytes; dense: as above."""
+class _LayerTable:
+    """The layers of one launch.
 
-    def __init__(self, members: list[tuple], device: torch.device):
+    Attributes:
+        entries: int64 (n, COLUMNS) on the device.
+        tiles: int32 (programs, 2) on the device: the layer and the tile of W of every program.
+        aligned: whether every row of every tensor starts at a multiple of 16 bytes.
+        dense: whether all a and b are contiguous.
+    """
+
+    def __init__(self, layers: list[tuple], device: torch.device):
         rows, tiles, self.dense = [], [], True
-        for i, ((w, residual, a, b), index) in enumerate(members):
+        for i, ((w, residual, a, b), index) in enumerate(layers):
             (d_out, d_in), r = w.shape, a.shape[0]
-            if (residual.shape, a.shape, b.shape) != (w.shape, (r, d_in), (d_out, r)) or residual.dtype != w.dtype:
-                raise ValueError(
-                    f"lora_fast: layer {index}: a (r, d_in), b (d_out, r) and a residual like the weight must fit "
-                    f"weight {w.dtype} {tuple(w.shape)}, got {tuple(a.shape)}, {tuple(b.shape)}, {residual.dtype} "
-                    f"{tuple(residual.shape)}"
-                )
+            shapes = residual.shape, a.shape, b.shape
+            assert shapes == (w.shape, (r, d_in), (d_out, r)) and residual.dtype == w.dtype, (
+                f"layer {index}: expected residual, a (r, d_in), b (d_out, r) to fit weight {w.dtype} "
+                f"{tuple(w.shape)}, got {residual.dtype} {tuple(residual.shape)}, {tuple(a.shape)}, {tuple(b.shape)}"
+            )
             for tensor in (w, residual):
                 check_storage(tensor)
             for tensor in (a, b):
@@ -183,10 +196,9 @@ class _Table:
             rows.append([*addresses, d_out, r, d_in, index, *a.stride(), *b.stride()])
             n_tiles = max(1, triton.cdiv(d_out, CHUNK) * triton.cdiv(d_in, BLOCK_IN))
             tiles += [(i, tile) for tile in range(n_tiles)]
-        if len({row[0] for row in rows}) < len(rows):
-            raise ValueError(
-                "lora_fast: two layers share a weight: merged in one launch they would overwrite each other"
-            )
+        # Merged in one launch, layers of one weight would overwrite each other's results.
+        weights = {row[0] for row in rows}
+        assert len(weights) == len(rows), f"weights: expected {len(rows)} that share no memory, got {len(weights)}"
         starts, d_in = [address for row in rows for address in row[:4]], [row[6] for row in rows]
-        self.aligned = self.dense and all(start % 16 == 0 for start in starts) and all(d % 8 == 0 for d in d_in)
+        self.aligned = self.dense and all(x % ALIGNMENT == 0 for x in starts) and all(d % 8 == 0 for d in d_in)
         self.entries, self.tiles = to_device(rows, torch.int64, device), to_device(tiles, torch.int32, device)

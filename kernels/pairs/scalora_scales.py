@@ -1,7 +1,8 @@
 """ScaLoRA's scales of every adapter pair, from the solution of its equations (scalora_system.py).
 
-Math      scale = √(x / κ), clamped, 1 where the coordinate has no say; what is merged is scaling (1 − α∘β).
-Grid      one program per BLOCK scales.
+Math      scale = √(x / κ), clamped, 1 where the coordinate is not active or κ ≤ 0. The factors' part that is merged
+          into W is b diag(residual_scale) a with residual_scale = scaling (1 − α∘β).
+Grid      One program per BLOCK scales.
 Shapes    x float32 (n, 2r), active bool (n, 2r) → scale_p, scale_g float32 (2n, r), residual_scale float32 (n, r).
 Roofline  10 bytes read and 20 written per rank and pair: launch bound.
 """
@@ -16,19 +17,22 @@ BLOCK = 256  # scales of one program
 
 
 @triton.jit
-def scale(x, active, i, b_kappa, low, high, mask):
-    """√(x / κ) between low and high, 1 where it has no say; a NaN stays one: float32 [BLOCK]."""
+def clamped_scale(x, active, i, b_kappa, low, high, mask):
+    """Returns √(x / κ) between low and high, 1 where not active. A NaN stays a NaN: float32 [BLOCK]."""
     b_x = tl.load(x + i, mask=mask, other=0.0)
     b_scale = tl.sqrt_rn(tl.div_rn(b_x, b_kappa))
+    # Comparisons with a NaN are false, so that it passes; tl.minimum and tl.maximum would drop it.
     b_scale = tl.where(b_scale < low, low, b_scale)
     b_scale = tl.where(b_scale > high, high, b_scale)
-    kept = (tl.load(active + i, mask=mask, other=0) == 0) | (b_kappa <= 0.0)
-    return tl.where(kept, 1.0, b_scale)
+    unscaled = (tl.load(active + i, mask=mask, other=0) == 0) | (b_kappa <= 0.0)
+    return tl.where(unscaled, 1.0, b_scale)
 
 
 @triton.jit(do_not_specialize=["size", "r"])
 def lora_scales_kernel(
-    x, active, kappa, scaling, scale_p, scale_g, residual_scale, low, high, size, r, KAPPA_IN_MEMORY: tl.constexpr,
+    x, active, kappa, scaling, scale_p, scale_g, residual_scale,
+    low, high, size, r,
+    KAPPA_IN_MEMORY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     b_kappa = tl.zeros([BLOCK], dtype=tl.float32)
@@ -39,8 +43,8 @@ def lora_scales_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     i_pair, mask = i // r, i < size
     o_alpha = i + i_pair * r
-    b_alpha = scale(x, active, o_alpha, b_kappa, low, high, mask)
-    b_beta = scale(x, active, o_alpha + r, b_kappa, low, high, mask)
+    b_alpha = clamped_scale(x, active, o_alpha, b_kappa, low, high, mask)
+    b_beta = clamped_scale(x, active, o_alpha + r, b_kappa, low, high, mask)
     tl.store(scale_p + i, b_alpha, mask=mask)
     tl.store(scale_p + size + i, b_beta, mask=mask)
     tl.store(scale_g + i, b_beta, mask=mask)
@@ -57,12 +61,20 @@ def scales(
     low: float,
     high: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the step and the merge take, from ``scalora_solve``'s x and active (n, 2r) and the pairs' scaling, float32
-    (n,): scale = √(x / κ) between ``low`` and ``high`` (None: no limit), 1 where it has no say or κ ≤ 0.
+    """Computes the scales of the step and of the merge. Twin: ``reference.scalora_solution.scales``.
 
-    kappa: a number, or a 0-d float64 tensor on the device. Returns scale_p (2n, r), what multiplies the factors, b's
-    first: [α; β]; scale_g (2n, r), what multiplies their gradients and moments: [β; α]; residual_scale (n, r) = scaling
-    (1 − αβ), what is merged into W with the factors as they were. A NaN in x is one in all three."""
+    Args:
+        x, active: (n, 2r), from ``scalora_solve``.
+        kappa: κ, a number or a 0-d float64 tensor on the device.
+        scaling: float32 (n,), α / r of each adapter.
+        low, high: limits of a scale; None: no upper limit.
+
+    Returns:
+        scale_p: float32 (2n, r), the scales of the factors, n rows [α] for b, then n rows [β] for a.
+        scale_g: float32 (2n, r), the scales of their gradients and moments, [β], then [α].
+        residual_scale: float32 (n, r), scaling (1 − αβ), for the merge of the factors as they were into W.
+        A NaN in x is a NaN in all three.
+    """
     n, r = x.shape[0], x.shape[1] // 2
     check_tensor("x", x, (n, 2 * r), torch.float32)
     check_tensor("active", active, (n, 2 * r), torch.bool)
@@ -75,8 +87,9 @@ def scales(
     if x.numel():
         with on_device(x):
             lora_scales_kernel[(triton.cdiv(n * r, BLOCK),)](
-                x, active, kappa if in_memory else float(kappa), scaling, scale_p, scale_g, residual_scale, float(low),
-                float("inf") if high is None else float(high), n * r, r, KAPPA_IN_MEMORY=in_memory, BLOCK=BLOCK,
-                num_warps=4,
+                x, active, kappa if in_memory else float(kappa), scaling, scale_p, scale_g, residual_scale,
+                float(low), float("inf") if high is None else float(high), n * r, r,
+                KAPPA_IN_MEMORY=in_memory,
+                BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
     return scale_p, scale_g, residual_scale

@@ -1,1 +1,1 @@
-"""Adapter pairs, and the batches in which an optimizer step treats them."""
+"""Adapter pairs, and the batches in which an optimizer step processes them."""

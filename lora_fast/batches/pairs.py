@@ -1,4 +1,5 @@
-"""Which (lora_A, lora_B) pairs a model has, ours and PEFT's, and whether a set of pairs makes sense."""
+"""Finds the (lora_A, lora_B) pairs of a model, those of this library and of PEFT, and checks that a set of pairs
+fits."""
 
 from __future__ import annotations
 
@@ -17,17 +18,17 @@ from ..surgery.merge import weight_owners
 
 @dataclass(eq=False)
 class Pair:
-    """One adapter: one product b a, or those of E experts, which PEFT's ``target_parameters`` keep in one pair.
+    """An adapter: one product b a, or the products of E experts, which PEFT's ``target_parameters`` keep in one pair.
 
     Attributes:
-        name: of its layer, for messages.
-        a: lora_A (r, d_in). b: lora_B (d_out, r). With experts lora_A is (E·r, d_in), whose rows are expert-major, and
-            lora_B is (d_out, r·E), whose columns are rank-major: column k·E + e is column k of expert e.
+        name: name of the layer, for error messages.
+        a: lora_A (r, d_in). b: lora_B (d_out, r). With experts, lora_A is (E·r, d_in) with expert-major rows, and
+            lora_B is (d_out, r·E) with rank-major columns: column k·E + e is column k of expert e.
         scaling: alpha / r.
-        weight: the frozen (d_out, d_in) weight that it adapts, or None. With experts it is (E, d_out, d_in).
-        unmergeable: why nothing may be merged into that weight, or None.
-        layer: the LoRALinear or PEFT layer, or None; what is merged into its weight is recorded
-            there (layers/merge_log.py).
+        weight: the frozen (d_out, d_in) weight that the pair adapts, or None. With experts it is (E, d_out, d_in).
+        unmergeable: the reason why nothing may be merged into that weight, or None.
+        layer: the LoRALinear or PEFT layer, or None. The merges into its weight are recorded on it
+            (layers/merge_log.py).
         experts: E; 1 for an ordinary pair.
         transposed: whether the experts' weight is stored as (E, d_in, d_out).
     """
@@ -44,16 +45,16 @@ class Pair:
 
     @property
     def rank(self) -> int:
-        """r, of each expert."""
+        """Returns r, which for experts is the rank of each."""
         return self.a.shape[0] // self.experts
 
     @property
     def product_names(self) -> list[str]:
-        """One name for each product: the pair's own; with experts, their numbers follow it after a dot."""
+        """Returns a name for each product: the pair's own, or with experts "<name>.<number of the expert>"."""
         return [self.name] if self.experts == 1 else [f"{self.name}.{e}" for e in range(self.experts)]
 
     def whole(self) -> Pair:
-        """Returns the same parameters as one product, for what works entry by entry."""
+        """Returns the same parameters as one product, for operations that work entry by entry."""
         return self if self.experts == 1 else replace(self, experts=1)
 
     def split_a(self, x: Tensor) -> Tensor:
@@ -71,14 +72,15 @@ class Pair:
 
 
 def find_pairs(model: nn.Module) -> list[Pair]:
-    """The pairs of every LoRALinear and of the active adapters of every PEFT layer that has lora_A and lora_B matrices.
-    The experts of one parameter (``target_parameters``) are one pair. A pair without a trainable factor is left out."""
+    """Returns the pairs of every LoRALinear, and of the active adapters of every PEFT layer that has lora_A and lora_B
+    matrices. The experts of one parameter (``target_parameters``) are one pair. Pairs without a trainable factor are
+    omitted."""
     owners = weight_owners(model)
-    found = []
+    pairs = []
     for name, layer in model.named_modules():
         if isinstance(layer, LoRALinear):
             reason = "already merged" if layer.merged else _shared(layer.weight, owners)
-            found.append(Pair(name, layer.lora_A, layer.lora_B, layer.scaling, layer.weight, reason, layer))
+            pairs.append(Pair(name, layer.lora_A, layer.lora_B, layer.scaling, layer.weight, reason, layer))
     for name, layer in peft_layers(model).items():
         factors_a, factors_b = getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})
         for adapter in layer.active_adapters:
@@ -87,18 +89,24 @@ def find_pairs(model: nn.Module) -> list[Pair]:
                 continue
             weight, reason = _base_weight(layer, adapter, owners)
             experts = expert_count(layer)
-            transposed = experts > 1 and not getattr(layer, "_did_swap_in_out_features", False)  # older PEFT
+            # PEFT sets this attribute for weights stored as (E, d_out, d_in); older versions have the other layout
+            # only.
+            transposed = experts > 1 and not getattr(layer, "_did_swap_in_out_features", False)
             settings = float(layer.scaling[adapter]), weight, reason, layer, experts, transposed
-            found.append(Pair(f"{name}.{adapter}", a, b, *settings))
-    return [pair for pair in found if pair.a.requires_grad or pair.b.requires_grad]
+            pairs.append(Pair(f"{name}.{adapter}", a, b, *settings))
+    return [pair for pair in pairs if pair.a.requires_grad or pair.b.requires_grad]
 
 
 def make_pairs(entries: Iterable, argument: str = "model") -> list[Pair]:
-    """Pairs from (lora_A, lora_B[, scaling[, weight]]) tuples."""
-    found = []
+    """Returns pairs made from (lora_A, lora_B[, scaling[, weight]]) tuples; entries that are pairs already are kept.
+
+    Raises:
+        ArgumentError: an entry of another form, or without one of its factors.
+    """
+    pairs = []
     for i, entry in enumerate(entries):
         if isinstance(entry, Pair):
-            found.append(entry)
+            pairs.append(entry)
             continue
         if not isinstance(entry, (tuple, list)) or not 2 <= len(entry) <= 4:
             size = f" of {len(entry)}" if isinstance(entry, (tuple, list)) else ""
@@ -106,13 +114,13 @@ def make_pairs(entries: Iterable, argument: str = "model") -> list[Pair]:
             raise checks.ArgumentError(f"{argument}[{i}]", "a pair (lora_A, lora_B[, scaling[, weight]])", got)
         if entry[0] is None or entry[1] is None:
             raise checks.ArgumentError(f"{argument}[{i}]", "both factors", "an unpaired factor (the other is None)")
-        found.append(Pair(f"{argument}[{i}]", *entry))
-    return found
+        pairs.append(Pair(f"{argument}[{i}]", *entry))
+    return pairs
 
 
 def check(pairs: list[Pair], trained: set[int]) -> None:
-    """Raises ArgumentError unless every pair fits and no two share a tensor, nor one with ``trained``, the ids of the
-    parameters that the optimizer already has."""
+    """Raises ArgumentError unless every pair fits and no tensor occurs twice, neither among the pairs nor in
+    ``trained``, the ids of the parameters that the optimizer already has."""
     seen: dict[int, str] = {}
     for pair in pairs:
         for factor, tensor in (("lora_A", pair.a), ("lora_B", pair.b)):
@@ -120,7 +128,7 @@ def check(pairs: list[Pair], trained: set[int]) -> None:
             if not isinstance(tensor, Tensor) or tensor.dim() != 2 or tensor.dtype not in checks.FLOATS:
                 got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise checks.ArgumentError(argument, "a floating-point matrix", got)
-            if type(tensor) not in (Tensor, nn.Parameter):
+            if type(tensor) not in (Tensor, nn.Parameter):  # a DTensor is a subclass
                 raise checks.ArgumentError(argument, "a plain tensor (not sharded)", type(tensor).__name__)
             if id(tensor) in seen or id(tensor) in trained:
                 other = seen.get(id(tensor), "another group")
@@ -155,7 +163,7 @@ def _base_weight(layer: nn.Module, adapter: str, owners: dict[int, list[str]]) -
     base = layer.get_base_layer()
     has_experts = expert_count(layer) > 1
     weight = layer.get_param() if has_experts else getattr(base, "weight", None)
-    plain = type(weight) is nn.Parameter and weight.dtype in checks.FLOATS
+    plain = type(weight) is nn.Parameter and weight.dtype in checks.FLOATS  # quantised weights are of other types
     if not plain or not (has_experts or type(base) is nn.Linear):
         return None, f"base layer {type(base).__name__} with a weight of {getattr(weight, 'dtype', None)}"
     if layer.fan_in_fan_out or adapter in layer.lora_variant:
@@ -169,7 +177,7 @@ def _shared(weight: Tensor, owners: dict[int, list[str]]) -> str | None:
 
 
 def check_mergeable(pairs: list[Pair]) -> None:
-    """Raises ArgumentError unless something may be merged into every pair's weight, and no two share one."""
+    """Raises ArgumentError unless every pair's weight can take a merge and no two pairs share a weight."""
     seen: dict[int, str] = {}
     for pair in pairs:
         weight, argument = pair.weight, f"{pair.name}.weight"
@@ -178,7 +186,7 @@ def check_mergeable(pairs: list[Pair]) -> None:
         if weight.dtype not in checks.FLOATS or weight.requires_grad:
             got = "a trained weight" if weight.requires_grad else f"{weight.dtype} (quantised)"
             raise checks.ArgumentError(argument, "a frozen floating-point weight", got)
-        place = weight.data_ptr() if weight.device.type != "meta" else id(weight)
+        place = weight.data_ptr() if weight.device.type != "meta" else id(weight)  # meta tensors have address 0
         if place in seen:
             raise checks.ArgumentError(argument, "a weight of its own", f"the weight that {seen[place]} also has")
         seen[place] = argument

@@ -1,4 +1,4 @@
-"""Which pairs make a batch, and of which kind."""
+"""Partitions pairs into batches and chooses the torch or the Triton implementation."""
 
 from __future__ import annotations
 
@@ -11,36 +11,44 @@ from .pairs import Pair
 
 
 def runs_on_triton(pairs: list[Pair]) -> bool:
-    """Whether these pairs' steps go to the Triton kernels.
+    """Returns whether the steps of these pairs run on the Triton kernels.
 
     Raises:
-        BackendError: they should and cannot.
+        BackendError: the backend is "triton", or follows from a CUDA device, and cannot run these pairs.
     """
-    kinds = {(pair.a.device, pair.a.dtype): pair.a for pair in pairs}
-    return any([backend.uses_triton(factor) for factor in kinds.values()])
+    factors = {(pair.a.device, pair.a.dtype): pair.a for pair in pairs}
+    return any([backend.uses_triton(factor) for factor in factors.values()])  # a list: each factor may raise
 
 
 def build(
     members: list[PairInGroups], states: dict, layout: Callable[[Pair], tuple[Shapes, Shapes]], triton: bool
 ) -> list[Batch]:
-    """Batches of all members: groups for ``triton``, else stacks. ``states`` is the optimizer's state, ``layout`` gives
-    the state that a pair's factors have. Reads step counts, so a device is waited for; runs only when the set of pairs
-    changes."""
+    """Returns batches of all members: a GroupedBatch each for ``triton``, else a StackedBatch each.
+
+    Reading the step counts waits for the device. This function runs only when the set of pairs changes.
+
+    Args:
+        members: the pairs, with the indices of their parameter groups.
+        states: the optimizer's state, by parameter.
+        layout: returns the shapes of the state of a pair's a and b.
+        triton: the choice of the implementation.
+    """
     if triton:
         from .grouped import GroupedBatch as kind
     else:
         from .stacked import StackedBatch as kind
     keyed = [(_key(member, states, triton), member) for member in members]
-    keyed.sort(key=lambda item: str(item[0]))  # stable: order within a batch is kept
+    keyed.sort(key=lambda item: str(item[0]))  # devices have no order, strings do; stable within a batch
     batches = []
     for key, run in groupby(keyed, key=lambda item: item[0]):
-        batches += kind.of([member for _, member in run], key[:2], states, layout)
+        batches += kind.build([member for _, member in run], key[:2], states, layout)
     return batches
 
 
 def _key(member: PairInGroups, states: dict, triton: bool) -> tuple:
+    """Returns the properties that all pairs of a batch have in common: first the step counts of b and a."""
     pair, *groups = member
-    steps = [int(states[p]["step"]) if "step" in states[p] else 0 for p in (pair.a, pair.b)]
-    key = steps[1], steps[0], *groups, pair.a.device, pair.rank
-    weight = None if pair.weight is None else pair.weight.dtype
-    return key if triton else (*key, tuple(pair.a.shape), tuple(pair.b.shape), pair.a.dtype, weight)
+    steps = [int(states[p]["step"]) if "step" in states[p] else 0 for p in (pair.b, pair.a)]
+    key = *steps, *groups, pair.a.device, pair.rank
+    weight_dtype = None if pair.weight is None else pair.weight.dtype
+    return key if triton else (*key, tuple(pair.a.shape), tuple(pair.b.shape), pair.a.dtype, weight_dtype)

@@ -1,5 +1,5 @@
-"""Batches in plain torch: pairs of equal shape kept in one tensor. Parameters and their state are views into stacks, so
-that a method's algebra is one batched call. A pair of experts is a batch already: there the stack is a view."""
+"""Batches in plain torch: pairs of equal shape are kept in one tensor. Parameters and their state are views of these
+stacks, so that a method's algebra is one batched call. A pair of experts is a stack already, and a batch of its own."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import backend
 from ..kernels.records import Grams
-from ..ops.pairs import adamw_, at_least_float32
-from ..ops.reference import pairs as reference
-from ..ops.reference import scalora_solution
+from ..ops.pairs import adamw_, at_least_float32, grams
+from ..ops.reference.scalora_solution import add_low_rank_
 from .batch import MOMENTS, Batch, PairInGroups, Shapes
 
-CACHED = 1 << 20  # elements of a factor's stack on a CPU: larger ones leave its caches, smaller ones are more calls
+CACHED = 1 << 20  # elements of a factor's stack on a CPU: larger stacks leave its caches, smaller ones need more calls
 
 
 class Factor:
-    """One factor of all pairs of a stack.
+    """The a or the b of all pairs of a stack.
 
     Attributes:
-        value: (L, …), whose slices are the parameters. state: name → (L, …), whose slices are their state.
-        grad: (L, …), as a method has changed it, or None where the parameters' own are still right.
-        steps: (L,) float32, on the parameters' device.
+        value: the parameters, (L, …); each parameter is a slice of it. state: name → (L, …), with slices alike.
+        grad: the gradient after the methods applied so far, (L, …), or None while no method has changed it.
+        steps: the step counts, (L,) float32, on the parameters' device.
     """
 
     def __init__(self, parameters: list[Tensor], shapes: Shapes, states: dict):
-        """StackedBatch parameters and state, and make both slices of the stacks. New state is zero."""
+        """Copies parameters and state into stacks, and makes both slices of the stacks. New state is zero."""
         self.parameters, self.grad = parameters, None
         self.value = torch.stack([p.data for p in parameters])
         counts = [states[p].get("step", torch.zeros(())) for p in parameters]
@@ -40,72 +40,76 @@ class Factor:
                 if name in states[p]:
                     self.state[name][i].copy_(states[p][name])
         stacks = {"value": self.value, "step": self.steps} | self.state
-        self._slices = {name: list(stack) for name, stack in stacks.items()}
-        for i, p in enumerate(parameters):
+        self._slices = {name: list(stack) for name, stack in stacks.items()}  # made once, since slicing takes time
+        for i, p in enumerate(parameters):  # the stacks replace the tensors' own memory, so that nothing is kept twice
             p.data = self.value[i]
             states[p].update({name: slices[i] for name, slices in self._slices.items() if name != "value"})
         self._states = [states[p] for p in parameters]
-        self._places = self._places_now()
+        self._addresses = self._current_addresses()
 
     def intact(self) -> bool:
-        """Whether every parameter and its state are still slices of the stacks."""
-        return self._places_now() == self._places
+        """Returns whether every parameter and its state are still slices of the stacks."""
+        return self._current_addresses() == self._addresses
 
-    def _places_now(self) -> list[int]:
+    def _current_addresses(self) -> list[int]:
         names = ("step", *self.state)
-        places = [x.data_ptr() if (x := state.get(name)) is not None else 0 for name in names for state in self._states]
-        return [p.data_ptr() for p in self.parameters] + places
+        addresses = [
+            x.data_ptr() if (x := state.get(name)) is not None else 0 for name in names for state in self._states
+        ]
+        return [p.data_ptr() for p in self.parameters] + addresses
 
     def gradient(self) -> Tensor:
-        """(L, …), what the methods have made of it so far; a copy, or theirs."""
+        """Returns the gradient after the methods applied so far, (L, …). A fresh stack if no method has changed it."""
         return torch.stack([p.grad for p in self.parameters]) if self.grad is None else self.grad
 
     def adamw(self, settings: dict) -> None:
+        """Applies AdamW: to the slices with the parameters' own gradients, or to the whole stack if a method has
+        changed the gradient."""
         if self.grad is None:
             p, m, v, steps = (self._slices[name] for name in ("value", *MOMENTS, "step"))
             g = [parameter.grad for parameter in self.parameters]
         else:
             p, m, v = [self.value], *([self.state[name]] for name in MOMENTS)
-            g, steps, self.grad = [self.grad], self._slices["step"][:1], None
+            g, steps, self.grad = [self.grad], self._slices["step"][:1], None  # all slices have the same count
         adamw_(p, g, m, v, steps, settings)
 
 
 class ExpertsFactor(Factor):
-    """One factor of a pair of experts. The parameter and its state stay where they are and as PEFT and torch have them;
-    ``value``, ``grad`` and ``state`` are (E, …), one slice an expert. What changes value or state in place changes the
-    parameter's own memory.
+    """The a or the b of a pair of experts. The parameter and its state keep their memory and the shapes that PEFT and
+    torch give them. ``value`` and ``state`` are views (E, …) of this memory with one slice for each expert; ``grad``
+    has the same shape.
 
     Attributes:
-        steps: (1,) float32: the parameter's.
+        steps: the parameter's step count, (1,) float32.
     """
 
     def __init__(self, parameter: Tensor, split: Callable[[Tensor], Tensor], shapes: Shapes, states: dict):
-        """``split`` returns the view (E, …) of a tensor of the parameter's shape. A state of another shape has the
-        experts in its first dimension already. New state is zero."""
+        """``split`` returns the view (E, …) of a tensor of the parameter's shape. A state of another shape already has
+        the experts as its first dimension. New state is zero."""
         self.parameters, self.grad, self._split = [parameter], None, split
         parameter.data = parameter.data.contiguous()
         state, device = states[parameter], parameter.device
         count = state.get("step", torch.zeros(()))
         self.steps = torch.stack([count.to(device, torch.float32)])
         for name, (shape, dtype) in shapes.items():
-            kept = state.get(name)
-            new = torch.zeros(shape, dtype=dtype, device=device) if kept is None else kept.to(device, dtype)
+            old = state.get(name)
+            new = torch.zeros(shape, dtype=dtype, device=device) if old is None else old.to(device, dtype)
             state[name] = new.contiguous()
         state["step"] = self.steps[0]
         self._whole = {name: state[name] for name in shapes}
         self.value = split(parameter.data)
         self.state = {name: split(x) if x.shape == parameter.shape else x for name, x in self._whole.items()}
         self._states = [state]
-        self._places = self._places_now()
+        self._addresses = self._current_addresses()
 
     def gradient(self) -> Tensor:
         return self._split(self.parameters[0].grad) if self.grad is None else self.grad
 
     def adamw(self, settings: dict) -> None:
-        """AdamW works entry by entry, so it runs on the whole parameter."""
+        """Applies AdamW to the whole parameter, since it works entry by entry."""
         parameter = self.parameters[0]
         gradient = parameter.grad
-        if self.grad is not None:
+        if self.grad is not None:  # bring (E, …) back to the parameter's layout
             gradient = torch.empty_like(parameter)
             self._split(gradient).copy_(self.grad)
             self.grad = None
@@ -114,7 +118,13 @@ class ExpertsFactor(Factor):
 
 
 class StackedBatch(Batch):
-    """Pairs of one shape and dtype, or one pair of experts. a.value (L, r, d_in), b.value (L, d_out, r)."""
+    """Pairs of one shape and dtype, or one pair of experts.
+
+    Attributes:
+        a, b: the factors, with a.value (L, r, d_in) and b.value (L, d_out, r).
+    """
+
+    ops = backend.load_ops("pairs", triton=False)
 
     def __init__(
         self, members: list[PairInGroups], counts: tuple[int, int], states: dict, shapes: tuple[Shapes, Shapes]
@@ -129,10 +139,11 @@ class StackedBatch(Batch):
             self.b = Factor([pair.b for pair in self.pairs], shapes[1], states)
 
     @classmethod
-    def of(
+    def build(
         cls, members: list[PairInGroups], counts: tuple[int, int], states: dict, layout: Callable
     ) -> list[StackedBatch]:
-        """One stack; on a CPU as many as keep each in its cache; one for each pair of experts."""
+        """Returns one stack of all members. On a CPU it is divided into stacks that each fit the cache, and each pair
+        of experts is a stack of its own."""
         pair = members[0][0]
         size = len(members) if pair.a.is_cuda else max(1, CACHED // max(1, pair.a.numel(), pair.b.numel()))
         size = 1 if pair.experts > 1 else size
@@ -149,8 +160,8 @@ class StackedBatch(Batch):
         return self.a.intact() and self.b.intact()
 
     def grams(self, gradients: bool = False) -> Grams:
-        of_gradients = (self.a.gradient(), self.b.gradient()) if gradients else ()
-        return reference.grams(self.a.value, self.b.value, *of_gradients)
+        factors = [self.a.value, self.b.value]
+        return grams(*factors, self.a.gradient(), self.b.gradient()) if gradients else grams(*factors)
 
     def add_to_gradients(self, coefficients: Tensor) -> None:
         for factor, c in zip((self.b, self.a), coefficients.chunk(2), strict=True):
@@ -158,22 +169,23 @@ class StackedBatch(Batch):
 
     def precondition(self, damping: float) -> None:
         ka, kb, *_ = self.grams()
-        self.transform_gradients(reference.spd_inverse(torch.cat([ka, kb]), damping))
+        inverses = self.ops.spd_inverse(torch.cat([ka, kb]), damping)
+        self.transform_gradients(inverses)  # Ka is for b's gradient, Kb for a's
 
     def transform_gradients(self, matrices: Tensor) -> None:
-        for_b, for_a = matrices.chunk(2)
-        self.a.grad = (for_a @ at_least_float32(self.a.gradient())).to(self.a.value.dtype)
-        self.b.grad = (at_least_float32(self.b.gradient()) @ for_b).to(self.b.value.dtype)
+        matrices_b, matrices_a = matrices.chunk(2)
+        self.a.grad = (matrices_a @ at_least_float32(self.a.gradient())).to(self.a.value.dtype)
+        self.b.grad = (at_least_float32(self.b.gradient()) @ matrices_b).to(self.b.value.dtype)
 
     def scale(self, factor_scales: Tensor, gradient_scales: Tensor) -> None:
-        axes = (slice(None), None), (slice(None), slice(None), None)  # columns of b, rows of a
-        rows = zip((self.b, self.a), axes, factor_scales.chunk(2), gradient_scales.chunk(2), strict=True)
-        for factor, axis, of_factor, of_gradient in rows:
-            of_factor, of_gradient = (x[axis].to(factor.value.dtype) for x in (of_factor, of_gradient))
-            factor.grad = factor.gradient() * of_gradient
-            factor.value *= of_factor
-            factor.state["exp_avg"] *= of_gradient
-            factor.state["exp_avg_sq"] *= of_gradient.square()
+        broadcasts = (slice(None), None), (slice(None), slice(None), None)  # over the columns of b, the rows of a
+        sides = zip((self.b, self.a), broadcasts, factor_scales.chunk(2), gradient_scales.chunk(2), strict=True)
+        for factor, broadcast, *scales in sides:
+            factor_scale, gradient_scale = (scale[broadcast].to(factor.value.dtype) for scale in scales)
+            factor.grad = factor.gradient() * gradient_scale
+            factor.value *= factor_scale
+            factor.state["exp_avg"] *= gradient_scale
+            factor.state["exp_avg_sq"] *= gradient_scale.square()
 
     def merge(self, residual_scale: Tensor, rounding: str, seed: int) -> None:
         names = [name for pair in self.pairs for name in pair.product_names]
@@ -182,11 +194,12 @@ class StackedBatch(Batch):
         if residuals is None:
             residuals = [None] * self.products
         elif self.pairs[0].transposed:
-            residuals = residuals.mT
+            residuals = residuals.mT  # stored in the layout of the weight
         operands = zip(weights, self.a.value, self.b.value, residual_scale, residuals, names, strict=True)
-        for weight, a, b, of_product, residual, name in operands:
-            product_seed = zlib.crc32(f"{seed} {self.count} {name}".encode())  # torch's CPU generator takes 32 bits
-            scalora_solution.add_low_rank_(weight, a, b, of_product, rounding, product_seed, residual)
+        for weight, a, b, scale, residual, name in operands:
+            # By the product's name, the noise does not depend on the batch. torch's CPU generator takes 32 bits.
+            product_seed = zlib.crc32(f"{seed} {self.count} {name}".encode())
+            add_low_rank_(weight, a, b, scale, rounding, product_seed, residual)
 
     def adamw(self, grams: bool) -> None:
         self.a.adamw(self.settings_a)
@@ -196,22 +209,26 @@ class StackedBatch(Batch):
         moments = []
         for factor in (self.a, self.b):
             moments.append(factor.state["exp_avg"])
+            # In float32, since a 16-bit average would lose small changes; rounded once.
             moments[-1].copy_(torch.lerp(at_least_float32(moments[-1]), at_least_float32(factor.gradient()), 1 - beta))
-        kp, kq, *_ = reference.grams(*moments)
+        kp, kq, *_ = grams(*moments)
         return self.grams()._replace(kp=kp, kq=kq)
 
     def move(self, matrices: Tensor) -> None:
-        for_b, for_a = matrices.chunk(2)
-        moves = at_least_float32(self.b.state["exp_avg"]) @ for_b, for_a @ at_least_float32(self.a.state["exp_avg"])
-        rows = zip((self.b, self.a), (self.settings_b, self.settings_a), moves, strict=True)
-        for factor, settings, of_factor in rows:
-            kept = 1 - settings["lr"] * settings["weight_decay"]
-            factor.value.copy_(kept * at_least_float32(factor.value) + of_factor)
+        matrices_b, matrices_a = matrices.chunk(2)
+        moment_a, moment_b = (at_least_float32(factor.state["exp_avg"]) for factor in (self.a, self.b))
+        sides = (
+            (self.b, self.settings_b, moment_b @ matrices_b),
+            (self.a, self.settings_a, matrices_a @ moment_a),
+        )
+        for factor, settings, change in sides:
+            decay = 1 - settings["lr"] * settings["weight_decay"]
+            factor.value.copy_(decay * at_least_float32(factor.value) + change)
 
     def transform(self, matrices: Tensor, target: str = "value", add: bool = False) -> None:
-        for_b, for_a = matrices.chunk(2)
+        matrices_b, matrices_a = matrices.chunk(2)
         a, b = (factor.value if target == "value" else factor.state[target] for factor in (self.a, self.b))
-        for x, product in ((a, for_a @ at_least_float32(a)), (b, at_least_float32(b) @ for_b)):
+        for x, product in ((a, matrices_a @ at_least_float32(a)), (b, at_least_float32(b) @ matrices_b)):
             if add:
                 x.add_(product)
             else:

@@ -1,1 +1,1 @@
-"""Adapter files in PEFT's format, with the sidecar of norm-bounded layers and changed base weights."""
+"""Saves and loads adapter folders: PEFT's two files, and the sidecar of layers that train other parameters."""

@@ -1,4 +1,4 @@
-"""Frozen weights that training has changed, between a model and an adapter's files."""
+"""Collects the changes of a model's frozen weights for an adapter's files, and checks and restores them from there."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ MIB = 2**20
 
 
 def collect(model: nn.Module, layers: dict[str, nn.Module], exact: bool) -> dict[str, Change]:
-    """What the files have to say of the changed weights: the terms where they were kept, else, or if ``exact``, the
-    weight. ``layers``: name → LoRALinear or PEFT layer, those of the adapter that is saved.
+    """Returns the change of each changed weight, by module name: the terms where they were kept; otherwise, and if
+    ``exact``, the weight.
+
+    Args:
+        layers: name → LoRALinear or PEFT layer of the adapter that is saved.
 
     Raises:
-        CheckpointError: a changed weight in none of these layers, one parameter of many experts, merged by PEFT,
-            sharded or without data.
+        CheckpointError: a changed weight that belongs to none of these layers, is one parameter of many experts, was
+            merged by PEFT, is sharded or has no data.
     """
     _check_no_other(model, layers.values(), "changed base weights in the adapter's own layers only")
     changes = {}
@@ -38,21 +41,25 @@ def collect(model: nn.Module, layers: dict[str, nn.Module], exact: bool) -> dict
             got = f"{name}: ScaLoRA merged into the parameter of {layer.num_experts} experts, {layer.parameter_name}"
             raise CheckpointError("model", expected, got)
         term = _joined(merge_log.kept_terms(layer), layer.weight)
-        if exact or term is None or not _takes_ranks(layer):
+        if exact or term is None or not _takes_further_ranks(layer):
             changes[name] = Change(_weight(name, layer), term if exact else None)
-        elif len(term[1]):
+        elif len(term[1]):  # 0 where no merge added anything
             changes[name] = Change(None, term)
     return changes
 
 
 def check(model: nn.Module, layers: dict[str, nn.Module], adapter: Adapter) -> None:
-    """Raises CheckpointError unless the adapter fits the model's base, or its changes can be put into it. ``layers``:
-    the adapter's, or the plain linear layers that they will take the place of."""
+    """Raises CheckpointError unless the adapter was trained on the model's frozen weights, or its changes can be put
+    into them.
+
+    Args:
+        layers: name → the adapter's layer in the model, or the nn.Linear that it will replace.
+    """
     owners = weight_owners(model)
     for name, layer in layers.items():
         if name in adapter.changes:
             _check_change(name, layer, adapter.changes[name], owners)
-        saved = adapter.base_weights.get(name)
+        saved = adapter.base_weights.get(name)  # PEFT's, of an adapted embedding: it must be the model's own
         if saved is not None and not torch.equal(saved, layer.weight.detach().to("cpu", saved.dtype)):
             expected = "the model's own frozen weight"
             raise CheckpointError(f"key {PREFIX}{name}.base_layer.weight", expected, "other values or another shape")
@@ -60,32 +67,32 @@ def check(model: nn.Module, layers: dict[str, nn.Module], adapter: Adapter) -> N
 
 
 @torch.no_grad()
-def restore_(layers: dict[str, nn.Module], adapter: Adapter) -> None:
-    """Put the changes, checked, into the weights, and note what is known of them."""
-    for name, change in adapter.changes.items():
-        weight, term = layers[name].weight, change.term
-        if change.weight is not None:
-            weight.copy_(change.weight)
-        else:
-            b, a = (factor.to(weight.device) for factor in term)
-            weight.copy_(merged_weight(weight, [(a, b, 1.0)]))
-        merge_log.mark(layers[name], None if term is None else [tuple(factor.clone() for factor in term)])
+def restore_(layer: nn.Module, change: Change) -> None:
+    """Puts a checked change into the layer's frozen weight, and records it in the merge log."""
+    weight, term = layer.weight, change.term
+    if change.weight is not None:
+        weight.copy_(change.weight)
+    else:
+        b, a = (factor.to(weight.device) for factor in term)
+        weight.copy_(merged_weight(weight, [(a, b, 1.0)]))
+    # Copies, because the file's tensors are mapped from the disk.
+    merge_log.mark(layer, None if term is None else [tuple(factor.clone() for factor in term)])
 
 
-def note(changes: dict[str, Change], done: str) -> str:
-    """A sentence for the report; nothing where nothing changed."""
+def note(changes: dict[str, Change], action: str) -> str:
+    """Returns a sentence on the changes for the report, empty if there are none. ``action``: "saved", "restored"."""
     weights = [change.weight for change in changes.values() if change.weight is not None]
     ranks = [len(change.term[1]) for change in changes.values() if change.weight is None]
     parts = []
     if weights:
-        parts.append(f"{len(weights)} weights {done} whole, {sum(w.nbytes for w in weights) / MIB:.1f} MiB")
+        parts.append(f"{len(weights)} weights {action} whole, {sum(w.nbytes for w in weights) / MIB:.1f} MiB")
     if ranks:
-        parts.append(f"{len(ranks)} {done} as terms, rank up to {max(ranks)}")
+        parts.append(f"{len(ranks)} {action} as terms, rank up to {max(ranks)}")
     return f"The base has changed: {'; '.join(parts)}" if parts else ""
 
 
 def _check_no_other(model: nn.Module, layers: Iterable[nn.Module], expected: str) -> None:
-    """Raises CheckpointError if the weight of any layer but these has changed."""
+    """Raises CheckpointError if the frozen weight of a layer that is not among ``layers`` has changed."""
     holders = {id(holder(layer)) for layer in layers}
     for name, module in model.named_modules():
         if merge_log.is_changed(module) and id(module) not in holders:
@@ -93,7 +100,7 @@ def _check_no_other(model: nn.Module, layers: Iterable[nn.Module], expected: str
 
 
 def _joined(terms: list[Term] | None, weight: Tensor) -> Term | None:
-    """All terms as one, b (d_out, k) and a (k, d_in), without those that added nothing."""
+    """Concatenates all terms into one, b (d_out, k) and a (k, d_in), without those whose b is 0."""
     if terms is None:
         return None
     terms = [(b, a) for b, a in terms if b.any()]
@@ -102,8 +109,9 @@ def _joined(terms: list[Term] | None, weight: Tensor) -> Term | None:
     return torch.cat([b for b, _ in terms], 1), torch.cat([a for _, a in terms])
 
 
-def _takes_ranks(layer: nn.Module) -> bool:
-    """Whether further ranks of its adapter are the same as a change of its weight."""
+def _takes_further_ranks(layer: nn.Module) -> bool:
+    """Returns whether further ranks of the adapter have the effect of a change of the weight; a variant's, as DoRA's,
+    do not."""
     return not any(name in layer.lora_variant for name in getattr(layer, "active_adapters", ()))
 
 

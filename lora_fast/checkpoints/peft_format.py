@@ -1,14 +1,15 @@
-"""PEFT's adapter folder on disk: ``adapter_config.json`` and ``adapter_model.safetensors``. Nothing here knows a model.
+"""Reads and writes PEFT's two files, ``adapter_config.json`` and ``adapter_model.safetensors``; knows no model.
 
-Reading trusts nothing: what is not exactly two factors per layer, as the config says, is a ``CheckpointError``.
+Reading accepts exactly two factors per layer, with the rank of the config, and raises ``CheckpointError`` for the rest.
 
-Where training has changed frozen weights, the same two files say so, in ways that PEFT reads right by itself:
+Where training has changed frozen weights, the same two files represent the changes in forms that PEFT reads by itself:
 
-    a weight      key ``….base_layer.weight``, which PEFT loads into the base model (its own way with embeddings); the
-                  terms that were kept of it, if any, beside it (``….terms_A.weight``, which PEFT passes over)
+    a weight      key ``….base_layer.weight``, which PEFT loads into the base model (as it does for embeddings); beside
+                  it the terms that were kept of it, if any (``….terms_A.weight``, which PEFT ignores)
     terms alone   further ranks of the adapter: lora_A [a; terms_a], lora_B [b, terms_b / scaling]
 
-and the tensors' metadata, under ``changed_base``, names the layers and the rank and alpha that the adapter itself has.
+The tensors' metadata, under ``changed_base``, maps each changed layer to its mark: the rank and alpha of the adapter
+itself where the file has further ranks, otherwise nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ PREFIX = "base_model.model."
 KEY = re.compile(re.escape(PREFIX) + r"(.+)\.(lora_A|lora_B|base_layer|terms_A|terms_B)\.weight")
 CHANGED = "changed_base"  # in the tensors' metadata
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base weights
-UNSUPPORTED = (  # settings of PEFT that make more, or other, than one plain adapter per linear layer
+UNSUPPORTED = (  # PEFT settings under which the file is not one plain adapter per linear layer
     "lora_bias",
     "modules_to_save",
     "layers_to_transform",
@@ -51,11 +52,12 @@ HARMLESS = ("use_rslora", "loftq_config", "corda_config", "eva_config", "lora_ga
 
 @dataclass
 class Change:
-    """How a frozen weight differs from the base model's: at least one of the two.
+    """The difference of a frozen weight from the base model's. At least one of the attributes is set.
 
     Attributes:
-        weight: all of it, (d_out, d_in).
-        term: what was added to it, b (d_out, k) and a (k, d_in); beside a weight, which counts, only what was kept.
+        weight: the whole changed weight, (d_out, d_in).
+        term: the sum of what was added to the weight, as b (d_out, k) and a (k, d_in). Beside a whole weight, which
+            then already contains it, the term is only kept for further training.
     """
 
     weight: Tensor | None
@@ -64,12 +66,13 @@ class Change:
 
 @dataclass
 class Adapter:
-    """What a folder holds, checked.
+    """The checked contents of PEFT's two files.
 
     Attributes:
         config: the JSON object.
         pairs: module name → lora_A (r, d_in), lora_B (d_out, r).
-        base_weights: module name → the frozen weight (d_out, d_in), which PEFT adds where it adapts the embeddings.
+        base_weights: module name → the unchanged frozen weight (d_out, d_in), which PEFT adds to the file where it
+            adapts the embeddings.
         changes: module name → how training changed the frozen weight.
     """
 
@@ -77,17 +80,18 @@ class Adapter:
     pairs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     base_weights: dict[str, Tensor] = field(default_factory=dict)
     changes: dict[str, Change] = field(default_factory=dict)
-    _own: dict[str, dict] = field(default_factory=dict)  # settings of those with further ranks in the file
+    _own_settings: dict[str, dict] = field(default_factory=dict)  # of layers that have further ranks in the file
 
     def settings(self, name: str) -> dict:
-        """r, alpha, dropout and use_rslora of one layer: arguments of ``LoRALinear.from_linear``."""
-        return self._own.get(name) or _settings(self.config, name)
+        """Returns r, alpha, dropout and use_rslora of one layer, the arguments of ``LoRALinear.from_linear``."""
+        return self._own_settings.get(name) or _settings(self.config, name)
 
     def scaling(self, name: str) -> float:
+        """Returns alpha / r of one layer, or alpha / √r with use_rslora."""
         return _scaling(self.settings(name))
 
     def targets(self, name: str) -> bool:
-        """Whether PEFT would put an adapter of this config on the module."""
+        """Returns whether PEFT would put an adapter of this config on the module."""
         excluded = self.config.get("exclude_modules")
         if excluded and targets.matches(excluded, name):
             return False
@@ -97,11 +101,11 @@ class Adapter:
 
 
 def read(path: str | os.PathLike) -> Adapter:
-    """The adapter in a folder.
+    """Returns the adapter in a folder.
 
     Raises:
-        CheckpointError: no such folder or file, not JSON, not safetensors, truncated; an unsupported setting; a key
-            that is unknown, missing or there twice; a shape or dtype that does not fit the config.
+        CheckpointError: a folder or file that does not exist, is not JSON or safetensors, or is truncated; a setting
+            that is not supported; a key that is unknown, missing or there twice; a shape or dtype that does not fit.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -109,40 +113,37 @@ def read(path: str | os.PathLike) -> Adapter:
         raise CheckpointError("path", f"a folder with {CONFIG} and {WEIGHTS}", f"{str(folder)!r}: {got}")
     config = _read_config(io.read_bytes(folder / CONFIG))
     tensors, metadata = io.read_tensors(folder / WEIGHTS)
-    noted, adapter = _read_noted(metadata), Adapter(config)
+    marks, adapter = _read_marks(metadata), Adapter(config)
     for name, layer in _layers(tensors).items():
-        _add_layer(adapter, name, layer, noted.pop(name, None))
-    if noted:
-        raise CheckpointError(f"{CHANGED} in {WEIGHTS}", "layers of the file", ", ".join(sorted(noted)))
+        _add_layer(adapter, name, layer, marks.pop(name, None))
+    if marks:
+        raise CheckpointError(f"{CHANGED} in {WEIGHTS}", "layers of the file", ", ".join(sorted(marks)))
     return adapter
 
 
-def write(
-    path: str | os.PathLike,
-    config: dict,
-    tensors: dict[str, Tensor],
-    changes: dict[str, Change],
-    beside: dict[str, Callable[[Path], object] | None],
-) -> None:
-    """Write the folder's two files and those ``beside`` them (as ``files.write``), each atomically. ``config`` and
-    ``tensors``: an adapter, as PEFT has it; changes go into both, in place.
+def writers(
+    config: dict, tensors: dict[str, Tensor], changes: dict[str, Change]
+) -> dict[str, Callable[[Path], object]]:
+    """Returns the functions that write the two files (``io.write``), by file name.
 
-    Raises:
-        CheckpointError: the folder or a file in it cannot be written; what was there before still is.
+    Args:
+        config, tensors: an adapter as PEFT represents it; the changes are added to both in place.
     """
-    noted = _put(config, tensors, changes)
-    metadata = {"format": "pt"} | ({CHANGED: json.dumps(noted)} if noted else {})
-    text = json.dumps(config, indent=2)  # the order of patterns counts
-    writers = {
+    marks = _add_changes_(config, tensors, changes)
+    metadata = {"format": "pt"} | ({CHANGED: json.dumps(marks)} if marks else {})
+    text = json.dumps(config, indent=2)  # keys not sorted: PEFT takes the first pattern that matches
+    return {
         WEIGHTS: lambda file: safetensors.torch.save_file(tensors, file, metadata),
         CONFIG: lambda file: file.write_text(text, encoding="utf-8"),
     }
-    io.write(path, writers | beside)
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raises CheckpointError unless a parameter of this shape and dtype holds the file's tensor without loss. ``name``:
-    of its key, without PEFT's prefix and ``.weight``."""
+    """Raises CheckpointError unless a parameter of this shape and dtype holds the file's tensor without loss.
+
+    Args:
+        name: the tensor's key without PEFT's prefix and ``.weight``.
+    """
     if tuple(tensor.shape) != shape:
         raise CheckpointError(f"key {PREFIX}{name}.weight", f"shape {shape}", tuple(tensor.shape))
     if torch.promote_types(tensor.dtype, dtype) != dtype:
@@ -151,7 +152,7 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch
 
 
 def set_ranks(config: dict, ranks: dict[str, int], alphas: dict[str, float]) -> None:
-    """Give a config these ranks and alphas, module name → value: those of the first, and patterns where any differ."""
+    """Sets the ranks and alphas of a config, given by module name: the first layer's, and patterns if any differ."""
     first = next(iter(ranks))
     longest_first = sorted(ranks, key=len, reverse=True)  # PEFT takes the first pattern that matches a name's end
     config |= {"r": ranks[first], "lora_alpha": alphas[first]}
@@ -160,37 +161,40 @@ def set_ranks(config: dict, ranks: dict[str, int], alphas: dict[str, float]) -> 
         config[field_name] = {re.escape(name): values[name] for name in longest_first} if differ else {}
 
 
-def _put(config: dict, tensors: dict[str, Tensor], changes: dict[str, Change]) -> dict[str, dict]:
-    """Changes into an adapter's config and tensors, in place. Returns what the metadata says of them: module name →
-    rank and alpha of its own where it gets further ranks, else nothing."""
+def _add_changes_(config: dict, tensors: dict[str, Tensor], changes: dict[str, Change]) -> dict[str, dict]:
+    """Adds changes to an adapter's config and tensors, in place. Returns the marks for the metadata, by module name:
+    the layer's own rank and alpha where it gets further ranks, otherwise nothing."""
     if not changes:
         return {}
-    own = {match[1]: _settings(config, match[1]) for match in map(KEY.fullmatch, tensors) if match}
-    ranks, alphas = ({name: layer[field] for name, layer in own.items()} for field in ("r", "alpha"))
-    noted: dict[str, dict] = {}
+    settings = {match[1]: _settings(config, match[1]) for match in map(KEY.fullmatch, tensors) if match}
+    ranks, alphas = ({name: layer[key] for name, layer in settings.items()} for key in ("r", "alpha"))
+    marks: dict[str, dict] = {}
     for name, change in changes.items():
         key = f"{PREFIX}{name}.{{}}.weight".format
         if change.weight is not None:
-            noted[name] = {}
+            marks[name] = {}
             tensors[key("base_layer")] = change.weight
             if change.term is not None:
                 tensors[key("terms_B")], tensors[key("terms_A")] = change.term
             continue
-        noted[name] = {"r": ranks[name], "lora_alpha": alphas[name]}
-        tensors.pop(key("base_layer"), None)  # PEFT's, of an output embedding: changed, it would count twice
-        (more_b, more_a), b, a = change.term, tensors[key("lora_B")], tensors[key("lora_A")]
-        scaling = _scaling(own[name])
-        tensors[key("lora_B")] = torch.cat([b, (more_b / scaling).to(b.dtype)], 1)
-        tensors[key("lora_A")] = torch.cat([a, more_a.to(a.dtype)])
-        ranks[name] += len(more_a)
-        alpha = scaling * (math.sqrt(ranks[name]) if own[name]["use_rslora"] else ranks[name])
+        marks[name] = {"r": ranks[name], "lora_alpha": alphas[name]}
+        # PEFT saves an output embedding's weight too. It contains the terms, which would then count twice.
+        tensors.pop(key("base_layer"), None)
+        (term_b, term_a), b, a = change.term, tensors[key("lora_B")], tensors[key("lora_A")]
+        scaling = _scaling(settings[name])
+        tensors[key("lora_B")] = torch.cat([b, (term_b / scaling).to(b.dtype)], 1)
+        tensors[key("lora_A")] = torch.cat([a, term_a.to(a.dtype)])
+        ranks[name] += len(term_a)
+        # The scale alpha / r has to stay the same at the larger rank.
+        alpha = scaling * (math.sqrt(ranks[name]) if settings[name]["use_rslora"] else ranks[name])
         alphas[name] = int(alpha) if alpha.is_integer() else alpha
-    if any(noted.values()):
+    if any(marks.values()):
         set_ranks(config, ranks, alphas)
-    return noted
+    return marks
 
 
 def _read_config(data: bytes) -> dict:
+    """Returns the config of a plain LoRA adapter; raises CheckpointError for any other."""
     try:
         config = json.loads(data)
     except ValueError as error:  # not JSON, or not UTF-8
@@ -205,7 +209,7 @@ def _read_config(data: bytes) -> dict:
         expected = "an initialisation that leaves the base weights as they are"
         raise CheckpointError("init_lora_weights", expected, repr(config["init_lora_weights"]))
     for name, value in config.items():
-        switch = name.startswith("use_") or name.endswith("_config")  # PEFT's spelling for a variant of LoRA
+        switch = name.startswith("use_") or name.endswith("_config")  # how PEFT spells a variant of LoRA
         if value and (name in UNSUPPORTED or (switch and name not in HARMLESS)):
             raise CheckpointError(name, "unset: lora_fast reads plain LoRA adapters", repr(value))
     try:
@@ -218,6 +222,7 @@ def _read_config(data: bytes) -> dict:
 
 
 def _settings(config: dict, name: str) -> dict:
+    """Returns r, alpha, dropout and use_rslora that the config gives a module."""
     rank = _by_pattern(config, "rank_pattern", name, config.get("r"))
     alpha = _by_pattern(config, "alpha_pattern", name, config.get("lora_alpha"))
     try:
@@ -231,34 +236,35 @@ def _settings(config: dict, name: str) -> dict:
         raise CheckpointError(f"{error.argument} in {CONFIG}", error.expected, error.got) from error
 
 
-def _by_pattern(config: dict, field: str, name: str, default: object) -> object:
-    """PEFT's rule: the first pattern that matches the name, or its end after a dot."""
-    patterns = config.get(field) or {}
+def _by_pattern(config: dict, setting: str, name: str, default: object) -> object:
+    """Returns the value of the first pattern that matches the name, or its end after a dot, as PEFT does."""
+    patterns = config.get(setting) or {}
     try:
         return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
     except (AttributeError, re.error) as error:
-        raise CheckpointError(field, "an object whose keys are regular expressions", repr(patterns)) from error
+        raise CheckpointError(setting, "an object whose keys are regular expressions", repr(patterns)) from error
 
 
 def _scaling(settings: dict) -> float:
     return settings["alpha"] / (math.sqrt(settings["r"]) if settings["use_rslora"] else settings["r"])
 
 
-def _read_noted(metadata: dict[str, str]) -> dict[str, dict]:
-    """Module name → what the metadata says of its changed weight (``_put``)."""
+def _read_marks(metadata: dict[str, str]) -> dict[str, dict]:
+    """Returns the marks of changed layers in the metadata, by module name (``_add_changes_``)."""
     expected = "module names with an r and a lora_alpha, or nothing, for each"
     try:
-        noted = json.loads(metadata.get(CHANGED, "{}"))
+        marks = json.loads(metadata.get(CHANGED, "{}"))
     except ValueError as error:
         raise CheckpointError(f"{CHANGED} in {WEIGHTS}", expected, f"{error}") from error
-    names = ({}.keys(), {"r": 0, "lora_alpha": 0}.keys())
-    if not isinstance(noted, dict) or not all(isinstance(x, dict) and x.keys() in names for x in noted.values()):
-        raise CheckpointError(f"{CHANGED} in {WEIGHTS}", expected, repr(noted))
-    return noted
+    key_sets = (set(), {"r", "lora_alpha"})
+    if not isinstance(marks, dict) or not all(isinstance(x, dict) and x.keys() in key_sets for x in marks.values()):
+        raise CheckpointError(f"{CHANGED} in {WEIGHTS}", expected, repr(marks))
+    return marks
 
 
 def _layers(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Module name → its tensors by role, of known roles and dtypes, both factors among them."""
+    """Returns module name → its tensors by role; raises CheckpointError for unknown keys and dtypes, and for a layer
+    without both factors."""
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in sorted(tensors.items()):
         match = KEY.fullmatch(key)
@@ -277,26 +283,28 @@ def _layers(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _require(name: str, layer: dict[str, Tensor], *roles: str) -> None:
+    """Raises CheckpointError for a role that the layer has no tensor of."""
     for role in roles:
         if role not in layer:
             raise CheckpointError(f"key {PREFIX}{name}.{role}.weight", "in the file", "missing")
 
 
-def _add_layer(adapter: Adapter, name: str, layer: dict[str, Tensor], noted: dict | None) -> None:
-    """Check one layer's tensors against the config and put them into the adapter."""
-    if noted:
-        own = adapter.config | noted | {"rank_pattern": {}, "alpha_pattern": {}}
-        adapter._own[name] = _settings(own, name)
+def _add_layer(adapter: Adapter, name: str, layer: dict[str, Tensor], mark: dict | None) -> None:
+    """Checks one layer's tensors against the config and adds them to the adapter. ``mark``: None if the layer's weight
+    has not changed."""
+    if mark:
+        config = adapter.config | mark | {"rank_pattern": {}, "alpha_pattern": {}}
+        adapter._own_settings[name] = _settings(config, name)
     r, a, b = adapter.settings(name)["r"], layer["lora_A"], layer["lora_B"]
-    rank = _by_pattern(adapter.config, "rank_pattern", name, adapter.config.get("r")) if noted else r
+    rank = _by_pattern(adapter.config, "rank_pattern", name, adapter.config.get("r")) if mark else r
     for factor, tensor, dim in (("lora_A", a, 0), ("lora_B", b, 1)):
         if tensor.shape[dim] != rank or rank < r:
-            further = f" (at least {r}, its own)" if noted else ""
+            further = f" (at least {r}, its own)" if mark else ""
             expected = f"a matrix with the rank, {rank}{further}, in dimension {dim}"
             raise CheckpointError(f"key {PREFIX}{name}.{factor}.weight", expected, tuple(tensor.shape))
-    if noted:
+    if mark:
         adapter.changes[name] = Change(None, (b[:, r:] * adapter.scaling(name), a[r:]))
-    elif noted is not None:
+    elif mark is not None:
         _require(name, layer, "base_layer")
         adapter.changes[name] = Change(layer["base_layer"], _kept_term(name, layer))
     elif "base_layer" in layer:
@@ -305,6 +313,7 @@ def _add_layer(adapter: Adapter, name: str, layer: dict[str, Tensor], noted: dic
 
 
 def _kept_term(name: str, layer: dict[str, Tensor]) -> Term | None:
+    """Returns the term that the file has beside a whole weight, if any."""
     if not layer.keys() & {"terms_A", "terms_B"}:
         return None
     _require(name, layer, "terms_A", "terms_B")

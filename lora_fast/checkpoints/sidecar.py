@@ -1,9 +1,9 @@
-"""The sidecar of layers that train other parameters than two factors, ``free_parameters.safetensors``: what their plain
-LoRA files cannot tell.
+"""Reads and writes the sidecar of an adapter, ``free_parameters.safetensors``: the parameters of layers that train
+others than two factors, which their plain LoRA files do not contain.
 
-It holds each such layer's own tensors (its class's ``SAVED_STATE``), bit for bit, and in its metadata the layers'
-classes and settings (``INIT_ARGUMENTS``) and a digest of the adapter's factors, so that a sidecar is not taken for that
-of another adapter. PEFT passes over the file.
+The file holds each such layer's tensors (its class's ``SAVED_STATE``) bit for bit. Its metadata has the layers' classes
+and settings (``INIT_ARGUMENTS``), and a digest of the adapter's factors by which a sidecar that belongs to another
+adapter is recognised. PEFT ignores the file.
 """
 
 from __future__ import annotations
@@ -31,58 +31,79 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass
 class FreeLayer:
-    """One layer of a sidecar: its class, the settings that its constructor takes besides sizes, r and dropout, and the
-    tensors that the class's ``SAVED_STATE`` names."""
+    """The entry of a layer in a sidecar.
+
+    Attributes:
+        kind: its class.
+        settings: the arguments of its constructor besides sizes, r and dropout.
+        tensors: the values of its ``SAVED_STATE``, in that order.
+    """
 
     kind: type[nn.Module]
     settings: dict
     tensors: list[Tensor]
 
 
-def writer(layers: dict[str, nn.Module], pairs: Pairs) -> Callable[[Path], None] | None:
-    """What writes the sidecar of these layers (``files.write``); None where no layer needs one. ``pairs``: as the
-    adapter's file has them."""
-    free = {name: layer for name, layer in layers.items() if layer.SAVED_STATE}
-    if not free:
-        return None
-    tensors, noted = {}, {}
-    for name, layer in free.items():
-        keys = {f"{name}.{own}": getattr(layer, own) for own in layer.SAVED_STATE}
-        tensors |= {key: io.to_host(key, tensor) for key, tensor in keys.items()}
-        noted[name] = {"kind": kind_of(layer).__name__, **{key: getattr(layer, key) for key in layer.INIT_ARGUMENTS}}
-    metadata = {"format": "pt", "layers": json.dumps(noted), "adapter": _digest(pairs, free)}
-    return lambda file: safetensors.torch.save_file(tensors, file, metadata)
-
-
 def kind_of(layer: nn.Module) -> type[nn.Module]:
-    """Which of ``KINDS`` the layer is; a subclass of one is that one."""
+    """Returns the class in ``KINDS`` that the layer is an instance of."""
     return next(kind for kind in KINDS.values() if isinstance(layer, kind))
 
 
+def collect(layers: dict[str, nn.Module]) -> dict[str, FreeLayer]:
+    """Returns the sidecar's entry of each layer that needs one, by name."""
+    free = {}
+    for name, layer in layers.items():
+        if layer.SAVED_STATE:
+            tensors = [io.to_host(f"{name}.{role}", getattr(layer, role)) for role in layer.SAVED_STATE]
+            free[name] = FreeLayer(kind_of(layer), {key: getattr(layer, key) for key in layer.INIT_ARGUMENTS}, tensors)
+    return free
+
+
+def writer(free: dict[str, FreeLayer], pairs: Pairs) -> Callable[[Path], None] | None:
+    """Returns the function that writes the sidecar (``io.write``); None where no layer needs one.
+
+    Args:
+        pairs: name → lora_A and lora_B as in the adapter's file.
+    """
+    if not free:
+        return None
+    tensors = {
+        f"{name}.{role}": tensor
+        for name, layer in free.items()
+        for role, tensor in zip(layer.kind.SAVED_STATE, layer.tensors, strict=True)
+    }
+    layers = {name: {"kind": layer.kind.__name__, **layer.settings} for name, layer in free.items()}
+    metadata = {"format": "pt", "layers": json.dumps(layers), "adapter": _digest(pairs, free)}
+    return lambda file: safetensors.torch.save_file(tensors, file, metadata)
+
+
 def read(path: str | os.PathLike, pairs: Pairs) -> dict[str, FreeLayer]:
-    """The layers in the sidecar of a folder whose adapter has these pairs; none without a sidecar.
+    """Returns the layers in a folder's sidecar by name; none if there is no sidecar.
+
+    Args:
+        pairs: name → lora_A and lora_B of the adapter in the folder.
 
     Raises:
-        CheckpointError: a sidecar that is damaged, or belongs to another adapter.
+        CheckpointError: the sidecar is damaged, or belongs to another adapter.
     """
     file = Path(path) / SIDECAR
     if not file.exists():
         return {}
     tensors, metadata = io.read_tensors(file)
-    found = {}
+    free = {}
     try:
-        for name, noted in json.loads(metadata["layers"]).items():
-            kind = KINDS[noted["kind"]]
-            settings = {key: noted[key] for key in kind.INIT_ARGUMENTS}
-            found[name] = FreeLayer(kind, settings, [tensors.pop(f"{name}.{own}") for own in kind.SAVED_STATE])
+        for name, entry in json.loads(metadata["layers"]).items():
+            kind = KINDS[entry["kind"]]
+            settings = {key: entry[key] for key in kind.INIT_ARGUMENTS}
+            free[name] = FreeLayer(kind, settings, [tensors.pop(f"{name}.{role}") for role in kind.SAVED_STATE])
         digest = metadata["adapter"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(SIDECAR, "the class, settings and tensors of each layer", repr(error)) from error
-    if tensors or not found.keys() <= pairs.keys() or digest != _digest(pairs, found):
+    if tensors or not free.keys() <= pairs.keys() or digest != _digest(pairs, free):
         raise CheckpointError(SIDECAR, "the sidecar of the adapter beside it", "one of another adapter")
-    for name, layer in found.items():
+    for name, layer in free.items():
         _check(name, layer, *pairs[name])
-    return found
+    return free
 
 
 def _check(name: str, layer: FreeLayer, a: Tensor, b: Tensor) -> None:
@@ -92,19 +113,24 @@ def _check(name: str, layer: FreeLayer, a: Tensor, b: Tensor) -> None:
         like = layer.kind(d_in, d_out, r=r, device="meta", **layer.settings)
     except checks.ArgumentError as error:
         raise CheckpointError(f"{error.argument} of {name} in {SIDECAR}", error.expected, error.got) from error
-    for own, tensor in zip(layer.kind.SAVED_STATE, layer.tensors, strict=True):
-        shape, dtype = getattr(like, own).shape, getattr(like, own).dtype
-        dtype = a.dtype if dtype.is_floating_point else dtype  # the factors have the widest of the layer's
-        if tensor.shape != shape or torch.promote_types(tensor.dtype, dtype) != dtype:
-            expected = f"{dtype} of shape {tuple(shape)}, or a dtype that it holds without loss"
-            raise CheckpointError(f"key {name}.{own}", expected, f"{tensor.dtype} {tuple(tensor.shape)}")
+    for role, tensor in zip(layer.kind.SAVED_STATE, layer.tensors, strict=True):
+        shape, dtype = getattr(like, role).shape, getattr(like, role).dtype
+        # The factors have the widest dtype of the layer's floating-point tensors.
+        check_tensor(f"{name}.{role}", tensor, shape, a.dtype if dtype.is_floating_point else dtype)
+
+
+def check_tensor(key: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+    """Raises CheckpointError unless a tensor of this shape and dtype holds the sidecar's tensor without loss."""
+    if tensor.shape != shape or torch.promote_types(tensor.dtype, dtype) != dtype:
+        expected = f"{dtype} of shape {tuple(shape)}, or a dtype that it holds without loss"
+        raise CheckpointError(f"key {key}", expected, f"{tensor.dtype} {tuple(tensor.shape)}")
 
 
 def _digest(pairs: Pairs, names: Iterable[str]) -> str:
-    """SHA-256 of the named layers' factors."""
-    found = hashlib.sha256()
+    """Returns the SHA-256 of the named layers' factors, their names, dtypes and shapes."""
+    digest = hashlib.sha256()
     for name in sorted(names):
         for tensor in pairs[name]:
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
+    return digest.hexdigest()

@@ -1,4 +1,5 @@
-"""The command lora-fast: one file per sub-command. Heavy imports wait until a command runs, so that help is quick."""
+"""The command ``lora-fast``. Each sub-command has its own file or folder, which imports transformers, peft and Triton
+only when the command runs, so that help is quick."""
 
 from __future__ import annotations
 
@@ -12,12 +13,13 @@ try:
     import typer
 except ImportError as error:
     fix = "pip install typer rich matplotlib jinja2 psutil (in the repository: pip install '.[cli]')"
-    raise MissingPackageError(f"lora-fast, the command line, needs more packages: {fix}") from error
+    raise MissingPackageError(f"the command lora-fast needs more packages: {fix}") from error
 
 from .bench import bench
 from .doctor.command import doctor
-from .finetune.command import EPILOG, finetune
-from .inspect import EPILOG as INSPECTIONS
+from .finetune.command import EPILOG as FINETUNE_EPILOG
+from .finetune.command import finetune
+from .inspect import EPILOG as INSPECT_EPILOG
 from .inspect import inspect
 from .profile.command import profile
 from .reproduce.command import EPILOG as REPRODUCE_EPILOG
@@ -27,8 +29,8 @@ from .tune.command import tune
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", add_completion=False)
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"lora-fast {__version__}")
         raise typer.Exit
 
@@ -42,46 +44,46 @@ def lora_fast(
     """Fine-tune language models with LoRA, on fused layers.
 
     LoRA freezes a model and trains a small pair of matrices beside each of its linear layers. This program runs a layer
-    and its pair as one operation: the same numbers, less time and memory.
+    and its pair as one operation, which computes the same function in less time and memory.
 
     **Examples**
 
     - `lora-fast finetune`
 
-        a first run, with a small model and a text that come as packages: about three minutes, no network
+        trains a small model on a text; both are installed as packages. Takes about three minutes, without a network
 
     - `lora-fast finetune --model Qwen/Qwen3-0.6B --data notes.txt`
 
-        your own model and text
+        trains your own model on your own text
 
     - `lora-fast profile --no-compile`
 
-        what fusing brings for a model on this machine, or that it brings nothing
+        measures whether fusing helps a model on this machine
 
     - `lora-fast doctor`
 
-        versions, devices, what works and what to do about what does not
+        prints versions and devices, tries every part, and explains how to repair what does not work
 
     - `lora-fast reproduce --quick`
 
-        what the methods' papers show, run again and put beside their numbers
+        repeats experiments of the methods' papers, and shows the results beside theirs
 
     - `lora-fast inspect --arch 90 --rank 16`
 
-        what the kernels compile to: registers, spills, tensor cores, traffic; no GPU needed
+        compiles the kernels and prints their registers, spills, tensor cores and traffic, without a GPU
 
     - `lora-fast bench --quick`
 
-        every op beside eager torch, torch.compile and PEFT; needs the repository
+        times every op beside eager torch, torch.compile and PEFT; needs the repository
 
     - `lora-fast finetune --help`
 
-        every option of a command
+        explains every option of a command
     """
 
 
-app.command(epilog=EPILOG)(finetune)
-app.command(epilog=INSPECTIONS)(inspect)
+app.command(epilog=FINETUNE_EPILOG)(finetune)
+app.command(epilog=INSPECT_EPILOG)(inspect)
 app.command(epilog=REPRODUCE_EPILOG)(reproduce)
 app.command()(profile)
 app.command()(tune)
@@ -90,5 +92,5 @@ app.command()(doctor)
 
 
 def main() -> None:
-    """Entry point of ``lora-fast``."""
+    """Runs the command line."""
     app()

@@ -1,4 +1,4 @@
-"""lora-fast bench: runs the suite in bench/, which comes with the repository and not with the package."""
+"""``lora-fast bench`` runs the suite in bench/, which is part of the repository but not of the package."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import typer
 
 SUITE = Path(__file__).resolve().parents[2] / "bench" / "run.py"
 
-_OPS = "Which ops: all, if none is given (project, linear, grads, layer, gram, solve, hadamard, cayley, step, merge)."
-_QUICK = "One case an op, within a minute on a CPU: rough figures."
-_COMPARE = "An earlier bench.json: mark what changed beyond noise."
-_OUTPUT = "A new folder for the results: if not given, the next runs/bench-N."
+_OPS = "The ops to time: project, linear, grads, layer, gram, solve, hadamard, cayley, step, merge. The default is all."
+_QUICK = "Time one case of each op, for rough figures within a minute on a CPU."
+_COMPARE = "An earlier bench.json. Changes beyond noise are marked."
+_OUTPUT = "A new folder for the results. The default is the next free runs/bench-N."
 
 
 def bench(
@@ -25,25 +25,25 @@ def bench(
 ) -> None:
     """Time every op beside eager torch, torch.compile, PEFT and a hand-written autograd function.
 
-    On a GPU: the Triton kernels, at the sizes of real models. On a CPU: their torch twins at smaller sizes (about two
-    minutes), and the kernels' traffic and launches counted in Triton's interpreter. The tests of an op run first: no
-    numbers on a red test. Leaves bench.json, bench.csv, plots and a page.
+    On a GPU it times the Triton kernels, at the sizes of real models. On a CPU it times their torch twins at smaller
+    sizes, in about two minutes, and counts the traffic and the launches of the kernels in Triton's interpreter. The
+    tests of the ops run first. If one fails, nothing is timed. Writes bench.json, bench.csv, plots and a page.
 
     **Examples**
 
     - `lora-fast bench --quick`
 
-        one case an op
+        times one case of each op
 
     - `lora-fast bench layer step --compare runs/bench-1/bench.json`
 
-        two ops, and what has changed since an earlier run
+        times two ops, and marks what has changed since an earlier run
     """
     if not SUITE.exists():
-        message = f"no {SUITE}: the suite comes with the repository, and lora_fast was installed without it"
-        typer.echo(f"lora-fast bench: {message}. Clone it and run `pip install -e '.[bench]'` there.", err=True)
+        message = f"lora-fast bench: there is no {SUITE}. The suite is part of the repository, not of the package."
+        typer.echo(f"{message} Clone the repository and run `pip install -e '.[bench]'` in it.", err=True)
         raise typer.Exit(2)
-    command = [sys.executable, str(SUITE), *(ops or [])]
+    command = [sys.executable, str(SUITE), *(ops or [])]  # a process whose sys.path starts at bench/
     command += ["--quick"] if quick else []
     for name, value in (("--compare", compare), ("--output", output)):
         command += [name, str(value)] if value else []

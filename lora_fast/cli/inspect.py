@@ -1,4 +1,5 @@
-"""lora-fast inspect: what every kernel compiles to on every arch, held to the rules, as a table or as JSON."""
+"""``lora-fast inspect`` compiles every kernel for every arch, checks the result against rules, and prints a table or
+JSON."""
 
 from __future__ import annotations
 
@@ -20,40 +21,49 @@ from .output.terminal import Display, exit_codes
 if TYPE_CHECKING:
     from ..kernels.inspection.catalogue import Case
 
-CompileJob = tuple["Case", int]  # and an arch
+CompileJob = tuple["Case", int]  # a case and the arch to compile it for
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_ARCH = "An arch, such as 90 for sm_90. Repeatable; the default is all."
+_OP = "An op, such as project or gram. Repeatable; the default is all."
+_RANK = "A rank of the adapters, such as 16. Repeatable; the default is all."
+_TRAFFIC = "Also count the bytes that the kernels move, in Triton's interpreter."
+_JSON = "Print JSON instead of tables."
+_PROCESSES = "Number of processes that compile in parallel."
 EPILOG = """
 **Examples**
 
 - `lora-fast inspect --arch 90 --rank 16`
 
-    one arch and rank: a few minutes
+    inspects one arch and one rank, which takes a few minutes
 
 - `lora-fast inspect --op gram --op adamw_step --no-traffic`
 
-    two ops, compiled only
+    compiles two ops, and does not count their traffic
 
 - `lora-fast inspect --json > kernels.json`
 
-    everything, for a program to read
+    inspects everything, and prints it for another program to read
 """
 
 
 def inspect(
-    arch: Annotated[list[int] | None, typer.Option(help="As 90 for sm_90; again for more. All, if not given.")] = None,
-    op: Annotated[list[str] | None, typer.Option(help="An op, as project or gram; again for more.")] = None,
-    rank: Annotated[list[int] | None, typer.Option(help="A rank among those listed; again for more.")] = None,
-    traffic: Annotated[bool, typer.Option(help="Also count the bytes moved, in Triton's interpreter.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output instead of tables.")] = False,
-    processes: Annotated[int, typer.Option(help="Compilations at a time.", min=1)] = os.cpu_count() or 1,
+    arch: Annotated[list[int] | None, typer.Option(help=_ARCH)] = None,
+    op: Annotated[list[str] | None, typer.Option(help=_OP)] = None,
+    rank: Annotated[list[int] | None, typer.Option(help=_RANK)] = None,
+    traffic: Annotated[bool, typer.Option(help=_TRAFFIC)] = True,
+    as_json: Annotated[bool, typer.Option("--json", help=_JSON)] = False,
+    processes: Annotated[int, typer.Option(help=_PROCESSES, min=1)] = os.cpu_count() or 1,
 ) -> None:
-    """What every kernel compiles to, in every configuration, for sm_80, 86, 89, 90, 100 and 120. Needs no GPU.
+    """Compile every kernel for sm_80, 86, 89, 90, 100 and 120, and check the result. Needs no GPU.
 
-    Registers, stack, spills, shared memory, an estimate of occupancy, tensor-core and TMA instructions, 128-bit loads
-    and stores, how far a GEMM's loop is pipelined, and the bytes moved over each operand once. The exit code is 1
-    where a rule is broken: a spill, a stack, more shared memory than the arch's cards have, 16-bit products off the
-    tensor cores, a GEMM without TMA from sm_90 on, or whose loop leaves no product in flight. Everything takes most
-    of an hour the first time on two cores; Triton keeps what it compiled.
+    Prints for each kernel in each configuration: registers, stack, spills, shared memory, an estimate of occupancy,
+    tensor-core and TMA instructions, 128-bit loads and stores, how far the loop of a GEMM is pipelined, and the bytes
+    moved relative to the bytes of all operands.
+
+    The exit code is 1 if a kernel breaks a rule: it spills or has a stack, needs more shared memory than the arch's
+    cards have, computes 16-bit products without tensor cores, is a GEMM without TMA on sm_90 or later, or is a GEMM
+    whose loop leaves no product in flight. Inspecting everything takes most of an hour the first time on two cores.
+    Triton caches what it compiled.
     """
     with exit_codes(Display()):
         rows = measure(_jobs(arch, op, rank), traffic, processes)
@@ -80,12 +90,12 @@ def _jobs(archs: list[int] | None, ops: list[str] | None, ranks: list[int] | Non
 
 
 def measure(jobs: list[CompileJob], traffic: bool, processes: int) -> list[dict]:
-    """A row for each kernel, in the order of the jobs; launches that compile to the same kernel share one."""
+    """Returns a row for each kernel, in the order of the jobs. Launches that compile to the same kernel share a row."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         compiled = _in_parallel(_compile, jobs, processes, False, progress)
-        counted = {}  # archs that share a case's tiles share its traffic
+        counted = {}  # tiles → the first job that has them: archs with the same tiles have the same traffic
         for job, rows in zip(jobs, compiled, strict=True):
             if traffic and job[0].counted:
                 counted.setdefault(_tiles(job, rows), job)
@@ -115,11 +125,12 @@ def _count(job: CompileJob) -> float:
 
 
 def _in_parallel(work: Callable, jobs: list[CompileJob], processes: int, interpret: bool, progress: Progress) -> list:
-    """work(job) of every job, in processes that compile or interpret, which Triton decides when it is imported."""
+    """Returns ``work(job)`` of every job, in their order. ``interpret`` starts the processes with Triton's interpreter,
+    which Triton can switch on only when it is imported."""
     if not jobs:
         return []
     task = progress.add_task("", total=len(jobs))
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # a forked process would have imported Triton already
     pool = ProcessPoolExecutor(min(processes, len(jobs)), context, _prepare, (interpret,))
     try:
         futures = {pool.submit(work, job): job for job in jobs}
@@ -135,6 +146,7 @@ def _in_parallel(work: Callable, jobs: list[CompileJob], processes: int, interpr
 
 
 def _prepare(interpret: bool) -> None:
+    """Sets the environment of a new process before it imports Triton."""
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.pop("TRITON_INTERPRET", None)
     if interpret:
@@ -146,13 +158,13 @@ def _show(rows: list[dict]) -> None:
     if not console.is_terminal:
         console.width = 140  # a file or a pipe has no width of its own
     for arch in dict.fromkeys(row["arch"] for row in rows):
-        of_arch = [row for row in rows if row["arch"] == arch]
-        title = f"sm_{arch}: {_kernels(of_arch)}"
+        rows_of_arch = [row for row in rows if row["arch"] == arch]
+        title = f"sm_{arch}: {_kernels(rows_of_arch)}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("kernel, for, tile")
         for column in ("regs", "spills", "KiB", "warps", "tensor", "TMA", "wide", "loop", "traffic"):
             table.add_column(column, justify="right", no_wrap=True)
-        for row in of_arch:
+        for row in rows_of_arch:
             name = row["kernel"].removeprefix("lora_").removesuffix("_kernel")
             words = f"{name} {_what_for(row)}, {_tile(row)}"
             table.add_row(words, *_figures(row), style="red" if row["broken"] else "")
@@ -163,13 +175,13 @@ def _show(rows: list[dict]) -> None:
         where = f"sm_{row['arch']} {row['kernel']} of {row['op']}, {_what_for(row)}, {_tile(row)}"
         console.print(f"{where}: {', '.join(row['broken'])}", style="red", soft_wrap=True)
     console.print(
-        "r: rank. w: warps of a block. spills: accesses of local memory, and its bytes. KiB: a block's shared memory. "
-        "warps: resident at once, of all that a multiprocessor holds, an estimate. tensor, TMA: instructions. wide: "
-        "128-bit accesses, of all to global memory. loop: instructions of a GEMM's step, products in flight, steps "
-        "that loads are ahead. traffic: bytes asked over each operand once, by all of its kernels.",
+        "r: rank. w: warps of a block. spills: accesses of local memory / bytes of stack. KiB: shared memory a block. "
+        "warps: estimated share of a multiprocessor's warps that are resident. tensor, TMA: numbers of instructions. "
+        "wide: 128-bit accesses / all accesses of global memory. loop: instructions in a GEMM's step, products in "
+        "flight, steps that loads are ahead. traffic: bytes that all kernels of the op move / bytes of all operands.",
         style="dim",
     )
-    verdict = f"{len(broken)} of them against a rule" if broken else "no rule broken"
+    verdict = f"{len(broken)} with a broken rule" if broken else "no rule broken"
     console.print(f"{_kernels(rows)}, {verdict}.", style="red" if broken else "green")
 
 
@@ -178,9 +190,13 @@ def _kernels(rows: list[dict]) -> str:
 
 
 def _what_for(row: dict) -> str:
-    chosen = [name if value is True else value if name == "strategy" else f"{name} {value}"
-              for name, value in row["variant"].items() if value]  # fmt: skip
-    words = " ".join([row["dtype"], f"r{row['r']}", *chosen])
+    """Returns the dtype, the rank and the variant of a kernel in few words, such as ``bf16 r16 fused dropout 0.1``."""
+    options = [
+        name if value is True else value if name == "strategy" else f"{name} {value}"
+        for name, value in row["variant"].items()
+        if value
+    ]
+    words = " ".join([row["dtype"], f"r{row['r']}", *options])
     for long, short in SHORT.items():
         words = words.replace(long, short)
     return words

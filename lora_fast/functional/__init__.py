@@ -1,4 +1,4 @@
-"""Public functions: tensors in, tensors out. They check their arguments, then run the op."""
+"""Public functions on tensors. Each checks its arguments, then runs the op."""
 
 from ..kernels.records import StepWork
 from .cayley import cayley

@@ -1,4 +1,4 @@
-"""The public Cayley transform of NB-LoRA, with its checks."""
+"""The public function of NB-LoRA's Cayley transform: checks the arguments, then runs the op."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from ..ops.cayley import Free, factors
 def cayley(
     free_a: Tensor | Sequence[Tensor], free_b: Tensor | Sequence[Tensor]
 ) -> tuple[Tensor, Tensor] | tuple[list[Tensor], list[Tensor]]:
-    """The Cayley transform of NB-LoRA, of one pair or of lists of pairs (any shapes and ranks): differentiable, with
-    one autograd node for all pairs, which keeps only an (r, r) matrix of each besides its arguments.
+    """The Cayley transform of NB-LoRA ("Norm-Bounded Low-Rank Adaptation") of one pair or of lists of pairs with any
+    shapes and ranks. It is differentiable; one autograd node serves all pairs and keeps only an (r, r) matrix of each
+    besides its arguments.
 
     Args:
-        free_a: (r, d_in), r from 1 to 256 and at most d_in. free_b: (d_out, r), in free_a's dtype.
+        free_a: (r, d_in), floating, r from 1 to 256 and at most d_in.
+        free_b: (d_out, r), in free_a's dtype.
 
     Returns:
-        a (r, d_in) and b (d_out, r) with a aᵀ + bᵀb = I, or lists of them; in float32, or float64 for float64 pairs.
-        A NaN in a pair makes that pair NaN.
+        a (r, d_in) and b (d_out, r) with a aᵀ + bᵀb = I, or lists of them, in float32 (float64 for float64 pairs). A
+        NaN in a pair makes that pair NaN.
 
     Raises:
         ArgumentError: shapes or dtypes that do not fit.
-        BackendError: the Triton backend was chosen and cannot run here.
+        BackendError: the Triton backend is chosen and cannot run here.
     """
     if isinstance(free_a, Tensor):
         a, b = cayley([free_a], [free_b])

@@ -1,4 +1,4 @@
-"""Public functions: check, choose, run. Tensors in, tensors out."""
+"""The public function of a linear layer with its LoRA adapter: checks the arguments, then runs the op."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from .. import backend, checks
 from ..ops import linear as linear_op
 
 _SEEDS = 1 << 62
-# Looked up once: a layer's call costs host time. Function.apply is a Python method that serves functorch (vmap, grad);
-# without functorch all it does is call the method that it overrides.
+# Looked up once, because attribute accesses cost host time in every layer's call. Function.apply is a Python method for
+# functorch (vmap, grad); without functorch it only calls the method that it overrides.
 _any_autocast, _traced, _functorch = (
     torch._C._is_any_autocast_enabled,
     torch.compiler.is_compiling,
@@ -32,8 +32,8 @@ def lora_linear(
     """A frozen linear layer with its LoRA adapter (Hu et al., arXiv 2106.09685, eq. 3) as one differentiable op:
     ``y = x Wᵀ + bias + scaling · dropout(x) aᵀ bᵀ``.
 
-    Saved for backward: x and S = dropout(x) aᵀ, nothing else. Under autocast x, weight and bias are cast to
-    the autocast dtype, as ``nn.Linear`` does. Products accumulate in float32 and are rounded once per result.
+    Only x and S = dropout(x) aᵀ are saved for backward. Under autocast x, weight and bias are cast to the autocast
+    dtype, as in ``nn.Linear``. Products accumulate in float32 and are rounded once per result.
 
     Args:
         x: (..., d_in), float16, bfloat16, float32 or (torch backend) float64; any strides.
@@ -43,15 +43,15 @@ def lora_linear(
         lora_B: (d_out, r), likewise.
         scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
         dropout_p: probability that an element of x is dropped on the way to the adapter, in steps of 1/65536.
-        seed: fixes the dropout mask, from 0 to 2⁶²-1. None draws one from torch's CPU generator, so that
-            ``torch.manual_seed`` and activation checkpointing reproduce it.
+        seed: seed of the dropout mask, from 0 to 2⁶²-1. None draws a seed from torch's CPU generator, so that
+            ``torch.manual_seed`` and activation checkpointing reproduce the mask.
 
     Returns:
-        (..., d_out) in x's dtype (the autocast dtype under autocast). Gradients come in each argument's own dtype.
+        y (..., d_out) in x's dtype (the autocast dtype under autocast). Each gradient has its argument's dtype.
 
     Raises:
         ArgumentError: shapes, dtypes, devices or values that do not fit.
-        BackendError: the Triton backend was chosen and cannot run here.
+        BackendError: the Triton backend is chosen and cannot run here.
     """
     autocast = _any_autocast() and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     checks.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast)
@@ -67,8 +67,8 @@ def lora_linear(
 
 
 def _seed(seed: int | None, device: torch.device, traced: bool) -> int | Tensor:
-    """A number that the host knows; a tensor on x's device where the value must stay symbolic: in a traced graph, and
-    under CUDA graph capture, where a number would repeat the same mask at every replay."""
+    """Returns the seed as an int. In a traced graph and under CUDA graph capture it is a tensor on the device instead,
+    because an int would be a constant there and repeat the same mask at every replay."""
     if seed is not None and not (isinstance(seed, int) and 0 <= seed < _SEEDS):
         raise checks.ArgumentError("seed", "an integer from 0 to 2**62 - 1", repr(seed))
     if traced or backend.is_capturing(device):

@@ -1,1 +1,1 @@
-"""The layers that go into a model."""
+"""Adapter layers, and the functions that find them and record merges into their frozen weights."""

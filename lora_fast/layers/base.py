@@ -1,4 +1,4 @@
-"""AdapterLinear: what all adapter layers of ours have in common, whatever parameters their factors come from."""
+"""AdapterLinear: the base class of all our adapter layers, whichever parameters their factors are computed from."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ class AdapterLinear(nn.Module):
 
     A parametrisation is a subclass with ``lora_A``, ``lora_B``, ``scaling`` and ``alpha`` = scaling · r of the plain
     LoRA adapter that it equals, and with ``reset_adapter``. Its constructor registers its parameters, then calls
-    ``reset_parameters``. Three class attributes name what a layer consists of:
+    ``reset_parameters``. It has three class attributes:
 
-        TRAINABLE   its parameters
-        SAVED_STATE      parameters and buffers that lora_A and lora_B do not tell, and that an adapter's files keep
-        besides INIT_ARGUMENTS  arguments of its constructor, and attributes, besides r and dropout
+        TRAINABLE        names of its trained parameters
+        SAVED_STATE      names of the parameters and buffers that lora_A and lora_B do not determine, so that an
+                         adapter's files must store them as well
+        INIT_ARGUMENTS   names of its constructor's arguments besides r and dropout; each is also an attribute
 
     Args:
         in_features: d_in.
         out_features: d_out.
         r: rank, 1 to 256.
-        dropout: probability of dropping an element of x on the adapter's way, in training only.
-        bias: whether the frozen layer has one.
-        device: of all parameters.
-        dtype: of all parameters (``from_linear`` gives the adapter float32 where the weight is 16-bit, as PEFT does).
+        dropout: probability that an element of x is dropped on the way to the adapter, in training only.
+        bias: whether the frozen layer has a bias.
+        device: device of all parameters.
+        dtype: dtype of all parameters (``from_linear`` gives the adapter float32 where the weight is 16-bit, as PEFT
+            does).
 
     Attributes:
         weight: (d_out, d_in), frozen. bias: (d_out,), frozen, or None.
@@ -66,10 +68,15 @@ class AdapterLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **settings) -> Self:
-        """The layer over ``linear``'s own parameters (shared, not copied, and frozen from now on).
+        """Returns a layer that shares ``linear``'s parameters (they are not copied) and freezes them.
 
-        The adapter, fresh, is on the weight's device, in float32 where the weight is 16-bit, else in the weight's
-        dtype. ``settings``: the constructor's arguments but for sizes, bias, device and dtype.
+        Args:
+            linear: on any device, of a floating dtype. The new adapter is on its weight's device, in float32 where the
+                weight is 16-bit, else in the weight's dtype.
+            settings: the constructor's arguments except sizes, bias, device and dtype.
+
+        Raises:
+            ArgumentError: no nn.Linear, a weight of another dtype, or settings that the constructor refuses.
         """
         if not isinstance(linear, nn.Linear):
             raise checks.ArgumentError("linear", "a torch.nn.Linear", type(linear).__name__)
@@ -77,64 +84,65 @@ class AdapterLinear(nn.Module):
         if weight.dtype not in checks.FLOATS:
             expected = "a dtype among float16, bfloat16, float32, float64"
             raise checks.ArgumentError("linear.weight", expected, weight.dtype)
+        # On the meta device the constructor neither allocates nor initialises a weight that is replaced below.
         place = {"device": "meta", "dtype": torch.promote_types(weight.dtype, torch.float32)}
         layer = cls(linear.in_features, linear.out_features, bias=bias is not None, **settings, **place)
-        for name in cls.TRAINABLE:
+        for name in cls.TRAINABLE:  # allocated once, here: the constructor's own are on the meta device
             free = getattr(layer, name)
             setattr(layer, name, nn.Parameter(torch.empty_like(free, device=weight.device), free.requires_grad))
         layer.reset_adapter()
         layer.weight = weight.requires_grad_(False)
         layer.bias = None if bias is None else bias.requires_grad_(False)
-        if merge_log.is_changed(linear):
+        if merge_log.is_changed(linear):  # by a merge of an adapter that has been removed since
             merge_log.mark(layer)
         return layer.train(linear.training)
 
     def reset_parameters(self) -> None:
-        """nn.Linear's initialisation of weight and bias, and a fresh adapter."""
+        """Initialises weight and bias as nn.Linear does, and the adapter."""
         nn.Linear.reset_parameters(self)
         self.reset_adapter()
 
     def reset_adapter(self) -> None:
-        """A fresh adapter."""
+        """Initialises the adapter."""
         raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """a and b for one forward, differentiable."""
+        """Returns a (r, d_in) and b (d_out, r) for one forward, differentiable."""
         return self.lora_A, self.lora_B
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d_in) → (..., d_out)."""
-        if self._buffers["_unmerged_weight"] is not None:
+        if self._buffers["_unmerged_weight"] is not None:  # merged; read past nn.Module.__getattr__, which is slow
             return nn.functional.linear(x, self.weight, self.bias)
         a, b = self.factors()
         dropout_p = self.dropout_p if self.training else 0.0
         return functional.lora_linear(x, self.weight, self.bias, a, b, self.scaling, dropout_p)
 
     def free_parameters_for(self, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> tuple[Tensor, ...]:
-        """What the tensors that ``SAVED_STATE`` names have to be for ΔW = scaling · lora_B lora_A, in its
-        order.
+        """Returns the values of the tensors in ``SAVED_STATE``, in its order, with which ΔW = scaling · lora_B lora_A.
 
         Raises:
-            ArgumentError: two factors do not determine them; or, where they can, not these.
+            ArgumentError: this kind of layer cannot be computed from two factors, or not from these.
         """
         expected = f"the parameters of a {type(self).__name__} beside it, as lf.save_adapter writes them"
         raise checks.ArgumentError("adapter", expected, "plain LoRA")
 
     @torch.no_grad()
     def load_free_(self, *values: Tensor) -> None:
-        """Copy values into the tensors that ``SAVED_STATE`` names, in its order."""
+        """Copies values into the tensors in ``SAVED_STATE``, in its order."""
         for name, value in zip(self.SAVED_STATE, values, strict=True):
             getattr(self, name).copy_(value)
 
     def merge(self) -> None:
-        """Fold the adapter into ``weight`` with one rounding; the original is kept until ``unmerge``."""
+        """Adds the adapter to ``weight`` with one rounding; the original weight is kept until ``unmerge``."""
         if not self.merged:
             original = self.weight.data
+            # Assigning .data keeps the parameter's identity, on which optimizers rely.
             self.weight.data = merged_weight(original, [(self.lora_A, self.lora_B, self.scaling)])
             self._unmerged_weight = original
 
     def unmerge(self) -> None:
-        """Restore every bit of the weight from before ``merge``."""
+        """Restores the weight from before ``merge``, bit for bit."""
         if self.merged:
             self.weight.data = self._unmerged_weight
             self._unmerged_weight = None
@@ -151,8 +159,13 @@ class AdapterLinear(nn.Module):
 
 @torch.no_grad()
 def merged_weight(weight: Tensor, adapters: list[tuple[Tensor, Tensor, float]]) -> Tensor:
-    """A new tensor weight + Σ scaling · b a over the (a, b, scaling) given, summed in float32 (float64 for a float64
-    weight) and rounded once to weight's dtype. weight: (d_out, d_in), a: (r, d_in), b: (d_out, r)."""
+    """Returns weight + Σ scaling · b a, summed in float32 (float64 for a float64 weight) and rounded once to the
+    weight's dtype.
+
+    Args:
+        weight: (d_out, d_in).
+        adapters: a (r, d_in), b (d_out, r) and scaling of each.
+    """
     total = weight.to(torch.promote_types(weight.dtype, torch.float32))
     for a, b, scaling in adapters:
         total = torch.addmm(total, b.to(total.dtype), a.to(total.dtype), alpha=scaling)
@@ -160,7 +173,7 @@ def merged_weight(weight: Tensor, adapters: list[tuple[Tensor, Tensor, float]]) 
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more, or other, than its class's forward."""
+    """Returns whether a call of the module runs hooks or a replaced forward instead of its class's forward alone."""
     state = module.__dict__
     return bool(
         state["_forward_hooks"]

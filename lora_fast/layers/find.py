@@ -1,4 +1,4 @@
-"""Which adapter layers a model has, ours and PEFT's. PEFT is imported only where it is needed."""
+"""Finds a model's adapter layers, ours and PEFT's, and their names. PEFT is imported only where it is needed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,28 @@ from .nb_lora import NBLoRALinear
 from .sing_lora import SingLoRALinear
 
 ADAPTER_LAYERS = (LoRALinear, NBLoRALinear, SingLoRALinear)
+WRAPPERS = (  # attributes under which wrappers hold the module that they wrap
+    "module",  # DistributedDataParallel, DataParallel
+    "_orig_mod",  # torch.compile
+    "_fsdp_wrapped_module",  # FSDP1
+    "_checkpoint_wrapped_module",  # torch's checkpoint_wrapper
+)
+
+
+def bare_name(name: str) -> str:
+    """Returns the name of a module or parameter without the parts that wrappers add to it, so that it is the same
+    whether or not the model is compiled, sharded or under activation checkpointing."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Name → layer of every layer of ours and of PEFT's."""
+    """Returns name → layer of every adapter layer, ours and PEFT's."""
     theirs = peft_layers(model)
     return {name: module for name, module in model.named_modules() if isinstance(module, ADAPTER_LAYERS)} | theirs
 
 
 def peft_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Name → layer of every PEFT layer; none, and no import, where PEFT has not been imported."""
+    """Returns name → layer of every PEFT layer; none, and no import, where PEFT has not been imported."""
     if not isinstance(model, nn.Module):
         raise checks.ArgumentError("model", "a torch.nn.Module", type(model).__name__)
     if "peft" not in sys.modules:
@@ -38,7 +50,7 @@ def expert_count(layer: nn.Module) -> int:
 
 
 def fused_class() -> type[nn.Module]:
-    """FusedLoraLinear; MissingPackageError where PEFT is not installed."""
+    """Returns FusedLoraLinear; raises MissingPackageError where PEFT is not installed."""
     try:
         import peft  # noqa: F401
     except ImportError as error:

@@ -1,7 +1,7 @@
-"""PEFT's LoRA layer with the fused forward: what ``fuse_`` makes of a ``peft.tuners.lora.Linear``, by its class alone.
+"""FusedLoraLinear: PEFT's LoRA layer with the fused forward. ``fuse_`` gives a ``peft.tuners.lora.Linear`` this class.
 
-Parameters, keys and state stay PEFT's own, so everything PEFT does with the layer goes on working. Every call checks
-whether the fused op computes what PEFT would; if not, PEFT's own forward runs and ``fallback_reason`` says why.
+Parameters, keys and state stay PEFT's own, so PEFT works with the layer as before. Every call checks whether the fused
+op computes the same as PEFT's forward; if not, PEFT's forward runs and ``fallback_reason`` contains the reason.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ DROPOUTS = (Identity, Dropout)
 
 
 class FusedLoraLinear(lora.Linear):
-    """``peft.tuners.lora.Linear`` whose forward is one fused op wherever that computes the same.
+    """A ``peft.tuners.lora.Linear`` whose forward is one fused op wherever that computes the same.
 
-    Attributes (besides PEFT's):
+    Attributes:
         fallback_reason: why the last call ran PEFT's own forward; None if it ran fused.
     """
 
     fallback_reason: str | None = None
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """x: (..., d_in) → (..., d_out) in the dtype that the base layer gives."""
+        """x: (..., d_in) → (..., d_out) in the dtype of the base layer's result."""
         call = "extra arguments" if args or kwargs else self._fused_call(x)
         if type(call) is tuple:
-            if self.fallback_reason is not None:
+            if self.fallback_reason is not None:  # nn.Module.__setattr__ is slow, so it runs only for a change
                 self._note(None)
             return functional.lora_linear(x, *call)
         self._note(call)
         return super().forward(x, *args, **kwargs)
 
     def _fused_call(self, x: Tensor) -> tuple | str:
-        """``lora_linear``'s arguments after x, or why PEFT's forward has to run. Runs at every call, so it reads
-        PEFT's fields, not its properties."""
+        """Returns ``lora_linear``'s arguments after x, or the reason why PEFT's forward has to run. It runs at every
+        call, so it reads PEFT's fields instead of its slower properties."""
         if self._disable_adapters:
             return "adapters disabled"
         if self.merged_adapters:
@@ -55,6 +55,7 @@ class FusedLoraLinear(lora.Linear):
         if type(call) is str:
             return call
         weight, bias = call[0], call[1]
+        # Autocast casts x, weight and bias to one dtype, except float64. Without it PEFT casts x for the adapter only.
         if x.dtype is not weight.dtype or (bias is not None and bias.dtype is not weight.dtype):
             if torch.float64 in (x.dtype, weight.dtype) or not torch.is_autocast_enabled(x.device.type):
                 return f"{x.dtype} input to {weight.dtype} weights"
@@ -63,11 +64,12 @@ class FusedLoraLinear(lora.Linear):
         return call
 
     def _note(self, reason: str | None) -> None:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # writing an attribute would break the graph
             self.fallback_reason = reason
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """PEFT's ``merge`` with one rounding: all merged adapters are added to the original weight, which is kept."""
+        """Merges as PEFT does, but with one rounding: all merged adapters are added to the original weight, which is
+        kept."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         merged = [*self.merged_adapters, *names]
         if not names:
@@ -86,7 +88,7 @@ class FusedLoraLinear(lora.Linear):
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Restore every bit of the weight that ``merge`` kept."""
+        """Restores the weight that ``merge`` kept, bit for bit."""
         if "_unmerged_weight" not in self._buffers:
             super().unmerge()
             return
@@ -95,18 +97,19 @@ class FusedLoraLinear(lora.Linear):
         self.merged_adapters.clear()
 
     def _is_plain(self, name: str) -> bool:
-        """Whether the adapter's share of the base weight is scaling · b a, nothing else."""
+        """Returns whether the adapter adds exactly scaling · b a to the base weight."""
         base, biased = self.get_base_layer(), self.lora_B[name].bias is not None
         return type(base) is Linear and not self.fan_in_fan_out and name not in self.lora_variant and not biased
 
 
 def fused_arguments(layer: lora.Linear, adapter: str) -> tuple | str:
-    """``lora_linear``'s arguments after x for one adapter, or why the fused op does not compute what PEFT would.
+    """Returns ``lora_linear``'s arguments after x for one adapter, or why the fused op does not compute the same as
+    PEFT.
 
     Returns:
         (weight, bias, lora_A, lora_B, scaling, dropout_p), or the reason as a string.
     """
-    modules = layer._modules
+    modules = layer._modules  # read past nn.Module.__getattr__, which costs host time at every call
     base, a = modules["base_layer"], modules["lora_A"]._modules.get(adapter)
     if a is None:
         return f"no adapter {adapter!r} in this layer"

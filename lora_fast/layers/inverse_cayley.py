@@ -1,4 +1,5 @@
-"""A plain low-rank product as norm-bounded free parameters: the inverse of the Cayley transform.
+"""Computes the free parameters of a norm-bounded layer that equals a plain low-rank product, by inverting the Cayley
+transform.
 
 Math      ΔW = U diag(σ) Vᵀ. With sv ≥ σ of the bound's norm (sorted) and sin 2θ = σ / sv:
           a = diag(cos θ) Vᵀ    b = U diag(sin θ)    so a aᵀ + bᵀb = I and 2 b diag(sv) a = ΔW
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from .. import checks
 
-TOLERANCE = 1e-5  # relative: what float32 factors may exceed a bound by that they were made for
-SMALLEST = 1e-30  # share of the bound
+TOLERANCE = 1e-5  # relative excess over a bound that float32 rounding of the factors explains
+SMALLEST = 1e-30  # smallest share of the bound, whose logarithm is finite
 SHOWN = 8  # singular values in a message
 
 
@@ -27,11 +28,11 @@ SHOWN = 8  # singular values in a message
 def free_parameters(
     a: Tensor, b: Tensor, scaling: float, r: int, bound: float, power: float, learn_scale: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """free_a (r, d_in), free_b (d_out, r) and free_scale (r,), in float64, of scaling · b a.
+    """Returns free_a (r, d_in), free_b (d_out, r) and free_scale (r,), in float64, with which ΔW = scaling · b a.
 
     Args:
-        a: (k, d_in), b: (d_out, k), any k whose product has rank at most r. r: rank of the result, at most d_in.
-        bound, power, learn_scale: of the norm (1/p), as NBLoRALinear has them.
+        a: (k, d_in). b: (d_out, k), any k; the product has rank at most r. r: rank of the layer, at most d_in.
+        bound, power, learn_scale: attributes of the NBLoRALinear; power is 1/p of the norm.
 
     Raises:
         ArgumentError: a norm above the bound (with the singular values), or a rank above r; NaN or Inf.
@@ -42,15 +43,15 @@ def free_parameters(
     count = min(r, len(sigma))
     theta = torch.zeros(r, dtype=torch.float64, device=a.device)
     theta[:count] = torch.asin((sigma[:count] / sv[:count]).clamp(max=1)) / 2
-    made_a = theta.cos()[:, None] * _completed(v[:, :count], r).mT
-    made_b = torch.zeros(len(b), r, dtype=torch.float64, device=a.device)
-    made_b[:, :count] = u[:, :count] * theta[:count].sin()
-    signs = _signs(made_a[:, :r])
-    return *_inverse_cayley(signs[:, None] * made_a, made_b * signs), free_scale
+    balanced_a = theta.cos()[:, None] * _complete_basis(v[:, :count], r).mT
+    balanced_b = torch.zeros(len(b), r, dtype=torch.float64, device=a.device)
+    balanced_b[:, :count] = u[:, :count] * theta[:count].sin()
+    signs = _pivot_signs(balanced_a[:, :r])
+    return *_inverse_cayley(signs[:, None] * balanced_a, balanced_b * signs), free_scale
 
 
 def _svd(a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
-    """U, σ, V of scaling · b a, without the product."""
+    """Returns U, σ, V of scaling · b a from two QR decompositions, without forming the (d_out, d_in) product."""
     if not (a.isfinite().all() and b.isfinite().all()):
         raise checks.ArgumentError("adapter", "finite factors", "NaN or Inf")
     q_a, r_a = torch.linalg.qr(a.mT)
@@ -60,14 +61,14 @@ def _svd(a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _shares(sigma: Tensor, r: int, bound: float, power: float, learn_scale: bool) -> Tensor:
-    """free_scale (r,), such that sv is at least σ; 0 where the shares are fixed."""
+    """Returns free_scale (r,) with which sv is at least σ; 0 where the shares are fixed."""
     if len(sigma) > r:
         _require(sigma[r:] <= TOLERANCE * sigma[0], f"a product of rank at most {r}", sigma[r:])
         sigma = sigma[:r]
     shares = torch.zeros(r, dtype=torch.float64, device=sigma.device)
     if not learn_scale or power == 0:
-        most = bound * r**-power
-        _require(sigma <= most * (1 + TOLERANCE), f"singular values of at most {most:g}", sigma)
+        largest = bound * r**-power
+        _require(sigma <= largest * (1 + TOLERANCE), f"singular values of at most {largest:g}", sigma)
         return shares
     shares[: len(sigma)] = (sigma / bound) ** (1 / power)
     used = shares.sum()
@@ -78,7 +79,8 @@ def _shares(sigma: Tensor, r: int, bound: float, power: float, learn_scale: bool
 
 
 def _require(holds: Tensor, expected: str, sigma: Tensor) -> None:
-    """Raises ArgumentError with the singular values that do not hold (all, where they do not together)."""
+    """Raises ArgumentError where the condition does not hold, with the singular values concerned (all of them for a
+    condition on their sum)."""
     if not holds.all():
         bad = sigma[~holds] if holds.dim() else sigma
         more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
@@ -86,25 +88,27 @@ def _require(holds: Tensor, expected: str, sigma: Tensor) -> None:
         raise checks.ArgumentError("adapter", expected, f"singular values {got}{more}")
 
 
-def _completed(v: Tensor, r: int) -> Tensor:
-    """r orthonormal columns, the given ones first."""
+def _complete_basis(v: Tensor, r: int) -> Tensor:
+    """Returns r orthonormal columns, of which the first ones are v's."""
     eye = torch.eye(len(v), r, dtype=v.dtype, device=v.device)
-    more = torch.linalg.qr(torch.cat([v, eye, eye.roll(r, 0)], 1))[0]
-    return torch.cat([v, more[:, v.shape[1] : r]], 1)
+    # Unit vectors supply the directions that v lacks.
+    basis = torch.linalg.qr(torch.cat([v, eye, eye.roll(r, 0)], 1))[0]
+    return torch.cat([v, basis[:, v.shape[1] : r]], 1)
 
 
-def _signs(square: Tensor) -> Tensor:
-    """The signs e that keep every pivot of elimination on square + diag(e) at 1 or above, in size."""
-    left = square.clone()
+def _pivot_signs(square: Tensor) -> Tensor:
+    """Returns the signs e with which no pivot of elimination on square + diag(e) is below 1 in size."""
+    schur = square.clone()
     signs = torch.ones(len(square), dtype=square.dtype, device=square.device)
     for j in range(len(square)):
-        signs[j] = torch.where(left[j, j] < 0, -1.0, 1.0)
-        left[j, j] += signs[j]
-        left[j + 1 :, j + 1 :] -= torch.outer(left[j + 1 :, j] / left[j, j], left[j, j + 1 :])
+        signs[j] = torch.where(schur[j, j] < 0, -1.0, 1.0)
+        schur[j, j] += signs[j]
+        schur[j + 1 :, j + 1 :] -= torch.outer(schur[j + 1 :, j] / schur[j, j], schur[j, j + 1 :])
     return signs
 
 
 def _inverse_cayley(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns ã and b̃ of a and b, as in the header's Math."""
     r = len(a)
     inverse = torch.linalg.inv(torch.eye(r, dtype=a.dtype, device=a.device) + a[:, :r])
     m = 2 * inverse.mT

@@ -1,4 +1,4 @@
-"""LoRALinear: a frozen linear layer and its adapter in one module."""
+"""LoRALinear: a frozen linear layer with a plain LoRA adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class LoRALinear(AdapterLinear):
         in_features, out_features, r, dropout, bias, device, dtype: as AdapterLinear.
         alpha: scale of the adapter; ``scaling`` = alpha / r, or alpha / sqrt(r) with ``use_rslora``.
         use_rslora: rank-stabilised scaling (Kalajdzievski, arXiv 2312.03732).
-        init: of ``lora_A``: ``"kaiming"`` (PEFT's default) or ``"gaussian"`` (std 1/r); ``lora_B`` starts at 0.
+        init: initialisation of ``lora_A``, ``"kaiming"`` (PEFT's default) or ``"gaussian"`` (std 1/r); ``lora_B``
+            starts at 0.
 
     Attributes:
         weight, bias, merged: as AdapterLinear.
@@ -59,7 +60,7 @@ class LoRALinear(AdapterLinear):
         self.reset_parameters()
 
     def reset_adapter(self) -> None:
-        """A fresh adapter: ``lora_A`` by ``init``, ``lora_B`` zero, so that the layer starts as its frozen linear."""
+        """Initialises ``lora_A`` by ``init`` and ``lora_B`` to 0, so that the layer starts as its frozen linear."""
         if self.init == "kaiming":
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         else:
@@ -67,13 +68,13 @@ class LoRALinear(AdapterLinear):
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., d_in) → (..., d_out). AdapterLinear's, with less time on the host."""
+        """x: (..., d_in) → (..., d_out). Computes the same as AdapterLinear's forward in less time on the host."""
         if self._buffers["_unmerged_weight"] is not None:
             return nn.functional.linear(x, self.weight, self.bias)
         p = self._parameters
         if len(p) == 4:  # nn.Module.__getattr__ costs host time at every call
             weight, bias, lora_A, lora_B = p["weight"], p["bias"], p["lora_A"], p["lora_B"]
-        else:  # parametrized or flattened (FSDP1): a parameter is an attribute of another kind
+        else:  # parametrized or flattened (FSDP1): the parameters are attributes of another kind
             weight, bias, lora_A, lora_B = self.weight, self.bias, self.lora_A, self.lora_B
         dropout_p = self.dropout_p if self.training else 0.0
         return functional.lora_linear(x, weight, bias, lora_A, lora_B, self.scaling, dropout_p)

@@ -1,9 +1,10 @@
-"""Frozen weights that training has changed: which ones, and, if that was asked for, what was added to them.
+"""Records which frozen weights training has changed and, on request, the terms that were added to them.
 
-A merge during training, W += b diag(rest) a (ScaLoRA), leaves an adapter that no longer describes the model by itself.
-The module that holds the weight remembers that it has changed; the adapter's layer (the same module, or PEFT's around
-it) remembers by which terms. So PEFT's ``merge_and_unload`` takes the terms away, which then no longer tell all, and
-leaves the fact. Both go through deepcopy, pickle and ``torch.save(model)``; no ``state_dict`` shows them.
+After a merge during training, W += b diag(residual_scale) a (ScaLoRA), the adapter no longer describes the model by
+itself. A mark on the module that holds the weight records that the weight has changed. The adapter's layer (the same
+module, or PEFT's layer around it) holds the terms. PEFT's ``merge_and_unload`` removes the adapter layer and with it
+the terms, which would be incomplete anyway; the mark on the base layer stays. Both survive deepcopy, pickle and
+``torch.save(model)``; neither is in a ``state_dict``.
 """
 
 from __future__ import annotations
@@ -16,27 +17,27 @@ from torch import Tensor, nn
 from .. import checks
 
 KEEP = ("weights", "terms")
-FACT, TERMS = "changed_base", "changed_by"  # attributes of the weight's holder, of the adapter's layer
+MARK, TERMS = "changed_base", "changed_by"  # attributes of the weight's holder and of the adapter's layer
 
-Term = tuple[Tensor, Tensor]  # b diag(rest) (d_out, r), a (r, d_in)
+Term = tuple[Tensor, Tensor]  # b diag(residual_scale) (d_out, r), a (r, d_in)
 
 
 @dataclass
 class Terms:
-    """What every merge into one weight has added, in order, on the CPU."""
+    """The terms of every merge into one weight, in order, on the CPU."""
 
     terms: list[Term]
     _copying_from: set[torch.device] = field(default_factory=set)
 
-    def add(self, a: Tensor, b: Tensor, rest: Tensor) -> None:
-        """One more. From a GPU the copies go into pinned memory and are not waited for."""
+    def add(self, a: Tensor, b: Tensor, residual_scale: Tensor) -> None:
+        """Appends a term. Copies from a GPU go into pinned memory asynchronously."""
         if b.is_cuda:
             self._copying_from.add(b.device)
-        kept_b = (b * rest).to("cpu", b.dtype, non_blocking=True)
-        self.terms.append((kept_b, a.to("cpu", non_blocking=True, copy=True)))
+        scaled_b = (b * residual_scale).to("cpu", b.dtype, non_blocking=True)
+        self.terms.append((scaled_b, a.to("cpu", non_blocking=True, copy=True)))  # a copy also from the CPU
 
     def arrived(self) -> list[Term]:
-        """``terms``, once all copies are there."""
+        """Returns the terms after waiting for all copies."""
         for device in self._copying_from:
             torch.cuda.synchronize(device)
         self._copying_from.clear()
@@ -47,46 +48,48 @@ class Terms:
 
 
 def holder(layer: nn.Module) -> nn.Module:
-    """The module whose own parameter the layer's frozen weight is: inside a PEFT layer, else itself."""
+    """Returns the module that holds the layer's frozen weight: PEFT's base layer, or the layer itself."""
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
 
 def is_changed(module: nn.Module) -> bool:
-    """Whether the module's own weight has changed."""
-    return FACT in module.__dict__
+    """Returns whether the module is marked: its own weight has changed."""
+    return MARK in module.__dict__
 
 
 def kept_terms(layer: nn.Module) -> list[Term] | None:
-    """All that was added to the layer's changed weight; None: only the weight itself can tell what it has become."""
+    """Returns all terms that were added to the layer's changed weight; None if they were not all kept."""
     return getattr(layer, TERMS).arrived() if TERMS in layer.__dict__ else None
 
 
 def mark(layer: nn.Module, terms: list[Term] | None = None) -> None:
-    """Note that the layer's frozen weight has changed: by these terms, or, with None, as only it can tell."""
-    setattr(holder(layer), FACT, True)
+    """Marks the layer's frozen weight as changed, by these terms, or, with None, by terms that were not all kept."""
+    setattr(holder(layer), MARK, True)
     layer.__dict__.pop(TERMS, None)
     if terms is not None:
         setattr(layer, TERMS, Terms(terms))
 
 
 @torch.no_grad()
-def record(layer: nn.Module | None, a: Tensor, b: Tensor, rest: Tensor, keep: str = "weights") -> None:
-    """Note that the layer's frozen weight is about to get, or just got, b diag(rest) a; a and b as in that product.
+def record(layer: nn.Module | None, a: Tensor, b: Tensor, residual_scale: Tensor, keep: str = "weights") -> None:
+    """Records that b diag(residual_scale) a is added to the layer's frozen weight.
 
-    Call it at every merge. With ``keep="weights"`` only the first call does anything, on no device, so a CUDA graph may
-    capture the merge. Terms are kept as long as every merge into this weight kept them.
+    It must be called at every merge, before or after it, with the a and b of that product. With ``keep="weights"`` it
+    launches nothing on a device, so that a CUDA graph may capture the merge. Terms are kept as long as every merge into
+    this weight has kept them.
 
     Args:
-        layer: the adapter's layer (``Pair.layer``); None (a pair of bare tensors) has nowhere to note it.
-        a: (r, d_in). b: (d_out, r). rest: (r,).
-        keep: "weights": nothing but the fact: the weight is saved whole. "terms": (b diag(rest), a) too, in the
-            adapter's dtype and the CPU's memory: r (d_out + d_in) numbers a merge. They give back a 16-bit weight only
-            to its rounding.
+        layer: the adapter's layer (``Pair.layer``). None, for a pair of bare tensors, records nothing.
+        a: (r, d_in). b: (d_out, r). residual_scale: (r,).
+        keep: "weights" records only the mark; the weight is then saved whole. "terms" also keeps the term in the
+            adapter's dtype in the CPU's memory, r (d_out + d_in) numbers a merge. Terms restore a 16-bit weight only to
+            its rounding.
 
     Raises:
-        ArgumentError: terms while a CUDA graph is captured: its replays run no Python and would go unrecorded.
+        ArgumentError: ``keep="terms"`` while a CUDA graph is captured, whose replays run no Python and would not be
+            recorded.
     """
-    checks.choice(keep, "keep", KEEP)
+    assert keep in KEEP, keep
     if layer is None:
         return
     if keep == "terms" and a.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -97,4 +100,4 @@ def record(layer: nn.Module | None, a: Tensor, b: Tensor, rest: Tensor, keep: st
     if not is_changed(holder(layer)):
         mark(layer, [])
     if TERMS in layer.__dict__:
-        getattr(layer, TERMS).add(a, b, rest)
+        getattr(layer, TERMS).add(a, b, residual_scale)

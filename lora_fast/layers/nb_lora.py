@@ -1,5 +1,5 @@
-"""NBLoRALinear: a frozen linear layer and its norm-bounded adapter; and a model's hooks that compute all their factors
-at once."""
+"""NBLoRALinear: a frozen linear layer with a norm-bounded adapter, and the hooks by which a model computes the factors
+of all such layers in one call."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..kernels.grouping import group_by
-from . import factor_cache as factors
-from . import inverse_cayley
+from . import factor_cache, inverse_cayley
 from .base import AdapterLinear
 
 NORMS = {"spectral": 0.0, "frobenius": 0.5, "nuclear": 1.0}  # name → 1 / p of the Schatten norm
@@ -21,30 +20,31 @@ NORMS = {"spectral": 0.0, "frobenius": 0.5, "nuclear": 1.0}  # name → 1 / p of
 class NBLoRALinear(AdapterLinear):
     """Linear layer with a low-rank adapter whose norm cannot exceed a bound ("Norm-Bounded Low-Rank Adaptation").
 
-    ``y = x Wᵀ + bias + dropout(x) aᵀ bᵀ``, computed as one fused op. a and b are not trained themselves: they are the
-    Cayley transform of free parameters, with the scales folded into b, so that the singular values of ΔW = b a are at
-    most sv (both sorted) and the norm of sv is at most the bound, whatever values training gives the parameters:
+    ``y = x Wᵀ + bias + dropout(x) aᵀ bᵀ``, computed as one fused op. The factors a and b are not trained themselves.
+    They are the Cayley transform of free parameters, with the scales folded into b. The singular values of ΔW = b a are
+    therefore at most sv (both sorted), and the norm of sv is at most the bound, for all values of the parameters:
     sv = bound · softmax(free_scale / √r)^(1/p) with p = 1 (nuclear), 2 (Frobenius) or ∞ (spectral: sv = bound).
 
-    A layer called by itself computes its own factors. In a model that ``lf.inject_`` made, or that ``share_factors_``
-    was called on, all layers' factors are computed at once before the model's forward.
+    A layer called by itself computes its own factors. In a model that went through ``lf.inject_`` or
+    ``share_factors_``, the factors of all layers are computed in one call before the model's forward.
 
     Args:
         in_features, out_features, r, dropout, bias, device, dtype: as AdapterLinear; r at most d_in.
         norm: ``"spectral"``, ``"frobenius"`` or ``"nuclear"``.
-        bound: on the norm of ΔW; None: 1 (spectral), √r (Frobenius), r (nuclear), which make all sv 1 at the start.
-        learn_scale: train how the bound is shared out among the singular values (in the spectral norm it is not).
+        bound: upper bound on the norm of ΔW. None means 1 (spectral), √r (Frobenius) or r (nuclear), with which all sv
+            are 1 at the start.
+        learn_scale: train the shares of the bound that the singular values get. The spectral norm has no shares.
 
     Attributes:
         weight, bias, merged: as AdapterLinear.
         free_a: (r, d_in), free_b: (d_out, r), trained. free_scale: (r,), trained with ``learn_scale``.
-        bound: may be changed at any time.
+        bound: the bound, which may be changed at any time.
 
     Raises:
         ArgumentError: r, norm, bound or dropout out of range.
     """
 
-    TRAINABLE = SAVED_STATE = factors.SAVED_STATE
+    TRAINABLE = SAVED_STATE = factor_cache.SAVED_STATE
     INIT_ARGUMENTS = ("norm", "bound", "learn_scale")
     scaling = 1.0
 
@@ -73,32 +73,35 @@ class NBLoRALinear(AdapterLinear):
         self.free_a = nn.Parameter(torch.empty(r, in_features, **place))
         self.free_b = nn.Parameter(torch.empty(out_features, r, **place))
         self.free_scale = nn.Parameter(torch.empty(r, **place), requires_grad=learn_scale and self.power > 0)
-        self.kept: factors.CachedFactors | None = None  # this layer's factors, for as long as they hold
-        self.shared: tuple[Tensor, Tensor] | None = None  # those of the model's forward that is running
+        self.cache: factor_cache.CachedFactors | None = None
+        self.shared: tuple[Tensor, Tensor] | None = None  # the factors that the model's running forward has computed
         self.reset_parameters()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, bound_ratio: float | None = None, **settings) -> Self:
-        """As AdapterLinear's. ``bound_ratio`` gives the bound as a multiple of the weight's own norm, instead of
-        ``bound``."""
+        """Returns a layer that shares ``linear``'s parameters, as ``AdapterLinear.from_linear`` does.
+
+        Args:
+            bound_ratio: instead of ``bound``, the bound as a multiple of the weight's own norm.
+        """
         if bound_ratio is not None:
             settings["bound"] = _bound_from(linear, bound_ratio, **settings)
         return super().from_linear(linear, **settings)
 
     def reset_adapter(self) -> None:
-        """A fresh adapter: ``free_a`` Kaiming, the rest 0; so b = 0, a aᵀ = I, and all singular values share the bound
-        equally."""
+        """Initialises ``free_a`` by Kaiming and the other parameters to 0, so that b = 0, a aᵀ = I and all singular
+        values have equal shares of the bound."""
         nn.init.kaiming_uniform_(self.free_a, a=math.sqrt(5))
         nn.init.zeros_(self.free_b)
         nn.init.zeros_(self.free_scale)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.shared or factors.cached_factors([self])[0]
+        return self.shared or factor_cache.cached_factors([self])[0]
 
     @torch.no_grad()
     def plain_factors(self) -> tuple[Tensor, Tensor]:
-        """a (r, d_in) and b (d_out, r) of the same adapter as plain LoRA with scaling 1, in at least float32."""
-        return factors.cached_factors([self])[0]
+        """Returns a (r, d_in) and b (d_out, r) of the equal plain LoRA adapter with scaling 1, in at least float32."""
+        return factor_cache.cached_factors([self])[0]
 
     @property
     def lora_A(self) -> Tensor:
@@ -115,39 +118,40 @@ class NBLoRALinear(AdapterLinear):
     def free_parameters_for(
         self, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """free_a, free_b and free_scale, in float64, with which the layer's ΔW is scaling · lora_B lora_A; every
-        product within the bound has them. lora_A: (k, d_in), lora_B: (d_out, k), any k.
+        """Returns free_a, free_b and free_scale, in float64, with which ΔW = scaling · lora_B lora_A. They exist for
+        every product of rank at most r within the bound.
+
+        Args:
+            lora_A: (k, d_in), any k. lora_B: (d_out, k).
 
         Raises:
-            ArgumentError: a norm above the bound, or a rank above r, with the singular values; NaN or Inf.
+            ArgumentError: a norm above the bound or a rank above r (with the singular values); NaN or Inf.
         """
-        place = self.free_a.device
+        device = self.free_a.device
         return inverse_cayley.free_parameters(
-            lora_A.to(place), lora_B.to(place), scaling, self.r, self.bound, self.power, self.learn_scale
+            lora_A.to(device), lora_B.to(device), scaling, self.r, self.bound, self.power, self.learn_scale
         )
 
     def train(self, mode: bool = True) -> Self:
-        self.kept = None
+        self.cache = None
         return super().train(mode)
 
     def _apply(self, fn, recurse: bool = True) -> Self:
-        self.kept = None  # what moves to another device leaves nothing behind
+        self.cache = None  # drop the cache so that no tensor stays on the old device
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict:
-        """For deepcopy, pickle and torch.save: without the factors, which are computed again."""
-        return self.__dict__ | {"kept": None, "shared": None}
+        """Returns the state for deepcopy, pickle and torch.save, without the factors, which are computed again."""
+        return self.__dict__ | {"cache": None, "shared": None}
 
 
 def _bound_from(linear: nn.Linear, ratio: float, norm: str = "nuclear", bound: float | None = None, **others) -> float:
-    """ratio times the weight's norm."""
+    """Returns the bound that is ``ratio`` times the weight's norm."""
     if not isinstance(linear, nn.Linear):
         raise checks.ArgumentError("linear", "a torch.nn.Linear", type(linear).__name__)
     weight = linear.weight
     checks.choice(norm, "norm", tuple(NORMS))
-    checks.positive(ratio, "bound_ratio")
-    if bound is not None:
-        raise checks.ArgumentError("bound_ratio", "None where bound is given", f"{ratio:g} and bound {bound:g}")
+    check_bound_ratio(ratio, bound)
     if weight.is_meta:
         raise checks.ArgumentError("bound_ratio", "a weight with data", "a weight on the meta device")
     size = matrix_norm(weight, norm)
@@ -156,10 +160,17 @@ def _bound_from(linear: nn.Linear, ratio: float, norm: str = "nuclear", bound: f
     return ratio * size
 
 
+def check_bound_ratio(ratio: float, bound: float | None) -> None:
+    """Raises ArgumentError unless the ratio is a finite number above 0 and no bound is given beside it."""
+    checks.positive(ratio, "bound_ratio")
+    if bound is not None:
+        raise checks.ArgumentError("bound_ratio", "None where bound is given", f"{ratio:g} and bound {bound:g}")
+
+
 @torch.no_grad()
 def matrix_norm(matrix: Tensor, norm: str) -> float:
-    """A norm of ``NORMS``, on the matrix's device; but for Frobenius's from the eigenvalues of the smaller Gram in
-    float64 (4096×4096: about ten seconds on a CPU core)."""
+    """Returns a norm of ``NORMS``, computed on the matrix's device. The spectral and nuclear norms come from the
+    eigenvalues of the smaller Gram matrix in float64 (4096×4096: about ten seconds on a CPU core)."""
     if norm == "frobenius":
         return torch.linalg.vector_norm(matrix, dtype=torch.float64).item()
     matrix = matrix.double()
@@ -171,27 +182,31 @@ def matrix_norm(matrix: Tensor, norm: str) -> float:
 
 
 def share_factors_(model: nn.Module) -> None:
-    """From now on the model computes the factors of all its NBLoRALinear layers at once before each forward; those that
-    are sharded (DTensor) or merged are left out. Copies of the model do so, too."""
+    """Registers hooks by which the model computes the factors of all its NBLoRALinear layers in one call before each
+    forward. Layers that are sharded (DTensor) or merged are left out. Copies of the model have the hooks, too."""
     if before_forward not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(before_forward)
-        model.register_forward_hook(after_forward, always_call=True)
+        model.register_forward_hook(after_forward, always_call=True)  # also after a forward that raises
 
 
 def before_forward(model: nn.Module, args: tuple) -> None:
+    """Gives every layer its factors for this forward."""
     for layer, shared in factors_of(model):
         layer.shared = shared
 
 
 def factors_of(model: nn.Module) -> list[tuple[NBLoRALinear, tuple[Tensor, Tensor]]]:
-    """a (r, d_in) and b (d_out, r) of every NBLoRALinear that is not merged or sharded, one transform a device."""
+    """Returns a (r, d_in) and b (d_out, r) of every NBLoRALinear that is not merged or sharded, computed in one call
+    per device."""
     layers = [x for x in model.modules() if isinstance(x, NBLoRALinear) and not x.merged]
+    # FSDP gathers a DTensor only for its own module's forward, so such a layer computes its factors there.
     whole = [layer for layer in layers if type(layer.free_a) in (nn.Parameter, Tensor)]
     groups = group_by(whole, lambda layer: layer.free_a.device).values()
-    return [pair for group in groups for pair in zip(group, factors.cached_factors(group), strict=True)]
+    return [pair for group in groups for pair in zip(group, factor_cache.cached_factors(group), strict=True)]
 
 
 def after_forward(model: nn.Module, args: tuple, output: object) -> None:
+    """Takes the factors back, so that a layer called by itself does not use old ones."""
     for layer in model.modules():
         if isinstance(layer, NBLoRALinear):
             layer.shared = None

@@ -1,4 +1,4 @@
-"""SingLoRALinear: a frozen linear layer whose adapter is one matrix, taken for both factors."""
+"""SingLoRALinear: a frozen linear layer whose adapter uses one trained matrix for both factors."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class SingLoRALinear(AdapterLinear):
     """Linear layer with SingLoRA's adapter, computed as one fused op.
 
     ``y = x Wᵀ + bias + (alpha / r) u dropout(x) aᵀ bᵀ`` with a = S[:d_in]ᵀ and b = S[:d_out] of one trained S, so that
-    the factors cannot differ in scale. Neither is 0 at the start: u = min(steps / ramp_steps, 1) leads the adapter in.
-    ``count_steps_`` has an optimizer count its steps; ``lf.optim.LoRAAdamW(model)`` does so by itself.
+    the factors cannot differ in scale. Neither factor is 0 at the start, so the warm-up u = min(steps / ramp_steps, 1)
+    multiplies the adapter. ``count_steps_`` makes an optimizer count its steps; ``lf.optim.LoRAAdamW(model)`` calls it.
 
     Args:
         in_features, out_features, r, dropout, bias, device, dtype: as AdapterLinear.
         alpha: scale of the adapter.
-        ramp_steps: optimizer steps until the adapter counts in full; 0: from the start, which changes the layer.
+        ramp_steps: optimizer steps of the warm-up. With 0 there is none, so the layer's output changes at once.
 
     Attributes:
         weight, bias, merged: as AdapterLinear.
         free_s: (max(d_in, d_out), r), trained.
-        steps: counted so far: an int64 buffer, in the ``state_dict``.
+        steps: optimizer steps counted so far, an int64 buffer in the ``state_dict``.
 
     Raises:
         ArgumentError: r, alpha, ramp_steps or dropout out of range.
@@ -54,12 +54,13 @@ class SingLoRALinear(AdapterLinear):
         self.ramp_steps = checks.count(ramp_steps, "ramp_steps") if ramp_steps != 0 else 0
         self.free_s = nn.Parameter(torch.empty(max(in_features, out_features), r, device=device, dtype=dtype))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
-        self.counted = False
+        self.counted = False  # whether an optimizer counts the steps
         self.reset_parameters()
 
     def reset_adapter(self) -> None:
-        """A fresh adapter: ``free_s`` Kaiming, no step counted."""
-        nn.init.kaiming_uniform_(self.free_s, a=math.sqrt(5), mode="fan_out")  # of Sᵀ, as LoRA's a: fan-in is not r
+        """Initialises ``free_s`` by Kaiming and sets the count of steps to 0."""
+        # S holds LoRA's a transposed, so a's fan-in is the fan-out of S.
+        nn.init.kaiming_uniform_(self.free_s, a=math.sqrt(5), mode="fan_out")
         self.steps = torch.zeros((), dtype=torch.int64, device=self.free_s.device)
 
     @property
@@ -76,10 +77,11 @@ class SingLoRALinear(AdapterLinear):
         return b if not self.ramp_steps else b * (self.steps / self.ramp_steps).clamp(max=1).to(b.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """a and b for one forward, differentiable.
+        """Returns a (r, d_in) and b (d_out, r) for one forward, differentiable.
 
         Raises:
-            RuntimeError: a training step with a ramp that no optimizer counts: the adapter would never come in.
+            RuntimeError: a training step of a layer with ramp_steps whose steps no optimizer counts, so that the
+                adapter would stay 0.
         """
         if self.ramp_steps and self.training and not self.counted and torch.is_grad_enabled():
             raise RuntimeError("SingLoRALinear with ramp_steps: call lf.count_steps_(model, optimizer) before training")
@@ -87,8 +89,8 @@ class SingLoRALinear(AdapterLinear):
 
 
 def count_steps_(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """From now on each step of the optimizer leads the model's SingLoRALinear adapters one step further in. (A step
-    that a GradScaler skips does not count.)"""
+    """Makes an optimizer count its steps for the warm-up of the model's SingLoRALinear layers. A step that a GradScaler
+    skips is not counted."""
     layers = [module for module in model.modules() if isinstance(module, SingLoRALinear)]
     for layer in layers:
         layer.counted = True

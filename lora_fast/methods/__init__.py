@@ -1,6 +1,6 @@
-"""The methods: one file each, a frozen dataclass of hyperparameters and what it does in a step.
+"""The methods: one file each, with a frozen dataclass of hyperparameters and its hooks into a step.
 
-What a method can do is in method.py; with which others it has a meaning, in the table below.
+method.py defines the hooks. The table below lists the combinations that have no meaning.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ __all__ = [
     "ScaledAdamW",
 ]
 
-ORDER = (  # within before and within after
+ORDER = (  # in which the methods' hooks run
     LoRAPlus, ScaleReg, ScaLoRA, ScaledAdamW, RefLoRA, PiLoRA, LoRARITE, LoRAMuon, ILoRA, BaLoRA,
 )  # fmt: skip
-EXCLUSIVE = (  # of each row at most one
+EXCLUSIVE = (  # at most one method of each row may be used
     ("each decides how the product is shared between its factors", (ScaleReg, ScaLoRA, PiLoRA, ILoRA, BaLoRA)),
     ("each transforms the gradients by the other factor", (ScaLoRA, ScaledAdamW, RefLoRA, PiLoRA)),
     ("RefLoRA's gradients are those of BaLoRA's factors, in which it changes nothing", (RefLoRA, BaLoRA)),
@@ -47,10 +47,10 @@ EXCLUSIVE = (  # of each row at most one
 
 
 def compose(methods: object) -> tuple:
-    """The methods in the order in which a step takes them.
+    """Returns the methods in the order in which a step runs them.
 
     Raises:
-        ArgumentError: something that is no method, one twice, or a combination without meaning.
+        ArgumentError: an entry that is no method, a method that occurs twice, or a combination without a meaning.
     """
     methods = list(methods) if isinstance(methods, (list, tuple)) else [methods]
     for method in methods:
@@ -61,9 +61,9 @@ def compose(methods: object) -> tuple:
         if kinds.count(kind) > 1:
             raise checks.ArgumentError("methods", "each method once", f"{kind.__name__} {kinds.count(kind)} times")
     for reason, row in EXCLUSIVE:
-        both = [kind.__name__ for kind in row if kind in kinds]
-        if len(both) > 1:
-            raise checks.ArgumentError("methods", f"at most one of these ({reason})", " and ".join(both))
+        names = [kind.__name__ for kind in row if kind in kinds]
+        if len(names) > 1:
+            raise checks.ArgumentError("methods", f"at most one of these ({reason})", " and ".join(names))
     replacement = next((kind.__name__ for kind in kinds if kind.replaces_adamw), None)
     for method in methods:
         if replacement and isinstance(method, ScaleReg) and not method.decoupled:

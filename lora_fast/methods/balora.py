@@ -1,7 +1,7 @@
-"""BaLoRA (Castin, Nadjahi, Ablin, Peyré, arXiv 2605.31484): after a step, the factors of the same product that are
-balanced, a aᵀ = bᵀb. Notation: the paper's A, B are b, a.
+"""BaLoRA (Castin, Nadjahi, Ablin, Peyré, arXiv 2605.31484): a step is followed by a change to the balanced factors of
+the same product, for which a aᵀ = bᵀb. Notation: the paper's A, B are b, a.
 
-A pair whose b is 0 is left as it is: projecting it would kill both factors for good.
+A pair whose b is 0 is not changed. Its balanced factors are both 0, and zero factors have no gradient.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from .. import checks
 from ..batches.batch import Batch
-from ..ops import pairs as pair_ops
+from ..ops.pairs import GAUGES, hyperbalance
 from .method import Method
 
 TRANSPORTS = ("none", "m", "mv")
@@ -24,10 +24,10 @@ class BaLoRA(Method):
 
     Args:
         every: steps from one balancing to the next.
-        gauge: which of the balanced pairs: "symmetric" (T symmetric, the nearest to no change), "svd" (diagonal Grams),
-            "svd_signed" (the same without sign flips).
-        transport: of Adam's moments: "none", "m" (first moments as gradients transform), "mv" (second moments too, by
-            squared entries, which is approximate).
+        gauge: the choice among the balanced pairs: "symmetric" (T is symmetric, the nearest to no change), "svd"
+            (diagonal Grams), "svd_signed" (diagonal Grams, without sign flips).
+        transport: the change of Adam's moments: "none", "m" (first moments transform as gradients do), "mv" (second
+            moments too, by the squared matrices, which is approximate).
     """
 
     every: int = 1
@@ -38,17 +38,17 @@ class BaLoRA(Method):
 
     def __post_init__(self) -> None:
         checks.count(self.every, "every")
-        checks.choice(self.gauge, "gauge", pair_ops.GAUGES)
+        checks.choice(self.gauge, "gauge", GAUGES)
         checks.choice(self.transport, "transport", TRANSPORTS)
 
     def after(self, batch: Batch) -> None:
         if not batch.due(self.every):
             return
         ka, kb, *_ = batch.grams()
-        t, t_inverse = pair_ops.hyperbalance(ka, kb, self.gauge)
+        t, t_inverse = hyperbalance(ka, kb, self.gauge)
         batch.transform(torch.cat([t, t_inverse]))
-        moments = torch.cat([t_inverse.mT, t.mT])
+        gradient_matrices = torch.cat([t_inverse.mT, t.mT])  # with b' = b T, the chain rule gives db' = db T⁻ᵀ
         if self.transport != "none":
-            batch.transform(moments, target="exp_avg")
+            batch.transform(gradient_matrices, target="exp_avg")
         if self.transport == "mv":
-            batch.transform(moments.square(), target="exp_avg_sq")
+            batch.transform(gradient_matrices.square(), target="exp_avg_sq")

@@ -1,9 +1,9 @@
-"""iLoRA, "Imbalance-Regularized LoRA" (Zhu, Wu, Gu, Cevher), equations (4), (5): after AdamW, outside its moments,
+"""iLoRA, "Imbalance-Regularized LoRA" (Zhu, Wu, Gu, Cevher), equations (4), (5). After AdamW and outside its moments:
 
     D = a aᵀ − ρ bᵀb        a −= h D a        b += h ρ b D        h = lr · λ, each factor's own learning rate
 
-both from the factors AdamW left. Notation: the paper's A, B, m, n are a, b, d_out, d_in. h is clipped to where the step
-is stable: h (1+ρ) max(σ₁(a)², ρ σ₁(b)²) ≤ 1.
+with D from the factors after AdamW in both. Notation: the paper's A, B, m, n are a, b, d_out, d_in. h is clipped so
+that the step is stable: h (1+ρ) max(σ₁(a)², ρ σ₁(b)²) ≤ 1.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class ILoRA(Method):
     """Decoupled regularisation of the imbalance between the factors.
 
     Args:
-        lam: λ; its effect is lr · λ a step. The paper uses 10 (GPT-2) and 0.01 to 100 (Mistral).
-        rho: ρ; None for ``rho_scale`` · (r / d_out) ** ``rho_exponent``, of which the paper's is r / d_out.
+        lam: λ. Its effect is lr · λ a step. The paper uses 10 (GPT-2) and 0.01 to 100 (Mistral).
+        rho: ρ, or None for ``rho_scale`` · (r / d_out) ** ``rho_exponent``. The paper's is r / d_out.
     """
 
     lam: float = 0.1
@@ -40,7 +40,7 @@ class ILoRA(Method):
         checks.nonnegative(self.rho_exponent, "rho_exponent")
 
     def after(self, batch: Batch) -> None:
-        ka, kb, *_ = batch.grams()
+        ka, kb, *_ = batch.grams()  # of the factors after AdamW, since has_after is set
         lr_a, lr_b = batch.settings_a["lr"], batch.settings_b["lr"]
         rho = batch.per_pair("rho", self._ratio)
         batch.transform(batch.ops.imbalance(ka, kb, rho, lr_a, lr_b, self.lam), add=True)

@@ -1,4 +1,4 @@
-"""LoRA+ (Hayou et al., arXiv 2402.12354): b learns faster than a."""
+"""LoRA+ (Hayou et al., arXiv 2402.12354): b has a larger learning rate than a."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from .method import Method
 
 @dataclass(frozen=True)
 class LoRAPlus(Method):
-    """The learning rate of b is ``ratio`` times that of a: the optimizer gives b a parameter group of its own."""
+    """The learning rate of b is ``ratio`` times that of a. The method has no hooks: the optimizer puts b into a
+    parameter group of its own."""
 
     ratio: float = 16.0
 

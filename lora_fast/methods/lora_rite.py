@@ -1,35 +1,36 @@
-"""LoRA-RITE (Yen et al., arXiv 2410.20625): an update that does not depend on how the product is split.
+"""LoRA-RITE (Yen et al., arXiv 2410.20625): an update that does not depend on how the product is split into factors.
 
 With aᵀ = U_a R_a and b = U_b R_b (QR), for a (and for bᵀ with the roles exchanged):
 
-    g = R_b⁻ᵀ da, clipped together with all others to norm 1        P = U_bᵀ U_b,old
+    g = R_b⁻ᵀ da, clipped to norm 1 over all g together        P = U_bᵀ U_b,old
     V = β₂ P V Pᵀ + (1−β₂) g gᵀ/d_in        m = β₁ P m + (1−β₁) (V^½ + ε)⁻¹ g        a −= lr (R_b⁻¹ m + wd a)
 
-betas bias-corrected: β (1−β^{t−1}) / (1−βᵗ); inverses are pseudo-inverses, so that b = 0 gives 0.
+The betas are bias-corrected, β (1−β^{t−1}) / (1−βᵗ). The inverses are pseudo-inverses, so that b = 0 gives 0.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .. import checks
 from ..batches.batch import Shapes
 from ..batches.pairs import Pair
 from ..batches.stacked import Factor, StackedBatch
-from ..ops import pairs as pair_ops
-from ..ops.pairs import at_least_float32
+from ..ops.pairs import at_least_float32, rite_factor, rite_update
 from .method import Method
 
 
 @dataclass(frozen=True)
 class LoRARITE(Method):
-    """An update of its own, with the optimizer's learning rate, betas and weight decay.
+    """LoRA-RITE's update, with the optimizer's learning rate, betas and weight decay.
 
     Args:
-        eps: ε, in the place of the optimizer's.
-        clip: global norm to which the unmagnified gradients are clipped.
+        eps: ε; the optimizer's is not used.
+        clip: the global norm to which the unmagnified gradients g are clipped.
     """
 
     eps: float = 1e-6
@@ -45,37 +46,63 @@ class LoRARITE(Method):
     def layout(self, pair: Pair) -> tuple[Shapes, Shapes]:
         dtype = torch.promote_types(pair.a.dtype, torch.float32)
         r, d_in, d_out = pair.rank, pair.a.shape[1], pair.b.shape[0]
-        each = (pair.experts,) if pair.experts > 1 else ()
-        square = ((*each, r, r), dtype)
+        experts = (pair.experts,) if pair.experts > 1 else ()
+        square = ((*experts, r, r), dtype)
         return (
-            {"exp_avg": (pair.a.shape, dtype), "second_moment": square, "basis": ((*each, d_out, r), dtype)},
-            {"exp_avg": (pair.b.shape, dtype), "second_moment": square, "basis": ((*each, d_in, r), dtype)},
+            {"exp_avg": (pair.a.shape, dtype), "second_moment": square, "basis": ((*experts, d_out, r), dtype)},
+            {"exp_avg": (pair.b.shape, dtype), "second_moment": square, "basis": ((*experts, d_in, r), dtype)},
         )
 
     def before_all(self, stacks: list[StackedBatch], memory: dict) -> None:
-        sides = []  # factor, its settings, its (L, r, d) value, gradient and moment, the other factor's U and R⁻¹
-        for stack in stacks:
-            a, b = stack.a, stack.b
-            da, db = a.gradient(), b.gradient()
-            u_b, _, inverse_b = pair_ops.rite_factor(b.value)
-            u_a, _, inverse_a = pair_ops.rite_factor(a.value.mT)
-            moment_a, moment_b = a.state["exp_avg"], b.state["exp_avg"].mT
-            settings_a, settings_b = stack.settings_a, stack.settings_b
-            sides.append((a, settings_a, a.value, inverse_b.mT @ at_least_float32(da), moment_a, u_b, inverse_b))
-            sides.append((b, settings_b, b.value.mT, inverse_a.mT @ at_least_float32(db).mT, moment_b, u_a, inverse_a))
-        device = sides[0][3].device
-        norm = torch.stack([side[3].square().sum().to(device) for side in sides]).sum().sqrt()
+        """Updates all factors here, since the gradients of all pairs are clipped together."""
+        sides = [side for stack in stacks for side in _sides(stack)]
+        device = sides[0].g.device  # a model may be spread over devices
+        norm = torch.stack([side.g.square().sum().to(device) for side in sides]).sum().sqrt()
         clip = (self.clip / norm).clamp(max=1.0)
-        for factor, settings, value, g, *rest in sides:
-            self._move(factor, settings, value, g * clip.to(g.device), *rest)
+        for side in sides:
+            self._move(side, side.g * clip.to(side.g.device))
 
-    def _move(self, factor: Factor, settings: dict, value, g, moment, u, inverse) -> None:
-        lr, weight_decay = settings["lr"], settings["weight_decay"]
-        count = factor.steps.double()[:, None, None]
-        betas = [beta * (1 - beta ** (count - 1)) / (1 - beta**count) for beta in settings["betas"]]
-        state = factor.state
-        m, v = pair_ops.rite_update(g, moment, state["second_moment"], u, state["basis"], *betas, self.eps)
-        moment.copy_(m)
+    def _move(self, side: Side, g: Tensor) -> None:
+        lr, weight_decay = side.settings["lr"], side.settings["weight_decay"]
+        # In float64, since 1 − β₂ has few digits in float32. At the first step both betas are 0.
+        count = side.factor.steps.double()[:, None, None]
+        betas = [beta * (1 - beta ** (count - 1)) / (1 - beta**count) for beta in side.settings["betas"]]
+        state = side.factor.state
+        m, v = rite_update(g, side.moment, state["second_moment"], side.basis, state["basis"], *betas, self.eps)
+        side.moment.copy_(m)
         state["second_moment"].copy_(v)
-        state["basis"].copy_(u)
-        value -= (lr * (inverse @ m + weight_decay * at_least_float32(value))).to(value.dtype)
+        state["basis"].copy_(side.basis)
+        update = side.inverse @ m + weight_decay * at_least_float32(side.value)
+        side.value.sub_((lr * update).to(side.value.dtype))
+
+
+class Side(NamedTuple):
+    """The tensors of one factor of a stack. Those of b are transposed, so that both factors have one formula.
+
+    Attributes:
+        factor: the a or b of the stack. settings: lr, betas, eps and weight_decay of its parameter group.
+        value: the factor, (L, r, d), a view. g: its unmagnified gradient, (L, r, d). moment: its state m, a view.
+        basis, inverse: U and R⁻¹ of the other factor.
+    """
+
+    factor: Factor
+    settings: dict
+    value: Tensor
+    g: Tensor
+    moment: Tensor
+    basis: Tensor
+    inverse: Tensor
+
+
+def _sides(stack: StackedBatch) -> tuple[Side, Side]:
+    """Returns the sides of a and of b. A moment's transposed view shares its memory, so that writing to it is
+    enough."""
+    a, b = stack.a, stack.b
+    u_b, _, inverse_b = rite_factor(b.value)
+    u_a, _, inverse_a = rite_factor(a.value.mT)
+    g_a = inverse_b.mT @ at_least_float32(a.gradient())
+    g_b = inverse_a.mT @ at_least_float32(b.gradient()).mT
+    return (
+        Side(a, stack.settings_a, a.value, g_a, a.state["exp_avg"], u_b, inverse_b),
+        Side(b, stack.settings_b, b.value.mT, g_b, b.state["exp_avg"].mT, u_a, inverse_a),
+    )

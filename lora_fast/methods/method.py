@@ -1,4 +1,5 @@
-"""What a method can do in a step. A method is a frozen dataclass of hyperparameters that overrides what it needs."""
+"""The hooks of a method into an optimizer step. A method is a frozen dataclass of hyperparameters that overrides the
+hooks it needs."""
 
 from __future__ import annotations
 
@@ -7,14 +8,14 @@ from ..batches.pairs import Pair
 
 
 class Method:
-    """A step runs, for all methods in their order: ``before_all``; then for each batch ``before``, AdamW or the
-    ``update`` that replaces it, ``after``.
+    """The protocol of all methods. A step first runs every method's ``before_all``. Then, for each batch, it runs every
+    method's ``before``, AdamW or the ``update`` that replaces it, and every method's ``after``.
 
     Attributes:
-        has_after: whether ``after`` does anything: AdamW then leaves the Grams of its result.
-        replaces_adamw: whether the method is an update of its own: AdamW does not run, ``update`` runs in its place.
+        has_after: whether ``after`` does anything. AdamW then also computes the Grams of the new factors.
+        replaces_adamw: whether the method has its own update. AdamW does not run; ``update`` runs in its place.
         uses_both_factors: whether the method needs both factors of a pair and their gradients.
-        needs_stacks: whether the method works on plain-torch stacks only, on every device.
+        needs_stacks: whether the method works on a ``StackedBatch`` only, on every device.
     """
 
     has_after = False
@@ -23,21 +24,22 @@ class Method:
     needs_stacks = False
 
     def check(self, pairs: list[Pair]) -> None:
-        """Raises ArgumentError if the method cannot train these on the backend that now serves them. Asked of all pairs
-        when they are added, and of those that a step works on before the first step and after a change of them."""
+        """Raises ArgumentError if the method cannot train these pairs on the current backend. Runs for all pairs when
+        some are added, and for the pairs of a step before the first step and whenever that set changes."""
 
     def layout(self, pair: Pair) -> tuple[Shapes, Shapes]:
-        """Shapes and dtypes of the state of a and of b; they hold AdamW's at least, unless the method replaces it."""
+        """Returns shapes and dtypes of the state of a and of b. They include AdamW's moments unless the method replaces
+        AdamW."""
         return adamw_state(pair)
 
     def before_all(self, batches: list[Batch], memory: dict) -> None:
-        """What needs all batches at once. ``memory`` is saved with the optimizer's state."""
+        """Does the work that needs all batches at once. ``memory`` is saved with the optimizer's state."""
 
     def before(self, batch: Batch) -> None:
-        """Changes gradients, factors or moments."""
+        """Changes gradients, factors or moments before AdamW."""
 
     def update(self, batch: Batch) -> None:
-        """Moves the factors in AdamW's place, unless ``before_all`` has moved those of all batches together."""
+        """Updates the factors in place of AdamW, unless ``before_all`` has updated those of all batches together."""
 
     def after(self, batch: Batch) -> None:
-        """Changes the factors that AdamW, or the update in its place, left."""
+        """Changes the factors after AdamW or the update that replaces it."""

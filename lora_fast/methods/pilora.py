@@ -1,4 +1,4 @@
-"""πLoRA (Zhu, Wu, Gu, Cevher): scaled AdamW, then the step of iLoRA."""
+"""πLoRA (Zhu, Wu, Gu, Cevher): scaled AdamW, followed by the step of iLoRA."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .scaled_adamw import ScaledAdamW
 
 @dataclass(frozen=True)
 class PiLoRA(Method):
-    """Gradients in the metric of the other factor, and regularisation of the imbalance; as ScaledAdamW and ILoRA.
+    """Gradients in the metric of the other factor, and regularisation of the imbalance: ScaledAdamW and ILoRA together.
 
     Args:
-        lam: λ of iLoRA; the paper uses 1 (GPT-2, learning rate 7e-4, betas 0.7 and 0.8, weight decay 0.01).
+        lam: λ of iLoRA. The paper uses 1 (GPT-2, learning rate 7e-4, betas 0.7 and 0.8, weight decay 0.01).
         damping: δ of the preconditioner, above 0.
     """
 

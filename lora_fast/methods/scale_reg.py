@@ -1,4 +1,4 @@
-"""Scale regularization (Tan, "Scale Regularization for Stable Low-Rank Adaptation"): λ Σ ℓ² added to the loss, with
+"""Scale regularization (Tan, "Scale Regularization for Stable Low-Rank Adaptation") adds λ Σ ℓ² to the loss, with
 
 ℓ = log(‖a‖² / (r d_in)) − log(‖b‖² / (r d_out) + ε)
 da += 4 λ ℓ a / ‖a‖²        db −= 4 λ ℓ b / (‖b‖² + ε r d_out)
@@ -18,13 +18,13 @@ from .method import Method
 
 @dataclass(frozen=True)
 class ScaleReg(Method):
-    """Pulls the mean squares of the two factors together.
+    """Penalises the difference between the mean squares of the two factors.
 
     Args:
         lam: λ.
         eps: ε, above 0.
-        decoupled: subtract the learning rate times this gradient from the factors after AdamW, outside its moments. In
-            the loss, Adam's first step moves every entry of a by about the learning rate whatever λ is.
+        decoupled: whether the learning rate times this gradient is subtracted from the factors after AdamW, outside its
+            moments. Without it, Adam's first step moves every entry of a by about the learning rate for any λ.
     """
 
     lam: float = 1e-3
@@ -47,10 +47,12 @@ class ScaleReg(Method):
     def after(self, batch: Batch) -> None:
         if self.decoupled:
             c_b, c_a = self._coefficients(batch).chunk(2)
-            shrunk = torch.cat([c_b * -batch.settings_b["lr"], c_a * -batch.settings_a["lr"]])
-            batch.transform(torch.diag_embed(shrunk[:, None].expand(-1, batch.pairs[0].rank)), add=True)
+            # p += c p of each factor is a transform by c I.
+            changes = torch.cat([c_b * -batch.settings_b["lr"], c_a * -batch.settings_a["lr"]])
+            batch.transform(torch.diag_embed(changes[:, None].expand(-1, batch.pairs[0].rank)), add=True)
 
     def _coefficients(self, batch: Batch) -> Tensor:
+        """Returns the gradient of λ ℓ² divided by the factor, which is one number for each factor: (2L,)."""
         ka, kb, *_ = batch.grams()
         entries_a = batch.per_pair("entries_a", lambda pair: pair.rank * pair.a.shape[1])
         entries_b = batch.per_pair("entries_b", lambda pair: pair.rank * pair.b.shape[0])

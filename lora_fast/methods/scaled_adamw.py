@@ -1,6 +1,9 @@
-"""Scaled (Riemannian) AdamW (Zhang & Pilanci, arXiv 2402.02347): both moments see preconditioned gradients,
+"""Scaled (Riemannian) AdamW (Zhang & Pilanci, arXiv 2402.02347): both moments are computed from preconditioned
+gradients,
 
-da ← (bᵀb + δI)⁻¹ da        db ← db (a aᵀ + δI)⁻¹        both from the factors before the step
+da ← (bᵀb + δI)⁻¹ da        db ← db (a aᵀ + δI)⁻¹
+
+with the factors before the step.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ class ScaledAdamW(Method):
     """Gradients in the metric of the other factor.
 
     Args:
-        damping: δ, above 0: bᵀb is 0 at the start.
+        damping: δ, above 0, since bᵀb is 0 at the start.
     """
 
     damping: float = 1e-6

@@ -1,15 +1,16 @@
 """ScaLoRA and ScaLoRA-I (arXiv 2510.23818): every ``interval`` steps, before AdamW, the columns of b and the rows of a
-are scaled so that the coming step is the nearest to the full gradient's; the difference goes into the frozen weight:
+are scaled so that the next step is the nearest to that of the full gradient. The difference is merged into the weight:
 
     W += s b diag(1 − α∘β) a        b ← b diag(α)        a ← diag(β) a
     rows of (m_a, da) *= α, v_a *= α²        columns of (m_b, db) *= β, v_b *= β²
 
-so that W + s b a stays as it was. Notation: the paper's A, B are b, aᵀ. The equations for
-α and β are in ops/reference/scalora_solution.py.
+so that W + s b a does not change. Notation: the paper's A, B are b, aᵀ. The equations for α and β are in
+ops/reference/scalora_solution.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,26 +26,27 @@ from ..kernels.records import Grams
 from ..layers import merge_log
 from .method import Method
 
-FLOOR = 1e-3  # of a scale: no column dies
-WIDE = (torch.float32, torch.float64)
+FLOOR = 1e-3  # least scale without a limit, so that no column becomes 0 and stays 0
+UNROUNDED = (torch.float32, torch.float64)  # dtypes of weights that need no compensation
 
 
 @dataclass(frozen=True)
 class ScaLoRA(Method):
-    """Optimal scaling of the factors, with the rest merged into the weight.
+    """Optimal scaling of the factors, with the difference merged into the weight.
 
     Args:
-        kappa: κ = L lr s²: larger, smaller scales. None: chosen at the first scaling step so that the geometric mean of
-            β is 1.
-        interval: steps from one scaling to the next; the first is at the first step.
-        solver: "nnls" (the optimum), "paper" (a scale per column, else one for all), "column", "scalar".
-        rounding: of 16-bit weights, "stochastic", "nearest" or "compensated" (16 bits more per entry). "nearest" loses
-            most of the merge in bfloat16.
-        limit: scales stay between 1 / limit and limit; None for no limit but that no column dies.
-        seed: of the stochastic rounding.
-        keep: what of the weights' change ``lf.save_adapter`` can store: "weights" (they are saved whole, to the bit) or
-            "terms" (each merge's low-rank term, kept in the CPU's memory). It can store neither of a parameter of many
-            experts (PEFT's ``target_parameters``): save the merged model.
+        kappa: κ = L lr s², where L is the smoothness of the loss. A larger κ gives smaller scales. None chooses κ at
+            the first scaling step so that the geometric mean of β is 1.
+        interval: steps from one scaling to the next. The first scaling is at the first step.
+        solver: "nnls" (the optimum), "paper" (a scale for each column where valid, else one for all), "column",
+            "scalar".
+        rounding: rounding of 16-bit weights: "stochastic", "nearest" or "compensated" (16 more bits for each entry).
+            "nearest" loses most of the merge in bfloat16.
+        limit: scales are clipped to 1 / limit and limit. None clips them from below only, to 1e-3.
+        seed: seed of the stochastic rounding.
+        keep: the form in which ``lf.save_adapter`` can store the change of the weights: "weights" (whole and exact) or
+            "terms" (the low-rank term of each merge, kept in the CPU's memory). It can store neither for a parameter of
+            many experts (PEFT's ``target_parameters``). Save the merged model there.
     """
 
     kappa: float | None = None
@@ -81,7 +83,7 @@ class ScaLoRA(Method):
 
     def layout(self, pair: Pair) -> tuple[Shapes, Shapes]:
         state_a, state_b = adamw_state(pair)
-        if self.rounding == "compensated" and pair.weight.dtype not in WIDE:
+        if self.rounding == "compensated" and pair.weight.dtype not in UNROUNDED:
             state_b["merge_residual"] = (pair.weight.shape, pair.weight.dtype)
         return state_a, state_b
 
@@ -89,46 +91,59 @@ class ScaLoRA(Method):
         due = [batch for batch in batches if batch.due(self.interval, phase=1)]
         if not due:
             return
-        together = _by_rank(due)
-        solved = [members[0].ops.scalora_solve(*grams, self.solver)[:2] for members, grams in together]
-        kappa = self.kappa if self.kappa is not None else self._calibrated(solved, memory)
+        groups = _by_rank(due)
+        solutions = [members[0].ops.scalora_solve(*grams, self.solver)[:2] for members, grams in groups]
+        kappa = self.kappa if self.kappa is not None else self._calibrate(solutions, memory)
         low, high = (FLOOR, None) if self.limit is None else (1 / self.limit, self.limit)
-        for (members, _), (x, active) in zip(together, solved, strict=True):
-            scaling = _joined([batch.per_pair("scaling", lambda pair: pair.scaling) for batch in members])
+        for (members, _), (x, active) in zip(groups, solutions, strict=True):
+            scaling = _concatenate([batch.per_pair("scaling", lambda pair: pair.scaling) for batch in members])
             self._apply(members, *members[0].ops.scales(x, active, kappa, scaling, low, high))
 
-    def _calibrated(self, solved: list[tuple[Tensor, Tensor]], memory: dict) -> Tensor:
-        """κ from memory, or, while that holds none (0), the one that makes the geometric mean of β 1. Decided on the
-        device: gradients of 0 leave it at 0."""
-        device = solved[0][0].device
-        beta = _joined([x.chunk(2, -1)[1].flatten().to(device, torch.float64) for x, _ in solved])
-        active = _joined([active.chunk(2, -1)[1].flatten().to(device) for _, active in solved]) & (beta > 0)
-        logs = torch.where(active, beta, 1.0).log().sum() / active.sum()
-        now = torch.where(active.any(), logs.exp(), 0.0)
+    def _calibrate(self, solutions: list[tuple[Tensor, Tensor]], memory: dict) -> Tensor:
+        """Returns κ from memory if it is above 0 there. Otherwise stores the κ that makes the geometric mean of β 1;
+        when all gradients are 0, κ stays 0. The choice is made on the device, so that the host does not wait."""
+        device = solutions[0][0].device
+        squares = _concatenate([x.chunk(2, -1)[1].flatten().to(device, torch.float64) for x, _ in solutions])
+        active = _concatenate([active.chunk(2, -1)[1].flatten().to(device) for _, active in solutions]) & (squares > 0)
+        # The squares are β² at κ = 1 and are proportional to 1 / κ, so their geometric mean is the κ that makes it 1.
+        logs = torch.where(active, squares, 1.0).log().sum() / active.sum()
+        calibrated = torch.where(active.any(), logs.exp(), 0.0)
         kappa = memory["kappa"] = memory.get("kappa", torch.zeros((), dtype=torch.float64)).to(device)
-        return kappa.copy_(torch.where(kappa > 0, kappa, now))  # in place: a CUDA graph reads it at this address again
+        # In place, because a CUDA graph reads κ at this address at every replay.
+        return kappa.copy_(torch.where(kappa > 0, kappa, calibrated))
 
-    def _apply(self, members: list[Batch], factors: Tensor, gradients: Tensor, rest: Tensor) -> None:
-        """Merge and scale; the tensors hold the members' products one after the other (twice in the first two)."""
+    def _apply(
+        self, members: list[Batch], factor_scales: Tensor, gradient_scales: Tensor, residual_scale: Tensor
+    ) -> None:
+        """Merges and scales. The tensors concatenate the products of all members: ``residual_scale`` has L rows, the
+        others 2L."""
         lengths = [batch.products for batch in members]
-        split = lambda x: [part.flatten(0, 1) for part in x.unflatten(0, (2, -1)).split(lengths, 1)]
-        parts = zip(members, split(factors), split(gradients), rest.split(lengths), strict=True)
-        for batch, of_factors, of_gradients, of_merge in parts:
-            of_pairs = of_merge.split([pair.experts for pair in batch.pairs])
-            for pair, of_pair in zip(batch.pairs, of_pairs, strict=True):
-                keep = self.keep if pair.experts == 1 else "weights"  # an adapter's files have no place for experts'
-                merge_log.record(pair.layer, pair.a, pair.b, of_pair, keep)
-            batch.merge(of_merge, self.rounding, self.seed)
-            batch.scale(of_factors, of_gradients)
+
+        def split(scales: Tensor) -> list[Tensor]:
+            """Splits (2L, r) into one (2L, r) for each batch."""
+            return [part.flatten(0, 1) for part in scales.unflatten(0, (2, -1)).split(lengths, 1)]
+
+        parts = zip(members, split(factor_scales), split(gradient_scales), residual_scale.split(lengths), strict=True)
+        for batch, batch_factor_scales, batch_gradient_scales, batch_residual_scale in parts:
+            pair_scales = batch_residual_scale.split([pair.experts for pair in batch.pairs])
+            for pair, scale in zip(batch.pairs, pair_scales, strict=True):
+                keep = self.keep if pair.experts == 1 else "weights"  # adapter files have no place for terms of experts
+                merge_log.record(pair.layer, pair.a, pair.b, scale, keep)
+            batch.merge(batch_residual_scale, self.rounding, self.seed)
+            batch.scale(batch_factor_scales, batch_gradient_scales)
 
 
 def _by_rank(batches: list[Batch]) -> list[tuple[list[Batch], Grams]]:
-    """Batches of one rank, dtype and device, and all their Grams in one tensor each: they are solved together."""
-    listed = [(batch, batch.grams(gradients=True)) for batch in batches]
-    groups = group_by(listed, lambda entry: (entry[1].ka.shape[-1], entry[1].ka.dtype, entry[1].ka.device))
-    joined = lambda group: Grams(*map(_joined, zip(*(grams for _, grams in group), strict=True)))
-    return [([batch for batch, _ in group], joined(group)) for group in groups.values()]
+    """Groups batches by rank, dtype and device, and concatenates their Grams, so that each group is solved in one
+    call."""
+    entries = [(batch, batch.grams(gradients=True)) for batch in batches]
+    groups = group_by(entries, lambda entry: (entry[1].ka.shape[-1], entry[1].ka.dtype, entry[1].ka.device))
+    return [
+        ([batch for batch, _ in group], Grams(*map(_concatenate, zip(*(grams for _, grams in group), strict=True))))
+        for group in groups.values()
+    ]
 
 
-def _joined(tensors: list[Tensor]) -> Tensor:
+def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
+    """torch.cat, without its copy where there is one tensor."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

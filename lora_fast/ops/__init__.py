@@ -1,1 +1,1 @@
-"""The three families of ops: which implementation runs, and what autograd keeps."""
+"""The three families of ops: each module calls the chosen implementation and defines what autograd saves."""

@@ -1,9 +1,10 @@
-"""The Cayley transform of all pairs as one autograd node: what it keeps, which implementation runs.
+"""The Cayley transform of all pairs as a differentiable op with one autograd node.
 
-Values come first (``compute``), a node for them second (``attach``), so that one forward's values can serve another
-node: a layer that activation checkpointing runs again. The node keeps its parameters, Wi and the scales by itself, not
-as saved tensors: a checkpointed region then saves as many tensors in its second run as in its first, whether the
-transform ran inside it or before it. Under torch.compile the registered op ``lora_fast::cayley`` runs instead.
+``compute`` returns the values and ``attach`` makes an autograd node for them. They are separate so that a layer that
+activation checkpointing runs again gets a second node for the values of its first run. The node keeps the parameters,
+Wi and the scales as attributes instead of saved tensors. A checkpointed region then saves the same number of tensors in
+both runs, whether the transform ran inside the region or before it. Under torch.compile the registered op
+``lora_fast::cayley`` runs instead.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ from .reference import cayley as reference
 
 
 class Free(NamedTuple):
-    """The free parameters of many pairs: a (r, d_in), b (d_out, r) and, for pairs whose b is scaled, scale (r,), with
-    the bound and power of each scale (``reference.cayley.bounded_scales``); else these three are empty."""
+    """The free parameters of many pairs.
+
+    Attributes:
+        a: (r, d_in) each. b: (d_out, r) each.
+        scale: (r,) each, if the columns of the b's are scaled; else empty, and so are ``bounds`` and ``powers``.
+        bounds, powers: arguments of ``reference.cayley.bounded_scales``, one per scale.
+    """
 
     a: list[Tensor]
     b: list[Tensor]
@@ -35,8 +41,12 @@ class Free(NamedTuple):
 
 
 class Values(NamedTuple):
-    """What the transform gives for each pair, without a graph: a (r, d_in), b (d_out, r) with its columns scaled, Wi
-    (r, r), scale (r,) (none: empty). Float32, or float64 for float64 parameters."""
+    """The results of the transform without a graph, in float32 (float64 for float64 parameters).
+
+    Attributes:
+        a: (r, d_in) each. b: (d_out, r) each, with its columns scaled. inverses: Wi (r, r) each.
+        scales: (r,) each; empty if nothing is scaled.
+    """
 
     a: list[Tensor]
     b: list[Tensor]
@@ -45,16 +55,16 @@ class Values(NamedTuple):
 
 
 def factors(free: Free) -> tuple[list[Tensor], list[Tensor]]:
-    """a and b of every pair, differentiable where gradients are enabled and any parameter asks for one."""
+    """Returns a and b of every pair, differentiable where gradients are enabled and any parameter requires one."""
     if torch.compiler.is_compiling():
-        made = cayley_op(*free, backend.uses_triton(free.a[0]))
+        results = cayley_op(*free, backend.uses_triton(free.a[0]))
         n = len(free.a)
-        return made[:n], made[n : 2 * n]
+        return results[:n], results[n : 2 * n]
     return attach(free, compute(free))
 
 
 def compute(free: Free) -> Values:
-    """The values, by whatever backend serves the parameters."""
+    """Returns the values, computed by the backend for the parameters' device."""
     ops = backend.ops("cayley", free.a[0])
     with torch.inference_mode(False), torch.no_grad(), _no_autocast(free.a[0]):
         scales = reference.bounded_scales(*free[2:]) if free.scale else []
@@ -62,17 +72,17 @@ def compute(free: Free) -> Values:
 
 
 def attach(free: Free, values: Values) -> tuple[list[Tensor], list[Tensor]]:
-    """a and b of ``values`` with the graph that leads to the parameters."""
+    """Returns a and b of ``values``, connected to the parameters by an autograd node."""
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in free.tensors):
         return values.a, values.b
-    made = CayleyFunction.apply(free, values, *free.tensors)
+    results = CayleyFunction.apply(free, values, *free.tensors)
     n = len(free.a)
-    return list(made[:n]), list(made[n:])
+    return list(results[:n]), list(results[n:])
 
 
 @contextmanager
 def _no_autocast(x: Tensor):
-    """The transform computes in its parameters' precision also where the layers around it do not."""
+    """Turns autocast off, so that the transform computes in its parameters' precision."""
     with torch.autocast(x.device.type, enabled=False):
         yield
 
@@ -82,7 +92,7 @@ class CayleyFunction(torch.autograd.Function):
     def forward(ctx, free, values, *tensors):
         ctx.set_materialize_grads(False)
         ctx.free, ctx.inverses, ctx.scales = free, values.inverses, values.scales
-        ctx.versions = [x._version for x in tensors]
+        ctx.versions = [x._version for x in tensors]  # autograd checks these only for saved tensors
         return tuple(x.detach() for x in (*values.a, *values.b))
 
     @staticmethod
@@ -95,7 +105,7 @@ class CayleyFunction(torch.autograd.Function):
 
 
 def backward(free: Free, inverses: list[Tensor], scales: list[Tensor], grads: Sequence[Tensor | None]) -> list:
-    """The gradients of free.a, free.b and free.scale, in one list; None for a pair that had none."""
+    """Returns the gradients of free.a, free.b and free.scale in one list, None for pairs whose a and b have none."""
     n = len(free.a)
     used = [i for i in range(n) if grads[i] is not None or grads[n + i] is not None]
     results: list[Tensor | None] = [None] * len(free.tensors)
@@ -111,8 +121,8 @@ def backward(free: Free, inverses: list[Tensor], scales: list[Tensor], grads: Se
         if scales:
             scale = reference.bounded_scales_backward(pick(free.scale), pick(free.powers), pick(scales), lists[2])
             lists = *lists[:2], scale
-    for k, made in enumerate(lists[: len(free.tensors) // n]):
-        for i, gradient in zip(used, made, strict=True):
+    for k, gradients in enumerate(lists[: len(free.tensors) // n]):
+        for i, gradient in zip(used, gradients, strict=True):
             results[k * n + i] = gradient
     return results
 
@@ -126,7 +136,7 @@ def cayley_op(
     powers: Sequence[float],
     triton: bool,
 ) -> list[Tensor]:
-    """a, b, Wi and the scales of every pair, in one list."""
+    """Returns a, b, Wi and the scales of every pair in one list."""
     values = compute(Free(list(free_a), list(free_b), list(free_scale), list(bounds), list(powers)))
     return [x.clone() for part in values for x in part]  # an op's results may not share memory, as slices of stacks do
 
@@ -149,7 +159,7 @@ def cayley_backward_op(
     grads: Sequence[Tensor],
     triton: bool,
 ) -> list[Tensor]:
-    """The gradients of free_a, free_b and free_scale, in one list."""
+    """Returns the gradients of free_a, free_b and free_scale in one list."""
     free = Free(list(free_a), list(free_b), list(free_scale), [], list(powers))
     return [x.clone() for x in backward(free, list(inverses), list(scales), grads)]
 
@@ -173,9 +183,9 @@ def _op_backward(ctx, grads):
         parts.append(saved[:size])
         del saved[:size]
     free_a, free_b, free_scale, inverses, scales = parts
-    made = cayley_backward_op(free_a, free_b, free_scale, ctx.powers, inverses, scales, grads[: 2 * n], ctx.triton)
+    results = cayley_backward_op(free_a, free_b, free_scale, ctx.powers, inverses, scales, grads[: 2 * n], ctx.triton)
     none = None if scaled else []  # torch takes an empty list of numbers for one of tensors
-    return made[:n], made[n : 2 * n], made[2 * n :], none, none, None
+    return results[:n], results[n : 2 * n], results[2 * n :], none, none, None
 
 
 cayley_op.register_autograd(_op_backward, setup_context=_setup_context)

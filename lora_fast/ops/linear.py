@@ -1,9 +1,9 @@
-"""What is saved and which launcher runs.
+"""The linear layer with its LoRA adapter as a differentiable op.
 
-Eager calls take ``LoRALinearFunction``, a bare autograd.Function (least host time); traced calls (torch.compile) take
-the registered ops ``lora_fast::lora_linear`` and ``lora_fast::lora_linear_backward``. Both run ``forward`` and
-``backward`` below. Saved for backward: x and S (the weights are the module's own); the dropout mask is drawn again from
-its seed.
+Eager calls use ``LoRALinearFunction``, a bare autograd.Function, which takes the least host time. Traced calls
+(torch.compile) use the registered ops ``lora_fast::lora_linear`` and ``lora_fast::lora_linear_backward``. Both run
+``forward`` and ``backward`` below. x and S are saved for backward, beside the module's own weights; the dropout mask is
+drawn again from its seed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from .reference import linear as reference
 
 
 def forward(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded) -> tuple[Tensor, Tensor]:
-    """y (..., d_out) and S (n_tokens, r) of x (..., d_in); weight and bias are cast to x's dtype, and ``rounded``
-    factors, too, where they are used."""
+    """Returns y (..., d_out) and S (n_tokens, r) of x (..., d_in). Weight and bias are cast to x's dtype; with
+    ``rounded`` (autocast) the factors are rounded to it, too."""
     keep = None
     if dropout_p:
         keep, scaling = ops.draw_mask(x, dropout_p, seed), scaling * reference.keep_scale(dropout_p)
@@ -29,11 +29,11 @@ def forward(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, roun
 
 
 def backward(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, rounded, needs) -> tuple:
-    """dx, da, db, each None where ``needs`` (three bools in that order) says so."""
+    """Returns dx, da and db, each None where ``needs`` (three bools in that order) is False."""
     keep = None
     if dropout_p:
         scaling *= reference.keep_scale(dropout_p)
-        if needs[0] or needs[1]:  # db has the mask in S
+        if needs[0] or needs[1]:  # db = scaling · dyᵀ S needs no mask: S was computed from the masked x
             keep = ops.draw_mask(x, dropout_p, seed)
     if weight.dtype is not dy.dtype:
         weight = weight.to(dy.dtype)
@@ -47,7 +47,7 @@ def _bias_gradient(dy: Tensor) -> Tensor:
 class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded):
-        ops = backend.ops("linear", x)  # backward takes the same: the two modules draw different dropout masks
+        ops = backend.ops("linear", x)  # kept for backward: the two modules draw different dropout masks
         y, s = forward(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded)
         ctx.save_for_backward(x, s, weight, lora_A, lora_B)
         ctx.ops, ctx.constants = ops, (scaling, dropout_p, seed, rounded)
@@ -57,7 +57,7 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled():  # what once_differentiable would say, at a tenth of its host time
+        if torch.is_grad_enabled():  # the check of once_differentiable, at a tenth of its host time
             raise RuntimeError("lora_linear has no second derivative: call backward without create_graph=True")
         need_x, _, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         dx = dbias = da = db = None
@@ -90,7 +90,7 @@ def lora_linear_op(
 
 
 def _wider(x: torch.dtype, factor: torch.dtype, triton: bool) -> torch.dtype:
-    """Of both dtypes; the kernels have none wider than float32."""
+    """Returns the wider of both dtypes, for the kernels at most float32."""
     wide = torch.promote_types(x, factor)
     return torch.float32 if triton and wide is torch.float64 else wide
 
@@ -117,7 +117,7 @@ def lora_linear_backward_op(
     triton: bool,
     needs: list[bool],
 ) -> list[Tensor]:
-    """The gradients that ``needs`` (dx, dbias, da, db) asks for, in that order."""
+    """Returns those of the gradients dx, dbias, da and db for which ``needs`` is True, in that order."""
     need_x, need_bias, need_a, need_b = needs
     dx = da = db = None
     if need_x or need_a or need_b:
@@ -143,7 +143,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _op_backward(ctx, dy, ds_unused):
-    if dy is None:
+    if dy is None:  # only S, which has no gradient, was used
         return (None,) * 10
     *tensors, seed = ctx.saved_tensors
     need_x, _, need_bias, need_a, need_b = ctx.needs_input_grad[:5]

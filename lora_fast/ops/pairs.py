@@ -1,7 +1,7 @@
-"""Ops on adapter pairs that are batched torch on every device: torch's AdamW on lists of tensors, and the r×r algebra
-of BaLoRA, RefLoRA and LoRA-RITE. The ops that have kernels are in kernels/pairs and reference/pairs.py.
+"""Ops on adapter pairs that run in batched torch on every device: torch's AdamW on lists of tensors, and the r×r
+algebra of BaLoRA, RefLoRA and LoRA-RITE. The ops that also have kernels are in kernels/pairs and reference/pairs.py.
 
-r×r matrices are (L, r, r). Nothing here waits for a device, except where ``torch.linalg`` does.
+r×r matrices are (L, r, r). No function waits for the device, except where ``torch.linalg`` does.
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ __all__ = [
 ]
 
 GAUGES = ("symmetric", "svd", "svd_signed")
-BALANCE_FLOOR = 1e-6  # of the largest singular value: below, a direction is not rescaled further
+BALANCE_FLOOR = 1e-6  # relative to the largest singular value: smaller ones are rescaled as if they were this large
 
 
 def adamw_(p: list, g: list, m: list, v: list, steps: list, settings: dict) -> None:
-    """torch's AdamW (its fused form) in place on lists of tensors of one dtype and device. ``steps`` are float32
-    scalars, one a tensor, that already count this step. ``settings`` has lr, betas, eps and weight_decay. A gradient
-    may have any strides; m and v have those of p."""
+    """Applies torch's fused AdamW in place to lists of tensors of one dtype and device.
+
+    Args:
+        p, g, m, v: parameters, gradients, first and second moments. m and v have the strides of p; g may have any.
+        steps: float32 scalars, one for each tensor, that already count this step.
+        settings: lr, betas, eps and weight_decay.
+    """
     beta1, beta2 = settings["betas"]
     torch._fused_adamw_(
         p, list(map(with_strides_of, g, p)), m, v, [], steps, lr=settings["lr"], beta1=beta1, beta2=beta2,
@@ -39,17 +43,19 @@ def adamw_(p: list, g: list, m: list, v: list, steps: list, settings: dict) -> N
 
 
 def with_strides_of(x: Tensor, p: Tensor) -> Tensor:
-    """Returns x with the strides of p, copied if it has others: on a CPU torch's fused AdamW reads every tensor in the
-    order of its memory."""
+    """Returns x with the strides of p, as a copy if it has others. On a CPU, torch's fused AdamW ignores strides and
+    reads every tensor in memory order."""
     if x.stride() == p.stride():
         return x
     return torch.empty_like(p, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def hyperbalance(ka: Tensor, kb: Tensor, gauge: str = "symmetric") -> tuple[Tensor, Tensor]:
-    """BaLoRA: T and T⁻¹ (L, r, r), such that b T and T⁻¹ a have the same Gram: T Tᵀ = Kb⁻¹ # Ka (geometric mean).
+    """Returns BaLoRA's T and T⁻¹ (L, r, r), for which b T and T⁻¹ a have the same Gram: T Tᵀ = Kb⁻¹ # Ka (geometric
+    mean).
 
-    The identity where b = 0 or a has not full rank. The algebra runs in float64: it squares conditions.
+    They are the identity where b = 0 or where a does not have full rank. The algebra runs in float64, because it
+    squares condition numbers.
     """
     base, inverse_base, sigma, skip = _balanced_basis(ka, kb)
     if gauge == "symmetric":
@@ -66,10 +72,10 @@ def hyperbalance(ka: Tensor, kb: Tensor, gauge: str = "symmetric") -> tuple[Tens
 
 
 def refactor(ka: Tensor, kb: Tensor) -> tuple[Tensor, Tensor]:
-    """RefLoRA: S = Kb⁻¹ # Ka, the SPD solution of S Kb S = Ka, and S⁻¹, (L, r, r).
+    """Returns RefLoRA's S = Kb⁻¹ # Ka, the SPD solution of S Kb S = Ka, and S⁻¹, (L, r, r).
 
-    The identity where b = 0 or a has not full rank. The algebra runs in float64, as that of ``hyperbalance``, whose
-    T Tᵀ is S; directions in which b vanishes are treated as there.
+    They are the identity where b = 0 or where a does not have full rank. S is the T Tᵀ of ``hyperbalance``: the algebra
+    runs in float64 too, and directions in which b vanishes are treated alike.
     """
     base, inverse_base, sigma, skip = _balanced_basis(ka, kb)
     s, s_inverse = base @ (base / sigma[:, None, :]).mT, inverse_base.mT @ (sigma[:, :, None] * inverse_base)
@@ -77,8 +83,9 @@ def refactor(ka: Tensor, kb: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _balanced_basis(ka: Tensor, kb: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """N = L V, N⁻¹ and σ in float64, with Ka = L Lᵀ and Lᵀ Kb L = V diag(σ²) Vᵀ, so that N Nᵀ = Ka and
-    Nᵀ Kb N = diag(σ²); and where b = 0 or a has not full rank, (L, 1, 1): L is the identity there, σ is 1."""
+    """Returns N = L V, N⁻¹ and σ in float64, with Ka = L Lᵀ and Lᵀ Kb L = V diag(σ²) Vᵀ, so that N Nᵀ = Ka and
+    Nᵀ Kb N = diag(σ²); and a mask (L, 1, 1) of the pairs where b = 0 or a does not have full rank. For those, N is the
+    identity and σ is 1."""
     ka, kb = ka.double(), kb.double()
     eye = torch.eye(ka.shape[-1], dtype=ka.dtype, device=ka.device)
     lower, info = cholesky(ka, 0.0)
@@ -87,26 +94,26 @@ def _balanced_basis(ka: Tensor, kb: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     core = torch.where(skip, eye, lower.mT @ kb @ lower)
     v = torch.linalg.eigh(0.5 * (core + core.mT))[1].flip(-1)
     base = lower @ v
-    sigma = (base * (kb @ base)).sum(-2).clamp(min=0).sqrt()  # re-measured: ‖b base_j‖
+    sigma = (base * (kb @ base)).sum(-2).clamp(min=0).sqrt()  # ‖b base_j‖; eigh's own values have larger errors
     sigma = torch.where(skip[:, 0], 1.0, torch.maximum(sigma, BALANCE_FLOOR * sigma.amax(-1, keepdim=True)))
     inverse_base = v.mT @ torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
     return base, inverse_base, sigma, skip
 
 
 def _where_not(skip: Tensor, matrices: Tensor, inverses: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both in ``dtype``, the identity where ``skip``."""
+    """Returns matrices and inverses in ``dtype``, replaced by the identity where ``skip``."""
     eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     return torch.where(skip, eye, matrices).to(dtype), torch.where(skip, eye, inverses).to(dtype)
 
 
 def _symmetric_root(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvectors (L, r, r), and square roots (L, r) of the eigenvalues, of symmetric positive matrices."""
+    """Returns eigenvectors (L, r, r) of symmetric positive matrices and square roots (L, r) of their eigenvalues."""
     values, q = torch.linalg.eigh(0.5 * (matrices + matrices.mT))
     return q, values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()
 
 
 def rite_factor(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """LoRA-RITE: U, R and the pseudo-inverse of R with x = U R, of b (L, d_out, r) or aᵀ (L, d_in, r)."""
+    """Returns LoRA-RITE's U, R and pseudo-inverse of R with x = U R, where x is b (L, d_out, r) or aᵀ (L, d_in, r)."""
     u, upper = torch.linalg.qr(at_least_float32(x))
     return u, upper, torch.linalg.pinv(upper)
 
@@ -114,8 +121,11 @@ def rite_factor(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def rite_update(
     g: Tensor, m: Tensor, v: Tensor, u: Tensor, u_old: Tensor, beta1: Tensor, beta2: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """LoRA-RITE: the next moments (m, v) for unmagnified gradients g (L, r, d): moments are carried into the new basis,
-    V is the average of g gᵀ/d, m that of (V^½ + ε)⁻¹ g; the betas are bias-corrected, float64 (L, 1, 1)."""
+    """Returns LoRA-RITE's next moments (m, v) for unmagnified gradients g (L, r, d).
+
+    The old moments are transformed from the basis ``u_old`` to ``u``. V is the average of g gᵀ/d, and m that of
+    (V^½ + ε)⁻¹ g. The betas are bias-corrected, in float64 (L, 1, 1).
+    """
     keep_m, new_m, keep_v, new_v = (x.to(g.dtype) for x in (beta1, 1 - beta1, beta2, 1 - beta2))
     carry = u.mT @ u_old
     v = carry @ v @ carry.mT

@@ -1,4 +1,4 @@
-"""What a surgery did: each layer it changed and, for each candidate it left alone, the reason."""
+"""Report: the layers that a change of a model concerned and, for each candidate left alone, the reason."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ SHOWN = 4  # names printed per reason
 
 @dataclass
 class Report:
-    """Attributes:
-    action: what was done, in the past tense ("fused").
-    changed: module name → what it became.
-    left: candidate's name → why it was left alone.
-    note: what else there is to say, in a sentence.
+    """The result of ``inject_``, ``fuse_``, ``merge_``, ``save_adapter`` and the like; ``print`` shows a summary.
+
+    Attributes:
+        action: what was done, in the past tense ("fused").
+        changed: module name → what it became.
+        left: name of a candidate → why it was left alone.
+        note: a further sentence, or nothing.
     """
 
     action: str
@@ -30,12 +32,12 @@ class Report:
         return f"{self.action} {len(self.changed)} {layers}{left}" + (f". {self.note}" if self.note else "")
 
     def reasons(self) -> str:
-        """The candidates left alone, grouped by reason: ``1: lm_head (output embeddings)``."""
+        """Returns the candidates left alone, grouped by reason, as in ``1: lm_head (output embeddings)``."""
         groups = group_by(self.left, self.left.__getitem__)
         return "; ".join(f"{len(names)}: {_shorten(names)} ({reason})" for reason, names in groups.items())
 
     def require_change(self, argument: str, expected: str, allow_empty: bool) -> None:
-        """Raise ArgumentError, before anything is done, if nothing is to be changed and that is not allowed."""
+        """Raises ArgumentError if no layer is to be changed and that is not allowed; for use before any change."""
         if not self.changed and not allow_empty:
             raise checks.ArgumentError(argument, expected, f"none; left {self.reasons()}" if self.left else "none")
 

@@ -1,4 +1,4 @@
-"""What ``inject_`` puts in: one config for each parametrisation."""
+"""The configs of ``inject_``, one for each parametrisation."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import dataclass, fields
 
 from torch import nn
 
-from .. import checks
 from ..layers.lora import LoRALinear
-from ..layers.nb_lora import NBLoRALinear
+from ..layers.nb_lora import NBLoRALinear, check_bound_ratio
 from ..layers.sing_lora import SingLoRALinear
 from . import targets
 
 
 class AdapterConfig:
-    """A frozen dataclass of ``target_modules`` and of the arguments of ``from_linear``, checked.
+    """Base of frozen dataclasses whose fields are ``target_modules`` and the arguments of the layer's ``from_linear``,
+    which are checked on construction.
 
     Attributes:
         layer: the class of the layers.
@@ -27,11 +27,11 @@ class AdapterConfig:
         targets.check(self.target_modules)
 
     def check(self) -> None:
-        """Raises ArgumentError if no layer takes the settings: by making one that fits the rank."""
+        """Raises ArgumentError if the layer's constructor refuses the settings, by a trial on the meta device."""
         self.layer(self.r, 1, device="meta", **self.layer_settings())
 
     def layer_settings(self) -> dict:
-        """The arguments of the layer's ``from_linear``."""
+        """Returns the arguments of the layer's ``from_linear``."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "target_modules"}
 
 
@@ -42,11 +42,11 @@ class LoRAConfig(AdapterConfig):
     Args:
         r: rank, 1 to 256.
         alpha: scale of the adapter; its product is scaled by alpha / r, or alpha / sqrt(r) with ``use_rslora``.
-        dropout: probability of dropping an element of a layer's input on the adapter's way, in training only.
+        dropout: probability that an element of a layer's input is dropped on the way to the adapter, in training only.
         target_modules: ``"all-linear"`` (every nn.Linear but the output embeddings), a list of module names or ends of
-            names (``["q_proj", "v_proj"]``), or a regular expression for whole names; as in PEFT.
+            names (``["q_proj", "v_proj"]``), or a regular expression for whole names, as in PEFT.
         use_rslora: rank-stabilised scaling (Kalajdzievski, arXiv 2312.03732).
-        init: of lora_A, ``"kaiming"`` or ``"gaussian"``; lora_B starts at 0.
+        init: initialisation of lora_A, ``"kaiming"`` or ``"gaussian"``; lora_B starts at 0.
 
     Raises:
         ArgumentError: a value out of range.
@@ -69,10 +69,10 @@ class NBLoRAConfig(AdapterConfig):
     Args:
         r: rank, 1 to 256 and at most each layer's d_in.
         norm: ``"spectral"``, ``"frobenius"`` or ``"nuclear"``.
-        bound: on the norm of each layer's ΔW; None: 1, √r or r.
+        bound: upper bound on the norm of each layer's ΔW. None means 1, √r or r, in the order of the norms.
         bound_ratio: instead of ``bound``, each layer's bound as a multiple of its frozen weight's own norm (the nuclear
             and spectral norms of a large model's weights take minutes).
-        learn_scale: train how the bound is shared out among the singular values.
+        learn_scale: train the shares of the bound that the singular values get.
         dropout, target_modules: as in LoRAConfig.
 
     Raises:
@@ -94,9 +94,7 @@ class NBLoRAConfig(AdapterConfig):
         ratio = settings.pop("bound_ratio")
         self.layer(self.r, 1, device="meta", **settings)
         if ratio is not None:
-            checks.positive(ratio, "bound_ratio")
-            if self.bound is not None:
-                raise checks.ArgumentError("bound_ratio", "None where bound is given", repr(ratio))
+            check_bound_ratio(ratio, self.bound)
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class SingLoRAConfig(AdapterConfig):
     Args:
         r: rank, 1 to 256.
         alpha: scale of the adapter; its product is scaled by alpha / r.
-        ramp_steps: optimizer steps that lead the adapter in (``lf.count_steps_``); 0: it counts from the start.
+        ramp_steps: optimizer steps of the adapter's warm-up (``lf.count_steps_``); 0 for none.
         dropout, target_modules: as in LoRAConfig.
 
     Raises:

@@ -1,12 +1,12 @@
-"""Model surgery, in place: fused layers into a plain model or into an existing PEFT model.
+"""Puts adapter layers into a plain model, in place of its linear layers.
 
-Every function plans first, then acts: an error leaves the model as it was, and the report names every layer changed
-and, for every other candidate, the reason.
+All layers are built before the first one is placed, so an error leaves the model as it was. The report names every
+layer that changed and, for every other candidate, the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable
 
 from torch import nn
 
@@ -25,43 +25,48 @@ def inject_(
     allow_empty: bool = False,
     progress: bool = True,
 ) -> Report:
-    """Replace linear layers of a plain model by the config's adapter layers over the same weights, and freeze
-    everything but the adapters. The model then computes all norm-bounded layers' factors at once before each forward.
+    """Replaces linear layers of a plain model by the config's adapter layers over the same weights, and freezes all
+    parameters but the adapters'. With an NBLoRAConfig the model computes all layers' factors at once before each
+    forward.
 
     Only layers whose type is exactly ``torch.nn.Linear``, on any device (meta included), with plain parameters and no
-    hooks are replaced; others that ``config.target_modules`` names are left alone, with the reason in the report. A
-    weight tied to another module's may be adapted (it is frozen and only read). Adapters are float32 over 16-bit
-    weights, else in the weight's dtype.
+    hooks are replaced. Other layers that ``config.target_modules`` names are left alone, and the report gives the
+    reason. A weight tied to another module's may be adapted, because it is frozen and only read. Adapters are float32
+    over 16-bit weights, else in the weight's dtype.
 
     Args:
         model: any module that contains nn.Linear layers.
-        config: what to put in, and where.
+        config: the kind of adapter, its settings, and the layers that get one.
         allow_empty: accept that no layer fits; the model then stays as it is.
-        progress: show a bar on stderr (tqdm's) if it takes more than two seconds, as the norms of large weights do.
+        progress: show a tqdm bar on stderr if this takes more than two seconds, as the norms of large weights do.
+
+    Returns:
+        The layers replaced, and the reasons of those left alone.
 
     Raises:
-        ArgumentError: nothing to replace (with the closest names), a model that is itself a linear layer or already
-            has PEFT layers. The model is then unchanged.
+        ArgumentError: no layer to replace (the message contains the closest names), or a model that is itself a linear
+            layer or already has PEFT layers. The model is then unchanged.
     """
     if not isinstance(config, AdapterConfig):
         expected = "an lf.LoRAConfig, lf.NBLoRAConfig or lf.SingLoRAConfig"
         raise checks.ArgumentError("config", expected, type(config).__name__)
     check_plain(model)
-    found = targets.candidates(model, config.target_modules)
-    report = Report("injected", left=targets.left_alone(model, found, config.target_modules))
-    report.changed = {name: f"{config.layer.__name__}(r={config.r})" for name in found if name not in report.left}
+    candidates = targets.candidates(model, config.target_modules)
+    report = Report("injected", left=targets.left_alone(model, candidates, config.target_modules))
+    report.changed = {name: f"{config.layer.__name__}(r={config.r})" for name in candidates if name not in report.left}
     if not report.changed and not allow_empty:
         near = targets.closest(model, config.target_modules)
         by = "" if config.target_modules == "all-linear" else ", by a regular expression or a list of name ends"
         expected = f"at least one torch.nn.Linear{by} (closest: {near})"
         got = f"{config.target_modules!r}" + (f"; left {report.reasons()}" if report.left else "")
         raise checks.ArgumentError("target_modules", expected, got)
-    replace_(model, {name: (config.layer, config.layer_settings()) for name in report.changed}, progress)
+    kinds = {name: (config.layer, config.layer_settings()) for name in report.changed}
+    place_(model, build_layers(model, kinds, progress))
     return report
 
 
 def check_plain(model: object) -> None:
-    """Raises ArgumentError unless it is a module, without PEFT layers, whose inner layers can be replaced."""
+    """Raises ArgumentError unless the model is a module without PEFT layers whose inner layers can be replaced."""
     if isinstance(model, (nn.Linear, *ADAPTER_LAYERS)):
         expected = "a module that contains linear layers; for a single layer, lf.LoRALinear.from_linear"
         raise checks.ArgumentError("model", expected, type(model).__name__)
@@ -70,32 +75,22 @@ def check_plain(model: object) -> None:
         raise checks.ArgumentError("model", expected, type(model).__name__)
 
 
-def replace_(model: nn.Module, kinds: dict[str, tuple[type[nn.Module], dict]], progress: bool = False) -> None:
-    """Put a layer in the place of each named nn.Linear, wherever the model holds it, and freeze all but adapters.
-    ``kinds``: name → its class and the arguments of ``from_linear``. All layers are built before the first is placed; a
-    failure on the way leaves the model as it was."""
+def build_layers(
+    model: nn.Module, kinds: dict[str, tuple[type[nn.Module], dict]], progress: bool = False
+) -> dict[nn.Linear, nn.Module]:
+    """Returns nn.Linear → a new adapter layer over its weight, for ``place_``; the model stays as it is.
+
+    Args:
+        kinds: name of the nn.Linear → the layer's class and the arguments of its ``from_linear``.
+    """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    linears = {name: model.get_submodule(name) for name in kinds}
+    names = _with_progress_bar(kinds) if progress else kinds
     try:
-        linears = {name: model.get_submodule(name) for name in kinds}
-        names = bar(kinds, "Adapter layers") if progress else kinds
-        fused = {linears[name]: _build(name, linears[name], *kinds[name]) for name in names}
-    except BaseException:
+        return {linears[name]: _build(name, linears[name], *kinds[name]) for name in names}
+    finally:  # from_linear freezes the weights, which the model's own layers still hold
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        raise
-    if not fused:
-        return
-    for parent in list(model.modules()):
-        for key, child in list(parent._modules.items()):
-            if child in fused:
-                setattr(parent, key, fused[child])
-    layers = [module for module in model.modules() if isinstance(module, ADAPTER_LAYERS)]
-    adapters = {id(getattr(layer, name)) for layer in layers for name in layer.TRAINABLE}
-    for parameter in model.parameters():
-        if id(parameter) not in adapters:
-            parameter.requires_grad_(False)
-    if any(isinstance(layer, NBLoRALinear) for layer in fused.values()):
-        share_factors_(model)
 
 
 def _build(name: str, linear: nn.Linear, kind: type[nn.Module], settings: dict) -> nn.Module:
@@ -105,11 +100,29 @@ def _build(name: str, linear: nn.Linear, kind: type[nn.Module], settings: dict) 
         raise checks.ArgumentError(error.argument, f"{error.expected} ({name})", error.got) from error
 
 
-def bar(items: Collection[str], doing: str) -> Iterator[str]:
-    """The items, under a tqdm bar on stderr that appears after two seconds and goes at the end; without one where tqdm
-    is not installed (transformers brings it)."""
+def _with_progress_bar(names: Collection[str]) -> Iterable[str]:
+    """Returns the names under a tqdm bar on stderr that appears after two seconds and is cleared at the end; without a
+    bar where tqdm is not installed (transformers depends on it)."""
     try:
         from tqdm import tqdm
     except ImportError:
-        return iter(items)
-    return iter(tqdm(items, desc=doing, unit="layer", delay=2, mininterval=1, leave=False))
+        return names
+    return tqdm(names, desc="Adapter layers", unit="layer", delay=2, mininterval=1, leave=False)
+
+
+def place_(model: nn.Module, layers: dict[nn.Linear, nn.Module]) -> None:
+    """Replaces every nn.Linear by its layer, wherever the model holds it, and freezes all parameters but those of
+    adapters."""
+    if not layers:
+        return
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):  # named_children() would skip a module that is held twice
+            if child in layers:
+                setattr(parent, key, layers[child])
+    placed = [module for module in model.modules() if isinstance(module, ADAPTER_LAYERS)]
+    trained = {id(getattr(layer, name)) for layer in placed for name in layer.TRAINABLE}
+    for parameter in model.parameters():
+        if id(parameter) not in trained:
+            parameter.requires_grad_(False)
+    if any(isinstance(layer, NBLoRALinear) for layer in layers.values()):
+        share_factors_(model)

@@ -1,58 +1,59 @@
-"""Adapters into their weights and out again, for all layers of a model."""
+"""Merges the adapters of a model into their frozen weights, and restores the weights."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .. import checks
 from ..kernels.grouping import group_by
 from ..layers.find import ADAPTER_LAYERS, adapter_layers, fused_class
 from .change_report import Report
 
-ROUNDINGS = ("nearest",)
 
+def merge_(model: nn.Module, *, allow_empty: bool = False) -> Report:
+    """Merges adapters into their weights: W + scaling · b a, summed in float32 and rounded once. The original weights
+    are kept for ``unmerge_``, as a second copy in memory; adapters stay as they are.
 
-def merge_(model: nn.Module, rounding: str = "nearest", *, allow_empty: bool = False) -> Report:
-    """Fold adapters into their weights: W + scaling · b a, summed in float32 and rounded once. The original weights
-    are kept (a second copy in memory) for ``unmerge_``; adapters stay as they are.
-
-    Works on ``LoRALinear``, ``NBLoRALinear`` and fused PEFT layers (their active adapters). Left alone: PEFT layers
-    that are not fused (PEFT's own merge does not restore every bit) and weights tied to another module's, which would
-    change too.
+    Layers of ours and fused PEFT layers (their active adapters) are merged. PEFT layers that are not fused are left
+    alone, because PEFT's own merge does not restore every bit. Weights tied to another module's are left alone, because
+    that module would change too.
 
     Args:
         model: any module with such layers.
-        rounding: ``"nearest"``.
         allow_empty: accept that no layer is merged.
 
+    Returns:
+        The layers merged, and the reasons of those left alone.
+
     Raises:
-        ArgumentError: nothing to merge, or an unknown rounding. The model is then unchanged.
+        ArgumentError: no layer to merge. The model is then unchanged.
     """
-    checks.choice(rounding, "rounding", ROUNDINGS)
     layers = adapter_layers(model)
-    owners = weight_owners(model)
+    owners = weight_owners(model)  # of the whole model: a weight may be tied to a module without an adapter
     report = Report("merged")
     for name, layer in layers.items():
         reason = _unmergeable(layer) or _tied(layer, owners)
         (report.left if reason else report.changed)[name] = reason or "adapter folded into its weight"
     report.require_change("model", "at least one layer to merge", allow_empty)
-    done = []
+    merged = []
     try:
         for name in report.changed:
             layers[name].merge()
-            done.append(layers[name])
-    except BaseException:
-        for layer in done:
+            merged.append(layers[name])
+    except BaseException:  # out of memory, or an interrupt
+        for layer in merged:
             layer.unmerge()
         raise
     return report
 
 
 def unmerge_(model: nn.Module, *, allow_empty: bool = False) -> Report:
-    """Restore every bit of the weights that ``merge_`` (or ``merge_adapter`` of a fused PEFT model) changed.
+    """Restores the weights that ``merge_``, or ``merge_adapter`` of a fused PEFT model, changed, bit for bit.
+
+    Returns:
+        The layers restored, and the reasons of those left alone.
 
     Raises:
-        ArgumentError: nothing to restore, and not ``allow_empty``.
+        ArgumentError: no layer to restore, and not ``allow_empty``.
     """
     report = Report("unmerged")
     for name, layer in adapter_layers(model).items():
@@ -67,6 +68,7 @@ def unmerge_(model: nn.Module, *, allow_empty: bool = False) -> Report:
 
 
 def _unmergeable(layer: nn.Module) -> str | None:
+    """Returns why a layer cannot be merged, or None if it can."""
     if isinstance(layer, ADAPTER_LAYERS):
         return "already merged" if layer.merged else None
     if type(layer) is not fused_class():
@@ -82,7 +84,7 @@ def _unmergeable(layer: nn.Module) -> str | None:
 
 
 def original_weight(layer: nn.Module) -> Tensor | None:
-    """A layer's frozen weight without its adapters; None where PEFT has merged them and kept no original."""
+    """Returns a layer's frozen weight without its adapters; None where PEFT has merged them and kept no original."""
     kept = layer._buffers.get("_unmerged_weight")
     if kept is not None or layer.merged:
         return kept
@@ -90,12 +92,13 @@ def original_weight(layer: nn.Module) -> Tensor | None:
 
 
 def weight_owners(model: nn.Module) -> dict[int, list[str]]:
-    """id of each parameter → names of the modules that hold it."""
+    """Returns id of each parameter → names of the modules that hold it."""
     holders = [(name, p) for name, module in model.named_modules() for p in module._parameters.values()]
     groups = group_by(holders, lambda holder: id(holder[1]))
     return {parameter: [name for name, _ in group] for parameter, group in groups.items()}
 
 
 def _tied(layer: nn.Module, owners: dict[int, list[str]]) -> str | None:
+    """Returns the names of the modules that share the layer's weight, as a reason, or None if it is not shared."""
     names = owners[id(layer.weight)]
     return f"one weight held by {' and '.join(names)}: both would change" if len(names) > 1 else None

@@ -1,4 +1,4 @@
-"""Which modules ``inject_`` is asked for, and whether a fused layer can stand in for each."""
+"""Selects the modules that ``target_modules`` names, and decides whether a layer of ours can replace each of them."""
 
 from __future__ import annotations
 
@@ -29,45 +29,48 @@ def check(target_modules: object) -> None:
 
 
 def matches(target_modules: str | list[str], name: str) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name; an entry of a list is the name or its end."""
+    """Returns whether the target names the module, as in PEFT: a string is a regular expression for the whole name, an
+    entry of a list is the name or its end."""
     if isinstance(target_modules, str):
         return re.fullmatch(target_modules, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in target_modules)
 
 
 def candidates(model: nn.Module, target_modules: str | list[str]) -> dict[str, nn.Module]:
-    """Name → module of everything the target names; for "all-linear", of everything that looks linear."""
+    """Returns name → module of every module that the target names; for "all-linear", of every one that looks linear."""
     modules = {name: module for name, module in model.named_modules() if name}
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
         return {name: module for name, module in modules.items() if looks_linear(module)}
     return {name: module for name, module in modules.items() if matches(target_modules, name)}
 
 
-def left_alone(model: nn.Module, found: dict[str, nn.Module], target_modules: str | list[str]) -> dict[str, str]:
-    """Candidate's name → why no fused layer can take its place; for a target that names no module, that."""
+def left_alone(model: nn.Module, modules: dict[str, nn.Module], target_modules: str | list[str]) -> dict[str, str]:
+    """Returns the name of a candidate → why no layer of ours can replace it. A target that names no module is listed
+    too."""
     reasons = {}
+    # PEFT leaves the output embeddings out of "all-linear", too.
     everything = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
     head = model.get_output_embeddings() if everything and hasattr(model, "get_output_embeddings") else None
-    for name, module in found.items():
+    for name, module in modules.items():
         parent = model.get_submodule(name.rpartition(".")[0])
         reason = "output embeddings" if module is head else unsupported(module, parent)
         if reason is not None:
             reasons[name] = reason
     if not isinstance(target_modules, str):
         for target in sorted(target_modules):
-            if not any(matches([target], name) for name in found):
+            if not any(matches([target], name) for name in modules):
                 reasons[target] = "no module of this name"
     return reasons
 
 
 def unsupported(module: nn.Module, parent: nn.Module) -> str | None:
-    """Why no layer of ours can stand in for the module, or None."""
+    """Returns why no layer of ours can replace the module, or None if one can."""
     kind = type(module).__name__
     if isinstance(module, ADAPTER_LAYERS):
         return f"already a {kind}"
     if nn.utils.parametrize.is_parametrized(module):
         return "parametrized weight"
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear:  # a subclass, as of quantised layers, may have another forward
         return f"{kind}, {'a subclass of' if isinstance(module, nn.Linear) else 'not'} torch.nn.Linear"
     if is_hooked(module):
         return "hooks, or a replaced forward, which a new layer would lose"
@@ -81,14 +84,15 @@ def unsupported(module: nn.Module, parent: nn.Module) -> str | None:
 
 
 def looks_linear(module: nn.Module) -> bool:
-    """nn.Linear, its subclasses, and what calls itself linear: quantised layers, transformers' Conv1D."""
+    """Returns whether the module is an nn.Linear or a leaf whose class name suggests one, such as quantised layers and
+    transformers' Conv1D."""
     kind = type(module).__name__
     leaf = next(module.children(), None) is None
     return isinstance(module, nn.Linear) or (leaf and ("Linear" in kind or kind == "Conv1D"))
 
 
 def closest(model: nn.Module, target_modules: str | list[str]) -> str:
-    """The names of linear layers nearest to what was asked for, for an error message."""
+    """Returns the names of linear layers that are most similar to the target, for an error message."""
     names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     names |= {name.rpartition(".")[2] for name in names}
     wanted = [target_modules] if isinstance(target_modules, str) else sorted(target_modules)

@@ -1,5 +1,5 @@
-"""The ahead-of-time library: builds, passes its own tests (ctest: contents, launches against Python's, the example),
-and another CMake project finds it. One arch, one rank, the layer's ops and three of the step's: make aot builds all."""
+"""The ahead-of-time library builds and passes its own tests (ctest: contents, launches against Python's, the example),
+and another CMake project finds it. It is built for one arch and one rank with some ops; make aot builds all."""
 
 import shutil
 import subprocess
@@ -31,28 +31,28 @@ int main(void) {
 
 
 def run(*command: str | Path) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, f"{process.stdout[-4000:]}\n{process.stderr[-4000:]}"
+    return process.stdout
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("aot")
     choices = ["-DLORA_FAST_ARCHS=90", "-DLORA_FAST_RANKS=16"]
-    choices += ["-DLORA_FAST_OPS=project;linear;grad_s_b;grad_a;grad_x;gram;cayley;small_inverse"]
+    choices += ["-DLORA_FAST_OPS=project;linear;grad_s_b;grad_a;grad_x;gram;cayley;small_inverse;adamw_step;spd_solve;scalora"]
     run("cmake", "-S", ROOT, "-B", folder, f"-DPython3_EXECUTABLE={sys.executable}", *choices)
     run("cmake", "--build", folder)
     return folder
 
 
-def test_its_own_tests(built):
-    told = run("ctest", "--test-dir", built, "--output-on-failure", "--verbose")
-    assert "100% tests passed" in told
-    assert "sm_90: " in told and "launches as from Python" in told
+def test_library_passes_its_own_tests(built):
+    output = run("ctest", "--test-dir", built, "--output-on-failure", "--verbose")
+    assert "100% tests passed" in output
+    assert "sm_90: " in output and "launches as from Python" in output
 
 
-def test_another_project_finds_it(built, tmp_path):
+def test_library_is_found_by_another_project(built, tmp_path):
     (tmp_path / "CMakeLists.txt").write_text(CONSUMER)
     (tmp_path / "engine.c").write_text(ENGINE)
     run("cmake", "--install", built, "--prefix", tmp_path / "installed")

@@ -1,5 +1,5 @@
-"""The optimizer on the Triton kernels, through the interpreter (natively on a CUDA machine): against the transcription
-of the methods, in launches and torch operations a step, and as an optimizer."""
+"""The optimizer on the Triton kernels, through the interpreter (natively on a CUDA machine): its results against the
+transcription of the methods, its launches and torch operations, and what it does with state, gradients and graphs."""
 
 import copy
 import io
@@ -43,7 +43,7 @@ CASES += [(*case, 12, TWO_RANKS) for case in SHORT.items()]
 
 
 @pytest.mark.parametrize("name, methods, steps, shapes", CASES, ids=[name for name, *_ in CASES])
-def test_against_the_transcription(name, methods, steps, shapes, monkeypatch):
+def test_grouped_step_follows_the_float64_transcription(name, methods, steps, shapes, monkeypatch):
     monkeypatch.setattr(method_runs.layers, "__defaults__", (0, shapes, False))
     monkeypatch.setattr(method_runs.gradient_stream, "__defaults__", (shapes, 1))
     exact = method_runs.run(T.Run, torch.float64, methods, steps)
@@ -56,7 +56,7 @@ def test_against_the_transcription(name, methods, steps, shapes, monkeypatch):
 
 
 class Operations(TorchDispatchMode):
-    """Torch operations that compute something: on a GPU each is a launch."""
+    """Records the torch operations that compute something. Each would be a launch on a GPU."""
 
     FREE = ("empty", "empty_like", "empty_strided", "_record_function_enter_new", "_record_function_exit")
 
@@ -71,12 +71,12 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-WITH_TORCH = ("balora", "ref-lora")  # whose eigenproblems are torch's
+WITH_TORCH = ("balora", "ref-lora")  # methods whose eigenproblems run in torch
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts launches")
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_launches_do_not_grow_with_the_layers(name, monkeypatch):
+def test_launches_do_not_grow_with_the_number_of_layers(name, monkeypatch):
     methods, expected = LAUNCHES[name]
     computed = []
     for n_pairs in (1, 24, 224):
@@ -85,9 +85,9 @@ def test_launches_do_not_grow_with_the_layers(name, monkeypatch):
         adapter_pairs.set_gradients(chosen, 0)
         with lf.set_backend("triton"):
             optimizer = lf.optim.LoRAAdamW(chosen, methods=methods)
-            with monkeypatch.context() as patch:  # counted, not made
+            with monkeypatch.context() as patch:  # launches are counted and not executed
                 patch.setattr(interpreter.InterpretedFunction, "run", lambda *args, **kwargs: None)
-                for _ in range(2):  # tables of addresses are made at the first steps
+                for _ in range(2):  # the first steps build tables of addresses
                     optimizer.step()
                 with interpreter.traffic() as counted, Operations() as operations:
                     optimizer.step()
@@ -102,10 +102,9 @@ MIXED = [M.PiLoRA()], [M.ScaLoRA(interval=3)], [M.ScaleReg(lam=0.05)], []
 
 
 @pytest.mark.parametrize("methods", MIXED, ids=["pilora", "scalora", "scale-reg", "plain"])
-def test_the_same_bits_on_repeat_and_after_resume(methods):
-    start = lambda: adapter_pairs.pairs(weight_dtype=torch.bfloat16)
+def test_steps_are_bitwise_equal_on_repeat_and_after_resume(methods):
+    straight, again, resumed = (adapter_pairs.pairs(weight_dtype=torch.bfloat16) for _ in range(3))
     with lf.set_backend("triton"):
-        straight, again, resumed = start(), start(), start()
         for chosen in (straight, again):
             adapter_pairs.train(whole := lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=methods), chosen, 6)
         assert adapter_pairs.same(adapter_pairs.bits(straight), adapter_pairs.bits(again))
@@ -118,8 +117,8 @@ def test_the_same_bits_on_repeat_and_after_resume(methods):
     assert adapter_pairs.same(adapter_pairs.bits(straight, whole), adapter_pairs.bits(resumed, after))
 
 
-def test_the_backend_may_change_between_steps():
-    """State is per parameter: steps on either backend follow each other."""
+def test_backend_may_change_between_steps():
+    """State is per parameter, so steps on one backend continue those on the other."""
     ours, torchs = adapter_pairs.pairs(), adapter_pairs.pairs()
     mixed, reference = (lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=[M.ILoRA()]) for chosen in (ours, torchs))
     for i in range(4):
@@ -130,8 +129,8 @@ def test_the_backend_may_change_between_steps():
         assert (got - want).norm() <= 8 * torch.finfo(torch.float32).eps * want.norm()
 
 
-def test_gradients_of_some_pairs_and_of_one_factor():
-    """Without a method that uses both factors, a lone factor takes plain AdamW; pairs without gradients rest."""
+def test_step_without_methods_takes_gradients_of_single_factors():
+    """A factor without its partner's gradient is trained by plain AdamW, and refused by methods that use both."""
     chosen = adapter_pairs.pairs()
     adapter_pairs.set_gradients(chosen, 0)
     chosen[0][0].grad = chosen[1][0].grad = chosen[1][1].grad = None
@@ -145,7 +144,7 @@ def test_gradients_of_some_pairs_and_of_one_factor():
     assert optimizer.state[chosen[0][1]]["step"].item() == 1
 
 
-def test_strided_parameters_and_learning_rates_in_tensors():
+def test_step_takes_strided_parameters_and_tensor_learning_rates():
     chosen = adapter_pairs.pairs()
     with torch.no_grad():
         chosen[0][0].data = chosen[0][0].data.T.contiguous().T
@@ -160,7 +159,7 @@ def test_strided_parameters_and_learning_rates_in_tensors():
 
 
 class Recorded:
-    """Launches of the interpreter, which can be made again, as a CUDA graph replays them."""
+    """Records the launches of the interpreter and repeats them, as a CUDA graph replays them."""
 
     def __init__(self, monkeypatch):
         self.calls, run = [], interpreter.InterpretedFunction.run
@@ -179,11 +178,11 @@ class Recorded:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="bench/gpu.py captures real graphs")
 @pytest.mark.parametrize("methods", [[], [M.PiLoRA()], [M.LoRAMuon(), M.ILoRA()]], ids=["plain", "pilora", "lora-muon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_replay_sees_the_new_step_and_rate(methods, dtype, monkeypatch):
-    """The learning rate is on the device, and a schedule fills it. Launches read it there, with the step count."""
+def test_replay_reads_the_new_step_count_and_learning_rate(methods, dtype, monkeypatch):
+    """The learning rate is a tensor that a schedule fills. Launches read it and the step count from memory."""
     rates = [1e-2, 3e-3, 2e-2]
     replayed, stepped = adapter_pairs.pairs(), adapter_pairs.pairs()
-    ours, theirs = ([p for a, b, *_ in some for p in (a, b)] for some in (replayed, stepped))
+    ours, theirs = ([p for a, b, *_ in chosen for p in (a, b)] for chosen in (replayed, stepped))
     for p in ours:
         p.grad = torch.zeros_like(p)
     lr = torch.tensor(rates[0], dtype=dtype)
@@ -210,7 +209,7 @@ def test_a_replay_sees_the_new_step_and_rate(methods, dtype, monkeypatch):
 
 @pytest.mark.parametrize("methods", [[], [M.PiLoRA()], [M.LoRAMuon()]], ids=["plain", "pilora", "lora-muon"])
 def test_gradients_are_freed_after_the_step(methods):
-    """One of them kernels cannot take as it is: its copy is freed, too."""
+    """A gradient is not contiguous, so the kernels read a copy. The copy is freed, too."""
     chosen = adapter_pairs.pairs()
     with lf.set_backend("triton"):
         optimizer = lf.optim.LoRAAdamW(chosen, methods=methods)
@@ -222,8 +221,8 @@ def test_gradients_are_freed_after_the_step(methods):
     assert not any(reference() for reference in held)
 
 
-def test_a_moved_gradient_is_an_error_while_a_graph_is_captured(monkeypatch):
-    """A step whose tensors have not moved is captured without a copy from the host, and its batch is held for good."""
+def test_moved_gradient_is_an_error_while_a_graph_is_captured(monkeypatch):
+    """A step whose tensors have not moved is captured without a copy from the host, and its batch is never freed."""
     chosen = adapter_pairs.pairs()
     adapter_pairs.set_gradients(chosen, 0)
     with lf.set_backend("triton"):
@@ -231,15 +230,15 @@ def test_a_moved_gradient_is_an_error_while_a_graph_is_captured(monkeypatch):
         optimizer.step()
         monkeypatch.setattr(pointer_table, "capturing", lambda: True)
         monkeypatch.setattr(pointer_table, "_captured", {})
-        monkeypatch.setattr(pointer_table, "_held", [])
+        monkeypatch.setattr(pointer_table, "_held_for_graphs", [])
         with monkeypatch.context() as patch:
             patch.setattr(pointer_table, "to_device", None)
             optimizer.step(), optimizer.step()
-        assert optimizer._batches[0] in pointer_table._held and len(pointer_table._held) == len(
-            set(map(id, pointer_table._held))
+        assert optimizer._batches[0] in pointer_table._held_for_graphs and len(pointer_table._held_for_graphs) == len(
+            set(map(id, pointer_table._held_for_graphs))
         )
         before = adapter_pairs.bits(chosen)
-        held = [p.grad for a, b, *_ in chosen for p in (a, b)]  # so that none of their places comes again
+        held = [p.grad for a, b, *_ in chosen for p in (a, b)]  # held, so that no new gradient gets an old address
         adapter_pairs.set_gradients(chosen, 1)
         with pytest.raises(RuntimeError, match="has moved since the last step"):
             optimizer.step()
@@ -250,16 +249,16 @@ def adamw_of(chosen, **settings):
     return torch.optim.AdamW([p for a, b, *_ in chosen for p in (a, b)], lr=1e-2, **settings)
 
 
-def test_factors_of_other_step_counts():
-    """b alone had gradients for two steps, then both: each has its own bias correction, as in torch's AdamW."""
+def test_factors_of_a_pair_may_have_different_step_counts():
+    """b alone has gradients for two steps, then both. Each has its own bias correction, as in torch's AdamW."""
     ours, theirs = adapter_pairs.pairs(), adapter_pairs.pairs()
     with lf.set_backend("triton"):
         optimizer, reference = lf.optim.LoRAAdamW(ours, lr=1e-2), adamw_of(theirs, weight_decay=0.0)
         for i in range(4):
-            for some in (ours, theirs):
-                adapter_pairs.set_gradients(some, i)
-                for p, *_ in some if i < 2 else ():
-                    p.grad = None
+            for chosen in (ours, theirs):
+                adapter_pairs.set_gradients(chosen, i)
+                for a, *_ in chosen if i < 2 else ():
+                    a.grad = None
             optimizer.step(), reference.step()
     for x, y in zip(adapter_pairs.bits(ours), adapter_pairs.bits(theirs), strict=True):
         assert (x - y).norm() <= 1e-5 * y.norm()
@@ -269,54 +268,54 @@ def test_factors_of_other_step_counts():
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("methods", [[], [M.ILoRA()]], ids=["plain", "ilora"])
 @pytest.mark.parametrize("change", ["dict", "entry", "popped", "missing", "cleared"])
-def test_state_that_a_user_changes_is_what_the_next_step_takes(change, methods, backend):
-    """The state of one parameter is replaced by copies, as on the way to a CPU and back, reset, or lost."""
+def test_next_step_uses_state_that_the_user_replaced(change, methods, backend):
+    """The state of one parameter is replaced by other tensors, as on the way to a CPU and back, or removed."""
     chosen = adapter_pairs.pairs()
     with lf.set_backend(backend):
         adapter_pairs.train(optimizer := lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=methods), chosen, 2)
         adapter_pairs.train(
             twin := lf.optim.LoRAAdamW(others := adapter_pairs.pairs(), lr=1e-2, methods=methods), others, 2
         )
-        for opt, some in ((optimizer, chosen), (twin, others)):
-            kept, p = opt.state[some[0][0]], some[0][0]
-            fresh = {name: torch.zeros_like(x) if name != "step" else x.clone() for name, x in kept.items()}
-            if opt is twin:  # by a way that makes the batches anew
-                for name, x in kept.items():
+        for opt, p in ((optimizer, chosen[0][0]), (twin, others[0][0])):
+            state = opt.state[p]
+            fresh = {name: torch.zeros_like(x) if name != "step" else x.clone() for name, x in state.items()}
+            if opt is twin:  # the reference changes the same values in place, then builds its batches anew
+                for name, x in state.items():
                     x.copy_(fresh[name])
                 if change in ("popped", "missing", "cleared"):
-                    kept["step"].zero_()
+                    state["step"].zero_()
                 opt._forget_batches()
             elif change == "dict":
                 opt.state[p] = fresh
             elif change == "entry":
-                kept |= fresh
+                state |= fresh
             elif change == "popped":
                 opt.state.pop(p)
             elif change == "missing":
-                del kept["exp_avg"], kept["exp_avg_sq"], kept["step"]
+                del state["exp_avg"], state["exp_avg_sq"], state["step"]
             elif change == "cleared":
-                kept.clear()
+                state.clear()
         adapter_pairs.train(optimizer, chosen, 2, first=2), adapter_pairs.train(twin, others, 2, first=2)
     assert adapter_pairs.same(adapter_pairs.bits(chosen, optimizer), adapter_pairs.bits(others, twin))
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_state_that_is_moved_inside_its_tensors(backend):
+def test_next_step_uses_state_that_was_moved_inside_its_tensors(backend):
     chosen, others = adapter_pairs.pairs(), adapter_pairs.pairs()
     with lf.set_backend(backend):
-        optimizers = [lf.optim.LoRAAdamW(some, lr=1e-2, methods=[M.ILoRA()]) for some in (chosen, others)]
-        for optimizer, some in zip(optimizers, (chosen, others), strict=True):
-            adapter_pairs.train(optimizer, some, 2)
+        optimizers = [lf.optim.LoRAAdamW(pairs, lr=1e-2, methods=[M.ILoRA()]) for pairs in (chosen, others)]
+        for optimizer, pairs in zip(optimizers, (chosen, others), strict=True):
+            adapter_pairs.train(optimizer, pairs, 2)
         for state in optimizers[0].state.values():
             for x in state.values():
                 x.data = x.data.clone()
-        for optimizer, some in zip(optimizers, (chosen, others), strict=True):
-            adapter_pairs.train(optimizer, some, 2, first=2)
+        for optimizer, pairs in zip(optimizers, (chosen, others), strict=True):
+            adapter_pairs.train(optimizer, pairs, 2, first=2)
     assert adapter_pairs.same(adapter_pairs.bits(chosen, optimizers[0]), adapter_pairs.bits(others, optimizers[1]))
 
 
-def test_parameters_that_change_their_device_change_their_batches(monkeypatch):
-    """Under "auto", as from a CPU to a GPU."""
+def test_batches_follow_parameters_to_another_device(monkeypatch):
+    """Under backend "auto", parameters move from a CPU to what stands for a GPU."""
     from lora_fast import backend
 
     chosen = adapter_pairs.pairs()
@@ -331,8 +330,8 @@ def test_parameters_that_change_their_device_change_their_batches(monkeypatch):
 
 
 @pytest.mark.parametrize("on_device", ["lora_A", "lora_B"])
-def test_a_rate_beside_one_on_the_device_keeps_its_precision(on_device):
-    """One rate is a tensor, the other a number: the same bits as with two numbers."""
+def test_number_keeps_its_precision_beside_a_tensor_learning_rate(on_device):
+    """A learning rate is a tensor and the other one a number. The result is bitwise that of two numbers."""
     ends = []
     for numbers in (True, False):
         chosen = adapter_pairs.pairs()
@@ -353,8 +352,8 @@ def test_float64_is_refused_by_name():
         lf.optim.LoRAAdamW(chosen, methods=[M.ILoRA()]).step()
 
 
-def test_scalora_on_a_gpu_reads_seed_and_kappa_at_one_address():
-    """A CUDA graph reads them again there. The seed in memory is the number that it would be elsewhere."""
+def test_scalora_keeps_seed_and_kappa_in_memory_on_a_gpu():
+    """A CUDA graph reads them at these addresses at every replay. The seed in memory is the number used on a CPU."""
     group = SimpleNamespace(count=8, _steps=torch.full((4,), 7.0), _device=SimpleNamespace(type="cuda"))
     in_memory = GroupedBatch._seed(group, 3)
     group._device = torch.device("cpu")
@@ -362,7 +361,7 @@ def test_scalora_on_a_gpu_reads_seed_and_kappa_at_one_address():
     method, memory, addresses = M.ScaLoRA(), {}, set()
     for value in (4.0, 9.0):
         solved = [(torch.full((2, 3), value), torch.ones(2, 3, dtype=torch.bool))]
-        kappa = method._calibrated(solved, memory)
+        kappa = method._calibrate(solved, memory)
         addresses.add(kappa.data_ptr())
         assert kappa is memory["kappa"] and kappa.item() == pytest.approx(4.0)
     assert len(addresses) == 1

@@ -33,7 +33,7 @@ def flat(lists) -> tuple[torch.Tensor, ...]:
     return tuple(x for xs in lists for x in xs)
 
 
-def printed(a, b):
+def papers_formula(a, b):
     """The paper's formula, differentiable, in its arguments' dtype."""
     r = len(a)
     a1, a2 = a[:, :r], a[:, r:]
@@ -42,14 +42,14 @@ def printed(a, b):
     return torch.cat([2 * inverse.T - eye, -2 * inverse.T @ a2], 1), -2 * b @ inverse
 
 
-def test_gradcheck():
+def test_cayley_passes_gradcheck():
     free_a, free_b = pairs()
     call = lambda *t: flat(cayley(list(t[: len(SHAPES)]), list(t[len(SHAPES) :])))
     with lf.set_backend("torch"):
         assert torch.autograd.gradcheck(call, free_a + free_b)
 
 
-def test_gradcheck_with_scales():
+def test_cayley_with_scales_passes_gradcheck():
     """Spectral (power 0), Frobenius (1/2) and nuclear (1) bounds in one node."""
     free_a, free_b = pairs()
     n = len(SHAPES)
@@ -60,11 +60,11 @@ def test_gradcheck_with_scales():
         assert torch.autograd.gradcheck(call, free_a + free_b + scale)
 
 
-def test_is_the_formula():
+def test_cayley_is_the_formula():
     free_a, free_b = pairs(skew=10.0)
     for a, b, made_a, made_b in zip(free_a, free_b, *cayley(free_a, free_b), strict=True):
-        torch.testing.assert_close((made_a, made_b), printed(a, b))
-    torch.testing.assert_close(cayley(free_a[0], free_b[0]), printed(free_a[0], free_b[0]))
+        torch.testing.assert_close((made_a, made_b), papers_formula(a, b))
+    torch.testing.assert_close(cayley(free_a[0], free_b[0]), papers_formula(free_a[0], free_b[0]))
 
 
 def off_identity(a, b) -> torch.Tensor:
@@ -77,14 +77,14 @@ def off_identity(a, b) -> torch.Tensor:
 
 @pytest.mark.parametrize("r", [1, 2, 3, 5, 8, 16])
 @pytest.mark.parametrize("d_in, d_out", [(0, 9), (5, 3), (40, 24)], ids=["square", "small", "wide"])
-def test_orthogonal_in_float32(r, d_in, d_out):
+def test_result_is_orthogonal_in_float32(r, d_in, d_out):
     """140 random pairs of each of four skew parts a case, 10,080 in all."""
     for seed, skew in enumerate((0.1, 1.0, 10.0, 100.0)):
         free_a, free_b = pairs(torch.float32, [(r + d_in, r, d_out)] * 140, skew, seed)
         assert off_identity(*map(torch.stack, cayley(free_a, free_b))).max() <= 1
 
 
-def test_orthogonal_where_rows_are_alike():
+def test_result_is_orthogonal_with_nearly_parallel_rows():
     """Parameters ten times the usual, their rows alike in nine tenths: M's smallest eigenvalue is lost in float32."""
     free_a, free_b = (torch.stack(xs) for xs in pairs(torch.float32, [(40, 8, 24)] * 200))
     free_a = 10 * (0.1 * free_a + 0.9 * free_a[:, :1])
@@ -94,7 +94,7 @@ def test_orthogonal_where_rows_are_alike():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("skew", [1.0, 30.0])
-def test_within_the_error_budget(skew, dtype):
+def test_cayley_is_within_the_error_budget(skew, dtype):
     """Values and gradients against float64 on the same inputs; eager is autograd through the paper's formula, in
     float32 for bfloat16 parameters as here."""
     shapes = [(40, 5, 24), (24, 16, 40), (33, 1, 7), (9, 9, 20), (200, 32, 100)]
@@ -107,7 +107,7 @@ def test_within_the_error_budget(skew, dtype):
             x.backward(torch.cos(torch.arange(x.numel())).view_as(x).to(x), retain_graph=True)
         return made_a, made_b, [x.grad for x in free_a], [x.grad for x in free_b]
 
-    looped = lambda a, b: tuple(map(list, zip(*(printed(x, y) for x, y in zip(a, b, strict=True)), strict=True)))
+    looped = lambda a, b: tuple(map(list, zip(*(papers_formula(x, y) for x, y in zip(a, b, strict=True)), strict=True)))
     got, eager, exact = run(None, cayley), run(torch.float32, looped), run(torch.float64, looped)
     for name, ours, theirs, true in zip(("a", "b", "d free_a", "d free_b"), got, eager, exact, strict=True):
         for i, shape in enumerate(shapes):
@@ -117,7 +117,7 @@ def test_within_the_error_budget(skew, dtype):
             check(f"{name} of {shape}", ours[i], true[i], allowed, dtype if low else torch.float32)
 
 
-def test_wi_alone_is_kept():
+def test_node_keeps_wi_alone():
     free_a, free_b = pairs(torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
@@ -127,7 +127,7 @@ def test_wi_alone_is_kept():
     assert [tuple(x.shape) for x in node.inverses] == [(r, r) for _, r, _ in SHAPES] and not node.scales
 
 
-def test_one_node_for_all_pairs():
+def test_all_pairs_share_one_node():
     made_a, made_b = cayley(*pairs())
     assert len({x.grad_fn for x in made_a + made_b}) == 1
 
@@ -141,7 +141,7 @@ def test_pairs_without_a_gradient_get_none(monkeypatch):
     made_a, made_b = cayley(free_a, free_b)
     (made_a[0].sum() + made_b[2].sum()).backward()
     assert seen == [2] and [x.grad is not None for x in free_a] == [True, False, True, False, False, False]
-    expected = [torch.autograd.grad(printed(free_a[0], free_b[0])[0].sum(), (free_a[0], free_b[0]))]
+    expected = [torch.autograd.grad(papers_formula(free_a[0], free_b[0])[0].sum(), (free_a[0], free_b[0]))]
     torch.testing.assert_close((free_a[0].grad, free_b[0].grad), expected[0])
 
 
@@ -152,54 +152,54 @@ def test_nan_and_inf_stay_in_their_pair(bad, parameter):
     clean = cayley(*lists)
     with torch.no_grad():
         lists[parameter][1][-1, -1] = bad
-    for made, before in zip(cayley(*lists), clean, strict=True):
+    for results, before in zip(cayley(*lists), clean, strict=True):
         for i in range(len(SHAPES)):
-            assert i == 1 or torch.equal(made[i], before[i])
-    broken = torch.cat([made[1].flatten() for made in cayley(*lists)])
+            assert i == 1 or torch.equal(results[i], before[i])
+    broken = torch.cat([results[1].flatten() for results in cayley(*lists)])
     assert broken.isnan().all() if bad != bad else not broken.isfinite().all()
 
 
-def test_no_second_derivative():
-    made, _ = cayley(*(xs[0] for xs in pairs()))
-    leaf = made.grad_fn.next_functions[0][0].variable
+def test_second_derivative_is_refused():
+    a, _ = cayley(*(xs[0] for xs in pairs()))
+    leaf = a.grad_fn.next_functions[0][0].variable
     with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(made.sum(), leaf, create_graph=True)
+        torch.autograd.grad(a.sum(), leaf, create_graph=True)
 
 
-def test_in_place_change_between_forward_and_backward_is_caught():
+def test_in_place_change_before_backward_is_refused():
     free_a, free_b = pairs()
-    made, _ = cayley(free_a, free_b)
+    a, _ = cayley(free_a, free_b)
     with torch.no_grad():
         free_b[3].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        made[0].sum().backward()
+        a[0].sum().backward()
 
 
-def test_autocast_leaves_it_alone():
+def test_autocast_does_not_change_the_result():
     free_a, free_b = pairs(torch.float32)
     expected = cayley(free_a, free_b)
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        made = cayley(free_a, free_b)
-    assert all(torch.equal(x, y) for xs, ys in zip(made, expected, strict=True) for x, y in zip(xs, ys, strict=True))
+        results = cayley(free_a, free_b)
+    assert all(torch.equal(x, y) for xs, ys in zip(results, expected, strict=True) for x, y in zip(xs, ys, strict=True))
 
 
-def test_compile_fullgraph():
+def test_cayley_compiles_as_one_graph():
     free_a, free_b = pairs(torch.float32)
     compiled = torch.compile(lambda a, b: cayley(a, b), fullgraph=True, backend="aot_eager")
 
     def run(call):
-        made = flat(call(free_a, free_b))
-        sum(x.square().mul(0.5 + i).sum() for i, x in enumerate(made)).backward()
+        results = flat(call(free_a, free_b))
+        sum(x.square().mul(0.5 + i).sum() for i, x in enumerate(results)).backward()
         grads = [x.grad for x in free_a + free_b]
         for x in free_a + free_b:
             x.grad = None
-        return [*made, *grads]
+        return [*results, *grads]
 
     assert all(torch.equal(x, y) for x, y in zip(run(compiled), run(cayley), strict=True))
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
-def test_opcheck(scaled):
+def test_ops_pass_opcheck(scaled):
     free_a, free_b = pairs(torch.float32, SHAPES[:3])
     scale = [x.detach()[:, 0].clone().requires_grad_() for x in free_a] if scaled else []
     numbers = ([0.5, 1.0, 2.0], [0.0, 0.5, 1.0]) if scaled else ([], [])
@@ -224,7 +224,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_arguments_are_named(case):
+def test_cayley_refuses_bad_arguments(case):
     argument, free_a, free_b = BAD[case]
     with pytest.raises(lf.ArgumentError) as raised:
         cayley(free_a, free_b)

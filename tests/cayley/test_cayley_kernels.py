@@ -18,13 +18,13 @@ pytestmark = pytest.mark.gpu
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 COUNTED = pytest.mark.skipif(DEVICE.type == "cuda", reason="counted by the interpreter")
-NAN_MEANT = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's
+NAN_EXPECTED = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy warns in the interpreter
 MIXED = [(5, 40, 24), (16, 24, 40), (1, 33, 7), (9, 9, 20), (7, 13, 3), (3, 2100, 530)]  # r, d_in, d_out
 EPS = torch.finfo(FLOAT32).eps
 
 
 def pairs(shapes, dtype=FLOAT32, skew=1.0):
-    """free_a, free_b of the size that training gives them, but entries of a1 times ``skew``."""
+    """Returns free_a and free_b, of the size that they have in training, with the entries of a1 times ``skew``."""
     free_a = [randn(r, d_in, seed=i) / d_in**0.5 for i, (r, d_in, _) in enumerate(shapes)]
     for x in free_a:
         x[:, : len(x)] *= skew
@@ -32,7 +32,7 @@ def pairs(shapes, dtype=FLOAT32, skew=1.0):
     return [x.to(dtype) for x in free_a], [x.to(dtype) for x in free_b]
 
 
-def scales_of(free_a):
+def make_scales(free_a):
     return [0.5 + randn(len(x), seed=i).square() for i, x in enumerate(free_a)]
 
 
@@ -51,9 +51,9 @@ def check_all(name, got, plain, exact, dtype=FLOAT32):
 
 
 def check_pass(shapes, dtype=FLOAT32, scaled=False):
-    """Both ways, against the twin in float64 on the same inputs."""
+    """Checks forward and backward against the twin in float64 on the same inputs."""
     lists = free_a, free_b = pairs(shapes, dtype)
-    scales = scales_of(free_a) if scaled else None
+    scales = make_scales(free_a) if scaled else None
     with poisoned_empty():
         got = a, b, inverses = cayley.cayley(*lists, scales)
     exact = twin.cayley(double(free_a), double(free_b), double(scales))
@@ -74,56 +74,54 @@ def check_pass(shapes, dtype=FLOAT32, scaled=False):
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-def test_mixed_pairs(dtype, scaled):
+def test_cayley_matches_float64_for_mixed_pairs(dtype, scaled):
     check_pass(MIXED, dtype, scaled)
 
 
 @pytest.mark.parametrize("r", [17, 33, 64, 72])
-def test_every_rank_class(r):
+def test_cayley_matches_float64_at_every_rank_class(r):
     check_pass([(r, r + 40, 50)])
 
 
 @pytest.mark.budget
 @pytest.mark.parametrize("r", [130, 256])
-def test_large_ranks(r):
+def test_cayley_matches_float64_at_large_ranks(r):
     check_pass([(r, r + 100, 300)], scaled=True)
 
 
-def test_mixed_dtypes():
-    """Parameters of two dtypes: two sets of launches, results in their places."""
+def test_cayley_keeps_the_order_of_pairs_of_two_dtypes():
     (a32, b32), (a16, b16) = pairs(MIXED[:3]), pairs(MIXED[:3], BFLOAT16)
     free_a, free_b = [a32[0], a16[1], a32[2]], [b32[0], b16[1], b32[2]]
-    made = cayley.cayley(free_a, free_b)
-    grads = cayley.cayley_backward(free_a, free_b, None, made[2], like(made[0]), like(made[1]))
+    results = a, b, inverses = cayley.cayley(free_a, free_b)
+    grads = cayley.cayley_backward(free_a, free_b, None, inverses, like(a), like(b))
     assert [x.dtype for x in grads[0]] == [x.dtype for x in free_a]
     alone = [cayley.cayley([a], [b]) for a, b in zip(free_a, free_b, strict=True)]
-    for xs, ys in zip(made, zip(*alone, strict=True), strict=True):
+    for xs, ys in zip(results, zip(*alone, strict=True), strict=True):
         for x, (y,) in zip(xs, ys, strict=True):
             torch.testing.assert_close(x, y)
 
 
-def off_identity(a, b):
-    """‖a aᵀ + bᵀb − I‖₁ over 12 r ε."""
+def orthogonality_defect(a, b):
+    """Returns ‖a aᵀ + bᵀb − I‖₁ / (12 r ε)."""
     a, b = a.double(), b.double()
-    off = a @ a.T + b.T @ b - torch.eye(len(a), device=DEVICE)
-    return off.abs().sum(0).max().item() / (12 * len(a) * EPS)
+    defect = a @ a.T + b.T @ b - torch.eye(len(a), device=DEVICE)
+    return defect.abs().sum(0).max().item() / (12 * len(a) * EPS)
 
 
 @pytest.mark.parametrize("case", ["skew part of 100", "rows alike"])
-def test_orthogonal(case):
-    """Where M in float32 would have lost its smallest eigenvalues."""
+def test_factors_are_orthogonal_where_float32_would_lose_eigenvalues(case):
     shapes = [(r, r + 8, 5) for r in (1, 2, 3, 4, 5, 8, 16) for _ in range(3)]
     free_a, free_b = pairs(shapes, skew=100.0 if case == "skew part of 100" else 1.0)
     if case == "rows alike":
         free_a = [10 * (0.1 * x + 0.9 * x[:1]) for x in free_a]
         free_b = [10 * (0.1 * x + 0.9 * x[:, :1]) for x in free_b]
     a, b, _ = cayley.cayley(free_a, free_b)
-    assert max(map(off_identity, a, b)) <= 1
+    assert max(map(orthogonality_defect, a, b)) <= 1
 
 
-@NAN_MEANT
+@NAN_EXPECTED
 @pytest.mark.parametrize("which", [0, 1], ids=["free_a", "free_b"])
-def test_nan_stays_in_its_pair(which):
+def test_nan_affects_only_its_pair(which):
     lists = pairs(MIXED[:4])
     grads = like(lists[0]), like(lists[1])
 
@@ -133,12 +131,12 @@ def test_nan_stays_in_its_pair(which):
 
     clean = run()
     lists[which][1][-1, -1] = float("nan")
-    for made, before in zip(run(), clean, strict=True):
-        assert made[1].isnan().all()
-        assert all(torch.equal(made[i], before[i]) for i in (0, 2, 3))
+    for results, before in zip(run(), clean, strict=True):
+        assert results[1].isnan().all()
+        assert all(torch.equal(results[i], before[i]) for i in (0, 2, 3))
 
 
-def test_same_inputs_same_bits():
+def test_same_inputs_give_the_same_bits():
     lists = pairs([(3, 4200, 60)])
     grads = like(lists[0]), like(lists[1])
 
@@ -149,28 +147,27 @@ def test_same_inputs_same_bits():
     assert all(torch.equal(x[0], y[0]) for x, y in zip(run(), run(), strict=True))
 
 
-def test_more_pairs_than_programs(monkeypatch):
+def test_few_programs_give_the_bits_of_many(monkeypatch):
     lists = pairs(MIXED)
-    run = lambda: cayley.cayley(*lists)
-    all_at_once = run()
+    all_at_once = cayley.cayley(*lists)
     monkeypatch.setattr(cayley, "SLOTS", 2)
-    for xs, ys in zip(all_at_once, run(), strict=True):
+    for xs, ys in zip(all_at_once, cayley.cayley(*lists), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-def test_a_graph_needs_no_address_from_the_host(dtype, monkeypatch):
-    """A call finds all that the one before left on the device, with everything but the parameters elsewhere; a
+def test_graph_capture_needs_no_address_from_the_host(dtype, monkeypatch):
+    """A captured call reads what the call before left on the device, although all tensors but the parameters moved. A
     parameter that has moved is an error."""
     monkeypatch.setattr(pointer_table, "_captured", {})
     lists = pairs(MIXED[:4], dtype)
-    kept = []  # so that nothing gets an address again
+    alive = []  # all tensors, so that none gets the address of another
 
     def run():
-        scales = scales_of(lists[0])
+        scales = make_scales(lists[0])
         a, b, inverses = cayley.cayley(*lists, scales)
         grads = like(a), like(b, 50)
-        kept.append((scales, a, b, inverses, grads))
+        alive.append((scales, a, b, inverses, grads))
         da, db, dscales = cayley.cayley_backward(*lists, scales, inverses, *grads)
         return [*a, *b, *inverses, *da, *db, *dscales]
 
@@ -181,9 +178,9 @@ def test_a_graph_needs_no_address_from_the_host(dtype, monkeypatch):
         within = run()
         with monkeypatch.context() as outside_again:
             outside_again.setattr(pointer_table, "capturing", lambda: False)
-            for i in range(pointer_table.KEPT + 1):
-                [pointer_table.kept(kind, [i], object) for kind in ("whole", "offsets", "addresses")]
-        run()  # a graph's tables are not let go
+            for i in range(pointer_table.CACHE_SIZE + 1):
+                [pointer_table.cached(kind, [i], object) for kind in ("table", "offsets", "addresses")]
+        run()  # a graph's tables are still cached
         for tensors in lists:
             tensors[0] = tensors[0].clone()
         with pytest.raises(RuntimeError, match="a CUDA graph is being captured"):
@@ -192,16 +189,16 @@ def test_a_graph_needs_no_address_from_the_host(dtype, monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="captures a CUDA graph")
-def test_replay_follows_the_parameters():
+def test_graph_replay_follows_the_parameters():
     lists = pairs(MIXED)
 
     def run():
         scales = [x.square() + 1 for x in scales_in]
         a, b, inverses = cayley.cayley(*lists, scales)
-        lists_of = cayley.cayley_backward(*lists, scales, inverses, [x.sin() for x in a], [x.cos() for x in b])
-        return [x for xs in (a, b, *lists_of) for x in xs]
+        grads = cayley.cayley_backward(*lists, scales, inverses, [x.sin() for x in a], [x.cos() for x in b])
+        return [x for xs in (a, b, *grads) for x in xs]
 
-    scales_in = scales_of(lists[0])
+    scales_in = make_scales(lists[0])
     run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="relaxed"):  # a kernel may be compiled at its first capture
@@ -212,24 +209,23 @@ def test_replay_follows_the_parameters():
     assert all(torch.equal(x, y) for x, y in zip(captured, run(), strict=True))
 
 
-def test_unaligned_gradients():
-    """Views that start anywhere are taken as they come."""
+def test_unaligned_gradients_give_the_same_bits():
     lists = pairs([(8, 64, 32)])
     a, b, inverses = cayley.cayley(*lists)
-    aside = lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
     plain = cayley.cayley_backward(*lists, None, inverses, a, b)
-    moved = cayley.cayley_backward(*lists, None, inverses, [aside(a[0])], [aside(b[0])])
-    assert aside(a[0]).data_ptr() % 16, "not aligned"
-    assert all(torch.equal(x[0], y[0]) for x, y in zip(plain[:2], moved[:2], strict=True))
+    grads = [torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape) for x in (a[0], b[0])]
+    assert all(x.data_ptr() % 16 for x in grads), "the gradients are aligned"
+    shifted = cayley.cayley_backward(*lists, None, inverses, grads[:1], grads[1:])
+    assert all(torch.equal(x[0], y[0]) for x, y in zip(plain[:2], shifted[:2], strict=True))
 
 
-def test_no_pairs():
+def test_cayley_accepts_no_pairs():
     assert cayley.cayley([], []) == ([], [], [])
     assert cayley.cayley_backward([], [], None, [], [], []) == ([], [], None)
 
 
 def test_autograd_runs_the_kernels():
-    """The same gradients as the twin's, where one pair has none and one of two results has none."""
+    """Gradients are those of the twin, although one pair has none and one result of another has none."""
     grads = {}
     for name in ("torch", "triton"):
         free_a, free_b = ([x.requires_grad_() for x in xs] for xs in pairs(MIXED[:3]))
@@ -244,21 +240,21 @@ def test_autograd_runs_the_kernels():
 
 @COUNTED
 @pytest.mark.parametrize("n", [1, 24, 224])
-def test_launches_do_not_grow(n, monkeypatch):
-    monkeypatch.setattr(InterpretedFunction, "run", lambda *args, **kwargs: None)  # counted, not made
+def test_launches_do_not_grow_with_pairs(n, monkeypatch):
+    monkeypatch.setattr(InterpretedFunction, "run", lambda *args, **kwargs: None)  # launches are counted, not run
     lists = pairs([(2 + i % 3, 16 + 8 * (i % 2), 8) for i in range(n)])
     with interpreter.traffic() as counted:
         a, b, inverses = cayley.cayley(*lists)
         cayley.cayley_backward(*lists, None, inverses, a, b)
-    middles = ["inverse", "backward"]
-    assert counted.launches == [f"lora_cayley_{name}_kernel" for m in middles for name in ("inner", m, "outer")]
+    names = ["sums", "inverse", "products", "sums", "backward", "products"]
+    assert counted.launches == [f"lora_cayley_{name}_kernel" for name in names]
 
 
 @COUNTED
 @pytest.mark.parametrize("r, d", [(16, 4096), (64, 2048)])
-def test_traffic(r, d, monkeypatch):
-    """Two passes over the factors each way: at most 1.05 of every operand once in each. The r×r work, which also writes
-    the first r columns of a, stays in a cache."""
+def test_traffic_is_minimal(r, d, monkeypatch):
+    """Each way passes over the factors twice, with at most 1.05 of every operand once in each. The r×r work, which also
+    writes the first r columns of a, stays in a cache and is left out."""
     for name in ("inverse", "backward"):
         monkeypatch.setattr(cayley, f"lora_cayley_{name}_kernel", defaultdict(lambda: lambda *args, **kwargs: None))
     lists, inverses = ([torch.zeros(r, d)], [torch.zeros(d, r)]), [torch.zeros(r, r)]
@@ -275,14 +271,14 @@ def test_traffic(r, d, monkeypatch):
     [((3, 2), (4, 3), FLOAT32), ((3, 5), (4, 2), FLOAT32), ((3, 5), (4, 3), BFLOAT16), ((257, 300), (4, 257), FLOAT32)],
     ids=["r > d_in", "two ranks", "two dtypes", "r > 256"],
 )
-def test_bad_pairs_are_named(a, b, dtype):
-    with pytest.raises(ValueError, match="pair 0: expected free_a"):
+def test_assertion_names_a_bad_pair(a, b, dtype):
+    with pytest.raises(AssertionError, match="pair 0: expected free_a"):
         cayley.cayley([torch.ones(a, device=DEVICE)], [torch.ones(b, dtype=dtype, device=DEVICE)])
 
 
 @pytest.mark.parametrize(
     "scale", [torch.ones(4), torch.ones(3, dtype=BFLOAT16), torch.ones(6)[::2]], ids=["length", "dtype", "strided"]
 )
-def test_bad_scales_are_named(scale):
-    with pytest.raises(ValueError, match="scale 0: expected contiguous float32"):
+def test_assertion_names_a_bad_scale(scale):
+    with pytest.raises(AssertionError, match="scale 0: expected contiguous float32"):
         cayley.cayley(*pairs([(3, 5, 4)]), [scale.to(DEVICE)])

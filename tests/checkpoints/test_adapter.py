@@ -24,13 +24,13 @@ LLAMA_LINEARS = 14  # in two layers
 
 
 def adapters_of(model):
-    """Key in the file → tensor, whichever kind of model it is."""
-    found = {}
+    """Returns key in the file → tensor, for any kind of model."""
+    tensors = {}
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             name = PREFIX + name.removeprefix(PREFIX).replace(".default", "")
-            found[name if name.endswith(".weight") else f"{name}.weight"] = parameter.detach()
-    return found
+            tensors[name if name.endswith(".weight") else f"{name}.weight"] = parameter.detach()
+    return tensors
 
 
 SHAPES = {
@@ -43,7 +43,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("case", SHAPES)
-def test_peft_loads_ours(case, tmp_path):
+def test_peft_loads_a_saved_adapter(case, tmp_path):
     model = injected_llama(**SHAPES[case]).eval()
     report = lf.save_adapter(model, tmp_path)
     assert set(report.changed) == {name for name, m in model.named_modules() if isinstance(m, lf.LoRALinear)}
@@ -56,7 +56,7 @@ def test_peft_loads_ours(case, tmp_path):
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "peft"])
 @pytest.mark.parametrize("case", SHAPES)
-def test_we_load_peft_s(case, fused, tmp_path):
+def test_load_adapter_reads_peft_s_folder(case, fused, tmp_path):
     options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
     for name, value in SHAPES[case].items():
         options[{"alpha": "lora_alpha", "dropout": "lora_dropout"}.get(name, name)] = value
@@ -75,7 +75,7 @@ def test_we_load_peft_s(case, fused, tmp_path):
     assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in model.named_parameters())
 
 
-def test_loading_into_injected_layers_keeps_the_parameters(tmp_path):
+def test_load_adapter_keeps_the_parameters_of_injected_layers(tmp_path):
     lf.save_adapter(injected_llama(), tmp_path)
     model = injected_llama(seed=7)
     fill(model, seed=8)
@@ -87,7 +87,7 @@ def test_loading_into_injected_layers_keeps_the_parameters(tmp_path):
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "peft"])
-def test_loading_into_a_peft_model_and_saving_it(fused, tmp_path):
+def test_load_and_save_of_a_peft_model_keep_every_bit(fused, tmp_path):
     lf.save_adapter(injected_llama(), tmp_path / "ours")
     model = peft_llama(seed=7)
     if fused:
@@ -100,7 +100,7 @@ def test_loading_into_a_peft_model_and_saving_it(fused, tmp_path):
     assert_same_tensors(adapters_of(PeftModel.from_pretrained(llama(), tmp_path / "theirs")), files[0])
 
 
-def test_the_active_of_several_peft_adapters_is_saved_and_loaded(tmp_path):
+def test_active_one_of_several_adapters_is_saved_and_loaded(tmp_path):
     model = peft_llama(targets=["q_proj"])
     model.add_adapter("second", LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"]))
     model.set_adapter("second")
@@ -117,7 +117,7 @@ def test_the_active_of_several_peft_adapters_is_saved_and_loaded(tmp_path):
     assert torch.equal(layer.lora_A["default"].weight, before)
 
 
-def test_ranks_and_scales_of_each_layer(tmp_path):
+def test_ranks_and_scales_may_differ_between_layers(tmp_path):
     model = llama()
     lf.inject_(model, lf.LoRAConfig(r=4, alpha=8, target_modules=["q_proj"]))
     lf.inject_(model, lf.LoRAConfig(r=7, alpha=3, target_modules=["v_proj", "layers.1.mlp.up_proj"]))
@@ -135,7 +135,7 @@ def test_ranks_and_scales_of_each_layer(tmp_path):
         assert_same_tensors(adapters_of(twin), adapters_of(model))
 
 
-def test_we_read_peft_s_patterns_and_exclusions(tmp_path):
+def test_load_adapter_reads_patterns_and_exclusions(tmp_path):
     config = LoraConfig(
         r=4,
         lora_alpha=8,
@@ -154,7 +154,7 @@ def test_we_read_peft_s_patterns_and_exclusions(tmp_path):
             assert layer.scaling == theirs.get_submodule(PREFIX + name).scaling["default"]
 
 
-def test_a_name_that_ends_another_is_not_taken_for_it(tmp_path):
+def test_name_that_ends_another_is_not_taken_for_it(tmp_path):
     def build():
         torch.manual_seed(0)
         return nn.ModuleDict({"proj": nn.Linear(8, 8), "block": nn.ModuleDict({"proj": nn.Linear(8, 8)})})
@@ -180,7 +180,7 @@ def compile_block(model):
     [lambda model: torch.compile(model, backend="eager"), nn.DataParallel, compile_block],
     ids=["compiled", "data-parallel", "compiled-block"],
 )
-def test_a_wrapped_model_has_the_plain_names(wrap, build, tmp_path):
+def test_wrapped_model_is_saved_under_the_plain_names(wrap, build, tmp_path):
     wrapped, plain = wrap(build()), adapters_of(build())
     lf.save_adapter(wrapped, tmp_path)
     assert_same_tensors(safetensors.torch.load_file(tmp_path / WEIGHTS), plain)
@@ -196,7 +196,7 @@ def test_16_bit_adapters_widen_exactly(tmp_path):
     assert_same_tensors(adapters_of(wide), {key: tensor.float() for key, tensor in adapters_of(model).items()})
 
 
-def test_the_files_are_peft_s(tmp_path):
+def test_saved_files_are_peft_s(tmp_path):
     lf.save_adapter(injected_llama(), tmp_path)
     assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
     with safe_open(tmp_path / WEIGHTS, "pt") as file:
@@ -210,7 +210,7 @@ def test_the_files_are_peft_s(tmp_path):
 # writing
 
 
-def test_a_failed_save_leaves_the_good_adapter(tmp_path, monkeypatch):
+def test_failed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
     lf.save_adapter(injected_llama(), tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in (CONFIG, WEIGHTS)}
 
@@ -225,7 +225,7 @@ def test_a_failed_save_leaves_the_good_adapter(tmp_path, monkeypatch):
         assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
 
 
-def test_everything_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
+def test_save_syncs_every_file_before_the_first_rename(tmp_path, monkeypatch):
     calls, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda descriptor: (calls.append("fsync"), fsync(descriptor))[1])
     monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths))[1])
@@ -242,14 +242,14 @@ def folder_in_the_way(folder):
 
 
 @pytest.mark.parametrize("spoil", [file_in_the_way, folder_in_the_way])
-def test_saving_where_it_cannot_be(spoil, tmp_path):
+def test_save_refuses_a_path_that_cannot_be_written(spoil, tmp_path):
     spoil(tmp_path / "adapter")
     with pytest.raises(lf.CheckpointError, match="path: expected a folder that can be written"):
         lf.save_adapter(injected_llama(), tmp_path / "adapter")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_saving_into_a_read_only_folder(tmp_path):
+def test_save_refuses_a_read_only_folder(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(lf.CheckpointError, match="Permission denied"):
         lf.save_adapter(injected_llama(), tmp_path)
@@ -279,7 +279,7 @@ def native_peft():
     ],
     ids=["plain", "meta", "single-layer", "two-active", "not-a-PeftModel"],
 )
-def test_saving_what_cannot_be_saved(build, says, tmp_path):
+def test_save_refuses_models_without_one_whole_adapter(build, says, tmp_path):
     with pytest.raises(lf.CheckpointError, match=says):
         lf.save_adapter(build(), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
@@ -445,7 +445,7 @@ def parametrized_llama():
         *("width", "shallower", "deeper", "unfit", "a-linear"),
     ],
 )
-def test_a_model_that_does_not_fit_is_left_as_it_was(build, says, tmp_path):
+def test_model_that_does_not_fit_is_left_unchanged(build, says, tmp_path):
     lf.save_adapter(injected_llama(seed=9), tmp_path)
     edit_config(target_modules=r".*_proj")(tmp_path)  # as a user writes it: names layers that are not in the file too
     model = build()
@@ -461,3 +461,18 @@ def test_paths_may_be_strings_and_folders_are_made(tmp_path):
     lf.save_adapter(injected_llama(), path)
     assert (Path(path) / WEIGHTS).is_file()
     lf.load_adapter(llama(), path)
+
+
+def test_pattern_of_a_short_name_does_not_match_a_longer_one(tmp_path):
+    """PEFT takes the first pattern that matches a name's end: "proj" would be the one for "z.proj" too."""
+
+    def build():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"proj": nn.Linear(8, 8), "z": nn.ModuleDict({"proj": nn.Linear(8, 8)})})
+
+    model = build()
+    lf.inject_(model, lf.LoRAConfig(r=2, target_modules="proj"))
+    lf.inject_(model, lf.LoRAConfig(r=3, target_modules=["z.proj"]))
+    lf.save_adapter(model, tmp_path)
+    ranks = PeftModel.from_pretrained(build(), tmp_path).base_model.model
+    assert (ranks["proj"].r["default"], ranks["z"]["proj"].r["default"]) == (2, 3)

@@ -1,5 +1,5 @@
-"""SingLoRA's adapters on disk, and folders with several parametrisations: plain LoRA for everyone else, every bit of
-what is trained for us. (Norm-bounded ones: test_nb_files.py.)"""
+"""The sidecar of SingLoRA layers and of models with several kinds of layers: every bit of the trained parameters is
+restored. (Norm-bounded layers: test_sidecar_nb_lora.py.)"""
 
 import pytest
 import torch
@@ -39,7 +39,8 @@ def assert_bitwise(model, other) -> None:
     for name, layer in ours.items():
         assert type(layer) is type(theirs[name])
         assert all(
-            torch.equal(getattr(layer, own), getattr(theirs[name], own)) for own in layer.SAVED_STATE + layer.TRAINABLE
+            torch.equal(getattr(layer, role), getattr(theirs[name], role))
+            for role in layer.SAVED_STATE + layer.TRAINABLE
         )
         assert all(getattr(layer, key) == getattr(theirs[name], key) for key in (*layer.INIT_ARGUMENTS, "scaling", "r"))
     assert torch.equal(logits(model), logits(other))
@@ -47,7 +48,7 @@ def assert_bitwise(model, other) -> None:
 
 @pytest.mark.parametrize("fresh", [single_llama, llama], ids=["with layers", "plain"])
 @pytest.mark.parametrize("steps", [0, 3, 9], ids=["before the ramp", "in it", "after it"])
-def test_restores_every_bit(steps, fresh, tmp_path):
+def test_load_restores_every_bit(steps, fresh, tmp_path):
     model, other = trained(steps), fresh()
     lf.save_adapter(model, tmp_path)
     assert len(lf.load_adapter(other, tmp_path).changed) == 14
@@ -55,7 +56,7 @@ def test_restores_every_bit(steps, fresh, tmp_path):
     assert {int(layer.steps) for layer in layers_of(other).values()} == {steps}
 
 
-def test_training_goes_on_to_the_same_bits(tmp_path):
+def test_training_continues_to_the_same_bits(tmp_path):
     def train(model, optimizer):
         loss_of(model, batch()).backward()
         optimizer.step()
@@ -73,13 +74,13 @@ def test_training_goes_on_to_the_same_bits(tmp_path):
 
 
 @pytest.mark.parametrize("steps", [3, 9], ids=["in the ramp", "after it"])
-def test_peft_reads_it(steps, tmp_path):
+def test_peft_reads_the_plain_adapter(steps, tmp_path):
     model = trained(steps)
     lf.save_adapter(model, tmp_path)
     assert_peft_logits(model, PeftModel.from_pretrained(llama(), tmp_path))
 
 
-def test_three_parametrisations_in_one_model(tmp_path):
+def test_model_with_three_kinds_of_layers_is_restored(tmp_path):
     def mixed():
         model = llama()
         lf.inject_(model, lf.NBLoRAConfig(r=4, norm="spectral", bound=0.7, target_modules=["q_proj"]))
@@ -104,12 +105,13 @@ def saved(tmp_path):
     return tmp_path
 
 
-def each(own, made):
-    """A change of that tensor of every layer."""
-    return lambda m, t: t.update({key: made(value) for key, value in t.items() if key.endswith(own)})
+def each(role, change):
+    """Returns a function that changes the tensor of this role of every layer."""
+    return lambda m, t: t.update({key: change(value) for key, value in t.items() if key.endswith(role)})
 
 
-def noted(old, new):
+def replaced(old, new):
+    """Returns a function that replaces a string in the metadata."""
     return lambda m, t: m.update(layers=m["layers"].replace(old, new))
 
 
@@ -118,16 +120,16 @@ DAMAGES = {
     "float64": (each("free_s", lambda x: x.double()), r"^key model.*\.free_s: .*float32.* got torch.float64"),
     "half a step": (each("steps", lambda x: x + 0.5), r"^key model.*\.steps: .*int64.* got torch.float32"),
     "steps of each row": (each("steps", lambda x: x.expand(4).clone()), r"^key model.*\.steps: .*shape \(\)"),
-    "alpha of 0": (noted(str(ALPHA), "0.0"), r"^alpha of model.* in free_parameters.safetensors: .*above 0"),
-    "a ramp of -7": (noted(f'"ramp_steps": {RAMP}', '"ramp_steps": -7'), r"^ramp_steps of model.*at least 1"),
-    "another kind": (noted("SingLoRALinear", "NBLoRALinear"), "class, settings and tensors of each layer"),
-    "an unknown kind": (noted("SingLoRALinear", "Other"), "class, settings and tensors of each layer"),
-    "not JSON": (noted("}", ""), "class, settings and tensors of each layer"),
+    "alpha of 0": (replaced(str(ALPHA), "0.0"), r"^alpha of model.* in free_parameters.safetensors: .*above 0"),
+    "a ramp of -7": (replaced(f'"ramp_steps": {RAMP}', '"ramp_steps": -7'), r"^ramp_steps of model.*at least 1"),
+    "another kind": (replaced("SingLoRALinear", "NBLoRALinear"), "class, settings and tensors of each layer"),
+    "an unknown kind": (replaced("SingLoRALinear", "Other"), "class, settings and tensors of each layer"),
+    "not JSON": (replaced("}", ""), "class, settings and tensors of each layer"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_sidecar_that_does_not_fit_is_named(damage, saved):
+def test_damaged_sidecar_is_refused(damage, saved):
     change, message = DAMAGES[damage]
     rewritten(saved, change)
     for model in (single_llama(), llama()):
@@ -147,7 +149,7 @@ def test_a_sidecar_that_does_not_fit_is_named(damage, saved):
     ],
     ids=["alpha", "ramp", "rank", "norm-bounded"],
 )
-def test_a_model_that_does_not_fit_is_named(config, message, saved):
+def test_model_that_does_not_fit_is_refused(config, message, saved):
     model = llama()
     lf.inject_(model, config)
     before = snapshot(model)
@@ -156,7 +158,7 @@ def test_a_model_that_does_not_fit_is_named(config, message, saved):
     assert_unchanged(model, before)
 
 
-def test_a_plain_adapter_is_no_single_matrix(saved):
+def test_sing_lora_layers_refuse_a_plain_adapter(saved):
     (saved / SIDECAR).unlink()
     model = single_llama()
     before = snapshot(model)
@@ -167,7 +169,7 @@ def test_a_plain_adapter_is_no_single_matrix(saved):
     assert_unchanged(model, before)
 
 
-def test_merged_layers_are_named(saved):
+def test_merged_layers_are_refused(saved):
     model = single_llama()
     lf.merge_(model)
     with pytest.raises(lf.CheckpointError, match="unmerged layers"):

@@ -1,4 +1,4 @@
-"""lora-fast doctor: the whole of it here, and what it says of a broken installation."""
+"""``lora-fast doctor`` on this machine, and its findings on broken installations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def invoke(*options: str):
 
 @pytest.fixture
 def few(monkeypatch):
-    """Replaces the checks; the core's layer works."""
+    """Replaces the checks by one that works and those that are given."""
 
     def set_checks(*checks):
         works = checkup.Check("layer, torch backend", True, checkup._torch_layer, "")
@@ -32,77 +32,79 @@ def few(monkeypatch):
 
 
 def broken(core: bool) -> checkup.Check:
+    """Returns a check that fails."""
+
     def run():
         raise RuntimeError("no such thing\nmore of it")
 
     return checkup.Check("some part", core, run, "pip install something")
 
 
-def test_all_of_it_works_here():
+def test_doctor_works_on_this_machine():
     result = invoke("--json")
     assert result.exit_code == 0, result.output
-    found = json.loads(result.output)
-    installed = found["versions"]["torch"].split("+")[0]  # PyPI's build for CUDA says +cu130 in __version__ alone
-    assert found["core_works"] and installed == torch.__version__.split("+")[0]
-    assert found["backend"]["name"] == ("triton" if torch.cuda.is_available() else "torch")
-    seen = {check["name"]: check for check in found["checks"]}
-    there = torch.cuda.is_available() or installation.driver() != installation.NO_DRIVER
-    assert {name: check["state"] for name, check in seen.items() if check["state"] != "works"} == (
-        {} if there else {"GPU": "none"}
-    )
-    assert seen["compiling a kernel"]["seen"].endswith("0 spills")
-    assert seen["fusing a PEFT model"]["seen"].startswith("fused 2 layers")
+    report = json.loads(result.output)
+    installed = report["versions"]["torch"].split("+")[0]  # PyPI's CUDA build has +cu130 in __version__ only
+    assert report["core_works"] and installed == torch.__version__.split("+")[0]
+    assert report["backend"]["name"] == ("triton" if torch.cuda.is_available() else "torch")
+    findings = {check["name"]: check for check in report["checks"]}
+    has_gpu = torch.cuda.is_available() or installation.driver() != installation.NO_DRIVER
+    states = {name: finding["state"] for name, finding in findings.items() if finding["state"] != "works"}
+    assert states == ({} if has_gpu else {"GPU": "none"})
+    assert findings["compiling a kernel"]["seen"].endswith("0 spills")
+    assert findings["fusing a PEFT model"]["seen"].startswith("fused 2 layers")
 
 
-def test_what_is_not_core_is_told_with_its_remedy_and_exit_code_0(few):
+def test_broken_optional_part_has_a_remedy_and_exit_code_0(few):
     few(broken(core=False))
     result = invoke()
     assert result.exit_code == 0
     assert "some part: RuntimeError: no such thing" in result.output and "pip install something" in result.output
-    assert "The core works; what does not: some part." in result.output
+    assert "The core works. These parts do not: some part." in result.output
 
 
-def test_a_broken_core_is_an_exit_code(few):
+def test_broken_core_has_exit_code_1(few):
     few(broken(core=True))
     result = invoke()
-    assert result.exit_code == 1 and "the core does not work here: some part" in result.output
+    assert result.exit_code == 1 and "the core does not work: some part" in result.output
     as_json = invoke("--json")
     assert as_json.exit_code == 1 and json.loads(as_json.stdout)["core_works"] is False
 
 
-def test_a_backend_that_cannot_run_is_no_core(few, monkeypatch):
+def test_backend_that_cannot_run_has_exit_code_1(few, monkeypatch):
     few()
     monkeypatch.setattr(installation, "which_backend", lambda: ("none", "expected a CUDA device"))
     result = invoke()
     assert result.exit_code == 1 and "expected a CUDA device" in result.output
 
 
-def test_a_wrong_layer_is_found(monkeypatch):
+def test_layer_check_fails_for_a_wrong_layer(monkeypatch):
     monkeypatch.setattr(checkup, "layer_error", lambda device: 1e-3)
     finding = examined("layer, torch backend")
     assert finding.core and finding.state == checkup.FAILS and "off by 1.0e-03" in finding.seen
 
 
-def test_the_layer_is_compared_with_its_formula(monkeypatch):
+def test_layer_error_is_relative_to_the_formula(monkeypatch):
     from lora_fast.ops.reference import linear as reference
 
-    right = reference.grad_a
+    grad_a = reference.grad_a
     device = torch.device("cpu")
     with set_backend("torch"):
         assert checkup.layer_error(device) < checkup.ERROR[torch.float32]
-        monkeypatch.setattr(reference, "grad_a", lambda *arguments: 1.01 * right(*arguments))
+        monkeypatch.setattr(reference, "grad_a", lambda *arguments: 1.01 * grad_a(*arguments))
         assert checkup.layer_error(device) == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", checkup.ERROR, ids=str)
 @pytest.mark.parametrize("strategy", ["fused", "cublas"])
-def test_the_kernels_are_within_what_is_asked_of_them(dtype, strategy):
+def test_kernels_are_within_the_allowed_error(dtype, strategy):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with set_backend("triton"), tiles.assume(strategy=strategy):
         assert 0 < checkup.layer_error(device, dtype) < checkup.ERROR[dtype]
 
 
 def examined(name: str) -> checkup.Finding:
+    """Returns the finding of the check of this name."""
     return checkup.examine(next(check for check in checkup.checks() if check.name == name))
 
 
@@ -111,44 +113,45 @@ OLD = installation.TESTED | {"torch": "2.8.1+cu128", "peft": "0.17.0"}
 FEW = {name: version for name, version in installation.TESTED.items() if name not in ("transformers", "matplotlib")}
 
 
-@pytest.mark.parametrize(("here", "seen", "remedy"), [
-    (NEW, "as required; newer than those tested: torch 99.1.0", ""),
+@pytest.mark.parametrize(("installed", "seen", "remedy"), [
+    (NEW, "as required; newer than the tested ones: torch 99.1.0", ""),
     (OLD, "needed: torch>=2.9, peft>=0.18", "pip install 'torch>=2.9' 'peft>=0.18'"),
     (FEW, "needed: transformers>=5.0, matplotlib>=3.9", "pip install 'transformers>=5.0' 'matplotlib>=3.9'"),
 ], ids=["newer", "too old", "missing"])  # fmt: skip
-def test_versions_are_held_to_the_package_s_requirements(monkeypatch, here, seen, remedy):
-    monkeypatch.setattr(installation, "version", lambda package: here.get(package, installation.ABSENT))
+def test_versions_are_checked_against_the_requirements(monkeypatch, installed, seen, remedy):
+    monkeypatch.setattr(installation, "version", lambda package: installed.get(package, installation.ABSENT))
     finding = examined("versions")
     assert (finding.state == checkup.FAILS) is bool(remedy)
     assert (finding.seen, finding.remedy) == (seen, remedy)
 
 
-def test_the_tested_versions_are_those_of_constraints_txt():
+def test_tested_versions_equal_constraints_txt():
     lines = (Path(__file__).resolve().parents[2] / "constraints.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
     assert {name: pinned[name] for name in installation.TESTED} == installation.TESTED
 
 
 def no_gpu(monkeypatch, driver: str, cuda: str | None) -> None:
+    """Lets torch see no GPU, beside this driver and as a build for this CUDA."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(installation, "driver", lambda: driver)
     monkeypatch.setattr(torch.version, "cuda", cuda)
 
 
-def test_no_driver_is_no_failure(monkeypatch):
+def test_missing_driver_is_no_failure(monkeypatch):
     no_gpu(monkeypatch, installation.NO_DRIVER, None)
     finding = examined("GPU")
     assert finding.state == checkup.ABSENT and "--gpus all" in finding.remedy
 
 
-def test_a_torch_for_cpus_beside_a_driver_is_named(monkeypatch):
+def test_torch_for_cpus_beside_a_driver_fails(monkeypatch):
     no_gpu(monkeypatch, "580.65.06", None)
     finding = examined("GPU")
     assert finding.state == checkup.FAILS and "580.65.06" in finding.seen and "a build for CPUs" in finding.seen
     assert finding.remedy.startswith("Install a build of torch for CUDA")
 
 
-def test_a_driver_too_old_for_torch_is_told_in_torch_s_words(monkeypatch):
+def test_driver_too_old_for_torch_is_reported_in_torch_words(monkeypatch):
     def init():
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
 
@@ -160,17 +163,17 @@ def test_a_driver_too_old_for_torch_is_told_in_torch_s_words(monkeypatch):
 
 
 @pytest.mark.parametrize(("capability", "state"), [((7, 5), "fails"), ((8, 0), "works"), ((12, 0), "works")])
-def test_a_gpu_older_than_ampere_is_named(capability, state):
+def test_gpu_older_than_ampere_fails(capability, state):
     finding = checkup.examine(checkup.Check("GPU", False, lambda: checkup._arch(capability), ""))
     assert finding.state == state and f"sm_{capability[0]}{capability[1]}" in finding.seen
     assert ("LORA_FAST_BACKEND=torch" in finding.remedy) is (state == "fails")
 
 
-def test_the_interpreter_left_on_is_not_taken_for_the_kernels(monkeypatch):
+def test_interpreter_left_on_fails_the_kernel_check(monkeypatch):
     for value in ("1", "true", "On"):
         monkeypatch.setenv("TRITON_INTERPRET", value)
         finding = checkup.examine(checkup.Check("layer, Triton kernels", True, checkup._gpu_layer, ""))
-        assert finding.state == checkup.FAILS and finding.remedy == "unset TRITON_INTERPRET"
+        assert finding.state == checkup.FAILS and finding.remedy == "Unset TRITON_INTERPRET."
 
 
 @pytest.mark.parametrize(("variable", "value", "seen"), [
@@ -178,14 +181,14 @@ def test_the_interpreter_left_on_is_not_taken_for_the_kernels(monkeypatch):
     ("CC", "false", "RuntimeError: false: exit code 1"),
     ("PATH", "", "neither gcc nor clang"),
 ], ids=["not there", "broken", "none"])  # fmt: skip
-def test_a_compiler_that_does_not_work_is_named(monkeypatch, variable, value, seen):
+def test_broken_compiler_is_named(monkeypatch, variable, value, seen):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv(variable, value)
     finding = examined("C compiler")
     assert finding.state == checkup.FAILS and seen in finding.seen and "install gcc" in finding.remedy
 
 
-def test_a_damaged_file_of_tune_is_found(tmp_path, monkeypatch):
+def test_damaged_file_of_tune_fails(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tuned.path().parent.mkdir()
     tuned.path().write_text("{")
@@ -194,7 +197,7 @@ def test_a_damaged_file_of_tune_is_found(tmp_path, monkeypatch):
     assert finding.remedy == "lora-fast tune --clear"
 
 
-def test_a_missing_triton_is_not_taken_for_a_damaged_file(monkeypatch):
+def test_missing_triton_is_not_taken_for_a_damaged_file(monkeypatch):
     def read():
         raise ModuleNotFoundError("No module named 'triton'")
 
@@ -203,12 +206,12 @@ def test_a_missing_triton_is_not_taken_for_a_damaged_file(monkeypatch):
     assert finding.state == checkup.FAILS and "'triton>=3.6'" in finding.remedy
 
 
-def test_a_failure_in_another_process_says_its_last_line():
+def test_failure_in_another_process_reports_its_last_line():
     with pytest.raises(RuntimeError, match="ZeroDivisionError: division by zero"):
-        checkup._in_a_process("1 / 0")
+        checkup._run_in_process("1 / 0")
 
 
-def test_no_driver_is_said(monkeypatch):
+def test_versions_report_a_missing_driver(monkeypatch):
     def missing(*arguments, **options):
         raise FileNotFoundError
 

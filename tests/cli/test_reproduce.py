@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,7 +219,7 @@ def test_training_runs_are_shared(tmp_path, monkeypatch):
 
     def run(settings, folder, resume, display):
         asked.append((settings.method, folder))
-        return [f"record of {name}" for name in settings.method]
+        return SimpleNamespace(records=[f"record of {name}" for name in settings.method])
 
     monkeypatch.setattr(finetunes.pipeline, "run", run)
     one = session.Session(tmp_path, True, None)

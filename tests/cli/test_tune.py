@@ -1,5 +1,5 @@
-"""lora-fast tune: the file it keeps, what the launchers do with it, and the search with a clock of the test's own. Only
-the timing itself needs a GPU."""
+"""``lora-fast tune``: its file, the launches that follow it, and the search with a timer of the tests. Only the timing
+itself needs a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OPS = ("project_short", "linear", "grad_s_b", "grad_a", "grad_x_dropout")
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache folder of the test's own."""
+    """Sets an empty cache folder and returns the path of the file in it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tuned._table.cache_clear()
     yield tmp_path / "lora_fast" / "tuned.json"
@@ -44,7 +44,7 @@ def a_table() -> tuned.Table:
     return {key: "fused", key._replace(op="linear_tma"): (128, 256, 64, 8, 3)}
 
 
-def test_the_file_keeps_what_is_written(cache):
+def test_file_keeps_what_is_written(cache):
     assert tuned.read() == {}
     devices = {"a GPU, sm_90, triton 3.7.1": a_table(), "another": {}}
     tuned.write(devices)
@@ -63,7 +63,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
-def test_a_damaged_file_is_named_and_launches_go_on_with_a_warning(cache, damage, monkeypatch):
+def test_damaged_file_is_named_and_launches_warn(cache, damage, monkeypatch):
     tuned.write({"gpu": a_table()})
     before = cache.read_text()
     cache.write_text(damage(before))
@@ -77,10 +77,10 @@ def test_a_damaged_file_is_named_and_launches_go_on_with_a_warning(cache, damage
         assert tuned._table(torch.device("cuda", 0)) == {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuned._table(torch.device("cuda", 0)) == {}  # said once
+        assert tuned._table(torch.device("cuda", 0)) == {}  # without a second warning
 
 
-def test_each_device_has_its_own_choices_and_a_cpu_none(monkeypatch):
+def test_choices_are_kept_by_device_and_a_cpu_has_none(monkeypatch):
     tuned.write({"gpu": a_table()})
     monkeypatch.setattr(tuned, "device_name", lambda device: ("gpu", "other")[device.index])
     assert tuned._table(torch.device("cuda", 0)) == a_table()
@@ -88,20 +88,23 @@ def test_each_device_has_its_own_choices_and_a_cpu_none(monkeypatch):
     assert tuned._table(torch.device("cpu")) == {}
 
 
-@pytest.mark.parametrize(("n_tokens", "d_out", "r", "found"), [
+@pytest.mark.parametrize(("n_tokens", "d_out", "r", "choice"), [
     (8192, 14336, 16, "fused"), (4097, 14336, 16, "fused"), (4096, 14336, 16, None),
     (8192, 4096, 16, None), (8192, 14336, 8, None),
 ])  # fmt: skip
-def test_a_choice_holds_for_its_shape_and_rank_and_tokens_up_to_a_power_of_two(n_tokens, d_out, r, found):
+def test_choice_holds_for_its_shape_and_tokens_up_to_a_power_of_two(n_tokens, d_out, r, choice):
     left = torch.empty(n_tokens, 4096, dtype=torch.bfloat16, device="meta")
     with tuned.using(a_table()):
-        assert tuned.find("linear", left, 4096, d_out, r) == found
+        assert tuned.find("linear", left, 4096, d_out, r) == choice
         assert tuned.find("linear", left.float(), 4096, d_out, r) is None
 
 
-def test_measured_comes_before_the_default_and_after_what_is_assumed():
+def test_measured_choice_precedes_the_default_and_follows_assume():
     x, weight = torch.empty(48, 64, dtype=torch.float16), torch.empty(32, 64, dtype=torch.float16)
-    chosen = lambda: tiles.project(x, 4, short=False, wide=False)
+
+    def chosen() -> tuple:
+        return tiles.project(x, 4, short=False, wide=False)
+
     default = chosen()
     measured = {tuned.key("project", x.dtype, 48, 64, 0, 4): (32, 0, 64, 8, 2)}
     with tuned.using(measured):
@@ -109,7 +112,10 @@ def test_measured_comes_before_the_default_and_after_what_is_assumed():
         with tiles.assume(arch=90):
             assert chosen() != (32, 0, 64, 16, 8, 2)
     assert chosen() == default
-    gemm = lambda direction: strategies.strategy(direction, x, weight, x.dtype, 4, dropout=False)
+
+    def gemm(direction: str) -> str:
+        return strategies.strategy(direction, x, weight, x.dtype, 4, dropout=False)
+
     unmeasured = gemm("forward")
     other = {"fused": "cublas", "cublas": "fused"}[unmeasured]
     with tuned.using({tuned.key("linear", x.dtype, 48, 64, 32, 4): other}):
@@ -123,7 +129,7 @@ def case_of(op: str, shape: search.Shape = SHAPE) -> search.Case:
     return next(case for case in search.cases(shape, DEVICE) if case.key.op == op)
 
 
-def test_every_op_of_a_layer_is_a_case():
+def test_cases_are_the_ops_of_a_layer():
     assert tuple(case.key.op for case in search.cases(SHAPE, DEVICE)) == OPS
     plain = tuple(case.key.op for case in search.cases(replace(SHAPE, dropout=0.0), DEVICE))
     assert plain == (*OPS[:-1], "grad_x")
@@ -133,7 +139,7 @@ HALF, SINGLE = torch.bfloat16, torch.float32
 
 
 @pytest.mark.parametrize("arch, dtype, runs", [(90, HALF, True), (90, SINGLE, False), (100, HALF, False)])
-def test_gluon_is_tried_where_it_runs(arch, dtype, runs, monkeypatch):
+def test_gluon_is_a_candidate_where_it_runs(arch, dtype, runs, monkeypatch):
     monkeypatch.setattr(device, "get", lambda torch_device: device.CARDS[arch])
     gemms = [case_of(op, replace(SHAPE, dtype=dtype)) for op in ("linear", "grad_x_dropout")]
     assert [{case.key: "gluon"} in case.candidates for case in gemms] == [runs, runs]
@@ -141,7 +147,7 @@ def test_gluon_is_tried_where_it_runs(arch, dtype, runs, monkeypatch):
 
 
 def clock(best: int, seconds: list):
-    """Says that candidate ``best`` takes ``seconds[1]`` and every other one ``seconds[0]``."""
+    """Returns a timer for which candidate ``best`` takes ``seconds[1]`` and every other one ``seconds[0]``."""
 
     def timer(calls):
         return [seconds[i == best] for i in range(len(calls))]
@@ -150,7 +156,7 @@ def clock(best: int, seconds: list):
 
 
 @pytest.mark.parametrize("op", ["linear", "grad_a"])
-def test_the_fastest_is_chosen_and_then_runs(op):
+def test_fastest_candidate_is_chosen_and_then_runs(op):
     case = case_of(op)
     case = replace(case, candidates=case.candidates[:3])
     outcome = search.search(case, clock(1, [2e-3, 1e-3]))
@@ -162,35 +168,35 @@ def test_the_fastest_is_chosen_and_then_runs(op):
     if op == "linear" and DEVICE.type == "cpu":
         with tuned.using(table), interpreter.traffic() as counted:
             case.call()
-        assert counted.launches == ["lora_update_kernel"]  # cuBLAS, then the update
+        assert counted.launches == ["lora_update_kernel"]  # cuBLAS runs the GEMM, then the kernel adds the update
     search.remember(table, case, search.search(case, clock(0, [2e-3, 1e-3])))
-    assert table == {}  # the default won: what was known is forgotten
+    assert table == {}  # the default is fastest, so the old choice is deleted
 
 
-def test_shapes_share_what_they_have_in_common_and_each_is_kept_when_it_is_done(monkeypatch):
-    """The second shape has the first one's d_in: its project and grad_a are known already."""
+def test_shapes_share_cases_and_each_shape_is_kept_when_done(monkeypatch):
+    """The second shape has the d_in of the first one, whose project and grad_a it shares."""
     monkeypatch.setattr(tiles, "candidates", lambda *arguments: [(32, 32, 32, 4, 2), (32, 64, 64, 4, 2)])
     table: tuned.Table = {}
     sizes = []
     shapes = [SHAPE, replace(SHAPE, d_out=48)]
-    said = []
-    done = lambda: sizes.append(len(table))
-    outcomes = search.search_all(shapes, DEVICE, table, clock(1, [2e-3, 1e-3]), said.append, done)
-    assert said == [one.key for one in outcomes]
-    assert [one.key.op for one in outcomes] == [*OPS, "linear", "grad_s_b", "grad_x_dropout"]
-    assert sizes == [5, 8] and all(one.choice.items() <= table.items() for one in outcomes)
+    keys = []
+    timer = clock(1, [2e-3, 1e-3])
+    outcomes = search.search_all(shapes, DEVICE, table, timer, keys.append, lambda: sizes.append(len(table)))
+    assert keys == [outcome.key for outcome in outcomes]
+    assert [outcome.key.op for outcome in outcomes] == [*OPS, "linear", "grad_s_b", "grad_x_dropout"]
+    assert sizes == [5, 8] and all(outcome.choice.items() <= table.items() for outcome in outcomes)
 
 
-def test_what_gains_less_than_noise_leaves_the_default():
+def test_gain_below_noise_leaves_the_default():
     case = case_of("grad_a")
     outcome = search.search(replace(case, candidates=case.candidates[:2]), clock(1, [1e-3, 0.99e-3]))
     assert outcome.choice == {} and outcome.best == outcome.default
 
 
-def test_candidates_that_fail_or_differ_are_never_timed():
+def test_candidates_that_fail_or_differ_are_not_timed():
     case = case_of("project_short")
     broken, wrong = case.candidates[1], case.candidates[2]
-    asked = []
+    counts = []
 
     def call():
         chosen = tuned._used[-1]
@@ -199,18 +205,18 @@ def test_candidates_that_fail_or_differ_are_never_timed():
         return torch.full((4, 4), 2.0 if chosen == wrong else 1.0)
 
     def timer(calls):
-        asked.append(len(calls))
+        counts.append(len(calls))
         return [1.0] * len(calls)
 
     outcome = search.search(replace(case, call=call, candidates=case.candidates[:4]), timer)
-    assert asked == [2] and (outcome.tried, outcome.failed) == (2, 2)
+    assert counts == [2] and (outcome.tried, outcome.failed) == (2, 2)
 
 
-def test_results_that_differ_by_the_order_of_a_sum_agree_and_wrong_ones_do_not():
+def test_close_allows_another_order_of_a_sum_but_no_wrong_result():
     key = tuned.key("linear", torch.float32, 48, 4096, 32, 4)
     left, right = torch.randn(2, 64, 4096, generator=torch.Generator().manual_seed(0))
     products = left * right
-    in_turn = products.cumsum(1)[:, -1]  # one number after the other: a tile that walks the whole row
+    in_turn = products.cumsum(1)[:, -1]  # adds the numbers one by one, as a tile does that walks the whole row
     in_pairs = products.sum(1)
     assert not torch.equal(in_turn, in_pairs)
     assert search._close(in_turn, in_pairs, key)
@@ -218,8 +224,8 @@ def test_results_that_differ_by_the_order_of_a_sum_agree_and_wrong_ones_do_not()
     assert not search._close(in_pairs * torch.nan, in_pairs, key)
 
 
-def test_no_call_under_the_clock_changes_its_inputs():
-    """Every tensor that a call closes over is the same to the last bit after two calls of every kind."""
+def test_timed_calls_do_not_change_their_inputs():
+    """Every tensor in the closure of a call has the same bits after two calls."""
     for case in search.cases(SHAPE, DEVICE):
         tensors = [c.cell_contents for c in case.call.__closure__ if isinstance(c.cell_contents, torch.Tensor)]
         before = [tensor.clone() for tensor in tensors]
@@ -227,19 +233,19 @@ def test_no_call_under_the_clock_changes_its_inputs():
         for choice in ({}, case.candidates[1]):
             with tuned.using(choice):
                 case.call()
-        assert all(torch.equal(one, other) for one, other in zip(tensors, before, strict=True)), case.key.op
+        assert all(torch.equal(after, kept) for after, kept in zip(tensors, before, strict=True)), case.key.op
 
 
-def test_candidates_begin_with_the_default_and_differ():
+def test_candidates_begin_with_the_default_and_are_distinct():
     h100 = device.CARDS[90]
     for op, size in {(op, size) for op, size, *_ in tiles.TABLE if not op.startswith("update")}:
-        found = tiles.candidates(op, size, h100, 16)
-        assert found[0] == tiles.row(op, size, h100, 16)
-        assert len(found) == len(set(found)) > 3
-        assert all(side & (side - 1) == 0 for tile in found for side in tile[:4])
+        candidates = tiles.candidates(op, size, h100, 16)
+        assert candidates[0] == tiles.row(op, size, h100, 16)
+        assert len(candidates) == len(set(candidates)) > 3
+        assert all(side & (side - 1) == 0 for tile in candidates for side in tile[:4])  # powers of two
 
 
-def test_shapes_come_from_the_configuration_alone(tmp_path):
+def test_layer_shapes_need_only_the_configuration(tmp_path):
     folder = tiny_model.save(tmp_path / "model")
     (folder / "model.safetensors").unlink()
     assert layer_shapes(str(folder), "all-linear") == [(32, 32), (32, 16), (32, 64), (64, 32)]
@@ -248,7 +254,7 @@ def test_shapes_come_from_the_configuration_alone(tmp_path):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """The command on a tiny model, on the test's own device and with two candidates for each tile."""
+    """Returns options for a tiny model. Sets the test's device, and two candidates for each tile."""
     monkeypatch.setattr(sys.modules["lora_fast.cli.tune.command"], "_gpu", lambda: DEVICE)
     monkeypatch.setattr(tuned, "device_name", lambda device: "a GPU")
     monkeypatch.setattr(tiles, "candidates", lambda *arguments: [(32, 32, 32, 4, 2), (32, 64, 64, 4, 2)])
@@ -256,7 +262,7 @@ def tiny(tmp_path, monkeypatch):
     return ("--model", str(folder), "--rank", "4", "--batch", "1", "--seq-len", "16", "--dtype", "float32")
 
 
-def test_the_command_measures_every_shape_and_keeps_what_won(tiny, monkeypatch):
+def test_command_measures_every_shape_and_keeps_the_fastest(tiny, monkeypatch):
     monkeypatch.setattr(search, "time_on_gpu", clock(1, [2e-3, 1e-3]))
     result = invoke(*tiny)
     assert result.exit_code == 0, result.output
@@ -266,15 +272,15 @@ def test_the_command_measures_every_shape_and_keeps_what_won(tiny, monkeypatch):
     assert {choice for key, choice in table.items() if key.op == "linear"} == {"cublas"}
     monkeypatch.setattr(search, "time_on_gpu", clock(0, [2e-3, 1e-3]))
     assert invoke(*tiny).exit_code == 0
-    assert tuned.read() == {"a GPU": {}}  # measured again: the defaults are best now
+    assert tuned.read() == {"a GPU": {}}  # the defaults are fastest in this second measurement
 
 
 def test_ctrl_c_keeps_the_shapes_that_are_done(tiny, monkeypatch):
-    asked = []
+    timed = []
 
     def timer(calls):
-        asked.append(calls)
-        if len(asked) == 6:
+        timed.append(calls)
+        if len(timed) == 6:
             raise KeyboardInterrupt
         return [2e-3, *[1e-3] * (len(calls) - 1)]
 
@@ -285,27 +291,27 @@ def test_ctrl_c_keeps_the_shapes_that_are_done(tiny, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_without_a_gpu_it_says_so_before_anything_else(cache):
+def test_missing_gpu_is_reported_before_anything_else(cache):
     result = invoke("--model", "/nowhere", "--rank", "0")
     assert result.exit_code == 2
     assert "lora-fast tune: expected a CUDA GPU to measure on, got none" in result.output
     assert not cache.exists()
 
 
-def test_kernels_in_the_interpreter_are_not_timed(cache, monkeypatch):
+def test_interpreted_kernels_are_not_timed(cache, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     result = invoke()
     assert result.exit_code == 2 and "unset it" in result.output and not cache.exists()
 
 
-def test_a_gpu_older_than_the_kernels_is_named(monkeypatch):
+def test_gpu_older_than_the_kernels_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(major=7, minor=5))
     with pytest.raises(RuntimeError, match=r"sm_80 \(Ampere\) or later, got sm_75"):
         device._query_gpu.__wrapped__(0)
 
 
-def test_show_and_clear_work_anywhere(cache):
+def test_show_and_clear_work_without_a_gpu(cache):
     assert "Nothing measured yet" in invoke("--show").output
     tuned.write({"a GPU, sm_90, triton 3.7.1": a_table()})
     shown = invoke("--show").output
@@ -315,7 +321,7 @@ def test_show_and_clear_work_anywhere(cache):
     assert "Nothing to remove" in invoke("--clear").output
 
 
-def test_the_results_are_a_table_of_what_was_chosen():
+def test_results_are_a_table_of_the_choices():
     case = case_of("linear")
     rows = results([search.Outcome(case.key, 2e-3, 1e-3, case.candidates[1], 5, 1)]).rows
     assert [cell.text for cell in rows[0]] == [
@@ -323,7 +329,7 @@ def test_the_results_are_a_table_of_what_was_chosen():
     ]  # fmt: skip
 
 
-def test_the_layer_with_measured_tiles_is_still_the_layer():
+def test_layer_with_measured_tiles_gives_the_same_result():
     x = torch.randn(48, 64, dtype=torch.float16, device=DEVICE)
     a = torch.randn(4, 64, device=DEVICE)
     with tuned.using({tuned.key("project", x.dtype, 48, 64, 0, 4): (32, 0, 32, 4, 2)}):

@@ -1,4 +1,4 @@
-"""Adapter folders rewritten, and models compared by their logits."""
+"""Rewrites sidecars, and compares models by their logits."""
 
 import copy
 
@@ -16,13 +16,14 @@ def logits(model) -> torch.Tensor:
 
 
 def assert_peft_logits(ours, peft) -> None:
-    """Both models' logits are equally far from PEFT's in float64, and far from those of the frozen model."""
+    """Asserts that both models' logits are equally close to PEFT's in float64, and far from the frozen model's."""
     got, theirs, exact = logits(ours), logits(peft), logits(copy.deepcopy(peft).double())
     check("logits", got, exact, error(theirs, exact), torch.float32)
     assert error(logits(llama()), exact) > 1e-2
 
 
 def rewritten(path, change):
+    """Applies a function of (metadata, tensors) to a folder's sidecar."""
     file = path / SIDECAR
     with safetensors.safe_open(file, "pt") as opened:
         metadata, tensors = opened.metadata(), {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118

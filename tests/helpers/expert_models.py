@@ -39,7 +39,7 @@ both_layouts = pytest.mark.parametrize("is_transposed", [False, True], ids=["(E,
 
 
 class Experts(nn.Module):
-    """A parameter of E matrices, in one of the two layouts that transformers has."""
+    """A parameter of E matrices, in one of the two layouts that transformers uses."""
 
     def __init__(self, experts, d_out, d_in, is_transposed, dtype):
         super().__init__()
@@ -52,11 +52,11 @@ class Experts(nn.Module):
 
 
 def experts_model(is_transposed=False, experts=E, r=R, dtype=torch.float64, layers=1, d_out=D_OUT, d_in=D_IN):
-    """A PEFT model and its wrappers, with random factors."""
+    """Returns a PEFT model with random factors, and its wrappers."""
     torch.manual_seed(0)
-    layer = lambda: nn.ModuleDict({"experts": Experts(experts, d_out, d_in, is_transposed, dtype)})
     config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=[], target_parameters=["experts.matrices"])
-    model = peft.get_peft_model(nn.ModuleList([layer() for _ in range(layers)]), config)
+    modules = [nn.ModuleDict({"experts": Experts(experts, d_out, d_in, is_transposed, dtype)}) for _ in range(layers)]
+    model = peft.get_peft_model(nn.ModuleList(modules), config)
     wrappers = [module for module in model.modules() if type(module).__name__ == "ParamWrapper"]
     for wrapper in wrappers:
         nn.init.normal_(wrapper.lora_A["default"].weight, std=d_in**-0.5)
@@ -65,14 +65,14 @@ def experts_model(is_transposed=False, experts=E, r=R, dtype=torch.float64, laye
 
 
 def directions(wrapper, seed):
-    """A gradient of each expert's weight, (E, d_out, d_in)."""
+    """Returns a random gradient of each expert's weight, (E, d_out, d_in)."""
     generator = torch.Generator().manual_seed(seed)
     shape = (wrapper.num_experts, wrapper.out_features, wrapper.in_features)
     return torch.randn(shape, generator=generator, dtype=wrapper.get_param().dtype)
 
 
 def set_gradients(wrapper, seed):
-    """Sets the gradients of PEFT's own change of the weight, by autograd."""
+    """Sets the factors' gradients by autograd through PEFT's change of the weight."""
     full = directions(wrapper, seed)
     full = full if wrapper._did_swap_in_out_features else full.mT
     wrapper.lora_A["default"].weight.grad = wrapper.lora_B["default"].weight.grad = None
@@ -80,6 +80,18 @@ def set_gradients(wrapper, seed):
 
 
 def effective(wrapper):
-    """W + ΔW in float64, by PEFT."""
+    """Returns W + ΔW in float64, as computed by PEFT."""
     exact = copy.deepcopy(wrapper).double()
     return (exact.get_param() + exact.get_delta_weight("default")).detach()
+
+
+def factors(wrapper):
+    """Returns copies of each expert's (a, b), by PEFT's get_delta_factors, and the scaling."""
+    lhs, rhs, scaling = wrapper.get_delta_factors("default")
+    a, b = (rhs, lhs) if wrapper._did_swap_in_out_features else (lhs.mT, rhs.mT)
+    return [(x.detach().clone(), y.detach().clone()) for x, y in zip(a, b, strict=True)], scaling
+
+
+def matrices(wrapper, x):
+    """Returns each expert's (d_out, d_in) matrix of ``x``, the parameter or PEFT's change of it."""
+    return x.detach().clone() if wrapper._did_swap_in_out_features else x.detach().mT.clone()

@@ -1,4 +1,4 @@
-"""Runs a method on a few layers, ours and the float64 transcription of its formulas."""
+"""Runs a method on a few layers, in the optimizer and in the transcription of its formulas."""
 
 import torch
 import transcription as T
@@ -10,23 +10,21 @@ SHAPES = [(24, 40, 4), (24, 40, 4), (24, 40, 4), (33, 17, 3), (17, 33, 3), (40, 
 
 
 STEPS = 200
-
-
-ULPS = 8  # of float32, where a case makes no error worth the name
+ULPS = 8  # slack in units of float32's ε, for cases whose formulas have almost no error
 
 
 def layers(dtype, seed=0, shapes=SHAPES, zero_b=False):
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    result = []
     for d_out, d_in, r in shapes:
         draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)
         a, b, w = draw(r, d_in) / d_in**0.5, draw(d_out, r) / 4, draw(d_out, d_in) / d_in**0.5
-        found.append(T.Layer(a, torch.zeros_like(b) if zero_b else b, 2.0, w))
-    return found
+        result.append(T.Layer(a, torch.zeros_like(b) if zero_b else b, 2.0, w))
+    return result
 
 
 def gradient_stream(shapes=SHAPES, seed=1):
-    """Gradients of the effective weights: a direction that stays, and noise."""
+    """Yields gradients of the effective weights: a constant direction plus noise."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda d_out, d_in: torch.randn(d_out, d_in, generator=generator, dtype=torch.float64)
     steady = [draw(d_out, d_in) for d_out, d_in, _ in shapes]
@@ -35,7 +33,7 @@ def gradient_stream(shapes=SHAPES, seed=1):
 
 
 class Ours:
-    """The optimizer on the same layers, with the interface of a transcription."""
+    """Runs the optimizer on the same layers, with the interface of a transcription."""
 
     def __init__(self, layers, methods, **settings):
         self.layers = layers
@@ -64,6 +62,17 @@ def factors(work):
 
 
 def distance(work, exact):
-    """Relative L2 error over all factors and weights, each divided by its own norm."""
+    """Returns the relative L2 error over all factors and weights, each divided by its own norm."""
     errors = [(got - want).norm() / want.norm() for got, want in zip(factors(work), factors(exact), strict=True)]
     return torch.stack(errors).square().mean().sqrt().item()
+
+
+def layer_with_gradients(seed, r=4, d_in=9, d_out=7, s=2.0, correlated=False):
+    """Returns a pair in float64, the gradient of its effective weight, and its consistent factor gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    a, b, full = draw(r, d_in), draw(d_out, r), draw(d_out, d_in)
+    if correlated:  # ScaLoRA's column solution then has negative entries
+        a, b = a + 3 * a[:1], b + 2 * b[:, :1]
+    layer = T.Layer(a, b, s, draw(d_out, d_in))
+    return layer, full, *T.gradients(layer, full)

@@ -1,4 +1,4 @@
-"""Norm-bounded models away from their start."""
+"""Norm-bounded models whose adapters are not 0."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ NORMS = ["spectral", "frobenius", "nuclear"]
 
 @torch.no_grad()
 def scatter(model: nn.Module, size=1.0, seed=1) -> nn.Module:
-    """Random free parameters: fresh ones give b = 0, which would hide most mistakes."""
+    """Sets random free parameters and returns the model. The initial ones give b = 0, which would hide most errors."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "free_" in name:

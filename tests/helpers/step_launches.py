@@ -1,10 +1,8 @@
-"""How many launches a step takes, method by method."""
+"""The launches of a step of each method, by name."""
 
 from lora_fast import methods as M
 
 SCALING = ["gram", "scalora_solve", "scales", "merge", "step"]
-
-
 LAUNCHES = {
     "plain": ([], ["step"]),
     "lora+": ([M.LoRAPlus()], ["step"]),

@@ -1,4 +1,4 @@
-"""A tiny random Llama, its batches, and snapshots that show whether a model is as it was, to the last bit."""
+"""A tiny random Llama, its batches, and snapshots that show any change of a model."""
 
 import torch
 from torch import nn
@@ -7,6 +7,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lora_fast as lf
 
 VOCABULARY = 97
+
+
+class ShardedTensor(torch.Tensor):
+    """A subclass of torch.Tensor that stands for DTensor."""
 
 
 def llama(seed=0, dtype=torch.float32, tied=False, hidden=64, layers=2):
@@ -24,13 +28,13 @@ def llama(seed=0, dtype=torch.float32, tied=False, hidden=64, layers=2):
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
     for name, module in list(model.named_modules()):
-        if type(module).__name__ == "LlamaRMSNorm":  # computes in float32 whatever the model's dtype: no oracle
+        if type(module).__name__ == "LlamaRMSNorm":  # always computes in float32, so it gives no oracle in float64
             model.set_submodule(name, nn.RMSNorm(hidden, eps=config.rms_norm_eps))
     return model.to(dtype)
 
 
 def peft_llama(seed=0, dtype=torch.float32, r=4, alpha=8, dropout=0.0, targets="all-linear", filled=True, **options):
-    """A PeftModel over ``llama``; ``filled`` gives lora_B random values, so that the adapter does something."""
+    """Returns a PeftModel over ``llama``. ``filled`` sets random values of lora_B, so that the adapter is not 0."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, **options)
@@ -41,7 +45,7 @@ def peft_llama(seed=0, dtype=torch.float32, r=4, alpha=8, dropout=0.0, targets="
 
 
 def fill(model, seed=1):
-    """Random lora_B: a fresh one is zero, and would hide most mistakes."""
+    """Sets random values of lora_B and returns the model. The initial lora_B is 0, which would hide most errors."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -61,13 +65,13 @@ def batch(seed=0, rows=2, length=12):
 
 
 def loss_of(model, ids):
-    """Next-token cross-entropy in the model's own dtype (transformers' own computes in float32)."""
+    """Returns the next-token cross-entropy in the model's dtype (transformers' own loss computes in float32)."""
     logits = model(input_ids=ids).logits[:, :-1]
     return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
 def snapshot(model):
-    """Everything a failed call must leave: modules and parameters by identity, flags, classes, and every bit."""
+    """Returns everything that a failed call must not change: identities of modules and parameters, flags and bits."""
     return {
         "modules": [(name, id(module), type(module)) for name, module in model.named_modules()],
         "parameters": [(name, id(p), p.requires_grad, p.dtype) for name, p in model.named_parameters()],

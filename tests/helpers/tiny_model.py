@@ -1,4 +1,4 @@
-"""A tiny random Llama with a byte-level tokenizer, made in a second, and a text for it: no download, no network."""
+"""Creates a tiny random Llama with a byte-level tokenizer, and a text for it, without a network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CHAT_TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.con
 
 
 def save(folder: Path, chat_template: str | None = None) -> Path:
-    """Writes model and tokenizer into ``folder``."""
+    """Writes the model and the tokenizer into ``folder``, and returns it."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
@@ -21,7 +21,7 @@ def save(folder: Path, chat_template: str | None = None) -> Path:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and <end>."""
+    """Returns a tokenizer with one token for each byte, and <end>."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -30,7 +30,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model(vocab_size: int, **changes) -> LlamaForCausalLM:
-    """Two layers of width 32 with random weights, the same at each call."""
+    """Returns a model of two layers of width 32 with random weights, which are the same at each call."""
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=vocab_size, num_key_value_heads=2, max_position_embeddings=128, **(shape | changes))
     with torch.random.fork_rng():
@@ -39,5 +39,5 @@ def model(vocab_size: int, **changes) -> LlamaForCausalLM:
 
 
 def text(lines: int = 60) -> str:
-    """Lines with something to learn."""
+    """Returns lines that follow a pattern, so that a model can learn something."""
     return "".join(f"{i} green bottles hanging on the wall, take {i % 7} away.\n" for i in range(lines))

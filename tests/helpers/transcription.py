@@ -1,5 +1,5 @@
-"""The methods' formulas, transcribed layer by layer without regard to speed: what the tests of the adapter step compare
-with, in float64 (the truth) and in float32 (the error that the formulas themselves make)."""
+"""The methods' formulas, transcribed layer by layer without regard to speed. Tests of the adapter step compare with
+them in float64 (the exact result) and in float32 (the error of the formulas themselves)."""
 
 import math
 from dataclasses import dataclass, field
@@ -30,13 +30,13 @@ class Layer:
 
 
 def gradients(layer, g):
-    """da = s bᵀG and db = s G aᵀ, computed in float64 and rounded to the layer's dtype."""
+    """Returns da = s bᵀG and db = s G aᵀ, computed in float64 and rounded to the layer's dtype."""
     a, b = layer.a.double(), layer.b.double()
     return (layer.s * b.T @ g).to(layer.a.dtype), (layer.s * g @ a.T).to(layer.b.dtype)
 
 
 class Run:
-    """The methods on a list of layers; ``step`` takes a (d_out, d_in) gradient of each effective weight."""
+    """Runs methods on a list of layers. ``step`` takes a (d_out, d_in) gradient of each effective weight."""
 
     def __init__(self, layers, methods, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
         self.layers, self.lr, self.betas, self.eps, self.weight_decay = layers, lr, betas, eps, weight_decay
@@ -139,16 +139,16 @@ def balance(layer, method):
     if method.gauge == "symmetric":
         values, q = torch.linalg.eigh(t @ t.T)
         t = q @ torch.diag(values.sqrt()) @ q.T
-    back = torch.linalg.inv(t)
-    layer.a, layer.b = back @ a, b @ t
+    t_inverse = torch.linalg.inv(t)
+    layer.a, layer.b = t_inverse @ a, b @ t
     if method.transport in ("m", "mv"):
-        layer.m = {"a": t.T @ layer.m["a"], "b": layer.m["b"] @ back.T}
+        layer.m = {"a": t.T @ layer.m["a"], "b": layer.m["b"] @ t_inverse.T}
     if method.transport == "mv":
-        layer.v = {"a": (t.T**2) @ layer.v["a"], "b": layer.v["b"] @ (back.T**2)}
+        layer.v = {"a": (t.T**2) @ layer.v["a"], "b": layer.v["b"] @ (t_inverse.T**2)}
 
 
 def system(layer, da, db):
-    """M, λ and which coordinates have a say, of gradients divided by one power of two."""
+    """Returns M, λ and which coordinates are active, for gradients divided by one power of two."""
     unit = 2.0 ** -round(math.log2(max(da.norm().item(), db.norm().item(), 1e-300)))
     p, q, a, b = unit * da, unit * db, layer.a, layer.b
     k2 = (p @ a.T).square()
@@ -160,7 +160,7 @@ def system(layer, da, db):
 
 
 def nnls(m, lam):
-    """min ½xᵀMx − λᵀx over x ≥ 0 for a positive M: Lawson and Hanson's active set."""
+    """Minimises ½xᵀMx − λᵀx over x ≥ 0 for a positive definite M, by Lawson and Hanson's active set."""
     n = len(lam)
     free, x = torch.zeros(n, dtype=torch.bool), torch.zeros_like(lam)
     tolerance = 100 * torch.finfo(lam.dtype).eps * lam.abs().max()
@@ -176,8 +176,8 @@ def nnls(m, lam):
             if (z[free] > 0).all():
                 x = z
                 break
-            back = free & (z <= 0)
-            ratio = (x[back] / (x[back] - z[back])).min()
+            negative = free & (z <= 0)
+            ratio = (x[negative] / (x[negative] - z[negative])).min()
             x = x + ratio * (z - x)
             free = free & (x > 1e-14 * x.max())
             x[~free] = 0
@@ -185,7 +185,7 @@ def nnls(m, lam):
 
 
 def scalora_x(layer, da, db, solver="nnls"):
-    """x for κ = 1, and which entries have a say."""
+    """Returns x for κ = 1, and which entries are active."""
     m, lam, active = system(layer, da, db)
     d = m.diagonal()[active].rsqrt()
     unit = d[:, None] * m[active][:, active] * d + 1e-7 * torch.eye(len(d), dtype=m.dtype)
@@ -201,7 +201,7 @@ def scalora_x(layer, da, db, solver="nnls"):
 
 
 def scalora_scalar(m, lam):
-    """Theorem 3: one α², one β²."""
+    """Solves Theorem 3: one α², one β²."""
     r = len(lam) // 2
     pa, pb = lam[:r].sum().item(), lam[r:].sum().item()
     maa, mbb, c = m[:r, :r].sum().item(), m[r:, r:].sum().item(), m[:r, r:].sum().item()
@@ -222,7 +222,7 @@ def scalora_step(run, method, grads):
     if run.kappa is None:
         beta2 = torch.cat([x[len(x) // 2 :][active[len(x) // 2 :]] for x, active in solved])
         run.kappa = method.kappa or math.exp(beta2[beta2 > 0].log().mean().item())
-    out = []
+    scaled_grads = []
     for layer, (x, active), (da, db) in zip(run.layers, solved, grads, strict=True):
         scale = torch.where(active, (x / run.kappa).sqrt().clamp(1 / method.limit, method.limit), 1.0)
         alpha, beta = scale.chunk(2)
@@ -230,8 +230,8 @@ def scalora_step(run, method, grads):
         layer.b, layer.a = layer.b * alpha, beta[:, None] * layer.a
         layer.m = {"a": alpha[:, None] * layer.m["a"], "b": layer.m["b"] * beta}
         layer.v = {"a": alpha[:, None] ** 2 * layer.v["a"], "b": layer.v["b"] * beta**2}
-        out.append((alpha[:, None] * da, db * beta))
-    return out
+        scaled_grads.append((alpha[:, None] * da, db * beta))
+    return scaled_grads
 
 
 def lora_rite(run, grads):
@@ -263,13 +263,13 @@ def lora_rite(run, grads):
 
 
 def power(matrix, exponent):
-    """A power of a symmetric positive definite matrix."""
+    """Returns a power of a symmetric positive definite matrix."""
     values, q = torch.linalg.eigh(matrix)
     return q @ torch.diag(values**exponent) @ q.T
 
 
 def refactoring(layer):
-    """RefLoRA's S, by the definition of the geometric mean; the identity where b = 0 or a has not full rank."""
+    """Returns RefLoRA's S, by the definition of the geometric mean; I where b = 0 or a does not have full rank."""
     ka, kb = layer.a @ layer.a.T, layer.b.T @ layer.b
     if torch.trace(kb) == 0 or torch.linalg.matrix_rank(layer.a) < len(layer.a):
         return torch.eye(len(layer.a), dtype=ka.dtype)
@@ -278,29 +278,29 @@ def refactoring(layer):
 
 
 def msign(x):
-    """U Vᵀ of the singular value decomposition."""
+    """Returns U Vᵀ of the singular value decomposition."""
     u, _, vt = torch.linalg.svd(x, full_matrices=False)
     return u @ vt
 
 
 def damped(x, damping):
-    """x (d, r) with r rows √(damping) ‖x‖ I below, which add damping · tr to the diagonal of its Gram."""
+    """Appends r rows √(damping) ‖x‖ I to x (d, r), which add damping · tr to the diagonal of its Gram."""
     return torch.cat([x, math.sqrt(damping) * x.norm() * torch.eye(x.shape[1], dtype=x.dtype)])
 
 
 def muon_move(moment, other, damping):
-    """−U Vᵀ R of the damped moment · R = U Σ Vᵀ, with R = (otherᵀ other)^-½: moment (d, r), other (d', r)."""
+    """Returns −U Vᵀ R, with damped moment · R = U Σ Vᵀ and R = (otherᵀ other)^-½: moment (d, r), other (d', r)."""
     other = damped(other, damping)
     root = power(other.T @ other, -0.5)
     return -msign(damped(moment, damping) @ root)[: len(moment)] @ root
 
 
 def lora_muon(run, layer, da, db):
-    """a stays as it is while b = 0."""
+    """Steps a layer; a does not change while b = 0."""
     beta, damping = run.by_kind[M.LoRAMuon].beta, run.by_kind[M.LoRAMuon].damping
     layer.m = {"a": beta * layer.m["a"] + (1 - beta) * da, "b": beta * layer.m["b"] + (1 - beta) * db}
-    a, b, keep = layer.a, layer.b, 1 - run.lr * run.weight_decay
-    layer.b = keep * b + run.lr / 2 * muon_move(layer.m["b"], a.T, damping)
-    layer.a = keep * a
+    a, b, decay_factor = layer.a, layer.b, 1 - run.lr * run.weight_decay
+    layer.b = decay_factor * b + run.lr / 2 * muon_move(layer.m["b"], a.T, damping)
+    layer.a = decay_factor * a
     if b.norm() > 0:
         layer.a = layer.a + run.lr / 2 * muon_move(layer.m["a"].T, b, damping).T

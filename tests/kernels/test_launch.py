@@ -84,7 +84,8 @@ def test_gluon_launches_if_it_was_measured_and_can_run():
 
 def test_batch_sizes_share_compiled_kernels():
     """A layer whose GEMM is mostly cuBLAS's loads at most two compiled variants more than it has kernels. In a layer
-    that takes different ways for different batch sizes a kernel has several roles, so there are up to four more."""
+    that takes different ways for different batch sizes a kernel has several roles, so there are up to four more
+    (docs/measured.md has the counts)."""
     loaded = run("variants")
     narrow, wide = loaded["4096 → 64, float32"], loaded["4096 → 4096, float32"]
     assert sum(narrow.values()) <= len(narrow) + 2, narrow

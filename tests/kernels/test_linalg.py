@@ -1,5 +1,5 @@
-"""Tests SPD solves and pivot-free inverses in Triton's interpreter (natively on a CUDA machine). Matrices up to rank 64
-are kept in registers; larger ones are processed in blocks in memory."""
+"""SPD solves, and inverses without pivoting, through Triton's interpreter (natively on a CUDA machine): in registers up
+to rank 64, blocked in memory above."""
 
 import pytest
 import torch
@@ -16,13 +16,13 @@ pytestmark = pytest.mark.gpu
 FLOAT32 = torch.float32
 EPS = torch.finfo(FLOAT32).eps
 COUNTED = pytest.mark.skipif(DEVICE.type == "cuda", reason="counted by the interpreter")
-NAN_MEANT = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # numpy's
+NAN_EXPECTED = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # of numpy
 R = 20
 
 
 @pytest.fixture
 def in_memory(monkeypatch):
-    """Processes matrices of rank R in memory, like those above rank 64, which take longer to interpret."""
+    """Makes the kernels work on rank R in memory, as they do above rank 64, which takes longer to interpret."""
     for module in (solve, inverse):
         monkeypatch.setattr(module, "IN_REGISTERS", R - 1)
 
@@ -34,7 +34,7 @@ def place(request):
 
 
 def norm(matrices):
-    """Returns the 1-norms in float64."""
+    """Returns 1-norms in float64."""
     return matrices.double().abs().sum(-2).amax(-1)
 
 
@@ -61,7 +61,7 @@ def lapack_ratio(matrices, x, rhs):
 @pytest.mark.parametrize(
     "r, n, k", [(1, 3, 3), (2, 5, 70), (7, 10, 3), (16, 4, 70), (33, 2, 3), (64, 1, 70), (65, 1, 1), (80, 1, 130)]
 )
-def test_spd_solve_passes_lapacks_test_ratio(r, n, k):
+def test_spd_solve_meets_lapacks_ratio(r, n, k):
     matrices, rhs = spd(n, r, 1e6, seed=k), randn(n, r, k)
     with poisoned_empty():
         x, info = solve.spd_solve(matrices, rhs)
@@ -69,8 +69,8 @@ def test_spd_solve_passes_lapacks_test_ratio(r, n, k):
 
 
 @pytest.mark.parametrize("r, n", [(1, 5), (8, 5), (21, 3), (64, 1), (96, 1), (130, 1)])
-def test_damped_spd_inverse_of_a_singular_gram_passes_lapacks_test_ratio(r, n):
-    """The Grams do not have full rank; only the damping makes them definite."""
+def test_spd_inverse_meets_lapacks_ratio(r, n):
+    """Grams without full rank are definite by their damping alone."""
     thin, damping = randn(n, r, max(1, r // 2)), 1e-2
     matrices = thin @ thin.mT
     with poisoned_empty():
@@ -78,10 +78,9 @@ def test_damped_spd_inverse_of_a_singular_gram_passes_lapacks_test_ratio(r, n):
     assert lapack_ratio(matrices + damping * eye(n, r), x, eye(n, r)) <= 5
 
 
-@NAN_MEANT
-def test_inverse_adds_damping_to_grams_that_rounding_left_indefinite(place):
-    """One more damping makes an eigenvalue of -½ r ε tr positive, but not one of -1. The definite matrix beside them
-    gets no damping."""
+@NAN_EXPECTED
+def test_spd_inverse_retries_grams_that_rounding_left_indefinite(place):
+    """More damping makes an eigenvalue of -½ r ε tr positive, but not one of -1. Other matrices keep their damping."""
     matrices = spd(3, R, 1e3)
     q = torch.linalg.qr(randn(R, R).double())[0]
     for i, smallest in ((1, -0.5 * R * EPS), (2, -1.0)):
@@ -96,19 +95,19 @@ def test_inverse_adds_damping_to_grams_that_rounding_left_indefinite(place):
     assert torch.equal(twin.spd_inverse(matrices, 0.0).isnan(), x.isnan())
 
 
-@NAN_MEANT
-def test_indefinite_matrices_are_reported_and_affect_no_others(place):
+@NAN_EXPECTED
+def test_spd_solve_flags_only_the_indefinite_matrices(place):
     matrices, rhs = spd(4, R, 1e3), randn(4, R, 1)
     clean, _ = solve.spd_solve(matrices[:1], rhs[:1])
     matrices[1, 4, 4] = -1.0
     matrices[2, 7, 2] = matrices[2, 2, 7] = float("nan")
     matrices[3] = 0.0
     x, info = solve.spd_solve(matrices, rhs)
-    assert info.tolist() == [0, 5, 8, 1]  # the order of the leading minor; the NaN shows in the eighth
+    assert info.tolist() == [0, 5, 8, 1]  # the order of the leading minor; the eighth contains the NaN
     assert x[1:].isnan().all() and torch.equal(x[:1], clean)
 
 
-# ---- Pivot-free inverses
+# ---- Inverses without pivoting
 
 
 def cayley_matrices(n, r, skew, seed=0):
@@ -119,7 +118,7 @@ def cayley_matrices(n, r, skew, seed=0):
 
 
 def cayley_defect(a1, a2, b, w):
-    """Returns ‖a aᵀ + bᵀb − I‖₁ in float64 for the factors a and b that follow from the inverses w."""
+    """Returns ‖a aᵀ + bᵀb − I‖₁ of the factors that the inverses w give, in float64."""
     a2, b, w = a2.double(), b.double(), w.double()
     a = torch.cat([2 * w.mT - eye(*w.shape[:2]), -2 * w.mT @ a2], -1)
     b = -2 * b @ w
@@ -128,8 +127,8 @@ def cayley_defect(a1, a2, b, w):
 
 @pytest.mark.parametrize("skew", [1.0, 100.0])
 @pytest.mark.parametrize("r, n", [(1, 3), (2, 20), (9, 20), (16, 20), (33, 2), (64, 1), (65, 1), (100, 1)])
-def test_small_inverse_errs_by_at_most_12_r_eps(r, n, skew):
-    """Both the defect of NB-LoRA's factors and the error of the inverse are bounded."""
+def test_small_inverse_is_within_12_r_eps(r, n, skew):
+    """NB-LoRA's orthogonality and the inverse itself are within 12 r ε."""
     a1, a2, b, matrices = cayley_matrices(n, r, skew)
     with poisoned_empty():
         w = inverse.small_inverse(matrices)
@@ -140,14 +139,14 @@ def test_small_inverse_errs_by_at_most_12_r_eps(r, n, skew):
 
 @pytest.mark.budget
 @pytest.mark.parametrize("r", [129, 200, 256])
-def test_inverses_of_large_ranks_err_by_at_most_12_r_eps(r):
+def test_inverses_are_accurate_at_large_ranks(r):
     a1, a2, b, matrices = cayley_matrices(1, r, 100.0)
     assert cayley_defect(a1, a2, b, inverse.small_inverse(matrices)).max() <= 12 * r * EPS
     matrices = spd(1, r, 1e6)
     assert lapack_ratio(matrices, solve.spd_inverse(matrices, 0.0), eye(1, r)) <= 5
 
 
-def test_nan_in_one_matrix_affects_no_others(place):
+def test_small_inverse_keeps_a_nan_in_its_matrix(place):
     matrices = cayley_matrices(2, R, 1.0)[-1]
     clean = inverse.small_inverse(matrices[:1])
     matrices[1, 2, 2] = float("nan")
@@ -159,7 +158,7 @@ def test_nan_in_one_matrix_affects_no_others(place):
 
 
 @pytest.mark.parametrize("n", [0, 1])
-def test_batch_takes_one_launch(n, place):
+def test_batch_takes_one_launch_each(n, place):
     matrices = 2 * eye(n, R)
     with interpreter.traffic() as counted:
         x, info = solve.spd_solve(matrices, randn(n, R, 2))
@@ -170,8 +169,8 @@ def test_batch_takes_one_launch(n, place):
         assert len(counted.launches) == (3 if n else 0)
 
 
-def test_more_matrices_than_programs_give_the_same_bits(monkeypatch, in_memory):
-    """In memory a program processes several matrices, with the same bits as one by one."""
+def test_few_programs_give_the_bits_of_single_inverses(monkeypatch, in_memory):
+    """Programs that work in memory loop over the matrices."""
     for module in (solve, inverse):
         monkeypatch.setattr(module, "SLOTS", 2)
     matrices = spd(3, R, 1e3)
@@ -181,8 +180,8 @@ def test_more_matrices_than_programs_give_the_same_bits(monkeypatch, in_memory):
     assert torch.equal(together, torch.stack(one_by_one))
 
 
-def test_seventy_thousand_matrices_fit_in_one_grid(monkeypatch):
-    """A grid's second and third axis are limited to 65,535. In the interpreter only the grid is checked."""
+def test_inverses_of_seventy_thousand_matrices(monkeypatch):
+    """These are more than 65,535, the limit of a grid's other axes. In the interpreter only the grid is checked."""
     if DEVICE.type == "cuda":
         matrices = (2 * torch.eye(2, device=DEVICE)).expand(70_000, 2, 2).contiguous()
         assert torch.equal(inverse.small_inverse(matrices), matrices / 4)
@@ -200,11 +199,12 @@ def test_seventy_thousand_matrices_fit_in_one_grid(monkeypatch):
 def test_same_inputs_give_the_same_bits(place):
     matrices, rhs = spd(1, R, 1e6), randn(1, R, 3)
     run = lambda: (solve.spd_solve(matrices, rhs)[0], inverse.small_inverse(matrices + eye(1, R)))
-    assert all(torch.equal(result, again) for result, again in zip(run(), run(), strict=True))
+    assert all(torch.equal(x, again) for x, again in zip(run(), run(), strict=True))
 
 
 @COUNTED
-def test_inverse_in_registers_reads_and_writes_each_matrix_once():
+def test_traffic_in_registers_is_minimal():
+    """A matrix is read once, its inverse written once."""
     matrices = spd(5, R, 10)
     for run, extra in ((lambda: solve.spd_inverse(matrices, 0.0), 5 * 4), (lambda: inverse.small_inverse(matrices), 0)):
         with interpreter.traffic() as counted:
@@ -213,10 +213,10 @@ def test_inverse_in_registers_reads_and_writes_each_matrix_once():
 
 
 @COUNTED
-def test_inverse_in_memory_moves_at_most_its_products_operands(in_memory):
-    """With blocks of 16 rows each operand of a full product moves r³/16 numbers, mostly from a cache. The SPD inverse
-    has 7/6 such operands (a sixth for U, one for the two solves), the pivot-free inverse has five (three for
-    Gauss-Jordan, two for the refinement). Passes over the matrix come on top."""
+def test_traffic_in_memory_is_bounded(in_memory):
+    """Most of the traffic stays in a cache. With blocks of 16 rows, every operand of a product over the whole matrix
+    takes r³/16 numbers (a sixth of an operand for U, one for the two solves; three for Gauss-Jordan, two for the
+    refinement), and there are some passes over the matrix."""
     r = 48
     matrices = spd(1, r, 10)
     for run, operands, passes in (
@@ -237,6 +237,6 @@ def test_assertion_names_bad_matrices(shape, dtype):
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 4, 1), (1, 3, 1)])
-def test_assertion_names_bad_right_hand_sides(shape):
+def test_assertion_names_a_bad_right_hand_side(shape):
     with pytest.raises(AssertionError, match="rhs: expected float32"):
         solve.spd_solve(torch.ones(2, 3, 3, device=DEVICE), torch.ones(shape, device=DEVICE))

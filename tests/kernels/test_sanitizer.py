@@ -179,10 +179,10 @@ def launch_with_table(n: int, forget: bool = False) -> None:
     """Loads n numbers of a tensor of 5 numbers through a table of addresses. With ``forget`` the tensor was freed."""
     whole = torch.zeros(16)
     x = whole[4:9].view(5, 1)
-    (listed,) = pointer_table.listed([[x]], [False])
+    (table,) = pointer_table.find_tables([[x]], [False])
     if forget:
         del x
-    table_kernel[(1,)](listed.table.entries, within(8), n, BLOCK=8)
+    table_kernel[(1,)](table.factors.entries, within(8), n, BLOCK=8)
 
 
 def launch_shifted() -> None:

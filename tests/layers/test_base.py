@@ -1,4 +1,4 @@
-"""AdapterLinear: what a parametrisation gets from it, shown by one of a dozen lines (LoRA-FA: only b is trained)."""
+"""AdapterLinear: what a subclass gets from it, shown by one of a dozen lines (LoRA-FA, which trains only b)."""
 
 import copy
 
@@ -11,7 +11,7 @@ from lora_fast.layers.base import AdapterLinear
 
 
 class OnlyB(AdapterLinear):
-    """a frozen and random, b trained."""
+    """A layer with a frozen random a and a trained b."""
 
     TRAINABLE = SAVED_STATE = ("free_b",)
     INIT_ARGUMENTS = ("alpha",)
@@ -39,7 +39,7 @@ def inputs():
     return torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
 
 
-def test_a_parametrisation_is_a_dozen_lines():
+def test_subclass_shares_the_linear_and_adds_its_parameters():
     linear = nn.Linear(10, 6, dtype=torch.bfloat16).eval()
     layer = OnlyB.from_linear(linear, r=4, alpha=2.0, dropout=0.5)
     assert layer.weight is linear.weight and layer.bias is linear.bias and not layer.training
@@ -49,7 +49,7 @@ def test_a_parametrisation_is_a_dozen_lines():
     assert repr(layer) == "OnlyB(in_features=10, out_features=6, r=4, alpha=2.0, dropout=0.5, bias=True)"
 
 
-def test_forward_backward_and_merge():
+def test_subclass_runs_forward_backward_and_merge():
     layer, x = OnlyB(10, 6, r=4, alpha=2.0), inputs()
     weight = layer.weight.clone()
     expected = nn.functional.linear(x, weight + 0.5 * layer.lora_B @ layer.lora_A, layer.bias)
@@ -63,13 +63,13 @@ def test_forward_backward_and_merge():
     assert torch.equal(layer.weight, weight) and torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
-def test_dropout_in_training_only():
+def test_dropout_is_active_in_training_only():
     layer, x = OnlyB(10, 6, r=4, dropout=0.5), inputs()
     assert not torch.equal(layer(x), layer(x))
     assert torch.equal(layer.eval()(x), layer(x))
 
 
-def test_what_files_restore():
+def test_load_free_restores_the_saved_state():
     layer, other = OnlyB(10, 6, r=4), OnlyB(10, 6, r=4)
     other.load_free_(torch.full((6, 4), 3.0))
     assert (other.free_b == 3).all()
@@ -78,6 +78,6 @@ def test_what_files_restore():
 
 
 @pytest.mark.parametrize("linear", [nn.Identity(), None], ids=["Identity", "None"])
-def test_only_linear_layers(linear):
+def test_from_linear_refuses_other_modules(linear):
     with pytest.raises(lf.ArgumentError, match=r"^linear: expected a torch.nn.Linear, got "):
         OnlyB.from_linear(linear, r=2)

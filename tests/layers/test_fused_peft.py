@@ -1,4 +1,4 @@
-"""fuse_, unfuse_ and merging on PEFT models: the same results as PEFT's own layers, and PEFT goes on working."""
+"""FusedLoraLinear: the same results as PEFT's own layer, and everything that PEFT does with a layer still works."""
 
 import contextlib
 import copy
@@ -8,6 +8,18 @@ import pickle
 import budget
 import pytest
 import torch
+from fused_models import (
+    LLAMA_LINEARS,
+    PROBE,
+    fused_layers,
+    fused_llama,
+    hook_base,
+    hook_lora,
+    merge_all,
+    patch_base,
+    probe_model,
+    train_base,
+)
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from tiny import (
@@ -26,19 +38,7 @@ from torch import nn
 import lora_fast as lf
 from lora_fast.layers.fused_peft import FusedLoraLinear
 
-LLAMA_LINEARS = 14  # in two layers
-PROBE = "base_model.model.model.layers.0.self_attn.q_proj"
 STEPS = 50
-
-
-def fused_llama(**options):
-    model = peft_llama(**options)
-    lf.fuse_(model)
-    return model
-
-
-def fused_layers(model):
-    return [module for module in model.modules() if type(module) is FusedLoraLinear]
 
 
 def trained(model):
@@ -79,7 +79,7 @@ def run_layer(layer, x, dy, autocast):
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("case", DTYPES)
-def test_a_fused_layer_is_as_exact_as_peft(case, bias):
+def test_fused_layer_is_as_exact_as_peft(case, bias):
     base_dtype, adapter_dtype, autocast = DTYPES[case]
     eager = build_layer(base_dtype, adapter_dtype, bias)
     fused, exact = copy.deepcopy(eager), copy.deepcopy(eager).double()
@@ -93,139 +93,10 @@ def test_a_fused_layer_is_as_exact_as_peft(case, bias):
         budget.check(name, got[name], truth[name], budget.error(theirs[name], truth[name]), autocast or base_dtype)
 
 
-# what fuse_ changes, and what it leaves
-
-
-def test_fuse_changes_classes_only():
-    model = peft_llama()
-    before = snapshot(model)
-    report = lf.fuse_(model)
-    assert str(report) == "fused 14 layers"
-    after = snapshot(model)
-    assert [entry[:2] for entry in after["modules"]] == [entry[:2] for entry in before["modules"]]
-    assert after["parameters"] == before["parameters"]
-    assert_same_tensors(after["bits"], before["bits"])
-    assert str(lf.unfuse_(model)) == "unfused 14 layers"
-    assert_unchanged(model, before)
-
-
-def test_every_layer_runs_fused():
+def test_fused_model_runs_every_layer_fused():
     model = fused_llama()
     model(batch())
     assert [layer.fallback_reason for layer in fused_layers(model)] == [None] * LLAMA_LINEARS
-
-
-def test_filter_fn_and_strict():
-    model = peft_llama()
-    report = lf.fuse_(model, filter_fn=lambda name, layer: "q_proj" in name, strict=True)
-    assert len(report.changed) == 2 and set(report.left.values()) == {"excluded by filter_fn"}
-    again = lf.fuse_(model)
-    assert len(again.changed) == LLAMA_LINEARS - 2 and set(again.left.values()) == {"already fused"}
-
-
-def test_a_model_that_is_no_peft_model_but_holds_peft_layers():
-    model = llama()
-    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]))
-    assert len(lf.fuse_(model).changed) == 2
-
-
-def probe_model(**options):
-    return peft_llama(targets=["q_proj"], **options)
-
-
-def hook_base(model):
-    model.get_submodule(PROBE).base_layer.register_forward_hook(lambda module, args, output: output + 1)
-
-
-def patch_base(model):
-    base = model.get_submodule(PROBE).base_layer
-    base.forward = lambda x: nn.functional.linear(x, base.weight) + 1
-
-
-def train_base(model):
-    model.get_submodule(PROBE).base_layer.weight.requires_grad_()
-
-
-def hook_lora(model):
-    model.get_submodule(PROBE).lora_A["default"].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
-
-
-def own_dropout(model):
-    model.get_submodule(PROBE).lora_dropout["default"] = nn.AlphaDropout(0.5)
-
-
-def merge_all(model):
-    model.merge_adapter()
-
-
-def patch_layer(model):
-    layer = model.get_submodule(PROBE)
-    layer.forward = layer.forward
-
-
-class ShardedTensor(torch.Tensor):
-    """Stands for DTensor: a parameter of another tensor type."""
-
-
-def shard_base(model):
-    base = model.get_submodule(PROBE).base_layer
-    base.weight = nn.Parameter(base.weight.data.as_subclass(ShardedTensor), requires_grad=False)
-
-
-UNFUSABLE = {
-    "dora": ({"use_dora": True}, None, "variant DoraLinearVariant"),
-    "lora-bias": ({"lora_bias": True}, None, "bias on lora_B"),
-    "rank": ({"r": 257}, None, "rank 257"),
-    "hook": ({}, hook_base, "hooks"),
-    "replaced-base-forward": ({}, patch_base, "replaced forward"),
-    "replaced-forward": ({}, patch_layer, "its forward was replaced"),
-    "trainable-base": ({}, train_base, "trainable base weight"),
-    "sharded": ({}, shard_base, "weight of type ShardedTensor"),
-    "lora-hook": ({}, hook_lora, "hooks"),
-    "dropout": ({}, own_dropout, "AlphaDropout"),
-    "merged": ({}, merge_all, "merged: unmerge it first"),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*lora_bias")
-@pytest.mark.parametrize("case", UNFUSABLE)
-def test_fuse_leaves_with_the_reason(case):
-    options, change, reason = UNFUSABLE[case]
-    model = probe_model(**options)
-    if change is not None:
-        change(model)
-    before = snapshot(model)
-    report = lf.fuse_(model, allow_empty=True)
-    assert reason in report.left[PROBE]
-    assert len(report.changed) == (0 if options or case == "merged" else 1)
-    lf.unfuse_(model, allow_empty=True)
-    with pytest.raises(lf.ArgumentError) as raised:
-        lf.fuse_(model, strict=True)
-    assert raised.value.argument == "peft_model" and reason in str(raised.value)
-    assert_unchanged(model, before)
-
-
-@pytest.mark.parametrize(
-    ("act", "build", "says"),
-    [
-        (lf.fuse_, llama, ["peft_model", "at least one LoRA layer of PEFT"]),
-        (lf.fuse_, injected_llama, ["peft_model", "at least one LoRA layer of PEFT"]),
-        (lf.fuse_, fused_llama, ["already fused"]),
-        (lf.fuse_, lambda: probe_model(use_dora=True), ["DoraLinearVariant"]),
-        (lf.unfuse_, peft_llama, ["peft_model", "at least one fused layer", "not fused"]),
-        (lf.merge_, peft_llama, ["not fused: use lf.fuse_ first"]),
-        (lf.unmerge_, fused_llama, ["not merged"]),
-    ],
-    ids=["plain", "injected", "twice", "dora", "unfuse-unfused", "merge-unfused", "unmerge-unmerged"],
-)
-def test_nothing_to_do_is_an_error_and_changes_nothing(act, build, says):
-    model = build()
-    before = snapshot(model)
-    with pytest.raises(lf.ArgumentError) as raised:
-        act(model)
-    assert all(part in str(raised.value) for part in says), raised.value
-    assert_unchanged(model, before)
-    assert not act(model, allow_empty=True).changed
 
 
 # PEFT's forward wherever the fused op would not compute the same
@@ -273,7 +144,7 @@ FALLBACKS = {
 
 
 @pytest.mark.parametrize("case", FALLBACKS)
-def test_peft_computes_what_the_fused_op_does_not(case):
+def test_forward_falls_back_to_peft_with_the_reason(case):
     change, reason = FALLBACKS[case]
     theirs, ours = probe_model(), probe_model()
     lf.fuse_(ours)
@@ -282,7 +153,7 @@ def test_peft_computes_what_the_fused_op_does_not(case):
         assert reason in ours.get_submodule(PROBE).fallback_reason
 
 
-def test_adapter_names_for_each_row_fall_back():
+def test_adapter_names_per_row_fall_back_to_peft():
     theirs, ours = probe_model().eval(), probe_model().eval()
     lf.fuse_(ours)
     for model in (theirs, ours):
@@ -293,7 +164,7 @@ def test_adapter_names_for_each_row_fall_back():
     assert ours.get_submodule(PROBE).fallback_reason == "extra arguments"
 
 
-def test_the_reason_goes_when_the_layer_runs_fused_again():
+def test_fallback_reason_is_cleared_by_a_fused_call():
     model = fused_llama()
     with model.disable_adapter():
         model(batch())
@@ -302,7 +173,7 @@ def test_the_reason_goes_when_the_layer_runs_fused_again():
     assert fused_layers(model)[0].fallback_reason is None
 
 
-def test_a_mismatched_input_raises_as_in_torch():
+def test_mismatched_input_dtype_raises_as_in_torch():
     layer = build_layer(torch.float32, torch.float32, True)
     layer.__class__ = FusedLoraLinear
     with pytest.raises(RuntimeError, match="dtype"):
@@ -313,7 +184,7 @@ def test_a_mismatched_input_raises_as_in_torch():
 # PEFT's life cycle
 
 
-def test_switching_adapters():
+def test_set_adapter_switches_the_fused_adapter():
     theirs, ours = probe_model(), probe_model()
     lf.fuse_(ours)
     for model in (theirs, ours):
@@ -332,14 +203,8 @@ def test_switching_adapters():
     assert ours.get_submodule(PROBE).fallback_reason is None
 
 
-def test_new_layers_after_add_adapter_are_fused_by_a_second_call():
-    model = fused_llama(targets=["q_proj"])
-    model.add_adapter("other", LoraConfig(r=3, target_modules=["k_proj"]))
-    assert len(lf.fuse_(model).changed) == 2
-
-
 @pytest.mark.parametrize("move", ["deepcopy", "pickle", "torch.save", "state_dict"])
-def test_a_fused_model_survives(move):
+def test_fused_model_survives_copies(move):
     model = fused_llama(dropout=0.1).eval()
     if move == "deepcopy":
         twin = copy.deepcopy(model)
@@ -358,7 +223,7 @@ def test_a_fused_model_survives(move):
     assert torch.equal(twin(batch()).logits, model(batch()).logits)
 
 
-def test_dropout_only_in_training():
+def test_dropout_is_active_in_training_only():
     model = fused_llama(dropout=0.5)
     assert not torch.equal(model(batch()).logits, model(batch()).logits)
     model.eval()
@@ -367,7 +232,7 @@ def test_dropout_only_in_training():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_casting_a_fused_model(dtype):
+def test_fused_model_can_be_cast(dtype):
     model = fused_llama().to(dtype)
     loss_of(model, batch()).backward()
     assert fused_layers(model)[0].fallback_reason is None
@@ -388,7 +253,7 @@ def test_gradient_checkpointing_changes_no_bit(reentrant):
     assert_same_tensors(*gradients)
 
 
-def test_compiles_without_a_graph_break():
+def test_fused_model_compiles_without_a_graph_break():
     model = fused_llama()
     loss = loss_of(model, batch())
     loss.backward()
@@ -433,7 +298,7 @@ def test_disable_adapter_unmerges():
     assert_unchanged(model, before)
 
 
-def test_two_adapters_merge_from_the_original():
+def test_two_adapters_merge_into_the_original_weight():
     model = fused_llama(targets=["q_proj"], dtype=torch.bfloat16)
     add_second(model)
     layer, before = model.get_submodule(PROBE), snapshot(model)
@@ -450,7 +315,7 @@ def test_two_adapters_merge_from_the_original():
     assert_unchanged(model, before)
 
 
-def test_merging_a_variant_is_left_to_peft():
+def test_merge_of_a_variant_is_left_to_peft():
     models = [probe_model(), fused_llama(targets=["q_proj"])]
     for model in models:
         dora_active(model)
@@ -481,13 +346,6 @@ def test_safe_merge_refuses_nan_and_changes_nothing():
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(model.get_submodule(PROBE).base_layer.weight, before)
-
-
-def test_a_merged_layer_is_not_unfused():
-    model = fused_llama()
-    lf.merge_(model)
-    with pytest.raises(lf.ArgumentError, match="unmerge it first"):
-        lf.unfuse_(model)
 
 
 # training

@@ -26,7 +26,7 @@ def adapter(k, d_in, d_out, dtype=torch.float64) -> tuple[torch.Tensor, torch.Te
 
 
 def size(singular, norm, r, learn_scale) -> float:
-    """What the bound is compared with: the norm, or, where the shares are fixed, that of r times the largest."""
+    """Returns the value that is compared with the bound: the norm, with fixed shares that of r times the largest."""
     if not learn_scale or norm == "spectral":
         return singular[0].item() * r ** NORMS[norm]
     return singular.norm(1 / NORMS[norm]).item()
@@ -36,19 +36,21 @@ def size(singular, norm, r, learn_scale) -> float:
 @pytest.mark.parametrize("learn_scale", [True, False], ids=["learnt", "fixed"])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_round_trip(shape, norm, learn_scale, used):
-    """Exact in float64, and within the rounding of a few products in float32."""
+def test_free_parameters_reproduce_the_product(shape, norm, learn_scale, used):
+    """The error is within the rounding of a few products, in float64 and in float32."""
     k, d_in, d_out, r = SHAPES[shape]
     a, b = adapter(k, d_in, d_out)
     scaling = used * BOUND / size(torch.linalg.svdvals(b @ a), norm, r, learn_scale)
     for dtype in (torch.float64, torch.float32):
         layer = NBLoRALinear(d_in, d_out, r=r, norm=norm, bound=BOUND, learn_scale=learn_scale, dtype=dtype)
         layer.load_free_(*layer.free_parameters_for(a, b, scaling))
-        made_a, made_b = (x.double() for x in layer.plain_factors())
-        assert (made_b @ made_a - scaling * b @ a).norm() <= 64 * torch.finfo(dtype).eps * (scaling * b @ a).norm()
+        a_of_layer, b_of_layer = (x.double() for x in layer.plain_factors())
+        assert (b_of_layer @ a_of_layer - scaling * b @ a).norm() <= 64 * torch.finfo(dtype).eps * (
+            scaling * b @ a
+        ).norm()
 
 
-def test_a_trained_layer_comes_back():
+def test_free_parameters_reproduce_a_trained_layer():
     layer = NBLoRALinear(10, 12, r=4, bound=BOUND, dtype=torch.float64)
     with torch.no_grad():
         for name in layer.TRAINABLE:
@@ -70,21 +72,21 @@ def test_a_trained_layer_comes_back():
     ],
     ids=["spectral", "nuclear", "frobenius", "fixed", "nan"],
 )
-def test_outside_the_bound_is_named(norm, learn_scale, scaling, message):
+def test_norm_above_the_bound_is_refused(norm, learn_scale, scaling, message):
     a, b = adapter(4, 10, 12)
     layer = NBLoRALinear(10, 12, r=4, norm=norm, bound=BOUND, learn_scale=learn_scale)
     with pytest.raises(lf.ArgumentError, match=f"^adapter: expected .*{message}"):
         layer.free_parameters_for(a * scaling, b)
 
 
-def test_the_violating_values_are_those_above():
+def test_error_lists_only_singular_values_above_the_bound():
     a = torch.diag(torch.tensor([5.0, 3.0, 1.0, 0.5]))
     layer = NBLoRALinear(4, 4, r=4, norm="spectral", bound=BOUND)
     with pytest.raises(lf.ArgumentError, match=r"got singular values 5, 3$"):
         layer.free_parameters_for(a, torch.eye(4))
 
 
-def test_a_rank_above_r_is_named():
+def test_rank_above_r_is_refused():
     a, b = adapter(8, 10, 12)
     with pytest.raises(lf.ArgumentError, match=r"^adapter: expected a product of rank at most 4, got singular values "):
         NBLoRALinear(10, 12, r=4, bound=1e6).free_parameters_for(a, b)

@@ -1,4 +1,4 @@
-"""SingLoRALinear: one matrix for both factors, led in by the optimizer's steps."""
+"""SingLoRALinear: one matrix for both factors, with a warm-up over the optimizer's steps."""
 
 import copy
 
@@ -25,7 +25,7 @@ def inputs(d_in=10, dtype=torch.float32) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradcheck(shape):
+def test_layer_passes_gradcheck(shape):
     d_in, d_out = SHAPES[shape]
     layer, x = layer_of(d_in, d_out, torch.float64), inputs(d_in, torch.float64)
     call = lambda x, s: torch.func.functional_call(layer, {"free_s": s}, (x,))
@@ -35,7 +35,7 @@ def test_gradcheck(shape):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_is_the_formula(shape, backend):
+def test_layer_is_the_formula(shape, backend):
     """ΔW = (alpha / r) S[:d_out] S[:d_in]ᵀ, and dS the sum of both factors' gradients, padded."""
     d_in, d_out = SHAPES[shape]
     layer, x = layer_of(d_in, d_out), inputs(d_in)
@@ -50,7 +50,7 @@ def test_is_the_formula(shape, backend):
     torch.testing.assert_close(got, layer.free_s.grad)
 
 
-def test_led_in_by_optimizer_steps():
+def test_warm_up_follows_the_optimizer_s_steps():
     layer = layer_of(ramp_steps=4)
     optimizer = torch.optim.SGD([layer.free_s], lr=0.0)
     lf.count_steps_(layer, optimizer)
@@ -64,7 +64,7 @@ def test_led_in_by_optimizer_steps():
     assert layer.state_dict()["steps"] == 6
 
 
-def test_lora_adamw_counts_by_itself():
+def test_lora_adamw_counts_its_steps():
     model = llama().to(DEVICE)
     lf.inject_(model, lf.SingLoRAConfig(r=4, ramp_steps=2))
     optimizer = lf.optim.LoRAAdamW(model, lr=1e-2)
@@ -79,26 +79,26 @@ def test_lora_adamw_counts_by_itself():
     assert all(layer.steps == 8 for layer in model.modules() if isinstance(layer, lf.SingLoRALinear))
 
 
-def test_a_ramp_that_nobody_counts_is_an_error():
+def test_training_with_uncounted_steps_is_refused():
     layer = layer_of(ramp_steps=4)
     with pytest.raises(RuntimeError, match="count_steps_"):
         layer(inputs())
     layer.eval()(inputs())
 
 
-def test_starts_as_its_linear_with_a_ramp():
+def test_layer_with_warm_up_starts_as_its_linear():
     linear = nn.Linear(10, 6, device=DEVICE)
     layer = lf.SingLoRALinear.from_linear(linear, r=4, alpha=8, ramp_steps=3).eval()
     assert torch.equal(layer(inputs()), linear(inputs())) and layer.weight is linear.weight
 
 
-def test_starts_at_the_scale_of_lora_s_a():
+def test_free_s_starts_at_the_scale_of_lora_s_a():
     """Entries of ±1/√(its longer side), whatever the rank: of ±1/√r, the adapter would drown the weight."""
     largest = layer_of(300, 200).free_s.abs().max().item()
     assert 0.95 * 300**-0.5 < largest <= 300**-0.5 * (1 + 1e-6)
 
 
-def test_compile_fullgraph():
+def test_model_compiles_as_one_graph():
     layer = layer_of(ramp_steps=4)
     optimizer = torch.optim.SGD([layer.free_s], lr=0.1)
     lf.count_steps_(layer, optimizer)
@@ -111,7 +111,7 @@ def test_compile_fullgraph():
             optimizer.step()
 
 
-def test_copies_merge_and_files(tmp_path):
+def test_copies_merges_and_files_keep_the_adapter(tmp_path):
     model = nn.Sequential(nn.Linear(10, 6), nn.Tanh(), nn.Linear(6, 10)).to(DEVICE)
     lf.inject_(model, lf.SingLoRAConfig(r=4, ramp_steps=0))
     x = inputs()
@@ -134,7 +134,7 @@ def test_copies_merge_and_files(tmp_path):
     [("r", 0), ("alpha", 0), ("ramp_steps", -1), ("ramp_steps", 1.5), ("dropout", 2.0)],
     ids=str,
 )
-def test_bad_settings_are_named(name, value):
+def test_layer_refuses_bad_settings(name, value):
     with pytest.raises(lf.ArgumentError, match=rf"^{name}: expected .+, got "):
         layer_of(**{name: value})
     with pytest.raises(lf.ArgumentError, match=rf"^{name}: expected .+, got "):

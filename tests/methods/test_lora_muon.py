@@ -1,5 +1,5 @@
-"""LoRA-Muon: its step is that of the singular value decomposition, stays bounded where Grams are singular, and has one
-learning rate for all ranks on a small regression."""
+"""LoRA-Muon: its step is that of the singular value decomposition and stays bounded where Grams are singular. On a
+small regression one learning rate is the best at all ranks."""
 
 import math
 
@@ -12,6 +12,8 @@ from lora_fast import methods as M
 from lora_fast.ops.reference import pairs as twin
 
 FLOAT32, FLOAT64 = torch.float32, torch.float64
+
+
 RHO = M.LoRAMuon().damping
 
 
@@ -20,44 +22,35 @@ def draw(*shape, seed=0, dtype=FLOAT64):
 
 
 def move(a, b, moment_a, moment_b, lr_a, lr_b, damping=0.0):
-    """Δa and Δb."""
+    """Returns Δa and Δb of a step."""
     grams = a @ a.mT, b.mT @ b, moment_a @ moment_a.mT, moment_b.mT @ moment_b
     for_b, for_a = twin.muon(*grams, lr_a, lr_b, damping).chunk(2)
     return for_a @ moment_a, moment_b @ for_b
 
 
 def orthogonal_factor(x, r):
-    """U Vᵀ of the r largest singular values of x (…, m, n)."""
+    """Returns U Vᵀ of the r largest singular values of x (…, m, n)."""
     u, _, vt = torch.linalg.svd(x)
     return u[..., :r] @ vt[..., :r, :]
 
 
 @pytest.mark.parametrize("r", [1, 4, 16])
 def test_step_is_the_orthogonal_factor_of_the_products_momentum(r):
-    """m_b's part of the product's momentum is m_b (a aᵀ)⁻¹ a, m_a's is b (bᵀb)⁻¹ m_a: the gradient of the product,
+    """The parts of the product's momentum are m_b (a aᵀ)⁻¹ a and b (bᵀb)⁻¹ m_a. They are the gradient of the product,
     projected on the row space of a and on the column space of b."""
     a, b = draw(3, r, 40), draw(3, 30, r, seed=1)
     moment_a, moment_b = draw(3, r, 40, seed=2), draw(3, 30, r, seed=3)
     da, db = move(a, b, moment_a, moment_b, 0.1, 0.3)
-    of_b = orthogonal_factor(moment_b @ torch.linalg.solve(a @ a.mT, a), r)
-    of_a = orthogonal_factor(b @ torch.linalg.solve(b.mT @ b, moment_a), r)
-    assert (db @ a + 0.15 * of_b).abs().max() <= 1e-12
-    assert (b @ da + 0.05 * of_a).abs().max() <= 1e-12
+    factor_b = orthogonal_factor(moment_b @ torch.linalg.solve(a @ a.mT, a), r)
+    factor_a = orthogonal_factor(b @ torch.linalg.solve(b.mT @ b, moment_a), r)
+    assert (db @ a + 0.15 * factor_b).abs().max() <= 1e-12
+    assert (b @ da + 0.05 * factor_a).abs().max() <= 1e-12
     for change, half in ((db @ a, 0.15), (b @ da, 0.05)):
         assert torch.linalg.svdvals(change)[:, :r].sub(half).abs().max() <= 1e-12
 
 
-def test_matrix_is_the_inverse_geometric_mean():
-    """T X T = Y⁻¹ and T Y T = X⁻¹."""
-    x, y = (draw(5, 6, 20, seed=i) for i in range(2))
-    x, y = x @ x.mT, y @ y.mT
-    t = twin.inverse_mean(x, y, 0.0)
-    eye = torch.eye(6, dtype=FLOAT64)
-    assert (t @ x @ t @ y - eye).abs().max() <= 1e-12 and (t @ y @ t @ x - eye).abs().max() <= 1e-12
-
-
 def test_first_order_of_the_step_does_not_depend_on_the_split():
-    """Momenta are gradients here; carried from other steps, they belong to another split."""
+    """Momenta are gradients here. Those of earlier steps would belong to another split."""
     start_a, start_b, g, x = draw(1, 4, 30), draw(1, 20, 4, seed=1), draw(1, 20, 30, seed=2), draw(4, 4, seed=3)
     changes = []
     for a, b in ((start_a, start_b), (torch.linalg.solve(x, start_a), start_b @ x)):
@@ -76,7 +69,7 @@ def set_gradients(pair, g):
     a.grad, b.grad = (b.detach().T @ g.to(b.dtype)), g.to(a.dtype) @ a.detach().T
 
 
-def test_a_stays_while_b_is_zero():
+def test_a_does_not_move_while_b_is_zero():
     start = draw(4, 30, dtype=FLOAT32)
     (a, b), optimizer = optimizer_on(start.clone(), torch.zeros(20, 4))
     set_gradients((a, b), draw(20, 30, seed=1))
@@ -88,7 +81,7 @@ def test_a_stays_while_b_is_zero():
 
 
 def degenerate(case, dtype):
-    """a, b, and the gradient of the product."""
+    """Returns a, b and the gradient of the product."""
     a, b, g = draw(8, 30, dtype=dtype), draw(20, 8, seed=1, dtype=dtype), draw(20, 30, seed=2, dtype=dtype)
     if case == "rank 1":
         a, b = a[:1].repeat(8, 1), b[:, :1].repeat(1, 8)
@@ -116,11 +109,14 @@ CASES = [
 @pytest.mark.parametrize("dtype", [FLOAT64, FLOAT32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_step_is_bounded_where_grams_are_singular(case, dtype):
-    """‖Δb a‖ and ‖b Δa‖ are at most η/2, ‖Δa‖ at most η / (2 √ρ ‖b‖) and ‖Δb‖ likewise, at each of ten steps."""
+    """In each of ten steps, ‖Δb a‖ and ‖b Δa‖ are at most η/2, ‖Δa‖ at most η / (2 √ρ ‖b‖) and ‖Δb‖ likewise."""
     lr, slack = 0.1, 1.0 + 100 * torch.finfo(dtype).eps
     start_a, start_b, g = degenerate(case, dtype)
     (a, b), optimizer = optimizer_on(start_a, start_b, lr=lr)
-    norm = lambda x: torch.linalg.matrix_norm(x, 2).item()
+
+    def norm(x):
+        return torch.linalg.matrix_norm(x, 2).item()
+
     for _ in range(10):
         old_a, old_b = a.detach().double(), b.detach().double()
         set_gradients((a, b), g)
@@ -170,7 +166,7 @@ RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def regression(r, lr, method, decay=1.0, size=96, steps=60, tokens=64):
-    """‖b a − target‖²/2 after training on noise-free samples; the target's singular values are 1/i^decay."""
+    """Returns ‖b a − target‖²/2 after training on noise-free samples. The target's singular values are 1/i^decay."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)
     values = 1 / torch.arange(1, size + 1) ** decay
@@ -192,13 +188,14 @@ def losses_and_best_rates(decay):
 
 
 def test_best_learning_rate_is_the_same_at_ranks_4_16_and_64():
-    """There are five rates, half a decade apart, that fall linearly. One problem is no proof: see the next test."""
+    """Five rates, half a decade apart, decay linearly. On the problem of the next test, the best rate is not the
+    same."""
     losses, best = losses_and_best_rates(decay=1.0)
     assert set(best.values()) == {0.1}
     assert min(losses[64]) < min(losses[16]) < min(losses[4])
 
 
-def test_best_learning_rate_falls_with_the_rank_where_singular_values_fall_slowly():
+def test_best_learning_rate_falls_with_rank_for_slowly_falling_values():
     _, best = losses_and_best_rates(decay=0.5)
     assert best[4] == 0.1 and best[64] == 0.03
 

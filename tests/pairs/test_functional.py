@@ -1,14 +1,14 @@
-"""The public functions of the adapter step on both backends: lists of mixed shapes, ranks and layouts against float64
-of the same formula, what they leave alone, what they refuse. And the small kernels between two passes."""
+"""The public functions of the adapter step on both backends: lists of mixed shapes, ranks and layouts against the same
+formula in float64, inputs that stay unchanged, arguments that are refused."""
 
 import pytest
 import torch
 from budget import check, error
+from method_runs import layer_with_gradients
 
 from lora_fast import functional as F
 from lora_fast.backend import set_backend
-from lora_fast.kernels.pairs import regularizers
-from lora_fast.ops.reference import pairs as reference
+from lora_fast.checks import ArgumentError
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # numpy's, for a pair of zeros
 SHAPES = [(24, 40, 4), (9, 50, 4), (17, 33, 3), (24, 40, 4)]  # d_out, d_in, r
@@ -21,7 +21,7 @@ def randn(*shape, seed=0):
 
 
 def lists(strided=True):
-    """a, b, da, db; the second a is a transposed view."""
+    """Returns a, b, da, db; with ``strided`` the second a is a transposed view."""
     a, b = ([randn(*shape, seed=i) for i, shape in enumerate(shapes)] for shapes in _both())
     da, db = ([randn(*shape, seed=i + 10) for i, shape in enumerate(shapes)] for shapes in _both())
     if strided:
@@ -34,19 +34,19 @@ def _both():
 
 
 def against_float64(function, *arguments, names=("result",)):
-    """Every result beside the same function's in float64 on the torch backend, judged by its error in float32 there."""
-    wide = [[x.double() for x in some] if isinstance(some, list) else some for some in arguments]
+    """Checks every result against the same function in float64 on the torch backend, by its error in float32 there."""
+    wide = [[x.double() for x in value] if isinstance(value, list) else value for value in arguments]
     got = function(*arguments)
     with set_backend("torch"):
         exact, eager = function(*wide), function(*arguments)
     got, exact, eager = (x if isinstance(x, tuple) else (x,) for x in (got, exact, eager))
-    for name, of_got, of_exact, of_eager in zip(names, got, exact, eager, strict=True):
-        for i, (x, right, plain) in enumerate(zip(of_got, of_exact, of_eager, strict=True)):
+    for name, *lists_of_name in zip(names, got, exact, eager, strict=True):
+        for i, (x, right, plain) in enumerate(zip(*lists_of_name, strict=True)):
             check(f"{name}[{i}]", x, right.double(), error(plain, right.double()), FLOAT32)
 
 
 @backends
-def test_grams(backend):
+def test_gram_matches_float64(backend):
     a, b, *_ = lists()
     with set_backend(backend):
         against_float64(lambda x: F.gram(x, 1), a)
@@ -56,7 +56,7 @@ def test_grams(backend):
 
 @backends
 @pytest.mark.parametrize("solver", ["nnls", "paper", "column", "scalar"])
-def test_scalora_scaling(backend, solver):
+def test_scalora_scaling_matches_float64(backend, solver):
     with set_backend(backend):
         scaling = lambda a, b, da, db: F.scalora_scaling(a, b, da, db, 2.0, 30.0, solver)
         against_float64(scaling, *lists(), names=("alpha", "beta", "info"))
@@ -64,16 +64,16 @@ def test_scalora_scaling(backend, solver):
 
 @backends
 @pytest.mark.parametrize("gauge", ["symmetric", "svd_signed"])
-def test_hyperbalance(backend, gauge):
+def test_hyperbalance_matches_float64(backend, gauge):
     a, b, *_ = lists()
     before = [x.clone() for x in (*a, *b)]
     with set_backend(backend):
         against_float64(lambda a, b: F.hyperbalance(a, b, gauge), a, b, names=("a", "b"))
-    assert all(torch.equal(x, y) for x, y in zip((*a, *b), before, strict=True)), "the inputs stay"
+    assert all(torch.equal(x, y) for x, y in zip((*a, *b), before, strict=True)), "the inputs change"
 
 
 @backends
-def test_solves(backend):
+def test_spd_solve_and_small_inverse_match_float64(backend):
     root = randn(5, 7, 7)
     spd, rhs = root @ root.mT + torch.eye(7), randn(5, 7, 3)
     skew = root - root.mT + 2 * torch.eye(7)
@@ -83,7 +83,7 @@ def test_solves(backend):
 
 
 @backends
-def test_merge(backend):
+def test_add_low_rank_matches_float64(backend):
     weight, a, b, scale = randn(9, 50, seed=3), randn(4, 50), randn(9, 4), randn(4)
     exact = weight.double() + (b.double() * scale.double()) @ a.double()
     eager = error(weight + (b * scale) @ a, exact)
@@ -106,7 +106,7 @@ def step_case(dtype=FLOAT32):
 
 
 @backends
-def test_adapter_step(backend):
+def test_adapter_step_matches_float64(backend):
     runs = {}
     kinds = {"got": (FLOAT32, backend), "exact": (torch.float64, "torch"), "eager": (FLOAT32, "torch")}
     for name, (dtype, chosen) in kinds.items():
@@ -120,7 +120,7 @@ def test_adapter_step(backend):
 
 
 @backends
-def test_adapter_step_without_anything_is_adamw(backend):
+def test_adapter_step_without_work_agrees_with_torch_adamw(backend):
     factors, is_a, hyper, steps, _ = step_case()
     wanted = [torch.nn.Parameter(f[0].clone()) for f in factors]
     for p, (_, g, *_), (lr, *_, decay) in zip(wanted, factors, hyper.tolist(), strict=True):
@@ -135,7 +135,7 @@ def test_adapter_step_without_anything_is_adamw(backend):
 
 
 @pytest.mark.parametrize("name", ["hyper", "steps", "additive", "matrices", "scale_p", "is_a", "factors[1][2]", "lone"])
-def test_adapter_step_names_what_does_not_fit(name):
+def test_adapter_step_names_a_bad_argument_and_changes_nothing(name):
     factors, is_a, hyper, steps, work = step_case()
     before = [x.clone() for f in factors for x in f]
     if name == "factors[1][2]":
@@ -153,46 +153,68 @@ def test_adapter_step_names_what_does_not_fit(name):
     assert all(torch.equal(x, y) for x, y in zip((x for f in step_case()[0] for x in f), before, strict=True))
 
 
-def grams_of(n, r, seed=0):
-    a, b = randn(n, r, 2 * r + 3, seed=seed), randn(n, 3 * r + 1, r, seed=seed + 1)
-    return a @ a.mT, b.mT @ b
+BEYOND_THE_KERNELS = {
+    "gram": (lambda x: F.gram([x], 0), "rank"),
+    "spd_solve": (lambda x: F.spd_solve(x[None, :257], x[None, :257]), "rank"),
+    "small_inverse": (lambda x: F.small_inverse(x[None, :257]), "rank"),
+    "scalora_scaling": (lambda x: F.scalora_scaling(*[x[:129].T[:129], x[:129, :129]] * 2, 1.0, 1.0), "rank"),
+    "add_low_rank_": (lambda x: F.add_low_rank_(x.T, x[:2, :300], x[:257, :2], 1.0), "weight"),
+    "adapter_step_": (lambda x: adapter_step_on(x.T), "factors[0][0]"),
+    "steps": (lambda x: adapter_step_on(x[:4, :2].contiguous(), torch.zeros(4)[::2]), "steps"),
+}
 
 
-@pytest.mark.parametrize("in_memory", [False, True], ids=["number", "tensor"])
-@pytest.mark.parametrize("r", [1, 3, 64, 100])
-def test_imbalance_kernel(r, in_memory):
-    ka, kb = grams_of(3, r)
-    kb[1], ka[1] = 0, 0
-    rho, lrs = torch.tensor([0.1, 0.5, 2.0]), (1e-2, 1e3)  # of b's, h is clipped
-    lrs = tuple(torch.tensor(lr) for lr in lrs) if in_memory else lrs
-    got = regularizers.imbalance(ka, kb, rho, *lrs, 0.5)
-    exact = reference.imbalance(ka.double(), kb.double(), rho.double(), 1e-2, 1e3, 0.5)
-    check("matrices", got, exact, error(reference.imbalance(ka, kb, rho, 1e-2, 1e3, 0.5), exact), FLOAT32)
-    assert got[[1, 4]].eq(0).all() and got.isfinite().all()
+def adapter_step_on(x, steps=None):
+    steps = torch.zeros(2) if steps is None else steps
+    return F.adapter_step_([(x, x, x, x)] * 2, [False] * 2, torch.ones(2, 5, dtype=torch.float64), steps)
 
 
-@pytest.mark.parametrize("r", [1, 3, 100])
-def test_scale_reg_kernel(r):
-    ka, kb = grams_of(3, r)
-    ka[1], kb[2] = 0, 0
-    sizes = torch.tensor([100.0, 50.0, 7.0]), torch.tensor([3.0, 5.0, 11.0])
-    got = regularizers.scale_reg(ka, kb, *sizes, 0.01, 1e-6)
-    exact = reference.scale_reg(ka.double(), kb.double(), *(x.double() for x in sizes), 0.01, 1e-6)
-    check("c", got, exact, error(reference.scale_reg(ka, kb, *sizes, 0.01, 1e-6), exact), FLOAT32)
-    assert got[[1, 4]].eq(0).all()
+@pytest.mark.parametrize("call, argument", BEYOND_THE_KERNELS.values(), ids=BEYOND_THE_KERNELS)
+def test_triton_backend_names_what_its_kernels_cannot_take(call, argument):
+    with set_backend("triton"), pytest.raises(ValueError) as raised:
+        call(torch.zeros(300, 257))
+    assert raised.value.argument == argument
 
 
-def test_a_nan_stays_in_its_pair():
-    ka, kb = grams_of(3, 5)
-    clean = regularizers.imbalance(ka, kb, torch.ones(3), 0.1, 0.1, 0.5)
-    ka[1, 2, :] = ka[1, :, 2] = float("nan")
-    got = regularizers.imbalance(ka, kb, torch.ones(3), 0.1, 0.1, 0.5)
-    assert got[[1, 4], 2].isnan().all() and torch.equal(got[[0, 2, 3, 5]], clean[[0, 2, 3, 5]])
-    got = regularizers.scale_reg(ka, kb, torch.ones(3), torch.ones(3), 0.01, 1e-6)
-    assert got.isnan().tolist() == [False, True, False] * 2
+def test_lists_give_the_results_of_their_pairs():
+    layers = [
+        layer_with_gradients(0),
+        layer_with_gradients(1, r=3),
+        layer_with_gradients(2),
+        layer_with_gradients(3, r=1, d_in=5),
+    ]
+    lists = [[x[0].a for x in layers], [x[0].b for x in layers], [x[2] for x in layers], [x[3] for x in layers]]
+    alpha, beta, _ = F.scalora_scaling(*lists, 2.0, 3.0)
+    balanced = F.hyperbalance(*lists[:2])
+    grams = F.gram(lists[0], dim=1)
+    for i, (a, b, da, db) in enumerate(zip(*lists, strict=True)):
+        torch.testing.assert_close(
+            torch.cat(F.scalora_scaling(a, b, da, db, 2.0, 3.0)[:2]), torch.cat([alpha[i], beta[i]])
+        )
+        torch.testing.assert_close(F.hyperbalance(a, b)[0], balanced[0][i])
+        torch.testing.assert_close(grams[i], a @ a.T)
+    torch.testing.assert_close(F.gram(lists[1], dim=0)[1], lists[1][1].T @ lists[1][1])
 
 
-def test_no_pairs():
-    nothing = torch.empty(0, 4, 4)
-    assert regularizers.imbalance(nothing, nothing, torch.empty(0), 0.1, 0.1, 0.5).shape == (0, 4, 4)
-    assert regularizers.scale_reg(nothing, nothing, torch.empty(0), torch.empty(0), 0.1, 0.1).shape == (0,)
+@pytest.mark.parametrize(
+    "call, argument",
+    [
+        (lambda: F.gram([torch.ones(2)], 1), "tensors"),
+        (lambda: F.gram([torch.ones(2, 2)], 2), "dim"),
+        (lambda: F.spd_solve(torch.ones(2, 3), torch.ones(2, 3, 1)), "matrices"),
+        (lambda: F.spd_solve(torch.ones(2, 3, 3), torch.ones(2, 4, 1)), "rhs"),
+        (lambda: F.spd_solve(torch.ones(2, 3, 3), torch.ones(2, 3, 1), -1.0), "damping"),
+        (lambda: F.hyperbalance(torch.ones(2, 3), torch.ones(4, 3)), "b"),
+        (lambda: F.hyperbalance(torch.ones(2, 3), torch.ones(4, 2), "polar"), "gauge"),
+        (lambda: F.scalora_scaling(*[torch.ones(2, 2)] * 4, 1.0, 0.0), "kappa"),
+        (lambda: F.scalora_scaling(*[torch.ones(2, 2)] * 3, torch.ones(3, 2), 1.0, 1.0), "db"),
+        (lambda: F.add_low_rank_(torch.ones(3, 3), torch.ones(2, 3), torch.ones(4, 2), 1.0), "weight"),
+        (
+            lambda: F.add_low_rank_(torch.ones(4, 3, dtype=torch.int8), torch.ones(2, 3), torch.ones(4, 2), 1.0),
+            "weight",
+        ),
+    ],
+)
+def test_functions_name_the_argument_that_does_not_fit(call, argument):
+    with pytest.raises(ArgumentError, match=rf"^{argument}(\[0\])?: expected"):
+        call()

@@ -1,1 +1,1 @@
-"""``lora-fast doctor``."""
+"""``lora-fast doctor`` checks the installation."""

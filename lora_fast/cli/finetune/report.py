@@ -1,4 +1,4 @@
-"""Writes metrics.json and report.html; report_engines.py and report_methods.py choose their contents."""
+"""Writes metrics.json and report.html. report_engines.py or report_methods.py provides their contents."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from . import report_bounds, report_engines, report_methods
 from .record import Record
 
 
-def _teller(settings: Settings):
+def _contents(settings: Settings):
+    """Returns the module whose functions provide the headline, the tables, the figures and the notes."""
     return report_methods if settings.compares_methods else report_engines
 
 
 def tables(settings: Settings, runs: list[Record]) -> list[Table]:
-    """The figures, for the terminal and the page."""
-    return _teller(settings).tables(settings, runs)
+    """Returns the tables of the terminal and the page."""
+    return _contents(settings).tables(settings, runs)
 
 
 def write(folder: Path, settings: Settings, runs: list[Record], environment: dict, prompt: str) -> None:
-    """report.html, then metrics.json: with it the job has finished."""
+    """Writes report.html and then metrics.json, whose presence marks the run as finished."""
     metrics = {
         "settings": settings.as_dict(),
         "environment": environment,
         "prompt": prompt,
-        "comparison": _teller(settings).comparison(settings, runs),
+        "comparison": _contents(settings).comparison(settings, runs),
         "runs": {run.label: _metrics(run, planned) for run, planned in zip(runs, settings.runs, strict=True)},
     }
     run_folder.write_text(folder / run_folder.REPORT, html(settings, runs, environment, prompt))
@@ -41,7 +42,7 @@ def _metrics(run: Record, planned: Run) -> dict[str, object]:
 
 
 def _finite(content: object) -> object:
-    """The same with null for what JSON has no number for."""
+    """Returns ``content`` with None for every NaN and infinity, which JSON cannot represent."""
     if isinstance(content, dict):
         return {name: _finite(value) for name, value in content.items()}
     if isinstance(content, (list, tuple)):
@@ -50,8 +51,8 @@ def _finite(content: object) -> object:
 
 
 def html(settings: Settings, runs: list[Record], environment: dict, prompt: str) -> str:
-    """One page that needs nothing else: styles and drawings are inside."""
-    teller = _teller(settings)
+    """Returns the page, which contains its styles and drawings."""
+    contents = _contents(settings)
     return pages.render(
         "finetune/report.html.jinja",
         title=f"{Path(settings.model).name} on {Path(settings.data).name}",
@@ -60,10 +61,10 @@ def html(settings: Settings, runs: list[Record], environment: dict, prompt: str)
         colours=colours(run.label for run in runs),
         environment=environment,
         prompt=prompt,
-        headline=teller.headline(settings, runs),
-        tables=teller.tables(settings, runs),
-        notes=teller.notes(settings, runs),
-        figures=teller.figures(settings, runs),
+        headline=contents.headline(settings, runs),
+        tables=contents.tables(settings, runs),
+        notes=contents.notes(settings, runs),
+        figures=contents.figures(settings, runs),
         wide_figures=report_bounds.figures(runs),
         steps=max(len(run.losses) for run in runs),
     )

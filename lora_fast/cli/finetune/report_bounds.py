@@ -1,4 +1,4 @@
-"""What the report says of norm-bounded layers: how much of its bound each of them uses."""
+"""The report's figures of norm-bounded layers: the share of its bound that each layer uses."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from .record import Record
 
 
 def figures(runs: list[Record]) -> list[tuple[str, str, str]]:
-    """Heading, caption, wide drawing: one over the steps, and one over the layers for each run that has bounds."""
+    """Returns (heading, caption, wide drawing) of each figure: one over the steps, and one over the layers for each run
+    that has bounds."""
     bounded = [run for run in runs if run.bounds]
     if not bounded:
         return []
-    caption = "‖ΔW‖ over its bound: the mean over the layers, and the least to the most. 100 % cannot be passed."
+    caption = "‖ΔW‖ over its bound, at most 100 %. The line is the mean over the layers; the area spans all layers."
     return [
         ("Bound used, over the steps", caption, _over_steps(runs, bounded)),
         *(_by_layer(run, i, several=len(bounded) > 1) for i, run in enumerate(bounded)),
@@ -41,20 +42,22 @@ def _by_layer(run: Record, i: int, several: bool) -> tuple[str, str, str]:
         values[rows.index(kind)][columns.index(depth)] = 100 * used[name]
     heading = "Bound used, by layer at the end" + (f": {run.label}" if several else "")
     norm, bounds = next(iter(run.bounds.values()))["norm"], [row["bound"] for row in run.bounds.values()]
-    caption = f"{method_options.limits(norm, bounds)}. Each bound, and each norm over the steps, is in metrics.json."
+    caption = (
+        f"{method_options.describe_bounds(norm, bounds)}. metrics.json has each bound, and each norm over the steps."
+    )
     return heading, caption, cells(f"layers-{i}", rows, columns, values, "depth", "% of the bound")
 
 
 def _places(names: list[str]) -> dict[str, tuple[str, int]]:
-    """Layer → its kind, which is its name without the first number and what all names begin with, and that number:
-    ``model.layers.7.mlp.up_proj`` → ("mlp.up_proj", 7)."""
+    """Maps each layer to its kind and its depth: ``model.layers.7.mlp.up_proj`` → ("mlp.up_proj", 7). The depth is the
+    first number in the name. The kind is the name without this number and without the prefix that all names share."""
     kinds, depths = {}, {}
     for name in names:
         parts = name.split(".")
         number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
         depths[name] = 0 if number is None else int(parts[number])
         kinds[name] = parts if number is None else parts[:number] + parts[number + 1 :]
-    same, longest = 0, min(map(len, kinds.values())) - 1
-    while same < longest and len({kind[same] for kind in kinds.values()}) == 1:
-        same += 1
-    return {name: (".".join(kinds[name][same:]), depths[name]) for name in names}
+    shared, longest = 0, min(map(len, kinds.values())) - 1  # at least the last part stays in the kind
+    while shared < longest and len({kind[shared] for kind in kinds.values()}) == 1:
+        shared += 1
+    return {name: (".".join(kinds[name][shared:]), depths[name]) for name in names}

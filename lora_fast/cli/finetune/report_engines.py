@@ -1,4 +1,4 @@
-"""What the report says of one run, or of both engines side by side."""
+"""The report's contents for one run, or for both engines side by side."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ from .record import Record
 
 
 def comparison(settings: Settings, runs: list[Record]) -> dict[str, object] | None:
-    """How far the engines are apart, in their losses and in their speed."""
+    """Returns the differences of losses and the ratios of speed and memory between the engines; None for one run."""
     if len(runs) < 2:
         return None
     fused, eager = runs
     return {
-        "max_loss_difference": _furthest(fused.losses, eager.losses),
-        "max_held_out_difference": _furthest(*([loss for _, loss in run.held_out] for run in runs)),
+        "max_loss_difference": _max_difference(fused.losses, eager.losses),
+        "max_held_out_difference": _max_difference(*([loss for _, loss in run.held_out] for run in runs)),
         "step_time_ratio": eager.step_time()["median"] / fused.step_time()["median"],
         "saved_bytes_ratio": eager.saved_bytes / fused.saved_bytes,
         "ran_first": fused.label,
     }
 
 
-def _furthest(one: list[float], two: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(one, two, strict=True))
+def _max_difference(left: list[float], right: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(left, right, strict=True))
 
 
 def headline(settings: Settings, runs: list[Record]) -> str:
+    """Returns the one line below the title."""
+    loss = f"Held-out loss {runs[0].held_out[0][1]:.3f} → {runs[0].held_out[-1][1]:.3f}"
     compared = comparison(settings, runs)
-    said = f"Held-out loss {runs[0].held_out[0][1]:.3f} → {runs[0].held_out[-1][1]:.3f}"
     if compared is None:
-        return said
-    apart, ratio = compared["max_loss_difference"], compared["step_time_ratio"]
-    return f"{said} · loss curves apart by at most {apart:.1g} · step time, eager over fused: {ratio:.2f}"
+        return loss
+    difference, ratio = compared["max_loss_difference"], compared["step_time_ratio"]
+    return f"{loss} · loss curves differ by at most {difference:.1g} · step time, eager over fused: {ratio:.2f}"
 
 
 def tables(settings: Settings, runs: list[Record]) -> list[Table]:
-    """A row for each figure, a column for each run, and the comparison."""
+    """Returns one table, with a row for each figure, a column for each run, and a column that compares them."""
     compared = comparison(settings, runs)
     times = [run.step_time() for run in runs]
     held_out = [[f"{loss:.4f}" for _, loss in (run.held_out[0], run.held_out[-1])] for run in runs]
@@ -52,7 +53,7 @@ def tables(settings: Settings, runs: list[Record]) -> list[Table]:
         ("training loss, last 10", last, "max |Δ| {max_loss_difference:.1g}"),
         ("step time, median", [f"{t['median']:.3f} s" for t in times], "eager / fused {step_time_ratio:.3f}"),
         ("step time, p20–p80", [f"{t['p20']:.3f}–{t['p80']:.3f} s" for t in times], ""),
-        ("of it the optimizer", [f"{1e3 * run.optimizer_time():.1f} ms" for run in runs], ""),
+        ("optimizer's part, mean", [f"{1e3 * run.optimizer_time():.1f} ms" for run in runs], ""),
         ("tokens per second", pace, ""),
         ("kept for backward", kept, "eager / fused {saved_bytes_ratio:.3f}"),
         ("trained parameters", [f"{run.trained_parameters:,}" for run in runs], ""),
@@ -70,46 +71,50 @@ def tables(settings: Settings, runs: list[Record]) -> list[Table]:
 
 
 def figures(settings: Settings, runs: list[Record]) -> list[tuple[str, str, str]]:
-    """Heading, caption, drawing."""
+    """Returns (heading, caption, drawing) of each figure."""
     both = len(runs) > 1
-    drawn = [
-        ("Loss", "Solid: training loss of each step. Dashed, with dots: held-out loss.", _loss(runs, wide=both)),
-        ("Step time", "One dot a step; the line is the median.", _step_time(runs)),
-        ("Kept for backward", "What one forward pass stores until its backward pass.", _saved(runs)),
+    drawings = [
+        ("Loss", "Solid: training loss of each step. Dashed with dots: held-out loss.", _loss(runs, wide=both)),
+        ("Step time", "Each dot is a step. The line is the median.", _step_time(runs)),
+        ("Kept for backward", "What one forward pass stores for its backward pass.", _saved(runs)),
     ]
     if not share_a_process(runs):
-        drawn.append(("Memory", f"MiB, {runs[0].memory_kind}.", _memory(runs)))
+        drawings.append(("Memory", f"MiB, {runs[0].memory_kind}.", _memory(runs)))
     if not both:
-        norms = "‖a‖ and ‖b‖, Frobenius: the mean over all adapters, and the lowest to the highest."
-        ranks = "Of ΔW = s·b·a: singular values above 0.005; stable rank ‖ΔW‖²_F / ‖ΔW‖²₂. Mean, lowest to highest."
-        drawn.append(("Norms of the factors", norms, _adapter("norms", runs[0], ("norm_a", "norm_b"), ("‖a‖", "‖b‖"))))
-        drawn.append(("Rank of the update", ranks, _adapter("rank", runs[0], ("rank", "erank"), ("rank", "erank"))))
-    return drawn
+        norms = "Frobenius norms of a and b. The line is the mean over all adapters; the area spans all adapters."
+        ranks = (
+            "Number of singular values of ΔW = s·b·a above 0.005 (rank), and its stable rank ‖ΔW‖²_F / ‖ΔW‖²₂ (erank). "
+            "The line is the mean over all adapters; the area spans all adapters."
+        )
+        norm_names, rank_names = ("norm_a", "norm_b"), ("rank", "erank")
+        drawings.append(("Norms of the factors", norms, _adapter("norms", runs[0], norm_names, ("‖a‖", "‖b‖"))))
+        drawings.append(("Rank of the update", ranks, _adapter("rank", runs[0], rank_names, rank_names)))
+    return drawings
 
 
 def notes(settings: Settings, runs: list[Record]) -> list[str]:
-    """How the figures were taken."""
-    said = [
-        "Step time: forward, backward, gradient clipping and optimizer update; data loading, evaluation, statistics, "
-        "checkpoints and logging are outside, and so is the first step, which allocates. The optimizer's part: mean.",
-        "Held-out loss: mean over blocks of text that are never trained on. Training loss, last 10: mean of the last "
-        "ten steps, each on other text; the largest difference is over all steps.",
-        "Kept for backward: bytes of all distinct tensors that one micro-batch's forward pass stores for its backward "
-        "pass, the model's own weights not counted; the output logits, the same for both engines, are in it.",
+    """Returns sentences on how the figures were measured."""
+    sentences = [
+        "The step time covers forward, backward, gradient clipping and the optimizer's update. It excludes data "
+        "loading, evaluation, statistics, checkpoints, logging, and the first step, which allocates.",
+        "The held-out loss is the mean over blocks of text that are never trained on. The last training loss is the "
+        "mean of the last ten steps, whose texts differ; the largest difference is taken over all steps.",
+        "Kept for backward are the bytes of all distinct tensors that one micro-batch's forward pass stores for its "
+        "backward pass. The model's weights are not counted; the output logits, which both engines store, are.",
     ]
     if len(runs) > 1:
         first, second = (run.label for run in runs)
-        said.append(
-            f"Both from the same seed, one after the other in one process: {first} first, then {second}. What else the "
-            "machine did meanwhile is in the times: a wide span from p20 to p80 shows it."
+        sentences.append(
+            f"Both runs used the same seed and one process: {first} ran first, then {second}. The times include "
+            "whatever else the machine did; a wide span from p20 to p80 shows such disturbances."
         )
     if share_a_process(runs):
-        said.append("The process's size is in metrics.json only: in the second run it includes what the first left.")
-    return [*said, *(f"Layers of the {run.label} run: {run.layers}." for run in runs)]
+        sentences.append("The process's size is in metrics.json only, since the second run's includes the first run's.")
+    return [*sentences, *(f"Layers of the {run.label} run: {run.layers}." for run in runs)]
 
 
 def share_a_process(runs: list[Record]) -> bool:
-    """Whether the memory figures are sizes of one process of several runs: the second would carry the first."""
+    """Returns whether the memory figures are sizes of one process that all runs share, and thus not comparable."""
     return len(runs) > 1 and "GPU" not in runs[0].memory_kind
 
 
@@ -118,7 +123,7 @@ def _colours(runs: list[Record]) -> dict[str, str]:
 
 
 def _loss(runs: list[Record], wide: bool) -> str:
-    """Where both engines agree, the second line would hide the first: it is broad and pale, the first one thin."""
+    """Draws the loss curves. The second run's lines are broad and pale, so that both are visible where they agree."""
     series = []
     for i, (run, colour) in enumerate(zip(runs, _colours(runs).values(), strict=True)):
         look = {"linewidth": 1.6, "zorder": 3} if i == 0 else {"linewidth": 5, "alpha": 0.45, "zorder": 2}
@@ -154,7 +159,7 @@ def _memory(runs: list[Record]) -> str:
 
 
 def _adapter(name: str, run: Record, figures: tuple[str, str], labels: tuple[str, str]) -> str:
-    """Two figures of the adapters of one run, with their spread over the layers."""
+    """Draws two figures of the adapters of one run, with their range over the layers."""
     series = []
     for (label, colour), figure in zip(colours(labels).items(), figures, strict=True):
         low, high = (run.curve(f"adapter/{figure}_{end}")[1] for end in ("min", "max"))

@@ -1,10 +1,11 @@
-"""What the report says of several methods: enough to choose one."""
+"""The report's contents for a comparison of methods, from which a reader can choose one."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Callable
+from typing import NamedTuple
 
 from ..inputs.settings import Settings
 from ..output.palette import colours
@@ -13,22 +14,25 @@ from ..output.tables import Cell, Table
 from .record import Record
 
 MIB = 2**20
+MARKERS, SHAPES = 5, "os^Dv*PXh"  # approximate number of markers on a curve; matplotlib's markers
+HOLLOW = {"markersize": 7, "fillstyle": "none", "markevery": 1}
 
 
 def baseline(settings: Settings, runs: list[Record]) -> Record:
-    """What the others are measured against: the first plain LoRA, else the first run; of those that did not diverge."""
+    """Returns the run that the others are compared with: the first plain LoRA or else the first run, among those that
+    did not diverge."""
     plain = [run for run, planned in zip(runs, settings.runs, strict=True) if planned.method.name == "lora"]
     return next((run for run in [*plain, *runs] if not run.diverged), runs[0])
 
 
 def comparison(settings: Settings, runs: list[Record]) -> dict[str, dict[str, float | str]]:
-    """The table's figures, by method. A diverged run has no final loss."""
+    """Returns the figures of the tables by method. The final losses of a diverged run are NaN."""
     base = baseline(settings, runs)
     return {run.label: _figures(run, base) for run in runs}
 
 
 def _figures(run: Record, base: Record) -> dict[str, float | str]:
-    step, base_step = (one.step_time()["median"] for one in (run, base))
+    step, base_step = (record.step_time()["median"] for record in (run, base))
     after = math.nan if run.diverged else run.held_out[-1][1]
     return {
         "held_out_before": run.held_out[0][1],
@@ -54,52 +58,61 @@ def _figures(run: Record, base: Record) -> dict[str, float | str]:
 
 
 def best(runs: list[Record]) -> Record:
-    """The lowest held-out loss of those that did not diverge; the first of all if every one did."""
+    """Returns the run with the lowest final held-out loss among those that did not diverge, or the first if all did."""
     return min((run for run in runs if not run.diverged), key=lambda run: run.held_out[-1][1], default=runs[0])
 
 
 def headline(settings: Settings, runs: list[Record]) -> str:
+    """Returns the one line below the title."""
     lowest, base = best(runs), baseline(settings, runs)
     if lowest.diverged:
-        return "Every method diverged: try a smaller --lr"
-    said = f"Lowest held-out loss: {lowest.label}, {lowest.held_out[0][1]:.4f} → {lowest.held_out[-1][1]:.4f}"
+        return "Every method diverged. Try a smaller --lr."
+    loss = f"Lowest held-out loss: {lowest.label}, {lowest.held_out[0][1]:.4f} → {lowest.held_out[-1][1]:.4f}"
     if lowest is base or base.diverged:
-        return said
+        return loss
     figures = comparison(settings, runs)[lowest.label]
     gain, overhead = -figures["held_out_over_baseline"], 100 * figures["overhead"]
-    return f"{said}, {gain:.4f} below {base.label}'s; the overhead of its optimizer is {overhead:+.1f} % of a step"
+    return f"{loss}, {gain:.4f} below {base.label}'s. The overhead of its optimizer is {overhead:+.1f} % of a step."
 
 
-Column = tuple[str, str, Callable[[float], str], bool, bool]  # head, figure, text, less is better, in the terminal
+class Column(NamedTuple):
+    """A column of a table: ``figure`` is its key in ``_figures``; ``in_terminal`` keeps it in the short table."""
+
+    head: str
+    figure: str
+    format: Callable[[float], str]
+    less_is_better: bool = False
+    in_terminal: bool = False
 
 
 def tables(settings: Settings, runs: list[Record]) -> list[Table]:
-    """A row for each method. Strong: the best of a column where less is better."""
+    """Returns two tables with a row for each method: what was learnt, and what it cost. In columns where less is
+    better, the best value is strong."""
     base = baseline(settings, runs).label
     learnt: list[Column] = [
-        ("held-out loss before", "held_out_before", "{:.4f}".format, False, False),
-        ("held-out loss after", "held_out_after", "{:.4f}".format, True, True),
-        (f"after, less {base}'s", "held_out_over_baseline", "{:+.4f}".format, False, True),
-        ("training loss, last 10", "training_loss_last_10", "{:.4f}".format, True, False),
-        ("‖a‖", "norm_a", "{:.3g}".format, False, False),
-        ("‖b‖", "norm_b", "{:.3g}".format, False, False),
-        ("rms a / b", "rms_ratio", "{:.3g}".format, False, True),
-        ("rank", "rank", "{:.1f}".format, False, False),
-        ("erank", "erank", "{:.2f}".format, False, True),
-        ("erank with merges", "change_erank", "{:.2f}".format, False, False),
+        Column("held-out loss before", "held_out_before", "{:.4f}".format),
+        Column("held-out loss after", "held_out_after", "{:.4f}".format, less_is_better=True, in_terminal=True),
+        Column(f"after, minus {base}'s", "held_out_over_baseline", "{:+.4f}".format, in_terminal=True),
+        Column("training loss, last 10", "training_loss_last_10", "{:.4f}".format, less_is_better=True),
+        Column("‖a‖", "norm_a", "{:.3g}".format),
+        Column("‖b‖", "norm_b", "{:.3g}".format),
+        Column("rms a / b", "rms_ratio", "{:.3g}".format, in_terminal=True),
+        Column("rank", "rank", "{:.1f}".format),
+        Column("erank", "erank", "{:.2f}".format, in_terminal=True),
+        Column("erank with merges", "change_erank", "{:.2f}".format),
     ]
     if all(run.change_erank is None for run in runs):
-        learnt.pop()  # it is the erank again
+        learnt.pop()  # without merges the last column equals the erank
     if any(run.bounds for run in runs):
-        learnt.append(("bound used", "bound_used_mean", "{:.1%}".format, False, True))
+        learnt.append(Column("bound used", "bound_used_mean", "{:.1%}".format, in_terminal=True))
     cost: list[Column] = [
-        ("step, s", "step_seconds", "{:.3f}".format, True, True),
-        (f"step over {base}'s", "step_over_baseline", "{:.3f}".format, False, False),
-        ("optimizer, ms", "optimizer_seconds", _milliseconds, True, True),
-        (f"less {base}'s, ms", "optimizer_over_baseline", lambda seconds: f"{1e3 * seconds:+.1f}", False, False),
-        (f"overhead, % of {base}'s step", "overhead", lambda share: f"{100 * share:+.1f}", False, True),
-        ("optimizer state, MiB", "state_bytes", _mib, True, False),
-        ("peak in its step, MiB", "peak_bytes", _mib, True, True),
+        Column("step, s", "step_seconds", "{:.3f}".format, less_is_better=True, in_terminal=True),
+        Column(f"step over {base}'s", "step_over_baseline", "{:.3f}".format),
+        Column("optimizer, ms", "optimizer_seconds", _milliseconds, less_is_better=True, in_terminal=True),
+        Column(f"minus {base}'s, ms", "optimizer_over_baseline", lambda seconds: f"{1e3 * seconds:+.1f}"),
+        Column(f"overhead, % of {base}'s step", "overhead", lambda share: f"{100 * share:+.1f}", in_terminal=True),
+        Column("optimizer state, MiB", "state_bytes", _mib, less_is_better=True),
+        Column("peak in its step, MiB", "peak_bytes", _mib, less_is_better=True, in_terminal=True),
     ]
     figures = list(comparison(settings, runs).values())
     return [
@@ -110,16 +123,16 @@ def tables(settings: Settings, runs: list[Record]) -> list[Table]:
 
 def _table(title: str, columns: list[Column], figures: list[dict], runs: list[Record]) -> Table:
     rows = [[Cell(label, colour)] for label, colour in _colours(runs).items()]
-    for _, name, text, less_is_better, _ in columns:
-        values = [row[name] for row in figures]
-        texts = ["–" if math.isnan(value) else text(value) for value in values]
-        least = text(min((value for value in values if not math.isnan(value)), default=math.nan))
-        tells = less_is_better and len(set(texts)) > 1
+    for column in columns:
+        values = [row[column.figure] for row in figures]
+        texts = ["–" if math.isnan(value) else column.format(value) for value in values]
+        least = column.format(min((value for value in values if not math.isnan(value)), default=math.nan))
+        has_best = column.less_is_better and len(set(texts)) > 1
         for row, run, shown in zip(rows, runs, texts, strict=True):
-            ended = run.diverged and name == "held_out_after"
-            row.append(Cell("diverged" if ended else shown, strong=tells and shown == least))
-    short = [0, *(i + 1 for i, column in enumerate(columns) if column[4])]
-    return Table(title, [Cell("method"), *(Cell(column[0]) for column in columns)], rows, short)
+            diverged = run.diverged and column.figure == "held_out_after"
+            row.append(Cell("diverged" if diverged else shown, strong=has_best and shown == least))
+    short = [0, *(i + 1 for i, column in enumerate(columns) if column.in_terminal)]
+    return Table(title, [Cell("method"), *(Cell(column.head) for column in columns)], rows, short)
 
 
 def _milliseconds(seconds: float) -> str:
@@ -131,96 +144,92 @@ def _mib(size: float) -> str:
 
 
 def figures(settings: Settings, runs: list[Record]) -> list[tuple[str, str, str]]:
-    """Heading, caption, drawing."""
+    """Returns (heading, caption, drawing) of each figure."""
     base = baseline(settings, runs)
-    by_layer = "Mean over all adapters."
+    mean = "The curve is the mean over all adapters."
     return [
         (
             "Training loss",
-            "Of each step, before its update. At one step every method sees the same batch.",
+            "The loss of each step before its update. All methods see the same batch at a step.",
             _over_steps("loss", runs, lambda run: (range(len(run.losses)), run.losses), "nats per token"),
         ),
         (
-            f"Training loss, less {base.label}'s",
-            f"At the same step, on the same batch: below 0 is better than {base.label}.",
+            f"Training loss, minus {base.label}'s",
+            f"The difference at the same step, on the same batch. Below 0 is better than {base.label}.",
             _over_steps("difference", runs, lambda run: _difference(run, base), "nats per token"),
         ),
         (
             "Held-out loss",
-            "On text that is never trained on.",
+            "The loss on text that is never trained on.",
             _over_steps("held-out", runs, lambda run: zip(*run.held_out, strict=True), "nats per token", **HOLLOW),
         ),
         (
-            f"Held-out loss, less {base.label}'s",
-            f"After the same number of steps: below 0 is better than {base.label}.",
+            f"Held-out loss, minus {base.label}'s",
+            f"The difference after the same number of steps. Below 0 is better than {base.label}.",
             _over_steps("gain", runs, lambda run: _held_out_difference(run, base), "nats per token", **HOLLOW),
         ),
-        ("Norm of a", f"‖a‖, Frobenius. {by_layer}", _adapter("norm-a", runs, "norm_a", "‖a‖")),
-        ("Norm of b", f"‖b‖, Frobenius; 0 at the start. {by_layer}", _adapter("norm-b", runs, "norm_b", "‖b‖")),
+        ("Norm of a", f"Frobenius norm of a. {mean}", _adapter("norm-a", runs, "norm_a", "‖a‖")),
+        ("Norm of b", f"Frobenius norm of b, which starts at 0. {mean}", _adapter("norm-b", runs, "norm_b", "‖b‖")),
         (
             "Ratio of the factors",
-            "Root mean square of a's entries over that of b's: geometric mean over all adapters.",
+            "Root mean square of a's entries over that of b's. The curve is the geometric mean over all adapters.",
             _adapter("ratio", runs, "rms_ratio", "rms(a) / rms(b)", log=True),
         ),
         (
             "Rank",
-            f"Singular values of ΔW = s·b·a above 0.005. {by_layer}",
+            f"Number of singular values of ΔW = s·b·a above 0.005. {mean}",
             _adapter("rank", runs, "rank", "singular values", zero=True),
         ),
         (
             "Effective rank",
-            f"Stable rank of ΔW, ‖ΔW‖²_F / ‖ΔW‖²₂. {by_layer}",
+            f"Stable rank of ΔW, ‖ΔW‖²_F / ‖ΔW‖²₂. {mean}",
             _adapter("erank", runs, "erank", "erank"),
         ),
-        ("Optimizer time", "Mean of the steps after the first.", _optimizer_bars(settings, runs)),
+        ("Optimizer time", "The mean of the steps after the first.", _optimizer_bars(settings, runs)),
         (
             f"Step time over {base.label}'s",
-            "Medians of whole steps; the whisker is from the 20th to the 80th percentile.",
+            "Medians of whole steps. The whiskers span the 20th to the 80th percentile.",
             _step_bars(settings, runs),
         ),
         (
             "Memory of the optimizer",
-            "The most it held at once in its first step, its state included.",
+            "The most memory that was allocated at once in its first step, including its state.",
             _memory_bars(runs),
         ),
     ]
 
 
 def notes(settings: Settings, runs: list[Record]) -> list[str]:
-    """How the figures were taken."""
+    """Returns sentences on how the figures were measured."""
     base = baseline(settings, runs).label
-    said = [
-        f"Every method from the same weights, the same fresh adapters and the same batches (seed {settings.seed}), one "
-        f"after the other in one process. One seed: a difference in loss that another seed could turn round decides "
-        "nothing, and methods may want other learning rates (--method NAME:lr=…).",
-        "Step time: median over forward, backward, gradient clipping and optimizer update; data loading, evaluation, "
-        "statistics, checkpoints and logging are outside, and so is the first step, which allocates. The methods share "
-        f"all but the optimizer, so what a step takes longer than {base}'s beyond the optimizer's own time is what "
-        "else the machine did meanwhile: the overhead, the optimizer's time less that of "
-        f"{base} over the median step of {base}, is the figure to quote.",
-        "Optimizer time: mean over the steps after the first, so that what a method does every few steps counts.",
-        "Optimizer memory: tensors that were made and alive at once during the optimizer's first step (scratch inside "
-        "a single operation is not seen), and its state afterwards.",
-        "Norms, ratio, rank: of the adapters, by lora_fast.metrics.adapter_stats. The mean over adapters is the "
-        "geometric one for the ratio, arithmetic for the rest.",
+    sentences = [
+        f"All methods ran one after the other in one process, from the same weights, the same initial adapters and the "
+        f"same batches (seed {settings.seed}). This is a single seed: small differences in loss may be reversed by "
+        "another one, and some methods need another learning rate (--method NAME:lr=…).",
+        "The step time is the median over forward, backward, gradient clipping and the optimizer's update. It excludes "
+        "data loading, evaluation, statistics, checkpoints, logging, and the first step, which allocates.",
+        f"The figure to quote is the overhead: the optimizer's time minus that of {base}, over {base}'s median step. "
+        f"The methods share everything but the optimizer, so any other difference to {base}'s step time is noise.",
+        "The optimizer time is the mean over the steps after the first, which includes what a method does every few "
+        "steps only.",
+        "The optimizer memory is the most that was allocated at once during the optimizer's first step (scratch memory "
+        "within an operation is not seen), and the size of its state afterwards.",
+        "Norms, ratios and ranks of the adapters are those of lora_fast.metrics.adapter_stats. Their mean over the "
+        "adapters is geometric for the ratio and arithmetic for the others.",
     ]
     if any(planned.method.adapters for planned in settings.runs):
-        said.append(
-            "nb-lora and sing-lora have fresh adapters of another kind; their a and b are what the trained parameters "
-            "make of them. Their work in the forward and the backward pass is in the step's time, not the optimizer's."
+        sentences.append(
+            "nb-lora and sing-lora start from initial adapters of their own. Their a and b are computed from the "
+            "trained parameters; the time for this counts as forward and backward pass, not as the optimizer's."
         )
     if any(run.change_erank is not None for run in runs):
-        said.append(
-            "scalora merges into the frozen weights: its norms, rank and erank are of the adapter alone; erank with "
-            "merges is of all that training changed, W + s·b·a − W₀ (for the other methods, ΔW), at the end."
+        sentences.append(
+            "scalora merges into the frozen weights. Its norms, rank and erank describe the adapter alone; erank with "
+            "merges describes all that training changed, W + s·b·a − W₀, at the end. For the other methods this is ΔW."
         )
-    said += [f"{run.label}: {run.diverged}." for run in runs if run.diverged]
+    sentences += [f"{run.label}: {run.diverged}." for run in runs if run.diverged]
     layers = dict.fromkeys(run.layers for run in runs)
-    return [*said, *(f"Layers: {text}." for text in layers)]
-
-
-MARKERS, SHAPES = 5, "os^Dv*PXh"  # in a curve, about
-HOLLOW = {"markersize": 7, "fillstyle": "none", "markevery": 1}
+    return [*sentences, *(f"Layers: {text}." for text in layers)]
 
 
 def _colours(runs: list[Record]) -> dict[str, str]:
@@ -228,15 +237,15 @@ def _colours(runs: list[Record]) -> dict[str, str]:
 
 
 def _over_steps(name: str, runs: list[Record], curve: Callable, y: str, zero=False, log=False, **look) -> str:
-    """Each curve has its own shape of marker, at other steps than the others': curves that agree hide each other, but
-    not the markers."""
+    """Draws one curve for each run. The markers of each curve have their own shape and their own steps, so that curves
+    that coincide can still be told apart."""
     series = []
     for i, (run, colour) in enumerate(zip(runs, _colours(runs).values(), strict=True)):
         steps, values = map(list, curve(run))
         between = max(len(runs), len(steps) // MARKERS)
-        own = {"linewidth": 1.5, "marker": SHAPES[i % len(SHAPES)], "markersize": 5}
-        own["markevery"] = (i * between // len(runs), between)
-        series.append(Series(run.label, colour, steps, values, own | look))
+        markers = {"linewidth": 1.5, "marker": SHAPES[i % len(SHAPES)], "markersize": 5}
+        markers["markevery"] = (i * between // len(runs), between)
+        series.append(Series(run.label, colour, steps, values, markers | look))
     return lines(name, series, "steps done", y, zero=zero, log=log)
 
 
@@ -245,7 +254,7 @@ def _adapter(name: str, runs: list[Record], figure: str, y: str, **axis) -> str:
 
 
 def _difference(run: Record, base: Record) -> tuple[range, list[float]]:
-    differences = [a - b for a, b in zip(run.losses, base.losses, strict=False)]  # one may have diverged
+    differences = [a - b for a, b in zip(run.losses, base.losses, strict=False)]  # a diverged run is shorter
     return range(len(differences)), differences
 
 
@@ -262,7 +271,7 @@ def _optimizer_bars(settings: Settings, runs: list[Record]) -> str:
         Bar(label, colour, time, f"{time:.1f} ({time - base:+.1f})")
         for (label, colour), time in zip(named, times, strict=True)
     ]
-    return bars("optimizer", values, f"ms a step (less {baseline(settings, runs).label}'s)")
+    return bars("optimizer", values, f"ms a step (minus {baseline(settings, runs).label}'s)")
 
 
 def _step_bars(settings: Settings, runs: list[Record]) -> str:

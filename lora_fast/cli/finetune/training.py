@@ -1,4 +1,4 @@
-"""One run: PEFT's model, fused or as it is, in transformers' Trainer, with everything measured on the way."""
+"""Trains one run: the model with its adapters in transformers' Trainer, with a callback that measures each step."""
 
 from __future__ import annotations
 
@@ -27,38 +27,48 @@ from ..inputs import models
 from ..inputs.data import TokenData
 from ..inputs.settings import Run, Settings
 from ..output import run_folder
-from ..output.terminal import Display, Diverged
-from .record import Record
+from ..output.terminal import Display
+from .record import Diverged, Record
 from .weight_change import mean_erank
 
 SAMPLE_TOKENS = 40
-EVALUATIONS, CHECKPOINTS = 4, 4  # in a run, evenly spaced; one more evaluation before the first step
-STATISTICS = 60  # of the adapters in a run, at most about
+EVALUATIONS, CHECKPOINTS = 4, 4  # evenly spaced over a run; another evaluation comes before the first step
+STATISTICS = 60  # approximate largest number of times that a run computes statistics of the adapters
 
 
 class StopRequest:
-    """While it is open, the first Ctrl-C asks for a stop at the next safe place; the second one stops at once."""
+    """Handles Ctrl-C while it is open: the first one sets ``requested``, which training checks after each step; the
+    second one raises KeyboardInterrupt at once."""
 
     def __init__(self, display: Display):
-        self.asked, self._display = False, display
+        self.requested, self._display = False, display
 
     def __enter__(self) -> StopRequest:
-        self._before = signal.signal(signal.SIGINT, self._ask)
+        self._previous_handler = signal.signal(signal.SIGINT, self._on_signal)
         return self
 
     def __exit__(self, *error) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        signal.signal(signal.SIGINT, self._previous_handler)
 
-    def _ask(self, *signal_and_frame) -> None:
-        if self.asked:
+    def _on_signal(self, *signal_and_frame) -> None:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
-        self._display.note("Stopping after the current step; Ctrl-C again stops at once.")
+        self.requested = True
+        self._display.note("Stopping after the current step. Press Ctrl-C again to stop at once.")
 
 
 @dataclass
 class RunContext:
-    """What all runs share."""
+    """Holds what all runs of a call share.
+
+    Attributes:
+        source: the folder or hub id of the base model.
+        dtype: that of the base model; the adapters are float32.
+        prompt: the text that the samples continue.
+        stop: the handler of Ctrl-C.
+        total: the number of optimizer steps of each run.
+        tried: whether the later runs were tried on the model of the first one.
+    """
 
     settings: Settings
     source: str
@@ -69,42 +79,42 @@ class RunContext:
     display: Display
     stop: StopRequest
     total: int = field(init=False)
-    tried: bool = field(init=False, default=False)  # the later runs, on the model
+    tried: bool = field(init=False, default=False)
 
     def __post_init__(self):
         self.total = self.settings.total_steps(len(self.data.train))
 
 
-def prepare(job: RunContext, run: Run) -> tuple[torch.nn.Module, str]:
-    """The model with fresh adapters, and the report of what was injected or fused. The first time, the runs that follow
-    are tried on it, too.
+def prepare(context: RunContext, run: Run) -> tuple[torch.nn.Module, str]:
+    """Returns the model with fresh adapters, and the report of what was injected or fused. The first call also tries
+    the later runs on the model, so that their errors appear before any training.
 
     Raises:
-        ArgumentError: targets that match nothing, nothing that can be fused, or a run, this one or a later one, that
-            cannot train this model.
+        ArgumentError: the targets match nothing, nothing can be fused, or this run or a later one cannot train this
+            model.
     """
-    base = models.load_model(job.source, job.dtype)
-    check_targets(base, job.settings.target_modules)
-    if not job.tried:
-        for later in job.settings.runs[job.settings.runs.index(run) + 1 :]:
-            _try(job, later, base)
-        job.tried = True
-    transformers.set_seed(job.settings.seed)  # the same adapters for every run
-    model, layers = _with_adapters(job, run, base)
+    base = models.load_model(context.source, context.dtype)
+    check_targets(base, context.settings.target_modules)
+    if not context.tried:
+        for later in context.settings.runs[context.settings.runs.index(run) + 1 :]:
+            _try(context, later, base)
+        context.tried = True
+    transformers.set_seed(context.settings.seed)  # so that every run starts from the same adapters
+    model, layers = _with_adapters(context, run, base)
     _check_methods(run, model)
     return model, layers
 
 
-def _try(job: RunContext, run: Run, base: transformers.PreTrainedModel) -> None:
-    """Raises ArgumentError unless the run could begin. On modules of its own over the same weights: ``base`` stays as
-    it is, and takes no more memory than the run will."""
-    modules = copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})
+def _try(context: RunContext, run: Run, base: transformers.PreTrainedModel) -> None:
+    """Raises ArgumentError unless the run could begin. Works on copies of the modules over the same weights, so that
+    ``base`` is unchanged and no memory is needed for a second model."""
+    modules = copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})  # the memo keeps the weights
     if run.method.adapters is None:
-        _check_methods(run, _with_adapters(job, run, modules)[0])
+        _check_methods(run, _with_adapters(context, run, modules)[0])
         return
-    config = _config(job, run)
+    config = _config(context, run)
     if getattr(config, "bound_ratio", None) is not None:
-        config = dataclasses.replace(config, norm="frobenius")  # fails on the same weights, and is quick
+        config = dataclasses.replace(config, norm="frobenius")  # fast, and fails for the same weights: those of norm 0
     _inject(run, modules, config)
 
 
@@ -113,15 +123,16 @@ def _check_methods(run: Run, model: torch.nn.Module) -> None:
         if run.method.instances:
             LoRAAdamW(model, methods=run.method.instances)
     except ArgumentError as error:
-        raise _of_method(run, error) from error
+        raise _with_method(run, error) from error
 
 
-def _with_adapters(job: RunContext, run: Run, base: transformers.PreTrainedModel) -> tuple[torch.nn.Module, str]:
+def _with_adapters(context: RunContext, run: Run, base: transformers.PreTrainedModel) -> tuple[torch.nn.Module, str]:
+    """Returns the model with fresh adapters in ``base``, and the report of what was injected or fused."""
     if run.method.adapters is not None:
-        report = _inject(run, base, _config(job, run))
+        report = _inject(run, base, _config(context, run))
         report.note = run.method.adapters.note(base)
         return base, str(report)
-    settings = job.settings
+    settings = context.settings
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -138,59 +149,64 @@ def _with_adapters(job: RunContext, run: Run, base: transformers.PreTrainedModel
         raise ArgumentError("--engine", "eager where no layer can be fused", error.got) from error
 
 
-def _config(job: RunContext, run: Run) -> NBLoRAConfig | SingLoRAConfig:
-    settings = job.settings
-    layers = {"r": settings.rank, "dropout": settings.dropout, "target_modules": settings.target_modules}
-    return run.method.adapters.config(settings.alpha, job.total, **layers)
+def _config(context: RunContext, run: Run) -> NBLoRAConfig | SingLoRAConfig:
+    settings = context.settings
+    options = {"r": settings.rank, "dropout": settings.dropout, "target_modules": settings.target_modules}
+    return run.method.adapters.config(settings.alpha, context.total, **options)
 
 
 def _inject(run: Run, base: transformers.PreTrainedModel, config: NBLoRAConfig | SingLoRAConfig) -> Report:
     try:
         return inject_(base, config)
     except ArgumentError as error:
-        raise _of_method(run, error) from error
+        raise _with_method(run, error) from error
 
 
-def _of_method(run: Run, error: ArgumentError) -> ArgumentError:
+def _with_method(run: Run, error: ArgumentError) -> ArgumentError:
+    """Returns the error with the ``--method`` that caused it in front of its argument."""
     return ArgumentError(f"--method {run.method.text}: {error.argument}", error.expected, error.got)
 
 
 def check_targets(model: torch.nn.Module, targets: str | list[str]) -> None:
-    """Each name must match a linear layer: PEFT itself is silent unless none of them does."""
+    """Checks that each name matches a linear layer. PEFT complains only if no name matches any layer.
+
+    Raises:
+        ArgumentError: a name matches no linear layer.
+    """
     linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
     names = [name for name, module in model.named_modules() if isinstance(module, linear)]
     for target in () if targets == "all-linear" else targets:
         if not any(name == target or name.endswith("." + target) for name in names):
-            found = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
-            raise ArgumentError("--targets", f"all-linear, or some of {found}", repr(target))
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+            raise ArgumentError("--targets", f"all-linear, or some of {known}", repr(target))
 
 
-def train(job: RunContext, run: Run, model: torch.nn.Module, layers: str, folder: Path) -> Record:
-    """Trains to the end, from the last whole checkpoint under ``folder`` if there is one, and saves the adapter.
+def train(context: RunContext, run: Run, model: torch.nn.Module, layers: str, folder: Path) -> Record:
+    """Trains to the end, from the last complete checkpoint under ``folder`` if there is one, and saves the adapter.
 
     Raises:
-        KeyboardInterrupt: after the first Ctrl-C, once a checkpoint is saved; at the second one.
-        Diverged: the loss became infinite or NaN. It holds the record so far.
+        KeyboardInterrupt: Ctrl-C was pressed once, and a checkpoint is saved; or it was pressed twice.
+        Diverged: the loss became infinite or NaN. The exception contains the record so far.
     """
     checkpoint = run_folder.last_checkpoint(folder)
-    trainer, recorder = _trainer(job, run, model, folder, checkpoint)
-    record = recorder.record
+    trainer, recorder = _trainer(context, run, model, folder, checkpoint)
+    record, labels = recorder.record, [planned.label for planned in context.settings.runs]
     record.layers = record.layers or layers
-    if not record.sample_before:
-        record.sample_before = sample(model, job.tokenizer, job.prompt)
-    if len(record.losses) == job.total:  # interrupted after the last step
+    if not record.sample_before:  # unless the run is resumed
+        record.sample_before = sample(model, context.tokenizer, context.prompt)
+    if len(record.losses) == context.total:  # no step is left to train, so only load the weights
         trainer._load_from_checkpoint(str(checkpoint))
     else:
-        with job.display.training(run, job.settings.runs, job.total, done=len(record.losses)):
+        with context.display.training(run.label, labels, context.total, done=len(record.losses)):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if len(record.losses) < job.total:
+    if len(record.losses) < context.total:  # the Trainer stopped because context.stop was requested
         raise KeyboardInterrupt
     record.layers += fallbacks(model)
-    record.sample_after = sample(model, job.tokenizer, job.prompt)
+    record.sample_after = sample(model, context.tokenizer, context.prompt)
     if _changes_base(run):
         record.layers += f". {save_adapter(model, folder / 'adapter').note}"
-        with job.display.working("Measuring how far the weights have moved"):
-            record.change_erank = mean_erank(model, models.load_model(job.source, job.dtype))
+        with context.display.working("Measuring how far the weights have moved"):
+            record.change_erank = mean_erank(model, models.load_model(context.source, context.dtype))
     elif run.method.adapters is not None:
         save_adapter(model, folder / "adapter")
     else:
@@ -199,11 +215,11 @@ def train(job: RunContext, run: Run, model: torch.nn.Module, layers: str, folder
 
 
 class ScaLoRATrainer(hf.ExactCheckpoints, transformers.Trainer):
-    """Its checkpoints hold the frozen weights that have changed."""
+    """A Trainer whose checkpoints contain the frozen weights that ScaLoRA has changed."""
 
 
 class AdapterTrainer(transformers.Trainer):
-    """Its checkpoints hold the adapter with the parameters behind it, not the frozen model."""
+    """A Trainer whose checkpoints contain the adapter and its free parameters, but not the frozen model."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         save_adapter(self.model, output_dir or self.args.output_dir)
@@ -217,89 +233,91 @@ def _changes_base(run: Run) -> bool:
 
 
 def _trainer(
-    job: RunContext, run: Run, model: torch.nn.Module, folder: Path, checkpoint: Path | None
+    context: RunContext, run: Run, model: torch.nn.Module, folder: Path, checkpoint: Path | None
 ) -> tuple[transformers.Trainer, Recorder]:
-    """Plain LoRA is trained by the Trainer's own AdamW, everything else by LoRAAdamW."""
-    args = _arguments(job, run, folder, resumed=checkpoint is not None)
+    """Returns the Trainer of a run and its recorder. Plain LoRA is trained by the Trainer's own AdamW, every other
+    method by LoRAAdamW."""
+    args = _arguments(context, run, folder, resumed=checkpoint is not None)
     record = Record(run.label)
     if checkpoint is not None:
         record = Record(**run_folder.read_json(checkpoint / run_folder.RECORD))
-    record.tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * job.settings.seq_len
+    record.tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * context.settings.seq_len
     record.trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    recorder = Recorder(job, record, Stopwatch(args.device))
-    ours = run.method.instances or run.method.adapters
-    optimizer = hf.optimizer_cls_and_kwargs(model, args, run.method.instances) if ours else None
-    data = {"train_dataset": job.data.train, "eval_dataset": job.data.held_out}
-    plain = AdapterTrainer if run.method.adapters else transformers.Trainer
-    kind = ScaLoRATrainer if _changes_base(run) else plain
-    trainer = kind(model, args, callbacks=[recorder], optimizer_cls_and_kwargs=optimizer, **data)
-    trainer.remove_callback(PrinterCallback)
-    recorder.statistics = hf.AdapterStatsCallback(trainer, math.ceil(job.total / STATISTICS))
-    trainer.add_callback(recorder.statistics)  # after the recorder: it has stopped the clock
+    recorder = Recorder(context, record, Stopwatch(args.device))
+    plain = not (run.method.instances or run.method.adapters)
+    optimizer = None if plain else hf.optimizer_cls_and_kwargs(model, args, run.method.instances)
+    data = {"train_dataset": context.data.train, "eval_dataset": context.data.held_out}
+    trainer_class = AdapterTrainer if run.method.adapters else transformers.Trainer
+    trainer_class = ScaLoRATrainer if _changes_base(run) else trainer_class
+    trainer = trainer_class(model, args, callbacks=[recorder], optimizer_cls_and_kwargs=optimizer, **data)
+    trainer.remove_callback(PrinterCallback)  # it prints every log
+    recorder.statistics = hf.AdapterStatsCallback(trainer, math.ceil(context.total / STATISTICS))
+    trainer.add_callback(recorder.statistics)  # after the recorder, which has stopped the clock by then
     return trainer, recorder
 
 
 def fallbacks(model: torch.nn.Module) -> str:
-    """Fused layers whose last call had to run PEFT's own forward, and why."""
+    """Returns how many fused layers ran PEFT's own forward in their last call and why, as the end of a sentence; empty
+    if none did."""
     reasons = [getattr(module, "fallback_reason", None) for module in model.modules()]
     counts = collections.Counter(filter(None, reasons))
     return "".join(f"; {count} ran PEFT's forward ({reason})" for reason, count in counts.items())
 
 
-def _arguments(job: RunContext, run: Run, folder: Path, resumed: bool) -> transformers.TrainingArguments:
-    settings = job.settings
+def _arguments(context: RunContext, run: Run, folder: Path, resumed: bool) -> transformers.TrainingArguments:
+    settings = context.settings
     on_cpu = not torch.cuda.is_available()
     args = transformers.TrainingArguments(
         output_dir=str(folder / "checkpoints"),
-        max_steps=job.total,
+        max_steps=context.total,
         per_device_train_batch_size=settings.batch,
         per_device_eval_batch_size=settings.batch,
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=run.method.lr or settings.lr,
         lr_scheduler_type="linear",
-        warmup_steps=max(1, job.total // 20),
+        warmup_steps=max(1, context.total // 20),
         weight_decay=0.0,
         seed=settings.seed,
-        bf16=job.dtype == torch.bfloat16,
-        fp16=job.dtype == torch.float16,
+        bf16=context.dtype == torch.bfloat16,
+        fp16=context.dtype == torch.float16,
         logging_steps=1,
-        logging_nan_inf_filter=False,
+        logging_nan_inf_filter=False,  # Recorder stops at a loss that is not finite
         eval_on_start=not resumed,
-        prediction_loss_only=True,
-        save_strategy="no",  # Recorder says when
-        save_total_limit=2,  # the last one may be cut short by a crash
-        label_names=["labels"],
-        remove_unused_columns=False,
+        prediction_loss_only=True,  # without keeping the logits of all blocks
+        save_strategy="no",  # Recorder decides when
+        save_total_limit=2,  # a crash may leave the last one incomplete
+        label_names=["labels"],  # rather than what the Trainer infers from the model's class
+        remove_unused_columns=False,  # Blocks yields only what the model takes
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
         disable_tqdm=True,
         report_to="none",
         log_level="error",
     )
-    if args.device.type == "cuda":  # asking for the device counts the GPUs
-        args._n_gpu = 1  # with more, Trainer would spread a batch over them with DataParallel
+    if args.device.type == "cuda":  # reading the property sets _n_gpu to the number of GPUs
+        args._n_gpu = 1  # with more, the Trainer would split each batch over them with DataParallel
     return args
 
 
 class Recorder(transformers.TrainerCallback):
-    """Writes down what happens, decides when to evaluate and to save, and stops at a finished step on Ctrl-C.
+    """Records each step, decides when to evaluate and to save, and stops after the current step on Ctrl-C.
 
     Attributes:
-        statistics: what logs those of the adapters.
+        statistics: the callback that logs the adapters' statistics.
     """
 
     statistics: hf.AdapterStatsCallback
 
-    def __init__(self, job: RunContext, record: Record, stopwatch: Stopwatch):
-        self.job, self.record, self.stopwatch = job, record, stopwatch
+    def __init__(self, context: RunContext, record: Record, stopwatch: Stopwatch):
+        self.context, self.record, self.stopwatch = context, record, stopwatch
         self.record.memory_kind = stopwatch.memory_kind
         self._counting: PeakBytes | None = None
-        self._evaluate_at = {math.ceil(job.total * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
-        self._save_every = job.settings.save_every or math.ceil(job.total / CHECKPOINTS)
+        self._evaluate_at = {math.ceil(context.total * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
+        self._save_every = context.settings.save_every or math.ceil(context.total / CHECKPOINTS)
 
     def on_train_begin(self, args, state, control, model, **others):
-        if not self.record.saved_bytes:
-            rows = [self.job.data.train[i] for i in range(min(args.train_batch_size, len(self.job.data.train)))]
+        if not self.record.saved_bytes:  # unless a resumed run has measured it
+            rows = [self.context.data.train[i] for i in range(min(args.train_batch_size, len(self.context.data.train)))]
             batch = transformers.default_data_collator(rows)
             self.record.saved_bytes = saved_for_backward(model.train(), batch)
 
@@ -309,7 +327,7 @@ class Recorder(transformers.TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **others):
         if not self.record.optimizer_bytes:
             self._counting = PeakBytes()
-            self._counting.__enter__()
+            self._counting.__enter__()  # open until on_optimizer_step
         self.stopwatch.optimizer_starts()
 
     def on_optimizer_step(self, args, state, control, optimizer, **others):
@@ -328,31 +346,31 @@ class Recorder(transformers.TrainerCallback):
         step = state.global_step
         control.should_evaluate = step in self._evaluate_at
         control.should_save = step % self._save_every == 0 or step == state.max_steps
-        if self.job.stop.asked:
+        if self.context.stop.requested:
             control.should_save = control.should_training_stop = True
         if control.should_evaluate:
-            self.job.display.evaluating()
+            self.context.display.evaluating()
 
     def on_log(self, args, state, control, logs, **others):
         figures = {name: value for name, value in logs.items() if name.startswith("adapter/")}
         if figures:
             self.record.adapter.append({"step": state.global_step, **figures})
             self.record.add_bounds(self.statistics.bounds)
-            self.job.display.bounds(list(self.record.bounds_used().values()))
+            self.context.display.bounds(list(self.record.bounds_used().values()))
         if "loss" not in logs:
             return
         self._check_finite("loss", logs["loss"], state.global_step)
         self.record.losses.append(logs["loss"])
-        self.job.display.step(state.global_step, logs["loss"], self.record.seconds[-1])
+        self.context.display.step(state.global_step, logs["loss"], self.record.seconds[-1])
 
     def on_evaluate(self, args, state, control, metrics, **others):
         self._check_finite("held-out loss", metrics["eval_loss"], state.global_step)
         self.record.held_out.append((state.global_step, metrics["eval_loss"]))
-        self.job.display.held_out(state.global_step, metrics["eval_loss"])
+        self.context.display.held_out(state.global_step, metrics["eval_loss"])
 
-    def _check_finite(self, what: str, value: float, step: int) -> None:
+    def _check_finite(self, name: str, value: float, step: int) -> None:
         if not math.isfinite(value):
-            raise Diverged(f"the {what} is {value} at step {step}: try a smaller --lr", self.record)
+            raise Diverged(f"the {name} is {value} at step {step}: try a smaller --lr", self.record)
 
     def on_save(self, args, state, control, **others):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -361,7 +379,8 @@ class Recorder(transformers.TrainerCallback):
 
 @torch.no_grad()
 def sample(model: torch.nn.Module, tokenizer, prompt: str) -> str:
-    """The likeliest continuation of ``prompt``: no randomness, so before and after can be compared."""
+    """Returns the most likely continuation of ``prompt``. It is not random, so that the samples before and after
+    training can be compared."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     settings = {"do_sample": False, "repetition_penalty": 1.1, "use_cache": True}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

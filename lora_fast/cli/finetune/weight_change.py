@@ -1,4 +1,4 @@
-"""How much of a layer's space training has used, where it changed the frozen weights too."""
+"""Measures the stable rank of what training changed, if it changed the frozen weights too."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-WANTED, ITERATIONS = 8, 8  # singular values sought, and passes: the largest is then known to a few digits
+SINGULAR_VALUES, ITERATIONS = 8, 8  # of the randomised SVD; enough for a few digits of the largest singular value
 
 
 @torch.no_grad()
 def mean_erank(model: PeftModel, start: nn.Module) -> float:
-    """Stable rank ‖D‖²_F / ‖D‖²₂ of D = W + s b a − W₀, the mean over all adapted layers. ``start``: the model before
-    training, which holds W₀. One layer at a time, in float32."""
+    """Returns the stable rank ‖D‖²_F / ‖D‖²₂ of D = W + s b a − W₀, averaged over all adapted layers. ``start`` is the
+    model before training, which has W₀. Computes in float32, one layer at a time to save memory."""
     eranks = []
     for name, layer in model.base_model.model.named_modules():
         if isinstance(layer, LoraLayer):
             weight = layer.get_base_layer().weight
             before = start.get_submodule(name).weight.to(weight.device, torch.float32)
-            added = layer.get_delta_weight(layer.active_adapters[0]).float()
-            eranks.append(_erank(weight.float() - before + added))
+            delta = layer.get_delta_weight(layer.active_adapters[0]).float()
+            eranks.append(_erank(weight.float() - before + delta))
     return statistics.fmean(torch.stack(eranks).tolist())
 
 
 def _erank(matrix: Tensor) -> Tensor:
-    """By a few of the largest singular values: the whole decomposition takes minutes for a large model."""
-    wanted = min(WANTED, *matrix.shape)
-    with torch.random.fork_rng():
+    """Returns the stable rank of a matrix. Estimates its largest singular value, since full decompositions take minutes
+    for a large model."""
+    count = min(SINGULAR_VALUES, *matrix.shape)
+    with torch.random.fork_rng():  # svd_lowrank draws a random matrix; training must not see that
         torch.manual_seed(0)
-        largest = torch.svd_lowrank(matrix, wanted, ITERATIONS)[1][0]
+        largest = torch.svd_lowrank(matrix, count, ITERATIONS)[1][0]
     return torch.where(largest > 0, matrix.square().sum() / largest.square(), 0.0)

@@ -1,1 +1,1 @@
-"""What a command is given: settings, methods, models, data."""
+"""Reads and checks what a command is given: settings, methods, model and data."""

@@ -1,4 +1,4 @@
-"""The text: a file of plain text or of JSON lines becomes blocks of tokens, most to train on, a few held out."""
+"""Turns a file of plain text or of JSON lines into blocks of tokens: most for training, a few held out."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ...checks import ArgumentError
 
 PACKAGED = "kjv"
 PACKAGED_PROMPT = "And the LORD said unto"
-HELD_OUT_SHARE, HELD_OUT_MOST = 20, 8  # one block in twenty, at most eight: a CPU evaluates them in seconds
-IGNORED = -100  # the label of a token whose prediction is not trained
+HELD_OUT_SHARE, HELD_OUT_MOST = 20, 8  # one block in twenty, at most eight, which a CPU evaluates in seconds
+IGNORED = -100  # the label that cross-entropy ignores: the prediction of this token is not trained
 
 _SHAPES = '{"text": …}, {"prompt": …, "completion": …} or {"messages": [{"role": …, "content": …}, …]}'
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text, or a prompt (read, not trained) and its completion (``text``); ``special`` if the text brings its own
-    special tokens, as a chat template's does."""
+    """A text, or a prompt (read, not trained) and its completion (``text``). ``special`` is set if the text already
+    contains its special tokens, as the output of a chat template does."""
 
     text: str
     prompt: str = ""
@@ -33,7 +33,7 @@ class Document:
 
 
 class Blocks(torch.utils.data.Dataset):
-    """Rows of ``seq_len`` tokens and their labels."""
+    """Token ids and labels, both int64 of shape (blocks, seq_len)."""
 
     def __init__(self, ids: Tensor, labels: Tensor):
         self.ids, self.labels = ids, labels
@@ -47,16 +47,18 @@ class Blocks(torch.utils.data.Dataset):
 
 @dataclass(frozen=True)
 class TokenData:
+    """The training blocks, the held-out blocks, and a hash of both."""
+
     train: Blocks
     held_out: Blocks
     fingerprint: str
 
 
 def locate(data: str) -> Path:
-    """The file that ``--data`` names.
+    """Returns the file that ``--data`` names.
 
     Raises:
-        ArgumentError: it is missing, a folder, or the packaged text's package is not installed.
+        ArgumentError: the file is missing or a folder, or the package of the packaged text is not installed.
     """
     if data == PACKAGED:
         spec = util.find_spec("bible")
@@ -71,10 +73,10 @@ def locate(data: str) -> Path:
 
 
 def read(path: Path) -> str:
-    """The file's text.
+    """Returns the text of the file.
 
     Raises:
-        ArgumentError: unreadable, empty, or not UTF-8 text.
+        ArgumentError: the file is unreadable, empty, or not UTF-8 text.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -84,38 +86,41 @@ def read(path: Path) -> str:
         got = f"{str(path)!r}, whose byte {error.start} is {error.object[error.start]:#04x}"
         raise ArgumentError("--data", "UTF-8 text", got) from error
     if "\0" in text:
-        raise ArgumentError("--data", "UTF-8 text", f"{str(path)!r}, which holds NUL bytes: a binary file")
+        raise ArgumentError("--data", "UTF-8 text", f"{str(path)!r}, which contains NUL bytes: a binary file")
     if not text.strip():
         raise ArgumentError("--data", "a file with some text", f"{str(path)!r}, which is empty")
     return text
 
 
 def documents(path: Path, text: str, tokenizer) -> list[Document]:
-    """One document for a text file, one a line for ``.jsonl`` (blank lines are skipped)."""
+    """Returns one document for a text file, and one for each line of a ``.jsonl`` file (blank lines are skipped)."""
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
         return [Document(text)]
     return list(_rows(text, tokenizer))
 
 
 def blocks(texts: list[Document], tokenizer, seq_len: int) -> TokenData:
-    """Tokenizes the documents, joins them, cuts blocks of ``seq_len`` and holds evenly spaced ones out.
+    """Tokenizes and joins the documents, cuts them into blocks of ``seq_len`` tokens, and holds evenly spaced blocks
+    out.
 
     Raises:
-        ArgumentError: fewer than two blocks with something to train on.
+        ArgumentError: fewer than two blocks contain a token to train on.
     """
     ids, labels = _join(texts, tokenizer)
     count = len(ids) // seq_len
     ids, labels = (flat[: count * seq_len].view(count, seq_len) for flat in (ids, labels))
-    trained = (labels[:, 1:] != IGNORED).any(1)
+    trained = (labels[:, 1:] != IGNORED).any(1)  # the first token of a block is never predicted
     rows, row_labels = ids[trained], labels[trained]
     if len(rows) < 2:
         expected = f"text for at least two blocks of --seq-len {seq_len} tokens (one to train on, one held out)"
         raise ArgumentError("--data", expected, f"{len(rows)} from {ids.numel()} tokens" if count else "fewer tokens")
-    held = max(1, min(HELD_OUT_MOST, len(rows) // HELD_OUT_SHARE))
-    chosen = torch.zeros(len(rows), dtype=torch.bool)
-    chosen[[(2 * i + 1) * len(rows) // (2 * held) for i in range(held)]] = True
+    n_held_out = max(1, min(HELD_OUT_MOST, len(rows) // HELD_OUT_SHARE))
+    is_held_out = torch.zeros(len(rows), dtype=torch.bool)
+    is_held_out[[(2 * i + 1) * len(rows) // (2 * n_held_out) for i in range(n_held_out)]] = (
+        True  # middles of equal parts
+    )
     fingerprint = hashlib.sha256(rows.numpy().tobytes() + row_labels.numpy().tobytes()).hexdigest()
-    train, held_out = (Blocks(rows[pick], row_labels[pick]) for pick in (~chosen, chosen))
+    train, held_out = (Blocks(rows[part], row_labels[part]) for part in (~is_held_out, is_held_out))
     return TokenData(train, held_out, fingerprint)
 
 
@@ -132,7 +137,7 @@ def _rows(text: str, tokenizer) -> Iterator[Document]:
 
 
 def _document(row: dict, tokenizer) -> Document:
-    """Raises TypeError or KeyError where the row has none of the three shapes."""
+    """Returns the document of a row. Raises TypeError or KeyError if the row has none of the three shapes."""
     if "messages" in row:
         return Document(_chat(row["messages"], tokenizer), special=True)
     if "prompt" in row:
@@ -160,17 +165,18 @@ def _chat(messages: list[dict], tokenizer) -> str:
 
 
 def _join(texts: list[Document], tokenizer) -> tuple[Tensor, Tensor]:
-    """All tokens in a row and their labels. A document ends with the end-of-text token; a prompt is not trained on."""
-    starts = _encode([d.prompt or d.text for d in texts if not d.special], tokenizer, special=True)
-    rests = _encode([d.text for d in texts if d.special or d.prompt], tokenizer, special=False)
-    starts, rests = iter(starts), iter(rests)
+    """Returns the tokens of all documents in one row, and their labels. Each document ends with the end-of-text token.
+    The tokens of prompts have the label IGNORED."""
+    # Two batched calls of the tokenizer are many times faster than one call for each document.
+    heads = iter(_encode([d.prompt or d.text for d in texts if not d.special], tokenizer, special=True))
+    tails = iter(_encode([d.text for d in texts if d.special or d.prompt], tokenizer, special=False))
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     labels: list[int] = []
     for document in texts:
-        head = [] if document.special else next(starts)
-        head = head[:-1] if head[-1:] == end else head
-        tail = next(rests) if document.special or document.prompt else []
+        head = [] if document.special else next(heads)
+        head = head[:-1] if head[-1:] == end else head  # some tokenizers add the end themselves
+        tail = next(tails) if document.special or document.prompt else []
         tail = tail if document.special else tail + end
         ids += head + tail
         labels += ([IGNORED] * len(head) if document.prompt else head) + tail

@@ -1,4 +1,4 @@
-"""``--method NAME[:KEY=VALUE,…]``: the methods that there are, what each does in one sentence, and reading a choice."""
+"""Parses ``--method NAME[:KEY=VALUE,…]``. Lists the methods, with one sentence about each."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from ...layers.nb_lora import NORMS, NBLoRALinear
 from ...layers.sing_lora import SingLoRALinear
 from ...surgery.inject import NBLoRAConfig, SingLoRAConfig
 
-RAMP = 0.25  # share of a run that leads SingLoRA's adapters in, if its steps are not given
+RAMP = 0.25  # share of a run that is SingLoRA's ramp, unless ramp_steps is given
 
 
 @dataclass(frozen=True)
 class NBLoRA:
-    """Not an optimizer's method but adapters of another kind: the options of ``lf.NBLoRAConfig`` that are their own."""
+    """Norm-bounded adapters, which replace LoRA's. The fields are the options that ``lf.NBLoRAConfig`` has and LoRA has
+    not."""
 
     norm: str = NBLoRAConfig.norm
     bound: float | None = None
@@ -26,69 +27,78 @@ class NBLoRA:
     learn_scale: bool = True
 
     def __post_init__(self):
-        self.config(alpha=1.0, steps=1)
+        self.config(alpha=1.0, steps=1)  # its constructor checks the values
 
-    def config(self, alpha: float, steps: int, **layers) -> NBLoRAConfig:
-        """What ``inject_`` takes in a run of so many steps; ``layers``: r, dropout, target_modules."""
-        return NBLoRAConfig(**asdict(self), **layers)
+    def config(self, alpha: float, steps: int, **options) -> NBLoRAConfig:
+        """Returns the configuration for ``inject_`` in a run of ``steps`` steps. ``options`` contains r, dropout and
+        target_modules; ``alpha`` has no meaning for these adapters."""
+        return NBLoRAConfig(**asdict(self), **options)
 
     def note(self, model: nn.Module) -> str:
-        """What holds for the layers in the model, in words."""
-        return limits(self.norm, [layer.bound for layer in model.modules() if isinstance(layer, NBLoRALinear)])
+        """Returns a sentence about the bounds of the model's layers."""
+        return describe_bounds(self.norm, [layer.bound for layer in model.modules() if isinstance(layer, NBLoRALinear)])
 
 
 @dataclass(frozen=True)
 class SingLoRA:
-    """Adapters of another kind: the options of ``lf.SingLoRAConfig`` that are their own. ``ramp_steps`` None: a share
-    of the run, RAMP."""
+    """Adapters with one matrix for both factors, which replace LoRA's. The field is the option that
+    ``lf.SingLoRAConfig`` has and LoRA has not; None sets the ramp to the share RAMP of the run."""
 
     ramp_steps: int | None = None
 
     def __post_init__(self):
-        self.config(alpha=1.0, steps=1)
+        self.config(alpha=1.0, steps=1)  # its constructor checks the values
 
-    def config(self, alpha: float, steps: int, **layers) -> SingLoRAConfig:
-        """As NBLoRA's."""
+    def config(self, alpha: float, steps: int, **options) -> SingLoRAConfig:
+        """Returns the configuration for ``inject_`` in a run of ``steps`` steps. ``options`` contains r, dropout and
+        target_modules."""
         ramp_steps = math.ceil(RAMP * steps) if self.ramp_steps is None else self.ramp_steps
-        return SingLoRAConfig(alpha=alpha, ramp_steps=ramp_steps, **layers)
+        return SingLoRAConfig(alpha=alpha, ramp_steps=ramp_steps, **options)
 
     def note(self, model: nn.Module) -> str:
-        """As NBLoRA's."""
+        """Returns a sentence about the ramp of the model's layers."""
         ramp_steps = next(layer.ramp_steps for layer in model.modules() if isinstance(layer, SingLoRALinear))
-        return f"ΔW led in over the first {ramp_steps} steps" if ramp_steps else "ΔW in full from the first step"
+        return (
+            f"ΔW ramps up over the first {ramp_steps} steps"
+            if ramp_steps
+            else "ΔW has its full scale from the first step"
+        )
 
 
-METHODS = {  # name → class in lora_fast.methods, or of ADAPTERS, what it does
-    "lora": (None, "AdamW on both factors, as they are."),
+METHODS = {  # name → (class in lora_fast.methods or in ADAPTERS, what it does)
+    "lora": (None, "Plain LoRA, with AdamW on both factors."),
     "lora+": (methods.LoRAPlus, "AdamW with a higher learning rate for b than for a."),
-    "scale-reg": (methods.ScaleReg, "Adds to the loss a pull of the two factors' mean squares towards each other."),
+    "scale-reg": (methods.ScaleReg, "Adds a loss on the difference between the two factors' mean squares."),
     "scaled-adamw": (methods.ScaledAdamW, "AdamW on gradients preconditioned by the other factor (Riemannian LoRA)."),
-    "ilora": (methods.ILoRA, "After AdamW, a pull of a aᵀ towards r/d_out · bᵀb, outside the moments."),
-    "pilora": (methods.PiLoRA, "Preconditioned gradients as in scaled-adamw, and the pull of ilora."),
-    "scalora": (methods.ScaLoRA, "Every few steps scales rows of a and columns of b best for the full gradient, and "
-                                 "merges the rest into the frozen weight."),
-    "balora": (methods.BaLoRA, "After AdamW, replaces the factors by those of the same product with a aᵀ = bᵀb."),
-    "lora-rite": (methods.LoRARITE, "An update of its own, the same however the product is split into factors."),
-    "lora-muon": (methods.LoRAMuon, "An update of its own, without second moments: the product's momentum, "
-                                    "orthogonalised."),
+    "ilora": (methods.ILoRA, "After AdamW's update, moves a aᵀ towards r/d_out · bᵀb, which the moments do not see."),
+    "pilora": (methods.PiLoRA, "Combines the preconditioned gradients of scaled-adamw with the regulariser of ilora."),
+    "scalora": (methods.ScaLoRA, "Every few steps, rescales the rows of a and the columns of b to follow the full "
+                                 "gradient best, and merges the change of the product into the frozen weight."),
+    "balora": (methods.BaLoRA, "After AdamW's update, replaces the factors by those of the same product with "
+                               "a aᵀ = bᵀb."),
+    "lora-rite": (methods.LoRARITE, "Replaces AdamW by an update that does not depend on how the product is split "
+                                    "into factors."),
+    "lora-muon": (methods.LoRAMuon, "Replaces AdamW by the orthogonalised momentum of the product, without second "
+                                    "moments."),
     "ref-lora": (methods.RefLoRA, "AdamW on the gradients that the balanced factors of the same product would have."),
-    "nb-lora": (NBLoRA, "AdamW on free parameters whose Cayley transform gives a and b, so that the norm of their "
+    "nb-lora": (NBLoRA, "AdamW on free parameters. Their Cayley transform gives a and b, so that the norm of the "
                         "product cannot exceed a bound."),
-    "sing-lora": (SingLoRA, "AdamW on one matrix that is both factors, led in over the first ramp_steps steps: "
-                            f"{RAMP:.0%} of the run, if not given."),
+    "sing-lora": (SingLoRA, "AdamW on one matrix that gives both factors. Its scale ramps up over the first "
+                            f"ramp_steps steps, by default {RAMP:.0%} of the run."),
 }  # fmt: skip
-ADAPTERS = (NBLoRA, SingLoRA)  # adapters of our own layers, which PEFT does not have
+ADAPTERS = (NBLoRA, SingLoRA)  # kinds of adapters that PEFT does not have
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One ``--method``, read.
+    """A parsed ``--method``.
 
     Attributes:
-        text: as typed. name: of METHODS.
-        instances: what ``LoRAAdamW(methods=…)`` takes; empty for plain LoRA and for adapters of another kind.
-        lr: the learning rate if the method was given one of its own.
-        adapters: of another kind than LoRA's, or None.
+        text: the option as it was typed.
+        name: a key of METHODS.
+        instances: the argument of ``LoRAAdamW(methods=…)``; empty for plain LoRA and for adapters of another kind.
+        lr: the learning rate among the method's options, or None.
+        adapters: the options of adapters that replace LoRA's, or None.
     """
 
     text: str
@@ -99,24 +109,25 @@ class Choice:
 
     @property
     def sentence(self) -> str:
+        """A sentence about what the method does."""
         return METHODS[self.name][1]
 
     @property
     def options(self) -> str:
-        """All of them with their values, as Python."""
+        """All options of the method with their values, as Python code."""
         return repr(self.adapters or self.instances[0]) if self.adapters or self.instances else "no options"
 
 
 def has_own_layers(text: str) -> bool:
-    """Whether a ``--method`` trains adapters that PEFT's layers do not have."""
+    """Returns whether a ``--method`` trains adapters that PEFT does not have."""
     return METHODS.get(text.partition(":")[0], (None,))[0] in ADAPTERS
 
 
 def read(text: str) -> Choice:
-    """``ilora:lam=0.1,lr=5e-4`` → its Choice.
+    """Parses the value of a ``--method`` such as ``ilora:lam=0.1,lr=5e-4``.
 
     Raises:
-        ArgumentError: an unknown method, an option that it does not have, or a value out of range.
+        ArgumentError: the method is unknown, has no such option, or a value is out of range.
     """
     name, _, options = text.partition(":")
     kind = METHODS[checks.choice(name, "--method", tuple(METHODS))][0]
@@ -131,14 +142,15 @@ def read(text: str) -> Choice:
     try:
         if lr is not None:
             checks.positive(lr, "lr")
-        made = () if kind is None else (kind(**values),)
-        return Choice(text, name, (), lr, *made) if kind in ADAPTERS else Choice(text, name, made, lr)
+        if kind in ADAPTERS:
+            return Choice(text, name, (), lr, kind(**values))
+        return Choice(text, name, (kind(**values),) if kind else (), lr)
     except ArgumentError as error:
         raise ArgumentError(f"--method {name}:{error.argument}", error.expected, error.got) from None
 
 
-def limits(norm: str, bounds: list[float]) -> str:
-    """The bounds of all layers, in words."""
+def describe_bounds(norm: str, bounds: list[float]) -> str:
+    """Returns a sentence about the bounds of all layers."""
     low, high = f"{min(bounds):.4g}", f"{max(bounds):.4g}"
     return f"{norm.capitalize()} norm of each ΔW at most {low if low == high else f'{low} to {high}'}"
 
@@ -146,11 +158,11 @@ def limits(norm: str, bounds: list[float]) -> str:
 def with_bounds(
     texts: tuple[str, ...], norm: str | None, bound: float | None, bound_ratio: float | None
 ) -> tuple[str, ...]:
-    """The methods, with --norm, --bound and --bound-ratio among the options of every nb-lora without its own:
-    from here on nothing else carries them.
+    """Returns the methods with --norm, --bound and --bound-ratio moved into the options of every nb-lora that does not
+    set them itself.
 
     Raises:
-        ArgumentError: a value out of range, both bounds, or an option that no method takes.
+        ArgumentError: a value is out of range, both bounds are given, or no method takes an option.
     """
     if norm is not None:
         checks.choice(norm, "--norm", tuple(NORMS))
@@ -163,15 +175,15 @@ def with_bounds(
     given = ("--norm", norm, ["norm"]), ("--bound", bound, ["bound", "bound_ratio"])
     for flag, value, keys in (*given, ("--bound-ratio", bound_ratio, ["bound_ratio", "bound"])):
         if value is not None:
-            before, texts = texts, tuple(_with_option(text, keys, value) for text in texts)
-            if texts == before:
+            previous, texts = texts, tuple(_with_option(text, keys, value) for text in texts)
+            if texts == previous:
                 expected = f"a --method nb-lora that leaves {' and '.join(sorted(keys))} open"
                 raise ArgumentError(flag, expected, f"--method {' '.join(texts)}")
     return texts
 
 
 def _with_option(text: str, keys: list[str], value: object) -> str:
-    """``text`` with the first key's value, if it is nb-lora and has none of the keys."""
+    """Returns ``text`` with ``value`` for the first key, if the method is nb-lora and has none of the keys yet."""
     name, _, options = text.partition(":")
     items = [item for item in options.split(",") if item.strip()]
     if name != "nb-lora" or any(item.partition("=")[0].strip() in keys for item in items):
@@ -180,22 +192,22 @@ def _with_option(text: str, keys: list[str], value: object) -> str:
 
 
 def describe(name: str) -> str:
-    """The options of a method with their defaults, as they are typed."""
+    """Returns the options of a method with their defaults, as they are typed."""
     kind = METHODS[name][0]
-    own = [] if kind is None else [f"{field.name}={field.default}" for field in fields(kind)]
-    return ", ".join([*own, "lr=(that of --lr)"])
+    options = [] if kind is None else [f"{field.name}={field.default}" for field in fields(kind)]
+    return ", ".join([*options, "lr=(that of --lr)"])
 
 
 def overview() -> str:
-    """Every method with its options, in Markdown, for --help."""
-    rows = (f"- `{name}` {sentence}\n\n    {describe(name)}" for name, (_, sentence) in METHODS.items())
+    """Returns every method with its options, in Markdown, for --help."""
+    rows = (f"- `{name}`: {sentence}\n\n    {describe(name)}" for name, (_, sentence) in METHODS.items())
     return "**Methods and their options**\n\n" + "\n\n".join(rows)
 
 
 def _value(text: str) -> bool | int | float | str | None:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
+    constants = {"true": True, "false": False, "none": None}
+    if text.lower() in constants:
+        return constants[text.lower()]
     for kind in (int, float):
         try:
             return kind(text)

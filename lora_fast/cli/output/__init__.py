@@ -1,1 +1,1 @@
-"""What a command shows and leaves: terminal, tables, plots, run folders."""
+"""Shows and saves the results of the commands: terminal, tables, plots, HTML pages and run folders."""

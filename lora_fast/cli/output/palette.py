@@ -1,4 +1,5 @@
-"""One colour for each run, everywhere: in the terminal, the tables and the plots; readable on light and on dark."""
+"""Gives each run one colour in the terminal, the tables and the plots. The colours are readable on light and on
+dark."""
 
 from __future__ import annotations
 
@@ -18,5 +19,5 @@ COLOURS = (
 
 
 def colours(labels: Iterable[str]) -> dict[str, str]:
-    """Label → colour, in order; more than nine begin again."""
+    """Maps each label to a colour, in order. The tenth label gets the first colour again."""
     return {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}

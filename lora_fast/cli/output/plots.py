@@ -1,4 +1,5 @@
-"""The report's plots as inline SVG. Text and axes take the page's own colour, so they read on light and on dark."""
+"""Draws the plots of the HTML pages as inline SVG. Text and axes take the colour of the page's text, so that they are
+readable on light and on dark."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-_INK = "#010203"  # drawn with this, served as currentColor
+_INK = "#010203"  # a colour that nothing else uses: _svg replaces it by currentColor
 _STYLE = {
-    "svg.fonttype": "none",
+    "svg.fonttype": "none",  # text stays text: it is searchable and takes the page's font
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -26,14 +27,15 @@ _STYLE = {
     "grid.color": _INK,
     "legend.frameon": False,
 }
-_WIDTH, _WIDE = 6, 12.4  # inches, of one column of the page and of two
-MOST_NUMBERS = 40  # beside each other in a wide drawing
-_LETTERS = {_WIDTH: 62, _WIDE: 140}  # of legend text that fit beside each other
+_WIDTH, _WIDE = 6, 12.4  # inches: one column of the page, and both
+MOST_NUMBERS = 40  # that fit side by side into a wide drawing
+_LETTERS = {_WIDTH: 62, _WIDE: 140}  # characters of legend text that fit into one row
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line. ``look``: matplotlib's words for it; ``band``: the lowest and highest values around it, shaded."""
+    """A line to draw. ``look`` holds keyword arguments for matplotlib's ``plot``. ``band`` holds the lower and the
+    upper values of a shaded area around the line."""
 
     label: str
     colour: str
@@ -45,7 +47,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Bar:
-    """``text`` stands at its end; ``span``, a lower and an upper value, is drawn as a whisker."""
+    """A bar with ``text`` at its end. ``span``, a lower and an upper value, is drawn as a whisker."""
 
     label: str
     colour: str
@@ -57,25 +59,26 @@ class Bar:
 def lines(
     name: str, series: list[Series], x: str, y: str, *, wide: bool = False, log: bool = False, zero: bool = False
 ) -> str:
-    """Lines over steps, the legend above them. ``zero``: the y axis begins there. ``name``: unique on the page."""
+    """Draws lines over steps, with the legend above them. ``name`` must be unique on the page. ``zero`` starts the y
+    axis at 0."""
 
     def draw(axes):
-        for one in series:
-            axes.plot(one.x, one.y, color=one.colour, label=one.label, **one.look)
-            if one.band is not None:
-                axes.fill_between(one.x, *one.band, color=one.colour, alpha=0.15, linewidth=0)
+        for line in series:
+            axes.plot(line.x, line.y, color=line.colour, label=line.label, **line.look)
+            if line.band is not None:
+                axes.fill_between(line.x, *line.band, color=line.colour, alpha=0.15, linewidth=0)
         axes.set(xlabel=x, ylabel=y)
         if log:
             axes.set_yscale("log")
         if zero:
-            axes.set_ylim(0, 1.08 * axes.dataLim.ymax or 1)
+            axes.set_ylim(0, 1.08 * axes.dataLim.ymax or 1)  # 1 if all values are 0: an empty range is an error
         _whole_numbers(axes.xaxis)
 
-    return _svg(name, draw, _WIDE if wide else _WIDTH, legend=[one.label for one in series])
+    return _svg(name, draw, _WIDE if wide else _WIDTH, legend=[line.label for line in series])
 
 
 def bars(name: str, values: list[Bar], x: str) -> str:
-    """Horizontal bars, the first on top."""
+    """Draws horizontal bars, the first one on top."""
 
     def draw(axes):
         places = range(len(values))
@@ -93,8 +96,8 @@ def bars(name: str, values: list[Bar], x: str) -> str:
 
 
 def cells(name: str, rows: list[str], columns: list[int], values: list[list[float]], x: str, unit: str) -> str:
-    """A wide table of coloured cells, ``values[row][column]``, from 0 to the largest; NaN stays empty. The numbers are
-    written in as long as they fit."""
+    """Draws ``values[row][column]`` as a wide table of coloured cells. The colour scale runs from 0 to the largest
+    value, and NaN stays empty. The cells also contain the numbers if there are at most MOST_NUMBERS columns."""
 
     def draw(axes):
         import matplotlib
@@ -108,8 +111,8 @@ def cells(name: str, rows: list[str], columns: list[int], values: list[list[floa
                     ink = "white" if value < 0.6 * top else "black"
                     text = f"{value:.0f}" if top >= 10 else f"{value:.2g}"
                     axes.text(j + 0.5, i + 0.5, text, color=ink, ha="center", va="center", fontsize=8)
-        every = -(-len(columns) // MOST_NUMBERS)
-        axes.set_xticks([j + 0.5 for j in range(0, len(columns), every)], columns[::every])
+        spacing = -(-len(columns) // MOST_NUMBERS)  # columns between two tick labels, so that they do not overlap
+        axes.set_xticks([j + 0.5 for j in range(0, len(columns), spacing)], columns[::spacing])
         axes.set_yticks([i + 0.5 for i in range(len(rows))], rows)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -133,15 +136,17 @@ def _svg(name: str, draw: Callable, width: float, height: float = 3.2, legend: S
 
     columns = max(1, _LETTERS[width] // (6 + max(map(len, legend), default=0)))
     rows = -(-len(legend) // columns)
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):  # the same ids at every call
         figure = Figure(figsize=(width, height + 0.2 * rows), layout="constrained")
         axes = figure.subplots()
         draw(axes)
         if len(legend) > 1:
             figure.legend(loc="outside upper left", ncols=columns)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True)
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")  # not the XML prologue: it names a DTD's address
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :].replace(
+        _INK, "currentColor"
+    )  # without the XML prologue, which is not allowed within HTML
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", svg)  # several drawings share one page
+    return re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", svg)  # ids are unique on a page of several drawings

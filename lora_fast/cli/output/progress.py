@@ -1,4 +1,4 @@
-"""One progress bar for a command that does several things in a row."""
+"""A progress bar for commands that do several things in a row."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from .terminal import Display
 
 
 class Bar:
-    """``doing`` says what comes next; ``advance`` that one part is done."""
+    """Shows the current activity (``doing``) and the number of parts that are done (``advance``)."""
 
     def __init__(self, progress: Progress, total: int):
         self._progress, self._task = progress, progress.add_task("", total=total)
 
     def doing(self, text: str) -> None:
+        """Shows ``text`` as the current activity."""
         self._progress.update(self._task, description=text)
 
     def advance(self) -> None:
+        """Counts one more part as done."""
         self._progress.advance(self._task)
 
 
 @contextlib.contextmanager
 def bar(display: Display, total: int) -> Iterator[Bar]:
-    """``total``: the number of parts. Gone when the block ends; nothing is shown where no terminal listens."""
+    """Yields a bar of ``total`` parts, which disappears when the block ends. Shows nothing if the output is not a
+    terminal."""
     console = display.console
     columns = (
         TextColumn("{task.description:<30}"),

@@ -1,31 +1,30 @@
-"""A run on disk: which folder, what it holds, what can be resumed.
+"""The folder of a run: its name, its files, and the checks before a run starts or resumes.
 
-    run.json        the settings and the data's fingerprint: the folder belongs to one run
-    checkpoints/    of transformers' Trainer, each with a record.json, written last: with it the checkpoint is whole
-    adapter/        the result, in PEFT's format
-    metrics.json    every figure;  report.html   the same for the eye
+    run.json        the settings and the fingerprint of the data: the folder belongs to one run checkpoints/
+    checkpoints of transformers' Trainer; each is complete once it has a record.json, which is written last adapter/
+    the result, in PEFT's format metrics.json    all figures report.html     the same figures as tables and plots
 
-Under --compare a sub-folder for each run (fused/ and eager/, or one a method) holds a checkpoints/, an adapter/ and,
-once that run has finished, a record.json.
+With --compare each run has a sub-folder (fused/ and eager/, or one for each method) with its own checkpoints/ and
+adapter/, and with a record.json once the run has finished.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import tempfile
 from pathlib import Path
 
 from ...checks import ArgumentError
+from ...kernels.atomic_file import write_text
 from ..inputs.settings import Settings, option
 
 RUN, RECORD, METRICS, REPORT = "run.json", "record.json", "metrics.json", "report.html"
 
 
 def fresh(model: str, data: str) -> Path:
-    """``runs/<model>-<data>-<n>`` with the first free number."""
+    """Returns ``runs/<model>-<data>-<n>`` with the first free number."""
     name = "-".join(re.sub(r"[^\w.]+", "-", Path(part).stem or part).strip("-.") for part in (model, data))
     n = 1
     while (folder := Path("runs") / f"{name}-{n}").exists():
@@ -34,30 +33,30 @@ def fresh(model: str, data: str) -> Path:
 
 
 def check_free(folder: Path) -> None:
-    """Before a new run: nothing is created.
+    """Checks that a new run can use the folder. Creates nothing.
 
     Raises:
-        ArgumentError: a file, a folder with something in it, or a place that cannot be written.
+        ArgumentError: ``folder`` is a file, is not empty, or cannot be written.
     """
     if (folder / RUN).exists():
-        got = f"{str(folder)!r}, which already holds a run (continue it with --resume)"
+        got = f"{str(folder)!r}, which already contains a run (continue it with --resume)"
         raise ArgumentError("--output", "a new or empty folder", got)
     if folder.exists() and not folder.is_dir():
         raise ArgumentError("--output", "a folder", f"{str(folder)!r}, which is a file")
     if folder.exists() and any(folder.iterdir()):
-        raise ArgumentError("--output", "a new or empty folder", f"{str(folder)!r}, which holds other files")
+        raise ArgumentError("--output", "a new or empty folder", f"{str(folder)!r}, which contains other files")
     parent = folder.absolute()
     while not parent.exists():
         parent = parent.parent
     try:
-        with tempfile.TemporaryFile(dir=parent):
+        with tempfile.TemporaryFile(dir=parent):  # os.access does not know of read-only mounts and full disks
             pass
     except OSError as error:
         raise ArgumentError("--output", "a folder that can be written", f"{str(folder)!r}: {error.strerror}") from error
 
 
 def start(folder: Path, settings: Settings, fingerprint: str) -> None:
-    """Creates the folder: from now on it belongs to this run."""
+    """Creates the folder and its run.json, which reserves it for this run."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / RUN, {"settings": settings.as_dict(), "data_fingerprint": fingerprint})
@@ -66,18 +65,19 @@ def start(folder: Path, settings: Settings, fingerprint: str) -> None:
 
 
 def saved_settings(folder: Path | None, given: dict[str, object]) -> Settings:
-    """The settings of the run to resume. ``given``: the options typed this time, which must agree with them.
+    """Returns the settings of the run to resume. ``given`` contains the options typed this time, which must agree with
+    the saved ones.
 
     Raises:
-        ArgumentError: no run there, a finished one, or an option that differs.
+        ArgumentError: the folder has no run, the run has finished, or an option differs.
     """
     if folder is None or not (folder / RUN).is_file():
-        got = "no --output" if folder is None else f"{str(folder)!r}, which holds none"
+        got = "no --output" if folder is None else f"{str(folder)!r}, which contains none"
         raise ArgumentError("--resume", "--output with the folder of an interrupted run", got)
     if (folder / METRICS).exists():
         raise ArgumentError("--resume", "an interrupted run", f"{str(folder)!r}, which has finished")
     saved = Settings(**read_json(folder / RUN)["settings"])
-    typed = dataclasses.replace(saved, **given)  # as a new run would take them: nb-lora with --compare adds lora
+    typed = dataclasses.replace(saved, **given)  # normalised as in a new run: nb-lora with --compare adds lora
     for name, value in given.items():
         if getattr(saved, name) != getattr(typed, name):
             expected = f"{getattr(saved, name)!r}, as in the run that is resumed"
@@ -86,15 +86,16 @@ def saved_settings(folder: Path | None, given: dict[str, object]) -> Settings:
 
 
 def check_same_data(folder: Path, fingerprint: str) -> None:
+    """Raises ArgumentError unless the run in the folder was started with the data of this fingerprint."""
     if read_json(folder / RUN)["data_fingerprint"] != fingerprint:
         got = "other tokens: the file or the tokenizer has changed"
         raise ArgumentError("--data", "the text that the run was started with, to resume it", got)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint under ``folder``."""
-    found = [path.parent for path in folder.glob(f"checkpoints/checkpoint-*/{RECORD}")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    """Returns the newest complete checkpoint under ``folder``, or None."""
+    complete = [path.parent for path in folder.glob(f"checkpoints/checkpoint-*/{RECORD}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def read_json(path: Path) -> dict:
@@ -103,13 +104,3 @@ def read_json(path: Path) -> dict:
 
 def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all: written beside its place, synchronised, renamed."""
-    scratch = path.with_name(path.name + ".part")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)

@@ -1,4 +1,4 @@
-"""A table, for the terminal and the page alike."""
+"""Tables that the terminal and the HTML page share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cell:
-    """``colour``: that of the run it names. ``strong``: the best of its kind."""
+    """An entry of a table. ``colour`` is the colour of the run that the cell names; ``strong`` marks the best
+    value."""
 
     text: str
     colour: str = ""
@@ -16,7 +17,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a head. ``short``: the columns for a terminal; None for all."""
+    """Rows below a head. ``short`` lists the columns that a terminal shows; None shows all of them."""
 
     title: str
     head: list[Cell]

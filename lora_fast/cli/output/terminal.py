@@ -1,9 +1,8 @@
-"""The terminal: one progress bar, short notes, errors in one paragraph."""
+"""Prints to the terminal: one progress bar, short notes, tables, and errors of one paragraph."""
 
 from __future__ import annotations
 
 import contextlib
-import shlex
 from collections.abc import Iterator
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -11,54 +10,49 @@ from typing import TYPE_CHECKING
 import rich.table
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from ...checks import ArgumentError
-from ..inputs.settings import Run
 from .palette import colours
 
 if TYPE_CHECKING:
-    from ..finetune.record import Record
     from .tables import Table
 
 
 class Interrupted(Exception):
-    """Ctrl-C. Its argument: the folder to resume from, or None if nothing was written."""
+    """Ctrl-C ended the command. The argument is the command line that continues it, or None if nothing was written."""
 
 
-class Diverged(Exception):
-    """The loss is not a finite number any more. ``record``: the run until then."""
-
-    def __init__(self, message: str, record: Record):
-        super().__init__(message)
-        self.record = record
+class RunFailed(Exception):
+    """A run ended without a result, for a reason that the message explains."""
 
 
 @contextlib.contextmanager
 def exit_codes(display: Display) -> Iterator[None]:
-    """Foreseen ends become a paragraph and an exit code: 2 for input that does not fit, 1 for a run that diverged, 130
-    for Ctrl-C. Anything else keeps its traceback."""
+    """Turns the foreseen errors into a paragraph and an exit code: 2 for invalid input, 1 for a run that failed, 130
+    for Ctrl-C. Any other exception keeps its traceback."""
     try:
         yield
     except ArgumentError as error:
         display.error(str(error))
         raise typer.Exit(2) from None
-    except Diverged as error:
+    except RunFailed as error:
         display.error(str(error))
         raise typer.Exit(1) from None
     except (KeyboardInterrupt, Interrupted) as error:
-        folder = error.args[0] if error.args else None
-        if folder is None:
-            display.note("Interrupted: nothing has been written.")
+        command = error.args[0] if error.args else None
+        if command is None:
+            display.note("Interrupted. Nothing has been written.")
         else:
-            display.note("Interrupted. Go on with:")
-            display.note(f"  lora-fast finetune --output {shlex.quote(str(folder))} --resume", style="cyan")
+            display.note("Interrupted. Continue with:")
+            display.note(f"  {command}", style="cyan")
         raise typer.Exit(130) from None
 
 
-class _Bar(Progress):
-    """A progress bar with a line below it, while there is one."""
+class _BarWithLine(Progress):
+    """A progress bar with a line of text below it, if the text is not empty."""
 
     below = ""
 
@@ -69,60 +63,69 @@ class _Bar(Progress):
 
 
 class Display:
-    """Progress of one run after the other. Where no terminal listens, only the notes remain."""
+    """Shows the progress of runs that follow each other. If the output is not a terminal, only the notes are
+    printed."""
 
     def __init__(self):
         self.console = Console(highlight=False)
-        self._progress: _Bar | None = None
+        self._progress: _BarWithLine | None = None
 
     def note(self, text: str, style: str = "") -> None:
+        """Prints ``text`` as it is: without markup, and without line breaks that a copied command would contain."""
         self.console.print(text, style=style, markup=False, soft_wrap=True)
 
     def error(self, text: str) -> None:
+        """Prints ``text`` as an error, to standard error."""
         Console(stderr=True, highlight=False).print(f"Error: {text}", style="red", markup=False, soft_wrap=True)
 
     def show(self, table: Table) -> None:
-        self.console.print(_table(table))
+        """Prints a table, reduced to its ``short`` columns."""
+        self.console.print(_rich_table(table))
 
     def working(self, text: str):
-        """A spinner while the block runs."""
+        """Returns a context manager that shows a spinner and ``text``."""
         return self.console.status(text)
 
     @contextlib.contextmanager
-    def training(self, run: Run, runs: list[Run], total: int, done: int) -> Iterator[None]:
-        colour = colours(other.label for other in runs)[run.label]
-        place = f"{runs.index(run) + 1}/{len(runs)} " if len(runs) > 1 else ""
+    def training(self, label: str, labels: list[str], total: int, done: int) -> Iterator[None]:
+        """Shows a progress bar for the run ``label``, one of ``labels``, with ``done`` of its ``total`` steps done."""
+        colour = colours(labels)[label]
+        position = f"{labels.index(label) + 1}/{len(labels)} " if len(labels) > 1 else ""
         columns = (
-            TextColumn(f"{place}[{colour}]{literal(run.label)}[/] {{task.description:<13}}"),
+            TextColumn(f"{position}[{colour}]{escape_markup(label)}[/] {{task.description:<13}}"),
             BarColumn(bar_width=None, complete_style=colour, finished_style=colour),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True),
         )
-        with _Bar(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
+        with _BarWithLine(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
             self._progress = progress
             self._task = progress.add_task("held-out loss", total=total, completed=done, figures="")
             yield
         self._progress = None
 
     def evaluating(self) -> None:
+        """Shows that the held-out loss is being computed."""
         self._progress.update(self._task, description="held-out loss")
 
     def step(self, step: int, loss: float, seconds: float) -> None:
+        """Shows that ``step`` is done, with its training loss and its duration."""
         figures = f"loss {loss:.3f} · {seconds:.2f} s/step"
         self._progress.update(self._task, completed=step, figures=figures)
 
     def bounds(self, used: list[float]) -> None:
-        """``used``: how much of its bound each norm-bounded layer uses, 0 to 1."""
+        """Shows the shares, 0 to 1, that norm-bounded layers use of their bounds; nothing if there are no such
+        layers."""
         if used:
             self._progress.below = f"  of the layers' bounds used: mean {fmean(used):.1%}, most {max(used):.1%}"
 
     def held_out(self, step: int, loss: float) -> None:
+        """Prints the held-out loss after ``step`` steps."""
         self.note(f"  step {step:>4}   held-out loss {loss:.3f}", style="dim")
         self._progress.update(self._task, description="training")
 
 
-def _table(content: Table) -> rich.table.Table:
+def _rich_table(content: Table) -> rich.table.Table:
     table = rich.table.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title=content.title, title_justify="left")
     shown = range(len(content.head)) if content.short is None else content.short
     for i in shown:
@@ -132,7 +135,6 @@ def _table(content: Table) -> rich.table.Table:
     return table
 
 
-def literal(text: str) -> str:
-    from rich.markup import escape
-
+def escape_markup(text: str) -> str:
+    """Returns ``text`` on one line, with square brackets that rich does not take for markup."""
     return escape(" ".join(text.split()))

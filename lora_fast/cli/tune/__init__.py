@@ -1,1 +1,1 @@
-"""``lora-fast tune``."""
+"""``lora-fast tune`` measures which kernels are fastest for a model on this GPU."""

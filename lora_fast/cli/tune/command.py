@@ -1,4 +1,5 @@
-"""lora-fast tune: its options, and the order of things. The search is in search.py, the file in kernels/tuned.py."""
+"""The options of ``lora-fast tune`` and the order of its steps. search.py measures; kernels/tuned.py keeps the
+result."""
 
 from __future__ import annotations
 
@@ -11,45 +12,49 @@ from ..inputs.settings import Settings, absolute
 from ..output.tables import Cell, Table
 from ..output.terminal import Display, exit_codes
 
-_MODEL = "A folder or hub id of a causal language model: its configuration is read, not its weights."
-_TARGETS = "all-linear, or the names of the layers to adapt: q_proj,v_proj."
-_SHOW = "Show what has been measured so far, and where it is kept; measure nothing."
-_CLEAR = "Forget everything that was measured; measure nothing."
+_MODEL = "A folder or hub id of a causal language model. Only its configuration is read, not its weights."
+_TARGETS = "all-linear, or the names of the layers to adapt, such as q_proj,v_proj."
+_SHOW = "Show the choices so far and the file that keeps them. Measures nothing."
+_CLEAR = "Delete all choices. Measures nothing."
 
 
 def tune(
     model: Annotated[str, typer.Option(help=_MODEL)] = Settings.model,
     rank: Annotated[int, typer.Option(help="Rank of the adapters, 1 to 256.")] = Settings.rank,
-    dropout: Annotated[float, typer.Option(help="Share of an adapter's inputs dropped.")] = Settings.dropout,
+    dropout: Annotated[
+        float, typer.Option(help="Probability that an input of an adapter is dropped.")
+    ] = Settings.dropout,
     targets: Annotated[str, typer.Option(help=_TARGETS)] = Settings.targets,
-    batch: Annotated[int, typer.Option(help="Blocks in one forward pass.")] = 4,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a block.")] = 2048,
+    batch: Annotated[int, typer.Option(help="Number of blocks in one forward pass.")] = 4,
+    seq_len: Annotated[int, typer.Option(help="Number of tokens in a block.")] = 2048,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.", metavar="NAME")] = Settings.dtype,
     show: Annotated[bool, typer.Option("--show", help=_SHOW)] = False,
     clear: Annotated[bool, typer.Option("--clear", help=_CLEAR)] = False,
 ) -> None:
-    """Measure which kernels are fastest for a model on this GPU, and remember it.
+    """Measure which kernels are fastest for a model on this GPU, and keep the choices.
 
-    For every layer shape of the model: which GEMM (the fused one, cuBLAS and a kernel that adds the adapter's part, or
-    on sm_90 the warp-specialised "gluon") and which tiles. The choices are kept in a file of the user's cache, by
-    device, dtype and shape; from then on every program that uses lora_fast on this GPU takes them. Without it the
-    defaults run, which are the same on every machine of its kind. Takes minutes, most of them for compiling; each shape
-    is kept as soon as it is done. Results differ from the defaults' in their last bits only: a candidate that gives
-    anything else is dropped. Not yet run on a GPU: no gain is promised.
+    For every layer shape of the model it chooses the GEMM (the fused one, cuBLAS and a kernel that adds the adapter's
+    part, or on sm_90 the warp-specialised "gluon") and the tiles. The choices are kept in the user's cache folder, by
+    device, dtype and shape, and every program that uses lora_fast on this GPU follows them. Without choices the
+    defaults run, which are the same on all GPUs of a kind.
+
+    Takes minutes, mostly to compile. Each shape is kept as soon as it is done. The results of a layer change in their
+    last bits only, since candidates with other results are dropped. This command has not been run on a GPU yet, so its
+    gain is unknown.
 
     **Examples**
 
     - `lora-fast tune --model meta-llama/Llama-3.1-8B --rank 16 --batch 4 --seq-len 2048`
 
-        measure, for batches of 8,192 tokens (or any number from 4,097 to 8,192)
+        measures for batches of 8,192 tokens; the choices hold for 4,097 to 8,192 tokens
 
     - `lora-fast tune --show`
 
-        what is known
+        shows the choices so far
 
     - `lora-fast tune --clear`
 
-        back to the defaults
+        returns to the defaults
     """
     display = Display()
     with exit_codes(display):
@@ -58,15 +63,15 @@ def tune(
         elif clear:
             _clear(display)
         else:
-            asked = {"rank": rank, "dropout": dropout, "targets": targets, "batch": batch, "seq_len": seq_len}
-            run(Settings(model=absolute(model), dtype=dtype, **asked), display)
+            sizes = {"rank": rank, "dropout": dropout, "targets": targets, "batch": batch, "seq_len": seq_len}
+            run(Settings(model=absolute(model), dtype=dtype, **sizes), display)
 
 
 def run(settings: Settings, display: Display) -> None:
-    """Measure, and write the file after each shape.
+    """Measures every layer shape of the model, and writes the file after each of them.
 
     Raises:
-        ArgumentError: no GPU, options that do not fit, or a damaged file.
+        ArgumentError: there is no GPU, an option is out of range, or the file is damaged.
     """
     device = _gpu()
     settings.check()
@@ -95,8 +100,14 @@ def run(settings: Settings, display: Display) -> None:
 
     try:
         with bar(display, len(shapes)) as progress:
-            doing = lambda key: progress.doing(f"{key.op} {_shape(key)}")
-            outcomes = search.search_all(shapes, device, table, search.time_on_gpu, doing, keep)
+            outcomes = search.search_all(
+                shapes,
+                device,
+                table,
+                search.time_on_gpu,
+                before_case=lambda key: progress.doing(f"{key.op} {_shape(key)}"),
+                after_shape=keep,
+            )
     except KeyboardInterrupt:
         display.note(f"Interrupted: {finished} of {len(shapes)} shapes are kept in {tuned.path()}.")
         raise typer.Exit(130) from None
@@ -105,10 +116,10 @@ def run(settings: Settings, display: Display) -> None:
 
 
 def layer_shapes(source: str, targets: str | list[str]) -> list[tuple[int, int]]:
-    """Distinct (d_in, d_out) of the linear layers that the targets name; no weights are loaded.
+    """Returns the distinct (d_in, d_out) of the linear layers that the targets name. Loads no weights.
 
     Raises:
-        ArgumentError: no such layers.
+        ArgumentError: the targets match no layer.
     """
     import torch
     import transformers
@@ -119,7 +130,7 @@ def layer_shapes(source: str, targets: str | list[str]) -> list[tuple[int, int]]
 
     models.quieten()
     config = models.load_config(source)
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without data
         model = transformers.AutoModelForCausalLM.from_config(config)
     inject_(model, LoRAConfig(r=1, alpha=1, target_modules=targets))
     layers = (module for module in model.modules() if isinstance(module, LoRALinear))
@@ -127,15 +138,15 @@ def layer_shapes(source: str, targets: str | list[str]) -> list[tuple[int, int]]
 
 
 def results(outcomes: list) -> Table:
-    """What was measured, op by op."""
+    """Returns the table of outcomes, one row for each op and shape."""
     head = ["op", "shape", "default", "best", "gain", "choice", "tried"]
     rows = []
-    for one in outcomes:
-        gain = f"{one.default / one.best:.2f}" if one.choice else ""
-        micro = [f"{1e6 * seconds:.1f} µs" for seconds in (one.default, one.best)]
-        tried = f"{one.tried}" + (f", {one.failed} unfit" if one.failed else "")
-        words = [one.key.op, _shape(one.key), *micro, gain, _choice(one.choice) or "the default", tried]
-        rows.append([Cell(word) for word in words])
+    for outcome in outcomes:
+        gain = f"{outcome.default / outcome.best:.2f}" if outcome.choice else ""
+        times = [f"{1e6 * seconds:.1f} µs" for seconds in (outcome.default, outcome.best)]
+        tried = f"{outcome.tried}" + (f", {outcome.failed} unfit" if outcome.failed else "")
+        choice = _choice(outcome.choice) or "the default"
+        rows.append([Cell(text) for text in (outcome.key.op, _shape(outcome.key), *times, gain, choice, tried)])
     return Table("", [Cell(text) for text in head], rows, short=[0, 1, 2, 3, 5])
 
 
@@ -148,7 +159,7 @@ def _choice(table: dict) -> str:
 
 
 def _gpu():
-    """The current CUDA device."""
+    """Returns the current CUDA device, or raises ArgumentError if kernels cannot be timed on it."""
     import torch
 
     from ...backend import interpreting
@@ -187,4 +198,4 @@ def _show(display: Display) -> None:
 def _clear(display: Display) -> None:
     from ...kernels import tuned
 
-    display.note(f"Removed {tuned.path()}" if tuned.clear() else f"Nothing to remove: no {tuned.path()}")
+    display.note(f"Removed {tuned.path()}." if tuned.clear() else f"Nothing to remove: {tuned.path()} does not exist.")

@@ -1,7 +1,7 @@
-"""The search of ``lora-fast tune``: for each op of each layer shape, run what could be chosen, compare the results,
-time those that agree, and keep what is clearly faster than the default.
+"""The search of ``lora-fast tune``. For each op of each layer shape it runs all candidates, compares their results,
+times those that agree with the default, and chooses one that is clearly faster than the default.
 
-Only the layer's launchers are called, which write nothing but fresh results: no input changes under the clock.
+It calls the launchers of the layer, which write only into new tensors, so that timed calls do not change their inputs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...kernels import linear, tiles, tuned
 
-GAIN = 0.02  # a choice must be this much faster than the default: less is noise
+GAIN = 0.02  # share of the default's time that a choice must save; less is noise
 ROUNDS, WARM_UP = 20, 3
 L2_FLUSH = 1 << 28  # bytes written before each timed call
 
@@ -24,7 +24,7 @@ Timer = Callable[[list[Callable[[], object]]], list[float]]
 
 @dataclass(frozen=True)
 class Shape:
-    """Layers of ``d_in`` → ``d_out``, on ``n_tokens`` tokens."""
+    """The shape of a layer, ``d_in`` → ``d_out`` with rank ``r``, and of its input of ``n_tokens`` tokens."""
 
     n_tokens: int
     d_in: int
@@ -36,8 +36,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """One op on one shape. ``key``: its own in tuned.py; ``candidates``: what tuned.py would hold, the default (which
-    is nothing) first."""
+    """An op on one shape. ``key`` is its key in kernels/tuned.py. ``candidates`` are the tables that could be added to
+    tuned.py; the first one is empty, which means the default."""
 
     key: tuned.Key
     call: Callable[[], Tensor | tuple[Tensor, Tensor]]
@@ -46,8 +46,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Seconds of the default and of the best, and what the best is: empty where it is the default. ``failed``: how many
-    candidates did not run here or gave another result."""
+    """The result of a search.
+
+    Attributes:
+        default, best: seconds of the default and of the fastest candidate.
+        choice: the table of the fastest candidate; empty for the default.
+        tried: number of candidates that were timed.
+        failed: number of candidates that did not run on this device or gave another result.
+    """
 
     key: tuned.Key
     default: float
@@ -58,15 +64,18 @@ class Outcome:
 
 
 def cases(shape: Shape, device: torch.device) -> Iterator[Case]:
-    """The five ops of a layer of this shape, on random tensors."""
+    """Yields the five ops of a layer of this shape, on random tensors."""
     n, d_in, d_out, r, dtype = shape.n_tokens, shape.d_in, shape.d_out, shape.r, shape.dtype
     generator = torch.Generator(device).manual_seed(0)
-    make = lambda *size, kind=dtype: torch.randn(*size, generator=generator, device=device).to(kind)
+
+    def make(*size: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device).to(kind)
+
     x, dy, s = make(n, d_in), make(n, d_out), make(n, r, kind=torch.float32)
     weight, a, b = make(d_out, d_in), make(r, d_in, kind=torch.float32), make(d_out, r, kind=torch.float32)
     keep = linear.draw_mask(x, shape.dropout, seed=1) if shape.dropout else None
     limits, size = tiles.limits(device), dtype.itemsize
-    wide = size == 2  # factors, and so S, are float32, as inject_ and PEFT make them
+    wide = size == 2  # the factors and S are wider than x: inject_ and PEFT create float32 factors
     project = "project" + "_short" * (n <= tiles.SHORT)
 
     def tiled(op: str, row: str, width_in: int, width_out: int, call) -> Case:
@@ -95,35 +104,36 @@ def search_all(
     device: torch.device,
     table: tuned.Table,
     timer: Timer,
-    doing: Callable[[tuned.Key], None],
-    done: Callable[[], None],
+    before_case: Callable[[tuned.Key], None],
+    after_shape: Callable[[], None],
 ) -> list[Outcome]:
-    """Every case of every shape once, into ``table``; ``doing`` before each case, ``done`` after each shape."""
+    """Searches every case of every shape and stores the choices in ``table``. Cases that shapes share are searched
+    once. Calls ``before_case`` with the key of each case, and ``after_shape`` after each shape."""
     outcomes: dict[tuned.Key, Outcome] = {}
     for shape in shapes:
         for case in cases(shape, device):
             if case.key not in outcomes:
-                doing(case.key)
+                before_case(case.key)
                 outcomes[case.key] = search(case, timer)
                 remember(table, case, outcomes[case.key])
-        done()
+        after_shape()
     return list(outcomes.values())
 
 
 def search(case: Case, timer: Timer) -> Outcome:
-    """Times all candidates that run and agree with the default, in turns."""
+    """Times all candidates that run and agree with the default, and chooses the fastest."""
     expected = _results(case, {})
     working = [{}, *(choice for choice in case.candidates[1:] if _agrees(case, choice, expected))]
     seconds = timer([_bound(case, choice) for choice in working])
     best = min(range(len(working)), key=seconds.__getitem__)
     if seconds[best] > (1 - GAIN) * seconds[0]:
-        best = 0
+        best = 0  # the default
     failed = len(case.candidates) - len(working)
     return Outcome(case.key, seconds[0], seconds[best], working[best], len(working), failed)
 
 
 def remember(table: tuned.Table, case: Case, outcome: Outcome) -> None:
-    """The outcome takes the place of what was known of this case before."""
+    """Replaces all entries of the case in ``table`` by the outcome's choice."""
     for choice in case.candidates:
         for key in choice:
             table.pop(key, None)
@@ -139,25 +149,25 @@ def _bound(case: Case, choice: tuned.Table) -> Callable[[], object]:
 
 
 def _results(case: Case, choice: tuned.Table) -> tuple[Tensor, ...]:
-    found = _bound(case, choice)()
-    return found if isinstance(found, tuple) else (found,)
+    results = _bound(case, choice)()
+    return results if isinstance(results, tuple) else (results,)
 
 
 def _agrees(case: Case, choice: tuned.Table, expected: tuple[Tensor, ...]) -> bool:
-    """Whether the candidate runs here (a tile may need more than the device has) and gives the default's results."""
+    """Returns whether the candidate runs on this device and gives the results of the default."""
     try:
-        found = _results(case, choice)
-    except Exception:
+        results = _results(case, choice)
+    except Exception:  # a tile may need more shared memory or registers than the device has, or fail to compile
         return False
-    return all(_close(one, other, case.key) for one, other in zip(found, expected, strict=True))
+    return all(_close(result, other, case.key) for result, other in zip(results, expected, strict=True))
 
 
-def _close(one: Tensor, other: Tensor, key: tuned.Key) -> bool:
-    """Relative L2: half a unit in the last place for each result's rounding, and what the order of a float32 sum of n
-    numbers changes, eps √n at most. A wrong result is wrong by far more."""
+def _close(result: Tensor, expected: Tensor, key: tuned.Key) -> bool:
+    """Returns whether two results agree in relative L2. Allows half a unit in the last place for the rounding of each
+    result, and eps √n for the order of a float32 sum of n numbers. A wrong result exceeds this by far."""
     summed = max(key.tokens, key.d_in, key.d_out)
     allowed = torch.finfo(getattr(torch, key.dtype)).eps + torch.finfo(torch.float32).eps * summed**0.5
-    return bool((one.double() - other.double()).norm() <= allowed * other.double().norm())
+    return bool((result.double() - expected.double()).norm() <= allowed * expected.double().norm())
 
 
 def time_on_gpu(calls: list[Callable[[], object]]) -> list[float]:

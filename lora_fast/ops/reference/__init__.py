@@ -1,1 +1,1 @@
-"""The plain-torch twin of every op: its specification, and what runs without a GPU."""
+"""The plain-torch twin of every op with a kernel. It specifies the op and runs where there is no GPU."""

@@ -4,16 +4,16 @@ oracle of the kernels' tests, and the backend on a CPU.
 Math      With ã = [a1 | a2], a1 (r, r):
           M = I + a1ᵀ − a1 + a2 a2ᵀ + b̃ᵀb̃        Wi = M⁻¹, which exists: M's symmetric part is at least I
           a = [2 Wiᵀ − I | −2 Wiᵀ a2]    b = −2 b̃ Wi        a aᵀ + bᵀb = I
-          b's columns come multiplied by ``scale``, where one is given.
+          b's columns are multiplied by ``scale``, where one is given.
 Backward  from ga and gb (with respect to the scaled b), where C = b̃ᵀgb and D = diag(scale):
           T = ga1ᵀ − a2 ga2ᵀ − C D       S = 2 Wiᵀ T Wiᵀ       R = S + Sᵀ
           d a1 = S − Sᵀ      d a2 = −R a2 − 2 Wi ga2      d b̃ = −b̃ R − 2 gb D Wiᵀ
           d scale = diag(bᵀgb) = −2 · column sums of Wi∘C
 Notation  the paper's (X, Y) are (ã, b̃ᵀ), its (A, B) are (a, bᵀ). Its printed backward (25) has a sign error.
 Shapes    lists of pairs of any shapes and ranks: free_a (r, d_in) with r ≤ d_in, free_b (d_out, r), scale (r,),
-          inverse Wi (r, r). Results in float32, or float64 for float64 pairs; gradients in the dtype of what they
-          belong to. M and Wi are computed in float64: in float32, a skew part a hundred times as large, or rows
-          that point nearly the same way, cost M its smallest eigenvalues, and a aᵀ + bᵀb = I with them.
+          inverse Wi (r, r). Results in float32, or float64 for float64 pairs; each gradient in the dtype of its
+          parameter. M and Wi are computed in float64. In float32, a skew part a hundred times as large, or rows
+          that are nearly parallel, would cost M its smallest eigenvalues and with them a aᵀ + bᵀb = I.
 Saved     Wi only.
 """
 
@@ -28,28 +28,28 @@ from ...kernels.grouping import map_groups
 
 __all__ = ["cayley", "cayley_backward"]
 
-CACHED = 1 << 19  # elements of the factors that are worked on at a time: what a CPU's cache holds
+CACHED = 1 << 19  # elements of the factors in one part of a stack, about the size of a CPU's cache
 
 
 def cayley(
     free_a: Sequence[Tensor], free_b: Sequence[Tensor], scales: Sequence[Tensor] | None = None
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """a, b · diag(scale) and Wi of every pair."""
+    """Returns a, b · diag(scale) and Wi of every pair."""
     return _over_stacks(_cayley, free_a, free_b, *([scales] if scales else []))
 
 
 def _cayley(a, b, scale=None) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of stacked pairs of one shape."""
+    """Computes ``cayley`` for stacked pairs of one shape."""
     rank = a.shape[1]
     a1, a2, wide_b = a[..., :rank].double(), a[..., rank:].double(), b.double()
     eye = torch.eye(rank, dtype=torch.float64, device=a.device)
     m = torch.bmm(a2, a2.mT).baddbmm_(wide_b.mT, wide_b) + (eye + a1.mT - a1)
-    wide_inverse = torch.linalg.inv_ex(m)[0]
+    wide_inverse = torch.linalg.inv_ex(m)[0]  # inv would wait for the device to check for singular matrices
     inverse = wide_inverse.to(a.dtype).contiguous()
-    made_a = torch.bmm(-2 * inverse.mT, a)
-    made_a[..., :rank] = 2 * wide_inverse.mT - eye
+    result_a = torch.bmm(-2 * inverse.mT, a)
+    result_a[..., :rank] = 2 * wide_inverse.mT - eye
     right = -2 * inverse if scale is None else -2 * inverse * scale[:, None]
-    return made_a, torch.bmm(b, right), inverse
+    return result_a, torch.bmm(b, right), inverse
 
 
 def cayley_backward(
@@ -60,14 +60,14 @@ def cayley_backward(
     grad_a: Sequence[Tensor],
     grad_b: Sequence[Tensor],
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
-    """The gradients of free_a, free_b and scales (None without scales), from those of a and of the scaled b."""
+    """Returns the gradients of free_a, free_b and scales (None without scales) from those of a and of the scaled b."""
     lists = free_a, free_b, inverses, grad_a, grad_b, *([scales] if scales else [])
     da, db, dscales = _over_stacks(_cayley_backward, *lists)
     return _cast(da, free_a), _cast(db, free_b), dscales if scales else None
 
 
 def _cayley_backward(a, b, inverse, grad_a, grad_b, scale=None) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of stacked pairs of one shape."""
+    """Computes ``cayley_backward`` for stacked pairs of one shape."""
     rank = a.shape[1]
     c, right = b.mT @ grad_b, -2 * inverse.mT
     dscale = -2 * (inverse * c).sum(-2)
@@ -82,10 +82,10 @@ def _cayley_backward(a, b, inverse, grad_a, grad_b, scale=None) -> tuple[Tensor,
 
 
 def bounded_scales(free_scales: Sequence[Tensor], bounds: Sequence[float], powers: Sequence[float]) -> list[Tensor]:
-    """2 sv with sv = bound · q^power, q = softmax(free_scale / √r): sv's norm is the bound in the Schatten norm of
-    exponent 1 / power (0: the spectral norm, sv = bound everywhere)."""
+    """Returns 2 sv with sv = bound · q^power, q = softmax(free_scale / √r). The Schatten norm of exponent 1 / power of
+    sv is the bound (power 0: the spectral norm, sv = bound everywhere)."""
     (shares,) = _over_stacks(lambda free: (_shares(free),), free_scales)
-    scales = torch._foreach_pow(shares, list(powers))  # numbers: a launch's arguments, never copied
+    scales = torch._foreach_pow(shares, list(powers))  # numbers become arguments of the launch, with no copy
     torch._foreach_mul_(scales, [2 * bound for bound in bounds])
     return list(scales)
 
@@ -93,14 +93,14 @@ def bounded_scales(free_scales: Sequence[Tensor], bounds: Sequence[float], power
 def bounded_scales_backward(
     free_scales: Sequence[Tensor], powers: Sequence[float], scales: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The gradients of free_scales from those of scales: power/√r (u − q Σu), u = grad ∘ scale."""
+    """Returns the gradients of free_scales from those of scales: power/√r (u − q Σu), u = grad ∘ scale."""
 
-    def of_stack(free, scale, grad):
+    def compute(free, scale, grad):
         u = grad * scale
         return ((u - _shares(free) * u.sum(-1, keepdim=True)) / u.shape[-1] ** 0.5,)
 
-    (found,) = _over_stacks(of_stack, free_scales, scales, grads)
-    return _cast(torch._foreach_mul(found, list(powers)), free_scales)
+    (gradients,) = _over_stacks(compute, free_scales, scales, grads)
+    return _cast(torch._foreach_mul(gradients, list(powers)), free_scales)
 
 
 def _shares(free_scale: Tensor) -> Tensor:
@@ -112,8 +112,8 @@ def _cast(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _over_stacks(compute: Callable, *lists: Sequence[Tensor]) -> list[list[Tensor]]:
-    """compute's results for every position of the lists. It is called with stacks of the tensors, in at least float32,
-    at positions that agree in shapes, dtype and device; on a CPU with no more at a time than its cache holds."""
+    """Returns the results of ``compute`` for every position of the lists. It is called with stacks, in at least
+    float32, of tensors that agree in shapes, dtype and device; on a CPU with parts that fit into its cache."""
 
     def in_parts(*members: list[Tensor]) -> list[list[Tensor]]:
         first, elements = members[0], sum(tensors[0].numel() for tensors in members[:2])

@@ -1,8 +1,8 @@
-"""Plain-torch twin of every op: the specification, the oracle of the tests, and the backend on a CPU.
+"""Plain-torch twin of the linear ops: the specification, the oracle of the tests, and the backend on a CPU.
 
-Any floating dtype, float64 included. ``x`` and ``dy`` are (n_tokens, d); ``keep`` is the dropout mask, a bool
-(n_tokens, d_in), or None. ``scaling`` is s = alpha/r, times ``keep_scale(dropout_p)`` where there is a mask. Nothing
-here is autograd-aware.
+All floating dtypes are supported, including float64. ``x`` and ``dy`` are (n_tokens, d); ``keep`` is the dropout mask,
+a bool (n_tokens, d_in), or None. ``scaling`` is alpha/r, times ``keep_scale(dropout_p)`` where there is a mask. None of
+the functions is differentiable.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ DROP_LEVELS = 1 << 16  # a dropout probability is a multiple of 1/65536
 
 
 def drop_level(dropout_p: float) -> int:
-    """How many of the 65536 values of a 16-bit random number drop an element."""
+    """Returns how many of the 65536 values of a 16-bit random number drop an element."""
     return round(DROP_LEVELS * dropout_p)
 
 
 def keep_scale(dropout_p: float) -> float:
-    """1/(1-p) for the p that is drawn (a multiple of 1/65536); 0 where everything is dropped."""
+    """Returns 1/(1-p) for the p that is drawn (a multiple of 1/65536); 0 where everything is dropped."""
     kept = 1.0 - drop_level(dropout_p) / DROP_LEVELS
     return 1.0 / kept if kept else 0.0
 
 
 def project(x: Tensor, lora_A: Tensor, keep: Tensor | None = None, rounded: bool = False) -> Tensor:
-    """S = (keep∘x) aᵀ: (n_tokens, d_in), (r, d_in) → (n_tokens, r) in the wider of both dtypes; ``rounded``: in x's,
-    of a rounded to it, as under autocast."""
+    """S = (keep∘x) aᵀ: (n_tokens, d_in), (r, d_in) → (n_tokens, r) in the wider of both dtypes. With ``rounded``, as
+    under autocast, a is rounded to x's dtype and S has that dtype."""
     kept = x if keep is None else x * keep
     lora_A = lora_A.to(x.dtype) if rounded else lora_A
     return F.linear(kept, lora_A) if lora_A.dtype is x.dtype else _wide_product(kept, lora_A.t())
@@ -47,8 +47,8 @@ def grad_s_b(
     dy: Tensor, s: Tensor, lora_B: Tensor, scaling: float, need_s: bool = True, need_b: bool = True,
     rounded: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """dS = scaling · dy b: (n_tokens, r) in the wider of dy's and b's dtypes (``rounded``: in dy's, of b rounded to
-    it); db = scaling · dyᵀ S: (d_out, r) in b's; None where not needed."""
+    """dS = scaling · dy b: (n_tokens, r) in the wider of dy's and b's dtypes (with ``rounded``, b is rounded to dy's
+    dtype and dS has it); db = scaling · dyᵀ S: (d_out, r) in b's dtype; None where not needed."""
     b = lora_B.to(dy.dtype) if rounded else lora_B
     ds = _scaled_product(dy, b, scaling) if need_s else None
     db = _scaled_product(dy.t(), s, scaling) if need_b else None
@@ -71,7 +71,7 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
     keep: Tensor | None = None, rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y (..., d_out) and S (n_tokens, r) of x (..., d_in)."""
+    """Returns y (..., d_out) and S (n_tokens, r) of x (..., d_in)."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     s = project(rows, lora_A, keep, rounded)
     y = linear(rows, weight, bias, s, lora_B, scaling)
@@ -82,7 +82,7 @@ def backward(
     dy: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float,
     keep: Tensor | None = None, rounded: bool = False, needs: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dx (..., d_in), da (r, d_in) and db (d_out, r), each None where ``needs`` (of x, a, b) says so."""
+    """Returns dx (..., d_in), da (r, d_in) and db (d_out, r), each None where ``needs`` (of x, a, b) is False."""
     need_x, need_a, need_b = needs
     rows, dy_rows = x, dy
     if x.dim() != 2:
@@ -94,28 +94,31 @@ def backward(
 
 
 def _scaled_product(tall: Tensor, thin: Tensor, scaling: float) -> Tensor:
-    """scaling · tall thin, in the wider of both dtypes."""
+    """Returns scaling · tall thin, in the wider of both dtypes."""
     if tall.dtype is not thin.dtype:
         return _wide_product(tall, thin) * scaling
     result = tall.new_empty((len(tall), thin.shape[1]))
-    return result.addmm_(tall, thin, beta=0, alpha=scaling)  # with beta = 0 what the result holds is not read
+    return result.addmm_(tall, thin, beta=0, alpha=scaling)  # with beta = 0 the uninitialised result is not read
 
 
 def _wide_product(tall: Tensor, thin: Tensor) -> Tensor:
-    """tall @ thin in the wider dtype of both, with that dtype's precision. On a GPU a float32 matrix beside a
-    bfloat16 one goes through the tensor cores as its two bfloat16 halves; float16 has too few exponents for that."""
+    """Returns tall @ thin in the wider dtype of both, with that dtype's precision. On a GPU, a float32 matrix beside a
+    bfloat16 one is split into two bfloat16 halves for the tensor cores. The exponent range of float16 is too small for
+    such a split."""
     wide = torch.promote_types(tall.dtype, thin.dtype)
     if tall.is_cuda and tall.dtype is torch.bfloat16 and wide is torch.float32:
         high = thin.to(tall.dtype)
         low = (thin - high).to(tall.dtype)
-        high, low = torch.mm(tall, torch.cat((high, low), dim=1), out_dtype=wide).chunk(2, dim=1)  # tall is read once
+        high, low = torch.mm(tall, torch.cat((high, low), dim=1), out_dtype=wide).chunk(
+            2, dim=1
+        )  # one product, so that tall is read once
         return high + low
     return torch.mm(tall.to(wide), thin.to(wide))
 
 
 def _add_product(base: Tensor, thin: Tensor, factor: Tensor, alpha: float, keep: Tensor | None = None) -> Tensor:
-    """base + keep∘(alpha · thin factor), in place where base's own precision is enough for the product: float16 has too
-    few exponents for S, dS and factors of any size."""
+    """Returns base + keep∘(alpha · thin factor), in place where base's precision is enough for the product. The
+    exponent range of float16 is too small for S, dS and factors of all sizes."""
     dtype = base.dtype
     if dtype is torch.float16 and not (thin.dtype is factor.dtype is dtype):
         product = torch.mm(thin.float(), factor.float())
@@ -128,9 +131,9 @@ def _add_product(base: Tensor, thin: Tensor, factor: Tensor, alpha: float, keep:
 
 
 def draw_mask(x: Tensor, dropout_p: float, seed: int | Tensor) -> Tensor:
-    """The torch backend's dropout mask of x (..., d_in), bool (n_tokens, d_in), a function of the seed: NumPy's SFC64
-    on a CPU, where it is 15 times faster than torch's Bernoulli and so cheap that backward draws it again; torch's
-    generator elsewhere."""
+    """Returns the torch backend's dropout mask of x (..., d_in), bool (n_tokens, d_in), a function of the seed. On a
+    CPU it comes from NumPy's SFC64, 15 times faster than torch's Bernoulli, so that backward can draw it again;
+    elsewhere it comes from torch's generator."""
     seed, d_in, device = int(seed), x.shape[-1], x.device
     n_tokens = x.numel() // d_in
     if device.type != "cpu":
@@ -143,9 +146,9 @@ def draw_mask(x: Tensor, dropout_p: float, seed: int | Tensor) -> Tensor:
 
 
 def philox_mask(seed: int, n_tokens: int, d_in: int, dropout_p: float) -> Tensor:
-    """The kernels' dropout mask, bit for bit: Philox 4x32-7 (Salmon et al., SC 2011) with key = seed and counter =
-    (token, column // 8, 0, 0); its four words are eight 16-bit numbers, low half first, one per column; an element is
-    kept when its number is at least ``drop_level``."""
+    """Returns the kernels' dropout mask, bit for bit: Philox 4x32-7 (Salmon et al., SC 2011) with key = seed and
+    counter = (token, column // 8, 0, 0). Its four words are eight 16-bit numbers, low half first, one per column. An
+    element is kept when its number is at least ``drop_level``."""
     groups = -(-d_in // 8)
     low = 0xFFFFFFFF
     c0 = torch.arange(n_tokens).view(-1, 1).expand(n_tokens, groups)
@@ -162,7 +165,7 @@ def philox_mask(seed: int, n_tokens: int, d_in: int, dropout_p: float) -> Tensor
 
 
 def _multiply_32(constant: int, c: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of constant · c within int64: c is split into 16-bit halves."""
+    """Returns the high and low 32 bits of constant · c. c is split into 16-bit halves, so that int64 is enough."""
     low_product = constant * (c & 0xFFFF)
     high_product = constant * (c >> 16) + (low_product >> 16)
     return high_product >> 16, ((high_product & 0xFFFF) << 16) | (low_product & 0xFFFF)

@@ -1,8 +1,8 @@
-"""Plain-torch twins of the adapter step's operations, batched over pairs of equal shape: the specification, the oracle
-of the kernels' tests, and the backend on a CPU.
+"""Plain-torch twins of the adapter step's ops, batched over pairs of equal shape. They are the specification of the
+kernels, the oracle of their tests, and the backend on a CPU.
 
-Pairs come stacked: a (L, r, d_in), b (L, d_out, r) and their gradients. Any floating dtype; r×r results are float32, or
-float64 where the inputs are. Nothing here waits for a device: no value is read from one, no branch depends on one.
+Stacked pairs are a (L, r, d_in), b (L, d_out, r) and their gradients, in any floating-point dtype. r×r results are
+float32, or float64 for float64 inputs. No function waits for the device: none reads a value from it to branch on.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ __all__ = [
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or as it is if it has at least that."""
+    """Returns x in float32, or x itself if it is float32 or float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def grams(a: Tensor, b: Tensor, da: Tensor | None = None, db: Tensor | None = None) -> Grams:
-    """The Grams of the factors and, where gradients are given, of the gradients."""
+    """Returns the Grams of stacked factors: Ka and Kb, and all five where gradients are given."""
     a, b = at_least_float32(a), at_least_float32(b)
     ka, kb = a @ a.mT, b.mT @ b
     if da is None:
@@ -49,7 +49,7 @@ def grams(a: Tensor, b: Tensor, da: Tensor | None = None, db: Tensor | None = No
 
 
 def factor_grams(factors: list[Tensor], is_a: list[bool]) -> Tensor:
-    """x xᵀ of each a and xᵀx of each b, (n, r, r). ``is_a`` is the same for all factors."""
+    """Returns x xᵀ of each a and xᵀx of each b, (n, r, r). The factors have one shape and one value of ``is_a``."""
     x = at_least_float32(torch.stack(factors))
     return x @ x.mT if is_a[0] else x.mT @ x
 
@@ -57,13 +57,13 @@ def factor_grams(factors: list[Tensor], is_a: list[bool]) -> Tensor:
 def pair_grams(
     a: list[Tensor], b: list[Tensor], da: list[Tensor] | None = None, db: list[Tensor] | None = None
 ) -> Grams:
-    """The Grams of a list of pairs: Ka and Kb, and all five where gradients are given."""
+    """Returns the Grams of a list of pairs of one shape: Ka and Kb, and all five where gradients are given."""
     lists = [a, b] if da is None else [a, b, da, db]
     return grams(*(torch.stack(members) for members in lists))
 
 
 def transformed(factors: list[Tensor], is_a: bool, matrices: Tensor) -> list[Tensor]:
-    """M x of each a, or x M of each b, rounded to x's dtype."""
+    """Returns M x of each a, or x M of each b, rounded to x's dtype."""
     x = torch.stack(factors)
     return list((matrices @ at_least_float32(x) if is_a else at_least_float32(x) @ matrices).to(x.dtype))
 
@@ -77,10 +77,10 @@ def add_low_rank_(
 
 
 def spd_solve(matrices: Tensor, rhs: Tensor, damping: float = 0.0) -> tuple[Tensor, Tensor]:
-    """x with (matrices + damping I) x = rhs: (L, r, r), (L, r, k) → (L, r, k), info (L,).
+    """Returns x with (matrices + damping I) x = rhs: (L, r, r), (L, r, k) → (L, r, k), info (L,).
 
-    info is 0, or the order of the leading minor that is not positive definite; that x is NaN, the others are not
-    affected.
+    info is 0, or the order of the leading minor that is not positive definite. The x of that matrix is NaN; those of
+    the others are not affected.
     """
     factor, info = cholesky(at_least_float32(matrices), damping)
     x = torch.cholesky_solve(at_least_float32(rhs), factor)
@@ -88,11 +88,12 @@ def spd_solve(matrices: Tensor, rhs: Tensor, damping: float = 0.0) -> tuple[Tens
 
 
 def spd_inverse(matrices: Tensor, damping: float) -> Tensor:
-    """(matrices + damping I)⁻¹ of Grams: (L, r, r). A Gram that rounding left indefinite gets r ε tr more damping."""
+    """Returns (matrices + damping I)⁻¹ of Grams: (L, r, r). A Gram that rounding made indefinite gets r ε tr more
+    damping."""
     matrices = at_least_float32(matrices)
     r = matrices.shape[-1]
     factor, info = cholesky(matrices, damping)
-    if not info.is_cuda and not info.any():  # nothing to wait for, and as a rule nothing more to do
+    if not info.is_cuda and not info.any():  # reading info of a CPU tensor waits for nothing
         return torch.cholesky_inverse(factor)
     more = matrices.diagonal(dim1=-2, dim2=-1).sum(-1) * (r * torch.finfo(matrices.dtype).eps)
     ridge = torch.where(info != 0, more, 0.0)[:, None, None] * torch.eye(r, dtype=matrices.dtype, device=more.device)
@@ -101,7 +102,8 @@ def spd_inverse(matrices: Tensor, damping: float) -> Tensor:
 
 
 def cholesky(matrices: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Factor and info of matrices + damping I; a NaN counts as not positive definite."""
+    """Returns the Cholesky factor and info of matrices + damping I. A matrix with a NaN counts as not positive
+    definite."""
     eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     factor, info = torch.linalg.cholesky_ex(matrices + damping * eye)
     bad = ~torch.isfinite(factor).all(-1).all(-1)
@@ -109,9 +111,9 @@ def cholesky(matrices: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
 
 def small_inverse(matrices: Tensor) -> Tensor:
-    """Inverses of (L, r, r) whose symmetric part is at least I, with one step of refinement W ← 2W − W M W."""
+    """Returns inverses of (L, r, r) whose symmetric part is at least I, after one refinement W ← 2W − W M W."""
     matrices = at_least_float32(matrices)
-    inverse = torch.linalg.inv_ex(matrices)[0]
+    inverse = torch.linalg.inv_ex(matrices)[0]  # inv waits for the device to raise an error
     return 2 * inverse - inverse @ (matrices @ inverse)
 
 
@@ -122,22 +124,23 @@ def adapter_step_(
     steps: Tensor,
     work: StepWork,
 ) -> Tensor | None:
-    """One optimizer step on factors (p, g, m, v) of any shapes, in place but for g. Returns the Grams of the new p,
-    (n, R, R), if ``work.gram`` asks for them."""
+    """Performs an optimizer step on factors (p, g, m, v) of any shapes, in place except for g. Returns the Grams of the
+    new p, float32 (n, R, R), if ``work.gram``."""
     steps += 1
-    kind = lambda i: (is_a[i], factors[i][0].shape, *(x.dtype for x in factors[i]))
     largest = max((f[0].shape[0 if side else 1] for f, side in zip(factors, is_a, strict=True)), default=1)
     totals = None
     if work.gram:
         totals = torch.zeros(len(factors), largest, largest, dtype=torch.float32, device=hyper.device)
+    kind = lambda i: (is_a[i], factors[i][0].shape, *(x.dtype for x in factors[i]))
     for (side, *_), indices in group_by(range(len(factors)), kind).items():
         stacks = [torch.stack([factors[i][j] for i in indices]) for j in range(4)]
         r = stacks[0].shape[1 if side else 2]
         parts = [None if x is None else x[indices] for x in work[:4]]
-        parts = [x if x is None else x[tuple([slice(None)] + [slice(r)] * (x.dim() - 1))] for x in parts]
-        moved = _step_stacks(*map(at_least_float32, stacks), side, hyper[indices], steps[indices], *parts)
-        for j, new in zip((0, 2, 3), moved, strict=True):
-            for i, x in zip(indices, new, strict=True):
+        # Rows of ``work`` are padded to the largest rank in every dimension but the first.
+        parts = [x if x is None else x[(slice(None), *[slice(r)] * (x.dim() - 1))] for x in parts]
+        new_stacks = _step_stacks(*map(at_least_float32, stacks), side, hyper[indices], steps[indices], *parts)
+        for j, stack in zip((0, 2, 3), new_stacks, strict=True):  # p, m and v
+            for i, x in zip(indices, stack, strict=True):
                 factors[i][j].copy_(x)
         if work.gram:
             p = at_least_float32(torch.stack([factors[i][0] for i in indices]))
@@ -146,7 +149,7 @@ def adapter_step_(
 
 
 def _step_stacks(p, g, m, v, is_a: bool, hyper: Tensor, t: Tensor, additive, matrices, scale_p, scale_g) -> tuple:
-    """New p, m, v of stacks (L, …)."""
+    """Returns the new p, m and v of stacks (L, …)."""
     if additive is not None:
         g = g + additive[:, None, None] * p
     if matrices is not None:
@@ -156,7 +159,7 @@ def _step_stacks(p, g, m, v, is_a: bool, hyper: Tensor, t: Tensor, additive, mat
         p, g, m, v = d * p, e * g, e * m, e * e * v
     lr, beta1, beta2, eps, decay = hyper[:, :, None, None].unbind(1)
     t = t.double()[:, None, None]
-    cast = lambda x: x.to(p.dtype)
+    cast = lambda x: x.to(p.dtype)  # scalars are computed in float64, since 1 − β₂ has few digits in float32
     m = m + cast(1 - beta1) * (g - m)
     v = cast(beta2) * v + cast(1 - beta2) * g * g
     p = cast(1 - lr * decay) * p - cast(lr / (1 - beta1**t)) * (
@@ -166,8 +169,9 @@ def _step_stacks(p, g, m, v, is_a: bool, hyper: Tensor, t: Tensor, additive, mat
 
 
 def imbalance(ka: Tensor, kb: Tensor, rho: Tensor, lr_a: float | Tensor, lr_b: float | Tensor, lam: float) -> Tensor:
-    """iLoRA: what is added to b and a, as b M and M a: M = h_b ρ D, then −h_a D, (2L, r, r), with D = Ka − ρ Kb and
-    h = lr λ clipped to 1 / ((1+ρ) max(σ₁(a)², ρ σ₁(b)²)), σ₁² at most the largest absolute row sum of its Gram."""
+    """Returns iLoRA's matrices M (2L, r, r), for b += b M and a += M a: M = h_b ρ D for b and −h_a D for a, with
+    D = Ka − ρ Kb and h = lr λ clipped to 1 / ((1+ρ) max(σ₁(a)², ρ σ₁(b)²)). σ₁² is bounded by the largest absolute row
+    sum of the Gram."""
     rho = rho[:, None, None]
     largest = torch.maximum(_row_sum(ka), rho * _row_sum(kb))
     bound = 1.0 / ((1.0 + rho) * largest)  # infinite for a pair of zeros, whose D is 0
@@ -176,33 +180,34 @@ def imbalance(ka: Tensor, kb: Tensor, rho: Tensor, lr_a: float | Tensor, lr_b: f
 
 
 def scale_reg(ka: Tensor, kb: Tensor, entries_a: Tensor, entries_b: Tensor, lam: float, eps: float) -> Tensor:
-    """Scale regularization: the gradient of λ ℓ² is coefficient · factor, (2L,), b's first. 0 where a = 0.
-    entries_a, entries_b: (L,), the factors' sizes."""
-    size_a, size_b = (k.diagonal(dim1=-2, dim2=-1).sum(-1) for k in (ka, kb))
+    """Returns scale regularization's coefficients (2L,), for which the gradient of λ ℓ² is coefficient · factor. They
+    are 0 where a = 0. ``entries_a`` and ``entries_b`` (L,) are the numbers of entries of the factors."""
+    size_a, size_b = (k.diagonal(dim1=-2, dim2=-1).sum(-1) for k in (ka, kb))  # ‖a‖² and ‖b‖²
     tilt = 4 * lam * ((size_a / entries_a).log() - (size_b / entries_b + eps).log())
     coefficients = torch.stack([-tilt / (size_b + eps * entries_b), tilt / size_a])
     return coefficients.masked_fill(size_a == 0, 0.0).flatten()
 
 
 def _row_sum(k: Tensor) -> Tensor:
+    """Returns the largest absolute row sum, (L, 1, 1)."""
     return k.abs().sum(-1).amax(-1)[:, None, None]
 
 
 def muon(
     ka: Tensor, kb: Tensor, kp: Tensor, kq: Tensor, lr_a: float | Tensor, lr_b: float | Tensor, damping: float
 ) -> Tensor:
-    """LoRA-Muon: what m_b is multiplied by from the right and m_a from the left, (2L, r, r), b's first: −(η/2) T with
-    T = (Ka # Kq)⁻¹ for b and (Kb # Kp)⁻¹ for a, where Kp = m_a m_aᵀ and Kq = m_bᵀ m_b. For ``damping``, see
-    ``inverse_mean``."""
+    """Returns LoRA-Muon's matrices −(η/2) T (2L, r, r), by which m_b is multiplied from the right and m_a from the
+    left. T is (Ka # Kq)⁻¹ for b and (Kb # Kp)⁻¹ for a, where Kp = m_a m_aᵀ and Kq = m_bᵀ m_b. ``inverse_mean`` defines
+    ``damping``."""
     return torch.cat([-0.5 * lr_b * inverse_mean(ka, kq, damping), -0.5 * lr_a * inverse_mean(kb, kp, damping)])
 
 
 def inverse_mean(x: Tensor, y: Tensor, damping: float) -> Tensor:
-    """(X # Y)⁻¹ of Grams (L, r, r), the inverse of their geometric mean: with R = X^-½ it is R (R Y R)^-½ R, the SPD
-    solution of T X T = Y⁻¹ and T Y T = X⁻¹.
+    """Returns (X # Y)⁻¹ of Grams (L, r, r), the inverse of their geometric mean. With R = X^-½ it is R (R Y R)^-½ R,
+    the SPD solution of T X T = Y⁻¹ and T Y T = X⁻¹.
 
-    To each Gram, ``damping`` times its trace times I is added, with ``damping`` at least 16 ε of its dtype. The result
-    is 0 where a Gram is 0, and NaN where one is not finite. The algebra runs in float64.
+    ``damping`` times its trace times I is added to each Gram; a damping below 16 ε of the Grams' dtype counts as 16 ε.
+    The result is 0 where a Gram is 0, and NaN where one is not finite. The algebra runs in float64.
     """
     dtype, size = x.dtype, x.shape[-1]
     eye = torch.eye(size, dtype=torch.float64, device=x.device)
@@ -222,7 +227,7 @@ def inverse_mean(x: Tensor, y: Tensor, damping: float) -> Tensor:
 
 
 def _positive_eigenvalues(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvectors (L, r, r) and eigenvalues (L, r) of symmetric positive matrices; below ε of the largest, which is
-    rounding, an eigenvalue counts as that."""
+    """Returns eigenvectors (L, r, r) and eigenvalues (L, r) of symmetric positive matrices. Eigenvalues below ε times
+    the largest are rounding errors and are raised to it."""
     values, q = torch.linalg.eigh(0.5 * (matrices + matrices.mT))
     return q, torch.maximum(values, torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True))

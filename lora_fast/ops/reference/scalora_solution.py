@@ -1,12 +1,11 @@
-"""Plain-torch twins of ScaLoRA's operations (arXiv 2510.23818): the scaling from Grams, and the merge into a weight.
+"""Plain-torch twins of ScaLoRA's ops (arXiv 2510.23818): the scaling from Grams, and the merge into a weight.
 
-Math, with x = [α²; β²] and every scale relative to κ = 1 (x is inversely proportional to κ, and does not depend on the
-gradients' scale):
+Math, with x = [α²; β²] for κ = 1 (x is inversely proportional to κ and does not depend on the scale of the gradients):
 
     M x = λ      M = [[Kb∘Kp, K∘K], [(K∘K)ᵀ, Kq∘Ka]]      λ = [diag Kp; diag Kq]
 
-column: that system, valid if all x ≥ 0 (Theorem 5). scalar: one α, one β (Theorem 3). nnls: min ½xᵀMx − λᵀx over x ≥ 0,
-whose optimum is the paper's wherever one of its forms is optimal.
+Solver "column" solves that system, which is valid if all x ≥ 0 (Theorem 5). "scalar" has one α and one β (Theorem 3).
+"nnls" minimises ½xᵀMx − λᵀx over x ≥ 0. Its optimum is the paper's wherever one of the paper's forms is optimal.
 """
 
 from __future__ import annotations
@@ -16,22 +15,27 @@ from torch import Tensor
 
 from ...kernels.limits import COLLINEAR, INACTIVE, RIDGE
 
-RIDGES = (RIDGE, 10 * RIDGE, 100 * RIDGE)  # the first with which the system factors is used
-PIVOTS, ROUNDS = 8, 2
+RIDGES = (RIDGE, 10 * RIDGE, 100 * RIDGE)  # the first one with which the system factors is used
+PIVOTS, ROUNDS = 8, 2  # rounds of block pivoting and of coordinate descent
 
 
 def scalora_solve(
     ka: Tensor, kb: Tensor, kp: Tensor, kq: Tensor, k: Tensor, solver: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x (L, 2r) for κ = 1, first α² (of b's columns and a's gradient rows), then β²; which of its entries have a say
-    (L, 2r); info (L,).
+    """Solves for ScaLoRA's squared scales.
 
-    Five (L, r, r) Grams, gradients at any common scale. info is 0 where the unconstrained optimum is valid, else 1;
-    solver "column" then leaves both factors as they are. x is 0 for what has no say. A pair whose Grams are not finite
-    gets NaN, with a say, and info 1.
+    Args:
+        ka, kb, kp, kq, k: the Grams, (L, r, r), with gradients at any common scale.
+        solver: "nnls", "paper", "column" or "scalar".
+
+    Returns:
+        x (L, 2r) for κ = 1: α² (for b's columns and a's gradient rows), then β². active (L, 2r): which entries of x the
+        system determines. x is 0 for the others. info (L,): 0 where the unconstrained optimum is valid, else 1; solver
+        "column" then makes all entries inactive. A pair whose Grams are not finite gets NaN, active, with info 1.
     """
     m, lam = _system(ka, kb, kp, kq, k)
     active = _active(m, ka.shape[-1])
+    # A pair with a NaN must not pass for an inactive one, whose scales are 1.
     sound = torch.stack([gram.isfinite().flatten(1).all(-1) for gram in (ka, kb, kp, kq, k)]).all(0)
     if solver == "scalar":
         x, info = _scalar(m, lam, ka.shape[-1]), torch.zeros(len(m), dtype=torch.int32, device=m.device)
@@ -46,9 +50,13 @@ def scalora_solve(
 def scales(
     x: Tensor, active: Tensor, kappa: float | Tensor, scaling: Tensor, low: float, high: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From ``scalora_solve``'s x to what a step applies, √(x/κ) between ``low`` and ``high``, and 1 for what has no say
-    or where κ is 0 or less: of the factors [α for b; β for a] (2L, r), of their gradients [β; α] (2L, r), and what is
-    merged before, scaling (1 − α∘β) (L, r)."""
+    """Computes the scales that a step applies: √(x/κ) clipped to ``low`` and ``high``, for the x of ``scalora_solve``,
+    and 1 for inactive entries or where κ is 0 or less.
+
+    Returns:
+        scales of the factors, [α for b; β for a] (2L, r); scales of their gradients, [β; α] (2L, r); and the scale of
+        the residual b a that is merged before, scaling (1 − α∘β) (L, r).
+    """
     kappa = torch.as_tensor(kappa, device=x.device)
     scale = torch.where(active & ~(kappa <= 0), (x / kappa.to(x.dtype)).sqrt().clamp(low, high), 1.0)
     alpha, beta = scale.chunk(2, -1)
@@ -56,7 +64,8 @@ def scales(
 
 
 def _system(ka: Tensor, kb: Tensor, kp: Tensor, kq: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """M (L, 2r, 2r) and λ (L, 2r), of gradients divided by one power of two a pair."""
+    """Returns M (L, 2r, 2r) and λ (L, 2r), for gradients divided by a power of two that brings them near 1. Powers of
+    two are exact, so that the solution does not depend on the gradients' scale."""
     size = kp.diagonal(dim1=-2, dim2=-1).sum(-1) + kq.diagonal(dim1=-2, dim2=-1).sum(-1)
     exponent = (torch.frexp(size)[1] // 2)[:, None, None]
     kp, kq = torch.ldexp(kp, -2 * exponent), torch.ldexp(kq, -2 * exponent)
@@ -68,13 +77,13 @@ def _system(ka: Tensor, kb: Tensor, kp: Tensor, kq: Tensor, k: Tensor) -> tuple[
 
 def _active(m: Tensor, r: int) -> Tensor:
     blocks = m.diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, r))
-    return ~(blocks <= INACTIVE * blocks.amax(-1, keepdim=True)).flatten(-2)  # a NaN is active
+    return ~(blocks <= INACTIVE * blocks.amax(-1, keepdim=True)).flatten(-2)  # not >, so that a NaN is active
 
 
 def _columnwise(m: Tensor, lam: Tensor, active: Tensor, solver: str) -> tuple[Tensor, Tensor]:
-    """Solvers that give every column its own scale, on the system equilibrated to a unit diagonal."""
+    """Runs the solvers that give every column its own scale, on the system equilibrated to a unit diagonal."""
     diagonal = m.diagonal(dim1=-2, dim2=-1)
-    d = torch.where(active, diagonal, 1.0).rsqrt() * active
+    d = torch.where(active, diagonal, 1.0).rsqrt() * active  # 0 for inactive entries: _factorable gives them 1
     unit = _factorable(d[:, :, None] * m * d[:, None, :], active)
     rhs = d * lam
     z = _solve(unit, rhs)
@@ -89,29 +98,29 @@ def _columnwise(m: Tensor, lam: Tensor, active: Tensor, solver: str) -> tuple[Te
 
 
 def _factorable(unit: Tensor, active: Tensor) -> Tensor:
-    """The system with the least ridge that lets it factor in its precision: rounding leaves a singular one indefinite.
-    What has no say gets the identity."""
+    """Returns the system with the smallest ridge with which Cholesky succeeds, since rounding can make a singular
+    system indefinite. Inactive entries get the identity."""
     eye = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
     tries = [unit + torch.where(active, ridge, 1.0)[:, :, None] * eye for ridge in RIDGES]
     result = tries[-1]
-    for attempt in tries[-2::-1]:
+    for attempt in tries[-2::-1]:  # towards the smallest ridge, so that the smallest one that factors is kept
         fails = torch.linalg.cholesky_ex(attempt)[1] != 0
         result = torch.where(fails[:, None, None], result, attempt)
     return result
 
 
 def _solve(m: Tensor, rhs: Tensor) -> Tensor:
-    factor = torch.linalg.cholesky_ex(m)[0]
+    factor = torch.linalg.cholesky_ex(m)[0]  # cholesky waits for the device to raise an error
     return torch.cholesky_solve(rhs[:, :, None], factor)[:, :, 0]
 
 
 def _nonnegative(m: Tensor, rhs: Tensor, start: Tensor) -> Tensor:
-    """min ½zᵀMz − rhsᵀz over z ≥ 0, from the unconstrained solution.
+    """Minimises ½zᵀMz − rhsᵀz over z ≥ 0, starting at the unconstrained solution.
 
-    Block pivoting first: solve on the free coordinates, exchange every one whose value or slope has the wrong sign (Kim
-    & Park, SIAM J. Sci. Comput. 2011); a few rounds find the optimum's zeros nearly always. What then is not optimal is
-    led down by cyclic sweeps of coordinate descent and steps towards the solution on the free coordinates, cut short
-    where they would leave the bounds.
+    Block pivoting comes first: it solves on the free coordinates and exchanges every coordinate whose value or slope
+    has the wrong sign (Kim & Park, SIAM J. Sci. Comput. 2011). A few rounds find the zeros of the optimum nearly
+    always. Then cyclic sweeps of coordinate descent alternate with steps towards the solution on the free coordinates,
+    which end at the bounds. They decrease the objective where pivoting has not found the optimum.
     """
     z = start
     for _ in range(PIVOTS):
@@ -120,26 +129,28 @@ def _nonnegative(m: Tensor, rhs: Tensor, start: Tensor) -> Tensor:
     z = z.clamp(min=0)
     diagonal = m.diagonal(dim1=-2, dim2=-1)
     for _ in range(ROUNDS):
-        for j in range(m.shape[-1]):
+        for j in range(m.shape[-1]):  # each coordinate's minimum, clipped to the bound
             slope = rhs[:, j] - (m[:, j] * z).sum(-1)
             z[:, j] = (z[:, j] + slope / diagonal[:, j]).clamp(min=0)
         target = _solve_free(m, rhs, z > 0)
+        # The largest part of the way to the target on which no coordinate becomes negative.
         reach = torch.where(target < 0, z / (z - target), 1.0).amin(-1, keepdim=True)
         z = torch.lerp(z, target, reach).clamp(min=0)
     return z
 
 
 def _solve_free(m: Tensor, rhs: Tensor, free: Tensor) -> Tensor:
-    """The solution on the free coordinates; exactly 0 on the others."""
+    """Returns the solution on the free coordinates, with exact zeros on the others."""
     eye = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
     return _solve(torch.where(free[:, :, None] & free[:, None, :], m, eye), rhs * free)
 
 
 def _scalar(m: Tensor, lam: Tensor, r: int) -> Tensor:
-    """Theorem 3: (L, 2r) with one value for all α², one for all β²."""
+    """Returns the solution of Theorem 3, (L, 2r) with one value for all α² and one for all β²."""
     pa, pb = lam[:, :r].sum(-1), lam[:, r:].sum(-1)
     maa, mbb, c = m[:, :r, :r].sum((-1, -2)), m[:, r:, r:].sum((-1, -2)), m[:, :r, r:].sum((-1, -2))
     ca, cb, det = pa * mbb - pb * c, pb * maa - pa * c, maa * mbb - c * c
+    # Both scalars are positive where Cramer's rule gives positive ones. Otherwise the optimum has one scalar at 0.
     zero = torch.zeros_like(pa)
     only_a, only_b = (ca > 0) & (cb <= 0), (cb > 0) & (ca <= 0)
     both = (ca >= 0) & (cb >= 0) & (det > COLLINEAR * maa * mbb) & ~only_a & ~only_b
@@ -152,8 +163,9 @@ def _scalar(m: Tensor, lam: Tensor, r: int) -> Tensor:
 def add_low_rank_(
     weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, rounding: str, seed: int = 0, residual: Tensor | None = None
 ) -> None:
-    """weight += b diag(scale) a in place: (d_out, d_in), (r, d_in), (d_out, r), (r,); summed in float32 (float64) and
-    rounded once. "compensated" keeps what rounding lost in ``residual``, which has weight's shape and dtype."""
+    """weight += b diag(scale) a in place: (d_out, d_in), (r, d_in), (d_out, r), (r,). The sum is computed in float32
+    (float64 for a float64 weight) and rounded once. "compensated" stores the rounding error in ``residual``, which has
+    the weight's shape and dtype."""
     if weight.dtype in (torch.float32, torch.float64):
         weight.addmm_((b * scale).to(weight.dtype), a.to(weight.dtype))
         return
@@ -170,12 +182,12 @@ def add_low_rank_(
 
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
-    """float32 → float16 or bfloat16, up or down with the probability that makes the expectation exact.
+    """Rounds float32 to float16 or bfloat16, up or down with the probability that makes the expectation exact.
 
-    A random number is added to the bits that the cast drops; below float16's normal range the spacing is fixed, and a
-    floor after adding a uniform number does the same.
+    A random number is added to the bits that the cast drops. Below float16's normal range the spacing is constant, and
+    adding a uniform number before a floor has the same effect. Values that are not finite are not changed.
     """
-    dropped = 16 if dtype == torch.bfloat16 else 13
+    dropped = 16 if dtype == torch.bfloat16 else 13  # bits of float32's mantissa beyond that of dtype
     generator = torch.Generator(x.device).manual_seed(seed)
     noise = torch.randint(1 << dropped, x.shape, generator=generator, device=x.device, dtype=torch.int32)
     rounded = ((x.view(torch.int32) + noise) & -(1 << dropped)).view(torch.float32)

@@ -20,9 +20,6 @@ class Quiet(Display):
     def note(self, text: str, style: str = "") -> None:
         pass
 
-    def finished(self, *everything) -> None:
-        pass
-
 
 def train(session: Session, methods: list[str]) -> dict[str, Record]:
     """The record of each method, trained at the settings of ``settings``; those trained before in this session are
@@ -30,7 +27,7 @@ def train(session: Session, methods: list[str]) -> dict[str, Record]:
     missing = [name for name in methods if name not in session.trained]
     if missing:
         folder = session.folder / f"{FOLDER}-{len(session.trained) + 1}"
-        records = pipeline.run(settings(session, missing), folder, False, Quiet())
+        records = pipeline.run(settings(session, missing), folder, False, Quiet()).records
         session.trained.update(zip(missing, records, strict=True))
         for checkpoints in folder.glob("*/checkpoints"):  # of use to an interrupted job only
             shutil.rmtree(checkpoints)

@@ -1,4 +1,4 @@
-"""Norm-bounded adapters on disk: plain LoRA for everyone else, the free parameters bit for bit for us."""
+"""The sidecar of norm-bounded layers: PEFT reads plain LoRA, and the free parameters are restored bit for bit."""
 
 import json
 
@@ -38,7 +38,7 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_peft_reads_it(norm, tmp_path):
+def test_peft_reads_the_plain_adapter(norm, tmp_path):
     model = bounded_llama(norm=norm)
     lf.save_adapter(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -48,8 +48,8 @@ def test_peft_reads_it(norm, tmp_path):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_takes_peft_s_adapter(norm, tmp_path):
-    """Projected: what PEFT saved gives the same logits in norm-bounded layers, and PEFT reads it again from there."""
+def test_norm_bounded_layers_take_peft_s_adapter(norm, tmp_path):
+    """PEFT's adapter gives the same logits in norm-bounded layers, and PEFT reads the adapter that those save."""
     peft = peft_llama(use_rslora=True)
     peft.save_pretrained(tmp_path)
     model = bounded_llama(scattered=False, norm=norm, bound=40.0)
@@ -59,15 +59,15 @@ def test_takes_peft_s_adapter(norm, tmp_path):
     assert_peft_logits(model, PeftModel.from_pretrained(llama(), tmp_path))
 
 
-def test_restores_every_bit_of_a_model_with_layers(saved):
+def test_load_restores_every_bit_of_norm_bounded_layers(saved):
     model, path = saved
     other = bounded_llama(scattered=False)
     assert len(lf.load_adapter(other, path).changed) == 14
     assert_bitwise(other, model)
 
 
-def test_restores_every_bit_of_a_plain_model(saved):
-    """The layers come back as they were: norm, bound, shares and one transform for all."""
+def test_load_restores_every_bit_in_a_plain_model(saved):
+    """The new layers have the saved norm, bound and shares, and one transform for all of them."""
     model, path = saved
     other = llama()
     lf.load_adapter(other, path)
@@ -77,7 +77,7 @@ def test_restores_every_bit_of_a_plain_model(saved):
     assert_bitwise(other, model)
 
 
-def test_a_mixed_model(tmp_path):
+def test_model_with_two_kinds_of_layers_is_restored(tmp_path):
     def mixed():
         model = bounded_llama(target_modules=["q_proj"])
         lf.inject_(model, lf.LoRAConfig(r=2, alpha=6, target_modules=["down_proj"]))
@@ -91,7 +91,7 @@ def test_a_mixed_model(tmp_path):
         assert_bitwise(fresh, model)
 
 
-def test_plain_layers_and_peft_models_take_the_plain_adapter(saved):
+def test_plain_layers_take_the_plain_adapter(saved):
     model, path = saved
     other = llama()
     lf.inject_(other, lf.LoRAConfig(r=4, alpha=4))
@@ -100,7 +100,7 @@ def test_plain_layers_and_peft_models_take_the_plain_adapter(saved):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_bounds_hold_after_export(norm, tmp_path):
+def test_exported_adapter_keeps_the_bound(norm, tmp_path):
     model = bounded_llama(norm=norm)
     lf.save_adapter(model, tmp_path)
     tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
@@ -114,7 +114,7 @@ def test_bounds_hold_after_export(norm, tmp_path):
             assert singular[0] > 0.1 * 1.5 * shares[0]
 
 
-def test_a_plain_adapter_is_projected(saved):
+def test_plain_adapter_becomes_free_parameters(saved):
     model, path = saved
     (path / SIDECAR).unlink()
     other = bounded_llama(scattered=False, bound=2.0)
@@ -122,7 +122,7 @@ def test_a_plain_adapter_is_projected(saved):
     torch.testing.assert_close(logits(other), logits(model))
 
 
-def test_a_plain_adapter_outside_the_bound_is_named(saved):
+def test_plain_adapter_outside_the_bound_is_refused(saved):
     _, path = saved
     (path / SIDECAR).unlink()
     other = bounded_llama(bound=0.01)
@@ -133,7 +133,7 @@ def test_a_plain_adapter_outside_the_bound_is_named(saved):
     assert_unchanged(other, before)
 
 
-def test_saving_a_plain_adapter_takes_the_old_sidecar_away(saved):
+def test_save_removes_an_old_sidecar(saved):
     _, path = saved
     other = llama()
     lf.inject_(other, lf.LoRAConfig(r=4))
@@ -167,7 +167,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_sidecar_that_does_not_fit_is_named(damage, saved):
+def test_damaged_sidecar_is_refused(damage, saved):
     _, path = saved
     change, message = DAMAGES[damage]
     change(path)
@@ -183,7 +183,7 @@ def test_a_sidecar_that_does_not_fit_is_named(damage, saved):
     [({"bound": 1.0}, "bound"), ({"norm": "spectral"}, "norm"), ({"learn_scale": False}, "learn_scale")],
     ids=["bound", "norm", "learn_scale"],
 )
-def test_other_settings_are_named(config, name, saved):
+def test_other_settings_are_refused(config, name, saved):
     model = bounded_llama(**config)
     before = snapshot(model)
     with pytest.raises(lf.CheckpointError, match=rf"^{name} of model\.layers"):
@@ -191,7 +191,7 @@ def test_other_settings_are_named(config, name, saved):
     assert_unchanged(model, before)
 
 
-def test_other_rank_or_layers_are_named(saved):
+def test_other_rank_or_layers_are_refused(saved):
     for config, message in (({"r": 3}, "shape"), ({"target_modules": ["q_proj"]}, "no such layer")):
         with pytest.raises(lf.CheckpointError, match=message):
             lf.load_adapter(bounded_llama(**config), saved[1])

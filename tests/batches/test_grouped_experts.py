@@ -1,5 +1,5 @@
-"""The experts of one parameter on the grouped kernels, through the interpreter (natively on a CUDA machine), against
-plain torch in float64, which test_experts.py holds to PEFT and to separate pairs."""
+"""The experts of one parameter on the grouped kernels, through the interpreter (natively on a CUDA machine). The
+reference is plain torch in float64, which test_stacked_experts.py compares with PEFT and with separate pairs."""
 
 import expert_models as experts
 import pytest
@@ -14,12 +14,13 @@ from lora_fast.kernels.inspection import interpreter
 
 pytestmark = pytest.mark.gpu
 
-METHODS = {name: methods for name, methods in experts.METHODS.items() if "rite" not in name}  # on torch everywhere
+# LoRA-RITE runs in torch on every backend.
+METHODS = {name: methods for name, methods in experts.METHODS.items() if "rite" not in name}
 every_method = pytest.mark.parametrize("methods", METHODS.values(), ids=METHODS.keys())
 
 
 def trained(dtype, backend, methods, is_transposed, steps=4, **shape):
-    """Every factor and weight after some steps, in float64. Gradients are made in float64, then rounded."""
+    """Returns every factor and weight after some steps, in float64. Gradients are computed in float64, then rounded."""
     model, wrappers = experts.experts_model(is_transposed, **shape)
     _, exact_wrappers = experts.experts_model(is_transposed, **shape)
     model.to(dtype)
@@ -36,13 +37,14 @@ def trained(dtype, backend, methods, is_transposed, steps=4, **shape):
     return [p.detach().double() for p in model.parameters()]
 
 
-def distance(some, others):
-    return max((x - y).norm() / y.norm() for x, y in zip(some, others, strict=True)).item()
+def distance(tensors, references):
+    """Returns the largest relative error in L2 norm."""
+    return max((x - y).norm() / y.norm() for x, y in zip(tensors, references, strict=True)).item()
 
 
 @every_method
 @experts.both_layouts
-def test_against_float64(methods, is_transposed):
+def test_grouped_experts_follow_torch_in_float64(methods, is_transposed):
     exact = trained(torch.float64, "torch", methods, is_transposed, layers=2)
     eager = distance(trained(torch.float32, "torch", methods, is_transposed, layers=2), exact)
     ours = distance(trained(torch.float32, "triton", methods, is_transposed, layers=2), exact)
@@ -50,8 +52,8 @@ def test_against_float64(methods, is_transposed):
 
 
 @pytest.mark.parametrize("name", ["pilora", "scalora"])
-def test_more_than_one_chunk_of_each_expert(name):
-    """And d, r that fill no block: partial sums of experts lie among each other's."""
+def test_experts_larger_than_a_chunk_follow_torch_in_float64(name):
+    """d and r fill no block, and the partial sums of the experts are interleaved in memory."""
     shape = {"experts": 2, "r": 5, "d_out": 2100, "d_in": 70}
     exact, eager, ours = (
         trained(dtype, backend, METHODS[name], False, steps=1, **shape)
@@ -62,13 +64,13 @@ def test_more_than_one_chunk_of_each_expert(name):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts launches")
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_128_experts_take_the_launches_of_one_pair(name, monkeypatch):
+def test_128_experts_take_as_many_launches_as_one_pair(name, monkeypatch):
     methods, expected = LAUNCHES[name]
     model, (wrapper,) = experts.experts_model(experts=128, r=8, dtype=torch.float32, d_out=24, d_in=16)
     experts.set_gradients(wrapper, 0)
     with lf.set_backend("triton"):
         optimizer = lf.optim.LoRAAdamW(model, methods=methods)
-        with monkeypatch.context() as patch:  # counted, not made
+        with monkeypatch.context() as patch:  # launches are counted and not executed
             patch.setattr(interpreter.InterpretedFunction, "run", lambda *args, **kwargs: None)
             optimizer.step()
             with interpreter.traffic() as counted:
@@ -76,17 +78,17 @@ def test_128_experts_take_the_launches_of_one_pair(name, monkeypatch):
     assert counted.launches == [f"lora_{kernel}_kernel" for kernel in expected]
 
 
-def test_experts_beside_ordinary_pairs_of_their_rank():
-    """One group: the r×r work of both is one launch, and each trains as it does alone."""
+def test_experts_train_alike_beside_ordinary_pairs_of_their_rank():
+    """Both are in one batch, whose r×r work is one launch, and each trains as it does alone."""
     apart, together = [], []
-    for found, both in ((apart, False), (together, True)):
+    for results, in_one_optimizer in ((apart, False), (together, True)):
         model, (wrapper,) = experts.experts_model(dtype=torch.float32)
         torch.manual_seed(1)
         pair = nn.Parameter(torch.randn(experts.R, 24)), nn.Parameter(torch.randn(16, experts.R))
         entries = find_pairs(model) + [Pair("pair", *pair)]
-        optimizers = [entries] if both else [[entry] for entry in entries]
+        members = [entries] if in_one_optimizer else [[entry] for entry in entries]
         with lf.set_backend("triton"):
-            optimizers = [lf.optim.LoRAAdamW(some, lr=1e-2, methods=[M.PiLoRA()]) for some in optimizers]
+            optimizers = [lf.optim.LoRAAdamW(pairs, lr=1e-2, methods=[M.PiLoRA()]) for pairs in members]
             for i in range(3):
                 experts.set_gradients(wrapper, i)
                 for p in pair:
@@ -94,7 +96,7 @@ def test_experts_beside_ordinary_pairs_of_their_rank():
                 for optimizer in optimizers:
                     optimizer.step()
         assert all(len(optimizer._batches) == 1 for optimizer in optimizers)
-        found += [p.detach() for p in (*model.parameters(), *pair)]
+        results += [p.detach() for p in (*model.parameters(), *pair)]
     assert all(torch.equal(x, y) for x, y in zip(apart, together, strict=True))
 
 

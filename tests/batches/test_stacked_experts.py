@@ -1,5 +1,5 @@
-"""The experts of one parameter (PEFT's target_parameters) are as many adapters, each of its own rank. What a layer's
-factors mean is always asked of PEFT: get_delta_factors, get_delta_weight."""
+"""The experts of one parameter (PEFT's target_parameters) are adapters of their own. The reference for the meaning of a
+layer's factors is always PEFT: get_delta_factors, get_delta_weight."""
 
 import copy
 
@@ -16,6 +16,8 @@ from expert_models import (
     directions,
     effective,
     experts_model,
+    factors,
+    matrices,
     peft,
     set_gradients,
 )
@@ -26,18 +28,6 @@ from lora_fast import methods as M
 from lora_fast.batches.pairs import find_pairs
 
 every_method = pytest.mark.parametrize("methods", METHODS.values(), ids=METHODS.keys())
-
-
-def factors(wrapper):
-    """Each expert's (a, b), copied from PEFT's own factors, and the scaling."""
-    lhs, rhs, scaling = wrapper.get_delta_factors("default")
-    a, b = (rhs, lhs) if wrapper._did_swap_in_out_features else (lhs.mT, rhs.mT)
-    return [(x.detach().clone(), y.detach().clone()) for x, y in zip(a, b, strict=True)], scaling
-
-
-def matrices(wrapper, x):
-    """Each expert's (d_out, d_in) of the parameter or of PEFT's change of it."""
-    return x.detach().clone() if wrapper._did_swap_in_out_features else x.detach().mT.clone()
 
 
 def train(optimizer, wrappers, steps, first=0):
@@ -83,7 +73,7 @@ def test_each_expert_trains_as_a_pair_of_its_own(methods, is_transposed):
 
 
 @every_method
-def test_resume_to_the_bit(methods):
+def test_experts_resume_bitwise(methods):
     model, wrappers = experts_model(layers=2, dtype=torch.float32)
     optimizer = lf.optim.LoRAAdamW(model, lr=1e-2, methods=methods)
     train(optimizer, wrappers, 4)
@@ -100,8 +90,8 @@ def test_resume_to_the_bit(methods):
 
 
 @every_method
-def test_copies_and_moved_parameters_go_on(methods):
-    """A deepcopy of model and optimizer, and a parameter whose memory is replaced, train to the same bits."""
+def test_copied_and_moved_experts_continue_bitwise(methods):
+    """A deepcopy of model and optimizer, and parameters whose memory is replaced, train to bitwise equal parameters."""
     model, wrappers = experts_model(dtype=torch.float32)
     optimizer = lf.optim.LoRAAdamW(model, lr=1e-2, methods=methods)
     train(optimizer, wrappers, 3)
@@ -116,7 +106,7 @@ def test_copies_and_moved_parameters_go_on(methods):
 
 
 @every_method
-def test_128_experts_of_rank_8(methods):
+def test_128_experts_of_rank_8_train(methods):
     model, wrappers = experts_model(experts=128, r=8, dtype=torch.float32, d_out=24, d_in=16)
     optimizer = lf.optim.LoRAAdamW(model, lr=1e-3, methods=methods)
     before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
@@ -127,7 +117,7 @@ def test_128_experts_of_rank_8(methods):
 
 
 @pytest.mark.parametrize("experts, r, fits", [(32, 16, True), (2, 256, True), (2, 257, False)])
-def test_the_limit_is_on_an_experts_rank(experts, r, fits):
+def test_largest_rank_is_that_of_one_expert(experts, r, fits):
     model, _ = experts_model(experts=experts, r=r)
     if fits:
         assert len(lf.optim.LoRAAdamW(model).param_groups[0]["params"]) == 2
@@ -137,37 +127,9 @@ def test_the_limit_is_on_an_experts_rank(experts, r, fits):
 
 
 @both_layouts
-def test_statistics_of_each_expert(is_transposed):
-    model, (wrapper,) = experts_model(is_transposed)
-    stats = lf.metrics.adapter_stats(model)
-    prefix = "base_model.model.0.experts.default."
-    assert list(stats) == [f"{prefix}{e}" for e in range(E)]
-    deltas = matrices(wrapper, wrapper.get_delta_weight("default"))
-    for (a, b), delta, row in zip(factors(wrapper)[0], deltas, stats.values(), strict=True):
-        sigma = torch.linalg.svdvals(delta)
-        norm_a, norm_b = torch.linalg.matrix_norm(a), torch.linalg.matrix_norm(b)
-        unbalanced = torch.linalg.matrix_norm(a @ a.mT - b.mT @ b)
-        imbalance = torch.linalg.matrix_norm(a @ a.mT - R / D_OUT * b.mT @ b)
-        want = {
-            "norm_a": norm_a,
-            "norm_b": norm_b,
-            "rms_ratio": norm_a / norm_b * (D_OUT / D_IN) ** 0.5,
-            "frobenius": sigma.square().sum().sqrt(),
-            "spectral": sigma[0],
-            "nuclear": sigma.sum(),
-            "rank": (sigma > 0.005).sum(),
-            "erank": sigma.square().sum() / sigma[0] ** 2,
-            "unbalanced": unbalanced,
-            "imbalance": imbalance,
-        }
-        for name, value in want.items():
-            assert getattr(row, name) == pytest.approx(value.item(), rel=1e-9), name
-
-
-@both_layouts
 @pytest.mark.parametrize("dtype, rounding", [(torch.float64, "nearest")] + [(torch.bfloat16, x) for x in ROUNDINGS])
-def test_scalora_keeps_the_effective_weights(is_transposed, dtype, rounding):
-    """At learning rate 0, with float64 factors over weights of either dtype."""
+def test_scalora_keeps_the_effective_weights_of_experts(is_transposed, dtype, rounding):
+    """The learning rate is 0. The factors are float64, over weights of either dtype."""
     model, (wrapper,) = experts_model(is_transposed)
     weight = wrapper.get_param()
     set_gradients(wrapper, 0)
@@ -181,8 +143,8 @@ def test_scalora_keeps_the_effective_weights(is_transposed, dtype, rounding):
     assert (effective(wrapper) - before).abs().max() <= 4 * torch.finfo(dtype).eps * weight.abs().max()
 
 
-def test_compensated_merges_resume_to_the_bit():
-    """The compensation has the layout of the weight, (E, d_in, d_out) here, and goes through the state dict."""
+def test_compensated_merges_into_experts_resume_bitwise():
+    """The compensation has the layout of the weight, (E, d_in, d_out) here, and is saved in the state dict."""
     method = M.ScaLoRA(interval=2, rounding="compensated")
     model, (wrapper,) = experts_model(is_transposed=True, dtype=torch.float32)
     set_gradients(wrapper, 0)
@@ -202,7 +164,7 @@ def test_compensated_merges_resume_to_the_bit():
         assert torch.equal(p, q), name
 
 
-def test_changed_experts_are_not_saved_silently(tmp_path):
+def test_saving_refuses_experts_that_scalora_changed(tmp_path):
     model, wrappers = experts_model()
     lf.save_adapter(model, tmp_path / "before")
     optimizer = lf.optim.LoRAAdamW(model, lr=0.0, methods=[M.ScaLoRA(keep="terms")])
@@ -213,8 +175,8 @@ def test_changed_experts_are_not_saved_silently(tmp_path):
     assert not (tmp_path / "after").exists()
 
 
-def test_experts_beside_ordinary_pairs_of_the_same_shape():
-    """One pair of rank E·r and a pair of E experts of rank r have factors of equal shape, and are not stacked."""
+def test_experts_are_not_stacked_with_pairs_of_equal_shape():
+    """A pair of rank E·r and a pair of E experts of rank r have factors of equal shape."""
     model, (wrapper,) = experts_model(r=2)
     alone, (other,) = experts_model(r=2)
     a, b = nn.Parameter(torch.randn(E * 2, D_IN).double()), nn.Parameter(torch.randn(D_OUT, E * 2).double())
@@ -230,8 +192,8 @@ def test_experts_beside_ordinary_pairs_of_the_same_shape():
         assert torch.equal(p, q)
 
 
-def test_gradients_in_another_memory_order():
-    """torch.func gives such gradients; torch's fused AdamW would take their memory in order."""
+def test_experts_take_gradients_in_another_memory_order():
+    """torch.func returns such gradients. torch's fused AdamW would read them in memory order."""
     (model, (wrapper,)), (other, _) = experts_model(), experts_model()
     optimizers = [lf.optim.LoRAAdamW(x, lr=1e-2, methods=[M.ILoRA()]) for x in (model, other)]
     set_gradients(wrapper, 0)
@@ -254,7 +216,7 @@ def test_one_matrix_is_an_ordinary_pair():
 
 @pytest.mark.parametrize("method", [M.BaLoRA(), M.ScaLoRA(interval=1)], ids=["balora", "scalora"])
 def test_mixtral_keeps_its_outputs_at_learning_rate_0(method):
-    """Its two parameters of experts are adapted by nested wrappers of one module."""
+    """Nested PEFT wrappers of one module adapt its two parameters of experts."""
     model, ids = mixtral(), torch.arange(24)[None]
     optimizer = lf.optim.LoRAAdamW(model, lr=0.0, methods=[method])
     before = model(ids).logits.detach()
@@ -264,8 +226,8 @@ def test_mixtral_keeps_its_outputs_at_learning_rate_0(method):
     assert (model(ids).logits - before).norm() <= 1e-5 * before.norm()
 
 
-def test_other_operations_leave_experts_alone(tmp_path):
-    """Fusing and merging name them among what they leave; PEFT reads the adapter that is saved."""
+def test_fusing_and_merging_leave_experts_unchanged(tmp_path):
+    """Their reports list the experts as left. PEFT loads the adapter that is saved afterwards."""
     model, ids = mixtral(), torch.arange(24)[None]
     with torch.no_grad():
         before = model(ids).logits
@@ -282,7 +244,7 @@ def test_other_operations_leave_experts_alone(tmp_path):
 
 
 def mixtral():
-    """A tiny random Mixtral with adapters on q_proj and on both parameters of its experts."""
+    """Returns a tiny random Mixtral with adapters on q_proj and on both parameters of its experts."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)

@@ -1,0 +1,211 @@
+"""Checks an adapter's files against a model, and plans all that loading them will write before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..checks import CheckpointError
+from ..layers.find import bare_name
+from ..layers.lora import LoRALinear
+from ..surgery import inject, targets
+from . import base_weights, sidecar
+from .peft_format import PREFIX, Adapter, Change, check_tensor
+from .sidecar import FreeLayer
+
+
+@dataclass
+class Plan:
+    """The writes of one ``load_adapter``, all of them checked.
+
+    Attributes:
+        replacements: nn.Linear → the new layer for its place; empty unless the model is plain.
+        factors: a lora_A or lora_B → its value.
+        free: a layer → the values of the tensors that its SAVED_STATE names.
+        changes: a layer → the change of its frozen weight.
+    """
+
+    replacements: dict[nn.Linear, nn.Module] = field(default_factory=dict)
+    factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    free: list[tuple[nn.Module, Sequence[Tensor]]] = field(default_factory=list)
+    changes: list[tuple[nn.Module, Change]] = field(default_factory=list)
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module) -> None:
+        """Writes into the model. Types, shapes and dtypes have been checked and the new layers exist, so only copies
+        are left. The one allocation is that of a weight in float32 for each change by terms."""
+        inject.place_(model, self.replacements)
+        for parameter, value in self.factors:
+            parameter.copy_(value)
+        for layer, values in self.free:
+            layer.load_free_(*values)
+        for layer, change in self.changes:
+            base_weights.restore_(layer, change)
+
+
+def into_peft_layers(model: nn.Module, layers: dict[str, nn.Module], active: str, adapter: Adapter) -> Plan:
+    """Plans to load an adapter into a PEFT model.
+
+    Args:
+        layers: name in the base model → PEFT layer, of those with the adapter ``active``.
+
+    Raises:
+        CheckpointError: the adapter does not fit the layers.
+    """
+    _check_names(layers, adapter)
+    plan = Plan(changes=_changes(layers, adapter))
+    for name, layer in layers.items():
+        a, b = layer.lora_A[active], layer.lora_B[active]
+        if active in layer.lora_variant or b.bias is not None:
+            raise CheckpointError("model", "a plain LoRA adapter", f"{name} with a variant or a bias on lora_B")
+        _check_unmerged(name, layer)
+        plan.factors += _factors(name, a.weight, b.weight, layer.scaling[active], adapter)
+    base_weights.check(model, layers, adapter)
+    return plan
+
+
+def into_our_layers(
+    model: nn.Module, layers: dict[str, nn.Module], adapter: Adapter, free: dict[str, FreeLayer]
+) -> Plan:
+    """Plans to load an adapter into a model with layers of ours.
+
+    Args:
+        layers: name → layer.
+        free: the sidecar's layers.
+
+    Raises:
+        CheckpointError: the adapter does not fit the layers.
+    """
+    _check_names(layers, adapter)
+    for name, layer in layers.items():
+        _check_unmerged(name, layer)
+    base_weights.check(model, layers, adapter)
+    plan = Plan(changes=_changes(layers, adapter))
+    for name, layer in layers.items():
+        if not layer.SAVED_STATE:
+            plan.factors += _factors(name, layer.lora_A, layer.lora_B, layer.scaling, adapter)
+        elif name in free:
+            _check_free(name, layer, free[name])
+            plan.free.append((layer, free[name].tensors))
+        else:
+            plan.free.append((layer, _free_parameters(name, layer, adapter)))
+    return plan
+
+
+def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLayer]) -> Plan:
+    """Plans to replace linear layers of a plain model by the layers of an adapter's files.
+
+    Args:
+        free: the sidecar's layers.
+
+    Raises:
+        CheckpointError: the adapter does not fit the model's linear layers.
+        ArgumentError: a model that is a single layer.
+    """
+    inject.check_plain(model)
+    # The files have bare names; the model's own are those under which its modules are found.
+    real_names = {bare_name(name): name for name, _ in model.named_modules() if name}
+    _check_names([name for name in real_names if name in adapter.pairs or adapter.targets(name)], adapter)
+    kinds, linears = {}, {}
+    for name, (a, b) in adapter.pairs.items():
+        linear = linears[name] = model.get_submodule(real_names[name])
+        reason = targets.unsupported(linear, model.get_submodule(real_names[name].rpartition(".")[0]))
+        if reason is not None or not adapter.targets(name):
+            expected = "a torch.nn.Linear among the config's target_modules"
+            raise CheckpointError(f"keys of {name}", expected, reason or "not among them")
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32)  # from_linear's
+        check_tensor(f"{name}.lora_A", a, (a.shape[0], linear.in_features), dtype)
+        check_tensor(f"{name}.lora_B", b, (linear.out_features, a.shape[0]), dtype)
+        kinds[real_names[name]] = _kind(adapter.settings(name), free.get(name))
+    base_weights.check(model, linears, adapter)
+    replacements = inject.build_layers(model, kinds)
+    layers = {name: replacements[linear] for name, linear in linears.items()}
+    plan = Plan(replacements, changes=_changes(layers, adapter))
+    for name, layer in layers.items():  # their class, settings and shapes are the files'
+        if name in free:
+            plan.free.append((layer, free[name].tensors))
+        else:
+            plan.factors += zip((layer.lora_A, layer.lora_B), adapter.pairs[name], strict=True)
+    return plan
+
+
+def _kind(settings: dict, saved: FreeLayer | None) -> tuple[type[nn.Module], dict]:
+    """Returns a new layer's class and the arguments of its ``from_linear``."""
+    if saved is None:
+        return LoRALinear, settings
+    return saved.kind, {"r": settings["r"], "dropout": settings["dropout"], **saved.settings}
+
+
+def _changes(layers: dict[str, nn.Module], adapter: Adapter) -> list[tuple[nn.Module, Change]]:
+    return [(layers[name], change) for name, change in adapter.changes.items()]
+
+
+def _factors(
+    name: str, lora_A: Tensor, lora_B: Tensor, scaling: float, adapter: Adapter
+) -> list[tuple[Tensor, Tensor]]:
+    """Returns both parameters with the values that they get."""
+    pairs = list(zip((lora_A, lora_B), adapter.pairs[name], strict=True))
+    for role, (parameter, value) in zip(("lora_A", "lora_B"), pairs, strict=True):
+        _check_whole(f"{name}.{role}", parameter)
+        check_tensor(f"{name}.{role}", value, tuple(parameter.shape), parameter.dtype)
+    if not math.isclose(scaling, adapter.scaling(name), rel_tol=1e-9):
+        expected = f"scale {scaling:g}, as in the model (a plain model takes the file's)"
+        raise CheckpointError(f"lora_alpha of {name}", expected, f"{adapter.scaling(name):g}")
+    return pairs
+
+
+def _free_parameters(name: str, layer: nn.Module, adapter: Adapter) -> Sequence[Tensor]:
+    """Returns the layer's own parameters that equal the plain adapter of this name."""
+    a, b = adapter.pairs[name]
+    _check_whole_state(name, layer)
+    check_tensor(f"{name}.lora_A", a, (a.shape[0], layer.in_features), torch.float64)
+    check_tensor(f"{name}.lora_B", b, (layer.out_features, a.shape[0]), torch.float64)
+    try:
+        return layer.free_parameters_for(a, b, adapter.scaling(name))
+    except checks.ArgumentError as error:
+        raise CheckpointError(f"adapter of {name}", error.expected, error.got) from error
+
+
+def _check_free(name: str, layer: nn.Module, saved: FreeLayer) -> None:
+    """Raises CheckpointError unless the layer has the class, the settings and the shapes of the sidecar's."""
+    in_model = {"kind": sidecar.kind_of(layer).__name__} | {key: getattr(layer, key) for key in layer.INIT_ARGUMENTS}
+    in_file = {"kind": saved.kind.__name__} | saved.settings
+    for key, value in in_model.items():
+        if in_file[key] != value:
+            expected = f"{value!r}, as in the model (a plain model takes the file's)"
+            raise CheckpointError(f"{key} of {name}", expected, repr(in_file[key]))
+    _check_whole_state(name, layer)
+    for role, value in zip(layer.SAVED_STATE, saved.tensors, strict=True):
+        tensor = getattr(layer, role)
+        sidecar.check_tensor(f"{name}.{role}", value, tensor.shape, tensor.dtype)
+
+
+def _check_names(names: Collection[str], adapter: Adapter) -> None:
+    """Raises CheckpointError unless the file has a pair for each of these layers, and no other."""
+    missing, extra = sorted(set(names) - set(adapter.pairs)), sorted(set(adapter.pairs) - set(names))
+    for unmatched, got in ((missing, "missing"), (extra, "an extra key: the model has no such layer")):
+        if unmatched:
+            more = f" and those of {len(unmatched) - 1} more layers" if len(unmatched) > 1 else ""
+            key = f"keys {PREFIX}{unmatched[0]}.lora_A.weight and .lora_B.weight{more}"
+            raise CheckpointError(key, f"one pair for each of the model's {len(names)} layers", got)
+
+
+def _check_unmerged(name: str, layer: nn.Module) -> None:
+    if layer.merged:
+        raise CheckpointError("model", "unmerged layers (lf.unmerge_)", f"{name} merged")
+
+
+def _check_whole_state(name: str, layer: nn.Module) -> None:
+    for role in layer.SAVED_STATE:
+        _check_whole(f"{name}.{role}", getattr(layer, role))
+
+
+def _check_whole(name: str, parameter: Tensor) -> None:
+    """Raises CheckpointError if a whole tensor cannot be copied into the parameter, as into a DTensor."""
+    if type(parameter) not in (Tensor, nn.Parameter):
+        raise CheckpointError(name, "a plain parameter, not sharded", type(parameter).__name__)

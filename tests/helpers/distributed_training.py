@@ -1,0 +1,70 @@
+"""The processes of tests/layers/test_distributed.py; a module that a spawned process can import."""
+
+import copy
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import lora_fast as lf
+
+WORLD = 2
+CONFIGS = (lf.LoRAConfig(r=4, alpha=8), lf.NBLoRAConfig(r=4), lf.SingLoRAConfig(r=4, ramp_steps=0))
+
+
+def build(config) -> nn.Module:
+    """Returns a small injected model whose adapters are not 0."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    lf.inject_(model, config)
+    for layer in (model[0], model[2]):
+        nn.init.normal_(getattr(layer, (*layer.TRAINABLE, layer.TRAINABLE[0])[1]), std=0.1)  # b, or the one matrix
+    return model
+
+
+def wrap(model: nn.Module, kind: str) -> nn.Module:
+    """Returns the model under DDP or, sharded in place, under FSDP2."""
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh)
+    return model
+
+
+def worker(rank: int, kind: str, folder: str) -> None:
+    """Trains every config, then ends the process. A failed assertion leaves before that, as an exception.
+
+    The process ends by `os._exit`, since torch keeps gloo's threads after the process group is destroyed. A thread
+    that frees its last tensor while Python shuts down would abort the process (pytorch pull request 179291).
+    """
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{kind}", rank=rank, world_size=WORLD)
+    for config in CONFIGS:
+        train(rank, kind, config)
+    dist.destroy_process_group()
+    os._exit(0)
+
+
+def train(rank: int, kind: str, config) -> None:
+    """Trains for two steps, each with an evaluation before it, and compares with training in one process."""
+    alone, x = build(config), torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+    distributed = wrap(copy.deepcopy(alone), kind)
+    trained = [[p for p in model.parameters() if p.requires_grad] for model in (alone, distributed)]
+    optimizers = [torch.optim.SGD(parameters, lr=0.01) for parameters in trained]
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(distributed(x), alone(x))
+        alone(x).pow(2).mean().backward()
+        distributed(x.chunk(WORLD)[rank]).pow(2).mean().backward()
+        for expected, p in zip(*trained, strict=True):
+            gradient = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            error = (gradient - expected.grad).norm()
+            assert error <= 16 * torch.finfo(expected.dtype).eps * expected.grad.norm()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()

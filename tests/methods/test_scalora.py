@@ -1,0 +1,102 @@
+"""ScaLoRA in an optimizer step: effective weights stay, κ is calibrated, weights that cannot take a merge are
+refused."""
+
+import pytest
+import tiny
+import torch
+from method_runs import layer_with_gradients
+from torch import nn
+
+import lora_fast as lf
+from lora_fast import methods as M
+
+
+def scalora_on_a_pair(weight_dtype, lr=0.0, **options):
+    layer, _, da, db = layer_with_gradients(1, r=4, d_in=64, d_out=48)
+    a, b = nn.Parameter(layer.a.float() / 8), nn.Parameter(layer.b.float() / 8)
+    weight = (layer.w / 8).to(weight_dtype)
+    a.grad, b.grad = da.float(), db.float()
+    return a, b, weight, lf.optim.LoRAAdamW([(a, b, 2.0, weight)], lr=lr, methods=[M.ScaLoRA(limit=None, **options)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scaling_keeps_the_effective_weight(dtype):
+    a, b, weight, optimizer = scalora_on_a_pair(dtype)
+    before, start, old_a = weight.double() + 2.0 * (b @ a).double(), weight.clone(), a.detach().clone()
+    optimizer.step()
+    after = weight.double() + 2.0 * (b @ a).double()
+    assert (after - before).abs().max() <= 4 * torch.finfo(torch.float32).eps * before.abs().max()
+    assert not torch.equal(weight, start) and (a / old_a - 1).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stochastic_merges_are_exact_on_average(dtype):
+    ends, weights = [], {}
+    for seed in range(400):
+        a, b, weight, optimizer = scalora_on_a_pair(dtype, kappa=20.0, seed=seed)
+        start, exact = weight.double(), weight.double() + 2.0 * (b @ a).double()
+        optimizer.step()
+        exact = exact - 2.0 * (b @ a).double()
+        ends.append(weight.double())
+    change = exact - start
+    mean = torch.stack(ends).mean(0) - start
+    spacing = torch.finfo(dtype).eps * exact.abs().max().item()
+    assert (mean - change).abs().mean() <= spacing / 400**0.5
+    for rounding in ("nearest", "compensated"):
+        a, b, weight, optimizer = scalora_on_a_pair(dtype, kappa=20.0, rounding=rounding)
+        optimizer.step()
+        weights[rounding] = weight.double()
+    residual = optimizer.state[b]["merge_residual"].double()
+    assert torch.equal(weights["nearest"], weights["compensated"])
+    assert (weights["compensated"] + residual - exact).abs().max() <= torch.finfo(dtype).eps ** 2 * exact.abs().max()
+
+
+def test_kappa_is_calibrated_at_the_first_scaling():
+    a, b, _, optimizer = scalora_on_a_pair(torch.float32)
+    old = a.detach().clone()
+    a.grad.zero_(), b.grad.zero_()
+    optimizer.step()
+    assert torch.equal(a, old) and optimizer.param_groups[0]["method_state"]["kappa"] == 0
+    a, b, _, optimizer = scalora_on_a_pair(torch.float32)
+    optimizer.step()
+    beta = (a / old)[:, 0]
+    assert beta.log().mean().abs() < 1e-5 and optimizer.param_groups[0]["method_state"]["kappa"] > 0
+
+
+def test_scalora_refuses_weights_that_cannot_take_a_merge():
+    a, b = nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(5, 4))
+    a2, b2, w = nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(5, 4)), torch.ones(5, 6)
+    cases = {
+        "quantised": [(a, b, 1.0, torch.ones(5, 6, dtype=torch.int8))],
+        "got none": [(a, b)],
+        "a weight of its own": [(a, b, 1.0, w), (a2, b2, 1.0, w)],
+        "a frozen": [(a, b, 1.0, nn.Parameter(w))],
+        "one weight held by": tiny.injected_llama(tied=True, target_modules=["lm_head"]),
+    }
+    for message, model in cases.items():
+        with pytest.raises(lf.ArgumentError, match=message):
+            lf.optim.LoRAAdamW(model, methods=[M.ScaLoRA()])
+
+
+def test_scalora_trains_a_model_and_changes_all_base_weights():
+    model = tiny.peft_llama()
+    before = {name: p.clone() for name, p in model.named_parameters() if "base_layer" in name}
+    optimizer = lf.optim.LoRAAdamW(model, lr=1e-2, methods=[M.ScaLoRA(interval=2)])
+    losses = []
+    for _ in range(6):
+        loss = tiny.loss_of(model, tiny.batch())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+def test_gradients_of_a_layer_satisfy_what_scalora_assumes():
+    """The equations need a daᵀ = dbᵀ b, which holds for factors of one product."""
+    generator = lambda seed: torch.Generator().manual_seed(seed)
+    x, w = torch.randn(30, 12, generator=generator(0)), torch.randn(9, 12, generator=generator(1))
+    a, b = (torch.randn(*shape, generator=generator(2)).requires_grad_() for shape in ((4, 12), (9, 4)))
+    lf.functional.lora_linear(x, w, None, a, b, 2.0).square().sum().backward()
+    torch.testing.assert_close(a.detach() @ a.grad.T, b.grad.T @ b.detach(), rtol=1e-4, atol=1e-2)
