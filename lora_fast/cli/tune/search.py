@@ -171,8 +171,8 @@ def _close(result: Tensor, expected: Tensor, key: tuned.Key) -> bool:
 
 
 def time_on_gpu(calls: list[Callable[[], object]]) -> list[float]:
-    """Returns the median seconds of each call on the current CUDA device. The calls take turns, so that a change of clock
-    rate affects all of them, and L2 is overwritten before each."""
+    """Returns the median seconds of each call on the current CUDA device. The calls take turns, so that a change of
+    clock rate affects all of them, and L2 is overwritten before each."""
     device = torch.device("cuda")
     clocks: list[list[Clock]] = [[] for _ in calls]
     for turn, i in turns(range(len(calls)), ROUNDS, WARM_UP):
