@@ -88,9 +88,10 @@ def cases(shape: Shape, device: torch.device) -> Iterator[Case]:
         key = tuned.key(name, dtype, n, left.shape[1], width, r)
         tile_key = key._replace(op=name + ("_tma" if tma else "_pointer"))
         row = "linear" + "_tma" * tma + "_dropout" * dropout
-        fused = [{key: "fused", tile_key: tile} for tile in tiles.candidates(row, size, limits, r)]
-        others = ["cublas"] + ["gluon"] * tiles.takes_gluon(left, weight, width)
-        return Case(key, call, [{}, *({key: other} for other in others), *fused])
+        gemms = ["cublas"] + ["gluon"] * tiles.takes_gluon(left, weight, width)
+        others: list[tuned.Table] = [{key: other} for other in gemms]
+        fused: list[tuned.Table] = [{key: "fused", tile_key: tile} for tile in tiles.candidates(row, size, limits, r)]
+        return Case(key, call, [{}, *others, *fused])
 
     yield tiled(project, project + "_wide" * wide, d_in, 0, lambda: linear.project(x, a, keep))
     yield gemm(True, x, d_out, lambda: linear.linear(x, weight, None, s, b, 1.0))
