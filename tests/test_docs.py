@@ -148,7 +148,9 @@ def check(words: list[str]) -> None:
         assert all(f'"{word}"' in source for word in arguments if word.startswith("-")), words
     else:
         assert program in ("pytest", "pip"), words
-        assert all((ROOT / word).exists() for word in arguments if word.endswith(".py") or word.startswith("tests/")), words
+        assert all((ROOT / word).exists() for word in arguments if word.endswith(".py") or word.startswith("tests/")), (
+            words
+        )
 
 
 def check_lora_fast(words: list[str]) -> None:
@@ -158,7 +160,7 @@ def check_lora_fast(words: list[str]) -> None:
     if name not in subcommands:
         return
     try:
-        values = subcommands[name].make_context(name, rest).params
+        values = subcommands[name].make_context(name, arguments).params
     except typer.Exit as help_page:
         assert help_page.exit_code == 0
         return
