@@ -1,4 +1,4 @@
-# make demo   fine-tune a real model on real text (about three minutes on 2 CPU cores)
+# make demo   fine-tune a real model on real text (six minutes from nothing on 2 CPU cores, then two)
 # make test   format, lint, types and the whole suite (about 14 minutes on 2 CPU cores)
 # make quick  the suite without its slow half: no training runs, no sanitizer, no whole suites in the interpreter
 # make lint   format, lint and types alone (a minute)

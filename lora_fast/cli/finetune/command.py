@@ -108,7 +108,7 @@ def finetune(
 
     - `lora-fast finetune`
 
-        trains a small model on a text; both are installed as packages. Takes about three minutes on two CPU cores
+        trains a small model on a text; both are installed as packages. Takes about two minutes on two CPU cores
 
     - `lora-fast finetune --compare --steps 20`
 
