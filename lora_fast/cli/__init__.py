@@ -50,7 +50,7 @@ def lora_fast(
 
     - `lora-fast finetune`
 
-        trains a small model on a text; both are installed as packages. Takes about two minutes on two CPU cores, without a network
+        trains a small model on a text; both are installed as packages. Takes about two minutes, without a network
 
     - `lora-fast finetune --model Qwen/Qwen3-0.6B --data notes.txt`
 
