@@ -52,7 +52,7 @@ def measure_ceilings(device: torch.device, dtype: str, small: bool = False) -> C
 
 def _least_seconds(call: Callable[[], object], device: torch.device) -> float:
     call()
-    times = []
+    times: list[float] = []
     for _ in range(REPEATS):
         keep_busy(device, HEAD_START)
         clock = Clock(device)

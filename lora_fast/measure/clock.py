@@ -60,7 +60,10 @@ def mark(device: torch.device) -> Mark:
 
 def seconds_between(start: Mark, end: Mark) -> float:
     """Returns the seconds between two marks that the device has passed."""
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+    if isinstance(start, float) and isinstance(end, float):
+        return end - start
+    assert not isinstance(start, float) and not isinstance(end, float), "both marks are of the same device"
+    return start.elapsed_time(end) / 1e3  # CUDA gives milliseconds
 
 
 def wait(device: torch.device) -> None:
@@ -196,7 +199,8 @@ def _scratch(device: torch.device) -> Tensor:
 
 @functools.lru_cache
 def _cycles_per_second(device: torch.device) -> float:
-    cycles, times = 20_000_000, []
+    cycles = 20_000_000
+    times: list[float] = []
     for _ in range(8):
         clock = Clock(device)
         torch.cuda._sleep(cycles)

@@ -26,7 +26,7 @@ def environment() -> dict[str, object]:
 def conditions() -> str:
     """Returns the conditions of a timing on a CPU in words: threads, and the load average before it."""
     threads, cores, load = torch.get_num_threads(), os.cpu_count(), os.getloadavg()[0]
-    busy = " (the machine was not quiet: the figures are rough)" if load > cores else ""
+    busy = " (the machine was not quiet: the figures are rough)" if cores and load > cores else ""
     return f"torch {torch.__version__} on {threads} of {cores} CPU cores, load average {load:.1f} before{busy}"
 
 

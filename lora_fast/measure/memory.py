@@ -24,7 +24,7 @@ class PeakBytes(TorchDispatchMode):
     Storages that an operator allocates and frees internally are not seen.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.peak = self._alive = 0
         self._known: set[int] = set()

@@ -60,12 +60,11 @@ def within_two(ours: float, expected: float) -> bool:
 
 def test_the_regression_problem_is_the_expected_one(start):
     problem, _, smoothness = start
-    expected = scalora_regression.EXPECTED
     curve = scalora_regression.full(problem, 1 / smoothness)
     assert round(smoothness) == 280
-    assert curve[0] == pytest.approx(expected["start"], rel=1e-3)
-    assert problem.floor() == pytest.approx(expected["floor"], rel=1e-3)
-    for mark, value in zip(scalora_regression.MARKS, expected["full"], strict=True):
+    assert curve[0] == pytest.approx(scalora_regression.EXPECTED_START, rel=1e-3)
+    assert problem.floor() == pytest.approx(scalora_regression.EXPECTED_FLOOR, rel=1e-3)
+    for mark, value in zip(scalora_regression.MARKS, scalora_regression.EXPECTED["full"], strict=True):
         assert curve[mark] == pytest.approx(value, rel=0.02)
 
 
@@ -73,8 +72,7 @@ def test_the_regression_problem_is_the_expected_one(start):
 def test_scalora_descends_below_the_floor_of_lora_as_expected(start, interval, rate, caution):
     problem, a, smoothness = start
     run = scalora_regression.descend(problem, a, rate, smoothness * caution * rate, interval)
-    expected = scalora_regression.EXPECTED[interval]
-    assert within_two(float(run.gaps[0, -1]), expected[-1] if interval == 1 else expected)
+    assert within_two(float(run.gaps[0, -1]), scalora_regression.EXPECTED[interval][-1])
     assert run.ranks[0] > scalora_regression.RANK
     lora = scalora_regression.descend(problem, a, 0.004, 0.0, 0)
     assert float(lora.gaps[0, -1]) >= problem.floor() - 1e-6 and lora.ranks[0] == scalora_regression.RANK

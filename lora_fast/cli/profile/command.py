@@ -61,10 +61,18 @@ def profile(
     """
     display = Display()
     with exit_codes(display):
-        options = {"rank": rank, "dropout": dropout, "targets": targets, "dtype": dtype, "steps": steps}
-        sizes = {name: size for name, size in (("batch", batch), ("seq_len", seq_len)) if size is not None}
-        settings = Settings(model=absolute(model), **options, **sizes).check()
-        run(settings, set(sizes), compiled, output or run_folder.fresh("profile", model), display)
+        settings = Settings(
+            model=absolute(model),
+            rank=rank,
+            dropout=dropout,
+            targets=targets,
+            dtype=dtype,
+            steps=steps,
+            batch=Settings.batch if batch is None else batch,
+            seq_len=Settings.seq_len if seq_len is None else seq_len,
+        ).check()
+        given = {name for name, size in (("batch", batch), ("seq_len", seq_len)) if size is not None}
+        run(settings, given, compiled, output or run_folder.fresh("profile", model), display)
 
 
 def run(settings: Settings, given: set[str], compiled: bool, folder: Path, display: Display) -> None:
@@ -93,9 +101,12 @@ def run(settings: Settings, given: set[str], compiled: bool, folder: Path, displ
         config = models.load_config(source)
         dtype = models.choose_dtype(settings.dtype)
     longest = getattr(config, "max_position_embeddings", None) or 2**31
-    by_device = dict(zip(("batch", "seq_len"), SIZES["cuda" if torch.cuda.is_available() else "cpu"], strict=True))
-    by_device["seq_len"] = min(by_device["seq_len"], longest)
-    settings = replace(settings, **{name: size for name, size in by_device.items() if name not in given})
+    batch, seq_len = SIZES["cuda" if torch.cuda.is_available() else "cpu"]
+    settings = replace(
+        settings,
+        batch=settings.batch if "batch" in given else batch,
+        seq_len=settings.seq_len if "seq_len" in given else min(seq_len, longest),
+    )
     if settings.seq_len > longest:
         raise ArgumentError("--seq-len", f"at most the model's {longest} positions", settings.seq_len)
     settings = replace(settings, dtype=str(dtype).removeprefix("torch."))

@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections import Counter
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -22,6 +23,8 @@ BASE, EAGER, COMPILED, FUSED = "base", "PEFT eager", "PEFT compiled", "fused"
 LABELS = (BASE, EAGER, COMPILED, FUSED)
 LR = 1e-5  # small, so that the weights do not diverge while they are timed
 B_STD = 0.01  # of the random lora_B; with a fresh one, which is zero, the gradient of lora_A would be zero
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass
@@ -77,7 +80,7 @@ def build(settings: Settings, source: str, dtype: torch.dtype, compiled: bool) -
     frozen.enable_input_require_grads()  # without any trained parameter there would be no backward pass
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT takes any float, but declares an int
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
         task_type="CAUSAL_LM",
@@ -96,7 +99,7 @@ def build(settings: Settings, source: str, dtype: torch.dtype, compiled: bool) -
     return Engines(by_label, fusing, dtype, device, model.config.get_text_config().vocab_size)
 
 
-def twin(model: nn.Module) -> nn.Module:
+def twin(model: Model) -> Model:
     """Copies the modules of a model over the same parameters and buffers."""
     # deepcopy takes these as already copied, so the copy refers to the same tensors
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}

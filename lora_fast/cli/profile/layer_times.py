@@ -53,7 +53,9 @@ def measure(
         layers = {label: engines.by_label[label].model.get_submodule(name) for label in (EAGER, FUSED)}
         x, dy = inputs[name]
         errors = gradient_errors(engines, layers, x, dy)
-        layers[BASE] = layers[EAGER].get_base_layer()
+        adapted = layers[EAGER]
+        assert isinstance(adapted, PeftLinear), "by_shape returns the names of PEFT's linear layers"
+        layers[BASE] = adapted.get_base_layer()
         seconds = {label: Spread.of(times) for label, times in timed(engines, layers, x, dy).items()}
         share = {}
         for label, spread in seconds.items():
@@ -99,9 +101,11 @@ def gradients(layer: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
     x = x.detach().requires_grad_()
     layer(x).backward(dy)
     trained = [p for p in layer.parameters() if p.requires_grad]
-    results = [x.grad, *(p.grad for p in trained)]
-    for p in trained:
-        p.grad = None
+    results: list[Tensor] = []
+    for tensor in (x, *trained):
+        assert tensor.grad is not None, "the output depends on the input and on every trained parameter"
+        results.append(tensor.grad)
+        tensor.grad = None
     return results
 
 

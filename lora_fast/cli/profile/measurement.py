@@ -22,8 +22,11 @@ SKIPPED = "not requested (--no-compile)"
 OPTIONS = ("model", "rank", "alpha", "dropout", "targets", "steps", "batch", "seq_len", "dtype", "seed")
 
 
-def measure(settings: Settings, source: str, dtype: object, compiled: bool, folder: Path, display: Display) -> Result:
+def measure(
+    settings: Settings, source: str, dtype: torch.dtype, compiled: bool, folder: Path, display: Display
+) -> Result:
     """Measures everything. The traces go into ``folder``, which is created only after the other measurements."""
+    assert settings.steps is not None, "the command always sets the number of steps"
     with display.working("Loading the model"):
         engines = engine_builder.build(settings, source, dtype, compiled)
     machine = conditions()
@@ -45,9 +48,20 @@ def measure(settings: Settings, source: str, dtype: object, compiled: bool, fold
     measured = {}
     for label, taken in times.items():
         ratios = [seconds / fused for seconds, fused in zip(taken.step, times[FUSED].step, strict=True)]
-        spreads = [Spread.of(values) for values in (taken.forward, taken.backward, taken.optimizer, taken.step)]
-        speed = tokens / spreads[-1].median
-        measured[label] = Measured(taken, *spreads, Spread.of(ratios), speed, *memory[label], files[label])
+        step = Spread.of(taken.step)
+        saved, peak = memory[label]
+        measured[label] = Measured(
+            times=taken,
+            forward=Spread.of(taken.forward),
+            backward=Spread.of(taken.backward),
+            optimizer=Spread.of(taken.optimizer),
+            step=step,
+            over_fused=Spread.of(ratios),
+            tokens_per_second=tokens / step.median,
+            saved=saved,
+            peak=peak,
+            files=files[label],
+        )
     return Result(
         settings={name: getattr(settings, name) for name in OPTIONS},
         environment=environment(),

@@ -44,7 +44,8 @@ def step(engines: Engines, engine: Engine, batch: dict) -> tuple[float, float, f
         engine.optimizer.step()
         engine.optimizer.zero_grad()
     clock.mark()
-    return clock.seconds()
+    forward, backward, optimizer = clock.seconds()
+    return forward, backward, optimizer
 
 
 def take_turns(

@@ -113,10 +113,11 @@ def run(names: list[str], quick: bool, folder: Path, display: Display) -> tuple[
         except (KeyboardInterrupt, Interrupted):
             return outcomes, True
         write(folder, outcomes, quick)
-        if outcomes[-1].error:
-            display.error(outcomes[-1].error)
-        else:
-            display.console.print(table(outcomes[-1].result.rows))
+        latest = outcomes[-1]
+        if latest.error:
+            display.error(latest.error)
+        elif latest.result:
+            display.console.print(table(latest.result.rows))
     return outcomes, False
 
 

@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...output import palette
 
@@ -97,8 +98,9 @@ def draw(name: str, caption: str, paint: Callable, panels: int = 1) -> Plot:
     """Draws a plot. ``paint`` takes the axes, or the list of axes where there are several ``panels`` side by side."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.rcsetup import cycler
 
-    style = {
+    style: dict[Any, Any] = {  # matplotlib types the keys as a long literal
         "font.size": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -106,7 +108,7 @@ def draw(name: str, caption: str, paint: Callable, panels: int = 1) -> Plot:
         "axes.axisbelow": True,
         "grid.alpha": 0.25,
         "legend.frameon": False,
-        "axes.prop_cycle": matplotlib.cycler(color=palette.COLOURS),
+        "axes.prop_cycle": cycler(color=palette.COLOURS),
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(6.4 if panels == 1 else 4.8 * panels, 4), layout="constrained")

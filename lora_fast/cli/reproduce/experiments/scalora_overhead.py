@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import statistics
 
+from torch import Tensor
+
 from .... import functional, methods
 from ....batches import pairs
 from ....measure.machine import conditions
@@ -100,6 +102,12 @@ def over_lora(interval: int, passes: float, lora: float, scaling: float, resting
 
 def column_share(adapters: list[pairs.Pair]) -> float:
     """Returns the share of pairs that take the column solution at their present gradients."""
-    factors = zip(*((pair.a.detach(), pair.b.detach(), pair.a.grad, pair.b.grad) for pair in adapters), strict=True)
-    info = functional.scalora_scaling(*map(list, factors), adapters[0].scaling, 1.0, "paper")[2]
+    a, da = map(list, zip(*(_with_gradient(pair.a) for pair in adapters), strict=True))
+    b, db = map(list, zip(*(_with_gradient(pair.b) for pair in adapters), strict=True))
+    info = functional.scalora_scaling(a, b, da, db, adapters[0].scaling, 1.0, "paper")[2]
     return statistics.mean(int(flag) == 0 for flag in info)
+
+
+def _with_gradient(factor: Tensor) -> tuple[Tensor, Tensor]:
+    assert factor.grad is not None, "the shares are computed between a backward pass and the optimizer's step"
+    return factor.detach(), factor.grad

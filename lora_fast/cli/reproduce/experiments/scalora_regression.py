@@ -20,7 +20,12 @@ from .result import Result, Row, compared, draw, number, unmatched
 from .session import Session, one_thread
 
 SIZE, SAMPLES, RANK, STEPS, SEED = 64, 100, 8, 200, 0
-RATES = {"LoRA": (2e-4, 1e-2), 1: (8e-3, 2.1e-2), 3: (5e-3, 1.3e-2), 10: (4e-3, 8e-3)}  # lowest, highest
+RATES: dict[str | int, tuple[float, float]] = {  # the lowest and the highest of LoRA and of ScaLoRA's intervals
+    "LoRA": (2e-4, 1e-2),
+    1: (8e-3, 2.1e-2),
+    3: (5e-3, 1.3e-2),
+    10: (4e-3, 8e-3),
+}
 INTERVALS = (1, 3, 10)
 CAUTION = (1.0, 2.0)  # κ / (L η): with longer intervals, scales for a smoothness above L are better
 MARKS = (10, 50, 100, 200)
@@ -28,15 +33,14 @@ FLOOR = 1e-3  # least scale, so that no column becomes zero for good
 HOPELESS = 1e3  # a gap this many times the first one counts as diverged
 GIVEN_RATE = 1.8e-2
 # From a transcription of the paper's equations in float64 on this problem, since the paper's figure prints no numbers.
-EXPECTED = {
-    "start": 2148,
-    "floor": 1313,
+EXPECTED_START, EXPECTED_FLOOR = 2148, 1313  # the gaps of W = 0 and of the best W of rank 8
+EXPECTED_RANK = 63  # of ScaLoRA's W with interval 1
+EXPECTED: dict[str | int, tuple[float, ...]] = {  # the gaps after the last of the MARKS
     "full": (204, 15, 1.5, 0.026),
-    "LoRA": 1314,
+    "LoRA": (1314,),
     1: (1331, 238, 56, 12),
-    3: 24,
-    10: 57,
-    "rank": 63,
+    3: (24,),
+    10: (57,),
 }
 
 
@@ -84,12 +88,13 @@ def run(session: Session) -> Result:
     for interval in INTERVALS:
         tried[interval] = [(rate, caution) for caution in CAUTION for rate, _ in tried[interval]]
     with one_thread(), session.progress("runs", sum(map(len, tried.values())) + 1) as done:
-        curves = {"full": full(problem, 1 / smoothness)}
-        ranks, chosen = {}, {}
+        curves: dict[str | int, list[float]] = {"full": full(problem, 1 / smoothness)}
+        ranks: dict[str | int, int] = {}
+        chosen: dict[str | int, tuple] = {}
         for name, settings in tried.items():
             runs = []
             for rate, caution in settings:
-                interval = 0 if name == "LoRA" else name
+                interval = name if isinstance(name, int) else 0  # LoRA has none
                 runs.append(descend(problem, a, rate, smoothness * caution * rate, interval))
                 done()
             curves[name], ranks[name], chosen[name] = best(runs, settings)
@@ -146,7 +151,7 @@ def descend(problem: Problem, a: Tensor, rate: float, kappa: float, interval: in
 def scale(w: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor, kappa: float) -> tuple[Tensor, Tensor]:
     """Returns α and β as (starts, 1, 8), and merges into w the part of b a that they remove."""
     scales = functional.scalora_scaling(list(a), list(b), list(da), list(db), scaling=1.0, kappa=kappa)[:2]
-    alpha, beta = (torch.stack(scale).clamp(min=FLOOR) for scale in scales)
+    alpha, beta = (torch.stack(list(scale)).clamp(min=FLOOR) for scale in scales)
     for i in range(len(w)):
         functional.add_low_rank_(w[i], a[i], b[i], 1 - alpha[i] * beta[i])
     return alpha[:, None], beta[:, None]
@@ -164,14 +169,13 @@ def best(runs: list[Descent], settings: list[tuple]) -> tuple[list[float], int, 
 
 def _rows(problem: Problem, curves: dict, ranks: dict) -> list[Row]:
     rows = [
-        compared("gap of W = 0", EXPECTED["start"], curves["full"][0]),
-        compared("gap of the best W of rank 8", EXPECTED["floor"], problem.floor()),
+        compared("gap of W = 0", EXPECTED_START, curves["full"][0]),
+        compared("gap of the best W of rank 8", EXPECTED_FLOOR, problem.floor()),
     ]
-    for name, expected in (("full", EXPECTED["full"]), ("LoRA", (EXPECTED["LoRA"],)), (1, EXPECTED[1])):
+    for name, expected in EXPECTED.items():
         for mark, value in zip(MARKS[-len(expected) :], expected, strict=True):
             rows.append(compared(f"{_title(name)}, gap after {mark} steps", value, curves[name][mark]))
-    rows += [compared(f"{_title(i)}, gap after {STEPS} steps", EXPECTED[i], curves[i][STEPS]) for i in INTERVALS[1:]]
-    return [*rows, compared("ScaLoRA I = 1, rank of W", EXPECTED["rank"], ranks[1])]
+    return [*rows, compared("ScaLoRA I = 1, rank of W", EXPECTED_RANK, ranks[1])]
 
 
 def _notes(smoothness: float, starts: int, rates: int, chosen: dict) -> list[str]:
@@ -195,7 +199,7 @@ def _plot(problem: Problem, curves: dict):
     def paint(axes):
         for name, curve in curves.items():
             (line,) = axes.plot(curve, label=f"{_title(name)}: {number(curve[-1])}")
-            expected = EXPECTED[name] if isinstance(EXPECTED[name], tuple) else (EXPECTED[name],)
+            expected = EXPECTED[name]
             axes.plot(MARKS[-len(expected) :], expected, "o", color=line.get_color(), markerfacecolor="white")
         axes.axhline(problem.floor(), color="grey", linestyle=":", linewidth=1)
         axes.plot([], [], "o", color="grey", markerfacecolor="white", label="expected")
@@ -207,7 +211,9 @@ def _plot(problem: Problem, curves: dict):
 
 
 def _title(name: str | int) -> str:
-    return {"full": "full fine-tuning", "LoRA": "LoRA"}.get(name, f"ScaLoRA I = {name}")
+    if isinstance(name, int):
+        return f"ScaLoRA I = {name}"
+    return {"full": "full fine-tuning", "LoRA": "LoRA"}[name]
 
 
 def _rates(name: str | int, count: int) -> list[float]:
