@@ -54,8 +54,7 @@ bench: env
 	$(BIN)/python bench/counts.py
 	$(BIN)/python bench/host.py
 	$(BIN)/python bench/host_step.py
-	$(BIN)/python bench/train_step.py
-	$(BIN)/python bench/nb_train_step.py
+	$(BIN)/python bench/train_step.py --compare fused nb-lora
 	$(BIN)/python bench/run.py
 
 launches: env

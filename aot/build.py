@@ -103,7 +103,7 @@ def _row(case: Case, arch: int, launch: compiler.Launch) -> dict:
     name = launch.kernel.__name__
     words = [f"{k}={v if isinstance(v, str) else int(bool(v))}" for k, v in case.variant.items() if k not in IMPLIED]
     row = {"key": " ".join([name, case.op, case.dtype, f"r{case.r}", *words]), "name": name, "arch": arch}
-    kernel, used = compiler.compile_roomy(launch, arch, LENGTHS)
+    kernel, used = compiler.compile_as_launched(launch, arch, LENGTHS)
     if used.spills or used.stack or used.shared > device.CARDS[arch].shared_memory:
         raise SystemExit(f"{row['key']}, sm_{arch}: {used.spills} spills, stack {used.stack}, shared {used.shared}")
     if kernel.metadata.global_scratch_size or kernel.metadata.profile_scratch_size:

@@ -1,18 +1,19 @@
-"""Figures of one layer that need no GPU: traffic, launches, bytes saved for backward, errors of float32 adapters'
-gradients. (Host time: host.py.)
+"""Counts figures of one layer that need no GPU: traffic, launches, bytes saved for backward, and the errors of float32
+adapters' gradients. (host.py measures host time.)
 
-    python bench/counts.py                      # all of them, about five minutes
+    python bench/counts.py                      # all of them, in about five minutes
     python bench/counts.py --only saved
 
-Traffic and launches are counted by Triton's interpreter at 4096×4096 and 8,192 tokens, so they are exact; the GEMM
-itself is left out of the traffic (it re-reads its operands from L2 by design). Goals: docs/measured.md.
+Triton's interpreter counts traffic and launches at 4096×4096 and 8,192 tokens, so they are exact. The traffic excludes
+the GEMM itself, which re-reads its operands from L2 by design. The
+goals are in docs/measured.md.
 """
 
 import argparse
 import os
 import sys
 
-os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: traffic is counted in its interpreter
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, for its interpreter to count
 
 import torch
 from rich.console import Console
@@ -23,7 +24,7 @@ import lora_fast as lf
 from lora_fast.kernels import linear, tiles
 from lora_fast.kernels.inspection import interpreter
 from suite.cases import Case
-from suite.comparison import Setting, relative_error, saved_bytes
+from suite.comparison import Setting, once, relative_error, saved_bytes, size
 from suite.ops.providers import layer as providers_of
 
 SECTIONS = ("traffic", "launches", "saved", "gradients")
@@ -32,7 +33,7 @@ PEFTS = ("PEFT", "PEFT, bfloat16 adapters", "PEFT, autocast")
 
 
 def traffic(console: Console) -> None:
-    """Bytes that each thin pass asks for over each operand once."""
+    """Prints the bytes that each thin pass requests, over each operand once."""
     table = Table(title=f"Traffic over minimum, {D}×{D}, {N_TOKENS} tokens, 16-bit activations (goal ≤ 1.3 at r = 16)")
     for column in ("r", "adapters", "S = x aᵀ", "dS, db", "da", "all three"):
         table.add_column(column, justify="right")
@@ -44,31 +45,33 @@ def traffic(console: Console) -> None:
             (lambda x=x, thin=thin, b=b: linear.grad_s_b(x, thin, b, 1.0), (x, thin, b, thin, b)),
             (lambda x=x, thin=thin, a=a: linear.grad_a(x, thin, a), (x, thin, a)),
         )
-        asked, least = [], []
+        requested, least = [], []
         for run, operands in passes:
             console.print(f"counting r = {r}, adapters {adapter} …")
             with tiles.assume(arch=90), interpreter.traffic() as counted:
                 run()
-            asked.append(counted.total)
-            least.append(sum(t.numel() * t.element_size() for t in operands))
-        ratios = [one / other for one, other in zip([*asked, sum(asked)], [*least, sum(least)], strict=True)]
+            requested.append(counted.total)
+            least.append(size(*operands))
+        totals = zip([*requested, sum(requested)], [*least, sum(least)], strict=True)
+        ratios = [traffic_bytes / least_bytes for traffic_bytes, least_bytes in totals]
         table.add_row(str(r), str(adapter).removeprefix("torch."), *(f"{ratio:.3f}" for ratio in ratios))
     console.print(table)
 
 
 class Products(TorchDispatchMode):
-    """Counts torch's own matrix products: on a GPU each is a launch of cuBLAS's."""
+    """Counts torch's own matrix products, each of which is a launch of cuBLAS on a GPU."""
 
     count = 0
 
-    def __torch_dispatch__(self, operator, types, given=(), named=None):
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         self.count += operator.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
-        return operator(*given, **(named or {}))
+        return operator(*args, **(kwargs or {}))
 
 
 def launches(console: Console) -> None:
-    """Kernel launches of one layer, cuBLAS's own counted with them."""
-    table = Table(title="Launches of one layer, of them cuBLAS's (goal of the default ≤ 2 forward, ≤ 5 backward)")
+    """Prints the kernel launches of one layer, those of cuBLAS included."""
+    title = "Launches of one layer, and how many of them are cuBLAS's (goal of the default ≤ 2 forward, ≤ 5 backward)"
+    table = Table(title=title)
     for column in ("thin products", "GEMM", "dropout", "forward", "backward"):
         table.add_column(column, justify="right")
     for thin, strategy in (("pass", "fused"), ("pass", "cublas"), ("cublas", "cublas")):
@@ -84,13 +87,13 @@ def launches(console: Console) -> None:
                 with interpreter.traffic() as counted, Products() as products:
                     torch.autograd.grad(y, (x, module.lora_A, module.lora_B), dy)
                 counts.append((len(counted.launches) + products.count, products.count))
-            shown = (f"{count}, {of_cublas}" for count, of_cublas in counts)
-            table.add_row(thin, strategy, f"{dropout_p:g}", *shown)
+            cells = (f"{total}, {cublas}" for total, cublas in counts)
+            table.add_row(thin, strategy, f"{dropout_p:g}", *cells)
     console.print(table)
 
 
 def saved(console: Console) -> None:
-    """What one layer keeps for backward, its own parameters left out."""
+    """Prints the bytes that one layer keeps for backward, its parameters excluded."""
     table = Table(title="MiB saved for backward: 1024×1024, 4,096 tokens, r = 16, bfloat16 base (x + float32 S = 8.25)")
     for column in ("", "dropout 0", "dropout 0.1"):
         table.add_column(column, justify="right")
@@ -101,16 +104,16 @@ def saved(console: Console) -> None:
             _, providers = providers_of(case, Setting(torch.device("cpu"), triton))
             for name in names:
                 with console.status(name):
-                    size = saved_bytes(providers[name]()) / 2**20
-                shown = f"ours, {backend} backend" if name == "ours" else name
-                sizes.setdefault(shown, []).append(f"{size:.3f}")
-    for name, both in sizes.items():
-        table.add_row(name, *both)
+                    mebibytes = saved_bytes(providers[name]()) / 2**20
+                label = f"ours, {backend} backend" if name == "ours" else name
+                sizes.setdefault(label, []).append(f"{mebibytes:.3f}")
+    for label, cells in sizes.items():
+        table.add_row(label, *cells)
     console.print(table)
 
 
 def gradients(console: Console) -> None:
-    """Errors of da and db against float64, of float32 adapters."""
+    """Prints the errors of da and db against float64, for float32 adapters."""
     table = Table(title="Relative L2 error, 512→384, 256 tokens, r = 16, bfloat16 base, float32 adapters (goal ≤ 1e-5)")
     for column in ("", "da", "db"):
         table.add_column(column, justify="right")
@@ -120,19 +123,15 @@ def gradients(console: Console) -> None:
         exact = operands.exact()
         for name in names:
             provider = providers[name]()
-            provider.prepare()
-            with provider.context():
-                y = provider.forward()
-                provider.backward(y)
-            made = provider.results(y)
-            shown = f"ours, {backend} backend" if name == "ours" else name
-            table.add_row(shown, *(f"{relative_error(made[of], exact[of]):.1e}" for of in ("da", "db")))
+            results = provider.results(once(provider))
+            label = f"ours, {backend} backend" if name == "ours" else name
+            table.add_row(label, *(f"{relative_error(results[key], exact[key]):.1e}" for key in ("da", "db")))
     console.print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections to run")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="the sections to run")
     wanted = parser.parse_args().only
     console = Console()
     console.print(f"torch {torch.__version__}, Python {sys.version.split()[0]}")

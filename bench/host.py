@@ -1,18 +1,15 @@
-"""Host time of one layer's Triton path beside PEFT's eager layer, on a machine without a GPU (about two minutes).
+"""Measures the host time of one layer on the Triton path and of PEFT's eager layer, without a GPU, in two minutes.
 
     python bench/host.py
 
-Ours runs as on a GPU, through launch plans and Triton's C launcher, into the stub driver of the tests, which answers as
-an H100's would and computes nothing: 4096×4096, 4,096 tokens, r = 16, bfloat16. PEFT's layer and the frozen linear run
-torch's CPU operators on two tokens of a 16×16 layer, where they compute next to nothing. What neither counts is the
-time of CUDA's own driver. One thread, its CPU time; rounds in turns; of the means of rounds the lower quartile.
+Ours runs as on a GPU, through launch plans and Triton's C launcher, on the stub driver of the tests, which reports an
+H100 and computes nothing: 4096×4096, 4,096 tokens, r = 16, bfloat16. PEFT's layer and the frozen linear run torch's CPU
+operators on two tokens of a 16×16 layer, where they compute next to nothing. Neither includes the time of CUDA's own
+driver. The figures are CPU times of one thread in interleaved rounds: the lower quartile of the rounds' means.
 """
 
-import gc
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,16 +24,18 @@ from rich.table import Table
 from torch import nn
 
 import lora_fast as lf
+from lora_fast.measure.clock import host_microseconds
 
 ARCH, TOKENS, D, R, SMALL = 90, 4096, 4096, 16, 16
-# 32 MiB tensors come from memory that the process keeps, as from a GPU's caching allocator. Read when a process starts.
+# With these variables 32 MiB tensors come from memory that the process keeps, as from a GPU's caching allocator. The C
+# library reads them when a process starts.
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
-LAUNCHES = 7  # forward and backward, by the default ways
-WARM_UP, ROUNDS, CALLS = 100, 100, 20
+LAUNCHES = 7  # of forward and backward with default options
+WARM_UP, ROUNDS, CALLS = 5, 100, 20  # rounds, rounds, calls a round
 ADAPTERS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -62,14 +61,14 @@ def peft_layer(d: int, r: int, dropout: float, adapter: torch.dtype, fused: bool
     return model.train().base_model.model.q
 
 
-def own_layer(dropout: float, adapter: torch.dtype) -> nn.Module:
+def our_layer(dropout: float, adapter: torch.dtype) -> nn.Module:
     layer = lf.LoRALinear(D, D, r=R, alpha=2 * R, dropout=dropout, bias=False, dtype=torch.bfloat16)
     layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.to(adapter), layer.lora_B.data.to(adapter)
     return layer
 
 
 def calls_of(module: nn.Module, tokens: int, d: int) -> tuple[Callable, Callable]:
-    """Forward and backward; forward without gradients."""
+    """Returns a function that runs forward and backward, and one that runs forward without gradients."""
     x = torch.zeros(1, tokens, d, dtype=torch.bfloat16, requires_grad=True)
     dy = torch.zeros(1, tokens, d, dtype=torch.bfloat16)
     trained = [x, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
@@ -81,26 +80,8 @@ def calls_of(module: nn.Module, tokens: int, d: int) -> tuple[Callable, Callable
     return lambda: torch.autograd.grad(module(x), trained, dy), forward
 
 
-def in_turns(calls: dict[tuple, Callable], progress: Progress) -> dict[tuple, float]:
-    """Microseconds of each."""
-    for call in calls.values():
-        for _ in range(WARM_UP):
-            call()
-    microseconds = {name: [] for name in calls}
-    gc.disable()
-    for _ in progress.track(range(ROUNDS), description="rounds"):
-        for name, call in calls.items():
-            start = time.thread_time_ns()
-            for _ in range(CALLS):
-                call()
-            microseconds[name].append((time.thread_time_ns() - start) / CALLS / 1e3)
-        gc.collect(0)
-    gc.enable()
-    return {name: statistics.quantiles(values, n=4)[0] for name, values in microseconds.items()}
-
-
 def check_launches(stub: stub_driver.Stub, name: tuple, call: Callable, expected: int) -> None:
-    """That ours is on its kernels."""
+    """Raises RuntimeError unless a call of ours launches as many kernels as expected."""
     call()
     before = stub.counter("launches")
     call()
@@ -110,13 +91,13 @@ def check_launches(stub: stub_driver.Stub, name: tuple, call: Callable, expected
 
 
 def measured(stub: stub_driver.Stub, progress: Progress) -> dict[tuple, float]:
-    """(engine, adapters, dropout, mode) → microseconds; the frozen linear's adapters and dropout are None."""
+    """Returns (engine, adapters, dropout, mode) → µs; adapters and dropout of the frozen linear are None."""
     frozen = Model(SMALL).q.requires_grad_(False)
     modules = {("frozen", None, None): (frozen, 2, SMALL)}
     for name, dtype in ADAPTERS.items():
         for dropout in (0.0, 0.1):
             modules["PEFT", name, dropout] = peft_layer(SMALL, 8, dropout, dtype, fused=False), 2, SMALL
-            modules["LoRALinear", name, dropout] = own_layer(dropout, dtype), TOKENS, D
+            modules["LoRALinear", name, dropout] = our_layer(dropout, dtype), TOKENS, D
             modules["fused PEFT layer", name, dropout] = peft_layer(D, R, dropout, dtype, fused=True), TOKENS, D
     calls = {}
     for key, (module, tokens, d) in modules.items():
@@ -124,7 +105,13 @@ def measured(stub: stub_driver.Stub, progress: Progress) -> dict[tuple, float]:
         if d == D:
             check_launches(stub, key, both, LAUNCHES)
             check_launches(stub, key, forward, 2)
-    return in_turns(calls, progress)
+    task = progress.add_task("rounds", total=WARM_UP + ROUNDS)
+
+    def count_round(turn: int) -> None:
+        progress.update(task, completed=turn)
+
+    steps = {key: (count_round, call) for key, call in calls.items()}
+    return host_microseconds(steps, ROUNDS, WARM_UP, CALLS)
 
 
 def main() -> None:
@@ -135,21 +122,21 @@ def main() -> None:
     stub = stub_driver.install(ARCH)
     console = Console(width=110)
     with Progress(console=console, transient=True) as progress:
-        seconds = measured(stub, progress)
-    frozen = seconds["frozen", None, None, "both"]
+        times = measured(stub, progress)
+    frozen = times["frozen", None, None, "both"]
     versions = f"torch {torch.__version__}, Triton {triton.__version__}, Python {sys.version.split()[0]}"
-    console.print(f"{versions}, the launches of an {stub.card.name}")
+    console.print(f"{versions}, launches for an {stub.card.name}")
     table = Table(title=f"µs on the host, forward + backward (frozen linear: {frozen:.0f})")
     shares = "over PEFT", "added, over PEFT's", "forward alone, over PEFT"
     for column in ("adapters", "dropout", "", "PEFT", "ours", *shares):
         table.add_column(column, justify="left" if not column else "right")
     for name in ADAPTERS:
         for dropout in (0.0, 0.1):
-            peft = seconds["PEFT", name, dropout, "both"]
+            peft = times["PEFT", name, dropout, "both"]
             for engine in ("LoRALinear", "fused PEFT layer"):
-                ours = seconds[engine, name, dropout, "both"]
+                ours = times[engine, name, dropout, "both"]
                 added = (ours - frozen) / (peft - frozen)
-                forward = seconds[engine, name, dropout, "forward"] / seconds["PEFT", name, dropout, "forward"]
+                forward = times[engine, name, dropout, "forward"] / times["PEFT", name, dropout, "forward"]
                 shares = f"{ours / peft:.2f}", f"{added:.2f}", f"{forward:.2f}"
                 table.add_row(name, f"{dropout:g}", engine, f"{peft:.0f}", f"{ours:.0f}", *shares)
     console.print(table)

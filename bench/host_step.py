@@ -1,21 +1,18 @@
-"""Host time of the optimizer's step on the Triton path beside torch's fused AdamW, on a machine without a GPU (about a
-minute).
+"""Measures the host time of the optimizer's step on the Triton path and of torch's fused AdamW, without a GPU, in about
+a minute.
 
     python bench/host_step.py
 
-224 adapter pairs in the shapes of Llama-3-8B, r = 16. Ours runs as on a GPU: through launch plans and Triton's C
-launcher into the stub driver of the tests, which answers as an H100's would and computes nothing. Of torch's fused
-AdamW the kernel call is left out, so what is compared is the host's part of both. As in training, gradients move from
-step to step (``zero_grad`` sets them to None) and a schedule sets the rate; what moves is said. What neither counts is
-the time of CUDA's own driver, for ours the copy of the gradients' addresses among it. One thread, its CPU time; steps
-in turns; of their times the lower quartile.
+The 224 adapter pairs have the shapes of Llama-3-8B, r = 16. Ours runs as on a GPU, through launch plans and Triton's C
+launcher, on the stub driver of the tests, which reports an H100 and computes nothing. The kernel call of torch's fused
+AdamW is replaced by nothing, so that the host's parts are compared. In training, gradients move from step to step
+(``zero_grad`` sets them to None) and a schedule sets the rate; each row states what moves. Neither includes the time of
+CUDA's own driver, which for ours contains the copy of the gradients' addresses. The figures are CPU times of one thread
+in interleaved steps: the lower quartile.
 """
 
-import gc
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,22 +28,24 @@ from torch import nn
 
 import lora_fast as lf
 from lora_fast import methods as M
+from lora_fast.measure.clock import host_microseconds
 
 ARCH, R, LAYERS = 90, 16, 32
 HIDDEN, KEYS, INNER = 4096, 1024, 14336
 LAYER = [(HIDDEN, HIDDEN), (HIDDEN, KEYS), (HIDDEN, KEYS), (HIDDEN, HIDDEN)]  # d_in, d_out
 LAYER += [(HIDDEN, INNER), (HIDDEN, INNER), (INNER, HIDDEN)]
-METHODS = {  # methods, launches, goal
+METHODS = {  # name → methods, launches, goal
     "AdamW": ((), 1, 0.5),
     "ILoRA": ((M.ILoRA(),), 3, 0.8),
     "PiLoRA": ((M.PiLoRA(),), 5, 1.0),
 }
+# what moves → (gradients, rate)
 MOVES = {"nothing": (False, False), "gradients": (True, False), "rate": (False, True), "both": (True, True)}
 LR, WARM_UP, ROUNDS = 1e-4, 5, 100
 
 
 class Pool:
-    """Gradients at other places in every step."""
+    """Memory from which the gradients of some pairs get other addresses in every step."""
 
     PLACES = 64
 
@@ -62,15 +61,15 @@ class Pool:
 
 
 def pairs() -> list[tuple]:
-    """Their memory is never touched."""
-    make = lambda *shape: nn.Parameter(torch.empty(shape))
-    return [(make(R, d_in), make(d_out, R), 2.0) for d_in, d_out in LAYER * LAYERS]
+    """Returns tuples (a, b, scaling) of all pairs. Their memory is never touched, so it costs nothing."""
+    shapes = LAYER * LAYERS
+    return [(nn.Parameter(torch.empty(R, d_in)), nn.Parameter(torch.empty(d_out, R)), 2.0) for d_in, d_out in shapes]
 
 
 def ours(
     stub: stub_driver.Stub, methods: tuple, launches: int, gradients: bool, rate: bool
 ) -> tuple[Callable, Callable]:
-    """Returns a function that prepares the step of a number, and the step."""
+    """Returns a function that prepares the step of a round, and the step itself."""
     trained = pairs()
     pool, optimizer = Pool(trained), lf.optim.LoRAAdamW(trained, lr=LR, methods=list(methods))
 
@@ -90,7 +89,8 @@ def ours(
     return prepare, optimizer.step
 
 
-def torchs() -> tuple[Callable, Callable]:
+def torch_step() -> tuple[Callable, Callable]:
+    """Returns the same for torch's fused AdamW, whose kernel call it replaces by nothing."""
     pool = Pool(pairs())
     optimizer = torch.optim.AdamW(pool.parameters, lr=LR, fused=True)
     pool.hand_out(0)
@@ -99,37 +99,21 @@ def torchs() -> tuple[Callable, Callable]:
     return lambda turn: None, optimizer.step
 
 
-def in_turns(steps: dict[tuple, tuple[Callable, Callable]], progress: Progress) -> dict[tuple, float]:
-    """Microseconds of each."""
-    microseconds = {name: [] for name in steps}
-    gc.disable()
-    for turn in progress.track(range(WARM_UP + ROUNDS), description="steps"):
-        for name, (prepare, step) in steps.items():
-            prepare(turn)
-            start = time.thread_time_ns()
-            step()
-            took = time.thread_time_ns() - start
-            if turn >= WARM_UP:
-                microseconds[name].append(took / 1e3)
-        gc.collect(0)
-    gc.enable()
-    return {name: statistics.quantiles(values, n=4)[0] for name, values in microseconds.items()}
-
-
 def main() -> None:
     torch.set_num_threads(1)
     stub = stub_driver.install(ARCH)
     console = Console(width=110)
     with Progress(console=console, transient=True) as progress:
-        steps = {("torch", ""): torchs()}
+        steps = {("torch", ""): torch_step()}
         cases = [(name, moves) for name in METHODS for moves in MOVES]
         for name, moves in progress.track(cases, description="first steps"):
             steps[name, moves] = ours(stub, *METHODS[name][:2], *MOVES[moves])
-        times = in_turns(steps, progress)
+        progress.add_task("steps in turns", total=None)
+        times = host_microseconds(steps, ROUNDS, WARM_UP)
     base = times["torch", ""]
     versions = f"torch {torch.__version__}, Triton {triton.__version__}, Python {sys.version.split()[0]}"
-    console.print(f"{versions}, the launches of an {stub.card.name}; torch's fused AdamW: {base:.0f} µs")
-    table = Table(title="host time over that of torch's fused AdamW")
+    console.print(f"{versions}, launches for an {stub.card.name}; torch's fused AdamW: {base:.0f} µs")
+    table = Table(title="host time over the host time of torch's fused AdamW")
     table.add_column("what moves")
     for name, (_, launches, goal) in METHODS.items():
         table.add_column(f"{name} (≤ {goal:g}), {launches} launches", justify="right")

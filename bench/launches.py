@@ -1,10 +1,11 @@
-"""Every launch of a layer on the limits of four cards, without a GPU, by the tests' stub driver.
+"""Checks every launch of a layer against the limits of four cards, without a GPU, on the tests' stub driver.
 
-    python bench/launches.py            # five minutes on two cores, half an hour where Triton has cached nothing yet
+    python bench/launches.py            # five minutes on two cores, half an hour if Triton has cached nothing yet
 
-Ranks 1 … 256, adapters of 16 and 32 bits and under autocast, dropout, bias, 1 … 8,192 tokens, every strategy of the
-GEMM: all combinations, forward and backward, by Triton's real launch path. Writes launches.json beside it: how many,
-what failed and why, what spills. ``make test`` runs a sample of them. The exit code is 1 where a launch failed.
+It runs all combinations of ranks 1 … 256, adapters of 16 and 32 bits and under autocast, dropout, bias, 1 … 8,192
+tokens and strategies of the GEMM, forward and backward, on Triton's real launch path. It writes launches.json beside
+this file: the number of launches, the failures with their reasons, and the kernels that spill. ``make test`` runs a
+sample. The exit status is 1 if a launch failed.
 """
 
 import datetime
@@ -29,6 +30,7 @@ RESULT = HERE / "launches.json"
 
 
 def run(arch: int, rank: int) -> dict:
+    """Runs all cases of one card and rank in a process of its own and returns their counts."""
     words = [sys.executable, "-W", "ignore", stub_runs.__file__, "matrix", "--arch", str(arch), "--rank", str(rank)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(words, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -38,7 +40,7 @@ def run(arch: int, rank: int) -> dict:
 
 
 def added(results: list[dict]) -> dict:
-    """Of one card, its ranks together. Kernels are counted rank by rank: another rank is another kernel."""
+    """Adds up the ranks of one card. Kernels of different ranks are different kernels."""
     counts = {name: sum(result[name] for result in results) for name in ("cases", "launches", "kernels")}
     failures = [failure for result in results for failure in result["failures"]]
     spilling = {name: stack for result in results for name, stack in result["spilling"].items()}
@@ -47,16 +49,17 @@ def added(results: list[dict]) -> dict:
 
 def main() -> None:
     console = Console()
-    ranks, found = stub_runs.DIMENSIONS["r"], {}
+    ranks = stub_runs.DIMENSIONS["r"]
+    results: dict[int, dict[int, dict]] = {}  # arch → rank → counts
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
         task = progress.add_task("ranks × cards", total=len(ranks) * len(stub_runs.ARCHS))
         jobs = {pool.submit(run, arch, rank): (arch, rank) for rank in ranks for arch in stub_runs.ARCHS}
         for job in as_completed(jobs):
             arch, rank = jobs[job]
-            found.setdefault(arch, {})[rank] = job.result()
+            results.setdefault(arch, {})[rank] = job.result()
             progress.update(task, advance=1, description=f"sm_{arch}, rank {rank}")
-    cards = {f"sm_{arch}": added([found[arch][rank] for rank in ranks]) for arch in stub_runs.ARCHS}
+    cards = {f"sm_{arch}": added([results[arch][rank] for rank in ranks]) for arch in stub_runs.ARCHS}
     versions = {"torch": torch.__version__, "triton": triton.__version__, "date": f"{datetime.date.today()}"}
     RESULT.write_text(json.dumps(versions | cards, indent=1) + "\n", encoding="utf-8")
     table = Table(title="Launches of a layer on the stub driver")

@@ -1,6 +1,6 @@
-"""The microbenchmark suite: every op by every provider, side by side. Tests first: no numbers on a red test.
+"""Runs the microbenchmark suite: every op by every provider. An op is measured only if its tests pass.
 
-    python bench/run.py                          # everything; about two minutes on two quiet CPU cores
+    python bench/run.py                          # everything, in about two minutes on two quiet CPU cores
     python bench/run.py --quick                  # one case an op, within a minute
     python bench/run.py layer step               # some ops
     python bench/run.py --compare runs/bench-1/bench.json      # marks what changed beyond noise
@@ -36,39 +36,41 @@ COUNTING_SECONDS = {"cpu": 60, "cpu-quick": 15, "tiny": 5}
 
 
 def pytest(*arguments: str) -> int:
+    """Runs pytest in bench/ and returns its exit status."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=HERE).returncode  # not in the root, whose kernels/ would be importable
+    return subprocess.run(command, cwd=HERE).returncode  # in the root, kernels/ would be importable under that name
 
 
 def green(ops: tuple[str, ...]) -> bool:
-    """Whether the tests of these ops pass."""
+    """Runs the tests of these ops and returns whether they pass."""
     nodes = dict.fromkeys(str(ROOT / node) for op in ops for node in TESTS[op])
     return pytest("-q", "--no-header", "-W", "ignore", *nodes) == 0
 
 
 def measured(ops: tuple[str, ...], scale: str, console: Console) -> tuple[list[dict], list[dict]]:
-    """Rows and ceilings."""
+    """Runs the cases of these ops and returns their rows and the ceilings of the device."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "benchmark.json"
         options = ["--scale", scale, "--ops", ",".join(ops), "--benchmark-json", str(path), "--benchmark-quiet"]
         if pytest("-vv", "--no-header", "-W", "ignore", str(HERE / "test_ops.py"), *options):
-            raise SystemExit("bench: a case failed, see above; nothing written")
-        found = [benchmark["extra_info"] for benchmark in json.loads(path.read_text())["benchmarks"]]
-    rows = [row for one in found for row in one["rows"]]
+            raise SystemExit("bench: a case failed, see above; no file was written")
+        benchmarks = [benchmark["extra_info"] for benchmark in json.loads(path.read_text())["benchmarks"]]
+    rows = [row for benchmark in benchmarks for row in benchmark["rows"]]
     if not here().triton:
         console.print("counting traffic and launches of the kernels in Triton's interpreter …")
         counts = in_own_process(list(dict.fromkeys(from_dict(row["case"]) for row in rows)), COUNTING_SECONDS[scale])
         for row in shown(rows):
             if row["provider"] == "ours":
                 row.update(counts[from_dict(row["case"])])
-    return rows, list({one["ceilings"]["dtype"]: one["ceilings"] for one in found}.values())
+    ceilings = [benchmark["ceilings"] for benchmark in benchmarks]
+    return rows, list({ceiling["dtype"]: ceiling for ceiling in ceilings}.values())
 
 
 def table(rows: list[dict]) -> Table:
-    """Ours, a line a case."""
-    found = Table(box=None, pad_edge=False)
+    """Returns a table of ours, with a line for each case."""
+    lines = Table(box=None, pad_edge=False)
     for heading in ("op", "case", "ours µs (p20–p80)", "× first provider", "roofline", "saved MiB", "error"):
-        found.add_column(heading, justify="left" if heading in ("op", "case") else "right")
+        lines.add_column(heading, justify="left" if heading in ("op", "case") else "right")
     firsts: dict = {}
     for row in shown(rows):
         case = from_dict(row["case"])
@@ -78,8 +80,8 @@ def table(rows: list[dict]) -> Table:
             error = "" if row["error"] is None else f"{row['error']:.1e}"
             time = "{} ({}–{})".format(*(microseconds(row[name]) for name in ("p50", "p20", "p80")))
             share = f"{row['roofline']:.2f}"
-            found.add_row(case.op, case.name, time, f"{row['ratio'][1]:.2f} {firsts[case]}", share, saved, error)
-    return found
+            lines.add_row(case.op, case.name, time, f"{row['ratio'][1]:.2f} {firsts[case]}", share, saved, error)
+    return lines
 
 
 def changed(changes: list[Change], console: Console) -> None:
@@ -92,11 +94,15 @@ def changed(changes: list[Change], console: Console) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; all if none is given")
-    parser.add_argument("--quick", action="store_true", help="one case an op, within a minute on a CPU: rough figures")
-    parser.add_argument("--scale", choices=SCALES, help="how much is measured, instead of what fits the device")
-    parser.add_argument("--compare", type=Path, metavar="JSON", help="an earlier bench.json: mark what changed")
-    parser.add_argument("--output", type=Path, help="a new folder; if not given, the next runs/bench-N")
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"ops to measure, all by default: {', '.join(OPS)}")
+    parser.add_argument(
+        "--quick", action="store_true", help="measure one case an op, within a minute on a CPU; the figures are rough"
+    )
+    parser.add_argument("--scale", choices=SCALES, help="extent of the run; by default it follows from the device")
+    parser.add_argument(
+        "--compare", type=Path, metavar="JSON", help="an earlier bench.json; rows that changed beyond noise are marked"
+    )
+    parser.add_argument("--output", type=Path, help="a new folder for the results; by default the next runs/bench-N")
     options = parser.parse_args()
     if unknown := set(options.ops) - set(OPS):
         parser.error(f"OP: expected some of {', '.join(OPS)}, got {', '.join(sorted(unknown))}")
@@ -107,9 +113,9 @@ def main() -> None:
     if folder.exists() and any(folder.iterdir()):
         parser.error(f"--output: expected a new or empty folder, got {folder}")
     load = f"{os.getloadavg()[0]:.1f}"
-    console.print(f"tests of {', '.join(ops)}:")
+    console.print(f"running the tests of {', '.join(ops)}:")
     if not green(ops):
-        sys.exit("bench: a test is red, so there are no numbers")
+        sys.exit("bench: a test failed, so nothing is measured")
     rows, ceilings = measured(ops, scale, console)
     run = {
         "environment": environment(),

@@ -1,94 +1,139 @@
-"""One training step of SmolLM2-135M on the King James text: PEFT against the same PEFT model fused.
+"""Times training steps of SmolLM2-135M on the King James text, two models in turns.
 
-    python bench/train_step.py                 # dropout 0 and 0.05
+    python bench/train_step.py                      # PEFT over the same PEFT model fused, dropout 0 and 0.05
     python bench/train_step.py --pairs 20 --rank 8
+    python bench/train_step.py --compare nb-lora    # NB-LoRA over plain LoRA, about two minutes on a CPU
 
-Both engines share every parameter: the model is fused and unfused in place between steps, in alternating order (AB, BA,
-AB, …), so that a machine whose speed drifts treats them alike. A step is forward, backward and AdamW, batch 2 × 256
-tokens, float32 on a CPU and bfloat16 on a GPU.
+A step is forward, backward and AdamW on 2 × 256 tokens, in float32 on a CPU and in bfloat16 on a GPU. The models of a
+comparison share the frozen weights and alternate (AB, BA, AB, …), so that drift of the machine affects both alike; the
+figure is the median of the ratios. NB-LoRA's paper reports 1.07 to 1.25 over LoRA.
 """
 
 import argparse
+import copy
 import json
 import platform
 import statistics
-import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor, nn
 
 import lora_fast as lf
 from lora_fast.cli.inputs import data, models
+from lora_fast.measure.clock import Spread, turns, wall_seconds
 
-GOALS = {0.0: 1.08, 0.05: 1.05}  # PEFT's time over ours on 2 CPU cores
+FUSED_GOALS = {0.0: 1.08, 0.05: 1.05}  # dropout → PEFT's time over ours, at least, on 2 CPU cores
+NB_LORA_GOALS = {"cpu": 1.05, "cuda": 1.02}  # NB-LoRA's time over LoRA's, at most
 
 
-def build(rank: int, dropout: float, device: torch.device) -> torch.nn.Module:
+@dataclass(frozen=True)
+class Side:
+    """A model of a comparison. ``activate`` is called before each of its steps and is not timed."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    activate: Callable[[], object] = lambda: None
+
+
+def base_model(device: torch.device) -> nn.Module:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return models.load_model(models.cached(models.PACKAGED, ""), dtype).to(device).train()
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def fused_sides(rank: int, dropout: float, device: torch.device) -> dict[str, Side]:
+    """Returns PEFT's model as both sides: it is unfused and fused in place, so the sides share every parameter."""
     import peft
 
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = models.load_model(models.cached(models.PACKAGED, ""), dtype)
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear")
-    return peft.get_peft_model(model, config).to(device).train()
+    model = peft.get_peft_model(base_model(device), config).train()
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-4)
+    return {
+        "PEFT": Side(model, optimizer, lambda: lf.unfuse_(model, allow_empty=True)),
+        "fused": Side(model, optimizer, lambda: lf.fuse_(model, allow_empty=True)),
+    }
 
 
-def batches(seq_len: int, batch: int, device: torch.device):
-    """Endless (batch, seq_len) blocks of the text."""
+def nb_lora_sides(rank: int, device: torch.device) -> dict[str, Side]:
+    """Returns NB-LoRA and plain LoRA over the same frozen weights."""
+    plain = base_model(device)
+    bounded = copy.deepcopy(plain, {id(p): p for p in plain.parameters()})
+    lf.inject_(plain, lf.LoRAConfig(r=rank, alpha=rank))
+    lf.inject_(bounded, lf.NBLoRAConfig(r=rank))
+    adamw = lambda model: torch.optim.AdamW(trained(model), lr=1e-4, fused=True)
+    return {"NB-LoRA": Side(bounded, adamw(bounded)), "LoRA": Side(plain, adamw(plain))}
+
+
+def blocks(seq_len: int, device: torch.device) -> Tensor:
+    """Returns the text as (n, seq_len) token ids."""
     tokenizer = models.load_tokenizer(models.cached(models.PACKAGED, ""))
     path = data.locate(data.PACKAGED)
-    ids = data.blocks(data.documents(path, data.read(path), tokenizer), tokenizer, seq_len).train.ids.to(device)
+    return data.blocks(data.documents(path, data.read(path), tokenizer), tokenizer, seq_len).train.ids.to(device)
+
+
+def batches(ids: Tensor, batch: int) -> Iterator[Tensor]:
+    """Yields (batch, seq_len) parts of the text without end."""
     while True:
         for first in range(0, len(ids) - batch, batch):
             yield ids[first : first + batch]
 
 
-def step_seconds(model, optimizer, ids) -> float:
-    """Wall time of one training step."""
-    synchronize = torch.cuda.synchronize if ids.is_cuda else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    synchronize()
-    return time.perf_counter() - start
+def step_seconds(side: Side, ids: Tensor) -> float:
+    """Returns the wall time of one training step."""
+
+    def step():
+        side.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        side.optimizer.step()
+        side.optimizer.zero_grad()
+
+    return wall_seconds(step, ids.device)
 
 
-def measure(rank: int, dropout: float, pairs: int, seq_len: int, batch: int, device: torch.device) -> dict:
-    """Seconds a step of each engine, and PEFT over ours pair by pair."""
-    model = build(rank, dropout, device)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
-    feed = batches(seq_len, batch, device)
-    seconds = {"peft": [], "fused": []}
-    for pair in track(range(pairs + 1), description=f"dropout {dropout:g}"):
-        ids = next(feed)
-        for engine in ("peft", "fused") if pair % 2 else ("fused", "peft"):
-            switch = lf.fuse_ if engine == "fused" else lf.unfuse_
-            switch(model, allow_empty=True)
-            taken = step_seconds(model, optimizer, ids)
-            if pair:  # the first pair warms up
-                seconds[engine].append(taken)
-    ratios = [peft / fused for peft, fused in zip(seconds["peft"], seconds["fused"], strict=True)]
-    return {"dropout": dropout, "seconds": seconds, "ratios": ratios}
+def compare(sides: dict[str, Side], feed: Iterator[Tensor], pairs: int, description: str) -> dict:
+    """Returns the seconds a step of both sides, and the first over the second pair by pair."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    schedule = turns(list(sides), pairs, warm_up=1)
+    current = None
+    for turn, name in track(schedule, description=description, total=2 * (pairs + 1)):
+        if turn != current:  # both steps of a pair take the same tokens
+            current, ids = turn, next(feed)
+        sides[name].activate()
+        taken = step_seconds(sides[name], ids)
+        if turn >= 0:
+            seconds[name].append(taken)
+    return {"seconds": seconds, "ratios": [first / second for first, second in zip(*seconds.values(), strict=True)]}
 
 
-def spread(values: list[float]) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile."""
-    cuts = statistics.quantiles(values, n=5)
-    return statistics.median(values), cuts[0], cuts[3]
+def row(result: dict, label: str, sign: str, goal: float | None) -> list[str]:
+    """Returns the cells of a comparison: label, seconds of both sides, ratio, goal and verdict."""
+    ratio = Spread.of(result["ratios"])
+    medians = [f"{statistics.median(values):.3f}" for values in result["seconds"].values()]
+    figures = f"{ratio.median:.3f} ({ratio.p20:.3f}–{ratio.p80:.3f})"
+    if goal is None:
+        return [label, *medians, figures, "", ""]
+    met = ratio.median >= goal if sign == "≥" else ratio.median <= goal
+    return [label, *medians, figures, f"{sign} {goal}", "met" if met else "missed"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choices = ("fused", "nb-lora")
+    parser.add_argument("--compare", nargs="+", choices=choices, default=["fused"], help="comparisons to run")
     parser.add_argument("--pairs", type=int, default=12, help="counted pairs of steps (default %(default)s)")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.05])
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.05], help="of the comparison fused")
+    parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
     models.quieten()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,17 +141,20 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
     tokens = f"{options.batch}×{options.seq_len} tokens"
     table = Table(title=f"SmolLM2-135M, r={options.rank}, {tokens}, {name}, torch {torch.__version__}")
-    for column in ("dropout", "PEFT s/step", "ours s/step", "PEFT / ours (p20–p80)", "goal", "verdict"):
+    for column in ("A / B", "A s/step", "B s/step", "A / B (p20–p80)", "goal", "verdict"):
         table.add_column(column, justify="right")
-    results = []
-    for dropout in options.dropout:
-        result = measure(options.rank, dropout, options.pairs, options.seq_len, options.batch, device)
-        results.append(result)
-        ratio, low, high = spread(result["ratios"])
-        goal = GOALS.get(dropout)
-        verdict = "" if goal is None else "met" if ratio >= goal else "missed"
-        medians = [f"{statistics.median(result['seconds'][engine]):.3f}" for engine in ("peft", "fused")]
-        table.add_row(f"{dropout:g}", *medians, f"{ratio:.3f} ({low:.3f}–{high:.3f})", goal and f"≥ {goal}", verdict)
+    ids, results = blocks(options.seq_len, device), []
+    for dropout in options.dropout if "fused" in options.compare else ():
+        label = f"PEFT / fused, dropout {dropout:g}"
+        result = compare(fused_sides(options.rank, dropout, device), batches(ids, options.batch), options.pairs, label)
+        results.append({"comparison": "fused", "dropout": dropout, **result})
+        table.add_row(*row(result, label, "≥", FUSED_GOALS.get(dropout)))
+    if "nb-lora" in options.compare:
+        result = compare(
+            nb_lora_sides(options.rank, device), batches(ids, options.batch), options.pairs, "NB-LoRA / LoRA"
+        )
+        results.append({"comparison": "nb-lora", **result})
+        table.add_row(*row(result, "NB-LoRA / LoRA", "≤", NB_LORA_GOALS[device.type]))
     Console().print(table)
     if options.json:
         conditions = {"rank": options.rank, "tokens": tokens, "device": name, "torch": torch.__version__}

@@ -1,8 +1,8 @@
-"""What a launch needs to know of a device: its arch, the shared memory a block may use, its multiprocessors; and which
-device and stream are current.
+"""The limits of a device (arch, shared memory of a block, number of multiprocessors), and the current device and
+stream.
 
-A GPU is asked for its own limits. Where there is none (the interpreter, inspection, the ahead-of-time build) the limits
-of a known card of the arch stand in.
+A GPU reports its own limits. Without a GPU (interpreter, inspection, ahead-of-time build) the limits of a known card of
+the same arch are used.
 """
 
 from functools import lru_cache
@@ -14,11 +14,11 @@ from .limits import OLDEST_ARCH
 
 
 class Device(NamedTuple):
-    """``shared_memory``: bytes a block may use (CUDA's opt-in limit)."""
+    """The limits of one GPU model."""
 
     name: str
     arch: int  # compute capability as one number: 80, 90, 120
-    shared_memory: int
+    shared_memory: int  # bytes that a block may use (CUDA's opt-in limit)
     multiprocessors: int
 
 
@@ -34,42 +34,42 @@ CARDS = {
 }
 
 
-def of(device: torch.device) -> Device:
-    """The limits of a torch device.
+def get(device: torch.device) -> Device:
+    """Returns the limits of a torch device.
 
     Raises:
-        RuntimeError: a GPU older than sm_80.
+        RuntimeError: the GPU is older than sm_80.
     """
-    return _of_gpu(device.index) if device.type == "cuda" else CARDS[INTERPRETED_ARCH]
+    return _query_gpu(device.index) if device.type == "cuda" else CARDS[INTERPRETED_ARCH]
 
 
 @lru_cache
-def _of_gpu(index: int | None) -> Device:
-    found = torch.cuda.get_device_properties(index)
-    arch = 10 * found.major + found.minor
+def _query_gpu(index: int | None) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    arch = 10 * properties.major + properties.minor
     if arch < OLDEST_ARCH:
         raise RuntimeError(
             f"lora_fast: expected a GPU of sm_80 (Ampere) or later, got sm_{arch}: "
             "lf.set_backend('torch') runs plain torch on it"
         )
-    return Device(found.name, arch, found.shared_memory_per_block_optin, found.multi_processor_count)
+    return Device(properties.name, arch, properties.shared_memory_per_block_optin, properties.multi_processor_count)
 
 
-# Of a build of torch for CPUs there is neither. They are asked at every call of a layer.
+# Every call of a layer needs these two, and torch's public functions around them are slow. CPU builds have neither.
 _current_device = getattr(torch._C, "_cuda_getDevice", None)
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def is_current(tensor: torch.Tensor) -> bool:
-    """Whether launches go to the tensor's device. A CPU tensor has none other."""
+    """Returns whether launches go to the tensor's device. This is always true of a CPU tensor."""
     return not tensor.is_cuda or tensor.get_device() == _current_device()
 
 
 def index(tensor: torch.Tensor) -> int:
-    """The number of the tensor's device among its kind."""
+    """Returns the index of the tensor's device."""
     return tensor.get_device()
 
 
 def stream(tensor: torch.Tensor) -> int:
-    """The current stream of the tensor's device, as the driver knows it."""
+    """Returns the driver's handle of the current stream on the tensor's device."""
     return _current_stream(tensor.get_device())

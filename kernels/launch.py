@@ -1,5 +1,9 @@
-"""What every launcher needs: one launch with all that stays the same from call to call, checks, row-contiguous views,
-the device guard, the dropout arguments."""
+"""Helpers shared by all launchers: prepared launches and the plans that keep them, argument checks, row-contiguous
+views, the device guard and the dropout arguments.
+
+Names: a *tall* matrix has a row for each token and as many columns as the layer is wide (x, dy); a *thin* one has r
+columns (S, dS).
+"""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -15,25 +19,26 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import device, tiles
 from .limits import LARGEST_RANK
 
-MOST_REGISTERS = 255  # of a thread
-REGISTERS = 1 << 16  # of a multiprocessor
+MOST_REGISTERS = 255  # a thread can have
+REGISTERS = 1 << 16  # a multiprocessor has
 
 
 class LaunchError(RuntimeError):
-    """A kernel that cannot run on this device: names the kernel, what it needs, the limit, and what to change."""
+    """Raised if a kernel cannot run on this device. The message names the kernel, what it needs, the device's limit and
+    a remedy."""
 
 
 class Matrix(NamedTuple):
-    """How a kernel sees a tensor that it gets as a TMA descriptor: rows × columns, its strides, and the block of one
-    copy; for a Gluon kernel, the block's layout in shared memory."""
+    """The description of a matrix that a kernel takes as a TMA descriptor: shape (rows, columns), strides in elements,
+    the block that one copy moves and, for a Gluon kernel, the block's layout in shared memory."""
 
     shape: tuple[int, int]
     strides: tuple[int, int]
     block: tuple[int, int]
     layout: object | None = None
 
-    def of(self, tensor: torch.Tensor):
-        """Triton's descriptor, or Gluon's."""
+    def describe(self, tensor: torch.Tensor):
+        """Returns the descriptor of the tensor: Gluon's if there is a layout, else Triton's."""
         sizes = list(self.shape), list(self.strides), list(self.block)
         if self.layout is None:
             return TensorDescriptor(tensor, *sizes)
@@ -43,14 +48,15 @@ class Matrix(NamedTuple):
 
 
 class Launch:
-    """One launch of a kernel, with all that stays the same while the signature of a call does.
+    """A launch of a kernel with everything that is constant for one signature of a call.
 
-    A kernel's parameters come in this order: tensors, those that are TMA descriptors (``matrices``) first; numbers that
-    change from call to call; sizes and strides; constexprs, which are in ``options`` by name, with the compiler's own.
+    A kernel's parameters have this order: tensors (those taken as TMA descriptors, ``matrices``, first), numbers that
+    change from call to call, sizes and strides, constexprs. ``options`` holds the constexprs and the compiler's options
+    by name.
 
-    ``go(stream, tensors, numbers)`` launches. Without a stream that is through Triton's JIT, on the current one. With a
-    stream it is so the first time, and from then on ``go`` is a function that calls Triton's C launcher with the same
-    arguments (compiled_launch.py).
+    ``go(stream, tensors, numbers)`` launches. If ``stream`` is None, the launch goes through Triton's JIT on the
+    current stream. Otherwise only the first launch does; it then replaces ``go`` by a function that calls Triton's C
+    launcher with the same arguments (compiled_launch.py).
     """
 
     __slots__ = ("go", "grid", "kernel", "matrices", "options", "sizes")
@@ -72,26 +78,30 @@ class Launch:
             self.go = self._prepare(compiled, tensors, numbers)
 
     def _by_jit(self, tensors: tuple, numbers: tuple, launch: bool = True):
-        """The compiled kernel, launched or only loaded.
+        """Returns the compiled kernel after launching it, or after only loading it if ``launch`` is False.
 
         Raises:
-            LaunchError: the device has too little of something.
+            LaunchError: the kernel needs more shared memory or threads than the device has.
         """
         n = len(self.matrices)
-        described = [matrix.of(tensor) for matrix, tensor in zip(self.matrices, tensors, strict=False)]
+        described = [matrix.describe(tensor) for matrix, tensor in zip(self.matrices, tensors, strict=False)]
         arguments = *described, *tensors[n:], *numbers, *self.sizes
         try:
             if launch:
                 return self.kernel[self.grid](*arguments, **self.options)
             compiled = self.kernel.warmup(*arguments, grid=self.grid, **self.options)
-            _ = compiled.run  # loads it
+            _ = compiled.run  # this property loads the module
             return compiled
         except OutOfResources as error:
-            raise LaunchError(self._too_large(error, device.of(tensors[0].device))) from error
+            raise LaunchError(self._too_large(error, device.get(tensors[0].device))) from error
 
     def _prepare(self, compiled, tensors: tuple, numbers: tuple):
-        """From now on the C launcher. Where ptxas has let a kernel spill to fit one more block on a multiprocessor, the
-        same kernel with all the registers that a thread can have (it is loaded now: a graph may be captured next)."""
+        """Returns the function that calls the C launcher.
+
+        ptxas may let a kernel spill registers to fit one more block on a multiprocessor. Such a kernel is compiled
+        again with all the registers that a thread can have. It is loaded now, because loading fails once a CUDA graph
+        is being captured.
+        """
         from .compiled_launch import prepare
 
         if compiled.n_spills and takes_more_registers(compiled, self.options):
@@ -99,25 +109,25 @@ class Launch:
             compiled = self._by_jit(tensors, numbers, launch=False)
         return prepare(compiled, self.grid, self.sizes, self.matrices)
 
-    def _too_large(self, error: OutOfResources, found: device.Device) -> str:
+    def _too_large(self, error: OutOfResources, card: device.Device) -> str:
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
         unit = "bytes of " if error.name == "shared memory" else ""
         return (
             f"lora_fast: {self.kernel.__name__} ({options}) needs {error.required} {unit}{error.name} a block, "
-            f"{found.name} (sm_{found.arch}) allows {error.limit}: choose a smaller rank, remove a measured tile "
+            f"{card.name} (sm_{card.arch}) allows {error.limit}: choose a smaller rank, remove a measured tile "
             "(lora-fast tune --clear), or run plain torch (lf.set_backend('torch'))"
         )
 
 
-KEPT = 4096  # plans of a kind, the oldest go first; one is a few kilobytes
-_keeping = threading.Lock()
+MAX_PLANS = 4096  # kept in each dictionary of plans; a plan takes a few kilobytes
+_plans_lock = threading.Lock()
 _runtime = knobs.runtime
 _INTERPRETED = _runtime.interpret
 
 
 def by_jit() -> bool:
-    """Whether every launch has to go through Triton's JIT: in the interpreter, while ``tiles.assume`` holds, and while
-    a launch hook is set (a profiler's). Nothing is kept then."""
+    """Returns whether every launch must go through Triton's JIT: in the interpreter, inside ``tiles.assume``, and while
+    a launch hook is set (by a profiler). No plan is kept then."""
     enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     return (
         _INTERPRETED
@@ -128,27 +138,28 @@ def by_jit() -> bool:
 
 
 def stream_of(tensor: torch.Tensor) -> int | None:
-    """The current stream of the tensor's device, or None where launches go through Triton's JIT."""
+    """Returns the current stream of the tensor's device, or None if launches go through Triton's JIT."""
     return None if by_jit() else device.stream(tensor)
 
 
 def alignments(tensors: Iterable[torch.Tensor]) -> tuple[bool, ...]:
-    """Returns which tensors start at a multiple of 16 bytes. A compiled kernel may depend on that, not on more."""
+    """Returns which tensors start at a multiple of 16 bytes. Triton compiles other code for those, so a plan's key
+    contains this."""
     return tuple([tensor.data_ptr() % 16 == 0 for tensor in tensors])
 
 
 def keep_plan(plans: dict, key: tuple, plan):
-    """Keeps a plan, in place of the oldest one where there are too many. Returns the plan that has the key: another
-    thread may have been first."""
-    with _keeping:
-        while len(plans) >= KEPT:
+    """Keeps a plan and drops the oldest ones beyond ``MAX_PLANS``. Returns the plan with this key, which is another
+    plan if another thread was first."""
+    with _plans_lock:
+        while len(plans) >= MAX_PLANS:
             del plans[next(iter(plans))]
         return plans.setdefault(key, plan)
 
 
 def plan(plans: dict, key: tuple, stream: int | None, make: Callable):
-    """Returns the ``Launch``, or the object that holds one, that ``make`` makes. It is kept among ``plans`` where there
-    is a stream."""
+    """Returns the plan with this key, made by ``make`` if there is none. Without a stream (``by_jit``) it always makes
+    one and keeps none."""
     if stream is None:
         return make()
     known = plans.get(key)
@@ -161,8 +172,8 @@ _plans: dict[tuple, Launch] = {}
 def launch(
     kernel, grid: tuple[int, ...], tensors: tuple, numbers: tuple, sizes: tuple[int, ...], options: dict
 ) -> None:
-    """Launches on the first tensor's device, which is current: by a plan, kept by what the compiled kernel and the
-    launch depend on."""
+    """Launches a kernel on the first tensor's device, which must be current, and keeps the ``Launch`` for the next call
+    with the same signature."""
     stream = stream_of(tensors[0])
     if stream is None:
         Launch(kernel, grid, sizes, options).go(None, tensors, numbers)
@@ -173,19 +184,22 @@ def launch(
 
 
 def takes_more_registers(compiled, options: dict) -> bool:
-    """Whether a multiprocessor has ``MOST_REGISTERS`` for each of the kernel's threads, and nobody asked for fewer."""
+    """Returns whether a multiprocessor has ``MOST_REGISTERS`` for each thread of the kernel and ``options`` do not set
+    another number."""
     return "maxnreg" not in options and compiled.metadata.num_warps * 32 * MOST_REGISTERS <= REGISTERS
 
 
-# A dropout mask that is never stored, as kernels take it: the seed, or its address on the device where it must not
-# reach the host; 1 if it is an address; the drop level: an element is kept when its 16-bit number is at least that.
-Keep = tuple[int, int, int]
-NO_MASK: Keep = (0, 0, 0)
+# The kernels' description of a dropout mask, which is never stored: (seed, in_memory, drop_level). If in_memory is 1,
+# seed is the address of the seed on the device. An element is kept if its random 16-bit number is at least drop_level.
+DropoutMask = tuple[int, int, int]
+NO_MASK: DropoutMask = (0, 0, 0)
 
 
-def draw_mask(x: torch.Tensor, dropout_p: float, seed: int | torch.Tensor) -> Keep:
-    """Twin of ``reference.philox_mask``: the kernels make the mask of x where they need it. A seed in a tensor is a 0-d
-    int64 on the device, and lives as long as the launches that read it."""
+def draw_mask(x: torch.Tensor, dropout_p: float, seed: int | torch.Tensor) -> DropoutMask:
+    """Returns the description from which the kernels compute the dropout mask of x. Twin: ``reference.philox_mask``.
+
+    A seed in a tensor is a 0-d int64 on the device. The caller keeps it alive until the launches that read it are done.
+    """
     level = round((1 << 16) * dropout_p)
     if not isinstance(seed, torch.Tensor):
         return seed, 0, level
@@ -193,21 +207,22 @@ def draw_mask(x: torch.Tensor, dropout_p: float, seed: int | torch.Tensor) -> Ke
     return seed.data_ptr(), 1, level
 
 
-# Functions that want to know which tensors a kernel reaches by their addresses, such as the sanitizer's.
+# Called with the tensors that a kernel reaches through addresses in memory. The sanitizer adds one.
 address_watchers: list[Callable[[torch.Tensor | int, list[torch.Tensor]], None]] = []
 
 
 def report_addresses(holder: torch.Tensor | int, tensors: Iterable[torch.Tensor]) -> None:
-    """Reports the tensors whose addresses the next launch gets in ``holder``: a table, or the address as a number."""
+    """Calls the ``address_watchers`` with the tensors whose addresses are in ``holder``, an argument of the next
+    launch: either a table of addresses or one address as a number."""
     if address_watchers:
-        listed = list(tensors)
+        tensors = list(tensors)
         for watch in address_watchers:
-            watch(holder, listed)
+            watch(holder, tensors)
 
 
 def thin_dtype(tall: torch.Tensor, factor: torch.Tensor, rounded: bool) -> torch.dtype:
-    """Of S, from x and a, and of dS, from dy and b: the wider of both, float32 at most; or tall's, where factors are
-    ``rounded`` to it, as autocast does."""
+    """Returns the dtype of S (tall x, factor a) or of dS (tall dy, factor b): the wider of both dtypes, at most
+    float32. If factors are ``rounded`` to tall's dtype, as under autocast, it is tall's dtype."""
     if rounded or tall.dtype is factor.dtype:
         return tall.dtype
     wide = torch.promote_types(tall.dtype, factor.dtype)
@@ -215,49 +230,53 @@ def thin_dtype(tall: torch.Tensor, factor: torch.Tensor, rounded: bool) -> torch
 
 
 def is_wide(tall: torch.Tensor, thin: torch.Tensor) -> bool:
-    """Whether a kernel loads a factor, S or dS in more bits than the activations', rounded or not: that takes tiles of
-    its own."""
+    """Returns whether a factor, S or dS has more bits than the activations. Kernels use other tiles in that case."""
     return thin.element_size() > tall.element_size()
 
 
 def allocator(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], torch.Tensor]:
-    """A function that allocates contiguous tensors, in the way that costs the host least."""
-    strides = torch.empty(shape, device="meta").stride()
+    """Returns a function that allocates contiguous tensors of this shape."""
+    strides = torch.empty(shape, device="meta").stride()  # empty_strided with known strides takes the least host time
     return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
 
 
-def rows(tensor: torch.Tensor) -> torch.Tensor:
-    """A matrix whose rows are contiguous; any leading dimension passes, anything else is copied."""
+def contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the matrix itself if its rows are contiguous (with any distance between rows), else a contiguous copy."""
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
 
 
 def check_square(name: str, matrices: torch.Tensor) -> tuple[int, int]:
-    """n and r of float32 (n, r, r), r from 1 to ``LARGEST_RANK``."""
+    """Returns n and r of square matrices.
+
+    Raises:
+        AssertionError: matrices are not float32 (n, r, r) with r from 1 to ``LARGEST_RANK``.
+    """
     n, *sides = matrices.shape
-    if len(sides) != 2 or sides[0] != sides[1] or not 1 <= sides[0] <= LARGEST_RANK or matrices.dtype != torch.float32:
-        raise ValueError(
-            f"lora_fast: {name}: expected float32 (n, r, r), r from 1 to {LARGEST_RANK}, "
-            f"got {matrices.dtype} {tuple(matrices.shape)}"
-        )
+    is_square = len(sides) == 2 and sides[0] == sides[1] and 1 <= sides[0] <= LARGEST_RANK
+    assert is_square and matrices.dtype is torch.float32, (
+        f"{name}: expected float32 (n, r, r), r from 1 to {LARGEST_RANK}, got {matrices.dtype} {tuple(matrices.shape)}"
+    )
     return n, sides[0]
 
 
 def check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-        raise ValueError(
-            f"lora_fast: {name}: expected contiguous {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
-        )
+    """Raises AssertionError unless the tensor is contiguous with this shape and dtype."""
+    assert tuple(tensor.shape) == shape and tensor.dtype is dtype and tensor.is_contiguous(), (
+        f"{name}: expected contiguous {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}, "
+        f"strides {tensor.stride()}"
+    )
 
 
 def on_device(tensor: torch.Tensor):
-    """Launches go to the tensor's device, whichever is current."""
+    """Returns a context in which launches go to the tensor's device."""
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
 
 
 def is_on_device(number: float | torch.Tensor, torch_device: torch.device) -> bool:
-    """Whether a number is a tensor there, which must not come to the host; one on a CPU is read where it is used."""
+    """Returns whether a number is a tensor on this device. Kernels read such a tensor, because reading it on the host
+    would synchronise."""
     return isinstance(number, torch.Tensor) and number.device == torch_device
 
 
@@ -266,13 +285,13 @@ _HAS_FP32_PRECISION = hasattr(_MATMUL, "fp32_precision")
 
 
 def tf32(tensor: torch.Tensor) -> bool:
-    """Whether torch's own products of it use TF32 (``torch.backends.cuda.matmul.fp32_precision``; torch refuses to read
-    ``allow_tf32`` once that is set)."""
+    """Returns whether torch multiplies this tensor in TF32, as set by ``torch.backends.cuda.matmul.fp32_precision``.
+    Torch raises if ``allow_tf32`` is read after that was set, so only older versions of torch read ``allow_tf32``."""
     if tensor.dtype is not torch.float32:
         return False
     return _MATMUL.fp32_precision == "tf32" if _HAS_FP32_PRECISION else _MATMUL.allow_tf32
 
 
 def precision(tensor: torch.Tensor) -> str:
-    """The ``input_precision`` of dots: as torch's own products of the tensor."""
+    """Returns the ``input_precision`` for dots: "tf32" only for float32 tensors and if torch allows it, else "ieee"."""
     return "tf32" if tf32(tensor) else "ieee"

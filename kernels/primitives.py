@@ -1,7 +1,7 @@
-"""Small jit helpers shared by the kernels, and the one place that knows Triton's interpreter.
+"""Small jit helpers shared by the kernels. Workarounds for Triton's interpreter are in this file only.
 
-The interpreter holds bfloat16 as bit patterns: its arithmetic and ``tl.dot`` on them give garbage and its cast to
-bfloat16 truncates. ``dot``, ``drop`` and ``round_to`` are what the kernels use instead.
+The interpreter stores bfloat16 as bit patterns: arithmetic and ``tl.dot`` on them give undefined results, and its cast
+to bfloat16 truncates. The kernels therefore use ``dot``, ``drop`` and ``round_to``.
 """
 
 import triton
@@ -15,7 +15,7 @@ PHILOX_ROUNDS = tl.constexpr(limits.PHILOX_ROUNDS)
 
 @triton.jit
 def dot(lhs, rhs, acc, PRECISION: tl.constexpr):
-    """acc + lhs @ rhs, accumulated in acc's dtype: float32, or float64 as both operands are."""
+    """Returns acc + lhs @ rhs, accumulated in acc's dtype: float32, or float64 if both operands are float64."""
     if INTERPRET:
         lhs = lhs.to(acc.dtype)
         rhs = rhs.to(acc.dtype)
@@ -24,15 +24,18 @@ def dot(lhs, rhs, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def keep_ieee(block):
-    """The same matrix, for a dot in full precision. Triton (3.7) looks through casts, sums and selections for dtypes
-    that were loaded: with 16 bits among them it multiplies float32 operands in TF32 on sm_100, "ieee" or not, and
-    breaks on float64 ones. It does not look through a reduction, here of one term."""
+    """Returns the matrix unchanged, but hides its origin from the compiler so that a dot keeps full precision.
+
+    Triton (3.7) traces operands of a dot back through casts, sums and selections to the dtypes that were loaded. If one
+    of them has 16 bits, it multiplies float32 operands in TF32 on sm_100 even with "ieee", and fails on float64
+    operands. It does not trace through a reduction, so a sum of one term stops it.
+    """
     return tl.sum(block[:, :, None], 2)
 
 
 @triton.jit
 def to_float32(block):
-    """A matrix in float32, for a dot in full precision."""
+    """Returns the matrix in float32, safe for a dot in full precision."""
     wide = block.to(tl.float32)
     if block.dtype != tl.float32:
         wide = keep_ieee(wide)
@@ -41,11 +44,11 @@ def to_float32(block):
 
 @triton.jit
 def round_to(value, dtype: tl.constexpr):
-    """A float32 block in ``dtype``, to nearest, ties to even."""
+    """Returns a float32 block rounded to ``dtype``: to nearest, ties to even."""
     if INTERPRET and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where(value == value, rounded, 0x7FC0)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # the last kept bit breaks ties
+        rounded = tl.where(value == value, rounded, 0x7FC0)  # the sum above may turn a NaN into an infinity
         result = rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         result = value.to(dtype)
@@ -54,7 +57,8 @@ def round_to(value, dtype: tl.constexpr):
 
 @triton.jit
 def halves(value):
-    """high and low, both bfloat16, whose sum is value to 2⁻¹⁷ of it; every float16 is such a sum exactly."""
+    """Splits value into bfloat16 high and low. high + low equals value within 2⁻¹⁷ · |value|, and exactly for a
+    float16 value."""
     wide = value.to(tl.float32)
     high = round_to(wide, tl.bfloat16)
     low = round_to(wide - high.to(tl.float32), tl.bfloat16)
@@ -63,17 +67,20 @@ def halves(value):
 
 @triton.jit
 def dot_wide(tall, thin, acc, PRECISION: tl.constexpr):
-    """acc + tall @ thin with thin's own precision: tall are activations or their gradients, thin is a factor, S or dS,
-    in tall's dtype or another. Beside 16-bit activations a float32 thin goes through the tensor cores as two bfloat16
-    halves, whatever its size: float16 halves would vanish below 1e-7 and overflow above 65,504. bfloat16 activations
-    are exact as they are; float16 ones are two halves themselves."""
+    """Returns acc + tall @ thin in thin's precision. tall holds activations or their gradients; thin is a factor, S or
+    dS, in the same dtype or another.
+
+    If tall has 16 bits and thin is float32, thin goes through the tensor cores as two bfloat16 halves. Float16 halves
+    would underflow below 1e-7 and overflow above 65,504. A bfloat16 tall is used as it is; a float16 tall is also split
+    into two bfloat16 halves, which is exact.
+    """
     if tall.dtype == thin.dtype:
         acc = dot(tall, thin, acc, PRECISION)
     elif tall.dtype == tl.float32:
         acc = dot(tall, to_float32(thin), acc, PRECISION)
     elif tall.dtype == tl.bfloat16:
         high, low = halves(thin)
-        acc = dot(tall, low, acc, PRECISION)
+        acc = dot(tall, low, acc, PRECISION)  # small terms first: they lose less to rounding
         acc = dot(tall, high, acc, PRECISION)
     else:
         high, low = halves(thin)
@@ -87,9 +94,12 @@ def dot_wide(tall, thin, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_rounded(thin, factor, acc, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + thin @ factor for a result that is rounded to ``dtype``, of S or dS and a factor in any dtypes. In bfloat16
-    thin is rounded, a token's own small error beside that of the result; the factor, whose error would be the same for
-    all tokens, is not. float16 has too few exponents for either."""
+    """Returns acc + thin @ factor for a result that is rounded to ``dtype``. thin is S or dS; both have any dtype.
+
+    For a bfloat16 result thin is rounded, because each token's error is independent and small beside the rounding of
+    the result. The factor is not rounded, because its error would be the same for all tokens. For a float16 result
+    neither is rounded to float16, whose range of exponents is too small.
+    """
     if thin.dtype == dtype and factor.dtype == dtype:
         acc = dot(thin, factor, acc, PRECISION)
     elif dtype == tl.float32:
@@ -105,7 +115,7 @@ def dot_rounded(thin, factor, acc, dtype: tl.constexpr, PRECISION: tl.constexpr)
 
 @triton.jit
 def drop(value, keep):
-    """value where kept, value · 0 elsewhere: a NaN stays a NaN."""
+    """Returns value where keep is true and value · 0 elsewhere, so that a dropped NaN stays NaN."""
     if INTERPRET:
         zero = round_to(value.to(tl.float32) * 0.0, value.dtype)
     else:
@@ -115,32 +125,33 @@ def drop(value, keep):
 
 @triton.jit
 def take_column(b_matrix, i_col, j):
-    """Column j of a block, by a sum of one term: [rows]."""
+    """Returns column j of a block, [rows]. It is a masked sum because Triton cannot index a block."""
     return tl.sum(tl.where(i_col[None, :] == j, b_matrix, 0.0), 1)
 
 
 @triton.jit
 def take_row(b_matrix, i_row, j):
-    """Row j of a block, by a sum of one term: [columns]."""
+    """Returns row j of a block, [columns]."""
     return tl.sum(tl.where(i_row[:, None] == j, b_matrix, 0.0), 0)
 
 
 @triton.jit
 def div_rn(block, scalar):
-    """block / scalar, correctly rounded."""
+    """Returns block / scalar, correctly rounded (plain ``/`` is an approximation on a GPU)."""
     return tl.div_rn(block, tl.zeros_like(block) + scalar)
 
 
 @triton.jit
 def keep_mask(seed, in_memory, drop_level, i_t, o_col, BLOCK_COL: tl.constexpr):
-    """The dropout mask of tokens ``i_t`` [BLOCK_T] and columns ``o_col`` … ``o_col + BLOCK_COL`` (multiples of 8):
-    bool [BLOCK_T, BLOCK_COL]. With ``in_memory`` not 0, ``seed`` is the address of the int64 seed: one compiled kernel
-    serves both, so that a graph captured after a warm-up without one loads no module.
+    """Returns the dropout mask of tokens ``i_t`` [BLOCK_T] and columns ``o_col`` … ``o_col + BLOCK_COL`` (multiples of
+    8): bool [BLOCK_T, BLOCK_COL]. If ``in_memory`` is not 0, ``seed`` is the address of an int64 seed. One compiled
+    kernel serves both cases, so a graph that is captured after a warm-up with seeds by value loads no module.
 
-    Philox 4x32-7 (Salmon et al., SC 2011), key = seed, counter = (token, column // 8, 0, 0): one call gives eight
-    16-bit numbers, one for each of eight neighbouring columns, so a thread that holds eight of them needs no other.
+    Philox 4x32-7 (Salmon et al., SC 2011) with key = seed and counter = (token, column // 8, 0, 0). One call gives
+    eight 16-bit numbers, one for each of eight neighbouring columns, so a thread that holds these columns calls it
+    once.
     """
-    seed = seed.to(tl.int64)  # in the interpreter a small one is 32 bits wide
+    seed = seed.to(tl.int64)  # the interpreter passes small integers as 32 bits
     seed = tl.load(seed.to(tl.pointer_type(tl.int64)), mask=in_memory != 0, other=seed)
     i_group = o_col // 8 + tl.arange(0, BLOCK_COL // 8)
     zero = tl.zeros([i_t.shape[0], BLOCK_COL // 8], dtype=tl.uint32)

@@ -1,8 +1,8 @@
-"""Tile configurations: the layer's by (op, element size, arch, shared memory, rank), the grouped step's by (op, rank).
-Nothing here is measured at run time; what ``lora-fast tune`` has measured before (tuned.py) comes first for the layer.
+"""Tile configurations of the layer by (op, element size, arch, shared memory, rank), and of the grouped step by
+(op, rank). Nothing is measured at run time. For the layer, results of ``lora-fast tune`` (tuned.py) take precedence.
 
-Every row compiles without spills for the archs of ``device.CARDS`` (tests/kernels/test_compiler.py says at which
-ranks). Which tiles are fastest is not verified on a GPU.
+Every row compiles without spills for the archs of ``device.CARDS`` (tests/kernels/test_compiler.py lists the ranks).
+Which tiles are fastest is not verified on a GPU.
 """
 
 from contextlib import contextmanager
@@ -15,14 +15,16 @@ import triton
 from . import device, tuned
 
 PROGRAMS = 120  # programs that a split reduction aims at: about one wave, the same number on every device
-SPLIT_STEPS = 4  # steps of a split reduction's program, at least: fewer do not pay for the launch that adds their sums
-SUM_BLOCK = 1024  # elements a program of lora_sum_partials_kernel adds
+SPLIT_STEPS = 4  # fewest steps of a split reduction's program: with fewer the launch that adds the sums does not pay
+SUM_BLOCK = 1024  # elements that a program of lora_sum_partials_kernel adds
 GROUP = 8  # row tiles of the GEMM that share columns of W in L2
 INTERPRETED_MULTIPROCESSORS = 2
-GLUON_ARCH = 90  # the only one that linear/gluon_gemm.py is written for
+GLUON_ARCH = 90  # the only arch that linear/gluon_gemm.py is written for
 
 
 class Tile(NamedTuple):
+    """Block sizes of a layer's kernel. A kernel without ``outer`` or ``inner`` has 0 there."""
+
     t: int  # tokens
     outer: int  # columns that a program owns (of the result, or of the tensor it reduces)
     inner: int  # columns of one step of the contraction
@@ -30,15 +32,17 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
-    def options(self, **names: str) -> dict[str, int]:
-        """Its numbers as a kernel's constexprs, by the names given, and as the compiler's options."""
-        blocks = {constexpr: getattr(self, field) for field, constexpr in names.items()}
-        return blocks | {"num_warps": self.warps, "num_stages": self.stages}
+    def options(self, outer: str = "BLOCK_OUT") -> dict[str, int]:
+        """Returns the block sizes as a kernel's constexprs, together with the compiler's options. ``outer`` is the
+        constexpr for the columns that a program owns."""
+        blocks = ("BLOCK_T", self.t), (outer, self.outer), ("BLOCK_IN", self.inner), ("BLOCK_R", self.r)
+        used = {name: size for name, size in blocks if size}
+        return used | {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# (op, bytes of an element, first arch, KiB of shared memory a block that it needs at most) → rows (largest rank class,
-# tokens, outer, inner, warps, stages). Of the entries that a device can take, the one with the latest arch, then the
-# most memory. "_wide": factors, S or dS in float32 beside 16-bit activations.
+# (op, bytes of an element, oldest arch, largest shared memory of a block in KiB) → rows (largest rank class, tokens,
+# outer, inner, warps, stages). Among the entries that a device can run, the one with the latest arch is used, and among
+# these the one with the most memory. "_wide" means that factors, S or dS are float32 beside 16-bit activations.
 TABLE = {
     ("project", 2, 80, 99): [
         (16, 64, 0, 128, 4, 3),
@@ -86,7 +90,7 @@ TABLE = {
         (128, 32, 64, 0, 8, 2),
         (256, 16, 32, 0, 8, 2),
     ],
-    # float16 is two bfloat16 halves itself, so four products a step.
+    # float16 activations are split into two bfloat16 halves as well, so a step has four products.
     ("grad_s_b_wide_float16", 2, 80, 99): [
         (16, 32, 128, 0, 8, 3),
         (32, 32, 64, 0, 8, 3),
@@ -133,9 +137,11 @@ TABLE = {
 
 
 class GroupedTile(NamedTuple):
+    """Block sizes of a kernel that works on many factors (d, r) in one launch."""
+
     d: int  # rows of d in one step
     r: int  # rank columns of one tile
-    chunk: int  # rows of d that a program walks: the order of summation, so it must not depend on the device
+    chunk: int  # rows of d that a program walks; it fixes the order of summation, so it must not depend on the device
     warps: int
     stages: int
 
@@ -169,24 +175,29 @@ GROUPED = {
         (256, 16, 256, 1024, 8, 1),
     ],
 }
-SHORT = 2048  # up to this many tokens project by itself takes blocks of few
-FEW = 512  # up to this many tokens d_in may be split, too
-FEW_NUMBERS = 3 << 13  # of partial sums of S that every program of the update adds, at most: 96 KiB, from L2
-PARTIAL_NUMBERS = 1 << 18  # of partial sums that a split reduction may have in any case: 1 MiB, in L2
-GEMM_RANK = 32  # the GEMM takes larger ranks in steps of this
-SHORT_RANK = 64  # of few tokens each program of project takes so many ranks, at most
+SHORT = 2048  # up to this many tokens a call of project alone uses small blocks of tokens
+FEW = 512  # up to this many tokens d_in may be split as well
+FEW_NUMBERS = 3 << 13  # most partial sums of S that a program of the update adds: 96 KiB, read from L2
+PARTIAL_NUMBERS = 1 << 18  # partial sums that a split reduction may always have: 1 MiB, which stays in L2
+GEMM_RANK = 32  # the GEMM walks larger ranks in steps of this size
+SHORT_RANK = 64  # most ranks of one program of project with small blocks of tokens
 
 _assumed: dict = {}
 
 
 @contextmanager
 def assume(arch: int | None = None, strategy: str | None = None, tma: bool | None = None, thin: str | None = None):
-    """For tests, inspection and the ahead-of-time build: choose as on a card of this arch (``device.CARDS``), this GEMM
-    strategy, no TMA where ``tma`` is False, and ``thin`` products in one "pass", by "cublas", or "split" for few
-    tokens."""
+    """Overrides choices within the context, for tests, inspection and the ahead-of-time build.
+
+    Args:
+        arch: chooses as on the card of this arch in ``device.CARDS``.
+        strategy: the GEMM's strategy.
+        tma: False chooses kernels without TMA.
+        thin: how thin products are computed: "pass", "short", "split" or "cublas" (linear/strategies.py).
+    """
     before = dict(_assumed)
-    given = {"arch": arch, "strategy": strategy, "tma": tma, "thin": thin}
-    _assumed.update({key: value for key, value in given.items() if value is not None})
+    overrides = {"arch": arch, "strategy": strategy, "tma": tma, "thin": thin}
+    _assumed.update({key: value for key, value in overrides.items() if value is not None})
     try:
         yield
     finally:
@@ -199,44 +210,44 @@ def is_assumed() -> bool:
 
 
 def assumed(name: str):
-    """What ``assume`` fixes, or None."""
+    """Returns the value that ``assume`` set for this name, or None."""
     return _assumed.get(name)
 
 
 def limits(torch_device: torch.device) -> device.Device:
-    """The device's, or those of the card that is assumed."""
-    return device.CARDS[_assumed["arch"]] if "arch" in _assumed else device.of(torch_device)
+    """Returns the limits of the device, or of the assumed card."""
+    return device.CARDS[_assumed["arch"]] if "arch" in _assumed else device.get(torch_device)
 
 
 def programs(torch_device: torch.device) -> int:
-    """Of a persistent kernel: one for each multiprocessor."""
+    """Returns the number of programs of a persistent kernel: one for each multiprocessor."""
     interpreted = torch_device.type != "cuda" and triton.knobs.runtime.interpret
     return INTERPRETED_MULTIPROCESSORS if interpreted else limits(torch_device).multiprocessors
 
 
 def rank_block(r: int) -> int:
-    """Columns that hold r: a power of two, 16 at least."""
+    """Returns the smallest block that holds r columns: a power of two, at least 16 (the smallest side of a dot)."""
     return max(16, triton.next_power_of_2(r))
 
 
 def is_uneven(r: int) -> bool:
-    """A rank that fills no whole number of steps: what it masks, number by number, takes registers, so it gets the
-    tiles of twice the rank."""
+    """Returns whether a rank above ``GEMM_RANK`` is not a multiple of it. Its loads are masked element by element,
+    which takes registers, so it uses the tiles of twice the rank."""
     return r > GEMM_RANK and r % GEMM_RANK != 0
 
 
 def gemm_rank(r: int) -> int:
-    """Ranks that the GEMM takes at a time."""
+    """Returns the number of ranks in one step of the GEMM."""
     return GEMM_RANK // 2 if is_uneven(r) else GEMM_RANK
 
 
 @lru_cache
-def row(op: str, element_size: int, found: device.Device, r: int) -> tuple[int, ...]:
-    """t, outer, inner, warps, stages of the table's row."""
+def row(op: str, element_size: int, card: device.Device, r: int) -> tuple[int, ...]:
+    """Returns t, outer, inner, warps and stages from the table."""
     entries = [
         (first, kib)
         for name, size, first, kib in TABLE
-        if (name, size) == (op, element_size) and first <= found.arch and kib << 10 <= found.shared_memory
+        if (name, size) == (op, element_size) and first <= card.arch and kib << 10 <= card.shared_memory
     ]
     rank_class = rank_block(r) * (1 + is_uneven(r))
     rows = TABLE[op, element_size, *max(entries)]
@@ -248,21 +259,23 @@ def _tile(row: tuple[int, ...], r: int, largest_r: int = 256) -> Tile:
     return Tile(t, outer, inner, min(rank_block(r), largest_r), warps, stages)
 
 
-def default(op: str, element_size: int, found: device.Device, r: int) -> Tile:
-    """The table's tile."""
+def default(op: str, element_size: int, card: device.Device, r: int) -> Tile:
+    """Returns the tile from the table."""
     largest_r = gemm_rank(r) if op.startswith(("linear", "update")) else SHORT_RANK if "_short" in op else 256
-    return _tile(row(op, element_size, found, r), r, largest_r)
+    return _tile(row(op, element_size, card, r), r, largest_r)
 
 
 def measured(op: str, tensor: torch.Tensor, d_in: int, d_out: int, r: int) -> tuned.Choice | None:
-    """What ``lora-fast tune`` has found; nothing while anything is assumed."""
+    """Returns the choice that ``lora-fast tune`` measured as the fastest, if any. Returns None inside ``assume``."""
     return None if _assumed else tuned.find(op, tensor, d_in, d_out, r)
 
 
 def splits(n_tokens: int, columns: int, r: int, tile: Tile) -> tuple[int, int, int]:
-    """Of a split reduction: column chunks, token splits and tokens per split. About one wave of programs, whatever the
-    device (the split decides the order of summation, so it must not depend on how many multiprocessors there are),
-    but no more partial sums than half the bytes of what is reduced, or than are nothing in L2."""
+    """Returns the column chunks, token splits and tokens per split of a split reduction.
+
+    There is about one wave of programs. The split fixes the order of summation, so it must not depend on the number of
+    multiprocessors. Partial sums take at most half the bytes of the reduced tensor or fit in L2 (``PARTIAL_NUMBERS``).
+    """
     n_chunks = triton.cdiv(columns, tile.outer)
     most = max(n_tokens // (8 * r), PARTIAL_NUMBERS // (r * columns))
     wanted = max(1, min(PROGRAMS // n_chunks, most, n_tokens // (SPLIT_STEPS * tile.t)))
@@ -271,8 +284,8 @@ def splits(n_tokens: int, columns: int, r: int, tile: Tile) -> tuple[int, int, i
 
 
 def _thin(op: str, name: str, tall: torch.Tensor, d_in: int, d_out: int, r: int) -> Tile:
-    found, choice = default(name, tall.element_size(), limits(tall.device), r), measured(op, tall, d_in, d_out, r)
-    return _tile(choice, r, found.r) if choice else found
+    tile, choice = default(name, tall.element_size(), limits(tall.device), r), measured(op, tall, d_in, d_out, r)
+    return _tile(choice, r, tile.r) if choice else tile
 
 
 def grouped(op: str, r: int) -> GroupedTile:
@@ -284,13 +297,13 @@ def grouped(op: str, r: int) -> GroupedTile:
 
 
 def project(x: torch.Tensor, r: int, short: bool, wide: bool) -> Tile:
-    """``short``: blocks of few tokens, so that enough programs read x."""
+    """Returns the tile of project. With ``short`` a program has fewer tokens, so that enough programs read x."""
     form = "project" + "_short" * short
     return _thin(form, form + "_wide" * wide, x, x.shape[1], 0, r)
 
 
 def split_of_few(n_tokens: int, d_in: int, r: int, tile: Tile) -> tuple[int, int]:
-    """Splits of d_in, and columns of each, where few tokens make few programs."""
+    """Returns the splits of d_in and the columns of each split, for calls whose few tokens give few programs."""
     splits = max(1, FEW_NUMBERS // (min(n_tokens, tile.t) * rank_block(r)))
     d_in_per_split = triton.cdiv(triton.cdiv(d_in, splits), tile.inner) * tile.inner
     return triton.cdiv(d_in, d_in_per_split), d_in_per_split
@@ -309,14 +322,15 @@ def grad_a(x: torch.Tensor, r: int, wide: bool) -> Tile:
 
 
 def linear(left: torch.Tensor, d_out: int, r: int, forward: bool, tma: bool, dropout: bool) -> Tile:
-    """Of the fused GEMM, left (n_tokens, d_in) to (n_tokens, d_out); not forward: dx from dy."""
+    """Returns the tile of the fused GEMM from left (n_tokens, d_in) to (n_tokens, d_out). Forward left is x, backward
+    it is dy."""
     choice = measured(gemm(forward, dropout) + ("_tma" if tma else "_pointer"), left, left.shape[1], d_out, r)
     name = "linear" + "_tma" * tma + "_dropout" * dropout
     return _tile(choice, r, gemm_rank(r)) if choice else default(name, left.element_size(), limits(left.device), r)
 
 
 def gemm(forward: bool, dropout: bool) -> str:
-    """Its name in tuned.py: forward has no mask of its own, S carries it."""
+    """Returns the GEMM's name in tuned.py. Forward has one name: the mask is applied to S, not in the GEMM."""
     return "linear" if forward else "grad_x" + "_dropout" * dropout
 
 
@@ -325,8 +339,9 @@ def update(left: torch.Tensor, r: int, few: bool) -> Tile:
 
 
 def uses_tma(left: torch.Tensor, weight: torch.Tensor, d_out: int) -> bool:
-    """TMA reads and writes 16-bit matrices from sm_90 on, where addresses and rows are multiples of 16 bytes. Rows of
-    the result, too: a TMA store writes whole 16-byte pieces."""
+    """Returns whether the GEMM loads and stores with TMA: 16-bit matrices on sm_90 or later whose addresses and rows
+    are multiples of 16 bytes. The rows of the result must be such multiples too, because a TMA store writes whole
+    16-byte pieces."""
     return (
         limits(left.device).arch >= 90
         and _assumed.get("tma", True)
@@ -340,20 +355,20 @@ def uses_tma(left: torch.Tensor, weight: torch.Tensor, d_out: int) -> bool:
 
 
 def takes_gluon(left: torch.Tensor, weight: torch.Tensor, d_out: int) -> bool:
-    """Whether the strategy "gluon" can run: it is written for Hopper's tensor cores and TMA."""
+    """Returns whether the strategy "gluon" can run: it is written for Hopper's tensor cores and TMA."""
     return limits(left.device).arch == GLUON_ARCH and uses_tma(left, weight, d_out)
 
 
 def strategies(torch_device: torch.device, dtype: torch.dtype, *widths: int) -> tuple[str, ...]:
-    """Of the GEMM, on contiguous matrices with rows of these widths: those that run there."""
+    """Returns the GEMM's strategies that run on this device with contiguous matrices whose rows have these widths."""
     aligned = dtype.itemsize == 2 and all(width % 8 == 0 for width in widths)
     return ("fused", "cublas", *(("gluon",) if aligned and limits(torch_device).arch == GLUON_ARCH else ()))
 
 
 def streams(left: torch.Tensor, weight: torch.Tensor, d_out: int) -> bool:
-    """Whether the fused GEMM can load its operands ahead of their use, in pieces of 16 bytes: by TMA, or before sm_90
-    by asynchronous copies, which need sizes and strides that are multiples of 16 elements. Else it is no match for
-    cuBLAS."""
+    """Returns whether the fused GEMM can load its operands ahead of their use in pieces of 16 bytes. It loads by TMA
+    or, before sm_90, by asynchronous copies, which need sizes and strides that are multiples of 16 elements. Otherwise
+    it is slower than cuBLAS."""
     if left.element_size() == 2 and limits(left.device).arch >= 90:
         return uses_tma(left, weight, d_out)
     return all(
@@ -362,17 +377,18 @@ def streams(left: torch.Tensor, weight: torch.Tensor, d_out: int) -> bool:
     )
 
 
-def candidates(op: str, element_size: int, found: device.Device, r: int) -> list[tuple[int, ...]]:
-    """Tiles (t, outer, inner, warps, stages) worth measuring for a row of TABLE: the default, every row for this rank
-    and arch or an older one, and the default with one number changed. Not all of them fit on every device."""
-    default = row(op, element_size, found, r)
-    tried = [default]
+def candidates(op: str, element_size: int, card: device.Device, r: int) -> list[tuple[int, ...]]:
+    """Returns the tiles (t, outer, inner, warps, stages) that ``lora-fast tune`` measures: the default, every row of
+    TABLE for this rank and for this or an older arch, and the default with one number changed. Some of them may not fit
+    on the device."""
+    default = row(op, element_size, card, r)
+    tiles = [default]
     for (name, size, first, _), rows in TABLE.items():
-        if (name, size) == (op, element_size) and first <= found.arch:
-            tried += [row[1:] for row in rows if rank_block(r) <= row[0]]
+        if (name, size) == (op, element_size) and first <= card.arch:
+            tiles += [row[1:] for row in rows if rank_block(r) <= row[0]]
     for i, value in enumerate(default):
         is_stages, is_warps = i == 4, i == 3
         for other in (value - 1, value + 1) if is_stages else (value // 2, value * 2):
             if 1 <= other <= 6 if is_stages else 4 <= other <= 8 if is_warps else 16 <= other <= 512:
-                tried.append((*default[:i], other, *default[i + 1 :]))
-    return list(dict.fromkeys(tried))
+                tiles.append((*default[:i], other, *default[i + 1 :]))
+    return list(dict.fromkeys(tiles))

@@ -1,14 +1,15 @@
-"""What ``lora-fast tune`` has measured on this machine, looked up by tiles.py before its own defaults.
+"""Reads and writes the choices that ``lora-fast tune`` measured on this machine. tiles.py prefers them to its defaults.
 
-One JSON file, ``tuned.json`` in the user's cache folder: device → choice for each (op, dtype, tokens, d_in, d_out, r).
-A device is its name, its arch and Triton's version: other code is other timings. A launch takes a choice only if all of
-these agree (tokens up to the next power of two), and only the tuned ops are asked for:
+They are stored in one JSON file, ``tuned.json`` in the user's cache folder: device → choice for each (op, dtype,
+tokens, d_in, d_out, r). A device is identified by its name, its arch and Triton's version, because another version
+compiles other code. A launch uses a choice only if all of these match (tokens are rounded up to a power of two). These
+ops are tuned:
 
     "project", "project_short", "grad_s_b", "grad_a"
                                          a tile
-    "linear", "grad_x", "grad_x_dropout" the GEMM's strategy; with "_tma" or "_pointer" after it, its tile
+    "linear", "grad_x", "grad_x_dropout" the GEMM's strategy; with the suffix "_tma" or "_pointer", its tile
 
-A damaged file is a warning at the first launch, and the defaults; ``read`` itself raises.
+If the file is damaged, the first launch warns and the defaults are used; ``read`` itself raises.
 """
 
 import json
@@ -30,12 +31,12 @@ TILE_FIELDS = 5  # t, outer, inner, warps, stages, as in the rows of tiles.TABLE
 
 
 class Key(NamedTuple):
-    """``tokens``: a power of two. d_in: what is summed over in a GEMM. 0: the op has no such size."""
+    """The sizes for which a choice was measured. An op that does not have one of the sizes has 0 there."""
 
     op: str
     dtype: str
-    tokens: int
-    d_in: int
+    tokens: int  # rounded up to a power of two
+    d_in: int  # the summed dimension of a GEMM
     d_out: int
     r: int
 
@@ -43,12 +44,13 @@ class Key(NamedTuple):
 Choice = str | tuple[int, ...]  # a strategy, or a tile
 Table = dict[Key, Choice]
 
-_used: list[Table] = []  # of ``using``
+_used: list[Table] = []  # a stack: ``using`` pushes and pops
 _changes = 0
 
 
 def changes() -> int:
-    """How often what ``find`` looks in has changed: a launch plan made before is void."""
+    """Returns a counter of changes to the tables. It is part of the key of launch plans, so that a change invalidates
+    the plans made before it."""
     return _changes
 
 
@@ -63,14 +65,14 @@ def key(op: str, dtype: torch.dtype, n_tokens: int, d_in: int, d_out: int, r: in
 
 
 def find(op: str, tensor: torch.Tensor, d_in: int, d_out: int, r: int) -> Choice | None:
-    """The choice for a launch whose tall operand is ``tensor`` (n_tokens, …), if one was measured."""
+    """Returns the choice for a launch whose tall operand is ``tensor`` (n_tokens, …), or None if none was measured."""
     table = _used[-1] if _used else _table(tensor.device)
     return table.get(key(op, tensor.dtype, tensor.shape[0], d_in, d_out, r)) if table else None
 
 
 @contextmanager
 def using(table: Table):
-    """Within: launches on any device look here instead, for tuning and tests."""
+    """Makes launches on any device use this table instead of the file, for tuning and tests."""
     _used.append(table)
     _changed()
     try:
@@ -91,10 +93,10 @@ def device_name(device: torch.device) -> str:
 
 
 def read() -> dict[str, Table]:
-    """Device → its table; nothing where nothing was tuned.
+    """Returns the table of each device; an empty dict if nothing was tuned.
 
     Raises:
-        ValueError: a file that ``write`` has not written, with what is wrong in it.
+        ValueError: the file is damaged. The message contains the path and the error.
     """
     try:
         content = json.loads(path().read_text(encoding="utf-8"))
@@ -118,16 +120,16 @@ def write(devices: dict[str, Table]) -> None:
 
 
 def clear() -> bool:
-    """Forget everything; whether there was something."""
-    found = path().exists()
+    """Deletes the file. Returns whether there was one."""
+    existed = path().exists()
     path().unlink(missing_ok=True)
     _changed()
-    return found
+    return existed
 
 
 @lru_cache
 def _table(device: torch.device) -> Table:
-    """Of one device, read once. Nothing on a CPU."""
+    """Returns the table of one device, which is empty for a CPU. The file is read once."""
     if device.type != "cuda":
         return {}
     try:
@@ -139,14 +141,14 @@ def _table(device: torch.device) -> Table:
 
 def _entry(row: list) -> tuple[Key, Choice]:
     *fields, choice = row
-    found = Key(*fields)
-    sizes = [*found[2:], *(choice if isinstance(choice, list) else ())]
-    if not (isinstance(found.op, str) and isinstance(found.dtype, str) and all(type(n) is int for n in sizes)):
-        raise ValueError(f"an entry of {row}")
+    key = Key(*fields)
+    sizes = [*key[2:], *(choice if isinstance(choice, list) else ())]
+    if not (isinstance(key.op, str) and isinstance(key.dtype, str) and all(type(n) is int for n in sizes)):
+        raise ValueError(f"expected an entry [op, dtype, tokens, d_in, d_out, r, choice], got {row}")
     if isinstance(choice, list):
         if len(choice) != TILE_FIELDS or min(choice) < 0:
-            raise ValueError(f"a tile of {choice}")
-        return found, tuple(choice)
+            raise ValueError(f"expected a tile of {TILE_FIELDS} numbers, none negative, got {choice}")
+        return key, tuple(choice)
     if choice not in STRATEGIES:
-        raise ValueError(f"a strategy of {choice!r}")
-    return found, choice
+        raise ValueError(f"expected a strategy of {STRATEGIES}, got {choice!r}")
+    return key, choice

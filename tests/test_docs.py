@@ -58,12 +58,12 @@ def paths(page: Path) -> list[str]:
 
 def tree(text: str) -> list[str]:
     """Returns the paths of a page's tree: lines of a name and its description, two spaces deeper in each folder."""
-    found, folders = [], []
+    paths, folders = [], []
     for block in re.findall(r"^```\n(kernels/.*?)^```", text, re.DOTALL | re.MULTILINE):
         for indent, name in re.findall(r"^( *)([\w./]+)", block, re.MULTILINE):
             folders[len(indent) // 2 :] = [name]
-            found.append("".join(folders))
-    return found
+            paths.append("".join(folders))
+    return paths
 
 
 EXAMPLES = [pytest.param(code, id=f"{page.stem}-{i}") for page in PAGES for i, code in enumerate(python_blocks(page))]
@@ -138,27 +138,29 @@ def test_check_finds_commands_that_do_not_exist(command, message):
 
 def check(words: list[str]) -> None:
     """Raises unless the command, its options and the files it names exist."""
-    program, *rest = words
+    program, *arguments = words
     if program == "lora-fast":
-        check_lora_fast(rest)
+        check_lora_fast(arguments)
     elif program == "make":
-        assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+        assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
     elif program == "python":
-        source = (ROOT / rest[0]).read_text(encoding="utf-8")
-        assert all(f'"{word}"' in source for word in rest if word.startswith("-")), words
+        source = (ROOT / arguments[0]).read_text(encoding="utf-8")
+        assert all(f'"{word}"' in source for word in arguments if word.startswith("-")), words
     else:
         assert program in ("pytest", "pip"), words
-        assert all((ROOT / word).exists() for word in rest if word.endswith(".py") or word.startswith("tests/")), words
+        assert all((ROOT / word).exists() for word in arguments if word.endswith(".py") or word.startswith("tests/")), (
+            words
+        )
 
 
 def check_lora_fast(words: list[str]) -> None:
-    name, *rest = words
+    name, *arguments = words
     subcommands = typer.main.get_command(app).commands
     assert name in subcommands or words == ["--help"], words
     if name not in subcommands:
         return
     try:
-        values = subcommands[name].make_context(name, rest).params
+        values = subcommands[name].make_context(name, arguments).params
     except typer.Exit as help_page:
         assert help_page.exit_code == 0
         return

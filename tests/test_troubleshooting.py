@@ -115,7 +115,7 @@ ERRORS = {
     ),
     "LaunchError: … needs": too_large,
     "strategy 'gluon': expected": gluon_on_an_a100,
-    "expected a GPU of sm_80": lambda: device._of_gpu.__wrapped__(0),
+    "expected a GPU of sm_80": lambda: device._query_gpu.__wrapped__(0),
     "LORA_FAST_BACKEND: expected": lambda: checks.choice("tritton", "LORA_FAST_BACKEND", backend.BACKENDS),
     "backend 'triton' on cpu": lambda: on_triton(torch.ones(1)),
     "backend 'triton' with float64": lambda: on_triton(SimpleNamespace(is_cuda=True, dtype=torch.float64)),

@@ -1,1 +1,1 @@
-"""The sections of bench/gpu.py: all that only a GPU can show."""
+"""The sections of bench/gpu.py, which measure what only a GPU can show."""

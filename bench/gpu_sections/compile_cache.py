@@ -1,13 +1,13 @@
-"""Compiled kernels that travel: a Triton cache filled on a machine without a GPU and used on one that has it.
+"""A portable Triton cache: filled on a machine without a GPU and used on a machine with one.
 
-Triton keys a compiled kernel by its source, the options, the arch, ptxas, and a hash of Triton's own files. The last
-differs between builds of one version for two Pythons, though they compile the same, so it is replaced here by the
-version. Before 3.9 the hash of a kernel's source depends on which kernels the process has compiled before (a function
-that it calls does not yet tell which globals it uses), so that is put right. The folder is a run's own, so that no
-other program meets these keys. A group file names its members by their absolute paths, so it is written anew where an
-archive is unpacked.
+Triton keys a compiled kernel by its source, the options, the arch, ptxas, and a hash of Triton's own files. This hash
+differs between builds of one version for two Pythons, which compile the same code, so it is replaced here by the
+version. Before Triton 3.9 the hash of a kernel's source depends on the kernels that the process has compiled before,
+because the globals of a called function are not yet known; this is corrected here. The cache folder belongs to one run,
+so that no other program meets these keys. A group file contains the absolute paths of its members, so it is rewritten
+where an archive is unpacked.
 
-As a pytest plugin (``-p gpu_sections.compile_cache``) it lets the tests use such a folder.
+As a pytest plugin (``-p gpu_sections.compile_cache``) this module lets the tests use such a folder.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ if STUB_ARCH in os.environ:
 
 import torch  # noqa: E402
 
-ARCH = 90  # what is compiled for machines that have a GPU
+ARCH = 90  # of the kernels in the archive
 MEBIBYTE = 1 << 20
 GROUP = "__grp__"
 EVERY = 15  # seconds between two lines that show progress
-counts: Counter[str] = Counter()  # of this process: "hits", "misses"
+counts: Counter[str] = Counter()  # the "hits" and "misses" of this process
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Returns what a process needs in its environment to compile into the folder."""
+    """Returns the environment variables with which a process compiles into the folder."""
     return {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1", OWN_KEYS: "1"}
 
 
 def use() -> None:
-    """Counts what this process finds compiled. In a folder of the run's own, its keys are those that travel."""
+    """Counts the cache hits of this process. In a run's own folder, it also switches to the portable keys."""
     import triton
     from triton import knobs
     from triton.runtime import cache, jit
@@ -60,7 +60,7 @@ def use() -> None:
         update_hash = jit.DependenciesFinder._update_hash
 
         def update_hash_in_order(self, called) -> None:
-            _ = called.cache_key  # which finds its globals
+            _ = called.cache_key  # computing it collects the function's globals
             update_hash(self, called)
 
         jit.DependenciesFinder._update_hash = update_hash_in_order
@@ -72,7 +72,7 @@ def _count(cache_hit: bool, **_) -> None:
 
 
 def pytest_runtest_teardown(item) -> None:
-    """Ends a process of pytest-xdist whose device answers no more: another one takes its place and its other tests."""
+    """Ends a process of pytest-xdist whose device no longer works: a new process takes over its remaining tests."""
     if torch.cuda.is_initialized() and "PYTEST_XDIST_WORKER" in os.environ:
         try:
             torch.cuda.synchronize()
@@ -86,35 +86,34 @@ def pytest_configure(config) -> None:
         on_stub_driver()
         import budget
 
-        budget.check = torch.testing.assert_close = lambda *values, **options: None  # they compare what means nothing
+        budget.check = torch.testing.assert_close = lambda *values, **options: None  # the stub's values are undefined
 
 
 def stub_environment(arch: int = ARCH) -> dict[str, str]:
-    """Returns what a process needs in its environment to work on the stub driver."""
+    """Returns the environment variables with which a process uses the stub driver."""
     return {STUB_ARCH: str(arch), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def on_stub_driver() -> None:
-    """Gives this process a card on which neither our kernels nor torch's large products compute anything."""
+    """Gives this process a stub device, on which neither our kernels nor torch's large products compute anything."""
     import stub_runs
 
-    warnings.filterwarnings("ignore", message="CUDA initialization")  # torch's own, of a driver that is not there
+    warnings.filterwarnings("ignore", message="CUDA initialization")  # torch warns that there is no driver
     stub_driver.install(int(os.environ[STUB_ARCH]))
     stub_runs.leave_products_out()
-    zeros = lambda *shape, generator=None, **options: torch.zeros(*shape, **options)
-    torch.randn = zeros  # takes no time until it is written
+    # the pages of zeros cost nothing until they are written
+    torch.randn = lambda *shape, generator=None, **options: torch.zeros(*shape, **options)
 
 
 def test_environment() -> dict[str, str]:
-    """Returns what pytest needs in its environment to find this plugin from any folder."""
+    """Returns the environment with which pytest finds this plugin from any folder."""
     given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     paths = [str(Path(__file__).parents[1]), *(str(Path(path).absolute()) for path in given)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def compile_tests(processes: int) -> None:
-    """Compiles what the tests launch, as far as they come on a driver that computes nothing. Their failures mean
-    nothing."""
+    """Compiles the tests' launches by running the tests on the stub driver, where their failures mean nothing."""
     plugins = "-p gpu_sections.compile_cache -p no:cacheprovider"
     options = f"-q {plugins} -n {processes} --dist worksteal --tb no -W ignore".split()
     environment = {**test_environment(), **stub_environment()}
@@ -129,7 +128,7 @@ def compile_tests(processes: int) -> None:
 
 
 def entries(folder: Path) -> set[str]:
-    """Returns the files of a cache, without sources and what is not finished."""
+    """Returns the files of a cache, without sources and unfinished files."""
     files = {path.relative_to(folder) for path in folder.glob("*/*") if path.is_file() and path.suffix != ".source"}
     return {str(file) for file in files}
 
@@ -137,8 +136,13 @@ def entries(folder: Path) -> set[str]:
 def pack(
     folder: Path, names: Iterable[str], archive: Path, most: float, preset: int = 6, seconds: float = math.inf
 ) -> list[str]:
-    """Writes files of a cache to an archive of at most ``most`` MiB, of a kernel all or none, in about these seconds.
-    Returns the names of those that had no room or no time."""
+    """Writes files of a cache to an archive of at most ``most`` MiB within about ``seconds``.
+
+    A kernel's files are packed together or not at all.
+
+    Returns:
+        The names of the files that did not fit or were not reached in time.
+    """
     from lora_fast.kernels import atomic_file
 
     left = []
@@ -167,8 +171,11 @@ def pack(
 
 
 def unpack(archive: Path, folder: Path) -> tuple[int, int]:
-    """Adds an archive's files to a cache. Returns how many of its kernels this Triton can use, and how many it cannot,
-    since another version has compiled them."""
+    """Adds an archive's files to a cache.
+
+    Returns:
+        The number of kernels that this Triton can use, and the number that another version compiled.
+    """
     import triton
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gpu_sections.section import PROGRAM, Jobs, Options
 
-MARGIN = 5  # seconds in which the process that waits for ncu ends
+MARGIN = 5  # seconds for the end of the process that waits for ncu
 # column of the figure → Nsight Compute's metric
 METRICS = {
     "µs": "gpu__time_duration.sum",
@@ -26,7 +26,7 @@ MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1, "usecond": 1, "ms": 1e3, "
 
 
 def counters(options: Options) -> Jobs:
-    """Nsight Compute's counters of every kernel of a layer, a step and the inverses."""
+    """Reads Nsight Compute's counters of every kernel of a layer, a step and the inverses."""
     return [] if options.mode == "stub" else [("ncu", lambda: count(options))]
 
 
@@ -36,7 +36,7 @@ def count(options: Options) -> dict:
         return {"ok": None, "error": "ncu is not installed" if not tool else "not in a dry run"}
     command = [tool, "--csv", "--kernel-name", "regex:lora_.*", "--clock-control", "none", "--launch-count", "60"]
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "ncu.csv"  # is read as far as it came, should the time not suffice
+        log = Path(folder) / "ncu.csv"  # ncu writes line by line, so a log that is cut off is still of use
         command += ["--log-file", str(log), "--metrics", ",".join(METRICS.values())]
         command += [sys.executable, str(PROGRAM), "--work", "counted"]
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -47,29 +47,30 @@ def count(options: Options) -> dict:
 
 
 def parse(output: str) -> list[dict]:
-    """Returns a dict for each kernel with its name and ``METRICS``. Of several launches the longest counts."""
+    """Returns a dict for each kernel with its name and ``METRICS``, from the longest of its launches."""
     lines = output.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
         return []
-    names, launches = {metric: name for name, metric in METRICS.items()}, {}
+    names = {metric: name for name, metric in METRICS.items()}
+    launches: dict[str, dict] = {}
     for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))):
         if row["Metric Name"] in names:
             try:
                 value = float(row["Metric Value"].replace(",", "")) * MICROSECONDS.get(row["Metric Unit"], 1)
-            except (ValueError, AttributeError):  # "n/a", or a line that is cut off
+            except (ValueError, AttributeError):  # "n/a", or an incomplete line
                 continue
             launch = launches.setdefault(row["ID"], {"kernel": row["Kernel Name"].split("(")[0]})
             launch[names[row["Metric Name"]]] = value
-    largest = {}
+    largest: dict[str, dict] = {}
     for launch in launches.values():
         before = largest.get(launch["kernel"], launch)
-        largest[launch["kernel"]] = max(before, launch, key=lambda of: of.get("µs", 0))
+        largest[launch["kernel"]] = max(before, launch, key=lambda metrics: metrics.get("µs", 0))
     return list(largest.values())
 
 
 def counted(options: Options) -> Jobs:
-    """Runs what ncu watches, each once: a layer with dropout, a step of PiLoRA, the inverses."""
+    """Runs once what ncu profiles: a layer with dropout, a step of PiLoRA, the inverses."""
     from gpu_sections.timings import MODEL, N_TOKENS, RANK, SHAPES
     from suite.cases import MODELS, Case
     from suite.comparison import Setting, once

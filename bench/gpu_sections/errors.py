@@ -15,18 +15,19 @@ from gpu_sections.layer_inputs import rows
 from gpu_sections.section import Jobs, Options
 from lora_fast.kernels import tiles
 from lora_fast.ops.reference import linear as reference
+from suite.ops.providers import backend
 
 RANKS = (8, 16, 32, 64, 128)
 SHAPES = ((2048, 4096, 4096), (777, 1001, 1337))  # tokens, d_in, d_out
 FEW_TOKENS = ((1, 4096, 4096), (17, 4096, 14336))
-ELEMENTS, WIDTHS = 100_000, (264, 1001)  # of the families
+ELEMENTS, WIDTHS = 100_000, (264, 1001)  # for the kernel families
 ADAPTERS = (torch.float32, torch.bfloat16)
 SEED, DROPOUT, SCALING = 1234, 0.1, 2.0
 NAMES = ("y", "dx", "da", "db")
 
 
 def errors(options: Options) -> Jobs:
-    """Every op launches, and is within the budget that the tests hold it to, against float64."""
+    """Checks that every op launches and meets the error budget of the tests against float64."""
     ranks, shapes, few, elements, widths = RANKS, SHAPES, FEW_TOKENS, ELEMENTS, WIDTHS
     if options.tiny:
         ranks, shapes, few, elements, widths = (3,), ((33, 40, 24),), (), 1 << 10, (32,)
@@ -50,29 +51,30 @@ def errors(options: Options) -> Jobs:
 def judge(
     n: int, d_in: int, d_out: int, r: int, strategy: str | None, adapter: torch.dtype, dropout: float, options: Options
 ) -> dict:
-    """Returns the errors of y, dx, da and db, and what is allowed: what PEFT's formula errs by, with the same mask."""
+    """Returns the errors of y, dx, da and db, and the allowed ones, which follow from the errors of PEFT's formula with
+    the same mask."""
     budget = _tests_budget()
     torch.manual_seed(n + r)
-    x, weight, bias, dy = (rows(*of, options.device) for of in ((n, d_in), (d_out, d_in), (1, d_out), (n, d_out)))
+    x, weight, bias, dy = (rows(*shape, options.device) for shape in ((n, d_in), (d_out, d_in), (1, d_out), (n, d_out)))
     weight, bias = weight / d_in**0.5, bias[0]
-    draw = lambda *shape: torch.randn(shape, device=options.device).to(adapter)
-    a, b = draw(r, d_in) / d_in**0.5, draw(d_out, r) / r**0.5
-    with lf.set_backend("triton"):
-        run = lambda x, a, b: lf.functional.lora_linear(x, weight, bias, a, b, SCALING, dropout, SEED)
-        if strategy:
-            with tiles.assume(strategy=strategy):
-                made = by_autograd(run, x, a, b, dy)
-        else:
-            made = by_autograd(run, x, a, b, dy)
+    a, b = (torch.randn(shape, device=options.device).to(adapter) for shape in ((r, d_in), (d_out, r)))
+    a, b = a / d_in**0.5, b / r**0.5
+
+    def ours(x, a, b):
+        return lf.functional.lora_linear(x, weight, bias, a, b, SCALING, dropout, SEED)
+
+    with backend("triton", strategy):
+        results = by_autograd(ours, x, a, b, dy)
     if options.mode == "stub":
         return {"ok": True}
     keep = mask(n, d_in, dropout, options.device) if dropout else None
-    formula = lambda x, a, b, weight=weight, bias=bias: budget.eager_lora_linear(
-        x, weight, bias, a, b, SCALING, keep, 1 - dropout
-    )
+
+    def formula(x, a, b, weight=weight, bias=bias):
+        return budget.eager_lora_linear(x, weight, bias, a, b, SCALING, keep, 1 - dropout)
+
     exact_formula = functools.partial(formula, weight=weight.double(), bias=bias.double())
     exact = by_autograd(exact_formula, *(t.double() for t in (x, a, b, dy)))
-    draws = budget.DRAWS if n * r < 4096 else 1  # of few roundings the error is a matter of luck
+    draws = budget.DRAWS if n * r < 4096 else 1  # the error of few roundings is a matter of luck
     eager_errors = [0.0] * 4
     for i in range(draws):
         factor = 1 + i / draws
@@ -81,19 +83,20 @@ def judge(
         for j, pair in enumerate(zip(by_autograd(formula, *scaled), right, strict=True)):
             eager_errors[j] = max(eager_errors[j], budget.error(*pair))
     figures, ok = {}, True
-    for name, got, eager, right in zip(NAMES, made, eager_errors, exact, strict=True):
+    for name, got, eager, right in zip(NAMES, results, eager_errors, exact, strict=True):
         least = budget.least_error(x.dtype, adapter) if name in ("da", "db") else 0.0
         allowed = max(budget.EAGER * eager, least) + budget.ULPS[got.dtype] * torch.finfo(got.dtype).eps
         figures[name] = {"error": budget.error(got, right), "allowed": allowed}
         ok &= figures[name]["error"] <= allowed
     worst = max(figures, key=lambda name: figures[name]["error"] / figures[name]["allowed"])
     error, allowed = figures[worst].values()
-    told = {} if ok else {"error": f"{worst}: {error:.2e}, allowed {allowed:.2e}"}
-    return {"ok": ok, "largest share": error / allowed, **told, **figures}
+    failure = {} if ok else {"error": f"{worst}: {error:.2e}, allowed {allowed:.2e}"}
+    return {"ok": ok, "largest share": error / allowed, **failure, **figures}
 
 
 @functools.lru_cache
 def mask(n: int, d_in: int, dropout: float, device: torch.device) -> Tensor:
+    """Returns the mask that our kernels draw from SEED, (n, d_in); cached, since the reference is slow."""
     return reference.philox_mask(SEED, n, d_in, dropout).to(device)
 
 
@@ -105,6 +108,7 @@ def by_autograd(run, x: Tensor, a: Tensor, b: Tensor, dy: Tensor) -> list[Tensor
 
 
 def _tests_budget():
+    """Imports the error budget of the tests."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "helpers"))
     import budget
 

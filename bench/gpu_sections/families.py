@@ -1,7 +1,9 @@
-"""Every kernel family, called once on a tensor of a given size: what ``large`` runs beyond 2³¹ elements, ``errors`` at
-several ranks, and what the memory checker watches at small, odd sizes. A family takes (elements, d, r, device) and
-returns what came out and what should have. The tensor is zero (or a stack of I) but for its end, where a wrong address
-shows."""
+"""Calls every kernel family once on a tensor of a given size.
+
+The section ``large`` runs the families beyond 2³¹ elements, ``errors`` at several ranks, and the memory checker watches
+them at small, odd sizes. A family takes (elements, d, r, device) and returns the results and the expected values. Its
+tensor is zero (or a stack of I) except at the end, where a wrong address shows.
+"""
 
 from __future__ import annotations
 
@@ -19,53 +21,54 @@ from suite.comparison import relative_error
 
 
 def large(options: Options) -> Jobs:
-    """One tensor beyond 2³¹ elements per kernel family: its last rows, the only ones that are not zero, are right."""
+    """Checks every kernel family on a tensor of more than 2³¹ elements, of which only the last rows are not zero."""
     elements, d = ((1 << 31) + 1, 4096) if options.mode == "device" else (1 << 10, 32 if options.tiny else 4096)
     return of_families(options, elements, d)
 
 
 def families(options: Options) -> Jobs:
-    """Every kernel family once at small, odd sizes: what runs under the memory checker."""
+    """Runs every kernel family once at small, odd sizes, for the memory checker."""
     jobs = of_families(options, 1000, 32 if options.tiny else 264)
     return [job for job in jobs if job[0] == "project"] if options.tiny else jobs
 
 
 def of_families(options: Options, elements: int, d: int) -> Jobs:
-    """Each of them once, the GEMM by each strategy that runs on the device."""
+    """Returns a job for each family, with the GEMM once by each strategy that runs on the device."""
     strategies = tiles.strategies(options.device, torch.bfloat16, d)
-    known = {f"linear, {name}": functools.partial(linear, name) for name in strategies} | FAMILIES
-    return [(name, functools.partial(judged, of, elements, d, RANK, options.device)) for name, of in known.items()]
+    gemms = {f"linear, {name}": functools.partial(linear, name) for name in strategies}
+    return [
+        (name, functools.partial(judged, family, elements, d, RANK, options.device))
+        for name, family in (gemms | FAMILIES).items()
+    ]
 
 
 RANK = 16
-ULPS = {torch.bfloat16: 0.5, torch.float32: 1024}  # a wrong address is wrong by far more
-TAIL = 64
+ULPS = {torch.bfloat16: 0.5, torch.float32: 1024}  # a wrong address causes far larger errors
+TAIL = 64  # last rows, the ones that are not zero
 
 
 def judged(family: Callable, elements: int, d: int, r: int, device: torch.device) -> dict:
-    """Returns the largest relative L2 error of a family's results, and those that are not allowed."""
+    """Returns the largest relative L2 error of a family's results, and the errors beyond the allowed ones."""
     with lf.set_backend("triton"):
         got, want = family(elements, d, r, device)
     largest, wrong = 0.0, []
     for name, right in want.items():
-        error, allowed = (
-            relative_error(got[name], right.double()),
-            ULPS[got[name].dtype] * torch.finfo(got[name].dtype).eps,
-        )
+        error = relative_error(got[name], right.double())
+        allowed = ULPS[got[name].dtype] * torch.finfo(got[name].dtype).eps
         largest = max(largest, error)
         wrong += [] if error <= allowed else [f"{name}: {error:.2e}, allowed {allowed:.2e}"]
     return {"ok": not wrong, "largest error": largest, **({"error": "; ".join(wrong)} if wrong else {})}
 
 
 def _tall(elements: int, d: int, device: torch.device) -> Tensor:
-    """(n, d), more than ``elements`` in all, zero but for the last rows."""
+    """Returns (n, d) with more than ``elements`` elements, zero except for the last rows."""
     x = torch.zeros(elements // d + TAIL + 1, d, dtype=torch.bfloat16, device=device)
     x[-TAIL:] = rows(TAIL, d, device)
     return x
 
 
 def _thin(n: int, r: int, device: torch.device) -> Tensor:
-    """(n, r), zero but for the last rows."""
+    """Returns (n, r), zero except for the last rows."""
     return _tall((n - TAIL - 1) * r, r, device)
 
 
@@ -111,12 +114,12 @@ def step(elements: int, d: int, r: int, device: torch.device):
 
     p, g = (_tall(elements, r, device) for _ in range(2))
     m, v = (torch.zeros_like(p) for _ in range(2))
-    own = nn.Parameter(p[-TAIL:].float())
-    own.grad = g[-TAIL:].float()
-    torch.optim.AdamW([own], lr=1e-1, weight_decay=0.0).step()
+    expected = nn.Parameter(p[-TAIL:].float())
+    expected.grad = g[-TAIL:].float()
+    torch.optim.AdamW([expected], lr=1e-1, weight_decay=0.0).step()
     hyper = torch.tensor([[1e-1, 0.9, 0.999, 1e-8, 0.0]], dtype=torch.float64, device=device)
     ops.step_([(p, g, m, v)], [False], hyper, torch.zeros(1, device=device))
-    return {"p": p[-TAIL:]}, {"p": own.detach()}
+    return {"p": p[-TAIL:]}, {"p": expected.detach()}
 
 
 def transform(elements: int, d: int, r: int, device: torch.device):
@@ -139,7 +142,7 @@ def merge(elements: int, d: int, r: int, device: torch.device):
 
 
 def _matrices(elements: int, r: int, device: torch.device) -> Tensor:
-    """(n, r, r), I but for the last."""
+    """Returns (n, r, r), the identity except for the last matrix."""
     matrices = torch.eye(r, device=device).repeat(max(2, elements // r**2 + 2), 1, 1)
     factor = torch.randn(r, r, device=device) / r**0.5
     matrices[-1] += factor @ factor.T
@@ -176,7 +179,7 @@ def hadamard(elements: int, d: int, r: int, device: torch.device):
 
 
 def cayley(elements: int, d: int, r: int, device: torch.device):
-    """Orthonormal, and the last columns as the formula has them."""
+    """Computes the last rows of b, which depend on the whole Gram of the free b."""
     free_b = torch.zeros(elements // r + TAIL + 1, r, device=device)
     free_b[-TAIL:] = torch.randn(TAIL, r, device=device) / r
     free_a = torch.randn(r, d, device=device) / d**0.5

@@ -1,7 +1,9 @@
-"""The goals for a GPU, and how each is read from the figures of bench/gpu.py (section → figure → values)."""
+"""The goals for a GPU, and for each a function that reads it from the figures of bench/gpu.py (section → figure →
+values)."""
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Collection
 from typing import NamedTuple
@@ -17,7 +19,7 @@ SIGNS = {"≥": operator.ge, "≤": operator.le}
 
 
 class Verdict(NamedTuple):
-    """``measured`` and ``verdict`` are words: "met", "missed" or "not measured"."""
+    """A row of the table of goals, in words. ``verdict``: "met", "missed" or "not measured"."""
 
     figure: str
     goal: str
@@ -26,11 +28,11 @@ class Verdict(NamedTuple):
 
 
 class WithHost(float):
-    """A ratio of which the host's time is part."""
+    """A ratio that includes the host's time."""
 
 
 class Goal(NamedTuple):
-    """``read``: the figure from the results; KeyError where it was not measured."""
+    """A limit on a figure. ``read`` returns the figure from the results and raises KeyError if it was not measured."""
 
     section: str
     figure: str
@@ -50,11 +52,14 @@ def _row(results: dict, section: str, name: str, provider: str, mode: str) -> di
 def _over(
     section: str, name: str, top: str, bottom: str, mode: str = "forward", of_host: bool = False, bottom_name: str = ""
 ) -> Callable[[dict], float]:
-    """Returns a reader of the median time of one provider over another's, the device's or the host's. ``bottom_name``:
-    the other provider's figure, if it is another one."""
+    """Returns a reader of one provider's median time over another's, on the device or (``of_host``) on the host.
+
+    ``bottom_name`` is the other provider's figure, if it is a different one. Where ours waited for the host, the reader
+    raises KeyError; where another provider did, it returns ``WithHost``.
+    """
 
     def read(results: dict) -> float:
-        rows = [_row(results, section, *of, mode) for of in ((name, top), (bottom_name or name, bottom))]
+        rows = [_row(results, section, *key, mode) for key in ((name, top), (bottom_name or name, bottom))]
         ours_exposed = any(row["exposed"] for row in rows if row["provider"].startswith("ours"))
         if ours_exposed or (of_host and any(row["host"] is None or row["exposed"] for row in rows)):
             raise KeyError("the host waited for the device")
@@ -77,10 +82,15 @@ def _step(method: str) -> str:
 
 
 def _least_over_peft(results: dict) -> float:
-    """Returns the least of PEFT's time over ours in the whole grid."""
+    """Returns the least of PEFT's time over ours in the grid, which must be complete."""
     if len(results["grid"]) < len(RANKS) * len(TOKENS):
         raise KeyError("some of the grid")
     return min(_over("grid", name, "PEFT", "ours", "full")(results) for name in results["grid"])
+
+
+def _over_lora(method: str, results: dict) -> float:
+    """Returns the median of a method's time over LoRA's in a training step of four blocks."""
+    return results["training"][TRAINING][method]["over LoRA"][1]
 
 
 def _goals() -> list[Goal]:
@@ -117,21 +127,26 @@ def _goals() -> list[Goal]:
         read = _over("steps", top="ours", bottom="torch's fused AdamW", of_host=True, **names)
         goals.append(Goal("steps", what, "≤", limit, read))
     inverses = "solve: Llama-3-8B, 224 pairs, r=16, inverse, float32"
-    alone = lambda found: _row(found, "inverses", inverses, "ours", "forward")["p50"]
+    alone = lambda results: _row(results, "inverses", inverses, "ours", "forward")["p50"]
     loop = _over("inverses", inverses, "torch, loop", "ours")
     goals += [
         Goal("inverses", "224 Cayley inverses, r=16, one launch", "≤", 20, alone, " µs"),
         Goal("inverses", "torch.linalg.inv in a loop / those 224 inverses", "≥", 100, loop),
     ]
     for name, limit in (("NB-LoRA", 1.02), ("ScaLoRA", 1.03)):
-        read = lambda found, name=name: found["training"][TRAINING][name]["over LoRA"][1]
         every = " (every 10 steps)" if name == "ScaLoRA" else ""
-        goals.append(Goal("training", f"{name}{every} training step / LoRA's", "≤", limit, read))
-    engine = lambda found, name, figure: found["whole"][WHOLE][name][figure]
-    speed = lambda found: engine(found, "ours", "tokens a second")
-    memory = lambda found: engine(found, "ours", "peak GiB") / engine(found, "PEFT", "peak GiB")
+        figure = f"{name}{every} training step / LoRA's"
+        goals.append(Goal("training", figure, "≤", limit, functools.partial(_over_lora, name)))
+
+    def speed(results: dict) -> float:
+        return results["whole"][WHOLE]["ours"]["tokens a second"]
+
+    def memory(results: dict) -> float:
+        ours, peft = (results["whole"][WHOLE][name]["peak GiB"] for name in ("ours", "PEFT"))
+        return ours / peft
+
     goals += [
-        Goal("grid", "PEFT / ours, every layer, rank and number of tokens: the least", "≥", 1.0, _least_over_peft),
+        Goal("grid", "PEFT / ours, the least over all ranks and numbers of tokens", "≥", 1.0, _least_over_peft),
         Goal("whole", f"a training step of Llama-3-8B (public anchor {ANCHOR:,})", "≥", 14_000, speed, " tokens/s"),
         Goal("whole", "that step's peak memory / PEFT's", "≤", 0.8, memory),
     ]
@@ -139,25 +154,25 @@ def _goals() -> list[Goal]:
 
 
 CHECKS = {
-    "errors": "every op launches and is within the budget",
-    "graphs": "captured in a CUDA graph, replay equals eager",
-    "repeats": "100 repeats, the same bits",
-    "suite": "kernel and layer tests green, run natively",
+    "errors": "every op launches and meets the error budget",
+    "graphs": "replay of a captured CUDA graph equals the eager call",
+    "repeats": "100 repeats give the same bits",
+    "suite": "kernel and layer tests pass natively",
     "memcheck": "no memory error under compute-sanitizer",
-    "large": "kernel families right beyond 2³¹ elements",
+    "large": "kernel families are right beyond 2³¹ elements",
 }
 
 
 def verdicts(results: dict, sections: Collection[str]) -> list[Verdict]:
-    """Judges sections: those of checks, which are met if every figure is as it should be, then goal by goal."""
-    found = []
+    """Returns the verdicts of some sections: first the checks, which are met if every figure is ok, then the goals."""
+    rows = []
     for section in (name for name in CHECKS if name in sections):
         figures = results.get(section, {})
         passed = sum(figure.get("ok") is True for figure in figures.values())
         failed = sum(figure.get("ok") is False for figure in figures.values())
         verdict = "missed" if failed else "met" if figures and passed == len(figures) else "not measured"
         measured = f"{passed} of {len(figures)}" if figures else "–"
-        found.append(Verdict(CHECKS[section], "all", measured, verdict))
+        rows.append(Verdict(CHECKS[section], "all", measured, verdict))
     for goal in _goals():
         if goal.section not in sections:
             continue
@@ -165,10 +180,10 @@ def verdicts(results: dict, sections: Collection[str]) -> list[Verdict]:
         try:
             value = goal.read(results)
         except KeyError:
-            found.append(Verdict(goal.figure, text, "–", "not measured"))
+            rows.append(Verdict(goal.figure, text, "–", "not measured"))
             continue
         verdict = "met" if SIGNS[goal.sign](value, goal.limit) else "missed"
         digits = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
         note = " (with the host's)" if isinstance(value, WithHost) else ""
-        found.append(Verdict(goal.figure, text, f"{digits}{goal.unit}{note}", verdict))
-    return found
+        rows.append(Verdict(goal.figure, text, f"{digits}{goal.unit}{note}", verdict))
+    return rows

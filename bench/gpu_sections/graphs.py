@@ -1,4 +1,4 @@
-"""CUDA graphs: what is captured replays to the bits of an eager call. A dry run captures nothing."""
+"""Checks CUDA graphs: a captured call replays to the bits of an eager call. A dry run captures nothing."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lora_fast.kernels import tiles
 from suite.comparison import relative_error
 from suite.ops.providers import backend
 
-AGREE = 16 * torch.finfo(torch.bfloat16).eps  # S and dS are rounded to it; another mask is wrong by its own size
-WAITING = ("BaLoRA", "LoRARITE", "RefLoRA")  # torch.linalg waits for the device in a step: it cannot be captured
+AGREE = 16 * torch.finfo(torch.bfloat16).eps  # S and dS are rounded to bfloat16; with another mask the error is about 1
+WAITING = ("BaLoRA", "LoRARITE", "RefLoRA")  # their steps call torch.linalg, which waits for the device: not capturable
 
 
 def graphs(options: Options) -> Jobs:
-    """A captured call replays to the bits of an eager one: the layer, and a step of every method that does not wait."""
+    """Checks that a captured layer, and a step of every method that does not wait, replay to the bits of eager ones."""
     d, n = (16, 16) if options.tiny else (1024, 512)
     jobs = []
     for strategy in (None, *tiles.strategies(options.device, torch.bfloat16, d)):
@@ -35,18 +35,18 @@ def graphs(options: Options) -> Jobs:
 
 @contextlib.contextmanager
 def captured(device: torch.device, replays: list[Callable]):
-    """What runs inside is captured; ``replays`` gets the function that runs it again."""
+    """Captures what runs inside, and appends the function that replays it to ``replays``."""
     if device.type != "cuda":
         yield
         return
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # where a module loaded while capturing is an error
+    with torch.cuda.graph(graph):  # loading a module while capturing is an error, so kernels must be warmed up
         yield
     replays.append(graph.replay)
 
 
 def on_a_side_stream(run: Callable[[], object], device: torch.device) -> None:
-    """As torch asks it of what is captured afterwards."""
+    """Warms up a call on a side stream, as torch requires before a capture."""
     if device.type != "cuda":
         return
     stream = torch.cuda.Stream()
@@ -58,55 +58,55 @@ def on_a_side_stream(run: Callable[[], object], device: torch.device) -> None:
 
 
 def captured_layer(module: nn.Module, x: Tensor, dy: Tensor, device: torch.device) -> tuple[list[Tensor], list]:
-    """Forward and backward, warmed up and captured: their results, and what runs them again (none in a dry run)."""
+    """Warms up and captures forward and backward. Returns their results and the replays (none in a dry run)."""
     on_a_side_stream(lambda: forward_backward(module, x, dy), device)
     replays: list[Callable] = []
     with captured(device, replays):
-        made = forward_backward(module, x, dy)
-    return made, replays
+        results = forward_backward(module, x, dy)
+    return results, replays
 
 
 def of_layer(n: int, d: int, strategy: str | None, device: torch.device) -> dict:
-    """Forward and backward, on other values than those of the capture."""
+    """Replays forward and backward on other values than those of the capture."""
     x, dy, module = rows(n, d, device).requires_grad_(), rows(n, d, device), layer(d, d, 16, 0.0, device)
     with backend("triton", strategy):
-        made, replays = captured_layer(module, x, dy, device)
+        results, replays = captured_layer(module, x, dy, device)
         with torch.no_grad():
             x.copy_(rows(n, d, device))
         for replay in replays:
             replay()
-        made = [t.detach().clone() for t in made]  # before .grad is let go
-        same = equal(forward_backward(module, x, dy), made) if replays else None
+        results = [t.detach().clone() for t in results]  # before forward_backward sets .grad to None
+        same = equal(forward_backward(module, x, dy), results) if replays else None
     return {"ok": same is not False, "captured": bool(replays), "replay equals eager": same}
 
 
 def of_dropout(n: int, d: int, strategy: str | None, device: torch.device) -> dict:
-    """Every replay draws a mask of its own, the same in forward and in backward: then da aᵀ = bᵀdb."""
+    """Checks that every replay draws a new mask, which forward and backward share: only then da aᵀ = bᵀdb."""
     x, dy, module = rows(n, d, device).requires_grad_(), rows(n, d, device), layer(d, d, 16, 0.5, device)
     with backend("triton", strategy):
-        made, replays = captured_layer(module, x, dy, device)
-        seen = []
+        results, replays = captured_layer(module, x, dy, device)
+        copies = []
         for _ in range(2):
             for replay in replays:
                 replay()
-            seen.append([t.detach().clone() for t in made])
-    *_, da, db = seen[1]
+            copies.append([t.detach().clone() for t in results])
+    *_, da, db = copies[1]
     error = relative_error(da.double() @ module.lora_A.double().T, module.lora_B.double().T @ db.double())
-    fresh = all(not torch.equal(a, b) for a, b in zip(*seen, strict=True)) if replays else None
+    fresh = all(not torch.equal(a, b) for a, b in zip(*copies, strict=True)) if replays else None
     ok = fresh is not False and error <= AGREE
     return {"ok": ok, "captured": bool(replays), "replays draw new masks": fresh, "error of the identity": error}
 
 
 def of_step(name: str, d: int, device: torch.device) -> dict:
-    """Some steps eagerly, then as many eagerly or replayed: the same parameters."""
+    """Checks that eager steps followed by replayed steps, or by eager ones, give the same parameters."""
     results, steps = [], 3 if device.type == "cuda" else 1
     replays: list[Callable] = []
-    options = {"interval": 1} if name == "ScaLoRA" else {}  # its interval is counted by the host
+    options = {"interval": 1} if name == "ScaLoRA" else {}  # the host counts longer intervals, which a graph cannot
     for capture in (False, True):
-        own = pairs(d, device)
+        trained = pairs(d, device)
         methods = () if name == "AdamW" else getattr(lf.methods, name)(**options)
         with lf.set_backend("triton"):
-            optimizer = lf.optim.LoRAAdamW(own, lr=1e-3, methods=methods)
+            optimizer = lf.optim.LoRAAdamW(trained, lr=1e-3, methods=methods)
             step = optimizer.step
             if device.type == "cuda":
                 for _ in range(steps):
@@ -117,14 +117,16 @@ def of_step(name: str, d: int, device: torch.device) -> dict:
                     (step,) = replays
             for _ in range(steps):
                 step()
-        results.append([t.detach().clone() for pair in own for t in (*pair[:2], pair[3])])
+        results.append([t.detach().clone() for pair in trained for t in (*pair[:2], pair[3])])
     same = equal(*results)
     return {"ok": same, "captured": bool(replays), "replay equals eager": same}
 
 
 def of_norm_bounded(n: int, d: int, device: torch.device) -> dict:
-    """Forward, the transform of both layers in it, backward and optimizer: some steps eagerly, then as many eagerly or
-    replayed: the same parameters."""
+    """Checks whole training steps of two norm-bounded layers in the same way as ``of_step``.
+
+    A step is forward (with the transform of both layers in it), backward and the optimizer's step.
+    """
     results, steps = [], 3 if device.type == "cuda" else 1
     replays: list[Callable] = []
     torch.manual_seed(0)
@@ -136,7 +138,7 @@ def of_norm_bounded(n: int, d: int, device: torch.device) -> dict:
         optimizer = lf.optim.LoRAAdamW(model, lr=1e-3)
 
         def train(model=model, optimizer=optimizer):
-            optimizer.zero_grad(set_to_none=False)  # gradients stay where they are
+            optimizer.zero_grad(set_to_none=False)  # a graph needs gradients at fixed addresses
             model(x).backward(dy)
             optimizer.step()
 
@@ -153,16 +155,19 @@ def of_norm_bounded(n: int, d: int, device: torch.device) -> dict:
 
 
 def pairs(d: int, device: torch.device) -> list[tuple]:
-    """(a, b, scaling, weight), the same at every call, with gradients."""
+    """Returns tuples (a, b, scaling, weight) with gradients; every call draws the same values."""
     generator = torch.Generator(device).manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)
-    r, own = min(16, d // 4), []
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    r, drawn = min(16, d // 4), []
     for m, k in ((d, d), (d, d // 2))[: 1 if device.type == "cpu" else 2]:
         a, b = nn.Parameter(draw(r, m) / m**0.5), nn.Parameter(draw(k, r) / 10)
         a.grad, b.grad = draw(r, m) / 100, draw(k, r) / 100
-        own.append((a, b, 2.0, draw(k, m)))
-    return own
+        drawn.append((a, b, 2.0, draw(k, m)))
+    return drawn
 
 
-def equal(some: list[Tensor], others: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+def equal(these: list[Tensor], those: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(these, those, strict=True))

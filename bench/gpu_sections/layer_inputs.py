@@ -1,4 +1,4 @@
-"""What the sections of bench/gpu.py run on: a LoRA layer in bfloat16 and rows for it."""
+"""Inputs of the sections of bench/gpu.py: a LoRA layer in bfloat16, and rows for it."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ import lora_fast as lf
 
 
 def layer(d_in: int, d_out: int, r: int, dropout: float, device: torch.device) -> lf.LoRALinear:
-    """The same one at every call; b is not zero."""
+    """Returns a layer with b ≠ 0; every call returns the same values."""
     torch.manual_seed(0)
     linear = nn.Linear(d_in, d_out, bias=False, device=device, dtype=torch.bfloat16)
     module = lf.LoRALinear.from_linear(linear, r=r, alpha=2 * r, dropout=dropout)
@@ -16,7 +16,7 @@ def layer(d_in: int, d_out: int, r: int, dropout: float, device: torch.device) -
 
 
 def forward_backward(module: lf.LoRALinear, x: Tensor, dy: Tensor) -> list[Tensor]:
-    """y, dx, da, db."""
+    """Returns y, dx, da and db, the last three as the tensors in ``.grad``."""
     for t in (x, module.lora_A, module.lora_B):
         t.grad = None
     y = module(x)

@@ -13,13 +13,13 @@ from pathlib import Path
 from gpu_sections.families import families
 from gpu_sections.section import PROGRAM, Figures, Jobs, Options
 
-MARGIN = 14  # seconds in which the process that waits for it starts and ends
-# ptxas and the like are left alone; what torch's own start asks of the driver in vain is no memory error
+MARGIN = 14  # seconds for the start and the end of the process that waits for the checker
+# Child processes such as ptxas are not checked. API errors are not reported: torch's start-up queries cause some.
 TOOL = ("--tool", "memcheck", "--target-processes", "application-only", "--report-api-errors", "no")
 
 
 def memcheck(options: Options) -> Jobs:
-    """compute-sanitizer's memcheck over every kernel family; without it, they run alone."""
+    """Runs every kernel family under compute-sanitizer's memcheck, or without it if it is not installed."""
     return families(options) if options.mode == "stub" else [("compute-sanitizer", lambda: check(options))]
 
 
@@ -27,7 +27,7 @@ def check(options: Options) -> dict:
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if options.mode != "device":
         tool = None
-    # each tensor an allocation of its own, so that a byte beyond its end is seen
+    # without torch's cache each tensor is an allocation of its own, so an access one byte beyond its end is detected
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     with tempfile.TemporaryDirectory() as folder:
         figures, output = Figures(Path(folder) / "figures.jsonl"), Path(folder) / "output"
@@ -47,8 +47,12 @@ def check(options: Options) -> dict:
 
 
 def verdict(output: str, status: int | None, checked: bool, complete: bool) -> dict:
-    """Reads what compute-sanitizer and the program under it have printed, and its exit status (None: it ran out of
-    time). ``complete``: every family has run and was right."""
+    """Evaluates the output of compute-sanitizer and its program.
+
+    Args:
+        status: the exit status; None if it ran out of time.
+        complete: whether every family has run and was right.
+    """
     summary = re.search(r"ERROR SUMMARY: (\d+) error", output)
     refused = "Device not supported" in output or (checked and status is not None and not summary)
     errors = int(summary[1]) if checked and summary and not refused else None
@@ -57,5 +61,5 @@ def verdict(output: str, status: int | None, checked: bool, complete: bool) -> d
     wrong = bool(errors) or (status not in (0, None) and not refused)
     ok = False if wrong else True if errors == 0 and complete else None
     figures = {"checked by": by, "memory errors": errors, "every family right": complete, "exit status": status}
-    told = {} if ok is not None else {"error": by if complete else f"{by}, and not every family has run"}
-    return {"ok": ok, **told, **figures, "tail": output[-1500:]}
+    reason = {} if ok is not None else {"error": by if complete else f"{by}, and not every family has run"}
+    return {"ok": ok, **reason, **figures, "tail": output[-1500:]}

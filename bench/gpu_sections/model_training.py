@@ -1,5 +1,5 @@
-"""Measures training steps on a GPU with random weights in Llama-3-8B's shapes: four blocks by our methods, and the
-whole model by PEFT and ours."""
+"""Measures training steps on a GPU with random weights in Llama-3-8B's shapes: four blocks with our methods, and the
+whole model with PEFT and with ours."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import torch
 
 import lora_fast as lf
 from gpu_sections.goals import TRAINING, WHOLE
-from gpu_sections.section import Jobs, Options, of_chain
+from gpu_sections.section import Jobs, Options, describe
 from gpu_sections.timings import judged
-from suite.comparison import Provider, Rounds, Unavailable, once, simply, spread, timed
+from lora_fast.measure.clock import Spread
+from suite.comparison import Provider, Rounds, Unavailable, once, simply, timed
 from suite.ops.providers import backend
 
 RANK, STEPS, INTERVAL = 16, 10, 10
 SEQUENCE, BATCH, ROUNDS = 4096, 2, 10
-CHECKPOINTED = (0, 2, 1)  # of the blocks: none, every second, every one; the first that fits
+CHECKPOINTED = (0, 2, 1)  # checkpoint no block, every second block, every block; the first choice that fits is used
 CHECKPOINTED_FIGURE = "checkpointed blocks, one in"
-SPARE = 5 << 30  # bytes for the other engines' adapters, and their moments
-MARGIN = 8  # seconds at the end of the section
+SPARE = 5 << 30  # bytes for the adapters of the other engines and their moments
+MARGIN = 8  # seconds that are left at the end of the section
 
 
 class Training:
@@ -71,13 +72,15 @@ def llama(tiny: bool, blocks: int, vocabulary: int, device: torch.device) -> tor
 
 
 def copied(model: torch.nn.Module, own_weights: bool = False) -> torch.nn.Module:
-    """Copies the modules. The copy shares the weights unless it is to have its own."""
+    """Copies the modules. The copy shares the weights unless ``own_weights``."""
     return copy.deepcopy(model, None if own_weights else {id(p): p for p in model.parameters()}).train()
 
 
 def launched(model: torch.nn.Module, optimizer, n_tokens: int, autocast: bool) -> dict:
-    """Launches what training steps launch, without torch's own work: each distinct layer forward and backward, and the
-    optimizer's step."""
+    """Launches our kernels of a training step without torch's own work, to compile them.
+
+    That is each distinct layer forward and backward, and the optimizer's step.
+    """
     layers = [module for module in model.modules() if isinstance(module, lf.LoRALinear | lf.NBLoRALinear)]
     results = []
     for layer in {(layer.in_features, layer.out_features): layer for layer in layers}.values():
@@ -95,7 +98,7 @@ def launched(model: torch.nn.Module, optimizer, n_tokens: int, autocast: bool) -
 
 
 def training(options: Options) -> Jobs:
-    """Training steps of four of Llama-3-8B's blocks: what NB-LoRA and ScaLoRA (every 10 steps) cost over LoRA."""
+    """Times training steps of four of Llama-3-8B's blocks with NB-LoRA and ScaLoRA (every 10 steps) against LoRA."""
     return [(TRAINING, lambda: of_methods(options))]
 
 
@@ -119,7 +122,9 @@ def of_methods(options: Options) -> dict:
     providers = {
         "LoRA": lambda: build(plain),
         "NB-LoRA": lambda: build(lf.NBLoRAConfig(r=r)),
-        "ScaLoRA": lambda: build(plain, lf.methods.ScaLoRA(interval=INTERVAL), own_weights=True),  # it changes them
+        "ScaLoRA": lambda: build(
+            plain, lf.methods.ScaLoRA(interval=INTERVAL), own_weights=True
+        ),  # ScaLoRA changes them
     }
     if options.mode == "stub":
         return {name: once(provider()) for name, provider in providers.items()}
@@ -136,12 +141,13 @@ def of_methods(options: Options) -> dict:
     for name in ready:
         times = rounds.times(name, "forward")
         figures[name] = {
-            "microseconds a step": [t / steps for t in spread(times)],
-            "host": spread(rounds.host_times(name, "forward"))[1] / steps,
+            "microseconds a step": [t / steps for t in Spread.of(times).percentiles],
+            "host": statistics.median(rounds.host_times(name, "forward")) / steps,
         }
         if "LoRA" in ready:
-            pairs = zip(times, rounds.times("LoRA", "forward"), strict=True)
-            figures[name]["over LoRA"] = spread([mine / other for mine, other in pairs])
+            lora_times = rounds.times("LoRA", "forward")
+            ratios = [time / lora for time, lora in zip(times, lora_times, strict=True)]
+            figures[name]["over LoRA"] = Spread.of(ratios).percentiles
     return figures | judged([], unavailable)
 
 
@@ -149,12 +155,12 @@ def of_methods(options: Options) -> dict:
 
 
 def whole(options: Options) -> Jobs:
-    """A whole training step of Llama-3-8B's shapes by PEFT and ours: tokens a second, peak memory."""
+    """Measures tokens a second and peak memory of training steps in Llama-3-8B's shapes, with PEFT and with ours."""
     return [(WHOLE, lambda: of_engines(options))]
 
 
 def engines(options: Options, base: torch.nn.Module) -> dict[str, Callable[[], tuple[torch.nn.Module, object]]]:
-    """Returns a function for each engine that builds a model with adapters over the same weights, and an optimizer."""
+    """Returns for each engine a function that builds a model with adapters over the base weights, and an optimizer."""
     r = 4 if options.tiny else RANK
 
     def peft():
@@ -167,24 +173,28 @@ def engines(options: Options, base: torch.nn.Module) -> dict[str, Callable[[], t
         trained = [p for p in model.parameters() if p.requires_grad]
         return model, torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=True)
 
-    def own(adapter, methods=()):
+    def ours(adapter, methods=()):
         model = copied(base)
         lf.inject_(model, adapter)
         return model, lf.optim.LoRAAdamW(model, lr=1e-5, methods=methods)
 
     plain, methods = lf.LoRAConfig(r=r, alpha=2 * r), lf.methods
-    found = {"PEFT": peft, "ours": lambda: own(plain)} if options.mode != "stub" else {"ours": lambda: own(plain)}
-    return found | {
-        "ours, iLoRA": lambda: own(plain, methods.ILoRA(lam=0.1)),
-        "ours, πLoRA": lambda: own(plain, methods.PiLoRA()),
-        "ours, NB-LoRA": lambda: own(lf.NBLoRAConfig(r=r)),
-        "ours, ScaLoRA": lambda: own(plain, methods.ScaLoRA(interval=INTERVAL)),  # of random weights any will do
+    first = {"PEFT": peft} if options.mode != "stub" else {}  # PEFT launches no kernel of ours
+    return first | {
+        "ours": lambda: ours(plain),
+        "ours, iLoRA": lambda: ours(plain, methods.ILoRA(lam=0.1)),
+        "ours, πLoRA": lambda: ours(plain, methods.PiLoRA()),
+        "ours, NB-LoRA": lambda: ours(lf.NBLoRAConfig(r=r)),
+        # ScaLoRA changes the shared weights, which are random anyway
+        "ours, ScaLoRA": lambda: ours(plain, methods.ScaLoRA(interval=INTERVAL)),
     }
 
 
 def of_engines(options: Options) -> dict:
-    """Times interleaved steps under bfloat16 autocast, as Trainer runs them. The figures so far are written after every
-    round."""
+    """Times interleaved steps under bfloat16 autocast, as Trainer runs them.
+
+    The figures are written after every round, so that a section that is cut short keeps them.
+    """
     tiny = options.tiny
     blocks, vocabulary = (32, 128_256) if options.mode == "device" else (2, 128)
     base = llama(tiny, blocks, vocabulary, options.device)
@@ -205,7 +215,7 @@ def of_engines(options: Options) -> dict:
     if options.mode == "stub":
         return {name: once(provider()) for name, provider in providers.items()}
     if (one_in := checkpointing_that_fits(providers, figures, options)) is None:
-        return {"ok": None, "error": "this GPU has not enough memory, be every block checkpointed"}
+        return {"ok": None, "error": "this GPU has not enough memory, even with every block checkpointed"}
     figures[CHECKPOINTED_FIGURE], ready = one_in, {}
     for name, provider in providers.items():
         others = allocated(options.device) - weights
@@ -219,7 +229,7 @@ def of_engines(options: Options) -> dict:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            figures[name] = {"unavailable": of_chain(error)}
+            figures[name] = {"unavailable": describe(error)}
     engines_lost = {name: figures[name]["unavailable"] for name in providers if name not in ready}
     rounds, longest = Rounds(ready, options.device), 0.0
     for _ in range((ROUNDS if options.mode == "device" else 1) * bool(ready)):
@@ -230,7 +240,7 @@ def of_engines(options: Options) -> dict:
         longest = max(longest, time.monotonic() - before)
         for name in ready:
             times = rounds.times(name, "forward")
-            # The mean, since ScaLoRA merges in one of ten steps.
+            # the mean, not the median, since ScaLoRA merges in one of ten steps
             figures[name] |= {"seconds a step": statistics.mean(times) / 1e6, "rounds": len(times)}
             figures[name]["tokens a second"] = ids.numel() / figures[name]["seconds a step"]
             figures[name]["host seconds"] = statistics.median(rounds.host_times(name, "forward")) / 1e6
@@ -239,7 +249,7 @@ def of_engines(options: Options) -> dict:
 
 
 def checkpoint_(model: torch.nn.Module, one_in: int) -> None:
-    """Turns on activation checkpointing in one of ``one_in`` blocks; 0 means in none."""
+    """Turns on activation checkpointing in one of every ``one_in`` blocks; 0 means in none."""
     if one_in:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for i, block in enumerate(block for block in model.modules() if hasattr(block, "gradient_checkpointing")):
@@ -247,8 +257,10 @@ def checkpoint_(model: torch.nn.Module, one_in: int) -> None:
 
 
 def checkpointing_that_fits(providers: dict, figures: dict, options: Options) -> int | None:
-    """Returns how few blocks PEFT's model, or else ours, must checkpoint to fit in memory, or None if all are too few.
-    All engines do the same."""
+    """Returns the first entry of ``CHECKPOINTED`` with which the first engine fits in memory, or None.
+
+    All engines use the same entry.
+    """
     name = next(iter(providers))
     for one_in in CHECKPOINTED:
         figures[CHECKPOINTED_FIGURE] = one_in
@@ -268,23 +280,23 @@ def checkpointing_that_fits(providers: dict, figures: dict, options: Options) ->
 
 
 def has_room(provider: Provider, device: torch.device) -> bool:
-    """Runs once and tells whether the other engines' adapters have room beside that."""
+    """Runs once and returns whether the other engines' adapters would fit in memory beside it."""
     most = peak(provider, device)
     return device.type != "cuda" or most + SPARE <= torch.cuda.get_device_properties(device).total_memory
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Tells whether torch, cuBLAS or the driver ran out of memory."""
+    """Returns whether torch, cuBLAS or the driver ran out of memory."""
     return any(words in str(error) for words in ("out of memory", "ALLOC_FAILED"))
 
 
 def allocated(device: torch.device) -> int:
-    """Returns the bytes allocated now; 0 on a CPU."""
+    """Returns the bytes that are allocated now; 0 on a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def peak(provider: Provider, device: torch.device) -> int:
-    """Runs once and returns the most bytes that were allocated at a time; 0 on a CPU."""
+    """Runs once and returns the most bytes that were allocated at once, all engines counted; 0 on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     once(provider)

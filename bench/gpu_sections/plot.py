@@ -1,4 +1,4 @@
-"""The picture beside a run's figures: bars of the providers, one panel a figure."""
+"""Draws the picture of a run: a panel for each figure, with a bar for each provider."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from gpu_sections.goals import TRAINING, WHOLE
 
 OURS, OTHERS = "#cf4d8f", "#7f8896"
 SECTIONS = ("gemm", "layers", "steps", "inverses", "grid", "with_compile", "small", "other_steps")
-GROUPED = ("steps", "inverses", "small", "other_steps")  # their figures are named by the op
-FAR = 20  # between the largest and the smallest bar of a linear axis
+GROUPED = ("steps", "inverses", "small", "other_steps")  # sections whose figures already start with the op's name
+FAR = 20  # largest ratio between two bars on a linear axis
 
 
 class Panel(NamedTuple):
-    """``bars``: what is measured → how much. ``exposed``: those of which the host's time is part."""
+    """A panel of the picture. ``bars``: name → value. ``exposed``: the bars that include the host's time."""
 
     title: str
     unit: str
@@ -24,8 +24,8 @@ class Panel(NamedTuple):
 
 
 def panels(results: dict) -> list[Panel]:
-    """Returns what is drawn of the figures (section → figure → values)."""
-    found = []
+    """Returns the panels for some figures (section → figure → values)."""
+    drawn = []
     for section in SECTIONS:
         for name, values in results.get(section, {}).items():
             rows = [row for row in values.get("rows", ()) if row["p50"] is not None]
@@ -35,26 +35,32 @@ def panels(results: dict) -> list[Panel]:
             title = name if section in GROUPED else f"{section}: {name}"
             exposed = frozenset(row["provider"] for row in rows if row["exposed"])
             unit = f"µs on the device, {what}median" + ("; hatched: with the host's" if exposed else "")
-            found += [Panel(title, unit, {row["provider"]: row["p50"] for row in rows}, exposed)] if rows else []
+            drawn += [Panel(title, unit, {row["provider"]: row["p50"] for row in rows}, exposed)] if rows else []
     methods = results.get("training", {}).get(TRAINING, {})
     steps = {
-        name: of["microseconds a step"][1] for name, of in methods.items() if isinstance(of, dict) and "host" in of
+        name: values["microseconds a step"][1]
+        for name, values in methods.items()
+        if isinstance(values, dict) and "host" in values
     }
-    found += [Panel(f"training: {TRAINING}", "µs a step, median", steps)] if steps else []
+    drawn += [Panel(f"training: {TRAINING}", "µs a step, median", steps)] if steps else []
     engines = results.get("whole", {}).get(WHOLE, {})
-    speeds = {name: of["tokens a second"] for name, of in engines.items() if isinstance(of, dict) and "rounds" in of}
-    return found + ([Panel(WHOLE, "tokens a second", speeds)] if speeds else [])
+    speeds = {
+        name: values["tokens a second"]
+        for name, values in engines.items()
+        if isinstance(values, dict) and "rounds" in values
+    }
+    return drawn + ([Panel(WHOLE, "tokens a second", speeds)] if speeds else [])
 
 
 def draw(results: dict, path: Path) -> str:
-    """Draws the picture. Returns where it is, or why there is none."""
+    """Draws the picture. Returns its path, or why there is none, in words."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         return f"no picture: {error}"
     drawn = panels(results)
     if not drawn:
-        return "no picture: nothing that is drawn was measured"
+        return "no picture: no figure of a panel was measured"
     lines = -(-len(drawn) // 2)
     height = 0.5 + 0.24 * max(len(panel.bars) for panel in drawn)
     drawing = Figure(figsize=(15, lines * max(2.0, height)), layout="constrained")

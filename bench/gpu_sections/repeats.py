@@ -1,4 +1,4 @@
-"""The same bits, call after call."""
+"""Checks that repeated calls give the same bits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from suite.ops.providers import backend
 
 
 def repeats(options: Options) -> Jobs:
-    """100 calls on the same inputs give the same bits."""
+    """Checks that 100 calls on the same inputs give the same bits."""
     n, d = (16, 16) if options.tiny else (2048, 4096)
     count, jobs = 100 if options.mode == "device" else 1, []
     for dropout in (0.0, 0.1):
@@ -32,7 +32,7 @@ def of_layer(n: int, d: int, dropout: float, strategy: str | None, count: int, d
     module = layer(d, d, 16, dropout, device)
 
     def run() -> list[Tensor]:
-        torch.manual_seed(7)  # of the mask
+        torch.manual_seed(7)  # every call draws the same dropout mask
         return [t.detach() for t in forward_backward(module, x, dy)]
 
     with backend("triton", strategy):
@@ -43,21 +43,21 @@ def of_step(shapes: list[tuple[int, int]], count: int, device: torch.device) -> 
     pairs = [(torch.randn(16, m, device=device), torch.randn(k, 16, device=device)) for m, k in shapes]
 
     def run() -> list[Tensor]:
-        own = [(nn.Parameter(a.clone()), nn.Parameter(b.clone()), 2.0) for a, b in pairs]
-        for (a, b, _), grads in zip(own, pairs, strict=True):
+        trained = [(nn.Parameter(a.clone()), nn.Parameter(b.clone()), 2.0) for a, b in pairs]
+        for (a, b, _), grads in zip(trained, pairs, strict=True):
             a.grad, b.grad = grads
-        lf.optim.LoRAAdamW(own, methods=lf.methods.PiLoRA()).step()
-        return [p.detach() for pair in own for p in pair[:2]]
+        lf.optim.LoRAAdamW(trained, methods=lf.methods.PiLoRA()).step()
+        return [p.detach() for pair in trained for p in pair[:2]]
 
     with lf.set_backend("triton"):
         return differing(run, count)
 
 
 def differing(run: Callable[[], list[Tensor]], count: int) -> dict:
-    """``run`` that many times against its first results."""
+    """Compares ``count`` runs with the results of a first one."""
     first = [t.clone() for t in run()]
-    found = torch.zeros((), dtype=torch.int64, device=first[0].device)
+    differing_runs = torch.zeros((), dtype=torch.int64, device=first[0].device)  # read once, at the end: no run waits
     for _ in range(count):
         same = [(a == b).all() for a, b in zip(first, run(), strict=True)]
-        found += ~torch.stack(same).all()
-    return {"ok": found.item() == 0, "runs": count, "differing": found.item()}
+        differing_runs += ~torch.stack(same).all()
+    return {"ok": differing_runs.item() == 0, "runs": count, "differing": differing_runs.item()}

@@ -1,10 +1,10 @@
-"""How bench/gpu.py runs its sections: in processes of their own, figure by figure, so that whatever fails costs little.
+"""Runs the sections of bench/gpu.py in processes of their own, job by job, so that a failure costs only its job.
 
-A section is a function that returns jobs (name, function). A job's dict is a figure, whose "ok", where it has one,
-says whether it is as it should be. The process appends each figure to the run's file as a line of JSON the moment it
-is known. A process ends where the device answers no more (after an illegal memory access nothing else would run in
-it), where a job takes too long, and wherever a kernel may take it down. The next process goes on behind the job that
-failed. A provider that took its process down in its first run is left out when that job is tried again.
+A section is a function that returns jobs (name, function). A job returns a dict, its figure, whose "ok", if present, is
+True, False or, if nothing is known, None. The process appends each figure to the run's file as a line of JSON as soon
+as it is known. A process ends when the device no longer works (after an illegal memory access every later call fails),
+when a job takes too long, and when a kernel kills it. The next process continues after the job that failed. If a
+provider ended its process in its first run, the job is run again without this provider.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ from typing import NamedTuple
 import torch
 
 from gpu_sections import compile_cache
-from suite.comparison import Ceilings, Provider, Unavailable, once, wait
+from lora_fast.measure.ceilings import Ceilings
+from lora_fast.measure.clock import wait
+from suite.comparison import Provider, Unavailable, once
 
 Jobs = list[tuple[str, Callable[[], dict]]]
 PROGRAM = Path(__file__).resolve().parents[1] / "gpu.py"
 LINE = {"section", "figure", "seconds", "values"}
-MODES = ("device", "interpreter", "stub")  # on a GPU; tiny sizes in Triton's interpreter; real ones on a stub driver
+# on a GPU; at tiny sizes in Triton's interpreter; at real sizes on a stub driver
+MODES = ("device", "interpreter", "stub")
 
 
 class Figures:
-    """The file of a run's figures, to which several processes append. Of lines with one name the last counts."""
+    """The file of a run's figures, to which several processes append. The last line of a figure counts."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -47,11 +50,11 @@ class Figures:
         with self.path.open("ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-            torn = file.read(1) not in (b"", b"\n")  # a process was ended while it wrote
+            torn = file.read(1) not in (b"", b"\n")  # a process was killed while it wrote
             file.write(b"\n" * torn + json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
     def add_failure(self, section: str, figure: str, error: str, ok: bool | None = False) -> None:
-        """Adds an error to a figure. What was known of the figure stays."""
+        """Adds an error to a figure and keeps its earlier values."""
         self.add(section, figure, self.read().get(section, {}).get(figure, {}) | {"ok": ok, "error": error})
 
     def read(self) -> dict[str, dict[str, dict]]:
@@ -62,14 +65,14 @@ class Figures:
         return sections
 
     def seconds(self) -> dict[str, float]:
-        """Returns how long the figures of each section took, one after the other."""
+        """Returns section → seconds, the sum over its figures."""
         seconds: dict[str, float] = {}
         for line in self._lines():
             seconds[line["section"]] = seconds.get(line["section"], 0.0) + line["seconds"]
         return seconds
 
     def _lines(self) -> list[dict]:
-        """Returns all lines that are figures: a process may have been ended while it wrote one."""
+        """Returns all lines that are figures; a line may be incomplete if its process was killed."""
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         lines = []
         for line in text.splitlines():
@@ -80,12 +83,12 @@ class Figures:
 
 @dataclass
 class Progress:
-    """What the processes that follow each other know of each other, through ``path``.
+    """The state that a process passes to its successor through the file ``path``.
 
     Attributes:
-        running: section and figure of the job under way. trying: the provider whose first run is under way.
-        lost: job → providers left out of it → why. began: section → when, in seconds of the epoch.
-        finished: how many jobs have ended. complete: whether there are no more.
+        running: section and figure of the current job. trying: the provider whose first run is under way.
+        lost: job → provider that is left out of it → reason. began: section → its start, in seconds of the epoch.
+        finished: number of jobs that have ended. complete: whether no job is left.
     """
 
     path: Path | None = None
@@ -101,7 +104,7 @@ class Progress:
         return cls(path, **json.loads(path.read_text())) if path.exists() else cls(path)
 
     def save(self) -> None:
-        """Writes the file wholly or not at all, since the process may be killed at any time."""
+        """Replaces the file atomically, since the process may be killed at any time."""
         if self.path:
             values = asdict(self)
             del values["path"]
@@ -114,7 +117,7 @@ class Progress:
         return ": ".join(self.running)
 
     def blame(self, failure: str, figures: Figures) -> None:
-        """Notes that the process has ended with what is running: a provider's first run, or else the job."""
+        """Records that the provider under trial, or else the running job, has ended its process."""
         if self.trying:
             self.lost.setdefault(self.job, {})[self.trying] = failure
         else:
@@ -124,7 +127,7 @@ class Progress:
 
 
 class Options(NamedTuple):
-    """What a section is given. ``share``: the number of this process, and how many there are."""
+    """The arguments of a section. ``share``: the number of this process and the number of processes."""
 
     mode: str
     device: torch.device
@@ -138,18 +141,18 @@ class Options(NamedTuple):
         return self.mode == "interpreter"
 
     def ceilings(self, dtype: str) -> Ceilings:
-        """Returns the ceilings measured at the start of this run; infinite ones where they were not measured."""
+        """Returns the ceilings that this run has measured, or infinite ones."""
         values = self.figures.read().get("ceilings", {}).get(dtype, {})
         infinite = float("inf")
         return Ceilings(dtype, values.get("operations", infinite), values.get("bandwidth", infinite))
 
     def surviving(self, name: str, build: Callable[[], Provider]) -> Callable[[], Provider]:
-        """Wraps a provider's builder: one that fails in its first run is not measured, with the reason."""
+        """Wraps the builder of a provider: if its first run fails, ``Unavailable`` is raised with the reason."""
 
         def run() -> Provider:
             progress = self.progress
-            if why := progress.lost.get(progress.job, {}).get(name):
-                raise Unavailable(why)
+            if reason := progress.lost.get(progress.job, {}).get(name):
+                raise Unavailable(reason)
             progress.trying = name
             progress.save()
             try:
@@ -159,8 +162,8 @@ class Options(NamedTuple):
             except Unavailable as reason:
                 failure = str(reason)
             except Exception as error:
-                failure = of_chain(error)
-                self._go_on(failure)
+                failure = describe(error)
+                self._end_if_lost(failure)
             progress.trying = None
             progress.save()
             if failure:
@@ -169,8 +172,8 @@ class Options(NamedTuple):
 
         return run
 
-    def _go_on(self, failure: str) -> None:
-        """Ends the process if the device answers no more. The next one leaves out what was tried here."""
+    def _end_if_lost(self, failure: str) -> None:
+        """Ends the process if the device no longer works. Its successor leaves this provider out."""
         try:
             wait(self.device)
         except Exception:
@@ -182,8 +185,8 @@ class Section(NamedTuple):
     """A section of a stage.
 
     Attributes:
-        jobs: its figures. seconds: its budget. each: the most that one figure may take.
-        estimate: seconds that a figure takes on an H100, by estimate. processes: how many share its jobs.
+        jobs: returns the jobs. seconds: its budget. each: the most seconds that one job may take.
+        estimate: seconds of a job on an H100, estimated. processes: number of processes that share the jobs.
     """
 
     jobs: Callable[[Options], Jobs]
@@ -194,23 +197,23 @@ class Section(NamedTuple):
 
 
 def work(sections: dict[str, Section], options: Options) -> bool:
-    """Runs the jobs of sections that have no figure yet, one section after the other. Returns whether none is wrong."""
+    """Runs the jobs that have no figure yet, section by section. Returns whether no figure is wrong."""
     progress, (part, parts) = options.progress, options.share
     right = True
     for number, (name, section) in enumerate(sections.items()):
         began = progress.began.setdefault(name, time.time())
         known = options.figures.read().get(name, {})
         try:
-            # Each section begins with another share: many have a single job.
+            # The shares rotate from section to section, since many sections have a single job.
             jobs = section.jobs(options._replace(seconds=section.seconds))[(part - number) % parts :: parts]
         except Exception as error:
             traceback.print_exc()
-            jobs = [("its jobs", lambda error=error: {"ok": False, "error": of_chain(error)})]
+            jobs = [("its jobs", lambda error=error: {"ok": False, "error": describe(error)})]
         for figure, job in jobs:
             if figure in known:
                 continue
             if options.mode == "device" and time.time() > began + section.seconds:
-                options.figures.add_failure(name, figure, f"not begun: {section.seconds:g} s were over", ok=None)
+                options.figures.add_failure(name, figure, f"not begun: the {section.seconds:g} s were over", ok=None)
                 continue
             right &= _run(name, figure, job, section, options)
     progress.complete = True
@@ -219,7 +222,7 @@ def work(sections: dict[str, Section], options: Options) -> bool:
 
 
 def _run(name: str, figure: str, job: Callable[[], dict], section: Section, options: Options) -> bool:
-    """Runs one job and frees what it leaves. On the stub driver its figure is what it found compiled."""
+    """Runs a job and frees its memory. On the stub driver the figure is the number of cache hits and misses."""
     progress, start, before = options.progress, time.monotonic(), compile_cache.counts.copy()
     progress.running = name, figure
     progress.save()
@@ -231,7 +234,7 @@ def _run(name: str, figure: str, job: Callable[[], dict], section: Section, opti
         raised = True
         traceback.print_exc()
         known = options.figures.read().get(name, {}).get(figure, {})
-        values = known | {"ok": False, "error": of_chain(error)}
+        values = known | {"ok": False, "error": describe(error)}
     faulthandler.cancel_dump_traceback_later()
     on_stub = options.mode == "stub"
     if on_stub:
@@ -241,16 +244,16 @@ def _run(name: str, figure: str, job: Callable[[], dict], section: Section, opti
     progress.save()
     if raised or not on_stub:
         print(f"  {name}: {figure}: {summary(values)}", flush=True)
-    if raised and progress.path and options.mode == "device" and not _answers(options.device):
-        sys.exit(1)  # another process goes on
+    if raised and progress.path and options.mode == "device" and not _works(options.device):
+        sys.exit(1)  # the next process continues
     gc.collect()
     if options.device.type == "cuda":
         torch.cuda.empty_cache()
     return values.get("ok") is not False
 
 
-def _answers(device: torch.device) -> bool:
-    """Tells whether a device still works after an error, with no capture left open."""
+def _works(device: torch.device) -> bool:
+    """Returns whether a device still works after an error, and no graph capture is left open."""
     try:
         wait(device)
         return device.type != "cuda" or torch.cuda.current_stream() == torch.cuda.default_stream()
@@ -267,8 +270,10 @@ async def in_processes(
     folder: Path,
     arch: int = compile_cache.ARCH,
 ) -> None:
-    """Runs one share of the sections' jobs, in as many processes as it takes, within these seconds. ``arch``: of the
-    stub driver's card."""
+    """Runs one share of the sections' jobs within ``seconds``, in as many processes as it takes.
+
+    ``arch``: of the stub driver's card.
+    """
     path = folder / f"{mode}-{'-'.join(names)}-{share[0]}.json"
     until = time.monotonic() + seconds
     command = [sys.executable, str(PROGRAM), "--work", *names, "--share", f"{share[0]}/{share[1]}"]
@@ -281,13 +286,13 @@ async def in_processes(
         if progress.complete:
             return
         if status is None:
-            where = progress.running or (names[max(0, len(progress.began) - 1)], "the rest")
-            figures.add_failure(*where, f"out of time: ended after {seconds:.0f} s", ok=None)
+            figure = progress.running or (names[max(0, len(progress.began) - 1)], "the remaining jobs")
+            figures.add_failure(*figure, f"out of time: ended after {seconds:.0f} s", ok=None)
             return
-        if progress.running:  # 1 is faulthandler's status
-            progress.blame("took too long" if status == 1 else _told(status), figures)
-        elif progress == before:  # before any job, and so would the next process
-            figures.add_failure(names[0], "its process", _told(status))
+        if progress.running:  # faulthandler ends a process with status 1
+            progress.blame("took too long" if status == 1 else _cause(status), figures)
+        elif progress == before:  # it ended before any job, and the next process would do the same
+            figures.add_failure(names[0], "its process", _cause(status))
             return
 
 
@@ -307,13 +312,13 @@ async def _ended(command: list[str], environment: dict[str, str], seconds: float
             await asyncio.wait_for(process.wait(), 10)
 
 
-def of_chain(error: BaseException) -> str:
-    """Returns an error and what caused it: leaving a CUDA graph's capture raises over the error that broke it."""
-    said = f"{type(error).__name__}: {str(error)[:500]}"
-    return f"{said}, after {of_chain(error.__context__)}" if error.__context__ else said
+def describe(error: BaseException) -> str:
+    """Returns an error and its causes in words. A broken CUDA graph capture raises a second error on leaving it."""
+    text = f"{type(error).__name__}: {str(error)[:500]}"
+    return f"{text}, after {describe(error.__context__)}" if error.__context__ else text
 
 
-def _told(status: int) -> str:
+def _cause(status: int) -> str:
     return f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
 
 
@@ -327,9 +332,9 @@ def summary(values: dict) -> str:
         missing = [f"{row['provider']} not measured ({row['unavailable'][:120]})" for row in lacking]
         return ", ".join([*map(_timed, shown), *missing])
     if "ok" in values:
-        rest = {k: v for k, v in values.items() if k not in ("ok", "tail") and not isinstance(v, dict)}
+        others = {k: v for k, v in values.items() if k not in ("ok", "tail") and not isinstance(v, dict)}
         word = {True: "ok", False: "WRONG", None: "not known"}[values["ok"]]
-        return " ".join([word, *(f"{k}={short(v)}" for k, v in rest.items())])
+        return " ".join([word, *(f"{k}={short(v)}" for k, v in others.items())])
     return short(values)
 
 
@@ -339,8 +344,9 @@ def _timed(row: dict) -> str:
 
 
 def short(value: object) -> str:
+    """Returns a value in a few words, numbers with four digits."""
     if isinstance(value, dict):
-        return "; ".join(f"{name}: {short(of)}" for name, of in value.items())
+        return "; ".join(f"{name}: {short(member)}" for name, member in value.items())
     if isinstance(value, (list, tuple)):
         return " ".join(map(short, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)

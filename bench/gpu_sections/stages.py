@@ -1,9 +1,9 @@
-"""The two stages of bench/gpu.py: which sections they hold, in which order, and the seconds that each may take.
+"""The two stages of bench/gpu.py: their sections in order, and the seconds that each may take.
 
-A stage begins by compiling, then runs its checks side by side, then what is timed, alone. It answers in the order of
-its sections, so that a stage cut short has answered what matters most. The budgets of a lane, with the start of its
-process, fit in its phase, and the phases in the stage. The estimates, of an H100 with 16 cores and with carried
-kernels, are less than the budgets. Neither has been seen on a GPU.
+A stage begins by compiling, then runs its checks side by side, then the timed sections alone. The most important
+sections come first, so that a stage that is cut short has measured them. The budgets of a lane, with the start of its
+process, fit in its phase, and the phases fit in the stage. The estimates are for an H100 with 16 cores and a filled
+cache, and are less than the budgets. Neither has been verified on a GPU.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from gpu_sections.repeats import repeats
 from gpu_sections.section import Section
 from gpu_sections.timings import gemm, grid, inverses, layers, machine, other_steps, small, steps, with_compile
 
-START = 9.0  # seconds, by estimate, until a process has imported torch, transformers and PEFT
+START = 9.0  # seconds, estimated, in which a process imports torch, transformers and PEFT
 COMPILERS = min(14, os.cpu_count() or 1)  # processes that compile
 END = 10.0  # seconds for the cache's archive, the plots and the report
 
-# budget, most of a figure, estimate of a figure, processes
+# jobs, budget, most seconds of a job, estimated seconds of a job, processes
 SECTIONS = {
     "errors": Section(errors, 44, 20, 0.15, processes=3),
     "graphs": Section(graphs, 26, 20, 0.5),
@@ -47,12 +47,14 @@ SECTIONS = {
     "other_steps": Section(other_steps, 18, 15, 3.5),
     "counters": Section(counters, 38, 38, 25),
 }
-WATCHED = {"families": Section(families, 100, 100, 1), "counted": Section(counted, 60, 60, 5)}  # by memcheck, by ncu
-WITH_MODELS = ("layers", "steps", "training", "grid", "whole", "with_compile", "other_steps")  # PEFT's, transformers'
+# run under memcheck, and under ncu
+WATCHED = {"families": Section(families, 100, 100, 1), "counted": Section(counted, 60, 60, 5)}
+# these need PEFT or transformers
+WITH_MODELS = ("layers", "steps", "training", "grid", "whole", "with_compile", "other_steps")
 
 
 class Phase(NamedTuple):
-    """``lanes`` run side by side, the sections of one lane one after the other in the same process."""
+    """Lanes that run side by side; the sections of a lane run one after the other in the same process."""
 
     seconds: float
     lanes: tuple[tuple[str, ...], ...]
@@ -88,8 +90,8 @@ STAGES = {
 }
 
 
-def some(names: list[str]) -> Stage:
-    """Makes a stage of these sections alone: checks first, then what is timed, which is in one lane in any case."""
+def stage_of(names: list[str]) -> Stage:
+    """Returns a stage of these sections alone: the checks first, then the timed sections in one lane."""
     checks = [lane for stage in STAGES.values() for lane in stage.phases[0].lanes]
     timed = [name for stage in STAGES.values() for lane in stage.phases[1].lanes for name in lane]
     phases = []
@@ -103,6 +105,6 @@ def some(names: list[str]) -> Stage:
 
 
 def estimate(name: str, figures: int) -> float:
-    """Returns the seconds that a section takes in its processes, by estimate, without their start."""
+    """Returns the estimated seconds of a section with a number of figures, without the start of its processes."""
     section = SECTIONS[name]
     return section.estimate * -(-figures // section.processes)

@@ -1,4 +1,4 @@
-"""Times single ops on a GPU: the rows of the goals. A figure is a list of measure's rows."""
+"""Times single ops on a GPU, for the goals. A figure is a list of ``suite.comparison.Row``."""
 
 from __future__ import annotations
 
@@ -10,69 +10,74 @@ import torch
 
 import lora_fast as lf
 from gpu_sections.section import Jobs, Options
+from lora_fast.measure.ceilings import measure_ceilings
 from suite.cases import Case, Scale
-from suite.comparison import Comparison, Provider, Setting, ceilings, measure, once, simply
+from suite.comparison import Comparison, Provider, Setting, measure, once, simply
 from suite.ops.bench_linear import BACKWARD, FORWARD
 from suite.ops.providers import Operands, compiled, frozen, peft, provider
 from suite.registry import module
 
 SHAPES = ((4096, 4096), (4096, 14336))  # d_in, d_out
 N_TOKENS, MODEL, RANK = 8192, "Llama-3-8B", 16
-RANKS, TOKENS = (16, 32, 64, 256), (1, 64, 1024, 8192)  # of the grid
+RANKS, TOKENS = (16, 32, 64, 256), (1, 64, 1024, 8192)  # of the section grid
 GOAL_STEPS = ("AdamW", "ILoRA", "PiLoRA")
-SECONDS, SECONDS_OF_GRID = 0.6, 0.2  # of a case's timed rounds
-LARGEST_ERROR = 1e-2  # of a result that is timed; three times what bfloat16 leaves
+SECONDS, SECONDS_OF_GRID = 0.6, 0.2  # for the timed rounds of a case
+LARGEST_ERROR = 1e-2  # of a timed result; three times the rounding error of bfloat16
 
 
 # ---- Stage 1
 
 
 def machine(options: Options) -> Jobs:
-    """What this machine reaches: a large product by cuBLAS and a copy."""
-    small = options.mode != "device"
-    limits = lambda dtype: lambda: ceilings(options.device, dtype, small)._asdict()
-    return [(dtype, limits(dtype)) for dtype in ("bfloat16", "float32")]
+    """Measures the ceilings of this machine: a large product by cuBLAS, and a copy."""
+
+    def ceilings(dtype: str) -> dict:
+        return asdict(measure_ceilings(options.device, dtype, small=options.mode != "device"))
+
+    return [(dtype, functools.partial(ceilings, dtype)) for dtype in ("bfloat16", "float32")]
 
 
 def gemm(options: Options) -> Jobs:
-    """The GEMM with the adapter's part, by every strategy, beside cuBLAS without it: y and dx."""
+    """Times the GEMM with the adapter's part by every strategy, and cuBLAS without that part: y and dx."""
     shapes, r, n = (((48, 32),), 4, 16) if options.tiny else (SHAPES, RANK, N_TOKENS)
     cases = [
-        Case("linear", MODEL, (shape,), r, n, "bfloat16", variant=v) for shape in shapes for v in (FORWARD, BACKWARD)
+        Case("linear", MODEL, (shape,), r, n, "bfloat16", variant=variant)
+        for shape in shapes
+        for variant in (FORWARD, BACKWARD)
     ]
     return [(case.name, functools.partial(rows, case, options)) for case in cases]
 
 
 def layers(options: Options) -> Jobs:
-    """The layer, forward and backward, by every provider."""
-    return cached_factors(options, [(shape, RANK, N_TOKENS, dropout) for shape in SHAPES for dropout in (0.0, 0.1)])
+    """Times the layer, forward and backward, by every provider."""
+    return layer_jobs(options, [(shape, RANK, N_TOKENS, dropout) for shape in SHAPES for dropout in (0.0, 0.1)])
 
 
 def steps(options: Options) -> Jobs:
-    """The optimizer's step on every adapter pair of a 7B model: AdamW, iLoRA, πLoRA, gradients moving or not."""
-    return grouped(options, ("step",), lambda case: case.variant.startswith(GOAL_STEPS))
+    """Times the optimizer's step on all pairs of a model: AdamW, iLoRA, πLoRA, with fixed and with moving gradients."""
+    return model_jobs(options, ("step",), lambda case: case.variant.startswith(GOAL_STEPS))
 
 
 def inverses(options: Options) -> Jobs:
-    """The r×r inverses of those pairs."""
-    return grouped(options, ("solve",), lambda case: case.variant == "inverse")
+    """Times the r×r inverses of all pairs of a model."""
+    return model_jobs(options, ("solve",), lambda case: case.variant == "inverse")
 
 
 # ---- Stage 2
 
 
 def grid(options: Options) -> Jobs:
-    """The layer by the GEMM's strategies at several ranks and numbers of tokens: PEFT, ours, frozen."""
-    shape = SHAPES[0]
-    names = ("PEFT", "ours", "frozen")
-    chosen = [(shape, r, n, 0.0) for r in RANKS for n in TOKENS]
-    return cached_factors(
-        options, chosen, SECONDS_OF_GRID, lambda name: name.startswith(names) and "," not in name.removeprefix("ours,")
-    )
+    """Times PEFT's layer, ours by every strategy, and the frozen layer at several ranks and numbers of tokens."""
+
+    def wanted(name: str) -> bool:  # no variants of PEFT
+        return name.startswith(("PEFT", "ours", "frozen")) and "," not in name.removeprefix("ours,")
+
+    sizes = [(SHAPES[0], r, n, 0.0) for r in RANKS for n in TOKENS]
+    return layer_jobs(options, sizes, SECONDS_OF_GRID, wanted)
 
 
 def with_compile(options: Options) -> Jobs:
-    """PEFT's layer and ours, eager and under torch.compile."""
+    """Times PEFT's layer and ours, eager and under torch.compile."""
     tiny = Case("layer", MODEL, ((48, 32),), 4, 16, "bfloat16")
     cases = [replace(tiny, pairs=(SHAPES[0],), r=r, n_tokens=N_TOKENS) for r in (16, 64)]
     cases = [tiny] if options.tiny else cases
@@ -80,32 +85,33 @@ def with_compile(options: Options) -> Jobs:
 
 
 def other_steps(options: Options) -> Jobs:
-    """The optimizer's step by the other methods."""
-    return grouped(options, ("step",), lambda case: not case.variant.startswith(GOAL_STEPS))
+    """Times the optimizer's step by the other methods."""
+    return model_jobs(options, ("step",), lambda case: not case.variant.startswith(GOAL_STEPS))
 
 
 def small(options: Options) -> Jobs:
-    """Grams, r×r systems and the Cayley transform of those pairs; the merge into four blocks."""
+    """Times Grams, r×r systems and the Cayley transform of all pairs of a model, and the merge into four blocks."""
     ops = ("solve", "cayley", "gram", "hadamard", "merge")
-    return grouped(options, ops, lambda case: case.variant != "inverse")
+    return model_jobs(options, ops, lambda case: case.variant != "inverse")
 
 
 # ---- What they share
 
 
-def cached_factors(
-    options: Options,
-    chosen: list[tuple],
-    seconds: float = SECONDS,
-    wanted: Callable[[str], bool] = lambda name: True,
+def layer_jobs(
+    options: Options, sizes: list[tuple], seconds: float = SECONDS, wanted: Callable[[str], bool] = lambda name: True
 ) -> Jobs:
-    """``chosen``: (shape, rank, tokens, dropout); ``wanted``: which providers, by name."""
-    chosen = [((48, 32), 4, 16, dropout) for dropout in (0.0, 0.1)] if options.tiny else chosen
-    cases = [Case("layer", MODEL, (shape,), r, n, "bfloat16", dropout) for shape, r, n, dropout in chosen]
+    """Returns a job for the layer at each of ``sizes`` (shape, rank, tokens, dropout).
+
+    ``wanted`` takes the name of a provider and returns whether it is measured.
+    """
+    sizes = [((48, 32), 4, 16, dropout) for dropout in (0.0, 0.1)] if options.tiny else sizes
+    cases = [Case("layer", MODEL, (shape,), r, n, "bfloat16", dropout) for shape, r, n, dropout in sizes]
     return [(case.name, functools.partial(rows, case, options, seconds, wanted)) for case in cases]
 
 
-def grouped(options: Options, ops: tuple[str, ...], wanted: Callable[[Case], bool]) -> Jobs:
+def model_jobs(options: Options, ops: tuple[str, ...], wanted: Callable[[Case], bool]) -> Jobs:
+    """Returns a job for each wanted case of these ops on all pairs of ``MODEL``."""
     scale = Scale({}, (MODEL,), (RANK,), ("bfloat16",), (0.0,), 0, 0)
     jobs = []
     for op in ops:
@@ -119,7 +125,7 @@ def grouped(options: Options, ops: tuple[str, ...], wanted: Callable[[Case], boo
 def rows(
     case: Case, options: Options, seconds: float = SECONDS, wanted: Callable[[str], bool] = lambda name: True
 ) -> dict:
-    """Measures a case by every provider that runs here and is wanted, all but torch.compile."""
+    """Measures a case by every wanted provider except torch.compile."""
     setting = Setting(options.device, triton=True)
     comparison = module(case.op).build(case, setting)
     names = [name for name in comparison.providers if name != "torch.compile" and wanted(name)]
@@ -128,28 +134,32 @@ def rows(
 
 
 def measured(case: Case, comparison: Comparison, options: Options, seconds: float) -> dict:
-    """Measures the providers of a case. On the stub driver ours run once, for what they launch."""
+    """Measures the providers of a case. On the stub driver ours run once, to compile their kernels."""
     if options.mode == "stub":
         for name, build in comparison.providers.items():
-            if name.startswith("ours"):
+            if is_ours(name):
                 once(build())
         return {}
     comparison.providers = {name: options.surviving(name, build) for name, build in comparison.providers.items()}
     seconds = seconds if options.mode == "device" else 0.0
     limits = options.ceilings("float32" if case.op in ("step", "solve", "cayley", "gram", "hadamard") else case.dtype)
-    found = measure(case, comparison, Setting(options.device, triton=True), limits, seconds, simply)
-    values = {"rows": [asdict(row) for row in found]}
-    errors = {row.provider: row.error for row in found if row.provider.startswith("ours") and row.error is not None}
+    measured_rows = measure(case, comparison, Setting(options.device, triton=True), limits, seconds, simply)
+    values = {"rows": [asdict(row) for row in measured_rows]}
+    errors = {row.provider: row.error for row in measured_rows if is_ours(row.provider) and row.error is not None}
     wrong = [f"{name}: relative L2 error {error:.2e}" for name, error in errors.items() if error > LARGEST_ERROR]
-    return values | judged(wrong, {row.provider: row.unavailable for row in found if row.unavailable})
+    return values | judged(wrong, {row.provider: row.unavailable for row in measured_rows if row.unavailable})
 
 
 def judged(wrong: list[str], unavailable: dict[str, str]) -> dict:
-    """Returns what a figure says of providers that failed: that is wrong of ours, and not known of others."""
-    told = wrong + [f"{name}: {reason}" for name, reason in unavailable.items()]
-    if not told:
+    """Returns "ok" and "error" of a figure with failed providers: False if one of ours failed, otherwise None.
+
+    Args:
+        wrong: descriptions of wrong results of ours. unavailable: provider → why it was not measured.
+    """
+    failures = wrong + [f"{name}: {reason}" for name, reason in unavailable.items()]
+    if not failures:
         return {}
-    return {"ok": False if wrong or any(map(is_ours, unavailable)) else None, "error": "; ".join(told)[:1000]}
+    return {"ok": False if wrong or any(map(is_ours, unavailable)) else None, "error": "; ".join(failures)[:1000]}
 
 
 def is_ours(provider: str) -> bool:
@@ -157,16 +167,17 @@ def is_ours(provider: str) -> bool:
 
 
 def compiled_rows(case: Case, options: Options) -> dict:
-    """Measures a layer by PEFT and by us, eager and compiled."""
+    """Measures PEFT's layer and ours, eager and compiled."""
     torch._dynamo.reset()
     op = Operands.of(case, options.device)
-    ours = lambda x: lf.functional.lora_linear(x, op.weight, None, op.lora_A, op.lora_B, op.scaling)
-    of_layer = module("layer").build(case, Setting(options.device, triton=True))
+    costs = module("layer").build(case, Setting(options.device, triton=True)).costs
+
+    def ours(x):
+        return lf.functional.lora_linear(x, op.weight, None, op.lora_A, op.lora_B, op.scaling)
 
     def compiled_peft() -> Provider:
         eager = peft(op, case, torch.float32)
-        build = lambda run: replace(eager, forward=run, compiled=True)
-        return compiled(build, eager.forward, reset=False)
+        return compiled(lambda run: replace(eager, forward=run, compiled=True), eager.forward, reset=False)
 
     def compiled_ours() -> Provider:
         return compiled(lambda run: provider(op, lambda: run(op.x), compiled=True), ours, reset=False)
@@ -178,4 +189,4 @@ def compiled_rows(case: Case, options: Options) -> dict:
     }
     if options.mode == "device":
         providers |= {"PEFT, torch.compile": compiled_peft, "ours, torch.compile": compiled_ours}
-    return measured(case, Comparison(providers, of_layer.work), options, SECONDS)
+    return measured(case, Comparison(providers, costs), options, SECONDS)

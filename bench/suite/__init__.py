@@ -1,1 +1,1 @@
-"""The microbenchmark suite: cases, comparisons, counts, report."""
+"""The microbenchmark suite: its cases, comparisons, counts and report."""

@@ -1,6 +1,6 @@
-"""What is measured: the linear layers of real models, and how much of them on which machine. The one table of shapes.
+"""The cases of the suite: the linear layers of real models, and how many of them are measured on which machine.
 
-A case of a layer's op has one (d_in, d_out); a case of a step's op has those of all adapter pairs of a model.
+A case of a layer's op has one (d_in, d_out). A case of a step's op has those of all adapter pairs of a model.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ Shape = tuple[int, int]  # d_in, d_out
 
 
 class Model(NamedTuple):
-    """``linears``: name → (d_in, d_out) of a block's linear layers; the output layer is not adapted."""
+    """A model's adapted layers. ``linears``: name → (d_in, d_out) in one block; the output layer is not adapted."""
 
     blocks: int
     linears: dict[str, Shape]
@@ -36,23 +36,25 @@ RANKS = (8, 16, 32, 64, 128)
 
 
 def distinct(models: tuple[str, ...]) -> dict[Shape, str]:
-    """Every distinct linear of these models, with the names that it goes by."""
+    """Returns every distinct shape of a linear layer in these models, with the names of the layers that have it."""
     users: dict[Shape, dict[str, list[str]]] = {}
     for model in models:
         for name, shape in MODELS[model].linears.items():
             users.setdefault(shape, {}).setdefault(model, []).append(name)
     return {
-        shape: "; ".join(f"{model} {', '.join(names)}" for model, names in of.items()) for shape, of in users.items()
+        shape: "; ".join(f"{model} {', '.join(names)}" for model, names in layers.items())
+        for shape, layers in users.items()
     }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the suite, before it is measured.
+    """A row of the suite before it is measured.
 
     Attributes:
-        op: name of its file. label: whose shapes. pairs: (d_in, d_out) of each adapter pair.
-        dtype: of activations and frozen weights. variant: what else tells cases of an op apart, a method for example.
+        op: name of the op's file. label: the model or layers that have these shapes.
+        pairs: (d_in, d_out) of each adapter pair. dtype: of activations and frozen weights.
+        variant: what else distinguishes the cases of an op, such as a method.
     """
 
     op: str
@@ -66,7 +68,7 @@ class Case:
 
     @property
     def shape(self) -> Shape:
-        """Of the only pair."""
+        """The (d_in, d_out) of the only pair."""
         (shape,) = self.pairs
         return shape
 
@@ -79,18 +81,18 @@ class Case:
 
 
 def from_dict(given: dict) -> Case:
-    """The case that ``dataclasses.asdict`` and JSON made this of."""
+    """Restores a case from ``dataclasses.asdict`` after a round trip through JSON, which has no tuples."""
     return Case(**{**given, "pairs": tuple(tuple(shape) for shape in given["pairs"])})
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured.
+    """The extent of a run.
 
     Attributes:
-        linears: shape → label. models: of the step's ops, whose pairs are cut to ``most_pairs``.
-        operations: tokens are as many as keep the frozen GEMM below this, at most ``n_tokens``.
-        seconds: of timed rounds that a case may take. compiled: whether torch.compile is among the providers.
+        linears: shape → label. models: for the step's ops; only their first ``most_pairs`` pairs are used.
+        operations: limit on the frozen GEMM's operations, which bounds the tokens together with ``n_tokens``.
+        seconds: time for the timed rounds of a case. compiled: whether torch.compile is among the providers.
     """
 
     linears: dict[Shape, str]
@@ -108,7 +110,7 @@ class Scale:
         return int(min(self.n_tokens, max(16, self.operations / (2 * shape[0] * shape[1]))))
 
     def layers(self, op: str, dropouts: tuple[float, ...] = (0.0,), dtypes: tuple[str, ...] = ()) -> list[Case]:
-        """Every linear × rank × dtype × dropout."""
+        """Returns a case for every linear × rank × dtype × dropout."""
         return [
             Case(op, label, (shape,), r, self.tokens(shape), dtype, dropout)
             for shape, label in self.linears.items()
@@ -118,7 +120,7 @@ class Scale:
         ]
 
     def steps(self, op: str, variants: tuple[str, ...] = ("",)) -> list[Case]:
-        """All pairs of a model × rank × variant; adapters are float32."""
+        """Returns a case for every model × rank × variant, with all pairs of the model and float32 adapters."""
         return [
             Case(op, model, MODELS[model].pairs[: self.most_pairs], r, variant=variant)
             for model in self.models

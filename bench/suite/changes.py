@@ -1,8 +1,8 @@
-"""Two runs of the suite side by side: what changed beyond noise.
+"""Compares two runs of the suite: which rows changed beyond noise.
 
-On one machine, noise is what one run shows of itself: a change is marked where the p20–p80 intervals of the two runs
-do not overlap. What is compared is the ratio to the first provider of the same round (so that a faster or busier
-machine cancels), and of the first provider itself the time. Runs on two devices are compared by ratios alone.
+The p20–p80 interval of a row is taken as its noise: a change is marked where the intervals of the two runs do not
+overlap. Rows are compared by the ratio to the first provider of the same round, in which a faster or busier machine
+cancels. The first provider itself is compared by its time, unless the runs come from two devices.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from suite.cases import from_dict
 
 
 class Change(NamedTuple):
-    """``times``: new speed over old; ``beyond_noise``: the intervals do not overlap."""
+    """A compared row. ``times``: new speed over old. ``beyond_noise``: the intervals do not overlap."""
 
     case: str
     provider: str
@@ -23,7 +23,7 @@ class Change(NamedTuple):
 
 
 def compare(old: dict, new: dict) -> list[Change]:
-    """Every row that both runs measured, the largest change first."""
+    """Returns a change for every row that both runs measured, the largest first."""
     before = {key(row): row for row in old["rows"] if not row["unavailable"]}
     same_device = old["environment"]["device"] == new["environment"]["device"]
     changes = []
@@ -33,7 +33,7 @@ def compare(old: dict, new: dict) -> list[Change]:
             continue
         if tuple(row["ratio"]) != (1.0, 1.0, 1.0):
             then, now = tuple(other["ratio"]), tuple(row["ratio"])
-        elif same_device:  # the first provider: speed, so that larger is faster as with ratios
+        elif same_device:  # the first provider, by its speed: larger is faster, as for ratios
             then, now = ((1e6 / r["p80"], 1e6 / r["p50"], 1e6 / r["p20"]) for r in (other, row))
         else:
             continue

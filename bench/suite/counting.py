@@ -1,11 +1,11 @@
-"""Bytes and launches of our kernels, counted exactly by Triton's interpreter.
+"""Counts bytes and launches of our kernels exactly, in Triton's interpreter.
 
-    python bench/suite/counting.py SECONDS < cases.json > counts.json
+    cd bench; python -m suite.counting SECONDS < cases.json > counts.json
 
-A process of its own: TRITON_INTERPRET must be set before triton is imported, and the suite's timings on a CPU are of
-the torch twins. Tiles and strategy ("fused") are those of sm_90. Launches do not depend on sizes; traffic is counted at
-``TOKENS`` tokens, ``PAIRS`` pairs and ``SIDE`` columns at most, where factors that are read again weigh more than in a
-real layer (bench/counts.py counts one).
+It runs in a process of its own, because TRITON_INTERPRET must be set before triton is imported, while the suite's
+timings on a CPU are those of the torch twins. Tiles and strategy ("fused") are those of sm_90. Launches do not depend
+on sizes. Traffic is counted at ``TOKENS`` tokens, ``PAIRS`` pairs and ``SIDE`` columns at most, where factors that are
+read again weigh more than in a real layer, which bench/counts.py counts.
 """
 
 import os
@@ -31,48 +31,51 @@ TOKENS, PAIRS, SIDE = 64, 2, 128
 
 
 def small(case: Case) -> Case:
-    """What is counted in its place."""
+    """Returns the smaller case that is counted in place of a case."""
     pairs = tuple((min(d_in, SIDE), min(d_out, SIDE)) for d_in, d_out in case.pairs[:PAIRS])
     return replace(case, label="", n_tokens=min(case.n_tokens, TOKENS), pairs=pairs)
 
 
 def count(case: Case) -> dict:
-    """One run of ours, forward and backward, the steady state of an optimizer: {"traffic": bytes asked for over the
-    least possible, "launches"}; {} for a method that runs no kernel of ours."""
+    """Counts one run of ours, forward and backward; for an optimizer a step after the first.
+
+    Returns:
+        {"traffic": bytes requested over the least possible, "launches"}; {} for a method that runs none of our kernels.
+    """
     comparison = module(case.op).build(case, Setting(torch.device("cpu"), triton=True))
     ours = "ours, fused" if "ours, fused" in comparison.providers else "ours"
     with tiles.assume(arch=90):
         provider: Provider = comparison.providers[ours]()
         if case.op == "step":
-            once(provider)  # builds tables and state
+            once(provider)  # builds pointer tables and state
         with interpreter.traffic() as counted:
             once(provider)
     if not counted.launches:
         return {}
-    least = comparison.work.get("full", comparison.work["forward"]).bytes
+    least = comparison.costs.get("full", comparison.costs["forward"]).bytes
     return {"traffic": counted.total / least, "launches": len(counted.launches)}
 
 
 def in_own_process(cases: list[Case], seconds: float) -> dict[Case, dict]:
-    """What ``count`` gives for each case; after that many seconds no other is begun."""
+    """Returns ``count`` of each case, or {} for cases that were not reached within some seconds."""
     wanted = list(dict.fromkeys(small(case) for case in cases))
     command = [sys.executable, "-m", "suite.counting", str(seconds)]
-    given = json.dumps([asdict(case) for case in wanted])
-    done = subprocess.run(command, input=given, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    text = json.dumps([asdict(case) for case in wanted])
+    done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     if done.returncode:
         raise RuntimeError(f"bench/suite/counting.py failed:\n{done.stderr[-3000:]}")
-    found = dict(zip(wanted, json.loads(done.stdout), strict=False))
-    return {case: found.get(small(case), {}) for case in cases}
+    counts = dict(zip(wanted, json.loads(done.stdout), strict=False))  # fewer counts than cases if time ran out
+    return {case: counts.get(small(case), {}) for case in cases}
 
 
 def main() -> None:
     end = time.monotonic() + float(sys.argv[1])
-    found = []
-    for given in json.load(sys.stdin):
+    counts = []
+    for values in json.load(sys.stdin):
         if time.monotonic() > end:
             break
-        found.append(count(from_dict(given)))
-    json.dump(found, sys.stdout)
+        counts.append(count(from_dict(values)))
+    json.dump(counts, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The suite's ops, and the tests that must be green before an op's numbers are taken.
+"""The suite's ops, and the tests that must pass before an op is measured.
 
-An op is a file of its name in ops/ (bench_<op>.py), with ``cases(scale)`` and ``build(case, setting)``.
+An op is a file ops/bench_<op>.py with the functions ``cases(scale)`` and ``build(case, setting)``, and a row here.
 """
 
 import importlib
@@ -15,11 +15,11 @@ LAYER = (
     "tests/linear/test_lora_linear.py::test_gradcheck",
     "tests/linear/test_lora_linear.py::test_same_mask_in_forward_and_backward",
 )
-# op → pytest node ids: of the torch twins, of the kernels (run natively where there is a GPU, else interpreted)
+# op → pytest node ids: tests of the torch twin, and of the kernels (native on a GPU, elsewhere interpreted)
 TESTS: dict[str, tuple[str, ...]] = {
-    "project": (*LAYER, "tests/linear/test_kernels.py::test_few_tokens"),
-    "linear": (*LAYER, "tests/linear/test_kernels.py::test_few_tokens"),
-    "grads": (*LAYER, "tests/linear/test_kernels.py::test_only_what_is_needed"),
+    "project": (*LAYER, "tests/linear/test_kernels.py::test_zero_or_one_token_gives_eagers_shapes"),
+    "linear": (*LAYER, "tests/linear/test_kernels.py::test_zero_or_one_token_gives_eagers_shapes"),
+    "grads": (*LAYER, "tests/linear/test_kernels.py::test_gradients_that_are_not_needed_are_none"),
     "layer": (*LAYER, "tests/linear/test_kernels.py::test_error_budget[0]"),
     "gram": ("tests/pairs/test_pair_kernels.py::test_gram_computes_only_the_wanted_grams",),
     "solve": (
@@ -55,6 +55,6 @@ def cases(ops: tuple[str, ...], scale: Scale) -> list[Case]:
 
 
 def here() -> Setting:
-    """A GPU with our kernels, or the CPU with their torch twins."""
+    """Returns the GPU with our kernels, or the CPU with their torch twins."""
     cuda = torch.cuda.is_available()
     return Setting(torch.device("cuda" if cuda else "cpu"), cuda)

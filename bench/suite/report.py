@@ -1,5 +1,5 @@
-"""What a run of the suite leaves behind: bench.json, bench.csv (Liger's columns), plots/*.svg and one self-contained
-page, bench.html."""
+"""Writes the files of a run of the suite: bench.json, bench.csv (with Liger's columns), plots/*.svg and one
+self-contained page, bench.html."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ COLUMNS = (
     "x_value", "y_value_20", "y_value_50", "y_value_80", "extra_benchmark_config_str", "gpu_name", "timestamp",
     "lora_fast_version",
 )  # fmt: skip
-MAIN = ("full", "forward")  # the mode to show of a case: the first that there is
+MAIN = ("full", "forward")  # a case is shown in the first of these modes that it has
 
 
 def write(folder: Path, run: dict, changes: list[Change]) -> None:
-    """All files, into a folder that exists."""
+    """Writes all files into an existing folder."""
     (folder / "bench.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
     (folder / "bench.csv").write_text(as_csv(run), encoding="utf-8")
     drawn = draw(run["rows"])
@@ -36,7 +36,7 @@ def write(folder: Path, run: dict, changes: list[Change]) -> None:
 
 
 def as_csv(run: dict) -> str:
-    """One line a figure: speed of every mode; memory, saved memory and error of every provider."""
+    """Returns a line for each figure: the speed in every mode; memory, saved memory and error of every provider."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -70,14 +70,17 @@ def measured(rows: list[dict]) -> list[dict]:
 
 
 def shown(rows: list[dict]) -> list[dict]:
-    """Of each case and provider the row of its main mode, and those that were not available."""
+    """Returns the row in the main mode of each case and provider, and the rows of unavailable providers."""
     modes = {(from_dict(row["case"]), row["mode"]) for row in measured(rows)}
-    main = lambda case: next((mode for mode in MAIN if (case, mode) in modes), MAIN[0])
+
+    def main(case: Case) -> str:
+        return next((mode for mode in MAIN if (case, mode) in modes), MAIN[0])
+
     return [row for row in rows if row["unavailable"] or row["mode"] == main(from_dict(row["case"]))]
 
 
 def draw(rows: list[dict]) -> dict[str, str]:
-    """Title → SVG: time of each provider, bars for one rank, lines over several."""
+    """Returns title → SVG of each provider's time: bars for one rank, lines over several ranks."""
     groups: dict[str, list[dict]] = {}
     for row in measured(shown(rows)):
         case = from_dict(row["case"])
@@ -85,8 +88,8 @@ def draw(rows: list[dict]) -> dict[str, str]:
     drawn = {}
     for name, members in groups.items():
         op = members[0]["case"]["op"]
-        of_op = [row["provider"] for row in measured(rows) if row["case"]["op"] == op]
-        providers = list(dict.fromkeys(["ours", *of_op]))  # ours has one colour on the whole page
+        names = [row["provider"] for row in measured(rows) if row["case"]["op"] == op]
+        providers = list(dict.fromkeys(["ours", *names]))  # first, so that ours has one colour on the whole page
         colour = colours(providers)
         ranks = sorted({row["case"]["r"] for row in members})
         if len(ranks) == 1:
@@ -98,11 +101,11 @@ def draw(rows: list[dict]) -> dict[str, str]:
             continue
         lines = []
         for provider in dict.fromkeys(row["provider"] for row in members):
-            own = sorted((row for row in members if row["provider"] == provider), key=lambda row: row["case"]["r"])
-            values = [[row[field] for row in own] for field in ("p20", "p50", "p80")]
-            x = [row["case"]["r"] for row in own]
+            by_rank = sorted((row for row in members if row["provider"] == provider), key=lambda row: row["case"]["r"])
+            values = [[row[field] for row in by_rank] for field in ("p20", "p50", "p80")]
+            x = [row["case"]["r"] for row in by_rank]
             band = values[0], values[2]
-            dashed = providers.index(provider) >= len(COLOURS)  # its colour is another's too
+            dashed = providers.index(provider) >= len(COLOURS)  # the colours repeat, so the line differs
             look = {"marker": "o", "linestyle": "--" if dashed else "-"}
             lines.append(plots.Series(provider, colour[provider], x, values[1], look, band))
         drawn[name] = plots.lines(file_name(name), lines, "rank", "µs, median and p20–p80", zero=True)
@@ -110,12 +113,12 @@ def draw(rows: list[dict]) -> dict[str, str]:
 
 
 def microseconds(value: float) -> str:
-    """Four digits, or whole ones."""
+    """Formats µs with four digits, or as an integer."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def title(case: Case) -> str:
-    """A case but for its rank."""
+    """Returns the name of a case without its rank."""
     return case.name.replace(f", r={case.r}", "")
 
 
@@ -124,6 +127,7 @@ def file_name(name: str) -> str:
 
 
 def page(run: dict, drawn: dict[str, str], changes: list[Change]) -> str:
+    """Renders the page; ``drawn``: title → SVG."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["mib"] = lambda size: "–" if size is None else f"{size / 2**20:.4g}"

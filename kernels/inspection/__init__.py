@@ -1,1 +1,2 @@
-"""Kernels looked at without a GPU: compiled for every arch, counted and checked in Triton's interpreter."""
+"""Inspects kernels without a GPU: compiles them for every arch, and counts and checks their memory accesses in Triton's
+interpreter."""

@@ -1,11 +1,11 @@
-"""The accesses of one launch to memory, and what is wrong with them, for sanitizer.py, which has the rules.
+"""Records the memory accesses of one launch and reports violations of the rules in sanitizer.py.
 
-Memory    The elements that a launch may touch are numbered, so that numpy arrays hold what is known of each.
-Barriers  An access is compared with the latest ones of the same program: an access is since the last barrier if its
+Memory    The elements that a launch may touch are numbered, so that numpy arrays hold the state of each element.
+Barriers  An access is compared with the latest accesses of the same program. An access is after the last barrier if its
           number is larger than the number of accesses before that barrier.
-Programs  Every access has the time of its program, in barriers, and a vector clock: up to which times it can rely on
-          what other programs did. Atomics pass clocks on, by element. Of two accesses of different programs to one
-          element, the first is in order if it comes before what the second relies on.
+Programs  Every access has the time of its program, counted in barriers, and a vector clock: the times of the other
+          programs up to which their accesses have happened before it. Atomics pass vector clocks on, by element. Two
+          accesses of different programs to one element are in order if the second one's clock includes the first.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
 CONFLICTS = {"load": ("store", "atomic"), "store": ("load", "store", "atomic"), "atomic": ("load", "store")}
-SEVERAL = -1  # lanes
+SEVERAL = -1  # in place of a lane: more than one
 NOT_KERNELS = (
     str(Path(triton.__file__).parent),
     *(str(Path(__file__).with_name(f"{name}.py")) for name in ("access_log", "interpreter", "sanitizer")),
@@ -32,15 +32,14 @@ NOT_KERNELS = (
 
 
 class Finding(NamedTuple):
-    """``lines``: the line of each access in question, followed by the lines that it was called from. ``place``: the
-    tensor of the first address, or nearest to it."""
+    """A violation of a rule by one or two lines of a kernel."""
 
     kernel: str
     kind: str
-    lines: tuple[str, ...]
+    lines: tuple[str, ...]  # the line of each access, each followed by the lines that it was called from
     programs: tuple[tuple[int, int, int], ...]
     n_lanes: int
-    place: str
+    place: str  # the tensor of the first address, or the nearest one
 
     def __str__(self) -> str:
         programs = ", ".join(map(str, self.programs[:4])) + ", …" * (len(self.programs) > 4)
@@ -49,7 +48,7 @@ class Finding(NamedTuple):
 
 
 class Memory:
-    """The elements of some tensors, numbered. They are stored in runs of bytes without gaps."""
+    """Numbers the elements of some tensors. The elements are stored in runs of bytes without gaps."""
 
     def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]]):
         merged = [[0, 0, 1, "no tensor"]]
@@ -63,14 +62,15 @@ class Memory:
         self.first = np.cumsum([0, *(self.ends - self.starts) // self.sizes])  # number of each run's first element
 
     def find(self, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """The numbers of the elements at some addresses, and whether there is one of ``size`` bytes."""
+        """Returns the numbers of the elements at these addresses, and whether each address is that of an element of
+        ``size`` bytes."""
         run = np.maximum(np.searchsorted(self.starts, addresses, "right") - 1, 0)
         offsets = addresses - self.starts[run]
         inside = (offsets >= 0) & (addresses + size <= self.ends[run]) & (self.sizes[run] == size)
         return self.first[run] + offsets // size, inside & (offsets % size == 0)
 
     def near(self, address: int) -> str:
-        """The tensor nearest to an address, and its distance."""
+        """Returns the tensor nearest to an address and its distance, in words."""
         before, after = self.starts - address, address - self.ends + 1
         run = int(np.argmin(np.maximum(before, after)))
         side = "before" if before[run] > 0 else "after" if after[run] > 0 else "inside"
@@ -80,7 +80,7 @@ class Memory:
         return self.names[int(np.searchsorted(self.first, element, "right")) - 1]
 
     def read(self) -> list[np.ndarray]:
-        """The bits of all elements, run by run."""
+        """Returns the bits of all elements, run by run."""
         runs = zip(self.starts.tolist(), self.ends.tolist(), self.sizes.tolist(), strict=True)
         return [np.frombuffer(ctypes.string_at(start, end - start), f"u{size}") for start, end, size in runs]
 
@@ -90,7 +90,7 @@ class Memory:
 
 
 def _runs(name: str, tensor: torch.Tensor) -> Iterator[tuple[int, int, int, str]]:
-    """The start and end of each run, the size of an element, and the tensor in words."""
+    """Returns the start and end of each run, the size of an element, and the tensor in words."""
     size = n_bytes = tensor.element_size()
     starts = np.array([tensor.data_ptr()])
     for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
@@ -103,21 +103,21 @@ def _runs(name: str, tensor: torch.Tensor) -> Iterator[tuple[int, int, int, str]
     return ((start, start + n_bytes, size, words) for start in starts.tolist() if tensor.numel())
 
 
-Clock = dict[int, int]  # program → time: what the program did before that time has happened
+VectorClock = dict[int, int]  # program → time: the program's accesses before that time have happened
 
 
 class Access(NamedTuple):
-    """``time``: barriers that the program had passed. ``visible``: what it can rely on of other programs."""
+    """An access of one program to memory."""
 
     kind: str
     program: int
     lines: str
-    time: int
-    visible: Clock
+    time: int  # barriers that the program has passed
+    visible: VectorClock  # accesses of other programs that have happened before
 
 
 class Latest:
-    """The latest access of one kind to each element, counted from 1, and its lane."""
+    """The number of the latest access of one kind to each element, counted from 1, and its lane."""
 
     def __init__(self, n_elements: int):
         self.number, self.lane = np.zeros(n_elements, np.int32), np.zeros(n_elements, np.int64)
@@ -130,7 +130,7 @@ class Latest:
 
 
 class Log:
-    """The accesses of one launch, and the findings about them. Programs are counted in the order in which they run."""
+    """Records the accesses of one launch and its findings. Programs are numbered in the order in which they run."""
 
     def __init__(self, kernel: Callable, tensors: Iterable[tuple[str, torch.Tensor]], n_threads: int):
         self.kernel, self.memory, self.n_threads = kernel, Memory(tensors), n_threads
@@ -141,9 +141,9 @@ class Log:
         self.latest = {kind: Latest(n_elements) for kind in CONFLICTS}
         self.lowest, self.highest = np.full(n_elements, 1 << 30), np.full(n_elements, -1)  # programs that touch it
         self.bits = np.zeros(n_elements, np.uint64)
-        self.released: dict[int, Clock] = {}  # by element
+        self.released: dict[int, VectorClock] = {}  # by element
         self.shapes: dict[tuple[int, ...], int] = {}
-        self.found: dict[tuple, Finding] = {}
+        self.findings: dict[tuple, Finding] = {}
         self.counts = Counter()
 
     def begin(self, program: tuple[int, int, int]) -> None:
@@ -156,7 +156,7 @@ class Log:
         self.time, self.n_before_barrier, self.visible = self.time + 1, len(self.accesses), self.acquired
 
     def access(self, kind: str, pointers: TensorHandle, mask, values=None, semantics: str = "") -> TensorHandle:
-        """Checks an access. Returns the mask of those of its lanes that are in bounds."""
+        """Records and checks an access. Returns the mask of its lanes that are in bounds."""
         shape, lines, n_lanes = pointers.data.shape, self._lines(), pointers.data.size
         lanes = np.flatnonzero(np.broadcast_to(np.asarray(mask.data), shape))
         addresses = pointers.data.ravel()[lanes].astype(np.int64)
@@ -170,9 +170,11 @@ class Log:
             lanes, elements = lanes[inside], elements[inside]
         if kind == "store":
             self._check_values(lines, elements, np.broadcast_to(values.data, shape).ravel()[lanes])
-        # Whoever acquires an atomic comes after it, barrier or not: its time is before that of the last barrier.
+        # A program that acquires an atomic comes after it even without a barrier, so its time is that before the last
+        # barrier.
         self.accesses.append(Access(kind, self.program, lines, self.time - (kind == "atomic"), self.visible))
         self.elements.append(elements.astype(np.int32))
+        # Lanes of blocks with other shapes may belong to other threads, so a lane's number contains the shape.
         numbered = lanes + (self.shapes.setdefault(shape, len(self.shapes)) << 40)
         self._check_barriers(kind, elements, numbered, small=n_lanes < self.n_threads)
         self.lowest[elements], self.highest[elements] = np.minimum(self.lowest[elements], self.program), self.program
@@ -188,7 +190,7 @@ class Log:
         return TensorHandle(allowed, tl.int1)
 
     def _lines(self) -> str:
-        """The line that makes an access, and the lines that it was called from, up to the kernel's."""
+        """Returns the line that makes an access and the lines that it was called from, up to the kernel's."""
         frame, lines = sys._getframe(2), []
         while frame is not None:
             if not frame.f_code.co_filename.startswith(NOT_KERNELS):
@@ -205,13 +207,14 @@ class Log:
             self.add("different values for one address", (lines,), np.count_nonzero(differ), place)
 
     def _check_barriers(self, kind: str, elements: np.ndarray, lanes: np.ndarray, small: bool) -> None:
-        """Checks an access against those of the same program since its last barrier.
+        """Checks an access against the accesses of the same program since its last barrier.
 
-        A store over what the same lane has loaded is in order. Should the two belong to different threads, the value
-        reaches the store through a shuffle or a barrier, which comes after the load. This does not hold for tiles with
-        fewer lanes than the program has threads (``small``), and scalars: each lane is loaded by several threads and
-        stored by one. A store over what the same lane has stored is in order, too: one layout serves both. A load of
-        what the same lane has stored is not, as the compiler may give loads another layout.
+        A store to an element that the same lane has loaded is in order. If the two belong to different threads, the
+        value reaches the store through a shuffle or a barrier, which comes after the load. This does not hold for
+        scalars and for tiles with fewer lanes than the program has threads (``small``), where several threads load a
+        lane and one stores it. A store to an element that the same lane has stored is in order, because all stores have
+        one layout. A load of an element that the same lane has stored is not in order, because the compiler may give
+        loads another layout.
         """
         for earlier in CONFLICTS[kind]:
             numbers, same_lane = self.latest[earlier].number[elements], self.latest[earlier].lane[elements] == lanes
@@ -232,22 +235,22 @@ class Log:
         if not shared.any():
             return
         kept = [elements[shared[elements]] for elements in self.elements]
-        elements, numbers = np.concatenate(kept), np.repeat(np.arange(len(kept)), [len(some) for some in kept])
+        elements, numbers = np.concatenate(kept), np.repeat(np.arange(len(kept)), list(map(len, kept)))
         order = np.lexsort((numbers, elements))
         elements, numbers = elements[order], numbers[order]
         starts = np.flatnonzero(np.diff(elements, prepend=-1))
-        alike = defaultdict(list)  # accesses → the elements that these touch
+        groups = defaultdict(list)  # accesses → the elements that all of these touch: few groups for many elements
         for element, group in zip(elements[starts].tolist(), np.split(numbers, starts[1:]), strict=True):
-            alike[tuple(dict.fromkeys(group.tolist()))].append(element)
-        for group, of_group in alike.items():
-            for one, other in combinations([self.accesses[number] for number in group], 2):
-                conflict = one.program != other.program and other.kind in CONFLICTS[one.kind]
-                if conflict and one.time >= other.visible.get(one.program, -1):
-                    kind, place = f"{one.kind} and {other.kind} of two programs", self.memory.name(of_group[0])
-                    self.add(kind, (one.lines, other.lines), len(of_group), place, (one.program, other.program))
+            groups[tuple(dict.fromkeys(group.tolist()))].append(element)
+        for group, touched in groups.items():
+            for first, second in combinations([self.accesses[number] for number in group], 2):
+                conflict = first.program != second.program and second.kind in CONFLICTS[first.kind]
+                if conflict and first.time >= second.visible.get(first.program, -1):
+                    kind, place = f"{first.kind} and {second.kind} of two programs", self.memory.name(touched[0])
+                    self.add(kind, (first.lines, second.lines), len(touched), place, (first.program, second.program))
 
     def check_result(self, result: list[np.ndarray]) -> None:
-        """Checks the memory of a run in another order against that of the first run."""
+        """Compares the memory after a run in another order with that after the first run."""
         for name, bits, others in zip(self.memory.names, result, self.memory.read(), strict=True):
             if n_different := np.count_nonzero(bits != others):
                 kind, programs = "result that depends on the order of programs", range(len(self.programs))
@@ -255,10 +258,10 @@ class Log:
 
     def add(self, kind: str, lines: tuple[str, ...], n_lanes: int, place: str, programs: Iterable[int] = ()) -> None:
         key = kind, lines or place
-        found = self.found.get(key, Finding(self.kernel.__name__, kind, lines, (), 0, place))
+        finding = self.findings.get(key, Finding(self.kernel.__name__, kind, lines, (), 0, place))
         identifiers = (self.programs[program] for program in programs or (self.program,))
-        programs = tuple(dict.fromkeys((*found.programs, *identifiers)))
-        self.found[key] = found._replace(programs=programs, n_lanes=found.n_lanes + int(n_lanes))
+        programs = tuple(dict.fromkeys((*finding.programs, *identifiers)))
+        self.findings[key] = finding._replace(programs=programs, n_lanes=finding.n_lanes + int(n_lanes))
 
 
 @lru_cache(maxsize=4096)
@@ -266,6 +269,6 @@ def _in_words(lines: tuple[tuple[str, int], ...]) -> str:
     return " from ".join(f"{Path(file).parent.name}/{Path(file).name}:{line}" for file, line in lines)
 
 
-def _joined(*clocks: Clock) -> Clock:
+def _joined(*clocks: VectorClock) -> VectorClock:
     programs = {program for clock in clocks for program in clock}
     return {program: max(clock.get(program, 0) for clock in clocks) for program in programs}

@@ -1,9 +1,11 @@
-"""Every launch that the package makes, op by op, at the sizes of a real layer: what ``inspected.py`` compiles and
-counts, what the tests hold to the rules, what the ahead-of-time library embeds. A new kernel is added here, once.
+"""Lists every launch of the package, op by op, at the sizes of a real layer. rules.py compiles and counts these
+launches, the tests check them against the rules, and the ahead-of-time library embeds them. A new kernel is added here
+once.
 
-An op is a function (r, dtype, **variant) that runs its launcher. A counted op returns the bytes that any
-implementation must move: each operand once. (The GEMM is not counted: it reads its operands again, from L2, by design;
-nor is r×r work, which fits in a cache.) Neither compiling nor counting looks at values: large tensors are left empty.
+An op is a function (r, dtype, **variant) that runs its launcher. A counted op returns the bytes that any implementation
+must move, which is each operand once. The GEMM is not counted, because it reads its operands again from L2 by design;
+r×r work is not counted, because it fits in a cache. Compiling and counting do not depend on values, so large tensors
+are left empty.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ SEED = 1 << 40
 
 
 class Op(NamedTuple):
+    """An operation with all ranks, dtypes and variants that are compiled."""
+
     run: Callable[..., int | None]
     ranks: dict[str, tuple[int, ...]]  # dtype → ranks
     variants: Iterable[dict] = ({},)
@@ -37,7 +41,7 @@ class Op(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One call of an op."""
+    """An op with one dtype, rank and variant."""
 
     op: str
     dtype: str
@@ -49,7 +53,8 @@ class Case(NamedTuple):
 
     @property
     def counted(self) -> bool:
-        """Masks cost no memory, and the ratio is one of many tokens."""
+        """Returns whether traffic is counted. A dropout mask adds no traffic, and few tokens add too little to
+        compare."""
         return OPS[self.op].counted and not self.variant.get("dropout") and self.variant.get("tokens") in (None, "many")
 
     def runs_on(self, arch: int) -> bool:
@@ -61,7 +66,7 @@ class Case(NamedTuple):
 
 
 def cases(ops: Iterable[str] | None = None, ranks: Iterable[int] | None = None) -> list[Case]:
-    """Of these ops and ranks; of all, where None."""
+    """Returns the cases of these ops and ranks. None stands for all of them."""
     return [
         Case(name, dtype, r, variant)
         for name in (OPS if ops is None else ops)
@@ -69,21 +74,22 @@ def cases(ops: Iterable[str] | None = None, ranks: Iterable[int] | None = None) 
         for r in known
         if ranks is None or r in ranks
         for variant in OPS[name].variants
-        if dtype != "float32" or not _is_of_16_bits(variant)
+        if dtype != "float32" or not _needs_16_bits(variant)
     ]
 
 
-def _is_of_16_bits(variant: dict) -> bool:
-    """Float32 adapters over float32 are the default; Gluon's GEMM has 16-bit operands."""
+def _needs_16_bits(variant: dict) -> bool:
+    """Returns whether a variant is only for 16-bit activations: one that sets the adapter's dtype, or Gluon's GEMM."""
     return variant.get("adapter") is not None or variant.get("strategy") == "gluon"
 
 
 def variants(**values: Iterable) -> list[dict]:
-    """Every combination."""
+    """Returns every combination of the values."""
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 
 def size(*tensors: torch.Tensor) -> int:
+    """Returns the bytes of the tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -95,21 +101,21 @@ def _adapter(adapter: str | None, dtype: torch.dtype) -> torch.dtype:
 
 
 def _matrix(rows: int, columns: int, dtype: torch.dtype, padding: int = 0) -> torch.Tensor:
-    """``padding``: rows are that many elements longer than they show."""
+    """Returns a matrix without defined values whose rows have ``padding`` unused elements after them."""
     return torch.empty(rows, columns + padding, dtype=dtype)[:, :columns]
 
 
-def _keep(dropout: float) -> launch.Keep | None:
+def _keep(dropout: float) -> launch.DropoutMask | None:
     return layer.draw_mask(None, dropout, SEED) if dropout else None
 
 
 def _thin(rows: int, r: int, dtype: torch.dtype, adapter: str | None) -> torch.Tensor:
-    """S or dS."""
+    """Returns an S or dS."""
     return _matrix(rows, r, torch.promote_types(dtype, _adapter(adapter, dtype)))
 
 
 def project(r: int, dtype: torch.dtype, adapter: str | None, dropout: float, tokens: str) -> int:
-    """``tokens``: "many", "short" or "few"."""
+    """Runs project. ``tokens`` is "many", "short" (small blocks of tokens) or "few" (d_in is split)."""
     n_tokens = {"many": N_TOKENS, "short": SHORT, "few": FEW}[tokens]
     x, a = _matrix(n_tokens, D_IN, dtype), _matrix(r, D_IN, _adapter(adapter, dtype))
     keep = _keep(dropout)
@@ -117,7 +123,7 @@ def project(r: int, dtype: torch.dtype, adapter: str | None, dropout: float, tok
 
 
 def _gemm_tokens(strategy: str) -> int:
-    """cuBLAS's part is computed even where launches are only recorded."""
+    """Returns the number of tokens. cuBLAS computes its part even if launches are only recorded, so it gets few."""
     return 1 if strategy == "cublas" else N_TOKENS
 
 
@@ -130,7 +136,7 @@ def linear(r: int, dtype: torch.dtype, adapter: str | None, strategy: str, paddi
 
 
 def few_tokens(r: int, dtype: torch.dtype, adapter: str | None, dropout: float) -> None:
-    """S in parts, cuBLAS, and the update that adds the parts."""
+    """Runs a forward with S in parts, cuBLAS's GEMM, and the update that adds the parts."""
     x, weight = _matrix(FEW, D_IN, dtype), _matrix(16, D_IN, dtype)
     a, b = _matrix(r, D_IN, _adapter(adapter, dtype)), _matrix(16, r, _adapter(adapter, dtype))
     with tiles.assume(strategy="cublas", thin="split"):
@@ -158,7 +164,7 @@ def grad_a(r: int, dtype: torch.dtype, adapter: str | None, dropout: float) -> i
 
 
 def halves(r: int, dtype: torch.dtype) -> int:
-    """Of a float32 factor beside bfloat16 activations."""
+    """Splits a float32 factor beside bfloat16 activations."""
     a = _matrix(r, D_IN, torch.float32)
     return size(a, Halves(a, above=True)(a))
 
@@ -181,7 +187,8 @@ def gram(r: int, dtype: torch.dtype) -> int:
 def adamw_step(
     r: int, dtype: torch.dtype, add: bool, matrix: bool, scale: bool, gram: bool, numbers: bool = False
 ) -> int:
-    """p and g in ``dtype``, m and v in float32. ``numbers``: hyperparameters are arguments, as the optimizer's."""
+    """Runs a step with p and g in ``dtype``, m and v in float32. With ``numbers`` hyperparameters are kernel arguments,
+    as in the optimizer, else they are in a tensor."""
     a, b = _pairs(r, dtype)
     n, is_a = len(a + b), [True] * len(a) + [False] * len(b)
     p, g = a + b, [torch.zeros_like(x) for x in a + b]
@@ -205,7 +212,7 @@ def transform(r: int, dtype: torch.dtype, add: bool) -> int:
 
 
 def muon_step(r: int, dtype: torch.dtype) -> int:
-    """The momentum's average, Grams and move; all in ``dtype``."""
+    """Runs LoRA-Muon's averaging of the momentum, its Grams and its move, all in ``dtype``."""
     a, b = _pairs(r, dtype)
     n, p = len(a + b), a + b
     g, m = ([torch.zeros_like(x) for x in p] for _ in range(2))
@@ -261,7 +268,7 @@ def scalora(r: int, dtype: torch.dtype, solver: str) -> None:
 
 
 def merge_weights(r: int, dtype: torch.dtype, rounding: str) -> int:
-    """float32 adapters into weights of ``dtype``."""
+    """Merges float32 adapters into weights of ``dtype``."""
     a, b = _pairs(r, torch.float32)
     weights = [_matrix(d_out, d_in, dtype) for d_in, d_out in PAIRS]
     residuals = [torch.empty_like(w) for w in weights] if rounding == "compensated" else []

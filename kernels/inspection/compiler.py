@@ -1,10 +1,10 @@
-"""Compile what the launchers launch, for any arch and without a GPU, and read what came out.
+"""Compiles the package's launches for any arch without a GPU, and reads the resources and loops of the compiled code.
 
-``recorded()`` runs launchers on tensors that need not hold data and keeps each launch instead of making it;
-``compile_for`` compiles one for an arch, ``compile_roomy`` as the package launches it; ``resources`` reads registers,
-stack, shared memory and instructions from the cubin with the tools in Triton's wheel, from which occupancy is
-estimated; ``main_loop`` reads how far the loop of a GEMM is pipelined. Not under ``TRITON_INTERPRET=1``: there is
-nothing to compile then.
+``recorded()`` runs launchers on tensors that need not hold data and records each launch instead of running it.
+``compile_for`` compiles a recorded launch for an arch, and ``compile_as_launched`` as the package would launch it.
+``resources`` reads registers, stack, shared memory and instructions from the cubin with the tools in Triton's wheel;
+occupancy is estimated from them. ``main_loop`` reads how far the loop of a GEMM is pipelined. This does not work under
+``TRITON_INTERPRET=1``, where nothing is compiled.
 """
 
 import dataclasses
@@ -27,18 +27,19 @@ from triton.runtime.jit import JITFunction, mangle_type
 from ..launch import MOST_REGISTERS, REGISTERS, takes_more_registers
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
-# Of a multiprocessor (CUDA programming guide): bytes of shared memory, of which 1024 go to each block; warps; blocks.
+# Limits of a multiprocessor (CUDA programming guide): bytes of shared memory (each block takes 1024 of them for the
+# system), warps, blocks.
 MULTIPROCESSOR_SHARED = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10}
 WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 32}
-TENSOR_MEMORY = 512
+TENSOR_MEMORY = 512  # columns
 TENSOR_CORE = dict.fromkeys(WARPS, r"HMMA") | {90: r"HGMMA|HMMA", 100: r"UTC\w*MMA|HMMA"}
 GEMM_TENSOR_CORE = TENSOR_CORE | {90: r"HGMMA", 100: r"UTC\w*MMA"}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel: its arguments by name (constexprs included), grid and compiler options."""
+    """A recorded launch: the kernel, its arguments by name (including constexprs), grid and compiler options."""
 
     kernel: JITFunction
     arguments: dict
@@ -48,26 +49,25 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a cubin uses: registers a thread, stack bytes, shared memory bytes a block, columns of tensor memory, warps,
-    and its instructions counted, with their modifiers (LDG.E.128)."""
+    """The resources that a compiled kernel uses."""
 
-    registers: int
-    stack: int
-    shared: int
-    tensor_memory: int
-    warps: int
-    instructions: Counter
+    registers: int  # of a thread
+    stack: int  # bytes of a thread
+    shared: int  # bytes of a block
+    tensor_memory: int  # columns of a block
+    warps: int  # of a block
+    instructions: Counter  # how often each instruction occurs, with its modifiers (LDG.E.128)
 
     def count(self, pattern: str) -> int:
         return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
 
     @property
     def spills(self) -> int:
-        """Loads and stores of local memory."""
+        """Returns the number of instructions that load or store local memory."""
         return self.count(r"LDL|STL")
 
     def occupancy(self, arch: int) -> float:
-        """Share of a multiprocessor's warps that can be resident: an estimate from the limits alone."""
+        """Returns the share of a multiprocessor's warps that can be resident, estimated from the limits alone."""
         blocks = min(BLOCKS[arch], WARPS[arch] // self.warps)
         blocks = min(blocks, REGISTERS // (_round_up(self.registers, 8) * 32 * self.warps))
         blocks = min(blocks, MULTIPROCESSOR_SHARED[arch] // (_round_up(self.shared, 128) + 1024))
@@ -82,7 +82,7 @@ def _round_up(number: int, step: int) -> int:
 
 @contextmanager
 def recorded():
-    """Within: launches are kept in the list that this yields, not made."""
+    """Records the launches inside the context in the list that it yields, instead of running them."""
     launches: list[Launch] = []
 
     def keep(self, *args, grid, warmup, **kwargs):
@@ -98,8 +98,11 @@ def recorded():
 
 
 def compile_for(launch: Launch, arch: int, lengths: Collection[str] | None = None):
-    """The launch's kernel compiled for sm_<arch>, specialised as Triton's own launch would specialise it; with
-    ``lengths``, for other calls too: of the integers only these are taken to stay multiples of 16 where they are."""
+    """Returns the launch's kernel compiled for sm_<arch> and specialised as Triton's JIT would specialise it.
+
+    With ``lengths`` the kernel also serves other calls: only the integers with these names are specialised, that is,
+    assumed to be multiples of 16 in all calls if they are in this one.
+    """
     signature, constexprs, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -118,20 +121,20 @@ def compile_for(launch: Launch, arch: int, lengths: Collection[str] | None = Non
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
 
 
-def compile_roomy(launch: Launch, arch: int, lengths: Collection[str] | None = None):
-    """As ``compile_for``, and what it uses; with more registers where it spills, as the package launches such a
-    kernel."""
+def compile_as_launched(launch: Launch, arch: int, lengths: Collection[str] | None = None):
+    """Returns the kernel compiled as by ``compile_for``, and its resources. A kernel that spills is compiled again with
+    more registers, as the package does when it launches it."""
     compiled = compile_for(launch, arch, lengths)
     used = resources(compiled)
     if used.stack and takes_more_registers(compiled, launch.options):
-        roomy = dataclasses.replace(launch, options=launch.options | {"maxnreg": MOST_REGISTERS})
-        compiled = compile_for(roomy, arch, lengths)
+        with_more_registers = launch.options | {"maxnreg": MOST_REGISTERS}
+        compiled = compile_for(dataclasses.replace(launch, options=with_more_registers), arch, lengths)
         used = resources(compiled)
     return compiled, used
 
 
 def resources(compiled) -> Resources:
-    """Of a kernel that ``compile_for`` made."""
+    """Returns the resources of a kernel compiled by ``compile_for``."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -150,13 +153,11 @@ def resources(compiled) -> Resources:
 
 @dataclass(frozen=True)
 class MainLoop:
-    """The loop of a GEMM that loads and multiplies, as compiled. ``in_flight``: products that a step leaves
-    unfinished (0 where tensor cores have no asynchronous ones); ``ahead``: steps that loads are ahead of their use;
-    ``instructions`` of a step."""
+    """The compiled loop of a GEMM that loads and multiplies."""
 
-    in_flight: int
-    ahead: int
-    instructions: int
+    in_flight: int  # products that a step leaves unfinished (0 if the tensor cores are not asynchronous)
+    ahead: int  # steps between a load and its use
+    instructions: int  # of a step
 
 
 _PRODUCT = r"ttng\.warp_group_dot %|ttng\.tc_gen5_mma|tt\.dot "
@@ -164,14 +165,18 @@ _COPY = r"async_tma_copy_global_to_local|async_copy_global_to_local"
 
 
 def main_loop(compiled) -> MainLoop:
-    """Read off Triton's GPU dialect: the innermost loop with a product and copies (or, of a warp-specialised kernel,
-    the last one with a product; its copies have a loop of their own). A step of sm_90 ends with a wait for all products
-    but ``pendings``, one of sm_100 with a wait for a barrier: a product is in flight if that is another one's than the
-    step's own. Copies run ahead by as many steps as are issued before the loop (TMA), or as a step's wait leaves
-    unfinished; those of a warp-specialised kernel by as many as it has buffers for, beside the one in use."""
+    """Returns the main loop of a GEMM, read from Triton's GPU dialect.
+
+    It is the innermost loop with a product and copies. In a warp-specialised kernel it is the last loop with a product,
+    since the copies have their own loop. On sm_90 a step ends with a wait for all but ``pendings`` products. On sm_100
+    it ends with a wait for a barrier, and a product is in flight if that barrier is not the one of the step's own
+    product. Copies are ahead by the number of steps issued before the loop (TMA) or left unfinished by a step's wait.
+    In a warp-specialised kernel they are ahead by the number of buffers minus the one in use.
+    """
     lines = compiled.asm["ttgir"].splitlines()
-    of_use = lambda loop: (_count(_PRODUCT, loop[0]) > 0, _count(_COPY, loop[0]) > 0, loop[1])
-    body, first = max(_loops(lines), key=of_use)
+    body, first = max(
+        _loops(lines), key=lambda loop: (_count(_PRODUCT, loop[0]) > 0, _count(_COPY, loop[0]) > 0, loop[1])
+    )
     text = "\n".join(body)
     pendings = [int(number) for number in re.findall(r"warp_group_dot_wait.*?pendings = (\d+)", text)]
     barriers = re.findall(r"tc_gen5_mma .*?, (%\w+)\[", text)
@@ -189,7 +194,7 @@ def _steps_ahead(lines: list[str], body: list[str], first: int) -> int:
 
 
 def _loops(lines: list[str]) -> Iterator[tuple[list[str], int]]:
-    """The bodies of loops that have none inside, and where they start."""
+    """Returns the bodies of the innermost loops and the lines where they start."""
     for start, line in enumerate(lines):
         if "scf.for" not in line and "scf.while" not in line:
             continue
@@ -204,8 +209,8 @@ def _count(pattern: str, lines: list[str]) -> int:
     return sum(bool(re.search(pattern, line)) for line in lines)
 
 
-def code(compiled) -> str:
-    """A kernel's machine code, as text with labels."""
+def machine_code(compiled) -> str:
+    """Returns a kernel's machine code as text with labels."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -213,10 +218,10 @@ def code(compiled) -> str:
 
 
 def _step_instructions(compiled) -> int:
-    """Of the loop in the machine code that waits for all asynchronous products but some, where one does, and has most
-    tensor-core instructions among its own."""
+    """Returns the number of instructions of the main loop in the machine code. It is the loop with the largest share of
+    tensor-core instructions, among those that leave an asynchronous product in flight if there are any."""
     instructions, labels, loops = [], {}, []
-    for line in code(compiled).splitlines():
+    for line in machine_code(compiled).splitlines():
         if label := re.match(r"(\.L_\w+):", line):
             labels[label[1]] = len(instructions)
         elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
@@ -224,8 +229,12 @@ def _step_instructions(compiled) -> int:
             instructions.append(instruction[1])
             if target and target[1] in labels:
                 loops.append(instructions[labels[target[1]] :])
-    share = lambda loop: _count(r"HGMMA|UTC\w*MMA|HMMA", loop) / len(loop)
-    return len(max(loops, key=lambda loop: (_count(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x[1-9]", loop) > 0, share(loop))))
+
+    def score(loop: list[str]) -> tuple[bool, float]:
+        leaves_one_in_flight = _count(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x[1-9]", loop) > 0
+        return leaves_one_in_flight, _count(r"HGMMA|UTC\w*MMA|HMMA", loop) / len(loop)
+
+    return len(max(loops, key=score))
 
 
 def _cuobjdump(flag: str, cubin: Path) -> str:

@@ -1,5 +1,5 @@
-"""Count what kernels ask of memory, exactly, by running them in Triton's interpreter (``TRITON_INTERPRET=1``); and make
-that interpreter quicker."""
+"""Counts the bytes that kernels load and store by running them in Triton's interpreter (``TRITON_INTERPRET=1``), and
+makes the interpreter faster."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,8 +9,9 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 
 def patch_once() -> None:
-    """Make device functions twice as quick: the interpreter patches Triton's language for every call of one, though a
-    launch has patched what kernels use, and patches for Triton's own device functions stay."""
+    """Makes device functions twice as fast. The interpreter patches Triton's language at every call of a device
+    function, although the launch has already patched it for kernels, and patches for Triton's own device functions
+    persist. So one patch for each function is enough."""
     call, seen = InterpretedFunction.__call__, set()
 
     def call_unpatched(self, *args, **kwargs):
@@ -24,7 +25,7 @@ def patch_once() -> None:
 
 @dataclass
 class Traffic:
-    """Bytes that the launches within asked to load and store, and the kernels launched, in order."""
+    """The bytes that launches loaded and stored, and the names of the launched kernels in order."""
 
     loaded: int = 0
     stored: int = 0
@@ -37,7 +38,7 @@ class Traffic:
 
 @contextmanager
 def traffic():
-    """Within: every launch adds to the ``Traffic`` that this yields. Masked-off elements do not count."""
+    """Counts the launches inside the context in the ``Traffic`` that it yields. Masked elements do not count."""
     counted = Traffic()
     builder, function = InterpreterBuilder, InterpretedFunction
     load, store, run = builder.create_masked_load, builder.create_masked_store, function.run

@@ -1,7 +1,7 @@
-"""What the catalogue's launches compile to and how much they move, held to the rules, without a GPU.
+"""Compiles the catalogue's launches, counts their traffic, and checks both against the rules, without a GPU.
 
-``compile_case`` needs Triton as it is, ``count_case`` its interpreter (``TRITON_INTERPRET=1`` before triton is
-imported): one process each.
+``compile_case`` needs Triton's compiler and ``count_case`` its interpreter (``TRITON_INTERPRET=1`` set before triton is
+imported), so they need different processes.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from .catalogue import OPS, Case
 
 ARCHS = tuple(device.CARDS)
 GEMMS = ("lora_linear_kernel", "lora_gluon_linear_kernel")
-ASYNCHRONOUS = (90, 100)  # archs whose tensor cores work on a product while the program goes on
-# What ptxas keeps on the stack outside a GEMM's loop, a number or two a tile: Triton's version, arch, cases, bytes of a
-# thread at most.
-STRAYS = (("3.9", 90, r"grad_x b?float16 r=\d+ (adapter float32 )?strategy fused dropout 0.1", 8),)
+ASYNCHRONOUS = (90, 100)  # archs whose tensor cores compute a product while the program continues
+# Allowed spills outside a GEMM's loop, of one or two numbers a tile: Triton's version, arch, cases, most bytes a
+# thread.
+ALLOWED_SPILLS = (("3.9", 90, r"grad_x b?float16 r=\d+ (adapter float32 )?strategy fused dropout 0.1", 8),)
 GLOBAL_ACCESS = r"LDG\.|LDGSTS\.|STG\."
 WIDE_ACCESS = rf"({GLOBAL_ACCESS})(\S+\.)?128(\.|$)"
 
 
 def compile_case(case: Case, arch: int) -> list[dict]:
-    """A row for each launch of the case: where it comes from, what it uses, ``broken``: the rules it breaks."""
+    """Returns a row for each launch of the case: its kernel and case, the resources it uses, and ``broken``, the rules
+    that it breaks."""
     with tiles.assume(arch=arch), compiler.recorded() as launches:
         case.run()
     return [_row(case, arch, launch) for launch in launches]
 
 
 def _row(case: Case, arch: int, launch: compiler.Launch) -> dict:
-    kernel, used = compiler.compile_roomy(launch, arch)
+    kernel, used = compiler.compile_as_launched(launch, arch)
     name = launch.kernel.__name__
     tensor_core = compiler.GEMM_TENSOR_CORE if name in GEMMS else compiler.TENSOR_CORE
     streams = name in GEMMS and case.dtype != "float32" and not case.variant["padding"]
@@ -65,19 +66,22 @@ def _row(case: Case, arch: int, launch: compiler.Launch) -> dict:
 
 
 def broken(case: Case, row: dict) -> list[str]:
-    """Nothing spills but ``STRAYS``, shared memory fits, 16-bit products run on tensor cores, float32 ones are not
-    rounded to TF32 (unless torch is set so), and the GEMM reads 16-bit matrices through TMA from sm_90 on where their
-    rows are aligned, nowhere else. There its main loop is pipelined: loads are a step ahead, and where tensor cores are
-    asynchronous a step leaves a product in flight."""
+    """Returns the rules that a launch breaks.
+
+    Only ``ALLOWED_SPILLS`` spill, shared memory fits, 16-bit products run on tensor cores, and float32 products do not
+    use TF32 (unless torch is set to it). The GEMM loads by TMA exactly if the arch is sm_90 or later and its 16-bit
+    matrices have aligned rows. The GEMM's main loop is then pipelined: loads are at least one step ahead, and if tensor
+    cores are asynchronous, a step leaves a product in flight.
+    """
     arch, half = row["arch"], case.dtype != "float32"
     streams = row["in_flight"] is not None
     tma = streams and arch >= 90
     place = triton.__version__.rpartition(".")[0], arch
-    known = [most for *where, cases, most in STRAYS if (*where,) == place and re.fullmatch(cases, str(case))]
-    stray = 0 < row["stack"] <= max(known, default=0)
+    limits = [most for *where, cases, most in ALLOWED_SPILLS if (*where,) == place and re.fullmatch(cases, str(case))]
+    allowed = 0 < row["stack"] <= max(limits, default=0)
     rules = {
-        f"{row['spills']} spills": row["spills"] > 0 and not stray,
-        f"{row['stack']} bytes of stack": row["stack"] > 0 and not stray,
+        f"{row['spills']} spills": row["spills"] > 0 and not allowed,
+        f"{row['stack']} bytes of stack": row["stack"] > 0 and not allowed,
         f"{row['shared']} bytes of shared memory": row["shared"] > device.CARDS[arch].shared_memory,
         "no tensor-core instruction": half and row["kernel"] in OPS[case.op].tensor_cores and not row["tensor_core"],
         f"{row['tma_loads']} TMA loads": tma != (row["tma_loads"] > 0),
@@ -89,8 +93,8 @@ def broken(case: Case, row: dict) -> list[str]:
 
 
 def count_case(case: Case, arch: int) -> float:
-    """Bytes that the launches of a counted case ask of memory, over each operand once."""
-    warnings.simplefilter("ignore", RuntimeWarning)  # of numpy: values are what memory held
+    """Returns the bytes that a counted case loads and stores, divided by the bytes of each operand once."""
+    warnings.simplefilter("ignore", RuntimeWarning)  # from numpy: the operands are uninitialised memory
     with tiles.assume(arch=arch), interpreter.traffic() as counted:
         least = case.run()
     return counted.total / least

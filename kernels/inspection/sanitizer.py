@@ -1,9 +1,9 @@
-"""Checks the memory accesses of kernels: within ``checked`` every launch runs in Triton's interpreter
+"""Checks the memory accesses of kernels. Inside ``checked`` every launch runs in Triton's interpreter
 (``TRITON_INTERPRET=1``) with a log of its accesses.
 
 Bounds    Every address is that of an element of an argument, or of a tensor whose address is in an argument
-          (``launch.report_addresses``). What is between the rows of a view does not belong to it.
-Lanes     A masked load has a value for the lanes that it leaves out. Lanes of a store that share an address store the
+          (``launch.report_addresses``). Memory between the rows of a view does not belong to the view.
+Lanes     A masked load has a value (``other``) for its masked lanes. Lanes of a store that share an address store the
           same value.
 Barriers  A program is many threads. It passes a barrier before it loads what it has stored, and before it stores over
           what other lanes have loaded or stored.
@@ -11,8 +11,9 @@ Programs  Programs run in any order. No program touches what another one writes 
           that releases orders all before the last barrier that precedes it, one that acquires orders all after the
           next barrier. Clocks of all programs are passed on, so chains of atomics count. A second run, with the
           programs in another order, must leave the same bytes in all tensors.
-Limits    Programs run one after another, so one that waits for a later one never ends. Barriers that the compiler adds
-          are unknown here. The interpreter shows ``other=0`` of a scalar load as none, so these loads are not checked.
+Limits    Programs run one after another, so a program that waits for a later one never ends. Barriers that the compiler
+          inserts are not known here. The interpreter does not pass on ``other=0`` of a scalar load, so scalar loads are
+          not checked for it.
 """
 
 import random
@@ -38,7 +39,7 @@ OPERATIONS = (
 
 
 class Summary(NamedTuple):
-    """How many elements a launch loaded, stored, and used in atomics."""
+    """The number of elements that a launch loaded, stored and used in atomics."""
 
     kernel: str
     n_programs: int
@@ -48,12 +49,14 @@ class Summary(NamedTuple):
 
 
 class Report(NamedTuple):
+    """The findings and the launches inside a ``checked`` context, filled as the launches run."""
+
     findings: list[Finding]
     launches: list[Summary]
 
 
 class Checker:
-    """What the interpreter calls in place of its operations. Each method takes the operation first."""
+    """Wraps operations of the interpreter. Each wrapper takes the original operation as its first argument."""
 
     def __init__(self, shuffle_seed: int):
         self.report, self.shuffle_seed = Report([], []), shuffle_seed
@@ -72,7 +75,7 @@ class Checker:
         try:
             call(executor, *args, **options)
             log.check_programs()
-            if len(log.programs) > 1 and not log.found:
+            if len(log.programs) > 1 and not log.findings:
                 result, self.log = log.memory.read(), None
                 log.memory.write(before)
                 self.next_program = iter(random.Random(self.shuffle_seed).sample(log.programs, len(log.programs)))
@@ -81,12 +84,12 @@ class Checker:
                 log.memory.write(result)
         finally:
             self.log = self.next_program = None
-        self.report.findings.extend(log.found.values())
+        self.report.findings.extend(log.findings.values())
         counts = (log.counts[kind] for kind in CONFLICTS)
         self.report.launches.append(Summary(executor.fn.__name__, len(log.programs), *counts))
 
     def _tensors(self, arguments: dict) -> Iterator[tuple[str, torch.Tensor]]:
-        """All tensors that a launch may touch, and their names."""
+        """Returns all tensors that a launch may touch, with their names."""
         for name, argument in arguments.items():
             argument = argument.base if isinstance(argument, TensorDescriptor) else argument
             if isinstance(argument, torch.Tensor):
@@ -100,15 +103,15 @@ class Checker:
             self.log.begin(program)
         set_grid_idx(builder, *(program if self.next_program is None else next(self.next_program)))
 
-    def create_masked_load(self, load, builder, pointers, mask, other, *rest, **options) -> TensorHandle:
+    def create_masked_load(self, load, builder, pointers, mask, other, *hints, **options) -> TensorHandle:
         if self.log is not None:
             mask = self.log.access("load", pointers, mask, other)
-        return load(builder, pointers, mask, other, *rest, **options)
+        return load(builder, pointers, mask, other, *hints, **options)
 
-    def create_masked_store(self, store, builder, pointers, values, mask, *rest):
+    def create_masked_store(self, store, builder, pointers, values, mask, *hints):
         if self.log is not None:
             mask = self.log.access("store", pointers, mask, values)
-        return store(builder, pointers, values, mask, *rest)
+        return store(builder, pointers, values, mask, *hints)
 
     def create_atomic_rmw(self, atomic, builder, operation, pointers, values, mask, semantics, scope) -> TensorHandle:
         if self.log is not None:
@@ -128,12 +131,12 @@ class Checker:
 
 
 def _between_programs(semantics, scope) -> str:
-    """What an atomic orders between programs: nothing where its scope is one program."""
+    """Returns the memory semantics of an atomic between programs, which is empty if its scope is one program."""
     return "" if scope.name == "CTA" else semantics.name
 
 
 def _address(argument) -> int | None:
-    """The address of a tensor, or the number that may be an address."""
+    """Returns the address of a tensor, or a number that may be an address."""
     if isinstance(argument, torch.Tensor):
         return argument.data_ptr()
     return argument if isinstance(argument, int) else None
@@ -141,13 +144,13 @@ def _address(argument) -> int | None:
 
 @contextmanager
 def checked(shuffle_seed: int = 0) -> Iterator[Report]:
-    """Checks every launch within. ``shuffle_seed`` decides the order of programs in the second run."""
+    """Checks every launch inside the context. ``shuffle_seed`` determines the order of programs in the second run."""
     checker = Checker(shuffle_seed)
     replaced = [(InterpreterBuilder, name, getattr(checker, name)) for name in OPERATIONS]
     replaced.append((GridExecutor, "__call__", checker.call))
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     for (owner, name, replacement), (*_, original) in zip(replaced, originals, strict=True):
-        setattr(owner, name, _instead(replacement, original))
+        setattr(owner, name, _wrap(replacement, original))
     launch.address_watchers.append(checker.watch)
     try:
         yield checker.report
@@ -157,5 +160,5 @@ def checked(shuffle_seed: int = 0) -> Iterator[Report]:
             setattr(*original)
 
 
-def _instead(replacement: Callable, original: Callable) -> Callable:
+def _wrap(replacement: Callable, original: Callable) -> Callable:
     return lambda *args, **options: replacement(original, *args, **options)

@@ -1,10 +1,10 @@
-"""S, dS, db and da by cuBLAS, where a pass of ours would move more (at many ranks) or be a launch more (among few
-tokens).
+"""S, dS, db and da by cuBLAS. This is faster than our kernels for large ranks (they would move more bytes) and for few
+tokens (they would need one more launch).
 
-Math      S = x aᵀ, dS = scaling dy b, db = scaling dyᵀ S, da = dSᵀ x, all without dropout. Of a float32 a, b or S
-          beside bfloat16 activations both bfloat16 halves stand side by side, one product gives the results of both
-          in float32, and their sum is the result: as exact as the kernels' own (``primitives.dot_wide``).
-Grid      ``lora_halves_kernel``: one program a block of elements.
+Math      S = x aᵀ, dS = scaling dy b, db = scaling dyᵀ S, da = dSᵀ x, all without dropout. A float32 a, b or S beside
+          bfloat16 activations is split into two bfloat16 halves that form one matrix. One product multiplies both
+          halves with a float32 result, and the sum of both parts is as exact as the kernels' (``primitives.dot_wide``).
+Grid      ``lora_halves_kernel``: one program for each block of elements.
 Shapes    as in project.py and grads.py; halves: of a (2 r, d_in), of b (d_out, 2 r), of S (n_tokens, 2 r).
 """
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ..launch import Keep, Launch, allocator, thin_dtype
+from ..launch import DropoutMask, Launch, allocator, thin_dtype
 from ..primitives import halves
 
 BLOCK = 1024
@@ -26,7 +26,8 @@ def lora_halves_kernel(
     n_rows, n_columns, stride_source, stride_result, stride_half,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of scaling · source (n_rows, n_columns); the low one lies ``stride_half`` behind the high one."""
+    """Stores both halves of scaling · source (n_rows, n_columns). The low half is stored ``stride_half`` elements after
+    the high half."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     i_row, i_column = i // n_columns, i % n_columns
     m_i = i_row < n_rows
@@ -38,8 +39,8 @@ def lora_halves_kernel(
 
 
 class Halves:
-    """bfloat16 halves of a matrix, for one signature: above each other (2 rows, columns), or beside (rows, 2
-    columns)."""
+    """Splits a matrix into bfloat16 halves, for one signature. The result is (2 rows, columns) if ``above``, else
+    (rows, 2 columns)."""
 
     def __init__(self, matrix: torch.Tensor, above: bool):
         n_rows, n_columns = matrix.shape
@@ -51,7 +52,7 @@ class Halves:
             (triton.cdiv(n_rows * n_columns, BLOCK),),
             (n_rows, n_columns, matrix.stride(0), *strides),
             {"BLOCK": BLOCK, "num_warps": 4},
-        )
+        )  # fmt: skip
 
     def __call__(self, matrix: torch.Tensor, scaling: float = 1.0, stream: int | None = None) -> torch.Tensor:
         result = self.empty()
@@ -60,28 +61,29 @@ class Halves:
 
 
 class CublasProject:
-    """S for one signature of x and a."""
+    """Computes S for one signature of x and a."""
 
     def __init__(self, x: torch.Tensor, lora_A: torch.Tensor, rounded: bool):
         self.halves = Halves(lora_A, above=True) if thin_dtype(x, lora_A, rounded) is not x.dtype else None
 
     def __call__(
-        self, x: torch.Tensor, lora_A: torch.Tensor, keep: Keep | None = None, stream: int | None = None
+        self, x: torch.Tensor, lora_A: torch.Tensor, keep: DropoutMask | None = None, stream: int | None = None
     ) -> torch.Tensor:
         if self.halves is None:
             return F.linear(x, lora_A.to(x.dtype))
-        return _added(_product(x, self.halves(lora_A, stream=stream).t()))
+        return _sum_halves(_product(x, self.halves(lora_A, stream=stream).t()))
 
 
 class CublasGradA:
-    """da for one signature of x, dS and a, in one dtype but for a's."""
+    """Computes da for one signature. x and dS have one dtype; da has a's."""
 
-    def __call__(self, x, ds, lora_A, keep: Keep | None = None, stream: int | None = None) -> torch.Tensor:
+    def __call__(self, x, ds, lora_A, keep: DropoutMask | None = None, stream: int | None = None) -> torch.Tensor:
         return torch.mm(ds.t(), x).to(lora_A.dtype)
 
 
 class CublasGradSB:
-    """dS and db for one signature of dy, S and b; ``needs``: which of both."""
+    """Computes dS and db for one signature of dy, S and b. ``needs`` (dS, db): a gradient that is not needed is
+    None."""
 
     def __init__(
         self, dy: torch.Tensor, s: torch.Tensor, lora_B: torch.Tensor, needs: tuple[bool, bool], rounded: bool
@@ -98,21 +100,23 @@ class CublasGradSB:
 
     @staticmethod
     def _scaled(tall, thin, halves: Halves | None, scaling: float, stream: int | None) -> torch.Tensor:
-        """scaling · tall thin. addmm with beta = 0 reads no more of its first argument than its shape."""
+        """Returns scaling · tall thin. addmm with beta = 0 does not read its first argument, which only has to
+        broadcast."""
         if halves is not None:
-            return _added(_product(tall, halves(thin, scaling, stream)))
+            return _sum_halves(_product(tall, halves(thin, scaling, stream)))
         thin = thin.to(tall.dtype)
         return torch.addmm(thin[:1, :1], tall, thin, beta=0, alpha=scaling)
 
 
-def _product(tall: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
-    """tall @ both in float32, of bfloat16 operands."""
+def _product(tall: torch.Tensor, halves: torch.Tensor) -> torch.Tensor:
+    """Returns tall @ halves in float32, for bfloat16 operands."""
     if tall.is_cuda:
-        return torch.mm(tall, both, out_dtype=torch.float32)
-    assert tall.dtype is both.dtype  # as a GPU demands
-    return torch.mm(tall.float(), both.float())  # torch multiplies so on a GPU only
+        return torch.mm(tall, halves, out_dtype=torch.float32)
+    assert tall.dtype is halves.dtype, f"halves: expected {tall.dtype} as on a GPU, got {halves.dtype}"
+    return torch.mm(tall.float(), halves.float())  # torch has no out_dtype on a CPU
 
 
-def _added(both: torch.Tensor) -> torch.Tensor:
-    high, low = both.chunk(2, dim=1)
+def _sum_halves(products: torch.Tensor) -> torch.Tensor:
+    """Adds the products of the high halves (first columns) and of the low halves (last columns)."""
+    high, low = products.chunk(2, dim=1)
     return high + low

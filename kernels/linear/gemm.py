@@ -1,23 +1,23 @@
 """The GEMM with the adapter in it: y = x Wᵀ + scaling S bᵀ + bias, and dx = dy W + keep∘(dS a).
 
-Math      Both are: result = left · W' + keep∘(thin · factor) + bias, with W' = Wᵀ, thin = S, factor = scaling bᵀ
-          forward and W' = W, thin = dS, factor = a backward.
+Math      result = left · W' + keep∘(thin · factor) + bias in both directions, with W' = Wᵀ, thin = S, factor =
+          scaling bᵀ forward and W' = W, thin = dS, factor = a backward.
 Strategy  "fused": one persistent Triton GEMM (TMA descriptors from sm_90 on, pointers before). The accumulator starts
-          from the thin product: no second pass over the result, one rounding.
-          "cublas": cuBLAS for left · W' + bias, then ``lora_update_kernel`` reads that and writes the sum to a fresh
-          result. Not in place: torch knows of cuBLAS's product (activation checkpointing may keep it), and of no kernel
-          of ours. For few tokens the update also adds the partial sums of S.
+          from the thin product, so the result is written once and rounded once.
+          "cublas": cuBLAS computes left · W' + bias, then ``lora_update_kernel`` reads it and writes the sum to a new
+          tensor. The update is not in place, because activation checkpointing may have saved cuBLAS's product and torch
+          does not see our kernel change it. For few tokens the update also adds the partial sums of S.
           "gluon": the fused form for sm_90, warp-specialised (gluon_gemm.py).
-          ``dispatch.py`` picks; the second rounding of "cublas" is within the error budget.
+          ``strategies.py`` chooses. The second rounding of "cublas" is within the error budget.
 Grid      fused: one program per multiprocessor walks tiles of the result, tokens fastest within a group of rows, so
-          that neighbours share W in L2. update: one program per tile.
+          that neighbouring programs share W in L2. update: one program per tile.
 Shapes    left (n_tokens, d_in), W (d_out, d_in) or (d_in, d_out) as stored, thin (n_tokens, r), result
-          (n_tokens, d_out) in left's dtype; here d_in is what is summed over and d_out the result's columns, in both
-          directions. thin and factor may be float32 beside 16 bits (``primitives.dot_rounded``).
-Pipeline  The loop over tiles is not flattened into the one over d_in: with an accumulator that starts from a product,
-          Triton's pipeliner then keeps no product in flight (inspection/rules.py holds the compiled loop to one). A TMA
-          result is stored in halves, which leaves shared memory for three stages of loads.
-Roofline  2·n_tokens·d_in·d_out operations: compute bound; the thin product adds r/d_in of it.
+          (n_tokens, d_out) in left's dtype. In both directions d_in is the summed dimension and d_out the result's
+          columns. thin and factor may be float32 beside 16 bits (``primitives.dot_rounded``).
+Pipeline  The loop over tiles is not flattened into the loop over d_in. If it were, Triton's pipeliner would keep no
+          product in flight, because the accumulator starts from a product (inspection/rules.py checks that the compiled
+          loop keeps one in flight). A TMA result is stored in halves, which leaves shared memory for three stages.
+Roofline  2·n_tokens·d_in·d_out operations: compute bound; the thin product adds r/d_in of them.
 """
 
 import torch
@@ -26,14 +26,15 @@ import triton
 import triton.language as tl
 
 from .. import tiles
-from ..launch import NO_MASK, Keep, Launch, Matrix, allocator, on_device, precision, rows
+from ..launch import NO_MASK, DropoutMask, Launch, Matrix, allocator, contiguous_rows, on_device, precision
 from ..primitives import dot, dot_rounded, drop, keep_mask, round_to
 from . import strategies
 
 
 @triton.jit
 def load_thin(thin, i_t, i_r, m_t, m_r, n_tokens, n_parts, R: tl.constexpr, PARTS: tl.constexpr):
-    """Columns i_r of S or dS: [BLOCK_T, BLOCK_R]. PARTS: of its partial sums (n_parts, n_tokens, r), added in order."""
+    """Loads columns i_r of S or dS: [BLOCK_T, BLOCK_R]. With PARTS thin holds partial sums (n_parts, n_tokens, r),
+    which are added in order."""
     p_thin = thin + i_t[:, None] * R + i_r[None, :]
     mask = m_t[:, None] & m_r[None, :]
     b_thin = tl.load(p_thin, mask=mask, other=0.0)
@@ -46,7 +47,8 @@ def load_thin(thin, i_t, i_r, m_t, m_r, n_tokens, n_parts, R: tl.constexpr, PART
 
 @triton.jit
 def load_factor(factor, i_r, i_out, m_r, m_out, stride_factor, TRANSPOSED: tl.constexpr):
-    """Rows i_r of the factor: [BLOCK_R, BLOCK_OUT]. TRANSPOSED: it is b (d_out, r), else a (r, d_out)."""
+    """Loads rows i_r of the factor: [BLOCK_R, BLOCK_OUT]. The factor is b (d_out, r) if TRANSPOSED, else a (r,
+    d_out)."""
     if TRANSPOSED:
         p_factor = factor + i_out[None, :] * stride_factor + i_r[:, None]
     else:
@@ -63,11 +65,12 @@ def lora_linear_kernel(
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
     BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """TRANSPOSED: weight is (d_out, d_in), factor (d_out, r). With TMA left, weight and result are descriptors, of half
-    the columns for result."""
+    """Computes the result tile by tile. If TRANSPOSED, weight is (d_out, d_in) and factor (d_out, r). With TMA left,
+    weight and result are descriptors, and a block of result has BLOCK_OUT // 2 columns."""
     dtype: tl.constexpr = left.dtype if TMA else left.dtype.element_ty
     n_tiles_t, n_tiles_out = tl.cdiv(n_tokens, BLOCK_T), tl.cdiv(d_out, BLOCK_OUT)
-    # What a tile needs but for its place is computed anew in each: kept over the main loop, it would spill.
+    # disable_licm: values that do not depend on the tile are recomputed for each, because keeping them in registers
+    # over the main loop would spill.
     for tile in tl.range(tl.program_id(0), n_tiles_t * n_tiles_out, tl.num_programs(0), disable_licm=True):
         group = tile // (GROUP * n_tiles_out)
         group_rows = tl.minimum(n_tiles_t - group * GROUP, GROUP)
@@ -105,6 +108,7 @@ def lora_linear_kernel(
                 b_weight = tl.load(p_weight, mask=m_in[:, None] & m_out[None, :], other=0.0)  # [BLOCK_IN, BLOCK_OUT]
             b_acc = dot(b_left, b_weight, b_acc, PRECISION)
         if TMA:
+            # split takes the last dimension, so the left and right half of the columns are moved there.
             low, high = tl.split(tl.permute(tl.reshape(b_acc, (BLOCK_T, 2, BLOCK_OUT // 2)), (0, 2, 1)))
             result.store([o_t, o_out], round_to(low, dtype))
             result.store([o_t, o_out + BLOCK_OUT // 2], round_to(high, dtype))
@@ -121,7 +125,7 @@ def lora_update_kernel(
     R: tl.constexpr, TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """result = base + keep∘(thin · factor). PARTS: thin are partial sums of S, which is written to s."""
+    """Stores result = base + keep∘(thin · factor). With PARTS thin holds partial sums of S, and S is written to s."""
     dtype: tl.constexpr = result.dtype.element_ty
     n_tiles_out = tl.cdiv(d_out, BLOCK_OUT)
     i_tile_out = tl.program_id(0) % n_tiles_out
@@ -135,7 +139,7 @@ def lora_update_kernel(
         b_thin = load_thin(thin, i_t, i_r, m_t, i_r < R, n_tokens, n_parts, R, PARTS)
         if PARTS:
             p_s = s + i_t[:, None] * R + i_r[None, :]
-            m_s = m_t[:, None] & (i_r < R)[None, :] & (i_tile_out == 0)
+            m_s = m_t[:, None] & (i_r < R)[None, :] & (i_tile_out == 0)  # one program for each block of tokens
             tl.store(p_s, round_to(b_thin, s.dtype.element_ty), mask=m_s)
         b_factor = load_factor(factor, i_r, i_out, i_r < R, m_out, stride_factor, TRANSPOSED)
         b_acc = dot_rounded(b_thin, b_factor, b_acc, dtype, PRECISION)
@@ -150,8 +154,12 @@ def lora_update_kernel(
 
 
 class FusedGemm:
-    """The strategy "fused" for one signature. transposed: result = left · weightᵀ + …, else left · weight + …;
-    ``shape``: the result's, of any leading dimensions."""
+    """The strategy "fused" for one signature.
+
+    Args:
+        transposed: computes left · weightᵀ + … if true, else left · weight + ….
+        shape: the result's shape, with any leading dimensions.
+    """
 
     def __init__(self, left, weight, bias, factor, r: int, dropout: bool, transposed: bool, shape: tuple[int, ...]):
         (n_tokens, d_in), d_out = left.shape, shape[-1]
@@ -165,26 +173,26 @@ class FusedGemm:
         )
         n_tiles = triton.cdiv(n_tokens, tile.t) * triton.cdiv(d_out, tile.outer)
         flags = {"R": r, "TRANSPOSED": transposed, "HAS_BIAS": bias is not None, "DROPOUT": dropout, "TMA": tma}
-        blocks = tile.options(t="BLOCK_T", outer="BLOCK_OUT", inner="BLOCK_IN", r="BLOCK_R")
         self.empty = allocator(shape, left.dtype, left.device)
         self.launch = Launch(
-            lora_linear_kernel,
-            (min(n_tiles, tiles.programs(left.device)),),
+            lora_linear_kernel, (min(n_tiles, tiles.programs(left.device)),),
             (n_tokens, d_out, d_in, left.stride(0), weight.stride(0), factor.stride(0)),
-            flags | {"PRECISION": precision(left), "GROUP": tiles.GROUP} | blocks,
+            {**flags, "PRECISION": precision(left), "GROUP": tiles.GROUP, **tile.options()},
             matrices if tma else (),
-        )
+        )  # fmt: skip
 
-    def __call__(self, left, weight, bias, thin, factor, scaling: float, keep: Keep | None, stream: int | None = None):
+    def __call__(
+        self, left, weight, bias, thin, factor, scaling: float, keep: DropoutMask | None, stream: int | None = None
+    ):
         result = self.empty()
-        tensors = left, weight, result, left if bias is None else bias, thin, factor
+        tensors = left, weight, result, left if bias is None else bias, thin, factor  # left stands in for no bias
         self.launch.go(stream, tensors, (scaling, *(keep or NO_MASK)))
         return result
 
 
 class CublasGemm:
-    """The strategy "cublas" for one signature. With ``n_parts`` thin are so many partial sums of S, which a call writes
-    to ``s``."""
+    """The strategy "cublas" for one signature. If ``n_parts`` is not 0, thin holds that many partial sums of S, and a
+    call writes their sum to ``s``."""
 
     def __init__(
         self, left, weight, bias, factor, r: int, dropout: bool, transposed: bool, shape: tuple[int, ...],
@@ -196,14 +204,22 @@ class CublasGemm:
         self.transposed = transposed
         self.empty = allocator(shape, left.dtype, left.device)
         self.launch = Launch(
-            lora_update_kernel,
-            (triton.cdiv(n_tokens, tile.t) * triton.cdiv(d_out, tile.outer),),
+            lora_update_kernel, (triton.cdiv(n_tokens, tile.t) * triton.cdiv(d_out, tile.outer),),
             (n_tokens, d_out, n_parts, factor.stride(0)),
-            flags | {"PRECISION": precision(left)} | tile.options(t="BLOCK_T", outer="BLOCK_OUT", r="BLOCK_R"),
-        )
+            {**flags, "PRECISION": precision(left), **tile.options()},
+        )  # fmt: skip
 
     def __call__(
-        self, left, weight, bias, thin, factor, scaling: float, keep: Keep | None, stream: int | None = None, s=None
+        self,
+        left,
+        weight,
+        bias,
+        thin,
+        factor,
+        scaling: float,
+        keep: DropoutMask | None,
+        stream: int | None = None,
+        s=None,
     ):
         base = F.linear(left, weight, bias) if self.transposed else torch.matmul(left, weight)
         result = self.empty()
@@ -212,8 +228,8 @@ class CublasGemm:
         return result
 
 
-def gemm_of(strategy: str) -> type:
-    """The class of a strategy."""
+def gemm_class(strategy: str) -> type:
+    """Returns the class of a strategy."""
     if strategy == "gluon":
         from .gluon_gemm import GluonGemm
 
@@ -229,19 +245,19 @@ def linear(
     lora_B: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """y (n_tokens, d_out) = x Wᵀ + bias + scaling · S bᵀ in x's dtype. Twin: ``reference.linear``."""
+    """Returns y (n_tokens, d_out) = x Wᵀ + bias + scaling · S bᵀ in x's dtype. Twin: ``reference.linear``."""
     return _gemm(x, weight, bias, s, lora_B, scaling, None, transposed=True)
 
 
 def grad_x(
-    dy: torch.Tensor, weight: torch.Tensor, ds: torch.Tensor, lora_A: torch.Tensor, keep: Keep | None = None
+    dy: torch.Tensor, weight: torch.Tensor, ds: torch.Tensor, lora_A: torch.Tensor, keep: DropoutMask | None = None
 ) -> torch.Tensor:
-    """dx (n_tokens, d_in) = dy W + keep∘(dS a) in dy's dtype. Twin: ``reference.grad_x``."""
+    """Returns dx (n_tokens, d_in) = dy W + keep∘(dS a) in dy's dtype. Twin: ``reference.grad_x``."""
     return _gemm(dy, weight, None, ds, lora_A, 1.0, keep, transposed=False)
 
 
 def _gemm(left, weight, bias, thin, factor, scaling, keep, transposed) -> torch.Tensor:
-    left, weight, factor, r = rows(left), rows(weight), rows(factor), thin.shape[1]
+    left, weight, factor, r = contiguous_rows(left), contiguous_rows(weight), contiguous_rows(factor), thin.shape[1]
     d_out = weight.shape[0 if transposed else 1]
     if len(left) == 0 or d_out == 0:
         return torch.empty((len(left), d_out), dtype=left.dtype, device=left.device)
@@ -249,5 +265,5 @@ def _gemm(left, weight, bias, thin, factor, scaling, keep, transposed) -> torch.
     strategy = strategies.strategy(direction, left, weight, factor.dtype, r, keep is not None)
     with on_device(left):
         shape = len(left), d_out
-        gemm = gemm_of(strategy)(left, weight, bias, factor, r, keep is not None, transposed, shape)
+        gemm = gemm_class(strategy)(left, weight, bias, factor, r, keep is not None, transposed, shape)
         return gemm(left, weight, bias, thin, factor, float(scaling), keep)

@@ -4,17 +4,18 @@ Math      result = left · W' + keep∘(thin · factor) + bias, as in gemm.py.
 Grid      One program per multiprocessor walks tiles of the result, in gemm.py's order.
 Warps     Three partitions of a program walk the same tiles:
           multiply (8 warps)  starts the accumulator from the thin product, adds the steps over d_in, stores the result;
-          fetch (1 warp)      copies left and W by TMA, up to ``STAGES`` steps ahead, from one tile into the next;
-          prepare (2 warps)   has thin and factor in 16 bits, the bias and the mask's bits ready for the next tile,
+          fetch (1 warp)      copies left and W by TMA, up to ``STAGES`` steps ahead, also across tiles;
+          prepare (2 warps)   stores thin and factor in 16 bits, the bias and the mask's bits for the next tile,
           so that a multiplying warp computes no address, converts no factor and draws no mask.
-Barriers  Buffers go from writer to reader by "full", which the writer completes, and back by "empty", which the reader
-          completes. Who uses a buffer for the n-th time waits for phase n mod 2 of "full", or for the other phase of
-          "empty", of which the first wait passes.
-Shapes    As in gemm.py: 16-bit left, W and result that TMA can address (``tiles.uses_tma``), any rank.
-Roofline  As gemm.py's: compute bound.
+Barriers  A writer completes the barrier "full" of a buffer, after which the reader may read it. The reader completes
+          "empty", after which the writer may write it again. At the n-th use of a buffer the reader waits for phase
+          n mod 2 of "full", and the writer for the other phase of "empty", so that its first wait passes.
+Shapes    As in gemm.py, but left, W and result have 16 bits and TMA can address them (``tiles.uses_tma``). Any rank.
+Roofline  Compute bound, as in gemm.py.
 
-No interpreter runs Gluon: tests/helpers/gluon_machine.py runs these functions on a CPU, copies and products as late as
-the barriers allow. Not verified on a GPU, and so the choice of no one but ``lora-fast tune``, where it measured best.
+No interpreter runs Gluon. tests/helpers/gluon_machine.py runs these functions on a CPU and delays copies and products
+as long as the barriers allow. The kernel is not verified on a GPU, so it runs only where ``lora-fast tune`` measured it
+as the fastest.
 """
 
 import torch
@@ -30,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .. import limits, tiles
-from ..launch import NO_MASK, Keep, Launch, LaunchError, Matrix, allocator
+from ..launch import NO_MASK, DropoutMask, Launch, LaunchError, Matrix, allocator
 
 # Triton 3.9 has new names for these.
 copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -41,15 +42,15 @@ reinterpret = _memory.reinterpret if hasattr(_memory, "reinterpret") else _memor
 BLOCK_T, BLOCK_OUT, BLOCK_IN, STAGES = 128, 256, 64, 3
 WARPS = 8
 FETCHING_WARPS, PREPARING_WARPS = gl.constexpr(1), gl.constexpr(2)
-FETCHING_REGISTERS, PREPARING_REGISTERS = gl.constexpr(24), gl.constexpr(168)  # of a thread
-NUMBERS = gl.constexpr(16)  # of a factor, S or dS that a thread converts at a time
+FETCHING_REGISTERS, PREPARING_REGISTERS = gl.constexpr(24), gl.constexpr(168)  # for each thread
+NUMBERS = gl.constexpr(16)  # elements of a factor, S or dS that a thread converts at a time
 MASK_ROWS = gl.constexpr(8)  # tokens whose mask is drawn at a time
 PHILOX_ROUNDS = gl.constexpr(limits.PHILOX_ROUNDS)
 
 
 @gluon.jit
 def tile_origin(tile, n_tokens, d_out, BLOCK_T: gl.constexpr, BLOCK_OUT: gl.constexpr, GROUP: gl.constexpr):
-    """First token and first column of a tile."""
+    """Returns the first token and the first column of a tile."""
     n_tiles_t, n_tiles_out = gl.cdiv(n_tokens, BLOCK_T), gl.cdiv(d_out, BLOCK_OUT)
     group = tile // (GROUP * n_tiles_out)
     group_rows = gl.minimum(n_tiles_t - group * GROUP, GROUP)
@@ -59,7 +60,7 @@ def tile_origin(tile, n_tokens, d_out, BLOCK_T: gl.constexpr, BLOCK_OUT: gl.cons
 
 @gluon.jit
 def next_stage(stage, phase, STAGES: gl.constexpr):
-    """Of a ring of buffers. ``phase``: of the barriers at this use, 0 or 1 in turns."""
+    """Returns the next buffer of a ring and the phase of its barriers, which flips each time the ring wraps."""
     wraps = stage == STAGES - 1
     return gl.where(wraps, 0, stage + 1), gl.where(wraps, phase ^ 1, phase)
 
@@ -73,6 +74,7 @@ def fetch(
     TRANSPOSED: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_OUT: gl.constexpr, BLOCK_IN: gl.constexpr,
     GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """Copies left and W to shared memory by TMA, step by step of d_in for all tiles of this program."""
     BYTES: gl.constexpr = (BLOCK_T + BLOCK_OUT) * BLOCK_IN * 2
     n_tiles = gl.cdiv(n_tokens, BLOCK_T) * gl.cdiv(d_out, BLOCK_OUT)
     stage, phase = 0, 0
@@ -80,7 +82,7 @@ def fetch(
         o_t, o_out = tile_origin(tile, n_tokens, d_out, BLOCK_T, BLOCK_OUT, GROUP)
         for o_in in range(0, d_in, BLOCK_IN):
             mbarrier.wait(empty.index(stage), phase ^ 1)
-            mbarrier.expect(full.index(stage), BYTES)
+            mbarrier.expect(full.index(stage), BYTES)  # "full" completes once both copies have written all their bytes
             copy_in(left, [o_t, o_in], full.index(stage), left_buffers.index(stage))
             if TRANSPOSED:
                 o_weight = [o_out, o_in]
@@ -95,12 +97,12 @@ def fetch(
 
 @gluon.jit
 def store_parts(buffers, source, o_row, o_column, n_rows, n_columns, stride):
-    """A block of a factor, S or dS for the tensor cores: ``buffers`` (parts, rows, columns) get it rounded to their
-    dtype, or its two bfloat16 halves, the high one first."""
+    """Loads a block of a factor, S or dS and stores it for the tensor cores. If ``buffers`` (parts, rows, columns) have
+    one part, the block is rounded to their dtype; if two, they receive its bfloat16 halves, the high one first."""
     dtype: gl.constexpr = buffers.dtype
     ROWS: gl.constexpr = buffers.shape[1]
     COLUMNS: gl.constexpr = buffers.shape[2]
-    ACROSS: gl.constexpr = COLUMNS if COLUMNS < 64 else 64  # columns at a time: what a swizzle spans
+    ACROSS: gl.constexpr = COLUMNS if COLUMNS < 64 else 64  # columns at a time: the width of a 128-byte swizzle
     DOWN: gl.constexpr = NUMBERS * 32 * gl.num_warps() // ACROSS  # rows at a time
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // ACROSS, ACROSS // 8], [gl.num_warps(), 1], [1, 0])
     for row in gl.static_range(0, ROWS, DOWN):
@@ -118,8 +120,8 @@ def store_parts(buffers, source, o_row, o_column, n_rows, n_columns, stride):
 
 @gluon.jit
 def philox(seed, counter0, counter1):
-    """Philox 4x32-7 as ``primitives.keep_mask`` calls it: four uint32 of key ``seed`` (int64) and counter (counter0,
-    counter1, 0, 0)."""
+    """Returns four uint32 of Philox 4x32-7 for key ``seed`` (int64) and counter (counter0, counter1, 0, 0), the same as
+    in ``primitives.keep_mask``."""
     key0, key1 = (seed & 0xFFFFFFFF).to(gl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(gl.uint32)
     word0, word1 = counter0, counter1
     word2, word3 = gl.zeros_like(word0), gl.zeros_like(word1)
@@ -133,7 +135,7 @@ def philox(seed, counter0, counter1):
 
 @gluon.jit
 def kept_pair(word, level, position: gl.constexpr):
-    """The bits of two neighbouring columns, at ``position`` in a byte."""
+    """Returns the mask bits of two neighbouring columns, shifted to ``position`` in a byte."""
     low = ((word & 0xFFFF) >= level).to(gl.int32)
     high = ((word >> 16) >= level).to(gl.int32)
     return (low << position) | (high << (position + 1))
@@ -141,7 +143,8 @@ def kept_pair(word, level, position: gl.constexpr):
 
 @gluon.jit
 def store_mask(buffer, seed, drop_level, o_t, o_out):
-    """Eight columns a byte, the first in bit 0; ``buffer`` is (BLOCK_T // MASK_ROWS, MASK_ROWS, BLOCK_OUT // 8)."""
+    """Stores the mask of a tile with eight columns in a byte, the first in bit 0. ``buffer`` is (BLOCK_T // MASK_ROWS,
+    MASK_ROWS, BLOCK_OUT // 8)."""
     ROWS: gl.constexpr = buffer.shape[1]
     GROUPS: gl.constexpr = buffer.shape[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [gl.num_warps(), 1], [1, 0])
@@ -165,7 +168,9 @@ def prepare(
     R: gl.constexpr, TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, DROPOUT: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_OUT: gl.constexpr, BLOCK_R: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    of_bias: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    """Stores thin, factor, bias and mask of each tile in shared memory, as soon as "multiply" has read the previous
+    ones."""
+    bias_layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     if DROPOUT:  # noqa: SIM102  (a constexpr, then a number that only a launch knows)
         if in_memory != 0:
             seed = gl.load(seed.to(gl.pointer_type(gl.int64)))
@@ -182,11 +187,11 @@ def prepare(
                 store_parts(factor_buffers, factor, o_r, o_out, R, d_out, stride_factor)
             if o_r == 0:
                 if HAS_BIAS:
-                    i_bias = o_out + gl.arange(0, BLOCK_OUT, of_bias)
+                    i_bias = o_out + gl.arange(0, BLOCK_OUT, bias_layout)
                     bias_buffer.store(gl.load(bias + i_bias, mask=i_bias < d_out, other=0.0).to(gl.float32))
                 if DROPOUT:
                     store_mask(mask_buffer, seed, drop_level, o_t, o_out)
-            fence_async_shared()
+            fence_async_shared()  # the tensor cores read shared memory asynchronously and see only fenced stores
             mbarrier.arrive(full, count=1)
             use += 1
 
@@ -196,7 +201,7 @@ def prepare(
 
 @gluon.jit
 def dropped(b_acc, mask_buffer):
-    """keep∘acc: a NaN stays a NaN."""
+    """Returns keep∘acc, in which a dropped NaN stays NaN."""
     BLOCK_T: gl.constexpr = b_acc.shape[0]
     GROUPS: gl.constexpr = b_acc.shape[1] // 8
     grouped = b_acc.reshape([BLOCK_T, GROUPS, 8])
@@ -217,6 +222,7 @@ def multiply(
     BLOCK_T: gl.constexpr, BLOCK_OUT: gl.constexpr, BLOCK_IN: gl.constexpr, BLOCK_R: gl.constexpr,
     GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """Computes each tile: thin product, scaling, mask, bias, then the products over d_in; rounds and stores it."""
     dtype: gl.constexpr = result.dtype
     THIN_PARTS: gl.constexpr = thin_buffers.shape[0]
     FACTOR_PARTS: gl.constexpr = factor_buffers.shape[0]
@@ -230,7 +236,7 @@ def multiply(
             mbarrier.wait(thin_full, thin_use & 1)
             for i in gl.static_range(THIN_PARTS):
                 for j in gl.static_range(FACTOR_PARTS):
-                    if i + j < 2:  # the product of both low halves is nothing beside the others
+                    if i + j < 2:  # the product of both low halves is below the rounding of the others
                         factor = factor_buffers.index(j)
                         if TRANSPOSED:
                             factor = factor.permute([1, 0])
@@ -251,7 +257,7 @@ def multiply(
             if TRANSPOSED:
                 weight = weight.permute([1, 0])
             b_acc = warpgroup_mma(left_buffers.index(stage), weight, b_acc, is_async=True)
-            b_acc = warpgroup_mma_wait(1, (b_acc,))  # for the product of the step before
+            b_acc = warpgroup_mma_wait(1, (b_acc,))  # leaves this product in flight, so the previous one is done
             mbarrier.arrive(empty.index(before), count=1, pred=o_in > 0)
             before = stage
             stage, phase = next_stage(stage, phase, STAGES)
@@ -266,7 +272,8 @@ def multiply(
 
 @gluon.jit
 def store_result(result, buffer, block, o_t, o_out):
-    tma.store_wait(0)  # for the store before, which reads the buffer
+    """Stores a block of the result by TMA, through the buffer."""
+    tma.store_wait(0)  # the previous copy may still read the buffer
     buffer.store(block)
     fence_async_shared()
     copy_out(result, [o_t, o_out], buffer)
@@ -281,8 +288,9 @@ def lora_gluon_linear_kernel(
     THIN_PARTS: gl.constexpr, FACTOR_PARTS: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_OUT: gl.constexpr,
     BLOCK_IN: gl.constexpr, BLOCK_R: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """TRANSPOSED: weight is (d_out, d_in), factor (d_out, r). left, weight and result are descriptors, of half the
-    columns for result. THIN_PARTS, FACTOR_PARTS: 2 for bfloat16 halves."""
+    """Allocates shared memory and barriers and starts the three partitions. If TRANSPOSED, weight is (d_out, d_in) and
+    factor (d_out, r). left, weight and result are descriptors, and a block of result has BLOCK_OUT // 2 columns.
+    THIN_PARTS and FACTOR_PARTS are 2 for an operand in bfloat16 halves, else 1."""
     dtype: gl.constexpr = left.dtype
     thin_dtype: gl.constexpr = dtype if THIN_PARTS == 1 else gl.bfloat16
     factor_dtype: gl.constexpr = dtype if FACTOR_PARTS == 1 else gl.bfloat16
@@ -333,11 +341,17 @@ def lora_gluon_linear_kernel(
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
+def _matrix(tensor: torch.Tensor, block: tuple[int, int], dtype: torch.dtype) -> Matrix:
+    """Returns the description of a matrix whose blocks have the default layout in shared memory for ``dtype``."""
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])
+    return Matrix(tuple(tensor.shape), tensor.stride(), block, layout)
+
+
 class GluonGemm:
-    """The strategy "gluon" for one signature, as ``linear.FusedGemm``.
+    """The strategy "gluon" for one signature. The interface is that of ``gemm.FusedGemm``.
 
     Raises:
-        LaunchError: another arch than sm_90, or operands that TMA cannot address.
+        LaunchError: the GPU is not sm_90, or TMA cannot address the operands.
     """
 
     def __init__(self, left, weight, bias, factor, r: int, dropout: bool, transposed: bool, shape: tuple[int, ...]):
@@ -348,31 +362,34 @@ class GluonGemm:
                 f"sm_{tiles.GLUON_ARCH} GPU, got {dtype} with strides {left.stride()} and {weight.stride()} on "
                 f"{tiles.limits(left.device).name}: choose another strategy (lora-fast tune)"
             )
-        # As ``primitives.dot_rounded``: of a wide factor both halves, of S or dS beside float16, too.
+        # As in ``primitives.dot_rounded``, a wide factor is split into halves, and beside float16 S or dS as well.
         wide = factor.dtype is not dtype
         factor_parts, thin_parts = 1 + wide, 1 + (wide and dtype is torch.float16)
-        largest_r = max(16, tiles.gemm_rank(r) // factor_parts)  # what fits in shared memory beside the pipeline
-        layout = lambda block: gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])
-        described = lambda matrix, *block: Matrix(tuple(matrix.shape), matrix.stride(), block, layout(block))
+        largest_r = max(16, tiles.gemm_rank(r) // factor_parts)  # fits in shared memory beside the pipeline
+        n_tiles = triton.cdiv(n_tokens, BLOCK_T) * triton.cdiv(d_out, BLOCK_OUT)
+        weight_block = (BLOCK_OUT, BLOCK_IN) if transposed else (BLOCK_IN, BLOCK_OUT)
+        result = torch.empty(n_tokens, d_out, device="meta")
         self.empty = allocator(shape, dtype, left.device)
         self.launch = Launch(
-            lora_gluon_linear_kernel,
-            (min(triton.cdiv(n_tokens, BLOCK_T) * triton.cdiv(d_out, BLOCK_OUT), tiles.programs(left.device)),),
+            lora_gluon_linear_kernel, (min(n_tiles, tiles.programs(left.device)),),
             (n_tokens, d_out, d_in, factor.stride(0)),
             {
                 "R": r, "TRANSPOSED": transposed, "HAS_BIAS": bias is not None, "DROPOUT": dropout,
-                "THIN_PARTS": thin_parts, "FACTOR_PARTS": factor_parts, "BLOCK_T": BLOCK_T, "BLOCK_OUT": BLOCK_OUT,
-                "BLOCK_IN": BLOCK_IN, "BLOCK_R": min(tiles.rank_block(r), largest_r), "GROUP": tiles.GROUP,
+                "THIN_PARTS": thin_parts, "FACTOR_PARTS": factor_parts,
+                "BLOCK_T": BLOCK_T, "BLOCK_OUT": BLOCK_OUT, "BLOCK_IN": BLOCK_IN,
+                "BLOCK_R": min(tiles.rank_block(r), largest_r), "GROUP": tiles.GROUP,
                 "STAGES": STAGES, "num_warps": WARPS,
             },
             (
-                described(left, BLOCK_T, BLOCK_IN),
-                described(weight, *((BLOCK_OUT, BLOCK_IN) if transposed else (BLOCK_IN, BLOCK_OUT))),
-                described(torch.empty(n_tokens, d_out, device="meta"), BLOCK_T, BLOCK_OUT // 2),
+                _matrix(left, (BLOCK_T, BLOCK_IN), dtype),
+                _matrix(weight, weight_block, dtype),
+                _matrix(result, (BLOCK_T, BLOCK_OUT // 2), dtype),
             ),
         )  # fmt: skip
 
-    def __call__(self, left, weight, bias, thin, factor, scaling: float, keep: Keep | None, stream: int | None = None):
+    def __call__(
+        self, left, weight, bias, thin, factor, scaling: float, keep: DropoutMask | None, stream: int | None = None
+    ):
         result = self.empty()
         tensors = left, weight, result, left if bias is None else bias, thin, factor
         self.launch.go(stream, tensors, (scaling, *(keep or NO_MASK)))

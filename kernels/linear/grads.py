@@ -2,15 +2,16 @@
 
 Math      y = x Wᵀ + scaling S bᵀ with S = (keep∘x) aᵀ gives, with dS the gradient of S,
               dS = scaling dy b        db = scaling dyᵀ S        da = dSᵀ (keep∘x)
-          Both dS and db need all of dy, along different dimensions: one program owns a column chunk and a token range,
-          so that one read of dy serves both.
-Grid      (column chunks, token splits). dS is summed over column chunks and db (da) over token splits: programs write
-          float32 partial sums, a second small launch adds them in a fixed order and rounds once. No atomics: the same
-          inputs give the same bits.
+          Both dS and db need all of dy, summed along different dimensions. One program owns a column chunk and a token
+          range, so that one read of dy serves both.
+Grid      (column chunks, token splits). dS is summed over column chunks and db (da) over token splits. Programs write
+          float32 partial sums, and a second small launch adds them in a fixed order and rounds once. Without atomics
+          the same inputs give the same bits.
 Shapes    dy (n_tokens, d_out), x (n_tokens, d_in); S (n_tokens, r) in the wider dtype of x and a, dS of dy and b; db
           (d_out, r) and da (r, d_in) in the adapter's dtype.
-Roofline  dy and x once each, plus partials: n_tokens·r·4·2 bytes per column chunk, d·r·4·2 per token split. Those of dS
-          grow with r until reading dy twice is cheaper: from r of 64 on ``dispatch.py`` takes cuBLAS (cublas.py).
+Roofline  dy and x once each, plus partials: n_tokens·r·4·2 bytes per column chunk, d·r·4·2 per token split. The
+          partials of dS grow with r. From about r = 64 on reading dy twice is cheaper, and ``strategies.py`` chooses
+          cuBLAS.
 """
 
 import math
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .. import tiles
-from ..launch import NO_MASK, Keep, Launch, allocator, is_wide, on_device, precision, rows, thin_dtype
+from ..launch import NO_MASK, DropoutMask, Launch, allocator, contiguous_rows, is_wide, on_device, precision, thin_dtype
 from ..primitives import dot_wide, drop, keep_ieee, keep_mask, round_to
 
 
@@ -32,7 +33,7 @@ def lora_grad_s_b_kernel(
     R: tl.constexpr, NEED_S: tl.constexpr, NEED_B: tl.constexpr, ROUNDED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Partial ds (chunk, n_tokens, r) and db (split, d_out, r), in the dtypes of their buffers."""
+    """Stores partial sums ds (chunk, n_tokens, r) and db (split, d_out, r) in the dtypes of their buffers."""
     i_chunk, i_split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i_out = i_chunk * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     i_r = tl.arange(0, BLOCK_R)
@@ -70,7 +71,7 @@ def lora_grad_a_kernel(
     R: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Partial da (split, r, d_in), in the dtype of its buffer."""
+    """Stores partial sums da (split, r, d_in) in the dtype of the buffer."""
     i_chunk, i_split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_in = i_chunk * BLOCK_IN
     i_in = o_in + tl.arange(0, BLOCK_IN)
@@ -99,7 +100,7 @@ def lora_sum_partials_kernel(
     numel0, n_partials0, numel1, n_partials1,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """total[i] = Σ_k partial[k, i], k ascending, for two buffers in one launch."""
+    """Computes total[i] = Σ_k partial[k, i], k ascending, for two buffers in one launch."""
     i_block = tl.program_id(0)
     n_blocks0 = tl.cdiv(numel0, BLOCK)
     if i_block < n_blocks0:
@@ -115,14 +116,14 @@ def sum_block(partial, total, numel, n_partials, i_block, BLOCK: tl.constexpr):
     b_total = tl.zeros([BLOCK], dtype=tl.float32)
     p_partial = partial + i
     for _ in range(0, n_partials):
-        b_total += tl.load(p_partial, mask=m_i, other=0.0).to(tl.float32)  # of what has no parts any dtype is given
+        b_total += tl.load(p_partial, mask=m_i, other=0.0).to(tl.float32)  # a buffer without parts may have any dtype
         p_partial += numel
     tl.store(total + i, round_to(b_total, total.dtype.element_ty), mask=m_i)
 
 
 class Split:
-    """A result that a kernel writes as ``count`` float32 partial sums, for one signature. One partial sum is the result
-    itself; none, and no result, where it is not ``needed``."""
+    """The buffers of a result that a kernel writes as ``count`` float32 partial sums, for one signature. If there is
+    one partial sum, the kernel writes the result itself. If it is not ``needed``, there are no buffers."""
 
     def __init__(
         self, shape: tuple[int, ...], dtype: torch.dtype, count: int, device: torch.device, needed: bool = True
@@ -133,9 +134,9 @@ class Split:
         self.empty_parts = allocator((count, *shape), torch.float32, device)
 
 
-def addition(first: tuple[int, int], second: tuple[int, int] = (0, 0)) -> Launch | None:
-    """The launch that adds the partial sums of one or two results, of so many elements and partial sums each; None
-    where there are none."""
+def sum_launch(first: tuple[int, int], second: tuple[int, int] = (0, 0)) -> Launch | None:
+    """Returns the launch that adds the partial sums of one or two results, given the number of elements and of partial
+    sums of each, or None if there are no partial sums."""
     (numel0, _), (numel1, _) = first, second
     n_blocks = triton.cdiv(numel0, tiles.SUM_BLOCK) + triton.cdiv(numel1, tiles.SUM_BLOCK)
     options = {"BLOCK": tiles.SUM_BLOCK, "num_warps": 4}
@@ -143,7 +144,8 @@ def addition(first: tuple[int, int], second: tuple[int, int] = (0, 0)) -> Launch
 
 
 class GradSB:
-    """dS and db by one pass over dy, for one signature; ``needs``: which of both."""
+    """Computes dS and db by one pass over dy, for one signature. ``needs`` (dS, db): a gradient that is not needed is
+    None."""
 
     def __init__(
         self, dy: torch.Tensor, s: torch.Tensor, lora_B: torch.Tensor, needs: tuple[bool, bool], rounded: bool = False
@@ -153,17 +155,17 @@ class GradSB:
         n_chunks, n_splits, tokens_per_split = tiles.splits(n_tokens, d_out, r, tile)
         self.ds = Split((n_tokens, r), thin_dtype(dy, lora_B, rounded), n_chunks, dy.device, needs[0])
         self.db = Split((d_out, r), lora_B.dtype, n_splits, dy.device, needs[1])
+        flags = {"R": r, "NEED_S": needs[0], "NEED_B": needs[1], "ROUNDED": rounded, "PRECISION": precision(dy)}
         self.launch = Launch(
-            lora_grad_s_b_kernel,
-            (n_chunks, n_splits),
+            lora_grad_s_b_kernel, (n_chunks, n_splits),
             (n_tokens, d_out, dy.stride(0), lora_B.stride(0), tokens_per_split),
-            {"R": r, "NEED_S": needs[0], "NEED_B": needs[1], "ROUNDED": rounded, "PRECISION": precision(dy)}
-            | tile.options(t="BLOCK_T", outer="BLOCK_OUT", r="BLOCK_R"),
-        )
-        self.add = addition(self.ds.sizes, self.db.sizes)
+            {**flags, **tile.options()},
+        )  # fmt: skip
+        self.add = sum_launch(self.ds.sizes, self.db.sizes)
 
     def __call__(self, dy, s, lora_B, scaling: float, stream: int | None = None):
-        ds = ds_parts = self.ds.empty() if self.ds.needed else dy  # dy: nothing is written there
+        # dy stands in for a result that is not needed: the kernel takes a pointer, but does not write to it.
+        ds = ds_parts = self.ds.empty() if self.ds.needed else dy
         db = db_parts = self.db.empty() if self.db.needed else dy
         if self.ds.in_parts:
             ds_parts = self.ds.empty_parts()
@@ -176,7 +178,7 @@ class GradSB:
 
 
 class GradA:
-    """da by one pass over x, for one signature."""
+    """Computes da by one pass over x, for one signature."""
 
     def __init__(self, x: torch.Tensor, ds_dtype: torch.dtype, lora_A: torch.Tensor, dropout: bool):
         (n_tokens, d_in), r = x.shape, lora_A.shape[0]
@@ -184,15 +186,13 @@ class GradA:
         n_chunks, n_splits, tokens_per_split = tiles.splits(n_tokens, d_in, r, tile)
         self.da = Split((r, d_in), lora_A.dtype, n_splits, x.device)
         self.launch = Launch(
-            lora_grad_a_kernel,
-            (n_chunks, n_splits),
+            lora_grad_a_kernel, (n_chunks, n_splits),
             (n_tokens, d_in, x.stride(0), tokens_per_split),
-            {"R": r, "DROPOUT": dropout, "PRECISION": precision(x)}
-            | tile.options(t="BLOCK_T", outer="BLOCK_IN", r="BLOCK_R"),
-        )
-        self.add = addition(self.da.sizes)
+            {"R": r, "DROPOUT": dropout, "PRECISION": precision(x), **tile.options(outer="BLOCK_IN")},
+        )  # fmt: skip
+        self.add = sum_launch(self.da.sizes)
 
-    def __call__(self, x, ds, lora_A, keep: Keep | None = None, stream: int | None = None):
+    def __call__(self, x, ds, lora_A, keep: DropoutMask | None = None, stream: int | None = None):
         da = parts = self.da.empty()
         if self.add is not None:
             parts = self.da.empty_parts()
@@ -206,9 +206,10 @@ def grad_s_b(
     dy: torch.Tensor, s: torch.Tensor, lora_B: torch.Tensor, scaling: float, need_s: bool = True, need_b: bool = True,
     rounded: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
-    """dS = scaling · dy b (n_tokens, r) in the wider of dy's and lora_B's dtypes (``rounded``: in dy's, of b rounded to
-    it) and db = scaling · dyᵀ S (d_out, r) in lora_B's, each None where not needed. Twin: ``reference.grad_s_b``."""
-    dy, lora_B = rows(dy), rows(lora_B)
+    """Returns dS = scaling · dy b (n_tokens, r) and db = scaling · dyᵀ S (d_out, r), each None if not needed. dS has
+    the wider of dy's and lora_B's dtypes, or dy's if ``rounded``, which also rounds b to it; db has lora_B's dtype.
+    Twin: ``reference.grad_s_b``."""
+    dy, lora_B = contiguous_rows(dy), contiguous_rows(lora_B)
     (n_tokens, d_out), r = dy.shape, lora_B.shape[1]
     if n_tokens == 0 or d_out == 0:
         ds = torch.empty((n_tokens, r), dtype=thin_dtype(dy, lora_B, rounded), device=dy.device)
@@ -217,9 +218,9 @@ def grad_s_b(
         return GradSB(dy, s, lora_B, (need_s, need_b), rounded)(dy, s, lora_B, float(scaling))
 
 
-def grad_a(x: torch.Tensor, ds: torch.Tensor, lora_A: torch.Tensor, keep: Keep | None = None) -> torch.Tensor:
-    """da = dSᵀ (keep∘x) (r, d_in) in lora_A's dtype. Twin: ``reference.grad_a``."""
-    x = rows(x)
+def grad_a(x: torch.Tensor, ds: torch.Tensor, lora_A: torch.Tensor, keep: DropoutMask | None = None) -> torch.Tensor:
+    """Returns da = dSᵀ (keep∘x) (r, d_in) in lora_A's dtype. Twin: ``reference.grad_a``."""
+    x = contiguous_rows(x)
     if x.numel() == 0:
         return torch.zeros_like(lora_A)
     with on_device(x):

@@ -1,14 +1,14 @@
-"""S = (keep∘x) aᵀ, the adapter's way down (Hu et al., arXiv 2106.09685, eq. 3).
+"""S = (keep∘x) aᵀ, the adapter's down-projection (Hu et al., arXiv 2106.09685, eq. 3).
 
-Math      S[t, :] = Σ_i keep[t, i] x[t, i] a[:, i]; keep is the dropout mask. scaling, with 1/(1-p) in it, is applied
-          where S is used (gemm.py, grads.py), to sums that are float32.
-Grid      (blocks of BLOCK_T tokens, splits of d_in, blocks of BLOCK_R ranks). With one of the latter two a program
-          walks all of d_in for all ranks: x is read once, a once per program (from L2). Few tokens make few programs,
-          so ranks beyond 64 are other programs', d_in is split, and the float32 partial sums are added where S is used
-          (``lora_update_kernel``).
+Math      S[t, :] = Σ_i keep[t, i] x[t, i] a[:, i]; keep is the dropout mask. scaling, which contains 1/(1-p), is
+          applied to float32 sums where S is used (gemm.py, grads.py).
+Grid      (blocks of BLOCK_T tokens, splits of d_in, blocks of BLOCK_R ranks). Usually there is one split and one block
+          of ranks, and a program walks all of d_in for all ranks: x is read once, a once per program (from L2). Few
+          tokens give few programs. In that case d_in and ranks beyond 64 are split between programs, and the float32
+          partial sums are added where S is used (``lora_update_kernel``).
 Shapes    x (n_tokens, d_in) f16/bf16/f32, a (r, d_in) any float, S (n_tokens, r) in the wider of both dtypes, float32
-          at most; partial sums (splits, n_tokens, r) float32. Sums are float32, one rounding at the store.
-Backward  grads.py (dS, da) and gemm.py (dx): S is saved, the mask is drawn again.
+          at most; partial sums (splits, n_tokens, r) float32. Sums are float32, with one rounding at the store.
+Backward  grads.py (dS, da) and gemm.py (dx). S is saved; the mask is computed again.
 Roofline  n_tokens·d_in elements read against 2·n_tokens·d_in·r operations: memory bound up to r of about 200.
 """
 
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .. import tiles
-from ..launch import NO_MASK, Keep, Launch, allocator, is_wide, on_device, precision, rows, thin_dtype
+from ..launch import NO_MASK, DropoutMask, Launch, allocator, contiguous_rows, is_wide, on_device, precision, thin_dtype
 from ..primitives import dot_wide, drop, keep_ieee, keep_mask, round_to
 
 
@@ -29,7 +29,7 @@ def lora_project_kernel(
     R: tl.constexpr, DROPOUT: tl.constexpr, ROUNDED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """S, or its partial sum over this program's split of d_in, in the dtype of its buffer."""
+    """Stores S, or its partial sum over this program's split of d_in, in the dtype of the buffer."""
     i_split = tl.program_id(1).to(tl.int64)
     i_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     i_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -56,7 +56,7 @@ def lora_project_kernel(
 
 
 class Project:
-    """S, or with ``split`` its partial sums (splits, n_tokens, r), for one signature of x and a."""
+    """Computes S, or its partial sums (splits, n_tokens, r) if ``split``, for one signature of x and a."""
 
     def __init__(
         self, x: torch.Tensor, lora_A: torch.Tensor, dropout: bool, rounded: bool, short: bool, split: bool = False
@@ -68,25 +68,25 @@ class Project:
         self.shape = (splits, n_tokens, r) if split else (n_tokens, r)
         self.empty = allocator(self.shape, torch.float32 if split else dtype, x.device)
         self.launch = Launch(
-            lora_project_kernel,
-            (triton.cdiv(n_tokens, tile.t), splits, triton.cdiv(r, tile.r)),
+            lora_project_kernel, (triton.cdiv(n_tokens, tile.t), splits, triton.cdiv(r, tile.r)),
             (n_tokens, d_in, x.stride(0), lora_A.stride(0), d_in_per_split),
-            {"R": r, "DROPOUT": dropout, "ROUNDED": rounded, "PRECISION": precision(x)}
-            | tile.options(t="BLOCK_T", inner="BLOCK_IN", r="BLOCK_R"),
-        )
+            {"R": r, "DROPOUT": dropout, "ROUNDED": rounded, "PRECISION": precision(x), **tile.options()},
+        )  # fmt: skip
 
     def __call__(
-        self, x: torch.Tensor, lora_A: torch.Tensor, keep: Keep | None = None, stream: int | None = None
+        self, x: torch.Tensor, lora_A: torch.Tensor, keep: DropoutMask | None = None, stream: int | None = None
     ) -> torch.Tensor:
         s = self.empty()
         self.launch.go(stream, (x, lora_A, s), keep or NO_MASK)
         return s
 
 
-def project(x: torch.Tensor, lora_A: torch.Tensor, keep: Keep | None = None, rounded: bool = False) -> torch.Tensor:
-    """x (n_tokens, d_in), lora_A (r, d_in) → S (n_tokens, r) in the wider of their dtypes; ``rounded``: in x's, of a
-    rounded to it. Twin: ``reference.linear.project``."""
-    x, lora_A = rows(x), rows(lora_A)
+def project(
+    x: torch.Tensor, lora_A: torch.Tensor, keep: DropoutMask | None = None, rounded: bool = False
+) -> torch.Tensor:
+    """Returns S (n_tokens, r) for x (n_tokens, d_in) and lora_A (r, d_in), in the wider of their dtypes. If
+    ``rounded``, a is rounded to x's dtype, which S then has. Twin: ``reference.linear.project``."""
+    x, lora_A = contiguous_rows(x), contiguous_rows(lora_A)
     if len(x) == 0:
         return torch.empty((0, len(lora_A)), dtype=thin_dtype(x, lora_A, rounded), device=x.device)
     with on_device(x):

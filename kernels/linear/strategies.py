@@ -1,14 +1,15 @@
-"""Which way a layer's call takes: an estimate of every way's time, and the way with the least.
+"""Chooses the way of a layer's call, that is, which kernels compute it: estimates the time of each and takes the
+fastest.
 
-Forward   S in one "pass" over x, "short" by smaller blocks of tokens, or "split" into parts that the update adds
+Forward   S in one "pass" over x, "short" with smaller blocks of tokens, "split" into parts that the update adds
           (project.py), or by "cublas" (cublas.py); then the GEMM "fused", by "cublas" with an update, or by "gluon"
           (gemm.py).
 Backward  dS and db in one "pass" over dy (grads.py) or by "cublas", which reads dy twice (cublas.py); da in one pass
-          over x, ours or cuBLAS's; then the GEMM for dx.
-Estimate  of the device's time, from bytes, operations and launches. Where memory is the clock the fewest bytes win; a
-          persistent GEMM pays for a last wave of tiles that not all multiprocessors share; among few tokens a launch
-          less wins. An estimate is not a measurement: that is what ``lora-fast tune`` is for, and its choices come
-          first.
+          over x by our kernel or by cuBLAS; then the GEMM for dx.
+Estimate  The device's time, from bytes, operations and launches. A memory-bound call is fastest with the fewest bytes.
+          A persistent GEMM loses time if its last wave of tiles does not fill all multiprocessors. With few tokens
+          each launch matters. Estimates are not measurements: choices that ``lora-fast tune`` measured take
+          precedence.
 """
 
 from __future__ import annotations
@@ -24,17 +25,16 @@ from ..tiles import rank_block
 
 
 class Rates(NamedTuple):
-    """Of a card: bytes a second; cuBLAS's operations a second in 16 bits and in float32 without TF32; the share of
-    cuBLAS's rate that a tile of the fused GEMM reaches."""
+    """The rates of a card."""
 
-    bandwidth: float
-    half: float
-    single: float
-    fused: float
+    bandwidth: float  # bytes a second
+    half: float  # cuBLAS's operations a second in 16 bits
+    single: float  # cuBLAS's operations a second in float32 without TF32
+    fused: float  # share of cuBLAS's rate that a tile of the fused GEMM reaches
 
 
-# H100: 3.35 TB/s; cuBLAS reaches 590 to 690 TFLOP/s; the pipelined GEMM 0.93 to 0.96 of it and Gluon's 0.97 to 1.0,
-# estimated from their compiled loops. The other archs: data sheets, at the H100's share of the peak; their last
+# H100: 3.35 TB/s; cuBLAS reaches 590 to 690 TFLOP/s, the pipelined GEMM 0.93 to 0.96 and Gluon's GEMM 0.97 to 1.0 of
+# it, estimated from their compiled loops. The other archs: data sheets, with the H100's share of the peak; their last
 # column is a guess.
 RATES = {
     80: Rates(1.55e12, 210e12, 15e12, 0.90),
@@ -44,18 +44,18 @@ RATES = {
     100: Rates(8.0e12, 1500e12, 55e12, 0.70),
     120: Rates(1.79e12, 140e12, 70e12, 0.90),
 }
-GLUON = 0.985
-LAUNCH = 2.5e-6  # seconds of a launch that does next to nothing
-L2 = 2.5  # what L2 gives over what memory gives; and what one multiprocessor can draw over its share of the memory's
-MASK = 2.2e10  # elements of a dropout mask that a multiprocessor draws in a second
-STREAM = 0.9  # of the memory's bandwidth that a thin pass reaches, ours or cuBLAS's: a guess
-SINGLE = 0.6  # of cuBLAS's float32 rate that our thin passes reach: a guess
+GLUON_SHARE = 0.985  # of cuBLAS's rate that a tile of the "gluon" GEMM reaches
+LAUNCH_SECONDS = 2.5e-6  # seconds of a launch that does almost nothing
+L2_SPEEDUP = 2.5  # bandwidth of L2 over that of memory; also of one multiprocessor over its share of the bandwidth
+MASK_RATE = 2.2e10  # elements of a dropout mask that a multiprocessor draws in a second
+STREAM_SHARE = 0.9  # of the memory's bandwidth that a thin pass reaches, ours or cuBLAS's: a guess
+SINGLE_SHARE = 0.6  # of cuBLAS's float32 rate that our thin passes reach: a guess
 CUBLAS_TILES = ((128, 256, 1.0), (128, 128, 0.95), (64, 128, 0.85), (64, 64, 0.65))  # tokens, columns, share of rate
-SPLIT_K = 0.85  # of the multiprocessors that cuBLAS keeps busy by splitting a sum, where there are fewer tiles
+SPLIT_K_SHARE = 0.85  # of the multiprocessors that cuBLAS keeps busy by splitting the sum if there are too few tiles
 
 
 class Call(NamedTuple):
-    """A layer's call. ``factor``: the dtype of a and b."""
+    """The sizes and dtypes of a layer's call. ``factor`` is the dtype of a and b."""
 
     n_tokens: int
     d_in: int
@@ -67,182 +67,202 @@ class Call(NamedTuple):
 
     @property
     def wide(self) -> bool:
-        """Whether S and dS are float32 beside 16-bit activations."""
+        """Returns whether S and dS are float32 beside 16-bit activations."""
         return self.dtype.itemsize == 2 and self.factor is not self.dtype
 
 
 class Way(NamedTuple):
-    """``direction``: "forward" or "backward"; ``thin`` and ``gemm`` as above."""
+    """The kernels that compute a call."""
 
-    direction: str
-    thin: str
-    gemm: str
+    direction: str  # "forward" or "backward"
+    thin: str  # how the thin products are computed: "pass", "short", "split" or "cublas"
+    gemm: str  # the GEMM's strategy: "fused", "cublas" or "gluon"
 
 
-def estimate(way: Way, call: Call, found: device.Device) -> float:
-    """Seconds that the device takes for a layer's forward or backward by this way."""
-    clock = Clock(call, found)
+def estimate(way: Way, call: Call, card: device.Device) -> float:
+    """Returns the estimated seconds of a layer's forward or backward on the card."""
+    costs = CostModel(call, card)
     if way.direction == "forward":
-        n_parts = clock.parts_of_few() if way.thin == "split" else 1
-        own = way.thin != "cublas"
-        thin = clock.project(way.thin, n_parts) if own else clock.cublas_thin(call.d_in, call.n_tokens)
-        return thin + clock.gemm(way.gemm, call.d_in, call.d_out, masked=False, n_parts=n_parts)
+        n_parts = costs.parts_of_few() if way.thin == "split" else 1
+        by_cublas = way.thin == "cublas"
+        thin = costs.cublas_thin(call.d_in, call.n_tokens) if by_cublas else costs.project(way.thin, n_parts)
+        return thin + costs.gemm(way.gemm, call.d_in, call.d_out, masked=False, n_parts=n_parts)
     if way.thin == "cublas":
-        thin = clock.cublas_thin(call.d_out, call.n_tokens) + clock.cublas_thin(call.d_out, call.d_out)
-        own = call.dropout or call.wide
-        thin += clock.grad_a() if own else clock.cublas_thin(call.d_in, call.d_in)
+        thin = costs.cublas_thin(call.d_out, call.n_tokens) + costs.cublas_thin(call.d_out, call.d_out)
+        da_by_cublas = not (call.dropout or call.wide)
+        thin += costs.cublas_thin(call.d_in, call.d_in) if da_by_cublas else costs.grad_a()
     else:
-        thin = clock.grad_s_b() + clock.grad_a()
-    return thin + clock.gemm(way.gemm, call.d_out, call.d_in, masked=call.dropout)
+        thin = costs.grad_s_b() + costs.grad_a()
+    return thin + costs.gemm(way.gemm, call.d_out, call.d_in, masked=call.dropout)
 
 
-class Clock:
-    """Seconds of the pieces that a call's ways are made of, on one device."""
+class CostModel:
+    """Estimates the seconds of each part of a call on one card."""
 
-    def __init__(self, call: Call, found: device.Device):
-        self.call, self.found = call, found
-        self.rates = RATES[max(arch for arch in RATES if arch <= found.arch)]
+    def __init__(self, call: Call, card: device.Device):
+        self.call, self.card = call, card
+        self.rates = RATES[max(arch for arch in RATES if arch <= card.arch)]
         self.size, self.factor_size = call.dtype.itemsize, call.factor.itemsize
         self.thin_size = 4 if call.wide else self.size
+        # Products of halves (``primitives.dot_wide``) in place of one product.
         self.products = 1 if not call.wide else 2 if call.dtype is torch.bfloat16 else 4
 
     def cublas(self, t: int, k: int, n: int) -> float:
-        """(t, k) × (k, n) by the best of its tiles."""
+        """Returns the seconds of cuBLAS's (t, k) × (k, n) with the fastest of its tiles."""
         rate = self.rates.half if self.size == 2 else self.rates.single
-        by_tiles = min(self._tiled(t, k, n, tile, rate * share, SPLIT_K) for *tile, share in CUBLAS_TILES)
-        return LAUNCH + max(by_tiles, (t * k + k * n + t * n) * self.size / self.rates.bandwidth)
+        by_tiles = min(self._tiled(t, k, n, tile, rate * share, SPLIT_K_SHARE) for *tile, share in CUBLAS_TILES)
+        return LAUNCH_SECONDS + max(by_tiles, (t * k + k * n + t * n) * self.size / self.rates.bandwidth)
 
     def gemm(self, gemm: str, k: int, n: int, masked: bool, n_parts: int = 1) -> float:
-        """left (n_tokens, k) to (n_tokens, n), with the thin product in it or added; ``masked``: through the mask;
-        ``n_parts``: partial sums that thin comes in."""
+        """Returns the seconds of the GEMM from left (n_tokens, k) to (n_tokens, n), including the thin product.
+
+        Args:
+            masked: whether the dropout mask is applied to the thin product.
+            n_parts: number of partial sums of S.
+        """
         t, r = self.call.n_tokens, self.call.r
         if gemm == "cublas":
-            tile = tiles.default("update" + "_few" * (n_parts > 1), self.size, self.found, r)
-            columns = -(-n // tile.outer)  # programs that read S, each all of its tokens'
+            tile = tiles.default("update" + "_few" * (n_parts > 1), self.size, self.card, r)
+            columns = -(-n // tile.outer)  # each column of programs reads all of S
             moved = t * (2.0 * n * self.size + n_parts * r * 4.0) + r * n * self.factor_size
             again = (columns - 1) * t * n_parts * r * 4.0
             return self.cublas(t, k, n) + self.memory(moved, t * n, columns * -(-t // tile.t), again, masked)
         if gemm == "gluon":
-            tile, rate = (128, 256), GLUON * self.rates.half
+            tile, rate = (128, 256), GLUON_SHARE * self.rates.half
         else:
-            name = "linear" + "_tma" * (self.size == 2 and self.found.arch >= 90) + "_dropout" * masked
-            tile = tiles.row(name, self.size, self.found, r)[:2]
-            rate = self.rates.fused * self.rates.half if self.size == 2 else SINGLE * self.rates.single
+            name = "linear" + "_tma" * (self.size == 2 and self.card.arch >= 90) + "_dropout" * masked
+            tile = tiles.row(name, self.size, self.card, r)[:2]
+            rate = self.rates.fused * self.rates.half if self.size == 2 else SINGLE_SHARE * self.rates.single
         seconds = self._tiled(t, k + rank_block(r), n, tile, rate)
         if gemm == "fused":  # "gluon" draws the mask beside its products
-            seconds += masked * t * n / (MASK * self.found.multiprocessors)
-        return LAUNCH + max(seconds, (t * k + k * n + t * n) * self.size / self.rates.bandwidth)
+            seconds += masked * t * n / (MASK_RATE * self.card.multiprocessors)
+        return LAUNCH_SECONDS + max(seconds, (t * k + k * n + t * n) * self.size / self.rates.bandwidth)
 
     def parts_of_few(self) -> int:
-        """Partial sums of S where d_in is split."""
+        """Returns the number of partial sums of S if d_in is split."""
         t, d_in = self.call.n_tokens, self.call.d_in
-        tile = tiles.default("project_short" + "_wide" * self.call.wide, self.size, self.found, self.call.r)
+        tile = tiles.default("project_short" + "_wide" * self.call.wide, self.size, self.card, self.call.r)
         return tiles.split_of_few(t, d_in, self.call.r, tile)[0]
 
     def project(self, thin: str, splits: int) -> float:
-        """S, or so many partial sums of it, by one pass over x."""
+        """Returns the seconds of S, or of ``splits`` partial sums of it, by one pass over x."""
         t, d_in, r = self.call.n_tokens, self.call.d_in, self.call.r
         name = "project" + "_short" * (thin != "pass") + "_wide" * self.call.wide
-        tile = tiles.default(name, self.size, self.found, r)
-        blocks = -(-t // tile.t)
+        tile = tiles.default(name, self.size, self.card, r)
+        blocks, rank_blocks = -(-t // tile.t), -(-r // tile.r)
         moved = t * d_in * self.size + r * d_in * self.factor_size + splits * t * r * self.thin_size
-        of_ranks = -(-r // tile.r)  # each reads x again, every block of tokens reads a again, from L2
-        again = (blocks - 1) * r * d_in * self.factor_size + (of_ranks - 1) * t * d_in * self.size
-        return self.memory(moved, t * d_in, blocks * splits * of_ranks, again, self.call.dropout)
+        # Each block of ranks reads x again, and each block of tokens reads a again, both from L2.
+        again = (blocks - 1) * r * d_in * self.factor_size + (rank_blocks - 1) * t * d_in * self.size
+        return self.memory(moved, t * d_in, blocks * splits * rank_blocks, again, self.call.dropout)
 
     def grad_s_b(self) -> float:
-        """dS and db by one pass over dy."""
+        """Returns the seconds of dS and db by one pass over dy."""
         t, d_out, r = self.call.n_tokens, self.call.d_out, self.call.r
         chunks, splits = self._splits(tiles.grad_s_b_row(self.call.dtype, self.call.wide), d_out)
         once = t * d_out * self.size + t * r * self.thin_size + d_out * r * self.factor_size
         return self._in_parts(once, 2 * t * d_out, chunks * splits, [(chunks, t * r), (splits, d_out * r)], False)
 
     def grad_a(self) -> float:
-        """da by one pass over x."""
+        """Returns the seconds of da by one pass over x."""
         t, d_in, r = self.call.n_tokens, self.call.d_in, self.call.r
         chunks, splits = self._splits("grad_a" + "_wide" * self.call.wide, d_in)
         once = t * d_in * self.size + t * r * self.thin_size
         return self._in_parts(once, t * d_in, chunks * splits, [(splits, r * d_in)], self.call.dropout)
 
     def cublas_thin(self, width: int, out: int) -> float:
-        """One thin product by cuBLAS: of a tall (n_tokens, width) with ``out`` rows of the result. Few tiles of a long
-        sum cuBLAS may split and add in a launch more: half a launch. Of a wide factor, both halves are the columns of
-        one product; to make them and to add theirs are launches of their own."""
+        """Returns the seconds of one thin product by cuBLAS, of a tall (n_tokens, width) with ``out`` rows of result.
+
+        cuBLAS may split a long sum with few tiles and add the parts in another launch, which counts as half a launch.
+        The two halves of a wide factor are the columns of one product. Splitting it and adding the halves' results
+        takes one launch each.
+        """
         t, r = self.call.n_tokens, self.call.r
         other, columns = (t + width - out) * r, r * (2 if self.call.wide else 1)
         moved = t * width * self.size + other * self.size * columns / r + out * columns * self.thin_size
         rate = self.rates.half if self.size == 2 else self.rates.single
         long_sum = (width if out == t else t) > 2048
-        launch, moving = (1.5 if long_sum else 1.0) * LAUNCH, moved / (STREAM * self.rates.bandwidth)
-        seconds = launch + max(moving, 2.0 * t * width * columns / rate)
+        launches = 1.5 if long_sum else 1.0
+        moving = moved / (STREAM_SHARE * self.rates.bandwidth)
+        seconds = launches * LAUNCH_SECONDS + max(moving, 2.0 * t * width * columns / rate)
         return seconds + (self.memory(8.0 * other) + self.memory(12.0 * out * r) if self.call.wide else 0.0)
 
     def memory(
         self, moved: float, products: float = 0.0, programs: float = inf, again: float = 0.0, masked: bool = False
     ) -> float:
-        """A launch of ours that moves bytes, ``again`` as many within L2, multiplies ``products`` elements by the rank
-        columns, and draws their mask."""
-        rate = self.rates.half if self.size == 2 else SINGLE * self.rates.single
-        busy = min(1.0, L2 * programs / self.found.multiprocessors)
-        from_memory, from_l2 = moved / (STREAM * self.rates.bandwidth), again / (L2 * self.rates.bandwidth)
-        return LAUNCH + max(
-            (from_memory + from_l2 / 2) / busy,  # half of it beside the other
+        """Returns the seconds of one launch of our kernels.
+
+        Args:
+            moved, again: bytes from memory, and bytes read again from L2.
+            products: elements that are multiplied by the rank columns.
+            masked: whether the dropout mask of these elements is drawn.
+        """
+        rate = self.rates.half if self.size == 2 else SINGLE_SHARE * self.rates.single
+        busy = min(1.0, L2_SPEEDUP * programs / self.card.multiprocessors)
+        from_memory, from_l2 = (
+            moved / (STREAM_SHARE * self.rates.bandwidth),
+            again / (L2_SPEEDUP * self.rates.bandwidth),
+        )
+        return LAUNCH_SECONDS + max(
+            (from_memory + from_l2 / 2) / busy,  # half of the reads from L2 overlap with those from memory
             2.0 * products * rank_block(self.call.r) * self.products / rate,
-            masked * products / (MASK * min(programs, self.found.multiprocessors)),
+            masked * products / (MASK_RATE * min(programs, self.card.multiprocessors)),
         )
 
     def _splits(self, name: str, columns: int) -> tuple[int, int]:
-        tile = tiles.default(name, self.size, self.found, self.call.r)
+        tile = tiles.default(name, self.size, self.card, self.call.r)
         return tiles.splits(self.call.n_tokens, columns, self.call.r, tile)[:2]
 
     def _in_parts(self, once: float, products: float, programs: int, sums: list[tuple[int, int]], masked: bool):
-        """A pass whose results are summed over so many parts of so many numbers, and the launch that adds them."""
+        """Returns the seconds of a pass that writes partial sums, and of the launch that adds them. ``sums`` has the
+        number of parts and of elements of each result."""
         parts = sum(4.0 * count * numel for count, numel in sums if count > 1)
         seconds = self.memory(once + parts, products, programs, masked=masked)
         return seconds + (self.memory(parts) if parts else 0.0)
 
     def _tiled(self, t: int, k: int, n: int, tile: tuple[int, int], rate: float, split_k: float = 0.0) -> float:
-        """Tiles, each on one multiprocessor, in whole waves; with fewer than one wave split along k."""
+        """Returns the seconds of a GEMM in tiles, each on one multiprocessor, in whole waves. If there is less than one
+        wave, ``split_k`` splits the tiles along k."""
         count = -(-t // tile[0]) * -(-n // tile[1])
-        waves = -(-count // self.found.multiprocessors)
+        waves = -(-count // self.card.multiprocessors)
         if split_k and waves == 1:
-            waves = min(1.0, count / self.found.multiprocessors / split_k)
-        return waves * 2.0 * tile[0] * tile[1] * k * self.found.multiprocessors / rate
+            waves = min(1.0, count / self.card.multiprocessors / split_k)
+        return waves * 2.0 * tile[0] * tile[1] * k * self.card.multiprocessors / rate
 
 
 THIN = {"forward": ("pass", "short", "split", "cublas"), "backward": ("pass", "cublas")}
-GEMMS = ("fused", "cublas")  # and "gluon", which is taken only where it was measured
+GEMMS = ("fused", "cublas")  # "gluon" is never estimated: it runs only where it was measured as the fastest
 
 
 def ways(direction: str, call: Call) -> list[Way]:
-    """All that compute this call. cuBLAS takes no mask, and no float16 halves: of a float32 factor of any size there
-    are none."""
+    """Returns all ways that can compute this call. cuBLAS applies no dropout mask, and beside float16 it cannot
+    multiply a float32 factor, because float16 halves do not represent factors of every size."""
     masked = direction == "forward" and call.dropout
-    left_out = {
+    excluded = {
         "cublas": masked or (call.wide and call.dtype is not torch.bfloat16),
         "split": call.n_tokens > tiles.FEW,
     }
-    thin = [thin for thin in THIN[direction] if not left_out.get(thin)]
+    thin = [thin for thin in THIN[direction] if not excluded.get(thin)]
     return [Way(direction, t, gemm) for t in thin for gemm in GEMMS if t != "split" or gemm == "cublas"]
 
 
 @lru_cache(maxsize=4096)
-def best(direction: str, call: Call, found: device.Device, thin: str | None = None, gemm: str | None = None) -> Way:
-    """The way with the least estimate: of those with this ``gemm``, and this ``thin`` as far as there are any, where
-    they are given."""
-    considered = ways(direction, call)
-    if gemm == "gluon":  # taken only where it was measured or is assumed
-        considered = [way._replace(gemm=gemm) for way in considered if way.gemm == "fused"]
-    allowed = [way for way in considered if gemm in (None, way.gemm)]
+def best(direction: str, call: Call, card: device.Device, thin: str | None = None, gemm: str | None = None) -> Way:
+    """Returns the way with the lowest estimate. ``gemm`` restricts the choice to this strategy; ``thin`` restricts it
+    to these thin products if that leaves any way."""
+    possible = ways(direction, call)
+    if gemm == "gluon":  # "gluon" can replace "fused" in every way
+        possible = [way._replace(gemm=gemm) for way in possible if way.gemm == "fused"]
+    allowed = [way for way in possible if gemm in (None, way.gemm)]
     allowed = [way for way in allowed if way.thin == thin] or allowed
-    return min(allowed, key=lambda way: estimate(way, call, found))
+    return min(allowed, key=lambda way: estimate(way, call, card))
 
 
 def way(
     direction: str, tall: torch.Tensor, weight: torch.Tensor, factor: torch.dtype, r: int, dropout: bool
 ) -> Way:  # fmt: skip
-    """The way of a layer's forward (``tall``: x) or backward (dy): what is assumed, else (the GEMM) measured, else
-    estimated. What the fused GEMM cannot stream is cuBLAS's."""
+    """Returns the way of a layer's forward (``tall`` is x) or backward (``tall`` is dy). Assumed choices come first,
+    then the measured GEMM, then the estimate. If the fused GEMM cannot stream its operands, cuBLAS computes the
+    GEMM."""
     d_out, d_in = weight.shape
     call = Call(len(tall), d_in, d_out, r, tall.dtype, factor, dropout)
     gemm = _gemm(direction, tall, weight, r, dropout)
@@ -252,7 +272,7 @@ def way(
 def strategy(
     direction: str, left: torch.Tensor, weight: torch.Tensor, factor: torch.dtype, r: int, dropout: bool
 ) -> str:
-    """The GEMM alone: y from x and S, or dx from dy and dS."""
+    """Returns the strategy of the GEMM alone: y from x and S, or dx from dy and dS."""
     d_out, d_in = weight.shape
     call = Call(len(left), d_in, d_out, r, left.dtype, factor, dropout)
     gemm = _gemm(direction, left, weight, r, dropout)
@@ -260,7 +280,8 @@ def strategy(
 
 
 def _gemm(direction: str, left: torch.Tensor, weight: torch.Tensor, r: int, dropout: bool) -> str | None:
-    """The GEMM, where it is assumed, measured, or the only one that can stream its operands."""
+    """Returns the GEMM's strategy if it is assumed, measured, or the only one that can stream its operands, else
+    None."""
     forward = direction == "forward"
     k, width = weight.shape[::-1] if forward else weight.shape
     assumed = tiles.assumed("strategy")

@@ -84,6 +84,7 @@ def _jobs(archs: list[int] | None, ops: list[str] | None, ranks: list[int] | Non
                 raise ArgumentError(f"--{name}", f"one of {', '.join(map(str, known))}", value)
     cases = catalogue.cases(ops or None, ranks or None)
     if not cases:
+        assert ranks, "every op has cases of some rank"
         listed = sorted({case.r for case in catalogue.cases(ops or None)})
         raise ArgumentError("--rank", f"some of {', '.join(map(str, listed))}", ", ".join(map(str, ranks)))
     return [(case, arch) for arch in archs or rules.ARCHS for case in cases if case.runs_on(arch)]
@@ -95,7 +96,9 @@ def measure(jobs: list[CompileJob], traffic: bool, processes: int) -> list[dict]
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         compiled = _in_parallel(_compile, jobs, processes, False, progress)
-        counted = {}  # tiles → the first job that has them: archs with the same tiles have the same traffic
+        counted: dict[
+            str, CompileJob
+        ] = {}  # tiles → the first job that has them: archs with the same tiles have the same traffic
         for job, rows in zip(jobs, compiled, strict=True):
             if traffic and job[0].counted:
                 counted.setdefault(_tiles(job, rows), job)

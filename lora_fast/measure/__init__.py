@@ -1,1 +1,1 @@
-"""Measures time, memory and a device's ceilings, for the command line and bench/."""
+"""Measures time, memory and the ceilings of a device, for the command line and bench/."""

@@ -1,9 +1,10 @@
-"""Memory by counting tensors' storages: the same figure on every device and in every run, unlike a process's size."""
+"""Measures memory by counting the storages of tensors. The figure is the same on every device and in every run, unlike
+the size of a process."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -12,14 +13,16 @@ from torch.utils._pytree import tree_leaves
 
 
 def distinct_bytes(tensors: Iterable[object]) -> int:
-    """Bytes of the storages behind the tensors among ``tensors``, each once."""
+    """Returns the bytes of the storages behind the tensors among ``tensors``, each storage counted once."""
     storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class PeakBytes(TorchDispatchMode):
-    """The most bytes that were alive at once of all storages made while it is open: ``peak``. What an operation
-    allocates and frees inside itself is not seen."""
+    """Counts the storages created while it is active. ``peak`` is the most bytes of them alive at once.
+
+    Storages that an operator allocates and frees internally are not seen.
+    """
 
     def __init__(self):
         super().__init__()
@@ -27,6 +30,7 @@ class PeakBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        # an operator may return its argument or a view of it: that storage is not new
         given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
@@ -47,20 +51,53 @@ class PeakBytes(TorchDispatchMode):
         self._alive -= size
 
 
-def saved_for_backward(model: torch.nn.Module, batch: dict[str, Tensor]) -> int:
-    """Bytes of all distinct storages that one forward pass keeps for backward, the model's own tensors not counted.
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Returns the most bytes that one call allocates beside those allocated before it.
 
-    Deterministic. Leaves the random state as it was.
+    On CUDA the allocator counts; elsewhere ``PeakBytes`` does, which cannot look into compiled code.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    if device.type != "cuda":
+        with PeakBytes() as memory:
+            call()
+        return memory.peak
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def saved_bytes(
+    forward: Callable[[], object],
+    excluded: Iterable[Tensor],
+    extra: Callable[[object], Iterable[Tensor]] = lambda result: (),
+) -> int:
+    """Returns the bytes of the distinct storages that one forward call keeps for backward.
+
+    Args:
+        excluded: tensors whose storages are not counted, such as parameters.
+        extra: from the forward's result, tensors that the graph keeps outside autograd's saved tensors.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in excluded}
     kept: list[Tensor] = []
 
-    def keep(tensor: Tensor) -> None:  # no backward follows; a hook's own tensor may keep the graph alive for good
-        if tensor.untyped_storage().data_ptr() not in own:
+    def keep(tensor: Tensor) -> None:
+        if tensor.untyped_storage().data_ptr() not in known:
+            # No backward follows. A tensor with a grad_fn in this list would keep the graph alive for good.
             kept.append(tensor.detach())
 
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
+        result = forward()
+    return distinct_bytes([*kept, *extra(result)])
+
+
+def saved_for_backward(model: torch.nn.Module, batch: dict[str, Tensor]) -> int:
+    """Returns the bytes that one forward pass of a model keeps for backward, parameters and buffers not counted.
+
+    The figure is deterministic, and the random state is restored afterwards.
+    """
     device = next(model.parameters()).device
-    gpus = [device] if device.type == "cuda" else []  # of several others, unasked, it would warn
-    with torch.random.fork_rng(gpus), torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
-        model(**{name: tensor.to(device) for name, tensor in batch.items()})
-    return distinct_bytes(kept)
+    gpus = [device] if device.type == "cuda" else []  # without a list, torch warns where there are several GPUs
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    with torch.random.fork_rng(gpus):
+        return saved_bytes(lambda: model(**batch), (*model.parameters(), *model.buffers()))

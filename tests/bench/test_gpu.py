@@ -1,5 +1,4 @@
-"""bench/gpu.py: what fails in a section is reported and the rest goes on; budgets; the carried cache; goals and
-verdicts; README's GPU table."""
+"""bench/gpu.py: failures in a section, time budgets, the portable cache, goals and verdicts, README's GPU table."""
 
 import asyncio
 import json
@@ -17,28 +16,15 @@ import readme_table
 import torch
 import triton
 
-from gpu_sections import (
-    compile_cache,
-    counters,
-    goals,
-    memcheck,
-    native_tests,
-    plot,
-    stages,
-    timings,
-)
-from gpu_sections import section as gpu_section
-from suite import (
-    cases,
-    registry,
-)
-from suite import comparison as measure
+from gpu_sections import compile_cache, counters, goals, memcheck, native_tests, plot, section, stages, timings
+from lora_fast.measure.ceilings import Cost
+from suite import cases, comparison, registry
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
-SETTING = measure.Setting(torch.device("cpu"), triton=False)
+SETTING = comparison.Setting(torch.device("cpu"), triton=False)
 
-# ---- What fails
+# ---- Failures
 
 PROGRAM = f"""
 import os, signal, sys, time
@@ -62,14 +48,14 @@ def provider(run):
 
 def jobs(options):
     def compared():
-        found = {{}}
-        for name, one in (("dies", die), ("raises", fail), ("works", lambda: None)):
+        outcomes = {{}}
+        for name, run in (("dies", die), ("raises", fail), ("works", lambda: None)):
             try:
-                options.surviving(name, provider(one))()
-                found[name] = "measured"
+                options.surviving(name, provider(run))()
+                outcomes[name] = "measured"
             except Unavailable as reason:
-                found[name] = str(reason)
-        return found
+                outcomes[name] = str(reason)
+        return outcomes
 
     return [("first", fine), ("raises", fail), ("raises again", fail), ("hangs", lambda: time.sleep(60)), ("dies", die),
             ("compared", compared), ("last", fine)]
@@ -87,8 +73,10 @@ def shared(options):
     return [(str(i), fine) for i in range(5)]
 
 given = sys.argv[sys.argv.index("--work") + 1 : sys.argv.index("--share")]
-options = dict(zip(sys.argv[1::2], sys.argv[2::2])) if len(given) == 1 else None
-at = lambda name: sys.argv[sys.argv.index(name) + 1]
+
+def at(name):
+    return sys.argv[sys.argv.index(name) + 1]
+
 known = {{"jobs": (jobs, 60, 1), "slow": (slow, 60, 60), "long": (long, 1, 60), "broken": (broken, 60, 60),
           "shared": (shared, 60, 60)}}
 sections = {{name: Section(*known[name], 1) for name in given}}
@@ -100,22 +88,22 @@ sys.exit(not work(sections, Options("device", torch.device("cpu"), figures, prog
 
 @pytest.fixture
 def in_processes(monkeypatch, tmp_path):
-    """Runs sections of PROGRAM within some seconds. Returns their figures."""
+    """Returns a function that runs sections of PROGRAM within some seconds and returns their figures."""
     (tmp_path / "program.py").write_text(PROGRAM)
-    monkeypatch.setattr(gpu_section, "PROGRAM", tmp_path / "program.py")
+    monkeypatch.setattr(section, "PROGRAM", tmp_path / "program.py")
 
     def run(names, seconds, share=(0, 1)):
-        figures = gpu_section.Figures(tmp_path / "figures.jsonl")
-        asyncio.run(gpu_section.in_processes(names, share, "device", seconds, figures, tmp_path))
+        figures = section.Figures(tmp_path / "figures.jsonl")
+        asyncio.run(section.in_processes(names, share, "device", seconds, figures, tmp_path))
         return figures.read()
 
     return run
 
 
-def test_what_fails_costs_nothing_else(in_processes):
-    """Jobs that raise, one that hangs, one that kills its process, providers that do; the next section follows."""
-    found = in_processes(["jobs", "broken", "shared"], 120)
-    figures = found["jobs"]
+def test_a_failing_job_does_not_stop_the_others(in_processes):
+    """Some jobs raise, hang or kill their process, and so do some providers; the next section still runs."""
+    sections = in_processes(["jobs", "broken", "shared"], 120)
+    figures = sections["jobs"]
     assert list(figures) == ["first", "raises", "raises again", "hangs", "dies", "compared", "last"]
     assert figures["first"] == figures["last"] == {"ok": True}
     assert figures["raises"] == figures["raises again"] == {"ok": False, "error": "RuntimeError: out of luck"}
@@ -123,58 +111,58 @@ def test_what_fails_costs_nothing_else(in_processes):
     assert figures["dies"] == {"ok": False, "error": "killed by SIGKILL"}
     lost = {"dies": "killed by SIGKILL", "raises": "RuntimeError: out of luck"}
     assert figures["compared"] == lost | {"works": "measured"}
-    assert found["broken"] == {"its jobs": {"ok": False, "error": "RuntimeError: out of luck"}}
-    assert list(found["shared"]) == list("01234")
+    assert sections["broken"] == {"its jobs": {"ok": False, "error": "RuntimeError: out of luck"}}
+    assert list(sections["shared"]) == list("01234")
 
 
-def test_processes_share_a_section(in_processes):
+def test_processes_share_the_jobs_of_a_section(in_processes):
     in_processes(["shared"], 60, (0, 2))
     assert list(in_processes(["shared"], 60, (1, 2))["shared"]) == ["0", "2", "4", "1", "3"]
 
 
-def test_a_lane_out_of_time_keeps_what_it_has(in_processes):
-    found = in_processes(["slow"], 15)["slow"]
-    assert found == {"first": {"ok": True}, "slow": {"ok": None, "error": "out of time: ended after 15 s"}}
+def test_a_lane_out_of_time_keeps_its_figures(in_processes):
+    figures = in_processes(["slow"], 15)["slow"]
+    assert figures == {"first": {"ok": True}, "slow": {"ok": None, "error": "out of time: ended after 15 s"}}
 
 
-def test_a_section_out_of_time_says_what_it_has_not_begun(in_processes):
-    found = in_processes(["long", "shared"], 60)
-    assert found["long"] == {
+def test_a_section_out_of_time_names_the_jobs_not_begun(in_processes):
+    sections = in_processes(["long", "shared"], 60)
+    assert sections["long"] == {
         "first": {"ok": True},
-        "not begun": {"ok": None, "error": "not begun: 1 s were over"},
+        "not begun": {"ok": None, "error": "not begun: the 1 s were over"},
     }
-    assert list(found["shared"]) == list("01234")
+    assert list(sections["shared"]) == list("01234")
 
 
-def test_a_process_that_cannot_begin_is_not_tried_for_ever(in_processes, tmp_path, monkeypatch):
+def test_a_process_that_cannot_start_is_not_retried_forever(in_processes, tmp_path, monkeypatch):
     (tmp_path / "program.py").write_text("raise SystemExit(3)")
     assert in_processes(["jobs"], 60) == {"jobs": {"its process": {"ok": False, "error": "ended with exit status 3"}}}
 
 
-def test_the_first_of_several_errors_is_told():
+def test_describe_includes_the_cause_of_an_error():
     try:
         try:
             raise ValueError("no such kernel")
         finally:
             raise RuntimeError("capture failed")
     except RuntimeError as error:
-        assert gpu_section.of_chain(error) == "RuntimeError: capture failed, after ValueError: no such kernel"
+        assert section.describe(error) == "RuntimeError: capture failed, after ValueError: no such kernel"
 
 
-def test_a_device_that_answers_no_more_ends_the_process(monkeypatch, tmp_path):
-    """After an illegal access everything raises: the provider is left out, and the next process goes on."""
+def test_a_lost_device_ends_the_process(monkeypatch, tmp_path):
+    """After an illegal memory access every call raises: the provider is left out, and the next process continues."""
 
     def lost(device):
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(gpu_section, "wait", lost)
-    progress = gpu_section.Progress(tmp_path / "found.json", running=("layers", "4096→4096"))
-    figures = gpu_section.Figures(tmp_path / "figures.jsonl")
-    options = gpu_section.Options("device", SETTING.device, figures, progress)
+    monkeypatch.setattr(section, "wait", lost)
+    progress = section.Progress(tmp_path / "progress.json", running=("layers", "4096→4096"))
+    figures = section.Figures(tmp_path / "figures.jsonl")
+    options = section.Options("device", SETTING.device, figures, progress)
     with pytest.raises(SystemExit):
-        options.surviving("ours", lambda: measure.Provider(lambda: None))()
-    found = gpu_section.Progress.of(tmp_path / "found.json")
-    assert "illegal" in found.lost["layers: 4096→4096"]["ours"] and not found.running and not figures.read()
+        options.surviving("ours", lambda: comparison.Provider(lambda: None))()
+    saved = section.Progress.of(tmp_path / "progress.json")
+    assert "illegal" in saved.lost["layers: 4096→4096"]["ours"] and not saved.running and not figures.read()
 
 
 CLEAN, ERRORS = "========= ERROR SUMMARY: 0 errors", "========= Invalid write\n========= ERROR SUMMARY: 2 errors"
@@ -193,11 +181,11 @@ CLEAN, ERRORS = "========= ERROR SUMMARY: 0 errors", "========= Invalid write\n=
     ],
     ids=["clean", "some have not run", "memory errors", "a wrong result", "device refused", "did not start", "late"],
 )
-def test_what_compute_sanitizer_says(output, status, complete, ok):
+def test_memcheck_verdict_of_an_output(output, status, complete, ok):
     assert memcheck.verdict(output, status, checked=True, complete=complete)["ok"] is ok
 
 
-def test_without_compute_sanitizer_nothing_is_known():
+def test_memcheck_verdict_without_the_tool_is_unknown_or_wrong():
     assert memcheck.verdict("", 0, checked=False, complete=True)["ok"] is None
     assert memcheck.verdict("", 1, checked=False, complete=False)["ok"] is False
 
@@ -217,29 +205,30 @@ def test_without_compute_sanitizer_nothing_is_known():
     ],
     ids=["green", "red, one process", "late", "late and red", "nothing ran"],
 )
-def test_what_pytest_says(output, status, expected):
-    found = native_tests.outcome(output, status)
-    assert (found["ok"], found.get("passed", 0), found["failures"]) == expected
+def test_outcome_of_a_pytest_output(output, status, expected):
+    outcome = native_tests.outcome(output, status)
+    assert (outcome["ok"], outcome.get("passed", 0), outcome["failures"]) == expected
 
 
-def test_every_gpu_file_runs_there():
+def test_native_tests_collect_every_file_marked_gpu():
     """A second ``pytestmark`` would replace the first one, and the file would not run."""
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "--collect-only", "-q", "-m", "gpu and not budget"]
-    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True)
-    marked = {path.name for path in (ROOT / "tests").glob("test_*.py") if "pytest.mark.gpu" in path.read_text()}
-    collected = {line.partition("::")[0].rpartition("/")[2] for line in done.stdout.splitlines() if "::" in line}
-    assert len(marked) > 10 and marked - {"test_bench_gpu.py"} == collected
+    command = [sys.executable, "-m", "pytest", *native_tests.SELECTION, "--collect-only", "-q"]
+    done = subprocess.run(command, cwd=native_tests.TESTS, capture_output=True, text=True)
+    files = {path for path in native_tests.TESTS.rglob("test_*.py") if "pytest.mark.gpu" in path.read_text()}
+    marked = {str(path.relative_to(ROOT)) for path in files - {Path(__file__).resolve()}}
+    collected = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert len(marked) > 10 and marked == {file if file.startswith("tests/") else f"tests/{file}" for file in collected}
 
 
-def test_what_ncu_says():
+def test_parse_reads_ncus_counters():
     lines = ['"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"']
     for launch, (kernel, microseconds) in enumerate([("lora_a(long)", "1,500"), ("lora_b", "90"), ("lora_a", "2,500")]):
         unit = "ns" if kernel == "lora_b" else "us"
         lines.append(f'"{launch}","{kernel}","gpu__time_duration.sum","{unit}","{microseconds}"')
         lines.append(f'"{launch}","{kernel}","sm__warps_active.avg.pct_of_peak_sustained_active","%","n/a"')
         lines.append(f'"{launch}","{kernel}","launch__registers_per_thread","register/thread","{64 + launch}"')
-    found = counters.parse("==PROF== noise\n" + "\n".join(lines))
-    assert found == [
+    kernels = counters.parse("==PROF== noise\n" + "\n".join(lines))
+    assert kernels == [
         {"kernel": "lora_a", "µs": 2500.0, "registers": 66.0},
         {"kernel": "lora_b", "µs": 0.09, "registers": 65.0},
     ]
@@ -253,7 +242,7 @@ def run_gpu(*arguments, **environment):
 
 
 def test_dry_run_of_some_sections(tmp_path):
-    """The rest, and the whole of these: python bench/gpu.py --dry-run --stage 1, --stage 2."""
+    """All sections in full: python bench/gpu.py --dry-run --stage 1, --stage 2."""
     done = run_gpu("--dry-run", "--only", "inverses", "memcheck", "suite", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "checked by=not installed" in done.stdout and "on the stub driver: ok: True" in done.stdout
@@ -267,22 +256,22 @@ def test_dry_run_of_some_sections(tmp_path):
     "arguments, expected",
     [
         (["--stage", "1"], "--out DIR"),
-        ([], "name a stage"),
-        (["--stage", "1", "--only", "layers"], "name a stage"),
+        ([], "expected either a stage"),
+        (["--stage", "1", "--only", "layers"], "expected either a stage"),
         (["--stage", "1", "--out", "there"], "no CUDA device"),
-        (["--stage", "1", "--out", __file__], "name another one"),
+        (["--stage", "1", "--out", __file__], "expected a folder without results"),
         (["--stage", "1", "--out", "there", "--cache", "nothing.tar.xz"], "no such file"),
-        (["--only", "nothing"], "there are errors, graphs"),
+        (["--only", "nothing"], "expected some of errors, graphs"),
         (["--dry", "--stage", "1"], "unrecognized"),
     ],
 )
-def test_arguments_that_do_not_go_together(arguments, expected):
+def test_gpu_refuses_wrong_arguments(arguments, expected):
     done = run_gpu(*arguments, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2 and expected in done.stderr
 
 
-def test_gpu_needs_no_package_of_the_command_line():
-    """A GPU machine may have torch and Triton alone."""
+def test_gpu_needs_only_torch_and_triton():
+    """A GPU machine may have no other packages."""
     extras = ("typer", "rich", "matplotlib", "jinja2", "peft", "transformers", "pytest", "pytest_benchmark", "psutil")
     code = f"import sys; sys.modules.update(dict.fromkeys({extras!r})); import gpu; print(len(gpu.SECTIONS))"
     done = subprocess.run([sys.executable, "-c", code], cwd=BENCH, capture_output=True, text=True)
@@ -293,14 +282,12 @@ def test_gpu_needs_no_package_of_the_command_line():
 
 
 @pytest.mark.parametrize("number, seconds", [(1, 210), (2, 400)])
-def test_budgets_and_estimates_fit(number, seconds):
-    """A lane fits in its phase, the phases in the stage, the estimate of each section in its budget."""
+def test_budgets_and_estimates_fit_in_the_stage(number, seconds):
+    """A lane fits in its phase, the phases fit in the stage, and each estimate fits in the section's budget."""
     stage = stages.STAGES[number]
     assert stage.seconds == seconds
     assert stage.compile + sum(phase.seconds for phase in stage.phases) + stages.END <= seconds
-    sketch = gpu_section.Options(
-        "device", SETTING.device, gpu_section.Figures(Path(os.devnull)), gpu_section.Progress()
-    )
+    sketch = section.Options("device", SETTING.device, section.Figures(Path(os.devnull)), section.Progress())
     for phase in stage.phases:
         for lane in phase.lanes:
             sections = [stages.SECTIONS[name] for name in lane]
@@ -308,12 +295,12 @@ def test_budgets_and_estimates_fit(number, seconds):
                 estimates = [stages.estimate(name, len(stages.SECTIONS[name].jobs(sketch))) for name in lane]
             assert stages.START + sum(estimates) <= phase.seconds
             assert all(e <= s.seconds for e, s in zip(estimates, sections, strict=True))
-            assert stages.START + sum(section.seconds for section in sections) <= phase.seconds
-            assert all(section.each <= section.seconds for section in sections)
+            assert stages.START + sum(member.seconds for member in sections) <= phase.seconds
+            assert all(member.each <= member.seconds for member in sections)
 
 
-def test_what_is_timed_runs_alone():
-    for stage in (*stages.STAGES.values(), stages.some(list(stages.SECTIONS))):
+def test_timed_sections_run_alone():
+    for stage in (*stages.STAGES.values(), stages.stage_of(list(stages.SECTIONS))):
         assert len(stage.phases[1].lanes) == 1
         assert sum(stages.SECTIONS[name].processes for name in stage.phases[1].lanes[0]) == len(
             stage.phases[1].lanes[0]
@@ -323,12 +310,12 @@ def test_what_is_timed_runs_alone():
 def test_every_section_is_in_a_stage():
     staged = {name for stage in stages.STAGES.values() for name in stage.sections}
     assert staged == set(stages.SECTIONS)
-    assert set(stages.some(["layers", "grid", "suite"]).sections) == {"layers", "grid", "suite"}
+    assert set(stages.stage_of(["layers", "grid", "suite"]).sections) == {"layers", "grid", "suite"}
     assert {goal.section for goal in goals._goals()} | set(goals.CHECKS) <= staged
 
 
-def test_the_report_is_short_enough():
-    """However much fails, the table stays, and of each section something."""
+def test_report_is_short_however_much_fails():
+    """The table stays complete, and some failures of each section are listed."""
     failing = {f"figure {i}": {"ok": False, "error": "x" * 1000} for i in range(200)}
     unknown = {f"figure {i}": {"ok": None, "error": "y" * 1000} for i in range(200)}
     late = {"training": {"one": {"ok": False, "error": "killed by SIGKILL"}}}
@@ -338,19 +325,19 @@ def test_the_report_is_short_enough():
 
 
 @pytest.mark.parametrize("number", stages.STAGES)
-def test_the_plan_adds_up(number):
-    """Of a phase its longest lane counts, in estimates; of the stage all phases."""
+def test_plan_adds_up(number):
+    """The estimate of a phase is that of its longest lane; the total contains all phases."""
     stage = stages.STAGES[number]
     text = gpu.plan(f"stage{number}", stage)
     assert "none of them measured" in text
     for name in stage.sections:
         assert any(line.startswith(name) for line in text.splitlines())
     columns = re.findall(r"(\d+) s +(\d+) s", text)
-    of_sections = len(stage.sections)
+    section_rows = len(stage.sections)
     phases = [
         pair for pair, line in zip(columns, re.findall(r".*\d+ s +\d+ s.*", text), strict=True) if "longest" in line
     ]
-    assert len(columns) == of_sections + len(phases) + 3  # compile, end, in all
+    assert len(columns) == section_rows + len(phases) + 3  # compile, end, in all
     for column, tolerance in ((0, 3), (1, 0)):  # estimates are rounded
         first, *_, end, total = (int(pair[column]) for pair in columns)
         assert abs(total - first - end - sum(int(pair[column]) for pair in phases)) <= tolerance
@@ -382,38 +369,36 @@ progress.save()
 """
 
 
-def test_a_stage_from_start_to_end(monkeypatch, tmp_path, capfd):
-    """Compiled, checked, timed, told: with a stand-in for the work of its processes."""
+def test_a_stage_runs_from_start_to_end(monkeypatch, tmp_path, capfd):
+    """It compiles, checks, times and reports, with a stand-in for the work of its processes."""
     (tmp_path / "program.py").write_text(STAND_IN)
-    monkeypatch.setattr(gpu_section, "PROGRAM", tmp_path / "program.py")
+    monkeypatch.setattr(section, "PROGRAM", tmp_path / "program.py")
     for name in compile_cache.environment(tmp_path):
-        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it afterwards
     out = tmp_path / "out"
     run = gpu.Run("stage1", stages.STAGES[1], out)
     run.on_device([])
     assert run.right is False  # graphs are wrong
-    found = gpu_section.Figures(out / "stage1.jsonl").read()
+    figures = section.Figures(out / "stage1.jsonl").read()
     n = gpu.COMPILERS * len(run.stage.sections)
     counts = {"hits": 2 * n, "misses": n, "failures": [], "carried": 0, "of another Triton": 0}
-    assert found["compile"]["kernels"] == {"ok": True} | counts
-    assert found["conditions"]["machine"]["device"] == "cpu" and len(found["errors"]) == 3
-    assert found["compile"]["new kernels"] == {"packed": len(run.stage.sections), "no room": 0}
+    assert figures["compile"]["kernels"] == {"ok": True} | counts
+    assert figures["conditions"]["machine"]["device"] == "cpu" and len(figures["errors"]) == 3
+    assert figures["compile"]["new kernels"] == {"packed": len(run.stage.sections), "no room": 0}
     assert {path.name for path in out.iterdir()} == {"stage1.jsonl", "stage1.txt", "stage1-cache.tar.xz"}
-    printed, told = capfd.readouterr().out, (out / "stage1.txt").read_text()
-    assert told in printed and "failures: 1\ngraphs: figure 0" in told and "errors: 3 figures" in told
+    printed, report = capfd.readouterr().out, (out / "stage1.txt").read_text()
+    assert report in printed and "failures: 1\ngraphs: figure 0" in report and "errors: 3 figures" in report
     with tarfile.open(out / "stage1-cache.tar.xz") as tar:
         assert set(tar.getnames()) == {f"kernel-{name}/kernel.cubin" for name in run.stage.sections}
 
 
-# ---- The meters see what is wrong
+# ---- The checks detect wrong results
 
 
-def test_a_wrong_layer_is_seen(monkeypatch, tmp_path):
+def test_errors_detect_a_wrong_layer(monkeypatch, tmp_path):
     from gpu_sections import errors
 
-    options = gpu_section.Options(
-        "interpreter", SETTING.device, gpu_section.Figures(tmp_path / "a.jsonl"), gpu_section.Progress()
-    )
+    options = section.Options("interpreter", SETTING.device, section.Figures(tmp_path / "a.jsonl"), section.Progress())
     case = 33, 40, 24, 3, None, torch.float32, 0.1, options
     assert errors.judge(*case)["ok"]
     right = errors.lf.functional.lora_linear
@@ -422,61 +407,71 @@ def test_a_wrong_layer_is_seen(monkeypatch, tmp_path):
             x, weight, bias, a, b, 1.02 * scaling, dropout, seed
         ),
         lambda x, weight, bias, a, b, scaling, dropout, seed: right(x, weight, bias, a, b, scaling, dropout, seed + 1),
-        lambda x, weight, bias, a, b, *rest: right(x, weight, bias, a.bfloat16().float(), b, *rest),
+        lambda x, weight, bias, a, b, *others: right(x, weight, bias, a.bfloat16().float(), b, *others),
     ):
         monkeypatch.setattr(errors.lf.functional, "lora_linear", wrong)
         assert not errors.judge(*case)["ok"]
 
 
-def test_a_wrong_family_is_seen():
+def test_families_detect_a_wrong_result():
     from gpu_sections import families
 
     right = torch.ones(8, 8)
-    of = lambda got: lambda elements, d, r, device: ({"x": got}, {"x": right})
-    judged = lambda got: families.judged(of(got), 64, 8, 8, SETTING.device)["ok"]
+
+    def judged(got):
+        family = lambda elements, d, r, device: ({"x": got}, {"x": right})
+        return families.judged(family, 64, 8, 8, SETTING.device)["ok"]
+
     assert (
         judged(right) and not judged(right * 1.01) and not judged(right.bfloat16() * 1.03) and judged(right.bfloat16())
     )
     assert not judged(torch.full((8, 8), float("nan")))
 
 
-def test_a_result_that_is_no_number_is_seen():
-    assert measure.relative_error(torch.tensor([float("nan"), 1.0]), torch.ones(2, dtype=torch.float64)) == float("inf")
+def test_relative_error_of_a_nan_is_infinite():
+    assert comparison.relative_error(torch.tensor([float("nan"), 1.0]), torch.ones(2, dtype=torch.float64)) == float(
+        "inf"
+    )
 
 
-def test_a_wrong_result_of_ours_is_seen(tmp_path):
-    """Those that are timed are judged, too."""
-    figures = gpu_section.Figures(tmp_path / "figures.jsonl")
-    options = gpu_section.Options("interpreter", SETTING.device, figures, gpu_section.Progress(running=("a", "b")))
-    exact = lambda: {"x": torch.ones(3, dtype=torch.float64)}
-    provider = lambda value: lambda: measure.Provider(lambda: None, results=lambda _: {"x": torch.full((3,), value)})
+def test_timings_detect_a_wrong_or_failing_provider(tmp_path):
+    """Timed results are checked, too."""
+    figures = section.Figures(tmp_path / "figures.jsonl")
+    options = section.Options("interpreter", SETTING.device, figures, section.Progress(running=("a", "b")))
+
+    def exact():
+        return {"x": torch.ones(3, dtype=torch.float64)}
+
+    def provider(value):
+        return lambda: comparison.Provider(lambda: None, results=lambda _: {"x": torch.full((3,), value)})
+
     case = cases.Case("linear", "", ((8, 8),), 2, 4, "bfloat16", variant="y")
-    work = {"forward": measure.Cost(1, 1)}
+    costs = {"forward": Cost(1, 1)}
     for value, ok in ((1.0, None), (1.1, False), (float("nan"), False)):
-        comparison = measure.Comparison({"torch": provider(2.0), "ours": provider(value)}, work, exact)
-        assert timings.measured(case, comparison, options, 0.0).get("ok") is ok
+        compared = comparison.Comparison({"torch": provider(2.0), "ours": provider(value)}, costs, exact)
+        assert timings.measured(case, compared, options, 0.0).get("ok") is ok
 
     def fails():
         raise RuntimeError("out of luck")
 
     for lost, ok in (("ours, gluon", False), ("PEFT", None)):
-        comparison = measure.Comparison({"torch": provider(2.0), "ours": provider(1.0), lost: fails}, work, exact)
-        values = timings.measured(case, comparison, options, 0.0)
+        compared = comparison.Comparison({"torch": provider(2.0), "ours": provider(1.0), lost: fails}, costs, exact)
+        values = timings.measured(case, compared, options, 0.0)
         assert values["ok"] is ok and "out of luck" in values["error"] and len(values["rows"]) == 3
 
 
-def test_calls_that_differ_are_seen():
+def test_repeats_count_differing_calls():
     from gpu_sections import repeats
 
     results = iter([torch.zeros(3)] * 3 + [torch.tensor([0.0, 0.0, 1e-7])] + [torch.zeros(3)] * 2)
     assert repeats.differing(lambda: [next(results)], 5) == {"ok": False, "runs": 5, "differing": 1}
 
 
-# ---- The carried cache
+# ---- The portable cache
 
 
 def a_cache(folder: Path, names: str) -> Path:
-    """As Triton leaves it, with what a process that was ended has left."""
+    """Writes a cache like Triton's, with the leftovers of a process that was killed."""
     for name in names:
         entry = folder / name
         entry.mkdir(parents=True)
@@ -492,12 +487,12 @@ def a_cache(folder: Path, names: str) -> Path:
     return folder
 
 
-def test_a_cache_travels_to_another_place(tmp_path):
+def test_a_packed_cache_unpacks_in_another_place(tmp_path):
     cache, archive = a_cache(tmp_path / "here", "abc"), tmp_path / "cache.tar.xz"
     names = compile_cache.entries(cache)
     assert names == {f"{k}/{file}" for k in "abc" for file in (f"{k}.cubin", f"{k}.json", f"__grp__{k}.json")}
     assert compile_cache.pack(cache, names, archive, most=1) == []
-    assert compile_cache.unpack(archive, tmp_path / "there") == (2, 1), "one is of another Triton"
+    assert compile_cache.unpack(archive, tmp_path / "there") == (2, 1), "another Triton compiled one of them"
     assert compile_cache.entries(tmp_path / "there") == names
     group = json.loads((tmp_path / "there" / "a" / "__grp__a.json").read_text())["child_paths"]
     assert group["a.cubin"] == str(tmp_path / "there" / "a" / "a.cubin")
@@ -505,31 +500,36 @@ def test_a_cache_travels_to_another_place(tmp_path):
 
 
 def test_an_archive_keeps_to_its_limit(tmp_path):
-    """A kernel without its code would be worse than none."""
+    """It contains all files of a kernel or none."""
     cache, archive = a_cache(tmp_path / "here", "abcdefgh"), tmp_path / "cache.tar.xz"
     left = compile_cache.pack(cache, compile_cache.entries(cache), archive, most=9000 / compile_cache.MEBIBYTE)
     assert archive.stat().st_size <= 9000 and 0 < len(left) < 24 and len(left) % 3 == 0
     assert sum(compile_cache.unpack(archive, tmp_path / "there")) == 8 - len(left) // 3
 
 
-def test_keys_do_not_depend_on_what_was_compiled_before(tmp_path):
-    """Triton before 3.9 lets them."""
+def test_keys_do_not_depend_on_earlier_compilations(tmp_path):
+    """Triton before 3.9 would make them depend on these."""
     code = """if 1:
         import sys; sys.path.insert(0, {!r})
-        import gpu_cache; gpu_cache.use()
-        from lora_fast.kernels import grads, linear, project
-        kernels = [linear.lora_linear_kernel, project.lora_project_kernel, grads.lora_grad_a_kernel]
+        from gpu_sections import compile_cache; compile_cache.use()
+        from lora_fast.kernels.linear.gemm import lora_linear_kernel
+        from lora_fast.kernels.linear.grads import lora_grad_a_kernel
+        from lora_fast.kernels.linear.project import lora_project_kernel
+        kernels = [lora_linear_kernel, lora_project_kernel, lora_grad_a_kernel]
         keys = {{kernel.__name__: kernel.cache_key for kernel in kernels[::{}]}}
         print(sorted(keys.items()))
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= compile_cache.environment(tmp_path)
-    run = lambda step: subprocess.check_output([sys.executable, "-c", code.format(str(BENCH), step)], env=environment)
-    assert run(1) == run(-1)
+
+    def keys(step):
+        return subprocess.check_output([sys.executable, "-c", code.format(str(BENCH), step)], env=environment)
+
+    assert keys(1) == keys(-1)
 
 
-def test_a_filled_cache_is_hit_from_another_place(tmp_path):
-    """With the keys that travel: nothing is compiled the second time."""
+def test_an_unpacked_cache_has_every_kernel(tmp_path):
+    """Nothing is compiled the second time, because the keys are portable."""
     counts = []
     for name in ("filled", "carried"):
         cache = tmp_path / name
@@ -541,14 +541,14 @@ def test_a_filled_cache_is_hit_from_another_place(tmp_path):
         share = ("--work", "inverses", "--mode", "stub", "--figures", str(tmp_path / f"{name}.jsonl"))
         done = run_gpu(*share, **compile_cache.environment(cache), **compile_cache.stub_environment())
         assert done.returncode == 0, done.stderr
-        counts.append(gpu.compiled(gpu_section.Figures(tmp_path / f"{name}.jsonl")))
+        counts.append(gpu.compiled(section.Figures(tmp_path / f"{name}.jsonl")))
     assert counts[0]["misses"] > 0 == counts[1]["misses"] and counts[1]["hits"] == counts[0]["misses"]
 
 
 # ---- Goals
 
 
-# figure → goal, measured, verdict, of the made-up results below
+# figure → goal, measured, verdict of the example results below
 EXPECTED = {
     "our GEMM, fused / cuBLAS alone, 4096→4096, r=16, y, 8192 tokens, bfloat16": ("≤ 1.05", "1.04", "met"),
     "our GEMM, gluon / cuBLAS alone, 4096→4096, r=16, y, 8192 tokens, bfloat16": ("≤ 1.01", "1.02", "missed"),
@@ -570,14 +570,14 @@ EXPECTED = {
     "torch.linalg.inv in a loop / those 224 inverses": ("≥ 100", "99", "missed"),
     "NB-LoRA training step / LoRA's": ("≤ 1.02", "1.02", "met"),
     "ScaLoRA (every 10 steps) training step / LoRA's": ("≤ 1.03", "–", "not measured"),
-    "PEFT / ours, every layer, rank and number of tokens: the least": ("≥ 1", "0.9", "missed"),
+    "PEFT / ours, the least over all ranks and numbers of tokens": ("≥ 1", "0.9", "missed"),
     "a training step of Llama-3-8B (public anchor 12,473)": ("≥ 14000 tokens/s", "14,100 tokens/s", "met"),
     "that step's peak memory / PEFT's": ("≤ 0.8", "0.75", "met"),
 }
 
 
-def made_up() -> dict:
-    """Results under the names that the sections give."""
+def example_results() -> dict:
+    """Returns invented results under the names that the sections use."""
     n = timings.N_TOKENS
     layer = lambda d_out, dropout: cases.Case("layer", "", ((4096, d_out),), 16, n, "bfloat16", dropout).name
     gemm = cases.Case("linear", "", ((4096, 4096),), 16, n, "bfloat16", variant="y").name
@@ -615,27 +615,27 @@ def rows(mode: str, medians: dict) -> dict:
     }
 
 
-def test_every_goal_has_its_row_and_its_verdict():
-    """Met, missed, not measured: a provider that failed, a figure that failed, a section cut short."""
-    found = [row for row in goals.verdicts(made_up(), stages.SECTIONS) if row.goal != "all"]
-    found = {row.figure: row[1:] for row in found if not (row.verdict == "not measured" and "GEMM" in row.figure)}
-    assert found == EXPECTED
+def test_every_goal_has_a_row_and_a_verdict():
+    """A failed provider, a failed figure and a section that was cut short are "not measured"."""
+    rows = [row for row in goals.verdicts(example_results(), stages.SECTIONS) if row.goal != "all"]
+    verdicts = {row.figure: row[1:] for row in rows if not (row.verdict == "not measured" and "GEMM" in row.figure)}
+    assert verdicts == EXPECTED
 
 
-def test_a_grid_with_holes_is_not_measured():
-    """The least of what is left says nothing."""
+def test_an_incomplete_grid_is_not_measured():
+    """The least over a part of the grid proves nothing."""
     least = lambda results: next(row for row in goals.verdicts(results, ["grid"]) if "the least" in row.figure)
-    results = made_up()
+    results = example_results()
     del results["grid"]["3"]
     assert least(results).verdict == "not measured"
     results["grid"]["3"] = rows("full", {"ours": None, "PEFT": 9.0})
     assert least(results).verdict == "not measured"
 
 
-def test_the_host_s_time_in_a_figure_shows():
-    """Of others it is told; of ours it is no figure."""
+def test_a_time_that_includes_the_host_is_marked():
+    """A figure with another provider's exposed time is marked; with ours exposed it is "not measured"."""
     inverses = lambda results: goals.verdicts(results, ["inverses"])[1]
-    results = made_up()
+    results = example_results()
     (figure,) = [values for name, values in results["inverses"].items() if "inverse" in name]
     for row in figure["rows"]:
         row["exposed"] = row["provider"] == "torch, loop"
@@ -645,16 +645,16 @@ def test_the_host_s_time_in_a_figure_shows():
     assert inverses(results).verdict == "not measured"
 
 
-def test_a_stage_is_judged_by_its_own_goals():
-    first, second = (goals.verdicts(made_up(), stages.STAGES[number].sections) for number in (1, 2))
+def test_each_stage_has_its_own_goals():
+    first, second = (goals.verdicts(example_results(), stages.STAGES[number].sections) for number in (1, 2))
     assert not {row.figure for row in first} & {row.figure for row in second}
     assert {row.figure for row in (*first, *second)} == {
-        row.figure for row in goals.verdicts(made_up(), stages.SECTIONS)
+        row.figure for row in goals.verdicts(example_results(), stages.SECTIONS)
     }
 
 
-def test_providers_of_the_goals_are_those_of_the_suite():
-    """By name: a renamed provider would be "not measured" for ever."""
+def test_providers_of_the_goals_exist_in_the_suite():
+    """A renamed provider would be "not measured" forever."""
     scale = cases.Scale({}, (timings.MODEL,), (timings.RANK,), ("bfloat16",), (0.0,), 0, 0)
     names = set(registry.module("layer").build(cases.Case("layer", "", ((8, 8),), 2, 4), SETTING).providers)
     names |= set(
@@ -667,7 +667,7 @@ def test_providers_of_the_goals_are_those_of_the_suite():
     assert wanted | {"torch's fused AdamW alone", "torch's fused AdamW", "PEFT's Riemannian"} <= names
 
 
-def test_nothing_measured_is_no_verdict():
+def test_verdicts_of_no_results_are_not_measured():
     assert {row.verdict for row in goals.verdicts({}, stages.SECTIONS)} == {"not measured"}
 
 
@@ -675,13 +675,13 @@ def test_nothing_measured_is_no_verdict():
     "figures, verdict",
     [([True, True], "met"), ([True, False], "missed"), ([True, None], "not measured"), ([], "not measured")],
 )
-def test_checks_are_met_only_if_all_are_right(figures, verdict):
+def test_checks_are_met_only_if_all_figures_are_ok(figures, verdict):
     (row,) = goals.verdicts({"repeats": {str(i): {"ok": ok} for i, ok in enumerate(figures)}}, ["repeats"])
     assert row.verdict == verdict
 
 
-def test_the_picture_shows_what_was_measured(tmp_path):
-    results = made_up()
+def test_picture_shows_the_measured_figures(tmp_path):
+    results = example_results()
     results["whole"][goals.WHOLE]["ours"]["rounds"] = 10
     drawn = {panel.title: panel for panel in plot.panels(results)}
     assert drawn[goals.WHOLE].bars == {"ours": 14_100.0}
@@ -691,13 +691,13 @@ def test_the_picture_shows_what_was_measured(tmp_path):
         "frozen linear": 10.0,
     }
     assert plot.draw(results, tmp_path / "a.png").startswith("picture") and (tmp_path / "a.png").stat().st_size > 10_000
-    assert "nothing" in plot.draw({}, tmp_path / "b.png")
+    assert plot.draw({}, tmp_path / "b.png").startswith("no picture")
 
 
 # ---- README
 
 
-def test_readme_shows_the_newest_results():
+def test_readme_table_is_that_of_the_newest_results():
     text = (ROOT / "README.md").read_text()
     assert readme_table.with_table(text, BENCH / "results") == text, "run python bench/readme_table.py"
     if not readme_table.newest(BENCH / "results"):
@@ -705,20 +705,20 @@ def test_readme_shows_the_newest_results():
 
 
 def a_result(folder: Path, stage: int, date: str, device: str, sections: dict) -> Path:
-    figures = gpu_section.Figures(folder / f"stage{stage}.jsonl")
-    where = {"device": device, "driver": "1", "torch": "2", "triton": "3", "date": date}
-    figures.add("conditions", "machine", where)
-    for section, of in sections.items():
-        for name, values in of.items():
-            figures.add(section, name, values)
+    figures = section.Figures(folder / f"stage{stage}.jsonl")
+    machine = {"device": device, "driver": "1", "torch": "2", "triton": "3", "date": date}
+    figures.add("conditions", "machine", machine)
+    for name, members in sections.items():
+        for figure, values in members.items():
+            figures.add(name, figure, values)
     return figures.path
 
 
-def test_results_come_into_the_table(tmp_path):
-    """Taken from a run's folder; of each stage the newest, whatever it was measured on."""
+def test_table_contains_the_newest_results_of_each_stage(tmp_path):
+    """They are copied from a run's folder; the device makes no difference."""
     results = tmp_path / "results"
     assert "Not verified on a GPU" in readme_table.table(results)
-    whole = {"whole": made_up()["whole"]}
+    whole = {"whole": example_results()["whole"]}
     for stage, date, device, sections in (
         (1, "2030-01-01", "NVIDIA H100 80GB HBM3", {"repeats": {"a": {"ok": False}}}),
         (1, "2030-01-03", "NVIDIA H100 80GB HBM3", {"repeats": {"a": {"ok": True}}}),
@@ -731,16 +731,16 @@ def test_results_come_into_the_table(tmp_path):
     names = {path.name for path in results.iterdir()}
     assert "nvidia-h100-80gb-hbm3-2030-01-03-stage1.jsonl" in names and "nvidia-h200-2030-01-02-stage2.png" in names
     shown = readme_table.table(results)
-    assert "| 100 repeats, the same bits | all | 1 of 1 | met |" in shown
+    assert "| 100 repeats give the same bits | all | 1 of 1 | met |" in shown
     assert (
         "| a training step of Llama-3-8B (public anchor 12,473) | ≥ 14000 tokens/s | 14,100 tokens/s | met |" in shown
     )
     assert "NVIDIA H100 80GB HBM3" in shown and "NVIDIA H200" in shown and "2030-01-01" not in shown
 
 
-def test_a_damaged_line_costs_itself_alone(tmp_path):
-    """A process may be ended while it writes."""
-    figures = gpu_section.Figures(tmp_path / "figures.jsonl")
+def test_figures_skip_a_damaged_line(tmp_path):
+    """A process may be killed while it writes."""
+    figures = section.Figures(tmp_path / "figures.jsonl")
     figures.add("a", "first", {"ok": True})
     with figures.path.open("ab") as file:
         file.write(b'{"section": "a", "fig\xff')
@@ -750,17 +750,17 @@ def test_a_damaged_line_costs_itself_alone(tmp_path):
     assert list(figures.read()["a"]) == ["first", "second"] and list(figures.seconds()) == ["a"]
 
 
-@pytest.mark.parametrize("text, said", [("", "conditions lack"), ("12\n", "conditions lack")])
-def test_a_file_that_is_no_result_is_named(tmp_path, text, said):
+@pytest.mark.parametrize("text", ["", "12\n"], ids=["empty", "no figure"])
+def test_take_refuses_a_file_without_gpu_results(tmp_path, text):
     (tmp_path / "stage1.jsonl").write_text(text)
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(SystemExit, match="conditions lack"):
         readme_table.take(tmp_path, tmp_path / "results")
     a_result(tmp_path, 1, "2030-01-01", "cpu", {})
-    with pytest.raises(SystemExit, match="no GPU"):
+    with pytest.raises(SystemExit, match="expected figures of a GPU"):
         readme_table.take(tmp_path, tmp_path / "results")
     assert not (tmp_path / "results").exists()
 
 
-def test_a_folder_without_results_is_named(tmp_path):
-    with pytest.raises(SystemExit, match=r"no stage1\.jsonl"):
+def test_take_refuses_a_folder_without_results(tmp_path):
+    with pytest.raises(SystemExit, match=r"expected stage1\.jsonl"):
         readme_table.take(tmp_path, tmp_path / "results")

@@ -1,4 +1,4 @@
-"""The microbenchmark suite: results of every op by every provider at tiny sizes; the files of a run; comparison."""
+"""The microbenchmark suite: results of every op by every provider at tiny sizes, the files of a run, changes."""
 
 import csv
 import io
@@ -14,31 +14,33 @@ import torch
 
 from gpu_sections import timings
 from lora_fast.kernels import tiles
-from suite import (
-    cases,
-    changes,
-    registry,
-)
-from suite import comparison as measure
+from lora_fast.measure.ceilings import Ceilings
+from suite import cases, changes, comparison, registry, report
+from suite.comparison import Provider, Setting, Unavailable
 from suite.ops import providers
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
-SETTING = measure.Setting(torch.device("cpu"), triton=False)
-CEILINGS = measure.Ceilings("float32", 1e11, 1e10)
-ULPS = 64  # of the worst conditioned, the inverse; a wrong formula is wrong by far more
+SETTING = Setting(torch.device("cpu"), triton=False)
+CEILINGS = Ceilings("float32", 1e11, 1e10)
+ULPS = 64  # the inverse is conditioned worst; a wrong formula causes far larger errors
 TINY = registry.cases(registry.OPS, cases.SCALES["tiny"])
 
 
+def measured_rows(case, compared):
+    return comparison.measure(case, compared, SETTING, CEILINGS, 0.0, comparison.simply)
+
+
 def rows_of(case):
-    comparison = registry.module(case.op).build(case, SETTING)
-    comparison.providers.pop("torch.compile", None)
-    return measure.measure(case, comparison, SETTING, CEILINGS, 0.0, measure.simply)
+    """Returns the rows of a case by every provider except torch.compile, which takes long."""
+    compared = registry.module(case.op).build(case, SETTING)
+    compared.providers.pop("torch.compile", None)
+    return measured_rows(case, compared)
 
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: f"{case.op}: {case.name}".replace("→", "->"))
 def test_every_provider_computes_the_op(case):
-    """Nobody is further from float64 than a few roundings; times, memory and work are there."""
+    """Every error is a few roundings; times, memory and cost are measured."""
     rows = rows_of(case)
     assert "ours" in {row.provider for row in rows}
     for row in rows:
@@ -48,47 +50,51 @@ def test_every_provider_computes_the_op(case):
 
 
 @pytest.mark.parametrize("case", [case for case in TINY if case.op in ("step", "merge")], ids=lambda case: case.name)
-def test_every_run_starts_where_the_first_did(case):
-    """However long a measurement is, nothing diverges: each run gives the bits of the first, or, where the learning
-    rate moves by less than a hundredth, nearly the same."""
+def test_every_run_starts_from_the_same_state(case):
+    """The results of every run equal the first run's to the bit, so that no measurement diverges. Where the learning
+    rate changes by less than a hundredth, they are nearly equal."""
     same = partial(torch.allclose, rtol=0, atol=1e-5) if "moving" in case.variant else torch.equal
     for build in registry.module(case.op).build(case, SETTING).providers.values():
         provider = build()
-        read = lambda value, of=provider: of.results(value) if of.results else dict(enumerate(of.own))
-        first = {name: t.detach().clone() for name, t in read(measure.once(provider)).items()}
+
+        def results(provider=provider):
+            value = comparison.once(provider)
+            return provider.results(value) if provider.results else dict(enumerate(provider.excluded))
+
+        first = {name: t.detach().clone() for name, t in results().items()}
         for _ in range(3):
-            last = read(measure.once(provider))
+            last = results()
         assert first and all(same(first[name], last[name]) for name in first)
 
 
-def test_a_wrong_result_shows():
+def test_measure_reports_the_error_of_a_wrong_result():
     case = next(case for case in TINY if case.op == "project")
-    comparison = registry.module("project").build(case, SETTING)
-    comparison.providers = {"wrong": lambda: measure.Provider(lambda: {"s": torch.zeros(16, 4)}, results=lambda x: x)}
-    (row,) = measure.measure(case, comparison, SETTING, CEILINGS, 0.0, measure.simply)
+    compared = registry.module("project").build(case, SETTING)
+    compared.providers = {"wrong": lambda: Provider(lambda: {"s": torch.zeros(16, 4)}, results=lambda x: x)}
+    (row,) = measured_rows(case, compared)
     assert row.error == pytest.approx(1.0)
 
 
-def test_what_cannot_run_is_a_row_with_its_reason():
+def test_measure_gives_an_unavailable_provider_a_row_with_its_reason():
     def missing():
-        raise measure.Unavailable("no such package")
+        raise Unavailable("no such package")
 
     case = next(case for case in TINY if case.op == "project")
-    comparison = registry.module("project").build(case, SETTING)
-    comparison.providers["other"] = missing
-    comparison.providers.pop("torch.compile")
-    rows = measure.measure(case, comparison, SETTING, CEILINGS, 0.0, measure.simply)
+    compared = registry.module("project").build(case, SETTING)
+    compared.providers["other"] = missing
+    compared.providers.pop("torch.compile")
+    rows = measured_rows(case, compared)
     assert [row.unavailable for row in rows if row.provider == "other"] == ["no such package"]
 
 
 @pytest.mark.parametrize(
     "dtype, arch, gluon", [("bfloat16", 90, True), ("float32", 90, False), ("bfloat16", 80, False)]
 )
-def test_each_strategy_that_runs_is_a_provider(dtype, arch, gluon):
+def test_layer_has_a_provider_for_each_strategy_that_runs(dtype, arch, gluon):
     case = cases.Case("layer", "", ((64, 48),), 4, 16, dtype, 0.0)
     with tiles.assume(arch=arch):
-        _, found = providers.layer(case, measure.Setting(torch.device("cpu"), triton=True))
-    ours = [name for name in found if name.startswith("ours")]
+        _, layer_providers = providers.layer(case, Setting(torch.device("cpu"), triton=True))
+    ours = [name for name in layer_providers if name.startswith("ours")]
     assert ours == ["ours", "ours, fused", "ours, cublas", *(["ours, gluon"] if gluon else [])]
 
 
@@ -100,24 +106,24 @@ def test_saved_bytes_of_the_layer_are_x_and_s():
     assert saved["addmm_"] == case.n_tokens * d_in * element
 
 
-def test_work_is_counted_once():
-    """x, W, a, b read, y and S written."""
+def test_cost_of_the_layer_counts_each_operand_once():
+    """The forward pass reads x, W, a, b and writes y and S."""
     case = cases.Case("layer", "", ((64, 64),), 16, 128, "bfloat16")
-    work = registry.module("layer").build(case, SETTING).work["forward"]
-    assert work.bytes == 2 * (128 * 64 * 2 + 64 * 64 + 128 * 16) + 4 * (2 * 16 * 64)  # adapters are float32
-    assert work.operations == 2 * 128 * (64 * 64 + 16 * (64 + 64))
+    cost = registry.module("layer").build(case, SETTING).costs["forward"]
+    assert cost.bytes == 2 * (128 * 64 * 2 + 64 * 64 + 128 * 16) + 4 * (2 * 16 * 64)  # adapters are float32
+    assert cost.operations == 2 * 128 * (64 * 64 + 16 * (64 + 64))
 
 
-def test_providers_take_turns():
+def test_rounds_run_providers_in_turns():
     order = []
-    sides = {name: measure.Provider(lambda name=name: order.append(name)) for name in "abc"}
-    rounds = measure.Rounds(sides, SETTING.device)
+    sides = {name: Provider(lambda name=name: order.append(name)) for name in "abc"}
+    rounds = comparison.Rounds(sides, SETTING.device)
     for _ in range(3):
         rounds.run()
     assert "".join(order) == "abcbcacab"
 
 
-def test_the_table_of_shapes():
+def test_models_have_their_published_shapes():
     assert len(cases.MODELS["Llama-3-8B"].pairs) == 224 and len(cases.MODELS["SmolLM2-135M"].pairs) == 210
     every = cases.distinct(tuple(cases.MODELS))
     assert set(timings.SHAPES) <= set(every) and (18944, 3584) in every and len(every) == 12
@@ -131,10 +137,10 @@ def test_cases_survive_json():
 
 def run_of(rows, device="a CPU"):
     versions = {"lora-fast": "0.1.0", "torch": "2"}
-    where = {"device": device, "machine": "x86_64", "python": "3", "versions": versions}
+    environment = {"device": device, "machine": "x86_64", "python": "3", "versions": versions}
     return {
-        "environment": where, "scale": "tiny", "on_gpu": False, "load": "0", "cores": 1, "timestamp": "now",
-        "tests": ["project"], "what": {"project": "S", "layer": "y"}, "ceilings": [CEILINGS._asdict()],
+        "environment": environment, "scale": "tiny", "on_gpu": False, "load": "0", "cores": 1, "timestamp": "now",
+        "tests": ["project"], "what": {"project": "S", "layer": "y"}, "ceilings": [asdict(CEILINGS)],
         "rows": [asdict(row) for row in rows],
     }  # fmt: skip
 
@@ -142,12 +148,11 @@ def run_of(rows, device="a CPU"):
 @pytest.fixture(scope="module")
 def run():
     rows = [row for case in TINY if case.op in ("project", "layer") for row in rows_of(case)]
-    rows += [measure.Row(asdict(TINY[0]), "absent", "full", unavailable="<not> installed")]
+    rows += [comparison.Row(asdict(TINY[0]), "absent", "full", unavailable="<not> installed")]
     return run_of(rows)
 
 
-def test_files_of_a_run(run, tmp_path):
-    report = registry.module("report")
+def test_report_writes_all_files_of_a_run(run, tmp_path):
     report.write(tmp_path, run, changes.compare(run, run))
     assert json.loads((tmp_path / "bench.json").read_text())["rows"] == json.loads(json.dumps(run["rows"]))
     lines = list(csv.DictReader(io.StringIO((tmp_path / "bench.csv").read_text())))
@@ -160,7 +165,7 @@ def test_files_of_a_run(run, tmp_path):
     assert len(list((tmp_path / "plots").glob("*.svg"))) == 2
 
 
-def test_comparison_marks_what_is_beyond_noise(run):
+def test_changes_beyond_noise_are_marked(run):
     assert not any(change.beyond_noise for change in changes.compare(run, run))
     slower = json.loads(json.dumps(run))
     changed = next(row for row in slower["rows"] if row["provider"] == "ours" and row["mode"] == "full")
@@ -170,30 +175,36 @@ def test_comparison_marks_what_is_beyond_noise(run):
     assert marked[0].times == pytest.approx(0.01)
 
 
-def test_two_devices_are_compared_by_ratios_alone(run):
+def test_changes_between_devices_compare_ratios_alone(run):
     first = run["rows"][0]["provider"]
     other = {**run, "environment": {**run["environment"], "device": "another"}}
     assert first in {change.provider for change in changes.compare(run, run)}
     assert first not in {change.provider for change in changes.compare(run, other)}
 
 
-def test_tests_named_by_the_suite_exist():
-    nodes = [node for op in registry.OPS for node in registry.TESTS[op]]
-    for path, test in (node.split("::") for node in nodes):
-        assert f"def {test.split('[')[0]}(" in (ROOT / path).read_text(), test
+def test_every_test_of_the_registry_is_collected():
+    """A node id that no longer exists would stop ``bench/run.py`` before it measures anything."""
+    nodes = dict.fromkeys(node for op in registry.OPS for node in registry.TESTS[op])
+    files = dict.fromkeys(node.partition("::")[0] for node in nodes)
+    options = ["-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider", "--collect-only", "-q"]
+    command = [sys.executable, "-m", "pytest", *options, *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    collected = {line for line in done.stdout.splitlines() if "::" in line}
+    collected |= {line.partition("[")[0] for line in collected}
+    assert not [node for node in nodes if node not in collected], done.stdout[-2000:] + done.stderr[-2000:]
 
 
-def test_a_red_test_means_no_numbers(tmp_path):
-    """run.py with a failing test in the place of an op's."""
+def test_run_measures_nothing_after_a_failed_test(tmp_path):
+    """Runs run.py with a failing test in place of an op's tests."""
     red = tmp_path / "test_red.py"
     red.write_text("def test_red():\n    assert False\n")
-    code = f"import suite; suite.TESTS['project'] = ({str(red)!r},)\nimport run; run.main()"
+    code = f"from suite import registry; registry.TESTS['project'] = ({str(red)!r},)\nimport run; run.main()"
     command = [sys.executable, "-c", code, "project", "--scale", "tiny", "--output", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=BENCH, capture_output=True, text=True)
-    assert done.returncode == 1 and "a test is red" in done.stderr and not (tmp_path / "out").exists()
+    assert done.returncode == 1 and "a test failed" in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_lora_fast_bench_runs_the_suite(tmp_path):
+def test_bench_command_runs_the_suite(tmp_path):
     from typer.testing import CliRunner
 
     from lora_fast.cli import app
@@ -206,35 +217,35 @@ def test_lora_fast_bench_runs_the_suite(tmp_path):
     assert done.returncode == 2 and "expected some of project" in done.stderr
 
 
-def test_lora_fast_bench_without_the_repository(monkeypatch, tmp_path):
+def test_bench_command_without_the_repository_explains_itself(monkeypatch, tmp_path):
     from typer.testing import CliRunner
 
     from lora_fast.cli import app
 
     monkeypatch.setattr(sys.modules["lora_fast.cli.bench"], "SUITE", tmp_path / "bench" / "run.py")
     done = CliRunner().invoke(app, ["bench"])
-    assert done.exit_code == 2 and "installed without it" in done.output
+    assert done.exit_code == 2 and "part of the repository, not of the package" in done.output
 
 
 # ---- Times of a device
 
 
 class Device:
-    """A CUDA device in words: a clock for the host and one for the device, which does what it is given in order."""
+    """A model of a CUDA device: it has a clock for the host and one for the device, which works in order."""
 
     type = "cuda"
 
     def __init__(self, monkeypatch):
         self.host, self.device = 0.0, 0.0
-        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.host)
-        monkeypatch.setattr(measure, "_mark", lambda device: self.enqueue(0.0))
-        monkeypatch.setattr(measure, "_elapsed", lambda start, end: end - start)
-        monkeypatch.setattr(measure, "_flush", lambda device: self.enqueue(1e-4))
-        monkeypatch.setattr(measure, "_keep_busy", lambda device, seconds: self.enqueue(seconds))
-        monkeypatch.setattr(measure, "wait", lambda device: self.wait())
+        monkeypatch.setattr(comparison.time, "perf_counter", lambda: self.host)
+        monkeypatch.setattr(comparison, "mark", lambda device: self.enqueue(0.0))
+        monkeypatch.setattr(comparison, "seconds_between", lambda start, end: end - start)
+        monkeypatch.setattr(comparison, "flush_cache", lambda device: self.enqueue(1e-4))
+        monkeypatch.setattr(comparison, "keep_busy", lambda device, seconds: self.enqueue(seconds))
+        monkeypatch.setattr(comparison, "wait", lambda device: self.wait())
 
     def enqueue(self, seconds: float) -> float:
-        """When it will be done."""
+        """Returns the time at which the device will have finished."""
         self.device = max(self.host, self.device) + seconds
         return self.device
 
@@ -248,16 +259,20 @@ class Device:
             self.wait()
 
 
-def test_device_and_host_are_timed_apart(monkeypatch):
-    """The host's time is not in the device's unless it cannot be kept out, and then the row says so."""
+def test_rounds_time_device_and_host_apart(monkeypatch):
+    """The device's time excludes the host's; where that is impossible, the provider is marked as exposed."""
     device = Device(monkeypatch)
-    light = lambda: [device.op(20e-6, 5e-6) for _ in range(4)]
+
+    def light():
+        for _ in range(4):
+            device.op(20e-6, 5e-6)
+
     providers = {
-        "light": measure.Provider(light, lambda value: device.op(300e-6, 40e-6)),
-        "waits": measure.Provider(lambda: device.op(20e-6, 5e-6, waits=True), lambda value: device.op(20e-6, 5e-6)),
-        "slow host": measure.Provider(lambda: device.op(80e-3, 5e-6), lambda value: device.op(1e-6, 5e-6)),
+        "light": Provider(light, lambda value: device.op(300e-6, 40e-6)),
+        "waits": Provider(lambda: device.op(20e-6, 5e-6, waits=True), lambda value: device.op(20e-6, 5e-6)),
+        "slow host": Provider(lambda: device.op(80e-3, 5e-6), lambda value: device.op(1e-6, 5e-6)),
     }
-    rounds = measure.timed(providers, device, 0.5, measure.simply)
+    rounds = comparison.timed(providers, device, 0.5, comparison.simply)
     assert rounds.times("light", "forward") == pytest.approx([20] * len(rounds.runs["light"]), abs=1e-3)
     assert rounds.times("light", "full") == pytest.approx([60] * len(rounds.runs["light"]), abs=1e-3)
     assert rounds.host_times("light", "full") == pytest.approx([380] * len(rounds.runs["light"]), abs=1e-3)

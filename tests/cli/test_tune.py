@@ -140,7 +140,7 @@ HALF, SINGLE = torch.bfloat16, torch.float32
 
 @pytest.mark.parametrize("arch, dtype, runs", [(90, HALF, True), (90, SINGLE, False), (100, HALF, False)])
 def test_gluon_is_a_candidate_where_it_runs(arch, dtype, runs, monkeypatch):
-    monkeypatch.setattr(device, "of", lambda torch_device: device.CARDS[arch])
+    monkeypatch.setattr(device, "get", lambda torch_device: device.CARDS[arch])
     gemms = [case_of(op, replace(SHAPE, dtype=dtype)) for op in ("linear", "grad_x_dropout")]
     assert [{case.key: "gluon"} in case.candidates for case in gemms] == [runs, runs]
     assert all({case.key: "cublas"} in case.candidates for case in gemms)
@@ -308,7 +308,7 @@ def test_interpreted_kernels_are_not_timed(cache, monkeypatch):
 def test_gpu_older_than_the_kernels_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(major=7, minor=5))
     with pytest.raises(RuntimeError, match=r"sm_80 \(Ampere\) or later, got sm_75"):
-        device._of_gpu.__wrapped__(0)
+        device._query_gpu.__wrapped__(0)
 
 
 def test_show_and_clear_work_without_a_gpu(cache):

@@ -1,10 +1,12 @@
-"""A machine in Python for kernels in Gluon, which has no interpreter: one program's partitions run in turns, which end
-where one waits or hands over, and what a GPU does in its own time (copies by TMA, asynchronous products) is done as
-early or as late as waits and barriers allow: a program that waits for too little computes something else, or an error.
+"""A machine in Python that runs kernels in Gluon, which has no interpreter.
 
-``launch`` stands in for a ``kernels.launch.Launch``. Known: what kernels/linear/gluon_gemm.py uses. Not modelled:
-layouts, and threads within a partition, of which the compiler keeps order itself (tests/linear/test_gluon_gemm.py reads
-that off the machine code).
+The partitions of a program run in turns. A turn ends where a partition waits or arrives at a barrier. Asynchronous work
+of the GPU (copies by TMA, products) is done as early or as late as waits and barriers allow, so a program with a
+missing wait computes another result or raises ``Hazard``.
+
+``launch`` replaces ``kernels.launch.Launch.go``. The machine implements the part of Gluon that
+kernels/linear/gluon_gemm.py uses. It does not model layouts, nor the threads of a partition, which the compiler
+synchronises (tests/linear/test_gluon_gemm.py checks that in the machine code).
 """
 
 import builtins
@@ -22,29 +24,30 @@ NAMES = ("uint8", "uint32", "int32", "int64", "float16", "bfloat16", "float32")
 
 
 class Hazard(AssertionError):
-    """The kernel relies on what no GPU promises."""
+    """Raised if the kernel relies on an order that a GPU does not guarantee."""
 
 
 # ---- Values
 
 
 def stored(dtype: str) -> type:
-    """numpy's type of numbers of a dtype: 16-bit floats are kept as float32 that they can hold."""
+    """Returns numpy's type for a dtype. 16-bit floats are stored as float32."""
     return np.float32 if "float" in dtype else getattr(np, dtype)
 
 
 def rounded(numbers: np.ndarray, dtype: str) -> np.ndarray:
+    """Returns the numbers rounded to a dtype, still stored as float32."""
     if dtype in ("float16", "bfloat16"):
         return torch.from_numpy(np.ascontiguousarray(numbers)).to(getattr(torch, dtype)).float().numpy()
     return numbers
 
 
 class Value:
-    """A block of numbers, or one number: what Gluon calls a tensor."""
+    """A block of numbers or one number, which Gluon calls a tensor."""
 
     def __init__(self, numbers, dtype: str):
         self._numbers, self.dtype = np.asarray(numbers, stored(dtype)), dtype
-        self.pending = 0  # asynchronous products that are still to be added
+        self.pending = 0  # number of asynchronous products that are not yet added
 
     @property
     def numbers(self) -> np.ndarray:
@@ -95,11 +98,11 @@ class Value:
 
 
 class PointerType:
-    """Of int64."""
+    """The type of a pointer to int64."""
 
 
 class Pointer:
-    """An address, or a block of them, of elements of a tensor or of an int64 anywhere."""
+    """An address or a block of addresses: of elements of a tensor, or of an int64 in memory."""
 
     def __init__(self, base: torch.Tensor | int, offsets: np.ndarray | int = 0):
         self.base, self.offsets = base, offsets
@@ -111,17 +114,17 @@ class Pointer:
         if isinstance(self.base, int):
             return Value(ctypes.c_int64.from_address(self.base).value, "int64")
         kept = np.broadcast_to(True if mask is None else mask.numbers != 0, self.offsets.shape)
-        start, held = self.base.storage_offset(), self.base.untyped_storage().nbytes() // self.base.element_size()
+        start, count = self.base.storage_offset(), self.base.untyped_storage().nbytes() // self.base.element_size()
         places = start + self.offsets[kept]
-        if places.size and not (places.min() >= 0 and places.max() < held):
-            raise Hazard(f"a load of element {places.max()} of {held}")
+        if places.size and not (places.min() >= 0 and places.max() < count):
+            raise Hazard(f"a load of element {places.max()} of {count}")
         numbers = np.full(self.offsets.shape, other, np.float32)
-        numbers[kept] = self.base.as_strided((held,), (1,), 0)[torch.from_numpy(places)].float().numpy()
+        numbers[kept] = self.base.as_strided((count,), (1,), 0)[torch.from_numpy(places)].float().numpy()
         return Value(numbers, str(self.base.dtype).removeprefix("torch."))
 
 
 class Descriptor:
-    """A matrix that TMA reads and writes a block at a time."""
+    """A matrix that TMA reads and writes in blocks."""
 
     def __init__(self, described):
         self.base, self.size = described.base, described.shape
@@ -134,15 +137,15 @@ class Descriptor:
         return whole, [slice(int(at), int(at) + n) for at, n in zip(origin, self.block_type.shape, strict=True)]
 
     def read(self, origin: list) -> np.ndarray:
-        """Zero beyond its edges."""
+        """Returns a block of the matrix, which is zero beyond the matrix's edges."""
         whole, place = self._block(origin)
-        found = whole[tuple(place)].float().numpy()
+        inside = whole[tuple(place)].float().numpy()
         block = np.zeros(self.block_type.shape, np.float32)
-        block[: found.shape[0], : found.shape[1]] = found
+        block[: inside.shape[0], : inside.shape[1]] = inside
         return block
 
     def write(self, origin: list, block: np.ndarray) -> None:
-        """Nothing beyond its edges."""
+        """Writes the part of a block that is inside the matrix."""
         whole, place = self._block(origin)
         part = whole[tuple(place)]
         part.copy_(torch.from_numpy(block[: part.shape[0], : part.shape[1]]))
@@ -152,7 +155,8 @@ class Descriptor:
 
 
 class Allocation:
-    """``writers``: partitions that wrote it and have not told the asynchronous units of it, by a fence."""
+    """An allocation of shared memory. ``writers`` are the partitions that wrote to it without a fence since; the
+    asynchronous units must not read such memory."""
 
     def __init__(self):
         self.writers = set()
@@ -191,14 +195,18 @@ class Memory:
         return Value(self.numbers.copy(), self.dtype)
 
     def seen(self) -> np.ndarray:
-        """As the asynchronous units see it."""
+        """Returns the numbers as the asynchronous units read them.
+
+        Raises:
+            Hazard: a partition wrote to the memory without a fence.
+        """
         if self.allocation.writers:
             raise Hazard(f"shared memory that {self.allocation.writers} wrote is read without a fence")
         return self.numbers
 
 
 class Barrier:
-    """An mbarrier. Its n-th phase ends when all have arrived and all bytes are there."""
+    """An mbarrier. Its n-th phase ends when all threads have arrived and all bytes have been copied."""
 
     def __init__(self):
         self.phase, self.count, self.missing, self.bytes = 0, 0, 0, 0
@@ -221,13 +229,13 @@ class Barrier:
 
 
 class Machine:
-    """One program. ``late``: how probably something asynchronous is put off where it could be done."""
+    """The state of one program. ``late`` is the probability that asynchronous work is delayed when it could be done."""
 
     def __init__(self, program: int, n_programs: int, late: float, draw: random.Random):
         self.program, self.n_programs, self.late, self.draw = program, n_programs, late, draw
         self.current = "kernel"  # the partition that runs
-        self.copies: list = []  # functions, under way
-        self.products: list[tuple] = []  # of the multiplying partition: (accumulator, function)
+        self.copies: list = []  # functions that make the copies in flight
+        self.products: list[tuple] = []  # (accumulator, function) of the partition "multiply"
         self.stores: list = []
         self.turn = threading.Condition()
         self.waiting: dict[str, tuple[Barrier, int] | None] = {}  # the partitions that have not ended
@@ -267,7 +275,7 @@ class Machine:
             self._pass_on()
 
     def _pass_on(self) -> None:
-        """To a partition that can run; copies end where none can, or by chance."""
+        """Gives the turn to a partition that can run. Copies complete at random, or if no partition can run."""
         while not self.error and self.waiting:
             if self.copies and self.draw.random() > self.late:
                 self.copies.pop(0)()
@@ -282,11 +290,11 @@ class Machine:
         self.turn.notify_all()
 
     def wait(self, barrier: "Barriers", parity) -> None:
-        me, waits = self.current, (barrier.one, int(parity))
+        me = self.current
         if not hasattr(self, "warps_of"):
             raise Hazard("a wait outside partitions")
         with self.turn:
-            self.waiting[me] = waits
+            self.waiting[me] = barrier.only, int(parity)
             self._pass_on()
             self.turn.wait_for(lambda: self.error or self.current == me)
             if self.error:
@@ -295,15 +303,15 @@ class Machine:
 
     def arrive(self, barrier: "Barriers", count: int, pred=True) -> None:
         if pred:
-            barrier.one.arrive(count)
+            barrier.only.arrive(count)
             self.give_turn()
 
     def give_turn(self) -> None:
-        """Others may run here, as they may at every place; where something was handed over it matters."""
+        """Lets other partitions run. They could run anywhere, but only after an arrival does it make a difference."""
         if self.waiting:
-            self.wait(Barriers([Barrier()]), 1)
+            self.wait(Barriers([Barrier()]), 1)  # a new barrier's wait for parity 1 passes at once
 
-    # -- what the units do
+    # -- the asynchronous units
 
     def copy_in(self, source: Descriptor, origin, barrier: "Barriers", buffer: Memory) -> None:
         origin = [int(at) for at in origin]
@@ -311,8 +319,8 @@ class Machine:
         def copy():
             buffer.seen()
             buffer.numbers[...] = source.read(origin)
-            barrier.one.bytes -= buffer.numbers.size * 2
-            barrier.one.end_phase()
+            barrier.only.bytes -= buffer.numbers.size * 2
+            barrier.only.end_phase()
 
         self.copies.append(copy)
 
@@ -365,22 +373,24 @@ class Machine:
 
 
 class Barriers:
+    """An array of barriers, or a view of one of them."""
+
     def __init__(self, barriers: list[Barrier]):
         self.barriers = barriers
 
-    one = property(lambda self: self.barriers[0])
+    only = property(lambda self: self.barriers[0])
 
     def index(self, i) -> "Barriers":
         return Barriers([self.barriers[int(i)]])
 
 
 def expect(barrier: Barriers, n_bytes: int) -> None:
-    barrier.one.bytes += n_bytes
-    barrier.one.arrive()
+    barrier.only.bytes += n_bytes
+    barrier.only.arrive()
 
 
 def init(barrier: Barriers, count: int) -> None:
-    barrier.one.count = barrier.one.missing = count
+    barrier.only.count = barrier.only.missing = count
 
 
 def reinterpret(memory: Memory, dtype: str, shape: list, layout) -> Memory:
@@ -388,7 +398,7 @@ def reinterpret(memory: Memory, dtype: str, shape: list, layout) -> Memory:
 
 
 def language(machine: Machine) -> SimpleNamespace:
-    """gl."""
+    """Returns the module ``gl`` of this machine."""
     integer = lambda number: number if isinstance(number, Value) else Value(number, "int32")
     numbers = lambda value: value.numbers if isinstance(value, Value) else value
     wide = lambda value: numbers(value).astype(np.uint64) if isinstance(value, Value) else np.uint64(value)
@@ -419,7 +429,8 @@ def language(machine: Machine) -> SimpleNamespace:
 
 
 def _names(machine: Machine) -> dict:
-    """The kernel's module as this machine reads it: its functions as plain ones, its constants as numbers."""
+    """Returns the names of the kernel's module for this machine: plain functions in place of jit functions, and numbers
+    in place of constexprs."""
     known = {name: getattr(value, "value", value) for name, value in vars(gluon_gemm).items()}
     known |= {
         "gl": language(machine),
@@ -442,20 +453,20 @@ def _names(machine: Machine) -> dict:
 
 
 def launch(launched, tensors: tuple, numbers: tuple, late: float, seed: int = 0, change=None) -> None:
-    """Run a launch on tensors of the CPU. ``change``: of the names of the kernel's module, for a test that plants
-    something."""
+    """Runs a launch on CPU tensors. ``change`` takes the names of the kernel's module and returns replacements, with
+    which tests plant mistakes."""
     draw = random.Random(seed)
     options = dict(launched.options)
     warps = options.pop("num_warps")
     n = len(launched.matrices)
-    described = [matrix.of(tensor) for matrix, tensor in zip(launched.matrices, tensors, strict=False)]
+    described = [matrix.describe(tensor) for matrix, tensor in zip(launched.matrices, tensors, strict=False)]
     for program in range(launched.grid[0]):
         machine = Machine(program, launched.grid[0], late, draw)
         machine.allocations, machine.warps = [], warps
         names = _names(machine)
         if change:
             names |= change(names)
-        arguments = [Descriptor(one) for one in described]
+        arguments = list(map(Descriptor, described))
         arguments += [Pointer(tensor) for tensor in tensors[n:]]
         scaling, seed_of_mask, in_memory, drop_level = numbers
         arguments += [Value(scaling, "float32"), Value(seed_of_mask, "int64"), Value(in_memory, "int32")]

@@ -1,4 +1,4 @@
-"""What tests of kernels share: where they run, seeded inputs, buffers full of NaN."""
+"""Helpers of kernel tests: the device, seeded inputs, buffers full of NaN."""
 
 from contextlib import contextmanager
 
@@ -9,15 +9,22 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @contextmanager
 def poisoned_empty():
-    """torch.empty and torch.empty_strided full of NaN: a kernel that leaves an element unwritten, or reads one,
-    shows."""
-    kept = torch.empty, torch.empty_strided
-    fill = lambda t: t.fill_(float("nan") if t.is_floating_point() else -7)
-    torch.empty, torch.empty_strided = (lambda *a, made=made, **k: fill(made(*a, **k)) for made in kept)
+    """Makes torch.empty and torch.empty_strided return NaN, so that a test fails if a kernel reads an element before it
+    is written or leaves one unwritten."""
+    originals = torch.empty, torch.empty_strided
+
+    def poisoned(allocate):
+        def empty(*args, **options):
+            tensor = allocate(*args, **options)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else -7)
+
+        return empty
+
+    torch.empty, torch.empty_strided = map(poisoned, originals)
     try:
         yield
     finally:
-        torch.empty, torch.empty_strided = kept
+        torch.empty, torch.empty_strided = originals
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -26,5 +33,5 @@ def randn(*shape, seed=0, dtype=torch.float32):
 
 
 def size(*tensors: torch.Tensor) -> int:
-    """Bytes."""
+    """Returns the bytes of the tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,9 +1,9 @@
-"""Triton's real launch path on a machine without a GPU: its JIT, its C launcher and our launch plans run into a
-driver of our own (aot/tests/stub_cuda.c) that has a real card's limits, refuses what that card would refuse, and
-notes the rest.
+"""Runs Triton's real launch path on a machine without a GPU. Its JIT, its C launcher and our launch plans call a driver
+of our own (aot/tests/stub_cuda.c) that has the limits of a real card, rejects the launches that the card would reject,
+and records the others.
 
-CPU tensors stand in for tensors on the card; kernels compute nothing. ``install`` changes this process for good, so
-it is called in one of its own, before Triton is used, without ``TRITON_INTERPRET``.
+CPU tensors stand in for tensors on the card, and kernels compute nothing. ``install`` changes this process permanently.
+It must be called in a process of its own, before Triton is used and without ``TRITON_INTERPRET``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MULTIPROCESSOR_COUNT, MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 16, 97  # of cuda.h's 
 
 
 class Note(ctypes.Structure):
-    """A launch as the driver got it."""
+    """A launch as the C file records it."""
 
     _fields_ = [("function", ctypes.c_void_p), ("cubin", ctypes.c_void_p), ("name", ctypes.c_char_p)]
     _fields_ += [("grid", ctypes.c_uint * 3)]
@@ -37,7 +37,7 @@ class Note(ctypes.Structure):
 
 
 class Launched(NamedTuple):
-    """A launch in Python's terms. ``arguments``: the bytes of each parameter."""
+    """A launch that the driver received. ``arguments`` are the bytes of each parameter."""
 
     kernel: str
     function: int
@@ -45,12 +45,14 @@ class Launched(NamedTuple):
     grid: tuple[int, ...]
     block: tuple[int, ...]
     shared: int
-    stack: int  # bytes a thread: what spills lies there
+    stack: int  # bytes of a thread, where spilled registers are stored
     stream: int
     arguments: tuple[bytes, ...]
 
 
 class Stub:
+    """The stub driver of this process."""
+
     def __init__(self, library: ctypes.CDLL):
         self.library = library
         self.device, self.stream = 0, 0  # the current ones
@@ -60,7 +62,7 @@ class Stub:
         return kind.in_dll(self.library, f"stub_{name}")
 
     def counter(self, name: str) -> int:
-        """Launches, or loads (of modules), so far."""
+        """Returns the number of "launches", or of "loads" of modules, so far."""
         return self._variable(name, ctypes.c_ulonglong).value
 
     def set_card(self, arch: int) -> None:
@@ -76,25 +78,26 @@ class Stub:
         assert self.library.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0) == 0
         return value.value
 
-    def note(self, launches: bool) -> None:
+    def record(self, launches: bool) -> None:
+        """Turns the recording of launches on or off."""
         self._variable("noting", ctypes.c_int).value = launches
 
     @contextmanager
-    def noted(self):
-        """Within: the list that this yields gets every launch, when the context ends."""
+    def recorded(self):
+        """Records the launches inside the context. They are in the list that it yields once the context has ended."""
         count, launches = self._variable("count", ctypes.c_int), []
         count.value = 0
-        self.note(True)
+        self.record(True)
         try:
             yield launches
         finally:
-            self.note(False)
+            self.record(False)
             notes = (Note * MOST).in_dll(self.library, "stub_notes")[: count.value]
             launches += [_launched(note) for note in notes]
 
     @contextmanager
     def capturing(self):
-        """Within: a stream is captured, so that a module that is loaded is an error."""
+        """Behaves as if a stream were captured, so that loading a module is an error."""
         flag = self._variable("capturing", ctypes.c_int)
         flag.value = 1
         try:
@@ -110,7 +113,7 @@ def _launched(note: Note) -> Launched:
 
 
 def build(folder: Path) -> Path:
-    """libcuda.so.1 in the folder. Needs a C compiler, and cuda.h, which Triton brings."""
+    """Compiles libcuda.so.1 into the folder and returns its path. This needs a C compiler; cuda.h is part of Triton."""
     import triton
 
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
@@ -122,8 +125,8 @@ def build(folder: Path) -> Path:
 
 @lru_cache
 def load() -> ctypes.CDLL:
-    """Makes this process take the stub for libcuda.so.1. On a machine that has the real one this comes before torch is
-    imported: a torch for CUDA loads libcuda.so.1, and of one name only the first is used."""
+    """Loads the stub as this process's libcuda.so.1. On a machine with the real driver this must happen before torch is
+    imported: a CUDA build of torch loads libcuda.so.1, and the first library loaded under a name is used for all."""
     folder = Path(tempfile.mkdtemp(prefix="stub-driver-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
@@ -131,7 +134,7 @@ def load() -> ctypes.CDLL:
 
 
 def install(arch: int) -> Stub:
-    """This process now has a card of this arch, of which CPU tensors are the memory."""
+    """Gives this process a card of this arch, with CPU tensors as its memory. Returns the stub."""
     os.environ.pop("TRITON_INTERPRET", None)
     stub = Stub(load())
 
@@ -142,13 +145,13 @@ def install(arch: int) -> Stub:
     from lora_fast.kernels import device
 
     stub.set_card(arch)
-    stub.note(False)
+    stub.record(False)
     cuda = CudaDriver()
     cuda.get_current_device = lambda: stub.device
     cuda.get_current_stream = lambda index: stub.stream
     cuda.get_device_capability = lambda index=None: divmod(stub.card.arch, 10)
     driver.set_active(cuda)
-    device.of = lambda torch_device: stub.card
+    device.get = lambda torch_device: stub.card
     device.index = lambda tensor: stub.device
     device.stream = lambda tensor: stub.stream
     backend.uses_triton = lambda tensor: backend._chosen != "torch"

@@ -1,8 +1,8 @@
-"""What tests and benchmarks run on the stub driver (stub_driver.py), each in a process of its own:
+"""The runs of tests and benchmarks on the stub driver (stub_driver.py), each in a process of its own:
 
     python tests/helpers/stub_runs.py COMMAND --arch 90
 
-prints one line of JSON. ``launch_matrix`` is what ``make launches`` runs in full and the suite in part.
+prints one line of JSON. ``make launches`` runs the whole ``launch_matrix``, the test suite a sample of it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import stub_driver
 ARCHS = (90, 80, 89, 120)  # H100, A100, RTX 4090, RTX 5090
 DIMENSIONS = {
     "r": (1, 8, 16, 17, 24, 32, 33, 64, 128, 256),
-    "adapter": ("bfloat16", "float32", "autocast"),  # the last: float32, in an autocast region
+    "adapter": ("bfloat16", "float32", "autocast"),  # "autocast" is float32 in an autocast region
     "dropout": (0.0, 0.1),
     "bias": (False, True),
     "tokens": (1, 17, 512, 8192),
@@ -31,12 +31,13 @@ DIMENSIONS = {
 
 
 def matrix() -> list[dict]:
-    """Every combination."""
+    """Returns every combination of the dimensions' values."""
     return [dict(zip(DIMENSIONS, values, strict=True)) for values in itertools.product(*DIMENSIONS.values())]
 
 
 def pairwise() -> list[dict]:
-    """Some of them, such that every two values of any two dimensions meet in one: greedily, always the same."""
+    """Returns a sample in which every pair of values of two dimensions occurs in one case. It is chosen greedily and is
+    always the same."""
     pairs_of = lambda case: set(itertools.combinations(case.items(), 2))
     cases, draw = matrix(), random.Random(0)
     draw.shuffle(cases)
@@ -50,7 +51,7 @@ def pairwise() -> list[dict]:
 
 
 def operands(case: dict, d_in: int = 512, d_out: int = 768, dtype=None) -> dict:
-    """A layer's tensors. Kernels of the stub compute nothing, but where torch multiplies it does."""
+    """Returns a layer's tensors. They are zero: the stub's kernels compute nothing, but torch's own products do."""
     import torch
 
     dtype = dtype or torch.bfloat16
@@ -65,7 +66,7 @@ def operands(case: dict, d_in: int = 512, d_out: int = 768, dtype=None) -> dict:
 
 
 def run_layer(tensors: dict, dropout: float, seed: int | None = None, autocast: bool = False) -> None:
-    """Forward and backward through the public function."""
+    """Runs forward and backward through the public function."""
     import torch
 
     import lora_fast as lf
@@ -77,8 +78,8 @@ def run_layer(tensors: dict, dropout: float, seed: int | None = None, autocast: 
 
 
 def launch_matrix(stub: stub_driver.Stub, cases: list[dict]) -> dict:
-    """Each case forward and backward, by plan but where a strategy is assumed; what failed, with why; and which kernels
-    of plans keep something on a stack, and so spill."""
+    """Runs each case forward and backward, by plans unless a strategy is assumed. Returns the failures with their
+    errors, and the launches by plan whose kernels use a stack, that is, spill."""
     from contextlib import nullcontext
 
     from lora_fast.kernels import tiles
@@ -88,13 +89,13 @@ def launch_matrix(stub: stub_driver.Stub, cases: list[dict]) -> dict:
         assumed = tiles.assume(arch=stub.card.arch, strategy=case["strategy"]) if case["strategy"] else nullcontext()
         tensors = operands(case)
         try:
-            with assumed, stub.noted() as noted:
+            with assumed, stub.recorded() as launched:
                 for _ in range(2):
                     run_layer(tensors, case["dropout"], autocast=case["adapter"] == "autocast")
-            launches += len(noted)
-            kernels |= {(launch.kernel, launch.cubin) for launch in noted}
+            launches += len(launched)
+            kernels |= {(launch.kernel, launch.cubin) for launch in launched}
             if not case["strategy"]:
-                again = noted[len(noted) // 2 :]
+                again = launched[len(launched) // 2 :]
                 spilling |= {f"{launch.kernel} {case}": launch.stack for launch in again if launch.stack}
         except Exception as error:  # whatever it is, it is this case's failure
             failures.append(case | {"error": f"{type(error).__name__}: {error}"[:500]})
@@ -103,7 +104,8 @@ def launch_matrix(stub: stub_driver.Stub, cases: list[dict]) -> dict:
 
 
 class Arena:
-    """Memory handed out from its start at each ``rewind``, so that two runs of a call get the same addresses."""
+    """Memory that is allocated from its start again after each ``rewind``, so that two runs of a call get the same
+    addresses."""
 
     def __init__(self, size: int):
         import torch
@@ -127,7 +129,7 @@ class Arena:
         return self.memory[start : start + count * dtype.itemsize].view(dtype).as_strided(shape, strides)
 
 
-# What a call's signature is made of: name → values. A call changes one of them, or draws them all anew.
+# The parts of a call's signature: name → values. The first value is the usual one.
 PARTS = {
     "tokens": (8192, 1, 40, 4096),
     "lead": (False, True),  # another leading dimension
@@ -141,7 +143,7 @@ PARTS = {
     "weight padding": (0, 0, 16),
     "a padding": (0, 0, 16),
     "b padding": (0, 0, 16),
-    "moved": (None, "x", "weight", "a", "b", "dy"),  # off a multiple of 16 bytes
+    "moved": (None, "x", "weight", "a", "b", "dy"),  # the tensor that does not start at a multiple of 16 bytes
     "rounded": (False, True),
     "bias": (1, 2, None),  # its stride
     "dropout": (0.0, 0.1, 0.5),
@@ -162,7 +164,8 @@ def laid_out(rows: int, columns: int, dtype, padding: int = 0, offset: int = 0):
 
 
 def call_of(parts: dict, draw: random.Random):
-    """A function that runs forward and backward on the kernels' own interface, always on the same tensors."""
+    """Returns a function that runs forward and backward on the kernels' own interface, and the tensors that it always
+    uses."""
     import torch
 
     from lora_fast.kernels import linear
@@ -179,7 +182,8 @@ def call_of(parts: dict, draw: random.Random):
     if parts["lead"]:
         x, dy = x.unsqueeze(0), dy.unsqueeze(0)
     bias = None if parts["bias"] is None else torch.zeros(d_out * parts["bias"], dtype=dtype)[:: parts["bias"]]
-    seed = torch.zeros((), dtype=torch.int64) if parts["seed"] == "tensor" else draw.randrange(1 << 40)  # no address
+    # A seed below 2⁴⁰ is never mistaken for an address (``same``).
+    seed = torch.zeros((), dtype=torch.int64) if parts["seed"] == "tensor" else draw.randrange(1 << 40)
     keep = linear.draw_mask(x, parts["dropout"], seed) if parts["dropout"] else None
     scaling, needs, rounded = parts["scaling"], parts["needs"], parts["rounded"]
 
@@ -191,8 +195,8 @@ def call_of(parts: dict, draw: random.Random):
 
 
 def same(mine: stub_driver.Launched | None, theirs: stub_driver.Launched | None, known) -> bool:
-    """Whether two launches are the same, byte by byte; but where both have an address that is not ``known``, of a
-    product that torch allocated itself."""
+    """Returns whether two launches are the same, byte by byte. Arguments may differ if both are addresses that are not
+    ``known``: torch allocates the results of its own products."""
     if mine is None or theirs is None or mine._replace(arguments=()) != theirs._replace(arguments=()):
         return False
 
@@ -201,32 +205,36 @@ def same(mine: stub_driver.Launched | None, theirs: stub_driver.Launched | None,
         return argument is not None and len(argument) == 8 and address >= 1 << 40 and not known(address)
 
     both = itertools.zip_longest(mine.arguments, theirs.arguments)
-    return all(one == other or (unknown(one) and unknown(other)) for one, other in both)
+    return all(a == b or (unknown(a) and unknown(b)) for a, b in both)
 
 
 def both_ways(stub: stub_driver.Stub, arena: Arena, call) -> tuple[list, list]:
-    """What a call launches by its plan, and by Triton's JIT, at the same addresses."""
+    """Returns the launches of a call by its plan and by Triton's JIT, at the same addresses."""
     from lora_fast.kernels import linear
 
     by_plan, runs = linear.by_jit, []
-    for by_jit in (by_plan, by_plan, lambda: True):  # the first makes the plan
+    for by_jit in (by_plan, by_plan, lambda: True):  # the first run makes the plan
         linear.by_jit = by_jit
         arena.rewind()
-        with stub.noted() as noted:
+        with stub.recorded() as launched:
             call()
-        runs.append(noted)
+        runs.append(launched)
     linear.by_jit = by_plan
     return runs[1], runs[2]
 
 
 def plan_proof(stub: stub_driver.Stub, n_calls: int = 210) -> dict:
-    """Random calls by plans and by Triton's JIT: what differs in what the driver got, byte by byte. Of three calls
-    the second has one part changed, to each value in its turn, and the third is the first again."""
+    """Compares the launches of random calls by plans and by Triton's JIT, byte by byte, and returns the differences.
+
+    Calls come in groups of three. In the second call one part of the first is changed, to each value in turn, and the
+    third equals the first.
+    """
     import torch
 
     from lora_fast.kernels import launch, linear
 
-    launch.takes_more_registers = lambda *given: False  # what is compiled again, the JIT has not: ``roomy`` has that
+    # A plan compiles kernels that spill again, which the JIT does not; ``spilling`` tests that.
+    launch.takes_more_registers = lambda *arguments: False
     arena, draw, differences, launches, kernels = Arena(1 << 29), random.Random(1), [], 0, []
     parts = {name: values[0] for name, values in PARTS.items()}
     usual, changes = parts, dict.fromkeys(PARTS, 0)
@@ -246,41 +254,44 @@ def plan_proof(stub: stub_driver.Stub, n_calls: int = 210) -> dict:
         torch.backends.cuda.matmul.fp32_precision = "tf32" if parts["tf32"] else "ieee"
         plan, jit = both_ways(stub, arena, call)
         launches += len(plan)
-        kernels += [one.kernel for one in plan]
+        kernels += [launched.kernel for launched in plan]
         for mine, theirs in itertools.zip_longest(plan, jit):
             if not same(mine, theirs, known):
                 differences.append(f"{parts}: {mine} and {theirs}"[:2000])
-    of_kernels = {name: kernels.count(name) for name in sorted(set(kernels))}
-    counts = {"launches": launches, "kernels": of_kernels, "plans": len(linear._plans)}
+    by_kernel = {name: kernels.count(name) for name in sorted(set(kernels))}
+    counts = {"launches": launches, "kernels": by_kernel, "plans": len(linear._plans)}
     return {**counts, "differences": differences, "changes": changes}
 
 
-def roomy(stub: stub_driver.Stub) -> dict:
-    """As if ptxas had let every kernel spill: a plan launches kernels that are compiled with more registers, which
-    differ in nothing else."""
+def spilling(stub: stub_driver.Stub) -> dict:
+    """Pretends that every kernel spills. A plan must then launch other cubins, compiled with more registers, in
+    launches that are otherwise the same as the JIT's."""
     from lora_fast.kernels import launch
 
     prepare = launch.Launch._prepare
 
-    def spilling(self, compiled, *rest):
+    def prepare_spilling(self, compiled, *arguments):
         compiled.n_spills = 1
-        return prepare(self, compiled, *rest)
+        return prepare(self, compiled, *arguments)
 
-    launch.Launch._prepare = spilling
+    launch.Launch._prepare = prepare_spilling
     arena = Arena(1 << 27)
     parts = {name: values[0] for name, values in PARTS.items()} | {"tokens": 8192, "dropout": 0.1}
     call, tensors = call_of(parts, random.Random(0))
     inputs = {tensor.data_ptr() for tensor in tensors}
     known = lambda address: address in inputs or arena.holds(address)
     plan, jit = both_ways(stub, arena, call)
-    put = lambda mine, theirs: mine._replace(function=theirs.function, cubin=theirs.cubin, stack=theirs.stack)
-    alike = [same(put(mine, theirs), theirs, known) for mine, theirs in zip(plan, jit, strict=True)]
-    return {"alike": alike, "others": [mine.cubin != theirs.cubin for mine, theirs in zip(plan, jit, strict=True)]}
+    same_launches, other_cubins = [], []
+    for by_plan, by_jit in zip(plan, jit, strict=True):
+        other_cubins.append(by_plan.cubin != by_jit.cubin)
+        by_plan = by_plan._replace(function=by_jit.function, cubin=by_jit.cubin, stack=by_jit.stack)
+        same_launches.append(same(by_plan, by_jit, known))
+    return {"same_launches": same_launches, "other_cubins": other_cubins}
 
 
 def backward_in_autocast(stub: stub_driver.Stub) -> dict:
-    """float32 forward, backward in an autocast region, by plans made outside it and inside: what torch's products give,
-    which kernels read as float32."""
+    """Runs forward in float32 and backward in an autocast region, by plans made outside and inside the region. Returns
+    the dtypes of torch's products, which the kernels read as float32."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -292,8 +303,8 @@ def backward_in_autocast(stub: stub_driver.Stub) -> dict:
             super().__init__()
             self.dtypes = set()
 
-        def __torch_dispatch__(self, operator, types, given=(), named=None):
-            result = operator(*given, **(named or {}))
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            result = operator(*args, **(kwargs or {}))
             if operator.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
                 self.dtypes.add(str(result.dtype))
             return result
@@ -313,8 +324,8 @@ def backward_in_autocast(stub: stub_driver.Stub) -> dict:
 
 
 def gluon(stub: stub_driver.Stub) -> dict:
-    """A layer of which the GEMM's strategy "gluon" was measured best: launches by plan and by Triton's JIT, with rows
-    that TMA can address and without."""
+    """Compares the launches by plans and by Triton's JIT of a layer for which "gluon" was measured as the fastest, with
+    rows that TMA can address and with rows that it cannot."""
     import torch
 
     from lora_fast.kernels import tuned
@@ -325,8 +336,8 @@ def gluon(stub: stub_driver.Stub) -> dict:
         (16, "float32", 0.1, "bfloat16", 0), (40, "same", 0.0, "bfloat16", 8), (8, "float32", 0.1, "float16", 0),
         (1, "same", 0.1, "float16", 0), (256, "float32", 0.0, "bfloat16", 0), (16, "same", 0.0, "bfloat16", 3),
     ):  # fmt: skip
-        given = {"r": r, "adapter": adapter, "dropout": dropout, "dtype": dtype, "padding": padding, "bias": 1}
-        call, tensors = call_of(parts | given, draw)
+        case = {"r": r, "adapter": adapter, "dropout": dropout, "dtype": dtype, "padding": padding, "bias": 1}
+        call, tensors = call_of(parts | case, draw)
         inputs = {tensor.data_ptr() for tensor in tensors}
         d_in, d_out = parts["d_in"], parts["d_out"]
         key = tuned.key("linear", getattr(torch, dtype), 1024, d_in, d_out, r)
@@ -337,12 +348,12 @@ def gluon(stub: stub_driver.Stub) -> dict:
         known = lambda address, inputs=inputs: address in inputs or arena.holds(address)
         for mine, theirs in itertools.zip_longest(plan, jit):
             if not same(mine, theirs, known):
-                differences.append(f"{given}: {mine} and {theirs}"[:2000])
+                differences.append(f"{case}: {mine} and {theirs}"[:2000])
     return {"launched": names, "differences": differences}
 
 
 def leave_products_out() -> None:
-    """Torch's own products only allocate: the stub's kernels compute nothing either."""
+    """Makes torch's own products only allocate their results, since the stub's kernels compute nothing either."""
     import torch
 
     from lora_fast.kernels.linear import cublas, gemm
@@ -355,23 +366,25 @@ def leave_products_out() -> None:
 
 
 def variants(stub: stub_driver.Stub) -> dict:
-    """Compiled variants that 20 batch sizes of one layer with dropout load, by kernel, for some layers."""
+    """Returns the number of compiled variants of each kernel that 20 batch sizes of a layer with dropout load, for some
+    layers."""
     leave_products_out()
     loaded = {}
     for d_out, adapter in ((64, "float32"), (4096, "float32"), (4096, "bfloat16")):
         used = set()
         for n in (1, 3, *range(40, 4000, 230)):
             case = {"r": 16, "adapter": adapter, "bias": False, "tokens": n}
-            with stub.noted() as noted:
+            with stub.recorded() as launched:
                 run_layer(operands(case, 4096, d_out), 0.1)
-            used |= {(launch.kernel, launch.function) for launch in noted}
+            used |= {(launch.kernel, launch.function) for launch in launched}
         names = [kernel for kernel, _ in used]
         loaded[f"4096 → {d_out}, {adapter}"] = {name: names.count(name) for name in sorted(set(names))}
     return loaded
 
 
 def capture(stub: stub_driver.Stub) -> dict:
-    """After a warm-up with seeds of the host, a capture, whose seeds are on the device: what loads a module fails."""
+    """Runs a warm-up with seeds on the host, then a capture with seeds on the device, in which loading a module
+    fails."""
     from lora_fast import backend
 
     outcome = {}
@@ -381,11 +394,11 @@ def capture(stub: stub_driver.Stub) -> dict:
         run_layer(tensors, 0.1)
         loads = stub.counter("loads")
         capturing, backend.is_capturing = backend.is_capturing, lambda device: True
-        with stub.capturing(), stub.noted() as noted:
+        with stub.capturing(), stub.recorded() as launched:
             run_layer(tensors, 0.1)
         backend.is_capturing = capturing
-        outcome[strategy] = {"loads": stub.counter("loads") - loads, "launches": len(noted)}
-    with stub.capturing():  # the stub does refuse
+        outcome[strategy] = {"loads": stub.counter("loads") - loads, "launches": len(launched)}
+    with stub.capturing():  # checks that the stub detects a load
         try:
             run_layer(operands(case | {"r": 24}, 1024, 1024), 0.1)
         except RuntimeError as error:
@@ -397,9 +410,9 @@ STEPS = {"AdamW": 1, "ILoRA": 3, "PiLoRA": 5, "LoRAMuon": 4}  # launches
 
 
 def optimizer_steps(stub: stub_driver.Stub) -> dict:
-    """Of each method, rank and place of the learning rate: what a step launches by plan and through Triton's JIT, with
-    gradients that move (a kernel that spills is another one by plan, with more registers); and what one loads, once
-    one was made, while a graph is captured."""
+    """Compares a step's launches by plans and by Triton's JIT, for each method, rank and place of the learning rate,
+    with gradients at new addresses. (A kernel that spills has another cubin in a plan.) Returns the differences, the
+    launches, and the modules that a captured step loads after one normal step."""
     import torch
     from torch import nn
 
@@ -415,9 +428,9 @@ def optimizer_steps(stub: stub_driver.Stub) -> dict:
         strides = allocate(shape, device="meta").stride()
         return arena.empty_strided(shape, strides, dtype or torch.float32, torch.device(device or "cpu"))
 
-    def noted(step) -> list:
+    def recorded(step) -> list:
         arena.rewind()
-        with stub.noted() as launches:
+        with stub.recorded() as launches:
             torch.empty = empty
             step()
             torch.empty = allocate
@@ -439,9 +452,9 @@ def optimizer_steps(stub: stub_driver.Stub) -> dict:
         move()
         optimizer.step()
         move()
-        by_plan = noted(optimizer.step)
+        by_plan = recorded(optimizer.step)
         launch.by_jit = lambda: True
-        through_jit = noted(optimizer.step)
+        through_jit = recorded(optimizer.step)
         launch.by_jit = by_jit
         for planned, compiled in zip(by_plan, through_jit, strict=True):
             spilled = compiled.stack > planned.stack == 0
@@ -458,7 +471,8 @@ def optimizer_steps(stub: stub_driver.Stub) -> dict:
 
 
 def public_functions(stub: stub_driver.Stub) -> dict:
-    """The functions that are handed lists, twice: with aligned matrices, then with ones that are not."""
+    """Runs the functions that take lists of tensors. Two of them run twice, with aligned matrices and with unaligned
+    ones."""
     import torch
 
     import lora_fast.functional as F
@@ -472,58 +486,59 @@ def public_functions(stub: stub_driver.Stub) -> dict:
     cubins = []
     for offset in (0, 1):
         matrices = storage[offset : offset + 4 * 16 * 16].view(4, 16, 16)
-        with stub.noted() as noted:
+        with stub.recorded() as launched:
             F.adapter_step_(factors, [True] * 2 + [False] * 2, hyper, steps, F.StepWork(matrices=matrices))
             transform.transform_(a + b, [True] * 2 + [False] * 2, matrices)
-        cubins.append([launch.cubin for launch in noted])
-    with stub.noted() as noted:
+        cubins.append([launch.cubin for launch in launched])
+    with stub.recorded() as launched:
         F.adapter_step_(factors, [True] * 2 + [False] * 2, hyper, steps)
         F.gram(a, dim=1)
         F.scalora_scaling(a, b, zeros(a), zeros(b), 1.0, 1.0)
         F.add_low_rank_(torch.zeros(48, 64), a[0], b[0], 1.0)
-    return {"cubins": cubins, "launched": [launch.kernel for launch in noted]}
+    return {"cubins": cubins, "launched": [launch.kernel for launch in launched]}
 
 
 def too_large(stub: stub_driver.Stub) -> dict:
-    """What a tile that does not fit says; and that the next call, with one that does, runs."""
+    """Returns the error of a tile that does not fit, and the launches of a next call with a tile that fits."""
     import torch
 
     from lora_fast.kernels import launch, tuned
 
     tensors = operands({"r": 16, "adapter": "bfloat16", "bias": False, "tokens": 512}, 1024, 1024)
     key = tuned.key("grad_a", torch.bfloat16, 512, 1024, 0, 16)
-    with tuned.using({key: (128, 256, 0, 8, 3)}), stub.noted() as noted:
+    with tuned.using({key: (128, 256, 0, 8, 3)}), stub.recorded() as launched:
         try:
             run_layer(tensors, 0.1)
             error = None
         except launch.LaunchError as raised:
             error = str(raised)
-    with stub.noted() as after:
+    with stub.recorded() as after:
         run_layer(tensors, 0.1)
-    names = lambda launches: [one.kernel for one in launches]
-    return {"error": error, "launched": names(noted), "after": names(after)}
+    names = lambda launches: [each.kernel for each in launches]
+    return {"error": error, "launched": names(launched), "after": names(after)}
 
 
 def hooks(stub: stub_driver.Stub) -> dict:
-    """Launch hooks see every launch, also of layers whose plans were made without them."""
+    """Records which launches a hook sees in a layer whose plans were made without hooks."""
     from triton import knobs
 
     tensors, seen = operands({"r": 16, "adapter": "float32", "bias": False, "tokens": 4096}, 1024, 1024), []
-    with stub.noted() as noted:
+    with stub.recorded() as launched:
         run_layer(tensors, 0.1), run_layer(tensors, 0.1)
     hook = lambda metadata: seen.append(metadata.get()["name"])
     knobs.runtime.launch_enter_hook.add(hook)
     run_layer(tensors, 0.1)
     knobs.runtime.launch_enter_hook.remove(hook)
     run_layer(tensors, 0.1)
-    return {"seen": seen, "launched": [launch.kernel for launch in noted[len(noted) // 2 :]]}
+    return {"seen": seen, "launched": [launch.kernel for launch in launched[len(launched) // 2 :]]}
 
 
 def threads(stub: stub_driver.Stub) -> dict:
-    """Two threads with their own tensors and the same plans, of which some are dropped for others: no error."""
+    """Runs two threads with their own tensors and the same plans, with so few plans kept that they drop each
+    other's."""
     from lora_fast.kernels import launch, linear
 
-    launch.KEPT = 3
+    launch.MAX_PLANS = 3
     cases = [{"r": r, "adapter": "bfloat16", "bias": False, "tokens": 1024} for r in (8, 8)]
     errors = []
 
@@ -548,7 +563,7 @@ def threads(stub: stub_driver.Stub) -> dict:
 COMMANDS = {
     "sample": lambda stub: launch_matrix(stub, pairwise()),
     "proof": plan_proof,
-    "roomy": roomy,
+    "spilling": spilling,
     "backward_in_autocast": backward_in_autocast,
     "gluon": gluon,
     "variants": variants,
@@ -565,7 +580,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["matrix", *COMMANDS])
     parser.add_argument("--arch", type=int, default=90)
-    parser.add_argument("--rank", type=int, help="of the matrix, one rank alone")
+    parser.add_argument("--rank", type=int, help="run the matrix for this rank only")
     options = parser.parse_args()
     stub = stub_driver.install(options.arch)
     if options.command == "matrix":

@@ -1,7 +1,10 @@
-"""The catalogue's launches, compiled for every arch without a GPU: what lora-fast inspect measures breaks none of its
-rules. By default for sm_80, sm_90 and sm_100 every variant at one rank, the first and the last variant at the others
-(about nine minutes of one core), for the other archs (test_launches.py launches their layers) two variants at one rank;
-``-m budget`` compiles them all."""
+"""Compiles the catalogue's launches for every arch without a GPU and checks them against the rules of lora-fast
+inspect.
+
+By default every variant is compiled at one rank, and the first and last variant at the other ranks, for sm_80, sm_90
+and sm_100 (about nine minutes of one core). For the other archs, whose layers test_launch.py launches, two variants are
+compiled at one rank. ``-m budget`` compiles all cases.
+"""
 
 import os
 import re
@@ -14,6 +17,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("Triton needs Linux", allow_module_level=True)
 
+from lora_fast import kernels
 from lora_fast.cli.inspect import measure
 from lora_fast.kernels.inspection import catalogue, rules
 
@@ -23,8 +27,8 @@ SHARES = {"thin": THIN, "gemm": GEMM, "rest": [op for op in catalogue.OPS if op 
 
 
 def sample(ops: list[str], arch: int) -> list[catalogue.Case]:
-    """Every variant at each op's second rank (of one: at that), the first and the last at the others; of archs that are
-    not in ``FULL`` the first and the last at the second rank."""
+    """Returns every variant at each op's second rank (or its only rank) and the first and last variant at the other
+    ranks. For archs that are not in ``FULL`` it returns the first and last variant at the second rank."""
     chosen = []
     for op in ops:
         ranks: dict[tuple, list[catalogue.Case]] = {}
@@ -46,7 +50,7 @@ ALL = pytest.param(everything, marks=pytest.mark.budget)
 @pytest.mark.parametrize("arch", rules.ARCHS, ids=lambda arch: f"sm_{arch}")
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("cases", [sample, ALL], ids=["some", "all"])
-def test_no_rule_is_broken(cases, share, arch):
+def test_compiled_launches_break_no_rule(cases, share, arch):
     rows = measure([(case, arch) for case in cases(SHARES[share], arch)], traffic=False, processes=1)
     assert {row["op"] for row in rows} == set(SHARES[share])
     broken = [f"{row['kernel']} {row['dtype']} r={row['r']} {row['variant']}: {row['broken']}" for row in rows]
@@ -58,13 +62,13 @@ def test_no_rule_is_broken(cases, share, arch):
 def test_catalogue_launches_every_kernel():
     code = (
         "from lora_fast.kernels import tiles\nfrom lora_fast.kernels.inspection import catalogue, compiler\n"
-        "with tiles.assume(arch=90), compiled.recorded() as launches:\n"
+        "with tiles.assume(arch=90), compiler.recorded() as launches:\n"
         "    for case in catalogue.cases(): case.run()\n"
         "print(*{launch.kernel.__name__ for launch in launches})"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    sources = [path.read_text(encoding="utf-8") for path in Path(catalogue.__file__).parent.glob("*.py")]
-    written = {name for source in sources for name in re.findall(r"^def (lora_\w+_kernel)\(", source, re.M)}
-    assert set(done.stdout.split()) == written
+    sources = [path.read_text(encoding="utf-8") for path in Path(kernels.__file__).parent.rglob("*.py")]
+    defined = {name for source in sources for name in re.findall(r"^def (lora_\w+_kernel)\(", source, re.M)}
+    assert set(done.stdout.split()) == defined

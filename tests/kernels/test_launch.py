@@ -1,6 +1,8 @@
-"""What a GPU's driver gets from a layer, by the real launch path of Triton on the stub driver (stub_driver.py): on the
-limits of four cards everything launches, launch plans say what Triton's JIT would say, what does not fit is named."""
+"""Tests the launches that a GPU's driver receives from a layer, through Triton's real launch path into the stub driver
+(stub_driver.py). With the limits of four cards every layer launches, plans launch the same as Triton's JIT, and a
+kernel that does not fit raises an error that names it."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -22,7 +24,8 @@ RUNS = Path(stub_runs.__file__)
 
 @cache
 def run(command: str, arch: int = 90) -> dict:
-    """In a process of its own: the driver cannot be changed under Triton."""
+    """Returns the result of a command of stub_runs.py. It runs in another process, because Triton's driver cannot be
+    replaced once it is in use."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"
     words = [sys.executable, "-W", "ignore", RUNS, command, "--arch", str(arch)]
@@ -33,26 +36,25 @@ def run(command: str, arch: int = 90) -> dict:
 
 @pytest.mark.parametrize("arch", stub_runs.ARCHS, ids="sm_{}".format)
 def test_layers_launch_on_each_card(arch):
-    """Ranks 1 … 256, adapter dtypes, dropout, bias, 1 … 8,192 tokens, GEMM strategies: every two values of any two
-    meet. ``make launches`` runs all combinations."""
+    """Covers ranks 1 … 256, adapter dtypes, dropout, bias, 1 … 8,192 tokens and GEMM strategies. Every pair of values
+    of two dimensions occurs in one case. ``make launches`` runs all combinations."""
     result = run("sample", arch)
     assert result["failures"] == []
     assert result["cases"] >= 40 and result["launches"] > 5 * result["cases"] and result["kernels"] > 100
     assert result["spilling"] == {}
 
 
-def test_the_sample_meets_every_pair():
+def test_sample_contains_every_pair_of_values():
     cases = stub_runs.pairwise()
-    for one in stub_runs.DIMENSIONS:
-        for other in stub_runs.DIMENSIONS:
-            pairs = {(case[one], case[other]) for case in cases}
-            expected = len(stub_runs.DIMENSIONS[one]) * (len(stub_runs.DIMENSIONS[other]) if one != other else 1)
-            assert len(pairs) == expected, (one, other)
+    for first, second in itertools.combinations_with_replacement(stub_runs.DIMENSIONS, 2):
+        pairs = {(case[first], case[second]) for case in cases}
+        n_first, n_second = len(stub_runs.DIMENSIONS[first]), len(stub_runs.DIMENSIONS[second])
+        assert len(pairs) == (n_first if first == second else n_first * n_second), (first, second)
 
 
-def test_a_plan_launches_what_the_jit_would():
-    """210 random calls, of which each changes something: shapes, strides, alignment, dtypes, bias, dropout, stream,
-    device, TF32, which gradients are needed."""
+def test_plans_launch_the_same_as_the_jit():
+    """Runs 210 random calls that differ in shapes, strides, alignment, dtypes, bias, dropout, stream, device, TF32 or
+    the gradients that are needed."""
     result = run("proof")
     assert result["differences"] == []
     assert result["launches"] > 500 and result["plans"] > 100
@@ -60,18 +62,19 @@ def test_a_plan_launches_what_the_jit_would():
     assert result["kernels"]["lora_linear_kernel"] >= 50, result["kernels"]
 
 
-def test_a_kernel_that_spills_is_launched_with_more_registers():
-    result = run("roomy")
-    assert all(result["alike"]) and all(result["others"]) and len(result["others"]) == 7
+def test_kernel_that_spills_is_launched_with_more_registers():
+    result = run("spilling")
+    assert all(result["same_launches"]) and all(result["other_cubins"]) and len(result["other_cubins"]) == 7
 
 
-def test_backward_in_an_autocast_region_computes_in_forwards_dtypes():
-    """Whether its plan was made inside one or outside."""
+def test_backward_under_autocast_computes_in_forwards_dtypes():
+    """The plan is made once inside the autocast region and once outside."""
     assert run("backward_in_autocast")["dtypes"] == [["torch.float32"]] * 4
 
 
-def test_gluon_launches_where_it_was_measured_and_can_run():
-    """By its plan as by Triton's JIT. Rows of 515 elements TMA does not address: there another strategy runs."""
+def test_gluon_launches_if_it_was_measured_and_can_run():
+    """Plans launch the same as the JIT. TMA cannot address rows of 515 elements, so the last case uses another strategy
+    forward."""
     result = run("gluon")
     assert result["differences"] == []
     count = [launched.count("lora_gluon_linear_kernel") for launched in result["launched"]]
@@ -80,25 +83,26 @@ def test_gluon_launches_where_it_was_measured_and_can_run():
 
 
 def test_batch_sizes_share_compiled_kernels():
-    """Two more than there are kernels, on a layer whose GEMM is cuBLAS's mostly; on one that takes every way with its
-    batch size a kernel has several roles (docs/measured.md has how many), and no more variants than these."""
+    """A layer whose GEMM is mostly cuBLAS's loads at most two compiled variants more than it has kernels. In a layer
+    that takes different ways for different batch sizes a kernel has several roles, so there are up to four more
+    (docs/measured.md has the counts)."""
     loaded = run("variants")
     narrow, wide = loaded["4096 → 64, float32"], loaded["4096 → 4096, float32"]
     assert sum(narrow.values()) <= len(narrow) + 2, narrow
     assert sum(wide.values()) <= len(wide) + 4, wide
 
 
-def test_a_capture_after_a_warm_up_loads_nothing():
-    """A seed of the host, then one on the device: the same compiled kernels."""
+def test_capture_after_a_warm_up_loads_no_module():
+    """The warm-up has its seed on the host, the capture on the device. Both use the same compiled kernels."""
     result = run("capture")
     for way in ("by estimate", "cublas thin"):
         assert result[way]["loads"] == 0 and result[way]["launches"] >= 5
-    assert "CAPTURE_UNSUPPORTED" in result["refused"]
+    assert "CAPTURE_UNSUPPORTED" in result["refused"]  # the stub does detect loads during a capture
 
 
-def test_an_optimizers_step_is_launched_by_plans():
-    """They say what Triton's JIT would say, wherever gradients and the learning rate are; a capture after one step
-    loads and copies nothing. Pairs that are not aligned are launched apart."""
+def test_optimizer_step_is_launched_by_plans():
+    """Plans launch the same as the JIT for any addresses of the gradients and either place of the learning rate. A
+    capture after one step loads and copies nothing. Pairs that are not aligned take launches of their own."""
     result = run("optimizer_steps")
     assert result["differences"] == [] and not any(result["loads"].values())
     assert len(result["launches"]) == 24
@@ -108,8 +112,8 @@ def test_an_optimizers_step_is_launched_by_plans():
         assert expected <= len(launched) <= 2 * expected + small, (words, launched)
 
 
-def test_public_functions_launch_what_their_tensors_allow():
-    """A plan that was made for aligned matrices is not taken for others."""
+def test_public_functions_use_other_kernels_for_unaligned_matrices():
+    """A plan that was made for aligned matrices must not be used for others."""
     result = run("public_functions")
     aligned, others = result["cubins"]
     assert len(aligned) == 2 and not set(aligned) & set(others)
@@ -117,10 +121,10 @@ def test_public_functions_launch_what_their_tensors_allow():
     assert result["launched"] == [f"lora_{name}_kernel" for name in expected]
 
 
-def test_what_does_not_fit_is_named_before_its_launch():
+def test_kernel_that_does_not_fit_raises_before_its_launch():
     result = run("too_large", 89)
-    said = ("lora_grad_a_kernel", "BLOCK_T=128", "NVIDIA GeForce RTX 4090", "101376", "204800 bytes", "set_backend")
-    for word in said:
+    words = ("lora_grad_a_kernel", "BLOCK_T=128", "NVIDIA GeForce RTX 4090", "101376", "204800 bytes", "set_backend")
+    for word in words:
         assert word in result["error"], result["error"]
     assert "lora_grad_a_kernel" not in result["launched"] and "lora_grad_a_kernel" in result["after"]
     assert run("too_large", 90)["error"] is None

@@ -1,5 +1,5 @@
-"""No kernel of the package has a finding of the sanitizer: each runs under it in every way, at small odd shapes, and at
-larger ones with ``-m budget``."""
+"""Runs every kernel of the package in every way under the sanitizer, which must have no finding. Shapes are small and
+odd by default, and larger with ``-m budget``."""
 
 import importlib
 import itertools
@@ -28,7 +28,7 @@ from lora_fast.kernels.pairs import (
     adamw,
     add_low_rank,
     gram,
-    muon,
+    inverse_mean,
     regularizers,
     scalora_scales,
     scalora_system,
@@ -36,17 +36,17 @@ from lora_fast.kernels.pairs import (
 )
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, for lanes whose values are not used
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns about lanes whose values are not used
 
 
 def run_layer(
     shape=(33, 40, 72), r=5, padding=8, dtype=FLOAT32, adapter=None, rounded=False, strategy="fused", thin="pass",
     dropout=0.0, seed_in_memory=False, bias=True, arch=90,
 ) -> None:  # fmt: skip
-    """Runs forward and backward. shape: tokens, d_in, d_out. On arch 90 the fused GEMM uses TMA for 16-bit operands if
-    sizes and padding are multiples of 8."""
+    """Runs forward and backward. ``shape`` is (tokens, d_in, d_out). On arch 90 the fused GEMM uses TMA for 16-bit
+    operands if sizes and padding are multiples of 8."""
     n_tokens, d_in, d_out = shape
-    matrix = lambda rows, columns, of: randn(rows, columns + padding, dtype=of)[:, :columns]
+    matrix = lambda rows, columns, dtype: randn(rows, columns + padding, dtype=dtype)[:, :columns]
     x, dy, weight = matrix(n_tokens, d_in, dtype), matrix(n_tokens, d_out, dtype), matrix(d_out, d_in, dtype)
     a, b = matrix(r, d_in, adapter or dtype), matrix(d_out, r, adapter or dtype)
     bias = randn(d_out, dtype=dtype) if bias else None
@@ -82,9 +82,9 @@ def run_step(ranks, lengths, dtype=FLOAT32, state=FLOAT32, add=False, matrix=Fal
 
 
 def run_optimizer(methods, ranks, lengths, dtype=FLOAT32, experts=1) -> None:
-    """One step as an optimizer's group takes it, on factors of each rank; of ``experts`` that lie interleaved."""
+    """Runs one optimizer step for the factors of each rank, with the factors of ``experts`` stored interleaved."""
     for r in dict.fromkeys(ranks):
-        chosen = [length for of, length in zip(ranks, lengths, strict=True) if of == r]
+        chosen = [length for rank, length in zip(ranks, lengths, strict=True) if rank == r]
         a, b = factor_pairs([r * experts] * len(chosen), chosen, dtype)
         pairs = [Pair(f"{i}", *both, experts=experts) for i, both in enumerate(zip(a, b, strict=True))]
         for p in a + b:
@@ -106,7 +106,7 @@ def run_middle(r, in_memory) -> None:
     with poisoned_empty():
         regularizers.imbalance(grams, grams, rows, rate, rate, 0.1)
         regularizers.scale_reg(grams, grams, rows, rows, 0.1, 1e-8)
-        muon.muon(grams, grams, grams, grams, rate, rate, 3e-4)
+        inverse_mean.muon(grams, grams, grams, grams, rate, rate, 3e-4)
 
 
 def spd_matrices(n, r):
@@ -115,18 +115,20 @@ def spd_matrices(n, r):
 
 
 def run_solve(r, k=3, n=3) -> None:
-    """The last matrix has a smaller rank and is not definite, so that its inverse takes a second attempt."""
-    matrices, ranks = spd_matrices(n, r), torch.full((n,), r, dtype=torch.int32)
-    matrices[-1], ranks[-1] = 1.0, max(1, r - 2)
+    """Runs both solves and both inverses. The last matrix is not definite, so that its inverse needs a second
+    attempt."""
+    matrices = spd_matrices(n, r)
+    matrices[-1] = 1.0
     with poisoned_empty():
-        spd.spd_solve(matrices, randn(n, r, k), 0.1, ranks)
+        spd.spd_solve(matrices, randn(n, r, k), 0.1)
         spd.spd_solve(matrices, randn(n, r, k))
-        spd.spd_inverse(matrices, 0.0, ranks)
+        spd.spd_inverse(matrices, 0.0)
         inverse.small_inverse(matrices + torch.eye(r))
 
 
 def run_scalora(r, solver, in_memory) -> None:
-    """The rows are correlated, so that the unconstrained optimum of most pairs has negative values."""
+    """Runs ScaLoRA's solver and scales. The rows are correlated, so that the unconstrained optimum of most pairs has
+    negative values."""
     a, b, g = randn(3, r, 3 * r + 5) + 1.0, randn(3, 2 * r + 7, r) + 1.0, randn(3, 2 * r + 7, 3 * r + 5)
     p, q = b.mT @ g, g @ a.mT
     with poisoned_empty():
@@ -136,17 +138,17 @@ def run_scalora(r, solver, in_memory) -> None:
 
 
 def run_in_memory(run, *args, **options) -> None:
-    """Runs small matrices as those too large for registers, with fewer programs than matrices."""
+    """Runs small matrices in memory, as if they were too large for registers, with fewer programs than matrices."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (scalora_system, inverse, muon, spd):
+        for module in (scalora_system, inverse, inverse_mean, spd):
             patch.setattr(module, "IN_REGISTERS", 1)
-        for module in (cayley, inverse, muon, spd):
+        for module in (cayley, inverse, inverse_mean, spd):
             patch.setattr(module, "SLOTS", 2)
         run(*args, **options)
 
 
 def run_merge(layers, dtype, rounding, seed_in_memory) -> None:
-    """layers: (r, d_out, d_in) of each."""
+    """Runs a merge. ``layers`` has (r, d_out, d_in) for each layer."""
     weights = [randn(d_out, d_in, seed=i, dtype=dtype) for i, (_, d_out, d_in) in enumerate(layers)]
     a = [randn(r, d_in, seed=i) for i, (r, _, d_in) in enumerate(layers)]
     b = [randn(d_out, r, seed=i) for i, (r, d_out, _) in enumerate(layers)]
@@ -306,13 +308,13 @@ def check_run(run) -> None:
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-def test_kernels(run):
+def test_kernels_have_no_findings(run):
     check_run(run)
 
 
 @pytest.mark.budget
 @pytest.mark.parametrize("run", LARGE_RUNS.values(), ids=LARGE_RUNS)
-def test_kernels_at_larger_sizes(run):
+def test_kernels_have_no_findings_at_larger_sizes(run):
     check_run(run)
 
 
@@ -327,7 +329,8 @@ def kernel_names() -> set[str]:
 
 
 def test_runs_launch_every_kernel(monkeypatch):
-    """The runs are those of the tests above; here launches are only recorded. The GEMM has a form with descriptors."""
+    """Records the launches of all runs above without executing them. The GEMM must be launched with and without
+    descriptors."""
     launched = set()
 
     def record(kernel, *args, **options):

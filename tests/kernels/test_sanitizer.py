@@ -1,4 +1,5 @@
-"""The sanitizer finds planted faults of every kind, names their lines, and finds nothing in kernels without one."""
+"""Tests that the sanitizer detects planted faults of every kind, names their lines, and reports nothing for correct
+kernels."""
 
 import linecache
 
@@ -16,7 +17,7 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 from lora_fast.kernels import pointer_table
 from lora_fast.kernels.inspection import sanitizer
 
-# ---- Kernels with a fault, in the line whose comment begins with that word
+# ---- Kernels with a fault, in the line whose comment begins with "fault"
 
 
 @triton.jit
@@ -129,7 +130,7 @@ def float_atomics_kernel(x, y):
 def sum_kernel(
     x, parts, y, counter, BEFORE: tl.constexpr, AFTER: tl.constexpr, SEM: tl.constexpr, SCOPE: tl.constexpr
 ):  # fmt: skip
-    """The last program to arrive adds what all have written."""
+    """The last program to arrive adds the values that all programs have written."""
     i, n = tl.program_id(0), tl.num_programs(0)
     tl.store(parts + i, tl.load(x + i))
     if BEFORE:
@@ -151,7 +152,8 @@ def integer_atomics_kernel(counter):
 
 @triton.jit
 def two_levels_kernel(x, parts, y, counters, GROUP: tl.constexpr):
-    """The last group's last program adds what all have written: it meets most of them in no counter of its own."""
+    """The last program of the last group adds the values of all programs. It shares a counter with few of them, so the
+    order must be derived through both levels of counters."""
     i, n = tl.program_id(0), tl.num_programs(0)
     tl.store(parts + i, tl.load(x + i))
     tl.debug_barrier()
@@ -168,13 +170,13 @@ def two_levels_kernel(x, parts, y, counters, GROUP: tl.constexpr):
 
 
 def within(*shape: int, dtype=torch.float32) -> torch.Tensor:
-    """Zeros, with memory of their own around them, so that a fault does no harm."""
+    """Returns zeros with unused memory around them, so that a fault does no harm."""
     whole = torch.zeros(*(length + 8 for length in shape), dtype=dtype)
     return whole[tuple(slice(4, 4 + length) for length in shape)]
 
 
 def launch_with_table(n: int, forget: bool = False) -> None:
-    """Loads n numbers of a tensor of 5, the address of which is in a table; ``forget``: of a tensor that is gone."""
+    """Loads n numbers of a tensor of 5 numbers through a table of addresses. With ``forget`` the tensor was freed."""
     whole = torch.zeros(16)
     x = whole[4:9].view(5, 1)
     (table,) = pointer_table.find_tables([[x]], [False])
@@ -237,14 +239,14 @@ FAULTS = {
 
 
 def source(words: str) -> str:
-    """The line that a finding names."""
+    """Returns the source line that a finding names."""
     file, _, line = words.rpartition(":")
     assert __file__.endswith(file)
     return linecache.getline(__file__, int(line))
 
 
 @pytest.mark.parametrize("kind, launch", FAULTS.values(), ids=FAULTS)
-def test_planted_fault_is_found(kind, launch):
+def test_planted_fault_is_reported(kind, launch):
     with sanitizer.checked() as report:
         launch()
     (summary,) = report.launches
@@ -261,12 +263,12 @@ def test_finding_names_tensor_programs_and_lanes():
     (finding,) = report.findings
     assert finding.programs == ((1, 0, 0),) and finding.n_lanes == 2
     assert finding.place == "1 bytes after y: float32 (6,)"
-    assert y.eq(0).all() and y.storage_offset() == 4, "what is out of bounds is not touched"
+    assert y.eq(0).all() and y.storage_offset() == 4, "elements out of bounds are not written"
     assert all(part in str(finding) for part in ("store_beyond_kernel", finding.lines[0], "(1, 0, 0)", "2 lanes"))
 
 
-def test_result_that_depends_on_the_order_of_programs_is_found():
-    """Atomics do not race with each other, so only the second run shows it."""
+def test_result_that_depends_on_the_order_of_programs_is_reported():
+    """Atomics do not race with each other, so only the second run reveals the dependence."""
     with sanitizer.checked() as report:
         float_atomics_kernel[(64,)](randn(64), within(1))
     (finding,) = report.findings
@@ -290,20 +292,20 @@ CONTROLS = {
 
 
 @pytest.mark.parametrize("launch", CONTROLS.values(), ids=CONTROLS)
-def test_kernel_in_order_has_no_findings(launch):
+def test_correct_kernel_has_no_findings(launch):
     with sanitizer.checked() as report:
         launch()
     assert report.findings == [] and len(report.launches) == 1
 
 
-def test_results_are_those_of_an_unchecked_run():
+def test_checked_run_gives_the_results_of_an_unchecked_run():
     x, y = randn(6), within(6)
     with sanitizer.checked():
         store_beyond_kernel[(2,)](x, y[:5], 3, BLOCK=4)
     assert torch.equal(y[:3], x[:3])
 
 
-def test_nothing_stays_patched():
+def test_interpreter_is_restored_after_a_check():
     owners = InterpreterBuilder, GridExecutor
     before = [dict(vars(owner)) for owner in owners]
     with pytest.raises(ZeroDivisionError), sanitizer.checked():

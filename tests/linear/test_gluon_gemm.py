@@ -1,5 +1,6 @@
-"""The strategy "gluon": its kernel on a machine in Python (gluon_machine.py) within the error budget, whatever the
-machine puts off; mistakes planted in it, which the machine must find; its machine code. On an H100 the kernel."""
+"""Tests of the strategy "gluon". Without an H100 its kernel runs on a machine in Python (gluon_machine.py), which must
+give results within the error budget for every allowed delay and detect planted mistakes. The machine code is tested
+too."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def matrix(rows: int, columns: int, dtype: torch.dtype, seed: int, padding: int = 8) -> torch.Tensor:
-    """Between its rows lies NaN."""
+    """Returns a random matrix with NaN between its rows."""
     whole = torch.full((rows, columns + padding), float("nan"), dtype=dtype, device=DEVICE)
     whole[:, :columns] = randn(rows, columns, seed=seed)
     return whole[:, :columns]
@@ -42,7 +43,8 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, seed: int, padding: int 
 def operands(
     n: int, k: int, m: int, r: int, dtype: torch.dtype, factor: torch.dtype, forward: bool, bias: bool
 ) -> dict:
-    """left (n, k) to (n, m), and what PEFT would have as S, or dS, and b, or a."""
+    """Returns the operands of a GEMM from left (n, k) to (n, m). thin and factor are S and b forward, dS and a
+    backward, in PEFT's dtypes."""
     thin = randn(n, r, seed=3).to(torch.promote_types(dtype, factor))
     return {
         "left": matrix(n, k, dtype, 1),
@@ -54,7 +56,7 @@ def operands(
 
 
 def formula(left, weight, bias, thin, factor, forward: bool, mask) -> torch.Tensor:
-    """PEFT's, differentiated by hand, in the dtypes of what it gets."""
+    """Returns the result of PEFT's formula (backward: its derivative), computed in the dtypes of the operands."""
     base = left @ (weight.T if forward else weight)
     base = base if bias is None else base + bias
     added = SCALING * (thin @ factor.T) if forward else thin @ factor
@@ -64,7 +66,7 @@ def formula(left, weight, bias, thin, factor, forward: bool, mask) -> torch.Tens
 def computed(
     tensors: dict, forward: bool, dropout: float, late: float = 0.5, seed: int = 0, change=None, in_memory: bool = False
 ) -> torch.Tensor:
-    """By the kernel: on this machine's GPU where it is a Hopper, else on the machine in Python."""
+    """Returns the kernel's result, from the GPU if it is a Hopper GPU, else from the machine in Python."""
     left, weight, bias, thin, factor = tensors.values()
     seed_of_mask = torch.tensor(SEED, device=DEVICE) if in_memory else SEED
     keep = linear.draw_mask(left, dropout, seed_of_mask) if dropout else None
@@ -72,8 +74,8 @@ def computed(
     with tiles.assume(arch=90), poisoned_empty():
         gemm = gluon_gemm.GluonGemm(left, weight, bias, factor, thin.shape[1], bool(dropout), forward, shape)
         if not HOPPER:
-            gemm.launch.go = lambda stream, given, numbers: gluon_machine.launch(
-                gemm.launch, given, numbers, late, seed, change
+            gemm.launch.go = lambda stream, operands, numbers: gluon_machine.launch(
+                gemm.launch, operands, numbers, late, seed, change
             )
         return gemm(*tensors.values(), SCALING if forward else 1.0, keep)
 
@@ -83,7 +85,7 @@ def mask_of(tensors: dict, dropout: float) -> torch.Tensor | None:
     return reference.philox_mask(SEED, n, m, dropout).to(DEVICE) if dropout else None
 
 
-# n, k, m, r, dtype, factor, forward, bias, dropout: ragged edges, several tiles a program, ranks of every kind.
+# n, k, m, r, dtype, factor, forward, bias, dropout, with ragged edges, several tiles a program and ranks of every kind
 CASES = (
     (130, 200, 264, 16, BF16, BF16, True, True, 0.0),
     (300, 64, 520, 8, BF16, FP32, True, False, 0.0),
@@ -101,8 +103,8 @@ CASES = (
 
 @pytest.mark.parametrize("late", (0.0, 0.5, 1.0), ids=("early", "mixed", "late"))
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)).replace("torch.", ""))
-def test_error_budget(case, late):
-    """``late``: whether copies and products are done at once, or when a wait leaves no choice."""
+def test_kernel_is_within_the_error_budget(case, late):
+    """``late`` is the probability that a copy or product is delayed until a wait requires it."""
     *sizes, dtype, factor, forward, bias, dropout = case
     tensors = operands(*sizes, dtype, factor, forward, bias)
     mask = mask_of(tensors, dropout)
@@ -112,8 +114,8 @@ def test_error_budget(case, late):
     check("result", result, exact, error(peft, exact), dtype)
 
 
-def test_nan_and_infinity_stay():
-    """In what dropout drops, as everywhere: a product of S or dS that is NaN is NaN, one that is infinite, too."""
+def test_dropout_keeps_nan_and_infinity():
+    """A dropped NaN or infinity gives NaN, so no result of its token is finite."""
     tensors = operands(130, 64, 256, 16, BF16, FP32, False, False)
     tensors["thin"][3], tensors["thin"][5] = float("nan"), float("inf")
     result = computed(tensors, False, 0.5)
@@ -121,27 +123,27 @@ def test_nan_and_infinity_stay():
     assert not result[5].isfinite().any()
 
 
-def test_other_ways_to_the_same_tile_change_nothing():
-    """Ten machines, of which each gives turns in another order."""
+def test_order_of_partitions_changes_no_bit():
+    """Ten machines run the partitions in different orders."""
     tensors = operands(200, 200, 520, 40, BF16, FP32, False, False)
     first = computed(tensors, False, 0.1, seed=1)
     assert all(torch.equal(first, computed(tensors, False, 0.1, seed=seed)) for seed in range(2, 11))
 
 
-# ---- Mistakes that the machine must find
+# ---- Mistakes that the machine must detect
 
 
 def without(name: str, **members):
-    """The name as what does nothing; of a module's members, those."""
-    return lambda names: {name: SimpleNamespace(**vars(names[name]) | members) if members else lambda *ignored: None}
+    """Returns a change that replaces a function by one that does nothing, or ``members`` of a module."""
+    return lambda names: {name: SimpleNamespace(**vars(names[name]) | members) if members else nothing}
 
 
 def within(function: str, **members):
-    """In one function of the kernel mbarrier has other members."""
+    """Returns a change that replaces members of mbarrier in one function of the kernel."""
 
     def change(names):
-        mine = names | {"mbarrier": SimpleNamespace(**vars(names["mbarrier"]) | members)}
-        return {function: FunctionType(names[function].__code__, mine, function)}
+        changed = names | {"mbarrier": SimpleNamespace(**vars(names["mbarrier"]) | members)}
+        return {function: FunctionType(names[function].__code__, changed, function)}
 
     return change
 
@@ -156,7 +158,7 @@ def nothing(*ignored, **also):
 
 
 def rewritten(function: str, *replaced: tuple[str, str]):
-    """One function of the kernel with other source: what is there, and what is in its place."""
+    """Returns a change that replaces pieces of one function's source: pairs of the old and the new text."""
 
     def change(names):
         source = inspect.getsource(getattr(gluon_gemm, function).fn)
@@ -164,9 +166,9 @@ def rewritten(function: str, *replaced: tuple[str, str]):
         for old, new in replaced:
             assert source.count(old) == 1, old
             source = source.replace(old, new)
-        mine = dict(names)
-        exec("from __future__ import annotations\n" + source, mine)
-        return {function: mine[function]}
+        namespace = dict(names)
+        exec("from __future__ import annotations\n" + source, namespace)
+        return {function: namespace[function]}
 
     return change
 
@@ -193,58 +195,59 @@ PLANTS = {
 
 @pytest.mark.skipif(HOPPER, reason="a mistake is not run on a GPU")
 @pytest.mark.parametrize("plant", PLANTS.values(), ids=PLANTS)
-def test_the_machine_finds(plant):
-    """By an error, or by a result that is another one."""
+def test_machine_detects_planted_mistake(plant):
+    """At least four of eight runs end with an error or with another result."""
     tensors = operands(200, 320, 520, 40, BF16, FP32, False, False)
-    right, found = computed(tensors, False, 0.1), 0
+    right, detected = computed(tensors, False, 0.1), 0
     for seed in range(8):
         try:
-            found += not torch.equal(right, computed(tensors, False, 0.1, late=0.8, seed=seed, change=plant))
+            detected += not torch.equal(right, computed(tensors, False, 0.1, late=0.8, seed=seed, change=plant))
         except gluon_machine.Hazard:
-            found += 1
-    assert found >= 4
+            detected += 1
+    assert detected >= 4
 
 
-# ---- What the compiler makes of it
+# ---- Machine code
 
 COMPILED = """
 import sys
-from lora_fast.kernels import catalogue, compiled, inspected, tiles
+from lora_fast.kernels import tiles
+from lora_fast.kernels.inspection import catalogue, compiler
 variant = {"adapter": "float32", "strategy": "gluon", "padding": 0, "dropout": 0.1}
-with tiles.assume(arch=90), compiled.recorded() as launches:
+with tiles.assume(arch=90), compiler.recorded() as launches:
     catalogue.Case("grad_x", "bfloat16", 16, variant).run()
-sys.stdout.write(compiled.code(compiled.compile_for(launches[0], 90)))
+sys.stdout.write(compiler.machine_code(compiler.compile_for(launches[0], 90)))
 """
 
 
-def test_a_thread_arrives_for_all_when_all_are_done():
-    """One thread of a partition arrives at a barrier: after the last read of shared memory, wait for a product or
-    write of it the partition's threads meet first. The compiler sees to it, of which this is the proof."""
+def test_partition_synchronises_before_one_thread_arrives():
+    """One thread of a partition arrives at an mbarrier for all of its threads. The compiler must insert a barrier of
+    the partition between its last access to shared memory (or wait for a product) and the arrival."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", done.stdout, re.M)
     arrivals = [i for i, name in enumerate(instructions) if name.startswith("SYNCS.ARRIVE.TRANS64.A1T0")]
-    assert len(arrivals) >= 4  # what prepare has made; that handed back; a step's buffers, in the loop and after it
+    assert len(arrivals) >= 4  # of "prepare"; of "multiply" for the thin buffers, and in and after the loop over d_in
     for arrival in arrivals:
         before = reversed(instructions[:arrival])
         last = next(name for name in before if re.match(r"BAR\.SYNC|LDS|STS|WARPGROUP\.DEPBAR", name))
         assert last.startswith("BAR.SYNC"), instructions[arrival - 20 : arrival + 1]
 
 
-# ---- What it does not take
+# ---- Errors
 
 
 @pytest.mark.parametrize("arch", (80, 100, 120))
-def test_another_arch_is_a_named_error(arch):
+def test_other_arch_raises_launch_error(arch):
     x = torch.zeros(16, 64, dtype=BF16)
-    said = r"'gluon': expected .* sm_90 GPU, got torch.bfloat16 .*: choose another strategy"
-    with tiles.assume(arch=arch, strategy="gluon"), pytest.raises(LaunchError, match=said):
+    message = r"'gluon': expected .* sm_90 GPU, got torch.bfloat16 .*: choose another strategy"
+    with tiles.assume(arch=arch, strategy="gluon"), pytest.raises(LaunchError, match=message):
         linear.linear(x, torch.zeros(32, 64, dtype=BF16), None, torch.zeros(16, 8), torch.zeros(32, 8), 1.0)
 
 
 @pytest.mark.parametrize("dtype, padding", [(FP32, 0), (BF16, 3)])
-def test_operands_without_tma_are_a_named_error(dtype, padding):
+def test_operands_without_tma_raise_launch_error(dtype, padding):
     x, weight = matrix(16, 64, dtype, 0, padding), torch.zeros(32, 64, dtype=dtype)
     with tiles.assume(arch=90, strategy="gluon"), pytest.raises(LaunchError, match=f"got {dtype} with strides"):
         linear.linear(x, weight, None, torch.zeros(16, 8), torch.zeros(32, 8), 1.0)

@@ -1,5 +1,5 @@
-"""The layer's kernels against float64, through Triton's interpreter (natively on a CUDA machine): random shapes,
-strides, dtypes, adapters, dropout, every way of forward and backward, the tiles of two archs."""
+"""Compares the layer's kernels with float64, in Triton's interpreter (natively on a CUDA machine). Shapes, strides,
+dtypes, adapters, dropout, ways of forward and backward, and the tiles of two archs are drawn at random."""
 
 import random
 
@@ -19,8 +19,8 @@ NAMES = ("y", "dx", "dbias", "da", "db")
 
 
 def random_case(seed: int) -> dict:
-    """A shape with small and odd sizes often, a layout, dtypes, dropout, a way and the tiles of an arch. ``rounded``:
-    float32 factors are taken rounded, as under autocast."""
+    """Returns a random case. Small and odd sizes are frequent. ``rounded`` rounds float32 factors to x's dtype, as
+    under autocast."""
     draw = random.Random(seed)
     odd = [1, 2, 7, 8, 16, 17, 33, 64, 65]
     size = lambda limit: draw.choice(odd) if draw.random() < 0.5 else draw.randint(1, limit)
@@ -43,18 +43,18 @@ def random_case(seed: int) -> dict:
     }
 
 
-# Where torch multiplies in bfloat16 on a CPU with AMX, what lies between the rows is finite: oneDNN's product reads the
-# left matrix's rows to a multiple of 32 columns, times 0, so that a NaN there comes out (torch 2.13.0 and 2.14.1;
-# ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 ends it):
+# The value between rows in place of NaN where torch multiplies bfloat16 on a CPU with AMX. oneDNN's product reads each
+# row of the left matrix up to a multiple of 32 columns and multiplies the excess by 0, so that a NaN there reaches the
+# result (torch 2.13.0 and 2.14.1; ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 avoids it):
 #     wide = torch.full((70, 144), float("nan"), dtype=torch.bfloat16)
 #     wide[:, :136] = 1
 #     torch.mm(wide[:, :136], torch.ones(136, 64, dtype=torch.bfloat16)).isnan().any()    # True
-# Our own products read such a finite number no better than a NaN: they would show it in their results.
+# If our kernels read this number, their results would be wrong, so the tests detect that as well as with NaN.
 FINITE = 12345.0
 
 
 def laid_out(matrix: torch.Tensor, layout: str, poison: float) -> torch.Tensor:
-    """The same values behind other strides; what lies between them is poison."""
+    """Returns the same values with other strides. The elements between them are set to ``poison``."""
     rows, columns = matrix.shape
     if layout == "transposed":
         return matrix.t().contiguous().t()
@@ -102,7 +102,7 @@ def run_kernels(t: dict, case: dict) -> tuple:
 
 
 def run_autograd(t: dict, case: dict, dtype: torch.dtype | None = None) -> tuple:
-    """PEFT's formula and its gradients, in the case's dtypes or all in ``dtype``."""
+    """Returns the results and gradients of PEFT's formula, in the case's dtypes or all in ``dtype``."""
     leaves = {}
     for name, tensor in t.items():
         tensor = tensor if tensor is None or dtype is None else tensor.to(dtype)
@@ -121,30 +121,30 @@ def run_autograd(t: dict, case: dict, dtype: torch.dtype | None = None) -> tuple
 
 
 def eager_errors(t: dict, case: dict) -> list[float]:
-    """Of each result, the largest error of PEFT's formula over draws that differ in nothing but their roundings."""
+    """Returns the largest error of PEFT's formula for each result, over draws that differ only in their roundings."""
     errors = []
     for draw in range(DRAWS):
         scale = 1 + draw / DRAWS
         scaled = {**t, "x": t["x"] * scale, "dy": t["dy"] * scale}
         runs = run_autograd(scaled, case), run_autograd(scaled, case, torch.float64)
         errors.append([error(eager, exact) for eager, exact in zip(*runs, strict=True)])
-    return [max(of_result) for of_result in zip(*errors, strict=True)]
+    return [max(draws) for draws in zip(*errors, strict=True)]
 
 
 def check_case(case: dict) -> None:
     t = make_tensors(case)
     results = run_kernels(t, case), run_autograd(t, case, torch.float64), eager_errors(t, case)
     exactly = case["adapter"] is not case["dtype"] and not case["rounded"]
-    # Float32 factors are rounded where PEFT's are not. Where a result follows from a few such roundings, and from sums
-    # that may cancel, it is a matter of luck by how much, whatever x and dy are scaled by.
+    # Float32 factors are split into halves, which PEFT's formula does not do. If a result depends on only a few such
+    # roundings and on sums that may cancel, its error is a matter of luck, and more draws do not average it out.
     few_roundings = exactly and case["n_tokens"] * min(case["r"], case["d_in"], case["d_out"]) <= 128
     luck = 2 if few_roundings else 1
     for name, got, exact, eager_error in zip(NAMES, *results, strict=True):
-        of_factor = name in ("da", "db")
-        computed_in = case["adapter"] if of_factor and exactly else case["dtype"]
-        least = least_error(case["dtype"], case["adapter"]) if of_factor and exactly else 0.0
+        is_factor = name in ("da", "db")
+        computed_in = case["adapter"] if is_factor and exactly else case["dtype"]
+        least = least_error(case["dtype"], case["adapter"]) if is_factor and exactly else 0.0
         check(f"{name} of {case}", got, exact, luck * eager_error, computed_in, luck * least)
-        assert got.dtype == (case["adapter"] if of_factor else case["dtype"]), name
+        assert got.dtype == (case["adapter"] if is_factor else case["dtype"]), name
 
 
 @pytest.mark.parametrize("first", range(0, 320, 20))
@@ -155,7 +155,7 @@ def test_error_budget(first):
 
 @pytest.mark.budget
 @pytest.mark.parametrize("first", range(1000, 3000, 50))
-def test_error_budget_2000(first):
+def test_error_budget_of_2000_cases(first):
     for seed in range(first, first + 50):
         check_case(random_case(seed))
 
@@ -164,8 +164,8 @@ def test_error_budget_2000(first):
 @pytest.mark.parametrize("strategy", ["fused", "cublas"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize("r", [8, 40])
-def test_bfloat16(r, dropout_p, strategy, thin):
-    """The base of a model, with PEFT's default of float32 adapters."""
+def test_float32_adapters_beside_bfloat16_are_within_the_budget(r, dropout_p, strategy, thin):
+    """This is PEFT's default for a model in bfloat16."""
     shape = {"n_tokens": 33, "d_in": 200, "d_out": 136, "r": r, "bias": True, "seed": r}
     kinds = {"dtype": torch.bfloat16, "adapter": torch.float32, "rounded": False, "layout": "padded", "arch": 90}
     check_case({**shape, **kinds, "dropout_p": dropout_p, "strategy": strategy, "thin": thin})
@@ -175,7 +175,7 @@ def test_bfloat16(r, dropout_p, strategy, thin):
 @pytest.mark.parametrize("size", [1e-8, 1e-4, 1e3], ids="factors of {:g}".format)
 @pytest.mark.parametrize("thin", ["pass", "cublas"])
 def test_float32_factors_of_any_size_keep_their_precision(dtype, size, thin):
-    """Halves in float16 would vanish below 1e-7, and dS overflow above 65,504, where float32 has neither."""
+    """Float16 halves would underflow below 1e-7, and dS in float16 would overflow above 65,504."""
     case = {**random_case(4), "n_tokens": 90, "d_in": 40, "d_out": 72, "r": 16, "dtype": dtype, "layout": "padded"}
     case |= {"adapter": torch.float32, "rounded": False, "dropout_p": 0.0, "strategy": "fused", "thin": thin}
     t = make_tensors(case)
@@ -189,7 +189,7 @@ def test_float32_factors_of_any_size_keep_their_precision(dtype, size, thin):
 
 
 def test_large_ds_and_small_a_give_finite_dx_in_float16():
-    """dS beyond float16, times a small a, is within it again."""
+    """dS overflows float16, but its product with a small a does not."""
     dy, weight = torch.full((32, 16), 1000.0, dtype=torch.float16), torch.zeros(16, 24, dtype=torch.float16)
     a, b, s = torch.full((4, 24), 1e-6), torch.full((16, 4), 100.0), torch.zeros(32, 4)
     tensors = [tensor.to(DEVICE) for tensor in (dy, torch.zeros(32, 24, dtype=torch.float16), s, weight, a, b)]
@@ -200,8 +200,8 @@ def test_large_ds_and_small_a_give_finite_dx_in_float16():
         assert (dx.double() / exact - 1).abs().max() <= 1e-3
 
 
-def test_eager_is_peft():
-    """What the budget measures against, beside PEFT's own layer: the same bits."""
+def test_eager_formula_equals_peft_bit_for_bit():
+    """The error budget compares with this formula, so it must equal PEFT's own layer."""
     lora = pytest.importorskip("peft").tuners.lora
     for dtype, adapter in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.bfloat16,) * 2):
         linear = torch.nn.Linear(40, 24, dtype=dtype)
@@ -214,18 +214,19 @@ def test_eager_is_peft():
         for y in (theirs(x), ours):
             assert y.dtype == dtype and torch.equal(y, ours)
         both = [torch.autograd.grad(y, (x, *factors), dy) for y in (theirs(x), ours)]
-        assert all(torch.equal(one, other) for one, other in zip(*both, strict=True))
+        assert all(torch.equal(first, second) for first, second in zip(*both, strict=True))
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_several_tiles_and_partial_sums(arch):
-    """More tokens and columns than one tile in every kernel, so that swizzle, splits and partial sums all count."""
+def test_several_tiles_and_partial_sums_are_within_the_budget(arch):
+    """There are more tokens and columns than one tile in every kernel, so that swizzle, splits and partial sums are
+    used."""
     shape = {"n_tokens": 700, "d_in": 600, "d_out": 1100, "r": 16, "bias": True, "seed": 1}
     kinds = {"dtype": torch.float16, "adapter": torch.float16, "rounded": False, "layout": "contiguous"}
     check_case({**shape, **kinds, "dropout_p": 0.1, "strategy": "fused", "thin": "pass", "arch": arch})
 
 
-def test_tma_is_taken_where_rows_are_aligned(monkeypatch):
+def test_tma_is_used_exactly_for_aligned_rows(monkeypatch):
     taken = []
     uses_tma = tiles.uses_tma
     monkeypatch.setattr(tiles, "uses_tma", lambda *m: taken.append(uses_tma(*m)) or taken[-1])
@@ -237,9 +238,9 @@ def test_tma_is_taken_where_rows_are_aligned(monkeypatch):
 
 @pytest.mark.parametrize("strategy", ["fused", "cublas"])
 @pytest.mark.parametrize("arch", [80, 90])
-def test_a_float32_factor_is_not_rounded_in_the_gemm(strategy, arch):
-    """Beside bfloat16 the result's own rounding hides it in a token, not in what all tokens say of the factor: a
-    rounded one errs by 1.3e-3, the roundings of S and y in 2,000 tokens by 1.6e-4."""
+def test_gemm_does_not_round_a_float32_factor(strategy, arch):
+    """The bfloat16 result of one token cannot show this. The factor is therefore estimated from 2,000 tokens, where the
+    independent roundings of S and y cause an error of 1.6e-4 and a rounded factor one of 1.3e-3."""
     thin = torch.randn(2000, 1, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     factor = torch.randn(1, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     left, weight = torch.zeros(2000, 64, dtype=torch.bfloat16, device=DEVICE), torch.zeros(64, 64, device=DEVICE)
@@ -247,8 +248,8 @@ def test_a_float32_factor_is_not_rounded_in_the_gemm(strategy, arch):
         forward = layer.linear(left, weight.bfloat16(), None, thin, factor.t().contiguous(), 1.0)
         backward = layer.grad_x(left, weight.bfloat16(), thin, factor)
     for result in (forward, backward):
-        told = (thin.double().t() @ result.double()) / thin.double().square().sum()
-        assert error(told, factor.double()) <= 3e-4
+        estimate = (thin.double().t() @ result.double()) / thin.double().square().sum()
+        assert error(estimate, factor.double()) <= 3e-4
 
 
 def by_the_global_setting(precision: str) -> None:
@@ -264,8 +265,8 @@ def by_the_older_setting(precision: str) -> None:
 
 
 @pytest.mark.parametrize("choose", [by_the_global_setting, by_the_products_setting, by_the_older_setting])
-def test_products_in_tf32_are_those_of_torch(choose):
-    """By each of torch's switches. (With the first two, torch refuses to read ``allow_tf32``.)"""
+def test_precision_follows_each_of_torchs_tf32_switches(choose):
+    """After the first two switches torch raises if ``allow_tf32`` is read."""
     before = torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     try:
         for precision in ("tf32", "ieee"):
@@ -276,18 +277,18 @@ def test_products_in_tf32_are_those_of_torch(choose):
         torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before
 
 
-def test_same_inputs_same_bits():
+def test_same_inputs_give_the_same_bits():
     case = {**random_case(3), "n_tokens": 300, "d_in": 150, "d_out": 90, "dropout_p": 0.3}
     t = make_tensors(case)
     first = run_kernels(t, case)
     for _ in range(5):
-        assert all(torch.equal(one, again) for one, again in zip(first, run_kernels(t, case), strict=True))
+        assert all(torch.equal(result, again) for result, again in zip(first, run_kernels(t, case), strict=True))
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B", "dy"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_inf_come_out(name, value):
-    """Where float64 eager gives NaN or Inf, the kernels give no finite number."""
+def test_nan_and_inf_never_become_finite(name, value):
+    """If the formula in float64 gives NaN or Inf, the kernels give no finite number."""
     case = {**random_case(5), "n_tokens": 40, "d_in": 50, "d_out": 30, "r": 4, "dtype": torch.float32}
     case |= {"adapter": torch.float32, "dropout_p": 0.5, "layout": "contiguous", "bias": False}
     t = make_tensors(case)
@@ -300,8 +301,8 @@ def test_nan_and_inf_come_out(name, value):
 @pytest.mark.parametrize("n_tokens, d_in", [(1, 8), (5, 1), (64, 130), (33, 7)])
 @pytest.mark.parametrize("in_memory", [False, True], ids=["number", "tensor"])
 @pytest.mark.parametrize("seed", [7, (1 << 61) + 12345])
-def test_mask_is_philox(n_tokens, d_in, in_memory, seed):
-    """The kernel's mask, read off S = 1·(keep∘x)·I, is the twin's, bit for bit."""
+def test_mask_equals_the_twins_philox_mask(n_tokens, d_in, in_memory, seed):
+    """With x = 1 and a = I, S is the kernel's mask."""
     x, seed_tensor = torch.ones(n_tokens, d_in, device=DEVICE), torch.tensor(seed, device=DEVICE)
     keep = layer.draw_mask(x, 0.3, seed_tensor if in_memory else seed)
     got = layer.project(x, torch.eye(d_in, device=DEVICE), keep)
@@ -322,7 +323,7 @@ def test_masks_keep_the_right_share(mask, dropout_p):
 
 
 @pytest.mark.parametrize("n_tokens", [0, 1])
-def test_few_tokens(n_tokens):
+def test_zero_or_one_token_gives_eagers_shapes(n_tokens):
     case = {**random_case(1), "n_tokens": n_tokens, "layout": "contiguous"}
     for got, exact in zip(run_kernels(make_tensors(case), case), run_autograd(make_tensors(case), case), strict=True):
         assert got.shape == exact.shape
@@ -330,15 +331,15 @@ def test_few_tokens(n_tokens):
             assert torch.equal(got, exact)
 
 
-def test_only_what_is_needed():
+def test_gradients_that_are_not_needed_are_none():
     t = make_tensors({**random_case(2), "layout": "contiguous"})
     s = layer.project(t["x"], t["lora_A"])
     assert layer.grad_s_b(t["dy"], s, t["lora_B"], 1.0, True, False)[1] is None
     assert layer.grad_s_b(t["dy"], s, t["lora_B"], 1.0, False, True)[0] is None
 
 
-def test_addresses_beyond_int32():
-    """Two rows 2³¹ elements apart: an offset in 32 bits would wrap."""
+def test_addresses_beyond_int32_are_correct():
+    """The two rows are 2³¹ elements apart, so that an offset in 32 bits would overflow."""
     if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 6 << 30:
         pytest.skip("needs 6 GiB of GPU memory")
     stride = (1 << 31) + 64
@@ -354,7 +355,7 @@ def test_addresses_beyond_int32():
     assert torch.equal(layer.grad_s_b(far, s + 1, factor + 1, 1.0)[1], far.sum(0).unsqueeze(1))
 
 
-def test_rows_copies_only_what_it_must():
+def test_contiguous_rows_copies_only_if_rows_are_strided():
     contiguous = torch.randn(4, 6)
-    assert launch.rows(contiguous[:, :5]).data_ptr() == contiguous.data_ptr()
-    assert launch.rows(contiguous.t()).stride(1) == 1
+    assert launch.contiguous_rows(contiguous[:, :5]).data_ptr() == contiguous.data_ptr()
+    assert launch.contiguous_rows(contiguous.t()).stride(1) == 1

@@ -1,4 +1,4 @@
-"""functional.lora_linear and LoRALinear: what a user of nn.Linear would notice."""
+"""Tests of functional.lora_linear and LoRALinear as a user of nn.Linear sees them."""
 
 import copy
 import io
@@ -51,7 +51,7 @@ def gradients(layer, x, run=None) -> list[torch.Tensor]:
     return [x.grad, layer.lora_A.grad.clone(), layer.lora_B.grad.clone()]
 
 
-# ── numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── results ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -72,8 +72,8 @@ def test_gradcheck(shape, dropout_p, bias):
 @pytest.mark.parametrize("adapter", [None, torch.float32], ids=["same", "float32 adapters"])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_dtypes_and_autocast(dtype, autocast, adapter, backend):
-    """Output and gradient dtypes are nn.Linear's; errors are within the budget of the dtype computed in."""
+def test_results_have_eagers_dtypes_and_are_within_the_budget(dtype, autocast, adapter, backend):
+    """The output has nn.Linear's dtype. The error budget is that of the dtype in which a result is computed."""
     t = tensors(dtype, adapter, shape=(2, 40, 40), d_out=48)
     computed_in = autocast or dtype
 
@@ -96,24 +96,24 @@ def test_dtypes_and_autocast(dtype, autocast, adapter, backend):
     assert got[0].dtype == linear.dtype == computed_in
     for i, name in enumerate(("y", "dx", "da", "db")):
         assert got[i].dtype == eager[0][i].dtype, name
-        allowed = max(error(one[i], true[i]) for one, true in zip(eager, exact, strict=True))
+        allowed = max(error(draw[i], exact_draw[i]) for draw, exact_draw in zip(eager, exact, strict=True))
         exactly = autocast is None and i >= 2
         least = least_error(dtype, got[i].dtype) if exactly else 0.0
         check(name, got[i], exact[0][i], allowed, got[i].dtype if exactly else computed_in, least)
 
 
 def test_same_mask_in_forward_and_backward():
-    """With x = 1 and a = I, dx shows the mask that y was made with."""
+    """With x = 1, a = b = I and W = 0 both y and dx are the scaled mask."""
     eye = torch.eye(8, device=DEVICE)
     for backend in BACKENDS:
         x = torch.ones(50, 8, device=DEVICE, requires_grad=True)
         with lf.set_backend(backend):
             y = lora_linear(x, torch.zeros(8, 8, device=DEVICE), None, eye, eye, 1.0, 0.5)
-        y.sum().backward()  # outside: backward follows forward's backend
+        y.sum().backward()  # outside the context: backward uses forward's backend
         assert torch.equal(x.grad, y) and set(y.unique().tolist()) == {0.0, 2.0}
 
 
-def test_seed_fixes_the_mask():
+def test_seed_determines_the_mask():
     t = tensors()
     run = lambda seed: lora_linear(*t.values(), 1.0, 0.5, seed)
     assert torch.equal(run(5), run(5)) and not torch.equal(run(5), run(6))
@@ -124,27 +124,27 @@ def test_seed_fixes_the_mask():
     assert torch.equal(first, run(None))
 
 
-# ── what is computed and what is kept ────────────────────────────────────────────────────────────────────────────────
+# ── tensors saved, gradients computed ────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-def test_saves_x_and_s_only(dropout_p, autocast, backend):
+def test_forward_saves_x_and_s_only(dropout_p, autocast, backend):
     t = tensors(r=4)
-    own = {v.data_ptr() for k, v in t.items() if v is not None and k != "x"}
+    parameters = {v.data_ptr() for k, v in t.items() if v is not None and k != "x"}
     kept = {}
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda v: kept.setdefault(v.data_ptr(), v), lambda v: v)
     with hooks, torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast), lf.set_backend(backend):
         lora_linear(*t.values(), 1.5, dropout_p)
-    saved = [v for address, v in kept.items() if address not in own]
+    saved = [v for address, v in kept.items() if address not in parameters]
     assert sorted(tuple(v.shape) for v in saved) == [(2, 3, 10), (6, 4)]
     assert all(v.element_size() == (2 if autocast else 4) for v in saved)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_db_alone_draws_no_mask(backend, monkeypatch):
-    """S has it. The gradient is the one that comes with the others."""
+def test_backward_for_db_alone_draws_no_mask(backend, monkeypatch):
+    """S already contains the mask. The gradient equals the one that is computed together with the others."""
     gradients = []
     for alone in (False, True):
         t = tensors()
@@ -152,34 +152,34 @@ def test_db_alone_draws_no_mask(backend, monkeypatch):
         with lf.set_backend(backend):
             y = lora_linear(*t.values(), 1.5, 0.4, 7)
         if alone:
-            drawn = lambda *given: pytest.fail("a mask was drawn")
-            monkeypatch.setattr(reference, "draw_mask", drawn), monkeypatch.setattr(kernel_layer, "draw_mask", drawn)
+            for module in (reference, kernel_layer):
+                monkeypatch.setattr(module, "draw_mask", lambda *arguments: pytest.fail("a mask was drawn"))
         y.sum().backward()
         gradients.append(t["lora_B"].grad)
     assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_float32_adapters_save_hardly_more(backend):
-    """S is float32 then: at 4096 columns of x and r = 16 that is at most 1 % more."""
+def test_float32_adapters_save_at_most_one_percent_more(backend):
+    """S is float32 then. With 4096 columns of x and r = 16 that adds at most 1 %."""
     sizes = []
     for adapter in (torch.bfloat16, torch.float32):
         t, kept = tensors(torch.bfloat16, adapter, shape=(4, 4096), d_out=4096, r=16, bias=False), {}
-        own = {v.data_ptr() for k, v in t.items() if v is not None and k != "x"}
+        parameters = {v.data_ptr() for k, v in t.items() if v is not None and k != "x"}
         keep = lambda v, kept=kept: kept.setdefault(v.data_ptr(), v)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda v: v), lf.set_backend(backend):
             lora_linear(*t.values(), 1.5)
-        sizes.append(sum(v.nbytes for address, v in kept.items() if address not in own))
+        sizes.append(sum(v.nbytes for address, v in kept.items() if address not in parameters))
     assert sizes[0] == 4 * (4096 + 16) * 2 and sizes[0] < sizes[1] <= 1.01 * sizes[0]
 
 
 @pytest.mark.parametrize("frozen", [("x",), ("lora_A",), ("lora_B",), ("x", "lora_A"), ("x", "lora_B")], ids="+".join)
-def test_only_needed_gradients(frozen, monkeypatch):
+def test_backward_computes_only_needed_gradients(frozen, monkeypatch):
     called = []
     for name in ("grad_s_b", "grad_a", "grad_x"):
         twin = getattr(reference, name)
-        noting = lambda *a, twin=twin, name=name: called.append((name, *a[4:6])) or twin(*a)
-        monkeypatch.setattr(reference, name, noting)
+        record = lambda *a, twin=twin, name=name: called.append((name, *a[4:6])) or twin(*a)
+        monkeypatch.setattr(reference, name, record)
     t = tensors()
     for name in frozen:
         t[name].requires_grad_(False)
@@ -197,14 +197,14 @@ def test_no_grad_saves_nothing():
         assert lora_linear(*tensors().values(), 1.0).grad_fn is None
 
 
-def test_second_derivative_is_a_named_error():
+def test_second_derivative_raises_an_error_that_names_it():
     t = tensors()
     y = lora_linear(*t.values(), 1.0)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(y.sum(), t["x"], create_graph=True)
 
 
-def test_in_place_change_between_forward_and_backward_is_caught():
+def test_in_place_change_between_forward_and_backward_raises():
     t = tensors()
     y = lora_linear(*t.values(), 1.0)
     with torch.no_grad():
@@ -216,25 +216,25 @@ def test_in_place_change_between_forward_and_backward_is_caught():
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_checkpointing_is_bitwise(backend, reentrant, dropout):
+def test_checkpointing_gives_the_same_bits(backend, reentrant, dropout):
     layer, x = layer_of(dropout=dropout), torch.randn(2, 5, 10, device=DEVICE)
     with lf.set_backend(backend):
         plain = gradients(layer, x)
         again = gradients(layer, x, lambda x: checkpoint(layer, x, use_reentrant=reentrant))
-    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+    assert all(torch.equal(g, h) for g, h in zip(plain, again, strict=True))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("thin", ["pass", "cublas", "split"])
 def test_selective_checkpointing_keeps_products_and_gradients(thin, dropout):
-    """What it keeps of torch's products is handed out a second time: nothing may have been added to it since."""
+    """The products that it keeps are used a second time, so no kernel may have added to them in place."""
     layer, x = layer_of(dropout=dropout), torch.randn(2, 5, 10, device=DEVICE)
     kept = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default]
     contexts = partial(create_selective_checkpoint_contexts, kept)
     run = lambda x: checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
     with lf.set_backend("triton"), tiles.assume(strategy="cublas", thin=thin):
         plain, again = gradients(layer, x), gradients(layer, x, run)
-    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+    assert all(torch.equal(g, h) for g, h in zip(plain, again, strict=True))
 
 
 # ── torch.compile and torch.library ──────────────────────────────────────────────────────────────────────────────────
@@ -242,28 +242,28 @@ def test_selective_checkpointing_keeps_products_and_gradients(thin, dropout):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_compile_fullgraph(dropout, backend):
+def test_compiled_layer_gives_eagers_gradients(dropout, backend):
     layer, x = layer_of(dropout=dropout), torch.randn(2, 5, 10, device=DEVICE)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with lf.set_backend(backend):
         got, expected = gradients(layer, x, compiled), gradients(layer, x)
-        if dropout:  # compile draws its own seed: the same call gives the same mask
+        if dropout:  # a compiled layer draws another seed than an eager one, so two compiled calls are compared
             expected = gradients(layer, x, compiled)
-    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    assert all(torch.equal(g, h) for g, h in zip(got, expected, strict=True))
 
 
-def test_compile_under_autocast():
+def test_compiled_layer_gives_eagers_gradients_under_autocast():
     layer, x = layer_of(), torch.randn(2, 5, 10, device=DEVICE)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         got, expected = gradients(layer, x, compiled), gradients(layer, x)
-    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    assert all(torch.equal(g, h) for g, h in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("adapter", [None, torch.float32], ids=["same", "float32 adapters"])
-def test_opcheck(adapter, dropout_p, backend):
+def test_custom_ops_pass_opcheck(adapter, dropout_p, backend):
     t = tensors(torch.float16 if adapter else torch.float32, adapter)
     seed = torch.tensor(5, device=DEVICE) if dropout_p else None
     triton = backend == "triton"
@@ -280,7 +280,7 @@ def test_opcheck(adapter, dropout_p, backend):
 # ── the module ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_starts_as_its_linear():
+def test_new_layer_gives_its_linears_output():
     linear = nn.Linear(10, 12, device=DEVICE)
     layer = lf.LoRALinear.from_linear(linear, r=4, alpha=8, dropout=0.5)
     x = torch.randn(3, 10, device=DEVICE)
@@ -289,17 +289,17 @@ def test_starts_as_its_linear():
 
 
 @pytest.mark.parametrize("dtype, adapter", [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)], ids=str)
-def test_adapter_dtype(dtype, adapter):
+def test_adapter_is_float32_over_a_16_bit_weight(dtype, adapter):
     layer = lf.LoRALinear.from_linear(nn.Linear(10, 12, dtype=dtype), r=2, alpha=2)
     assert layer.lora_A.dtype == layer.lora_B.dtype == adapter and layer.weight.dtype == dtype
 
 
 @pytest.mark.parametrize("use_rslora, scaling", [(False, 2.0), (True, 4.0)])
-def test_scaling(use_rslora, scaling):
+def test_scaling_is_alpha_over_r_or_over_its_root(use_rslora, scaling):
     assert lf.LoRALinear(10, 12, r=4, alpha=8, use_rslora=use_rslora).scaling == scaling
 
 
-def test_state_dict_and_trainable_parameters():
+def test_state_dict_has_four_tensors_and_two_are_trainable():
     layer = layer_of()
     assert list(layer.state_dict()) == ["weight", "bias", "lora_A", "lora_B"]
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
@@ -318,7 +318,7 @@ def through_torch_save(layer):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_torch_save])
 @pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
-def test_copies(copied, merged):
+def test_copy_gives_the_same_output_and_shares_no_parameter(copied, merged):
     layer = layer_of(dropout=0.2).eval()
     if merged:
         layer.merge()
@@ -329,7 +329,7 @@ def test_copies(copied, merged):
         assert torch.equal(layer.weight, other.weight)
 
 
-def test_train_and_eval():
+def test_dropout_is_active_in_training_only():
     layer, x = layer_of(dropout=0.5), torch.randn(3, 10, device=DEVICE)
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
@@ -337,7 +337,7 @@ def test_train_and_eval():
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_moves():
+def test_layer_converts_to_another_dtype_and_device():
     layer = layer_of().to(torch.bfloat16)
     assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
     assert layer(torch.randn(3, 10, device=DEVICE).bfloat16()).dtype == torch.bfloat16
@@ -381,7 +381,7 @@ BAD = [(name, value) for name, values in BAD_ARGUMENTS.items() for value in valu
 
 
 @pytest.mark.parametrize("name, value", BAD, ids=[f"{name} {i}" for i, (name, _) in enumerate(BAD)])
-def test_bad_arguments_are_named(name, value, monkeypatch):
+def test_bad_argument_raises_an_error_that_names_it(name, value, monkeypatch):
     monkeypatch.setattr(linear_op, "forward", lambda *args: pytest.fail("a kernel was started"))
     arguments = {**tensors(), "scaling": 1.0, "dropout_p": 0.5, "seed": 1}
     arguments[name] = value.to(DEVICE) if isinstance(value, torch.Tensor) and not value.is_meta else value
@@ -396,18 +396,18 @@ def test_bad_arguments_are_named(name, value, monkeypatch):
     + [("dropout", -0.1), ("dropout", 1.1), ("dropout", float("nan")), ("init", "zeros")],
     ids=str,
 )
-def test_bad_settings_are_named(name, value):
+def test_bad_setting_raises_an_error_that_names_it(name, value):
     with pytest.raises(lf.ArgumentError, match=rf"^{name}: expected .+, got "):
         lf.LoRALinear(10, 12, **{"r": 4, "alpha": 8, name: value})
 
 
 @pytest.mark.parametrize("linear", [nn.Conv1d(10, 12, 1), nn.Linear(10, 12, dtype=torch.cfloat), None])
-def test_from_linear_wants_a_linear(linear):
+def test_from_linear_rejects_other_modules(linear):
     with pytest.raises(lf.ArgumentError, match=r"^linear"):
         lf.LoRALinear.from_linear(linear, r=4, alpha=8)
 
 
-def test_backend_errors(monkeypatch):
+def test_backend_errors_name_the_cause(monkeypatch):
     with pytest.raises(lf.ArgumentError, match="backend: expected one of auto, triton, torch, got 'cuda'"):
         lf.set_backend("cuda")
     with lf.set_backend("triton"), pytest.raises(lf.BackendError, match="float64"):
@@ -418,7 +418,7 @@ def test_backend_errors(monkeypatch):
             lora_linear(*tensors().values(), 1.0)
 
 
-def test_backend_is_restored():
+def test_set_backend_restores_the_previous_backend():
     with lf.set_backend("triton"):
         with lf.set_backend("torch"):
             pass

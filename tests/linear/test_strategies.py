@@ -1,6 +1,6 @@
-"""Which way a call takes: the one whose time is estimated least, and never estimated slower than PEFT's, whatever the
-number of tokens. Estimates are made of bytes, operations and launches (kernels/linear/strategies.py): none was measured
-on a GPU."""
+"""Tests of the way that a call takes. It has the lowest estimated time and is never estimated slower than PEFT, for any
+number of tokens. Estimates are computed from bytes, operations and launches (kernels/linear/strategies.py); none was
+measured on a GPU."""
 
 import itertools
 
@@ -22,26 +22,26 @@ TOKENS = sorted({1, 16384, *(n + more for n in (2**k for k in range(1, 15)) for 
 
 
 def peft(call: strategies.Call, direction: str, card: device.Device) -> float:
-    """Seconds of PEFT's eager layer: a launch for each operation; the adapter, and with it x and dy, in the adapter's
-    dtype."""
-    clock = strategies.Clock(call, card)
+    """Returns the estimated seconds of PEFT's eager layer, with a launch for each operation and x and dy cast to the
+    adapter's dtype."""
+    costs = strategies.CostModel(call, card)
     t, d_in, d_out, r, size, wide = *call[:4], call.dtype.itemsize, call.factor.itemsize
-    move = lambda width, n_bytes: clock.memory(t * width * n_bytes)
-    thin = lambda width: clock.memory((t * width + r * width + t * r) * wide)
+    move = lambda width, n_bytes: costs.memory(t * width * n_bytes)
+    thin = lambda width: costs.memory((t * width + r * width + t * r) * wide)
     cast = lambda width: move(width, size + wide) if wide > size else 0.0
-    if direction == "forward":  # x W; x, dropped, a, b, times s, plus, in x's dtype
-        seconds = clock.cublas(t, d_in, d_out) + cast(d_in) + (move(d_in, 2 * wide + 1) if call.dropout else 0.0)
+    if direction == "forward":  # x W; cast and drop x; times a; times b; times scaling; add; cast to x's dtype
+        seconds = costs.cublas(t, d_in, d_out) + cast(d_in) + (move(d_in, 2 * wide + 1) if call.dropout else 0.0)
         return seconds + thin(d_in) + thin(d_out) + move(d_out, 2 * wide) + move(d_out, size + 2 * wide) + cast(d_out)
-    # dy; dy s; db, dS; da, dS a; dropped; in x's dtype; dy W; plus
+    # cast dy; times scaling; db and dS; da and dS a; drop; cast to x's dtype; dy W; add
     seconds = cast(d_out) + move(d_out, 2 * wide) + 2 * thin(d_out) + 2 * thin(d_in) + cast(d_in)
     seconds += move(d_in, 2 * wide + 1) if call.dropout else 0.0
-    return seconds + clock.cublas(t, d_out, d_in) + move(d_in, 3 * size)
+    return seconds + costs.cublas(t, d_out, d_in) + move(d_in, 3 * size)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
 @pytest.mark.parametrize("model", MODELS)
-def test_no_other_way_is_estimated_faster_nor_peft(model, arch):
-    """Tokens 1 … 16,384, the model's shapes, ranks, both adapter dtypes, with dropout and without."""
+def test_chosen_way_is_estimated_fastest_and_faster_than_peft(model, arch):
+    """Covers 1 … 16,384 tokens, the model's shapes, ranks, both adapter dtypes, with dropout and without."""
     card = device.CARDS[arch]
     ranks = (8, 16, 32, 64, 128) if arch == 90 else (8, 16, 64)
     for shape, n, r, factor, dropout in itertools.product(MODELS[model], TOKENS, ranks, (HALF, FULL), (False, True)):
@@ -59,8 +59,8 @@ def chosen(n: int, d_in: int, d_out: int, r: int = 16, dropout: bool = False, ar
     return [strategies.best(direction, call, device.CARDS[arch])[1:] for direction in ("forward", "backward")]
 
 
-def test_known_answers_on_an_h100():
-    """What was worked out by hand: few tokens, full and nearly empty waves of tiles, partial sums that grow with r."""
+def test_choices_on_an_h100_match_hand_calculations():
+    """Covers few tokens, full and nearly empty waves of tiles, and partial sums that grow with r."""
     assert chosen(1, 4096, 4096)[0] == chosen(64, 4096, 14336)[0] == ("split", "cublas")
     assert chosen(65, 4096, 4096)[0][1] == "cublas"  # 16 tiles of 128×256 on 132 multiprocessors
     assert chosen(8192, 4096, 4096) == [("pass", "fused")] * 2  # 1024 tiles: 7.76 waves
@@ -73,7 +73,7 @@ def test_known_answers_on_an_h100():
     assert all(gemm == "cublas" for _, gemm in chosen(8192, 4096, 4096, dtype=FULL, factor=FULL))
 
 
-def test_float16_halves_are_never_left_to_cublas():
+def test_cublas_is_never_chosen_for_float16_halves():
     for n in TOKENS:
         for direction in ("forward", "backward"):
             ways = strategies.ways(direction, strategies.Call(n, 4096, 4096, 256, torch.float16, FULL, False))
@@ -87,8 +87,8 @@ def operands(n: int, d_in: int, d_out: int, dtype=HALF, padding: int = 0) -> tup
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("d_in, padding", [(4095, 0), (4096, 1), (4096, 4)])
-def test_what_cannot_be_streamed_is_cublas(arch, d_in, padding, monkeypatch):
-    monkeypatch.setattr(device, "of", lambda _: device.CARDS[arch])
+def test_cublas_is_chosen_for_operands_that_cannot_be_streamed(arch, d_in, padding, monkeypatch):
+    monkeypatch.setattr(device, "get", lambda _: device.CARDS[arch])
     for direction in ("forward", "backward"):
         left, weight = operands(8192, d_in, 4096, padding=padding)
         left = left if direction == "forward" else left.new_empty(8192, 4096)
@@ -97,19 +97,19 @@ def test_what_cannot_be_streamed_is_cublas(arch, d_in, padding, monkeypatch):
         assert strategies.way(direction, left, weight, HALF, 16, False).gemm == "fused"
 
 
-def test_a_transposed_weight_is_not_copied():
+def test_cublas_is_chosen_for_a_transposed_weight():
     left, weight = operands(8192, 4096, 4096)
     with tiles.assume(arch=90, thin="pass"):
         assert strategies.way("forward", left, weight.t(), HALF, 16, False).gemm == "cublas"
 
 
-def test_measured_comes_before_estimated_and_after_assumed(monkeypatch):
-    monkeypatch.setattr(device, "of", lambda _: device.CARDS[90])
+def test_assumed_overrides_measured_and_measured_overrides_estimated(monkeypatch):
+    monkeypatch.setattr(device, "get", lambda _: device.CARDS[90])
     left, weight = operands(8192, 4096, 4096)
     forward = lambda: strategies.way("forward", left, weight, HALF, 16, False).gemm
     key = tuned.key("linear", HALF, 8192, 4096, 4096, 16)
     assert forward() == "fused"
-    with tuned.using({key: "fused"}):  # measured with other strides: W would be copied at every call
+    with tuned.using({key: "fused"}):  # it was measured with other strides; here W would be copied at every call
         assert strategies.way("forward", left, weight.t(), HALF, 16, False).gemm == "cublas"
     for choice in ("cublas", "gluon"):
         with tuned.using({key: choice}):

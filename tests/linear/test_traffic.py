@@ -1,7 +1,8 @@
-"""Exact counts, by the interpreter: bytes that the thin passes ask for, launches of a layer, nothing read twice."""
+"""Counts the bytes of the thin passes and the launches of a layer exactly, in the interpreter."""
 
 import pytest
 import torch
+from launching import size
 
 import lora_fast as lf
 
@@ -14,12 +15,8 @@ from lora_fast.kernels.inspection import interpreter
 N_TOKENS, D, R = 8192, 4096, 16
 
 
-def size(*tensors: torch.Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def test_thin_passes_at_4096():
-    """Partial sums and re-read factors included, at most 1.3 of every operand once (16-bit adapters, r = 16)."""
+def test_thin_passes_move_at_most_1_3_times_their_operands():
+    """The count includes partial sums and factors that are read again (16-bit adapters, r = 16)."""
     x, thin = torch.zeros(N_TOKENS, D, dtype=torch.float16), torch.zeros(N_TOKENS, R, dtype=torch.float16)
     a, b = torch.zeros(R, D, dtype=torch.float16), torch.zeros(D, R, dtype=torch.float16)
     runs = {
@@ -33,7 +30,7 @@ def test_thin_passes_at_4096():
         assert minimum <= counted.total <= 1.3 * minimum, f"{name}: {counted.total / minimum:.3f}"
 
 
-def test_masked_elements_are_not_traffic():
+def test_masked_elements_are_not_counted():
     x, a = torch.zeros(3, 5), torch.zeros(2, 5)
     with interpreter.traffic() as counted:
         linear.project(x, a)
@@ -42,8 +39,8 @@ def test_masked_elements_are_not_traffic():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("strategy, forward, backward", [("fused", 2, 5), ("cublas", 2, 5)])
-def test_launches(strategy, forward, backward, dropout):
-    """Of Triton kernels; cuBLAS adds one each way."""
+def test_layer_launches_two_kernels_forward_and_five_backward(strategy, forward, backward, dropout):
+    """Only Triton kernels are counted. cuBLAS adds one launch forward and one backward."""
     module = lf.LoRALinear(640, 640, r=16, alpha=16, dropout=dropout, dtype=torch.float16)
     x = torch.randn(1024, 640, dtype=torch.float16, requires_grad=True)
     with lf.set_backend("triton"), tiles.assume(arch=90, strategy=strategy, thin="pass"):
@@ -55,7 +52,7 @@ def test_launches(strategy, forward, backward, dropout):
         assert len(counted.launches) == backward
 
 
-def test_frozen_input_launches_no_gemm_backward():
+def test_backward_of_a_frozen_input_launches_no_gemm():
     module = lf.LoRALinear(64, 64, r=4, alpha=4, dtype=torch.float16)
     with lf.set_backend("triton"), tiles.assume(strategy="fused"):
         y = module(torch.randn(32, 64, dtype=torch.float16))

@@ -1,1 +1,1 @@
-"""One file per op: its cases, operands and providers."""
+"""The ops of the suite, one file each: its cases, operands, providers, least cost and exact results."""

@@ -2,8 +2,9 @@
 
 import torch.nn.functional as F
 
+from lora_fast.measure.ceilings import Cost
 from suite.cases import Case, Scale
-from suite.comparison import Comparison, Cost, Setting, size
+from suite.comparison import Comparison, Setting, size
 from suite.ops.layer_operands import eagerly, launchers, operands, ours
 from suite.ops.providers import backend
 
@@ -27,7 +28,7 @@ def build(case: Case, setting: Setting) -> Comparison:
         return {"da": ops.grad_a(op.x, ds, op.lora_A), "db": db}
 
     providers = eagerly(eager, *args) | {"ours": ours(run, lambda: backend("auto"))}
-    # dy, S, b in, dS, db out; x, dS in, da out
-    minimum = size(op.dy, s, op.lora_B, s, op.lora_B) + size(op.x, s, op.lora_A)
-    work = Cost(minimum, 2 * case.n_tokens * case.r * (2 * case.shape[1] + case.shape[0]))
-    return Comparison(providers, {"forward": work}, lambda: eager(*(t.double() for t in args[:5]), op.scaling))
+    # dy, S, b in, dS, db out (dS is as large as S); then x, dS in, da out
+    bytes_moved = size(op.dy, s, op.lora_B, s, op.lora_B) + size(op.x, s, op.lora_A)
+    cost = Cost(bytes_moved, 2 * case.n_tokens * case.r * (2 * case.shape[1] + case.shape[0]))
+    return Comparison(providers, {"forward": cost}, lambda: eager(*(t.double() for t in args[:5]), op.scaling))

@@ -1,7 +1,8 @@
 """The whole layer, forward and backward: y = x Wᵀ + s (k∘x) aᵀ bᵀ; dx, da, db."""
 
+from lora_fast.measure.ceilings import Cost
 from suite.cases import Case, Scale
-from suite.comparison import Comparison, Cost, Setting, size
+from suite.comparison import Comparison, Setting, size
 from suite.ops.providers import layer
 
 
@@ -19,6 +20,6 @@ def build(case: Case, setting: Setting) -> Comparison:
         once + size(op.x, op.lora_A, op.lora_B),
         2 * t * (d_in * d_out + 2 * r * (d_in + d_out)),
     )
-    full = Cost(*(sum(both) for both in zip(forward, backward, strict=True)))
-    exact = op.exact if not case.dropout else None  # every provider draws its own mask: nothing to compare with
+    full = Cost(*map(sum, zip(forward, backward, strict=True)))
+    exact = op.exact if not case.dropout else None  # every provider draws its own mask: there is no common result
     return Comparison(providers, {"forward": forward, "backward": backward, "full": full}, exact)

@@ -1,14 +1,14 @@
-"""The optimizer's step on all adapter pairs of a model: LoRAAdamW and its methods against what there is.
+"""The optimizer's step on all adapter pairs of a model: LoRAAdamW and its methods against torch and PEFT.
 
-Only the shapes of the model are used; gradients are random and the same for every provider. Every run is the step after
-the thousandth (a first step costs less: its powers of the betas are short) and begins where the others did: factors,
-gradients (PEFT's Riemannian optimizer writes into them, and would diverge on its own results) and the optimizer's state
-are written back, in place and in that order, before the clock starts. That is alike for all providers, and before L2 is
-flushed; where it is not flushed, on a CPU, each of them starts with the same kinds of bytes freshly written. ScaLoRA's
-weights are not restored: what they hold makes no difference to a step.
+Only the shapes of the model are used. Gradients are random and the same for every provider. Every run is the step after
+the thousandth, since the first steps cost less (the powers of the betas are cheap). Every run starts from the same
+state: before the clock starts, factors, gradients and the optimizer's state are written back in place, in that order.
+(PEFT's Riemannian optimizer writes into the gradients and would diverge on its own results.) All providers do this
+alike, before L2 is flushed; on a CPU, where nothing is flushed, each starts with the same kinds of bytes freshly
+written. The weights that ScaLoRA merges into are not restored: their values make no difference to a step.
 
-Of the variants that say so, gradients and learning rate move from run to run, as they do in training (zero_grad sets
-gradients to None, a schedule sets the rate): each gradient is at an address that it never had before.
+In the variants with ``MOVING``, gradients and learning rate change from run to run, as they do in training (zero_grad
+sets gradients to None, a schedule sets the rate): each gradient is at an address that it did not have before.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from torch import nn
 
 import lora_fast as lf
 from lora_fast import methods as M
+from lora_fast.measure.ceilings import Cost
 from suite.cases import Case, Scale
-from suite.comparison import Comparison, Cost, Provider, Setting, Unavailable
+from suite.comparison import Comparison, Provider, Setting, Unavailable
 from suite.ops.pair_operands import Pairs
 from suite.ops.providers import backend
 
 LR, LAM = 2e-4, 0.1
-STEPS = 1000  # taken before
+STEPS = 1000  # before the measured one
 MOVING = ", moving gradients and rate"
-PLACES = 512  # of moving gradients, until an address comes again
+PLACES = 512  # addresses of a moving gradient, until the first one is used again
 METHODS: dict[str, tuple] = {
     "AdamW": (),
     "ILoRA": (M.ILoRA(lam=LAM),),
@@ -43,19 +44,23 @@ METHODS: dict[str, tuple] = {
 
 
 def cases(scale: Scale) -> list[Case]:
-    """``dtype``: of the weights that ScaLoRA merges into."""
+    """Returns a case for each method; ``Case.dtype`` is that of the weights that ScaLoRA merges into."""
     variants = *METHODS, *(f"{name}{MOVING}" for name in ("AdamW", "ILoRA", "PiLoRA"))
     return [replace(case, dtype=scale.dtypes[0]) for case in scale.steps("step", variants)]
 
 
 def steps(variant: str) -> int:
-    """Of one run: ScaLoRA merges in one of ten."""
+    """Returns the steps of one run: ten where ScaLoRA merges in one of ten."""
     return 10 if "10 steps" in variant else 1
 
 
 class Trained:
-    """Pairs as parameters with gradients; ``weights``: with a weight of that dtype each, for ScaLoRA to merge into;
-    ``moves``: whether gradients and learning rate do."""
+    """The pairs of a case as parameters with gradients.
+
+    Args:
+        weights: dtype of a weight for each pair, which ScaLoRA merges into; None for no weights.
+        moves: whether gradients and learning rate change from run to run.
+    """
 
     def __init__(
         self,
@@ -66,7 +71,7 @@ class Trained:
         moves: bool = False,
     ):
         pairs = Pairs.of(case, device)
-        self.a, self.b = ([nn.Parameter(t.to(dtype)) for t in some] for some in (pairs.a, pairs.b))
+        self.a, self.b = ([nn.Parameter(t.to(dtype)) for t in factors] for factors in (pairs.a, pairs.b))
         for p, g in zip(self.flat, pairs.da + pairs.db, strict=True):
             p.grad = g.to(dtype)
         weight = lambda d_in, d_out: torch.zeros(d_out, d_in, dtype=weights, device=device)
@@ -84,7 +89,7 @@ class Trained:
         return [p.data for p in self.flat] + [p.grad for p in self.flat]
 
     def restore(self, optimizer: torch.optim.Optimizer) -> None:
-        """Back to where every run begins."""
+        """Writes back the state that every run starts from."""
         if self._moves:
             self._moves.move(optimizer)
         torch._foreach_copy_(self._moving, self._start)
@@ -93,16 +98,16 @@ class Trained:
                 state.fill_(STEPS) if name == "step" else state.zero_()
 
     def begin(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimizer makes its state in a first step."""
+        """Takes a first step, in which the optimizer creates its state, and restores the start."""
         optimizer.step()
         self.restore(optimizer)
 
 
 class _Moves:
-    """Other places for the gradients of parameters, and another learning rate, at every call."""
+    """Gives the gradients of some parameters other addresses, and the optimizer another rate, at every call."""
 
     def __init__(self, parameters: list[nn.Parameter]):
-        self.parameters, self.turn, self.step = parameters, 0, 512 // parameters[0].element_size()
+        self.parameters, self.turn, self.step = parameters, 0, 512 // parameters[0].element_size()  # 512 bytes
         self.numels = [-(-p.numel() // self.step) * self.step for p in parameters]
         self.pool = parameters[0].new_empty(sum(self.numels) + PLACES * self.step)
 
@@ -117,7 +122,7 @@ class _Moves:
 
 
 class LoopedILoRA:
-    """iLoRA as one writes it from the paper: torch's AdamW, then a Python loop over the layers."""
+    """iLoRA as written straight from the paper: torch's AdamW, then a Python loop over the layers."""
 
     def __init__(self, trained: Trained, fused: bool):
         self.pairs = trained.pairs
@@ -136,7 +141,7 @@ class LoopedILoRA:
 
 
 def riemannian(trained: Trained):
-    """PEFT's optimizer over a model that holds the pairs; named as PEFT's layers are."""
+    """Returns PEFT's Riemannian optimizer over a model that holds the pairs under the names of PEFT's layers."""
     try:
         from peft.optimizers import create_riemannian_optimizer
     except ImportError as error:
@@ -158,7 +163,7 @@ def build(case: Case, setting: Setting) -> Comparison:
     def provider(
         make: Callable, name: str = "auto", comparable: bool = True, weights: torch.dtype | None = None
     ) -> Callable[[], Provider]:
-        def build_one() -> Provider:
+        def build_provider() -> Provider:
             trained = Trained(case, setting.device, weights=weights, moves=moves)
             context = lambda: backend(name)
             with context():
@@ -169,12 +174,16 @@ def build(case: Case, setting: Setting) -> Comparison:
                 for _ in range(steps(case.variant)):
                     optimizer.step()
 
-            named = lambda _: {str(i): p for i, p in enumerate(trained.flat)}
-            prepare = lambda: trained.restore(optimizer)
-            results = named if comparable and not moves else None  # another rate is another result
-            return Provider(run, None, results, prepare, context, own=trained.flat)
+            def results(_):
+                return {str(i): p for i, p in enumerate(trained.flat)}
 
-        return build_one
+            def prepare():
+                trained.restore(optimizer)
+
+            judged = results if comparable and not moves else None  # another rate gives another result
+            return Provider(run, None, judged, prepare, context, excluded=trained.flat)
+
+        return build_provider
 
     def exact() -> dict[str, torch.Tensor]:
         trained = Trained(case, setting.device, torch.float64, torch.float64 if merges else None)
@@ -185,23 +194,29 @@ def build(case: Case, setting: Setting) -> Comparison:
                 optimizer.step()
         return {str(i): p.detach() for i, p in enumerate(trained.flat)}
 
-    plain = lambda fused: lambda trained: torch.optim.AdamW(trained.flat, lr=LR, weight_decay=0.0, fused=fused or None)
-    looped = lambda fused: lambda trained: LoopedILoRA(trained, fused)
-    lora_adamw = lambda *methods: lambda trained: lf.optim.LoRAAdamW(trained.pairs, lr=LR, methods=methods)
+    def plain(fused: bool) -> Callable:
+        return lambda trained: torch.optim.AdamW(trained.flat, lr=LR, weight_decay=0.0, fused=fused or None)
+
+    def looped(fused: bool) -> Callable:
+        return lambda trained: LoopedILoRA(trained, fused)
+
+    def lora_adamw(*methods) -> Callable:
+        return lambda trained: lf.optim.LoRAAdamW(trained.pairs, lr=LR, methods=methods)
+
     name = "triton" if setting.triton else "torch"
-    mine = provider(lora_adamw(*METHODS[method]), name, weights=weights)
+    ours = provider(lora_adamw(*METHODS[method]), name, weights=weights)
     if method == "AdamW":
         providers = {"torch's fused AdamW": provider(plain(True)), "torch's AdamW": provider(plain(False))}
-        providers["ours"] = mine
+        providers["ours"] = ours
     elif method == "ILoRA":
         loops = {f"loop on torch's {kind}AdamW": provider(looped(bool(kind))) for kind in ("", "fused ")}
-        providers = loops | {"torch's fused AdamW alone": provider(plain(True), comparable=False), "ours": mine}
+        providers = loops | {"torch's fused AdamW alone": provider(plain(True), comparable=False), "ours": ours}
     elif method == "PiLoRA":
-        providers = {"PEFT's Riemannian": provider(riemannian, comparable=False), "ours": mine}
+        providers = {"PEFT's Riemannian": provider(riemannian, comparable=False), "ours": ours}
     else:
-        providers = {"ours without a method": provider(lora_adamw(), name, comparable=False), "ours": mine}
+        providers = {"ours without a method": provider(lora_adamw(), name, comparable=False), "ours": ours}
     numel = sum(p.numel() for p in Trained(case, setting.device).flat)
-    runs = steps(case.variant)  # p, g, m, v read, p, m, v written, once a step; AdamW's dozen operations
-    work = Cost(28 * numel * runs, 12 * numel * runs)
+    # a step reads p, g, m, v and writes p, m, v, 4 bytes each; AdamW computes about a dozen operations an element
+    cost = Cost(28 * numel * steps(case.variant), 12 * numel * steps(case.variant))
     known = not merges or setting.device.type == "cpu"  # float64 weights of a large model would not fit on a GPU
-    return Comparison(providers, {"forward": work}, exact if known else None)
+    return Comparison(providers, {"forward": cost}, exact if known else None)

@@ -1,4 +1,5 @@
-"""What the layer's single ops share: operands without a graph, our launchers or their torch twins, eager providers."""
+"""Provides the single ops of the layer with operands without a graph, our launchers or their torch twins, and eager
+providers."""
 
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ def operands(case: Case, setting: Setting) -> Operands:
 
 
 def launchers(setting: Setting):
-    """Two modules with the same functions."""
+    """Returns the kernels' module or its torch twin; both have the same functions."""
     if not setting.triton:
         return reference
     from lora_fast.kernels import linear
@@ -24,12 +25,19 @@ def launchers(setting: Setting):
     return linear
 
 
+def _unchanged(value):
+    return value
+
+
 def eagerly(function: Callable, *args) -> dict[str, Callable[[], Provider]]:
-    """``function(*args)``, a dict of results, by eager torch and by torch.compile."""
-    same = lambda value: value
-    compile_ = lambda: compiled(lambda run: Provider(lambda: run(*args), results=same, compiled=True), function)
-    return {"torch": lambda: Provider(lambda: function(*args), results=same), "torch.compile": compile_}
+    """Returns providers of ``function(*args)``, a dict of results, by eager torch and by torch.compile."""
+
+    def compile_() -> Provider:
+        return compiled(lambda run: Provider(lambda: run(*args), results=_unchanged, compiled=True), function)
+
+    return {"torch": lambda: Provider(lambda: function(*args), results=_unchanged), "torch.compile": compile_}
 
 
 def ours(forward: Callable, context: Callable) -> Callable[[], Provider]:
-    return lambda: Provider(forward, results=lambda value: value, context=context)
+    """Returns a builder of a provider whose forward returns a dict of results."""
+    return lambda: Provider(forward, results=_unchanged, context=context)

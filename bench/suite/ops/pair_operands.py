@@ -1,16 +1,17 @@
-"""Adapter pairs with gradients, as the optimizer's ops take them."""
+"""Adapter pairs with gradients, in the lists that the optimizer's ops take."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lora_fast.kernels.grouping import group_by
 from suite.cases import Case, Shape
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """One tensor a pair, float32: a (r, d_in), b (d_out, r), their gradients; the same values at every call."""
+    """Lists with one float32 tensor a pair: a (r, d_in), b (d_out, r) and their gradients."""
 
     a: list[Tensor]
     b: list[Tensor]
@@ -19,14 +20,18 @@ class Pairs:
 
     @classmethod
     def of(cls, case: Case, device: torch.device) -> "Pairs":
+        """Draws the pairs of a case. Every call draws the same values."""
         generator = torch.Generator(device).manual_seed(0)
-        draw = lambda m, n, scale: torch.randn(m, n, generator=generator, device=device) * scale
+
+        def draw(m: int, n: int, scale: float) -> Tensor:
+            return torch.randn(m, n, generator=generator, device=device) * scale
+
         lists = [], [], [], []
         for d_in, d_out in case.pairs:
-            of_pair = draw(case.r, d_in, d_in**-0.5), draw(d_out, case.r, 0.01)
-            of_pair += draw(case.r, d_in, 1e-3), draw(d_out, case.r, 1e-3)
-            for one, tensor in zip(lists, of_pair, strict=True):
-                one.append(tensor)
+            pair = draw(case.r, d_in, d_in**-0.5), draw(d_out, case.r, 0.01)
+            gradients = draw(case.r, d_in, 1e-3), draw(d_out, case.r, 1e-3)
+            for tensors, tensor in zip(lists, (*pair, *gradients), strict=True):
+                tensors.append(tensor)
         return cls(*lists)
 
     @property
@@ -35,8 +40,5 @@ class Pairs:
 
 
 def by_shape(shapes: tuple[Shape, ...]) -> dict[Shape, list[int]]:
-    """Positions of the pairs of each shape."""
-    found: dict[Shape, list[int]] = {}
-    for i, shape in enumerate(shapes):
-        found.setdefault(shape, []).append(i)
-    return found
+    """Returns the positions of the pairs of each shape."""
+    return group_by(range(len(shapes)), shapes.__getitem__)

@@ -1,4 +1,4 @@
-"""The layer by everyone: eager torch, torch.compile, PEFT, a hand-written autograd function, ours.
+"""Providers of the layer: eager torch, torch.compile, PEFT, a hand-written autograd function, ours.
 
 All of them share one frozen weight and start from the same a and b.
 """
@@ -19,8 +19,10 @@ from suite.comparison import Provider, Setting, Unavailable, once
 
 
 class InPlaceLoRA(torch.autograd.Function):
-    """LoRA as the fastest public libraries write it by hand (the scheme of Unsloth's fast_lora): cuBLAS and in-place
-    ``addmm_``, x aᵀ computed again in backward, no dropout, no bias."""
+    """LoRA as the fastest public libraries write it by hand (the scheme of Unsloth's fast_lora).
+
+    It uses cuBLAS and in-place ``addmm_``, recomputes x aᵀ in backward, and has neither dropout nor bias.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, scaling):
@@ -43,14 +45,14 @@ class InPlaceLoRA(torch.autograd.Function):
 
 
 def eager(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float) -> Tensor:
-    """The formula, line by line, in x's dtype: as PEFT computes it under autocast."""
+    """Computes the formula line by line in x's dtype, as PEFT does under autocast."""
     dropped = F.dropout(x, dropout_p) if dropout_p else x
     return F.linear(x, weight) + scaling * F.linear(F.linear(dropped, lora_A.to(x.dtype)), lora_B.to(x.dtype))
 
 
 @dataclass
 class Operands:
-    """Random operands of a case; those that are trained, or may be, require a gradient."""
+    """Random operands of a case; x, lora_A and lora_B require a gradient."""
 
     x: Tensor
     weight: Tensor
@@ -78,7 +80,7 @@ class Operands:
         return {"y": y, "dx": self.x.grad, "da": a.grad, "db": b.grad}
 
     def exact(self) -> dict[str, Tensor]:
-        """In float64, on the same values."""
+        """Computes the results in float64 from the same values."""
         names = ("x", "weight", "lora_A", "lora_B", "dy")
         x, weight, a, b, dy = (getattr(self, name).detach().double() for name in names)
         s, ds = x @ a.T, self.scaling * (dy @ b)
@@ -93,20 +95,23 @@ def provider(
     trained: tuple[Tensor, Tensor] | None = None,
     compiled: bool = False,
 ) -> Provider:
-    """``trained``: a and b, where they are not those of ``op``."""
+    """Returns a provider of the layer; ``trained``: a and b, where they are not those of ``op``."""
     a, b = trained or (op.lora_A, op.lora_B)
 
     def prepare():
         for t in (op.x, a, b):
             t.grad = None
 
+    def backward(y):
+        y.backward(op.dy)
+
     results = lambda y: op.results(y, a, b)
-    return Provider(forward, lambda y: y.backward(op.dy), results, prepare, context, (op.weight, a, b), compiled)
+    return Provider(forward, backward, results, prepare, context, (op.weight, a, b), compiled)
 
 
 @contextlib.contextmanager
 def backend(name: str, strategy: str | None = None):
-    """Ours: this backend, and with Triton this GEMM strategy (None: the one that the table picks)."""
+    """Sets the backend, and with Triton the GEMM strategy (None: the one that the table picks)."""
     with lf.set_backend(name), contextlib.ExitStack() as stack:
         if strategy is not None:
             from lora_fast.kernels import tiles
@@ -116,43 +121,52 @@ def backend(name: str, strategy: str | None = None):
 
 
 def ours(case: Case, setting: Setting) -> dict[str, Callable]:
-    """Name → context of each of our variants."""
+    """Returns name → context of each of our variants."""
     if not setting.triton:
         return {"ours": lambda: backend("torch")}
     from lora_fast.kernels import tiles
 
     widths = [width for pair in case.pairs for width in pair]
     names = tiles.strategies(setting.device, getattr(torch, case.dtype), *widths)
-    found = {f"ours, {name}": lambda name=name: backend("triton", name) for name in names}
-    return {"ours": lambda: backend("triton")} | found
+    by_strategy = {f"ours, {name}": lambda name=name: backend("triton", name) for name in names}
+    return {"ours": lambda: backend("triton")} | by_strategy
 
 
 def layer(case: Case, setting: Setting) -> tuple[Operands, dict[str, Callable[[], Provider]]]:
-    """Operands and every provider of the whole layer."""
+    """Returns the operands and every provider of the whole layer."""
     op = Operands.of(case, setting.device)
     call = (op.x, op.weight, op.lora_A, op.lora_B, op.scaling, case.dropout)
-    found: dict[str, Callable[[], Provider]] = {"torch": lambda: provider(op, lambda: eager(*call))}
-    found["torch.compile"] = lambda: compiled(lambda run: provider(op, lambda: run(*call), compiled=True), eager)
-    found["PEFT"] = lambda: peft(op, case, torch.float32)
+    providers: dict[str, Callable[[], Provider]] = {"torch": lambda: provider(op, lambda: eager(*call))}
+    providers["torch.compile"] = lambda: compiled(lambda run: provider(op, lambda: run(*call), compiled=True), eager)
+    providers["PEFT"] = lambda: peft(op, case, torch.float32)
     if case.dtype != "float32":
-        found[f"PEFT, {case.dtype} adapters"] = lambda: peft(op, case, getattr(torch, case.dtype))
-        found["PEFT, autocast"] = lambda: peft(op, case, torch.float32, autocast=True)
+        providers[f"PEFT, {case.dtype} adapters"] = lambda: peft(op, case, getattr(torch, case.dtype))
+        providers["PEFT, autocast"] = lambda: peft(op, case, torch.float32, autocast=True)
     if not case.dropout:
-        found["addmm_"] = lambda: provider(op, lambda: InPlaceLoRA.apply(*call[:5]))
-    run = lambda: lf.functional.lora_linear(op.x, op.weight, None, *call[2:])
+        providers["addmm_"] = lambda: provider(op, lambda: InPlaceLoRA.apply(*call[:5]))
+
+    def run():
+        return lf.functional.lora_linear(op.x, op.weight, None, *call[2:])
+
     for name, context in ours(case, setting).items():
-        found[name] = lambda context=context: provider(op, run, context)
-    found["frozen linear"] = lambda: frozen(op)
-    return op, found
+        providers[name] = lambda context=context: provider(op, run, context)
+    providers["frozen linear"] = lambda: frozen(op)
+    return op, providers
 
 
 def frozen(op: Operands) -> Provider:
-    """The linear layer without an adapter: forward and dx."""
-    prepare = lambda: setattr(op.x, "grad", None)
-    return Provider(lambda: F.linear(op.x, op.weight), lambda y: y.backward(op.dy), None, prepare, own=(op.weight,))
+    """Returns a provider of the linear layer without an adapter: forward and dx."""
+
+    def prepare():
+        op.x.grad = None
+
+    return Provider(
+        lambda: F.linear(op.x, op.weight), lambda y: y.backward(op.dy), None, prepare, excluded=(op.weight,)
+    )
 
 
 def peft(op: Operands, case: Case, adapter: torch.dtype, autocast: bool = False) -> Provider:
+    """Returns a provider of PEFT's layer over the same frozen weight, with copies of a and b in dtype ``adapter``."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -171,13 +185,16 @@ def peft(op: Operands, case: Case, adapter: torch.dtype, autocast: bool = False)
 
 
 def compiled(build: Callable[[Callable], Provider], function: Callable, reset: bool = True) -> Provider:
-    """``build`` over the compiled function, after one run that compiles it. ``reset``: what was compiled before is let
-    go, since cases differ in sizes and each is compiled for its own."""
+    """Returns ``build`` of the compiled function, after one run that compiles it.
+
+    Args:
+        reset: whether to discard earlier compilations, so that each case is compiled for its own sizes.
+    """
     if reset:
         torch._dynamo.reset()
-    made = build(torch.compile(function))
+    provider = build(torch.compile(function))
     try:
-        once(made)
+        once(provider)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         raise Unavailable(f"torch.compile: {str(error).splitlines()[0]}") from error
-    return made
+    return provider

@@ -145,6 +145,7 @@ def layer_error(device: torch.device, dtype: torch.dtype = torch.float32) -> flo
     results = (y, *torch.autograd.grad(y, inputs, dy))
     exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
     exact_x, a, b = exact_inputs
+    assert layer.bias is not None, "LoRALinear has a bias by default"
     exact = nn.functional.linear(exact_x, layer.weight.double(), layer.bias.double())
     exact = exact + layer.scaling * exact_x @ a.t() @ b.t()
     expected = (exact, *torch.autograd.grad(exact, exact_inputs, dy.double()))
@@ -201,7 +202,14 @@ def _compiler() -> str:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.c")
         source.write_text("#include <Python.h>\n")
-        command = [compiler, source, f"-I{sysconfig.get_config_var('INCLUDEPY')}", "-shared", "-fPIC", "-o"]
+        command: list[str | Path] = [
+            compiler,
+            source,
+            f"-I{sysconfig.get_config_var('INCLUDEPY')}",
+            "-shared",
+            "-fPIC",
+            "-o",
+        ]
         command.append(source.with_suffix(".so"))
         process = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     if process.returncode:
@@ -281,13 +289,13 @@ def _files() -> str:
     """Saves an adapter and loads it into another model."""
     model, other = _tiny_model(), _tiny_model()
     inject_(model, LoRAConfig(r=4, alpha=8))
-    nn.init.normal_(model[0].lora_B)
+    nn.init.normal_(model.get_parameter("0.lora_B"))
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder)
         inject_(other, LoRAConfig(r=4, alpha=8))
         load_adapter(other, folder)
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
-    if not torch.equal(model[0].lora_B, other[0].lora_B):
+    if not torch.equal(model.get_parameter("0.lora_B"), other.get_parameter("0.lora_B")):
         raise AssertionError("the adapter that was read differs from the one that was written")
     return f"written and read without a change, {size} bytes"
 

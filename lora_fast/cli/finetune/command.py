@@ -16,6 +16,7 @@ from ..output.terminal import Display, exit_codes
 from . import next_steps, pipeline
 
 _BY_DEFAULT = Settings()  # the defaults of the options below
+_DEFAULT_METHODS = list(_BY_DEFAULT.method)  # typer takes and passes lists
 
 
 def _option(panel: str, text: str, *names: str, **more):
@@ -86,7 +87,7 @@ def finetune(
     seed: Annotated[
         int, _option("Training", "Determines the initial adapters and the order of the blocks.")
     ] = _BY_DEFAULT.seed,
-    method: Annotated[list[str], _option("Method", _METHOD, metavar="NAME[:KEY=VALUE,…]")] = _BY_DEFAULT.method,
+    method: Annotated[list[str], _option("Method", _METHOD, metavar="NAME[:KEY=VALUE,…]")] = _DEFAULT_METHODS,
     engine: Annotated[str, _option("Method", _ENGINE, metavar="fused|eager")] = _BY_DEFAULT.engine,
     compare: Annotated[bool, _option("Method", _COMPARE, "--compare")] = False,
     norm: Annotated[str | None, _option(_BOUNDED, _NORM, metavar="|".join(NORMS))] = None,
@@ -139,8 +140,14 @@ def finetune(
         values |= {"model": absolute(model), "data": absolute(data)}
         values |= {"method": with_bounds(tuple(method), norm, bound, bound_ratio)}
         if resume:  # only typed options must agree with the saved settings; defaults need not
-            typed = {n: v for n, v in values.items() if context.get_parameter_source(n).name == "COMMANDLINE"}
+            typed = {name: value for name, value in values.items() if _is_typed(context, name)}
             settings = run_folder.saved_settings(output, typed)
         else:
             settings = Settings(**values).check()
         next_steps.show(display, pipeline.run(settings, output, resume, display))
+
+
+def _is_typed(context: typer.Context, name: str) -> bool:
+    """Returns whether an option was typed, rather than left at its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

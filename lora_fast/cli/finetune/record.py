@@ -6,6 +6,7 @@ import math
 import statistics
 from dataclasses import asdict, dataclass, field
 
+from ...measure.clock import Spread
 from ...metrics import BoundStats
 from ..output.terminal import RunFailed
 
@@ -50,16 +51,14 @@ class Record:
         return {name: row["values"][-1] / row["bound"] for name, row in self.bounds.items()}
 
     def step_time(self) -> dict[str, float]:
-        """Median and the 20th and 80th percentile, in seconds, of the steps after the first, which also allocates."""
-        seconds = _settled(self.seconds)
-        fifths = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else None
-        low, high = (fifths[0], fifths[3]) if fifths else (seconds[0], seconds[0])
-        return {"median": statistics.median(seconds), "p20": low, "p80": high}
+        """Returns the median and the 20th and 80th percentile, in seconds, of the steps after the first, which also
+        allocates."""
+        return asdict(Spread.of(_after_first(self.seconds)))
 
     def optimizer_time(self) -> float:
         """Returns the mean seconds of the updates after the first. The mean, unlike the median, includes what a method
         does every few steps only."""
-        return statistics.fmean(_settled(self.optimizer_seconds))
+        return statistics.fmean(_after_first(self.optimizer_seconds))
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Returns the steps and the values of one of the adapter's figures, at the steps that have it."""
@@ -79,5 +78,5 @@ class Diverged(RunFailed):
         self.record = record
 
 
-def _settled(seconds: list[float]) -> list[float]:
+def _after_first(seconds: list[float]) -> list[float]:
     return seconds[1:] or seconds

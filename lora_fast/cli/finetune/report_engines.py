@@ -129,7 +129,8 @@ def _loss(runs: list[Record], wide: bool) -> str:
         look = {"linewidth": 1.6, "zorder": 3} if i == 0 else {"linewidth": 5, "alpha": 0.45, "zorder": 2}
         dashed = {**look, "linestyle": "--", "marker": "o", "markersize": 5 if i == 0 else 10}
         series.append(Series(f"{run.label}, training", colour, range(len(run.losses)), run.losses, look))
-        series.append(Series(f"{run.label}, held out", colour, *zip(*run.held_out, strict=True), dashed))
+        steps, losses = zip(*run.held_out, strict=True)
+        series.append(Series(f"{run.label}, held out", colour, steps, losses, dashed))
     return lines("loss", series, "steps done", "loss (nats per token)", wide=wide)
 
 

@@ -25,13 +25,13 @@ def baseline(settings: Settings, runs: list[Record]) -> Record:
     return next((run for run in [*plain, *runs] if not run.diverged), runs[0])
 
 
-def comparison(settings: Settings, runs: list[Record]) -> dict[str, dict[str, float | str]]:
+def comparison(settings: Settings, runs: list[Record]) -> dict[str, dict[str, float]]:
     """Returns the figures of the tables by method. The final losses of a diverged run are NaN."""
     base = baseline(settings, runs)
     return {run.label: _figures(run, base) for run in runs}
 
 
-def _figures(run: Record, base: Record) -> dict[str, float | str]:
+def _figures(run: Record, base: Record) -> dict[str, float]:
     step, base_step = (record.step_time()["median"] for record in (run, base))
     after = math.nan if run.diverged else run.held_out[-1][1]
     return {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils._pytree import tree_leaves
 from transformers.trainer_callback import PrinterCallback
 
@@ -25,6 +25,7 @@ from ...optim import LoRAAdamW
 from ...surgery.change_report import Report
 from ..inputs import models
 from ..inputs.data import TokenData
+from ..inputs.method_options import NBLoRA, SingLoRA
 from ..inputs.settings import Run, Settings
 from ..output import run_folder
 from ..output.terminal import Display
@@ -112,8 +113,8 @@ def _try(context: RunContext, run: Run, base: transformers.PreTrainedModel) -> N
     if run.method.adapters is None:
         _check_methods(run, _with_adapters(context, run, modules)[0])
         return
-    config = _config(context, run)
-    if getattr(config, "bound_ratio", None) is not None:
+    config = _config(context, run.method.adapters)
+    if isinstance(config, NBLoRAConfig) and config.bound_ratio is not None:
         config = dataclasses.replace(config, norm="frobenius")  # fast, and fails for the same weights: those of norm 0
     _inject(run, modules, config)
 
@@ -129,13 +130,13 @@ def _check_methods(run: Run, model: torch.nn.Module) -> None:
 def _with_adapters(context: RunContext, run: Run, base: transformers.PreTrainedModel) -> tuple[torch.nn.Module, str]:
     """Returns the model with fresh adapters in ``base``, and the report of what was injected or fused."""
     if run.method.adapters is not None:
-        report = _inject(run, base, _config(context, run))
+        report = _inject(run, base, _config(context, run.method.adapters))
         report.note = run.method.adapters.note(base)
         return base, str(report)
     settings = context.settings
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT takes any float, but declares an int
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
         task_type="CAUSAL_LM",
@@ -149,10 +150,10 @@ def _with_adapters(context: RunContext, run: Run, base: transformers.PreTrainedM
         raise ArgumentError("--engine", "eager where no layer can be fused", error.got) from error
 
 
-def _config(context: RunContext, run: Run) -> NBLoRAConfig | SingLoRAConfig:
+def _config(context: RunContext, adapters: NBLoRA | SingLoRA) -> NBLoRAConfig | SingLoRAConfig:
     settings = context.settings
     options = {"r": settings.rank, "dropout": settings.dropout, "target_modules": settings.target_modules}
-    return run.method.adapters.config(settings.alpha, context.total, **options)
+    return adapters.config(settings.alpha, context.total, **options)
 
 
 def _inject(run: Run, base: transformers.PreTrainedModel, config: NBLoRAConfig | SingLoRAConfig) -> Report:
@@ -203,14 +204,16 @@ def train(context: RunContext, run: Run, model: torch.nn.Module, layers: str, fo
         raise KeyboardInterrupt
     record.layers += fallbacks(model)
     record.sample_after = sample(model, context.tokenizer, context.prompt)
+    if run.method.adapters is not None:
+        save_adapter(model, folder / "adapter")
+        return record
+    assert isinstance(model, PeftModel), "a method without adapters of its own trains those of PEFT"
     if _changes_base(run):
         record.layers += f". {save_adapter(model, folder / 'adapter').note}"
         with context.display.working("Measuring how far the weights have moved"):
             record.change_erank = mean_erank(model, models.load_model(context.source, context.dtype))
-    elif run.method.adapters is not None:
-        save_adapter(model, folder / "adapter")
     else:
-        model.save_pretrained(folder / "adapter")
+        model.save_pretrained(str(folder / "adapter"))
     return record
 
 
@@ -221,8 +224,11 @@ class ScaLoRATrainer(hf.ExactCheckpoints, transformers.Trainer):
 class AdapterTrainer(transformers.Trainer):
     """A Trainer whose checkpoints contain the adapter and its free parameters, but not the frozen model."""
 
+    model: torch.nn.Module  # optional in the base class, but None only before __init__ sets it
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        save_adapter(self.model, output_dir or self.args.output_dir)
+        # TrainingArguments declares that output_dir may be None, but replaces None by a default.
+        save_adapter(self.model, output_dir or self.args.output_dir)  # type: ignore[arg-type]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         load_adapter(self.model if model is None else model, resume_from_checkpoint)
@@ -246,10 +252,16 @@ def _trainer(
     recorder = Recorder(context, record, Stopwatch(args.device))
     plain = not (run.method.instances or run.method.adapters)
     optimizer = None if plain else hf.optimizer_cls_and_kwargs(model, args, run.method.instances)
-    data = {"train_dataset": context.data.train, "eval_dataset": context.data.held_out}
-    trainer_class = AdapterTrainer if run.method.adapters else transformers.Trainer
+    trainer_class: type[transformers.Trainer] = AdapterTrainer if run.method.adapters else transformers.Trainer
     trainer_class = ScaLoRATrainer if _changes_base(run) else trainer_class
-    trainer = trainer_class(model, args, callbacks=[recorder], optimizer_cls_and_kwargs=optimizer, **data)
+    trainer = trainer_class(
+        model,
+        args,
+        train_dataset=context.data.train,
+        eval_dataset=context.data.held_out,
+        callbacks=[recorder],
+        optimizer_cls_and_kwargs=optimizer,
+    )
     trainer.remove_callback(PrinterCallback)  # it prints every log
     recorder.statistics = hf.AdapterStatsCallback(trainer, math.ceil(context.total / STATISTICS))
     trainer.add_callback(recorder.statistics)  # after the recorder, which has stopped the clock by then
@@ -384,5 +396,8 @@ def sample(model: torch.nn.Module, tokenizer, prompt: str) -> str:
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     settings = {"do_sample": False, "repetition_penalty": 1.1, "use_cache": True}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    output = model.eval().generate(**inputs, max_new_tokens=SAMPLE_TOKENS, pad_token_id=pad, **settings)
+    # The stubs of Module know no generate, and transformers and PEFT have no common class that has it.
+    output = model.eval().generate(  # type: ignore[operator]
+        **inputs, max_new_tokens=SAMPLE_TOKENS, pad_token_id=pad, **settings
+    )
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

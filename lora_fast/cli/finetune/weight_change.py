@@ -17,11 +17,12 @@ def mean_erank(model: PeftModel, start: nn.Module) -> float:
     """Returns the stable rank ‖D‖²_F / ‖D‖²₂ of D = W + s b a − W₀, averaged over all adapted layers. ``start`` is the
     model before training, which has W₀. Computes in float32, one layer at a time to save memory."""
     eranks = []
-    for name, layer in model.base_model.model.named_modules():
+    for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLayer):
-            weight = layer.get_base_layer().weight
-            before = start.get_submodule(name).weight.to(weight.device, torch.float32)
-            delta = layer.get_delta_weight(layer.active_adapters[0]).float()
+            weight = layer.get_base_layer().get_parameter("weight")
+            before = start.get_parameter(f"{name}.weight").to(weight.device, torch.float32)
+            # The layers of all kinds have this method; only their base class does not declare it.
+            delta = layer.get_delta_weight(layer.active_adapters[0]).float()  # type: ignore[attr-defined]
             eranks.append(_erank(weight.float() - before + delta))
     return statistics.fmean(torch.stack(eranks).tolist())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from torch import nn
 
@@ -65,7 +66,7 @@ class SingLoRA:
         )
 
 
-METHODS = {  # name → (class in lora_fast.methods or in ADAPTERS, what it does)
+METHODS: dict[str, tuple[type | None, str]] = {  # name → (class in lora_fast.methods or in ADAPTERS, what it does)
     "lora": (None, "Plain LoRA, with AdamW on both factors."),
     "lora+": (methods.LoRAPlus, "AdamW with a higher learning rate for b than for a."),
     "scale-reg": (methods.ScaleReg, "Adds a loss on the difference between the two factors' mean squares."),
@@ -132,7 +133,7 @@ def read(text: str) -> Choice:
     name, _, options = text.partition(":")
     kind = METHODS[checks.choice(name, "--method", tuple(METHODS))][0]
     known = {"lr"} | ({field.name for field in fields(kind)} if kind else set())
-    values = {}
+    values: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in options.split(","))):
         key, equals, value = item.partition("=")
         if key not in known or not equals or key in values:

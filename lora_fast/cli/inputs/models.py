@@ -10,6 +10,7 @@ import re
 import warnings
 from importlib import metadata, util
 from pathlib import Path
+from typing import Any
 
 from ...checks import ArgumentError
 from ...kernels import atomic_file
@@ -149,10 +150,11 @@ def _convert(gguf: Path, folder: Path) -> None:
     import transformers
 
     with contextlib.redirect_stderr(io.StringIO()):  # hides progress bars; exceptions still pass
-        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+        source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
         model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    model.hf_quantizer = None  # the tensors are plain float32 now; save them as such
+    # The tensors are plain float32 now; save them as such. The stubs of Module allow no attribute to be None.
+    model.hf_quantizer = None  # type: ignore[assignment]
     del model.config.quantization_config
     model.config.architectures = [type(model).__name__]
     model.save_pretrained(folder)

@@ -6,11 +6,15 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 _INK = "#010203"  # a colour that nothing else uses: _svg replaces it by currentColor
-_STYLE = {
+_STYLE: dict[RcKeyType, Any] = {
     "svg.fonttype": "none",  # text stays text: it is searchable and takes the page's font
     "font.family": "sans-serif",
     "font.size": 10,
@@ -41,7 +45,7 @@ class Series:
     colour: str
     x: Sequence[float]
     y: Sequence[float]
-    look: dict[str, object] = field(default_factory=dict)
+    look: Mapping[str, object] = field(default_factory=dict)
     band: tuple[Sequence[float], Sequence[float]] | None = None
 
 

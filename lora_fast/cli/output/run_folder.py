@@ -15,6 +15,7 @@ import json
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ...checks import ArgumentError
 from ...kernels.atomic_file import write_text
@@ -64,7 +65,7 @@ def start(folder: Path, settings: Settings, fingerprint: str) -> None:
         raise ArgumentError("--output", "a folder that can be written", f"{str(folder)!r}: {error.strerror}") from error
 
 
-def saved_settings(folder: Path | None, given: dict[str, object]) -> Settings:
+def saved_settings(folder: Path | None, given: dict[str, Any]) -> Settings:
     """Returns the settings of the run to resume. ``given`` contains the options typed this time, which must agree with
     the saved ones.
 

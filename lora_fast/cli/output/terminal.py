@@ -66,9 +66,9 @@ class Display:
     """Shows the progress of runs that follow each other. If the output is not a terminal, only the notes are
     printed."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.console = Console(highlight=False)
-        self._progress: _BarWithLine | None = None
+        self._progress: _BarWithLine | None = None  # the bar of the run that is shown
 
     def note(self, text: str, style: str = "") -> None:
         """Prints ``text`` as it is: without markup, and without line breaks that a copied command would contain."""
@@ -104,25 +104,30 @@ class Display:
             yield
         self._progress = None
 
+    @property
+    def _bar(self) -> _BarWithLine:
+        assert self._progress is not None, "training() must be open while steps are shown"
+        return self._progress
+
     def evaluating(self) -> None:
         """Shows that the held-out loss is being computed."""
-        self._progress.update(self._task, description="held-out loss")
+        self._bar.update(self._task, description="held-out loss")
 
     def step(self, step: int, loss: float, seconds: float) -> None:
         """Shows that ``step`` is done, with its training loss and its duration."""
         figures = f"loss {loss:.3f} · {seconds:.2f} s/step"
-        self._progress.update(self._task, completed=step, figures=figures)
+        self._bar.update(self._task, completed=step, figures=figures)
 
     def bounds(self, used: list[float]) -> None:
         """Shows the shares, 0 to 1, that norm-bounded layers use of their bounds; nothing if there are no such
         layers."""
         if used:
-            self._progress.below = f"  of the layers' bounds used: mean {fmean(used):.1%}, most {max(used):.1%}"
+            self._bar.below = f"  of the layers' bounds used: mean {fmean(used):.1%}, most {max(used):.1%}"
 
     def held_out(self, step: int, loss: float) -> None:
         """Prints the held-out loss after ``step`` steps."""
         self.note(f"  step {step:>4}   held-out loss {loss:.3f}", style="dim")
-        self._progress.update(self._task, description="training")
+        self._bar.update(self._task, description="training")
 
 
 def _rich_table(content: Table) -> rich.table.Table:

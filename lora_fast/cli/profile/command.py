@@ -1,4 +1,4 @@
-"""lora-fast profile: its options and its help. What is measured is in profiling/."""
+"""lora-fast profile: its options and its help. measurement.py measures."""
 
 from __future__ import annotations
 
@@ -13,64 +13,68 @@ from ..output import run_folder
 from ..output.terminal import Display, exit_codes
 
 FIGURES, PAGE = "profile.json", "profile.html"
-SIZES = {"cuda": (4, 2048), "cpu": (2, 256)}  # batch and tokens where none are given
+SIZES = {"cuda": (4, 2048), "cpu": (2, 256)}  # default batch and tokens
 STEPS = 5
 
-_MODEL = "A folder or hub id of a causal language model. smollm2: SmolLM2-135M, from its package."
-_TARGETS = "all-linear, or the names of the layers to adapt: q_proj,v_proj."
-_BATCH = "Blocks in one forward pass: 4 on a GPU, 2 on a CPU, if not given."
-_SEQ_LEN = "Tokens in a block: 2048 on a GPU, 256 on a CPU, or as many as the model takes, if not given."
-_DTYPE = "Of the frozen weights: auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16 or float16."
-_COMPILE = "Whether to compile PEFT's model too: about a minute."
-_OUTPUT = "A new folder for the results: if not given, the next number in runs/."
+_MODEL = "A folder or hub id of a causal language model; smollm2 is SmolLM2-135M from its package."
+_TARGETS = "all-linear, or the names of the layers to adapt, such as q_proj,v_proj."
+_BATCH = "Blocks in one forward pass; by default 4 on a GPU and 2 on a CPU."
+_SEQ_LEN = "Tokens in a block; by default 2048 on a GPU and 256 on a CPU, or the model's maximum if that is less."
+_DTYPE = "Dtype of the frozen weights: auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16 or float16."
+_COMPILE = "Whether to measure PEFT's model under torch.compile too, which takes about a minute."
+_OUTPUT = "A new folder for the results; by default the next number in runs/."
 
 
 def profile(
     model: Annotated[str, typer.Option(help=_MODEL)] = Settings.model,
     rank: Annotated[int, typer.Option(help="Rank of the adapters, 1 to 256.")] = Settings.rank,
-    dropout: Annotated[float, typer.Option(help="Share of an adapter's inputs dropped.")] = Settings.dropout,
+    dropout: Annotated[float, typer.Option(help="Dropout probability of an adapter's inputs.")] = Settings.dropout,
     targets: Annotated[str, typer.Option(help=_TARGETS)] = Settings.targets,
     batch: Annotated[int | None, typer.Option(help=_BATCH)] = None,
     seq_len: Annotated[int | None, typer.Option(help=_SEQ_LEN)] = None,
     dtype: Annotated[str, typer.Option(help=_DTYPE, metavar="NAME")] = Settings.dtype,
-    steps: Annotated[int, typer.Option(help="Counted steps of each engine.")] = STEPS,
+    steps: Annotated[int, typer.Option(help="Number of counted steps of each engine.")] = STEPS,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help=_COMPILE)] = True,
     output: Annotated[Path | None, typer.Option(help=_OUTPUT)] = None,
 ) -> None:
     """Measure what fusing would bring for a model, on this machine.
 
-    Runs training steps of the frozen model, of PEFT as it is, of PEFT compiled and of PEFT fused, in turns, and writes
-    into a folder: profile.html, profile.json, a Chrome trace of each (on a GPU a memory snapshot too). Times of each
-    part, memory, gradient errors against float64, which layers are fused and why others are not, each layer shape by
-    itself against the device's own ceilings. Says so where there is no gain. Not yet run on a GPU.
+    Runs training steps of the frozen model, of PEFT eager, of PEFT compiled and of PEFT fused, in turns. Writes
+    profile.html, profile.json and a Chrome trace of each engine into a folder, and on a GPU memory snapshots. The page
+    shows the time of each part of a step, memory, gradient errors against float64, the fused layers and why others are
+    not fused, and each layer shape by itself against the device's own ceilings. The verdict states whether there is a
+    gain. Not yet run on a GPU.
 
     **Examples**
 
     - `lora-fast profile`
 
-        the packaged model: two to three minutes on two quiet CPU cores, no network
+        profiles the packaged model in two to three minutes on two quiet CPU cores, without a network
 
     - `lora-fast profile --model Qwen/Qwen3-0.6B --rank 32 --dropout 0.05 --batch 8 --seq-len 1024`
 
-        your own model and settings
+        profiles your own model with your settings
 
     - `lora-fast profile --no-compile --steps 20`
 
-        steadier figures, without the compiler
+        takes more steps for steadier figures, without the compiler
     """
     display = Display()
     with exit_codes(display):
-        asked = {"rank": rank, "dropout": dropout, "targets": targets, "dtype": dtype, "steps": steps}
+        options = {"rank": rank, "dropout": dropout, "targets": targets, "dtype": dtype, "steps": steps}
         sizes = {name: size for name, size in (("batch", batch), ("seq_len", seq_len)) if size is not None}
-        settings = Settings(model=absolute(model), **asked, **sizes).check()
+        settings = Settings(model=absolute(model), **options, **sizes).check()
         run(settings, set(sizes), compiled, output or run_folder.fresh("profile", model), display)
 
 
 def run(settings: Settings, given: set[str], compiled: bool, folder: Path, display: Display) -> None:
-    """``given``: which of batch and seq_len were asked for; the others follow from the device.
+    """Measures, writes the files and prints the tables.
+
+    Args:
+        given: the options among batch and seq_len that the user has set; the others follow from the device.
 
     Raises:
-        ArgumentError: something does not fit.
+        ArgumentError: an option does not fit the model or the machine.
     """
     from dataclasses import replace
 
@@ -97,7 +101,7 @@ def run(settings: Settings, given: set[str], compiled: bool, folder: Path, displ
     settings = replace(settings, dtype=str(dtype).removeprefix("torch."))
     display.note(
         f"{Path(settings.model).name}, {settings.dtype}: {settings.steps} steps of {settings.batch} × "
-        f"{settings.seq_len} tokens, rank {settings.rank}, each engine in turn"
+        f"{settings.seq_len} tokens, rank {settings.rank}, the engines in turns"
     )
     result = measurement.measure(settings, source, dtype, compiled, folder, display)
     run_folder.write_json(folder / FIGURES, result.as_dict())
@@ -105,7 +109,7 @@ def run(settings: Settings, given: set[str], compiled: bool, folder: Path, displ
     for table in report.tables(result):
         display.show(table)
         display.note("")
-    display.note(result.layers_said() + (f"; PEFT compiled left out: {result.skipped}" if result.skipped else ""))
+    display.note(result.fused_layers_text() + (f"; PEFT compiled skipped: {result.skipped}" if result.skipped else ""))
     display.note(result.verdict(), style="bold")
     display.note(result.machine, style="dim")
     display.note(f"\npage      {folder / PAGE}\nfigures   {folder / FIGURES}\ntraces    {folder}/trace-*.json.gz")

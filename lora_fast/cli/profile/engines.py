@@ -1,4 +1,4 @@
-"""The engines that are compared: one model four times over the same tensors, so that no weight is held twice."""
+"""Builds the engines that are compared: four models over the same tensors, so that no weight is stored twice."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ..inputs.settings import Settings
 
 BASE, EAGER, COMPILED, FUSED = "base", "PEFT eager", "PEFT compiled", "fused"
 LABELS = (BASE, EAGER, COMPILED, FUSED)
-LR = 1e-5  # small: the weights must not run away while they are timed
-B_STD = 0.01  # of the random lora_B: a fresh one is zero, and with it the gradient of lora_A
+LR = 1e-5  # small, so that the weights do not diverge while they are timed
+B_STD = 0.01  # of the random lora_B; with a fresh one, which is zero, the gradient of lora_A would be zero
 
 
 @dataclass
 class Engine:
-    """``optimizer``: None for the frozen model, which trains nothing."""
+    """A model and its optimizer, which is None for the frozen model."""
 
     label: str
     model: nn.Module
@@ -38,31 +38,35 @@ class Engine:
 
 @dataclass
 class Engines:
-    """``fusing``: what ``fuse_`` did. ``dtype``: of the frozen weights. ``vocabulary``: number of tokens."""
+    """All engines by label, and what they share.
 
-    found: dict[str, Engine]
+    Attributes:
+        fusing: the report of ``fuse_``. dtype: of the frozen weights. vocabulary: number of different tokens.
+    """
+
+    by_label: dict[str, Engine]
     fusing: Report
     dtype: torch.dtype
     device: torch.device
     vocabulary: int
 
     def fallbacks(self) -> dict[str, int]:
-        """Why layers of the fused engine ran PEFT's own forward the last time → how many of them."""
-        reasons = (getattr(module, "fallback_reason", None) for module in self.found[FUSED].model.modules())
+        """Returns reason → number of the fused engine's layers that ran PEFT's own forward in the last pass."""
+        reasons = (getattr(module, "fallback_reason", None) for module in self.by_label[FUSED].model.modules())
         return dict(Counter(filter(None, reasons)))
 
     def precision(self):
-        """The context of every forward pass: with 16-bit weights autocast, as transformers' Trainer does."""
+        """Returns the context of a forward pass: autocast for 16-bit weights, as in transformers' Trainer."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
 
 def build(settings: Settings, source: str, dtype: torch.dtype, compiled: bool) -> Engines:
-    """The model on the first GPU, or the CPU.
+    """Builds the engines on the first GPU, or on the CPU.
 
     Raises:
-        ArgumentError: a model that does not load, or targets that match nothing.
+        ArgumentError: the model does not load, or the targets match nothing.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(settings.seed)
@@ -70,7 +74,7 @@ def build(settings: Settings, source: str, dtype: torch.dtype, compiled: bool) -
     model.config.use_cache = False
     training.check_targets(model, settings.target_modules)
     frozen = twin(model).requires_grad_(False)
-    frozen.enable_input_require_grads()  # or there would be no backward pass
+    frozen.enable_input_require_grads()  # without any trained parameter there would be no backward pass
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -84,22 +88,26 @@ def build(settings: Settings, source: str, dtype: torch.dtype, compiled: bool) -
             nn.init.normal_(parameter, std=B_STD)
     fused = twin(eager)
     fusing = fuse_(fused, allow_empty=True)
-    found = {BASE: Engine(BASE, frozen, None), EAGER: Engine(EAGER, eager, _adamw(eager))}
+    by_label = {BASE: Engine(BASE, frozen, None), EAGER: Engine(EAGER, eager, _adamw(eager))}
     if compiled:
         regions = compiled_twin(eager)
-        found[COMPILED] = Engine(COMPILED, regions, _adamw(regions))
-    found[FUSED] = Engine(FUSED, fused, LoRAAdamW(fused, lr=LR))
-    return Engines(found, fusing, dtype, device, model.config.get_text_config().vocab_size)
+        by_label[COMPILED] = Engine(COMPILED, regions, _adamw(regions))
+    by_label[FUSED] = Engine(FUSED, fused, LoRAAdamW(fused, lr=LR))
+    return Engines(by_label, fusing, dtype, device, model.config.get_text_config().vocab_size)
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """Another model of the same modules over the same parameters and buffers."""
+    """Copies the modules of a model over the same parameters and buffers."""
+    # deepcopy takes these as already copied, so the copy refers to the same tensors
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 
 
 def compiled_twin(model: nn.Module) -> nn.Module:
-    """Its repeated blocks compiled one by one: seconds, where the whole model takes minutes, for much the same code."""
+    """Returns a twin whose repeated blocks are compiled one by one.
+
+    This takes seconds, where the whole model takes minutes, and gives much the same code.
+    """
     from accelerate.utils import compile_regions
 
     return compile_regions(twin(model))
@@ -110,6 +118,6 @@ def _adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def random_batch(device: torch.device, vocabulary: int, rows: int, seq_len: int) -> dict[str, Tensor]:
-    """Random tokens (rows, seq_len): what they are does not change how long they take."""
+    """Returns random tokens (rows, seq_len) as inputs and labels; a step takes as long with any tokens."""
     ids = torch.randint(vocabulary, (rows, seq_len), generator=torch.Generator().manual_seed(0)).to(device)
     return {"input_ids": ids, "labels": ids}

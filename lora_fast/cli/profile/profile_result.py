@@ -1,4 +1,4 @@
-"""Everything that a profile found, and its one-sentence verdict."""
+"""The result of a profile: all figures, and a verdict in words."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from .step_times import Times
 
 @dataclass
 class Measured:
-    """One engine. Seconds; bytes.
+    """The figures of an engine, in seconds and bytes.
 
     Attributes:
-        over_fused: this engine's step over the fused one's, round by round. peak: None where it cannot be counted.
-        files: names of its trace and, on CUDA, its memory snapshot.
+        over_fused: the engine's step time over the fused engine's of the same round.
+        saved: kept for backward by one forward pass. peak: in one step; None where it cannot be counted.
+        files: names of the trace and, on CUDA, the memory snapshot.
     """
 
     times: Times
@@ -34,9 +35,14 @@ class Measured:
 
 @dataclass
 class Result:
-    """``fusing``: what ``fuse_`` said. ``fused_layers``: how many of its layers it changed, ``fallbacks``: why some of
-    these ran PEFT's own forward, and how many. ``skipped``: why there is no compiled engine, or "". ``machine``:
-    conditions."""
+    """All figures of a profile.
+
+    Attributes:
+        machine: the conditions of the measurement, in words. fusing: the report of ``fuse_``, in words.
+        fused_layers: number of layers that were fused.
+        fallbacks: reason → number of fused layers that nevertheless ran PEFT's own forward.
+        skipped: why there is no compiled engine, or "".
+    """
 
     settings: dict[str, object]
     environment: dict[str, object]
@@ -50,11 +56,11 @@ class Result:
     layers: list[Layer]
 
     def worst_error(self, label: str) -> float:
-        """The largest gradient error of the layers looked at."""
+        """Returns the largest gradient error of the measured layers."""
         return max(layer.error[label] for layer in self.layers)
 
-    def layers_said(self) -> str:
-        """How many layers were fused, which not and why, and which ran PEFT's own forward nevertheless."""
+    def fused_layers_text(self) -> str:
+        """Returns in words how many layers were fused, why others were not, and how many ran PEFT's own forward."""
         fallbacks = [f"{count} of them ran PEFT's own forward: {reason}" for reason, count in self.fallbacks.items()]
         return "; ".join([self.fusing, *fallbacks])
 
@@ -62,15 +68,16 @@ class Result:
         return asdict(self) | {"verdict": self.verdict()}
 
     def verdict(self) -> str:
-        """Whether fusing pays here. A gain is one only where the 20th percentile of the ratios is above 1."""
+        """Returns in words whether fusing pays: it does only if the 20th percentile of the ratios is above 1."""
         if self.fused_layers == sum(self.fallbacks.values()):
             return "No gain: no layer ran fused."
-        said = [_compared(EAGER, self.engines[EAGER].over_fused)]
-        if COMPILED in self.engines:
-            said.append(_compared(COMPILED, self.engines[COMPILED].over_fused))
-        kept, other = (self.engines[label].saved / 2**20 for label in (FUSED, EAGER))
-        memory = f"{kept:.1f} MiB kept for backward against {other:.1f}" if kept != other else ""
-        return " ".join([*said, f"Memory: {memory or 'as much kept for backward as PEFT eager keeps'}."])
+        labels = [label for label in (EAGER, COMPILED) if label in self.engines]
+        sentences = [_compared(label, self.engines[label].over_fused) for label in labels]
+        fused, eager = (self.engines[label].saved / 2**20 for label in (FUSED, EAGER))
+        memory = f"{fused:.1f} MiB are kept for backward, against {eager:.1f}"
+        if fused == eager:
+            memory = "as much is kept for backward as by PEFT eager"
+        return " ".join([*sentences, f"Memory: {memory}."])
 
 
 def _compared(label: str, ratio: Spread) -> str:
@@ -79,4 +86,4 @@ def _compared(label: str, ratio: Spread) -> str:
         return f"Faster than {label}: {figures}."
     if ratio.p80 < 1:
         return f"No gain, slower than {label}: {figures}."
-    return f"No gain over {label} that this run can show: {figures}."
+    return f"No gain over {label} that exceeds the noise: {figures}."

@@ -1,4 +1,4 @@
-"""What a profile shows: tables for the terminal and the page, plots, how the figures were taken."""
+"""Presents a profile: tables for the terminal and the page, plots, and notes on how the figures were measured."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def tables(result: Result) -> list[Table]:
 def _times(result: Result) -> Table:
     head = ["ms a step", *PARTS, "step", "p20–p80", "tokens/s", "over\nfused"]
     rows = []
-    for label, one in result.engines.items():
-        parts = [_ms(spread.median) for spread in (one.forward, one.backward, one.optimizer)]
+    for label, engine in result.engines.items():
+        parts = [_ms(spread.median) for spread in (engine.forward, engine.backward, engine.optimizer)]
         parts[2] = "" if label == BASE else parts[2]
-        spread = f"{_ms(one.step.p20)}–{_ms(one.step.p80)}"
-        ratio = "" if label == FUSED else f"{one.over_fused.median:.2f}"
-        words = (*parts, _ms(one.step.median), spread, f"{one.tokens_per_second:,.0f}", ratio)
+        spread = f"{_ms(engine.step.p20)}–{_ms(engine.step.p80)}"
+        ratio = "" if label == FUSED else f"{engine.over_fused.median:.2f}"
+        words = (*parts, _ms(engine.step.median), spread, f"{engine.tokens_per_second:,.0f}", ratio)
         rows.append([_named(label), *map(Cell, words)])
     return Table("", [Cell(text) for text in head], rows)
 
@@ -35,21 +35,21 @@ def _times(result: Result) -> Table:
 def _memory(result: Result) -> Table:
     head = ["memory and error", "kept for backward", "peak in a step", "largest gradient error"]
     rows = []
-    for label, one in result.engines.items():
-        peak = "not counted" if one.peak is None else f"{one.peak / 2**20:,.1f} MiB"
+    for label, engine in result.engines.items():
+        peak = "not counted" if engine.peak is None else f"{engine.peak / 2**20:,.1f} MiB"
         error = f"{result.worst_error(label):.2g}" if label in (EAGER, FUSED) else ""
-        rows.append([_named(label), Cell(f"{one.saved / 2**20:,.1f} MiB"), Cell(peak), Cell(error)])
+        rows.append([_named(label), Cell(f"{engine.saved / 2**20:,.1f} MiB"), Cell(peak), Cell(error)])
     return Table("", [Cell(text) for text in head], rows)
 
 
 def _layers(result: Result) -> Table:
-    three = (BASE, EAGER, FUSED)
-    head = ["one layer, ms", "count", *three, "eager over fused", "share of roofline", "error, eager · fused"]
+    labels = (BASE, EAGER, FUSED)
+    head = ["one layer, ms", "count", *labels, "eager over fused", "share of roofline", "error, eager · fused"]
     rows = []
     for layer in result.layers:
-        times = [_ms(layer.seconds[label].median) for label in three]
+        times = [_ms(layer.seconds[label].median) for label in labels]
         ratio = layer.seconds[EAGER].median / layer.seconds[FUSED].median
-        share = " · ".join(f"{100 * layer.share[label]:.0f}" for label in three) + " %"
+        share = " · ".join(f"{100 * layer.share[label]:.0f}" for label in labels) + " %"
         error = " · ".join(f"{layer.error[label]:.1e}" for label in (EAGER, FUSED))
         words = (f"{layer.d_in}→{layer.d_out}", str(layer.count), *times, f"{ratio:.2f}", share, error)
         rows.append([Cell(word) for word in words])
@@ -57,16 +57,19 @@ def _layers(result: Result) -> Table:
 
 
 def figures(result: Result) -> list[tuple[str, str, str]]:
-    """Heading, caption, drawing."""
-    found = result.engines.items()
-    step = [_bar(label, label, one.step) for label, one in found]
+    """Returns (heading, caption, SVG) of each plot."""
+    engines = result.engines.items()
+    step = [_bar(label, label, engine.step) for label, engine in engines]
     parts = [
-        _bar(label, f"{part}, {label}", getattr(one, part))
+        _bar(label, f"{part}, {label}", getattr(engine, part))
         for part in PARTS
-        for label, one in found
+        for label, engine in engines
         if not (part == "optimizer" and label == BASE)
     ]
-    kept = [Bar(label, COLOURS[label], one.saved / 2**20, f"{one.saved / 2**20:,.1f} MiB") for label, one in found]
+    kept = [
+        Bar(label, COLOURS[label], engine.saved / 2**20, f"{engine.saved / 2**20:,.1f} MiB")
+        for label, engine in engines
+    ]
     per_layer = [
         _bar(label, f"{layer.d_in}→{layer.d_out}, {label}", layer.seconds[label])
         for layer in result.layers
@@ -74,42 +77,48 @@ def figures(result: Result) -> list[tuple[str, str, str]]:
     ]
     return [
         ("A training step", "Median; the line spans p20 to p80.", bars("step", step, "ms")),
-        ("Kept for backward", "What one forward pass stores for its backward pass.", bars("kept", kept, "MiB")),
-        ("Its parts", "Median; the line spans p20 to p80.", bars("parts", parts, "ms")),
-        ("Layers", "Forward + backward of one layer of each shape, by itself.", bars("layers", per_layer, "ms")),
-        ("Step by step", "One dot a step: what else the machine did shows here.", _by_round(result)),
+        ("Kept for backward", "Memory that one forward pass stores for its backward pass.", bars("kept", kept, "MiB")),
+        ("Parts of a step", "Median; the line spans p20 to p80.", bars("parts", parts, "ms")),
+        (
+            "Layers",
+            "Forward + backward of one layer of each shape, measured by itself.",
+            bars("layers", per_layer, "ms"),
+        ),
+        ("Step by step", "Each dot is a step; load from other programs shows as outliers.", _by_round(result)),
     ]
 
 
 def notes(result: Result) -> list[str]:
-    """How the figures were taken."""
+    """Returns notes on how the figures were measured."""
     size = f"{result.settings['batch']} × {result.settings['seq_len']} random tokens"
-    said = [
-        f"One step: forward and backward pass over {size}, and the optimizer's update; the same batch each time. The "
-        f"engines take turns step by step ({result.settings['steps']} counted steps each, one before that not counted) "
-        "and share every weight. Over fused: the median of the ratios of steps in the same round.",
-        "base: the frozen model without adapters, gradients through to its embeddings. PEFT eager and PEFT compiled: "
-        "PEFT's layers with torch's fused AdamW; compiled: each repeated block by torch.compile. fused: the same PEFT "
-        "model after lora_fast.fuse_, with LoRAAdamW. 16-bit weights run under autocast, as in transformers' Trainer.",
-        "Peak: the engine's own model and optimizer state, and the most that a step allocates besides. Kept for "
-        "backward: distinct tensors that a forward pass stores, weights not counted; logits and loss are in it.",
-        f"Gradient error: of one layer of each shape, on {CHECKED_TOKENS} tokens at most of the inputs and gradients "
-        "that it met in the model, without dropout: the largest relative L2 error of dx, da and db against "
-        "PEFT's eager layer in float64. lora_B is random here: a fresh one is zero.",
-        f"Share of roofline (base · eager · fused): the least time for the layer's operations and bytes, each operand "
-        f"once, at this device's own ceilings, over the median of {ROUNDS} rounds. Ceilings: "
-        f"{result.ceilings.operations / 1e12:.3g} TFLOP/s in one square GEMM, {result.ceilings.bytes / 1e9:.3g} GB/s "
-        "in one copy, read and written. What fits into caches can be above 100 %; a GPU's L2 cache is overwritten "
-        "before each run.",
+    texts = [
+        f"A step is the forward and backward pass over {size} and the optimizer's update, always with the same batch. "
+        f"The engines take turns step by step ({result.settings['steps']} counted steps each, after one that is not "
+        "counted) and share every weight. “Over fused” is the median of the ratios of steps in the same round.",
+        "“base” is the frozen model without adapters, with gradients down to its embeddings. “PEFT eager” and “PEFT "
+        "compiled” are PEFT's layers with torch's fused AdamW, the latter with each repeated block under "
+        "torch.compile. “fused” is the same PEFT model after lora_fast.fuse_, with LoRAAdamW. 16-bit weights run under "
+        "autocast, as in transformers' Trainer.",
+        "The peak contains the engine's own model, its optimizer state, and the most that a step allocates besides. "
+        "“Kept for backward” counts the distinct tensors that a forward pass stores, logits and loss included, weights "
+        "excluded.",
+        "The gradient error is the largest relative L2 error of dx, da and db against PEFT's eager layer in float64, "
+        f"for one layer of each shape, on at most {CHECKED_TOKENS} tokens of its inputs and gradients in the model, "
+        "without dropout. lora_B is random here, since a fresh one is zero.",
+        "The share of the roofline (base · eager · fused) is the least time for the layer's operations and bytes, each "
+        f"operand once, at this device's own ceilings, over the median of {ROUNDS} rounds. The ceilings are "
+        f"{result.ceilings.operations / 1e12:.3g} TFLOP/s in a square GEMM and "
+        f"{result.ceilings.bandwidth / 1e9:.3g} GB/s in a copy, read plus written. Operands that stay in caches can "
+        "give more than 100 %; a GPU's L2 cache is overwritten before each run.",
         f"Conditions: {result.machine}.",
     ]
     if result.skipped:
-        said.append(f"{COMPILED}: left out, {result.skipped}.")
-    return said
+        texts.append(f"{COMPILED} is missing: {result.skipped}.")
+    return texts
 
 
 def html(result: Result, title: str) -> str:
-    """One page that needs nothing else: styles and drawings are inside."""
+    """Returns a self-contained page: styles and drawings are embedded."""
     return pages.render(
         "profile/profile.html.jinja",
         title=title,
@@ -123,9 +132,9 @@ def html(result: Result, title: str) -> str:
 def _by_round(result: Result) -> str:
     dots = {"linestyle": "", "marker": "o", "markersize": 5}
     series = []
-    for label, one in result.engines.items():
-        seconds = [1e3 * value for value in one.times.step]
-        series.append(Series(label, COLOURS[label], range(1, len(seconds) + 1), seconds, dots))
+    for label, engine in result.engines.items():
+        milliseconds = [1e3 * value for value in engine.times.step]
+        series.append(Series(label, COLOURS[label], range(1, len(milliseconds) + 1), milliseconds, dots))
     return lines("rounds", series, "step", "ms", wide=True, zero=True)
 
 
@@ -139,6 +148,6 @@ def _named(label: str) -> Cell:
 
 
 def _ms(seconds: float) -> str:
-    """Three digits that matter."""
+    """Formats seconds as ms with three significant digits."""
     value = 1e3 * seconds
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,15 +1,15 @@
-"""Whole training steps: how long each part takes, engine by engine in turns, and how much memory it needs."""
+"""Measures whole training steps: the time of each part, with the engines in turns, and the peak memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch.utils._pytree import tree_leaves
 
-from ...measure.clock import Clock
-from ...measure.memory import PeakBytes, distinct_bytes
+from ...measure.clock import Clock, turns
+from ...measure.memory import distinct_bytes
+from ...measure.memory import peak_bytes as peak_bytes_of
 from .engines import COMPILED, Engine, Engines
 
 PARTS = ("forward", "backward", "optimizer")
@@ -33,7 +33,7 @@ class Times:
 
 
 def step(engines: Engines, engine: Engine, batch: dict) -> tuple[float, float, float]:
-    """One training step; seconds of forward, backward and optimizer."""
+    """Runs one training step and returns the seconds of forward, backward and optimizer."""
     clock = Clock(engines.device)
     with engines.precision():
         loss = engine.model(**batch).loss
@@ -50,47 +50,41 @@ def step(engines: Engines, engine: Engine, batch: dict) -> tuple[float, float, f
 def take_turns(
     engines: Engines, batch: dict, rounds: int, doing: Callable[[str], None], done: Callable[[], None]
 ) -> tuple[dict[str, Times], str]:
-    """``rounds`` steps of each engine, one step of each in turn, another engine first in each round: a machine whose
-    speed drifts treats them alike. A step of each before that is not counted.
+    """Times ``rounds`` steps of each engine in turns, after one step of each that warms up.
+
+    Args:
+        doing: called with a description before each step. done: called after each step.
 
     Returns:
-        Label → times, and why the compiled engine is missing ("" if it is not): compiling may fail.
+        Label → times, and why the compiled engine is missing, since compiling may fail ("" if it is not missing).
     """
-    why = ""
-    for engine in list(engines.found.values()):
+    failure = ""
+    for engine in list(engines.by_label.values()):
         doing(f"warming up {engine.label}")
         try:
             step(engines, engine, batch)
         except Exception as error:
             if engine.label != COMPILED:
                 raise
-            why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error) else repr(error)
-            del engines.found[COMPILED]
+            failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error) else repr(error)
+            del engines.by_label[COMPILED]
         done()
-    times = {label: Times() for label in engines.found}
-    order = list(engines.found.values())
-    for i in range(rounds):
-        first = i % len(order)
-        for engine in order[first:] + order[:first]:
-            doing(f"step {i + 1}, {engine.label}")
-            times[engine.label].add(step(engines, engine, batch))
-            done()
-    return times, why
+    times = {label: Times() for label in engines.by_label}
+    for turn, engine in turns(list(engines.by_label.values()), rounds, warm_up=0):
+        doing(f"step {turn + 1}, {engine.label}")
+        times[engine.label].add(step(engines, engine, batch))
+        done()
+    return times, failure
 
 
 def peak_bytes(engines: Engines, engine: Engine, batch: dict) -> int | None:
-    """The most memory a step needs where this engine is alone: its model, its optimizer's state, and the peak of what
-    the step itself allocates. None where it cannot be counted: compiled code on a CPU allocates out of sight."""
+    """Returns the most memory that a step needs if the engine is alone on the device.
+
+    That is its model, the state of its optimizer, and the peak of the step's own allocations. None where it cannot be
+    counted: on a CPU the allocations of compiled code are not visible.
+    """
+    if engine.label == COMPILED and engines.device.type != "cuda":
+        return None
     state = tree_leaves(engine.optimizer.state_dict()) if engine.optimizer else []
     resident = distinct_bytes([*engine.model.parameters(), *engine.model.buffers(), *state])
-    if engines.device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(engines, engine, batch)
-        return resident + torch.cuda.max_memory_allocated() - before
-    if engine.label == COMPILED:
-        return None
-    with PeakBytes() as counted:
-        step(engines, engine, batch)
-    return resident + counted.peak
+    return resident + peak_bytes_of(lambda: step(engines, engine, batch), engines.device)

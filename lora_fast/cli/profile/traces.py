@@ -1,4 +1,4 @@
-"""Files for other tools: what ran when, and what held the memory."""
+"""Writes files for other tools: traces of what ran when, and snapshots of the memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .step_times import step
 
 
 def trace(engines: Engines, engine: Engine, batch: dict, folder: Path) -> str:
-    """One step as a Chrome trace (open it in https://ui.perfetto.dev or chrome://tracing); the file's name."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it writes its own progress among ours
+    """Writes a Chrome trace of one step, for https://ui.perfetto.dev or chrome://tracing. Returns the file's name."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise Kineto logs into our output
     activities = [torch.profiler.ProfilerActivity.CPU]
     if engines.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -25,8 +25,8 @@ def trace(engines: Engines, engine: Engine, batch: dict, folder: Path) -> str:
 
 
 def snapshot(engines: Engines, engine: Engine, batch: dict, folder: Path) -> str:
-    """The CUDA allocator's history over one step (open it in https://pytorch.org/memory_viz); the file's name."""
-    torch.cuda.memory._record_memory_history(stacks="python")  # C++ frames take minutes to name
+    """Writes the CUDA allocator's history of a step, for https://pytorch.org/memory_viz. Returns the file's name."""
+    torch.cuda.memory._record_memory_history(stacks="python")  # resolving C++ frames takes minutes
     try:
         step(engines, engine, batch)
         name = f"memory-{file_name(engine)}.pickle"

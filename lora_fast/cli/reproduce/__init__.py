@@ -1,1 +1,1 @@
-"""``lora-fast reproduce``."""
+"""``lora-fast reproduce``: repeats experiments of the methods' papers."""

@@ -1,5 +1,5 @@
-"""lora-fast reproduce: runs the experiments one after the other and writes the page, the plots and the numbers. What an
-experiment does is in its file in experiments/."""
+"""lora-fast reproduce: runs the experiments one after the other and writes the page, the plots and the numbers. Each
+experiment is a file in experiments/."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 PAGE, RESULTS = "reproduce.html", "reproduce.json"
 EPILOG = "**Experiments**\n\n" + "\n\n".join(f"- `{name}`: {what}" for name, (_, what) in EXPERIMENTS.items())
 
-_NAMES = "Which experiments: all, if none is given. Listed below."
-_QUICK = "Less of everything, in a minute or two: rougher figures."
-_OUTPUT = "A new folder for the results: if not given, the next number in runs/."
+_NAMES = "The experiments to run, listed below; all of them by default."
+_QUICK = "Run less of everything, in a minute or two; the figures are rougher."
+_OUTPUT = "A new folder for the results; by default the next number in runs/."
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one experiment: a result, or the text of an error."""
+    """The result of an experiment, or the text of its error."""
 
     name: str
     what: str
@@ -40,13 +40,13 @@ class Outcome:
     error: str | None = None
 
     def as_dict(self) -> dict[str, object]:
-        found = {"what": self.what, "seconds": self.seconds, "error": self.error}
+        values = {"what": self.what, "seconds": self.seconds, "error": self.error}
         if self.result is not None:
             rows = [asdict(row) for row in self.result.rows]
             plots = [f"{plot.name}.png" for plot in self.result.plots]
-            found |= {"source": self.result.source, "rows": rows, "plots": plots, "notes": self.result.notes}
-            found["data"] = self.result.data
-        return found
+            values |= {"source": self.result.source, "rows": rows, "plots": plots, "notes": self.result.notes}
+            values["data"] = self.result.data
+        return values
 
 
 def reproduce(
@@ -54,26 +54,26 @@ def reproduce(
     quick: Annotated[bool, typer.Option("--quick", help=_QUICK)] = False,
     output: Annotated[Path | None, typer.Option(help=_OUTPUT)] = None,
 ) -> None:
-    """Show again what the methods' papers show, as far as a machine without a GPU and a network can.
+    """Repeat experiments of the methods' papers, as far as possible without a GPU and a network.
 
-    Runs each experiment (all of them take many minutes on a CPU), puts its numbers beside the
-    paper's, says how far they are apart, and writes into a folder: reproduce.html with the table and the plots, the
-    plots as PNG, and reproduce.json. Seeds are fixed. Timings are only as good as the machine is quiet. Ctrl-C keeps
-    what has finished; an experiment that fails is reported, and the others go on.
+    Runs each experiment (all of them take many minutes on a CPU) and compares its numbers with the paper's. Writes
+    reproduce.html with the table and the plots, the plots as PNG, and reproduce.json into a folder. Seeds are fixed.
+    Timings are accurate only on a quiet machine. Ctrl-C keeps the finished experiments; an experiment that fails is
+    reported, and the others go on.
 
     **Examples**
 
     - `lora-fast reproduce`
 
-        everything
+        runs all experiments
 
     - `lora-fast reproduce --quick`
 
-        everything, with less of it
+        runs all experiments with fewer steps
 
     - `lora-fast reproduce scalora-regression balora-factorisation`
 
-        two that need neither a model nor a text
+        runs two experiments that need neither a model nor a text
     """
     display = Display()
     with exit_codes(display):
@@ -97,8 +97,11 @@ def reproduce(
 
 
 def run(names: list[str], quick: bool, folder: Path, display: Display) -> tuple[list[Outcome], bool]:
-    """The outcomes of the experiments that ended, and whether Ctrl-C ended the rest. The files are written anew after
-    each."""
+    """Runs the experiments and writes the files again after each.
+
+    Returns:
+        The outcomes of the experiments that ended, and whether Ctrl-C ended the run before the others.
+    """
     from .experiments.session import Session
 
     session = Session(folder, quick, display)
@@ -118,7 +121,7 @@ def run(names: list[str], quick: bool, folder: Path, display: Display) -> tuple[
 
 
 def attempt(name: str, session) -> Outcome:
-    """Whatever goes wrong in an experiment becomes its outcome, with the traceback."""
+    """Runs an experiment. An error in it becomes its outcome, with the traceback."""
     module, what = EXPERIMENTS[name]
     start = time.perf_counter()
     try:
@@ -146,10 +149,10 @@ def table(rows: list[Row]):
 
 
 def write(folder: Path, outcomes: list[Outcome], quick: bool) -> None:
-    """The page, the numbers and the plots of all outcomes so far."""
+    """Writes the page, the numbers and the plots of all outcomes so far."""
     from ...measure.machine import environment
 
-    where = environment()
+    machine = environment()
     plots = [plot for outcome in outcomes if outcome.result for plot in outcome.result.plots]
     for plot in plots:
         (folder / f"{plot.name}.png").write_bytes(plot.png)
@@ -158,10 +161,10 @@ def write(folder: Path, outcomes: list[Outcome], quick: bool) -> None:
         "reproduce/reproduce.html.jinja",
         outcomes=outcomes,
         images=images,
-        environment=where,
+        environment=machine,
         quick=quick,
         results=RESULTS,
     )
     experiments = {outcome.name: outcome.as_dict() for outcome in outcomes}
-    run_folder.write_json(folder / RESULTS, {"environment": where, "quick": quick, "experiments": experiments})
+    run_folder.write_json(folder / RESULTS, {"environment": machine, "quick": quick, "experiments": experiments})
     run_folder.write_text(folder / PAGE, text)

@@ -63,8 +63,16 @@ def tune(
         elif clear:
             _clear(display)
         else:
-            sizes = {"rank": rank, "dropout": dropout, "targets": targets, "batch": batch, "seq_len": seq_len}
-            run(Settings(model=absolute(model), dtype=dtype, **sizes), display)
+            settings = Settings(
+                model=absolute(model),
+                rank=rank,
+                dropout=dropout,
+                targets=targets,
+                batch=batch,
+                seq_len=seq_len,
+                dtype=dtype,
+            )
+            run(settings, display)
 
 
 def run(settings: Settings, display: Display) -> None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ...kernels import linear, tiles, tuned
+from ...measure.clock import Clock, flush_cache, turns
 
 GAIN = 0.02  # share of the default's time that a choice must save; less is noise
 ROUNDS, WARM_UP = 20, 3
-L2_FLUSH = 1 << 28  # bytes written before each timed call
 
 Timer = Callable[[list[Callable[[], object]]], list[float]]
 
@@ -88,9 +88,10 @@ def cases(shape: Shape, device: torch.device) -> Iterator[Case]:
         key = tuned.key(name, dtype, n, left.shape[1], width, r)
         tile_key = key._replace(op=name + ("_tma" if tma else "_pointer"))
         row = "linear" + "_tma" * tma + "_dropout" * dropout
-        fused = [{key: "fused", tile_key: tile} for tile in tiles.candidates(row, size, limits, r)]
-        others = ["cublas"] + ["gluon"] * tiles.takes_gluon(left, weight, width)
-        return Case(key, call, [{}, *({key: other} for other in others), *fused])
+        gemms = ["cublas"] + ["gluon"] * tiles.takes_gluon(left, weight, width)
+        others: list[tuned.Table] = [{key: other} for other in gemms]
+        fused: list[tuned.Table] = [{key: "fused", tile_key: tile} for tile in tiles.candidates(row, size, limits, r)]
+        return Case(key, call, [{}, *others, *fused])
 
     yield tiled(project, project + "_wide" * wide, d_in, 0, lambda: linear.project(x, a, keep))
     yield gemm(True, x, d_out, lambda: linear.linear(x, weight, None, s, b, 1.0))
@@ -171,17 +172,15 @@ def _close(result: Tensor, expected: Tensor, key: tuned.Key) -> bool:
 
 
 def time_on_gpu(calls: list[Callable[[], object]]) -> list[float]:
-    """Median seconds of each on the current CUDA device, the calls taking turns, L2 overwritten before each."""
-    flush = torch.empty(L2_FLUSH, dtype=torch.uint8, device="cuda")
-    events: list[list[tuple]] = [[] for _ in calls]
-    for i in range(WARM_UP + ROUNDS):
-        for call, pairs in zip(calls, events, strict=True):
-            flush.zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            if i >= WARM_UP:
-                pairs.append((start, end))
-    torch.cuda.synchronize()
-    return [statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3 for pairs in events]
+    """Returns the median seconds of each call on the current CUDA device. The calls take turns, so that a change of
+    clock rate affects all of them, and L2 is overwritten before each."""
+    device = torch.device("cuda")
+    clocks: list[list[Clock]] = [[] for _ in calls]
+    for turn, i in turns(range(len(calls)), ROUNDS, WARM_UP):
+        flush_cache(device)
+        clock = Clock(device)
+        calls[i]()
+        clock.mark()
+        if turn >= 0:
+            clocks[i].append(clock)  # read at the end, so that the host does not wait between the calls
+    return [statistics.median(clock.seconds()[0] for clock in readings) for readings in clocks]

@@ -1,11 +1,12 @@
-"""What the papers show and a machine without a GPU and a network can show again: one file per experiment.
+"""Experiments of the methods' papers that can be repeated without a GPU and a network, one file each.
 
-**To add one**: a file with ``run(session) -> Result`` (result.py) and a row here.
+**To add an experiment**: write a file here with ``run(session: Session) -> Result`` (session.py, result.py), and add a
+row to ``EXPERIMENTS``. Nothing else changes. session.py, result.py, finetunes.py and overhead.py are shared helpers.
 """
 
 from __future__ import annotations
 
-EXPERIMENTS = {  # name → its module in this package, what it shows
+EXPERIMENTS = {  # name → module in this package, description
     "scalora-regression": (
         "scalora_regression",
         "ScaLoRA Fig. 1: linear regression by plain gradient descent, where LoRA of rank 8 stops at its floor.",
@@ -14,8 +15,11 @@ EXPERIMENTS = {  # name → its module in this package, what it shows
         "balora_factorisation",
         "BaLoRA: factorisation of a 20×20 matrix, at each method's best of 50 learning rates.",
     ),
-    "ilora-overhead": ("ilora_overhead", "iLoRA Fig. 1: what its regulariser adds to the time of a training step."),
-    "scalora-overhead": ("scalora_overhead", "ScaLoRA Table 10: time over LoRA's when scaling every 1 to 100 steps."),
+    "ilora-overhead": ("ilora_overhead", "iLoRA Fig. 1: the time that its regulariser adds to a training step."),
+    "scalora-overhead": (
+        "scalora_overhead",
+        "ScaLoRA Table 10: the time of a step over LoRA's, with scaling every 1 to 100 steps.",
+    ),
     "scale-norms": (
         "scale_norms",
         "Scale regularization: ‖a‖, ‖b‖ and their ratio while SmolLM2 trains, by five methods.",

@@ -1,8 +1,8 @@
 """BaLoRA's synthetic factorisation (arXiv 2605.31484): ½‖Z − b a‖² for a 20×20 matrix Z = target − pretrained, rank 4,
 from b = 0, by gradient descent and by Adam, with and without balancing after each step.
 
-Reported: the gap, loss minus that of the best matrix of rank 4; for each method its mean over the seeds, at the best of
-50 learning rates for all of them together. All (seed, learning rate) runs of a method are one stack.
+The gap is the loss minus the loss of the best matrix of rank 4. For each method the mean gap over the seeds is
+reported, at the best of 50 learning rates. All (seed, learning rate) runs of a method are one stack.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ import torch
 from torch import Tensor
 
 from .... import functional
-from .result import Result, claim, compared, draw, noted, number
+from .result import Result, claim, compared, draw, number, unmatched
 from .session import Session, one_thread
 
 SIZE, RANK, SEEDS, RATES = 20, 4, 8, 50
 STEPS, ADAM_STEPS = 100, 300
 PRETRAINED = 0.1  # standard deviation of the pretrained matrix; the target's is 1
-LOWEST, HIGHEST = -4, -1  # exponents of ten of the learning rates of gradient descent
+LOWEST, HIGHEST = -4, -1  # learning rates of gradient descent, as exponents of ten
 ADAM_LOWEST, ADAM_HIGHEST = -4, 0
-LIMIT = 1e6  # of an entry: diverged
-SMALLEST = 1e-15  # gaps below are rounding
+LIMIT = 1e6  # a run with a larger entry has diverged
+SMALLEST = 1e-15  # smaller gaps are rounding errors
 EXPECTED = {"GD": (8e-5, 5e-11), "Adam": 8e-10, "symmetric": 3.5e-12, "svd": 1.9}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Of several seeds: ``z`` (S, 20, 20), ``a`` (S, 4, 20), ``floor`` (S,): the loss of the best matrix of rank 4."""
+    """The problems of S seeds: ``z`` (S, 20, 20), the initial ``a`` (S, 4, 20), and ``floor`` (S,), the loss of the
+    best matrix of rank 4."""
 
     z: Tensor
     a: Tensor
@@ -39,13 +40,13 @@ class Problem:
 
     @classmethod
     def random(cls, seeds: range) -> Problem:
-        both = [_draw(seed) for seed in seeds]
-        z, a = (torch.stack(parts) for parts in zip(*both, strict=True))
+        problems = [_draw(seed) for seed in seeds]
+        z, a = (torch.stack(tensors) for tensors in zip(*problems, strict=True))
         return cls(z, a, 0.5 * torch.linalg.svdvals(z)[:, RANK:].square().sum(-1))
 
 
 def run(session: Session) -> Result:
-    groups = 2 if session.quick else 6  # of 8 seeds each: the first is reported, the others show the spread
+    groups = 2 if session.quick else 6  # of 8 seeds each; the first is reported, the others give the spread
     rates, adam_rates = (
         torch.logspace(low, high, RATES, dtype=torch.float64)
         for low, high in ((LOWEST, HIGHEST), (ADAM_LOWEST, ADAM_HIGHEST))
@@ -66,29 +67,38 @@ def run(session: Session) -> Result:
             done()
     lora, balora = ([best(pair[i][:, -1]) for pair in descent] for i in range(2))
     adam_best = {gauge: best(gaps[:, -1]) for gauge, gaps in adam.items()}
-    lower = sum(two < one for one, two in zip(lora, balora, strict=True))
-    times = statistics.median(one / two for one, two in zip(lora, balora, strict=True))
+    lower = sum(balanced < plain for plain, balanced in zip(lora, balora, strict=True))
+    times = statistics.median(plain / balanced for plain, balanced in zip(lora, balora, strict=True))
     spread = [f"{number(min(values))} to {number(max(values))}" for values in (lora, balora)]
     rows = [
         compared(f"LoRA, gap after {STEPS} steps of gradient descent", EXPECTED["GD"][0], lora[0]),
         compared(f"BaLoRA, gap after {STEPS} steps of gradient descent", EXPECTED["GD"][1], balora[0]),
         claim("BaLoRA's gap below LoRA's, groups of 8 seeds", "yes", f"{lower} of {groups}", lower == groups),
-        noted("LoRA's gap over BaLoRA's, median over the groups", f"×{number(times)}"),
+        unmatched("LoRA's gap over BaLoRA's, median over the groups", f"×{number(times)}"),
         compared(f"LoRA, gap after {ADAM_STEPS} steps of Adam", EXPECTED["Adam"], adam_best[None]),
-        compared("BaLoRA, the same, symmetric gauge", EXPECTED["symmetric"], adam_best["symmetric"]),
-        compared("BaLoRA, the same, svd gauge and untouched moments", EXPECTED["svd"], adam_best["svd"]),
+        compared(
+            f"BaLoRA, symmetric gauge, gap after {ADAM_STEPS} steps of Adam",
+            EXPECTED["symmetric"],
+            adam_best["symmetric"],
+        ),
+        compared(
+            f"BaLoRA, svd gauge and untouched moments, gap after {ADAM_STEPS} steps of Adam",
+            EXPECTED["svd"],
+            adam_best["svd"],
+        ),
     ]
     notes = [
         f"Z = target − pretrained; target of rank {RANK} with entries of variance 1, pretrained Gaussian of standard "
         f"deviation {PRETRAINED}, a Gaussian of variance 1/{RANK}, float64, seeds 0 to {SEEDS - 1}.",
-        f"Statistic: mean gap over the {SEEDS} seeds at the learning rate, of {RATES} from 1e{LOWEST} to 1e{HIGHEST} "
-        f"(Adam: 1e{ADAM_LOWEST} to 1e{ADAM_HIGHEST}), that makes this mean smallest.",
-        "How large target, pretrained matrix and a are is not given with the numbers, nor the statistic: of several "
-        "natural choices this one was taken because its figures for gradient descent come out.",
-        "The numbers for Adam are of an independent check of the method, not of the paper; its number of steps is not "
-        f"given either, {ADAM_STEPS} here.",
-        f"The slowest seed decides such a mean. Over {groups} groups of {SEEDS} seeds: LoRA {spread[0]}, BaLoRA "
-        f"{spread[1]} (gradient descent). So the order is what is reproduced; the factor of two holds for this group.",
+        f"The statistic is the mean gap over the {SEEDS} seeds at the best of {RATES} learning rates from 1e{LOWEST} "
+        f"to 1e{HIGHEST} (Adam: 1e{ADAM_LOWEST} to 1e{ADAM_HIGHEST}).",
+        "The paper does not state the scales of target, pretrained matrix and a, nor the statistic. Of several natural "
+        "choices, this one reproduces the figures for gradient descent.",
+        "The numbers for Adam come from an independent check of the method, not from the paper. Its number of steps is "
+        f"unknown; {ADAM_STEPS} are used here.",
+        f"The slowest seed dominates such a mean. Over {groups} groups of {SEEDS} seeds it is {spread[0]} for LoRA and "
+        f"{spread[1]} for BaLoRA (gradient descent). The order is reproduced; the factor of two holds for the first "
+        "group.",
     ]
     curves = {"LoRA": descent[0][0], "BaLoRA": descent[0][1]}
     names = {None: "LoRA, Adam", "symmetric": "BaLoRA, Adam, symmetric", "svd": "BaLoRA, Adam, svd"}
@@ -103,8 +113,12 @@ def run(session: Session) -> Result:
 
 
 def train(problem: Problem, rates: Tensor, steps: int, gauge: str | None, optimizer: Callable) -> Tensor:
-    """(rates, steps + 1, S) gaps, infinite where a run has diverged. ``optimizer``: descend, or the class Adam.
-    ``gauge``: of the balancing after each step; None for none."""
+    """Returns the gaps (rates, steps + 1, S), infinite where a run has diverged.
+
+    Args:
+        gauge: of the balancing after each step; None for no balancing.
+        optimizer: ``descend``, or the class ``Adam``.
+    """
     count, seeds = len(rates), len(problem.z)
     z, a = (x.repeat(count, 1, 1) for x in (problem.z, problem.a))
     b = torch.zeros_like(a).mT.contiguous()
@@ -119,7 +133,7 @@ def train(problem: Problem, rates: Tensor, steps: int, gauge: str | None, optimi
         if step == steps:
             break
         a, b = update(a, b, b.mT @ error, error @ a.mT, rate)
-        running &= (a.abs().amax((-1, -2)) < LIMIT) & (b.abs().amax((-1, -2)) < LIMIT)  # a NaN is not below
+        running &= (a.abs().amax((-1, -2)) < LIMIT) & (b.abs().amax((-1, -2)) < LIMIT)  # a NaN compares False
         a, b = (torch.where(running[:, None, None], factor, 0.0) for factor in (a, b))
         if gauge:
             a, b = map(torch.stack, functional.hyperbalance(list(a), list(b), gauge))
@@ -131,7 +145,7 @@ def descend(a: Tensor, b: Tensor, da: Tensor, db: Tensor, rate: Tensor) -> tuple
 
 
 class Adam:
-    """Adam (betas 0.9 and 0.999) on a stack of pairs with a learning rate each; moments know nothing of balancing."""
+    """Adam (betas 0.9 and 0.999) on a stack of pairs with a learning rate each; balancing keeps the moments."""
 
     def __init__(self):
         self._moments: list[list[Tensor]] = []
@@ -150,7 +164,7 @@ class Adam:
 
 
 def best(last: Tensor) -> float:
-    """(rates, S) → the smallest mean over the seeds."""
+    """Returns the smallest mean over the seeds of the last gaps (rates, S)."""
     return float(last.mean(-1).min())
 
 

@@ -1,4 +1,4 @@
-"""Training runs of SmolLM2-135M by the pipeline of ``lora-fast finetune``, shared by experiments that look at them."""
+"""Trains SmolLM2-135M with the pipeline of ``lora-fast finetune``, for the experiments that share these runs."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ FOLDER = "smollm2"
 
 
 class Quiet(Display):
-    """The progress bars of the runs and nothing else."""
+    """A display that shows the progress bars of the runs and nothing else."""
 
     def note(self, text: str, style: str = "") -> None:
         pass
 
 
 def train(session: Session, methods: list[str]) -> dict[str, Record]:
-    """The record of each method, trained at the settings of ``settings``; those trained before in this session are
-    taken from there."""
+    """Returns the record of each method. Methods that this session has trained before are not trained again."""
     missing = [name for name in methods if name not in session.trained]
     if missing:
         folder = session.folder / f"{FOLDER}-{len(session.trained) + 1}"
         records = pipeline.run(settings(session, missing), folder, False, Quiet()).records
         session.trained.update(zip(missing, records, strict=True))
-        for checkpoints in folder.glob("*/checkpoints"):  # of use to an interrupted job only
+        for checkpoints in folder.glob("*/checkpoints"):  # they serve only to resume an interrupted job
             shutil.rmtree(checkpoints)
     return {name: session.trained[name] for name in methods}
 
 
 def settings(session: Session, methods: list[str]) -> Settings:
+    """Returns the settings of all these runs."""
     steps, seq_len = (5, 64) if session.quick else (16, 128)
     return Settings(
         method=tuple(methods), compare=len(methods) > 1, steps=steps, seq_len=seq_len, save_every=steps
@@ -42,9 +42,10 @@ def settings(session: Session, methods: list[str]) -> Settings:
 
 
 def conditions(session: Session) -> str:
+    """Describes the settings in words, for the notes of an experiment."""
     chosen = settings(session, list(METHODS))
     return (
         f"SmolLM2-135M on the King James text, float32, rank {chosen.rank} on all linear layers, {chosen.steps} steps "
         f"of {chosen.batch}×{chosen.seq_len} tokens, learning rate {chosen.lr:g} with linear decay, seed "
-        f"{chosen.seed}; every method at its default options and this rate, not tuned one by one."
+        f"{chosen.seed}; every method at its default options and this rate, not tuned individually."
     )

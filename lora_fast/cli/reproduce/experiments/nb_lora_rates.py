@@ -1,5 +1,5 @@
-"""NB-LoRA Fig. 3: what is learnt at each learning rate. Plain LoRA has a best rate and diverges above it; a bounded
-adapter cannot leave its ball."""
+"""NB-LoRA Fig. 3: the held-out loss at each learning rate. Plain LoRA has a best rate and diverges above it; the norm
+of a bounded adapter cannot exceed its bound."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 
 from ...finetune.record import Record
 from . import finetunes
-from .result import Result, claim, draw, noted, number
+from .result import Result, claim, draw, number, unmatched
 from .session import Session
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -27,8 +27,8 @@ def run(session: Session) -> Result:
         claim("rates at which training ends above its start, NB-LoRA's fewer, or none", "yes",
               f"{_above(bounded, start)} against {_above(plain, start)} of {len(rates)}",
               _above(bounded, start) < _above(plain, start) or _above(bounded, start) == 0),
-        noted("best held-out loss of all rates, LoRA and NB-LoRA", f"{min(plain):.3f} and {min(bounded):.3f}"),
-        *(noted(f"at {rate:g}, LoRA and NB-LoRA", f"{number(a)} and {number(b)}")
+        unmatched("best held-out loss of all rates, LoRA and NB-LoRA", f"{min(plain):.3f} and {min(bounded):.3f}"),
+        *(unmatched(f"at {rate:g}, LoRA and NB-LoRA", f"{number(a)} and {number(b)}")
           for rate, a, b in zip(rates, plain, bounded, strict=True)),
     ]  # fmt: skip
     notes = [finetunes.conditions(session), "NB-LoRA with a nuclear norm of at most the rank. The paper trains ViTs."]

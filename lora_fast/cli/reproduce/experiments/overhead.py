@@ -1,10 +1,9 @@
-"""Training steps of SmolLM2-135M on its packaged text, for experiments that time what an optimizer adds to one."""
+"""Times the parts of SmolLM2-135M's training steps, for experiments on the overhead of an optimizer."""
 
 from __future__ import annotations
 
 import functools
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -12,21 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from .... import fuse_
+from ....measure.clock import wall_seconds
 from ...inputs import data, models
 from .session import Session
 
 RANK, BATCH = 16, 2
+CPU = torch.device("cpu")
 
 
 @dataclass
 class Times:
-    """Seconds of steps, in the order in which they were taken: of forward and backward, and of the optimizer."""
+    """Seconds of consecutive steps: of forward and backward, and of the optimizer."""
 
     gradients: list[float] = field(default_factory=list)
     optimizer: list[float] = field(default_factory=list)
 
     def median(self) -> float:
-        """Of the optimizer."""
+        """Returns the median seconds of the optimizer."""
         return statistics.median(self.optimizer)
 
 
@@ -35,12 +36,14 @@ def seq_len(session: Session) -> int:
 
 
 def prepare(session: Session, rank: int = RANK) -> tuple[nn.Module, Iterator[Tensor]]:
-    """SmolLM2 with fused adapters on all linear layers, in float32 on the CPU, and endless (2, seq_len) blocks.
+    """Returns SmolLM2 with fused adapters on all linear layers, in float32 on the CPU, and an endless iterator over
+    (2, seq_len) blocks of the text.
 
     Raises:
         ArgumentError: the packages of the model or of the text are not installed.
     """
-    data.locate(data.PACKAGED), models.locate(models.PACKAGED)
+    data.locate(data.PACKAGED)  # raises before the slow imports
+    models.locate(models.PACKAGED)
     with session.display.working("Loading SmolLM2"):
         import peft
         import transformers
@@ -56,22 +59,22 @@ def prepare(session: Session, rank: int = RANK) -> tuple[nn.Module, Iterator[Ten
 
 
 def gradients(model: nn.Module, ids: Tensor) -> float:
-    """Forward and backward; seconds."""
-    start = time.perf_counter()
-    model.zero_grad()
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    return time.perf_counter() - start
+    """Runs forward and backward; returns the seconds."""
+
+    def run():
+        model.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    return wall_seconds(run, ids.device)
 
 
 def update(optimizer: torch.optim.Optimizer) -> float:
-    """The optimizer's step; seconds."""
-    start = time.perf_counter()
-    optimizer.step()
-    return time.perf_counter() - start
+    """Runs the optimizer's step; returns the seconds."""
+    return wall_seconds(optimizer.step, CPU)
 
 
 def warm(model: nn.Module, ids: Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
-    """A step with each, not counted: they allocate their state in it."""
+    """Takes a step with each optimizer, in which it allocates its state."""
     for optimizer in optimizers:
         gradients(model, ids)
         optimizer.step()

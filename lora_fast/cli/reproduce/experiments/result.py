@@ -1,7 +1,7 @@
-"""What an experiment hands back: rows "paper / ours / verdict", plots, and how it was done.
+"""The result of an experiment: rows "paper / ours / verdict", plots, and notes on how it was done.
 
-A verdict is one of: within a factor of two; missed by ×N; same order (or less) on other hardware; as in the paper; not
-as in the paper; or, where a paper shows no number, none.
+A verdict is "within a factor of two", "missed by ×N", "same order" or "less than in the paper" on other hardware, "as
+in the paper", "not as in the paper", or, where the paper has no number, "no number to compare with".
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from dataclasses import dataclass, field
 
 from ...output import palette
 
-FACTOR, ORDER = 2.0, 10.0  # what counts as the same number on the same problem; as the same order on other hardware
+FACTOR, ORDER = (
+    2.0,
+    10.0,
+)  # up to these factors a number is "the same" on the same problem, "same order" on other hardware
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. ``met``: whether ours is what the paper shows; None where there is nothing to compare."""
+    """A line of the table. ``met``: whether our value agrees with the paper's; None where the paper has no value."""
 
     what: str
     paper: str
@@ -29,7 +32,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing beside a figure of a paper: ``png`` is the file's content."""
+    """A drawing; ``png`` is the content of its file."""
 
     name: str
     caption: str
@@ -38,8 +41,12 @@ class Plot:
 
 @dataclass(frozen=True)
 class Result:
-    """``source``: which paper shows it, and where. ``notes``: problem, settings, statistics, conditions. ``data``: more
-    numbers, for the JSON file."""
+    """The result of an experiment.
+
+    Attributes:
+        source: the paper and its figure or table. notes: problem, settings, statistics, conditions.
+        data: further numbers, for the JSON file.
+    """
 
     source: str
     rows: list[Row]
@@ -49,36 +56,36 @@ class Result:
 
 
 def compared(what: str, paper: float, ours: float) -> Row:
-    """The same problem on any machine: within a factor of two, either way, or missed."""
-    far = _apart(ours, paper)
-    verdict = "within a factor of two" if far <= FACTOR else f"missed by {_times(far)}{_side(ours, paper)}"
-    return Row(what, number(paper), number(ours), verdict, far <= FACTOR)
+    """Compares two values of the same problem, which must agree within a factor of two on any machine."""
+    factor = _factor(ours, paper)
+    verdict = "within a factor of two" if factor <= FACTOR else f"missed by {_times(factor)}{_side(ours, paper)}"
+    return Row(what, number(paper), number(ours), verdict, factor <= FACTOR)
 
 
 def overhead(what: str, paper: float, ours: float) -> Row:
-    """Time over the time of plain LoRA, measured on another machine: what exceeds 1 is compared."""
-    far = _apart(ours - 1, paper - 1)
-    if far <= ORDER:
+    """Compares two times over plain LoRA's, measured on different machines, by how much they exceed 1."""
+    factor = _factor(ours - 1, paper - 1)
+    if factor <= ORDER:
         verdict, met = "same order, other hardware", True
     elif ours < paper:
         verdict, met = "less than in the paper, other hardware", True
     else:
-        verdict, met = f"missed by {_times(far)}, other hardware", False
+        verdict, met = f"missed by {_times(factor)}, other hardware", False
     return Row(what, f"{paper:.2f}", f"{ours:.3f}", verdict, met)
 
 
 def claim(what: str, paper: str, ours: str, holds: bool) -> Row:
-    """What the paper says in words."""
+    """Compares with a statement of the paper in words."""
     return Row(what, paper, ours, "as in the paper" if holds else "not as in the paper", holds)
 
 
-def noted(what: str, ours: str) -> Row:
-    """A figure of ours for which no paper has a number."""
+def unmatched(what: str, ours: str) -> Row:
+    """Returns a row for a figure of ours for which the paper has no number."""
     return Row(what, "–", ours, "no number to compare with", None)
 
 
 def number(value: float) -> str:
-    """Three significant digits; powers of ten for the very large and the very small."""
+    """Formats a number with three significant digits, very large and very small ones as powers of ten."""
     if not math.isfinite(value):
         return "diverged"
     if value == 0 or 1e-2 <= abs(value) < 1e5:
@@ -87,7 +94,7 @@ def number(value: float) -> str:
 
 
 def draw(name: str, caption: str, paint: Callable, panels: int = 1) -> Plot:
-    """``paint`` gets the axes: one, or a list of ``panels`` side by side."""
+    """Draws a plot. ``paint`` takes the axes, or the list of axes where there are several ``panels`` side by side."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -110,15 +117,15 @@ def draw(name: str, caption: str, paint: Callable, panels: int = 1) -> Plot:
     return Plot(name, caption, out.getvalue())
 
 
-def _apart(ours: float, paper: float) -> float:
-    """How many times the one is the other, at least 1; infinite where either is not a positive number."""
+def _factor(ours: float, paper: float) -> float:
+    """Returns the larger over the smaller value, or infinity if either is not a positive number."""
     if not (math.isfinite(ours) and math.isfinite(paper) and ours > 0 and paper > 0):
         return math.inf
     return max(ours / paper, paper / ours)
 
 
-def _times(far: float) -> str:
-    return f"×{number(far)}" if math.isfinite(far) else "any factor"
+def _times(factor: float) -> str:
+    return f"×{number(factor)}" if math.isfinite(factor) else "any factor"
 
 
 def _side(ours: float, paper: float) -> str:

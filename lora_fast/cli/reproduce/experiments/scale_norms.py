@@ -1,12 +1,12 @@
-"""Scale regularization (Tan): the norms of a and b and the ratio of their scales while a model trains. In LoRA b starts
-at 0 and stays small beside a; the regulariser pulls the two together."""
+"""Scale regularization (Tan): the norms of a and b and the ratio of their scales during training. In LoRA b starts at 0
+and stays small compared with a; the regulariser makes the two more equal."""
 
 from __future__ import annotations
 
 from ...finetune.record import Record
 from ...output.palette import colours
 from . import finetunes
-from .result import Result, claim, draw, noted
+from .result import Result, claim, draw, unmatched
 from .session import Session
 
 METHODS = ["lora", "lora+", "sing-lora", "lora-rite", "scale-reg"]
@@ -20,13 +20,13 @@ def run(session: Session) -> Result:
     rows = [
         claim("ratio of the scales at the end, scale-reg, nearer to 1 than LoRA's", "yes",
               f"{ours:.2f} against {plain:.2f}", abs(ours - 1) < abs(plain - 1)),
-        *(noted(f"{name}: ‖a‖, ‖b‖, ratio at the end", _end(record)) for name, record in records.items()),
+        *(unmatched(f"{name}: ‖a‖, ‖b‖, ratio at the end", _end(record)) for name, record in records.items()),
     ]  # fmt: skip
     notes = [
         finetunes.conditions(session),
-        "Means over all adapters, geometric for the ratio; b = 0 at the start, where no ratio exists.",
-        "sing-lora: both factors are one matrix, so their ratio is that of the ramp, which counts in ‖b‖, and of the "
-        "rows that the smaller one lacks.",
+        "Means over all adapters, geometric for the ratio. At the start b = 0, so there is no ratio.",
+        "sing-lora: both factors are one matrix, so their ratio only contains the ramp, which counts in ‖b‖, and the "
+        "rows that the smaller factor lacks.",
     ]
     plot = draw("scale-norms", "Means over all adapters.", lambda axes: _paint(axes, records), panels=3)
     data = {name: record.adapter for name, record in records.items()}

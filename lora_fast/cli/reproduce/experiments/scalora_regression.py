@@ -1,9 +1,9 @@
 """ScaLoRA Fig. 1 (arXiv 2510.23818): min over W of ½‖Y − W X‖², W 64×64, X and Y 64×100 and Gaussian, by plain gradient
-descent. Full fine-tuning reaches the optimum; LoRA, W = b a of rank 8, stops at the best matrix of that rank; ScaLoRA,
-which merges and goes on, does not.
+descent. Full fine-tuning reaches the optimum. LoRA, W = b a of rank 8, stops at the best matrix of that rank, and
+ScaLoRA, which merges into W, continues below it.
 
 Notation: G the gradient of W, da = bᵀG, db = G aᵀ, η the learning rate, L = σ₁(X)² the smoothness of the loss; κ = L η.
-Reported: loss minus optimum.
+The loss minus the optimum is reported.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from .... import functional
-from .result import Result, Row, compared, draw, noted, number
+from .result import Result, Row, compared, draw, number, unmatched
 from .session import Session, one_thread
 
 SIZE, SAMPLES, RANK, STEPS, SEED = 64, 100, 8, 200, 0
 RATES = {"LoRA": (2e-4, 1e-2), 1: (8e-3, 2.1e-2), 3: (5e-3, 1.3e-2), 10: (4e-3, 8e-3)}  # lowest, highest
 INTERVALS = (1, 3, 10)
-CAUTION = (1.0, 2.0)  # κ / (L η): with longer intervals, scales for a smoothness above L pay
+CAUTION = (1.0, 2.0)  # κ / (L η): with longer intervals, scales for a smoothness above L are better
 MARKS = (10, 50, 100, 200)
-FLOOR = 1e-3  # of a scale: no column dies
-HOPELESS = 1e3  # times the start: diverged
+FLOOR = 1e-3  # least scale, so that no column becomes zero for good
+HOPELESS = 1e3  # a gap this many times the first one counts as diverged
 GIVEN_RATE = 1.8e-2
-# Of a transcription of the paper's equations in float64, on this very problem: the paper's figure prints no numbers.
+# From a transcription of the paper's equations in float64 on this problem, since the paper's figure prints no numbers.
 EXPECTED = {
     "start": 2148,
     "floor": 1313,
@@ -42,7 +42,7 @@ EXPECTED = {
 
 @dataclass(frozen=True)
 class Problem:
-    """``xx`` = X Xᵀ, ``yx`` = Y Xᵀ, both (64, 64); the loss at a W is a quadratic form of them."""
+    """A problem by ``xx`` = X Xᵀ and ``yx`` = Y Xᵀ, both (64, 64), and its solution ``best``."""
 
     xx: Tensor
     yx: Tensor
@@ -56,19 +56,19 @@ class Problem:
         return cls(xx, yx, torch.linalg.solve(xx, yx.T).T)
 
     def gap(self, w: Tensor) -> Tensor:
-        """Loss minus optimum, ½‖(W − W_best) X‖²: (…, 64, 64) → (…,)."""
-        away = w - self.best
-        return 0.5 * ((away @ self.xx) * away).sum((-1, -2))
+        """Returns the loss minus the optimum, ½‖(W − W_best) X‖²: (…, 64, 64) → (…,)."""
+        difference = w - self.best
+        return 0.5 * ((difference @ self.xx) * difference).sum((-1, -2))
 
     def floor(self) -> float:
-        """The gap of the best W of rank 8: what ½‖W_best X‖² has beyond its first 8 singular values."""
+        """Returns the gap of the best W of rank 8: half the sum of W_best X's squared singular values after 8."""
         squared = torch.linalg.eigvalsh(self.best @ self.xx @ self.best.T).flip(0)
         return 0.5 * float(squared[RANK:].sum())
 
 
 @dataclass(frozen=True)
 class Descent:
-    """(starts, steps + 1) gaps, infinite from where a start diverged; rank of the accumulated W of each start."""
+    """The gaps (starts, steps + 1), infinite after a start diverged, and the rank of each start's accumulated W."""
 
     gaps: Tensor
     ranks: list[int]
@@ -97,7 +97,7 @@ def run(session: Session) -> Result:
         unstable = int(given.gaps[:, -1].isinf().sum())
         done()
     rows = _rows(problem, curves, ranks) + [
-        noted(f"ScaLoRA I = 1 at η = {GIVEN_RATE}: starts that diverge", f"{unstable} of {starts}")
+        unmatched(f"ScaLoRA I = 1 at η = {GIVEN_RATE}: starts that diverge", f"{unstable} of {starts}")
     ]
     return Result(
         source="ScaLoRA, Fig. 1",
@@ -109,7 +109,7 @@ def run(session: Session) -> Result:
 
 
 def full(problem: Problem, rate: float) -> list[float]:
-    """Gaps of full fine-tuning, from W = 0."""
+    """Returns the gaps of full fine-tuning from W = 0."""
     w, gaps = torch.zeros_like(problem.best), []
     for _ in range(STEPS + 1):
         gaps.append(float(problem.gap(w)))
@@ -118,8 +118,10 @@ def full(problem: Problem, rate: float) -> list[float]:
 
 
 def descend(problem: Problem, a: Tensor, rate: float, kappa: float, interval: int) -> Descent:
-    """Gradient descent on W + b a from W = 0, b = 0 and each a of (starts, 8, 64); ``interval`` 0 is LoRA, else ScaLoRA
-    scales and merges every so many steps."""
+    """Runs gradient descent on W + b a from W = 0, b = 0 and each a of (starts, 8, 64).
+
+    ``interval``: steps between ScaLoRA's scalings and merges; 0 for LoRA.
+    """
     b = torch.zeros_like(a).mT.contiguous()
     w = torch.zeros(len(a), SIZE, SIZE, dtype=a.dtype)
     gaps = torch.full((len(a), STEPS + 1), math.inf, dtype=a.dtype)
@@ -129,7 +131,7 @@ def descend(problem: Problem, a: Tensor, rate: float, kappa: float, interval: in
         gap = problem.gap(total)
         if step == 0:
             limit = HOPELESS * gap.max()
-        running = running & (gap < limit)  # a NaN is not below
+        running = running & (gap < limit)  # a NaN compares False
         gaps[running, step] = gap[running]
         g = torch.where(running[:, None, None], total @ problem.xx - problem.yx, 0.0)
         a, b = (torch.where(running[:, None, None], factor, 0.0) for factor in (a, b))
@@ -142,7 +144,7 @@ def descend(problem: Problem, a: Tensor, rate: float, kappa: float, interval: in
 
 
 def scale(w: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor, kappa: float) -> tuple[Tensor, Tensor]:
-    """α and β as (starts, 1, 8); what they take out of b a is merged into w."""
+    """Returns α and β as (starts, 1, 8), and merges into w the part of b a that they remove."""
     scales = functional.scalora_scaling(list(a), list(b), list(da), list(db), scaling=1.0, kappa=kappa)[:2]
     alpha, beta = (torch.stack(scale).clamp(min=FLOOR) for scale in scales)
     for i in range(len(w)):
@@ -151,7 +153,7 @@ def scale(w: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor, kappa: float)
 
 
 def best(runs: list[Descent], settings: list[tuple]) -> tuple[list[float], int, tuple]:
-    """Medians over the starts: the curve of each start's best run, its rank, and its settings (one for each run)."""
+    """Selects the best run of each start. Returns the medians over the starts of its curve, rank and settings."""
     last = torch.stack([run.gaps[:, -1] for run in runs])  # (runs, starts)
     picks = last.argmin(0).tolist()
     curves = torch.stack([runs[pick].gaps[start] for start, pick in enumerate(picks)])
@@ -183,9 +185,9 @@ def _notes(smoothness: float, starts: int, rates: int, chosen: dict) -> list[str
         f"Chosen, medians: LoRA η = {chosen['LoRA'][0]:.2g}; "
         + "; ".join(f"{_title(i)} η = {chosen[i][0]:.2g}, κ = {chosen[i][1]:g} L η" for i in INTERVALS)
         + ".",
-        "At a rate at which a start survives, its first steps may still go up before they go down.",
-        "The numbers in the paper's column come from an independent transcription of its equations on this same "
-        "problem: the figure itself is a plot.",
+        "At a rate at which a start converges, its loss may still rise in the first steps.",
+        "The numbers in the paper's column come from an independent transcription of its equations on the same "
+        "problem, since the figure itself is a plot.",
     ]
 
 

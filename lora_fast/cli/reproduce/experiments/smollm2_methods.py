@@ -1,4 +1,5 @@
-"""All methods on SmolLM2-135M from the same start, at equal steps and one learning rate: loss curves, held-out loss."""
+"""Trains SmolLM2-135M with every method from the same start, with equal steps and one learning rate, and compares the
+loss curves and the held-out loss."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from ...finetune.record import Record
 from ...inputs.method_options import METHODS
 from ...output.palette import colours
 from . import finetunes
-from .result import Result, draw, noted
+from .result import Result, draw, unmatched
 from .session import Session
 
 
@@ -16,7 +17,9 @@ def run(session: Session) -> Result:
     records = finetunes.train(session, list(METHODS))
     order = sorted(records, key=lambda name: held_out(records[name]))
     rows = [
-        noted(f"{name}, held-out loss before → after", f"{before(records[name]):.4f} → {held_out(records[name]):.4f}")
+        unmatched(
+            f"{name}, held-out loss before → after", f"{before(records[name]):.4f} → {held_out(records[name]):.4f}"
+        )
         for name in order
     ]
     diverged = [f"{name}: {record.diverged}." for name, record in records.items() if record.diverged]
@@ -27,22 +30,25 @@ def run(session: Session) -> Result:
         panels=2,
     )
     data = {name: {"losses": record.losses, "held_out": record.held_out} for name, record in records.items()}
-    notes = [finetunes.conditions(session), "In the order of the result.", *diverged]
+    notes = [finetunes.conditions(session), "The rows are in the order of the result.", *diverged]
     return Result("the methods' papers use other models and texts", rows, [plot], notes, data)
 
 
 def before(record: Record) -> float:
+    """Returns the held-out loss before training."""
     return record.held_out[0][1]
 
 
 def held_out(record: Record) -> float:
-    """At the end; infinite if the run did not get there."""
+    """Returns the held-out loss after training; infinite if the run diverged."""
     return math.inf if record.diverged else record.held_out[-1][1]
 
 
 def _paint(axes, records: dict[str, Record]) -> None:
     colour = colours(records)
-    for width, (name, record) in zip(range(len(records), 0, -1), records.items(), strict=True):  # equal curves show
+    for width, (name, record) in zip(
+        range(len(records), 0, -1), records.items(), strict=True
+    ):  # so that equal curves stay visible
         look = {"color": colour[name], "label": name, "linewidth": 0.7 + 0.6 * width}
         recent = [record.losses[max(0, i - 2) : i + 1] for i in range(len(record.losses))]
         axes[0].plot([sum(window) / len(window) for window in recent], **look)
