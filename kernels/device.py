@@ -6,7 +6,7 @@ the same arch are used.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -52,12 +52,13 @@ def _query_gpu(index: int | None) -> Device:
             f"lora_fast: expected a GPU of sm_80 (Ampere) or later, got sm_{arch}: "
             "lf.set_backend('torch') runs plain torch on it"
         )
-    return Device(properties.name, arch, properties.shared_memory_per_block_optin, properties.multi_processor_count)
+    shared_memory = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub lacks it
+    return Device(properties.name, arch, shared_memory, properties.multi_processor_count)
 
 
 # Every call of a layer needs these two, and torch's public functions around them are slow. CPU builds have neither.
-_current_device = getattr(torch._C, "_cuda_getDevice", None)
-_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def is_current(tensor: torch.Tensor) -> bool:

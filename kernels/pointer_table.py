@@ -20,7 +20,7 @@ Capture   A CUDA graph bakes addresses into tables, as it does into kernel argum
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -337,6 +337,9 @@ def check_storage(tensor: torch.Tensor) -> None:
 class DeviceAddresses:
     """A list of addresses on the device. A changed list is copied to new memory, because launches made before may not
     have read the old one yet."""
+
+    _addresses: list[int] | None
+    _on_device: Any  # int64; None before the first update
 
     def __init__(self, device: torch.device):
         self._device, self._addresses, self._on_device = device, None, None

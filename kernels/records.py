@@ -6,10 +6,11 @@ from torch import Tensor
 
 
 class Grams(NamedTuple):
-    """The r×r Grams of L pairs: (L, r, r) in float32 (float64 for float64 pairs), or None where not computed."""
+    """The r×r Grams of L pairs: (L, r, r) in float32 (float64 for float64 pairs). The Grams with gradients are
+    None where not computed."""
 
-    ka: Tensor | None  # a aᵀ
-    kb: Tensor | None  # bᵀb
+    ka: Tensor  # a aᵀ
+    kb: Tensor  # bᵀb
     kp: Tensor | None = None  # da daᵀ
     kq: Tensor | None = None  # dbᵀdb
     k: Tensor | None = None  # da aᵀ

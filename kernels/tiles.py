@@ -7,7 +7,7 @@ Which tiles are fastest is not verified on a GPU.
 
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -265,8 +265,9 @@ def default(op: str, element_size: int, card: device.Device, r: int) -> Tile:
     return _tile(row(op, element_size, card, r), r, largest_r)
 
 
-def measured(op: str, tensor: torch.Tensor, d_in: int, d_out: int, r: int) -> tuned.Choice | None:
-    """Returns the choice that ``lora-fast tune`` measured as the fastest, if any. Returns None inside ``assume``."""
+def measured(op: str, tensor: torch.Tensor, d_in: int, d_out: int, r: int) -> Any:
+    """Returns the choice, a strategy or a tile, that ``lora-fast tune`` measured as the fastest, if any. Returns None
+    inside ``assume``."""
     return None if _assumed else tuned.find(op, tensor, d_in, d_out, r)
 
 

@@ -77,10 +77,14 @@ def flag(value: object, argument: str) -> bool:
 
 
 def betas(value: object, argument: str = "betas") -> tuple[float, float]:
-    pair = isinstance(value, (tuple, list)) and len(value) == 2
-    if not pair or not all(isinstance(beta, NUMBERS) and 0.0 <= beta < 1.0 for beta in value):  # NaN fails too
+    if (
+        not isinstance(value, (tuple, list))
+        or len(value) != 2
+        or not all(isinstance(beta, NUMBERS) and 0.0 <= beta < 1.0 for beta in value)  # NaN fails too
+    ):
         raise ArgumentError(argument, "two numbers from 0 to below 1", repr(value))
-    return tuple(value)
+    beta1, beta2 = value
+    return beta1, beta2
 
 
 def beta(value: object, argument: str = "beta") -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -87,12 +88,22 @@ class AdapterStatsCallback(TrainerCallback):
             control.should_log = loss_is_due
 
 
-class ExactCheckpoints:
+# A class has ExactCheckpoints before its Trainer, whose methods are then the next ones.
+if TYPE_CHECKING:
+    TrainerMixin = Trainer
+else:
+    TrainerMixin = object
+
+
+class ExactCheckpoints(TrainerMixin):
     """Makes a Trainer's checkpoints contain the frozen weights that ScaLoRA changes, so that a resumed run continues to
     the same bits. It is the first base of a Trainer class:
 
         class ScaLoRATrainer(lf.hf.ExactCheckpoints, Trainer): pass
     """
+
+    model: Any  # a module once the Trainer saves or loads, which its types leave open
+    args: Any
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -117,7 +128,7 @@ def summary(stats: dict[str, AdapterStats], bounds: dict[str, BoundStats] | None
     names = [field.name for field in fields(AdapterStats)]
     figures = {name: [float(getattr(layer, name)) for layer in stats.values()] for name in names}
     figures["bound_used"] = [layer.used for layer in (bounds or {}).values()]
-    flat = {}
+    flat: dict[str, float] = {}
     for name, values in figures.items():
         if values and not any(map(math.isnan, values)):
             flat |= {f"adapter/{name}_min": min(values), f"adapter/{name}_max": max(values)}

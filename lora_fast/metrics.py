@@ -118,8 +118,8 @@ def _measure(members: list[Pair]) -> Tensor:
     ka, kb = (gram.double() for gram in grams(a, b)[:2])
     finite = (ka.isfinite() & kb.isfinite()).all(-1).all(-1)
     ka, kb = (gram.where(finite[:, None, None], 0.0) for gram in (ka, kb))  # eigh raises on NaN
-    scaling = [abs(pair.scaling) for pair in members for _ in range(pair.experts)]
-    scaling = torch.tensor(scaling, dtype=torch.float64, device=ka.device)
+    scales = [abs(pair.scaling) for pair in members for _ in range(pair.experts)]
+    scaling = torch.tensor(scales, dtype=torch.float64, device=ka.device)
     eigen_a, eigen_b = (torch.linalg.eigvalsh(k).clamp(min=0) for k in (ka, kb))
     values, q = torch.linalg.eigh(ka)
     root = q * values.clamp(min=0).sqrt()[:, None, :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,13 @@ class LoRAAdamW(torch.optim.Optimizer):
             with weights that it cannot change.
     """
 
+    _methods: tuple[Method, ...]
+    _pairs: list[PairInGroups]
+    _batches: list[Batch]
+    _unpaired: list[UnpairedParameters]
+    _parameters: list[Tensor]
+    _built_for: tuple[str, list[bool], tuple] | None  # the backend, which parameters have gradients, ``_identities``
+
     def __init__(
         self,
         model: nn.Module | Iterable,
@@ -66,10 +74,10 @@ class LoRAAdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         _check_settings(defaults)
         self._methods = compose(methods)
-        self._pairs: list[PairInGroups] = []
+        self._pairs = []
         self._forget_batches()
         adapters = pairs.find_pairs(model) if isinstance(model, nn.Module) else pairs.make_pairs(model)
-        groups = [{"params": adapters}] if adapters else []
+        groups: list[dict[str, Any]] = [{"params": adapters}] if adapters else []
         if isinstance(model, nn.Module):
             # Identity, because == of tensors compares their entries.
             factors = {id(factor) for pair in adapters for factor in (pair.a, pair.b)}
@@ -181,7 +189,7 @@ class LoRAAdamW(torch.optim.Optimizer):
         if self._built_for is None or identities != self._built_for[2]:
             self._parameters = self._all_parameters()
         has_grad = [p.grad is not None for p in self._parameters]
-        parts = *self._batches, *self._unpaired
+        parts: list[Batch | UnpairedParameters] = [*self._batches, *self._unpaired]
         if (backend.chosen(), has_grad, identities) != self._built_for or not all([part.intact() for part in parts]):
             self._build(has_grad)
             self._built_for = backend.chosen(), has_grad, self._identities()  # building adds state
@@ -203,15 +211,17 @@ class LoRAAdamW(torch.optim.Optimizer):
         stacked = any(method.needs_stacks for method in self._methods)
         pairing = [method for method in self._methods if method.uses_both_factors]
         triton = not stacked and partition.runs_on_triton([pair for pair, *_ in self._pairs])
-        active = []
+        active: list[PairInGroups] = []
         # Not strict: the flags of the parameters that are in no pair follow.
-        for (pair, *groups), a_has_grad, b_has_grad in zip(self._pairs, has_grad[::2], has_grad[1::2], strict=False):
+        for (pair, group_a, group_b), a_has_grad, b_has_grad in zip(
+            self._pairs, has_grad[::2], has_grad[1::2], strict=False
+        ):
             if a_has_grad != b_has_grad and pairing:
                 factor = "lora_B" if a_has_grad else "lora_A"
                 methods = ", ".join(type(method).__name__ for method in pairing)
                 raise checks.ArgumentError(f"{pair.name}.{factor}.grad", f"a gradient ({methods}: both)", "None")
             if a_has_grad and b_has_grad and (pairing or triton):
-                active.append((pair if pairing else pair.whole(), *groups))
+                active.append((pair if pairing else pair.whole(), group_a, group_b))
         for method in self._methods:
             method.check([pair for pair, *_ in active])
         # At most one method has a layout of its own: those that do exclude each other.
@@ -224,10 +234,7 @@ class LoRAAdamW(torch.optim.Optimizer):
             self._unpaired += UnpairedParameters.build(parameters, i, self.state)
 
     def _forget_batches(self) -> None:
-        self._batches: list[Batch] = []
-        self._unpaired: list[UnpairedParameters] = []
-        self._parameters: list[Tensor] = []
-        self._built_for: tuple | None = None  # the backend, which parameters have gradients, ``_identities``
+        self._batches, self._unpaired, self._parameters, self._built_for = [], [], [], None
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Loads the ``state_dict`` of the same model, methods and order of parameters. The next steps are the same bit
@@ -250,7 +257,7 @@ class LoRAAdamW(torch.optim.Optimizer):
     def __getstate__(self) -> dict:
         """Adds methods and pairs to torch's state. The batches of a copy are empty: its first step builds them."""
         attributes = {"_methods": self._methods, "_pairs": self._pairs}
-        empty = {"_parameters": [], "_batches": [], "_unpaired": [], "_built_for": None}
+        empty: dict[str, Any] = {"_parameters": [], "_batches": [], "_unpaired": [], "_built_for": None}
         return super().__getstate__() | attributes | empty
 
 

@@ -29,7 +29,7 @@ from ..limits import LARGEST_RANK
 from ..linalg.blocked import registers
 from ..linalg.spd import SLOTS
 from ..pointer_table import TL_DTYPE, FactorTable, find_table
-from .addresses import allocate
+from .addresses import Kinds, allocate
 from .algebra import WARPS, lora_cayley_backward_kernel, lora_cayley_inverse_kernel
 from .products import factor_products
 from .sums import factor_sums
@@ -50,7 +50,8 @@ def cayley(free_a: Tensors, free_b: Tensors, scales: Tensors | None = None) -> t
         a (r, d_in), b · diag(scale) (d_out, r) and W (r, r) of every pair, float32.
     """
     _check(free_a, free_b, scales)
-    return _by_dtype(_forward, 3, free_a, free_b, scales)
+    a, b, inverses = _by_dtype(_forward, 3, free_a, free_b, scales)
+    return a, b, inverses
 
 
 def _forward(free_a: Tensors, free_b: Tensors, scales: Tensors | None) -> tuple[Tensors, Tensors, Tensors]:
@@ -102,7 +103,7 @@ def _backward(
     """Computes ``cayley_backward`` for parameters of one dtype. Without scales, their gradients have no elements."""
     table, dtype = _table(free_a, free_b), free_a[0].dtype
     n, r_max, block_r = len(free_a), table.r_max, _block(table.r_max)
-    kinds = [(x.shape, dtype) for x in free_a + free_b]
+    kinds: Kinds = [(x.shape, dtype) for x in free_a + free_b]
     kinds += [((len(x) if scales else 0,), torch.float32) for x in free_a]
     listed = allocate(kinds, grad_a + grad_b + inverses + (scales or []), table.device)
     totals = factor_sums(table, listed.addresses, backward=True)

@@ -11,7 +11,7 @@ are left empty.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ class Op(NamedTuple):
     """An operation with all ranks, dtypes and variants that are compiled."""
 
     run: Callable[..., int | None]
-    ranks: dict[str, tuple[int, ...]]  # dtype → ranks
+    ranks: Mapping[str, tuple[int, ...]]  # dtype → ranks
     variants: Iterable[dict] = ({},)
     tensor_cores: tuple[str, ...] = ()  # kernels whose 16-bit products must use them
     counted: bool = False
@@ -88,9 +88,9 @@ def variants(**values: Iterable) -> list[dict]:
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 
-def size(*tensors: torch.Tensor) -> int:
+def size(*tensors: torch.Tensor | None) -> int:
     """Returns the bytes of the tensors."""
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 # ---- The layer
@@ -106,7 +106,7 @@ def _matrix(rows: int, columns: int, dtype: torch.dtype, padding: int = 0) -> to
 
 
 def _keep(dropout: float) -> launch.DropoutMask | None:
-    return layer.draw_mask(None, dropout, SEED) if dropout else None
+    return layer.draw_mask(torch.empty(0), dropout, SEED) if dropout else None
 
 
 def _thin(rows: int, r: int, dtype: torch.dtype, adapter: str | None) -> torch.Tensor:
@@ -263,7 +263,8 @@ def cayley_transform(r: int, dtype: torch.dtype, backward: bool) -> None:
 
 
 def scalora(r: int, dtype: torch.dtype, solver: str) -> None:
-    x, active, _ = scalora_system.scalora_solve(*torch.zeros(5, 3, r, r, dtype=dtype), solver)
+    ka, kb, kp, kq, k = torch.zeros(5, 3, r, r, dtype=dtype)
+    x, active, _ = scalora_system.scalora_solve(ka, kb, kp, kq, k, solver)
     scalora_scales.scales(x, active, torch.ones((), dtype=torch.float64), torch.ones(3), 0.25, None)
 
 

@@ -142,8 +142,8 @@ def resources(compiled) -> Resources:
         sass = _cuobjdump("-sass", cubin)
     instructions = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.M))
     return Resources(
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
+        registers=int(re.findall(r"REG:(\d+)", usage)[0]),
+        stack=int(re.findall(r"STACK:(\d+)", usage)[0]),
         shared=compiled.metadata.shared,
         tensor_memory=compiled.metadata.tmem_size,
         warps=compiled.metadata.num_warps,
@@ -220,7 +220,9 @@ def machine_code(compiled) -> str:
 def _step_instructions(compiled) -> int:
     """Returns the number of instructions of the main loop in the machine code. It is the loop with the largest share of
     tensor-core instructions, among those that leave an asynchronous product in flight if there are any."""
-    instructions, labels, loops = [], {}, []
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[list[str]] = []
     for line in machine_code(compiled).splitlines():
         if label := re.match(r"(\.L_\w+):", line):
             labels[label[1]] = len(instructions)

@@ -167,7 +167,7 @@ def _launch(
     with on_device(matrices):
         if r <= IN_REGISTERS:
             options |= {"BLOCK_K": min(RHS, block_k), "num_warps": WARPS[block_r], "maxnreg": 255}
-            grid = n, max(1, triton.cdiv(k, options["BLOCK_K"]))
+            grid: tuple[int, ...] = n, max(1, triton.cdiv(k, options["BLOCK_K"]))
             launch(lora_spd_solve_kernel, grid, tensors, (float(damping),), (r, k), options)
         else:
             options |= {"BLOCK_K": min(block_r, block_k), "num_warps": 8, "maxnreg": registers(block_r)}

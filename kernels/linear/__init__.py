@@ -10,6 +10,9 @@ hook is set, no plan is kept and every launch goes through Triton's JIT.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,6 +29,9 @@ __all__ = ["backward", "draw_mask", "forward", "grad_a", "grad_s_b", "grad_x", "
 
 class ForwardPlan:
     """Computes y and S for one signature."""
+
+    project: Project | CublasProject
+    empty_s: Callable[[], Tensor] | None
 
     def __init__(self, x, weight, bias, lora_A, lora_B, dropout: bool, rounded: bool):
         d_out, r, flat = len(weight), len(lora_A), _flat(x)
@@ -65,6 +71,9 @@ class ForwardPlan:
 
 class BackwardPlan:
     """Computes dx, da and db for one signature. ``needs`` (x, a, b): a gradient that is not needed is None."""
+
+    grad_a: Any  # None where not needed, as grad_x
+    grad_x: Any
 
     def __init__(self, dy, x, s, weight, lora_A, lora_B, dropout: bool, rounded: bool, needs: tuple[bool, bool, bool]):
         r, flat = len(lora_A), _flat(dy)
@@ -139,8 +148,8 @@ def forward(
         return y, x.new_zeros((x.numel() // max(1, x.shape[-1]), len(lora_A)), dtype=thin_dtype(x, lora_A, rounded))
     scaling, dropout = float(scaling), keep is not None
     if by_jit():
-        plan = ForwardPlan(x, weight, bias, lora_A, lora_B, dropout, rounded)
-        return plan(x, weight, bias, lora_A, lora_B, scaling, keep, None)
+        forward_plan = ForwardPlan(x, weight, bias, lora_A, lora_B, dropout, rounded)
+        return forward_plan(x, weight, bias, lora_A, lora_B, scaling, keep, None)
     # If all addresses are aligned to 16 bytes, `addresses & 15` is 0: the usual case costs one test.
     addresses = x.data_ptr() | weight.data_ptr() | lora_A.data_ptr() | lora_B.data_ptr()
     key = (
@@ -168,11 +177,13 @@ def backward(
         with torch.autocast(x.device.type, enabled=False):
             return backward(dy, x, s, weight, lora_A, lora_B, scaling, keep, rounded, needs)
     if x.numel() == 0 or weight.numel() == 0:
-        return tuple(torch.zeros_like(t) if need else None for t, need in zip((x, lora_A, lora_B), needs, strict=True))
+        need_x, need_a, need_b = needs
+        dx, da = torch.zeros_like(x) if need_x else None, torch.zeros_like(lora_A) if need_a else None
+        return dx, da, torch.zeros_like(lora_B) if need_b else None
     scaling, dropout = float(scaling), keep is not None
     if by_jit():
-        plan = BackwardPlan(dy, x, s, weight, lora_A, lora_B, dropout, rounded, needs)
-        return plan(dy, x, s, weight, lora_A, lora_B, scaling, keep, None)
+        backward_plan = BackwardPlan(dy, x, s, weight, lora_A, lora_B, dropout, rounded, needs)
+        return backward_plan(dy, x, s, weight, lora_A, lora_B, scaling, keep, None)
     addresses = dy.data_ptr() | x.data_ptr() | s.data_ptr() | weight.data_ptr() | lora_A.data_ptr() | lora_B.data_ptr()
     key = (
         dy.shape, dy.stride(), x.shape, x.stride(), x.dtype, device.index(x), s.stride(), s.dtype, weight.shape,
@@ -187,7 +198,7 @@ def backward(
 
 # ---- The plans
 
-_plans: dict[tuple, ForwardPlan | BackwardPlan] = {}
+_plans: dict[tuple, Any] = {}  # ForwardPlan or BackwardPlan, as the call that made the key
 _any_autocast = torch._C._is_any_autocast_enabled
 
 

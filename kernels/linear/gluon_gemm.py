@@ -344,7 +344,8 @@ _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 def _matrix(tensor: torch.Tensor, block: tuple[int, int], dtype: torch.dtype) -> Matrix:
     """Returns the description of a matrix whose blocks have the default layout in shared memory for ``dtype``."""
     layout = gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])
-    return Matrix(tuple(tensor.shape), tensor.stride(), block, layout)
+    rows, columns = tensor.shape
+    return Matrix((rows, columns), (tensor.stride(0), tensor.stride(1)), block, layout)
 
 
 class GluonGemm:

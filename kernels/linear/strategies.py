@@ -14,6 +14,7 @@ Estimate  The device's time, from bytes, operations and launches. A memory-bound
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import inf
 from typing import NamedTuple
@@ -122,11 +123,12 @@ class CostModel:
         """
         t, r = self.call.n_tokens, self.call.r
         if gemm == "cublas":
-            tile = tiles.default("update" + "_few" * (n_parts > 1), self.size, self.card, r)
-            columns = -(-n // tile.outer)  # each column of programs reads all of S
+            update = tiles.default("update" + "_few" * (n_parts > 1), self.size, self.card, r)
+            columns = -(-n // update.outer)  # each column of programs reads all of S
             moved = t * (2.0 * n * self.size + n_parts * r * 4.0) + r * n * self.factor_size
             again = (columns - 1) * t * n_parts * r * 4.0
-            return self.cublas(t, k, n) + self.memory(moved, t * n, columns * -(-t // tile.t), again, masked)
+            return self.cublas(t, k, n) + self.memory(moved, t * n, columns * -(-t // update.t), again, masked)
+        tile: Sequence[int]
         if gemm == "gluon":
             tile, rate = (128, 256), GLUON_SHARE * self.rates.half
         else:
@@ -219,11 +221,11 @@ class CostModel:
         seconds = self.memory(once + parts, products, programs, masked=masked)
         return seconds + (self.memory(parts) if parts else 0.0)
 
-    def _tiled(self, t: int, k: int, n: int, tile: tuple[int, int], rate: float, split_k: float = 0.0) -> float:
+    def _tiled(self, t: int, k: int, n: int, tile: Sequence[int], rate: float, split_k: float = 0.0) -> float:
         """Returns the seconds of a GEMM in tiles, each on one multiprocessor, in whole waves. If there is less than one
         wave, ``split_k`` splits the tiles along k."""
         count = -(-t // tile[0]) * -(-n // tile[1])
-        waves = -(-count // self.card.multiprocessors)
+        waves: float = -(-count // self.card.multiprocessors)
         if split_k and waves == 1:
             waves = min(1.0, count / self.card.multiprocessors / split_k)
         return waves * 2.0 * tile[0] * tile[1] * k * self.card.multiprocessors / rate

@@ -58,9 +58,11 @@ def factor_grams(factors: list[Tensor], is_a: list[bool]) -> Tensor:
 def pair_grams(
     a: list[Tensor], b: list[Tensor], da: list[Tensor] | None = None, db: list[Tensor] | None = None
 ) -> Grams:
-    lists = [a, b] if da is None else [a, b, da, db]
-    lists = [[x.contiguous() for x in tensors] for tensors in lists]
-    return gram.gram(*lists, wanted=Grams._fields[: 2 if da is None else 5])
+    a, b = ([x.contiguous() for x in tensors] for tensors in (a, b))
+    if da is None or db is None:
+        return gram.gram(a, b)
+    da, db = ([x.contiguous() for x in tensors] for tensors in (da, db))
+    return gram.gram(a, b, da, db, Grams._fields)
 
 
 def transformed(factors: list[Tensor], is_a: bool, matrices: Tensor) -> list[Tensor]:
@@ -83,6 +85,6 @@ def adapter_step_(
     steps: Tensor,
     work: StepWork,
 ) -> Tensor | None:
-    *tensors, gram = work
-    work = StepWork(*(x if x is None else x.contiguous() for x in tensors), gram)
+    additive, matrices, scale_p, scale_g = (x if x is None else x.contiguous() for x in work[:4])
+    work = StepWork(additive, matrices, scale_p, scale_g, work.gram)
     return adamw.step_(factors, is_a, hyper.contiguous(), steps, work)

@@ -13,6 +13,8 @@ Roofline  every operand once against 2 r operations an element and Gram: memory 
           operands from shared memory, up to rank 16 with few warps, so that each thread has more of the Gram.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -160,7 +162,8 @@ def gram(
         is_a = [side for side, xs, _ in sides for _ in xs]
         indices = [i for _, xs, _ in sides for i in range(len(xs))]
         _launch(find_tables([factors], is_a, gradients, indices), totals, wanted)
-    return Grams(*(totals[wanted.index(name)] if name in wanted else None for name in Grams._fields))
+    results: list[Any] = [totals[wanted.index(name)] if name in wanted else None for name in Grams._fields]
+    return Grams(*results)
 
 
 def factor_grams(tensors: list[torch.Tensor], is_a: list[bool]) -> torch.Tensor:

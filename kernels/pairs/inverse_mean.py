@@ -224,8 +224,8 @@ def muon(
     matrices = torch.empty((2 * n, r, r), dtype=torch.float32, device=ka.device)
     if n == 0:
         return matrices
-    in_memory, rates, numbers = learning_rates(lr_a, lr_b, matrices)
-    numbers = *numbers, max(float(damping), LEAST_DAMPING)
+    in_memory, rates, rate_numbers = learning_rates(lr_a, lr_b, matrices)
+    numbers = *rate_numbers, max(float(damping), LEAST_DAMPING)
     block_r = max(16, triton.next_power_of_2(r))
     options = {"LR_IN_MEMORY": in_memory, "BLOCK_R": block_r, "maxnreg": MOST_REGISTERS}
     tensors = ka, kb, kp, kq, matrices, *rates

@@ -98,7 +98,7 @@ def learning_rates(
     if not any(is_on_device(lr, device) for lr in rates):
         return False, (placeholder, placeholder), (float(first), float(second))
     to_tensor = lambda lr: lr if is_on_device(lr, device) else torch.full((), lr, dtype=torch.float64, device=device)
-    return True, tuple(map(to_tensor, rates)), (0.0, 0.0)
+    return True, (to_tensor(first), to_tensor(second)), (0.0, 0.0)
 
 
 def imbalance(

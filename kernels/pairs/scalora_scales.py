@@ -80,7 +80,7 @@ def scales(
     check_tensor("active", active, (n, 2 * r), torch.bool)
     check_tensor("scaling", scaling, (n,), torch.float32)
     in_memory = isinstance(kappa, torch.Tensor)
-    if in_memory:
+    if isinstance(kappa, torch.Tensor):
         check_tensor("kappa", kappa, (), torch.float64)
     scale_p = torch.empty((2 * n, r), dtype=torch.float32, device=x.device)
     scale_g, residual_scale = torch.empty_like(scale_p), torch.empty_like(scale_p[:n])

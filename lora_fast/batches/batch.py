@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -23,12 +24,17 @@ from .pairs import Pair
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name of a state → its shape and dtype
 PairInGroups = tuple[Pair, int, int]  # a pair, and the indices of the parameter groups of its a and b
+Trained = Any  # a tensor that has a gradient, which torch types as optional
 MOMENTS = ("exp_avg", "exp_avg_sq")  # names of AdamW's moments in the optimizer's state
 
 
 def adamw_state(pair: Pair) -> tuple[Shapes, Shapes]:
     """Returns shapes and dtypes of AdamW's moments, of a and of b."""
-    return tuple({name: (p.shape, p.dtype) for name in MOMENTS} for p in (pair.a, pair.b))
+
+    def moments(p: Tensor) -> Shapes:
+        return {name: (p.shape, p.dtype) for name in MOMENTS}
+
+    return moments(pair.a), moments(pair.b)
 
 
 class Batch(ABC):
@@ -52,6 +58,17 @@ class Batch(ABC):
         self.count = counts[0]
         self._groups = members[0][1:]  # partition.py puts pairs of different groups into different batches
         self._per_pair: dict[str, Tensor] = {}
+
+    @classmethod
+    @abstractmethod
+    def build(
+        cls,
+        members: list[PairInGroups],
+        counts: tuple[int, int],
+        states: dict,
+        layout: Callable[[Pair], tuple[Shapes, Shapes]],
+    ) -> list[Self]:
+        """Returns batches of all members, whose properties in partition.py's ``_key`` are equal."""
 
     def begin(self, param_groups: list[dict]) -> None:
         """Begins a step: counts it and reads its settings."""

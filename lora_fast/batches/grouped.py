@@ -7,6 +7,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable
 from itertools import accumulate
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from .. import backend
 from ..kernels import pointer_table
 from ..kernels.launch import report_addresses
 from ..kernels.pairs import adamw, add_low_rank, gram, momentum, regularizers, transform
+from ..kernels.pairs.adamw import Settings
 from ..kernels.records import Grams, StepWork
-from .batch import MOMENTS, Batch, PairInGroups
+from .batch import MOMENTS, Batch, PairInGroups, Trained
 from .pairs import Pair
 
 ALL_GRAMS = Grams._fields
@@ -31,10 +33,15 @@ class GroupedBatch(Batch):
     """
 
     ops = backend.load_ops("pairs", triton=True)
+    # The work of one step, which ``_forget`` drops.
+    _work: dict[str, Tensor]
+    _grams_before: Tensor | None
+    _grams_after: Tensor | None
+    _listed: list[pointer_table.TableWithGradients] | None
 
     def __init__(self, members: list[PairInGroups], counts: tuple[int, int], states: dict, layout: Callable):
         super().__init__(members, counts)
-        self._factors = [pair.b for pair in self.pairs] + [pair.a for pair in self.pairs]
+        self._factors: list[Trained] = [pair.b for pair in self.pairs] + [pair.a for pair in self.pairs]
         self._rank, self._device = self.pairs[0].rank, self._factors[0].device
         self._steps = torch.tensor(counts, dtype=torch.float32).repeat_interleave(self.products).to(self._device)
         experts = [pair.experts for pair in self.pairs] * 2
@@ -44,8 +51,8 @@ class GroupedBatch(Batch):
         for p, row, factor_shapes in zip(self._factors, first, shapes, strict=True):
             p.data = p.data.contiguous()
             state = {
-                name: _state_or_zeros(states[p], name, *shape_and_dtype, p.device)
-                for name, shape_and_dtype in factor_shapes.items()
+                name: _state_or_zeros(states[p], name, shape, dtype, p.device)
+                for name, (shape, dtype) in factor_shapes.items()
             }
             states[p].update({"step": self._steps[row]} | state)  # all experts of a parameter share its step count
         self._states = [states[p] for p in self._factors]
@@ -58,9 +65,7 @@ class GroupedBatch(Batch):
         self._forget()
 
     @classmethod
-    def build(
-        cls, members: list[PairInGroups], counts: tuple[int, int], states: dict, layout: Callable
-    ) -> list[GroupedBatch]:
+    def build(cls, members: list[PairInGroups], counts: tuple[int, int], states: dict, layout: Callable) -> list[Self]:
         """Returns one batch with all members."""
         return [cls(members, counts, states, layout)]
 
@@ -145,7 +150,7 @@ class GroupedBatch(Batch):
         self._work |= {"scale_p": factor_scales, "scale_g": gradient_scales}
 
     def merge(self, residual_scale: Tensor, rounding: str, seed: int) -> None:
-        weights = [pair.weight.data for pair in self.pairs]
+        weights = [pair.mergeable_weight.data for pair in self.pairs]
         residuals = None
         if rounding == "compensated":
             states_b = self._states[: len(self.pairs)]
@@ -188,13 +193,13 @@ class GroupedBatch(Batch):
         torch.autograd.graph.increment_version(self._factors)
         self._grams_before = None  # ``grams`` computes those of the moved factors
 
-    def _settings(self) -> adamw.Settings:
+    def _settings(self) -> Settings:
         """Returns hyperparameters as arguments of the launch. Learning rates that are on the device are read there: the
         host does not wait for them, and a CUDA graph reads them at every replay."""
         sides = self.settings_b, self.settings_a
-        in_memory, rates, numbers = regularizers.learning_rates(*(settings["lr"] for settings in sides), self._steps)
+        in_memory, rates, numbers = regularizers.learning_rates(sides[0]["lr"], sides[1]["lr"], self._steps)
         rows = [(lr, *x["betas"], x["eps"], x["weight_decay"]) for lr, x in zip(numbers, sides, strict=True)]
-        return adamw.Settings(tuple([float(x) for row in rows for x in row]), rates if in_memory else None)
+        return Settings(tuple([float(x) for row in rows for x in row]), rates if in_memory else None)
 
     def transform(self, matrices: Tensor, target: str = "value", add: bool = False) -> None:
         column = 0 if target == "value" else 1 + self._moments.index(target)

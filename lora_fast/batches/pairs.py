@@ -6,12 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from .. import checks
 from ..kernels.limits import LARGEST_RANK
-from ..layers.find import expert_count, peft_layers
+from ..layers.find import PeftLayer, expert_count, peft_layers
 from ..layers.lora import LoRALinear
 from ..surgery.merge import weight_owners
 
@@ -42,6 +43,12 @@ class Pair:
     layer: nn.Module | None = None
     experts: int = 1
     transposed: bool = False
+
+    @property
+    def mergeable_weight(self) -> Tensor:
+        """Returns the weight of a pair that ``check_mergeable`` has accepted."""
+        assert self.weight is not None, f"{self.name}: a pair of a checked method has a weight"
+        return self.weight
 
     @property
     def rank(self) -> int:
@@ -148,7 +155,7 @@ def _check_pair(pair: Pair) -> None:
         raise checks.ArgumentError(f"{pair.name}.lora_B", expected, f"{b.dtype} on {b.device}")
     if not isinstance(pair.scaling, checks.NUMBERS) or not math.isfinite(pair.scaling):
         raise checks.ArgumentError(f"{pair.name}.scaling", "a finite number", repr(pair.scaling))
-    expected_shape = (a.shape[1], b.shape[0]) if pair.transposed else (b.shape[0], a.shape[1])
+    expected_shape: tuple[int, ...] = (a.shape[1], b.shape[0]) if pair.transposed else (b.shape[0], a.shape[1])
     if pair.experts > 1:
         expected_shape = (pair.experts, *expected_shape)
     if pair.weight is not None and tuple(pair.weight.shape) != expected_shape and pair.unmergeable is None:
@@ -159,10 +166,10 @@ def _weight(factors, adapter: str) -> Tensor | None:
     return getattr(factors[adapter], "weight", None) if adapter in factors else None
 
 
-def _base_weight(layer: nn.Module, adapter: str, owners: dict[int, list[str]]) -> tuple[Tensor | None, str | None]:
+def _base_weight(layer: PeftLayer, adapter: str, owners: dict[int, list[str]]) -> tuple[Tensor | None, str | None]:
     base = layer.get_base_layer()
     has_experts = expert_count(layer) > 1
-    weight = layer.get_param() if has_experts else getattr(base, "weight", None)
+    weight: Any = layer.get_param() if has_experts else getattr(base, "weight", None)
     plain = type(weight) is nn.Parameter and weight.dtype in checks.FLOATS  # quantised weights are of other types
     if not plain or not (has_experts or type(base) is nn.Linear):
         return None, f"base layer {type(base).__name__} with a weight of {getattr(weight, 'dtype', None)}"

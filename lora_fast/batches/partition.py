@@ -33,13 +33,18 @@ def build(
         layout: returns the shapes of the state of a pair's a and b.
         triton: the choice of the implementation.
     """
+    kind: type[Batch]
     if triton:
-        from .grouped import GroupedBatch as kind
+        from .grouped import GroupedBatch
+
+        kind = GroupedBatch
     else:
-        from .stacked import StackedBatch as kind
+        from .stacked import StackedBatch
+
+        kind = StackedBatch
     keyed = [(_key(member, states, triton), member) for member in members]
     keyed.sort(key=lambda item: str(item[0]))  # devices have no order, strings do; stable within a batch
-    batches = []
+    batches: list[Batch] = []
     for key, run in groupby(keyed, key=lambda item: item[0]):
         batches += kind.build([member for _, member in run], key[:2], states, layout)
     return batches

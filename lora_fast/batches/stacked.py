@@ -4,7 +4,8 @@ stacks, so that a method's algebra is one batched call. A pair of experts is a s
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from .. import backend
 from ..kernels.records import Grams
 from ..ops.pairs import adamw_, at_least_float32, grams
 from ..ops.reference.scalora_solution import add_low_rank_
-from .batch import MOMENTS, Batch, PairInGroups, Shapes
+from .batch import MOMENTS, Batch, PairInGroups, Shapes, Trained
 
 CACHED = 1 << 20  # elements of a factor's stack on a CPU: larger stacks leave its caches, smaller ones need more calls
 
@@ -27,13 +28,19 @@ class Factor:
         steps: the step counts, (L,) float32, on the parameters' device.
     """
 
+    parameters: list[Trained]
+    grad: Tensor | None
+    value: Tensor
+    steps: Tensor
+    state: dict[str, Tensor]
+
     def __init__(self, parameters: list[Tensor], shapes: Shapes, states: dict):
         """Copies parameters and state into stacks, and makes both slices of the stacks. New state is zero."""
         self.parameters, self.grad = parameters, None
         self.value = torch.stack([p.data for p in parameters])
         counts = [states[p].get("step", torch.zeros(())) for p in parameters]
         self.steps = torch.stack([count.to(self.value.device, torch.float32) for count in counts])
-        self.state: dict[str, Tensor] = {}
+        self.state = {}
         for name, (shape, dtype) in shapes.items():
             self.state[name] = torch.zeros(len(parameters), *shape, dtype=dtype, device=self.value.device)
             for i, p in enumerate(parameters):
@@ -113,8 +120,8 @@ class ExpertsFactor(Factor):
             gradient = torch.empty_like(parameter)
             self._split(gradient).copy_(self.grad)
             self.grad = None
-        moments = ([self._whole[name]] for name in MOMENTS)
-        adamw_([parameter.data], [gradient], *moments, [self.steps[0]], settings)
+        m, v = ([self._whole[name]] for name in MOMENTS)
+        adamw_([parameter.data], [gradient], m, v, [self.steps[0]], settings)
 
 
 class StackedBatch(Batch):
@@ -125,6 +132,8 @@ class StackedBatch(Batch):
     """
 
     ops = backend.load_ops("pairs", triton=False)
+    a: Factor
+    b: Factor
 
     def __init__(
         self, members: list[PairInGroups], counts: tuple[int, int], states: dict, shapes: tuple[Shapes, Shapes]
@@ -139,9 +148,7 @@ class StackedBatch(Batch):
             self.b = Factor([pair.b for pair in self.pairs], shapes[1], states)
 
     @classmethod
-    def build(
-        cls, members: list[PairInGroups], counts: tuple[int, int], states: dict, layout: Callable
-    ) -> list[StackedBatch]:
+    def build(cls, members: list[PairInGroups], counts: tuple[int, int], states: dict, layout: Callable) -> list[Self]:
         """Returns one stack of all members. On a CPU it is divided into stacks that each fit the cache, and each pair
         of experts is a stack of its own."""
         pair = members[0][0]
@@ -160,8 +167,8 @@ class StackedBatch(Batch):
         return self.a.intact() and self.b.intact()
 
     def grams(self, gradients: bool = False) -> Grams:
-        factors = [self.a.value, self.b.value]
-        return grams(*factors, self.a.gradient(), self.b.gradient()) if gradients else grams(*factors)
+        a, b = self.a.value, self.b.value
+        return grams(a, b, self.a.gradient(), self.b.gradient()) if gradients else grams(a, b)
 
     def add_to_gradients(self, coefficients: Tensor) -> None:
         for factor, c in zip((self.b, self.a), coefficients.chunk(2), strict=True):
@@ -189,12 +196,11 @@ class StackedBatch(Batch):
 
     def merge(self, residual_scale: Tensor, rounding: str, seed: int) -> None:
         names = [name for pair in self.pairs for name in pair.product_names]
-        weights = [weight for pair in self.pairs for weight in pair.split_weight(pair.weight.data)]
-        residuals = self.b.state.get("merge_residual")
-        if residuals is None:
-            residuals = [None] * self.products
-        elif self.pairs[0].transposed:
-            residuals = residuals.mT  # stored in the layout of the weight
+        weights = [weight for pair in self.pairs for weight in pair.split_weight(pair.mergeable_weight.data)]
+        residuals: Iterable[Tensor | None] = [None] * self.products
+        stored = self.b.state.get("merge_residual")
+        if stored is not None:
+            residuals = stored.mT if self.pairs[0].transposed else stored  # stored in the layout of the weight
         operands = zip(weights, self.a.value, self.b.value, residual_scale, residuals, names, strict=True)
         for weight, a, b, scale, residual, name in operands:
             # By the product's name, the noise does not depend on the batch. torch's CPU generator takes 32 bits.

@@ -55,5 +55,5 @@ class UnpairedParameters:
     def step(self, settings: dict) -> None:
         self._steps += 1
         gradients = [p.grad for p in self.parameters]
-        moments = ([state[name] for state in self._states] for name in MOMENTS)
-        adamw_(self.parameters, gradients, *moments, self._counts, settings)
+        m, v = ([state[name] for state in self._states] for name in MOMENTS)
+        adamw_(self.parameters, gradients, m, v, self._counts, settings)

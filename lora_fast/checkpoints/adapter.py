@@ -18,7 +18,8 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from ..checks import CheckpointError
-from ..layers.find import ADAPTER_LAYERS, key_name, peft_layers
+from ..layers.base import AdapterLinear
+from ..layers.find import ADAPTER_LAYERS, AdapterLayer, PeftLayer, key_name, peft_layers
 from ..surgery import targets
 from ..surgery.change_report import Report
 from . import base_weights, folder, io, load_plan, peft_format, sidecar
@@ -112,10 +113,11 @@ def _unwrap(model: nn.Module) -> nn.Module:
     """Returns the model inside the wrappers of torch.compile and data parallelism."""
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return _unwrap(model.module)
-    return _unwrap(model._orig_mod) if hasattr(model, "_orig_mod") else model
+    compiled = getattr(model, "_orig_mod", None)  # what torch.compile wraps
+    return model if compiled is None else _unwrap(compiled)
 
 
-def _our_layers(model: nn.Module) -> dict[str, nn.Module]:
+def _our_layers(model: nn.Module) -> dict[str, AdapterLinear]:
     """Returns bare name → layer of ours."""
     if isinstance(model, ADAPTER_LAYERS):
         expected = "a module that contains adapter layers (their names become the keys)"
@@ -123,7 +125,7 @@ def _our_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {key_name(name): module for name, module in model.named_modules() if isinstance(module, ADAPTER_LAYERS)}
 
 
-def _active_layers(model: nn.Module) -> tuple[str, dict[str, nn.Module]]:
+def _active_layers(model: nn.Module) -> tuple[str, dict[str, PeftLayer]]:
     """Returns the active adapter of a PEFT model, and its LoRA layers by their bare names in the base model."""
     from peft import PeftModel
 
@@ -137,7 +139,7 @@ def _active_layers(model: nn.Module) -> tuple[str, dict[str, nn.Module]]:
     return adapter, {key_name(name).removeprefix(prefix): layer for name, layer in holding.items()}
 
 
-def _collect(model: nn.Module, exact: bool) -> tuple[dict[str, nn.Module], folder.Contents]:
+def _collect(model: nn.Module, exact: bool) -> tuple[dict[str, AdapterLayer], folder.Contents]:
     """Returns the layers that are saved, by name, and what the files will contain."""
     if peft_layers(model):
         adapter, layers = _active_layers(model)
@@ -167,7 +169,7 @@ def _peft_files(model: nn.Module, adapter: str) -> tuple[dict, dict[str, Tensor]
     return config, {key_name(key): tensor for key, tensor in tensors.items()}
 
 
-def _config(model: nn.Module, layers: dict[str, nn.Module]) -> dict:
+def _config(model: nn.Module, layers: dict[str, AdapterLinear]) -> dict:
     """Returns PEFT's config of these layers: the first one's rank and alpha, and patterns for those that differ."""
     use_rslora = all(layer.use_rslora for layer in layers.values())
     ranks = {name: layer.r for name, layer in layers.items()}
@@ -194,7 +196,7 @@ def _config(model: nn.Module, layers: dict[str, nn.Module]) -> dict:
     return config
 
 
-def _alpha(layer: nn.Module, use_rslora: bool) -> float:
+def _alpha(layer: AdapterLinear, use_rslora: bool) -> float:
     """Returns the alpha that gives the layer's scaling, also if its scaling was edited; an int if it is whole, as in
     PEFT's configs."""
     unit = math.sqrt(layer.r) if use_rslora else layer.r

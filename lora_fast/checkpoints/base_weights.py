@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from .. import checks
 from ..checks import CheckpointError
 from ..layers import merge_log
 from ..layers.base import merged_weight
-from ..layers.find import expert_count
+from ..layers.find import AdapterLayer, expert_count
 from ..layers.merge_log import Term, holder
 from ..surgery.merge import original_weight, weight_owners
 from . import io
@@ -20,7 +20,7 @@ from .peft_format import PREFIX, Adapter, Change, check_tensor
 MIB = 2**20
 
 
-def collect(model: nn.Module, layers: dict[str, nn.Module], exact: bool) -> dict[str, Change]:
+def collect(model: nn.Module, layers: Mapping[str, AdapterLayer], exact: bool) -> dict[str, Change]:
     """Returns the change of each changed weight, by module name: the terms where they were kept; otherwise, and if
     ``exact``, the weight.
 
@@ -48,7 +48,7 @@ def collect(model: nn.Module, layers: dict[str, nn.Module], exact: bool) -> dict
     return changes
 
 
-def check(model: nn.Module, layers: dict[str, nn.Module], adapter: Adapter) -> None:
+def check(model: nn.Module, layers: Mapping[str, AdapterLayer | nn.Linear], adapter: Adapter) -> None:
     """Raises CheckpointError unless the adapter was trained on the model's frozen weights, or its changes can be put
     into them.
 
@@ -67,22 +67,22 @@ def check(model: nn.Module, layers: dict[str, nn.Module], adapter: Adapter) -> N
 
 
 @torch.no_grad()
-def restore_(layer: nn.Module, change: Change) -> None:
+def restore_(layer: AdapterLayer, change: Change) -> None:
     """Puts a checked change into the layer's frozen weight, and records it in the merge log."""
     weight, term = layer.weight, change.term
     if change.weight is not None:
         weight.copy_(change.weight)
-    else:
+    elif term is not None:
         b, a = (factor.to(weight.device) for factor in term)
         weight.copy_(merged_weight(weight, [(a, b, 1.0)]))
     # Copies, because the file's tensors are mapped from the disk.
-    merge_log.mark(layer, None if term is None else [tuple(factor.clone() for factor in term)])
+    merge_log.mark(layer, None if term is None else [(term[0].clone(), term[1].clone())])
 
 
 def note(changes: dict[str, Change], action: str) -> str:
     """Returns a sentence on the changes for the report, empty if there are none. ``action``: "saved", "restored"."""
     weights = [change.weight for change in changes.values() if change.weight is not None]
-    ranks = [len(change.term[1]) for change in changes.values() if change.weight is None]
+    ranks = [len(change.term[1]) for change in changes.values() if change.weight is None and change.term]
     parts = []
     if weights:
         parts.append(f"{len(weights)} weights {action} whole, {sum(w.nbytes for w in weights) / MIB:.1f} MiB")
@@ -109,20 +109,20 @@ def _joined(terms: list[Term] | None, weight: Tensor) -> Term | None:
     return torch.cat([b for b, _ in terms], 1), torch.cat([a for _, a in terms])
 
 
-def _takes_further_ranks(layer: nn.Module) -> bool:
+def _takes_further_ranks(layer: AdapterLayer) -> bool:
     """Returns whether further ranks of the adapter have the effect of a change of the weight; a variant's, as DoRA's,
     do not."""
     return not any(name in layer.lora_variant for name in getattr(layer, "active_adapters", ()))
 
 
-def _weight(name: str, layer: nn.Module) -> Tensor:
+def _weight(name: str, layer: AdapterLayer) -> Tensor:
     weight = original_weight(layer)
     if weight is None:
         raise CheckpointError("model", "unmerged layers", f"{name} merged by PEFT, which keeps no original")
     return io.to_host(f"{name}.weight", weight)
 
 
-def _check_change(name: str, layer: nn.Module, change: Change, owners: dict[int, list[str]]) -> None:
+def _check_change(name: str, layer: AdapterLayer | nn.Linear, change: Change, owners: dict[int, list[str]]) -> None:
     weight, shared = layer.weight, owners.get(id(layer.weight), [])
     if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or weight.dtype not in checks.FLOATS:
         got = f"{type(weight).__name__} of {weight.dtype} on {weight.device}"

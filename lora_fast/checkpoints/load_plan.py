@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import checks
 from ..checks import CheckpointError
-from ..layers.find import key_name
+from ..layers.base import AdapterLinear
+from ..layers.find import AdapterLayer, PeftLayer, key_name
 from ..layers.lora import LoRALinear
 from ..surgery import inject, targets
 from . import base_weights, sidecar
@@ -30,10 +32,10 @@ class Plan:
         changes: a layer → the change of its frozen weight.
     """
 
-    replacements: dict[nn.Linear, nn.Module] = field(default_factory=dict)
+    replacements: dict[nn.Linear, AdapterLinear] = field(default_factory=dict)
     factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    free: list[tuple[nn.Module, Sequence[Tensor]]] = field(default_factory=list)
-    changes: list[tuple[nn.Module, Change]] = field(default_factory=list)
+    free: list[tuple[AdapterLinear, Sequence[Tensor]]] = field(default_factory=list)
+    changes: list[tuple[AdapterLayer, Change]] = field(default_factory=list)
 
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> None:
@@ -48,7 +50,7 @@ class Plan:
             base_weights.restore_(layer, change)
 
 
-def into_peft_layers(model: nn.Module, layers: dict[str, nn.Module], active: str, adapter: Adapter) -> Plan:
+def into_peft_layers(model: nn.Module, layers: dict[str, PeftLayer], active: str, adapter: Adapter) -> Plan:
     """Plans to load an adapter into a PEFT model.
 
     Args:
@@ -70,7 +72,7 @@ def into_peft_layers(model: nn.Module, layers: dict[str, nn.Module], active: str
 
 
 def into_our_layers(
-    model: nn.Module, layers: dict[str, nn.Module], adapter: Adapter, free: dict[str, FreeLayer]
+    model: nn.Module, layers: dict[str, AdapterLinear], adapter: Adapter, free: dict[str, FreeLayer]
 ) -> Plan:
     """Plans to load an adapter into a model with layers of ours.
 
@@ -111,9 +113,11 @@ def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLay
     # The files have bare names; the model's own are those under which its modules are found.
     real_names = {key_name(name): name for name, _ in model.named_modules() if name}
     _check_names([name for name in real_names if name in adapter.pairs or adapter.targets(name)], adapter)
-    kinds, linears = {}, {}
+    kinds: dict[str, tuple[type[AdapterLinear], dict]] = {}
+    linears: dict[str, Any] = {}  # nn.Linear each, as ``targets.unsupported`` checks
     for name, (a, b) in adapter.pairs.items():
-        linear = linears[name] = model.get_submodule(real_names[name])
+        linear: Any = model.get_submodule(real_names[name])
+        linears[name] = linear
         reason = targets.unsupported(linear, model.get_submodule(real_names[name].rpartition(".")[0]))
         if reason is not None or not adapter.targets(name):
             expected = "a torch.nn.Linear among the config's target_modules"
@@ -134,14 +138,14 @@ def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLay
     return plan
 
 
-def _kind(settings: dict, saved: FreeLayer | None) -> tuple[type[nn.Module], dict]:
+def _kind(settings: dict, saved: FreeLayer | None) -> tuple[type[AdapterLinear], dict]:
     """Returns a new layer's class and the arguments of its ``from_linear``."""
     if saved is None:
         return LoRALinear, settings
     return saved.kind, {"r": settings["r"], "dropout": settings["dropout"], **saved.settings}
 
 
-def _changes(layers: dict[str, nn.Module], adapter: Adapter) -> list[tuple[nn.Module, Change]]:
+def _changes(layers: Mapping[str, AdapterLayer], adapter: Adapter) -> list[tuple[AdapterLayer, Change]]:
     return [(layers[name], change) for name, change in adapter.changes.items()]
 
 
@@ -159,7 +163,7 @@ def _factors(
     return pairs
 
 
-def _free_parameters(name: str, layer: nn.Module, adapter: Adapter) -> Sequence[Tensor]:
+def _free_parameters(name: str, layer: AdapterLinear, adapter: Adapter) -> Sequence[Tensor]:
     """Returns the layer's own parameters that equal the plain adapter of this name."""
     a, b = adapter.pairs[name]
     _check_whole_state(name, layer)
@@ -171,7 +175,7 @@ def _free_parameters(name: str, layer: nn.Module, adapter: Adapter) -> Sequence[
         raise CheckpointError(f"adapter of {name}", error.expected, error.got) from error
 
 
-def _check_free(name: str, layer: nn.Module, saved: FreeLayer) -> None:
+def _check_free(name: str, layer: AdapterLinear, saved: FreeLayer) -> None:
     """Raises CheckpointError unless the layer has the class, the settings and the shapes of the sidecar's."""
     in_model = {"kind": sidecar.kind_of(layer).__name__} | {key: getattr(layer, key) for key in layer.INIT_ARGUMENTS}
     in_file = {"kind": saved.kind.__name__} | saved.settings
@@ -195,12 +199,12 @@ def _check_names(names: Collection[str], adapter: Adapter) -> None:
             raise CheckpointError(key, f"one pair for each of the model's {len(names)} layers", got)
 
 
-def _check_unmerged(name: str, layer: nn.Module) -> None:
+def _check_unmerged(name: str, layer: AdapterLayer) -> None:
     if layer.merged:
         raise CheckpointError("model", "unmerged layers (lf.unmerge_)", f"{name} merged")
 
 
-def _check_whole_state(name: str, layer: nn.Module) -> None:
+def _check_whole_state(name: str, layer: AdapterLinear) -> None:
     for role in layer.SAVED_STATE:
         _check_whole(f"{name}.{role}", getattr(layer, role))
 

@@ -177,6 +177,7 @@ def _add_changes_(config: dict, tensors: dict[str, Tensor], changes: dict[str, C
             if change.term is not None:
                 tensors[key("terms_B")], tensors[key("terms_A")] = change.term
             continue
+        assert change.term is not None, f"{name}: a change without a weight has a term"
         marks[name] = {"r": ranks[name], "lora_alpha": alphas[name]}
         # PEFT saves an output embedding's weight too. It contains the terms, which would then count twice.
         tensors.pop(key("base_layer"), None)
@@ -256,7 +257,7 @@ def _read_marks(metadata: dict[str, str]) -> dict[str, dict]:
         marks = json.loads(metadata.get(CHANGED, "{}"))
     except ValueError as error:
         raise CheckpointError(f"{CHANGED} in {WEIGHTS}", expected, f"{error}") from error
-    key_sets = (set(), {"r", "lora_alpha"})
+    key_sets: tuple[set[str], ...] = (set(), {"r", "lora_alpha"})
     if not isinstance(marks, dict) or not all(isinstance(x, dict) and x.keys() in key_sets for x in marks.values()):
         raise CheckpointError(f"{CHANGED} in {WEIGHTS}", expected, repr(marks))
     return marks

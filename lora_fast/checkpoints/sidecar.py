@@ -17,15 +17,16 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checks
 from ..checks import CheckpointError
+from ..layers.base import AdapterLinear
 from ..layers.find import ADAPTER_LAYERS
 from . import io
 
 SIDECAR = "free_parameters.safetensors"
-KINDS = {kind.__name__: kind for kind in ADAPTER_LAYERS if kind.SAVED_STATE}
+KINDS: dict[str, type[AdapterLinear]] = {kind.__name__: kind for kind in ADAPTER_LAYERS if kind.SAVED_STATE}
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -39,17 +40,17 @@ class FreeLayer:
         tensors: the values of its ``SAVED_STATE``, in that order.
     """
 
-    kind: type[nn.Module]
+    kind: type[AdapterLinear]
     settings: dict
     tensors: list[Tensor]
 
 
-def kind_of(layer: nn.Module) -> type[nn.Module]:
+def kind_of(layer: AdapterLinear) -> type[AdapterLinear]:
     """Returns the class in ``KINDS`` that the layer is an instance of."""
     return next(kind for kind in KINDS.values() if isinstance(layer, kind))
 
 
-def collect(layers: dict[str, nn.Module]) -> dict[str, FreeLayer]:
+def collect(layers: dict[str, AdapterLinear]) -> dict[str, FreeLayer]:
     """Returns the sidecar's entry of each layer that needs one, by name."""
     free = {}
     for name, layer in layers.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -30,11 +31,11 @@ def cayley(
         ArgumentError: shapes or dtypes that do not fit.
         BackendError: the Triton backend is chosen and cannot run here.
     """
-    if isinstance(free_a, Tensor):
-        a, b = cayley([free_a], [free_b])
-        return a[0], b[0]
-    _check(free_a, free_b)
-    return factors(Free(list(free_a), list(free_b)))
+    single = isinstance(free_a, Tensor)
+    lists: tuple[Any, Any] = ([free_a], [free_b]) if single else (free_a, free_b)
+    _check(*lists)
+    a, b = factors(Free(*map(list, lists)))
+    return (a[0], b[0]) if single else (a, b)
 
 
 def _check(free_a: Sequence[Tensor], free_b: Sequence[Tensor]) -> None:

@@ -58,12 +58,14 @@ def lora_linear(
     if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     traced = _traced()
-    seed = _seed(seed, x.device, traced) if dropout_p > 0.0 else None
+    mask_seed = _seed(seed, x.device, traced) if dropout_p > 0.0 else None
     if traced:
         triton = backend.uses_triton(x)
-        return linear_op.lora_linear_op(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, autocast, triton)[0]
+        return linear_op.lora_linear_op(
+            x, weight, bias, lora_A, lora_B, scaling, dropout_p, mask_seed, autocast, triton
+        )[0]
     apply = linear_op.LoRALinearFunction.apply if _functorch() else _apply
-    return apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, autocast)
+    return apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, mask_seed, autocast)
 
 
 def _seed(seed: int | None, device: torch.device, traced: bool) -> int | Tensor:
@@ -76,5 +78,5 @@ def _seed(seed: int | None, device: torch.device, traced: bool) -> int | Tensor:
             return torch.randint(_SEEDS, (), dtype=torch.int64, device=device)
         return torch.full((), seed, dtype=torch.int64, device=device)
     if seed is None:
-        return torch.randint(_SEEDS, ()).item()
+        return torch.randint(_SEEDS, ()).item()  # type: ignore[return-value]  # an int, but torch types any number
     return seed

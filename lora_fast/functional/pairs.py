@@ -3,7 +3,7 @@ and one batched call for each shape on the torch backend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 
 import torch
@@ -123,7 +123,8 @@ def hyperbalance(a: Tensors, b: Tensors, gauge: str = "symmetric") -> tuple[Tens
 
 def _balanced(a: list[Tensor], b: list[Tensor], gauge: str) -> tuple[list[Tensor], list[Tensor]]:
     ops = _ops(a[0], a[0].shape[0])
-    t, t_inverse = pairs.hyperbalance(*ops.pair_grams(a, b)[:2], gauge)
+    ka, kb = ops.pair_grams(a, b)[:2]
+    t, t_inverse = pairs.hyperbalance(ka, kb, gauge)
     return ops.transformed(a, True, t_inverse), ops.transformed(b, False, t)
 
 
@@ -253,13 +254,15 @@ def _unpack(results: list[tuple[Tensor, ...]], width: int, single: bool) -> tupl
     return results[0] if single else tuple([result[i] for result in results] for i in range(width))
 
 
-def _matrices(name: str, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Returns the tensors. Raises ArgumentError unless they are floating-point matrices."""
+def _matrices(name: str, tensors: Iterable[object]) -> list[Tensor]:
+    """Returns the tensors as a list. Raises ArgumentError unless they are floating-point matrices."""
+    matrices = []
     for i, x in enumerate(tensors):
         if not isinstance(x, Tensor) or x.dim() != 2 or x.dtype not in checks.FLOATS:
             got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise checks.ArgumentError(f"{name}[{i}]", "a floating-point matrix", got)
-    return tensors
+        matrices.append(x)
+    return matrices
 
 
 def _check_lists(*lists: Sequence[Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,20 @@ class AdapterLinear(nn.Module):
     INIT_ARGUMENTS: tuple[str, ...]
     use_rslora = False
 
+    weight: Tensor
+    bias: Tensor | None
+    _unmerged_weight: Tensor | None
+    if TYPE_CHECKING:  # read-only here: some subclasses have attributes of these names, others properties
+
+        @property
+        def lora_A(self) -> Tensor: ...
+        @property
+        def lora_B(self) -> Tensor: ...
+        @property
+        def scaling(self) -> float: ...
+        @property
+        def alpha(self) -> float: ...
+
     def __init__(
         self,
         in_features: int,
@@ -61,7 +75,7 @@ class AdapterLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.r = checks.rank(r)
         self.dropout_p = checks.probability(dropout)
-        place = {"device": device, "dtype": dtype}
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(out_features, in_features, **place), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, **place), requires_grad=False) if bias else None
         self.register_buffer("_unmerged_weight", None, persistent=False)
@@ -85,21 +99,23 @@ class AdapterLinear(nn.Module):
             expected = "a dtype among float16, bfloat16, float32, float64"
             raise checks.ArgumentError("linear.weight", expected, weight.dtype)
         # On the meta device the constructor neither allocates nor initialises a weight that is replaced below.
-        place = {"device": "meta", "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        place: dict[str, Any] = {"device": "meta", "dtype": torch.promote_types(weight.dtype, torch.float32)}
         layer = cls(linear.in_features, linear.out_features, bias=bias is not None, **settings, **place)
         for name in cls.TRAINABLE:  # allocated once, here: the constructor's own are on the meta device
             free = getattr(layer, name)
             setattr(layer, name, nn.Parameter(torch.empty_like(free, device=weight.device), free.requires_grad))
         layer.reset_adapter()
-        layer.weight = weight.requires_grad_(False)
-        layer.bias = None if bias is None else bias.requires_grad_(False)
+        weight.requires_grad_(False)
+        if bias is not None:
+            bias.requires_grad_(False)
+        layer.weight, layer.bias = weight, bias
         if merge_log.is_changed(linear):  # by a merge of an adapter that has been removed since
             merge_log.mark(layer)
         return layer.train(linear.training)
 
     def reset_parameters(self) -> None:
         """Initialises weight and bias as nn.Linear does, and the adapter."""
-        nn.Linear.reset_parameters(self)
+        nn.Linear.reset_parameters(cast(nn.Linear, self))  # it uses weight and bias alone
         self.reset_adapter()
 
     def reset_adapter(self) -> None:
@@ -143,7 +159,7 @@ class AdapterLinear(nn.Module):
 
     def unmerge(self) -> None:
         """Restores the weight from before ``merge``, bit for bit."""
-        if self.merged:
+        if self._unmerged_weight is not None:
             self.weight.data = self._unmerged_weight
             self._unmerged_weight = None
 

@@ -96,5 +96,5 @@ def _parameters(layer) -> list[Tensor]:
 
 
 def _free(layers: Sequence) -> Free:
-    lists = zip(*(_parameters(layer) for layer in layers), strict=True)
-    return Free(*map(list, lists), [layer.bound for layer in layers], [layer.power for layer in layers])
+    a, b, scales = map(list, zip(*(_parameters(layer) for layer in layers), strict=True))
+    return Free(a, b, scales, [layer.bound for layer in layers], [layer.power for layer in layers])

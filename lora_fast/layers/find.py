@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -11,6 +12,11 @@ from .lora import LoRALinear
 from .nb_lora import NBLoRALinear
 from .sing_lora import SingLoRALinear
 
+if TYPE_CHECKING:
+    from .fused_peft import FusedLoraLinear
+
+PeftLayer = Any  # a torch module and at once a mixin of PEFT, which has no types for the two together
+AdapterLayer = Any  # an AdapterLinear or a PeftLayer
 ADAPTER_LAYERS = (LoRALinear, NBLoRALinear, SingLoRALinear)
 WRAPPERS = (  # attributes under which wrappers hold the module that they wrap
     "module",  # DistributedDataParallel, DataParallel
@@ -33,13 +39,13 @@ def key_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part == "module" or part not in WRAPPERS)
 
 
-def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """Returns name → layer of every adapter layer, ours and PEFT's."""
     theirs = peft_layers(model)
     return {name: module for name, module in model.named_modules() if isinstance(module, ADAPTER_LAYERS)} | theirs
 
 
-def peft_layers(model: nn.Module) -> dict[str, nn.Module]:
+def peft_layers(model: nn.Module) -> dict[str, PeftLayer]:
     """Returns name → layer of every PEFT layer; none, and no import, where PEFT has not been imported."""
     if not isinstance(model, nn.Module):
         raise checks.ArgumentError("model", "a torch.nn.Module", type(model).__name__)
@@ -50,13 +56,13 @@ def peft_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def expert_count(layer: nn.Module) -> int:
+def expert_count(layer: PeftLayer) -> int:
     """Returns how many products each adapter of a PEFT layer holds: the number of experts of the parameter that
     ``target_parameters`` names, and 1 for every other layer."""
     return layer.num_experts if hasattr(layer, "parameter_name") else 1
 
 
-def fused_class() -> type[nn.Module]:
+def fused_class() -> type[FusedLoraLinear]:
     """Returns FusedLoraLinear; raises MissingPackageError where PEFT is not installed."""
     try:
         import peft  # noqa: F401

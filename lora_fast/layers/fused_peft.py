@@ -6,6 +6,8 @@ op computes the same as PEFT's forward; if not, PEFT's forward runs and ``fallba
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -15,6 +17,7 @@ from torch.nn import Dropout, Identity, Linear, Parameter
 from .. import functional
 from ..kernels.limits import LARGEST_RANK
 from .base import is_hooked, merged_weight
+from .find import PeftLayer
 
 PLAIN = (Parameter, Tensor)  # neither a DTensor nor a quantised subclass
 DROPOUTS = (Identity, Dropout)
@@ -28,11 +31,13 @@ class FusedLoraLinear(lora.Linear):
     """
 
     fallback_reason: str | None = None
+    lora_A: Any  # nn.ModuleDict of nn.Linear, whose entries torch types as any module
+    lora_B: Any
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x: (..., d_in) → (..., d_out) in the dtype of the base layer's result."""
         call = "extra arguments" if args or kwargs else self._fused_call(x)
-        if type(call) is tuple:
+        if isinstance(call, tuple):
             if self.fallback_reason is not None:  # nn.Module.__setattr__ is slow, so it runs only for a change
                 self._note(None)
             return functional.lora_linear(x, *call)
@@ -52,7 +57,7 @@ class FusedLoraLinear(lora.Linear):
                 return f"{len(active)} active adapters"
             active = active[0]
         call = fused_arguments(self, active)
-        if type(call) is str:
+        if isinstance(call, str):
             return call
         weight, bias = call[0], call[1]
         # Autocast casts x, weight and bias to one dtype, except float64. Without it PEFT casts x for the adapter only.
@@ -77,8 +82,9 @@ class FusedLoraLinear(lora.Linear):
         if not all(self._is_plain(name) for name in merged):
             super().merge(safe_merge, names)
             return
-        base = self.get_base_layer()
-        original = self._buffers.get("_unmerged_weight", base.weight.data)
+        base: Any = self.get_base_layer()  # an nn.Linear, since the adapters are plain
+        kept = self._buffers.get("_unmerged_weight")
+        original = base.weight.data if kept is None else kept
         pairs = [(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in merged]
         weight = merged_weight(original, pairs)
         if safe_merge and not torch.isfinite(weight).all():
@@ -102,7 +108,7 @@ class FusedLoraLinear(lora.Linear):
         return type(base) is Linear and not self.fan_in_fan_out and name not in self.lora_variant and not biased
 
 
-def fused_arguments(layer: lora.Linear, adapter: str) -> tuple | str:
+def fused_arguments(layer: PeftLayer, adapter: str) -> tuple | str:
     """Returns ``lora_linear``'s arguments after x for one adapter, or why the fused op does not compute the same as
     PEFT.
 
@@ -124,7 +130,8 @@ def fused_arguments(layer: lora.Linear, adapter: str) -> tuple | str:
         return f"adapter of {type(a).__name__}, {type(b).__name__}, {type(dropout).__name__}"
     if is_hooked(base) or is_hooked(a) or is_hooked(b) or is_hooked(dropout):
         return "hooks, or a replaced forward, on the base layer or the adapter"
-    parameters, b_parameters = base._parameters, b._parameters
+    parameters: Any = base._parameters  # of any types: the next lines check them
+    b_parameters: dict[str, Any] = b._parameters
     weight, lora_a, lora_b = parameters.get("weight"), a._parameters.get("weight"), b_parameters.get("weight")
     if type(weight) not in PLAIN or type(lora_a) not in PLAIN or type(lora_b) not in PLAIN:
         return f"weight of type {type(weight).__name__}, adapter of {type(lora_a).__name__}, {type(lora_b).__name__}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,11 @@ class LoRALinear(AdapterLinear):
 
     TRAINABLE = ("lora_A", "lora_B")
     INIT_ARGUMENTS = ("alpha", "use_rslora", "init")
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    alpha: float
 
     def __init__(
         self,
@@ -71,7 +77,7 @@ class LoRALinear(AdapterLinear):
         """x: (..., d_in) → (..., d_out). Computes the same as AdapterLinear's forward in less time on the host."""
         if self._buffers["_unmerged_weight"] is not None:
             return nn.functional.linear(x, self.weight, self.bias)
-        p = self._parameters
+        p: dict[str, Any] = self._parameters
         if len(p) == 4:  # nn.Module.__getattr__ costs host time at every call
             weight, bias, lora_A, lora_B = p["weight"], p["bias"], p["lora_A"], p["lora_B"]
         else:  # parametrized or flattened (FSDP1): the parameters are attributes of another kind

@@ -49,7 +49,8 @@ class Terms:
 
 def holder(layer: nn.Module) -> nn.Module:
     """Returns the module that holds the layer's frozen weight: PEFT's base layer, or the layer itself."""
-    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    get_base_layer = getattr(layer, "get_base_layer", None)
+    return layer if get_base_layer is None else get_base_layer()
 
 
 def is_changed(module: nn.Module) -> bool:

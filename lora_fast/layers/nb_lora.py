@@ -4,7 +4,7 @@ of all such layers in one call."""
 from __future__ import annotations
 
 import math
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class NBLoRALinear(AdapterLinear):
         self.power = NORMS[norm]
         self.bound = r**self.power if bound is None else checks.positive(bound, "bound")
         self.learn_scale = checks.flag(learn_scale, "learn_scale")
-        place = {"device": device, "dtype": dtype}
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.free_a = nn.Parameter(torch.empty(r, in_features, **place))
         self.free_b = nn.Parameter(torch.empty(out_features, r, **place))
         self.free_scale = nn.Parameter(torch.empty(r, **place), requires_grad=learn_scale and self.power > 0)

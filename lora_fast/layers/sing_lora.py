@@ -36,6 +36,8 @@ class SingLoRALinear(AdapterLinear):
     SAVED_STATE = ("free_s", "steps")
     INIT_ARGUMENTS = ("alpha", "ramp_steps")
 
+    alpha: float
+
     def __init__(
         self,
         in_features: int,

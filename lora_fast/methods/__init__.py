@@ -5,12 +5,15 @@ method.py defines the hooks. The table below lists the combinations that have no
 
 from __future__ import annotations
 
+from typing import Any
+
 from .. import checks
 from .balora import BaLoRA
 from .ilora import ILoRA
 from .lora_muon import LoRAMuon
 from .lora_plus import LoRAPlus
 from .lora_rite import LoRARITE
+from .method import Method
 from .pilora import PiLoRA
 from .ref_lora import RefLoRA
 from .scale_reg import ScaleReg
@@ -46,17 +49,17 @@ EXCLUSIVE = (  # at most one method of each row may be used
 )
 
 
-def compose(methods: object) -> tuple:
+def compose(methods: object) -> tuple[Method, ...]:
     """Returns the methods in the order in which a step runs them.
 
     Raises:
         ArgumentError: an entry that is no method, a method that occurs twice, or a combination without a meaning.
     """
-    methods = list(methods) if isinstance(methods, (list, tuple)) else [methods]
-    for method in methods:
+    entries: list[Any] = list(methods) if isinstance(methods, (list, tuple)) else [methods]
+    for method in entries:
         if type(method) not in ORDER:
             raise checks.ArgumentError("methods", f"instances among {', '.join(__all__)}", repr(method))
-    kinds = [type(method) for method in methods]
+    kinds = [type(method) for method in entries]
     for kind in ORDER:
         if kinds.count(kind) > 1:
             raise checks.ArgumentError("methods", "each method once", f"{kind.__name__} {kinds.count(kind)} times")
@@ -65,11 +68,11 @@ def compose(methods: object) -> tuple:
         if len(names) > 1:
             raise checks.ArgumentError("methods", f"at most one of these ({reason})", " and ".join(names))
     replacement = next((kind.__name__ for kind in kinds if kind.replaces_adamw), None)
-    for method in methods:
+    for method in entries:
         if replacement and isinstance(method, ScaleReg) and not method.decoupled:
             expected = (
                 f"ScaleReg(decoupled=True) with {replacement} (whose update takes gradients for those of the product, "
                 "and a penalty on the factors has none)"
             )
             raise checks.ArgumentError("methods", expected, repr(method))
-    return tuple(sorted(methods, key=lambda method: ORDER.index(type(method))))
+    return tuple(sorted(entries, key=lambda method: ORDER.index(type(method))))

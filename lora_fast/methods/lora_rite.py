@@ -11,7 +11,7 @@ The betas are bias-corrected, β (1−β^{t−1}) / (1−βᵗ). The inverses ar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,9 +53,10 @@ class LoRARITE(Method):
             {"exp_avg": (pair.b.shape, dtype), "second_moment": square, "basis": ((*experts, d_in, r), dtype)},
         )
 
-    def before_all(self, stacks: list[StackedBatch], memory: dict) -> None:
-        """Updates all factors here, since the gradients of all pairs are clipped together."""
-        sides = [side for stack in stacks for side in _sides(stack)]
+    def before_all(self, batches: list[Any], memory: dict) -> None:
+        """Updates all factors here, since the gradients of all pairs are clipped together. The batches are stacks,
+        since the method needs them."""
+        sides = [side for stack in batches for side in _sides(stack)]
         device = sides[0].g.device  # a model may be spread over devices
         norm = torch.stack([side.g.square().sum().to(device) for side in sides]).sum().sqrt()
         clip = (self.clip / norm).clamp(max=1.0)
@@ -66,9 +67,9 @@ class LoRARITE(Method):
         lr, weight_decay = side.settings["lr"], side.settings["weight_decay"]
         # In float64, since 1 − β₂ has few digits in float32. At the first step both betas are 0.
         count = side.factor.steps.double()[:, None, None]
-        betas = [beta * (1 - beta ** (count - 1)) / (1 - beta**count) for beta in side.settings["betas"]]
+        beta1, beta2 = (beta * (1 - beta ** (count - 1)) / (1 - beta**count) for beta in side.settings["betas"])
         state = side.factor.state
-        m, v = rite_update(g, side.moment, state["second_moment"], side.basis, state["basis"], *betas, self.eps)
+        m, v = rite_update(g, side.moment, state["second_moment"], side.basis, state["basis"], beta1, beta2, self.eps)
         side.moment.copy_(m)
         state["second_moment"].copy_(v)
         state["basis"].copy_(side.basis)

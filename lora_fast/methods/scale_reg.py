@@ -35,10 +35,7 @@ class ScaleReg(Method):
         checks.nonnegative(self.lam, "lam")
         checks.positive(self.eps, "eps")
         checks.flag(self.decoupled, "decoupled")
-
-    @property
-    def has_after(self) -> bool:
-        return self.decoupled
+        object.__setattr__(self, "has_after", self.decoupled)  # a frozen dataclass refuses plain assignment
 
     def before(self, batch: Batch) -> None:
         if not self.decoupled:

@@ -10,7 +10,6 @@ ops/reference/scalora_solution.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,14 +76,15 @@ class ScaLoRA(Method):
             if pair.rank > LARGEST_SCALORA_RANK:
                 expected = f"a rank of at most {LARGEST_SCALORA_RANK} for ScaLoRA on the Triton backend"
                 raise checks.ArgumentError(f"{pair.name}.lora_A", expected, pair.rank)
-            if not pair.weight.is_contiguous():
+            if not pair.mergeable_weight.is_contiguous():
                 expected = "a contiguous weight, for ScaLoRA's merges on the Triton backend"
-                raise checks.ArgumentError(f"{pair.name}.weight", expected, f"strides {pair.weight.stride()}")
+                raise checks.ArgumentError(f"{pair.name}.weight", expected, f"strides {pair.mergeable_weight.stride()}")
 
     def layout(self, pair: Pair) -> tuple[Shapes, Shapes]:
         state_a, state_b = adamw_state(pair)
-        if self.rounding == "compensated" and pair.weight.dtype not in UNROUNDED:
-            state_b["merge_residual"] = (pair.weight.shape, pair.weight.dtype)
+        weight = pair.mergeable_weight
+        if self.rounding == "compensated" and weight.dtype not in UNROUNDED:
+            state_b["merge_residual"] = (weight.shape, weight.dtype)
         return state_a, state_b
 
     def before_all(self, batches: list[Batch], memory: dict) -> None:
@@ -144,6 +144,6 @@ def _by_rank(batches: list[Batch]) -> list[tuple[list[Batch], Grams]]:
     ]
 
 
-def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
+def _concatenate(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """torch.cat, without its copy where there is one tensor."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

@@ -68,7 +68,8 @@ def compute(free: Free) -> Values:
     ops = backend.ops("cayley", free.a[0])
     with torch.inference_mode(False), torch.no_grad(), _no_autocast(free.a[0]):
         scales = reference.bounded_scales(*free[2:]) if free.scale else []
-        return Values(*ops.cayley(free.a, free.b, scales or None), scales)
+        a, b, inverses = ops.cayley(free.a, free.b, scales or None)
+        return Values(a, b, inverses, scales)
 
 
 def attach(free: Free, values: Values) -> tuple[list[Tensor], list[Tensor]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
+from typing import Any, ClassVar
 
-from torch import nn
-
+from ..layers.base import AdapterLinear
 from ..layers.lora import LoRALinear
 from ..layers.nb_lora import NBLoRALinear, check_bound_ratio
 from ..layers.sing_lora import SingLoRALinear
@@ -20,7 +20,10 @@ class AdapterConfig:
         layer: the class of the layers.
     """
 
-    layer: type[nn.Module]
+    layer: ClassVar[type[AdapterLinear]]
+    r: int
+    target_modules: str | list[str]
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def __post_init__(self) -> None:
         self.check()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import nn
 
 from .. import checks
-from ..layers.find import fused_class, peft_layers
+from ..layers.find import PeftLayer, fused_class, peft_layers
 from .change_report import Report
 
 
@@ -92,7 +92,7 @@ def unfuse_(peft_model: nn.Module, *, allow_empty: bool = False) -> Report:
     return report
 
 
-def _unfusable(layer: nn.Module) -> str | None:
+def _unfusable(layer: PeftLayer) -> str | None:
     """Returns why a PEFT layer in its present state cannot run fused with any of its adapters, or None if it can."""
     from peft.tuners import lora
 
@@ -107,6 +107,7 @@ def _unfusable(layer: nn.Module) -> str | None:
     if layer.base_layer.weight.dtype not in checks.FLOATS:
         return f"weight of dtype {layer.base_layer.weight.dtype}"
     calls = [fused_arguments(layer, adapter) for adapter in layer.lora_A]
-    if any(isinstance(call, tuple) for call in calls):
+    reasons = [call for call in calls if isinstance(call, str)]
+    if len(reasons) < len(calls):
         return None
-    return calls[0] if calls else "no adapter"
+    return reasons[0] if reasons else "no adapter"

@@ -6,11 +6,13 @@ layer that changed and, for every other candidate, the reason.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
 from .. import checks
+from ..layers.base import AdapterLinear
 from ..layers.find import ADAPTER_LAYERS, peft_layers
 from ..layers.nb_lora import NBLoRALinear, share_factors_
 from . import targets
@@ -65,7 +67,7 @@ def inject_(
     return report
 
 
-def check_plain(model: object) -> None:
+def check_plain(model: nn.Module) -> None:
     """Raises ArgumentError unless the model is a module without PEFT layers whose inner layers can be replaced."""
     if isinstance(model, (nn.Linear, *ADAPTER_LAYERS)):
         expected = "a module that contains linear layers; for a single layer, lf.LoRALinear.from_linear"
@@ -76,15 +78,15 @@ def check_plain(model: object) -> None:
 
 
 def build_layers(
-    model: nn.Module, kinds: dict[str, tuple[type[nn.Module], dict]], progress: bool = False
-) -> dict[nn.Linear, nn.Module]:
+    model: nn.Module, kinds: Mapping[str, tuple[type[AdapterLinear], dict]], progress: bool = False
+) -> dict[nn.Linear, AdapterLinear]:
     """Returns nn.Linear → a new adapter layer over its weight, for ``place_``; the model stays as it is.
 
     Args:
         kinds: name of the nn.Linear → the layer's class and the arguments of its ``from_linear``.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    linears = {name: model.get_submodule(name) for name in kinds}
+    linears: dict[str, Any] = {name: model.get_submodule(name) for name in kinds}  # nn.Linear each
     names = _with_progress_bar(kinds) if progress else kinds
     try:
         return {linears[name]: _build(name, linears[name], *kinds[name]) for name in names}
@@ -93,7 +95,7 @@ def build_layers(
             parameter.requires_grad_(flag)
 
 
-def _build(name: str, linear: nn.Linear, kind: type[nn.Module], settings: dict) -> nn.Module:
+def _build(name: str, linear: nn.Linear, kind: type[AdapterLinear], settings: dict) -> AdapterLinear:
     try:
         return kind.from_linear(linear, **settings)
     except checks.ArgumentError as error:
@@ -110,7 +112,7 @@ def _with_progress_bar(names: Collection[str]) -> Iterable[str]:
     return tqdm(names, desc="Adapter layers", unit="layer", delay=2, mininterval=1, leave=False)
 
 
-def place_(model: nn.Module, layers: dict[nn.Linear, nn.Module]) -> None:
+def place_(model: nn.Module, layers: dict[nn.Linear, AdapterLinear]) -> None:
     """Replaces every nn.Linear by its layer, wherever the model holds it, and freezes all parameters but those of
     adapters."""
     if not layers:

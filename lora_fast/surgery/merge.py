@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..kernels.grouping import group_by
-from ..layers.find import ADAPTER_LAYERS, adapter_layers, fused_class
+from ..layers.find import ADAPTER_LAYERS, AdapterLayer, adapter_layers, fused_class
 from .change_report import Report
 
 
@@ -55,19 +55,19 @@ def unmerge_(model: nn.Module, *, allow_empty: bool = False) -> Report:
     Raises:
         ArgumentError: no layer to restore, and not ``allow_empty``.
     """
-    report = Report("unmerged")
-    for name, layer in adapter_layers(model).items():
+    layers, report = adapter_layers(model), Report("unmerged")
+    for name, layer in layers.items():
         if layer._buffers.get("_unmerged_weight") is not None:
             report.changed[name] = "original weight restored"
         else:
             report.left[name] = "merged by PEFT, which keeps no original" if layer.merged else "not merged"
     report.require_change("model", "at least one merged layer", allow_empty)
     for name in report.changed:
-        model.get_submodule(name).unmerge()
+        layers[name].unmerge()
     return report
 
 
-def _unmergeable(layer: nn.Module) -> str | None:
+def _unmergeable(layer: AdapterLayer) -> str | None:
     """Returns why a layer cannot be merged, or None if it can."""
     if isinstance(layer, ADAPTER_LAYERS):
         return "already merged" if layer.merged else None
@@ -83,7 +83,7 @@ def _unmergeable(layer: nn.Module) -> str | None:
     return None if all(layer._is_plain(name) for name in active) else "adapter that is more than scaling · b a"
 
 
-def original_weight(layer: nn.Module) -> Tensor | None:
+def original_weight(layer: AdapterLayer) -> Tensor | None:
     """Returns a layer's frozen weight without its adapters; None where PEFT has merged them and kept no original."""
     kept = layer._buffers.get("_unmerged_weight")
     if kept is not None or layer.merged:
@@ -98,7 +98,7 @@ def weight_owners(model: nn.Module) -> dict[int, list[str]]:
     return {parameter: [name for name, _ in group] for parameter, group in groups.items()}
 
 
-def _tied(layer: nn.Module, owners: dict[int, list[str]]) -> str | None:
+def _tied(layer: AdapterLayer, owners: dict[int, list[str]]) -> str | None:
     """Returns the names of the modules that share the layer's weight, as a reason, or None if it is not shared."""
     names = owners[id(layer.weight)]
     return f"one weight held by {' and '.join(names)}: both would change" if len(names) > 1 else None

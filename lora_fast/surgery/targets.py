@@ -23,8 +23,11 @@ def check(target_modules: object) -> None:
         except re.error as error:
             raise checks.ArgumentError("target_modules", expected, f"{target_modules!r} ({error})") from None
         return
-    collection = isinstance(target_modules, (list, tuple, set, frozenset)) and target_modules
-    if not collection or not all(isinstance(name, str) and name for name in target_modules):
+    if (
+        not isinstance(target_modules, (list, tuple, set, frozenset))
+        or not target_modules
+        or not all(isinstance(name, str) and name for name in target_modules)
+    ):
         raise checks.ArgumentError("target_modules", expected, repr(target_modules))
 
 
@@ -50,7 +53,7 @@ def left_alone(model: nn.Module, modules: dict[str, nn.Module], target_modules: 
     reasons = {}
     # PEFT leaves the output embeddings out of "all-linear", too.
     everything = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
-    head = model.get_output_embeddings() if everything and hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)() if everything else None
     for name, module in modules.items():
         parent = model.get_submodule(name.rpartition(".")[0])
         reason = "output embeddings" if module is head else unsupported(module, parent)

@@ -35,7 +35,8 @@ def cayley(
     free_a: Sequence[Tensor], free_b: Sequence[Tensor], scales: Sequence[Tensor] | None = None
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Returns a, b · diag(scale) and Wi of every pair."""
-    return _over_stacks(_cayley, free_a, free_b, *([scales] if scales else []))
+    a, b, inverses = _over_stacks(_cayley, free_a, free_b, *([scales] if scales else []))
+    return a, b, inverses
 
 
 def _cayley(a, b, scale=None) -> tuple[Tensor, Tensor, Tensor]:

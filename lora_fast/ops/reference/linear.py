@@ -88,8 +88,10 @@ def backward(
     if x.dim() != 2:
         rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     ds, db = grad_s_b(dy_rows, s, lora_B, scaling, need_x or need_a, need_b, rounded)
-    da = grad_a(rows, ds, lora_A, keep) if need_a else None
-    dx = grad_x(dy_rows, weight, ds, lora_A, keep) if need_x else None
+    da = dx = None
+    if ds is not None:  # x or a needs a gradient
+        da = grad_a(rows, ds, lora_A, keep) if need_a else None
+        dx = grad_x(dy_rows, weight, ds, lora_A, keep) if need_x else None
     return dx if dx is None or rows is x else dx.view(x.shape), da, db
 
 
@@ -141,8 +143,8 @@ def draw_mask(x: Tensor, dropout_p: float, seed: int | Tensor) -> Tensor:
         drawn = torch.randint(DROP_LEVELS, (n_tokens, d_in), generator=generator, device=device, dtype=torch.int32)
         return drawn >= drop_level(dropout_p)
     words = np.random.SFC64(seed).random_raw(-(-n_tokens * d_in // 4))
-    drawn = words.view(np.uint16)[: n_tokens * d_in].reshape(n_tokens, d_in)
-    return torch.from_numpy(drawn >= drop_level(dropout_p))
+    numbers = words.view(np.uint16)[: n_tokens * d_in].reshape(n_tokens, d_in)
+    return torch.from_numpy(numbers >= drop_level(dropout_p))
 
 
 def philox_mask(seed: int, n_tokens: int, d_in: int, dropout_p: float) -> Tensor:

@@ -42,7 +42,7 @@ def grams(a: Tensor, b: Tensor, da: Tensor | None = None, db: Tensor | None = No
     """Returns the Grams of stacked factors: Ka and Kb, and all five where gradients are given."""
     a, b = at_least_float32(a), at_least_float32(b)
     ka, kb = a @ a.mT, b.mT @ b
-    if da is None:
+    if da is None or db is None:
         return Grams(ka, kb)
     da, db = at_least_float32(da), at_least_float32(db)
     return Grams(ka, kb, da @ da.mT, db.mT @ db, da @ a.mT)
@@ -58,7 +58,7 @@ def pair_grams(
     a: list[Tensor], b: list[Tensor], da: list[Tensor] | None = None, db: list[Tensor] | None = None
 ) -> Grams:
     """Returns the Grams of a list of pairs of one shape: Ka and Kb, and all five where gradients are given."""
-    lists = [a, b] if da is None else [a, b, da, db]
+    lists = [a, b] if da is None or db is None else [a, b, da, db]
     return grams(*(torch.stack(members) for members in lists))
 
 
@@ -132,24 +132,28 @@ def adapter_step_(
     if work.gram:
         totals = torch.zeros(len(factors), largest, largest, dtype=torch.float32, device=hyper.device)
     kind = lambda i: (is_a[i], factors[i][0].shape, *(x.dtype for x in factors[i]))
-    for (side, *_), indices in group_by(range(len(factors)), kind).items():
-        stacks = [torch.stack([factors[i][j] for i in indices]) for j in range(4)]
+    for indices in group_by(range(len(factors)), kind).values():
+        side = is_a[indices[0]]
+        stacks = [at_least_float32(torch.stack([factors[i][j] for i in indices])) for j in range(4)]
         r = stacks[0].shape[1 if side else 2]
         parts = [None if x is None else x[indices] for x in work[:4]]
         # Rows of ``work`` are padded to the largest rank in every dimension but the first.
         parts = [x if x is None else x[(slice(None), *[slice(r)] * (x.dim() - 1))] for x in parts]
-        new_stacks = _step_stacks(*map(at_least_float32, stacks), side, hyper[indices], steps[indices], *parts)
+        new_stacks = _step_stacks(stacks, side, hyper[indices], steps[indices], *parts)
         for j, stack in zip((0, 2, 3), new_stacks, strict=True):  # p, m and v
             for i, x in zip(indices, stack, strict=True):
                 factors[i][j].copy_(x)
-        if work.gram:
+        if totals is not None:
             p = at_least_float32(torch.stack([factors[i][0] for i in indices]))
             totals[indices, :r, :r] = (p @ p.mT if side else p.mT @ p).float()
     return totals
 
 
-def _step_stacks(p, g, m, v, is_a: bool, hyper: Tensor, t: Tensor, additive, matrices, scale_p, scale_g) -> tuple:
-    """Returns the new p, m and v of stacks (L, …)."""
+def _step_stacks(
+    stacks: list[Tensor], is_a: bool, hyper: Tensor, t: Tensor, additive, matrices, scale_p, scale_g
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the new p, m and v of the stacks p, g, m and v, (L, …) each."""
+    p, g, m, v = stacks
     if additive is not None:
         g = g + additive[:, None, None] * p
     if matrices is not None:

@@ -171,13 +171,14 @@ def add_low_rank_(
         return
     total = weight.float()
     if rounding == "compensated":
+        assert residual is not None, "compensated rounding adds a residual"
         total += residual
     total.addmm_(b.float() * scale.float(), a.float())
     if rounding == "stochastic":
         weight.copy_(stochastic_round(total, weight.dtype, seed))
         return
     weight.copy_(total)
-    if rounding == "compensated":
+    if rounding == "compensated" and residual is not None:
         residual.copy_(total.sub_(weight))
 
 
