@@ -35,7 +35,10 @@ class ScaleReg(Method):
         checks.nonnegative(self.lam, "lam")
         checks.positive(self.eps, "eps")
         checks.flag(self.decoupled, "decoupled")
-        object.__setattr__(self, "has_after", self.decoupled)  # a frozen dataclass refuses plain assignment
+
+    @property
+    def has_after(self) -> bool:  # type: ignore[override]  # a class attribute of other methods, here a field decides
+        return self.decoupled
 
     def before(self, batch: Batch) -> None:
         if not self.decoupled:
