@@ -1,1 +1,1 @@
-"""The three families of ops: each module calls the chosen implementation and defines what autograd saves."""
+"""The three families of ops: linear.py and cayley.py define what autograd saves, pairs.py has algebra without kernels."""
