@@ -94,7 +94,8 @@ def dot_wide(tall, thin, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_rounded(thin, factor, acc, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """Returns acc + thin @ factor for a result that is rounded to ``dtype``. thin is S or dS; both have any dtype.
+    """Returns acc + thin @ factor for a result that is rounded to ``dtype``. thin is S or dS. Operands may have any
+    dtype.
 
     For a bfloat16 result thin is rounded, because each token's error is independent and small beside the rounding of
     the result. The factor is not rounded, because its error would be the same for all tokens. For a float16 result
@@ -144,8 +145,9 @@ def div_rn(block, scalar):
 @triton.jit
 def keep_mask(seed, in_memory, drop_level, i_t, o_col, BLOCK_COL: tl.constexpr):
     """Returns the dropout mask of tokens ``i_t`` [BLOCK_T] and columns ``o_col`` … ``o_col + BLOCK_COL`` (multiples of
-    8): bool [BLOCK_T, BLOCK_COL]. If ``in_memory`` is not 0, ``seed`` is the address of an int64 seed. One compiled
-    kernel serves both cases, so a graph that is captured after a warm-up with seeds by value loads no module.
+    8): bool [BLOCK_T, BLOCK_COL]. If ``in_memory`` is 0, ``seed`` is the seed itself (a plain seed), otherwise the
+    address of an int64 seed. Both kinds of seed run the same compiled kernel. After a warm-up with plain seeds, a graph
+    capture therefore loads no new module.
 
     Philox 4x32-7 (Salmon et al., SC 2011) with key = seed and counter = (token, column // 8, 0, 0). One call gives
     eight 16-bit numbers, one for each of eight neighbouring columns, so a thread that holds these columns calls it
@@ -167,4 +169,6 @@ def keep_mask(seed, in_memory, drop_level, i_t, o_col, BLOCK_COL: tl.constexpr):
         tl.join((word0 >> 16) >= level, (word2 >> 16) >= level),
         tl.join((word1 >> 16) >= level, (word3 >> 16) >= level),
     )
-    return tl.reshape(tl.join(low, high), [i_t.shape[0], BLOCK_COL])  # [..., word // 2, word % 2, half]
+    # Each join adds a last dimension of size 2. Together they have the shape [..., word // 2, word % 2, half], so the
+    # reshape puts half h (0 is the low one) of word w into column 2 w + h of its group of eight.
+    return tl.reshape(tl.join(low, high), [i_t.shape[0], BLOCK_COL])

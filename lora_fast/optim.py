@@ -33,9 +33,9 @@ class LoRAAdamW(torch.optim.Optimizer):
     On the Triton backend, each operation is one launch for all pairs of one rank, however many layers there are.
     Nothing waits for the device, so a step can be captured in a CUDA graph after one step has been run on the same
     tensors (not verified on a GPU). On the torch backend, a method that uses both factors works on stacks of factors of
-    equal shape. At a step each parameter's ``data`` becomes a slice of a stack. Every step checks this and stacks a
-    parameter again that was moved. State is per parameter as in torch's AdamW, and ``state_dict`` does not depend on
-    stacks or backends.
+    equal shape. The first step makes each parameter's ``data`` a slice of a stack. Later steps check this and rebuild
+    the stacks if a parameter was moved. State is per parameter as in torch's AdamW, and ``state_dict`` does not depend
+    on stacks or backends.
 
     PEFT keeps the factors of many experts in one pair of parameters (``target_parameters``). Every method then treats
     each expert as an adapter of its own, of rank r. These parameters and their state keep the shapes that PEFT gives
@@ -79,7 +79,7 @@ class LoRAAdamW(torch.optim.Optimizer):
         adapters = pairs.find_pairs(model) if isinstance(model, nn.Module) else pairs.make_pairs(model)
         groups: list[dict[str, Any]] = [{"params": adapters}] if adapters else []
         if isinstance(model, nn.Module):
-            # Identity, because == of tensors compares their entries.
+            # Compared by id, because == of tensors compares their entries.
             factors = {id(factor) for pair in adapters for factor in (pair.a, pair.b)}
             others = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in factors]
             groups += [{"params": others}] if others else []
@@ -149,8 +149,8 @@ class LoRAAdamW(torch.optim.Optimizer):
             closure: reevaluates the model and returns the loss, which is then returned.
 
         Raises:
-            ArgumentError: a gradient for one factor of a pair only with a method that uses both, or pairs that a method
-                cannot train on the current backend. Nothing has changed then.
+            ArgumentError: only one factor of a pair has a gradient, and a method uses both; or a method cannot train
+                the pairs on the current backend. No parameter and no state is then changed.
         """
         loss = None
         if closure is not None:
@@ -164,7 +164,7 @@ class LoRAAdamW(torch.optim.Optimizer):
         return loss
 
     def _step_pairs(self) -> None:
-        # In a parameter group, so that state_dict saves it.
+        # ``memory`` is stored in the parameter group of the first pair's a, because state_dict saves groups.
         memory = self.param_groups[self._pairs[0][1]].setdefault("method_state", {})
         for batch in self._batches:
             batch.begin(self.param_groups)
@@ -212,7 +212,7 @@ class LoRAAdamW(torch.optim.Optimizer):
         pairing = [method for method in self._methods if method.uses_both_factors]
         triton = not stacked and partition.runs_on_triton([pair for pair, *_ in self._pairs])
         active: list[PairInGroups] = []
-        # Not strict: the flags of the parameters that are in no pair follow.
+        # Not strict, because ``has_grad`` continues with the parameters that are in no pair.
         for (pair, group_a, group_b), a_has_grad, b_has_grad in zip(
             self._pairs, has_grad[::2], has_grad[1::2], strict=False
         ):
@@ -224,7 +224,7 @@ class LoRAAdamW(torch.optim.Optimizer):
                 active.append((pair if pairing else pair.whole(), group_a, group_b))
         for method in self._methods:
             method.check([pair for pair, *_ in active])
-        # At most one method has a layout of its own: those that do exclude each other.
+        # Methods with a layout of their own exclude each other, so there is at most one.
         layout = next((m.layout for m in self._methods if type(m).layout is not Method.layout), Method().layout)
         self._batches = partition.build(active, self.state, layout, triton)
         batched = {id(p) for pair, *_ in active for p in (pair.a, pair.b)}
@@ -237,8 +237,8 @@ class LoRAAdamW(torch.optim.Optimizer):
         self._batches, self._unpaired, self._parameters, self._built_for = [], [], [], None
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Loads the ``state_dict`` of the same model, methods and order of parameters. The next steps are the same bit
-        for bit.
+        """Loads the ``state_dict`` of an optimizer with the same model, methods and order of parameters. The next steps
+        then give the same bits as those of the saved optimizer.
 
         Raises:
             ArgumentError: the state belongs to other parameters, another order of them, or other methods. Nothing has

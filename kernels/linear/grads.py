@@ -116,7 +116,9 @@ def sum_block(partial, total, numel, n_partials, i_block, BLOCK: tl.constexpr):
     b_total = tl.zeros([BLOCK], dtype=tl.float32)
     p_partial = partial + i
     for _ in range(0, n_partials):
-        b_total += tl.load(p_partial, mask=m_i, other=0.0).to(tl.float32)  # a buffer without parts may have any dtype
+        # The cast is for a tensor, of any dtype, that stands in where there are no partial sums. The loop over it never
+        # runs, but must compile.
+        b_total += tl.load(p_partial, mask=m_i, other=0.0).to(tl.float32)
         p_partial += numel
     tl.store(total + i, round_to(b_total, total.dtype.element_ty), mask=m_i)
 
@@ -144,8 +146,12 @@ def sum_launch(first: tuple[int, int], second: tuple[int, int] = (0, 0)) -> Laun
 
 
 class GradSB:
-    """Computes dS and db by one pass over dy, for one signature. ``needs`` (dS, db): a gradient that is not needed is
-    None."""
+    """Computes dS and db by one pass over dy, for one signature.
+
+    Args:
+        needs: whether dS and db are needed; a call returns None for one that is not.
+        rounded: whether b is rounded to dy's dtype, which dS then has (as under autocast).
+    """
 
     def __init__(
         self, dy: torch.Tensor, s: torch.Tensor, lora_B: torch.Tensor, needs: tuple[bool, bool], rounded: bool = False

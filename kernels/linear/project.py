@@ -56,7 +56,15 @@ def lora_project_kernel(
 
 
 class Project:
-    """Computes S, or its partial sums (splits, n_tokens, r) if ``split``, for one signature of x and a."""
+    """Computes S for one signature of x and a.
+
+    Args:
+        dropout: whether a mask is applied to x.
+        rounded: whether a is rounded to x's dtype, which S then has (as under autocast).
+        short: whether the tile has small blocks of tokens, which give more programs if there are few tokens.
+        split: whether d_in is split between programs. A call then returns float32 partial sums (splits, n_tokens, r),
+            which ``lora_update_kernel`` adds.
+    """
 
     def __init__(
         self, x: torch.Tensor, lora_A: torch.Tensor, dropout: bool, rounded: bool, short: bool, split: bool = False

@@ -5,7 +5,8 @@ tensor. A ``GroupedBatch`` (grouped.py, Triton) holds all pairs of one rank, wha
 one launch. The optimizer's public state stays per parameter, as in torch.
 
 L is the number of products. A pair of E experts contributes E products, which are adjacent. Per-factor values are
-stacked into one tensor of 2L rows: the L values for b, then the L values for a.
+stacked into one tensor of 2L rows: the L values for b, then the L values for a. Step counts are in this order as well.
+Parameter groups and the shapes of states are in the order a, b.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from ..kernels.records import Grams
 from .pairs import Pair
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name of a state → its shape and dtype
-PairInGroups = tuple[Pair, int, int]  # a pair, and the indices of the parameter groups of its a and b
-Trained = Any  # a tensor that has a gradient, which torch types as optional
+PairInGroups = tuple[Pair, int, int]  # a pair, the index of a's parameter group, that of b's
+Trained = Any  # Any, because torch types ``grad`` as optional and these tensors always have one
 MOMENTS = ("exp_avg", "exp_avg_sq")  # names of AdamW's moments in the optimizer's state
 
 
 def adamw_state(pair: Pair) -> tuple[Shapes, Shapes]:
-    """Returns shapes and dtypes of AdamW's moments, of a and of b."""
+    """Returns the shapes and dtypes of AdamW's moments of a, then those of b."""
 
     def moments(p: Tensor) -> Shapes:
         return {name: (p.shape, p.dtype) for name in MOMENTS}
@@ -44,15 +45,15 @@ class Batch(ABC):
         ops: the module that computes r×r algebra for these pairs: the torch twins in a StackedBatch, the kernels in a
             GroupedBatch.
         pairs: the pairs of the batch. products: L, the number of their products.
-        count: the number of b's steps, including the current one. It is a's too, but for batches without a method that
-            uses both factors.
-        settings_a, settings_b: lr, betas, eps and weight_decay of the current step.
+        count: the number of steps that b has taken, including the current one. If a method uses both factors, a has
+            taken as many; otherwise its number may differ.
+        settings_a, settings_b: the parameter groups of a and b, which contain lr, betas, eps and weight_decay.
     """
 
     ops: ModuleType
 
     def __init__(self, members: list[PairInGroups], counts: tuple[int, int]):
-        """``counts`` are the numbers of steps that b and a have taken."""
+        """``counts`` are the numbers of steps that b (first) and a have taken."""
         self.pairs = [pair for pair, *_ in members]
         self.products = sum(pair.experts for pair in self.pairs)
         self.count = counts[0]
@@ -68,10 +69,17 @@ class Batch(ABC):
         states: dict,
         layout: Callable[[Pair], tuple[Shapes, Shapes]],
     ) -> list[Self]:
-        """Returns batches of all members, whose properties in partition.py's ``_key`` are equal."""
+        """Returns the batches that together contain all members.
+
+        Args:
+            members: pairs that agree in every property of partition.py's ``_key``.
+            counts: the numbers of steps that b and a have taken, b's first.
+            states: the optimizer's state, by parameter.
+            layout: returns the shapes of the states of a pair's a and b, a's first.
+        """
 
     def begin(self, param_groups: list[dict]) -> None:
-        """Begins a step: counts it and reads its settings."""
+        """Begins a step. Increments ``count`` and reads the settings of the step."""
         self.count += 1
         self.settings_a, self.settings_b = (param_groups[i] for i in self._groups)
 
@@ -105,42 +113,52 @@ class Batch(ABC):
 
     @abstractmethod
     def add_to_gradients(self, coefficients: Tensor) -> None:
-        """g += coefficient · p for every factor: (2L,)."""
+        """Adds coefficient · p to the gradient of each factor p. ``coefficients`` is (2L,), b's first."""
 
     @abstractmethod
     def precondition(self, damping: float) -> None:
-        """da ← (bᵀb + δI)⁻¹ da, db ← db (a aᵀ + δI)⁻¹."""
+        """Multiplies each gradient by the other factor's inverse Gram, da ← (bᵀb + δI)⁻¹ da and db ← db (a aᵀ + δI)⁻¹.
+        δ is ``damping``."""
 
     @abstractmethod
     def transform_gradients(self, matrices: Tensor) -> None:
-        """db ← db M, da ← M da: (2L, r, r), on the gradients after the methods applied so far."""
+        """Multiplies the gradients after the methods applied so far, db ← db M and da ← M da. ``matrices`` contains the
+        M, (2L, r, r), b's first."""
 
     @abstractmethod
     def scale(self, factor_scales: Tensor, gradient_scales: Tensor) -> None:
-        """Multiplies columns of b and rows of a by ``factor_scales`` (2L, r), those of their gradients and first
-        moments by ``gradient_scales`` (2L, r), and those of their second moments by its square."""
+        """Multiplies the columns of b and the rows of a by ``factor_scales``. Multiplies the same columns and rows of
+        gradients and first moments by ``gradient_scales``, and those of second moments by the square of
+        ``gradient_scales``. Both are (2L, r), b's first."""
 
     @abstractmethod
     def merge(self, residual_scale: Tensor, rounding: str, seed: int) -> None:
-        """W += b diag(residual_scale) a for every product: (L, r). ``seed`` and the number of the step seed stochastic
-        rounding."""
+        """Adds b diag(residual_scale) a to W for every product. ``residual_scale`` (L, r) already contains the
+        adapter's scaling. Stochastic rounding is seeded with ``seed`` and the number of the step."""
 
     @abstractmethod
     def adamw(self, grams: bool) -> None:
-        """Applies AdamW with the gradients after all methods. ``grams`` announces that the Grams of the new factors
-        will be read."""
+        """Applies AdamW with the gradients after all methods. ``grams`` is whether the Grams of the new factors are
+        read afterwards; the kernels can then compute them while they write the factors."""
 
     @abstractmethod
     def momentum(self, beta: float) -> Grams:
-        """m ← β m + (1 − β) g for every factor's ``exp_avg`` m, where g is the gradient after the methods applied so
-        far. Returns the Grams of the factors and of m: ka, kb, kp = m_a m_aᵀ and kq = m_bᵀ m_b; k is None."""
+        """Averages each gradient into ``exp_avg``, m ← β m + (1 − β) g, where g is the gradient after the methods
+        applied so far. Returns Grams: ka and kb are those of the factors, kp = m_a m_aᵀ and kq = m_bᵀ m_b those of the
+        moments, and k is None."""
 
     @abstractmethod
     def move(self, matrices: Tensor) -> None:
-        """b ← (1 − η w) b + m_b M and a ← (1 − η w) a + M m_a: (2L, r, r), with the ``exp_avg`` m and each factor's own
-        learning rate η and weight decay w. Afterwards ``grams`` returns those of the new factors."""
+        """Moves the factors along their ``exp_avg`` m, b ← (1 − η w) b + m_b M and a ← (1 − η w) a + M m_a. η and w are
+        the factor's own learning rate and weight decay. ``matrices`` contains the M, (2L, r, r), b's first. Afterwards
+        ``grams`` returns the Grams of the new factors."""
 
     @abstractmethod
     def transform(self, matrices: Tensor, target: str = "value", add: bool = False) -> None:
-        """b ← b M, a ← M a, or with ``add`` b += b M, a += M a: (2L, r, r). ``target`` is "value" for the factors, or
-        the name of a state."""
+        """Multiplies the factors, b ← b M and a ← M a, or adds the products to them if ``add``, b += b M and a += M a.
+
+        Args:
+            matrices: the M, (2L, r, r), b's first.
+            target: "value" for the factors, or the name of a state, which is then changed in their place.
+            add: whether the products are added.
+        """

@@ -3,6 +3,9 @@
 Saving collects what the files contain, then writes it. Loading reads the files, plans every write with all checks, then
 applies the plan. An adapter whose training changed the frozen weights (ScaLoRA) is saved together with the changes:
 ``layers/merge_log.py`` keeps them, ``peft_format.py`` defines how the files represent them.
+
+NB-LoRA and SingLoRA layers train other parameters in place of a and b, from which they compute a and b. This package
+calls them free parameters and stores them in a file of their own, the sidecar (``sidecar.py``).
 """
 
 from __future__ import annotations
@@ -32,29 +35,30 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = Fal
 
     The adapter is that of our layers, or the active one of a PeftModel. If ranks or scales differ between layers, the
     config gets a rank_pattern and an alpha_pattern. NB-LoRA's and SingLoRA's adapters are saved as the plain adapters
-    that they equal (all but alpha / r folded into lora_B); their own parameters go into a third file for
-    ``load_adapter``, the sidecar. Each file is replaced atomically and synced to disk.
+    that they equal at this step: the saved lora_B contains every factor of theirs but alpha / r, for example SingLoRA's
+    warm-up. Their free parameters are saved in a third file, the sidecar, which ``load_adapter`` reads. Each file is
+    replaced atomically and synced to disk.
 
     Where training has merged terms into frozen weights (ScaLoRA), the adapter fits no other base. The changes are then
-    saved in the same files, in the form that ScaLoRA kept, and the report names them:
+    saved in the same files, in the form that ``ScaLoRA(keep=…)`` chose, and the report names them:
 
-    - Whole weights, bit for bit and as large as they are. PEFT restores them by itself. vLLM refuses such a file and
+    - Whole weights, bit for bit, at their full size. PEFT restores them by itself. vLLM refuses such a file and
       llama.cpp's converter drops the weights, so give those programs the merged model.
     - The merged terms, as further ranks of the adapter. PEFT, and a server that allows the rank, read a plain adapter
-      of a larger rank. A 16-bit weight is restored only to its rounding (stochastic rounding is not repeated).
+      of a larger rank. A 16-bit weight is restored only up to rounding (stochastic rounding is not repeated).
 
-    ``load_adapter`` puts both back into the weights. PEFT does not save them again, so load with ``load_adapter`` to
+    ``load_adapter`` restores both in the weights. PEFT does not save them again, so load with ``load_adapter`` to
     train further. To save a model without any adapter, use ``merge_`` and the model's own ``state_dict`` or, with PEFT,
     ``merge_and_unload().save_pretrained``; both contain the changed weights.
 
     Args:
         model: a model with our layers or a PeftModel, also compiled or under data parallelism.
         path: the folder, which is created if it does not exist.
-        exact: for checkpoints: save whole weights even where terms were kept, and the terms beside them, so that
-            training continues to the same bits after ``load_adapter``. A subclass of transformers' Trainer needs two
-            overrides (``lf.hf.ExactCheckpoints`` has both): ``_save(output_dir, state_dict)`` calls this function after
-            ``super()._save``, whose two files it replaces; ``_load_from_checkpoint(folder, model)`` calls
-            ``load_adapter`` instead of ``super()``'s.
+        exact: whether whole weights are saved even where terms were kept, and the terms beside them. Training then
+            continues to the same bits after ``load_adapter``, as a checkpoint needs. A subclass of transformers'
+            Trainer needs two overrides (``lf.hf.ExactCheckpoints`` has both): ``_save(output_dir, state_dict)`` calls
+            this function after ``super()._save``, whose two files it replaces; ``_load_from_checkpoint(folder, model)``
+            calls ``load_adapter`` instead of ``super()``'s.
 
     Returns:
         The layers saved; the note of the report describes the changed weights.
@@ -75,9 +79,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
 
     A model with our layers, or a PEFT model (its active adapter), must have the layers, ranks and scales of the files;
     its parameters keep their identity. In a plain model, the layers of the files first replace its linear layers, as
-    ``inject_`` does. ``NBLoRALinear`` and ``SingLoRALinear`` layers get their own parameters back bit for bit from the
-    sidecar, if their settings (norm and bound; alpha and ramp) are those of the file. From a plain adapter,
-    ``NBLoRALinear`` layers get the parameters that equal it, provided that it is within their bound.
+    ``inject_`` does. The free parameters of ``NBLoRALinear`` and ``SingLoRALinear`` layers are restored bit for bit
+    from the sidecar, whose settings must be those of the layers (norm, bound and learn_scale; alpha and ramp_steps).
+    If there is no sidecar, ``NBLoRALinear`` layers get the free parameters that give the same product as the plain
+    adapter, which must be within their bound.
 
     Frozen weights that the adapter's training changed are restored: whole weights bit for bit, terms by adding them to
     the model's weights, which must be the unchanged ones. Everything is checked before the model is changed.
@@ -95,7 +100,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
             a base weight that training has changed already or that other modules share. The model is then unchanged.
     """
     model = _unwrap(model)
-    with_peft = bool(peft_layers(model))  # PEFT's layers are plain: they take no parameters from a sidecar
+    with_peft = bool(peft_layers(model))  # PEFT's layers train a and b, so they need no sidecar
     adapter, free = folder.read(path, with_sidecar=not with_peft)
     if with_peft:
         active, layers = _active_layers(model)
@@ -113,12 +118,12 @@ def _unwrap(model: nn.Module) -> nn.Module:
     """Returns the model inside the wrappers of torch.compile and data parallelism."""
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return _unwrap(model.module)
-    compiled = getattr(model, "_orig_mod", None)  # what torch.compile wraps
+    compiled = getattr(model, "_orig_mod", None)  # the attribute in which torch.compile keeps the model
     return model if compiled is None else _unwrap(compiled)
 
 
 def _our_layers(model: nn.Module) -> dict[str, AdapterLinear]:
-    """Returns bare name → layer of ours."""
+    """Returns bare name → layer, for the layers of this library."""
     if isinstance(model, ADAPTER_LAYERS):
         expected = "a module that contains adapter layers (their names become the keys)"
         raise CheckpointError("model", expected, f"a single {type(model).__name__}")
@@ -140,7 +145,7 @@ def _active_layers(model: nn.Module) -> tuple[str, dict[str, PeftLayer]]:
 
 
 def _collect(model: nn.Module, exact: bool) -> tuple[dict[str, AdapterLayer], folder.Contents]:
-    """Returns the layers that are saved, by name, and what the files will contain."""
+    """Returns the layers that are saved, by name, and the contents of the files."""
     if peft_layers(model):
         adapter, layers = _active_layers(model)
         (config, tensors), free = _peft_files(model, adapter), {}

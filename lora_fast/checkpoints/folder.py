@@ -20,7 +20,7 @@ class Contents:
         config: the JSON object of ``adapter_config.json``.
         tensors: key → tensor of ``adapter_model.safetensors``.
         changes: module name → how training changed the frozen weight.
-        free: module name → the sidecar's entry of a layer that trains other parameters than two factors.
+        free: module name → the sidecar's entry of a layer that trains free parameters in place of a and b.
     """
 
     config: dict
@@ -42,8 +42,8 @@ def write(path: str | os.PathLike, contents: Contents) -> None:
 
 
 def read(path: str | os.PathLike, with_sidecar: bool) -> tuple[Adapter, dict[str, FreeLayer]]:
-    """Returns the adapter in a folder and, ``with_sidecar``, the sidecar's layers by name; both are checked against
-    each other, not against a model.
+    """Returns the adapter in a folder and the sidecar's entries by layer name; these are empty if ``with_sidecar`` is
+    false or there is no sidecar. Adapter and sidecar are checked against each other, not against a model.
 
     Raises:
         CheckpointError: a file cannot be read, is damaged, or does not fit the others.

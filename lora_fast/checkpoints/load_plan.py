@@ -1,4 +1,4 @@
-"""Checks an adapter's files against a model, and plans all that loading them will write before anything is written."""
+"""Checks an adapter's files against a model, and collects every write in a ``Plan`` before the first one is made."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ class Plan:
     """The writes of one ``load_adapter``, all of them checked.
 
     Attributes:
-        replacements: nn.Linear → the new layer for its place; empty unless the model is plain.
+        replacements: nn.Linear → the layer that replaces it; empty unless the model is plain.
         factors: a lora_A or lora_B → its value.
-        free: a layer → the values of the tensors that its SAVED_STATE names.
+        free: a layer with free parameters (what NB-LoRA and SingLoRA layers train in place of a and b, stored in the
+            sidecar) → the values of the tensors that its SAVED_STATE names.
         changes: a layer → the change of its frozen weight.
     """
 
@@ -40,7 +41,7 @@ class Plan:
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> None:
         """Writes into the model. Types, shapes and dtypes have been checked and the new layers exist, so only copies
-        are left. The one allocation is that of a weight in float32 for each change by terms."""
+        are left. A change given as terms needs the most memory: float32 temporaries for one weight at a time."""
         inject.place_(model, self.replacements)
         for parameter, value in self.factors:
             parameter.copy_(value)
@@ -54,7 +55,7 @@ def into_peft_layers(model: nn.Module, layers: dict[str, PeftLayer], active: str
     """Plans to load an adapter into a PEFT model.
 
     Args:
-        layers: name in the base model → PEFT layer, of those with the adapter ``active``.
+        layers: the PEFT layers that have the adapter ``active``, by their names in the base model.
 
     Raises:
         CheckpointError: the adapter does not fit the layers.
@@ -74,11 +75,11 @@ def into_peft_layers(model: nn.Module, layers: dict[str, PeftLayer], active: str
 def into_our_layers(
     model: nn.Module, layers: dict[str, AdapterLinear], adapter: Adapter, free: dict[str, FreeLayer]
 ) -> Plan:
-    """Plans to load an adapter into a model with layers of ours.
+    """Plans to load an adapter into a model with layers of this library.
 
     Args:
-        layers: name → layer.
-        free: the sidecar's layers.
+        layers: bare name → layer.
+        free: bare name → the layer's entry in the sidecar; empty if there is no sidecar.
 
     Raises:
         CheckpointError: the adapter does not fit the layers.
@@ -103,18 +104,18 @@ def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLay
     """Plans to replace linear layers of a plain model by the layers of an adapter's files.
 
     Args:
-        free: the sidecar's layers.
+        free: bare name → the layer's entry in the sidecar; empty if there is no sidecar.
 
     Raises:
         CheckpointError: the adapter does not fit the model's linear layers.
         ArgumentError: a model that is a single layer.
     """
     inject.check_plain(model)
-    # The files have bare names; the model's own are those under which its modules are found.
+    # The files have names without wrappers such as torch.compile's. get_submodule needs the model's own names.
     real_names = {key_name(name): name for name, _ in model.named_modules() if name}
     _check_names([name for name in real_names if name in adapter.pairs or adapter.targets(name)], adapter)
     kinds: dict[str, tuple[type[AdapterLinear], dict]] = {}
-    linears: dict[str, Any] = {}  # nn.Linear each, as ``targets.unsupported`` checks
+    linears: dict[str, Any] = {}  # each is an nn.Linear, which ``targets.unsupported`` checks below
     for name, (a, b) in adapter.pairs.items():
         linear: Any = model.get_submodule(real_names[name])
         linears[name] = linear
@@ -122,7 +123,8 @@ def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLay
         if reason is not None or not adapter.targets(name):
             expected = "a torch.nn.Linear among the config's target_modules"
             raise CheckpointError(f"keys of {name}", expected, reason or "not among them")
-        dtype = torch.promote_types(linear.weight.dtype, torch.float32)  # from_linear's
+        # The dtype in which ``from_linear`` will create the factors. It must hold the file's without loss.
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         check_tensor(f"{name}.lora_A", a, (a.shape[0], linear.in_features), dtype)
         check_tensor(f"{name}.lora_B", b, (linear.out_features, a.shape[0]), dtype)
         kinds[real_names[name]] = _kind(adapter.settings(name), free.get(name))
@@ -130,7 +132,8 @@ def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLay
     replacements = inject.build_layers(model, kinds)
     layers = {name: replacements[linear] for name, linear in linears.items()}
     plan = Plan(replacements, changes=_changes(layers, adapter))
-    for name, layer in layers.items():  # their class, settings and shapes are the files'
+    # No checks are needed here, because the layers were built with the class, settings and shapes in the files.
+    for name, layer in layers.items():
         if name in free:
             plan.free.append((layer, free[name].tensors))
         else:
@@ -139,7 +142,7 @@ def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLay
 
 
 def _kind(settings: dict, saved: FreeLayer | None) -> tuple[type[AdapterLinear], dict]:
-    """Returns a new layer's class and the arguments of its ``from_linear``."""
+    """Returns the class of a new layer and the arguments of its ``from_linear``."""
     if saved is None:
         return LoRALinear, settings
     return saved.kind, {"r": settings["r"], "dropout": settings["dropout"], **saved.settings}
@@ -152,7 +155,7 @@ def _changes(layers: Mapping[str, AdapterLayer], adapter: Adapter) -> list[tuple
 def _factors(
     name: str, lora_A: Tensor, lora_B: Tensor, scaling: float, adapter: Adapter
 ) -> list[tuple[Tensor, Tensor]]:
-    """Returns both parameters with the values that they get."""
+    """Returns lora_A and lora_B, each with the value that will be copied into it."""
     pairs = list(zip((lora_A, lora_B), adapter.pairs[name], strict=True))
     for role, (parameter, value) in zip(("lora_A", "lora_B"), pairs, strict=True):
         _check_whole(f"{name}.{role}", parameter)
@@ -164,7 +167,7 @@ def _factors(
 
 
 def _free_parameters(name: str, layer: AdapterLinear, adapter: Adapter) -> Sequence[Tensor]:
-    """Returns the layer's own parameters that equal the plain adapter of this name."""
+    """Returns values of the layer's free parameters that give the same product as the plain adapter of this name."""
     a, b = adapter.pairs[name]
     _check_whole_state(name, layer)
     check_tensor(f"{name}.lora_A", a, (a.shape[0], layer.in_features), torch.float64)
@@ -176,7 +179,7 @@ def _free_parameters(name: str, layer: AdapterLinear, adapter: Adapter) -> Seque
 
 
 def _check_free(name: str, layer: AdapterLinear, saved: FreeLayer) -> None:
-    """Raises CheckpointError unless the layer has the class, the settings and the shapes of the sidecar's."""
+    """Raises CheckpointError unless the layer has the class, settings and shapes of its entry in the sidecar."""
     in_model = {"kind": sidecar.kind_of(layer).__name__} | {key: getattr(layer, key) for key in layer.INIT_ARGUMENTS}
     in_file = {"kind": saved.kind.__name__} | saved.settings
     for key, value in in_model.items():
@@ -210,6 +213,6 @@ def _check_whole_state(name: str, layer: AdapterLinear) -> None:
 
 
 def _check_whole(name: str, parameter: Tensor) -> None:
-    """Raises CheckpointError if a whole tensor cannot be copied into the parameter, as into a DTensor."""
+    """Raises CheckpointError for a sharded or subclassed parameter, such as a DTensor."""
     if type(parameter) not in (Tensor, nn.Parameter):
         raise CheckpointError(name, "a plain parameter, not sharded", type(parameter).__name__)

@@ -1,1 +1,1 @@
-"""The three families of ops: linear.py and cayley.py define what autograd saves, pairs.py has algebra without kernels."""
+"""The three families of ops: linear.py and cayley.py define what autograd saves, pairs.py runs torch on any device."""
