@@ -1,6 +1,7 @@
 """Kernels run natively on a CUDA machine and through Triton's interpreter elsewhere; no test needs a network."""
 
 import os
+from pathlib import Path
 
 import numpy
 import pytest
@@ -8,9 +9,26 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-INTERPRETED = (
-    not torch.cuda.is_available() and "LORA_FAST_STUB_ARCH" not in os.environ
-)  # bench/gpu_sections/compile_cache.py's
+# bench/gpu_sections/compile_cache.py sets LORA_FAST_STUB_ARCH.
+INTERPRETED = not torch.cuda.is_available() and "LORA_FAST_STUB_ARCH" not in os.environ
+SLOW = (  # files that take more than half a minute of one core each, and nine tenths of the suite's time together
+    "aot/test_library.py",
+    "batches/test_grouped.py",
+    "batches/test_grouped_experts.py",
+    "bench/test_gpu.py",
+    "cli/test_finetune.py",
+    "cli/test_finetune_methods.py",
+    "kernels/test_compiler.py",
+    "kernels/test_launch.py",
+    "kernels/test_sanitized_kernels.py",
+    "layers/test_nb_lora.py",
+    "linear/test_gluon_gemm.py",
+    "linear/test_kernels.py",
+    "linear/test_strategies.py",
+    "methods/test_transcription.py",
+    "pairs/test_inverse_mean.py",
+    "pairs/test_pair_kernels.py",
+)
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     from lora_fast.kernels.inspection import interpreter
@@ -21,11 +39,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items):
-    """Triton 3.6's interpreter makes numbers of arrays of one element, which numpy refuses from 2.4 on."""
+    """Marks the tests of slow files, and skips kernels that Triton 3.6's interpreter cannot run: it makes numbers of
+    arrays with one element, which numpy refuses from 2.4 on."""
     import triton
 
-    major_minor = lambda version: tuple(map(int, version.split(".")[:2]))
-    if INTERPRETED and major_minor(triton.__version__) < (3, 7) and major_minor(numpy.__version__) >= (2, 4):
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).as_posix() in SLOW:
+            item.add_marker(pytest.mark.slow)
+    release = lambda version: tuple(map(int, version.split(".")[:2]))
+    if INTERPRETED and release(triton.__version__) < (3, 7) and release(numpy.__version__) >= (2, 4):
         reason = f"Triton {triton.__version__} cannot interpret with numpy {numpy.__version__}: install numpy<2.4"
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -106,6 +106,12 @@ def run_middle(r, in_memory) -> None:
     with poisoned_empty():
         regularizers.imbalance(grams, grams, rows, rate, rate, 0.1)
         regularizers.scale_reg(grams, grams, rows, rows, 0.1, 1e-8)
+
+
+def run_muon(r, in_memory) -> None:
+    grams = spd_matrices(3, r)
+    rate = torch.tensor(1e-3) if in_memory else 1e-3
+    with poisoned_empty():
         inverse_mean.muon(grams, grams, grams, grams, rate, rate, 3e-4)
 
 
@@ -253,7 +259,8 @@ RUNS = {
     "transform rank 70": partial(run_transform, (70, 3), (21, 40)),
     "middle rank 5": partial(run_middle, 5, False),
     "middle rank 70": partial(run_middle, 70, True),
-    "middle in memory": partial(run_in_memory, run_middle, 19, True),
+    "muon rank 5": partial(run_muon, 5, False),
+    "muon in memory": partial(run_in_memory, run_muon, 19, True),
     "solve rank 1": partial(run_solve, 1),
     "solve rank 7": partial(run_solve, 7, k=70),
     "solve in memory": partial(run_in_memory, run_solve, 19, k=37),
@@ -286,6 +293,7 @@ def large_runs() -> dict:
         runs[f"step rank {r}"] = partial(run_step, (r, 3), (1100, 70), **everything)
         runs[f"transform rank {r}"] = partial(run_transform, (r, 3), (1100, 70))
         runs[f"middle rank {r}"] = partial(run_middle, r, True)
+        runs[f"muon rank {r}"] = partial(run_muon, r, True)
         runs[f"solve rank {r}"] = partial(run_solve, r, k=70, n=2)
         runs[f"cayley rank {r}"] = partial(run_cayley, (r, 3), (r + 300, 2100), scaled=True)
         runs[f"merge rank {r}"] = partial(run_merge, [(r, 1030, 520), (3, 70, 33)], BFLOAT16, "stochastic", True)
