@@ -1,5 +1,5 @@
 # make demo   fine-tune a real model on real text (six minutes from nothing on 2 CPU cores, then two)
-# make test   format, lint, types and the whole suite (about 14 minutes on 2 CPU cores)
+# make test   format, lint, types and the whole suite (15 to 20 minutes on 2 CPU cores)
 # make quick  the suite without its slow half: no training runs, no sanitizer, no whole suites in the interpreter
 # make lint   format, lint and types alone (a minute)
 # make aot    the kernels without Python: build/aot/liblora_fast.so and its tests (cmake and a C compiler needed)
@@ -31,8 +31,9 @@ demo: env
 	$(BIN)/lora-fast finetune
 
 test: env
-	@echo "make test: about 14 minutes on 2 cores. It checks format, lint and types, then every module against PEFT, torch"
-	@echo "or float64: kernels in Triton's interpreter, layers, files, methods, commands, benchmarks, docs. No GPU is needed."
+	@echo "make test: 15 to 20 minutes on 2 cores, the longer the fewer kernels Triton has in its cache. It checks format, lint"
+	@echo "and types, then every module against PEFT, torch or float64: kernels in Triton's interpreter, layers, files,"
+	@echo "methods, commands, benchmarks, docs. No GPU is needed."
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/pytest -n 2 --dist worksteal
 

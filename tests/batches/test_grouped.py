@@ -38,7 +38,7 @@ SHORT = {
     "ilora clipped": [M.ILoRA(lam=1e4, rho_scale=2.0)],
     "scalora paper": [M.ScaLoRA(kappa=30.0, interval=1, solver="paper"), M.LoRAPlus(2.0)],
 }
-CASES = [(*case, 200, ONE_RANK) for case in LONG.items()]
+CASES = [(*case, 100, ONE_RANK) for case in LONG.items()]
 CASES += [(*case, 12, TWO_RANKS) for case in SHORT.items()]
 
 
