@@ -1,6 +1,6 @@
 # make demo   fine-tune a real model on real text (six minutes from nothing on 2 CPU cores, then two)
 # make test   format, lint, types and the whole suite (15 to 20 minutes on 2 CPU cores)
-# make quick  the suite without its slow half: no training runs, no sanitizer, no whole suites in the interpreter
+# make quick  the tests that are not marked slow (two minutes)
 # make lint   format, lint and types alone (a minute)
 # make aot    the kernels without Python: build/aot/liblora_fast.so and its tests (cmake and a C compiler needed)
 # make env    the environment alone: .venv with the versions of constraints.txt
@@ -38,7 +38,7 @@ test: env
 	$(BIN)/pytest -n 2 --dist worksteal
 
 quick: env
-	@echo "make quick: about 4 minutes on 2 cores, the tests that are not marked slow."
+	@echo "make quick: about two minutes on 2 cores, the tests that are not marked slow."
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not budget"
 
 aot: env
