@@ -1,5 +1,9 @@
 """A tiny random Llama, its batches, and snapshots that show any change of a model."""
 
+import copy
+import io
+import pickle
+
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -91,3 +95,16 @@ def assert_same_tensors(these, those):
     assert these.keys() == those.keys()
     for name, tensor in these.items():
         assert torch.equal(tensor, those[name]), name
+
+
+def through_torch_save(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+COPIES = {  # ways to copy a whole model
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": through_torch_save,
+}

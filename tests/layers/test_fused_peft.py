@@ -2,8 +2,6 @@
 
 import contextlib
 import copy
-import io
-import pickle
 
 import budget
 import pytest
@@ -23,6 +21,7 @@ from fused_models import (
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from tiny import (
+    COPIES,
     assert_same_tensors,
     assert_unchanged,
     batch,
@@ -203,17 +202,11 @@ def test_set_adapter_switches_the_fused_adapter():
     assert ours.get_submodule(PROBE).fallback_reason is None
 
 
-@pytest.mark.parametrize("move", ["deepcopy", "pickle", "torch.save", "state_dict"])
+@pytest.mark.parametrize("move", [*COPIES, "state_dict"])
 def test_fused_model_survives_copies(move):
     model = fused_llama(dropout=0.1).eval()
-    if move == "deepcopy":
-        twin = copy.deepcopy(model)
-    elif move == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
-    elif move == "torch.save":
-        file = io.BytesIO()
-        torch.save(model, file)
-        twin = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    if move in COPIES:
+        twin = COPIES[move](model)
     else:
         twin = peft_llama(seed=5, dropout=0.1).eval()
         twin.load_state_dict(model.state_dict())

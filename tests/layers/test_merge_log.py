@@ -1,8 +1,6 @@
 """The record of merges into frozen weights: the mark and the terms survive copies, and ScaLoRA refuses some weights."""
 
 import copy
-import io
-import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +15,7 @@ from changed_bases import (
     scalora,
     train,
 )
-from tiny import assert_same_tensors, assert_unchanged, batch, loss_of, snapshot
+from tiny import COPIES, assert_same_tensors, assert_unchanged, batch, loss_of, snapshot
 from torch import nn
 
 import lora_fast as lf
@@ -27,19 +25,8 @@ from lora_fast.layers import merge_log
 # what the model remembers
 
 
-def through_pickle(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-def through_torch_save(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @pytest.mark.parametrize("keep", ["weights", "terms"])
-@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch_save])
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_keep_the_mark_and_the_terms(kind, copied, keep, tmp_path):
     model = merge_some(KINDS[kind](), keep)

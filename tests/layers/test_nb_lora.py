@@ -2,14 +2,13 @@
 
 import copy
 import io
-import pickle
 import weakref
 
 import pytest
 import torch
 from budget import check, error
 from nb_lora_models import NORMS, layers_of, scatter
-from tiny import assert_unchanged, batch, llama, loss_of, snapshot
+from tiny import COPIES, assert_unchanged, batch, llama, loss_of, snapshot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -464,14 +463,7 @@ def test_autocast_leaves_the_factors_in_float32(autocast):
 # ── as a torch user expects ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def through_torch_save(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_torch_save])
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_copies_compute_their_own_factors(copied, transforms):
     model = stack_of()
     gradients(model)

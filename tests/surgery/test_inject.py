@@ -1,14 +1,12 @@
 """inject_: which layers are replaced, which are left alone and why, and that errors change nothing."""
 
-import copy
-import io
-import pickle
 import sys
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import (
+    COPIES,
     ShardedTensor,
     assert_same_tensors,
     assert_unchanged,
@@ -205,17 +203,11 @@ def test_failure_while_building_changes_nothing(monkeypatch):
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("move", ["deepcopy", "pickle", "torch.save", "state_dict"])
+@pytest.mark.parametrize("move", [*COPIES, "state_dict"])
 def test_injected_model_survives_copies(move):
     model = injected_llama(dropout=0.1).eval()
-    if move == "deepcopy":
-        twin = copy.deepcopy(model)
-    elif move == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
-    elif move == "torch.save":
-        file = io.BytesIO()
-        torch.save(model, file)
-        twin = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    if move in COPIES:
+        twin = COPIES[move](model)
     else:
         twin = injected_llama(seed=5, dropout=0.1).eval()
         twin.load_state_dict(model.state_dict())

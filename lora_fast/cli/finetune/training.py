@@ -127,21 +127,24 @@ def _check_methods(run: Run, model: torch.nn.Module) -> None:
         raise _with_method(run, error) from error
 
 
-def _with_adapters(context: RunContext, run: Run, base: transformers.PreTrainedModel) -> tuple[torch.nn.Module, str]:
-    """Returns the model with fresh adapters in ``base``, and the report of what was injected or fused."""
-    if run.method.adapters is not None:
-        report = _inject(run, base, _config(context, run.method.adapters))
-        report.note = run.method.adapters.note(base)
-        return base, str(report)
-    settings = context.settings
-    config = LoraConfig(
+def peft_config(settings: Settings) -> LoraConfig:
+    """Returns PEFT's config of the settings' plain LoRA adapters."""
+    return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT takes any float, but declares an int
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(base, config)
+
+
+def _with_adapters(context: RunContext, run: Run, base: transformers.PreTrainedModel) -> tuple[torch.nn.Module, str]:
+    """Returns the model with fresh adapters in ``base``, and the report of what was injected or fused."""
+    if run.method.adapters is not None:
+        report = _inject(run, base, _config(context, run.method.adapters))
+        report.note = run.method.adapters.note(base)
+        return base, str(report)
+    model = get_peft_model(base, peft_config(context.settings))
     if run.engine == "eager":
         return model, "PEFT's own layers"
     try:

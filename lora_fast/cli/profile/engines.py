@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import Tensor, nn
 
 from ... import fuse_
@@ -78,14 +78,7 @@ def build(settings: Settings, source: str, dtype: torch.dtype, compiled: bool) -
     training.check_targets(model, settings.target_modules)
     frozen = twin(model).requires_grad_(False)
     frozen.enable_input_require_grads()  # without any trained parameter there would be no backward pass
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT takes any float, but declares an int
-        lora_dropout=settings.dropout,
-        target_modules=settings.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    eager = get_peft_model(model, config)
+    eager = get_peft_model(model, training.peft_config(settings))
     for name, parameter in eager.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=B_STD)
