@@ -196,7 +196,9 @@ NO_MASK: DropoutMask = (0, 0, 0)
 
 
 def draw_mask(x: torch.Tensor, dropout_p: float, seed: int | torch.Tensor) -> DropoutMask:
-    """Returns the description from which the kernels compute the dropout mask of x. Twin: ``reference.philox_mask``.
+    """Returns the description from which the kernels compute the dropout mask of x.
+
+    Twin: ``reference.linear.philox_mask``.
 
     A seed in a tensor is a 0-d int64 on the device. The caller keeps it alive until the launches that read it are done.
     """

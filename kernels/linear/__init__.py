@@ -135,7 +135,7 @@ def forward(
     keep: DropoutMask | None = None, rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns y (..., d_out) in x's dtype and S (n_tokens, r) for x (..., d_in), weight (d_out, d_in), lora_A (r, d_in)
-    and lora_B (d_out, r). ``rounded`` rounds the factors to x's dtype. Twin: ``reference.forward``."""
+    and lora_B (d_out, r). ``rounded`` rounds the factors to x's dtype. Twin: ``reference.linear.forward``."""
     if not device.is_current(x):
         with torch.cuda.device(x.device):
             return forward(x, weight, bias, lora_A, lora_B, scaling, keep, rounded)
@@ -169,7 +169,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Returns dx (..., d_in), da (r, d_in) and db (d_out, r), each in its operand's dtype, for dy (..., d_out) and S
     (n_tokens, r) of the forward. ``needs`` (x, a, b; not all False): a gradient that is not needed is None.
-    Twin: ``reference.backward``."""
+    Twin: ``reference.linear.backward``."""
     if not device.is_current(x):
         with torch.cuda.device(x.device):
             return backward(dy, x, s, weight, lora_A, lora_B, scaling, keep, rounded, needs)

@@ -245,14 +245,14 @@ def linear(
     lora_B: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """Returns y (n_tokens, d_out) = x Wᵀ + bias + scaling · S bᵀ in x's dtype. Twin: ``reference.linear``."""
+    """Returns y (n_tokens, d_out) = x Wᵀ + bias + scaling · S bᵀ in x's dtype. Twin: ``reference.linear.linear``."""
     return _gemm(x, weight, bias, s, lora_B, scaling, None, transposed=True)
 
 
 def grad_x(
     dy: torch.Tensor, weight: torch.Tensor, ds: torch.Tensor, lora_A: torch.Tensor, keep: DropoutMask | None = None
 ) -> torch.Tensor:
-    """Returns dx (n_tokens, d_in) = dy W + keep∘(dS a) in dy's dtype. Twin: ``reference.grad_x``."""
+    """Returns dx (n_tokens, d_in) = dy W + keep∘(dS a) in dy's dtype. Twin: ``reference.linear.grad_x``."""
     return _gemm(dy, weight, None, ds, lora_A, 1.0, keep, transposed=False)
 
 

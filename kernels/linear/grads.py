@@ -214,7 +214,7 @@ def grad_s_b(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """Returns dS = scaling · dy b (n_tokens, r) and db = scaling · dyᵀ S (d_out, r), each None if not needed. dS has
     the wider of dy's and lora_B's dtypes, or dy's if ``rounded``, which also rounds b to it; db has lora_B's dtype.
-    Twin: ``reference.grad_s_b``."""
+    Twin: ``reference.linear.grad_s_b``."""
     dy, lora_B = contiguous_rows(dy), contiguous_rows(lora_B)
     (n_tokens, d_out), r = dy.shape, lora_B.shape[1]
     if n_tokens == 0 or d_out == 0:
@@ -225,7 +225,7 @@ def grad_s_b(
 
 
 def grad_a(x: torch.Tensor, ds: torch.Tensor, lora_A: torch.Tensor, keep: DropoutMask | None = None) -> torch.Tensor:
-    """Returns da = dSᵀ (keep∘x) (r, d_in) in lora_A's dtype. Twin: ``reference.grad_a``."""
+    """Returns da = dSᵀ (keep∘x) (r, d_in) in lora_A's dtype. Twin: ``reference.linear.grad_a``."""
     x = contiguous_rows(x)
     if x.numel() == 0:
         return torch.zeros_like(lora_A)
