@@ -1,5 +1,5 @@
-"""The limits of a device (arch, shared memory of a block, number of multiprocessors), and the current device and
-stream.
+"""The limits of a device (arch, shared memory of a block, number of multiprocessors), the current device and stream,
+and copies of a few numbers to a device.
 
 A GPU reports its own limits. Without a GPU (interpreter, inspection, ahead-of-time build) the limits of a known card of
 the same arch are used.
@@ -74,3 +74,10 @@ def index(tensor: torch.Tensor) -> int:
 def stream(tensor: torch.Tensor) -> int:
     """Returns the driver's handle of the current stream on the tensor's device."""
     return _current_stream(tensor.get_device())
+
+
+def to_device(numbers: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Copies a few numbers from the host to the device. To a GPU they go through pinned memory, so that the host does
+    not wait."""
+    host = torch.tensor(numbers, dtype=dtype, device="cpu")
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

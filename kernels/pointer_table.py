@@ -5,8 +5,9 @@ Math      A factor is seen as d rows of r rank columns, whichever way it is stor
 Grid      One program per (tensor, chunk of d). The tile map holds (tensor, chunk) for every program. The programs of a
           tensor follow each other; those of E experts alternate.
 Shapes    entries int64 (n_tensors, COLUMNS): up to three addresses of tensors of one shape, d, r, side, index (the
-          tensor's row in the launch's other arguments: step counts, r×r matrices, results). All tensors of one column
-          share a dtype (a pointer type is a constexpr). Ranks may differ. UNIFORM_R is the rank where all agree (a
+          tensor's row in the launch's other arguments: step counts, r×r matrices, results), and whether the tensor
+          rests: kernels then take its d for 0, so they neither read nor change it. All tensors of one column share a
+          dtype (a pointer type is a constexpr). Ranks may differ. UNIFORM_R is the rank where all agree (a
           constexpr that lets the compiler vectorise b), else 0. EXPERTS: b is one of E factors (d_out, r) that are
           interleaved in one (d_out, r, E).
 Owners    A batch of the optimizer owns its tables as long as its tensors keep their addresses. Gradients move at every
@@ -26,12 +27,13 @@ import torch
 import triton
 import triton.language as tl
 
+from .device import to_device
 from .grouping import group_by
 from .launch import Launch, report_addresses
 
 ADDRESSES = 3
-D, R, SIDE, INDEX = (tl.constexpr(column) for column in range(3, 7))
-COLUMNS = tl.constexpr(8)  # the last one is unused: rows start at multiples of 64 bytes
+D, R, SIDE, INDEX, RESTS = (tl.constexpr(column) for column in range(3, 8))
+COLUMNS = tl.constexpr(8)  # rows start at multiples of 64 bytes
 SIDE_A = tl.constexpr(1)
 BLOCKS = 16  # arrivals that a kernel may count for each tensor: 4 × 4 blocks of 64 at rank 256
 CACHE_SIZE = 32  # tables of each kind; one is a few kilobytes
@@ -65,9 +67,15 @@ def pointer_at(p_address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def load_d(entries, i_tensor):
+    """Returns d of a tensor of the table, 0 if it rests."""
+    return tl.where(load_entry(entries, i_tensor, RESTS) == 0, load_entry(entries, i_tensor, D), 0)
+
+
+@triton.jit
 def load_sizes(entries, i_tensor, IS_A: tl.constexpr, UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr):
     """Returns d and r of a tensor of the table."""
-    d = load_entry(entries, i_tensor, D)
+    d = load_d(entries, i_tensor)
     if ALIGNED and IS_A:
         d = d // 8 * 8  # d is a multiple of 8 already; the compiler forgets tl.multiple_of on a loaded value
     if UNIFORM_R == 0:
@@ -80,7 +88,7 @@ def load_sizes(entries, i_tensor, IS_A: tl.constexpr, UNIFORM_R: tl.constexpr, A
 @triton.jit
 def load_flat_sizes(entries, i_tensor, ALIGNED: tl.constexpr):
     """Returns numel and 1: for elementwise work a tensor of the table counts as numel rows of rank 1."""
-    numel = load_entry(entries, i_tensor, D) * load_entry(entries, i_tensor, R)
+    numel = load_d(entries, i_tensor) * load_entry(entries, i_tensor, R)
     if ALIGNED:
         numel = numel // 8 * 8  # for the compiler, as in ``load_sizes``
     return numel, 1
@@ -154,6 +162,7 @@ class FactorTable:
                 unused = [0] * (ADDRESSES - len(columns))
                 rows.append([*addresses, *unused, d, r, int(is_a[i]), indices[i] + expert, 0])
         self.entries = to_device(rows, torch.int64, self.device)
+        self._rests = [False] * len(columns[0])
         self.counters = torch.zeros(BLOCKS * len(rows), dtype=torch.int32, device=self.device)
         self._is_a = [is_a[i] for i in positions]
         self._gradient_addresses = DeviceAddresses(self.device)
@@ -162,6 +171,20 @@ class FactorTable:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def set_resting(self, rests: list[bool]) -> None:
+        """Sets which factors of the columns rest: launches on this table neither read nor change them until the next
+        call. Their results are zero.
+
+        Raises:
+            RuntimeError: another choice than the last while a CUDA graph is captured.
+        """
+        if rests == self._rests:
+            return
+        check_not_captured()
+        self._rests = rests
+        rows = [int(rests[i]) for i in self.positions for _ in range(self.experts)]
+        self.entries[:, RESTS.value].copy_(to_device(rows, torch.int64, self.device), non_blocking=True)
 
     def with_column(self, i: int) -> "TableWithGradients":
         """Returns the table with its own column i in the gradients' place."""
@@ -397,9 +420,3 @@ def cached(kind: str, key: list, build: Callable):
     recent.insert(0, (key, result))
     del recent[CACHE_SIZE:]
     return result
-
-
-def to_device(rows: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Copies a few numbers from the host, through pinned memory, so that the host does not wait."""
-    host = torch.tensor(rows, dtype=dtype)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

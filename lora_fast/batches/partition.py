@@ -25,8 +25,6 @@ def build(
 ) -> list[Batch]:
     """Returns batches of all members: a GroupedBatch each for ``triton``, else a StackedBatch each.
 
-    Reading the step counts waits for the device. This function runs only when the set of pairs changes.
-
     Args:
         members: the pairs, with the indices of their parameter groups.
         states: the optimizer's state, by parameter.
@@ -42,18 +40,17 @@ def build(
         from .stacked import StackedBatch
 
         kind = StackedBatch
-    keyed = [(_key(member, states, triton), member) for member in members]
+    keyed = [(_key(member, triton), member) for member in members]
     keyed.sort(key=lambda item: str(item[0]))  # devices have no order, strings do; stable within a batch
     batches: list[Batch] = []
-    for key, run in groupby(keyed, key=lambda item: item[0]):
-        batches += kind.build([member for _, member in run], key[:2], states, layout)
+    for _, run in groupby(keyed, key=lambda item: item[0]):
+        batches += kind.build([member for _, member in run], states, layout)
     return batches
 
 
-def _key(member: PairInGroups, states: dict, triton: bool) -> tuple:
-    """Returns the properties that all pairs of a batch have in common: first the step counts of b and a."""
+def _key(member: PairInGroups, triton: bool) -> tuple:
+    """Returns the properties that all pairs of a batch have in common."""
     pair, *groups = member
-    steps = [int(states[p]["step"]) if "step" in states[p] else 0 for p in (pair.b, pair.a)]
-    key = *steps, *groups, pair.a.device, pair.rank
+    key = *groups, pair.a.device, pair.rank
     weight_dtype = None if pair.weight is None else pair.weight.dtype
     return key if triton else (*key, tuple(pair.a.shape), tuple(pair.b.shape), pair.a.dtype, weight_dtype)

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable
+from itertools import compress
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from .. import backend
+from ..kernels.device import to_device
 from ..kernels.records import Grams
 from ..ops.pairs import adamw_, at_least_float32, grams
 from ..ops.reference.scalora_solution import add_low_rank_
-from .batch import MOMENTS, Batch, PairInGroups, Shapes, Trained
+from .batch import MOMENTS, Batch, PairInGroups, Shapes, Trained, step_counts
 
 CACHED = 1 << 20  # elements of a factor's stack on a CPU: larger stacks leave its caches, smaller ones need more calls
 
@@ -26,8 +28,12 @@ class Factor:
         value: the parameters, (L, …); each parameter is a slice of it. state: name → (L, …), with slices alike.
         grad: the gradient after the methods applied so far, (L, …), or None while no method has changed it.
         steps: the step counts, (L,) float32, on the parameters' device.
+        active: which slices do not rest, bool (L,), or None if none rests.
     """
 
+    active: Tensor | None = None
+    _positions: list[int]  # of the slices that do not rest
+    _counts_agree: bool  # whether all slices have taken the same number of steps
     parameters: list[Trained]
     grad: Tensor | None
     value: Tensor
@@ -37,8 +43,9 @@ class Factor:
     def __init__(self, parameters: list[Tensor], shapes: Shapes, states: dict):
         """Copies parameters and state into stacks, and makes both slices of the stacks. New state is zero."""
         self.parameters, self.grad = parameters, None
+        self._counts_agree = len(set(step_counts(parameters, states))) == 1
         self.value = torch.stack([p.data for p in parameters])
-        counts = [states[p].get("step", torch.zeros(())) for p in parameters]
+        counts = [states[p].get("step", torch.zeros((), dtype=torch.float32, device="cpu")) for p in parameters]
         self.steps = torch.stack([count.to(self.value.device, torch.float32) for count in counts])
         self.state = {}
         for name, (shape, dtype) in shapes.items():
@@ -65,20 +72,46 @@ class Factor:
         ]
         return [p.data_ptr() for p in self.parameters] + addresses
 
+    def set_resting(self, rests: list[bool]) -> None:
+        """Sets which slices rest until the next call."""
+        self.active = to_device([not x for x in rests], torch.bool, self.value.device) if True in rests else None
+        self._positions = [i for i, x in enumerate(rests) if not x]
+        self._counts_agree &= self.active is None
+
     def gradient(self) -> Tensor:
-        """Returns the gradient after the methods applied so far, (L, …). A fresh stack if no method has changed it."""
-        return torch.stack([p.grad for p in self.parameters]) if self.grad is None else self.grad
+        """Returns the gradient after the methods applied so far, (L, …). If no method has changed it, a fresh stack, 0
+        for a slice that rests."""
+        if self.grad is not None:
+            return self.grad
+        gradients = [p.grad for p in self.parameters]
+        if self.active is not None:
+            gradients = [
+                torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, gradients, strict=True)
+            ]
+        return torch.stack(gradients)
+
+    def count_step(self) -> None:
+        """Counts a step of the active slices."""
+        self.steps += 1 if self.active is None else self.active
+        self.grad = None
+
+    def write(self, stack: Tensor, values: Tensor) -> None:
+        """Copies values (L, …) into ``value``, a state, or a transposed view of one; not into slices that rest."""
+        if self.active is not None:
+            values = torch.where(self.active.view(-1, *[1] * (stack.dim() - 1)), values, stack)
+        stack.copy_(values)
 
     def adamw(self, settings: dict) -> None:
-        """Applies AdamW: to the slices with the parameters' own gradients, or to the whole stack if a method has
-        changed the gradient."""
-        if self.grad is None:
-            p, m, v, steps = (self._slices[name] for name in ("value", *MOMENTS, "step"))
-            g = [parameter.grad for parameter in self.parameters]
-        else:
-            p, m, v = [self.value], *([self.state[name]] for name in MOMENTS)
-            g, steps, self.grad = [self.grad], self._slices["step"][:1], None  # all slices have the same count
+        """Applies AdamW to the active slices, with the parameters' own gradients unless a method has changed them."""
+        p, m, v, steps = (self._slices[name] for name in ("value", *MOMENTS, "step"))
+        g = [parameter.grad for parameter in self.parameters] if self.grad is None else list(self.grad)
+        if self.active is not None:
+            p, g, m, v, steps = ([tensors[i] for i in self._positions] for tensors in (p, g, m, v, steps))
+        elif self.grad is not None and self._counts_agree:  # one tensor takes less time than its slices
+            p, g, m, v = [self.value], [self.grad], *([self.state[name]] for name in MOMENTS)
+            steps = steps[:1]
         adamw_(p, g, m, v, steps, settings)
+        self.grad = None
 
 
 class ExpertsFactor(Factor):
@@ -96,7 +129,7 @@ class ExpertsFactor(Factor):
         self.parameters, self.grad, self._split = [parameter], None, split
         parameter.data = parameter.data.contiguous()
         state, device = states[parameter], parameter.device
-        count = state.get("step", torch.zeros(()))
+        count = state.get("step", torch.zeros((), dtype=torch.float32, device="cpu"))
         self.steps = torch.stack([count.to(device, torch.float32)])
         for name, (shape, dtype) in shapes.items():
             old = state.get(name)
@@ -135,10 +168,8 @@ class StackedBatch(Batch):
     a: Factor
     b: Factor
 
-    def __init__(
-        self, members: list[PairInGroups], counts: tuple[int, int], states: dict, shapes: tuple[Shapes, Shapes]
-    ):
-        super().__init__(members, counts)
+    def __init__(self, members: list[PairInGroups], states: dict, shapes: tuple[Shapes, Shapes]):
+        super().__init__(members, step_counts([pair.b for pair, *_ in members], states))
         pair = self.pairs[0]
         if pair.experts > 1:
             self.a = ExpertsFactor(pair.a, pair.split_a, shapes[0], states)
@@ -146,21 +177,31 @@ class StackedBatch(Batch):
         else:
             self.a = Factor([pair.a for pair in self.pairs], shapes[0], states)
             self.b = Factor([pair.b for pair in self.pairs], shapes[1], states)
+        self.find_resting()
 
     @classmethod
-    def build(cls, members: list[PairInGroups], counts: tuple[int, int], states: dict, layout: Callable) -> list[Self]:
+    def build(cls, members: list[PairInGroups], states: dict, layout: Callable) -> list[Self]:
         """Returns one stack of all members. On a CPU it is divided into stacks that each fit the cache, and each pair
         of experts is a stack of its own."""
         pair = members[0][0]
         size = len(members) if pair.a.is_cuda else max(1, CACHED // max(1, pair.a.numel(), pair.b.numel()))
         size = 1 if pair.experts > 1 else size
         parts = [members[i : i + size] for i in range(0, len(members), size)]
-        return [cls(part, counts, states, layout(pair)) for part in parts]
+        return [cls(part, states, layout(pair)) for part in parts]
+
+    def find_resting(self) -> None:
+        super().find_resting()
+        if len(self.pairs) > 1:  # a batch in which all pairs rest takes no part in the step
+            for factor in (self.a, self.b):
+                factor.set_resting(self.rests)
 
     def begin(self, param_groups: list[dict]) -> None:
         super().begin(param_groups)
         for factor in (self.a, self.b):
-            factor.steps += 1
+            factor.count_step()
+
+    def end(self) -> None:
+        for factor in (self.a, self.b):
             factor.grad = None
 
     def intact(self) -> bool:
@@ -190,21 +231,24 @@ class StackedBatch(Batch):
         for factor, broadcast, *scales in sides:
             factor_scale, gradient_scale = (scale[broadcast].to(factor.value.dtype) for scale in scales)
             factor.grad = factor.gradient() * gradient_scale
-            factor.value *= factor_scale
-            factor.state["exp_avg"] *= gradient_scale
-            factor.state["exp_avg_sq"] *= gradient_scale.square()
+            moments = (factor.state[name] for name in MOMENTS)
+            changes = factor_scale, gradient_scale, gradient_scale.square()
+            for stack, change in zip((factor.value, *moments), changes, strict=True):
+                factor.write(stack, stack * change)
 
-    def merge(self, residual_scale: Tensor, rounding: str, seed: int) -> None:
+    def merge(self, residual_scale: Tensor, chosen: list[bool], rounding: str, seed: int) -> None:
         names = [name for pair in self.pairs for name in pair.product_names]
+        counts = [n for pair, n in zip(self.pairs, self.counts(), strict=True) for _ in range(pair.experts)]
+        merged = [flag for pair, flag in zip(self.pairs, chosen, strict=True) for _ in range(pair.experts)]
         weights = [weight for pair in self.pairs for weight in pair.split_weight(pair.mergeable_weight.data)]
         residuals: Iterable[Tensor | None] = [None] * self.products
         stored = self.b.state.get("merge_residual")
         if stored is not None:
             residuals = stored.mT if self.pairs[0].transposed else stored  # stored in the layout of the weight
-        operands = zip(weights, self.a.value, self.b.value, residual_scale, residuals, names, strict=True)
-        for weight, a, b, scale, residual, name in operands:
+        operands = zip(weights, self.a.value, self.b.value, residual_scale, residuals, names, counts, strict=True)
+        for weight, a, b, scale, residual, name, count in compress(operands, merged):
             # By the product's name, the noise does not depend on the batch. torch's CPU generator takes 32 bits.
-            product_seed = zlib.crc32(f"{seed} {self.count} {name}".encode())
+            product_seed = zlib.crc32(f"{seed} {count} {name}".encode())
             add_low_rank_(weight, a, b, scale, rounding, product_seed, residual)
 
     def adamw(self, grams: bool) -> None:
@@ -214,9 +258,11 @@ class StackedBatch(Batch):
     def momentum(self, beta: float) -> Grams:
         moments = []
         for factor in (self.a, self.b):
-            moments.append(factor.state["exp_avg"])
+            moment = factor.state["exp_avg"]
             # In float32, since a 16-bit average would lose small changes; rounded once.
-            moments[-1].copy_(torch.lerp(at_least_float32(moments[-1]), at_least_float32(factor.gradient()), 1 - beta))
+            average = torch.lerp(at_least_float32(moment), at_least_float32(factor.gradient()), 1 - beta)
+            factor.write(moment, average.to(moment.dtype))
+            moments.append(moment)
         kp, kq, *_ = grams(*moments)
         return self.grams()._replace(kp=kp, kq=kq)
 
@@ -229,13 +275,11 @@ class StackedBatch(Batch):
         )
         for factor, settings, change in sides:
             decay = 1 - settings["lr"] * settings["weight_decay"]
-            factor.value.copy_(decay * at_least_float32(factor.value) + change)
+            factor.write(factor.value, (decay * at_least_float32(factor.value) + change).to(factor.value.dtype))
 
     def transform(self, matrices: Tensor, target: str = "value", add: bool = False) -> None:
         matrices_b, matrices_a = matrices.chunk(2)
         a, b = (factor.value if target == "value" else factor.state[target] for factor in (self.a, self.b))
-        for x, product in ((a, matrices_a @ at_least_float32(a)), (b, at_least_float32(b) @ matrices_b)):
-            if add:
-                x.add_(product)
-            else:
-                x.copy_(product)
+        products = (self.a, a, matrices_a @ at_least_float32(a)), (self.b, b, at_least_float32(b) @ matrices_b)
+        for factor, stack, product in products:
+            factor.write(stack, (stack + product if add else product).to(stack.dtype))
