@@ -64,7 +64,7 @@ class LoRAAdamW(torch.optim.Optimizer):
     _parameters: list[Tensor]  # of all groups
     _members: list[bool]  # which of them have a place in a batch
     _has_grad: list[bool]  # which of them had a gradient at the last step
-    _places: list[tuple[dict, str]]  # where the layers hold the pairs' factors
+    _places: list[tuple[nn.Module, str]]  # the modules that hold the pairs' factors, and the parameters' names
     _layer_parameters: list[Tensor | None]  # the factors that the layers hold there
 
     def __init__(
@@ -215,7 +215,7 @@ class LoRAAdamW(torch.optim.Optimizer):
 
     def _in_layers(self) -> list[Tensor | None]:
         """Returns the factors that the layers hold now."""
-        return [parameters.get(key) for parameters, key in self._places]
+        return [module._parameters.get(name) for module, name in self._places]
 
     def _find_pairs_anew(self) -> None:
         """Finds the pairs again after parameters were replaced, in the groups or in the layers, as accelerate does for

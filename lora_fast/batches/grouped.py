@@ -188,9 +188,12 @@ class GroupedBatch(Batch):
         """Returns a seed that differs at each step, also when a CUDA graph replays the step. On a GPU the seed is
         always in device memory: the kernel that takes it as a number is another one, which could not be loaded while a
         graph is captured."""
-        # The sum grows at each step, whichever pairs rest.
-        number = self._steps.sum(dtype=torch.float64).long() + (zlib.crc32(str(seed).encode()) << 30)
-        return number if self._device.type == "cuda" else int(number)
+        base = zlib.crc32(str(seed).encode()) << 30
+        # The sum of the steps that the products have taken grows at each step, whichever of them rest.
+        if self._device.type == "cuda":
+            return self._steps[: self.products].sum(dtype=torch.float64).long() + base
+        taken = zip(self.pairs, self.counts(), self.rests, strict=True)
+        return base + sum(pair.experts * (count - (not rests)) for pair, count, rests in taken)
 
     def adamw(self, grams: bool) -> None:
         work = StepWork(**self._work, gram=grams)

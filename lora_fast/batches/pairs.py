@@ -59,23 +59,34 @@ class Pair:
         return self.layer.weight if self.adapter is None else _base_weight(self.layer, self.adapter)[0]
 
     @property
-    def places(self) -> list[tuple[dict, str]]:
-        """Returns where the layer holds a and b: a module's dictionary of parameters and the key, of each. Empty for a
-        pair without a layer."""
+    def places(self) -> list[tuple[nn.Module, str]]:
+        """Returns where the layer holds a and b: a module and the name of its parameter, of each. Empty for a pair
+        without a layer."""
         if self.layer is None:
             return []
         if self.adapter is None:
-            return [(self.layer._parameters, "lora_A"), (self.layer._parameters, "lora_B")]
+            return [(self.layer, "lora_A"), (self.layer, "lora_B")]
         holders = (getattr(self.layer, name) for name in ("lora_A", "lora_B"))
-        return [(x[self.adapter]._parameters, "weight") for x in holders if self.adapter in x]
+        return [(x[self.adapter], "weight") for x in holders if self.adapter in x]
 
     def found_anew(self) -> Pair | None:
         """Returns the pair with the factors that the layer holds now, or None if it holds none. A pair without a layer
-        is returned itself."""
+        is returned itself.
+
+        Raises:
+            ArgumentError: the layer's factors are no parameters any more.
+        """
         if self.layer is None:
             return self
-        factors = [p for parameters, key in self.places if (p := parameters.get(key)) is not None]
-        return replace(self, a=factors[0], b=factors[1]) if len(factors) == 2 else None
+        factors = []
+        for module, name in self.places:
+            factors.append(getattr(module, name, None))
+            if isinstance(factors[-1], Tensor) and name not in module._parameters:
+                expected = "a parameter, in an optimizer that is made after the model is wrapped"
+                got = "a view of another tensor, as FSDP1 makes with use_orig_params=False"
+                raise checks.ArgumentError(f"{self.name}.{name}", expected, got)
+        present = [p for p in factors if p is not None]
+        return replace(self, a=present[0], b=present[1]) if len(present) == 2 else None
 
     @property
     def is_whole(self) -> bool:
