@@ -22,10 +22,11 @@ CACHED = 1 << 20  # elements of a factor's stack on a CPU: larger stacks leave i
 
 
 class Factor:
-    """The a or the b of all pairs of a stack.
+    """The a or the b of all pairs of a stack. Each parameter and each of its states is a slice of a stack.
 
     Attributes:
-        value: the parameters, (L, …); each parameter is a slice of it. state: name → (L, …), with slices alike.
+        value: the stack of the parameters, (L, …). state: name → the stack of a state. Both exist from ``begin``
+            to ``end`` only: between steps the slices alone hold the memory, so a user who moves them away frees it.
         grad: the gradient after the methods applied so far, (L, …), or None while no method has changed it.
         steps: the step counts, (L,) float32, on the parameters' device.
         active: which slices do not rest, bool (L,), or None if none rests.
@@ -43,22 +44,20 @@ class Factor:
     def __init__(self, parameters: list[Tensor], shapes: Shapes, states: dict):
         """Copies parameters and state into stacks, and makes both slices of the stacks. New state is zero."""
         self.parameters, self.grad = parameters, None
-        self._counts_agree = len(set(step_counts(parameters, states))) == 1
-        self.value = torch.stack([p.data for p in parameters])
-        counts = [states[p].get("step", torch.zeros((), dtype=torch.float32, device="cpu")) for p in parameters]
-        self.steps = torch.stack([count.to(self.value.device, torch.float32) for count in counts])
-        self.state = {}
+        counts = step_counts(parameters, states)
+        self._counts_agree = len(set(counts)) == 1
+        device = parameters[0].device
+        self.steps = to_device(counts, torch.float32, device)
+        self._states, self._names = [states[p] for p in parameters], tuple(shapes)
         for name, (shape, dtype) in shapes.items():
-            self.state[name] = torch.zeros(len(parameters), *shape, dtype=dtype, device=self.value.device)
-            for i, p in enumerate(parameters):
-                if name in states[p]:
-                    self.state[name][i].copy_(states[p][name])
-        stacks = {"value": self.value, "step": self.steps} | self.state
-        self._slices = {name: list(stack) for name, stack in stacks.items()}  # made once, since slicing takes time
-        for i, p in enumerate(parameters):  # the stacks replace the tensors' own memory, so that nothing is kept twice
-            p.data = self.value[i]
-            states[p].update({name: slices[i] for name, slices in self._slices.items() if name != "value"})
-        self._states = [states[p] for p in parameters]
+            stack = torch.zeros(len(parameters), *shape, dtype=dtype, device=device)
+            for slice_of_stack, state in zip(stack, self._states, strict=True):
+                if name in state:
+                    slice_of_stack.copy_(state[name])
+                state[name] = slice_of_stack
+        value = torch.stack([p.data for p in parameters])
+        for p, state, slice_of_value, step in zip(parameters, self._states, value, self.steps, strict=True):
+            p.data, state["step"] = slice_of_value, step
         self._addresses = self._current_addresses()
 
     def intact(self) -> bool:
@@ -66,7 +65,7 @@ class Factor:
         return self._current_addresses() == self._addresses
 
     def _current_addresses(self) -> list[int]:
-        names = ("step", *self.state)
+        names = ("step", *self._names)
         addresses = [
             x.data_ptr() if (x := state.get(name)) is not None else 0 for name in names for state in self._states
         ]
@@ -74,7 +73,7 @@ class Factor:
 
     def set_resting(self, rests: list[bool]) -> None:
         """Sets which slices rest until the next call."""
-        self.active = to_device([not x for x in rests], torch.bool, self.value.device) if True in rests else None
+        self.active = to_device([not x for x in rests], torch.bool, self.steps.device) if True in rests else None
         self._positions = [i for i, x in enumerate(rests) if not x]
         self._counts_agree &= self.active is None
 
@@ -90,10 +89,21 @@ class Factor:
             ]
         return torch.stack(gradients)
 
-    def count_step(self) -> None:
-        """Counts a step of the active slices."""
+    def begin(self) -> None:
+        """Begins a step, which counts for the active slices. Makes the stacks from their slices."""
         self.steps += 1 if self.active is None else self.active
         self.grad = None
+        self.value = self._stack_from(self.parameters[0].data)
+        self.state = {name: self._stack_from(self._states[0][name]) for name in self._names}
+
+    def _stack_from(self, first: Tensor) -> Tensor:
+        """Returns the stack (L, …) whose first slice this is."""
+        return first.as_strided((len(self.parameters), *first.shape), (first.numel(), *first.stride()))
+
+    def end(self) -> None:
+        """Ends a step."""
+        self.grad = None
+        del self.value, self.state
 
     def write(self, stack: Tensor, values: Tensor) -> None:
         """Copies values (L, …) into ``value``, a state, or a transposed view of one; not into slices that rest."""
@@ -103,7 +113,8 @@ class Factor:
 
     def adamw(self, settings: dict) -> None:
         """Applies AdamW to the active slices, with the parameters' own gradients unless a method has changed them."""
-        p, m, v, steps = (self._slices[name] for name in ("value", *MOMENTS, "step"))
+        p = [parameter.data for parameter in self.parameters]
+        m, v, steps = ([state[name] for state in self._states] for name in (*MOMENTS, "step"))
         g = [parameter.grad for parameter in self.parameters] if self.grad is None else list(self.grad)
         if self.active is not None:
             p, g, m, v, steps = ([tensors[i] for i in self._positions] for tensors in (p, g, m, v, steps))
@@ -129,18 +140,17 @@ class ExpertsFactor(Factor):
         self.parameters, self.grad, self._split = [parameter], None, split
         parameter.data = parameter.data.contiguous()
         state, device = states[parameter], parameter.device
-        count = state.get("step", torch.zeros((), dtype=torch.float32, device="cpu"))
-        self.steps = torch.stack([count.to(device, torch.float32)])
+        self.steps = to_device(step_counts([parameter], states), torch.float32, device)
         for name, (shape, dtype) in shapes.items():
             old = state.get(name)
             new = torch.zeros(shape, dtype=dtype, device=device) if old is None else old.to(device, dtype)
             state[name] = new.contiguous()
         state["step"] = self.steps[0]
-        self._whole = {name: state[name] for name in shapes}
-        self.value = split(parameter.data)
-        self.state = {name: split(x) if x.shape == parameter.shape else x for name, x in self._whole.items()}
-        self._states = [state]
+        self._states, self._names = [state], tuple(shapes)
         self._addresses = self._current_addresses()
+
+    def _stack_from(self, first: Tensor) -> Tensor:
+        return self._split(first) if first.shape == self.parameters[0].shape else first
 
     def gradient(self) -> Tensor:
         return self._split(self.parameters[0].grad) if self.grad is None else self.grad
@@ -153,7 +163,7 @@ class ExpertsFactor(Factor):
             gradient = torch.empty_like(parameter)
             self._split(gradient).copy_(self.grad)
             self.grad = None
-        m, v = ([self._whole[name]] for name in MOMENTS)
+        m, v = ([self._states[0][name]] for name in MOMENTS)
         adamw_([parameter.data], [gradient], m, v, [self.steps[0]], settings)
 
 
@@ -198,11 +208,11 @@ class StackedBatch(Batch):
     def begin(self, param_groups: list[dict]) -> None:
         super().begin(param_groups)
         for factor in (self.a, self.b):
-            factor.count_step()
+            factor.begin()
 
     def end(self) -> None:
         for factor in (self.a, self.b):
-            factor.grad = None
+            factor.end()
 
     def intact(self) -> bool:
         return self.a.intact() and self.b.intact()

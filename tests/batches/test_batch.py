@@ -2,6 +2,7 @@
 nothing. And a step leaves nothing in memory but parameters, state and tables."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -169,3 +170,28 @@ def test_step_leaves_only_parameters_and_state_in_memory(name, backend):
     gc.collect()
     alive = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.is_floating_point()]
     assert not [t.shape for t in alive if tuple(t.shape[-2:]) == (r, r)]
+
+
+@BOTH_BACKENDS
+@pytest.mark.parametrize(
+    "methods", [[M.ILoRA()], [M.LoRARITE()], [M.LoRAMuon()]], ids=["ilora", "lora-rite", "lora-muon"]
+)
+def test_memory_is_free_once_parameters_and_state_are_moved_away(methods, backend):
+    """As code does that offloads a model and its optimizer between phases. The next step uses what is there then."""
+    moved, still = pairs(shapes=SHAPES), pairs(shapes=SHAPES)
+    with lf.set_backend(backend):
+        optimizers = [lf.optim.LoRAAdamW(chosen, methods=methods) for chosen in (moved, still)]
+        for step in range(3):
+            for chosen, optimizer in zip((moved, still), optimizers, strict=True):
+                set_gradients(chosen, step)
+                optimizer.step()
+            factors = [p for a, b, *_ in moved for p in (a, b)]
+            states = [optimizers[0].state[p] for p in factors]
+            held = [weakref.ref(x.untyped_storage()) for state in states for x in state.values() if x.dim()]
+            held += [weakref.ref(p.data.untyped_storage()) for p in factors]
+            for p, state in zip(factors, states, strict=True):
+                p.data = p.data.clone()
+                state |= {name: value.clone() for name, value in state.items()}
+            gc.collect()
+            assert not any(reference() is not None for reference in held)
+    assert same(bits(moved, optimizers[0]), bits(still, optimizers[1]))
