@@ -34,6 +34,7 @@ class FusedLoraLinear(lora.Linear):
     fallback_reason: str | None = None
     lora_A: Any  # nn.ModuleDict of nn.Linear, whose entries torch types as any module
     lora_B: Any
+    replicated_from: FusedLoraLinear  # of nn.DataParallel's replicas
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x: (..., d_in) → (..., d_out) in the dtype of the base layer's result."""
@@ -53,7 +54,7 @@ class FusedLoraLinear(lora.Linear):
         """Returns nn.DataParallel's replica for one call, whose reason for PEFT's forward also shows on this layer."""
         self._note(None)
         replica = super()._replicate_for_data_parallel()
-        replica.__dict__["replicated_from"] = self  # past nn.Module.__setattr__, which would register a submodule
+        replica.__dict__["replicated_from"] = self  # nn.Module.__setattr__ would register a submodule
         return replica
 
     def _fused_call(self, x: Tensor) -> tuple | str:

@@ -66,7 +66,9 @@ def gradients(model, outputs):
 def test_replicas_compute_as_the_model_and_give_it_their_gradients(kind, checkpointed, replicate, monkeypatch):
     monkeypatch.setattr(peft.tuners.lora.Linear, "forward", lambda *args: pytest.fail("PEFT's forward ran"))
     model, parts = build(kind), torch.randn(2, 3, 16).requires_grad_().unbind()
-    run = (lambda module, x: checkpoint(module, x, use_reentrant=False)) if checkpointed else lambda module, x: module(x)
+    run = (
+        (lambda module, x: checkpoint(module, x, use_reentrant=False)) if checkpointed else lambda module, x: module(x)
+    )
     expected = [model(x) for x in parts]
     wanted = gradients(model, expected)
     replicas = replicate(model)
