@@ -28,7 +28,8 @@ def fuse_(
     layers.
 
     A fused layer checks at every call whether the fused op computes the same as PEFT (one active, plain adapter, no
-    hooks but accelerate's that only move an input to the weight's device, …). Where it does not, PEFT's forward runs and the layer's ``fallback_reason`` contains the reason.
+    hooks but those of accelerate that only move the input, …). Where it does not, PEFT's forward runs and the layer's
+    ``fallback_reason`` contains the reason.
 
     Args:
         peft_model: any module that holds PEFT layers: a PeftModel, or a model after ``add_adapter``.
