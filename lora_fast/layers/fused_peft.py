@@ -45,7 +45,7 @@ class FusedLoraLinear(lora.Linear):
             base: Any = self._modules["base_layer"]
             if HOOK in base.__dict__:  # accelerate's, which would move x to the weight's device
                 y = functional.lora_linear(x.to(call[0].device), *call)
-                return y.to(x.device) if returns_to_input(base) else y
+                return y.to(x.device) if y.device != x.device and returns_to_input(base) else y
             return functional.lora_linear(x, *call)
         self._note(call)
         return super().forward(x, *args, **kwargs)

@@ -9,8 +9,9 @@ hooks of other libraries are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, update_wrapper
-from types import MethodType
+from functools import cache, partial, update_wrapper
+from importlib import import_module
+from types import MethodType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -27,7 +28,7 @@ def is_hooked(module: nn.Module) -> bool:
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
-        or (FORWARD in state and (has_replaced_forward(module) or (is_wrapped(module) and not _only_align(module))))
+        or (FORWARD in state and not (is_own(state[FORWARD], module) or (is_wrapped(module) and _only_aligns(module))))
     )
 
 
@@ -43,7 +44,7 @@ def is_wrapped(module: nn.Module) -> bool:
     wrapper = state.get(FORWARD)
     return (
         type(wrapper) is partial
-        and wrapper.func.__module__ == "accelerate.hooks"
+        and getattr(wrapper.func, "__module__", None) == "accelerate.hooks"
         and wrapper.args[:1] == (module,)
         and HOOK in state
         and is_own(state.get("_old_forward"), module)
@@ -59,7 +60,7 @@ def carry_hook(source: nn.Module, target: nn.Module) -> None:
     """Gives the target the source's hook of accelerate if that only moves the input. The hook is not initialised again:
     the target's tensors are on the source's device already, and the hook's table of tied weights has addresses of
     tensors that may be gone."""
-    if is_wrapped(source) and _only_align(source):
+    if is_wrapped(source) and _only_aligns(source):
         _wrap(target, source.__dict__[FORWARD].func, source.__dict__[HOOK])
 
 
@@ -88,19 +89,21 @@ def _wrap(module: nn.Module, wrapper: Callable, hook: Any) -> None:
     state[FORWARD] = update_wrapper(partial(wrapper, module), forward)
 
 
-def _only_align(module: nn.Module) -> bool:
+def _only_aligns(module: nn.Module) -> bool:
     """Returns whether all hooks of a wrapped module only move the input to the module's device, and perhaps the output
     to the input's."""
-    from accelerate.hooks import AlignDevicesHook  # imported already: the module has its wrapper
-
-    hook = module.__dict__[HOOK]
-    return not hook.no_grad and all(type(part) is AlignDevicesHook and not part.offload for part in _parts(hook))
+    hook, aligning = module.__dict__[HOOK], _accelerate().AlignDevicesHook
+    return not hook.no_grad and all(type(part) is aligning and not part.offload for part in _parts(hook))
 
 
 def _parts(hook: Any) -> tuple:
     """Returns the hooks that a SequentialHook has, in any depth, or the hook itself."""
-    from accelerate.hooks import SequentialHook
-
-    if type(hook) is not SequentialHook:
+    if type(hook) is not _accelerate().SequentialHook:
         return (hook,)
     return tuple(part for inner in hook.hooks for part in _parts(inner))
+
+
+@cache
+def _accelerate() -> ModuleType:
+    """Returns accelerate.hooks, which has been imported where a module has its wrapper."""
+    return import_module("accelerate.hooks")
