@@ -257,12 +257,13 @@ def grad_x(
 
 
 def _gemm(left, weight, bias, thin, factor, scaling, keep, transposed) -> torch.Tensor:
-    left, weight, factor, r = contiguous_rows(left), contiguous_rows(weight), contiguous_rows(factor), thin.shape[1]
+    left, factor, r = contiguous_rows(left), contiguous_rows(factor), thin.shape[1]
     d_out = weight.shape[0 if transposed else 1]
     if len(left) == 0 or d_out == 0:
         return torch.empty((len(left), d_out), dtype=left.dtype, device=left.device)
     direction = "forward" if transposed else "backward"
     strategy = strategies.strategy(direction, left, weight, factor.dtype, r, keep is not None)
+    weight = weight if strategy == "cublas" else contiguous_rows(weight)  # cuBLAS takes any strides
     with on_device(left):
         shape = len(left), d_out
         gemm = gemm_class(strategy)(left, weight, bias, factor, r, keep is not None, transposed, shape)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import checks, functional
 from . import merge_log
+from .hooks import carry_hook
 
 
 class AdapterLinear(nn.Module):
@@ -82,7 +83,8 @@ class AdapterLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **settings) -> Self:
-        """Returns a layer that shares ``linear``'s parameters (they are not copied) and freezes them.
+        """Returns a layer that shares ``linear``'s parameters (they are not copied) and freezes them. Of accelerate's
+        hooks the layer gets those that move the input to the weight's device.
 
         Args:
             linear: on any device, of a floating dtype. The new adapter is on its weight's device, in float32 where the
@@ -111,6 +113,7 @@ class AdapterLinear(nn.Module):
         layer.weight, layer.bias = weight, bias
         if merge_log.is_changed(linear):  # by a merge of an adapter that has been removed since
             merge_log.mark(layer)
+        carry_hook(linear, layer)
         return layer.train(linear.training)
 
     def reset_parameters(self) -> None:
@@ -186,15 +189,3 @@ def merged_weight(weight: Tensor, adapters: list[tuple[Tensor, Tensor, float]]) 
     for a, b, scaling in adapters:
         total = torch.addmm(total, b.to(total.dtype), a.to(total.dtype), alpha=scaling)
     return total.to(weight.dtype)
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Returns whether a call of the module runs hooks or a replaced forward instead of its class's forward alone."""
-    state = module.__dict__
-    return bool(
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    )

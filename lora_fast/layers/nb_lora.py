@@ -140,6 +140,12 @@ class NBLoRALinear(AdapterLinear):
         self.cache = None  # drop the cache so that no tensor stays on the old device
         return super()._apply(fn, recurse)
 
+    def _replicate_for_data_parallel(self) -> Self:
+        """Returns nn.DataParallel's replica, which computes its own factors: these are on this layer's device."""
+        replica = super()._replicate_for_data_parallel()
+        replica.cache = replica.shared = None
+        return replica
+
     def __getstate__(self) -> dict:
         """Returns the state for deepcopy, pickle and torch.save, without the factors, which are computed again."""
         return self.__dict__ | {"cache": None, "shared": None}

@@ -9,6 +9,7 @@ drawn again from its seed.
 from __future__ import annotations
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from .. import backend
@@ -35,7 +36,7 @@ def backward(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, ro
         scaling *= reference.keep_scale(dropout_p)
         if needs[0] or needs[1]:  # db = scaling · dyᵀ S needs no mask: S was computed from the masked x
             keep = ops.draw_mask(x, dropout_p, seed)
-    if weight.dtype is not dy.dtype:
+    if needs[0] and weight.dtype is not dy.dtype:  # only dx reads the weight
         weight = weight.to(dy.dtype)
     return ops.backward(dy, x, s, weight, lora_A, lora_B, scaling, keep, rounded, needs)
 
@@ -44,10 +45,22 @@ def _bias_gradient(dy: Tensor) -> Tensor:
     return dy.reshape(-1, dy.shape[-1]).sum(0)
 
 
+def _is_checkpointed() -> bool:
+    """Returns whether activation checkpointing runs this forward: inside a backward, which needs what is saved at once,
+    or under its hooks, which discard what is saved until then. Both runs of a forward must save the same dtypes."""
+    if torch._C._current_graph_task_id() != -1:
+        return True
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", None) == torch.utils.checkpoint.__name__
+
+
 class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded):
         ops = backend.ops("linear", x)  # kept for backward: the two modules draw different dropout masks
+        # Backward would cast the weight again. A copy is saved only where it does not live from forward to backward.
+        if weight.dtype is not x.dtype and _is_checkpointed():
+            weight = weight.to(x.dtype)
         y, s = forward(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded)
         ctx.save_for_backward(x, s, weight, lora_A, lora_B)
         ctx.ops, ctx.constants = ops, (scaling, dropout_p, seed, rounded)
