@@ -258,7 +258,7 @@ def test_model_forward_makes_one_autograd_node():
     model = stack_of()
     nodes = set()
     for layer in layers_of(model):
-        layer.register_forward_pre_hook(lambda layer, args: nodes.add(layer.shared[0].grad_fn))
+        layer.register_forward_pre_hook(lambda layer, args: nodes.add(layer.shared.factors[0].grad_fn))
     model(inputs())
     assert len(nodes) == 1
 
@@ -331,7 +331,7 @@ def test_backward_frees_the_graph():
     model = stack_of()
     nodes = []
     layer = layers_of(model)[0]
-    layer.register_forward_pre_hook(lambda layer, args: nodes.append(weakref.ref(layer.shared[0].grad_fn)))
+    layer.register_forward_pre_hook(lambda layer, args: nodes.append(weakref.ref(layer.shared.factors[0].grad_fn)))
     gradients(model)
     assert nodes[0]() is None
     assert all(x.grad_fn is None for layer in layers_of(model) for x in layer.cache.values)
