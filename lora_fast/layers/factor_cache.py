@@ -3,8 +3,8 @@
 With gradients, every call recomputes the values and makes one autograd node for all its layers. Without gradients,
 cached values stay valid on their stream until the version counter or the address of a parameter changes. Values of a
 call with gradients are not reused by later calls, because an optimizer may change parameters without their version
-counters (as ``p.data.copy_`` does). ``train()`` and ``eval()`` clear the cache. A layer that activation checkpointing runs again
-during backward gets the values of its first run and an autograd node of its own.
+counters (as ``p.data.copy_`` does). ``train()`` and ``eval()`` clear the cache. A layer that activation checkpointing
+runs again during backward gets the values of its first run and an autograd node of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class CachedFactors:
         stream: the stream on which they were computed. They may not be there yet for a call on another one.
     """
 
-    values: tuple[Tensor, Tensor, Tensor, Tensor]
+    values: tuple[Tensor, ...]
     sources: list[tuple[Tensor, int]]
     bound: float
     trained: bool
@@ -69,12 +69,12 @@ def cached_factors(layers: Sequence) -> list[tuple[Tensor, Tensor]]:
     stale = [i for i, cache in enumerate(valid) if cache is None]
     computed = iter(_recompute([layers[i] for i in stale], [trained[i] for i in stale]) if stale else ())
     caches = [cache or next(computed) for cache in valid]
-    pairs = [cache.values[:2] for cache in caches]
+    pairs: list[tuple[Tensor, Tensor]] = [(cache.values[0], cache.values[1]) for cache in caches]
     indices = [i for i, trains in enumerate(trained) if trains]
     if indices:
         values = Values(*(list(part) for part in zip(*(caches[i].values for i in indices), strict=True)))
-        for i, *pair in zip(indices, *cayley_op.attach(_free([layers[i] for i in indices]), values), strict=True):
-            pairs[i] = tuple(pair)
+        for i, a, b in zip(indices, *cayley_op.attach(_free([layers[i] for i in indices]), values), strict=True):
+            pairs[i] = a, b
     return pairs
 
 
