@@ -60,8 +60,8 @@ def _query_gpu(index: int) -> Device:
 
 
 # The number of multiprocessors that torch's GEMMs leave to kernels that run beside them, such as NCCL's collectives. It
-# is None if nothing is set by ``torch._C._set_sm_carveout_experimental``, which every torch since 2.7 has.
-carveout: Callable[[], int | None] = torch._C._get_sm_carveout_experimental
+# is None if nothing is set by ``torch._C._set_sm_carveout_experimental``, which torch warns that it may remove.
+carveout: Callable[[], int | None] = getattr(torch._C, "_get_sm_carveout_experimental", lambda: None)
 
 
 def remaining(multiprocessors: int, carved_out: int | None) -> int:
