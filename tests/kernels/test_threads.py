@@ -149,14 +149,6 @@ class SlowJit:
     def warmup(self, *arguments, grid, maxnreg=None):
         return self.variants.setdefault(maxnreg, SlowKernel(maxnreg))
 
-    def __getitem__(self, grid):
-        def launched(*arguments, maxnreg=None):
-            compiled = self.warmup(grid=grid, maxnreg=maxnreg)
-            assert compiled.run and compiled.function, "a function was launched before it was loaded"
-            return compiled
-
-        return launched
-
 
 def test_first_launches_of_several_threads_are_right(monkeypatch):
     """The kernel spills, so every thread must end with the variant that has more registers, and no thread may launch a
