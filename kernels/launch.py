@@ -76,7 +76,7 @@ class Launch:
         """Launches through Triton's JIT, or replaces ``go`` and calls it. Several threads may prepare one launch at the
         same time. Each replaces ``go`` by a function that does the same."""
         if stream is None:
-            with self._named_errors(tensors):
+            with self._named_errors(tensors), on_device(tensors[0]):
                 self.kernel[self.grid](*self._arguments(tensors, numbers), **self.options)
         else:
             self.go = self._prepare(self._load(tensors, numbers, self.options), tensors, numbers)
@@ -284,8 +284,14 @@ def check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype:
     )
 
 
+_interpreter = threading.RLock()
+
+
 def on_device(tensor: torch.Tensor):
-    """Returns a context in which launches go to the tensor's device."""
+    """Returns a context in which launches go to the tensor's device. In Triton's interpreter, which keeps the running
+    program in globals, one thread at a time is in such a context."""
+    if _INTERPRETED:
+        return _interpreter
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from launching import randn
 from together import run_together
 
-from lora_fast.kernels import compiled_launch, device, launch, pointer_table, tiles, tuned
+from lora_fast.kernels import cayley, compiled_launch, device, launch, pointer_table, tiles, tuned
 from lora_fast.kernels import linear as linear_kernels
+from lora_fast.kernels.pairs import gram
 
 CPU = torch.device("cpu")
 THREADS = 4
@@ -252,3 +254,37 @@ def test_plan_made_during_a_change_of_settings_is_not_kept(monkeypatch):
     plans.clear()
     with tuned.using({}):
         assert linear_kernels._keep(key, "plan", x) == "plan" and not plans
+
+
+@pytest.mark.gpu
+def test_threads_with_gradients_of_their_own_share_factors():
+    """Each computes Grams of the same factors with its own gradients, again and again, on the kernels."""
+    a, b = [randn(4, 16, seed=1)], [randn(24, 4, seed=2)]
+    gradients = [([randn(4, 16, seed=3 + i)], [randn(24, 4, seed=7 + i)]) for i in range(THREADS)]
+    compute = lambda i: gram.gram(a, b, *gradients[i], gram.Grams._fields)
+    expected = [compute(i) for i in range(THREADS)]
+
+    def run(i: int) -> None:
+        for _ in range(8):
+            assert all(map(torch.equal, compute(i), expected[i]))
+
+    run_together(*[functools.partial(run, i) for i in range(THREADS)])
+
+
+@pytest.mark.gpu
+def test_threads_transform_pairs_of_their_own():
+    """NB-LoRA's transform and its backward, whose lists of addresses move at every call."""
+    pairs = [([randn(3, 20, seed=i)], [randn(12, 3, seed=10 + i)]) for i in range(THREADS)]
+
+    def compute(i: int) -> list[torch.Tensor]:
+        a, b, inverses = cayley.cayley(*pairs[i])
+        grad_a, grad_b, _ = cayley.cayley_backward(*pairs[i], None, inverses, [a[0].cos()], [b[0].sin()])
+        return [*a, *b, *grad_a, *grad_b]
+
+    expected = [compute(i) for i in range(THREADS)]
+
+    def run(i: int) -> None:
+        for _ in range(4):
+            assert all(map(torch.equal, compute(i), expected[i]))
+
+    run_together(*[functools.partial(run, i) for i in range(THREADS)])
