@@ -381,7 +381,8 @@ Entry = tuple[list, Any]  # a key, which begins with the stream, and the result
 _recent: dict[tuple[str, torch.device], list[Entry]] = {}  # of a kind on a device, the last used first
 _captured: dict[tuple[str, torch.device], list[Entry]] = {}  # entries that graphs read at every replay: never removed
 _held_for_graphs: list[object] = []  # objects outside the caches that graphs read, too
-_lock = threading.Lock()  # for these three; not held while a result is built
+# For these three; not held while a result is built. A finalizer that the garbage collector calls may enter it again.
+_lock = threading.RLock()
 
 
 def hold_for_graphs(owner: object) -> None:
