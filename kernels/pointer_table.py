@@ -13,13 +13,16 @@ Shapes    entries int64 (n_tensors, COLUMNS): up to three addresses of tensors o
 Owners    A batch of the optimizer owns its tables as long as its tensors keep their addresses. Gradients move at every
           step (``zero_grad(set_to_none=True)``), so their addresses are a separate list, a ``DeviceAddresses``. When
           the list has changed, a few kilobytes are copied from pinned memory, asynchronously; the host does not wait.
-          Functions that take lists of tensors cache the last ``CACHE_SIZE`` tables of a kind, found by their addresses.
+          Functions that take lists of tensors cache the last ``CACHE_SIZE`` tables of a kind and device, found by their
+          addresses and the current stream. Launches on one stream are ordered, so they may share a table's counters;
+          launches on two streams may not, and the second might run before the table has been copied.
 Capture   A CUDA graph bakes addresses into tables, as it does into kernel arguments. Run the step once on the tensors
           to be captured (static gradients, set_to_none=False) before the capture. A new address while capturing is an
           error, because its copy would read host memory at every replay. Whatever a graph has used is never freed.
           Tensors that may move between captures have a list of their own (cayley/addresses.py).
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import device
 from .device import to_device
 from .grouping import group_by
 from .launch import Launch, report_addresses
@@ -216,14 +220,16 @@ class FactorTable:
     def tile_map(self, chunk: int, flat: bool = False) -> TileMap:
         """Returns the map for programs that take ``chunk`` rows of d. ``flat``: for elementwise work, where a tensor
         counts as numel rows of rank 1."""
-        if (chunk, flat) not in self._tile_maps:
+        tile_map = self._tile_maps.get((chunk, flat))
+        if tile_map is None:
             check_not_captured()
             tiles = []
             for i, (d, r) in enumerate(self._sizes):
                 for i_chunk in range(max(1, triton.cdiv(d * r if flat else d, chunk))):
                     tiles += [(i * self.experts + expert, i_chunk) for expert in range(self.experts)]
-            self._tile_maps[chunk, flat] = TileMap(to_device(tiles, torch.int32, self.device), len(tiles))
-        return self._tile_maps[chunk, flat]
+            made = TileMap(to_device(tiles, torch.int32, self.device), len(tiles))
+            tile_map = self._tile_maps.setdefault((chunk, flat), made)
+        return tile_map
 
 
 class TableWithGradients(NamedTuple):
@@ -361,11 +367,10 @@ class DeviceAddresses:
     """A list of addresses on the device. A changed list is copied to new memory, because launches made before may not
     have read the old one yet."""
 
-    _addresses: list[int] | None
-    _on_device: Any  # int64; None before the first update
+    _last: tuple[list[int], torch.Tensor] | None  # replaced as a whole, so that threads never mix two lists
 
     def __init__(self, device: torch.device):
-        self._device, self._addresses, self._on_device = device, None, None
+        self._device, self._last = device, None
 
     def update(self, addresses: list[int]) -> torch.Tensor:
         """Returns the addresses as int64 on the device, copied if they have changed.
@@ -373,12 +378,13 @@ class DeviceAddresses:
         Raises:
             RuntimeError: addresses that differ from the last ones while a CUDA graph is captured.
         """
-        if addresses != self._addresses:
+        last = self._last
+        if last is None or addresses != last[0]:
             check_not_captured()
-            self._addresses, self._on_device = addresses, to_device(addresses, torch.int64, self._device)
+            self._last = last = addresses, to_device(addresses, torch.int64, self._device)
         if capturing():
-            hold_for_graphs(self._on_device)
-        return self._on_device
+            hold_for_graphs(last[1])
+        return last[1]
 
 
 def capturing() -> bool:
@@ -394,29 +400,65 @@ def check_not_captured() -> None:
         )
 
 
-_recent: dict[str, list[tuple[list, object]]] = {}
-_captured: dict[str, list[tuple[list, object]]] = {}  # entries that CUDA graphs read at every replay: never removed
+Entry = tuple[list, Any]  # a key, which begins with the stream, and the result
+_recent: dict[tuple[str, torch.device], list[Entry]] = {}  # of a kind on a device, the last used first
+_captured: dict[tuple[str, torch.device], list[Entry]] = {}  # entries that graphs read at every replay: never removed
 _held_for_graphs: list[object] = []  # objects outside the caches that graphs read, too
+# For these three; not held while a result is built. A finalizer that the garbage collector calls may enter it again.
+_lock = threading.RLock()
 
 
 def hold_for_graphs(owner: object) -> None:
     """Holds an object for good, because a CUDA graph reads its memory at every replay."""
-    if not any(owner is held for held in _held_for_graphs):
-        _held_for_graphs.append(owner)
+    with _lock:
+        if not any(owner is held for held in _held_for_graphs):
+            _held_for_graphs.append(owner)
 
 
 def cached(kind: str, key: list, build: Callable):
-    """Returns what ``build`` returned for this key. The result is kept until ``CACHE_SIZE`` others of its kind were
-    used since, or for good where a CUDA graph has used it."""
-    recent, captured = _recent.setdefault(kind, []), _captured.setdefault(kind, [])
-    for entries in (captured, recent):
-        for i, (known_key, result) in enumerate(entries):
-            if known_key == key:
-                if entries is recent:
-                    (captured if capturing() else recent).insert(0, recent.pop(i))
-                return result
+    """Returns what ``build`` returned for this key on the current stream. The result is kept until ``CACHE_SIZE``
+    others of its kind were used on its device since, or for good where a CUDA graph has used it.
+
+    A capture has a stream of its own. It takes the result of any stream, on which the step has run before, from the
+    calls outside graphs.
+
+    Args:
+        key: begins with the device.
+    """
+    place, key, captures = (kind, key[0]), [device.stream_on(key[0]), *key], capturing()
+    with _lock:
+        entry = _captured_entry(place, key) if captures else _recent_entry(place, key)
+    if entry is not None:
+        return entry[1]
     check_not_captured()
     result = build()
-    recent.insert(0, (key, result))
-    del recent[CACHE_SIZE:]
+    with _lock:
+        entry = _recent_entry(place, key)  # another thread may have been first
+        if entry is not None:
+            return entry[1]
+        recent = _recent.setdefault(place, [])
+        recent.insert(0, (key, result))
+        del recent[CACHE_SIZE:]
     return result
+
+
+def _recent_entry(place: tuple[str, torch.device], key: list) -> Entry | None:
+    """Returns the entry with this key after moving it to the front. The caller holds the lock."""
+    recent = _recent.get(place, [])
+    for i, entry in enumerate(recent):
+        if entry[0] == key:
+            recent.insert(0, recent.pop(i))
+            return entry
+    return None
+
+
+def _captured_entry(place: tuple[str, torch.device], key: list) -> Entry | None:
+    """Returns the entry with this key on any stream after moving it to the captured ones. The caller holds the lock."""
+    captured, recent = _captured.setdefault(place, []), _recent.get(place, [])
+    for entries in (captured, recent):
+        for i, entry in enumerate(entries):
+            if entry[0][1:] == key[1:]:
+                if entries is recent:
+                    captured.append(recent.pop(i))
+                return entry
+    return None

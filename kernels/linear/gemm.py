@@ -11,6 +11,12 @@ Strategy  "fused": one persistent Triton GEMM (TMA descriptors from sm_90 on, po
           ``strategies.py`` chooses. The second rounding of "cublas" is within the error budget.
 Grid      fused: one program per multiprocessor walks tiles of the result, tokens fastest within a group of rows, so
           that neighbouring programs share W in L2. update: one program per tile.
+Carve-out While a collective of NCCL holds multiprocessors, programs without one start only after others have finished
+          all their tiles, so the GEMM takes up to twice its time. ``torch._C._set_sm_carveout_experimental(n)``, which
+          torch's own matmuls read, too, leaves out n programs from the next call on. The result has the same bits.
+          Tiles dealt out by an atomic counter would need no setting, but a counter that is zeroed before each launch,
+          a wait for it at each tile, and in Gluon one more barrier that hands its value to three partitions. cuBLAS
+          under FSDP would write the result twice at all times, also where no collective runs.
 Shapes    left (n_tokens, d_in), W (d_out, d_in) or (d_in, d_out) as stored, thin (n_tokens, r), result
           (n_tokens, d_out) in left's dtype. In both directions d_in is the summed dimension and d_out the result's
           columns. thin and factor may be float32 beside 16 bits (``primitives.dot_rounded``).

@@ -1,7 +1,7 @@
 """The GEMM with the adapter in it, warp-specialised for Hopper: the strategy "gluon" of gemm.py.
 
 Math      result = left · W' + keep∘(thin · factor) + bias, as in gemm.py.
-Grid      One program per multiprocessor walks tiles of the result, in gemm.py's order.
+Grid      One program per multiprocessor that torch's carve-out leaves walks tiles of the result, in gemm.py's order.
 Warps     Three partitions of a program walk the same tiles:
           multiply (8 warps)  starts the accumulator from the thin product, adds the steps over d_in, stores the result;
           fetch (1 warp)      copies left and W by TMA, up to ``STAGES`` steps ahead, also across tiles;
