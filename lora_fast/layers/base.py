@@ -133,9 +133,19 @@ class AdapterLinear(nn.Module):
         """x: (..., d_in) → (..., d_out)."""
         if self._buffers["_unmerged_weight"] is not None:  # merged; read past nn.Module.__getattr__, which is slow
             return nn.functional.linear(x, self.weight, self.bias)
+        weight, bias = self.frozen_parameters()
         a, b = self.factors()
         dropout_p = self.dropout_p if self.training else 0.0
-        return functional.lora_linear(x, self.weight, self.bias, a, b, self.scaling, dropout_p)
+        return functional.lora_linear(x, weight, bias, a, b, self.scaling, dropout_p)
+
+    def frozen_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Returns weight and bias for one forward. FSDP1 replaces them by views of its flat parameter, which require a
+        gradient as soon as any parameter in it does; they are detached, because this layer's are frozen."""
+        weight, bias = self.weight, self.bias
+        is_stored = "weight" in self._parameters or "weight" in self.__dict__  # and not computed by a parametrization
+        if is_stored and type(weight) is Tensor and weight.requires_grad:
+            return weight.detach(), None if bias is None else bias.detach()
+        return weight, bias
 
     def free_parameters_for(self, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> tuple[Tensor, ...]:
         """Returns the values of the tensors in ``SAVED_STATE``, in its order, with which ΔW = scaling · lora_B lora_A.
