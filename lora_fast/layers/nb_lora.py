@@ -223,8 +223,9 @@ def factors_of(model: nn.Module) -> list[tuple[NBLoRALinear, tuple[Tensor, Tenso
     """Returns a (r, d_in) and b (d_out, r) of every NBLoRALinear that is not merged or sharded, computed in one call
     per device."""
     layers = [x for x in model.modules() if isinstance(x, NBLoRALinear) and not x.merged]
-    # FSDP gathers a DTensor only for its own module's forward, so such a layer computes its factors there.
-    whole = [layer for layer in layers if type(layer.free_a) in (nn.Parameter, Tensor)]
+    # FSDP gathers a DTensor, or FSDP1's flat vector, only for its own module's forward, so such a layer computes its
+    # factors there.
+    whole = [layer for layer in layers if type(layer.free_a) in (nn.Parameter, Tensor) and layer.free_a.dim() == 2]
     groups = group_by(whole, lambda layer: layer.free_a.device).values()
     return [pair for group in groups for pair in zip(group, factor_cache.cached_factors(group), strict=True)]
 

@@ -26,14 +26,18 @@ def build(config) -> nn.Module:
     return model
 
 
-def wrap(model: nn.Module, kind: str) -> nn.Module:
-    """Returns the model under DDP, under FSDP1 or, sharded in place, under FSDP2."""
+def wrap(model: nn.Module, kind: str, nested: bool = True) -> nn.Module:
+    """Returns the model under DDP, under FSDP1 (with ``nested`` each layer by itself) or, sharded in place, under
+    FSDP2."""
     if kind == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     if kind == "fsdp1":
         from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        policy = ModuleWrapPolicy({type(model[0])}) if nested else None
+        settings = {"use_orig_params": True, "device_id": torch.device("cpu"), "auto_wrap_policy": policy}
+        return FullyShardedDataParallel(model, **settings)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -53,7 +57,9 @@ def worker(rank: int, kind: str, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/{kind}", rank=rank, world_size=WORLD)
     for config in CONFIGS if kind != "fsdp1" else ():
         train(rank, kind, config)
-    train_by_loraadamw(rank, kind)
+    for config in CONFIGS:
+        for nested in (True, False) if kind == "fsdp1" else (True,):
+            train_by_loraadamw(rank, kind, config, nested)
     dist.destroy_process_group()
     os._exit(0)
 
@@ -78,15 +84,16 @@ def train(rank: int, kind: str, config) -> None:
             optimizer.zero_grad()
 
 
-def train_by_loraadamw(rank: int, kind: str) -> None:
+def train_by_loraadamw(rank: int, kind: str, config, nested: bool) -> None:
     """Trains with LoRAAdamW and compares with one process. Under FSDP2 the optimizer is made before the model is
     sharded, and its groups get the sharded parameters then, as accelerate does it. There, methods are refused by
     name."""
-    alone, x = build(CONFIGS[0]), torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
-    methods = [lf.methods.ILoRA()] if kind == "ddp" else []
+    alone, x = build(config), torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+    pairing = [lf.methods.ILoRA()] if isinstance(config, lf.LoRAConfig) else []
     distributed = copy.deepcopy(alone)
+    methods = pairing if kind == "ddp" else []
     optimizers = [lf.optim.LoRAAdamW(model, lr=1e-2, methods=methods) for model in (alone, distributed)]
-    refused = lf.optim.LoRAAdamW(distributed, methods=[lf.methods.ILoRA()])
+    refused = lf.optim.LoRAAdamW(distributed, methods=pairing)
     names = {p: name for name, p in distributed.named_parameters()}
     originals = {name: weakref.ref(p) for p, name in names.items()}
     orders = [[[names[p] for p in group["params"]] for group in x.param_groups] for x in (optimizers[1], refused)]
@@ -95,7 +102,7 @@ def train_by_loraadamw(rank: int, kind: str) -> None:
         for optimizer in (optimizers[1], refused):
             for group in optimizer.param_groups:
                 group["params"] = [torch.empty(1) for _ in group["params"]]
-    distributed = wrap(distributed, kind)
+    distributed = wrap(distributed, kind, nested)
     parameters = {bare_name(name): p for name, p in distributed.named_parameters()}
     for optimizer, order in zip((optimizers[1], refused), orders, strict=True):
         for group, members in zip(optimizer.param_groups, order, strict=True):
@@ -103,7 +110,7 @@ def train_by_loraadamw(rank: int, kind: str) -> None:
     for _ in range(2):
         alone(x).pow(2).mean().backward()
         distributed(x.chunk(WORLD)[rank]).pow(2).mean().backward()
-        if kind != "ddp":
+        if pairing and kind != "ddp":
             try:
                 refused.step()
             except lf.ArgumentError as error:
