@@ -128,7 +128,11 @@ def backward(free: Free, inverses: list[Tensor], scales: list[Tensor], grads: Se
     return results
 
 
-@torch.library.custom_op("lora_fast::cayley", mutates_args=())
+# The kernels keep tables of addresses between calls, which CUDA graph trees do not allow in a graph's memory.
+_outside_graphs = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("lora_fast::cayley", mutates_args=(), tags=_outside_graphs)
 def cayley_op(
     free_a: Sequence[Tensor],
     free_b: Sequence[Tensor],
@@ -149,7 +153,7 @@ def _(free_a, free_b, free_scale, bounds, powers, triton):
     return [*a, *b, *(wide(x, len(x), len(x)) for x in free_a), *(wide(x, len(x)) for x in free_scale)]
 
 
-@torch.library.custom_op("lora_fast::cayley_backward", mutates_args=())
+@torch.library.custom_op("lora_fast::cayley_backward", mutates_args=(), tags=_outside_graphs)
 def cayley_backward_op(
     free_a: Sequence[Tensor],
     free_b: Sequence[Tensor],

@@ -133,18 +133,24 @@ def _add_product(base: Tensor, thin: Tensor, factor: Tensor, alpha: float, keep:
 
 
 def draw_mask(x: Tensor, dropout_p: float, seed: int | Tensor) -> Tensor:
-    """Returns the torch backend's dropout mask of x (..., d_in), bool (n_tokens, d_in), a function of the seed. On a
-    CPU it comes from NumPy's SFC64, 15 times faster than torch's Bernoulli, so that backward can draw it again;
-    elsewhere it comes from torch's generator."""
-    seed, d_in, device = int(seed), x.shape[-1], x.device
+    """Returns the torch backend's dropout mask of x (..., d_in), bool (n_tokens, d_in), a function of the seed. It
+    comes from NumPy's SFC64, 15 times faster than torch's Bernoulli, so that backward can draw it again. On other
+    devices than a CPU the place of the seed has a mask by ``bernoulli_mask``, which is returned."""
+    if isinstance(seed, Tensor) and seed.dtype is torch.bool:
+        return seed
+    d_in = x.shape[-1]
     n_tokens = x.numel() // d_in
-    if device.type != "cpu":
-        generator = torch.Generator(device).manual_seed(seed)
-        drawn = torch.randint(DROP_LEVELS, (n_tokens, d_in), generator=generator, device=device, dtype=torch.int32)
-        return drawn >= drop_level(dropout_p)
-    words = np.random.SFC64(seed).random_raw(-(-n_tokens * d_in // 4))
+    words = np.random.SFC64(int(seed)).random_raw(-(-n_tokens * d_in // 4))
     numbers = words.view(np.uint16)[: n_tokens * d_in].reshape(n_tokens, d_in)
     return torch.from_numpy(numbers >= drop_level(dropout_p))
+
+
+def bernoulli_mask(x: Tensor, dropout_p: float, generator: torch.Generator | None = None) -> Tensor:
+    """Returns a mask of x (..., d_in), bool (n_tokens, d_in), drawn on x's device without waiting for it."""
+    d_in = x.shape[-1]
+    kept = 1.0 - drop_level(dropout_p) / DROP_LEVELS
+    mask = torch.empty((x.numel() // d_in, d_in), dtype=torch.bool, device=x.device)
+    return mask.bernoulli_(kept, generator=generator)
 
 
 def philox_mask(seed: int, n_tokens: int, d_in: int, dropout_p: float) -> Tensor:
