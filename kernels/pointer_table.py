@@ -401,5 +401,5 @@ def cached(kind: str, key: list, build: Callable):
 
 def to_device(rows: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Copies a few numbers from the host, through pinned memory, so that the host does not wait."""
-    host = torch.tensor(rows, dtype=dtype)
+    host = torch.tensor(rows, dtype=dtype, device="cpu")
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

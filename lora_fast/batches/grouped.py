@@ -43,7 +43,9 @@ class GroupedBatch(Batch):
         super().__init__(members, counts)
         self._factors: list[Trained] = [pair.b for pair in self.pairs] + [pair.a for pair in self.pairs]
         self._rank, self._device = self.pairs[0].rank, self._factors[0].device
-        self._steps = torch.tensor(counts, dtype=torch.float32).repeat_interleave(self.products).to(self._device)
+        self._steps = (
+            torch.tensor(counts, dtype=torch.float32, device="cpu").repeat_interleave(self.products).to(self._device)
+        )
         experts = [pair.experts for pair in self.pairs] * 2
         first = [0, *accumulate(experts)][:-1]  # each factor's first row in per-factor tensors of 2L rows
         layouts = [layout(pair) for pair in self.pairs]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -38,8 +38,9 @@ class Factor:
         """Copies parameters and state into stacks, and makes both slices of the stacks. New state is zero."""
         self.parameters, self.grad = parameters, None
         self.value = torch.stack([p.data for p in parameters])
-        counts = [states[p].get("step", torch.zeros(())) for p in parameters]
-        self.steps = torch.stack([count.to(self.value.device, torch.float32) for count in counts])
+        like: dict[str, Any] = {"dtype": torch.float32, "device": self.value.device}
+        counts = [states[p].get("step", torch.zeros((), **like)) for p in parameters]
+        self.steps = torch.stack([count.to(**like) for count in counts])
         self.state = {}
         for name, (shape, dtype) in shapes.items():
             self.state[name] = torch.zeros(len(parameters), *shape, dtype=dtype, device=self.value.device)
@@ -96,7 +97,7 @@ class ExpertsFactor(Factor):
         self.parameters, self.grad, self._split = [parameter], None, split
         parameter.data = parameter.data.contiguous()
         state, device = states[parameter], parameter.device
-        count = state.get("step", torch.zeros(()))
+        count = state.get("step", torch.zeros((), dtype=torch.float32, device=device))
         self.steps = torch.stack([count.to(device, torch.float32)])
         for name, (shape, dtype) in shapes.items():
             old = state.get(name)

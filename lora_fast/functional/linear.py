@@ -8,7 +8,6 @@ from torch import Tensor
 from .. import backend, checks
 from ..ops import linear as linear_op
 from ..ops import seeds
-from ..ops.reference.linear import bernoulli_mask
 
 # Looked up once, because attribute accesses cost host time in every layer's call. Function.apply is a Python method for
 # functorch (vmap, grad); without functorch it only calls the method that it overrides.
@@ -71,19 +70,19 @@ def lora_linear(
 
 def _mask_seed(x: Tensor, dropout_p: float, seed: int | None, traced: bool) -> int | Tensor:
     """Returns the seed as an int. In a traced graph and under CUDA graph capture it is a tensor on the device instead,
-    because an int would be a constant there and repeat the same mask at every replay. For the torch ops on other devices
-    than a CPU it is the mask itself, because they would have to wait for the device to read a seed from it."""
+    because an int would be a constant there and repeat the same mask at every replay. For the torch ops on a GPU it is
+    the mask itself, because they would have to wait for the device to read a seed."""
     if seed is not None and not (isinstance(seed, int) and 0 <= seed < seeds.SEEDS):
         raise checks.ArgumentError("seed", "an integer from 0 to 2**62 - 1", repr(seed))
     device = x.device
     in_graph = traced or backend.is_capturing(device)
     if device.type != "cpu" and not backend.uses_triton(x):
         if seed is None:
-            return bernoulli_mask(x, dropout_p)
+            return linear_op.bernoulli_mask(x, dropout_p)
         if in_graph:
             expected = f"None, since torch.compile and CUDA graphs cannot seed the torch ops on {device.type}"
             raise checks.ArgumentError("seed", expected, repr(seed))
-        return bernoulli_mask(x, dropout_p, torch.Generator(device).manual_seed(seed))
+        return linear_op.bernoulli_mask(x, dropout_p, torch.Generator(device).manual_seed(seed))
     if not in_graph:
         return seeds.draw(device) if seed is None else seed
     if seed is None:

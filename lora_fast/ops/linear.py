@@ -3,8 +3,8 @@
 Eager calls use ``LoRALinearFunction``, a bare autograd.Function, which takes the least host time. Traced calls
 (torch.compile, compiled autograd) use the registered ops ``lora_fast::lora_linear`` and
 ``lora_fast::lora_linear_backward``. Both run ``forward`` and ``backward`` below. x and S are saved for backward, beside
-the module's own weights; the dropout mask is drawn again from its seed. ``seed`` is an int, an int64 in a 0-d tensor, or
-with the torch ops on a GPU the mask itself, which is then saved as well.
+the module's own weights; the dropout mask is drawn again from its seed. ``seed`` is an int or an int64 in a 0-d tensor.
+With the torch ops on a GPU it is the mask itself, which is saved as well.
 """
 
 from __future__ import annotations
@@ -16,6 +16,15 @@ from .. import backend
 from .reference import linear as reference
 
 _traced = torch.compiler.is_compiling  # looked up once, because attribute accesses cost host time in every backward
+
+
+def bernoulli_mask(x: Tensor, dropout_p: float, generator: torch.Generator | None = None) -> Tensor:
+    """Returns a dropout mask of x (..., d_in), bool (n_tokens, d_in), drawn on x's device without waiting for it. With
+    no generator it is the device's default one."""
+    d_in = x.shape[-1]
+    kept = 1.0 - reference.drop_level(dropout_p) / reference.DROP_LEVELS
+    mask = torch.empty((x.numel() // d_in, d_in), dtype=torch.bool, device=x.device)
+    return mask.bernoulli_(kept, generator=generator)
 
 
 def forward(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded) -> tuple[Tensor, Tensor]:
@@ -48,8 +57,8 @@ def _bias_gradient(dy: Tensor) -> Tensor:
 
 
 def _backward_node(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, rounded, needs) -> tuple:
-    """Returns what ``backward`` returns, by the registered op: compiled autograd traces the backward of an eager forward
-    and must not trace into the kernels and NumPy."""
+    """Returns what ``backward`` returns, by the registered op. Compiled autograd traces the backward of an eager
+    forward, and it cannot trace the kernels and NumPy."""
     if isinstance(seed, int):
         seed = torch.full((), seed, dtype=torch.int64, device=x.device)
     need_x, need_a, need_b = needs

@@ -1,22 +1,23 @@
-"""Seeds of random numbers, drawn as torch draws the numbers themselves: from the default generator of the tensor's device.
+"""Seeds of random numbers. They come from where torch takes the numbers themselves, the device's default generator.
 
 On a GPU, the seed is computed on the host from the generator's seed and offset, and the offset is advanced, so that
 nothing is launched and nothing waits for the device.
 
-A region under ``torch.utils.checkpoint`` has to draw the same seeds when it runs again. torch restores the states of the
-CPU's generator and of the generators of its arguments' devices for that, which is not enough where several threads share
-the CPU's generator (``nn.DataParallel``, autograd's thread of each device) or where a region continues on another
-device. Each region therefore remembers the seeds of its first run in an attribute of the object that torch keeps for it:
-the frame of a region without reentrant autograd, which the closures of its saved-tensor hooks contain, and the ctx of a
-reentrant one. The generator is advanced in every run, because other draws of the region follow ours. With a version of
-torch in which these objects differ, the generator's seed is used.
+A region under ``torch.utils.checkpoint`` has to draw the same seeds when it runs again. torch restores the states of
+the CPU's generator and of those of the devices of the region's arguments. That is not enough where threads share the
+CPU's generator (``nn.DataParallel``, autograd's thread of each device) or where a region continues on another device.
+Each region therefore remembers the seeds of its first run, in an attribute of the object that torch keeps for it: the
+frame of a region without reentrant autograd, which the closures of its saved-tensor hooks contain, and the ctx of a
+reentrant one. The generator is advanced in every run, because other draws of the region follow ours. With a version
+of torch in which these objects differ, the seed is the generator's.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 from weakref import ReferenceType
 
@@ -34,14 +35,14 @@ _top_hooks, _in_backward, _grad_enabled = (
     torch._C._current_graph_task_id,
     torch.is_grad_enabled,
 )
-_Frame: Any = getattr(checkpoint, "_CheckpointFrame", None)
+_Frame: Any = getattr(checkpoint, "_CheckpointFrame", ())
 _REENTRANT = checkpoint.CheckpointFunction
-_REENTRANT_FORWARD = _REENTRANT.forward.__code__
+_REENTRANT_FORWARD: Any = _REENTRANT.forward
 
 
 def draw(device: torch.device) -> int:
-    """Returns a seed, from 0 to 2⁶²-1, of the device's default generator. In a checkpointed region that runs again it is
-    the seed of the region's first run. Not for streams that a CUDA graph captures: a graph would repeat the seed."""
+    """Returns a seed, from 0 to 2⁶²-1, of the device's default generator. In a checkpointed region that runs again it
+    is the seed of the region's first run. It is not for a stream that a CUDA graph captures, which would repeat it."""
     if device.type == "cuda":
         seed = from_offset(torch.cuda.default_generators[device.index])
     else:
@@ -85,22 +86,22 @@ class _Memory:
         return self.seeds[self.used - 1] if self.used <= len(self.seeds) else seed
 
 
-def _regions() -> Iterator[tuple[Any, object]]:
-    """Yields the objects of all checkpointed regions that the caller runs in, each with None in the region's first run
+def _regions() -> list[tuple[Any, object]]:
+    """Returns the objects of all checkpointed regions that the caller runs in, each with None in the region's first run
     and with what identifies the run in a later one. Regions in their first run come last, so that an inner region which
     an outer one runs again remembers the outer one's seeds."""
-    regions = [region for pack in _pack_hooks() if (region := _region_of(pack))]
+    regions: list[tuple[Any, object]] = [region for pack in _pack_hooks() if (region := _region_of(pack))]
     if _in_backward() != -1:
         node: Any = torch._C._current_autograd_node()
         if getattr(node, "_forward_cls", None) is _REENTRANT:
             regions.append((node, _in_backward()))
     if not _grad_enabled():
-        stack = sys._getframe()
+        stack: FrameType | None = sys._getframe()
         while stack is not None:
-            if stack.f_code is _REENTRANT_FORWARD:
+            if stack.f_code is _REENTRANT_FORWARD.__code__:
                 regions.append((stack.f_locals["ctx"], None))
             stack = stack.f_back
-    return iter(sorted(regions, key=lambda region: region[1] is None))
+    return sorted(regions, key=lambda region: region[1] is None)
 
 
 def _pack_hooks() -> list[Callable]:
@@ -126,6 +127,6 @@ def _region_of(pack: Callable) -> tuple[Any, object] | None:
             content, run = content(), pack
         else:
             run = None
-        if _Frame is not None and isinstance(content, _Frame):
+        if isinstance(content, _Frame):
             return content, run
     return None

@@ -134,8 +134,8 @@ def _add_product(base: Tensor, thin: Tensor, factor: Tensor, alpha: float, keep:
 
 def draw_mask(x: Tensor, dropout_p: float, seed: int | Tensor) -> Tensor:
     """Returns the torch backend's dropout mask of x (..., d_in), bool (n_tokens, d_in), a function of the seed. It
-    comes from NumPy's SFC64, 15 times faster than torch's Bernoulli, so that backward can draw it again. On other
-    devices than a CPU the place of the seed has a mask by ``bernoulli_mask``, which is returned."""
+    comes from NumPy's SFC64, 15 times faster than torch's Bernoulli, so that backward can draw it again. On a GPU the
+    argument ``seed`` is the mask itself."""
     if isinstance(seed, Tensor) and seed.dtype is torch.bool:
         return seed
     d_in = x.shape[-1]
@@ -145,22 +145,14 @@ def draw_mask(x: Tensor, dropout_p: float, seed: int | Tensor) -> Tensor:
     return torch.from_numpy(numbers >= drop_level(dropout_p))
 
 
-def bernoulli_mask(x: Tensor, dropout_p: float, generator: torch.Generator | None = None) -> Tensor:
-    """Returns a mask of x (..., d_in), bool (n_tokens, d_in), drawn on x's device without waiting for it."""
-    d_in = x.shape[-1]
-    kept = 1.0 - drop_level(dropout_p) / DROP_LEVELS
-    mask = torch.empty((x.numel() // d_in, d_in), dtype=torch.bool, device=x.device)
-    return mask.bernoulli_(kept, generator=generator)
-
-
 def philox_mask(seed: int, n_tokens: int, d_in: int, dropout_p: float) -> Tensor:
     """Returns the kernels' dropout mask, bit for bit: Philox 4x32-7 (Salmon et al., SC 2011) with key = seed and
     counter = (token, column // 8, 0, 0). Its four words are eight 16-bit numbers, low half first, one per column. An
     element is kept when its number is at least ``drop_level``."""
     groups = -(-d_in // 8)
     low = 0xFFFFFFFF
-    c0 = torch.arange(n_tokens).view(-1, 1).expand(n_tokens, groups)
-    c1 = torch.arange(groups).expand(n_tokens, groups)
+    c0 = torch.arange(n_tokens, dtype=torch.int64, device="cpu").view(-1, 1).expand(n_tokens, groups)
+    c1 = torch.arange(groups, dtype=torch.int64, device="cpu").expand(n_tokens, groups)
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     k0, k1 = seed & low, (seed >> 32) & low
     for _ in range(PHILOX_ROUNDS):

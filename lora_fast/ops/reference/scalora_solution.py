@@ -57,7 +57,7 @@ def scales(
         scales of the factors, [α for b; β for a] (2L, r); scales of their gradients, [β; α] (2L, r); and the scale of
         the residual b a that is merged before, scaling (1 − α∘β) (L, r).
     """
-    kappa = torch.as_tensor(kappa, device=x.device)
+    kappa = torch.as_tensor(kappa, dtype=torch.float64, device=x.device)
     scale = torch.where(active & ~(kappa <= 0), (x / kappa.to(x.dtype)).sqrt().clamp(low, high), 1.0)
     alpha, beta = scale.chunk(2, -1)
     return torch.cat([alpha, beta]), torch.cat([beta, alpha]), scaling[:, None] * (1 - alpha * beta)
