@@ -98,11 +98,17 @@ class CayleyFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        if torch.is_grad_enabled():
-            raise RuntimeError("cayley has no second derivative: call backward without create_graph=True")
-        if ctx.versions != [x._version for x in ctx.free.tensors]:
-            raise RuntimeError("cayley: a free parameter has been modified by an inplace operation since the forward")
-        return None, None, *backward(ctx.free, ctx.inverses, ctx.scales, grads)
+        # Compiled autograd traces this method, and it cannot trace the kernels and versions of tensors.
+        run = torch.compiler.disable(_node_backward) if torch.compiler.is_compiling() else _node_backward
+        return run(ctx, grads)
+
+
+def _node_backward(ctx, grads: Sequence[Tensor | None]) -> tuple:
+    if torch.is_grad_enabled():
+        raise RuntimeError("cayley has no second derivative: call backward without create_graph=True")
+    if ctx.versions != [x._version for x in ctx.free.tensors]:
+        raise RuntimeError("cayley: a free parameter has been modified by an inplace operation since the forward")
+    return None, None, *backward(ctx.free, ctx.inverses, ctx.scales, grads)
 
 
 def backward(free: Free, inverses: list[Tensor], scales: list[Tensor], grads: Sequence[Tensor | None]) -> list:

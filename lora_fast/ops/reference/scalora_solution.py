@@ -101,7 +101,7 @@ def _factorable(unit: Tensor, active: Tensor) -> Tensor:
     """Returns the system with the smallest ridge with which Cholesky succeeds, since rounding can make a singular
     system indefinite. Inactive entries get the identity."""
     eye = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
-    tries = [unit + torch.where(active, ridge, 1.0)[:, :, None] * eye for ridge in RIDGES]
+    tries = [unit + torch.where(active[:, :, None], ridge * eye, eye) for ridge in RIDGES]
     result = tries[-1]
     for attempt in tries[-2::-1]:  # towards the smallest ridge, so that the smallest one that factors is kept
         fails = torch.linalg.cholesky_ex(attempt)[1] != 0
