@@ -30,10 +30,10 @@ _LOW = (1 << 64) - 1
 _advancing = threading.Lock()
 # Looked up once, because attribute accesses cost host time in every layer's call.
 _hooks: Any = torch._C._autograd
-_top_hooks, _in_backward, _grad_enabled = (
+_top_hooks, _in_backward, _outside_functions = (
     _hooks._top_saved_tensors_default_hooks,
     torch._C._current_graph_task_id,
-    torch.is_grad_enabled,
+    torch._C._is_fwd_grad_enabled,  # False in the forward of an autograd.Function and in inference mode alone
 )
 _Frame: Any = getattr(checkpoint, "_CheckpointFrame", ())
 _REENTRANT = checkpoint.CheckpointFunction
@@ -47,7 +47,7 @@ def draw(device: torch.device) -> int:
         seed = from_offset(torch.cuda.default_generators[device.index])
     else:
         seed = int(torch.randint(SEEDS, (), dtype=torch.int64, device=_CPU).item())
-    if _top_hooks(False) is None and _in_backward() == -1 and _grad_enabled():
+    if _top_hooks(False) is None and _in_backward() == -1 and _outside_functions():
         return seed  # outside every checkpointed region
     for region, run in _regions():
         memory = region.__dict__.setdefault("_lora_fast_seeds", _Memory())
@@ -95,7 +95,7 @@ def _regions() -> list[tuple[Any, object]]:
         node: Any = torch._C._current_autograd_node()
         if getattr(node, "_forward_cls", None) is _REENTRANT:
             regions.append((node, _in_backward()))
-    if not _grad_enabled():
+    if not _outside_functions() and not torch.is_inference_mode_enabled():
         stack: FrameType | None = sys._getframe()
         while stack is not None:
             if stack.f_code is _REENTRANT_FORWARD.__code__:
