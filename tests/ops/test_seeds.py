@@ -85,6 +85,14 @@ def test_cpus_seeds_follow_manual_seed_and_the_restored_state():
     assert seeds.draw(CPU) == first
 
 
+def test_rounding_draws_a_seed_only_where_it_is_random():
+    before, weight = torch.get_rng_state(), torch.zeros(4, 6, dtype=torch.bfloat16)
+    lf.functional.add_low_rank_(weight, torch.ones(2, 6), torch.ones(4, 2), 1.0)
+    assert torch.equal(torch.get_rng_state(), before)
+    lf.functional.add_low_rank_(weight, torch.ones(2, 6), torch.ones(4, 2), 1.0, "stochastic")
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
 # ── regions that run again ───────────────────────────────────────────────────────────────────────────────────────────
 
 
