@@ -369,7 +369,7 @@ class GluonGemm:
         largest_r = max(16, tiles.gemm_rank(r) // factor_parts)  # fits in shared memory beside the pipeline
         n_tiles = triton.cdiv(n_tokens, BLOCK_T) * triton.cdiv(d_out, BLOCK_OUT)
         weight_block = (BLOCK_OUT, BLOCK_IN) if transposed else (BLOCK_IN, BLOCK_OUT)
-        result = torch.empty(n_tokens, d_out, device="meta")
+        result = torch.empty(n_tokens, d_out, dtype=dtype, device="meta")
         self.empty = allocator(shape, dtype, left.device)
         self.launch = Launch(
             lora_gluon_linear_kernel, (min(n_tiles, tiles.programs(left.device)),),

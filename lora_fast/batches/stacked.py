@@ -255,10 +255,11 @@ class StackedBatch(Batch):
         stored = self.b.state.get("merge_residual")
         if stored is not None:
             residuals = stored.mT if self.pairs[0].transposed else stored  # stored in the layout of the weight
+        captured = backend.is_capturing(weights[0].device)  # a seed would be the same at every replay
         operands = zip(weights, self.a.value, self.b.value, residual_scale, residuals, names, counts, strict=True)
         for weight, a, b, scale, residual, name, count in compress(operands, merged):
             # By the product's name, the noise does not depend on the batch. torch's CPU generator takes 32 bits.
-            product_seed = zlib.crc32(f"{seed} {count} {name}".encode())
+            product_seed = None if captured else zlib.crc32(f"{seed} {count} {name}".encode())
             add_low_rank_(weight, a, b, scale, rounding, product_seed, residual)
 
     def adamw(self, grams: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import compress
 from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +29,9 @@ class UnpairedParameters:
             for name in MOMENTS:
                 moment = state[name].to(p.device, p.dtype) if name in state else torch.zeros_like(p)
                 state[name] = with_strides_of(moment, p)
-        zero = torch.zeros((), dtype=torch.float32, device="cpu")
-        counts = [state.get("step", zero) for state in self._states]
-        self._steps = torch.stack([count.to(parameters[0].device, torch.float32) for count in counts])
+        like: dict[str, Any] = {"dtype": torch.float32, "device": parameters[0].device}
+        counts = [state.get("step", torch.zeros((), **like)) for state in self._states]
+        self._steps = torch.stack([count.to(**like) for count in counts])
         self._counts = list(self._steps)
         for state, count in zip(self._states, self._counts, strict=True):
             state["step"] = count

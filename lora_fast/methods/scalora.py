@@ -114,7 +114,7 @@ class ScaLoRA(Method):
         # The squares are β² at κ = 1 and are proportional to 1 / κ, so their geometric mean is the κ that makes it 1.
         logs = torch.where(active, squares, 1.0).log().sum() / active.sum()
         calibrated = torch.where(active.any(), logs.exp(), 0.0)
-        kappa = memory["kappa"] = memory.get("kappa", torch.zeros((), dtype=torch.float64)).to(device)
+        kappa = memory["kappa"] = memory.get("kappa", torch.zeros((), dtype=torch.float64, device=device)).to(device)
         # In place, because a CUDA graph reads κ at this address at every replay.
         return kappa.copy_(torch.where(kappa > 0, kappa, calibrated))
 

@@ -95,7 +95,7 @@ def driver() -> str:
 def which_backend() -> tuple[str, str]:
     """Returns the backend that runs for a model on the GPU, or on the CPU if there is no GPU, and the reason. The name
     is "none" if no backend can run."""
-    tensor = torch.empty(1, device="cuda" if torch.cuda.is_available() else "cpu")
+    tensor = torch.empty(1, dtype=torch.float32, device="cuda" if torch.cuda.is_available() else "cpu")
     setting = os.environ.get("LORA_FAST_BACKEND", "auto")
     try:
         name = "triton" if backend.uses_triton(tensor) else "torch"
