@@ -8,14 +8,15 @@ hooks of other libraries are.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from functools import cache, partial, update_wrapper
-from importlib import import_module
-from types import MethodType, ModuleType
+from functools import partial, update_wrapper
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
+ACCELERATE = "accelerate.hooks"  # imported where a module has its wrapper
 FORWARD, HOOK = "forward", "_hf_hook"  # where accelerate puts its wrapper and its hook, in the module's __dict__
 
 
@@ -44,7 +45,7 @@ def is_wrapped(module: nn.Module) -> bool:
     wrapper = state.get(FORWARD)
     return (
         type(wrapper) is partial
-        and getattr(wrapper.func, "__module__", None) == "accelerate.hooks"
+        and getattr(wrapper.func, "__module__", None) == ACCELERATE
         and wrapper.args[:1] == (module,)
         and HOOK in state
         and is_own(state.get("_old_forward"), module)
@@ -92,18 +93,12 @@ def _wrap(module: nn.Module, wrapper: Callable, hook: Any) -> None:
 def _only_aligns(module: nn.Module) -> bool:
     """Returns whether all hooks of a wrapped module only move the input to the module's device, and perhaps the output
     to the input's."""
-    hook, aligning = module.__dict__[HOOK], _accelerate().AlignDevicesHook
+    hook, aligning = module.__dict__[HOOK], sys.modules[ACCELERATE].AlignDevicesHook
     return not hook.no_grad and all(type(part) is aligning and not part.offload for part in _parts(hook))
 
 
 def _parts(hook: Any) -> tuple:
     """Returns the hooks that a SequentialHook has, in any depth, or the hook itself."""
-    if type(hook) is not _accelerate().SequentialHook:
+    if type(hook) is not sys.modules[ACCELERATE].SequentialHook:
         return (hook,)
     return tuple(part for inner in hook.hooks for part in _parts(inner))
-
-
-@cache
-def _accelerate() -> ModuleType:
-    """Returns accelerate.hooks, which has been imported where a module has its wrapper."""
-    return import_module("accelerate.hooks")
