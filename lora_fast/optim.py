@@ -264,6 +264,7 @@ class LoRAAdamW(torch.optim.Optimizer):
         """Puts each parameter that has or had a gradient (``members``) into a batch or, where plain AdamW on a list of
         tensors does the same, into an UnpairedParameters."""
         self._check_gradients()
+        chosen_backend = backend.chosen()  # read first: if another thread sets it now, the next step builds again
         stacked = any(method.needs_stacks for method in self._methods)
         triton = not stacked and partition.runs_on_triton([pair for pair, *_ in self._pairs])
         chosen = {id(p) for p, member in zip(self._parameters, members, strict=True) if member}
@@ -284,7 +285,7 @@ class LoRAAdamW(torch.optim.Optimizer):
             parameters = [p for p in group["params"] if id(p) in chosen and id(p) not in batched]
             self._unpaired += UnpairedParameters.build(parameters, i, self.state)
         self._members = members
-        self._built_for = backend.chosen(), list(map(id, self.state.values()))  # building adds state
+        self._built_for = chosen_backend, list(map(id, self.state.values()))  # building adds state
 
     def _forget_batches(self) -> None:
         """Makes the next step find parameters and build batches anew."""
