@@ -210,7 +210,6 @@ class LoRAAdamW(torch.optim.Optimizer):
         same, into an UnpairedParameters. ``has_grad`` is in the order of ``_all_parameters``."""
         stacked = any(method.needs_stacks for method in self._methods)
         pairing = [method for method in self._methods if method.uses_both_factors]
-        triton = not stacked and partition.runs_on_triton([pair for pair, *_ in self._pairs])
         active: list[PairInGroups] = []
         # Not strict, because ``has_grad`` continues with the parameters that are in no pair.
         for (pair, group_a, group_b), a_has_grad, b_has_grad in zip(
@@ -220,13 +219,14 @@ class LoRAAdamW(torch.optim.Optimizer):
                 factor = "lora_B" if a_has_grad else "lora_A"
                 methods = ", ".join(type(method).__name__ for method in pairing)
                 raise checks.ArgumentError(f"{pair.name}.{factor}.grad", f"a gradient ({methods}: both)", "None")
-            if a_has_grad and b_has_grad and (pairing or triton):
+            is_batched = bool(pairing) or (not stacked and partition.runs_on_triton(pair))
+            if a_has_grad and b_has_grad and is_batched:
                 active.append((pair if pairing else pair.whole(), group_a, group_b))
         for method in self._methods:
             method.check([pair for pair, *_ in active])
         # Methods with a layout of their own exclude each other, so there is at most one.
         layout = next((m.layout for m in self._methods if type(m).layout is not Method.layout), Method().layout)
-        self._batches = partition.build(active, self.state, layout, triton)
+        self._batches = partition.build(active, self.state, layout, stacked)
         batched = {id(p) for pair, *_ in active for p in (pair.a, pair.b)}
         self._unpaired = []
         for i, group in enumerate(self.param_groups):

@@ -60,6 +60,7 @@ def fuse_(
     report.require_change("peft_model", "at least one LoRA layer of PEFT to fuse", allow_empty)
     for layer in chosen:
         layer.__class__ = fused  # the object stays the same, and so do its hooks, parameters and names
+    report.note_fallbacks(chosen)
     return report
 
 
