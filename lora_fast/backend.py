@@ -71,7 +71,7 @@ def uses_triton(tensor: torch.Tensor) -> bool:
     if obstacle is not None:
         if _chosen == "triton":
             raise checks.BackendError(_refusal(tensor.device, obstacle))
-        _warn_once(tensor.device.type, tensor.get_device())
+        _warn_once(tensor.device.type, tensor.device.index or 0)
         return False
     if tensor.dtype == torch.float64:  # the kernels accumulate in float32
         raise checks.BackendError(
