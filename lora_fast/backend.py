@@ -106,7 +106,7 @@ def _warn_once(device_type: str, index: int) -> None:
     """Warns that plain torch runs on a device, unless another device has had the same warning."""
     if (device_type, index) in _warned_of:
         return
-    text = str(fallback(torch.device(device_type, index)))
+    text = _fallback_text(torch.device(device_type, index))
     with _lock:
         is_new = text not in _warned_of.values()
         _warned_of[device_type, index] = text
@@ -120,9 +120,13 @@ _warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as pl
 def fallback(device: torch.device) -> str | None:
     """Returns a sentence that says why the backend "auto" runs plain torch on an accelerator, or None where it does not
     or where nobody expects kernels, as on a CPU."""
-    if _chosen != "auto" or device.type in ("cpu", "meta") or (obstacle := platforms.obstacle(device)) is None:
+    if _chosen != "auto" or device.type in ("cpu", "meta") or platforms.obstacle(device) is None:
         return None
-    return f"lora_fast runs plain torch on {device.type}, not its Triton kernels: {obstacle}"
+    return _fallback_text(device)
+
+
+def _fallback_text(device: torch.device) -> str:
+    return f"lora_fast runs plain torch on {device.type}, not its Triton kernels: {platforms.obstacle(device)}"
 
 
 def ops(family: str, tensor: torch.Tensor) -> ModuleType:
