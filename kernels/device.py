@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .limits import OLDEST_ARCH
-
 
 class Device(NamedTuple):
     """The limits of one GPU model."""
@@ -36,11 +34,7 @@ CARDS = {
 
 
 def get(device: torch.device) -> Device:
-    """Returns the limits of a torch device.
-
-    Raises:
-        RuntimeError: the GPU is older than sm_80.
-    """
+    """Returns the limits of a torch device."""
     if device.type != "cuda":
         return CARDS[INTERPRETED_ARCH]
     return _query_gpu(torch.cuda.current_device() if device.index is None else device.index)
@@ -50,11 +44,6 @@ def get(device: torch.device) -> Device:
 def _query_gpu(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     arch = 10 * properties.major + properties.minor
-    if arch < OLDEST_ARCH:
-        raise RuntimeError(
-            f"lora_fast: expected a GPU of sm_80 (Ampere) or later, got sm_{arch}: "
-            "lf.set_backend('torch') runs plain torch on it"
-        )
     shared_memory = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub lacks it
     return Device(properties.name, arch, shared_memory, properties.multi_processor_count)
 

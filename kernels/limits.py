@@ -3,6 +3,7 @@
 LARGEST_RANK = 256  # largest rank of an adapter, on either backend
 LARGEST_SCALORA_RANK = 128  # largest rank of ScaLoRA in the kernels; the torch twin has no limit
 OLDEST_ARCH = 80  # oldest compute capability of a GPU, as 10 · major + minor
+OLDEST_TRITON = 3, 6  # oldest release of Triton, the one that torch 2.10 was built for
 PHILOX_ROUNDS = 7  # rounds of the generator of dropout masks and stochastic roundings
 SOLVERS = ("nnls", "paper", "column", "scalar")  # solvers of ScaLoRA's scales
 ROUNDINGS = ("nearest", "stochastic", "compensated")  # roundings of a 16-bit weight after a merge

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
 
 from . import atomic_file
 from .scopes import Scopes
@@ -65,7 +64,7 @@ def _changed() -> None:
 
 
 def key(op: str, dtype: torch.dtype, n_tokens: int, d_in: int, d_out: int, r: int) -> Key:
-    return Key(op, str(dtype).removeprefix("torch."), triton.next_power_of_2(n_tokens), d_in, d_out, r)
+    return Key(op, str(dtype).removeprefix("torch."), 1 << (n_tokens - 1).bit_length(), d_in, d_out, r)
 
 
 def find(op: str, tensor: torch.Tensor, d_in: int, d_out: int, r: int) -> Choice | None:
@@ -92,6 +91,8 @@ def path() -> Path:
 
 
 def device_name(device: torch.device) -> str:
+    import triton  # here, since the file can be shown and deleted without Triton
+
     major, minor = torch.cuda.get_device_capability(device)
     return f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}, triton {triton.__version__}"
 

@@ -266,11 +266,11 @@ class LoRAAdamW(torch.optim.Optimizer):
         self._check_gradients()
         chosen_backend = backend.chosen()  # read first: if another thread sets it now, the next step builds again
         stacked = any(method.needs_stacks for method in self._methods)
-        triton = not stacked and partition.runs_on_triton([pair for pair, *_ in self._pairs])
         chosen = {id(p) for p, member in zip(self._parameters, members, strict=True) if member}
         active: list[PairInGroups] = []
         for pair, group_a, group_b in self._pairs:
-            if id(pair.a) in chosen and id(pair.b) in chosen and (self._pairing or (triton and pair.is_whole)):
+            is_batched = self._pairing or (not stacked and pair.is_whole and partition.runs_on_triton(pair))
+            if id(pair.a) in chosen and id(pair.b) in chosen and is_batched:
                 active.append((pair if self._pairing else pair.whole(), group_a, group_b))
         if self._pairing:
             pairs.check([pair for pair, *_ in active], set(), whole=True)
@@ -278,7 +278,7 @@ class LoRAAdamW(torch.optim.Optimizer):
             method.check([pair for pair, *_ in active])
         # Methods with a layout of their own exclude each other, so there is at most one.
         layout = next((m.layout for m in self._methods if type(m).layout is not Method.layout), Method().layout)
-        self._batches = partition.build(active, self.state, layout, triton)
+        self._batches = partition.build(active, self.state, layout, stacked)
         batched = {id(p) for pair, *_ in active for p in (pair.a, pair.b)}
         self._unpaired = []
         for i, group in enumerate(self.param_groups):

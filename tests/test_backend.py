@@ -1,14 +1,21 @@
-"""The two modules of a family of ops, kernels and torch twins, have the same functions with the same arguments."""
+"""Which implementation runs, on stand-ins for tensors of devices that this machine does not have. The two modules of a
+family of ops, kernels and torch twins, have the same functions with the same arguments."""
 
 import functools
 import inspect
 import itertools
+import sys
 import time
+import warnings
+from types import SimpleNamespace
 
 import pytest
+import torch
 from together import run_together
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_fast import backend
+import lora_fast as lf
+from lora_fast import backend, platforms
 
 
 @pytest.mark.parametrize("family", ["linear", "pairs", "cayley"])
@@ -59,3 +66,142 @@ def test_call_that_is_no_block_is_permanent():
             assert backend.chosen() == "torch"
         assert backend.chosen() == "triton"
         assert len(backend._alive()) == 1, "settings of calls that are no blocks are not held"
+
+
+CAPABILITIES = {0: (7, 5), 1: (9, 0), 2: (7, 0), 3: (7, 5)}
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """Forgets what is known about this machine, and gives it the GPUs of CAPABILITIES."""
+    monkeypatch.setattr(platforms, "_gpu_obstacles", {})
+    monkeypatch.setattr(platforms, "triton_obstacle", platforms.triton_obstacle.__wrapped__)
+    monkeypatch.setattr(backend, "_warned_of", {})
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: CAPABILITIES[index])
+
+
+def tensor_on(kind: str, index: int = 0, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
+    """Returns a stand-in for a tensor on such a device."""
+    where = {"is_cuda": kind == "cuda", "is_cpu": kind == "cpu", "is_meta": kind == "meta"}
+    return SimpleNamespace(device=torch.device(kind, index), get_device=lambda: index, dtype=dtype, **where)
+
+
+def warnings_of(*tensors) -> list[str]:
+    """Returns the warnings while each tensor is asked for twice."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for tensor in tensors * 2:
+            assert not backend.uses_triton(tensor)
+    return [str(warning.message) for warning in caught]
+
+
+def test_auto_decides_for_each_gpu():
+    with lf.set_backend("auto"), pytest.warns(UserWarning, match="got sm_75"):
+        assert [backend.uses_triton(tensor_on("cuda", index)) for index in (0, 1)] == [False, True]
+
+
+def test_auto_warns_once_for_each_cause():
+    with lf.set_backend("auto"):
+        texts = warnings_of(*(tensor_on("cuda", index) for index in (0, 2, 3)))
+    assert [text.partition(", got ")[2][:5] for text in texts] == ["sm_75", "sm_70"]
+    assert all("lf.set_backend('torch')" in text for text in texts)
+
+
+@pytest.mark.parametrize("kind", ["xpu", "mps"])
+def test_auto_warns_of_other_accelerators_and_not_of_a_cpu(kind):
+    with lf.set_backend("auto"):
+        assert [kind in text for text in warnings_of(tensor_on(kind), tensor_on("cpu"), tensor_on("meta"))] == [True]
+
+
+def test_chosen_torch_runs_without_a_warning():
+    with lf.set_backend("torch"):
+        assert warnings_of(tensor_on("cuda", 0), tensor_on("xpu")) == []
+
+
+def test_float64_runs_where_plain_torch_does():
+    with lf.set_backend("auto"), pytest.warns(UserWarning):
+        assert not backend.uses_triton(tensor_on("cuda", 0, torch.float64))
+    with pytest.raises(lf.BackendError, match="float64"):
+        backend.uses_triton(tensor_on("cuda", 1, torch.float64))
+
+
+ABSENT = [
+    ("sm_75", tensor_on("cuda", 0), {}, "; lf.set_backend('torch')"),
+    ("ROCm", tensor_on("cuda", 1), {"hip": "6.4"}, "; lf.set_backend('torch')"),
+    ("no triton package", tensor_on("cuda", 1), {"triton": None}, "; pip install 'triton"),
+    ("xpu", tensor_on("xpu"), {}, "; lf.set_backend('torch')"),
+]
+
+
+def change_machine(monkeypatch, changes: dict) -> None:
+    if "hip" in changes:
+        monkeypatch.setattr(torch.version, "hip", changes["hip"])
+    if "triton" in changes:
+        monkeypatch.setitem(sys.modules, "triton", None)
+        monkeypatch.setitem(sys.modules, "triton.language", None)
+
+
+@pytest.mark.parametrize(("got", "tensor", "changes", "remedy"), ABSENT, ids=[row[0] for row in ABSENT])
+def test_chosen_triton_is_refused_by_name(monkeypatch, got, tensor, changes, remedy):
+    change_machine(monkeypatch, changes)
+    with lf.set_backend("triton"), pytest.raises(lf.BackendError, match=got) as raised:
+        backend.uses_triton(tensor)
+    assert remedy in str(raised.value) and "lf.set_backend('torch')" in str(raised.value)
+
+
+@pytest.mark.parametrize(("got", "tensor", "changes", "remedy"), ABSENT, ids=[row[0] for row in ABSENT])
+def test_report_says_what_auto_warns_of(monkeypatch, got, tensor, changes, remedy):
+    change_machine(monkeypatch, changes)
+    report = lf.Report("fused", {"q": "FusedLinear"})
+    layer = SimpleNamespace(parameters=lambda: [tensor, tensor])
+    with lf.set_backend("auto"):
+        report.note_fallbacks([layer])
+        assert warnings_of(tensor)[0].startswith(report.note) and got in report.note
+    with lf.set_backend("torch"):
+        report.note_fallbacks([layer])
+    assert report.note == ""
+
+
+def ops_on_triton() -> dict:
+    """Returns a call of each kind of op, on parameters that the calls share."""
+    layer = lf.LoRALinear(8, 6, r=2, alpha=4)
+    pair = [torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 8), (6, 2))]
+    for parameter in pair:
+        parameter.grad = torch.ones_like(parameter)
+    return {
+        "layer": lambda: layer(torch.ones(3, 8)),
+        "step": lf.optim.LoRAAdamW([tuple(pair)]).step,
+        "step with a method": lf.optim.LoRAAdamW([tuple(pair)], methods=[lf.methods.ILoRA()]).step,
+        "gram": lambda: lf.functional.gram([pair[0].detach()], 1),
+        "cayley": lambda: lf.NBLoRALinear(8, 6, r=2)(torch.ones(3, 8)),
+    }
+
+
+@pytest.mark.parametrize("op", ops_on_triton())
+@pytest.mark.parametrize("interpret", ["0", "1"], ids=["cpu", "no-triton"])
+def test_every_op_refuses_triton_before_a_kernel(monkeypatch, op, interpret):
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    if interpret == "1":
+        change_machine(monkeypatch, {"triton": None})
+    call = ops_on_triton()[op]
+    with lf.set_backend("triton"), pytest.raises(lf.BackendError, match="backend 'triton' on cpu tensors: expected"):
+        call()
+
+
+def test_compiled_call_takes_the_decision_as_a_constant(monkeypatch):
+    torch._dynamo.reset()
+    graphs = []
+
+    def negate_unless_triton(x):
+        return x if backend.uses_triton(x) else -x
+
+    compiled = torch.compile(
+        negate_unless_triton, backend=lambda graph, inputs: graphs.append(graph) or graph, fullgraph=True
+    )
+    with lf.set_backend("auto"), FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            compiled(torch.empty(2, device="cuda"))
+    assert len(graphs) == 1 and "neg" in graphs[0].code
+    assert [str(w.message).partition(", got ")[2][:5] for w in caught if "lora_fast" in str(w.message)] == ["sm_75"]

@@ -2,11 +2,18 @@
 
 import ast
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
+from packaging.requirements import Requirement
+from packaging.version import Version
+from pinned_versions import pinned
+
+from lora_fast import platforms
 
 ROOT = Path(__file__).resolve().parents[1]
 # A folder or file of lora_fast/ may import from its own row and from those below it.
@@ -21,6 +28,7 @@ LAYERS = [
     ["functional"],
     ["ops"],
     ["backend", "measure"],
+    ["platforms"],
     ["checks"],
     ["kernels"],
 ]
@@ -105,3 +113,46 @@ def test_help_has_an_example(command):
     program = str(Path(sys.executable).with_name("lora-fast"))
     shown = subprocess.run([program, *command.split(), "--help"], capture_output=True, text=True)
     assert shown.returncode == 0 and f"lora-fast {command or 'finetune'}" in shown.stdout and "xample" in shown.stdout
+
+
+def declared() -> list[Requirement]:
+    """Returns the requirements of setup.py, with those of all extras."""
+    arguments = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", arguments.update)
+        patch.chdir(ROOT)
+        runpy.run_path(str(ROOT / "setup.py"))
+    extras = [requirement for group in arguments["extras_require"].values() for requirement in group]
+    return [Requirement(text) for text in arguments["install_requires"] + extras]
+
+
+def test_lower_bounds_are_the_oldest_tested_versions():
+    oldest = pinned("constraints-oldest.txt")
+    bounds = {(requirement.name, bound.version) for requirement in declared() for bound in requirement.specifier}
+    different = [
+        f"{name} {bound}, tested {oldest[name]}" for name, bound in bounds if Version(bound) != Version(oldest[name])
+    ]
+    assert len(bounds) > 15 and not different
+
+
+def test_installing_the_package_leaves_the_triton_of_torch_alone():
+    required = [requirement.name for requirement in declared() if requirement.name == "triton"]
+    assert required == ["triton"]  # in the extra of that name and in no other list
+
+
+@pytest.mark.parametrize("file", ["constraints-oldest.txt", "constraints-newest.txt"])
+def test_files_of_versions_name_the_same_packages(file):
+    of_dependencies = {"setuptools", "typer-slim"}  # transformers 5.0 needs typer-slim
+    assert set(pinned(file)) - of_dependencies == set(pinned("constraints.txt")) - of_dependencies
+
+
+@pytest.mark.parametrize("file", ["constraints-oldest.txt", "constraints.txt", "constraints-newest.txt"])
+def test_pinned_triton_is_the_one_that_torch_was_built_for(file):
+    versions = pinned(file)
+    release = platforms.TRITONS[".".join(versions["torch"].split(".")[:2])]
+    assert Version(versions["triton"]) in Requirement(f"triton~={release}.0").specifier
+
+
+def test_oldest_triton_is_the_lower_bound():
+    bound = next(requirement for requirement in declared() if requirement.name == "triton")
+    assert str(bound.specifier) == f">={platforms.NEEDED_TRITON}"

@@ -4,6 +4,7 @@ finds the page."""
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from torch import nn
 from triton.runtime.errors import OutOfResources
 
 import lora_fast as lf
-from lora_fast import backend, checks
+from lora_fast import backend, checks, platforms
 from lora_fast.batches.batch import Batch
 from lora_fast.cli.output import run_folder
 from lora_fast.kernels import device, launch, pointer_table, tiles
@@ -94,6 +95,22 @@ def on_triton(x: torch.Tensor) -> None:
         backend.uses_triton(x)
 
 
+def float64_on_a_gpu() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platforms, "_gpu_obstacles", {0: None})
+        on_triton(tensor_on_a_gpu(torch.float64))
+
+
+def tensor_on_a_gpu(dtype: torch.dtype = torch.float32) -> SimpleNamespace:
+    return SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cuda", 0), get_device=lambda: 0)
+
+
+def warned_of_plain_torch() -> None:
+    with warnings.catch_warnings(), lf.set_backend("auto"):
+        warnings.simplefilter("error")
+        backend.uses_triton(tensor_on_a_gpu())
+
+
 def due() -> None:
     pair = SimpleNamespace(a=SimpleNamespace(device=torch.device("cuda")))
     Batch.due(SimpleNamespace(pairs=[pair], count=1), 2)
@@ -115,10 +132,12 @@ ERRORS = {
     ),
     "LaunchError: … needs": too_large,
     "strategy 'gluon': expected": gluon_on_an_a100,
-    "expected a GPU of sm_80": lambda: device._query_gpu.__wrapped__(0),
+    "backend 'triton' on cuda": lambda: on_triton(tensor_on_a_gpu()),
+    "lora_fast runs plain torch on cuda": warned_of_plain_torch,
+    "expected Triton 3.6 or later": lambda: platforms.require("lora-fast inspect", platforms._wrong_triton("none")),
     "LORA_FAST_BACKEND: expected": lambda: checks.choice("tritton", "LORA_FAST_BACKEND", backend.BACKENDS),
     "backend 'triton' on cpu": lambda: on_triton(torch.ones(1)),
-    "backend 'triton' with float64": lambda: on_triton(SimpleNamespace(is_cuda=True, dtype=torch.float64)),
+    "backend 'triton' with float64": float64_on_a_gpu,
     "… expected a weight that ScaLoRA": not_mergeable,
     "… expected base weights that an adapter's files": changed_experts,
     "state_dict: expected": another_state,
@@ -139,7 +158,9 @@ def test_every_quoted_error_has_a_test():
 @pytest.mark.parametrize("quoted", QUOTED)
 def test_quoted_error_has_the_quoted_text(quoted, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(major=7, minor=5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(platforms, "_gpu_obstacles", {})
+    monkeypatch.setattr(backend, "_warned_of", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(Exception, match=r".") as raised:

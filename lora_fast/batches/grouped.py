@@ -165,7 +165,7 @@ class GroupedBatch(Batch):
         self._work["matrices"] = matrices.contiguous()
 
     def scale(self, factor_scales: Tensor, gradient_scales: Tensor) -> None:
-        self._work |= {"scale_p": factor_scales, "scale_g": gradient_scales}
+        self._work |= {"scale_p": factor_scales.contiguous(), "scale_g": gradient_scales.contiguous()}
 
     def merge(self, residual_scale: Tensor, chosen: list[bool], rounding: str, seed: int) -> None:
         pairs = list(compress(self.pairs, chosen))

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from .output.terminal import Display, exit_codes
+
 SUITE = Path(__file__).resolve().parents[2] / "bench" / "run.py"
 
 _OPS = "The ops to time: project, linear, grads, layer, gram, solve, hadamard, cayley, step, merge. The default is all."
@@ -43,8 +45,21 @@ def bench(
         message = f"lora-fast bench: there is no {SUITE}. The suite is part of the repository, not of the package."
         typer.echo(f"{message} Clone the repository and run `pip install -e '.[bench]'` in it.", err=True)
         raise typer.Exit(2)
+    with exit_codes(Display()):
+        _check_kernels()
     command = [sys.executable, str(SUITE), *(ops or [])]  # a process whose sys.path starts at bench/
     command += ["--quick"] if quick else []
     for name, value in (("--compare", compare), ("--output", output)):
         command += [name, str(value)] if value else []
     raise typer.Exit(subprocess.run(command).returncode)
+
+
+def _check_kernels() -> None:
+    """Raises BackendError if the kernels cannot run here: on the GPU or, where there is none, in the interpreter."""
+    import torch
+
+    from .. import platforms
+
+    on_gpu = torch.cuda.is_available()
+    obstacle = platforms.obstacle(torch.device("cuda")) if on_gpu else platforms.triton_obstacle()
+    platforms.require("lora-fast bench", obstacle)

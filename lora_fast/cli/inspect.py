@@ -76,6 +76,9 @@ def inspect(
 
 
 def _jobs(archs: list[int] | None, ops: list[str] | None, ranks: list[int] | None) -> list[CompileJob]:
+    from .. import platforms
+
+    platforms.require("lora-fast inspect", platforms.triton_obstacle())
     from ..kernels.inspection import catalogue, rules
 
     for name, chosen, known in (("arch", archs, rules.ARCHS), ("op", ops, tuple(catalogue.OPS))):

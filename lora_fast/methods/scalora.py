@@ -71,9 +71,7 @@ class ScaLoRA(Method):
 
     def check(self, pairs: list[Pair]) -> None:
         check_mergeable(pairs)
-        if not runs_on_triton(pairs):
-            return
-        for pair in pairs:
+        for pair in filter(runs_on_triton, pairs):
             if pair.rank > LARGEST_SCALORA_RANK:
                 expected = f"a rank of at most {LARGEST_SCALORA_RANK} for ScaLoRA on the Triton backend"
                 raise checks.ArgumentError(f"{pair.name}.lora_A", expected, pair.rank)

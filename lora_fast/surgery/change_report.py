@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .. import checks
+from torch import nn
+
+from .. import backend, checks
 from ..kernels.grouping import group_by
 
 SHOWN = 4  # names printed per reason
@@ -40,6 +43,11 @@ class Report:
         """Raises ArgumentError if no layer is to be changed and that is not allowed; for use before any change."""
         if not self.changed and not allow_empty:
             raise checks.ArgumentError(argument, expected, f"none; left {self.reasons()}" if self.left else "none")
+
+    def note_fallbacks(self, layers: Iterable[nn.Module]) -> None:
+        """Notes why plain torch runs on the layers' devices, if kernels might be expected there."""
+        devices = {parameter.device for layer in layers for parameter in layer.parameters()}
+        self.note = ". ".join(sorted({sentence for device in devices if (sentence := backend.fallback(device))}))
 
 
 def _shorten(names: list[str]) -> str:

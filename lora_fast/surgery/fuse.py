@@ -62,6 +62,7 @@ def fuse_(
     report.require_change("peft_model", "at least one LoRA layer of PEFT to fuse", allow_empty)
     for layer in chosen:
         change_class_(layer, fused)
+    report.note_fallbacks(chosen)
     return report
 
 

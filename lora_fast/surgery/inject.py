@@ -64,7 +64,9 @@ def inject_(
         got = f"{config.target_modules!r}" + (f"; left {report.reasons()}" if report.left else "")
         raise checks.ArgumentError("target_modules", expected, got)
     kinds = {name: (config.layer, config.layer_settings()) for name in report.changed}
-    place_(model, build_layers(model, kinds, progress))
+    layers = build_layers(model, kinds, progress)
+    place_(model, layers)
+    report.note_fallbacks(layers.values())
     return report
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from pinned_versions import pinned
 from typer.testing import CliRunner
 
-from lora_fast import set_backend
+from lora_fast import backend, platforms, set_backend
 from lora_fast.cli import app
 from lora_fast.cli.doctor import checkup, installation
 from lora_fast.kernels import tiles, tuned
+
+TROUBLESHOOTING = (Path(__file__).resolve().parents[2] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 
 
 def invoke(*options: str):
@@ -109,13 +113,13 @@ def examined(name: str) -> checkup.Finding:
 
 
 NEW = installation.TESTED | {"torch": "99.1.0"}
-OLD = installation.TESTED | {"torch": "2.8.1+cu128", "peft": "0.17.0"}
+OLD = installation.TESTED | {"torch": "2.9.1+cu128", "peft": "0.17.0"}
 FEW = {name: version for name, version in installation.TESTED.items() if name not in ("transformers", "matplotlib")}
 
 
 @pytest.mark.parametrize(("installed", "seen", "remedy"), [
     (NEW, "as required; newer than the tested ones: torch 99.1.0", ""),
-    (OLD, "needed: torch>=2.9, peft>=0.18", "pip install 'torch>=2.9' 'peft>=0.18'"),
+    (OLD, "needed: torch>=2.10, peft>=0.18", "pip install 'torch>=2.10' 'peft>=0.18'"),
     (FEW, "needed: transformers>=5.0, matplotlib>=3.9", "pip install 'transformers>=5.0' 'matplotlib>=3.9'"),
 ], ids=["newer", "too old", "missing"])  # fmt: skip
 def test_versions_are_checked_against_the_requirements(monkeypatch, installed, seen, remedy):
@@ -125,10 +129,9 @@ def test_versions_are_checked_against_the_requirements(monkeypatch, installed, s
     assert (finding.seen, finding.remedy) == (seen, remedy)
 
 
-def test_tested_versions_equal_constraints_txt():
-    lines = (Path(__file__).resolve().parents[2] / "constraints.txt").read_text().splitlines()
-    pinned = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
-    assert {name: pinned[name] for name in installation.TESTED} == installation.TESTED
+def test_tested_versions_equal_constraints_newest_txt():
+    versions = pinned("constraints-newest.txt")
+    assert {name: versions[name] for name in installation.TESTED} == installation.TESTED
 
 
 def no_gpu(monkeypatch, driver: str, cuda: str | None) -> None:
@@ -162,11 +165,74 @@ def test_driver_too_old_for_torch_is_reported_in_torch_words(monkeypatch):
     assert "update it" in finding.remedy and "CUDA_VISIBLE_DEVICES" in finding.remedy
 
 
-@pytest.mark.parametrize(("capability", "state"), [((7, 5), "fails"), ((8, 0), "works"), ((12, 0), "works")])
-def test_gpu_older_than_ampere_fails(capability, state):
-    finding = checkup.examine(checkup.Check("GPU", False, lambda: checkup._arch(capability), ""))
-    assert finding.state == state and f"sm_{capability[0]}{capability[1]}" in finding.seen
-    assert ("LORA_FAST_BACKEND=torch" in finding.remedy) is (state == "fails")
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """Gives the machine an H100 without memory, which tests replace."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    monkeypatch.setattr(platforms, "_gpu_obstacles", {})
+    monkeypatch.setattr(platforms, "triton_obstacle", platforms.triton_obstacle.__wrapped__)
+
+
+def old_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (7, 5))
+
+
+def rocm(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+
+
+def no_triton(monkeypatch):
+    for name in ("triton", "triton.language"):
+        monkeypatch.setitem(sys.modules, name, None)
+    version = installation.version
+    monkeypatch.setattr(installation, "version", lambda name: "not installed" if name == "triton" else version(name))
+
+
+def xpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **options: torch.device("xpu"))
+
+
+@pytest.mark.parametrize("change", [old_gpu, rocm, no_triton, xpu])
+def test_docs_and_doctor_agree_on_machines_that_run_plain_torch(monkeypatch, a_gpu, change):
+    change(monkeypatch)
+    finding = examined("GPU")
+    assert finding.state == checkup.ABSENT and finding.seen.startswith("plain torch runs on it: ")
+    cause = finding.seen.removeprefix("plain torch runs on it: ")
+    row = next(line for line in TROUBLESHOOTING.splitlines() if line.startswith(f"  | `{cause}`"))
+    has_pip, has_torch = "pip install 'triton" in finding.remedy, "LORA_FAST_BACKEND=torch" in finding.remedy
+    assert has_pip is ("`pip` command" in row) and has_torch is not has_pip
+    names = [check.name for check in checkup.checks()]
+    assert "layer, Triton kernels" not in names and ("compiling a kernel" in names) is (change is not no_triton)
+    with set_backend("auto"):
+        assert cause in backend.fallback(installation.accelerator())
+
+
+def test_gpu_that_runs_the_kernels_is_named(a_gpu):
+    assert checkup._gpu() == "sm_90"
+
+
+def test_missing_triton_is_an_optional_part(monkeypatch):
+    no_triton(monkeypatch)
+    monkeypatch.setattr(platforms, "triton_obstacle", platforms.triton_obstacle.__wrapped__)
+    finding = examined("Triton")
+    assert finding.state == checkup.ABSENT and finding.remedy.startswith("pip install 'triton")
+
+
+@pytest.mark.parametrize(("installed", "fitting", "state"), [
+    ("3.8.0", "triton~=3.8.0", "works"),
+    ("3.8.2", "triton~=3.8.0", "works"),
+    ("3.6.0", "triton==3.6.0", "works"),
+    ("3.9.0", "triton~=3.8.0", "fails"),
+    ("3.7.1", "triton==3.6.0", "fails"),
+])  # fmt: skip
+def test_triton_that_torch_was_not_built_for_fails(monkeypatch, installed, fitting, state):
+    monkeypatch.setattr(installation, "version", lambda name: installed)
+    monkeypatch.setattr(platforms, "fitting_triton", lambda: fitting)
+    finding = examined("Triton")
+    assert finding.state == state and finding.remedy == (f"pip install '{fitting}'" if state == "fails" else "")
+    assert installed in finding.seen and (state == "works" or f"was built for {fitting}" in finding.seen)
 
 
 def test_interpreter_left_on_fails_the_kernel_check(monkeypatch):
@@ -195,15 +261,6 @@ def test_damaged_file_of_tune_fails(tmp_path, monkeypatch):
     finding = examined("tuned choices")
     assert finding.state == checkup.FAILS and "tuned.json" in finding.seen
     assert finding.remedy == "lora-fast tune --clear"
-
-
-def test_missing_triton_is_not_taken_for_a_damaged_file(monkeypatch):
-    def read():
-        raise ModuleNotFoundError("No module named 'triton'")
-
-    monkeypatch.setattr(tuned, "read", read)
-    finding = examined("tuned choices")
-    assert finding.state == checkup.FAILS and "'triton>=3.6'" in finding.remedy
 
 
 def test_failure_in_another_process_reports_its_last_line():

@@ -7,13 +7,13 @@ import json
 import sys
 import warnings
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import tiny_model
 import torch
 from typer.testing import CliRunner
 
+from lora_fast import platforms
 from lora_fast.cli import app
 from lora_fast.cli.tune import search
 from lora_fast.cli.tune.command import layer_shapes, results
@@ -305,10 +305,14 @@ def test_interpreted_kernels_are_not_timed(cache, monkeypatch):
     assert result.exit_code == 2 and "unset it" in result.output and not cache.exists()
 
 
-def test_gpu_older_than_the_kernels_is_named(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(major=7, minor=5))
-    with pytest.raises(RuntimeError, match=r"sm_80 \(Ampere\) or later, got sm_75"):
-        device._query_gpu.__wrapped__(0)
+def test_gpu_older_than_the_kernels_is_named(cache, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(platforms, "_gpu_obstacles", {})
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    result = invoke()
+    assert result.exit_code == 2 and "expected a GPU of sm_80 (Ampere) or later, got sm_75" in result.output
 
 
 def test_show_and_clear_work_without_a_gpu(cache):

@@ -74,7 +74,7 @@ def directions(wrapper, seed):
 def set_gradients(wrapper, seed):
     """Sets the factors' gradients by autograd through PEFT's change of the weight."""
     full = directions(wrapper, seed)
-    full = full if wrapper._did_swap_in_out_features else full.mT
+    full = full if swaps_features(wrapper) else full.mT
     wrapper.lora_A["default"].weight.grad = wrapper.lora_B["default"].weight.grad = None
     (wrapper.get_delta_weight("default") * full).sum().backward()
 
@@ -86,12 +86,18 @@ def effective(wrapper):
 
 
 def factors(wrapper):
-    """Returns copies of each expert's (a, b), by PEFT's get_delta_factors, and the scaling."""
-    lhs, rhs, scaling = wrapper.get_delta_factors("default")
-    a, b = (rhs, lhs) if wrapper._did_swap_in_out_features else (lhs.mT, rhs.mT)
-    return [(x.detach().clone(), y.detach().clone()) for x, y in zip(a, b, strict=True)], scaling
+    """Returns copies of each expert's (a, b), which PEFT's get_delta_weight multiplies, and the scaling."""
+    a, b = (getattr(wrapper, name)["default"].weight.detach() for name in ("lora_A", "lora_B"))
+    a = a.reshape(wrapper.num_experts, -1, a.shape[1])
+    b = b.reshape(b.shape[0], -1, wrapper.num_experts).permute(2, 0, 1)
+    return [(x.clone(), y.clone()) for x, y in zip(a, b, strict=True)], wrapper.scaling["default"]
 
 
 def matrices(wrapper, x):
     """Returns each expert's (d_out, d_in) matrix of ``x``, the parameter or PEFT's change of it."""
-    return x.detach().clone() if wrapper._did_swap_in_out_features else x.detach().mT.clone()
+    return x.detach().clone() if swaps_features(wrapper) else x.detach().mT.clone()
+
+
+def swaps_features(wrapper: nn.Module) -> bool:
+    """Returns whether PEFT takes the parameter as (experts, out, in), which only PEFT 0.19 and later do."""
+    return getattr(wrapper, "_did_swap_in_out_features", False)

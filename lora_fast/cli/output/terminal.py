@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ...checks import ArgumentError
+from ...checks import ArgumentError, BackendError
 from .palette import colours
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def exit_codes(display: Display) -> Iterator[None]:
     for Ctrl-C. Any other exception keeps its traceback."""
     try:
         yield
-    except ArgumentError as error:
+    except (ArgumentError, BackendError) as error:
         display.error(str(error))
         raise typer.Exit(2) from None
     except RunFailed as error:

@@ -167,9 +167,10 @@ def _choice(table: dict) -> str:
 
 
 def _gpu():
-    """Returns the current CUDA device, or raises ArgumentError if kernels cannot be timed on it."""
+    """Returns the current CUDA device, or raises ArgumentError or BackendError if kernels cannot be timed on it."""
     import torch
 
+    from ... import platforms
     from ...backend import interpreting
 
     if not torch.cuda.is_available():
@@ -177,7 +178,9 @@ def _gpu():
         raise ArgumentError("lora-fast tune", "a CUDA GPU to measure on", got)
     if interpreting():
         raise ArgumentError("lora-fast tune", "compiled kernels", "TRITON_INTERPRET in the environment: unset it")
-    return torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", torch.cuda.current_device())
+    platforms.require("lora-fast tune", platforms.obstacle(device))
+    return device
 
 
 def _read() -> dict:
