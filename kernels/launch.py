@@ -7,7 +7,7 @@ columns (S, dS).
 
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -55,8 +55,8 @@ class Launch:
     by name.
 
     ``go(stream, tensors, numbers)`` launches. If ``stream`` is None, the launch goes through Triton's JIT on the
-    current stream. Otherwise only the first launch does; it then replaces ``go`` by a function that calls Triton's C
-    launcher with the same arguments (compiled_launch.py).
+    current stream. Otherwise the first call compiles and loads the kernel and replaces ``go`` by a function that calls
+    Triton's C launcher with the same arguments (compiled_launch.py).
     """
 
     __slots__ = ("go", "grid", "kernel", "matrices", "options", "sizes")
@@ -73,27 +73,33 @@ class Launch:
         self.go = self._first
 
     def _first(self, stream: int | None, tensors: tuple, numbers: tuple) -> None:
-        compiled = self._by_jit(tensors, numbers)
-        if stream is not None:
-            self.go = self._prepare(compiled, tensors, numbers)
+        """Launches through Triton's JIT, or replaces ``go`` and calls it. Several threads may prepare one launch at the
+        same time. Each replaces ``go`` by a function that does the same."""
+        if stream is None:
+            with self._named_errors(tensors), on_device(tensors[0]):
+                self.kernel[self.grid](*self._arguments(tensors, numbers), **self.options)
+        else:
+            self.go = self._prepare(self._load(tensors, numbers, self.options), tensors, numbers)
+            self.go(stream, tensors, numbers)
 
-    def _by_jit(self, tensors: tuple, numbers: tuple, launch: bool = True):
-        """Returns the compiled kernel after launching it, or after only loading it if ``launch`` is False.
-
-        Raises:
-            LaunchError: the kernel needs more shared memory or threads than the device has.
-        """
-        n = len(self.matrices)
+    def _arguments(self, tensors: tuple, numbers: tuple) -> tuple:
         described = [matrix.describe(tensor) for matrix, tensor in zip(self.matrices, tensors, strict=False)]
-        arguments = *described, *tensors[n:], *numbers, *self.sizes
-        try:
-            if launch:
-                return self.kernel[self.grid](*arguments, **self.options)
-            compiled = self.kernel.warmup(*arguments, grid=self.grid, **self.options)
-            _ = compiled.run  # this property loads the module
-            return compiled
-        except OutOfResources as error:
-            raise LaunchError(self._too_large(error, device.get(tensors[0].device))) from error
+        return *described, *tensors[len(described) :], *numbers, *self.sizes
+
+    def _load(self, tensors: tuple, numbers: tuple, options: dict):
+        """Returns the compiled kernel, loaded on the device.
+
+        Triton stores a kernel's launcher before it has loaded the module and releases the GIL while it loads. Another
+        thread would then launch a function that does not exist yet, so one thread at a time loads on a device. The lock
+        is not held while a kernel is compiled or launched, because a launch may wait for the device.
+        """
+        with self._named_errors(tensors):
+            compiled = self.kernel.warmup(*self._arguments(tensors, numbers), grid=self.grid, **options)
+            with _loading.setdefault(tensors[0].get_device(), threading.RLock()):
+                run = compiled.run  # this property loads the module
+            if isinstance(run, partial):
+                run()  # raises the error of an earlier load, in whose place Triton has stored this function
+        return compiled
 
     def _prepare(self, compiled, tensors: tuple, numbers: tuple):
         """Returns the function that calls the C launcher.
@@ -105,9 +111,17 @@ class Launch:
         from .compiled_launch import prepare
 
         if compiled.n_spills and takes_more_registers(compiled, self.options):
-            self.options = self.options | {"maxnreg": MOST_REGISTERS}
-            compiled = self._by_jit(tensors, numbers, launch=False)
+            compiled = self._load(tensors, numbers, self.options | {"maxnreg": MOST_REGISTERS})
         return prepare(compiled, self.grid, self.sizes, self.matrices)
+
+    @contextmanager
+    def _named_errors(self, tensors: tuple):
+        """Raises LaunchError in place of Triton's error if the kernel needs more shared memory or threads than the
+        device has."""
+        try:
+            yield
+        except OutOfResources as error:
+            raise LaunchError(self._too_large(error, device.get(tensors[0].device))) from error
 
     def _too_large(self, error: OutOfResources, card: device.Device) -> str:
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
@@ -119,6 +133,7 @@ class Launch:
         )
 
 
+_loading: dict[int, threading.RLock] = {}  # by device
 MAX_PLANS = 4096  # kept in each dictionary of plans; a plan takes a few kilobytes
 _plans_lock = threading.Lock()
 _runtime = knobs.runtime
@@ -238,7 +253,9 @@ def is_wide(tall: torch.Tensor, thin: torch.Tensor) -> bool:
 
 def allocator(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], torch.Tensor]:
     """Returns a function that allocates contiguous tensors of this shape."""
-    strides = torch.empty(shape, device="meta").stride()  # empty_strided with known strides takes the least host time
+    strides = torch.empty(
+        shape, dtype=dtype, device="meta"
+    ).stride()  # empty_strided with them takes the least host time
     return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
 
 
@@ -269,8 +286,14 @@ def check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype:
     )
 
 
+_interpreter = threading.RLock()
+
+
 def on_device(tensor: torch.Tensor):
-    """Returns a context in which launches go to the tensor's device."""
+    """Returns a context in which launches go to the tensor's device. In Triton's interpreter, which keeps the running
+    program in globals, one thread at a time is in such a context."""
+    if _INTERPRETED:
+        return _interpreter
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)

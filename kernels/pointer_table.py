@@ -5,20 +5,24 @@ Math      A factor is seen as d rows of r rank columns, whichever way it is stor
 Grid      One program per (tensor, chunk of d). The tile map holds (tensor, chunk) for every program. The programs of a
           tensor follow each other; those of E experts alternate.
 Shapes    entries int64 (n_tensors, COLUMNS): up to three addresses of tensors of one shape, d, r, side, index (the
-          tensor's row in the launch's other arguments: step counts, r×r matrices, results). All tensors of one column
-          share a dtype (a pointer type is a constexpr). Ranks may differ. UNIFORM_R is the rank where all agree (a
+          tensor's row in the launch's other arguments: step counts, r×r matrices, results), and whether the tensor
+          rests: kernels then take its d for 0, so they neither read nor change it. All tensors of one column share a
+          dtype (a pointer type is a constexpr). Ranks may differ. UNIFORM_R is the rank where all agree (a
           constexpr that lets the compiler vectorise b), else 0. EXPERTS: b is one of E factors (d_out, r) that are
           interleaved in one (d_out, r, E).
 Owners    A batch of the optimizer owns its tables as long as its tensors keep their addresses. Gradients move at every
           step (``zero_grad(set_to_none=True)``), so their addresses are a separate list, a ``DeviceAddresses``. When
           the list has changed, a few kilobytes are copied from pinned memory, asynchronously; the host does not wait.
-          Functions that take lists of tensors cache the last ``CACHE_SIZE`` tables of a kind, found by their addresses.
+          Functions that take lists of tensors cache the last ``CACHE_SIZE`` tables of a kind and device, found by their
+          addresses and the current stream. Launches on one stream are ordered, so they may share a table's counters;
+          launches on two streams may not, and the second might run before the table has been copied.
 Capture   A CUDA graph bakes addresses into tables, as it does into kernel arguments. Run the step once on the tensors
           to be captured (static gradients, set_to_none=False) before the capture. A new address while capturing is an
           error, because its copy would read host memory at every replay. Whatever a graph has used is never freed.
           Tensors that may move between captures have a list of their own (cayley/addresses.py).
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,12 +30,14 @@ import torch
 import triton
 import triton.language as tl
 
+from . import device
+from .device import to_device
 from .grouping import group_by
 from .launch import Launch, report_addresses
 
 ADDRESSES = 3
-D, R, SIDE, INDEX = (tl.constexpr(column) for column in range(3, 7))
-COLUMNS = tl.constexpr(8)  # the last one is unused: rows start at multiples of 64 bytes
+D, R, SIDE, INDEX, RESTS = (tl.constexpr(column) for column in range(3, 8))
+COLUMNS = tl.constexpr(8)  # rows start at multiples of 64 bytes
 SIDE_A = tl.constexpr(1)
 BLOCKS = 16  # arrivals that a kernel may count for each tensor: 4 × 4 blocks of 64 at rank 256
 CACHE_SIZE = 32  # tables of each kind; one is a few kilobytes
@@ -65,9 +71,15 @@ def pointer_at(p_address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def load_d(entries, i_tensor):
+    """Returns d of a tensor of the table, 0 if it rests."""
+    return tl.where(load_entry(entries, i_tensor, RESTS) == 0, load_entry(entries, i_tensor, D), 0)
+
+
+@triton.jit
 def load_sizes(entries, i_tensor, IS_A: tl.constexpr, UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr):
     """Returns d and r of a tensor of the table."""
-    d = load_entry(entries, i_tensor, D)
+    d = load_d(entries, i_tensor)
     if ALIGNED and IS_A:
         d = d // 8 * 8  # d is a multiple of 8 already; the compiler forgets tl.multiple_of on a loaded value
     if UNIFORM_R == 0:
@@ -80,7 +92,7 @@ def load_sizes(entries, i_tensor, IS_A: tl.constexpr, UNIFORM_R: tl.constexpr, A
 @triton.jit
 def load_flat_sizes(entries, i_tensor, ALIGNED: tl.constexpr):
     """Returns numel and 1: for elementwise work a tensor of the table counts as numel rows of rank 1."""
-    numel = load_entry(entries, i_tensor, D) * load_entry(entries, i_tensor, R)
+    numel = load_d(entries, i_tensor) * load_entry(entries, i_tensor, R)
     if ALIGNED:
         numel = numel // 8 * 8  # for the compiler, as in ``load_sizes``
     return numel, 1
@@ -154,6 +166,7 @@ class FactorTable:
                 unused = [0] * (ADDRESSES - len(columns))
                 rows.append([*addresses, *unused, d, r, int(is_a[i]), indices[i] + expert, 0])
         self.entries = to_device(rows, torch.int64, self.device)
+        self._rests = [False] * len(columns[0])
         self.counters = torch.zeros(BLOCKS * len(rows), dtype=torch.int32, device=self.device)
         self._is_a = [is_a[i] for i in positions]
         self._gradient_addresses = DeviceAddresses(self.device)
@@ -162,6 +175,20 @@ class FactorTable:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def set_resting(self, rests: list[bool]) -> None:
+        """Sets which factors of the columns rest: launches on this table neither read nor change them until the next
+        call. Their results are zero.
+
+        Raises:
+            RuntimeError: another choice than the last while a CUDA graph is captured.
+        """
+        if rests == self._rests:
+            return
+        check_not_captured()
+        self._rests = rests
+        rows = [int(rests[i]) for i in self.positions for _ in range(self.experts)]
+        self.entries[:, RESTS.value].copy_(to_device(rows, torch.int64, self.device), non_blocking=True)
 
     def with_column(self, i: int) -> "TableWithGradients":
         """Returns the table with its own column i in the gradients' place."""
@@ -193,14 +220,16 @@ class FactorTable:
     def tile_map(self, chunk: int, flat: bool = False) -> TileMap:
         """Returns the map for programs that take ``chunk`` rows of d. ``flat``: for elementwise work, where a tensor
         counts as numel rows of rank 1."""
-        if (chunk, flat) not in self._tile_maps:
+        tile_map = self._tile_maps.get((chunk, flat))
+        if tile_map is None:
             check_not_captured()
             tiles = []
             for i, (d, r) in enumerate(self._sizes):
                 for i_chunk in range(max(1, triton.cdiv(d * r if flat else d, chunk))):
                     tiles += [(i * self.experts + expert, i_chunk) for expert in range(self.experts)]
-            self._tile_maps[chunk, flat] = TileMap(to_device(tiles, torch.int32, self.device), len(tiles))
-        return self._tile_maps[chunk, flat]
+            made = TileMap(to_device(tiles, torch.int32, self.device), len(tiles))
+            tile_map = self._tile_maps.setdefault((chunk, flat), made)
+        return tile_map
 
 
 class TableWithGradients(NamedTuple):
@@ -338,11 +367,10 @@ class DeviceAddresses:
     """A list of addresses on the device. A changed list is copied to new memory, because launches made before may not
     have read the old one yet."""
 
-    _addresses: list[int] | None
-    _on_device: Any  # int64; None before the first update
+    _last: tuple[list[int], torch.Tensor] | None  # replaced as a whole, so that threads never mix two lists
 
     def __init__(self, device: torch.device):
-        self._device, self._addresses, self._on_device = device, None, None
+        self._device, self._last = device, None
 
     def update(self, addresses: list[int]) -> torch.Tensor:
         """Returns the addresses as int64 on the device, copied if they have changed.
@@ -350,12 +378,13 @@ class DeviceAddresses:
         Raises:
             RuntimeError: addresses that differ from the last ones while a CUDA graph is captured.
         """
-        if addresses != self._addresses:
+        last = self._last
+        if last is None or addresses != last[0]:
             check_not_captured()
-            self._addresses, self._on_device = addresses, to_device(addresses, torch.int64, self._device)
+            self._last = last = addresses, to_device(addresses, torch.int64, self._device)
         if capturing():
-            hold_for_graphs(self._on_device)
-        return self._on_device
+            hold_for_graphs(last[1])
+        return last[1]
 
 
 def capturing() -> bool:
@@ -371,35 +400,65 @@ def check_not_captured() -> None:
         )
 
 
-_recent: dict[str, list[tuple[list, object]]] = {}
-_captured: dict[str, list[tuple[list, object]]] = {}  # entries that CUDA graphs read at every replay: never removed
+Entry = tuple[list, Any]  # a key, which begins with the stream, and the result
+_recent: dict[tuple[str, torch.device], list[Entry]] = {}  # of a kind on a device, the last used first
+_captured: dict[tuple[str, torch.device], list[Entry]] = {}  # entries that graphs read at every replay: never removed
 _held_for_graphs: list[object] = []  # objects outside the caches that graphs read, too
+# For these three; not held while a result is built. A finalizer that the garbage collector calls may enter it again.
+_lock = threading.RLock()
 
 
 def hold_for_graphs(owner: object) -> None:
     """Holds an object for good, because a CUDA graph reads its memory at every replay."""
-    if not any(owner is held for held in _held_for_graphs):
-        _held_for_graphs.append(owner)
+    with _lock:
+        if not any(owner is held for held in _held_for_graphs):
+            _held_for_graphs.append(owner)
 
 
 def cached(kind: str, key: list, build: Callable):
-    """Returns what ``build`` returned for this key. The result is kept until ``CACHE_SIZE`` others of its kind were
-    used since, or for good where a CUDA graph has used it."""
-    recent, captured = _recent.setdefault(kind, []), _captured.setdefault(kind, [])
-    for entries in (captured, recent):
-        for i, (known_key, result) in enumerate(entries):
-            if known_key == key:
-                if entries is recent:
-                    (captured if capturing() else recent).insert(0, recent.pop(i))
-                return result
+    """Returns what ``build`` returned for this key on the current stream. The result is kept until ``CACHE_SIZE``
+    others of its kind were used on its device since, or for good where a CUDA graph has used it.
+
+    A capture has a stream of its own. It takes the result of any stream, on which the step has run before, from the
+    calls outside graphs.
+
+    Args:
+        key: begins with the device.
+    """
+    place, key, captures = (kind, key[0]), [device.stream_on(key[0]), *key], capturing()
+    with _lock:
+        entry = _captured_entry(place, key) if captures else _recent_entry(place, key)
+    if entry is not None:
+        return entry[1]
     check_not_captured()
     result = build()
-    recent.insert(0, (key, result))
-    del recent[CACHE_SIZE:]
+    with _lock:
+        entry = _recent_entry(place, key)  # another thread may have been first
+        if entry is not None:
+            return entry[1]
+        recent = _recent.setdefault(place, [])
+        recent.insert(0, (key, result))
+        del recent[CACHE_SIZE:]
     return result
 
 
-def to_device(rows: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Copies a few numbers from the host, through pinned memory, so that the host does not wait."""
-    host = torch.tensor(rows, dtype=dtype)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+def _recent_entry(place: tuple[str, torch.device], key: list) -> Entry | None:
+    """Returns the entry with this key after moving it to the front. The caller holds the lock."""
+    recent = _recent.get(place, [])
+    for i, entry in enumerate(recent):
+        if entry[0] == key:
+            recent.insert(0, recent.pop(i))
+            return entry
+    return None
+
+
+def _captured_entry(place: tuple[str, torch.device], key: list) -> Entry | None:
+    """Returns the entry with this key on any stream after moving it to the captured ones. The caller holds the lock."""
+    captured, recent = _captured.setdefault(place, []), _recent.get(place, [])
+    for entries in (captured, recent):
+        for i, entry in enumerate(entries):
+            if entry[0][1:] == key[1:]:
+                if entries is recent:
+                    captured.append(recent.pop(i))
+                return entry
+    return None

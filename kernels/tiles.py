@@ -5,7 +5,6 @@ Every row compiles without spills for the archs of ``device.CARDS`` (tests/kerne
 Which tiles are fastest is not verified on a GPU.
 """
 
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import torch
 import triton
 
 from . import device, tuned
+from .scopes import Scopes
 
 PROGRAMS = 120  # programs that a split reduction aims at: about one wave, the same number on every device
 SPLIT_STEPS = 4  # fewest steps of a split reduction's program: with fewer the launch that adds the sums does not pay
@@ -182,12 +182,11 @@ PARTIAL_NUMBERS = 1 << 18  # partial sums that a split reduction may always have
 GEMM_RANK = 32  # the GEMM walks larger ranks in steps of this size
 SHORT_RANK = 64  # most ranks of one program of project with small blocks of tokens
 
-_assumed: dict = {}
+_assumed: Scopes[dict] = Scopes()
 
 
-@contextmanager
 def assume(arch: int | None = None, strategy: str | None = None, tma: bool | None = None, thin: str | None = None):
-    """Overrides choices within the context, for tests, inspection and the ahead-of-time build.
+    """Returns a context that overrides choices in all threads, for tests, inspection and the ahead-of-time build.
 
     Args:
         arch: chooses as on the card of this arch in ``device.CARDS``.
@@ -195,34 +194,31 @@ def assume(arch: int | None = None, strategy: str | None = None, tma: bool | Non
         tma: False chooses kernels without TMA.
         thin: how thin products are computed: "pass", "short", "split" or "cublas" (linear/strategies.py).
     """
-    before = dict(_assumed)
     overrides = {"arch": arch, "strategy": strategy, "tma": tma, "thin": thin}
-    _assumed.update({key: value for key, value in overrides.items() if value is not None})
-    try:
-        yield
-    finally:
-        _assumed.clear()
-        _assumed.update(before)
+    return _assumed.within({key: value for key, value in overrides.items() if value is not None})
 
 
 def is_assumed() -> bool:
-    return bool(_assumed)
+    return any(_assumed.values)
 
 
 def assumed(name: str):
     """Returns the value that ``assume`` set for this name, or None."""
-    return _assumed.get(name)
+    return next((overrides[name] for overrides in reversed(_assumed.values) if name in overrides), None)
 
 
 def limits(torch_device: torch.device) -> device.Device:
     """Returns the limits of the device, or of the assumed card."""
-    return device.CARDS[_assumed["arch"]] if "arch" in _assumed else device.get(torch_device)
+    arch = assumed("arch")
+    return device.get(torch_device) if arch is None else device.CARDS[arch]
 
 
 def programs(torch_device: torch.device) -> int:
-    """Returns the number of programs of a persistent kernel: one for each multiprocessor."""
+    """Returns the number of programs of a persistent kernel: one for each multiprocessor that torch's carve-out leaves
+    (``device.carveout``)."""
     interpreted = torch_device.type != "cuda" and triton.knobs.runtime.interpret
-    return INTERPRETED_MULTIPROCESSORS if interpreted else limits(torch_device).multiprocessors
+    multiprocessors = INTERPRETED_MULTIPROCESSORS if interpreted else limits(torch_device).multiprocessors
+    return device.remaining(multiprocessors, device.carveout())
 
 
 def rank_block(r: int) -> int:
@@ -268,7 +264,7 @@ def default(op: str, element_size: int, card: device.Device, r: int) -> Tile:
 def measured(op: str, tensor: torch.Tensor, d_in: int, d_out: int, r: int) -> Any:
     """Returns the choice, a strategy or a tile, that ``lora-fast tune`` measured as the fastest, if any. Returns None
     inside ``assume``."""
-    return None if _assumed else tuned.find(op, tensor, d_in, d_out, r)
+    return None if is_assumed() else tuned.find(op, tensor, d_in, d_out, r)
 
 
 def splits(n_tokens: int, columns: int, r: int, tile: Tile) -> tuple[int, int, int]:
@@ -345,7 +341,7 @@ def uses_tma(left: torch.Tensor, weight: torch.Tensor, d_out: int) -> bool:
     16-byte pieces."""
     return (
         limits(left.device).arch >= 90
-        and _assumed.get("tma", True)
+        and assumed("tma") is not False
         and d_out % 8 == 0
         and all(
             m.element_size() == 2 and m.data_ptr() % 16 == 0 and m.shape[1] >= 8

@@ -14,6 +14,7 @@ If the file is damaged, the first launch warns and the defaults are used; ``read
 
 import json
 import os
+import threading
 import warnings
 from contextlib import contextmanager
 from functools import lru_cache
@@ -23,6 +24,7 @@ from typing import NamedTuple
 import torch
 
 from . import atomic_file
+from .scopes import Scopes
 
 FORMAT = 1
 STRATEGIES = ("fused", "cublas", "gluon")
@@ -43,8 +45,9 @@ class Key(NamedTuple):
 Choice = str | tuple[int, ...]  # a strategy, or a tile
 Table = dict[Key, Choice]
 
-_used: list[Table] = []  # a stack: ``using`` pushes and pops
+_used: Scopes[Table] = Scopes()
 _changes = 0
+_changes_lock = threading.Lock()
 
 
 def changes() -> int:
@@ -55,7 +58,8 @@ def changes() -> int:
 
 def _changed() -> None:
     global _changes
-    _changes += 1
+    with _changes_lock:
+        _changes += 1
     _table.cache_clear()
 
 
@@ -65,19 +69,19 @@ def key(op: str, dtype: torch.dtype, n_tokens: int, d_in: int, d_out: int, r: in
 
 def find(op: str, tensor: torch.Tensor, d_in: int, d_out: int, r: int) -> Choice | None:
     """Returns the choice for a launch whose tall operand is ``tensor`` (n_tokens, …), or None if none was measured."""
-    table = _used[-1] if _used else _table(tensor.device)
+    used = _used.values
+    table = used[-1] if used else _table(tensor.device, _changes)
     return table.get(key(op, tensor.dtype, tensor.shape[0], d_in, d_out, r)) if table else None
 
 
 @contextmanager
 def using(table: Table):
-    """Makes launches on any device use this table instead of the file, for tuning and tests."""
-    _used.append(table)
-    _changed()
+    """Makes launches of all threads on any device use this table instead of the file, for tuning and tests."""
     try:
-        yield
+        with _used.within(table):
+            _changed()
+            yield
     finally:
-        _used.pop()
         _changed()
 
 
@@ -129,8 +133,9 @@ def clear() -> bool:
 
 
 @lru_cache
-def _table(device: torch.device) -> Table:
-    """Returns the table of one device, which is empty for a CPU. The file is read once."""
+def _table(device: torch.device, changes: int) -> Table:
+    """Returns the table of one device, which is empty for a CPU. The file is read once after each of the ``changes``: a
+    thread that has read the file before a change does not cache what it read for the calls after it."""
     if device.type != "cuda":
         return {}
     try:

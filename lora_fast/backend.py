@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+import weakref
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -21,6 +22,10 @@ _chosen = checks.choice(os.environ.get("LORA_FAST_BACKEND", "auto"), "LORA_FAST_
 class set_backend:
     """Sets the backend: ``lf.set_backend("torch")``, or for a block only ``with lf.set_backend("torch"): ...``.
 
+    It is set for all threads, because autograd runs the backward of a GPU's ops, and with activation checkpointing
+    their second forward, in a thread of its own. Where the blocks of several threads overlap, the one that began last
+    holds, and after the last of them has ended the backend is the one from before the first.
+
     Args:
         name: ``"auto"`` (Triton on the CUDA devices that the kernels run on, torch elsewhere), ``"triton"`` or
             ``"torch"``. Triton on CPU tensors needs ``TRITON_INTERPRET=1`` in the environment before the first call.
@@ -31,15 +36,36 @@ class set_backend:
 
     def __init__(self, name: str):
         global _chosen
-        self._before = _chosen
-        _chosen = checks.choice(name, "backend", BACKENDS)
+        name = checks.choice(name, "backend", BACKENDS)
+        with _lock:
+            self._before, _chosen = _chosen, name
+            _settings[:] = [*map(weakref.ref, _alive()), weakref.ref(self)]
 
     def __enter__(self) -> set_backend:
         return self
 
     def __exit__(self, *error) -> None:
         global _chosen
-        _chosen = self._before
+        with _lock:
+            settings = _alive()
+            if self not in settings:  # it has ended before
+                return
+            i = settings.index(self)
+            if i + 1 < len(settings):  # a block of another thread began later and still runs
+                settings[i + 1]._before = self._before
+            else:
+                _chosen = self._before
+            _settings[:] = map(weakref.ref, settings[:i] + settings[i + 1 :])
+
+
+_lock = threading.Lock()
+# In the order in which they were made. A block holds its setting while it runs; nothing holds that of a plain call.
+_settings: list[weakref.ref[set_backend]] = []
+
+
+def _alive() -> list[set_backend]:
+    settings = [reference() for reference in _settings]
+    return [setting for setting in settings if setting is not None]
 
 
 def chosen() -> str:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from . import checks
@@ -27,6 +29,7 @@ except ImportError as error:
 
 __all__ = ["AdapterStatsCallback", "ExactCheckpoints", "optimizer_cls_and_kwargs", "summary"]
 
+ALL_GPUS_STATES = "rng_state_all_gpus.pth"
 RATIOS = ("rms_ratio", "conditioning")  # figures whose mean over layers is geometric
 
 
@@ -96,8 +99,10 @@ else:
 
 
 class ExactCheckpoints(TrainerMixin):
-    """Makes a Trainer's checkpoints contain the frozen weights that ScaLoRA changes, so that a resumed run continues to
-    the same bits. It is the first base of a Trainer class:
+    """Makes a Trainer's checkpoints complete, so that a resumed run continues to the same bits. They then contain the
+    frozen weights that ScaLoRA changes and, where one process trains on several GPUs, the states of all their
+    generators, which dropout draws from. A Trainer saves that of one of these GPUs. It is the first base of a Trainer
+    class:
 
         class ScaLoRATrainer(lf.hf.ExactCheckpoints, Trainer): pass
     """
@@ -108,6 +113,18 @@ class ExactCheckpoints(TrainerMixin):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         save_adapter(self.model, output_dir or self.args.output_dir, exact=True)  # replaces PEFT's two files
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.args.world_size == 1 and torch.cuda.device_count() > 1:
+            torch.save(torch.cuda.get_rng_state_all(), Path(output_dir, ALL_GPUS_STATES))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and (path := Path(checkpoint, ALL_GPUS_STATES)).is_file():
+            states = torch.load(path, weights_only=True)
+            for device, state in zip(range(torch.cuda.device_count()), states, strict=False):  # it may have fewer GPUs
+                torch.cuda.set_rng_state(state, device)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_adapter(self.model if model is None else model, resume_from_checkpoint)

@@ -59,7 +59,7 @@ def adapter_stats(model: nn.Module) -> dict[str, AdapterStats]:
         ArgumentError: ``model`` is not a module.
     """
     adapters = pairs.find_pairs(model) + _derived_pairs(model)
-    pairs.check(adapters, set())
+    pairs.check(adapters, set(), whole=True)
     groups = group_by(adapters, lambda pair: (pair.a.shape, pair.b.shape, pair.experts, pair.a.dtype, pair.a.device))
     if not groups:
         return {}

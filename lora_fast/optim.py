@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import is_
 from typing import Any
 
 import torch
@@ -59,8 +60,12 @@ class LoRAAdamW(torch.optim.Optimizer):
     _pairs: list[PairInGroups]
     _batches: list[Batch]
     _unpaired: list[UnpairedParameters]
-    _parameters: list[Tensor]
-    _built_for: tuple[str, list[bool], tuple] | None  # the backend, which parameters have gradients, ``_identities``
+    _built_for: tuple[str, list[int]] | None  # the backend, the identities of the parameters' states
+    _parameters: list[Tensor]  # of all groups
+    _members: list[bool]  # which of them have a place in a batch
+    _has_grad: list[bool]  # which of them had a gradient at the last step
+    _places: list[tuple[nn.Module, str]]  # the modules that hold the pairs' factors, and the parameters' names
+    _layer_parameters: list[Tensor | None]  # the factors that the layers hold there
 
     def __init__(
         self,
@@ -77,6 +82,8 @@ class LoRAAdamW(torch.optim.Optimizer):
         self._pairs = []
         self._forget_batches()
         adapters = pairs.find_pairs(model) if isinstance(model, nn.Module) else pairs.make_pairs(model)
+        if isinstance(model, nn.Module) and not self._methods:  # what a wrapper has flattened, plain AdamW trains
+            adapters = [pair for pair in adapters if pair.is_whole]
         groups: list[dict[str, Any]] = [{"params": adapters}] if adapters else []
         if isinstance(model, nn.Module):
             # Compared by id, because == of tensors compares their entries.
@@ -111,7 +118,8 @@ class LoRAAdamW(torch.optim.Optimizer):
             super().add_param_group({"params": named, **group, "methods": []})
             return
         added = pairs.make_pairs(entries, argument)
-        pairs.check(added, {id(p) for other in self.param_groups for p in other["params"]})
+        trained = {id(p) for other in self.param_groups for p in other["params"]}
+        pairs.check(added, trained, whole=bool(self._pairing))
         self._check_methods(added)
         self._add_pairs(added, group)
 
@@ -156,23 +164,23 @@ class LoRAAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._rebuild_if_changed()
-        if self._batches:
-            self._step_pairs()
+        self._update()
+        if batches := [batch for batch in self._batches if False in batch.rests]:
+            self._step_pairs(batches)
         for parameters in self._unpaired:
             parameters.step(self.param_groups[parameters.group])
         return loss
 
-    def _step_pairs(self) -> None:
+    def _step_pairs(self, batches: list[Batch]) -> None:
         # ``memory`` is stored in the parameter group of the first pair's a, because state_dict saves groups.
         memory = self.param_groups[self._pairs[0][1]].setdefault("method_state", {})
-        for batch in self._batches:
+        for batch in batches:
             batch.begin(self.param_groups)
         for method in self._methods:
-            method.before_all(self._batches, memory)
+            method.before_all(batches, memory)
         replacement = next((method for method in self._methods if method.replaces_adamw), None)
         followers = [method for method in self._methods if method.has_after]
-        for batch in self._batches:
+        for batch in batches:
             for method in self._methods:
                 method.before(batch)
             if replacement is None:
@@ -181,47 +189,92 @@ class LoRAAdamW(torch.optim.Optimizer):
                 replacement.update(batch)
             for method in followers:
                 method.after(batch)
+            batch.end()
 
-    def _rebuild_if_changed(self) -> None:
-        """Builds the batches anew if the backend, the set of parameters with gradients, or the memory of a parameter or
-        its state has changed. Runs at every step, so it compares lists, the fastest comparison in Python."""
-        identities = self._identities()
-        if self._built_for is None or identities != self._built_for[2]:
-            self._parameters = self._all_parameters()
-        has_grad = [p.grad is not None for p in self._parameters]
+    def _update(self) -> None:
+        """Brings pairs and batches up to date with the parameters, their gradients and their state, any of which a user
+        or a wrapper may replace. Runs at every step, so it compares lists, the fastest comparison in Python."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if not (_same(parameters, self._parameters) and _same(self._in_layers(), self._layer_parameters)):
+            self._find_pairs_anew()
+            self._forget_batches()
+            self._parameters, self._layer_parameters = parameters, self._in_layers()
+        has_grad = [p.grad is not None for p in parameters]
         parts: list[Batch | UnpairedParameters] = [*self._batches, *self._unpaired]
-        if (backend.chosen(), has_grad, identities) != self._built_for or not all([part.intact() for part in parts]):
+        built_for = backend.chosen(), list(map(id, self.state.values()))
+        if built_for != self._built_for or not all([part.intact() for part in parts]):
             self._build(has_grad)
-            self._built_for = backend.chosen(), has_grad, self._identities()  # building adds state
+        elif has_grad != self._has_grad:
+            if any(new and not member for new, member in zip(has_grad, self._members, strict=True)):
+                self._build([new or member for new, member in zip(has_grad, self._members, strict=True)])
+            else:
+                self._check_gradients()
+                for part in parts:
+                    part.find_resting()
+        self._has_grad = has_grad
 
-    def _all_parameters(self) -> list[Tensor]:
-        """Returns a and b of each pair, then all other parameters."""
-        factors = [p for pair, *_ in self._pairs for p in (pair.a, pair.b)]
-        factor_ids = set(map(id, factors))
-        return factors + [p for group in self.param_groups for p in group["params"] if id(p) not in factor_ids]
+    def _in_layers(self) -> list[Tensor | None]:
+        """Returns the factors that the layers hold now."""
+        return [module._parameters.get(name) for module, name in self._places]
 
-    def _identities(self) -> tuple:
-        """Returns the identities of each parameter's state and of the lists of parameters, which a user may replace."""
-        lists = [(id(group["params"]), len(group["params"])) for group in self.param_groups]
-        return list(map(id, self.state.values())), lists
+    def _find_pairs_anew(self) -> None:
+        """Finds the pairs again after parameters were replaced, in the groups or in the layers, as accelerate does for
+        FSDP2 and DeepSpeed for its flat partitions.
 
-    def _build(self, has_grad: list[bool]) -> None:
-        """Puts each parameter that has a gradient into a batch or, where plain AdamW on a list of tensors does the
-        same, into an UnpairedParameters. ``has_grad`` is in the order of ``_all_parameters``."""
-        stacked = any(method.needs_stacks for method in self._methods)
-        pairing = [method for method in self._methods if method.uses_both_factors]
-        active: list[PairInGroups] = []
-        # Not strict, because ``has_grad`` continues with the parameters that are in no pair.
-        for (pair, group_a, group_b), a_has_grad, b_has_grad in zip(
-            self._pairs, has_grad[::2], has_grad[1::2], strict=False
-        ):
-            if a_has_grad != b_has_grad and pairing:
-                factor = "lora_B" if a_has_grad else "lora_A"
-                methods = ", ".join(type(method).__name__ for method in pairing)
+        Raises:
+            ArgumentError: a parameter of a group with methods belongs to no pair, or the layers train parameters that
+                the optimizer does not have. Nothing has changed then.
+        """
+        groups = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        found: list[PairInGroups] = []
+        for pair, *_ in self._pairs:
+            current = pair.found_anew() or pair
+            for name, factor in (("lora_A", current.a), ("lora_B", current.b)):
+                if id(factor) not in groups and factor.requires_grad and factor.grad is not None:
+                    expected = "the layer's parameter in a parameter group: a new optimizer for the changed model"
+                    raise checks.ArgumentError(f"{pair.name}.{name}", expected, "a parameter that the layer replaced")
+            for candidate in (current, pair):
+                a, b = id(candidate.a), id(candidate.b)
+                if (a in groups or b in groups) and all(id(p) in groups for p in candidate.trained):
+                    # A frozen factor may be in no group; the settings of the other one then count for both.
+                    found.append((candidate, groups[a if a in groups else b], groups[b if b in groups else a]))
+                    break
+        factors = {id(p) for pair, *_ in found for p in (pair.a, pair.b)}
+        for i, group in enumerate(self.param_groups):
+            for j, p in enumerate(group["params"]):
+                if self._pairing and group["methods"] and id(p) not in factors:
+                    names = ", ".join(type(method).__name__ for method in self._pairing)
+                    expected = f"a lora_A or lora_B of the model's layers, since {names} trains both factors of a pair"
+                    got = f"{type(p).__name__} {tuple(p.shape)}, which belongs to no pair"
+                    raise checks.ArgumentError(f"param_groups[{i}]['params'][{j}]", expected, got)
+        if self._pairing:
+            pairs.check([pair for pair, *_ in found], set(), whole=True)
+        self._pairs = found
+        self._places = [place for pair, *_ in found for place in pair.places]
+
+    def _check_gradients(self) -> None:
+        """Raises ArgumentError if a method uses both factors of a pair and one of them has no gradient."""
+        for pair, *_ in self._pairs if self._pairing else ():
+            if (pair.a.grad is None) != (pair.b.grad is None):
+                factor = "lora_A" if pair.a.grad is None else "lora_B"
+                methods = ", ".join(type(method).__name__ for method in self._pairing)
                 raise checks.ArgumentError(f"{pair.name}.{factor}.grad", f"a gradient ({methods}: both)", "None")
-            is_batched = bool(pairing) or (not stacked and partition.runs_on_triton(pair))
-            if a_has_grad and b_has_grad and is_batched:
-                active.append((pair if pairing else pair.whole(), group_a, group_b))
+
+    def _build(self, members: list[bool]) -> None:
+        """Puts each parameter that has or had a gradient (``members``) into a batch or, where plain AdamW on a list of
+        tensors does the same, into an UnpairedParameters."""
+        self._check_gradients()
+        chosen_backend = backend.chosen()  # read first: if another thread sets it now, the next step builds again
+        stacked = any(method.needs_stacks for method in self._methods)
+        chosen = {id(p) for p, member in zip(self._parameters, members, strict=True) if member}
+        active: list[PairInGroups] = []
+        for pair, group_a, group_b in self._pairs:
+            if id(pair.a) not in chosen or id(pair.b) not in chosen:
+                continue
+            if self._pairing or (not stacked and pair.is_whole and partition.runs_on_triton(pair)):
+                active.append((pair if self._pairing else pair.whole(), group_a, group_b))
+        if self._pairing:
+            pairs.check([pair for pair, *_ in active], set(), whole=True)
         for method in self._methods:
             method.check([pair for pair, *_ in active])
         # Methods with a layout of their own exclude each other, so there is at most one.
@@ -230,11 +283,21 @@ class LoRAAdamW(torch.optim.Optimizer):
         batched = {id(p) for pair, *_ in active for p in (pair.a, pair.b)}
         self._unpaired = []
         for i, group in enumerate(self.param_groups):
-            parameters = [p for p in group["params"] if p.grad is not None and id(p) not in batched]
+            parameters = [p for p in group["params"] if id(p) in chosen and id(p) not in batched]
             self._unpaired += UnpairedParameters.build(parameters, i, self.state)
+        self._members = members
+        self._built_for = chosen_backend, list(map(id, self.state.values()))  # building adds state
 
     def _forget_batches(self) -> None:
-        self._batches, self._unpaired, self._parameters, self._built_for = [], [], [], None
+        """Makes the next step find parameters and build batches anew."""
+        self._batches, self._unpaired, self._built_for = [], [], None
+        self._parameters, self._layer_parameters, self._places = [], [], []
+        self._members, self._has_grad = [], []
+
+    @property
+    def _pairing(self) -> list[Method]:
+        """Returns the methods that work on pairs."""
+        return [method for method in self._methods if method.uses_both_factors]
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Loads the ``state_dict`` of an optimizer with the same model, methods and order of parameters. The next steps
@@ -257,8 +320,14 @@ class LoRAAdamW(torch.optim.Optimizer):
     def __getstate__(self) -> dict:
         """Adds methods and pairs to torch's state. The batches of a copy are empty: its first step builds them."""
         attributes = {"_methods": self._methods, "_pairs": self._pairs}
-        empty: dict[str, Any] = {"_parameters": [], "_batches": [], "_unpaired": [], "_built_for": None}
+        empty: dict[str, Any] = {"_batches": [], "_unpaired": [], "_built_for": None}
+        empty |= {"_parameters": [], "_layer_parameters": [], "_places": [], "_members": [], "_has_grad": []}
         return super().__getstate__() | attributes | empty
+
+
+def _same(tensors: list, others: list) -> bool:
+    """Returns whether both lists hold the same objects."""
+    return len(tensors) == len(others) and all(map(is_, tensors, others))
 
 
 def _is_pair(entry: object) -> bool:

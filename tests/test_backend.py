@@ -1,13 +1,17 @@
 """Which implementation runs, on stand-ins for tensors of devices that this machine does not have. The two modules of a
 family of ops, kernels and torch twins, have the same functions with the same arguments."""
 
+import functools
 import inspect
+import itertools
 import sys
+import time
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+from together import run_together
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_fast as lf
@@ -163,3 +167,41 @@ def test_compiled_call_takes_the_decision_as_a_constant(monkeypatch):
             compiled(torch.empty(2, device="cuda"))
     assert len(graphs) == 1 and "neg" in graphs[0].code
     assert [str(w.message).partition(", got ")[2][:5] for w in caught if "lora_fast" in str(w.message)] == ["sm_75"]
+
+
+def test_overlapping_blocks_leave_the_backend_from_before_them():
+    """The block that began last holds, in whichever order the blocks of several threads end."""
+    before = backend.chosen()
+    for order in itertools.permutations(range(3)):
+        blocks = [backend.set_backend(name) for name in ("torch", "triton", "torch")]
+        for block in blocks:
+            block.__enter__()
+        running = {0: "torch", 1: "triton", 2: "torch"}
+        for i in order:
+            assert backend.chosen() == running[max(running)]
+            blocks[i].__exit__(None, None, None)
+            del running[i]
+        assert backend.chosen() == before
+
+
+def test_blocks_of_many_threads_leave_the_backend_from_before_them():
+    def run(name: str) -> None:
+        for _ in range(1000):
+            with backend.set_backend(name):
+                time.sleep(0)  # lets another thread run
+                assert backend.chosen() in ("torch", "triton")
+
+    with backend.set_backend("auto"):
+        run_together(*[functools.partial(run, name) for name in ("torch", "triton", "torch", "triton")])
+        assert backend.chosen() == "auto"
+
+
+def test_call_that_is_no_block_is_permanent():
+    with backend.set_backend("auto"):
+        for name in ("torch", "triton"):
+            backend.set_backend(name)
+            assert backend.chosen() == name
+        with backend.set_backend("torch"):
+            assert backend.chosen() == "torch"
+        assert backend.chosen() == "triton"
+        assert len(backend._alive()) == 1, "settings of calls that are no blocks are not held"

@@ -109,6 +109,20 @@ def test_resumed_run_logs_and_trains_as_the_whole_one(tmp_path, method, kind):
     tiny.assert_same_tensors(*(model.state_dict() for model in models))
 
 
+def test_exact_checkpoints_restore_the_generators_of_all_gpus(tmp_path, monkeypatch):
+    """Two GPUs in one process, as with device_map="auto". A Trainer saves the state of the current one alone."""
+    states = [torch.tensor([i], dtype=torch.uint8) for i in range(2)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
+    restored = {}
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.update({device: state.item()}))
+    trainer = trainer_of(tiny.peft_llama(), tmp_path, kind=ScaLoRATrainer)
+    trainer._save_rng_state(str(tmp_path / "checkpoint-1"))
+    trainer._load_rng_state(str(tmp_path / "checkpoint-1"))
+    assert restored == {0: 0, 1: 1}
+    trainer._load_rng_state(None)
+
+
 def test_readme_script_trains_with_lora_adamw_and_logs_statistics(tmp_path, monkeypatch):
     text = (Path(__file__).parents[1] / "README.md").read_text()
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "lf.hf" in block)

@@ -1,9 +1,12 @@
 """LoRAAdamW as a torch optimizer: its state, resuming, groups and models, and the arguments that it refuses."""
 
 import copy
+import gc
 import io
 import math
+import weakref
 
+import peft
 import pytest
 import tiny
 import torch
@@ -372,3 +375,102 @@ def test_parameters_may_have_another_memory_order():
     for chosen in (straight, turned):
         train(lf.optim.LoRAAdamW(chosen, lr=1e-2), chosen, 3)
     assert same(bits(straight), bits(turned))
+
+
+def adapted(kind):
+    """Returns a small model with adapters whose b is not 0: ours, or fused ones of PEFT."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
+    if kind == "peft":
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False))
+        lf.fuse_(model)
+        return model
+    lf.inject_(model, lf.LoRAConfig(r=4, alpha=8))
+    for layer in (model[0], model[2]):
+        nn.init.normal_(layer.lora_B)
+    return model
+
+
+def swap(model, make):
+    """Replaces each trained parameter of the model by ``make`` of it, as wrappers do that shard parameters. Returns old
+    and new parameters."""
+    swapped = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.requires_grad:
+                swapped[p] = module._parameters[name] = make(p)
+    return swapped
+
+
+@pytest.mark.parametrize("methods", [[], [M.ILoRA(lam=1.0), M.LoRAPlus(2.0)]], ids=["plain", "ilora lora+"])
+@pytest.mark.parametrize("kind", ["lora_fast", "peft"])
+def test_methods_follow_parameters_that_a_wrapper_replaced(kind, methods):
+    """After the swap, in the layers and in the groups, a step is that of an optimizer which is made for the new
+    parameters."""
+    model, reference = adapted(kind), adapted(kind)
+    optimizer = lf.optim.LoRAAdamW(model, lr=1e-2, methods=methods)
+    model(torch.ones(3, 12)).square().sum().backward()
+    optimizer.step()
+    swapped = swap(model, lambda p: nn.Parameter(p.detach() * 2))
+    for group in optimizer.param_groups:
+        group["params"] = [swapped[p] for p in group["params"]]
+    reference.load_state_dict(model.state_dict())
+    other = lf.optim.LoRAAdamW(reference, lr=1e-2, methods=methods)
+    for trained, steps in ((model, optimizer), (reference, other)):
+        trained(torch.ones(3, 12)).square().sum().backward()
+        steps.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), reference.parameters(), strict=True))
+    assert not any(torch.equal(p, before * 2) for before, p in swapped.items())
+
+
+@pytest.mark.parametrize("kind", ["lora_fast", "peft"])
+def test_parameters_replaced_in_the_layers_alone_are_refused(kind):
+    model = adapted(kind)
+    optimizer = lf.optim.LoRAAdamW(model)
+    swapped = swap(model, lambda p: nn.Parameter(p.detach().clone()))
+    model(torch.ones(3, 12)).sum().backward()
+    with pytest.raises(lf.ArgumentError, match="lora_A: expected the layer's parameter in a parameter group"):
+        optimizer.step()
+    assert len(swapped) == 4 and not optimizer.state
+
+
+@pytest.mark.parametrize("methods", [[], [M.LoRAPlus(2.0)], [M.ILoRA()]], ids=["plain", "lora+", "ilora"])
+def test_flat_partitions_train_by_adamw_or_are_refused_by_name(methods):
+    """DeepSpeed's ZeRO gives the optimizer one flat float32 parameter for each group."""
+    model = adapted("lora_fast")
+    optimizer = lf.optim.LoRAAdamW(model, lr=1e-2, methods=methods)
+    flat, torchs = [], []
+    for group in optimizer.param_groups:
+        values = torch.cat([p.detach().flatten() for p in group["params"]])
+        flat.append(nn.Parameter(values))
+        torchs.append({"params": [nn.Parameter(values.clone())], "lr": group["lr"]})
+        group["params"] = flat[-1:]
+    reference = torch.optim.AdamW(torchs, lr=1e-2, weight_decay=0.0, fused=True)
+    for p, group in zip(flat, torchs, strict=True):
+        p.grad = torch.linspace(-1, 1, p.numel())
+        group["params"][0].grad = p.grad.clone()
+    if methods == [M.ILoRA()]:
+        before = flat[0].detach().clone()
+        with pytest.raises(lf.ArgumentError, match=r"param_groups\[0\]\['params'\]\[0\]: expected a lora_A or lora_B"):
+            optimizer.step()
+        assert torch.equal(flat[0], before)
+        return
+    optimizer.step(), reference.step()
+    assert all(torch.equal(p, group["params"][0]) for p, group in zip(flat, torchs, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["lora_fast", "peft"])
+def test_optimizer_does_not_hold_frozen_weights(kind):
+    """A wrapper that shards the weights then frees the whole ones."""
+    model = adapted(kind)
+    optimizer = lf.optim.LoRAAdamW(model, methods=[M.ILoRA()])
+    for step in range(2):
+        model(torch.ones(3, 12)).sum().backward()
+        optimizer.step()
+        frozen = [weakref.ref(p) for p in model.parameters() if not p.requires_grad]
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is not None and not p.requires_grad:
+                    module._parameters[name] = nn.Parameter(p.detach() + step, requires_grad=False)
+        gc.collect()
+        assert len(frozen) == 4 and not any(reference() is not None for reference in frozen)

@@ -32,7 +32,7 @@ LAYERS = [
     ["checks"],
     ["kernels"],
 ]
-SHARED = [("kernels", name) for name in ("atomic_file", "grouping", "limits", "records")]  # need no Triton
+SHARED = [("kernels", name) for name in ("atomic_file", "device", "grouping", "limits", "records")]  # need no Triton
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 
 

@@ -143,7 +143,9 @@ ERRORS = {
     "state_dict: expected": another_state,
     "--resume: expected": lambda: run_folder.saved_settings(None, {}),
     "CheckpointError": lambda: lf.load_adapter(plain(), "/no/such/folder"),
-    "a tensor of the step has moved": lambda: pointer_table.cached("factors", ["never seen"], lambda: None),
+    "a tensor of the step has moved": lambda: pointer_table.cached(
+        "factors", [torch.device("cpu"), "never seen"], lambda: None
+    ),
     "interval, every: expected 1": due,
     "keep: expected 'weights'": lambda: record(plain()[0], SimpleNamespace(is_cuda=True), None, None, keep="terms"),
 }

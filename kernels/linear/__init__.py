@@ -1,11 +1,11 @@
 """A layer's forward and backward on the kernels, and the plans that reduce the host time of a call.
 
 The launches of a call depend only on its signature: shapes, strides, dtypes and alignment of its tensors, which
-gradients are needed, whether there is dropout, the device, and whether float32 products may use TF32. A ``ForwardPlan``
-or ``BackwardPlan`` holds the decisions for one signature: the way (strategies.py), tiles, grids and launches, which are
-prepared when they first run (launch.py). Plans hold no tensors and are kept by signature, so a later call only reads
-addresses, allocates its results and launches. In the interpreter, inside ``tiles.assume`` and while a profiler's launch
-hook is set, no plan is kept and every launch goes through Triton's JIT.
+gradients are needed, whether there is dropout, the device, and the settings of the process (``_settings``). A
+``ForwardPlan`` or ``BackwardPlan`` holds the decisions for one signature: the way (strategies.py), tiles, grids and
+launches, which are prepared when they first run (launch.py). Plans hold no tensors and are kept by signature, so a
+later call only reads addresses, allocates its results and launches. In the interpreter, inside ``tiles.assume`` and
+while a profiler's launch hook is set, no plan is kept and every launch goes through Triton's JIT.
 """
 
 from __future__ import annotations
@@ -155,11 +155,11 @@ def forward(
     key = (
         x.shape, x.stride(), x.dtype, device.index(x), weight.shape, weight.stride(), lora_A.stride(), lora_A.dtype,
         lora_B.shape, lora_B.stride(), lora_B.dtype, None if bias is None else (bias.stride(), bias.data_ptr() & 15),
-        addresses & 15 and alignments((x, weight, lora_A, lora_B)), dropout, rounded, tf32(x), tuned.changes(),
+        addresses & 15 and alignments((x, weight, lora_A, lora_B)), dropout, rounded, _settings(x),
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
-        plan = keep_plan(_plans, key, ForwardPlan(x, weight, bias, lora_A, lora_B, dropout, rounded))
+        plan = _keep(key, ForwardPlan(x, weight, bias, lora_A, lora_B, dropout, rounded), x)
     return plan(x, weight, bias, lora_A, lora_B, scaling, keep, device.stream(x))
 
 
@@ -188,17 +188,31 @@ def backward(
     key = (
         dy.shape, dy.stride(), x.shape, x.stride(), x.dtype, device.index(x), s.stride(), s.dtype, weight.shape,
         weight.stride(), lora_A.stride(), lora_A.dtype, lora_B.shape, lora_B.stride(), lora_B.dtype, needs,
-        addresses & 15 and alignments((dy, x, s, weight, lora_A, lora_B)), dropout, rounded, tf32(x), tuned.changes(),
+        addresses & 15 and alignments((dy, x, s, weight, lora_A, lora_B)), dropout, rounded, _settings(x),
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
-        plan = keep_plan(_plans, key, BackwardPlan(dy, x, s, weight, lora_A, lora_B, dropout, rounded, needs))
+        plan = _keep(key, BackwardPlan(dy, x, s, weight, lora_A, lora_B, dropout, rounded, needs), x)
     return plan(dy, x, s, weight, lora_A, lora_B, scaling, keep, device.stream(x))
 
 
 # ---- The plans
 
 _plans: dict[tuple, Any] = {}  # ForwardPlan or BackwardPlan, as the call that made the key
+
+
+def _settings(x: Tensor) -> tuple:
+    """Returns the settings of the process on which a plan depends: whether float32 products may use TF32, the changes
+    of the measured choices, and torch's carve-out."""
+    return tf32(x), tuned.changes(), device.carveout()
+
+
+def _keep(key: tuple, plan, x: Tensor):
+    """Keeps a plan for a key whose last item is the settings, unless another thread has changed them since. A part of
+    the plan would then be made for the old ones and another part for the new ones."""
+    return keep_plan(_plans, key, plan) if key[-1] == _settings(x) else plan
+
+
 _any_autocast = torch._C._is_any_autocast_enabled
 
 

@@ -11,6 +11,12 @@ Strategy  "fused": one persistent Triton GEMM (TMA descriptors from sm_90 on, po
           ``strategies.py`` chooses. The second rounding of "cublas" is within the error budget.
 Grid      fused: one program per multiprocessor walks tiles of the result, tokens fastest within a group of rows, so
           that neighbouring programs share W in L2. update: one program per tile.
+Carve-out While a collective of NCCL holds multiprocessors, programs without one start only after others have finished
+          all their tiles, so the GEMM takes up to twice its time. ``torch._C._set_sm_carveout_experimental(n)``, which
+          torch's own matmuls read, too, leaves out n programs from the next call on. The result has the same bits.
+          Tiles dealt out by an atomic counter would need no setting, but a counter that is zeroed before each launch,
+          a wait for it at each tile, and in Gluon one more barrier that hands its value to three partitions. cuBLAS
+          under FSDP would write the result twice at all times, also where no collective runs.
 Shapes    left (n_tokens, d_in), W (d_out, d_in) or (d_in, d_out) as stored, thin (n_tokens, r), result
           (n_tokens, d_out) in left's dtype. In both directions d_in is the summed dimension and d_out the result's
           columns. thin and factor may be float32 beside 16 bits (``primitives.dot_rounded``).
@@ -257,12 +263,13 @@ def grad_x(
 
 
 def _gemm(left, weight, bias, thin, factor, scaling, keep, transposed) -> torch.Tensor:
-    left, weight, factor, r = contiguous_rows(left), contiguous_rows(weight), contiguous_rows(factor), thin.shape[1]
+    left, factor, r = contiguous_rows(left), contiguous_rows(factor), thin.shape[1]
     d_out = weight.shape[0 if transposed else 1]
     if len(left) == 0 or d_out == 0:
         return torch.empty((len(left), d_out), dtype=left.dtype, device=left.device)
     direction = "forward" if transposed else "backward"
     strategy = strategies.strategy(direction, left, weight, factor.dtype, r, keep is not None)
+    weight = weight if strategy == "cublas" else contiguous_rows(weight)  # cuBLAS takes any strides
     with on_device(left):
         shape = len(left), d_out
         gemm = gemm_class(strategy)(left, weight, bias, factor, r, keep is not None, transposed, shape)

@@ -1,7 +1,7 @@
 """The GEMM with the adapter in it, warp-specialised for Hopper: the strategy "gluon" of gemm.py.
 
 Math      result = left · W' + keep∘(thin · factor) + bias, as in gemm.py.
-Grid      One program per multiprocessor walks tiles of the result, in gemm.py's order.
+Grid      One program per multiprocessor that torch's carve-out leaves walks tiles of the result, in gemm.py's order.
 Warps     Three partitions of a program walk the same tiles:
           multiply (8 warps)  starts the accumulator from the thin product, adds the steps over d_in, stores the result;
           fetch (1 warp)      copies left and W by TMA, up to ``STAGES`` steps ahead, also across tiles;
@@ -369,7 +369,7 @@ class GluonGemm:
         largest_r = max(16, tiles.gemm_rank(r) // factor_parts)  # fits in shared memory beside the pipeline
         n_tiles = triton.cdiv(n_tokens, BLOCK_T) * triton.cdiv(d_out, BLOCK_OUT)
         weight_block = (BLOCK_OUT, BLOCK_IN) if transposed else (BLOCK_IN, BLOCK_OUT)
-        result = torch.empty(n_tokens, d_out, device="meta")
+        result = torch.empty(n_tokens, d_out, dtype=dtype, device="meta")
         self.empty = allocator(shape, dtype, left.device)
         self.launch = Launch(
             lora_gluon_linear_kernel, (min(n_tiles, tiles.programs(left.device)),),

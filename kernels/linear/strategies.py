@@ -8,8 +8,8 @@ Backward  dS and db in one "pass" over dy (grads.py) or by "cublas", which reads
           over x by our kernel or by cuBLAS; then the GEMM for dx.
 Estimate  The device's time, from bytes, operations and launches. A memory-bound call is fastest with the fewest bytes.
           A persistent GEMM loses time if its last wave of tiles does not fill all multiprocessors. With few tokens
-          each launch matters. Estimates are not measurements: choices that ``lora-fast tune`` measured take
-          precedence.
+          each launch matters. The multiprocessors that torch's carve-out takes away (gemm.py) compute nothing.
+          Estimates are not measurements: choices that ``lora-fast tune`` measured take precedence.
 """
 
 from __future__ import annotations
@@ -80,9 +80,10 @@ class Way(NamedTuple):
     gemm: str  # the GEMM's strategy: "fused", "cublas" or "gluon"
 
 
-def estimate(way: Way, call: Call, card: device.Device) -> float:
-    """Returns the estimated seconds of a layer's forward or backward on the card."""
-    costs = CostModel(call, card)
+def estimate(way: Way, call: Call, card: device.Device, carved_out: int | None = None) -> float:
+    """Returns the estimated seconds of a layer's forward or backward on the card, of which ``carved_out``
+    multiprocessors are not used."""
+    costs = CostModel(call, card, carved_out)
     if way.direction == "forward":
         n_parts = costs.parts_of_few() if way.thin == "split" else 1
         by_cublas = way.thin == "cublas"
@@ -98,10 +99,12 @@ def estimate(way: Way, call: Call, card: device.Device) -> float:
 
 
 class CostModel:
-    """Estimates the seconds of each part of a call on one card."""
+    """Estimates the seconds of each part of a call on one card, of which ``carved_out`` multiprocessors are not
+    used."""
 
-    def __init__(self, call: Call, card: device.Device):
+    def __init__(self, call: Call, card: device.Device, carved_out: int | None = None):
         self.call, self.card = call, card
+        self.used = device.remaining(card.multiprocessors, carved_out)  # multiprocessors
         self.rates = RATES[max(arch for arch in RATES if arch <= card.arch)]
         self.size, self.factor_size = call.dtype.itemsize, call.factor.itemsize
         self.thin_size = 4 if call.wide else self.size
@@ -137,7 +140,7 @@ class CostModel:
             rate = self.rates.fused * self.rates.half if self.size == 2 else SINGLE_SHARE * self.rates.single
         seconds = self._tiled(t, k + rank_block(r), n, tile, rate)
         if gemm == "fused":  # "gluon" draws the mask beside its products
-            seconds += masked * t * n / (MASK_RATE * self.card.multiprocessors)
+            seconds += masked * t * n / (MASK_RATE * self.used)
         return LAUNCH_SECONDS + max(seconds, (t * k + k * n + t * n) * self.size / self.rates.bandwidth)
 
     def parts_of_few(self) -> int:
@@ -182,6 +185,7 @@ class CostModel:
         other, columns = (t + width - out) * r, r * (2 if self.call.wide else 1)
         moved = t * width * self.size + other * self.size * columns / r + out * columns * self.thin_size
         rate = self.rates.half if self.size == 2 else self.rates.single
+        rate *= self.used / self.card.multiprocessors
         long_sum = (width if out == t else t) > 2048
         launches = 1.5 if long_sum else 1.0
         moving = moved / (STREAM_SHARE * self.rates.bandwidth)
@@ -199,6 +203,8 @@ class CostModel:
             masked: whether the dropout mask of these elements is drawn.
         """
         rate = self.rates.half if self.size == 2 else SINGLE_SHARE * self.rates.single
+        rate *= self.used / self.card.multiprocessors
+        programs = min(programs, self.used)  # that run at a time
         busy = min(1.0, L2_SPEEDUP * programs / self.card.multiprocessors)
         from_memory, from_l2 = (
             moved / (STREAM_SHARE * self.rates.bandwidth),
@@ -207,7 +213,7 @@ class CostModel:
         return LAUNCH_SECONDS + max(
             (from_memory + from_l2 / 2) / busy,  # half of the reads from L2 overlap with those from memory
             2.0 * products * rank_block(self.call.r) * self.products / rate,
-            masked * products / (MASK_RATE * min(programs, self.card.multiprocessors)),
+            masked * products / (MASK_RATE * programs),
         )
 
     def _splits(self, name: str, columns: int) -> tuple[int, int]:
@@ -225,9 +231,9 @@ class CostModel:
         """Returns the seconds of a GEMM in tiles, each on one multiprocessor, in whole waves. If there is less than one
         wave, ``split_k`` splits the tiles along k."""
         count = -(-t // tile[0]) * -(-n // tile[1])
-        waves: float = -(-count // self.card.multiprocessors)
+        waves: float = -(-count // self.used)
         if split_k and waves == 1:
-            waves = min(1.0, count / self.card.multiprocessors / split_k)
+            waves = min(1.0, count / self.used / split_k)
         return waves * 2.0 * tile[0] * tile[1] * k * self.card.multiprocessors / rate
 
 
@@ -248,7 +254,10 @@ def ways(direction: str, call: Call) -> list[Way]:
 
 
 @lru_cache(maxsize=4096)
-def best(direction: str, call: Call, card: device.Device, thin: str | None = None, gemm: str | None = None) -> Way:
+def best(
+    direction: str, call: Call, card: device.Device, thin: str | None = None, gemm: str | None = None,
+    carved_out: int | None = None,
+) -> Way:  # fmt: skip
     """Returns the way with the lowest estimate. ``gemm`` restricts the choice to this strategy; ``thin`` restricts it
     to these thin products if that leaves any way."""
     possible = ways(direction, call)
@@ -256,7 +265,7 @@ def best(direction: str, call: Call, card: device.Device, thin: str | None = Non
         possible = [way._replace(gemm=gemm) for way in possible if way.gemm == "fused"]
     allowed = [way for way in possible if gemm in (None, way.gemm)]
     allowed = [way for way in allowed if way.thin == thin] or allowed
-    return min(allowed, key=lambda way: estimate(way, call, card))
+    return min(allowed, key=lambda way: estimate(way, call, card, carved_out))
 
 
 def way(
@@ -268,7 +277,7 @@ def way(
     d_out, d_in = weight.shape
     call = Call(len(tall), d_in, d_out, r, tall.dtype, factor, dropout)
     gemm = _gemm(direction, tall, weight, r, dropout)
-    return best(direction, call, tiles.limits(tall.device), tiles.assumed("thin"), gemm)
+    return best(direction, call, tiles.limits(tall.device), tiles.assumed("thin"), gemm, device.carveout())
 
 
 def strategy(
@@ -278,7 +287,7 @@ def strategy(
     d_out, d_in = weight.shape
     call = Call(len(left), d_in, d_out, r, left.dtype, factor, dropout)
     gemm = _gemm(direction, left, weight, r, dropout)
-    return best(direction, call, tiles.limits(left.device), "pass", gemm).gemm
+    return best(direction, call, tiles.limits(left.device), "pass", gemm, device.carveout()).gemm
 
 
 def _gemm(direction: str, left: torch.Tensor, weight: torch.Tensor, r: int, dropout: bool) -> str | None:

@@ -8,7 +8,7 @@ Math      For each factor p with gradient g, in this order, every line optional 
               p ← (1 - η w) p - η/(1-β₁ᵗ) · m / (√v/√(1-β₂ᵗ) + ε)              torch.optim.AdamW
               Gram of the new p: p pᵀ (a), pᵀp (b)
           Step counts, one per factor, are read by all of a factor's programs. The last program to finish increments
-          its factor's count.
+          its factor's count, unless the factor rests (pointer_table.py).
 Grid      One program per chunk of d of one factor, all its rank columns, so products along the rank stay within a
           program. Where no line depends on the rank, a factor is a flat row of numbers.
 Shapes    p, g, m, v of one shape and any float each; M, Gram float32 (n, R, R), d, e float32 (n, R), c float32 (n,).
@@ -36,6 +36,7 @@ from ..factor_tiles import (
 from ..launch import Launch, alignments, check_tensor, on_device, plan, stream_of
 from ..pointer_table import (
     INDEX,
+    RESTS,
     SIDE,
     SIDE_A,
     TL_DTYPE,
@@ -213,7 +214,7 @@ def lora_step_kernel(
     of each side. LR_IN_MEMORY: of these numbers, the learning rates are read at p_lr_b and p_lr_a."""
     i_tensor, i_chunk = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
     index, is_a = load_entry(entries, i_tensor, INDEX), load_entry(entries, i_tensor, SIDE) == SIDE_A
-    t = tl.load(steps + index) + 1.0
+    t = tl.load(steps + index) + tl.where(load_entry(entries, i_tensor, RESTS) == 0, 1.0, 0.0)
     if ROWS:
         row = hyper + index * stride_hyper
         lr, beta1, beta2 = tl.load(row), tl.load(row + 1), tl.load(row + 2)

@@ -18,10 +18,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ..device import to_device
 from ..grouping import group_by
 from ..launch import check_tensor, on_device, report_addresses
 from ..limits import ROUNDINGS
-from ..pointer_table import ALIGNMENT, TL_DTYPE, cached, check_dtype, check_storage, pointer_at, to_device
+from ..pointer_table import ALIGNMENT, TL_DTYPE, cached, check_dtype, check_storage, pointer_at
 from ..primitives import PHILOX_ROUNDS, dot, round_to, to_float32
 
 NEAREST, STOCHASTIC, COMPENSATED = (tl.constexpr(i) for i in range(3))

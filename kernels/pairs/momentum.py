@@ -18,6 +18,7 @@ from ..factor_tiles import load_block
 from ..launch import Launch, alignments, on_device, plan, stream_of
 from ..pointer_table import (
     INDEX,
+    RESTS,
     SIDE,
     SIDE_A,
     TL_DTYPE,
@@ -88,7 +89,7 @@ def lora_momentum_kernel(
             UNIFORM_R, ALIGNED, EXPERTS,
             CHUNK, BLOCK_D, BLOCK_R,
         )  # fmt: skip
-    if i_chunk == 0:
+    if i_chunk == 0 and load_entry(entries, i_tensor, RESTS) == 0:
         step = steps + load_entry(entries, i_tensor, INDEX)
         t = tl.load(step) + 1.0
         tl.debug_barrier()  # every thread has read the count before one of them overwrites it

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from .. import backend, checks
+from ..kernels.device import to_device
+from ..kernels.grouping import group_by
 from ..kernels.records import Grams
 from .pairs import Pair
 
@@ -38,60 +40,93 @@ def adamw_state(pair: Pair) -> tuple[Shapes, Shapes]:
     return moments(pair.a), moments(pair.b)
 
 
+def step_counts(parameters: list[Tensor], states: dict) -> list[int]:
+    """Returns the number of steps that each parameter has taken. Reads all counts of a device at once, which waits for
+    the device; a batch therefore calls it only when it is built."""
+    counts = [0] * len(parameters)
+    stepped = [i for i, p in enumerate(parameters) if "step" in states[p]]
+    for positions in group_by(stepped, lambda i: states[parameters[i]]["step"].device).values():
+        numbers = torch.stack([states[parameters[i]]["step"].float() for i in positions]).tolist()
+        for i, number in zip(positions, numbers, strict=True):
+            counts[i] = int(number)
+    return counts
+
+
 class Batch(ABC):
-    """Pairs that have taken the same number of steps.
+    """Pairs that are processed together.
+
+    A pair without gradients rests: it stays in the batch, and the step changes neither its factors nor its state. The
+    results that the batch computes for it are finite and not used.
 
     Attributes:
         ops: the module that computes r×r algebra for these pairs: the torch twins in a StackedBatch, the kernels in a
             GroupedBatch.
         pairs: the pairs of the batch. products: L, the number of their products.
-        count: the number of steps that b has taken, including the current one. If a method uses both factors, a has
-            taken as many; otherwise its number may differ.
+        rests: whether each pair rests in the current step.
         settings_a, settings_b: the parameter groups of a and b, which contain lr, betas, eps and weight_decay.
     """
 
     ops: ModuleType
 
-    def __init__(self, members: list[PairInGroups], counts: tuple[int, int]):
-        """``counts`` are the numbers of steps that b (first) and a have taken."""
+    def __init__(self, members: list[PairInGroups], counts: list[int]):
+        """``counts`` are the numbers of steps that each pair's b has taken. If a method uses both factors, a has taken
+        as many; otherwise its number may differ."""
         self.pairs = [pair for pair, *_ in members]
         self.products = sum(pair.experts for pair in self.pairs)
-        self.count = counts[0]
         self._groups = members[0][1:]  # partition.py puts pairs of different groups into different batches
         self._per_pair: dict[str, Tensor] = {}
+        self._begun = 0  # steps since the batch was built; a pair's count is ``_offsets`` + ``_begun``
+        self._offsets = counts
+        self.rests = [False] * len(members)
 
     @classmethod
     @abstractmethod
     def build(
-        cls,
-        members: list[PairInGroups],
-        counts: tuple[int, int],
-        states: dict,
-        layout: Callable[[Pair], tuple[Shapes, Shapes]],
+        cls, members: list[PairInGroups], states: dict, layout: Callable[[Pair], tuple[Shapes, Shapes]]
     ) -> list[Self]:
         """Returns the batches that together contain all members.
 
         Args:
             members: pairs that agree in every property of partition.py's ``_key``.
-            counts: the numbers of steps that b and a have taken, b's first.
             states: the optimizer's state, by parameter.
             layout: returns the shapes of the states of a pair's a and b, a's first.
         """
 
+    def find_resting(self) -> None:
+        """Finds the pairs that rest. Runs whenever the set of parameters with gradients has changed."""
+        self.rests = [pair.b.grad is None and pair.a.grad is None for pair in self.pairs]
+
     def begin(self, param_groups: list[dict]) -> None:
-        """Begins a step. Increments ``count`` and reads the settings of the step."""
-        self.count += 1
+        """Begins a step. Counts it for the pairs that do not rest and reads its settings."""
+        self._begun += 1
+        if True in self.rests:
+            self._offsets = [offset - rests for offset, rests in zip(self._offsets, self.rests, strict=True)]
         self.settings_a, self.settings_b = (param_groups[i] for i in self._groups)
 
-    def due(self, every: int, phase: int = 0) -> bool:
-        """Returns whether the number of the current step, less ``phase``, is a multiple of ``every``.
+    @abstractmethod
+    def end(self) -> None:
+        """Ends a step. Frees all that belongs to it alone, so that it does not stay in memory during the next forward
+        and backward."""
+
+    def counts(self) -> list[int]:
+        """Returns the number of steps that each pair's b has taken, including the current one."""
+        return [offset + self._begun for offset in self._offsets]
+
+    def due(self, every: int, phase: int = 0) -> list[bool]:
+        """Returns for each pair whether it takes part in the current step and the number of this step, less ``phase``,
+        is a multiple of ``every``.
 
         Raises:
             ArgumentError: ``every`` is not 1 while a CUDA graph is captured: each replay would repeat this decision.
         """
         if every > 1 and backend.is_capturing(self.pairs[0].a.device):
             raise checks.ArgumentError("interval, every", "1 where a CUDA graph is captured", every)
-        return (self.count - phase) % every == 0
+        return [(n - phase) % every == 0 and not rests for n, rests in zip(self.counts(), self.rests, strict=True)]
+
+    def rows(self, flags: list[bool]) -> Tensor:
+        """Returns a flag of each pair, repeated for each of its experts, as bool (L,) on the device."""
+        repeated = [flag for pair, flag in zip(self.pairs, flags, strict=True) for flag in [flag] * pair.experts]
+        return to_device(repeated, torch.bool, self.pairs[0].a.device)
 
     def per_pair(self, name: str, compute: Callable[[Pair], float]) -> Tensor:
         """Returns a value of each pair, repeated for each of its experts, as (L,) in float32 (float64 for float64
@@ -100,7 +135,7 @@ class Batch(ABC):
             like = self.pairs[0].a
             dtype = torch.promote_types(like.dtype, torch.float32)
             values = [value for pair in self.pairs for value in [compute(pair)] * pair.experts]
-            self._per_pair[name] = torch.tensor(values, dtype=dtype, device=like.device)
+            self._per_pair[name] = to_device(values, dtype, like.device)
         return self._per_pair[name]
 
     @abstractmethod
@@ -132,9 +167,9 @@ class Batch(ABC):
         ``gradient_scales``. Both are (2L, r), b's first."""
 
     @abstractmethod
-    def merge(self, residual_scale: Tensor, rounding: str, seed: int) -> None:
-        """Adds b diag(residual_scale) a to W for every product. ``residual_scale`` (L, r) already contains the
-        adapter's scaling. Stochastic rounding is seeded with ``seed`` and the number of the step."""
+    def merge(self, residual_scale: Tensor, chosen: list[bool], rounding: str, seed: int) -> None:
+        """Adds b diag(residual_scale) a to W for every product of the chosen pairs. ``residual_scale`` (L, r) already
+        contains the adapter's scaling. Stochastic rounding is seeded with ``seed`` and the number of the step."""
 
     @abstractmethod
     def adamw(self, grams: bool) -> None:

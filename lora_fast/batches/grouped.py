@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable
-from itertools import accumulate
+from itertools import accumulate, compress
 from typing import Self
 
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from .. import backend
 from ..kernels import pointer_table
+from ..kernels.device import to_device
 from ..kernels.launch import report_addresses
 from ..kernels.pairs import adamw, add_low_rank, gram, momentum, regularizers, transform
 from ..kernels.pairs.adamw import Settings
 from ..kernels.records import Grams, StepWork
-from .batch import MOMENTS, Batch, PairInGroups, Trained
+from .batch import MOMENTS, Batch, PairInGroups, Trained, step_counts
 from .pairs import Pair
 
 ALL_GRAMS = Grams._fields
@@ -39,12 +40,15 @@ class GroupedBatch(Batch):
     _grams_after: Tensor | None
     _listed: list[pointer_table.TableWithGradients] | None
 
-    def __init__(self, members: list[PairInGroups], counts: tuple[int, int], states: dict, layout: Callable):
-        super().__init__(members, counts)
-        self._factors: list[Trained] = [pair.b for pair in self.pairs] + [pair.a for pair in self.pairs]
-        self._rank, self._device = self.pairs[0].rank, self._factors[0].device
-        self._steps = torch.tensor(counts, dtype=torch.float32).repeat_interleave(self.products).to(self._device)
-        experts = [pair.experts for pair in self.pairs] * 2
+    def __init__(self, members: list[PairInGroups], states: dict, layout: Callable):
+        pairs = [pair for pair, *_ in members]
+        self._factors: list[Trained] = [pair.b for pair in pairs] + [pair.a for pair in pairs]
+        counts = step_counts(self._factors, states)
+        super().__init__(members, counts[: len(pairs)])
+        self._rank, self._device = pairs[0].rank, self._factors[0].device
+        experts = [pair.experts for pair in pairs] * 2
+        rows = [float(count) for count, n in zip(counts, experts, strict=True) for _ in range(n)]
+        self._steps = to_device(rows, torch.float32, self._device)
         first = [0, *accumulate(experts)][:-1]  # each factor's first row in per-factor tensors of 2L rows
         layouts = [layout(pair) for pair in self.pairs]
         shapes = [shapes_b for _, shapes_b in layouts] + [shapes_a for shapes_a, _ in layouts]
@@ -63,11 +67,20 @@ class GroupedBatch(Batch):
         self._places, self._dtypes = self._current_places(), [p.dtype for p in self._factors]
         self._state_addresses = [self._current_state_addresses(i) for i in range(len(self._states))]
         self._forget()
+        self.find_resting()
 
     @classmethod
-    def build(cls, members: list[PairInGroups], counts: tuple[int, int], states: dict, layout: Callable) -> list[Self]:
+    def build(cls, members: list[PairInGroups], states: dict, layout: Callable) -> list[Self]:
         """Returns one batch with all members."""
-        return [cls(members, counts, states, layout)]
+        return [cls(members, states, layout)]
+
+    def find_resting(self) -> None:
+        """Tells the tables which factors rest. Without methods, one factor of a pair may rest alone."""
+        super().find_resting()
+        rests = [p.grad is None for p in self._factors]
+        self._resting = True in rests
+        for table in self._tables:
+            table.set_resting(rests)
 
     def _columns(self) -> list[list[Tensor]]:
         """Returns the tables' columns. The moments are read from the state each time and not held, so that a user who
@@ -76,11 +89,13 @@ class GroupedBatch(Batch):
 
     def begin(self, param_groups: list[dict]) -> None:
         super().begin(param_groups)
-        self._forget()
         for table in self._tables:
             report_addresses(table.entries, (column[i] for column in self._columns() for i in table.positions))
         if pointer_table.capturing():
             pointer_table.hold_for_graphs(self)
+
+    def end(self) -> None:
+        self._forget()
 
     def _forget(self) -> None:
         """Drops all that belongs to one step: the recorded work, Ka and Kb before and after AdamW, and the
@@ -89,7 +104,7 @@ class GroupedBatch(Batch):
 
     def intact(self) -> bool:
         """Compares whole lists, because this runs at every step and list comparison is the fastest check in Python."""
-        last, current = len(self._states) - 1, self.count % len(self._states)
+        last, current = len(self._states) - 1, self._begun % len(self._states)
         return (
             self._current_places() == self._places
             and all([p.is_contiguous() for p in self._factors])  # all() of a list is faster than of a generator
@@ -132,6 +147,9 @@ class GroupedBatch(Batch):
         """Returns the tables with the addresses of the gradients beside those of the factors."""
         if self._listed is None:
             gradients = [p.grad for p in self._factors]
+            if self._resting:  # kernels do not read the gradient of a factor that rests, so any other stands in
+                other = next(g for g in gradients if g is not None)
+                gradients = [other if g is None else g for g in gradients]
             if not all([g.is_contiguous() for g in gradients]):
                 gradients = [g.contiguous() for g in gradients]
             self._listed = [table.with_gradients(gradients) for table in self._tables]
@@ -149,16 +167,20 @@ class GroupedBatch(Batch):
     def scale(self, factor_scales: Tensor, gradient_scales: Tensor) -> None:
         self._work |= {"scale_p": factor_scales.contiguous(), "scale_g": gradient_scales.contiguous()}
 
-    def merge(self, residual_scale: Tensor, rounding: str, seed: int) -> None:
-        weights = [pair.mergeable_weight.data for pair in self.pairs]
+    def merge(self, residual_scale: Tensor, chosen: list[bool], rounding: str, seed: int) -> None:
+        pairs = list(compress(self.pairs, chosen))
+        weights = [pair.mergeable_weight.data for pair in pairs]
         residuals = None
         if rounding == "compensated":
-            states_b = self._states[: len(self.pairs)]
+            states_b = compress(self._states[: len(self.pairs)], chosen)
             # A float32 weight has no residual, and the kernel reads none: the weight stands in for it.
             residuals = [state.get("merge_residual", w) for state, w in zip(states_b, weights, strict=True)]
-            residuals = [x for pair, w in zip(self.pairs, residuals, strict=True) for x in _split_stored(pair, w)]
-        weights = [x for pair, w in zip(self.pairs, weights, strict=True) for x in _split_stored(pair, w)]
-        a, b = map(list, zip(*[factors for pair in self.pairs for factors in _split_factors(pair)], strict=True))
+            residuals = [x for pair, w in zip(pairs, residuals, strict=True) for x in _split_stored(pair, w)]
+        weights = [x for pair, w in zip(pairs, weights, strict=True) for x in _split_stored(pair, w)]
+        a, b = map(list, zip(*[factors for pair in pairs for factors in _split_factors(pair)], strict=True))
+        if not all(chosen):
+            parts = residual_scale.split([pair.experts for pair in self.pairs])
+            residual_scale = torch.cat(list(compress(parts, chosen)))
         scale = residual_scale.float().contiguous()
         add_low_rank.add_low_rank_(weights, a, b, scale, rounding, self._seed(seed), residuals)
 
@@ -167,7 +189,11 @@ class GroupedBatch(Batch):
         always in device memory: the kernel that takes it as a number is another one, which could not be loaded while a
         graph is captured."""
         base = zlib.crc32(str(seed).encode()) << 30
-        return self._steps[0].long() + (base + 1) if self._device.type == "cuda" else base + self.count
+        # The sum of the steps that the products have taken grows at each step, whichever of them rest.
+        if self._device.type == "cuda":
+            return self._steps[: self.products].sum(dtype=torch.float64).long() + base
+        taken = zip(self.pairs, self.counts(), self.rests, strict=True)
+        return base + sum(pair.experts * (count - (not rests)) for pair, count, rests in taken)
 
     def adamw(self, grams: bool) -> None:
         work = StepWork(**self._work, gram=grams)

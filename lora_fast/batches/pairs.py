@@ -16,6 +16,9 @@ from ..layers.find import PeftLayer, expert_count, peft_layers
 from ..layers.lora import LoRALinear
 from ..surgery.merge import weight_owners
 
+PLAIN = (Tensor, nn.Parameter)  # a DTensor is a subclass
+WHOLE = "a plain tensor"
+
 
 @dataclass(eq=False)
 class Pair:
@@ -26,10 +29,11 @@ class Pair:
         a: lora_A (r, d_in). b: lora_B (d_out, r). With experts, lora_A is (E·r, d_in) with expert-major rows, and
             lora_B is (d_out, r·E) with rank-major columns: column k·E + e is column k of expert e.
         scaling: alpha / r.
-        weight: the frozen (d_out, d_in) weight that the pair adapts, or None. With experts it is (E, d_out, d_in).
-        unmergeable: the reason why nothing may be merged into that weight, or None.
+        given_weight: the frozen weight of a pair that has no layer, or None.
+        unmergeable: the reason why nothing may be merged into the weight, or None.
         layer: the LoRALinear or PEFT layer, or None. The merges into its weight are recorded on it
             (layers/merge_log.py).
+        adapter: the adapter's name in a PEFT layer.
         experts: E; 1 for an ordinary pair.
         transposed: whether the experts' weight is stored as (E, d_in, d_out).
     """
@@ -38,11 +42,61 @@ class Pair:
     a: Tensor
     b: Tensor
     scaling: float = 1.0
-    weight: Tensor | None = None
+    given_weight: Tensor | None = None
     unmergeable: str | None = None
-    layer: nn.Module | None = None
+    layer: PeftLayer | LoRALinear | None = None
+    adapter: str | None = None
     experts: int = 1
     transposed: bool = False
+
+    @property
+    def weight(self) -> Tensor | None:
+        """Returns the frozen (d_out, d_in) weight that the pair adapts, or None. With experts it is (E, d_out, d_in).
+        It is read from the layer each time and not held, so that a wrapper that shards the weight frees the whole
+        one."""
+        if self.layer is None:
+            return self.given_weight
+        return self.layer.weight if self.adapter is None else _base_weight(self.layer, self.adapter)[0]
+
+    @property
+    def places(self) -> list[tuple[nn.Module, str]]:
+        """Returns where the layer holds a and b: a module and the name of its parameter, of each. Empty for a pair
+        without a layer."""
+        if self.layer is None:
+            return []
+        if self.adapter is None:
+            return [(self.layer, "lora_A"), (self.layer, "lora_B")]
+        holders = (getattr(self.layer, name) for name in ("lora_A", "lora_B"))
+        return [(x[self.adapter], "weight") for x in holders if self.adapter in x]
+
+    def found_anew(self) -> Pair | None:
+        """Returns the pair with the factors that the layer holds now, or None if it holds none. A pair without a layer
+        is returned itself.
+
+        Raises:
+            ArgumentError: the layer's factors are no parameters any more.
+        """
+        if self.layer is None:
+            return self
+        factors = []
+        for module, name in self.places:
+            factors.append(getattr(module, name, None))
+            if isinstance(factors[-1], Tensor) and name not in module._parameters:
+                expected = "a parameter, in an optimizer that is made after the model is wrapped"
+                got = "a view of another tensor, as FSDP1 makes with use_orig_params=False"
+                raise checks.ArgumentError(f"{self.name}.{name}", expected, got)
+        present = [p for p in factors if p is not None]
+        return replace(self, a=present[0], b=present[1]) if len(present) == 2 else None
+
+    @property
+    def is_whole(self) -> bool:
+        """Returns whether both factors are plain matrices: not sharded, and no views of a wrapper's flat parameter."""
+        return all(type(p) in PLAIN and p.dim() == 2 and p.is_leaf for p in (self.a, self.b))
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """Returns the factors that are trained."""
+        return [p for p in (self.a, self.b) if p.requires_grad]
 
     @property
     def mergeable_weight(self) -> Tensor:
@@ -87,19 +141,21 @@ def find_pairs(model: nn.Module) -> list[Pair]:
     for name, layer in model.named_modules():
         if isinstance(layer, LoRALinear):
             reason = "already merged" if layer.merged else _shared(layer.weight, owners)
-            pairs.append(Pair(name, layer.lora_A, layer.lora_B, layer.scaling, layer.weight, reason, layer))
+            pairs.append(Pair(name, layer.lora_A, layer.lora_B, layer.scaling, None, reason, layer))
     for name, layer in peft_layers(model).items():
         factors_a, factors_b = getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})
         for adapter in layer.active_adapters:
             a, b = (_weight(factors, adapter) for factors in (factors_a, factors_b))
             if a is None or b is None or a.dim() != 2 or b.dim() != 2:
                 continue
-            weight, reason = _base_weight(layer, adapter, owners)
+            weight, reason = _base_weight(layer, adapter)
+            if reason is None and weight is not None:
+                reason = "already merged" if layer.merged else _shared(weight, owners)
             experts = expert_count(layer)
             # PEFT sets this attribute for weights stored as (E, d_out, d_in); older versions have the other layout
             # only.
             transposed = experts > 1 and not getattr(layer, "_did_swap_in_out_features", False)
-            settings = float(layer.scaling[adapter]), weight, reason, layer, experts, transposed
+            settings = float(layer.scaling[adapter]), None, reason, layer, adapter, experts, transposed
             pairs.append(Pair(f"{name}.{adapter}", a, b, *settings))
     return [pair for pair in pairs if pair.a.requires_grad or pair.b.requires_grad]
 
@@ -125,18 +181,22 @@ def make_pairs(entries: Iterable, argument: str = "model") -> list[Pair]:
     return pairs
 
 
-def check(pairs: list[Pair], trained: set[int]) -> None:
+def check(pairs: list[Pair], trained: set[int], whole: bool) -> None:
     """Raises ArgumentError unless every pair fits and no tensor occurs twice, neither among the pairs nor in
-    ``trained``, the ids of the parameters that the optimizer already has."""
+    ``trained``, the ids of the parameters that the optimizer already has. With ``whole``, no factor may be sharded."""
     seen: dict[int, str] = {}
     for pair in pairs:
         for factor, tensor in (("lora_A", pair.a), ("lora_B", pair.b)):
             argument = f"{pair.name}.{factor}"
             if not isinstance(tensor, Tensor) or tensor.dim() != 2 or tensor.dtype not in checks.FLOATS:
                 got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise checks.ArgumentError(argument, "a floating-point matrix", got)
-            if type(tensor) not in (Tensor, nn.Parameter):  # a DTensor is a subclass
-                raise checks.ArgumentError(argument, "a plain tensor (not sharded)", type(tensor).__name__)
+                raise checks.ArgumentError(argument, "a floating-point matrix (not flattened by a wrapper)", got)
+            if whole and type(tensor) not in PLAIN:
+                raise checks.ArgumentError(argument, f"{WHOLE} (not sharded)", type(tensor).__name__)
+            if not tensor.is_leaf:
+                raise checks.ArgumentError(
+                    argument, f"{WHOLE} (not flattened by a wrapper)", "a view of another tensor"
+                )
             if id(tensor) in seen or id(tensor) in trained:
                 other = seen.get(id(tensor), "another group")
                 raise checks.ArgumentError(argument, "a tensor of its own", f"the tensor that {other} also holds")
@@ -166,7 +226,9 @@ def _weight(factors, adapter: str) -> Tensor | None:
     return getattr(factors[adapter], "weight", None) if adapter in factors else None
 
 
-def _base_weight(layer: PeftLayer, adapter: str, owners: dict[int, list[str]]) -> tuple[Tensor | None, str | None]:
+def _base_weight(layer: PeftLayer, adapter: str) -> tuple[Tensor | None, str | None]:
+    """Returns the weight that an adapter of a PEFT layer adapts, or None and the reason why nothing can be merged into
+    it."""
     base = layer.get_base_layer()
     has_experts = expert_count(layer) > 1
     weight: Any = layer.get_param() if has_experts else getattr(base, "weight", None)
@@ -175,7 +237,7 @@ def _base_weight(layer: PeftLayer, adapter: str, owners: dict[int, list[str]]) -
         return None, f"base layer {type(base).__name__} with a weight of {getattr(weight, 'dtype', None)}"
     if layer.fan_in_fan_out or adapter in layer.lora_variant:
         return None, "more than scaling · b a on the base weight"
-    return weight, "already merged" if layer.merged else _shared(weight, owners)
+    return weight, None
 
 
 def _shared(weight: Tensor, owners: dict[int, list[str]]) -> str | None:

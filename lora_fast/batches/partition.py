@@ -25,19 +25,17 @@ def build(
 ) -> list[Batch]:
     """Returns batches of all members: a GroupedBatch each of those that run on Triton, a StackedBatch each of others.
 
-    Reading the step counts waits for the device. This function runs only when the set of pairs changes.
-
     Args:
         members: the pairs, with the indices of their parameter groups.
         states: the optimizer's state, by parameter.
         layout: returns the shapes of the state of a pair's a and b.
         stacked: whether all of them need a StackedBatch.
     """
-    keyed = [(_key(member, states, not stacked and runs_on_triton(member[0])), member) for member in members]
+    keyed = [(_key(member, not stacked and runs_on_triton(member[0])), member) for member in members]
     keyed.sort(key=lambda item: str(item[0]))  # devices have no order, strings do; stable within a batch
     batches: list[Batch] = []
-    for key, run in groupby(keyed, key=lambda item: item[0]):
-        batches += _kind(key[2]).build([member for _, member in run], key[:2], states, layout)
+    for (triton, *_), run in groupby(keyed, key=lambda item: item[0]):
+        batches += _kind(triton).build([member for _, member in run], states, layout)
     return batches
 
 
@@ -49,11 +47,9 @@ def _kind(triton: bool) -> type[Batch]:
     return StackedBatch
 
 
-def _key(member: PairInGroups, states: dict, triton: bool) -> tuple:
-    """Returns the properties that all pairs of a batch have in common: first the step counts of b and a, then
-    whether they run on Triton."""
+def _key(member: PairInGroups, triton: bool) -> tuple:
+    """Returns the properties that all pairs of a batch have in common: first whether they run on Triton."""
     pair, *groups = member
-    steps = [int(states[p]["step"]) if "step" in states[p] else 0 for p in (pair.b, pair.a)]
-    key = *steps, triton, *groups, pair.a.device, pair.rank
+    key = triton, *groups, pair.a.device, pair.rank
     weight_dtype = None if pair.weight is None else pair.weight.dtype
     return key if triton else (*key, tuple(pair.a.shape), tuple(pair.b.shape), pair.a.dtype, weight_dtype)

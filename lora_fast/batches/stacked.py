@@ -5,29 +5,36 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable
+from itertools import compress
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from .. import backend
+from ..kernels.device import to_device
 from ..kernels.records import Grams
 from ..ops.pairs import adamw_, at_least_float32, grams
 from ..ops.reference.scalora_solution import add_low_rank_
-from .batch import MOMENTS, Batch, PairInGroups, Shapes, Trained
+from .batch import MOMENTS, Batch, PairInGroups, Shapes, Trained, step_counts
 
 CACHED = 1 << 20  # elements of a factor's stack on a CPU: larger stacks leave its caches, smaller ones need more calls
 
 
 class Factor:
-    """The a or the b of all pairs of a stack.
+    """The a or the b of all pairs of a stack. Each parameter and each of its states is a slice of a stack.
 
     Attributes:
-        value: the parameters, (L, …); each parameter is a slice of it. state: name → (L, …), with slices alike.
+        value: the stack of the parameters, (L, …). state: name → the stack of a state. Both exist from ``begin``
+            to ``end`` only: between steps the slices alone hold the memory, so a user who moves them away frees it.
         grad: the gradient after the methods applied so far, (L, …), or None while no method has changed it.
         steps: the step counts, (L,) float32, on the parameters' device.
+        active: which slices do not rest, bool (L,), or None if none rests.
     """
 
+    active: Tensor | None = None
+    _positions: list[int]  # of the slices that do not rest
+    _counts_agree: bool  # whether all slices have taken the same number of steps
     parameters: list[Trained]
     grad: Tensor | None
     value: Tensor
@@ -37,21 +44,20 @@ class Factor:
     def __init__(self, parameters: list[Tensor], shapes: Shapes, states: dict):
         """Copies parameters and state into stacks, and makes both slices of the stacks. New state is zero."""
         self.parameters, self.grad = parameters, None
-        self.value = torch.stack([p.data for p in parameters])
-        counts = [states[p].get("step", torch.zeros(())) for p in parameters]
-        self.steps = torch.stack([count.to(self.value.device, torch.float32) for count in counts])
-        self.state = {}
+        counts = step_counts(parameters, states)
+        self._counts_agree = len(set(counts)) == 1
+        device = parameters[0].device
+        self.steps = to_device(counts, torch.float32, device)
+        self._states, self._names = [states[p] for p in parameters], tuple(shapes)
         for name, (shape, dtype) in shapes.items():
-            self.state[name] = torch.zeros(len(parameters), *shape, dtype=dtype, device=self.value.device)
-            for i, p in enumerate(parameters):
-                if name in states[p]:
-                    self.state[name][i].copy_(states[p][name])
-        stacks = {"value": self.value, "step": self.steps} | self.state
-        self._slices = {name: list(stack) for name, stack in stacks.items()}  # made once, since slicing takes time
-        for i, p in enumerate(parameters):  # the stacks replace the tensors' own memory, so that nothing is kept twice
-            p.data = self.value[i]
-            states[p].update({name: slices[i] for name, slices in self._slices.items() if name != "value"})
-        self._states = [states[p] for p in parameters]
+            stack = torch.zeros(len(parameters), *shape, dtype=dtype, device=device)
+            for slice_of_stack, state in zip(stack, self._states, strict=True):
+                if name in state:
+                    slice_of_stack.copy_(state[name])
+                state[name] = slice_of_stack
+        value = torch.stack([p.data for p in parameters])
+        for p, state, slice_of_value, step in zip(parameters, self._states, value, self.steps, strict=True):
+            p.data, state["step"] = slice_of_value, step
         self._addresses = self._current_addresses()
 
     def intact(self) -> bool:
@@ -59,26 +65,64 @@ class Factor:
         return self._current_addresses() == self._addresses
 
     def _current_addresses(self) -> list[int]:
-        names = ("step", *self.state)
+        names = ("step", *self._names)
         addresses = [
             x.data_ptr() if (x := state.get(name)) is not None else 0 for name in names for state in self._states
         ]
         return [p.data_ptr() for p in self.parameters] + addresses
 
+    def set_resting(self, rests: list[bool]) -> None:
+        """Sets which slices rest until the next call."""
+        self.active = to_device([not x for x in rests], torch.bool, self.steps.device) if True in rests else None
+        self._positions = [i for i, x in enumerate(rests) if not x]
+        self._counts_agree &= self.active is None
+
     def gradient(self) -> Tensor:
-        """Returns the gradient after the methods applied so far, (L, …). A fresh stack if no method has changed it."""
-        return torch.stack([p.grad for p in self.parameters]) if self.grad is None else self.grad
+        """Returns the gradient after the methods applied so far, (L, …). If no method has changed it, a fresh stack, 0
+        for a slice that rests."""
+        if self.grad is not None:
+            return self.grad
+        gradients = [p.grad for p in self.parameters]
+        if self.active is not None:
+            gradients = [
+                torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, gradients, strict=True)
+            ]
+        return torch.stack(gradients)
+
+    def begin(self) -> None:
+        """Begins a step, which counts for the active slices. Makes the stacks from their slices."""
+        self.steps += 1 if self.active is None else self.active
+        self.grad = None
+        self.value = self._stack_from(self.parameters[0].data)
+        self.state = {name: self._stack_from(self._states[0][name]) for name in self._names}
+
+    def _stack_from(self, first: Tensor) -> Tensor:
+        """Returns the stack (L, …) whose first slice this is."""
+        return first.as_strided((len(self.parameters), *first.shape), (first.numel(), *first.stride()))
+
+    def end(self) -> None:
+        """Ends a step."""
+        self.grad = None
+        del self.value, self.state
+
+    def write(self, stack: Tensor, values: Tensor) -> None:
+        """Copies values (L, …) into ``value``, a state, or a transposed view of one; not into slices that rest."""
+        if self.active is not None:
+            values = torch.where(self.active.view(-1, *[1] * (stack.dim() - 1)), values, stack)
+        stack.copy_(values)
 
     def adamw(self, settings: dict) -> None:
-        """Applies AdamW: to the slices with the parameters' own gradients, or to the whole stack if a method has
-        changed the gradient."""
-        if self.grad is None:
-            p, m, v, steps = (self._slices[name] for name in ("value", *MOMENTS, "step"))
-            g = [parameter.grad for parameter in self.parameters]
-        else:
-            p, m, v = [self.value], *([self.state[name]] for name in MOMENTS)
-            g, steps, self.grad = [self.grad], self._slices["step"][:1], None  # all slices have the same count
+        """Applies AdamW to the active slices, with the parameters' own gradients unless a method has changed them."""
+        p = [parameter.data for parameter in self.parameters]
+        m, v, steps = ([state[name] for state in self._states] for name in (*MOMENTS, "step"))
+        g = [parameter.grad for parameter in self.parameters] if self.grad is None else list(self.grad)
+        if self.active is not None:
+            p, g, m, v, steps = ([tensors[i] for i in self._positions] for tensors in (p, g, m, v, steps))
+        elif self.grad is not None and self._counts_agree:  # one tensor takes less time than its slices
+            p, g, m, v = [self.value], [self.grad], *([self.state[name]] for name in MOMENTS)
+            steps = steps[:1]
         adamw_(p, g, m, v, steps, settings)
+        self.grad = None
 
 
 class ExpertsFactor(Factor):
@@ -96,18 +140,17 @@ class ExpertsFactor(Factor):
         self.parameters, self.grad, self._split = [parameter], None, split
         parameter.data = parameter.data.contiguous()
         state, device = states[parameter], parameter.device
-        count = state.get("step", torch.zeros(()))
-        self.steps = torch.stack([count.to(device, torch.float32)])
+        self.steps = to_device(step_counts([parameter], states), torch.float32, device)
         for name, (shape, dtype) in shapes.items():
             old = state.get(name)
             new = torch.zeros(shape, dtype=dtype, device=device) if old is None else old.to(device, dtype)
             state[name] = new.contiguous()
         state["step"] = self.steps[0]
-        self._whole = {name: state[name] for name in shapes}
-        self.value = split(parameter.data)
-        self.state = {name: split(x) if x.shape == parameter.shape else x for name, x in self._whole.items()}
-        self._states = [state]
+        self._states, self._names = [state], tuple(shapes)
         self._addresses = self._current_addresses()
+
+    def _stack_from(self, first: Tensor) -> Tensor:
+        return self._split(first) if first.shape == self.parameters[0].shape else first
 
     def gradient(self) -> Tensor:
         return self._split(self.parameters[0].grad) if self.grad is None else self.grad
@@ -120,7 +163,7 @@ class ExpertsFactor(Factor):
             gradient = torch.empty_like(parameter)
             self._split(gradient).copy_(self.grad)
             self.grad = None
-        m, v = ([self._whole[name]] for name in MOMENTS)
+        m, v = ([self._states[0][name]] for name in MOMENTS)
         adamw_([parameter.data], [gradient], m, v, [self.steps[0]], settings)
 
 
@@ -135,10 +178,8 @@ class StackedBatch(Batch):
     a: Factor
     b: Factor
 
-    def __init__(
-        self, members: list[PairInGroups], counts: tuple[int, int], states: dict, shapes: tuple[Shapes, Shapes]
-    ):
-        super().__init__(members, counts)
+    def __init__(self, members: list[PairInGroups], states: dict, shapes: tuple[Shapes, Shapes]):
+        super().__init__(members, step_counts([pair.b for pair, *_ in members], states))
         pair = self.pairs[0]
         if pair.experts > 1:
             self.a = ExpertsFactor(pair.a, pair.split_a, shapes[0], states)
@@ -146,22 +187,32 @@ class StackedBatch(Batch):
         else:
             self.a = Factor([pair.a for pair in self.pairs], shapes[0], states)
             self.b = Factor([pair.b for pair in self.pairs], shapes[1], states)
+        self.find_resting()
 
     @classmethod
-    def build(cls, members: list[PairInGroups], counts: tuple[int, int], states: dict, layout: Callable) -> list[Self]:
+    def build(cls, members: list[PairInGroups], states: dict, layout: Callable) -> list[Self]:
         """Returns one stack of all members. On a CPU it is divided into stacks that each fit the cache, and each pair
         of experts is a stack of its own."""
         pair = members[0][0]
         size = len(members) if pair.a.is_cuda else max(1, CACHED // max(1, pair.a.numel(), pair.b.numel()))
         size = 1 if pair.experts > 1 else size
         parts = [members[i : i + size] for i in range(0, len(members), size)]
-        return [cls(part, counts, states, layout(pair)) for part in parts]
+        return [cls(part, states, layout(pair)) for part in parts]
+
+    def find_resting(self) -> None:
+        super().find_resting()
+        if len(self.pairs) > 1:  # a batch in which all pairs rest takes no part in the step
+            for factor in (self.a, self.b):
+                factor.set_resting(self.rests)
 
     def begin(self, param_groups: list[dict]) -> None:
         super().begin(param_groups)
         for factor in (self.a, self.b):
-            factor.steps += 1
-            factor.grad = None
+            factor.begin()
+
+    def end(self) -> None:
+        for factor in (self.a, self.b):
+            factor.end()
 
     def intact(self) -> bool:
         return self.a.intact() and self.b.intact()
@@ -190,21 +241,25 @@ class StackedBatch(Batch):
         for factor, broadcast, *scales in sides:
             factor_scale, gradient_scale = (scale[broadcast].to(factor.value.dtype) for scale in scales)
             factor.grad = factor.gradient() * gradient_scale
-            factor.value *= factor_scale
-            factor.state["exp_avg"] *= gradient_scale
-            factor.state["exp_avg_sq"] *= gradient_scale.square()
+            moments = (factor.state[name] for name in MOMENTS)
+            changes = factor_scale, gradient_scale, gradient_scale.square()
+            for stack, change in zip((factor.value, *moments), changes, strict=True):
+                factor.write(stack, stack * change)
 
-    def merge(self, residual_scale: Tensor, rounding: str, seed: int) -> None:
+    def merge(self, residual_scale: Tensor, chosen: list[bool], rounding: str, seed: int) -> None:
         names = [name for pair in self.pairs for name in pair.product_names]
+        counts = [n for pair, n in zip(self.pairs, self.counts(), strict=True) for _ in range(pair.experts)]
+        merged = [flag for pair, flag in zip(self.pairs, chosen, strict=True) for _ in range(pair.experts)]
         weights = [weight for pair in self.pairs for weight in pair.split_weight(pair.mergeable_weight.data)]
         residuals: Iterable[Tensor | None] = [None] * self.products
         stored = self.b.state.get("merge_residual")
         if stored is not None:
             residuals = stored.mT if self.pairs[0].transposed else stored  # stored in the layout of the weight
-        operands = zip(weights, self.a.value, self.b.value, residual_scale, residuals, names, strict=True)
-        for weight, a, b, scale, residual, name in operands:
+        captured = backend.is_capturing(weights[0].device)  # a seed would be the same at every replay
+        operands = zip(weights, self.a.value, self.b.value, residual_scale, residuals, names, counts, strict=True)
+        for weight, a, b, scale, residual, name, count in compress(operands, merged):
             # By the product's name, the noise does not depend on the batch. torch's CPU generator takes 32 bits.
-            product_seed = zlib.crc32(f"{seed} {self.count} {name}".encode())
+            product_seed = None if captured else zlib.crc32(f"{seed} {count} {name}".encode())
             add_low_rank_(weight, a, b, scale, rounding, product_seed, residual)
 
     def adamw(self, grams: bool) -> None:
@@ -214,9 +269,11 @@ class StackedBatch(Batch):
     def momentum(self, beta: float) -> Grams:
         moments = []
         for factor in (self.a, self.b):
-            moments.append(factor.state["exp_avg"])
+            moment = factor.state["exp_avg"]
             # In float32, since a 16-bit average would lose small changes; rounded once.
-            moments[-1].copy_(torch.lerp(at_least_float32(moments[-1]), at_least_float32(factor.gradient()), 1 - beta))
+            average = torch.lerp(at_least_float32(moment), at_least_float32(factor.gradient()), 1 - beta)
+            factor.write(moment, average.to(moment.dtype))
+            moments.append(moment)
         kp, kq, *_ = grams(*moments)
         return self.grams()._replace(kp=kp, kq=kq)
 
@@ -229,13 +286,11 @@ class StackedBatch(Batch):
         )
         for factor, settings, change in sides:
             decay = 1 - settings["lr"] * settings["weight_decay"]
-            factor.value.copy_(decay * at_least_float32(factor.value) + change)
+            factor.write(factor.value, (decay * at_least_float32(factor.value) + change).to(factor.value.dtype))
 
     def transform(self, matrices: Tensor, target: str = "value", add: bool = False) -> None:
         matrices_b, matrices_a = matrices.chunk(2)
         a, b = (factor.value if target == "value" else factor.state[target] for factor in (self.a, self.b))
-        for x, product in ((a, matrices_a @ at_least_float32(a)), (b, at_least_float32(b) @ matrices_b)):
-            if add:
-                x.add_(product)
-            else:
-                x.copy_(product)
+        products = (self.a, a, matrices_a @ at_least_float32(a)), (self.b, b, at_least_float32(b) @ matrices_b)
+        for factor, stack, product in products:
+            factor.write(stack, (stack + product if add else product).to(stack.dtype))

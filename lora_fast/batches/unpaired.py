@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from .batch import MOMENTS
 
 
 class UnpairedParameters:
-    """Parameters of one device and dtype that all have gradients. State is per parameter as in torch; the step counts
+    """Parameters of one device and dtype. State is per parameter as in torch; the step counts
     are slices of one tensor, so that one operation advances all of them.
 
     Attributes:
@@ -27,12 +29,14 @@ class UnpairedParameters:
             for name in MOMENTS:
                 moment = state[name].to(p.device, p.dtype) if name in state else torch.zeros_like(p)
                 state[name] = with_strides_of(moment, p)
-        counts = [state.get("step", torch.zeros(())) for state in self._states]
-        self._steps = torch.stack([count.to(parameters[0].device, torch.float32) for count in counts])
+        like: dict[str, Any] = {"dtype": torch.float32, "device": parameters[0].device}
+        counts = [state.get("step", torch.zeros((), **like)) for state in self._states]
+        self._steps = torch.stack([count.to(**like) for count in counts])
         self._counts = list(self._steps)
         for state, count in zip(self._states, self._counts, strict=True):
             state["step"] = count
         self._kinds = self._current_kinds()
+        self.find_resting()
 
     @classmethod
     def build(cls, parameters: list[Tensor], group: int, states: dict) -> list[UnpairedParameters]:
@@ -49,11 +53,23 @@ class UnpairedParameters:
         same_counts = all(map(is_, counts, self._counts))
         return same_counts and all(moments_exist) and self._current_kinds() == self._kinds
 
+    def find_resting(self) -> None:
+        """Finds the parameters without gradients, which a step does not change. Runs whenever their set has changed."""
+        active = [p.grad is not None for p in self.parameters]
+        self._active = None if all(active) else active
+
     def _current_kinds(self) -> list[tuple[torch.device, torch.dtype]]:
         return [(p.device, p.dtype) for p in self.parameters]
 
     def step(self, settings: dict) -> None:
-        self._steps += 1
-        gradients = [p.grad for p in self.parameters]
-        m, v = ([state[name] for state in self._states] for name in MOMENTS)
-        adamw_(self.parameters, gradients, m, v, self._counts, settings)
+        parameters, states, counts = self.parameters, self._states, self._counts
+        if self._active is None:
+            self._steps += 1
+        else:
+            parameters, states, counts = (list(compress(x, self._active)) for x in (parameters, states, counts))
+            if not parameters:
+                return
+            torch._foreach_add_(counts, 1)
+        gradients = [p.grad for p in parameters]
+        m, v = ([state[name] for state in states] for name in MOMENTS)
+        adamw_(parameters, gradients, m, v, counts, settings)

@@ -105,7 +105,7 @@ def _joined(terms: list[Term] | None, weight: Tensor) -> Term | None:
         return None
     terms = [(b, a) for b, a in terms if b.any()]
     if not terms:
-        return torch.empty(weight.shape[0], 0), torch.empty(0, weight.shape[1])
+        return weight.new_empty((weight.shape[0], 0)), weight.new_empty((0, weight.shape[1]))
     return torch.cat([b for b, _ in terms], 1), torch.cat([a for _, a in terms])
 
 

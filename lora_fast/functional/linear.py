@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .. import backend, checks
 from ..ops import linear as linear_op
+from ..ops import seeds
 
-_SEEDS = 1 << 62
 # Looked up once, because attribute accesses cost host time in every layer's call. Function.apply is a Python method for
 # functorch (vmap, grad); without functorch it only calls the method that it overrides.
 _any_autocast, _traced, _functorch = (
@@ -43,8 +43,8 @@ def lora_linear(
         lora_B: (d_out, r), likewise.
         scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
         dropout_p: probability that an element of x is dropped on the way to the adapter, in steps of 1/65536.
-        seed: seed of the dropout mask, from 0 to 2⁶²-1. None draws a seed from torch's CPU generator, so that
-            ``torch.manual_seed`` and activation checkpointing reproduce the mask.
+        seed: seed of the dropout mask, from 0 to 2⁶²-1. None draws from the default generator of x's device, as
+            nn.Dropout does, so that ``torch.manual_seed`` and activation checkpointing reproduce the mask.
 
     Returns:
         y (..., d_out) in x's dtype (the autocast dtype under autocast). Each gradient has its argument's dtype.
@@ -58,7 +58,7 @@ def lora_linear(
     if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     traced = _traced()
-    mask_seed = _seed(seed, x.device, traced) if dropout_p > 0.0 else None
+    mask_seed = _mask_seed(x, dropout_p, seed, traced) if dropout_p > 0.0 else None
     if traced:
         triton = backend.uses_triton(x)
         return linear_op.lora_linear_op(
@@ -68,15 +68,23 @@ def lora_linear(
     return apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, mask_seed, autocast)
 
 
-def _seed(seed: int | None, device: torch.device, traced: bool) -> int | Tensor:
+def _mask_seed(x: Tensor, dropout_p: float, seed: int | None, traced: bool) -> int | Tensor:
     """Returns the seed as an int. In a traced graph and under CUDA graph capture it is a tensor on the device instead,
-    because an int would be a constant there and repeat the same mask at every replay."""
-    if seed is not None and not (isinstance(seed, int) and 0 <= seed < _SEEDS):
+    because an int would be a constant there and repeat the same mask at every replay. For the torch ops on a GPU it is
+    the mask itself, because they would have to wait for the device to read a seed."""
+    if seed is not None and not (isinstance(seed, int) and 0 <= seed < seeds.SEEDS):
         raise checks.ArgumentError("seed", "an integer from 0 to 2**62 - 1", repr(seed))
-    if traced or backend.is_capturing(device):
+    device = x.device
+    in_graph = traced or backend.is_capturing(device)
+    if device.type != "cpu" and not backend.uses_triton(x):
         if seed is None:
-            return torch.randint(_SEEDS, (), dtype=torch.int64, device=device)
-        return torch.full((), seed, dtype=torch.int64, device=device)
+            return linear_op.bernoulli_mask(x, dropout_p)
+        if in_graph:
+            expected = f"None, since torch.compile and CUDA graphs cannot seed the torch ops on {device.type}"
+            raise checks.ArgumentError("seed", expected, repr(seed))
+        return linear_op.bernoulli_mask(x, dropout_p, torch.Generator(device).manual_seed(seed))
+    if not in_graph:
+        return seeds.draw(device) if seed is None else seed
     if seed is None:
-        return torch.randint(_SEEDS, ()).item()  # type: ignore[return-value]  # an int, but torch types any number
-    return seed
+        return torch.randint(seeds.SEEDS, (), dtype=torch.int64, device=device)
+    return torch.full((), seed, dtype=torch.int64, device=device)

@@ -13,7 +13,7 @@ from .. import backend, checks
 from ..kernels.grouping import map_groups
 from ..kernels.limits import LARGEST_RANK, LARGEST_SCALORA_RANK, SOLVERS
 from ..kernels.records import StepWork
-from ..ops import pairs
+from ..ops import pairs, seeds
 
 Tensors = Tensor | Sequence[Tensor]
 
@@ -139,7 +139,7 @@ def add_low_rank_(
         weight: (d_out, d_in), frozen. a: (r, d_in). b: (d_out, r).
         scale: a number or (r,).
         rounding: the rounding of a 16-bit weight, "nearest" or "stochastic" (whose expectation is exact).
-        seed: the seed of stochastic rounding. None draws one from torch's CPU generator.
+        seed: the seed of stochastic rounding. None draws one from the default generator of weight's device.
 
     Returns:
         weight.
@@ -156,7 +156,8 @@ def add_low_rank_(
         raise checks.ArgumentError("weight", "a frozen floating-point tensor", got)
     _check_contiguous_for_triton("weight", weight)
     scale = torch.as_tensor(scale, dtype=pairs.at_least_float32(a).dtype, device=a.device).expand(a.shape[0])
-    seed = int(torch.randint(1 << 62, (), dtype=torch.int64)) if seed is None else seed  # the kernel takes an int64
+    if seed is None:
+        seed = seeds.draw(weight.device) if rounding == "stochastic" else 0
     _ops(weight, 1).add_low_rank_([weight], [a], [b], scale[None], rounding, seed)
     return weight
 

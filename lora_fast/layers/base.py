@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import checks, functional
 from . import merge_log
+from .hooks import carry_hook
 
 
 class AdapterLinear(nn.Module):
@@ -82,7 +83,8 @@ class AdapterLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **settings) -> Self:
-        """Returns a layer that shares ``linear``'s parameters (they are not copied) and freezes them.
+        """Returns a layer that shares ``linear``'s parameters (they are not copied) and freezes them. Of accelerate's
+        hooks the layer gets those that move the input to the weight's device.
 
         Args:
             linear: on any device, of a floating dtype. The new adapter is on its weight's device, in float32 where the
@@ -111,6 +113,7 @@ class AdapterLinear(nn.Module):
         layer.weight, layer.bias = weight, bias
         if merge_log.is_changed(linear):  # by a merge of an adapter that has been removed since
             merge_log.mark(layer)
+        carry_hook(linear, layer)
         return layer.train(linear.training)
 
     def reset_parameters(self) -> None:
@@ -130,9 +133,19 @@ class AdapterLinear(nn.Module):
         """x: (..., d_in) → (..., d_out)."""
         if self._buffers["_unmerged_weight"] is not None:  # merged; read past nn.Module.__getattr__, which is slow
             return nn.functional.linear(x, self.weight, self.bias)
+        weight, bias = self.frozen_parameters()
         a, b = self.factors()
         dropout_p = self.dropout_p if self.training else 0.0
-        return functional.lora_linear(x, self.weight, self.bias, a, b, self.scaling, dropout_p)
+        return functional.lora_linear(x, weight, bias, a, b, self.scaling, dropout_p)
+
+    def frozen_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Returns weight and bias for one forward. FSDP1 replaces them by views of its flat parameter, which require a
+        gradient as soon as any parameter in it does; they are detached, because this layer's are frozen."""
+        weight, bias = self.weight, self.bias
+        is_stored = "weight" in self._parameters or "weight" in self.__dict__  # and not computed by a parametrization
+        if is_stored and type(weight) is Tensor and weight.requires_grad:
+            return weight.detach(), None if bias is None else bias.detach()
+        return weight, bias
 
     def free_parameters_for(self, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> tuple[Tensor, ...]:
         """Returns the values of the tensors in ``SAVED_STATE``, in its order, with which ΔW = scaling · lora_B lora_A.
@@ -186,15 +199,3 @@ def merged_weight(weight: Tensor, adapters: list[tuple[Tensor, Tensor, float]]) 
     for a, b, scaling in adapters:
         total = torch.addmm(total, b.to(total.dtype), a.to(total.dtype), alpha=scaling)
     return total.to(weight.dtype)
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Returns whether a call of the module runs hooks or a replaced forward instead of its class's forward alone."""
-    state = module.__dict__
-    return bool(
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    )

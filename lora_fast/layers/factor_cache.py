@@ -1,10 +1,10 @@
 """Computes the factors (a, b) of all norm-bounded layers in one call and caches them until a parameter changes.
 
 With gradients, every call recomputes the values and makes one autograd node for all its layers. Without gradients,
-cached values stay valid until the version counter or the address of a parameter changes. Values of a call with
-gradients are not reused by later calls, because an optimizer may change parameters without their version counters (as
-``p.data.copy_`` does). ``train()`` and ``eval()`` clear the cache. A layer that activation checkpointing runs again
-during backward gets the values of its first run and an autograd node of its own.
+cached values stay valid on their stream until the version counter or the address of a parameter changes. Values of a
+call with gradients are not reused by later calls, because an optimizer may change parameters without their version
+counters (as ``p.data.copy_`` does). ``train()`` and ``eval()`` clear the cache. A layer that activation checkpointing
+runs again during backward gets the values of its first run and an autograd node of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels import device
 from ..ops import cayley as cayley_op
 from ..ops.cayley import Free, Values
 
@@ -30,17 +31,21 @@ class CachedFactors:
         sources: each parameter's memory, which is held so that no other tensor gets its address, and its version.
         bound: the layer's bound when the values were computed.
         trained: whether the values were computed for a call with gradients.
+        stream: the stream on which they were computed. They may not be there yet for a call on another one.
     """
 
-    values: tuple[Tensor, Tensor, Tensor, Tensor]
+    values: tuple[Tensor, ...]
     sources: list[tuple[Tensor, int]]
     bound: float
     trained: bool
+    stream: int
 
     def matches(self, layer) -> bool:
-        """Returns whether the layer's parameters and bound are those that the values were computed from."""
+        """Returns whether the layer's parameters and bound are those that the values were computed from, on the current
+        stream."""
         parameters = _parameters(layer)
-        return self.bound == layer.bound and all(
+        current = self.bound == layer.bound and self.stream == device.stream_on(parameters[0].device)
+        return current and all(
             p.data_ptr() == memory.data_ptr() and not p.is_inference() and p._version == version
             for p, (memory, version) in zip(parameters, self.sources, strict=True)
         )
@@ -59,36 +64,39 @@ def cached_factors(layers: Sequence) -> list[tuple[Tensor, Tensor]]:
     rerun = torch._C._current_graph_task_id() != -1
     grad = torch.is_grad_enabled()
     trained = [grad and any(p.requires_grad for p in _parameters(layer)) for layer in layers]
-    stale = [
-        (layer, trains) for layer, trains in zip(layers, trained, strict=True) if not _is_valid(layer, trains, rerun)
-    ]
-    if stale:
-        _recompute(*zip(*stale, strict=True))
-    pairs = [layer.cache.values[:2] for layer in layers]
+    # Each cache is read once: another thread may replace it at any time.
+    valid = [_valid_cache(layer, trains, rerun) for layer, trains in zip(layers, trained, strict=True)]
+    stale = [i for i, cache in enumerate(valid) if cache is None]
+    computed = iter(_recompute([layers[i] for i in stale], [trained[i] for i in stale]) if stale else ())
+    caches = [cache or next(computed) for cache in valid]
+    pairs: list[tuple[Tensor, Tensor]] = [(cache.values[0], cache.values[1]) for cache in caches]
     indices = [i for i, trains in enumerate(trained) if trains]
     if indices:
-        training = [layers[i] for i in indices]
-        values = Values(*(list(part) for part in zip(*(layer.cache.values for layer in training), strict=True)))
-        for i, *pair in zip(indices, *cayley_op.attach(_free(training), values), strict=True):
-            pairs[i] = tuple(pair)
+        values = Values(*(list(part) for part in zip(*(caches[i].values for i in indices), strict=True)))
+        for i, a, b in zip(indices, *cayley_op.attach(_free([layers[i] for i in indices]), values), strict=True):
+            pairs[i] = a, b
     return pairs
 
 
-def _is_valid(layer, trains: bool, rerun: bool) -> bool:
-    """Returns whether the layer's cache can be used by this call."""
+def _valid_cache(layer, trains: bool, rerun: bool) -> CachedFactors | None:
+    """Returns the layer's cache if this call can use it."""
     cache = layer.cache
-    return cache is not None and (rerun or not (trains or cache.trained)) and cache.matches(layer)
+    return cache if cache is not None and (rerun or not (trains or cache.trained)) and cache.matches(layer) else None
 
 
-def _recompute(layers: Sequence, trained: Sequence[bool]) -> None:
+def _recompute(layers: Sequence, trained: Sequence[bool]) -> list[CachedFactors]:
     """Computes the values of the layers and caches them."""
     for layer in layers:
         layer.cache = None  # frees the old values before the new ones are allocated
-    values = cayley_op.compute(_free(layers))
-    for layer, trains, *parts in zip(layers, trained, *values, strict=True):
-        # An inference tensor has no version counter; -1 never matches.
-        sources = [(p.detach(), -1 if p.is_inference() else p._version) for p in _parameters(layer)]
-        layer.cache = CachedFactors(tuple(parts), sources, layer.bound, trains)
+    free, stream = _free(layers), device.stream_on(layers[0].free_a.device)
+    # Versions are read before the values are computed: a change by another thread after this makes the cache invalid.
+    # An inference tensor has no version counter; -1 never matches.
+    sources = [[(p.detach(), -1 if p.is_inference() else p._version) for p in _parameters(layer)] for layer in layers]
+    rows = zip(zip(*cayley_op.compute(free), strict=True), sources, free.bounds, trained, strict=True)
+    caches = [CachedFactors(values, source, bound, trains, stream) for values, source, bound, trains in rows]
+    for layer, cache in zip(layers, caches, strict=True):
+        layer.cache = cache
+    return caches
 
 
 def _parameters(layer) -> list[Tensor]:

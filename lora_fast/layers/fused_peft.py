@@ -16,8 +16,9 @@ from torch.nn import Dropout, Identity, Linear, Parameter
 
 from .. import functional
 from ..kernels.limits import LARGEST_RANK
-from .base import is_hooked, merged_weight
+from .base import merged_weight
 from .find import PeftLayer
+from .hooks import HOOK, is_hooked, returns_to_input
 
 PLAIN = (Parameter, Tensor)  # neither a DTensor nor a quantised subclass
 DROPOUTS = (Identity, Dropout)
@@ -33,6 +34,7 @@ class FusedLoraLinear(lora.Linear):
     fallback_reason: str | None = None
     lora_A: Any  # nn.ModuleDict of nn.Linear, whose entries torch types as any module
     lora_B: Any
+    replicated_from: FusedLoraLinear  # of nn.DataParallel's replicas
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x: (..., d_in) → (..., d_out) in the dtype of the base layer's result."""
@@ -40,9 +42,20 @@ class FusedLoraLinear(lora.Linear):
         if isinstance(call, tuple):
             if self.fallback_reason is not None:  # nn.Module.__setattr__ is slow, so it runs only for a change
                 self._note(None)
+            base: Any = self._modules["base_layer"]
+            if HOOK in base.__dict__:  # accelerate's, which would move x to the weight's device
+                y = functional.lora_linear(x.to(call[0].device), *call)
+                return y.to(x.device) if y.device != x.device and returns_to_input(base) else y
             return functional.lora_linear(x, *call)
         self._note(call)
         return super().forward(x, *args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> FusedLoraLinear:
+        """Returns nn.DataParallel's replica for one call, whose reason for PEFT's forward also shows on this layer."""
+        self._note(None)
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__["replicated_from"] = self  # nn.Module.__setattr__ would register a submodule
+        return replica
 
     def _fused_call(self, x: Tensor) -> tuple | str:
         """Returns ``lora_linear``'s arguments after x, or the reason why PEFT's forward has to run. It runs at every
@@ -62,7 +75,7 @@ class FusedLoraLinear(lora.Linear):
         weight, bias = call[0], call[1]
         # Autocast casts x, weight and bias to one dtype, except float64. Without it PEFT casts x for the adapter only.
         if x.dtype is not weight.dtype or (bias is not None and bias.dtype is not weight.dtype):
-            if torch.float64 in (x.dtype, weight.dtype) or not torch.is_autocast_enabled(x.device.type):
+            if torch.float64 in (x.dtype, weight.dtype) or not torch.is_autocast_enabled(weight.device.type):
                 return f"{x.dtype} input to {weight.dtype} weights"
         elif not self.cast_input_dtype_enabled:
             return "casting of the input is off"
@@ -71,6 +84,8 @@ class FusedLoraLinear(lora.Linear):
     def _note(self, reason: str | None) -> None:
         if not torch.compiler.is_compiling():  # writing an attribute would break the graph
             self.fallback_reason = reason
+            if reason is not None and "replicated_from" in self.__dict__:
+                self.replicated_from._note(reason)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merges as PEFT does, but with one rounding: all merged adapters are added to the original weight, which is
@@ -130,9 +145,12 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple | str:
         return f"adapter of {type(a).__name__}, {type(b).__name__}, {type(dropout).__name__}"
     if is_hooked(base) or is_hooked(a) or is_hooked(b) or is_hooked(dropout):
         return "hooks, or a replaced forward, on the base layer or the adapter"
-    parameters: Any = base._parameters  # of any types: the next lines check them
-    b_parameters: dict[str, Any] = b._parameters
-    weight, lora_a, lora_b = parameters.get("weight"), a._parameters.get("weight"), b_parameters.get("weight")
+    parameters: Any  # of any types: the next lines check them
+    if "_is_replica" in layer.__dict__:  # nn.DataParallel's replica, whose tensors are plain attributes
+        parameters, a_parameters, b_parameters = base.__dict__, a.__dict__, b.__dict__
+    else:
+        parameters, a_parameters, b_parameters = base._parameters, a._parameters, b._parameters
+    weight, lora_a, lora_b = parameters.get("weight"), a_parameters.get("weight"), b_parameters.get("weight")
     if type(weight) not in PLAIN or type(lora_a) not in PLAIN or type(lora_b) not in PLAIN:
         return f"weight of type {type(weight).__name__}, adapter of {type(lora_a).__name__}, {type(lora_b).__name__}"
     if weight.requires_grad:

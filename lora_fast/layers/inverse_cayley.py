@@ -101,7 +101,7 @@ def _pivot_signs(square: Tensor) -> Tensor:
     schur = square.clone()
     signs = torch.ones(len(square), dtype=square.dtype, device=square.device)
     for j in range(len(square)):
-        signs[j] = torch.where(schur[j, j] < 0, -1.0, 1.0)
+        signs[j] = 1 - 2 * (schur[j, j] < 0).to(signs.dtype)
         schur[j, j] += signs[j]
         schur[j + 1 :, j + 1 :] -= torch.outer(schur[j + 1 :, j] / schur[j, j], schur[j, j + 1 :])
     return signs

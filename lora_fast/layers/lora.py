@@ -80,7 +80,9 @@ class LoRALinear(AdapterLinear):
         p: dict[str, Any] = self._parameters
         if len(p) == 4:  # nn.Module.__getattr__ costs host time at every call
             weight, bias, lora_A, lora_B = p["weight"], p["bias"], p["lora_A"], p["lora_B"]
-        else:  # parametrized or flattened (FSDP1): the parameters are attributes of another kind
-            weight, bias, lora_A, lora_B = self.weight, self.bias, self.lora_A, self.lora_B
+            if weight.requires_grad:
+                weight, bias = self.frozen_parameters()
+        else:  # parametrized, flattened (FSDP1) or replicated: the parameters are attributes of another kind
+            (weight, bias), lora_A, lora_B = self.frozen_parameters(), self.lora_A, self.lora_B
         dropout_p = self.dropout_p if self.training else 0.0
         return functional.lora_linear(x, weight, bias, lora_A, lora_B, self.scaling, dropout_p)

@@ -30,18 +30,19 @@ class Terms:
     _copying_from: set[torch.device] = field(default_factory=set)
 
     def add(self, a: Tensor, b: Tensor, residual_scale: Tensor) -> None:
-        """Appends a term. Copies from a GPU go into pinned memory asynchronously."""
+        """Appends a term. Copies from a GPU go into pinned memory asynchronously. Another thread may call ``arrived``
+        meanwhile: the device is noted before the term is appended, and never removed."""
         if b.is_cuda:
             self._copying_from.add(b.device)
         scaled_b = (b * residual_scale).to("cpu", b.dtype, non_blocking=True)
         self.terms.append((scaled_b, a.to("cpu", non_blocking=True, copy=True)))  # a copy also from the CPU
 
     def arrived(self) -> list[Term]:
-        """Returns the terms after waiting for all copies."""
-        for device in self._copying_from:
+        """Returns the terms up to now after waiting for their copies."""
+        terms = list(self.terms)
+        for device in tuple(self._copying_from):
             torch.cuda.synchronize(device)
-        self._copying_from.clear()
-        return self.terms
+        return terms
 
     def __getstate__(self) -> dict:  # deepcopy and pickle read the terms
         return {"terms": self.arrived(), "_copying_from": set()}

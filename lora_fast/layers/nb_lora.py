@@ -4,7 +4,8 @@ of all such layers in one call."""
 from __future__ import annotations
 
 import math
-from typing import Any, Self
+import threading
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,19 @@ from .. import checks
 from ..kernels.grouping import group_by
 from . import factor_cache, inverse_cayley
 from .base import AdapterLinear
+
+
+class SharedFactors(NamedTuple):
+    """The factors of a layer that a model's running forward has computed.
+
+    Attributes:
+        thread: the thread of that forward. Another one may run the same layer with other gradients enabled, or none.
+        factors: a (r, d_in) and b (d_out, r).
+    """
+
+    thread: int
+    factors: tuple[Tensor, Tensor]
+
 
 NORMS = {"spectral": 0.0, "frobenius": 0.5, "nuclear": 1.0}  # name → 1 / p of the Schatten norm
 
@@ -74,7 +88,7 @@ class NBLoRALinear(AdapterLinear):
         self.free_b = nn.Parameter(torch.empty(out_features, r, **place))
         self.free_scale = nn.Parameter(torch.empty(r, **place), requires_grad=learn_scale and self.power > 0)
         self.cache: factor_cache.CachedFactors | None = None
-        self.shared: tuple[Tensor, Tensor] | None = None  # the factors that the model's running forward has computed
+        self.shared: SharedFactors | None = None
         self.reset_parameters()
 
     @classmethod
@@ -96,7 +110,10 @@ class NBLoRALinear(AdapterLinear):
         nn.init.zeros_(self.free_scale)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.shared or factor_cache.cached_factors([self])[0]
+        shared = self.shared
+        if shared is not None and shared.thread == _thread():
+            return shared.factors
+        return factor_cache.cached_factors([self])[0]
 
     @torch.no_grad()
     def plain_factors(self) -> tuple[Tensor, Tensor]:
@@ -139,6 +156,12 @@ class NBLoRALinear(AdapterLinear):
     def _apply(self, fn, recurse: bool = True) -> Self:
         self.cache = None  # drop the cache so that no tensor stays on the old device
         return super()._apply(fn, recurse)
+
+    def _replicate_for_data_parallel(self) -> Self:
+        """Returns nn.DataParallel's replica, which computes its own factors: these are on this layer's device."""
+        replica = super()._replicate_for_data_parallel()
+        replica.cache = replica.shared = None
+        return replica
 
     def __getstate__(self) -> dict:
         """Returns the state for deepcopy, pickle and torch.save, without the factors, which are computed again."""
@@ -191,22 +214,30 @@ def share_factors_(model: nn.Module) -> None:
 
 def before_forward(model: nn.Module, args: tuple) -> None:
     """Gives every layer its factors for this forward."""
-    for layer, shared in factors_of(model):
-        layer.shared = shared
+    thread = _thread()
+    for layer, factors in factors_of(model):
+        layer.shared = SharedFactors(thread, factors)
 
 
 def factors_of(model: nn.Module) -> list[tuple[NBLoRALinear, tuple[Tensor, Tensor]]]:
     """Returns a (r, d_in) and b (d_out, r) of every NBLoRALinear that is not merged or sharded, computed in one call
     per device."""
     layers = [x for x in model.modules() if isinstance(x, NBLoRALinear) and not x.merged]
-    # FSDP gathers a DTensor only for its own module's forward, so such a layer computes its factors there.
-    whole = [layer for layer in layers if type(layer.free_a) in (nn.Parameter, Tensor)]
+    # FSDP gathers a DTensor, or FSDP1's flat vector, only for its own module's forward, so such a layer computes its
+    # factors there.
+    whole = [layer for layer in layers if type(layer.free_a) in (nn.Parameter, Tensor) and layer.free_a.dim() == 2]
     groups = group_by(whole, lambda layer: layer.free_a.device).values()
     return [pair for group in groups for pair in zip(group, factor_cache.cached_factors(group), strict=True)]
 
 
 def after_forward(model: nn.Module, args: tuple, output: object) -> None:
     """Takes the factors back, so that a layer called by itself does not use old ones."""
+    thread = _thread()
     for layer in model.modules():
-        if isinstance(layer, NBLoRALinear):
+        if isinstance(layer, NBLoRALinear) and layer.shared is not None and layer.shared.thread == thread:
             layer.shared = None
+
+
+def _thread() -> int:
+    """Returns the number of the current thread, 0 in compiled code, which cannot ask for it."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()

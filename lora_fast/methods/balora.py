@@ -42,10 +42,14 @@ class BaLoRA(Method):
         checks.choice(self.transport, "transport", TRANSPORTS)
 
     def after(self, batch: Batch) -> None:
-        if not batch.due(self.every):
+        due = batch.due(self.every)
+        if not any(due):
             return
         ka, kb, *_ = batch.grams()
         t, t_inverse = hyperbalance(ka, kb, self.gauge)
+        if not all(due):  # pairs that are due at another step keep their factors
+            chosen, eye = batch.rows(due)[:, None, None], torch.eye(t.shape[-1], dtype=t.dtype, device=t.device)
+            t, t_inverse = torch.where(chosen, t, eye), torch.where(chosen, t_inverse, eye)
         batch.transform(torch.cat([t, t_inverse]))
         gradient_matrices = torch.cat([t_inverse.mT, t.mT])  # with b' = b T, the chain rule gives db' = db T⁻ᵀ
         if self.transport != "none":

@@ -70,11 +70,10 @@ class LoRARITE(Method):
         beta1, beta2 = (beta * (1 - beta ** (count - 1)) / (1 - beta**count) for beta in side.settings["betas"])
         state = side.factor.state
         m, v = rite_update(g, side.moment, state["second_moment"], side.basis, state["basis"], beta1, beta2, self.eps)
-        side.moment.copy_(m)
-        state["second_moment"].copy_(v)
-        state["basis"].copy_(side.basis)
         update = side.inverse @ m + weight_decay * at_least_float32(side.value)
-        side.value.sub_((lr * update).to(side.value.dtype))
+        changes = (side.moment, m), (state["second_moment"], v), (state["basis"], side.basis)
+        for stack, values in (*changes, (side.value, side.value - (lr * update).to(side.value.dtype))):
+            side.factor.write(stack, values)
 
 
 class Side(NamedTuple):

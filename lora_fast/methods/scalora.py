@@ -11,6 +11,7 @@ ops/reference/scalora_solution.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -86,16 +87,21 @@ class ScaLoRA(Method):
         return state_a, state_b
 
     def before_all(self, batches: list[Batch], memory: dict) -> None:
-        due = [batch for batch in batches if batch.due(self.interval, phase=1)]
-        if not due:
+        due = {batch: batch.due(self.interval, phase=1) for batch in batches}
+        scaled = [batch for batch in batches if any(due[batch])]
+        if not scaled:
             return
-        groups = _by_rank(due)
+        groups = _by_rank(scaled)
         solutions = [members[0].ops.scalora_solve(*grams, self.solver)[:2] for members, grams in groups]
+        for i, ((members, _), (x, active)) in enumerate(zip(groups, solutions, strict=True)):
+            if not all(flag for batch in members for flag in due[batch]):  # the other pairs keep their factors
+                chosen = _concatenate([batch.rows(due[batch]) for batch in members])[:, None]
+                solutions[i] = x, active & chosen
         kappa = self.kappa if self.kappa is not None else self._calibrate(solutions, memory)
         low, high = (FLOOR, None) if self.limit is None else (1 / self.limit, self.limit)
         for (members, _), (x, active) in zip(groups, solutions, strict=True):
             scaling = _concatenate([batch.per_pair("scaling", lambda pair: pair.scaling) for batch in members])
-            self._apply(members, *members[0].ops.scales(x, active, kappa, scaling, low, high))
+            self._apply(members, due, *members[0].ops.scales(x, active, kappa, scaling, low, high))
 
     def _calibrate(self, solutions: list[tuple[Tensor, Tensor]], memory: dict) -> Tensor:
         """Returns κ from memory if it is above 0 there. Otherwise stores the κ that makes the geometric mean of β 1;
@@ -106,15 +112,20 @@ class ScaLoRA(Method):
         # The squares are β² at κ = 1 and are proportional to 1 / κ, so their geometric mean is the κ that makes it 1.
         logs = torch.where(active, squares, 1.0).log().sum() / active.sum()
         calibrated = torch.where(active.any(), logs.exp(), 0.0)
-        kappa = memory["kappa"] = memory.get("kappa", torch.zeros((), dtype=torch.float64)).to(device)
+        kappa = memory["kappa"] = memory.get("kappa", torch.zeros((), dtype=torch.float64, device=device)).to(device)
         # In place, because a CUDA graph reads κ at this address at every replay.
         return kappa.copy_(torch.where(kappa > 0, kappa, calibrated))
 
     def _apply(
-        self, members: list[Batch], factor_scales: Tensor, gradient_scales: Tensor, residual_scale: Tensor
+        self,
+        members: list[Batch],
+        due: dict[Batch, list[bool]],
+        factor_scales: Tensor,
+        gradient_scales: Tensor,
+        residual_scale: Tensor,
     ) -> None:
-        """Merges and scales. The tensors concatenate the products of all members: ``residual_scale`` has L rows, the
-        others 2L."""
+        """Merges and scales the pairs that are due. The tensors concatenate the products of all members:
+        ``residual_scale`` has L rows, the others 2L."""
         lengths = [batch.products for batch in members]
 
         def split(scales: Tensor) -> list[Tensor]:
@@ -124,10 +135,10 @@ class ScaLoRA(Method):
         parts = zip(members, split(factor_scales), split(gradient_scales), residual_scale.split(lengths), strict=True)
         for batch, batch_factor_scales, batch_gradient_scales, batch_residual_scale in parts:
             pair_scales = batch_residual_scale.split([pair.experts for pair in batch.pairs])
-            for pair, scale in zip(batch.pairs, pair_scales, strict=True):
+            for pair, scale in compress(zip(batch.pairs, pair_scales, strict=True), due[batch]):
                 keep = self.keep if pair.experts == 1 else "weights"  # adapter files have no place for terms of experts
                 merge_log.record(pair.layer, pair.a, pair.b, scale, keep)
-            batch.merge(batch_residual_scale, self.rounding, self.seed)
+            batch.merge(batch_residual_scale, due[batch], self.rounding, self.seed)
             batch.scale(batch_factor_scales, batch_gradient_scales)
 
 

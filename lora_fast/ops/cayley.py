@@ -98,11 +98,17 @@ class CayleyFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        if torch.is_grad_enabled():
-            raise RuntimeError("cayley has no second derivative: call backward without create_graph=True")
-        if ctx.versions != [x._version for x in ctx.free.tensors]:
-            raise RuntimeError("cayley: a free parameter has been modified by an inplace operation since the forward")
-        return None, None, *backward(ctx.free, ctx.inverses, ctx.scales, grads)
+        # Compiled autograd traces this method, and it cannot trace the kernels and versions of tensors.
+        run = torch.compiler.disable(_node_backward) if torch.compiler.is_compiling() else _node_backward
+        return run(ctx, grads)
+
+
+def _node_backward(ctx, grads: Sequence[Tensor | None]) -> tuple:
+    if torch.is_grad_enabled():
+        raise RuntimeError("cayley has no second derivative: call backward without create_graph=True")
+    if ctx.versions != [x._version for x in ctx.free.tensors]:
+        raise RuntimeError("cayley: a free parameter has been modified by an inplace operation since the forward")
+    return None, None, *backward(ctx.free, ctx.inverses, ctx.scales, grads)
 
 
 def backward(free: Free, inverses: list[Tensor], scales: list[Tensor], grads: Sequence[Tensor | None]) -> list:
@@ -128,7 +134,11 @@ def backward(free: Free, inverses: list[Tensor], scales: list[Tensor], grads: Se
     return results
 
 
-@torch.library.custom_op("lora_fast::cayley", mutates_args=())
+# The kernels keep tables of addresses between calls, which CUDA graph trees do not allow in a graph's memory.
+_outside_graphs = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("lora_fast::cayley", mutates_args=(), tags=_outside_graphs)
 def cayley_op(
     free_a: Sequence[Tensor],
     free_b: Sequence[Tensor],
@@ -149,7 +159,7 @@ def _(free_a, free_b, free_scale, bounds, powers, triton):
     return [*a, *b, *(wide(x, len(x), len(x)) for x in free_a), *(wide(x, len(x)) for x in free_scale)]
 
 
-@torch.library.custom_op("lora_fast::cayley_backward", mutates_args=())
+@torch.library.custom_op("lora_fast::cayley_backward", mutates_args=(), tags=_outside_graphs)
 def cayley_backward_op(
     free_a: Sequence[Tensor],
     free_b: Sequence[Tensor],

@@ -1,18 +1,31 @@
 """The linear layer with its LoRA adapter as a differentiable op.
 
 Eager calls use ``LoRALinearFunction``, a bare autograd.Function, which takes the least host time. Traced calls
-(torch.compile) use the registered ops ``lora_fast::lora_linear`` and ``lora_fast::lora_linear_backward``. Both run
-``forward`` and ``backward`` below. x and S are saved for backward, beside the module's own weights; the dropout mask is
-drawn again from its seed.
+(torch.compile, compiled autograd) use the registered ops ``lora_fast::lora_linear`` and
+``lora_fast::lora_linear_backward``. Both run ``forward`` and ``backward`` below. x and S are saved for backward, beside
+the module's own weights; the dropout mask is drawn again from its seed. ``seed`` is an int or an int64 in a 0-d tensor.
+With the torch ops on a GPU it is the mask itself, which is saved as well.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from .. import backend
 from .reference import linear as reference
+
+_traced = torch.compiler.is_compiling  # looked up once, because attribute accesses cost host time in every backward
+
+
+def bernoulli_mask(x: Tensor, dropout_p: float, generator: torch.Generator | None = None) -> Tensor:
+    """Returns a dropout mask of x (..., d_in), bool (n_tokens, d_in), drawn on x's device without waiting for it. With
+    no generator it is the device's default one."""
+    d_in = x.shape[-1]
+    kept = 1.0 - reference.drop_level(dropout_p) / reference.DROP_LEVELS
+    mask = torch.empty((x.numel() // d_in, d_in), dtype=torch.bool, device=x.device)
+    return mask.bernoulli_(kept, generator=generator)
 
 
 def forward(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded) -> tuple[Tensor, Tensor]:
@@ -35,7 +48,7 @@ def backward(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, ro
         scaling *= reference.keep_scale(dropout_p)
         if needs[0] or needs[1]:  # db = scaling · dyᵀ S needs no mask: S was computed from the masked x
             keep = ops.draw_mask(x, dropout_p, seed)
-    if weight.dtype is not dy.dtype:
+    if needs[0] and weight.dtype is not dy.dtype:  # only dx reads the weight
         weight = weight.to(dy.dtype)
     return ops.backward(dy, x, s, weight, lora_A, lora_B, scaling, keep, rounded, needs)
 
@@ -44,12 +57,39 @@ def _bias_gradient(dy: Tensor) -> Tensor:
     return dy.reshape(-1, dy.shape[-1]).sum(0)
 
 
+def _is_checkpointed() -> bool:
+    """Returns whether activation checkpointing runs this forward: inside a backward, which needs what is saved at once,
+    or under its hooks, which discard what is saved until then. Both runs of a forward must save the same dtypes."""
+    if torch._C._current_graph_task_id() != -1:
+        return True
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", None) == torch.utils.checkpoint.__name__
+
+
+def _backward_node(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, rounded, needs) -> tuple:
+    """Returns what ``backward`` returns, by the registered op. Compiled autograd traces the backward of an eager
+    forward, and it cannot trace the kernels and NumPy."""
+    if isinstance(seed, int):
+        seed = torch.full((), seed, dtype=torch.int64, device=x.device)
+    need_x, need_a, need_b = needs
+    constants = scaling, dropout_p, seed, rounded, ops is not reference, [need_x, False, need_a, need_b]
+    grads = iter(lora_linear_backward_op(dy, x, s, weight, lora_A, lora_B, *constants))
+    return tuple(next(grads) if needed else None for needed in needs)
+
+
 class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded):
         ops = backend.ops("linear", x)  # kept for backward: the two modules draw different dropout masks
+        # Backward would cast the weight again. A copy is saved only where it does not live from forward to backward.
+        if weight.dtype is not x.dtype and _is_checkpointed():
+            weight = weight.to(x.dtype)
         y, s = forward(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded)
-        ctx.save_for_backward(x, s, weight, lora_A, lora_B)
+        if isinstance(seed, Tensor):
+            ctx.save_for_backward(x, s, weight, lora_A, lora_B, seed)
+            seed = None
+        else:
+            ctx.save_for_backward(x, s, weight, lora_A, lora_B)
         ctx.ops, ctx.constants = ops, (scaling, dropout_p, seed, rounded)
         if bias is not None:
             ctx.bias_dtype = bias.dtype
@@ -62,8 +102,11 @@ class LoRALinearFunction(torch.autograd.Function):
         need_x, _, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         dx = dbias = da = db = None
         if need_x or need_a or need_b:
-            needs = need_x, need_a, need_b
-            dx, da, db = backward(ctx.ops, dy, *ctx.saved_tensors, *ctx.constants, needs)
+            x, s, weight, lora_A, lora_B, *seed_tensor = ctx.saved_tensors
+            scaling, dropout_p, seed, rounded = ctx.constants
+            constants = scaling, dropout_p, seed_tensor[0] if seed_tensor else seed, rounded
+            compute = _backward_node if _traced() else backward
+            dx, da, db = compute(ctx.ops, dy, x, s, weight, lora_A, lora_B, *constants, (need_x, need_a, need_b))
         if need_bias:
             dbias = _bias_gradient(dy)
             if dbias.dtype is not ctx.bias_dtype:

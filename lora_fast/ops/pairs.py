@@ -66,7 +66,7 @@ def hyperbalance(ka: Tensor, kb: Tensor, gauge: str = "symmetric") -> tuple[Tens
         root = sigma.sqrt()
         t, t_inverse = base / root[:, None, :], root[:, :, None] * inverse_base
         if gauge == "svd_signed":
-            sign = torch.where(t.gather(-2, t.abs().argmax(-2, keepdim=True)) < 0, -1.0, 1.0)
+            sign = 1 - 2 * (t.gather(-2, t.abs().argmax(-2, keepdim=True)) < 0).to(t.dtype)
             t, t_inverse = t * sign, t_inverse * sign.mT
     return _where_not(skip, t, t_inverse, ka.dtype)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import checks
 from ..layers.find import PeftLayer, fused_class, peft_layers
+from ..layers.hooks import change_class_, has_replaced_forward
 from .change_report import Report
 
 
@@ -27,7 +28,8 @@ def fuse_(
     layers.
 
     A fused layer checks at every call whether the fused op computes the same as PEFT (one active, plain adapter, no
-    hooks, …). Where it does not, PEFT's forward runs and the layer's ``fallback_reason`` contains the reason.
+    hooks but those of accelerate that only move the input, …). Where it does not, PEFT's forward runs and the layer's
+    ``fallback_reason`` contains the reason.
 
     Args:
         peft_model: any module that holds PEFT layers: a PeftModel, or a model after ``add_adapter``.
@@ -59,7 +61,7 @@ def fuse_(
         raise checks.ArgumentError("peft_model", "only layers that can be fused (strict=True)", got)
     report.require_change("peft_model", "at least one LoRA layer of PEFT to fuse", allow_empty)
     for layer in chosen:
-        layer.__class__ = fused  # the object stays the same, and so do its hooks, parameters and names
+        change_class_(layer, fused)
     report.note_fallbacks(chosen)
     return report
 
@@ -83,13 +85,15 @@ def unfuse_(peft_model: nn.Module, *, allow_empty: bool = False) -> Report:
             report.left[name] = "not fused"
         elif layer.merged_adapters:
             report.left[name] = "merged: unmerge it first"
+        elif has_replaced_forward(layer):
+            report.left[name] = "its forward was replaced"
         else:
             report.changed[name] = "peft.tuners.lora.Linear"
     report.require_change("peft_model", "at least one fused layer", allow_empty)
     for name in report.changed:
         layer = peft_model.get_submodule(name)
         layer.__dict__.pop("fallback_reason", None)  # the instance's; the class has a default
-        layer.__class__ = lora.Linear
+        change_class_(layer, lora.Linear)
     return report
 
 
@@ -103,7 +107,7 @@ def _unfusable(layer: PeftLayer) -> str | None:
         return f"PEFT layer {type(layer).__module__}.{type(layer).__name__}"
     if layer.merged_adapters:
         return "merged: unmerge it first"
-    if "forward" in layer.__dict__:
+    if has_replaced_forward(layer):
         return "its forward was replaced"
     if layer.base_layer.weight.dtype not in checks.FLOATS:
         return f"weight of dtype {layer.base_layer.weight.dtype}"

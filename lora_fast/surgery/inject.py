@@ -32,7 +32,8 @@ def inject_(
     forward.
 
     Only layers whose type is exactly ``torch.nn.Linear``, on any device (meta included), with plain parameters and no
-    hooks are replaced. Other layers that ``config.target_modules`` names are left alone, and the report gives the
+    hooks are replaced. accelerate's hooks that only move a layer's input to its device (``device_map``) are carried to
+    the new layer. Other layers that ``config.target_modules`` names are left alone, and the report gives the
     reason. A weight tied to another module's may be adapted, because it is frozen and only read. Adapters are float32
     over 16-bit weights, else in the weight's dtype.
 

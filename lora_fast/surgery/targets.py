@@ -8,8 +8,8 @@ import re
 from torch import nn
 
 from .. import checks
-from ..layers.base import is_hooked
 from ..layers.find import ADAPTER_LAYERS
+from ..layers.hooks import is_hooked
 
 ALL_LINEAR = "all-linear"
 

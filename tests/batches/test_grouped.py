@@ -354,7 +354,9 @@ def test_float64_is_refused_by_name():
 
 def test_scalora_keeps_seed_and_kappa_in_memory_on_a_gpu():
     """A CUDA graph reads them at these addresses at every replay. The seed in memory is the number used on a CPU."""
-    group = SimpleNamespace(count=8, _steps=torch.full((4,), 7.0), _device=SimpleNamespace(type="cuda"))
+    steps = torch.tensor([7.0, 7.0, 5.0, 7.0, 7.0, 5.0])  # of a pair of two experts, then of one that rests
+    group = SimpleNamespace(products=3, _steps=steps, _device=SimpleNamespace(type="cuda"), rests=[False, True])
+    group.pairs, group.counts = [SimpleNamespace(experts=2), SimpleNamespace(experts=1)], lambda: [8, 5]
     in_memory = GroupedBatch._seed(group, 3)
     group._device = torch.device("cpu")
     assert in_memory.dtype == torch.int64 and in_memory.item() == GroupedBatch._seed(group, 3)

@@ -1,8 +1,11 @@
 """functional.cayley and the scales that go with it: gradients, orthogonality, the error budget, what is kept."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from budget import check, error
+from torch._dynamo import compiled_autograd
 
 import lora_fast as lf
 from lora_fast.functional import cayley
@@ -229,3 +232,39 @@ def test_cayley_refuses_bad_arguments(case):
     with pytest.raises(lf.ArgumentError) as raised:
         cayley(free_a, free_b)
     assert raised.value.argument == argument
+
+
+# ── graphs ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_ops_stay_outside_cuda_graph_trees():
+    """The kernels keep tables between calls, which inductor's CUDA graph trees do not allow in a graph's memory."""
+    for op in (module.cayley_op, module.cayley_backward_op):
+        assert torch.Tag.cudagraph_unsafe in op._opoverload.tags
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_compiled_autograd_gives_eagers_gradients(backend):
+    results = []
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        free_a, free_b = pairs(torch.float32)
+        with lf.set_backend(backend):
+            for _ in range(2):
+                a, b = factors(Free(free_a, free_b))
+                loss = sum((b @ a).square().sum() for a, b in zip(a, b, strict=True))
+                context = compiled_autograd._enable(torch.compile(backend="eager")) if compiled else nullcontext()
+                with context:
+                    loss.backward()
+        results.append([x.grad for x in free_a + free_b])
+    assert all(torch.equal(g, h) for g, h in zip(*results, strict=True))
+
+
+def test_changed_parameter_raises_under_compiled_autograd_as_well():
+    free_a, free_b = pairs(torch.float32)
+    a, _ = factors(Free(free_a, free_b))
+    with torch.no_grad():
+        free_a[0].add_(1)
+    under_compiled_autograd = compiled_autograd._enable(torch.compile(backend="eager"))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"), under_compiled_autograd:
+        a[0].sum().backward()

@@ -179,7 +179,7 @@ def test_graph_capture_needs_no_address_from_the_host(dtype, monkeypatch):
         with monkeypatch.context() as outside_again:
             outside_again.setattr(pointer_table, "capturing", lambda: False)
             for i in range(pointer_table.CACHE_SIZE + 1):
-                [pointer_table.cached(kind, [i], object) for kind in ("table", "offsets", "addresses")]
+                [pointer_table.cached(kind, [DEVICE, i], object) for kind in ("table", "offsets", "addresses")]
         run()  # a graph's tables are still cached
         for tensors in lists:
             tensors[0] = tensors[0].clone()

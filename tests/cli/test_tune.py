@@ -74,18 +74,18 @@ def test_damaged_file_is_named_and_launches_warn(cache, damage, monkeypatch):
     assert shown.exit_code == 2 and "--clear" in shown.output
     monkeypatch.setattr(tuned, "device_name", lambda device: "gpu")
     with pytest.warns(UserWarning, match="tune --clear"):
-        assert tuned._table(torch.device("cuda", 0)) == {}
+        assert tuned._table(torch.device("cuda", 0), tuned.changes()) == {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuned._table(torch.device("cuda", 0)) == {}  # without a second warning
+        assert tuned._table(torch.device("cuda", 0), tuned.changes()) == {}  # without a second warning
 
 
 def test_choices_are_kept_by_device_and_a_cpu_has_none(monkeypatch):
     tuned.write({"gpu": a_table()})
     monkeypatch.setattr(tuned, "device_name", lambda device: ("gpu", "other")[device.index])
-    assert tuned._table(torch.device("cuda", 0)) == a_table()
-    assert tuned._table(torch.device("cuda", 1)) == {}
-    assert tuned._table(torch.device("cpu")) == {}
+    assert tuned._table(torch.device("cuda", 0), tuned.changes()) == a_table()
+    assert tuned._table(torch.device("cuda", 1), tuned.changes()) == {}
+    assert tuned._table(torch.device("cpu"), tuned.changes()) == {}
 
 
 @pytest.mark.parametrize(("n_tokens", "d_out", "r", "choice"), [
@@ -199,7 +199,7 @@ def test_candidates_that_fail_or_differ_are_not_timed():
     counts = []
 
     def call():
-        chosen = tuned._used[-1]
+        chosen = tuned._used.values[-1]
         if chosen == broken:
             raise RuntimeError("out of resource: shared memory")
         return torch.full((4, 4), 2.0 if chosen == wrong else 1.0)

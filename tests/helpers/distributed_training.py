@@ -1,13 +1,16 @@
 """The processes of tests/layers/test_distributed.py; a module that a spawned process can import."""
 
 import copy
+import gc
 import os
+import weakref
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import lora_fast as lf
+from lora_fast.layers.find import bare_name
 
 WORLD = 2
 CONFIGS = (lf.LoRAConfig(r=4, alpha=8), lf.NBLoRAConfig(r=4), lf.SingLoRAConfig(r=4, ramp_steps=0))
@@ -23,10 +26,18 @@ def build(config) -> nn.Module:
     return model
 
 
-def wrap(model: nn.Module, kind: str) -> nn.Module:
-    """Returns the model under DDP or, sharded in place, under FSDP2."""
+def wrap(model: nn.Module, kind: str, nested: bool = True) -> nn.Module:
+    """Returns the model under DDP, under FSDP1 (with ``nested`` each layer by itself) or, sharded in place, under
+    FSDP2."""
     if kind == "ddp":
         return nn.parallel.DistributedDataParallel(model)
+    if kind == "fsdp1":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+        policy = ModuleWrapPolicy({type(model[0])}) if nested else None
+        settings = {"use_orig_params": True, "device_id": torch.device("cpu"), "auto_wrap_policy": policy}
+        return FullyShardedDataParallel(model, **settings)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -44,8 +55,11 @@ def worker(rank: int, kind: str, folder: str) -> None:
     """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/{kind}", rank=rank, world_size=WORLD)
-    for config in CONFIGS:
+    for config in CONFIGS if kind != "fsdp1" else ():
         train(rank, kind, config)
+    for config in CONFIGS:
+        for nested in (True, False) if kind == "fsdp1" else (True,):
+            train_by_loraadamw(rank, kind, config, nested)
     dist.destroy_process_group()
     os._exit(0)
 
@@ -68,3 +82,47 @@ def train(rank: int, kind: str, config) -> None:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+
+
+def train_by_loraadamw(rank: int, kind: str, config, nested: bool) -> None:
+    """Trains with LoRAAdamW and compares with one process. Under FSDP2 the optimizer is made before the model is
+    sharded, and its groups get the sharded parameters then, as accelerate does it. There, methods are refused by
+    name."""
+    alone, x = build(config), torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+    pairing = [lf.methods.ILoRA()] if isinstance(config, lf.LoRAConfig) else []
+    distributed = copy.deepcopy(alone)
+    methods = pairing if kind == "ddp" else []
+    optimizers = [lf.optim.LoRAAdamW(model, lr=1e-2, methods=methods) for model in (alone, distributed)]
+    refused = lf.optim.LoRAAdamW(distributed, methods=pairing)
+    names = {p: name for name, p in distributed.named_parameters()}
+    originals = {name: weakref.ref(p) for p, name in names.items()}
+    orders = [[[names[p] for p in group["params"]] for group in x.param_groups] for x in (optimizers[1], refused)]
+    del names
+    if kind == "fsdp2":
+        for optimizer in (optimizers[1], refused):
+            for group in optimizer.param_groups:
+                group["params"] = [torch.empty(1) for _ in group["params"]]
+    distributed = wrap(distributed, kind, nested)
+    parameters = {bare_name(name): p for name, p in distributed.named_parameters()}
+    for optimizer, order in zip((optimizers[1], refused), orders, strict=True):
+        for group, members in zip(optimizer.param_groups, order, strict=True):
+            group["params"] = [parameters[name] for name in members]
+    for _ in range(2):
+        alone(x).pow(2).mean().backward()
+        distributed(x.chunk(WORLD)[rank]).pow(2).mean().backward()
+        if pairing and kind != "ddp":
+            try:
+                refused.step()
+            except lf.ArgumentError as error:
+                assert "lora_A" in str(error)
+            else:
+                raise AssertionError("methods on sharded parameters: expected an ArgumentError")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    del refused
+    gc.collect()
+    if kind == "fsdp2":
+        assert [name for name, p in originals.items() if p() is not None and p().untyped_storage().nbytes()] == []
+    with torch.no_grad():
+        torch.testing.assert_close(distributed(x), alone(x), rtol=1e-4, atol=1e-5)

@@ -13,6 +13,7 @@ import json
 import random
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -560,7 +561,53 @@ def threads(stub: stub_driver.Stub) -> dict:
     return {"errors": errors, "kept": len(linear._plans), "launches": stub.counter("launches") - before}
 
 
+def carveout(stub: stub_driver.Stub) -> list[list[int]]:
+    """Returns the programs of each launch of the GEMM by a layer whose plans are kept, while torch's carve-out
+    changes."""
+    import torch
+
+    tensors, seen = operands({"r": 16, "adapter": "bfloat16", "bias": False, "tokens": 8192}, 4096, 4096), []
+    for carved_out in (None, 20, None, 32, 4, 20):
+        torch._C._set_sm_carveout_experimental(carved_out)
+        for _ in range(2):
+            with stub.recorded() as launched:
+                run_layer(tensors, 0.0)
+            seen.append([launch.grid[0] for launch in launched if launch.kernel == "lora_linear_kernel"])
+    torch._C._set_sm_carveout_experimental(None)
+    return seen
+
+
+def loads(stub: stub_driver.Stub) -> list[str]:
+    """Runs a layer in one thread while another one loads the same kernels. Returns the errors."""
+    from triton.runtime import driver
+
+    tensors = [operands({"r": 16, "adapter": "bfloat16", "bias": False, "tokens": 1024}) for _ in range(2)]
+    loading, errors, load = threading.Event(), [], driver.active.utils.load_binary
+
+    def load_slowly(*arguments):
+        loading.set()
+        time.sleep(0.2)  # as the driver does, without the GIL
+        return load(*arguments)
+
+    def work(each: dict) -> None:
+        try:
+            run_layer(each, 0.1)
+        except Exception as error:
+            errors.append(repr(error))
+
+    driver.active.utils.load_binary = load_slowly
+    workers = [threading.Thread(target=work, args=(each,)) for each in tensors]
+    workers[0].start()
+    loading.wait()
+    workers[1].start()
+    for worker in workers:
+        worker.join()
+    return errors
+
+
 COMMANDS = {
+    "carveout": carveout,
+    "loads": loads,
     "sample": lambda stub: launch_matrix(stub, pairwise()),
     "proof": plan_proof,
     "spilling": spilling,

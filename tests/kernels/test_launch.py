@@ -138,3 +138,14 @@ def test_launch_hooks_see_every_launch():
 def test_threads_share_plans():
     result = run("threads")
     assert result["errors"] == [] and result["kept"] <= 3 and result["launches"] > 500
+
+
+def test_launch_waits_for_the_load_by_another_thread():
+    """Triton stores a kernel's launcher before it has loaded the kernel."""
+    assert run("loads") == []
+
+
+def test_carveout_takes_effect_at_the_next_call():
+    """Forward and backward have 1,024 tiles each, on 132 multiprocessors."""
+    programs = [[count, count] for count in (132, 112, 132, 100, 128, 112)]
+    assert run("carveout") == [each for each in programs for _ in range(2)]

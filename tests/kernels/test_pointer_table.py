@@ -27,7 +27,7 @@ def test_cache_forgets_the_oldest_tables():
     tensors = [randn(4, 16, seed=i) for i in range(2 * pointer_table.CACHE_SIZE)]
     for tensor in tensors:
         pointer_table.find_tables([[tensor]], [True])
-    assert len(pointer_table._recent["tables"]) == pointer_table.CACHE_SIZE
+    assert len(pointer_table._recent["tables", tensors[0].device]) == pointer_table.CACHE_SIZE
 
 
 def test_strides_are_checked_where_the_table_is_cached():

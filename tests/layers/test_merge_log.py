@@ -56,6 +56,23 @@ def test_terms_are_copied_at_the_merge():
     assert torch.equal(kept_a, a) and torch.equal(kept_b, 2 * b)
 
 
+def test_terms_are_read_while_another_thread_merges(monkeypatch):
+    """As by a thread that saves during training. A term whose copy may not have arrived is left out."""
+    devices = [torch.device("cuda", i) for i in range(3)]
+    terms = merge_log.Terms(["first"], {devices[0]})
+    waited = []
+
+    def synchronize(device: torch.device) -> None:  # meanwhile, a merge from another GPU
+        waited.append(device)
+        terms._copying_from.add(devices[len(waited)])
+        terms.terms.append("later")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert terms.arrived() == ["first"] and waited == devices[:1]
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    assert terms.arrived() == ["first", "later"] and set(waited[1:]) == set(devices[:2])
+
+
 def test_bare_pairs_record_nothing():
     """They are merged into all the same."""
     a, b, weight = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(4, 2)), torch.zeros(4, 3)

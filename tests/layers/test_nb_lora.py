@@ -2,6 +2,8 @@
 
 import copy
 import io
+import threading
+import time
 import weakref
 
 import pytest
@@ -9,11 +11,12 @@ import torch
 from budget import check, error
 from nb_lora_models import NORMS, layers_of, scatter
 from tiny import COPIES, assert_unchanged, batch, llama, loss_of, snapshot
+from together import run_together
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_fast as lf
-from lora_fast.layers import nb_lora
+from lora_fast.layers import factor_cache, nb_lora
 from lora_fast.ops import cayley as cayley_op
 
 pytestmark = pytest.mark.gpu
@@ -258,7 +261,7 @@ def test_model_forward_makes_one_autograd_node():
     model = stack_of()
     nodes = set()
     for layer in layers_of(model):
-        layer.register_forward_pre_hook(lambda layer, args: nodes.add(layer.shared[0].grad_fn))
+        layer.register_forward_pre_hook(lambda layer, args: nodes.add(layer.shared.factors[0].grad_fn))
     model(inputs())
     assert len(nodes) == 1
 
@@ -331,7 +334,7 @@ def test_backward_frees_the_graph():
     model = stack_of()
     nodes = []
     layer = layers_of(model)[0]
-    layer.register_forward_pre_hook(lambda layer, args: nodes.append(weakref.ref(layer.shared[0].grad_fn)))
+    layer.register_forward_pre_hook(lambda layer, args: nodes.append(weakref.ref(layer.shared.factors[0].grad_fn)))
     gradients(model)
     assert nodes[0]() is None
     assert all(x.grad_fn is None for layer in layers_of(model) for x in layer.cache.values)
@@ -599,3 +602,72 @@ def test_failed_inject_changes_nothing(change, config, message):
     if not next(model.parameters()).is_meta:
         assert_unchanged(model, before)
     assert not model._forward_pre_hooks
+
+
+def test_threads_compute_the_same_as_alone(monkeypatch):
+    """Threads with gradients and without share a model's layers, whose caches they replace, and switch often."""
+    model, matches = stack_of(), factor_cache.CachedFactors.matches
+
+    def matches_slowly(cache, layer) -> bool:
+        result = matches(cache, layer)
+        time.sleep(0)  # lets another thread run
+        return result
+
+    monkeypatch.setattr(factor_cache.CachedFactors, "matches", matches_slowly)
+    x = inputs().detach()
+    with torch.no_grad():
+        expected = model(x)
+    expected_gradients = torch.autograd.grad(model(x).sum(), trained(model))
+
+    def evaluate() -> None:
+        for i in range(60):
+            with torch.no_grad():
+                assert_close([model(x) if i % 2 else model[0](x)], [expected if i % 2 else first])
+
+    def train() -> None:
+        for _ in range(30):
+            assert_close(torch.autograd.grad(model(x).sum(), trained(model)), expected_gradients)
+
+    with torch.no_grad():
+        first = model[0](x)
+    run_together(evaluate, train, evaluate, train)
+    assert all(layer.shared is None for layer in layers_of(model))
+
+
+def test_evaluation_in_another_thread_takes_no_gradient_away():
+    """It runs within the forward of a training step, between the transform and the layers."""
+    model, x = stack_of(), inputs().detach()
+    expected = torch.autograd.grad(model(x).sum(), trained(model))
+    evaluating, done = threading.Event(), threading.Event()
+    trainer, results = threading.get_ident(), []
+
+    def meet(layer, args) -> None:
+        if threading.get_ident() != trainer:
+            evaluating.set()
+            assert done.wait(10)
+        elif not evaluating.is_set():
+            worker.start()
+            assert evaluating.wait(10)
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            results.append(model(x))
+
+    layers_of(model)[0].register_forward_pre_hook(meet)
+    worker = threading.Thread(target=evaluate)
+    y = model(x)
+    done.set()
+    worker.join()
+    assert_close(torch.autograd.grad(y.sum(), trained(model)), expected)
+    assert_close(results, [y.detach()])
+
+
+def test_cached_factors_belong_to_a_stream(monkeypatch):
+    """Another stream's values may not have been computed yet."""
+    layer, stream = layer_of(), [0]
+    monkeypatch.setattr(factor_cache.device, "stream_on", lambda device: stream[0])
+    with torch.no_grad():
+        first = layer.factors()[0]
+        assert layer.factors()[0] is first
+        stream[0] = 1
+        assert layer.factors()[0] is not first

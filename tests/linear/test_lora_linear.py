@@ -3,19 +3,25 @@
 import copy
 import io
 import pickle
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from budget import DRAWS, check, eager_lora_linear, error, least_error
 from torch import nn
+from torch._dynamo import compiled_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import lora_fast as lf
+from lora_fast import backend as backend_module
+from lora_fast.functional import linear as functional_linear
 from lora_fast.functional import lora_linear
 from lora_fast.kernels import linear as kernel_layer
 from lora_fast.kernels import tiles
 from lora_fast.ops import linear as linear_op
+from lora_fast.ops import seeds
 from lora_fast.ops.reference import linear as reference
 
 pytestmark = pytest.mark.gpu
@@ -275,6 +281,147 @@ def test_custom_ops_pass_opcheck(adapter, dropout_p, backend):
     for needs in ([True, True, True, True], [False, False, True, False]):
         args = (dy, x, s, weight, lora_A, lora_B, 1.5, dropout_p, seed, False, triton, needs)
         torch.library.opcheck(linear_op.lora_linear_backward_op, args)
+
+
+# ── the torch ops on a GPU ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def gpu_without_kernels(monkeypatch):
+    """Stands in for a GPU on which the torch ops run: tensors are on a CPU, but dropout gets its mask as on a GPU."""
+    draw = lambda x, dropout_p, seed, traced: linear_op.bernoulli_mask(x, dropout_p)
+    monkeypatch.setattr(functional_linear, "_mask_seed", draw)
+    with lf.set_backend("torch"):
+        yield
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
+def test_torch_ops_on_a_gpu_never_wait_for_it(captured, monkeypatch):
+    """Fake tensors know shapes, dtypes and devices alone: reading one on the host is an error."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+    with FakeTensorMode(), lf.set_backend("torch"):  # no autograd, whose nodes need the device
+        make = lambda *shape, dtype=torch.bfloat16: torch.randn(*shape, device="cuda", dtype=dtype)
+        x, weight, a, b = make(2, 5, 10), make(12, 10), make(4, 10, dtype=torch.float32), make(12, 4)
+        mask = functional_linear._mask_seed(x, 0.5, None, False)
+        constants = 2.0, 0.5, mask, False
+        y, s = linear_op.forward(reference, x, weight, make(12), a, b, *constants)
+        grads = linear_op.backward(reference, y, x, s, weight, a, b, *constants, (True, True, True))
+    assert mask.shape == (10, 10) and mask.nbytes == 100
+    assert all(tensor.device.type == "cuda" for tensor in (mask, y, *grads))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_torch_ops_on_a_gpu_compute_pefts_formula_with_their_mask(gpu_without_kernels, dtype):
+    t = tensors(dtype, shape=(40, 10))
+    state = torch.get_rng_state()
+    y = lora_linear(*t.values(), 1.5, 0.4)
+    dy = torch.randn_like(y)
+    got = [y.detach(), *torch.autograd.grad(y, [t["x"], t["lora_A"], t["lora_B"]], dy)]
+    torch.set_rng_state(state)
+    keep = linear_op.bernoulli_mask(t["x"], 0.4).double() * reference.keep_scale(0.4)
+    x, weight, bias, a, b = (v.detach().double().requires_grad_() for v in t.values())
+    exact_y = nn.functional.linear(x, weight, bias) + 1.5 * (x * keep) @ a.T @ b.T
+    exact = [exact_y.detach(), *torch.autograd.grad(exact_y, [x, a, b], dy.double())]
+    tolerance = 1e-12 if dtype is torch.float64 else 0.03
+    assert all((g.double() - h).norm() <= tolerance * h.norm() for g, h in zip(got, exact, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_torch_ops_on_a_gpu_keep_one_byte_an_element_or_none_with_checkpointing(gpu_without_kernels, reentrant):
+    layer, x = layer_of(dropout=0.3), torch.randn(6, 10, device=DEVICE)
+    plain = gradients(layer, x)
+    again = gradients(layer, x, lambda x: checkpoint(layer, x, use_reentrant=reentrant))
+    assert all(torch.equal(g, h) for g, h in zip(plain, again, strict=True))
+    masks = []
+    note = lambda v: masks.append(v) or v
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda v: v):
+        layer(x.requires_grad_())
+        masks = [v for v in masks if v.dtype is torch.bool]
+        assert [mask.nbytes for mask in masks] == [60]
+
+
+def test_torch_ops_on_a_gpu_compile(gpu_without_kernels):
+    layer, x = layer_of(dropout=0.3), torch.randn(2, 5, 10, device=DEVICE)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    got, again, eager = gradients(layer, x, compiled), gradients(layer, x, compiled), gradients(layer, x)
+    assert all(torch.equal(g, h) for g, h in zip(got, again, strict=True))
+    assert all(torch.allclose(g, h) for g, h in zip(got, eager, strict=True))
+    t = tensors()
+    mask = linear_op.bernoulli_mask(t["x"], 0.3)
+    torch.library.opcheck(linear_op.lora_linear_op, (*t.values(), 1.5, 0.3, mask, False, False))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1, 1.0])
+def test_mask_on_a_gpu_has_the_probability_and_a_generators_seed_repeats_it(dropout_p):
+    x = torch.empty(300, 100, device=DEVICE)
+    first, again = (linear_op.bernoulli_mask(x, dropout_p, torch.Generator(DEVICE).manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, again) and first.dtype is torch.bool
+    assert abs(first.double().mean().item() - (1 - dropout_p)) <= 5 * (dropout_p * (1 - dropout_p) / 30000) ** 0.5
+
+
+def test_seed_of_a_graph_of_the_torch_ops_on_a_gpu_is_refused():
+    with FakeTensorMode(), lf.set_backend("torch"), pytest.raises(lf.ArgumentError, match="seed: expected None"):
+        functional_linear._mask_seed(torch.empty(3, 10, device="cuda"), 0.5, 7, True)
+
+
+def test_seed_of_a_layer_on_a_gpu_comes_from_its_generator(monkeypatch):
+    """Nothing is taken from the CPU's generator, which orders the user's data."""
+    monkeypatch.setattr(backend_module, "uses_triton", lambda x: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(seeds, "from_offset", lambda generator: generator)
+    monkeypatch.setattr(torch.cuda, "default_generators", (11, 22))
+    before = torch.get_rng_state()
+    with FakeTensorMode():
+        drawn = [
+            functional_linear._mask_seed(torch.empty(3, 10, device=f"cuda:{i}"), 0.5, None, False) for i in range(2)
+        ]
+        in_graph = functional_linear._mask_seed(torch.empty(3, 10, device="cuda:1"), 0.5, None, True)
+    assert drawn == [11, 22] and torch.equal(torch.get_rng_state(), before)
+    assert in_graph.device.index == 1 and in_graph.dtype is torch.int64 and in_graph.dim() == 0
+
+
+# ── compiled autograd ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_compiled_autograd_gives_eagers_gradients(dropout, backend):
+    """It traces the backward of eager forwards into one graph. Several steps, because their seeds differ."""
+    layer = layer_of(dropout=dropout)
+    compile_backward = partial(torch.compile, backend="eager", fullgraph=True)
+    results = []
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        torch.manual_seed(3)
+        gradients = []
+        with lf.set_backend(backend):
+            for _ in range(4):
+                layer.zero_grad()
+                x = torch.randn(2, 5, 10, device=DEVICE, requires_grad=True)
+                loss = layer(layer(x)[..., :10]).pow(2).sum()
+                with compiled_autograd._enable(compile_backward) if compiled else nullcontext():
+                    loss.backward()
+                gradients += [x.grad, layer.lora_A.grad.clone(), layer.lora_B.grad.clone()]
+        results.append(gradients)
+    assert all(torch.equal(g, h) for g, h in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_layer_with_compiled_autograd_uses_one_mask(backend):
+    layer = lf.LoRALinear(10, 12, r=4, alpha=8, dropout=0.5, bias=False, device=DEVICE)
+    nn.init.normal_(layer.lora_B)
+    torch._dynamo.reset()
+    with lf.set_backend(backend), torch._dynamo.config.patch(compiled_autograd=True):
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        for _ in range(2):
+            layer.zero_grad()
+            x = torch.randn(20, 10, device=DEVICE, requires_grad=True)
+            y = compiled(x)
+            dy = torch.randn_like(y)
+            y.backward(dy)
+            added = (dy * (y.detach() - x.detach() @ layer.weight.T)).sum()
+            for p in (layer.lora_A, layer.lora_B):
+                torch.testing.assert_close((p * p.grad).sum(), added, rtol=1e-4, atol=1e-4)
 
 
 # ── the module ───────────────────────────────────────────────────────────────────────────────────────────────────────

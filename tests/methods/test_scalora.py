@@ -100,3 +100,16 @@ def test_gradients_of_a_layer_satisfy_what_scalora_assumes():
     a, b = (torch.randn(*shape, generator=generator(2)).requires_grad_() for shape in ((4, 12), (9, 4)))
     lf.functional.lora_linear(x, w, None, a, b, 2.0).square().sum().backward()
     torch.testing.assert_close(a.detach() @ a.grad.T, b.grad.T @ b.detach(), rtol=1e-4, atol=1e-2)
+
+
+def test_captured_step_on_torch_rounds_with_the_generator_that_graphs_advance(monkeypatch):
+    """A generator with a seed of its own cannot be captured, and its numbers would repeat at every replay."""
+    monkeypatch.setattr(lf.backend, "is_capturing", lambda device: True)
+    weights = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        _, _, weight, optimizer = scalora_on_a_pair(torch.bfloat16, kappa=20.0, interval=1)
+        with lf.set_backend("torch"):
+            optimizer.step()
+        weights.append(weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])

@@ -286,7 +286,7 @@ def _optimizer() -> str:
     model = _tiny_model().to(device)
     inject_(model, LoRAConfig(r=4, alpha=8))
     optimizer = LoRAAdamW(model, lr=0.05, methods=[methods.ILoRA()])
-    x = torch.randn(16, 16, device=device)
+    x = torch.randn(16, 16, dtype=torch.float32, device=device)
     losses = []
     for _ in range(5):
         loss = model(x).pow(2).mean()
@@ -319,7 +319,7 @@ def _peft() -> str:
     import peft
 
     model = peft.get_peft_model(_tiny_model(), peft.LoraConfig(r=4, target_modules=["0", "2"]))
-    x = torch.randn(4, 16)
+    x = torch.randn(4, 16, dtype=torch.float32, device="cpu")
     before = model(x)
     report = fuse_(model)
     _check_error(_relative_error(model(x), before.double()))

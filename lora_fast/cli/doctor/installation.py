@@ -123,7 +123,7 @@ def driver() -> str:
 def which_backend() -> tuple[str, str]:
     """Returns the backend that runs for a model on the GPU, or on the CPU if there is no GPU, and the reason. The name
     is "none" if no backend can run."""
-    tensor = torch.empty(1, device=accelerator())
+    tensor = torch.empty(1, dtype=torch.float32, device=accelerator())
     setting = os.environ.get("LORA_FAST_BACKEND", "auto")
     if sentence := backend.fallback(tensor.device):
         return "torch", sentence

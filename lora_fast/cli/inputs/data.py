@@ -115,7 +115,7 @@ def blocks(texts: list[Document], tokenizer, seq_len: int) -> TokenData:
         expected = f"text for at least two blocks of --seq-len {seq_len} tokens (one to train on, one held out)"
         raise ArgumentError("--data", expected, f"{len(rows)} from {ids.numel()} tokens" if count else "fewer tokens")
     n_held_out = max(1, min(HELD_OUT_MOST, len(rows) // HELD_OUT_SHARE))
-    is_held_out = torch.zeros(len(rows), dtype=torch.bool)
+    is_held_out = torch.zeros(len(rows), dtype=torch.bool, device="cpu")
     is_held_out[[(2 * i + 1) * len(rows) // (2 * n_held_out) for i in range(n_held_out)]] = (
         True  # middles of equal parts
     )
@@ -180,7 +180,8 @@ def _join(texts: list[Document], tokenizer) -> tuple[Tensor, Tensor]:
         tail = tail if document.special else tail + end
         ids += head + tail
         labels += ([IGNORED] * len(head) if document.prompt else head) + tail
-    return torch.tensor(ids, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64)
+    place: dict = {"dtype": torch.int64, "device": "cpu"}
+    return torch.tensor(ids, **place), torch.tensor(labels, **place)
 
 
 def _encode(texts: list[str], tokenizer, special: bool) -> list[list[int]]:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections import Counter
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft import get_peft_model
@@ -115,5 +115,6 @@ def _adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 def random_batch(device: torch.device, vocabulary: int, rows: int, seq_len: int) -> dict[str, Tensor]:
     """Returns random tokens (rows, seq_len) as inputs and labels; a step takes as long with any tokens."""
-    ids = torch.randint(vocabulary, (rows, seq_len), generator=torch.Generator().manual_seed(0)).to(device)
+    drawn: dict[str, Any] = {"generator": torch.Generator("cpu").manual_seed(0), "dtype": torch.int64, "device": "cpu"}
+    ids = torch.randint(vocabulary, (rows, seq_len), **drawn).to(device)
     return {"input_ids": ids, "labels": ids}

@@ -69,7 +69,7 @@ def cases(shape: Shape, device: torch.device) -> Iterator[Case]:
     generator = torch.Generator(device).manual_seed(0)
 
     def make(*size: int, kind: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*size, generator=generator, device=device).to(kind)
+        return torch.randn(*size, generator=generator, dtype=torch.float32, device=device).to(kind)
 
     x, dy, s = make(n, d_in), make(n, d_out), make(n, r, kind=torch.float32)
     weight, a, b = make(d_out, d_in), make(r, d_in, kind=torch.float32), make(d_out, r, kind=torch.float32)

@@ -133,16 +133,14 @@ def _add_product(base: Tensor, thin: Tensor, factor: Tensor, alpha: float, keep:
 
 
 def draw_mask(x: Tensor, dropout_p: float, seed: int | Tensor) -> Tensor:
-    """Returns the torch backend's dropout mask of x (..., d_in), bool (n_tokens, d_in), a function of the seed. On a
-    CPU it comes from NumPy's SFC64, 15 times faster than torch's Bernoulli, so that backward can draw it again;
-    elsewhere it comes from torch's generator."""
-    seed, d_in, device = int(seed), x.shape[-1], x.device
+    """Returns the torch backend's dropout mask of x (..., d_in), bool (n_tokens, d_in), a function of the seed. It
+    comes from NumPy's SFC64, 15 times faster than torch's Bernoulli, so that backward can draw it again. On a GPU the
+    argument ``seed`` is the mask itself."""
+    if isinstance(seed, Tensor) and seed.dtype is torch.bool:
+        return seed
+    d_in = x.shape[-1]
     n_tokens = x.numel() // d_in
-    if device.type != "cpu":
-        generator = torch.Generator(device).manual_seed(seed)
-        drawn = torch.randint(DROP_LEVELS, (n_tokens, d_in), generator=generator, device=device, dtype=torch.int32)
-        return drawn >= drop_level(dropout_p)
-    words = np.random.SFC64(seed).random_raw(-(-n_tokens * d_in // 4))
+    words = np.random.SFC64(int(seed)).random_raw(-(-n_tokens * d_in // 4))
     numbers = words.view(np.uint16)[: n_tokens * d_in].reshape(n_tokens, d_in)
     return torch.from_numpy(numbers >= drop_level(dropout_p))
 
@@ -153,8 +151,8 @@ def philox_mask(seed: int, n_tokens: int, d_in: int, dropout_p: float) -> Tensor
     element is kept when its number is at least ``drop_level``."""
     groups = -(-d_in // 8)
     low = 0xFFFFFFFF
-    c0 = torch.arange(n_tokens).view(-1, 1).expand(n_tokens, groups)
-    c1 = torch.arange(groups).expand(n_tokens, groups)
+    c0 = torch.arange(n_tokens, dtype=torch.int64, device="cpu").view(-1, 1).expand(n_tokens, groups)
+    c1 = torch.arange(groups, dtype=torch.int64, device="cpu").expand(n_tokens, groups)
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     k0, k1 = seed & low, (seed >> 32) & low
     for _ in range(PHILOX_ROUNDS):

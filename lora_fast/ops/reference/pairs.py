@@ -93,7 +93,7 @@ def spd_inverse(matrices: Tensor, damping: float) -> Tensor:
     matrices = at_least_float32(matrices)
     r = matrices.shape[-1]
     factor, info = cholesky(matrices, damping)
-    if not info.is_cuda and not info.any():  # reading info of a CPU tensor waits for nothing
+    if info.device.type == "cpu" and not info.any():  # reading info of a CPU tensor waits for nothing
         return torch.cholesky_inverse(factor)
     more = matrices.diagonal(dim1=-2, dim2=-1).sum(-1) * (r * torch.finfo(matrices.dtype).eps)
     ridge = torch.where(info != 0, more, 0.0)[:, None, None] * torch.eye(r, dtype=matrices.dtype, device=more.device)

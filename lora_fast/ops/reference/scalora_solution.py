@@ -57,7 +57,7 @@ def scales(
         scales of the factors, [α for b; β for a] (2L, r); scales of their gradients, [β; α] (2L, r); and the scale of
         the residual b a that is merged before, scaling (1 − α∘β) (L, r).
     """
-    kappa = torch.as_tensor(kappa, device=x.device)
+    kappa = torch.as_tensor(kappa, dtype=torch.float64, device=x.device)
     scale = torch.where(active & ~(kappa <= 0), (x / kappa.to(x.dtype)).sqrt().clamp(low, high), 1.0)
     alpha, beta = scale.chunk(2, -1)
     return torch.cat([alpha, beta]), torch.cat([beta, alpha]), scaling[:, None] * (1 - alpha * beta)
@@ -101,7 +101,7 @@ def _factorable(unit: Tensor, active: Tensor) -> Tensor:
     """Returns the system with the smallest ridge with which Cholesky succeeds, since rounding can make a singular
     system indefinite. Inactive entries get the identity."""
     eye = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
-    tries = [unit + torch.where(active, ridge, 1.0)[:, :, None] * eye for ridge in RIDGES]
+    tries = [unit + torch.where(active[:, :, None], ridge * eye, eye) for ridge in RIDGES]
     result = tries[-1]
     for attempt in tries[-2::-1]:  # towards the smallest ridge, so that the smallest one that factors is kept
         fails = torch.linalg.cholesky_ex(attempt)[1] != 0
@@ -161,7 +161,13 @@ def _scalar(m: Tensor, lam: Tensor, r: int) -> Tensor:
 
 
 def add_low_rank_(
-    weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, rounding: str, seed: int = 0, residual: Tensor | None = None
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    rounding: str,
+    seed: int | None = 0,
+    residual: Tensor | None = None,
 ) -> None:
     """weight += b diag(scale) a in place: (d_out, d_in), (r, d_in), (d_out, r), (r,). The sum is computed in float32
     (float64 for a float64 weight) and rounded once. "compensated" stores the rounding error in ``residual``, which has
@@ -182,14 +188,15 @@ def add_low_rank_(
         residual.copy_(total.sub_(weight))
 
 
-def stochastic_round(x: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+def stochastic_round(x: Tensor, dtype: torch.dtype, seed: int | None) -> Tensor:
     """Rounds float32 to float16 or bfloat16, up or down with the probability that makes the expectation exact.
 
     A random number is added to the bits that the cast drops. Below float16's normal range the spacing is constant, and
-    adding a uniform number before a floor has the same effect. Values that are not finite are not changed.
+    adding a uniform number before a floor has the same effect. Values that are not finite are not changed. Without a
+    seed the numbers are those of the device's default generator, the only one that a CUDA graph can capture.
     """
     dropped = 16 if dtype == torch.bfloat16 else 13  # bits of float32's mantissa beyond that of dtype
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
     noise = torch.randint(1 << dropped, x.shape, generator=generator, device=x.device, dtype=torch.int32)
     rounded = ((x.view(torch.int32) + noise) & -(1 << dropped)).view(torch.float32)
     if dtype == torch.float16:
