@@ -474,3 +474,30 @@ def test_optimizer_does_not_hold_frozen_weights(kind):
                     module._parameters[name] = nn.Parameter(p.detach() + step, requires_grad=False)
         gc.collect()
         assert len(frozen) == 4 and not any(reference() is not None for reference in frozen)
+
+
+def flatten(model):
+    """Replaces the trained parameters by views of one flat parameter, as FSDP1 does with use_orig_params=False."""
+    places = [(m, n, p) for m in model.modules() for n, p in m._parameters.items() if p is not None and p.requires_grad]
+    model.flat = nn.Parameter(torch.cat([p.detach().flatten() for *_, p in places]))
+    views = model.flat.split([p.numel() for *_, p in places])
+    for (module, name, p), view in zip(places, views, strict=True):
+        del module._parameters[name]
+        setattr(module, name, view.view(p.shape))
+
+
+@pytest.mark.parametrize("kind", ["lora_fast", "peft"])
+def test_flattened_factors_train_in_an_optimizer_made_afterwards(kind):
+    model = adapted(kind)
+    before = lf.optim.LoRAAdamW(model)
+    flatten(model)
+    with pytest.raises(lf.ArgumentError, match="use_orig_params=False"):
+        before.step()
+    with pytest.raises(lf.ArgumentError, match="not flattened by a wrapper"):
+        lf.optim.LoRAAdamW(model, methods=[M.ILoRA()])
+    optimizer = lf.optim.LoRAAdamW(model, lr=1e-2)
+    copied = nn.Parameter(model.flat.detach().clone())
+    model.flat.grad = copied.grad = torch.linspace(-1, 1, copied.numel())
+    reference = torch.optim.AdamW([copied], lr=1e-2, weight_decay=0.0, fused=True)
+    optimizer.step(), reference.step()
+    assert torch.equal(model.flat, copied)
