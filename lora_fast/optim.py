@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from . import backend, checks
 from .batches import pairs, partition
-from .batches.batch import Batch, PairInGroups
-from .batches.pairs import Pair
+from .batches.batch import NO_STATE, Batch, PairInGroups
+from .batches.pairs import Pair, Place
 from .batches.unpaired import UnpairedParameters
 from .layers.find import bare_name
 from .layers.sing_lora import count_steps_
@@ -20,6 +20,8 @@ from .methods import LoRAPlus, compose
 from .methods.method import Method
 
 __all__ = ["LoRAAdamW"]
+
+NO_MODULE = nn.Module()
 
 
 class LoRAAdamW(torch.optim.Optimizer):
@@ -57,14 +59,16 @@ class LoRAAdamW(torch.optim.Optimizer):
     """
 
     _methods: tuple[Method, ...]
-    _pairs: list[PairInGroups]
+    _known: list[Pair]  # all pairs that were added
+    _pairs: list[PairInGroups]  # those whose factors are in the parameter groups
     _batches: list[Batch]
     _unpaired: list[UnpairedParameters]
     _built_for: tuple[str, list[int]] | None  # the backend, the identities of the parameters' states
     _parameters: list[Tensor]  # of all groups
     _members: list[bool]  # which of them have a place in a batch
     _has_grad: list[bool]  # which of them had a gradient at the last step
-    _places: list[tuple[nn.Module, str]]  # the modules that hold the pairs' factors, and the parameters' names
+    _sizes: list[int]  # of the groups
+    _places: list[Place]  # where the layers hold the pairs' factors
     _layer_parameters: list[Tensor | None]  # the factors that the layers hold there
 
     def __init__(
@@ -79,7 +83,7 @@ class LoRAAdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         _check_settings(defaults)
         self._methods = compose(methods)
-        self._pairs = []
+        self._known, self._pairs = [], []
         self._forget_batches()
         adapters = pairs.find_pairs(model) if isinstance(model, nn.Module) else pairs.make_pairs(model)
         if isinstance(model, nn.Module) and not self._methods:  # what a wrapper has flattened, plain AdamW trains
@@ -137,6 +141,7 @@ class LoRAAdamW(torch.optim.Optimizer):
                 entries = [entry for pair in trained for entry in pair if entry[0].endswith(factor)]
                 if entries:
                     super().add_param_group({"params": entries, **group, "lr": rate})
+        self._known += added
         self._pairs += [(pair, first, first if plus is None else first + 1) for pair in added]
         self._forget_batches()
 
@@ -147,7 +152,7 @@ class LoRAAdamW(torch.optim.Optimizer):
                     if method.uses_both_factors and not factor.requires_grad:
                         expected = f"a trained factor ({type(method).__name__} uses both)"
                         raise checks.ArgumentError(f"{pair.name}.{name}", expected, "requires_grad=False")
-            method.check([pair for pair, *_ in self._pairs] + added)
+            method.check([*self._known, *added])
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -195,18 +200,20 @@ class LoRAAdamW(torch.optim.Optimizer):
         """Brings pairs and batches up to date with the parameters, their gradients and their state, any of which a user
         or a wrapper may replace. Runs at every step, so it compares lists, the fastest comparison in Python."""
         parameters = [p for group in self.param_groups for p in group["params"]]
-        if not (_same(parameters, self._parameters) and _same(self._in_layers(), self._layer_parameters)):
+        sizes = [len(group["params"]) for group in self.param_groups]
+        same_groups = sizes == self._sizes and _same(parameters, self._parameters)
+        if not (same_groups and _same(self._in_layers(), self._layer_parameters)):
             self._find_pairs_anew()
-            self._forget_batches()
-            self._parameters, self._layer_parameters = parameters, self._in_layers()
+            self._batches, self._unpaired, self._built_for = [], [], None
+            self._parameters, self._sizes, self._layer_parameters = parameters, sizes, self._in_layers()
         has_grad = [p.grad is not None for p in parameters]
         parts: list[Batch | UnpairedParameters] = [*self._batches, *self._unpaired]
         built_for = backend.chosen(), list(map(id, self.state.values()))
         if built_for != self._built_for or not all([part.intact() for part in parts]):
-            self._build(has_grad)
+            self._build()
         elif has_grad != self._has_grad:
             if any(new and not member for new, member in zip(has_grad, self._members, strict=True)):
-                self._build([new or member for new, member in zip(has_grad, self._members, strict=True)])
+                self._build()
             else:
                 self._check_gradients()
                 for part in parts:
@@ -214,8 +221,11 @@ class LoRAAdamW(torch.optim.Optimizer):
         self._has_grad = has_grad
 
     def _in_layers(self) -> list[Tensor | None]:
-        """Returns the factors that the layers hold now."""
-        return [module._parameters.get(name) for module, name in self._places]
+        """Returns the factors that the layers hold now. PEFT may replace an adapter's modules, too."""
+        return [
+            (module if key is None else module._modules.get(key, NO_MODULE))._parameters.get(name)  # type: ignore[union-attr]
+            for module, key, name in self._places
+        ]
 
     def _find_pairs_anew(self) -> None:
         """Finds the pairs again after parameters were replaced, in the groups or in the layers, as accelerate does for
@@ -226,30 +236,34 @@ class LoRAAdamW(torch.optim.Optimizer):
                 the optimizer does not have. Nothing has changed then.
         """
         groups = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        known: list[Pair] = []
         found: list[PairInGroups] = []
-        for pair, *_ in self._pairs:
+        for pair in self._known:
             current = pair.found_anew() or pair
-            for name, factor in (("lora_A", current.a), ("lora_B", current.b)):
-                if id(factor) not in groups and factor.requires_grad and factor.grad is not None:
+            for name, factor, old in (("lora_A", current.a, pair.a), ("lora_B", current.b, pair.b)):
+                is_new = factor is not old and id(factor) not in groups
+                if is_new and factor.requires_grad and factor.grad is not None:
                     expected = "the layer's parameter in a parameter group: a new optimizer for the changed model"
                     raise checks.ArgumentError(f"{pair.name}.{name}", expected, "a parameter that the layer replaced")
+            known.append(current)
             for candidate in (current, pair):
                 a, b = id(candidate.a), id(candidate.b)
                 if (a in groups or b in groups) and all(id(p) in groups for p in candidate.trained):
                     # A frozen factor may be in no group; the settings of the other one then count for both.
                     found.append((candidate, groups[a if a in groups else b], groups[b if b in groups else a]))
+                    known[-1] = candidate
                     break
         factors = {id(p) for pair, *_ in found for p in (pair.a, pair.b)}
         for i, group in enumerate(self.param_groups):
             for j, p in enumerate(group["params"]):
-                if self._pairing and group["methods"] and id(p) not in factors:
+                if self._pairing and group.get("methods") and id(p) not in factors:
                     names = ", ".join(type(method).__name__ for method in self._pairing)
                     expected = f"a lora_A or lora_B of the model's layers, since {names} trains both factors of a pair"
                     got = f"{type(p).__name__} {tuple(p.shape)}, which belongs to no pair"
                     raise checks.ArgumentError(f"param_groups[{i}]['params'][{j}]", expected, got)
         if self._pairing:
             pairs.check([pair for pair, *_ in found], set(), whole=True)
-        self._pairs = found
+        self._known, self._pairs = known, found
         self._places = [place for pair, *_ in found for place in pair.places]
 
     def _check_gradients(self) -> None:
@@ -260,10 +274,11 @@ class LoRAAdamW(torch.optim.Optimizer):
                 methods = ", ".join(type(method).__name__ for method in self._pairing)
                 raise checks.ArgumentError(f"{pair.name}.{factor}.grad", f"a gradient ({methods}: both)", "None")
 
-    def _build(self, members: list[bool]) -> None:
-        """Puts each parameter that has or had a gradient (``members``) into a batch or, where plain AdamW on a list of
-        tensors does the same, into an UnpairedParameters."""
+    def _build(self) -> None:
+        """Puts each parameter that has a gradient, or state since it had one, into a batch or, where plain AdamW on a
+        list of tensors does the same, into an UnpairedParameters."""
         self._check_gradients()
+        members = [p.grad is not None or "step" in self.state.get(p, NO_STATE) for p in self._parameters]
         chosen_backend = backend.chosen()  # read first: if another thread sets it now, the next step builds again
         stacked = any(method.needs_stacks for method in self._methods)
         chosen = {id(p) for p, member in zip(self._parameters, members, strict=True) if member}
@@ -290,7 +305,7 @@ class LoRAAdamW(torch.optim.Optimizer):
     def _forget_batches(self) -> None:
         """Makes the next step find parameters and build batches anew."""
         self._batches, self._unpaired, self._built_for = [], [], None
-        self._parameters, self._layer_parameters, self._places = [], [], []
+        self._parameters, self._sizes, self._layer_parameters, self._places = [], [], [], []
         self._members, self._has_grad = [], []
 
     @property
@@ -318,9 +333,10 @@ class LoRAAdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict:
         """Adds methods and pairs to torch's state. The batches of a copy are empty: its first step builds them."""
-        attributes = {"_methods": self._methods, "_pairs": self._pairs}
+        attributes = {"_methods": self._methods, "_known": self._known, "_pairs": self._pairs}
         empty: dict[str, Any] = {"_batches": [], "_unpaired": [], "_built_for": None}
-        empty |= {"_parameters": [], "_layer_parameters": [], "_places": [], "_members": [], "_has_grad": []}
+        names = ("_parameters", "_sizes", "_layer_parameters", "_places", "_members", "_has_grad")
+        empty |= {name: [] for name in names}
         return super().__getstate__() | attributes | empty
 
 

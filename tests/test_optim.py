@@ -501,3 +501,88 @@ def test_flattened_factors_train_in_an_optimizer_made_afterwards(kind):
     reference = torch.optim.AdamW([copied], lr=1e-2, weight_decay=0.0, fused=True)
     optimizer.step(), reference.step()
     assert torch.equal(model.flat, copied)
+
+
+@pytest.mark.parametrize("kind", ["lora_fast", "peft"])
+def test_parameters_replaced_in_the_layers_after_a_step_are_refused(kind):
+    model = adapted(kind)
+    optimizer = lf.optim.LoRAAdamW(model)
+    model(torch.ones(3, 12)).sum().backward()
+    optimizer.step()
+    if kind == "peft":  # the modules of an adapter of the same name are new, too
+        model.delete_adapter("default")
+        model.add_adapter("default", peft.LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False))
+        model.set_adapter("default")
+    else:
+        swap(model, lambda p: nn.Parameter(p.detach().clone()))
+    model(torch.ones(3, 12)).sum().backward()
+    with pytest.raises(lf.ArgumentError, match="expected the layer's parameter in a parameter group"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("methods", [[], [M.ILoRA()]], ids=["plain", "ilora"])
+def test_groups_may_be_changed_by_hand(methods):
+    """Half of the parameters move to a group with another learning rate, all leave and come back, and a group that the
+    optimizer did not make trains by plain AdamW."""
+    ours, theirs = pairs(), pairs()
+    optimizer = lf.optim.LoRAAdamW(ours, lr=1e-2, methods=methods)
+    reference = lf.optim.LoRAAdamW(theirs[:2], lr=1e-2, methods=methods)
+    reference.add_param_group({"params": theirs[2:], "lr": 0.0})
+    for chosen, stepped in ((ours, optimizer), (theirs, reference)):
+        if stepped is optimizer:
+            train(optimizer, chosen, 1)
+            group = optimizer.param_groups[0]
+            first, second = group["params"][:4], group["params"][4:]
+            optimizer.param_groups[:] = [{**group, "params": first}, {**group, "params": second, "lr": 0.0}]
+        else:
+            reference.param_groups[1]["lr"] = 1e-2
+            train(reference, chosen, 1)
+            reference.param_groups[1]["lr"] = 0.0
+        train(stepped, chosen, 2, first=1)
+    assert same(bits(ours, optimizer), bits(theirs, reference))
+    taken = [group["params"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["params"] = []
+    before = bits(ours)
+    optimizer.step()
+    assert same(bits(ours), before)
+    for group, parameters in zip(optimizer.param_groups, taken, strict=True):
+        group["params"] = parameters
+    extra = nn.Parameter(torch.ones(3))
+    settings = {name: optimizer.defaults[name] for name in ("lr", "betas", "eps", "weight_decay")}
+    optimizer.param_groups.append({"params": [extra], **settings})
+    extra.grad = torch.ones(3)
+    for chosen, stepped in ((ours, optimizer), (theirs, reference)):
+        train(stepped, chosen, 1, first=3)
+    assert same(bits(ours), bits(theirs)) and torch.allclose(extra, torch.full((3,), 0.99))
+
+
+def test_factors_taken_out_of_a_group_are_left_alone():
+    """As where another optimizer takes over a layer."""
+    model = adapted("lora_fast")
+    optimizer = lf.optim.LoRAAdamW(model, lr=1e-2, methods=[M.ILoRA()])
+    model(torch.ones(3, 12)).sum().backward()
+    optimizer.step()
+    optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][2:]
+    before = [p.detach().clone() for p in (model[0].lora_A, model[0].lora_B, model[2].lora_A)]
+    model(torch.ones(3, 12)).sum().backward()
+    optimizer.step()
+    after = [model[0].lora_A, model[0].lora_B, model[2].lora_A]
+    assert [torch.equal(p, q) for p, q in zip(before, after, strict=True)] == [True, True, False]
+
+
+def test_state_that_moved_inside_its_tensors_is_used_and_cleared_state_is_free():
+    chosen, others = pairs(), pairs()
+    optimizers = [lf.optim.LoRAAdamW(x, lr=1e-2) for x in (chosen, others)]
+    for step in range(3):
+        for x, optimizer in zip((chosen, others), optimizers, strict=True):
+            train(optimizer, x, 1, first=step)
+        for state in optimizers[0].state.values():
+            for value in state.values():
+                value.data = value.data.clone()
+    assert same(bits(chosen, optimizers[0]), bits(others, optimizers[1]))
+    held = [weakref.ref(value) for state in optimizers[0].state.values() for value in state.values() if value.dim()]
+    del state, value
+    optimizers[0].state.clear()
+    gc.collect()
+    assert len(held) == 16 and not any(reference() is not None for reference in held)

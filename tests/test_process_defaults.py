@@ -133,7 +133,7 @@ def same(these: list[torch.Tensor], those: list[torch.Tensor]) -> bool:
 CONFIGS = {
     "LoRA": lambda: lf.LoRAConfig(r=3, alpha=6, dropout=0.3),
     "NB-LoRA": lambda: lf.NBLoRAConfig(r=3, bound=2.0, dropout=0.3),
-    "SingLoRA": lambda: lf.SingLoRAConfig(r=3, alpha=6, ramp_steps=0, dropout=0.3),
+    "SingLoRA": lambda: lf.SingLoRAConfig(r=3, alpha=6, ramp_steps=3, dropout=0.3),
 }
 
 

@@ -40,6 +40,15 @@ def adamw_state(pair: Pair) -> tuple[Shapes, Shapes]:
     return moments(pair.a), moments(pair.b)
 
 
+NO_STATE: dict = {}
+
+
+def states_of(parameters: list[Tensor], states: dict) -> list[dict]:
+    """Returns the optimizer's state of each parameter, empty where there is none. Batches look it up and do not hold
+    it, so that a user who clears the optimizer's state frees its memory."""
+    return [states.get(p, NO_STATE) for p in parameters]
+
+
 def step_counts(parameters: list[Tensor], states: dict) -> list[int]:
     """Returns the number of steps that each parameter has taken. Reads all counts of a device at once, which waits for
     the device; a batch therefore calls it only when it is built."""

@@ -19,7 +19,7 @@ from ..kernels.launch import report_addresses
 from ..kernels.pairs import adamw, add_low_rank, gram, momentum, regularizers, transform
 from ..kernels.pairs.adamw import Settings
 from ..kernels.records import Grams, StepWork
-from .batch import MOMENTS, Batch, PairInGroups, Trained, step_counts
+from .batch import MOMENTS, Batch, PairInGroups, Trained, states_of, step_counts
 from .pairs import Pair
 
 ALL_GRAMS = Grams._fields
@@ -59,13 +59,13 @@ class GroupedBatch(Batch):
                 for name, (shape, dtype) in factor_shapes.items()
             }
             states[p].update({"step": self._steps[row]} | state)  # all experts of a parameter share its step count
-        self._states = [states[p] for p in self._factors]
+        self._optimizer_states = states
         self._moments = [name for name in MOMENTS if name in shapes[0]]
         self._names = (*self._moments, "step")
         is_a = [False] * len(self.pairs) + [True] * len(self.pairs)
         self._tables = pointer_table.build_tables(self._columns(), is_a, first, experts)
         self._places, self._dtypes = self._current_places(), [p.dtype for p in self._factors]
-        self._state_addresses = [self._current_state_addresses(i) for i in range(len(self._states))]
+        self._state_addresses = [self._addresses_of_state(p) for p in self._factors]
         self._forget()
         self.find_resting()
 
@@ -85,7 +85,8 @@ class GroupedBatch(Batch):
     def _columns(self) -> list[list[Tensor]]:
         """Returns the tables' columns. The moments are read from the state each time and not held, so that a user who
         takes them out of the state frees their memory."""
-        return [self._factors, *([state[name] for state in self._states] for name in self._moments)]
+        states = states_of(self._factors, self._optimizer_states)
+        return [self._factors, *([state[name] for state in states] for name in self._moments)]
 
     def begin(self, param_groups: list[dict]) -> None:
         super().begin(param_groups)
@@ -104,12 +105,14 @@ class GroupedBatch(Batch):
 
     def intact(self) -> bool:
         """Compares whole lists, because this runs at every step and list comparison is the fastest check in Python."""
-        last, current = len(self._states) - 1, self._begun % len(self._states)
+        last, current = len(self._factors) - 1, self._begun % len(self._factors)
         return (
             self._current_places() == self._places
             and all([p.is_contiguous() for p in self._factors])  # all() of a list is faster than of a generator
             and [p.dtype for p in self._factors] == self._dtypes
-            and all([self._current_state_addresses(i) == self._state_addresses[i] for i in (0, current, last)])
+            and all(
+                [self._addresses_of_state(self._factors[i]) == self._state_addresses[i] for i in (0, current, last)]
+            )
         )
 
     def _current_places(self) -> list[int]:
@@ -118,11 +121,13 @@ class GroupedBatch(Batch):
         Reading the addresses of all state tensors would take longer than the rest of the check, because these objects
         are not in the host's caches. ``intact`` therefore reads those of the first factor, the last and another one at
         each step: code that replaces the memory of state tensors replaces that of all of them."""
-        ids = [id(state.get(name)) for name in self._names for state in self._states]
+        states = states_of(self._factors, self._optimizer_states)
+        ids = [id(state.get(name)) for name in self._names for state in states]
         return [*[p.data_ptr() for p in self._factors], *ids]
 
-    def _current_state_addresses(self, i: int) -> list[int]:
-        return [self._states[i][name].data_ptr() for name in self._names]
+    def _addresses_of_state(self, p: Tensor) -> list[int]:
+        state = self._optimizer_states[p]
+        return [state[name].data_ptr() for name in self._names]
 
     def grams(self, gradients: bool = False) -> Grams:
         if gradients:
@@ -172,7 +177,7 @@ class GroupedBatch(Batch):
         weights = [pair.mergeable_weight.data for pair in pairs]
         residuals = None
         if rounding == "compensated":
-            states_b = compress(self._states[: len(self.pairs)], chosen)
+            states_b = states_of([pair.b for pair in pairs], self._optimizer_states)
             # A float32 weight has no residual, and the kernel reads none: the weight stands in for it.
             residuals = [state.get("merge_residual", w) for state, w in zip(states_b, weights, strict=True)]
             residuals = [x for pair, w in zip(pairs, residuals, strict=True) for x in _split_stored(pair, w)]

@@ -18,6 +18,9 @@ from ..surgery.merge import weight_owners
 
 PLAIN = (Tensor, nn.Parameter)  # a DTensor is a subclass
 WHOLE = "a plain tensor"
+Place = tuple[
+    nn.Module, str | None, str
+]  # a module, the name of its child if that holds the parameter, the parameter's
 
 
 @dataclass(eq=False)
@@ -59,15 +62,13 @@ class Pair:
         return self.layer.weight if self.adapter is None else _base_weight(self.layer, self.adapter)[0]
 
     @property
-    def places(self) -> list[tuple[nn.Module, str]]:
-        """Returns where the layer holds a and b: a module and the name of its parameter, of each. Empty for a pair
-        without a layer."""
+    def places(self) -> list[Place]:
+        """Returns where the layer holds a and b; empty for a pair without a layer."""
         if self.layer is None:
             return []
         if self.adapter is None:
-            return [(self.layer, "lora_A"), (self.layer, "lora_B")]
-        holders = (getattr(self.layer, name) for name in ("lora_A", "lora_B"))
-        return [(x[self.adapter], "weight") for x in holders if self.adapter in x]
+            return [(self.layer, None, "lora_A"), (self.layer, None, "lora_B")]
+        return [(getattr(self.layer, name), self.adapter, "weight") for name in ("lora_A", "lora_B")]
 
     def found_anew(self) -> Pair | None:
         """Returns the pair with the factors that the layer holds now, or None if it holds none. A pair without a layer
@@ -79,9 +80,12 @@ class Pair:
         if self.layer is None:
             return self
         factors = []
-        for module, name in self.places:
-            factors.append(getattr(module, name, None))
-            if isinstance(factors[-1], Tensor) and name not in module._parameters:
+        for module, key, name in self.places:
+            holder = module if key is None else module._modules.get(key)
+            if holder is None:  # the adapter was removed
+                return None
+            factors.append(getattr(holder, name, None))
+            if isinstance(factors[-1], Tensor) and name not in holder._parameters:
                 expected = "a parameter, in an optimizer that is made after the model is wrapped"
                 got = "a view of another tensor, as FSDP1 makes with use_orig_params=False"
                 raise checks.ArgumentError(f"{self.name}.{name}", expected, got)

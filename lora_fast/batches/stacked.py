@@ -16,7 +16,7 @@ from ..kernels.device import to_device
 from ..kernels.records import Grams
 from ..ops.pairs import adamw_, at_least_float32, grams
 from ..ops.reference.scalora_solution import add_low_rank_
-from .batch import MOMENTS, Batch, PairInGroups, Shapes, Trained, step_counts
+from .batch import MOMENTS, Batch, PairInGroups, Shapes, Trained, states_of, step_counts
 
 CACHED = 1 << 20  # elements of a factor's stack on a CPU: larger stacks leave its caches, smaller ones need more calls
 
@@ -48,27 +48,36 @@ class Factor:
         self._counts_agree = len(set(counts)) == 1
         device = parameters[0].device
         self.steps = to_device(counts, torch.float32, device)
-        self._states, self._names = [states[p] for p in parameters], tuple(shapes)
+        self._optimizer_states, self._names = states, tuple(shapes)
         for name, (shape, dtype) in shapes.items():
             stack = torch.zeros(len(parameters), *shape, dtype=dtype, device=device)
-            for slice_of_stack, state in zip(stack, self._states, strict=True):
-                if name in state:
-                    slice_of_stack.copy_(state[name])
-                state[name] = slice_of_stack
+            for slice_of_stack, p in zip(stack, parameters, strict=True):
+                if name in states[p]:
+                    slice_of_stack.copy_(states[p][name])
+                states[p][name] = slice_of_stack
         value = torch.stack([p.data for p in parameters])
-        for p, state, slice_of_value, step in zip(parameters, self._states, value, self.steps, strict=True):
-            p.data, state["step"] = slice_of_value, step
+        for p, slice_of_value, step in zip(parameters, value, self.steps, strict=True):
+            p.data, states[p]["step"] = slice_of_value, step
         self._addresses = self._current_addresses()
+
+    def _states(self) -> list[dict]:
+        return states_of(self.parameters, self._optimizer_states)
 
     def intact(self) -> bool:
         """Returns whether every parameter and its state are still slices of the stacks."""
-        return self._current_addresses() == self._addresses
+        return self._current_addresses() == self._addresses and self._storages_are_stacks()
+
+    def _storages_are_stacks(self) -> bool:
+        """Returns whether the first slices share their storage with others. Slices that were moved one by one have
+        storages of their own, which an allocator may place side by side at the old addresses."""
+        state = self._states()[0]
+        firsts = [self.parameters[0].data, *(state[name] for name in self._names)]
+        n = len(self.parameters)
+        return all(first.untyped_storage().nbytes() >= n * first.numel() * first.element_size() for first in firsts)
 
     def _current_addresses(self) -> list[int]:
-        names = ("step", *self._names)
-        addresses = [
-            x.data_ptr() if (x := state.get(name)) is not None else 0 for name in names for state in self._states
-        ]
+        names, states = ("step", *self._names), self._states()
+        addresses = [x.data_ptr() if (x := state.get(name)) is not None else 0 for name in names for state in states]
         return [p.data_ptr() for p in self.parameters] + addresses
 
     def set_resting(self, rests: list[bool]) -> None:
@@ -94,7 +103,8 @@ class Factor:
         self.steps += 1 if self.active is None else self.active
         self.grad = None
         self.value = self._stack_from(self.parameters[0].data)
-        self.state = {name: self._stack_from(self._states[0][name]) for name in self._names}
+        first_state = self._states()[0]
+        self.state = {name: self._stack_from(first_state[name]) for name in self._names}
 
     def _stack_from(self, first: Tensor) -> Tensor:
         """Returns the stack (L, …) whose first slice this is."""
@@ -114,7 +124,8 @@ class Factor:
     def adamw(self, settings: dict) -> None:
         """Applies AdamW to the active slices, with the parameters' own gradients unless a method has changed them."""
         p = [parameter.data for parameter in self.parameters]
-        m, v, steps = ([state[name] for state in self._states] for name in (*MOMENTS, "step"))
+        states = self._states()
+        m, v, steps = ([state[name] for state in states] for name in (*MOMENTS, "step"))
         g = [parameter.grad for parameter in self.parameters] if self.grad is None else list(self.grad)
         if self.active is not None:
             p, g, m, v, steps = ([tensors[i] for i in self._positions] for tensors in (p, g, m, v, steps))
@@ -146,7 +157,7 @@ class ExpertsFactor(Factor):
             new = torch.zeros(shape, dtype=dtype, device=device) if old is None else old.to(device, dtype)
             state[name] = new.contiguous()
         state["step"] = self.steps[0]
-        self._states, self._names = [state], tuple(shapes)
+        self._optimizer_states, self._names = states, tuple(shapes)
         self._addresses = self._current_addresses()
 
     def _stack_from(self, first: Tensor) -> Tensor:
@@ -163,7 +174,8 @@ class ExpertsFactor(Factor):
             gradient = torch.empty_like(parameter)
             self._split(gradient).copy_(self.grad)
             self.grad = None
-        m, v = ([self._states[0][name]] for name in MOMENTS)
+        state = self._states()[0]
+        m, v = ([state[name]] for name in MOMENTS)
         adamw_([parameter.data], [gradient], m, v, [self.steps[0]], settings)
 
 

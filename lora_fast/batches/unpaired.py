@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..kernels.grouping import group_by
 from ..ops.pairs import adamw_, with_strides_of
-from .batch import MOMENTS
+from .batch import MOMENTS, states_of
 
 
 class UnpairedParameters:
@@ -24,18 +24,18 @@ class UnpairedParameters:
 
     def __init__(self, parameters: list[Tensor], group: int, states: dict):
         self.parameters, self.group = parameters, group
-        self._states = [states[p] for p in parameters]
-        for p, state in zip(parameters, self._states, strict=True):
+        self._optimizer_states = states
+        for p in parameters:
             for name in MOMENTS:
-                moment = state[name].to(p.device, p.dtype) if name in state else torch.zeros_like(p)
-                state[name] = with_strides_of(moment, p)
+                moment = states[p][name].to(p.device, p.dtype) if name in states[p] else torch.zeros_like(p)
+                states[p][name] = with_strides_of(moment, p)
         like: dict[str, Any] = {"dtype": torch.float32, "device": parameters[0].device}
-        counts = [state.get("step", torch.zeros((), **like)) for state in self._states]
+        counts = [state.get("step", torch.zeros((), **like)) for state in states_of(parameters, states)]
         self._steps = torch.stack([count.to(**like) for count in counts])
         self._counts = list(self._steps)
-        for state, count in zip(self._states, self._counts, strict=True):
-            state["step"] = count
-        self._kinds = self._current_kinds()
+        for p, count in zip(parameters, self._counts, strict=True):
+            states[p]["step"] = count
+        self._kinds, self._count_addresses = self._current_kinds(), self._addresses()
         self.find_resting()
 
     @classmethod
@@ -47,11 +47,16 @@ class UnpairedParameters:
     def intact(self) -> bool:
         """Returns whether devices and dtypes are unchanged, every state exists, and the step counts are still the
         slices. Moments may have been replaced: each step reads them from the state."""
-        counts = [state.get("step") for state in self._states]
-        moments_exist = [name in state for name in MOMENTS for state in self._states]
+        states = states_of(self.parameters, self._optimizer_states)
+        counts = [state.get("step") for state in states]
+        moments_exist = [name in state for name in MOMENTS for state in states]
         # ``is`` compares identity: == would compare the counts' values, which waits for the device.
-        same_counts = all(map(is_, counts, self._counts))
+        same_counts = all(map(is_, counts, self._counts)) and self._addresses() == self._count_addresses
         return same_counts and all(moments_exist) and self._current_kinds() == self._kinds
+
+    def _addresses(self) -> list[int]:
+        """Returns the addresses of the step counts, which code may move inside their tensors."""
+        return [count.data_ptr() for count in self._counts]
 
     def find_resting(self) -> None:
         """Finds the parameters without gradients, which a step does not change. Runs whenever their set has changed."""
@@ -62,14 +67,15 @@ class UnpairedParameters:
         return [(p.device, p.dtype) for p in self.parameters]
 
     def step(self, settings: dict) -> None:
-        parameters, states, counts = self.parameters, self._states, self._counts
+        parameters, counts = self.parameters, self._counts
         if self._active is None:
             self._steps += 1
         else:
-            parameters, states, counts = (list(compress(x, self._active)) for x in (parameters, states, counts))
+            parameters, counts = (list(compress(x, self._active)) for x in (parameters, counts))
             if not parameters:
                 return
             torch._foreach_add_(counts, 1)
         gradients = [p.grad for p in parameters]
+        states = states_of(parameters, self._optimizer_states)
         m, v = ([state[name] for state in states] for name in MOMENTS)
         adamw_(parameters, gradients, m, v, counts, settings)

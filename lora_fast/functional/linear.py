@@ -53,7 +53,7 @@ def lora_linear(
         ArgumentError: shapes, dtypes, devices or values that do not fit.
         BackendError: the Triton backend is chosen and cannot run here.
     """
-    autocast = _any_autocast() and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    autocast = _any_autocast() and is_autocast_on(x.device.type) and x.dtype != torch.float64
     checks.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast)
     if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -66,6 +66,11 @@ def lora_linear(
         )[0]
     apply = linear_op.LoRALinearFunction.apply if _functorch() else _apply
     return apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, mask_seed, autocast)
+
+
+def is_autocast_on(device_type: str) -> bool:
+    """Returns whether autocast is on for the type of a device; False for a type that has none, such as meta."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _mask_seed(x: Tensor, dropout_p: float, seed: int | None, traced: bool) -> int | Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Dropout, Identity, Linear, Parameter
 
 from .. import functional
+from ..functional.linear import is_autocast_on
 from ..kernels.limits import LARGEST_RANK
 from .base import merged_weight
 from .find import PeftLayer
@@ -75,7 +76,7 @@ class FusedLoraLinear(lora.Linear):
         weight, bias = call[0], call[1]
         # Autocast casts x, weight and bias to one dtype, except float64. Without it PEFT casts x for the adapter only.
         if x.dtype is not weight.dtype or (bias is not None and bias.dtype is not weight.dtype):
-            if torch.float64 in (x.dtype, weight.dtype) or not torch.is_autocast_enabled(weight.device.type):
+            if torch.float64 in (x.dtype, weight.dtype) or not is_autocast_on(weight.device.type):
                 return f"{x.dtype} input to {weight.dtype} weights"
         elif not self.cast_input_dtype_enabled:
             return "casting of the input is off"

@@ -76,7 +76,9 @@ class SingLoRALinear(AdapterLinear):
     @property
     def lora_B(self) -> Tensor:
         b = self.free_s[: self.out_features]
-        return b if not self.ramp_steps else b * (self.steps / self.ramp_steps).clamp(max=1).to(b.dtype)
+        # Named, because the quotient of an integer tensor would have the process's default dtype.
+        share = self.steps.to(torch.float32) / self.ramp_steps if self.ramp_steps else None
+        return b if share is None else b * share.clamp(max=1).to(b.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Returns a (r, d_in) and b (d_out, r) for one forward, differentiable.

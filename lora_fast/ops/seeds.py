@@ -91,7 +91,9 @@ def _regions() -> list[tuple[Any, object]]:
     and with what identifies the run in a later one. Regions in their first run come last, so that an inner region which
     an outer one runs again remembers the outer one's seeds."""
     regions: list[tuple[Any, object]] = [region for pack in _pack_hooks() if (region := _region_of(pack))]
-    if _in_backward() != -1:
+    # The region that runs again may be one whose saved tensors the ctx of a reentrant region asks for; that one has not
+    # begun its own second run then.
+    if _in_backward() != -1 and all(run is None for _, run in regions):
         node: Any = torch._C._current_autograd_node()
         if getattr(node, "_forward_cls", None) is _REENTRANT:
             regions.append((node, _in_backward()))

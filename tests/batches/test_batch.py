@@ -1,6 +1,7 @@
 """Pairs without gradients rest in their batch: they train as if they were alone, the host waits for nothing and builds
 nothing. And a step leaves nothing in memory but parameters, state and tables."""
 
+import copy
 import gc
 import weakref
 
@@ -195,3 +196,23 @@ def test_memory_is_free_once_parameters_and_state_are_moved_away(methods, backen
             gc.collect()
             assert not any(reference() is not None for reference in held)
     assert same(bits(moved, optimizers[0]), bits(still, optimizers[1]))
+
+
+@BOTH_BACKENDS
+@pytest.mark.parametrize("name", ["ilora lora+", "balora", "scalora"])
+def test_run_resumes_bitwise_where_pairs_rest(name, backend):
+    """The first pair rests in the first step after the resume. Stochastic rounding needs the same noise there."""
+    methods = [M.ScaLoRA(kappa=1.0, interval=2)] if name == "scalora" else METHODS[name]
+    with lf.set_backend(backend):
+        whole, resumed = (pairs(shapes=SHAPES, weight_dtype=torch.bfloat16) for _ in range(2))
+        optimizers = [lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=methods) for chosen in (whole, resumed)]
+        for step in range(6):
+            if step == 3:
+                fresh = lf.optim.LoRAAdamW(resumed, lr=1e-2, methods=methods)
+                fresh.load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
+                optimizers[1] = fresh
+            for chosen, optimizer in zip((whole, resumed), optimizers, strict=True):
+                set_gradients(chosen, step)
+                rest(chosen, step)
+                optimizer.step()
+    assert same(bits(whole, optimizers[0]), bits(resumed, optimizers[1]))

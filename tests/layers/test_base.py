@@ -81,3 +81,15 @@ def test_load_free_restores_the_saved_state():
 def test_from_linear_refuses_other_modules(linear):
     with pytest.raises(lf.ArgumentError, match=r"^linear: expected a torch.nn.Linear, got "):
         OnlyB.from_linear(linear, r=2)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("config", [lf.LoRAConfig(r=2), lf.NBLoRAConfig(r=2), lf.SingLoRAConfig(r=2, ramp_steps=0)])
+def test_layers_run_on_the_meta_device_as_nn_linear_does(config, autocast):
+    """Tools that estimate memory do this, also while autocast is on for another device."""
+    model = nn.Sequential(nn.Linear(6, 4))
+    lf.inject_(model, config)
+    model.to("meta")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = model(torch.empty(3, 6, device="meta"))
+    assert y.is_meta and y.shape == (3, 4) and y.dtype == torch.float32

@@ -1,5 +1,6 @@
 """Seeds: drawn from the device's own generator, and the same ones when a checkpointed region runs again."""
 
+import itertools
 import threading
 from functools import partial
 
@@ -168,6 +169,28 @@ def test_region_in_a_region_draws_the_same_seeds_again(outer, within):
     checkpoint(region, leaf(), use_reentrant=outer).sum().backward()
     for runs in (region.runs, inner.runs):
         assert len(runs) >= 2 and all(run == runs[0] for run in runs)
+
+
+@pytest.mark.parametrize("kinds", itertools.product([True, False], repeat=3), ids=str)
+def test_three_nested_regions_with_dropout_have_the_gradients_of_none(kinds):
+    """A reentrant region's ctx that asks for its tensors may make an outer region run again, before its own turn."""
+    torch.manual_seed(0)
+    layers = [lf.LoRALinear(8, 8, r=2, alpha=4, dropout=0.5) for _ in kinds]
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B)
+    x, results = torch.randn(5, 8, requires_grad=True), []
+    for checkpointed in (False, True):
+        run = lambda h: h
+        for layer, reentrant in zip(reversed(layers), kinds[::-1], strict=True):
+            inner = lambda h, layer=layer, run=run: run(layer(h))
+            run = (lambda h, f=inner, r=reentrant: checkpoint(f, h, use_reentrant=r)) if checkpointed else inner
+        trained = [x, *(p for layer in layers for p in layer.parameters() if p.requires_grad)]
+        for p in trained:
+            p.grad = None
+        torch.manual_seed(1)
+        run(x).square().sum().backward()
+        results.append([p.grad.clone() for p in trained])
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
 
 
 def test_other_saved_tensor_hooks_are_seen_past_and_kept():
