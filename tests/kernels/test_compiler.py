@@ -1,9 +1,9 @@
 """Compiles the catalogue's launches for every arch without a GPU and checks them against the rules of lora-fast
 inspect.
 
-By default every variant is compiled at one rank, and the first and last variant at the other ranks, for sm_90. For
-sm_80, sm_100 and sm_120 two variants are compiled at one rank. ``-m budget`` compiles all cases for all archs;
-test_launch.py launches layers on the limits of sm_80, sm_89, sm_90 and sm_120 cards.
+By default every variant of the layer's kernels and every second one of the others is compiled at one rank, and the
+first and last variant at the other ranks, for sm_90. For sm_80, sm_100 and sm_120 two variants are compiled at one
+rank. ``-m budget`` compiles all cases for all archs; test_launch.py launches layers on the limits of cards.
 """
 
 import os
@@ -28,8 +28,9 @@ SHARES = {"thin": THIN, "gemm": GEMM, "rest": [op for op in catalogue.OPS if op 
 
 
 def sample(ops: list[str], arch: int) -> list[catalogue.Case]:
-    """Returns every variant at each op's second rank (or its only rank) and the first and last variant at the other
-    ranks. For archs that are not in ``FULL`` it returns the first and last variant at the second rank."""
+    """Returns every variant (of ops outside a layer, every second one) at each op's second or only rank, and the first
+    and last variant at the other ranks. For archs that are not in ``FULL`` it returns the first and last variant at the
+    second rank."""
     chosen = []
     for op in ops:
         ranks: dict[tuple, list[catalogue.Case]] = {}
@@ -37,7 +38,9 @@ def sample(ops: list[str], arch: int) -> list[catalogue.Case]:
             ranks.setdefault((case.dtype, case.r), []).append(case)
         second = list(ranks)[:2][-1]
         for place, cases in ranks.items() if arch in FULL else [(second, ranks[second])]:
-            chosen += cases if (place == second and arch in FULL) or len(cases) < 3 else [cases[0], cases[-1]]
+            many = place == second and arch in FULL
+            chosen += cases[: -1 : 1 if op in THIN + GEMM else 2] if many else cases[:1]
+            chosen += cases[-1:] if len(cases) > 1 or many else []
     return chosen
 
 

@@ -260,7 +260,7 @@ RUNS = {
     "middle rank 5": partial(run_middle, 5, False),
     "middle rank 70": partial(run_middle, 70, True),
     "muon rank 5": partial(run_muon, 5, False),
-    "muon in memory": partial(run_in_memory, run_muon, 19, True),
+    "muon in memory": partial(run_in_memory, run_muon, 9, True),
     "solve rank 1": partial(run_solve, 1),
     "solve rank 7": partial(run_solve, 7, k=70),
     "solve in memory": partial(run_in_memory, run_solve, 19, k=37),
