@@ -68,8 +68,11 @@ def _system(ka: Tensor, kb: Tensor, kp: Tensor, kq: Tensor, k: Tensor) -> tuple[
     two are exact, so that the solution does not depend on the gradients' scale."""
     size = kp.diagonal(dim1=-2, dim2=-1).sum(-1) + kq.diagonal(dim1=-2, dim2=-1).sum(-1)
     exponent = (torch.frexp(size)[1] // 2)[:, None, None]
-    kp, kq = torch.ldexp(kp, -2 * exponent), torch.ldexp(kq, -2 * exponent)
-    cross = torch.ldexp(k, -exponent).square()
+    # torch 2.10's ldexp returns the process's default dtype if that is wider.
+    kp, kq, cross = (
+        torch.ldexp(x, n).to(x.dtype) for x, n in ((kp, -2 * exponent), (kq, -2 * exponent), (k, -exponent))
+    )
+    cross = cross.square()
     top, bottom = torch.cat([kb * kp, cross], -1), torch.cat([cross.mT, kq * ka], -1)
     lam = torch.cat([kp.diagonal(dim1=-2, dim2=-1), kq.diagonal(dim1=-2, dim2=-1)], -1)
     return torch.cat([top, bottom], -2), lam
