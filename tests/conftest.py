@@ -29,6 +29,11 @@ SLOW = (  # files that take more than half a minute of one core each, and nine t
     "pairs/test_inverse_mean.py",
     "pairs/test_pair_kernels.py",
 )
+FIRST = (
+    SLOW[0],
+    "kernels/test_compiler.py",
+    "kernels/test_launch.py",
+)  # single tests of minutes: at the end one would run alone
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     from lora_fast.kernels.inspection import interpreter
@@ -39,13 +44,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the tests of slow files, and skips kernels that Triton 3.6's interpreter cannot run: it makes numbers of
-    arrays with one element, which numpy refuses from 2.4 on."""
+    """Marks the tests of slow files, runs the longest first, and skips kernels that Triton 3.6's interpreter cannot run:
+    it makes numbers of arrays with one element, which numpy refuses from 2.4 on."""
     import triton
 
+    name = lambda item: item.path.relative_to(Path(__file__).parent).as_posix()
     for item in items:
-        if item.path.relative_to(Path(__file__).parent).as_posix() in SLOW:
+        if name(item) in SLOW:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: name(item) not in FIRST)
     release = lambda version: tuple(map(int, version.split(".")[:2]))
     if INTERPRETED and release(triton.__version__) < (3, 7) and release(numpy.__version__) >= (2, 4):
         reason = f"Triton {triton.__version__} cannot interpret with numpy {numpy.__version__}: install numpy<2.4"

@@ -2,8 +2,7 @@
 inspect.
 
 By default every variant of the layer's kernels and every second one of the others is compiled at one rank, and the
-first and last variant at the other ranks, for sm_90. For sm_80, sm_100 and sm_120 two variants are compiled at one
-rank. ``-m budget`` compiles all cases for all archs; test_launch.py launches layers on the limits of cards.
+first and last variant at the other ranks, for sm_90. For sm_80 and sm_120 two variants are compiled at one rank. ``-m budget`` compiles all cases for all archs; test_launch.py launches layers on the limits of cards.
 """
 
 import os
@@ -23,7 +22,7 @@ from lora_fast.kernels.inspection import catalogue, rules
 
 THIN, GEMM = ["project", "grad_s_b", "grad_a"], ["linear", "grad_x", "few_tokens"]
 FULL = (90,)
-ARCHS = [pytest.param(arch, marks=pytest.mark.budget) if arch in (86, 89) else arch for arch in rules.ARCHS]
+ARCHS = [pytest.param(arch, marks=pytest.mark.budget) if arch in (86, 89, 100) else arch for arch in rules.ARCHS]
 SHARES = {"thin": THIN, "gemm": GEMM, "rest": [op for op in catalogue.OPS if op not in THIN + GEMM]}
 
 

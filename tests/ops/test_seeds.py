@@ -171,7 +171,7 @@ def test_region_in_a_region_draws_the_same_seeds_again(outer, within):
         assert len(runs) >= 2 and all(run == runs[0] for run in runs)
 
 
-@pytest.mark.parametrize("kinds", itertools.product([True, False], repeat=3), ids=str)
+@pytest.mark.parametrize("kinds", list(itertools.product([True, False], repeat=3)), ids=str)
 def test_three_nested_regions_with_dropout_have_the_gradients_of_none(kinds):
     """A reentrant region's ctx that asks for its tensors may make an outer region run again, before its own turn."""
     torch.manual_seed(0)
