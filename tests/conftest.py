@@ -44,8 +44,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the tests of slow files, runs the longest first, and skips kernels that Triton 3.6's interpreter cannot run:
-    it makes numbers of arrays with one element, which numpy refuses from 2.4 on."""
+    """Marks the tests of slow files, runs the longest first, and skips kernels that Triton 3.6's interpreter cannot
+    run: it makes numbers of arrays with one element, which numpy refuses from 2.4 on."""
     import triton
 
     name = lambda item: item.path.relative_to(Path(__file__).parent).as_posix()

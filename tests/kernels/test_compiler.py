@@ -2,7 +2,8 @@
 inspect.
 
 By default every variant of the layer's kernels and every second one of the others is compiled at one rank, and the
-first and last variant at the other ranks, for sm_90. For sm_80 and sm_120 two variants are compiled at one rank. ``-m budget`` compiles all cases for all archs; test_launch.py launches layers on the limits of cards.
+first and last variant at the other ranks, for sm_90. For sm_80 and sm_120 two variants are compiled at one rank.
+``-m budget`` compiles all cases for all archs; test_launch.py launches layers on the limits of cards.
 """
 
 import os
