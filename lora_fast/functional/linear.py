@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .. import backend, checks
 from ..ops import linear as linear_op
@@ -61,6 +62,10 @@ def lora_linear(
     mask_seed = _mask_seed(x, dropout_p, seed, traced) if dropout_p > 0.0 else None
     if traced:
         triton = backend.uses_triton(x)
+        if weight.dtype is not x.dtype:
+            # In a region of its own the compiler casts again in backward, and in a checkpointed region once for all
+            # that runs again there. It would keep the copy of a plain cast from forward to backward.
+            weight = checkpoint(weight.to, x.dtype, use_reentrant=False, preserve_rng_state=False)
         return linear_op.lora_linear_op(
             x, weight, bias, lora_A, lora_B, scaling, dropout_p, mask_seed, autocast, triton
         )[0]

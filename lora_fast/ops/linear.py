@@ -172,7 +172,8 @@ def lora_linear_backward_op(
 
 @lora_linear_backward_op.register_fake
 def _(dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, rounded, triton, needs):
-    grads = x.new_empty(x.shape), dy.new_empty(weight.shape[0]), torch.empty_like(lora_A), torch.empty_like(lora_B)
+    factors = lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)  # contiguous, whatever the factors are
+    grads = x.new_empty(x.shape), dy.new_empty(weight.shape[0]), *factors
     return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
 
 

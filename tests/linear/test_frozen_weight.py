@@ -6,7 +6,9 @@ import functools
 import peft
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -135,6 +137,37 @@ def test_no_copy_of_the_weight_lives_from_forward_to_backward(kind):
     weights = {p.data_ptr() for p in model.parameters() if p.shape == (D_OUT, D_IN)}
     assert {t.data_ptr() for t in saved if t.shape == (D_OUT, D_IN)} == weights
     y.sum().backward()
+
+
+@pytest.mark.parametrize("run", ["plain", "non-reentrant"])
+@pytest.mark.parametrize("kind", ["LoRALinear", "fused PEFT layer"])
+def test_compiled_step_casts_the_weight_once_forward_and_once_backward(kind, run):
+    """Counted in the graphs, in which the op gets a weight that is cast already. So no copy lives between them."""
+    casts, model = [], MODELS[kind]()
+
+    def record(graph, inputs):
+        is_cast = lambda node: "_to_copy" in str(node.target) and node.meta["val"].shape == (D_OUT, D_IN)
+        casts.append(sum(map(is_cast, graph.graph.nodes)))
+        for node in graph.graph.nodes:
+            if "lora_linear" in str(node.target):
+                weight = next(x for x in node.args if getattr(x, "meta", {}).get("val", x).shape == (D_OUT, D_IN))
+                assert weight.meta["val"].dtype == torch.bfloat16
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record, partition_fn=min_cut_rematerialization_partition)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: RUNS[run](model, x), backend=backend, fullgraph=True)
+    gradients = []
+    for forward in (compiled, model):
+        model.zero_grad()
+        x = torch.linspace(-1, 1, 8 * D_IN, device="cpu").view(8, D_IN).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = forward(x)
+        y.float().square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert casts == [1, 1]
+    for gradient, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=2**-6 * expected.abs().max().item())
 
 
 def test_step_with_saved_tensors_on_the_cpu_has_the_same_gradients():
