@@ -253,9 +253,8 @@ def is_wide(tall: torch.Tensor, thin: torch.Tensor) -> bool:
 
 def allocator(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], torch.Tensor]:
     """Returns a function that allocates contiguous tensors of this shape."""
-    strides = torch.empty(
-        shape, dtype=dtype, device="meta"
-    ).stride()  # empty_strided with them takes the least host time
+    # empty_strided with known strides takes the least host time.
+    strides = torch.empty(shape, dtype=dtype, device="meta").stride()
     return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
 
 

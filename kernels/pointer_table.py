@@ -6,10 +6,10 @@ Grid      One program per (tensor, chunk of d). The tile map holds (tensor, chun
           tensor follow each other; those of E experts alternate.
 Shapes    entries int64 (n_tensors, COLUMNS): up to three addresses of tensors of one shape, d, r, side, index (the
           tensor's row in the launch's other arguments: step counts, r×r matrices, results), and whether the tensor
-          rests: kernels then take its d for 0, so they neither read nor change it. All tensors of one column share a
-          dtype (a pointer type is a constexpr). Ranks may differ. UNIFORM_R is the rank where all agree (a
-          constexpr that lets the compiler vectorise b), else 0. EXPERTS: b is one of E factors (d_out, r) that are
-          interleaved in one (d_out, r, E).
+          rests: its programs then have no rows, so they neither read nor change it, and sums over it are 0. All tensors
+          of one column share a dtype (a pointer type is a constexpr). Ranks may differ. UNIFORM_R is the rank where all
+          agree (a constexpr that lets the compiler vectorise b), else 0. EXPERTS: b is one of E factors (d_out, r) that
+          are interleaved in one (d_out, r, E).
 Owners    A batch of the optimizer owns its tables as long as its tensors keep their addresses. Gradients move at every
           step (``zero_grad(set_to_none=True)``), so their addresses are a separate list, a ``DeviceAddresses``. When
           the list has changed, a few kilobytes are copied from pinned memory, asynchronously; the host does not wait.
@@ -71,15 +71,9 @@ def pointer_at(p_address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def load_d(entries, i_tensor):
-    """Returns d of a tensor of the table, 0 if it rests."""
-    return tl.where(load_entry(entries, i_tensor, RESTS) == 0, load_entry(entries, i_tensor, D), 0)
-
-
-@triton.jit
 def load_sizes(entries, i_tensor, IS_A: tl.constexpr, UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr):
     """Returns d and r of a tensor of the table."""
-    d = load_d(entries, i_tensor)
+    d = load_entry(entries, i_tensor, D)
     if ALIGNED and IS_A:
         d = d // 8 * 8  # d is a multiple of 8 already; the compiler forgets tl.multiple_of on a loaded value
     if UNIFORM_R == 0:
@@ -92,10 +86,17 @@ def load_sizes(entries, i_tensor, IS_A: tl.constexpr, UNIFORM_R: tl.constexpr, A
 @triton.jit
 def load_flat_sizes(entries, i_tensor, ALIGNED: tl.constexpr):
     """Returns numel and 1: for elementwise work a tensor of the table counts as numel rows of rank 1."""
-    numel = load_d(entries, i_tensor) * load_entry(entries, i_tensor, R)
+    numel = load_entry(entries, i_tensor, D) * load_entry(entries, i_tensor, R)
     if ALIGNED:
         numel = numel // 8 * 8  # for the compiler, as in ``load_sizes``
     return numel, 1
+
+
+@triton.jit
+def chunk_end(entries, i_tensor, start, d, CHUNK: tl.constexpr):
+    """Returns the end of the rows from ``start`` on that a program works on: none if the tensor rests."""
+    rests = load_entry(entries, i_tensor, RESTS) != 0
+    return tl.where(rests, start, tl.minimum(start + CHUNK, d))
 
 
 @triton.jit
@@ -227,8 +228,8 @@ class FactorTable:
             for i, (d, r) in enumerate(self._sizes):
                 for i_chunk in range(max(1, triton.cdiv(d * r if flat else d, chunk))):
                     tiles += [(i * self.experts + expert, i_chunk) for expert in range(self.experts)]
-            made = TileMap(to_device(tiles, torch.int32, self.device), len(tiles))
-            tile_map = self._tile_maps.setdefault((chunk, flat), made)
+            tile_map = TileMap(to_device(tiles, torch.int32, self.device), len(tiles))
+            tile_map = self._tile_maps.setdefault((chunk, flat), tile_map)  # another thread may have been first
         return tile_map
 
 

@@ -237,7 +237,7 @@ class LoRAAdamW(torch.optim.Optimizer):
         """
         groups = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
         known: list[Pair] = []
-        found: list[PairInGroups] = []
+        placed: list[PairInGroups] = []
         for pair in self._known:
             current = pair.found_anew() or pair
             for name, factor, old in (("lora_A", current.a, pair.a), ("lora_B", current.b, pair.b)):
@@ -250,10 +250,10 @@ class LoRAAdamW(torch.optim.Optimizer):
                 a, b = id(candidate.a), id(candidate.b)
                 if (a in groups or b in groups) and all(id(p) in groups for p in candidate.trained):
                     # A frozen factor may be in no group; the settings of the other one then count for both.
-                    found.append((candidate, groups[a if a in groups else b], groups[b if b in groups else a]))
+                    placed.append((candidate, groups[a if a in groups else b], groups[b if b in groups else a]))
                     known[-1] = candidate
                     break
-        factors = {id(p) for pair, *_ in found for p in (pair.a, pair.b)}
+        factors = {id(p) for pair, *_ in placed for p in (pair.a, pair.b)}
         for i, group in enumerate(self.param_groups):
             for j, p in enumerate(group["params"]):
                 if self._pairing and group.get("methods") and id(p) not in factors:
@@ -262,9 +262,9 @@ class LoRAAdamW(torch.optim.Optimizer):
                     got = f"{type(p).__name__} {tuple(p.shape)}, which belongs to no pair"
                     raise checks.ArgumentError(f"param_groups[{i}]['params'][{j}]", expected, got)
         if self._pairing:
-            pairs.check([pair for pair, *_ in found], set(), whole=True)
-        self._known, self._pairs = known, found
-        self._places = [place for pair, *_ in found for place in pair.places]
+            pairs.check([pair for pair, *_ in placed], set(), whole=True)
+        self._known, self._pairs = known, placed
+        self._places = [place for pair, *_ in placed for place in pair.places]
 
     def _check_gradients(self) -> None:
         """Raises ArgumentError if a method uses both factors of a pair and one of them has no gradient."""

@@ -20,7 +20,7 @@ NEEDED_TRITON = ".".join(map(str, OLDEST_TRITON))
 
 
 class Obstacle(NamedTuple):
-    """What prevents the kernels from running, and what would help, or nothing if nothing would."""
+    """Describes what prevents the kernels from running, and the remedy, which is empty if there is none."""
 
     cause: str
     remedy: str = ""

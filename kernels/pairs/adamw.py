@@ -41,6 +41,7 @@ from ..pointer_table import (
     SIDE_A,
     TL_DTYPE,
     TableWithGradients,
+    chunk_end,
     count_programs,
     find_tables,
     largest_rank,
@@ -152,7 +153,7 @@ def step_factor(
     if GRAM:
         b_gram = tl.zeros([BLOCK_R, BLOCK_R], dtype=tl.float32)
     start = i_chunk.to(tl.int64) * CHUNK
-    for o_d in tl.range(start, tl.minimum(start + CHUNK, d), BLOCK_D, num_stages=1):
+    for o_d in tl.range(start, chunk_end(entries, i_tensor, start, d, CHUNK), BLOCK_D, num_stages=1):
         i_d = o_d + tl.arange(0, BLOCK_D)
         mask = (i_d < d)[:, None] & m_r[None, :]
         o_tile = tile_offsets(i_d, i_r, d, r, IS_A, EXPERTS)  # [BLOCK_D, BLOCK_R], as all that follows

@@ -27,6 +27,7 @@ from ..pointer_table import (
     SIDE_A,
     TL_DTYPE,
     TableWithGradients,
+    chunk_end,
     count_programs,
     find_tables,
     largest_rank,
@@ -67,7 +68,7 @@ def gram_factor(
     b_yy = tl.zeros([BLOCK_R, BLOCK_R], dtype=tl.float32)
     b_yx = tl.zeros([BLOCK_R, BLOCK_R], dtype=tl.float32)
     start = i_chunk.to(tl.int64) * CHUNK
-    for o_d in range(start, tl.minimum(start + CHUNK, d), BLOCK_D):
+    for o_d in range(start, chunk_end(entries, i_tensor, start, d, CHUNK), BLOCK_D):
         i_d = o_d + tl.arange(0, BLOCK_D)
         if XX >= 0 or YX >= 0:
             b_x = load_block(x, i_d, i_col, d, r, IS_A, EXPERTS)

@@ -24,6 +24,7 @@ from ..pointer_table import (
     TL_DTYPE,
     FactorTable,
     TableWithGradients,
+    chunk_end,
     load_entry,
     load_flat_sizes,
     load_sizes,
@@ -53,7 +54,7 @@ def average_factor(
         d, r = load_sizes(entries, i_tensor, IS_A, UNIFORM_R, WIDE)
     i_r = tl.arange(0, BLOCK_R)
     start = i_chunk.to(tl.int64) * CHUNK
-    for o_d in tl.range(start, tl.minimum(start + CHUNK, d), BLOCK_D, num_stages=1):
+    for o_d in tl.range(start, chunk_end(entries, i_tensor, start, d, CHUNK), BLOCK_D, num_stages=1):
         i_d = o_d + tl.arange(0, BLOCK_D)
         b_g = load_block(g, i_d, i_r, d, r, IS_A, EXPERTS).to(tl.float32)  # [BLOCK_D, BLOCK_R], as all that follows
         b_m = load_block(m, i_d, i_r, d, r, IS_A, EXPERTS).to(tl.float32)

@@ -23,6 +23,7 @@ from ..pointer_table import (
     SIDE_A,
     TL_DTYPE,
     FactorTable,
+    chunk_end,
     find_tables,
     largest_rank,
     load_entry,
@@ -53,7 +54,7 @@ def transform_factor(
     if BLOCK_K == BLOCK_R:
         b_matrix = load_matrix(matrix, i_r, i_r, r, IS_A, R_MAX)
     start = i_chunk.to(tl.int64) * CHUNK
-    for o_d in tl.range(start, tl.minimum(start + CHUNK, d), BLOCK_D, num_stages=1):
+    for o_d in tl.range(start, chunk_end(entries, i_tensor, start, d, CHUNK), BLOCK_D, num_stages=1):
         i_d = o_d + tl.arange(0, BLOCK_D)
         b_new = tl.zeros([BLOCK_D, BLOCK_R], dtype=tl.float32)
         if BLOCK_K < BLOCK_R:

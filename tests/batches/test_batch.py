@@ -2,6 +2,7 @@
 nothing. And a step leaves nothing in memory but parameters, state and tables."""
 
 import copy
+import ctypes
 import gc
 import weakref
 
@@ -216,3 +217,28 @@ def test_run_resumes_bitwise_where_pairs_rest(name, backend):
                 rest(chosen, step)
                 optimizer.step()
     assert same(bits(whole, optimizers[0]), bits(resumed, optimizers[1]))
+
+
+def test_slices_moved_one_by_one_to_the_old_addresses_are_stacked_anew():
+    """An allocator may hand out the memory of a freed stack again, in the same order, to tensors with storages of
+    their own."""
+
+    def moved(x):
+        memory = (ctypes.c_char * x.nbytes).from_address(x.data_ptr())
+        return torch.frombuffer(memory, dtype=x.dtype).view(x.shape)
+
+    chosen, others = pairs(shapes=SHAPES), pairs(shapes=SHAPES)
+    optimizers = [lf.optim.LoRAAdamW(x, lr=1e-2, methods=[M.ILoRA()]) for x in (chosen, others)]
+    for step in range(2):
+        for x, optimizer in zip((chosen, others), optimizers, strict=True):
+            set_gradients(x, step)
+            optimizer.step()
+        if step == 0:
+            factors = [p for a, b, *_ in chosen for p in (a, b)]
+            states = [optimizers[0].state[p] for p in factors]
+            kept = [p.data for p in factors], [dict(state) for state in states]
+            for p, state in zip(factors, states, strict=True):
+                p.data = moved(p.data)
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = moved(state[name])
+    assert kept and same(bits(chosen, optimizers[0]), bits(others, optimizers[1]))

@@ -81,8 +81,9 @@ def run_step(ranks, lengths, dtype=FLOAT32, state=FLOAT32, add=False, matrix=Fal
         adamw.step_(factors, is_a, hyper, steps, adamw.StepWork(additive, matrices, scales, scales, want_gram))
 
 
-def run_optimizer(methods, ranks, lengths, dtype=FLOAT32, experts=1) -> None:
-    """Runs one optimizer step for the factors of each rank, with the factors of ``experts`` stored interleaved."""
+def run_optimizer(methods, ranks, lengths, dtype=FLOAT32, experts=1, rests=False) -> None:
+    """Runs one optimizer step for the factors of each rank, with the factors of ``experts`` stored interleaved. With
+    ``rests`` it also runs a second step, in which the first pair of each rank has no gradients."""
     for r in dict.fromkeys(ranks):
         chosen = [length for rank, length in zip(ranks, lengths, strict=True) if rank == r]
         a, b = factor_pairs([r * experts] * len(chosen), chosen, dtype)
@@ -90,7 +91,11 @@ def run_optimizer(methods, ranks, lengths, dtype=FLOAT32, experts=1) -> None:
         for p in a + b:
             p.grad = torch.ones_like(p.requires_grad_())
         with lf.set_backend("triton"), poisoned_empty():
-            lf.optim.LoRAAdamW(pairs, methods=methods).step()
+            optimizer = lf.optim.LoRAAdamW(pairs, methods=methods)
+            optimizer.step()
+            if rests:
+                pairs[0].a.grad = pairs[0].b.grad = None
+                optimizer.step()
 
 
 def run_transform(ranks, lengths, dtype=FLOAT32) -> None:
@@ -225,6 +230,8 @@ def optimizer_runs() -> dict:
         runs[f"{name} mixed"] = partial(run_optimizer, [method], *MIXED)
         runs[f"{name} aligned bfloat16"] = partial(run_optimizer, [method], *ALIGNED, BFLOAT16)
         runs[f"{name} experts"] = partial(run_optimizer, [method], (3, 16), (40, 24), experts=3)
+    for name, methods in {"AdamW": [], "PiLoRA": [M.PiLoRA()], "LoRAMuon": [M.LoRAMuon()]}.items():
+        runs[f"{name} rests"] = partial(run_optimizer, methods, (3, 3), (5500, 2100), rests=True)
     runs["LoRAMuon chunks"] = partial(run_optimizer, [M.LoRAMuon()], (3, 3), (2100, 5500))
     runs["AdamW of numbers"] = partial(run_optimizer, [], *MIXED)
     return runs

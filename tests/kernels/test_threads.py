@@ -85,7 +85,7 @@ def test_each_stream_and_device_has_its_own_tables(monkeypatch):
     places = [torch.device("cuda", i) for i in range(2)]
     lists = [[pointer_table.cached("lists", [place, i], object) for i in range(40)] for place in places]
     kept = [pointer_table.cached("lists", [place, 39], object) for place in places]
-    assert kept == [made[-1] for made in lists] and kept[0] is not kept[1]
+    assert kept == [tables[-1] for tables in lists] and kept[0] is not kept[1]
     assert all(len(pointer_table._recent["lists", place]) == pointer_table.CACHE_SIZE for place in places)
 
 

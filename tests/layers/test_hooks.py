@@ -116,8 +116,10 @@ def test_from_linear_carries_the_hook():
 def test_hook_carried_to_a_layer_is_not_initialised_again():
     """Its table of tied weights has addresses, which a tensor of the new layer may have by chance."""
     model = dispatch(net())
-    model[0]._hf_hook.init_hook = lambda module: pytest.fail("initialised")
+    hook = model[0]._hf_hook
+    hook.init_hook = lambda module: pytest.fail("initialised")
     lf.inject_(model, lf.LoRAConfig(r=4))
+    assert isinstance(model[0], lf.LoRALinear) and model[0]._hf_hook is hook
 
 
 def test_dispatched_model_trains_as_the_plain_one():

@@ -39,10 +39,10 @@ def test_grid_has_a_program_for_each_multiprocessor_that_is_left(strategy, trans
     n_tiles = 32 * 16 if transposed else 32 * 2
     for left_out, programs in ((None, 132), (0, 132), (20, 112), (100, 32), (131, 1), (132, 1), (500, 1)):
         with tiles.assume(arch=90), carveout(left_out):
-            made = gemm.gemm_class(strategy)(
+            prepared = gemm.gemm_class(strategy)(
                 left, weight, None, b if transposed else b.t(), 16, False, transposed, shape
             )
-        assert made.launch.grid == (min(n_tiles, programs),), left_out
+        assert prepared.launch.grid == (min(n_tiles, programs),), left_out
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="sets the number of multiprocessors")

@@ -142,7 +142,7 @@ def _with_adapters(context: RunContext, run: Run, base: transformers.PreTrainedM
     """Returns the model with fresh adapters in ``base``, and the report of what was injected or fused."""
     if run.method.adapters is not None:
         report = _inject(run, base, _config(context, run.method.adapters))
-        report.note = run.method.adapters.note(base)
+        report.note = ". ".join(filter(None, (run.method.adapters.note(base), report.note)))
         return base, str(report)
     model = get_peft_model(base, peft_config(context.settings))
     if run.engine == "eager":
