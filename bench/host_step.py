@@ -49,8 +49,8 @@ class Pool:
 
     PLACES = 64
 
-    def __init__(self, pairs: list[tuple]):
-        self.parameters = [p for a, b, *_ in pairs for p in (a, b)]
+    def __init__(self, model: nn.ModuleList):
+        self.parameters = [p for layer in model for p in (layer.lora_A, layer.lora_B)]
         self.memory = torch.empty(sum(p.numel() for p in self.parameters) + 16 * self.PLACES)
 
     def hand_out(self, turn: int) -> None:
@@ -60,18 +60,23 @@ class Pool:
             place += p.numel()
 
 
-def pairs() -> list[tuple]:
-    """Returns tuples (a, b, scaling) of all pairs. Their memory is never touched, so it costs nothing."""
-    shapes = LAYER * LAYERS
-    return [(nn.Parameter(torch.empty(R, d_in)), nn.Parameter(torch.empty(d_out, R)), 2.0) for d_in, d_out in shapes]
+def adapted_model() -> nn.ModuleList:
+    """Returns a layer for each pair. The memory of the factors is never touched, so it costs nothing, and the frozen
+    weights have none."""
+    model = nn.ModuleList()
+    for d_in, d_out in LAYER * LAYERS:
+        layer = lf.LoRALinear(d_in, d_out, r=R, alpha=2 * R, bias=False, device="meta")
+        layer.lora_A, layer.lora_B = nn.Parameter(torch.empty(R, d_in)), nn.Parameter(torch.empty(d_out, R))
+        model.append(layer)
+    return model
 
 
 def ours(
     stub: stub_driver.Stub, methods: tuple, launches: int, gradients: bool, rate: bool
 ) -> tuple[Callable, Callable]:
     """Returns a function that prepares the step of a round, and the step itself."""
-    trained = pairs()
-    pool, optimizer = Pool(trained), lf.optim.LoRAAdamW(trained, lr=LR, methods=list(methods))
+    model = adapted_model()
+    pool, optimizer = Pool(model), lf.optim.LoRAAdamW(model, lr=LR, methods=list(methods))
 
     def prepare(turn: int) -> None:
         if gradients or not turn:
@@ -91,7 +96,7 @@ def ours(
 
 def torch_step() -> tuple[Callable, Callable]:
     """Returns the same for torch's fused AdamW, whose kernel call it replaces by nothing."""
-    pool = Pool(pairs())
+    pool = Pool(adapted_model())
     optimizer = torch.optim.AdamW(pool.parameters, lr=LR, fused=True)
     pool.hand_out(0)
     optimizer.step()

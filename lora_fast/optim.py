@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import backend, checks
 from .batches import pairs, partition
 from .batches.batch import NO_STATE, Batch, PairInGroups
-from .batches.pairs import Pair, Place
+from .batches.pairs import Pair
 from .batches.unpaired import UnpairedParameters
 from .layers.find import bare_name
 from .layers.sing_lora import count_steps_
@@ -21,7 +21,7 @@ from .methods.method import Method
 
 __all__ = ["LoRAAdamW"]
 
-NO_MODULE = nn.Module()
+NO_ENTRIES: tuple = ((), (), ())
 
 
 class LoRAAdamW(torch.optim.Optimizer):
@@ -68,8 +68,7 @@ class LoRAAdamW(torch.optim.Optimizer):
     _members: list[bool]  # which of them have a place in a batch
     _has_grad: list[bool]  # which of them had a gradient at the last step
     _sizes: list[int]  # of the groups
-    _places: list[Place]  # where the layers hold the pairs' factors
-    _layer_parameters: list[Tensor | None]  # the factors that the layers hold there
+    _entries: tuple  # of the layers' dictionaries that hold the pairs' factors: dictionaries, keys, what they held
 
     def __init__(
         self,
@@ -201,11 +200,12 @@ class LoRAAdamW(torch.optim.Optimizer):
         or a wrapper may replace. Runs at every step, so it compares lists, the fastest comparison in Python."""
         parameters = [p for group in self.param_groups for p in group["params"]]
         sizes = [len(group["params"]) for group in self.param_groups]
-        same_groups = sizes == self._sizes and _same(parameters, self._parameters)
-        if not (same_groups and _same(self._in_layers(), self._layer_parameters)):
+        same_groups = sizes == self._sizes and all(map(is_, parameters, self._parameters))
+        holders, keys, held = self._entries
+        if not (same_groups and all(map(is_, map(dict.get, holders, keys), held))):
             self._find_pairs_anew()
             self._batches, self._unpaired, self._built_for = [], [], None
-            self._parameters, self._sizes, self._layer_parameters = parameters, sizes, self._in_layers()
+            self._parameters, self._sizes = parameters, sizes
         has_grad = [p.grad is not None for p in parameters]
         parts: list[Batch | UnpairedParameters] = [*self._batches, *self._unpaired]
         built_for = backend.chosen(), list(map(id, self.state.values()))
@@ -219,13 +219,6 @@ class LoRAAdamW(torch.optim.Optimizer):
                 for part in parts:
                     part.find_resting()
         self._has_grad = has_grad
-
-    def _in_layers(self) -> list[Tensor | None]:
-        """Returns the factors that the layers hold now. PEFT may replace an adapter's modules, too."""
-        return [
-            (module if key is None else module._modules.get(key, NO_MODULE))._parameters.get(name)  # type: ignore[union-attr]
-            for module, key, name in self._places
-        ]
 
     def _find_pairs_anew(self) -> None:
         """Finds the pairs again after parameters were replaced, in the groups or in the layers, as accelerate does for
@@ -264,7 +257,8 @@ class LoRAAdamW(torch.optim.Optimizer):
         if self._pairing:
             pairs.check([pair for pair, *_ in placed], set(), whole=True)
         self._known, self._pairs = known, placed
-        self._places = [place for pair, *_ in placed for place in pair.places]
+        entries = [entry for pair, *_ in placed for entry in pair.entries]
+        self._entries = tuple(map(list, zip(*entries, strict=True))) if entries else NO_ENTRIES
 
     def _check_gradients(self) -> None:
         """Raises ArgumentError if a method uses both factors of a pair and one of them has no gradient."""
@@ -305,7 +299,7 @@ class LoRAAdamW(torch.optim.Optimizer):
     def _forget_batches(self) -> None:
         """Makes the next step find parameters and build batches anew."""
         self._batches, self._unpaired, self._built_for = [], [], None
-        self._parameters, self._sizes, self._layer_parameters, self._places = [], [], [], []
+        self._parameters, self._sizes, self._entries = [], [], NO_ENTRIES
         self._members, self._has_grad = [], []
 
     @property
@@ -335,14 +329,8 @@ class LoRAAdamW(torch.optim.Optimizer):
         """Adds methods and pairs to torch's state. The batches of a copy are empty: its first step builds them."""
         attributes = {"_methods": self._methods, "_known": self._known, "_pairs": self._pairs}
         empty: dict[str, Any] = {"_batches": [], "_unpaired": [], "_built_for": None}
-        names = ("_parameters", "_sizes", "_layer_parameters", "_places", "_members", "_has_grad")
-        empty |= {name: [] for name in names}
+        empty |= {name: [] for name in ("_parameters", "_sizes", "_members", "_has_grad")} | {"_entries": NO_ENTRIES}
         return super().__getstate__() | attributes | empty
-
-
-def _same(tensors: list, others: list) -> bool:
-    """Returns whether both lists hold the same objects."""
-    return len(tensors) == len(others) and all(map(is_, tensors, others))
 
 
 def _is_pair(entry: object) -> bool:

@@ -18,9 +18,7 @@ from ..surgery.merge import weight_owners
 
 PLAIN = (Tensor, nn.Parameter)  # a DTensor is a subclass
 WHOLE = "a plain tensor"
-Place = tuple[
-    nn.Module, str | None, str
-]  # a module, the name of its child if that holds the parameter, the parameter's
+Entry = tuple[dict, str, object]  # a module's dictionary of parameters or of children, a key, what it holds
 
 
 @dataclass(eq=False)
@@ -62,8 +60,22 @@ class Pair:
         return self.layer.weight if self.adapter is None else _base_weight(self.layer, self.adapter)[0]
 
     @property
-    def places(self) -> list[Place]:
-        """Returns where the layer holds a and b; empty for a pair without a layer."""
+    def entries(self) -> list[Entry]:
+        """Returns the entries of the layer's dictionaries under which it holds a and b, with what they hold now. There
+        are none for a pair without a layer. PEFT keeps each factor in a module, which it may replace, too."""
+        entries: list[Entry] = []
+        for module, key, name in self._holders():
+            holder: nn.Module | None = module
+            if key is not None:
+                holder = module._modules.get(key)
+                entries.append((module._modules, key, holder))
+            if holder is not None:
+                entries.append((holder._parameters, name, holder._parameters.get(name)))
+        return entries
+
+    def _holders(self) -> list[tuple[nn.Module, str | None, str]]:
+        """Returns for a and b a module of the layer, the name of its child if that holds the factor, and the factor's
+        name there."""
         if self.layer is None:
             return []
         if self.adapter is None:
@@ -80,7 +92,7 @@ class Pair:
         if self.layer is None:
             return self
         factors = []
-        for module, key, name in self.places:
+        for module, key, name in self._holders():
             holder = module if key is None else module._modules.get(key)
             if holder is None:  # the adapter was removed
                 return None
