@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .pointer_table import tile_offsets
-from .primitives import dot, to_float32
+from .primitives import dot, noise, round_stochastic, round_to, to_float32
 from .tiles import GroupedTile
 
 GRAM_RANK = 64  # largest rank class whose M or Gram stays in registers while a factor passes
@@ -94,6 +94,25 @@ def times_matrix(
         b_acc = dot(b_x, load_matrix(matrix, i_k, i_r, r, IS_A, R_MAX), b_acc, "ieee")
     tl.debug_barrier()  # all of x and p is read before any of it is overwritten
     return b_acc
+
+
+@triton.jit
+def round_tile(
+    b_value, key, t, i_d, o_d,
+    PASS: tl.constexpr, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Returns a float32 tile [BLOCK_D, BLOCK_R] of a factor, whose first row is ``o_d``, rounded to DTYPE: to nearest,
+    or with STOCHASTIC by noise that depends on the factor's key, the step t, the pass and the element alone. A flat row
+    of numbers is one row of the noise."""
+    if STOCHASTIC:
+        if BLOCK_R == 1:
+            b_noise = tl.trans(noise(key, tl.arange(0, 1), o_d, t, PASS, BLOCK_D))
+        else:
+            b_noise = noise(key, i_d, 0, t, PASS, BLOCK_R)
+        b_rounded = round_stochastic(b_value, b_noise, DTYPE)
+    else:
+        b_rounded = round_to(b_value, DTYPE)
+    return b_rounded
 
 
 def block_k(tile: GroupedTile) -> int:

@@ -172,3 +172,38 @@ def keep_mask(seed, in_memory, drop_level, i_t, o_col, BLOCK_COL: tl.constexpr):
     # Each join adds a last dimension of size 2. Together they have the shape [..., word // 2, word % 2, half], so the
     # reshape puts half h (0 is the low one) of word w into column 2 w + h of its group of eight.
     return tl.reshape(tl.join(low, high), [i_t.shape[0], BLOCK_COL])
+
+
+@triton.jit
+def noise(key, i_row, o_col, word2, word3, BLOCK_COL: tl.constexpr):
+    """Draws a 16-bit number for each element of rows ``i_row`` and columns ``o_col`` … ``o_col + BLOCK_COL`` (multiples
+    of 8): int32 [rows, BLOCK_COL]. It depends on the key, the element and the two words alone. One Philox call serves
+    eight neighbours, as in ``keep_mask``. Twin: ``reference.rounding.noise``."""
+    i_group = o_col // 8 + tl.arange(0, BLOCK_COL // 8)
+    zero = tl.zeros([i_row.shape[0], BLOCK_COL // 8], dtype=tl.uint32)
+    word0, word1, word2, word3 = tl.philox(
+        key, zero + i_row.to(tl.uint32)[:, None], zero + i_group.to(tl.uint32)[None, :],
+        zero + word2.to(tl.uint32), zero + word3, PHILOX_ROUNDS,
+    )  # fmt: skip
+    low = tl.join(tl.join(word0 & 0xFFFF, word2 & 0xFFFF), tl.join(word1 & 0xFFFF, word3 & 0xFFFF))
+    high = tl.join(tl.join(word0 >> 16, word2 >> 16), tl.join(word1 >> 16, word3 >> 16))
+    return tl.reshape(tl.join(low, high), [i_row.shape[0], BLOCK_COL]).to(tl.int32)
+
+
+@triton.jit
+def round_stochastic(value, b_noise, dtype: tl.constexpr):
+    """Returns a float32 block rounded to bfloat16 or float16, up or down with the probability that makes the
+    expectation exact. The noise is added to the bits that the cast drops. Below float16's normal range, where the
+    spacing is fixed, a floor has the same effect. A value that is not finite stays as it is. Twin:
+    ``reference.rounding.round_stochastic``."""
+    bits = value.to(tl.int32, bitcast=True)
+    if dtype == tl.bfloat16:
+        # bfloat16 drops the low 16 bits of a float32; float16 drops 13 (mask 8191) of a normal number.
+        rounded = ((bits + b_noise) & -65536).to(tl.float32, bitcast=True)
+    else:
+        b_noise = b_noise & 8191
+        rounded = ((bits + b_noise) & -8192).to(tl.float32, bitcast=True)
+        # float16's subnormal numbers are multiples of 2^-24.
+        small = tl.floor(value * 16777216.0 + b_noise.to(tl.float32) * (1.0 / 8192)) * (1.0 / 16777216)
+        rounded = tl.where(tl.abs(value) < 6.103515625e-05, small, rounded)  # 2^-14, the smallest normal number
+    return round_to(tl.where(tl.abs(value) < float("inf"), rounded, value), dtype)

@@ -16,6 +16,19 @@ class Grams(NamedTuple):
     k: Tensor | None = None  # da aᵀ
 
 
+class Scaled(NamedTuple):
+    """The scales by which n pairs are multiplied after a merge, b ← b diag(alpha) and a ← diag(beta) a, in float32.
+
+    Attributes:
+        scaling: alpha / r of each adapter (n,).
+        alpha, beta: (n, R).
+    """
+
+    scaling: Tensor
+    alpha: Tensor
+    beta: Tensor
+
+
 class StepWork(NamedTuple):
     """The changes that an adapter step makes to each of n factors besides AdamW, in the order of the attributes. None
     omits a change. R is the largest rank. Entries beyond a factor's own rank are ignored.
@@ -26,6 +39,8 @@ class StepWork(NamedTuple):
         scale_p, scale_g: d and e (n, R), with one entry for each row of an a or column of a b, for p ← d p, g ← e g,
             m ← e m and v ← e² v. Both are given, or neither.
         gram: whether the Grams of the new factors are returned.
+        keys: int64 (n,), with which new factors of 16 bits are rounded stochastically. The noise depends on a factor's
+            key, its number of steps and the element alone. None rounds to nearest.
     """
 
     additive: Tensor | None = None
@@ -33,3 +48,4 @@ class StepWork(NamedTuple):
     scale_p: Tensor | None = None
     scale_g: Tensor | None = None
     gram: bool = False
+    keys: Tensor | None = None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import backend, checks
 from .batches import pairs, partition
-from .batches.batch import NO_STATE, Batch, PairInGroups
+from .batches.batch import MOMENTS, NO_STATE, Batch, PairInGroups, Shapes
 from .batches.pairs import Pair
 from .batches.unpaired import UnpairedParameters
 from .layers.find import bare_name
@@ -51,6 +51,12 @@ class LoRAAdamW(torch.optim.Optimizer):
         lr: the learning rate. With LoRAPlus it is that of lora_A, and lora_B has a group of its own.
         betas, eps, weight_decay: as in torch.optim.AdamW, except that the default of weight_decay is 0.
         methods: instances from ``lf.methods``.
+        rounding: how a step rounds new parameters of 16 bits. "nearest" is torch's rounding; it loses changes below
+            half a unit in the last place, which those of most methods are. "stochastic" rounds up or down with the
+            probability that makes the mean exact; the noise depends on names, steps and elements alone. "auto" is
+            stochastic for the factors that a method works on and nearest for all other parameters.
+        state_dtype: the dtype of AdamW's moments: None for the parameters' own, as in torch, or torch.float32, also
+            over parameters of 16 bits.
 
     Raises:
         ArgumentError: nothing to train, pairs that do not fit or share a tensor, a frozen factor with a method that
@@ -59,6 +65,8 @@ class LoRAAdamW(torch.optim.Optimizer):
     """
 
     _methods: tuple[Method, ...]
+    _rounding: str
+    _state_dtype: torch.dtype | None
     _known: list[Pair]  # all pairs that were added
     _pairs: list[PairInGroups]  # those whose factors are in the parameter groups
     _batches: list[Batch]
@@ -78,10 +86,16 @@ class LoRAAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         methods: object = (),
+        rounding: str = "auto",
+        state_dtype: torch.dtype | None = None,
     ):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         _check_settings(defaults)
         self._methods = compose(methods)
+        self._rounding = checks.choice(rounding, "rounding", ("auto", "nearest", "stochastic"))
+        if state_dtype not in (None, torch.float32):
+            raise checks.ArgumentError("state_dtype", "None or torch.float32", repr(state_dtype))
+        self._state_dtype = state_dtype
         self._known, self._pairs = [], []
         self._forget_batches()
         adapters = pairs.find_pairs(model) if isinstance(model, nn.Module) else pairs.make_pairs(model)
@@ -287,14 +301,37 @@ class LoRAAdamW(torch.optim.Optimizer):
             method.check([pair for pair, *_ in active])
         # Methods with a layout of their own exclude each other, so there is at most one.
         layout = next((m.layout for m in self._methods if type(m).layout is not Method.layout), Method().layout)
-        self._batches = partition.build(active, self.state, layout, stacked)
+        stochastic = self._rounding == "stochastic" or (self._rounding == "auto" and bool(self._pairing))
+        self._batches = partition.build(active, self.state, self._in_state_dtype(layout), stacked, stochastic)
         batched = {id(p) for pair, *_ in active for p in (pair.a, pair.b)}
         self._unpaired = []
         for i, group in enumerate(self.param_groups):
-            parameters = [p for p in group["params"] if id(p) in chosen and id(p) not in batched]
-            self._unpaired += UnpairedParameters.build(parameters, i, self.state)
+            names = group.get("param_names", [])
+            if len(names) != len(group["params"]):  # the group was changed by hand
+                names = [f"{i}.{j}" for j in range(len(group["params"]))]
+            named = zip(names, group["params"], strict=True)
+            entries = [(name, p) for name, p in named if id(p) in chosen and id(p) not in batched]
+            is_stochastic = self._rounding == "stochastic"
+            self._unpaired += UnpairedParameters.build(entries, i, self.state, self._state_dtype, is_stochastic)
         self._members = members
         self._built_for = chosen_backend, list(map(id, self.state.values()))  # building adds state
+
+    def _in_state_dtype(self, layout: Callable) -> Callable:
+        """Returns the layout with moments of at least ``state_dtype``."""
+        if self._state_dtype is None:
+            return layout
+        least = self._state_dtype
+
+        def wide(pair: Pair) -> tuple[Shapes, ...]:
+            return tuple(
+                {
+                    name: (shape, torch.promote_types(dtype, least) if name in MOMENTS else dtype)
+                    for name, (shape, dtype) in shapes.items()
+                }
+                for shapes in layout(pair)
+            )
+
+        return wide
 
     def _forget_batches(self) -> None:
         """Makes the next step find parameters and build batches anew."""
@@ -327,7 +364,8 @@ class LoRAAdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict:
         """Adds methods and pairs to torch's state. The batches of a copy are empty: its first step builds them."""
-        attributes = {"_methods": self._methods, "_known": self._known, "_pairs": self._pairs}
+        names = "_methods", "_known", "_pairs", "_rounding", "_state_dtype"
+        attributes = {name: getattr(self, name) for name in names}
         empty: dict[str, Any] = {"_batches": [], "_unpaired": [], "_built_for": None}
         empty |= {name: [] for name in ("_parameters", "_sizes", "_members", "_has_grad")} | {"_entries": NO_ENTRIES}
         return super().__getstate__() | attributes | empty

@@ -23,7 +23,8 @@ from ..linear.cublas import Halves
 from ..linear.project import Project
 from ..pairs import adamw, add_low_rank, inverse_mean, momentum, regularizers, scalora_scales, scalora_system
 from ..pairs import gram as grams
-from ..pairs.transform import transform_
+from ..pairs.transform import Noise, transform_tables_
+from ..records import Scaled
 
 N_TOKENS, SHORT, FEW, D_IN, D_OUT = 8192, 1024, 16, 4096, 4096
 PAIRS = ((4096, 4096), (4096, 1024))  # (d_in, d_out) of the adapter pairs of a grouped launch
@@ -185,7 +186,14 @@ def gram(r: int, dtype: torch.dtype) -> int:
 
 
 def adamw_step(
-    r: int, dtype: torch.dtype, add: bool, matrix: bool, scale: bool, gram: bool, numbers: bool = False
+    r: int,
+    dtype: torch.dtype,
+    add: bool,
+    matrix: bool,
+    scale: bool,
+    gram: bool,
+    numbers: bool = False,
+    stochastic: bool = False,
 ) -> int:
     """Runs a step with p and g in ``dtype``, m and v in float32. With ``numbers`` hyperparameters are kernel arguments,
     as in the optimizer, else they are in a tensor."""
@@ -194,7 +202,9 @@ def adamw_step(
     p, g = a + b, [torch.zeros_like(x) for x in a + b]
     m, v = ([torch.zeros_like(x, dtype=torch.float32) for x in p] for _ in range(2))
     steps, rows = torch.ones(n), torch.zeros(n, r) if scale else None
-    work = adamw.StepWork(torch.zeros(n) if add else None, torch.zeros(n, r, r) if matrix else None, rows, rows, gram)
+    additive, matrices = torch.zeros(n) if add else None, torch.zeros(n, r, r) if matrix else None
+    keys = torch.zeros(n, dtype=torch.int64) if stochastic else None
+    work = adamw.StepWork(additive, matrices, rows, rows, gram, keys)
     if numbers:
         factors = [factors.with_gradients(g) for factors in pointer_table.build_tables([p, m, v], is_a, range(n))]
         summed = adamw.step_tables_(factors, n, r, NUMBERS, steps, work)
@@ -204,14 +214,20 @@ def adamw_step(
     return size(*p, *p, *g, *m, *m, *v, *v, *(t for t in (*work[:4], summed) if t is not None))
 
 
-def transform(r: int, dtype: torch.dtype, add: bool) -> int:
+def _noise(n: int, stochastic: bool) -> Noise | None:
+    return Noise(torch.ones(n), torch.zeros(n, dtype=torch.int64)) if stochastic else None
+
+
+def transform(r: int, dtype: torch.dtype, add: bool, stochastic: bool = False) -> int:
     a, b = _pairs(r, dtype)
-    matrices = torch.zeros(len(a + b), r, r)
-    transform_(a + b, [True] * len(a) + [False] * len(b), matrices, add)
+    n, is_a = len(a + b), [True] * len(a) + [False] * len(b)
+    matrices = torch.zeros(n, r, r)
+    tables = pointer_table.build_tables([a + b], is_a, range(n))
+    transform_tables_(tables, matrices, 0, add, _noise(n, stochastic))
     return 2 * size(*a, *b) + size(matrices)
 
 
-def muon_step(r: int, dtype: torch.dtype) -> int:
+def muon_step(r: int, dtype: torch.dtype, stochastic: bool = False) -> int:
     """Runs LoRA-Muon's averaging of the momentum, its Grams and its move, all in ``dtype``."""
     a, b = _pairs(r, dtype)
     n, p = len(a + b), a + b
@@ -220,7 +236,7 @@ def muon_step(r: int, dtype: torch.dtype) -> int:
     matrices = torch.zeros(n, r, r)
     momentum.average_([factors.with_gradients(g) for factors in tables], 0.95, torch.ones(n))
     summed = grams.table_grams([factors.with_column(1) for factors in tables], len(a), r, ("ka", "kb", "kp", "kq"))
-    momentum.move_(tables, matrices, NUMBERS)
+    momentum.move_(tables, matrices, NUMBERS, _noise(n, stochastic))
     return size(*g, *m, *m, *p, *m, summed, *p, *p, *m, matrices)
 
 
@@ -268,13 +284,14 @@ def scalora(r: int, dtype: torch.dtype, solver: str) -> None:
     scalora_scales.scales(x, active, torch.ones((), dtype=torch.float64), torch.ones(3), 0.25, None)
 
 
-def merge_weights(r: int, dtype: torch.dtype, rounding: str) -> int:
-    """Merges float32 adapters into weights of ``dtype``."""
-    a, b = _pairs(r, torch.float32)
+def merge_weights(r: int, dtype: torch.dtype, rounding: str, scaled: bool = False) -> int:
+    """Merges adapters into weights of ``dtype``: float32 ones, or with ``scaled`` what those of 16 bits lose."""
+    a, b = _pairs(r, dtype if scaled else torch.float32)
     weights = [_matrix(d_out, d_in, dtype) for d_in, d_out in PAIRS]
     residuals = [torch.empty_like(w) for w in weights] if rounding == "compensated" else []
     scale = torch.zeros(len(a), r)
-    add_low_rank.add_low_rank_(weights, a, b, scale, rounding, SEED, residuals or None)
+    scales = Scaled(torch.ones(len(a)), scale, scale) if scaled else None
+    add_low_rank.add_low_rank_(weights, a, b, scale, rounding, SEED, residuals or None, scales)
     return 2 * size(*weights, *residuals) + size(*a, *b, scale)
 
 
@@ -288,6 +305,8 @@ _GEMM += variants(adapter=_ADAPTERS, strategy=("cublas", "gluon"), padding=(0,))
 _SMALL, _SQUARE = {"float32": (16, 32, 64, 128, 256)}, {"float32": (1, 16, 64, 128)}
 _WORK = ("add", "matrix", "scale", "gram")
 _WORKS = [{name: name in on for name in _WORK} for on in ((), ("matrix",), ("gram",), ("matrix", "gram"), _WORK)]
+_STOCHASTIC = [work | {"numbers": True, "stochastic": True} for work in (_WORKS[0], _WORKS[2], _WORKS[-1])]
+_NARROW = {"bfloat16": (16, 64, 128), "float16": (16,)}
 _STEPS = [work | {"numbers": True} for work in _WORKS] + [_WORKS[0], _WORKS[-1]]
 
 OPS = {
@@ -310,10 +329,13 @@ OPS = {
         gram, {"float32": (1, 16, 32, 64, 128), "bfloat16": (8, 64)}, tensor_cores=("lora_gram_kernel",), counted=True
     ),
     "adamw_step": Op(adamw_step, {"float32": (1, 16, 64, 128), "bfloat16": (16, 32)}, _STEPS, counted=True),
+    "adamw_step_stochastic": Op(adamw_step, _NARROW, _STOCHASTIC, counted=True),
     "transform": Op(
         transform, {"float32": (8, 16, 64, 128), "bfloat16": (16, 64)}, variants(add=(False, True)), counted=True
     ),
+    "transform_stochastic": Op(transform, _NARROW, variants(add=(True,), stochastic=(True,)), counted=True),
     "muon_step": Op(muon_step, {"float32": (1, 16, 64, 128), "bfloat16": (16, 32)}, counted=True),
+    "muon_step_stochastic": Op(muon_step, _NARROW, variants(stochastic=(True,)), counted=True),
     "imbalance": Op(imbalance, _SQUARE),
     "scale_reg": Op(scale_reg, _SQUARE),
     "muon": Op(muon, _SMALL),
@@ -324,6 +346,10 @@ OPS = {
     "scalora": Op(scalora, {"float32": (32, 128)}, variants(solver=("nnls", "paper"))),
     "merge": Op(
         merge_weights, {"bfloat16": (8, 64), "float16": (16,)}, variants(rounding=("stochastic", "compensated")),
+        counted=True,
+    ),
+    "merge_scaled": Op(
+        merge_weights, {"bfloat16": (8, 64), "float16": (16,)}, variants(rounding=("stochastic",), scaled=(True,)),
         counted=True,
     ),
 }  # fmt: skip

@@ -86,5 +86,5 @@ def adapter_step_(
     work: StepWork,
 ) -> Tensor | None:
     additive, matrices, scale_p, scale_g = (x if x is None else x.contiguous() for x in work[:4])
-    work = StepWork(additive, matrices, scale_p, scale_g, work.gram)
+    work = StepWork(additive, matrices, scale_p, scale_g, work.gram, work.keys)
     return adamw.step_(factors, is_a, hyper.contiguous(), steps, work)

@@ -6,14 +6,15 @@ Math      For each factor p with gradient g, in this order, every line optional 
               p ← d p,  g ← e g,  m ← e m,  v ← e² v   d, e one number per rank row of a, column of b (ScaLoRA)
               m ← m + (1-β₁)(g - m)     v ← β₂ v + (1-β₂) g²
               p ← (1 - η w) p - η/(1-β₁ᵗ) · m / (√v/√(1-β₂ᵗ) + ε)              torch.optim.AdamW
-              Gram of the new p: p pᵀ (a), pᵀp (b)
+              Gram of the new p, as rounded: p pᵀ (a), pᵀp (b)
+          A 16-bit p is rounded to nearest, or stochastically where the step has keys (STOCHASTIC).
           Step counts, one per factor, are read by all of a factor's programs. The last program to finish increments
           its factor's count, unless the factor rests (pointer_table.py).
 Grid      One program per chunk of d of one factor, all its rank columns, so products along the rank stay within a
           program. Where no line depends on the rank, a factor is a flat row of numbers.
 Shapes    p, g, m, v of one shape and any float each; M, Gram float32 (n, R, R), d, e float32 (n, R), c float32 (n,).
           Arithmetic is float32 ("ieee" products), the scalars float64 (1-β₂ has few digits in float32); p, m, v are
-          rounded once, at the store. The Gram is that of the rounded p.
+          rounded once, at the store; keys int64 (n,).
 Roofline  4 reads and 3 writes of d·r elements; M, partial Grams and the table add r / chunk of that up to rank 64.
           Above, M is read for every tile (factor_tiles.py), and the Gram takes a launch of its own.
 """
@@ -24,12 +25,14 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import limits
 from ..factor_tiles import (
     GRAM_RANK,
     add_partials,
     block_k,
     is_last_program,
     load_matrix,
+    round_tile,
     store_partial,
     times_matrix,
 )
@@ -57,6 +60,7 @@ from ..records import StepWork
 from ..tiles import GroupedTile, grouped
 from . import gram as grams
 
+UPDATE = tl.constexpr(limits.UPDATE)
 HYPER = 5  # hyperparameters of a side: learning rate, β₁, β₂, ε, weight decay
 
 
@@ -121,10 +125,11 @@ def adamw(b_p, b_g, b_m, b_v, constants):
 
 @triton.jit
 def step_factor(
-    entries, gradients, steps, additive, matrices, scale_p, scale_g, partials, totals, counters,
+    entries, gradients, steps, keys, additive, matrices, scale_p, scale_g, partials, totals, counters,
     i_tensor, i_chunk, t, constants,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
     IS_A: tl.constexpr, ADD: tl.constexpr, MATRIX: tl.constexpr, SCALE: tl.constexpr, GRAM: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, EXPERTS: tl.constexpr, R_MAX: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -147,6 +152,7 @@ def step_factor(
     c = 0.0
     if ADD:
         c = tl.load(additive + index)
+    key = tl.load(keys + index) if STOCHASTIC else 0
     if SCALE:
         b_scale_p = tl.load(scale_p + index * R_MAX + i_r, mask=m_r, other=0.0)[None, :]
         b_scale_g = tl.load(scale_g + index * R_MAX + i_r, mask=m_r, other=0.0)[None, :]
@@ -177,10 +183,11 @@ def step_factor(
             if MATRIX:
                 b_g = dot(b_g, b_matrix, tl.zeros([BLOCK_D, BLOCK_R], dtype=tl.float32), "ieee")
         if SCALE:
-            b_p, b_g = b_p * b_scale_p, b_g * b_scale_g
+            # Rounded as the merge rounds it, so that what is merged is what the factors lose.
+            b_p, b_g = round_to(b_p * b_scale_p, P).to(tl.float32), b_g * b_scale_g
             b_m, b_v = b_m * b_scale_g, b_v * b_scale_g * b_scale_g
         b_p, b_m, b_v = adamw(b_p, b_g, b_m, b_v, constants)
-        b_new = round_to(b_p, P)
+        b_new = round_tile(b_p, key, t, i_d, o_d, UPDATE, P, STOCHASTIC, BLOCK_D, BLOCK_R)
         tl.store(p + o_tile, b_new, mask=mask)
         tl.store(m + o_tile, round_to(b_m, M), mask=mask)
         tl.store(v + o_tile, round_to(b_v, V), mask=mask)
@@ -200,14 +207,14 @@ def step_factor(
 # do_not_specialize: the alignment of a learning rate's address must not choose another compiled kernel.
 @triton.jit(do_not_specialize=["p_lr_b", "p_lr_a"])
 def lora_step_kernel(
-    entries, gradients, tiles, hyper, p_lr_b, p_lr_a, steps, additive, matrices, scale_p, scale_g, partials, totals,
-    counters,
+    entries, gradients, tiles, hyper, p_lr_b, p_lr_a, steps, keys, additive, matrices, scale_p, scale_g, partials,
+    totals, counters,
     lr_b: tl.float64, beta1_b: tl.float64, beta2_b: tl.float64, eps_b: tl.float64, decay_b: tl.float64,
     lr_a: tl.float64, beta1_a: tl.float64, beta2_a: tl.float64, eps_a: tl.float64, decay_a: tl.float64,
     stride_hyper,
     ROWS: tl.constexpr, LR_IN_MEMORY: tl.constexpr,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
-    ADD: tl.constexpr, MATRIX: tl.constexpr, SCALE: tl.constexpr, GRAM: tl.constexpr,
+    ADD: tl.constexpr, MATRIX: tl.constexpr, SCALE: tl.constexpr, GRAM: tl.constexpr, STOCHASTIC: tl.constexpr,
     UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, EXPERTS: tl.constexpr, R_MAX: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -228,19 +235,19 @@ def lora_step_kernel(
     walk_as_a = False if BLOCK_R == 1 else is_a  # a flat row of numbers has no side
     if walk_as_a:
         step_factor(
-            entries, gradients, steps, additive, matrices, scale_p, scale_g, partials, totals, counters,
+            entries, gradients, steps, keys, additive, matrices, scale_p, scale_g, partials, totals, counters,
             i_tensor, i_chunk, t, constants,
             P, G, M, V,
-            True, ADD, MATRIX, SCALE, GRAM,
+            True, ADD, MATRIX, SCALE, GRAM, STOCHASTIC,
             UNIFORM_R, ALIGNED, EXPERTS, R_MAX,
             CHUNK, BLOCK_D, BLOCK_R, BLOCK_K,
         )  # fmt: skip
     else:
         step_factor(
-            entries, gradients, steps, additive, matrices, scale_p, scale_g, partials, totals, counters,
+            entries, gradients, steps, keys, additive, matrices, scale_p, scale_g, partials, totals, counters,
             i_tensor, i_chunk, t, constants,
             P, G, M, V,
-            False, ADD, MATRIX, SCALE, GRAM,
+            False, ADD, MATRIX, SCALE, GRAM, STOCHASTIC,
             UNIFORM_R, ALIGNED, EXPERTS, R_MAX,
             CHUNK, BLOCK_D, BLOCK_R, BLOCK_K,
         )  # fmt: skip
@@ -327,12 +334,14 @@ def _launch_step(
     numbers, rates = NO_SETTINGS if rows is not None else hyper
     flags = work.additive is not None, work.matrices is not None, work.scale_p is not None, totals is not None
     many_rows, rate_dtypes = None if rows is None else len(rows) > 1, rates and tuple(rate.dtype for rate in rates)
-    aligned = alignments([x for x in (rows, steps, *work[:4]) if x is not None])
+    aligned = alignments([x for x in (rows, steps, *work[:4], work.keys) if x is not None])
     with on_device(steps):
         stream = stream_of(steps)
         for table in tables:
-            make = lambda table=table: _StepLaunch(table, r_max, rows, rates is not None, *flags)
-            key = "step", table.dtype, r_max, many_rows, rate_dtypes, aligned, *flags
+            stochastic = work.keys is not None and table.factors.dtypes[0].itemsize == 2
+            kind = *flags, stochastic
+            make = lambda table=table, kind=kind: _StepLaunch(table, r_max, rows, rates is not None, *kind)
+            key = "step", table.dtype, r_max, many_rows, rate_dtypes, aligned, *kind
             plan(table.factors.plans, key, stream, make)(table, rows, rates, numbers, steps, work, totals, stream)
 
 
@@ -349,9 +358,11 @@ class _StepLaunch:
         matrix: bool,
         scale: bool,
         gram: bool,
+        stochastic: bool,
     ):
         factors = table.factors
-        flat = not (matrix or scale or gram) and factors.experts == 1
+        # The noise has a numbering for rows and one for flat numbers; the twin takes the latter for AdamW alone, too.
+        flat = not (matrix or scale or gram or (add and stochastic)) and factors.experts == 1
         tile = grouped("step", 1 if flat else max(16, r_max))
         self.tile_map = factors.tile_map(tile.chunk, flat)
         self.partials = (self.tile_map.programs, r_max, r_max) if gram else None
@@ -362,11 +373,11 @@ class _StepLaunch:
             (HYPER if rows is not None and len(rows) > 1 else 0,),
             {"ROWS": rows is not None, "LR_IN_MEMORY": lr_in_memory}
             | {name: TL_DTYPE[dtype] for name, dtype in types}
-            | {"ADD": add, "MATRIX": matrix, "SCALE": scale, "GRAM": gram}
+            | {"ADD": add, "MATRIX": matrix, "SCALE": scale, "GRAM": gram, "STOCHASTIC": stochastic}
             | {"UNIFORM_R": 1 if flat else factors.uniform_r, "ALIGNED": factors.aligned, "EXPERTS": factors.experts}
             | {"R_MAX": 1 if flat else r_max}
             | tile.options(BLOCK_K=block_k(tile))
-            | _register_limit(tile, matrix, gram),
+            | _register_limit(tile, matrix, gram, stochastic),
         )
 
     def __call__(
@@ -385,24 +396,24 @@ class _StepLaunch:
             partials = torch.empty(self.partials, dtype=torch.float32, device=steps.device)
         # Every pointer argument needs a tensor. ``steps`` replaces those that are None; the kernel does not read them.
         hyper, lr_b, lr_a = steps if rows is None else rows, *(rates or (steps, steps))
-        *optional, totals = [steps if x is None else x for x in (*work[:4], totals)]
+        keys, *optional, totals = [steps if x is None else x for x in (work.keys, *work[:4], totals)]
         factors = table.factors
         self.launch.go(
             stream,
             (
-                factors.entries, table.addresses, self.tile_map.tiles, hyper, lr_b, lr_a, steps, *optional, partials,
-                totals, factors.counters,
+                factors.entries, table.addresses, self.tile_map.tiles, hyper, lr_b, lr_a, steps, keys, *optional,
+                partials, totals, factors.counters,
             ),
             numbers,
         )  # fmt: skip
 
 
-def _register_limit(tile: GroupedTile, matrix: bool, gram: bool) -> dict[str, int]:
+def _register_limit(tile: GroupedTile, matrix: bool, gram: bool, stochastic: bool) -> dict[str, int]:
     """Returns the limit of a thread's registers, where ptxas by itself spills to fit one more program on a
     multiprocessor."""
     if gram and tile.r >= 64:
         return {"maxnreg": 255}
-    if matrix and tile.r <= 64:
+    if tile.r <= 64 and (matrix or (gram and stochastic)):
         return {"maxnreg": 128}
     return {"maxnreg": 80} if gram else {}
 
@@ -415,3 +426,5 @@ def _check_work(n: int, r_max: int, steps: torch.Tensor, work: StepWork) -> None
     for name, shape in shapes.items():
         if getattr(work, name) is not None:
             check_tensor(name, getattr(work, name), shape, torch.float32)
+    if work.keys is not None:
+        check_tensor("keys", work.keys, (n,), torch.int64)

@@ -1,17 +1,21 @@
 """W += b diag(scale) a for every layer, in place, in one launch.
 
-Math      total = W (+ residual) + Σ_k b[:, k] scale[k] a[k, :], in float32; then one rounding to W's dtype:
+Math      total = W (+ residual) + Σ_k b[:, k] scale[k] a[k, :], in float32. A k with scale 0 adds 0, also where a or b
+          is not finite. With SCALED, for 16-bit factors that are then scaled by α and β and rounded, the sum is what
+          the product loses by that, Σ_k s (b[:, k] a[k, :] − b̂[:, k] â[k, :]), b̂ = round(α b), â = round(β a); a k
+          whose α and β are 1 adds 0. Then one rounding to W's dtype:
           nearest      ties to even
-          stochastic   up or down with the probability that makes the expectation exact. A Philox number (key = seed,
-                       counter = element, layer) is added to the bits that the cast drops. Below float16's normal range,
-                       where the spacing is fixed, a floor has the same effect. A float32 W is rounded to nearest.
+          stochastic   up or down with the probability that makes the expectation exact, by a Philox number (key =
+                       seed, counter = element, layer). A float32 W is rounded to nearest.
           compensated  nearest, and residual = total - W, rounded to W's dtype, is carried to the next merge.
 Grid      One program per (layer, 1024 rows, 512 columns of W). Its columns of a stay in registers up to rank 16.
-Shapes    W (d_out, d_in), contiguous, a (r, d_in), b (d_out, r), any float; scale float32 (n, R), R the largest rank;
+Shapes    W (d_out, d_in), contiguous, a (r, d_in), b (d_out, r), any float; scale, α, β float32 (n, R), R the largest
+          rank, s float32 (n,);
           residual of W's shape and dtype. All layers of a launch share W's dtype and the adapters'. DENSE: all a and b
           are contiguous; experts' factors, which are interleaved, are not. The launch has a table of its own, int64
           (n, COLUMNS): addresses of W, residual, a, b; d_out, r, d_in, the layer's row in ``scale``; strides of a, b.
-Roofline  W is read and written once against 2 r operations an element; a and b add r·4·(1/512 + 1/1024) bytes each.
+Roofline  W is read and written once against 2 r operations an element (SCALED: 4 r); a and b add
+          r·4·(1/512 + 1/1024) bytes each.
 """
 
 import torch
@@ -23,7 +27,8 @@ from ..grouping import group_by
 from ..launch import check_tensor, on_device, report_addresses
 from ..limits import ROUNDINGS
 from ..pointer_table import ALIGNMENT, TL_DTYPE, cached, check_dtype, check_storage, pointer_at
-from ..primitives import PHILOX_ROUNDS, dot, round_to, to_float32
+from ..primitives import dot, noise, round_stochastic, round_to, to_float32
+from ..records import Scaled
 
 NEAREST, STOCHASTIC, COMPENSATED = (tl.constexpr(i) for i in range(3))
 COLUMNS = tl.constexpr(12)
@@ -31,40 +36,23 @@ BLOCK_OUT, BLOCK_IN, BLOCK_R, CHUNK, WARPS = 8, 512, 16, 1024, 8
 
 
 @triton.jit
-def noise(seed, i_row, o_col, i_layer, BLOCK_COL: tl.constexpr):
-    """Draws a 16-bit number for each element of rows ``i_row`` and columns ``o_col`` … ``o_col + BLOCK_COL`` (multiples
-    of 8): int32 [rows, BLOCK_COL]. One Philox call serves eight neighbours, as in ``primitives.keep_mask``."""
-    i_group = o_col // 8 + tl.arange(0, BLOCK_COL // 8)
-    zero = tl.zeros([i_row.shape[0], BLOCK_COL // 8], dtype=tl.uint32)
-    word0, word1, word2, word3 = tl.philox(
-        seed, zero + i_row.to(tl.uint32)[:, None], zero + i_group.to(tl.uint32)[None, :],
-        zero + i_layer.to(tl.uint32), zero, PHILOX_ROUNDS,
-    )  # fmt: skip
-    low = tl.join(tl.join(word0 & 0xFFFF, word2 & 0xFFFF), tl.join(word1 & 0xFFFF, word3 & 0xFFFF))
-    high = tl.join(tl.join(word0 >> 16, word2 >> 16), tl.join(word1 >> 16, word3 >> 16))
-    return tl.reshape(tl.join(low, high), [i_row.shape[0], BLOCK_COL]).to(tl.int32)
-
-
-@triton.jit
-def round_stochastic(value, b_noise, DTYPE: tl.constexpr):
-    """Rounds float32 to bfloat16 or float16, up or down. A value that is not finite stays as it is."""
-    bits = value.to(tl.int32, bitcast=True)
-    if DTYPE == tl.bfloat16:  # noqa: SIM300
-        # bfloat16 drops the low 16 bits of a float32; float16 drops 13 (mask 8191) of a normal number.
-        rounded = ((bits + b_noise) & -65536).to(tl.float32, bitcast=True)
+def load_scales(p_scale, p_alpha, p_beta, i_k, r, SCALED: tl.constexpr):
+    """Returns scale, α and β of the ranks ``i_k``, and which of these ranks add to W."""
+    if SCALED:
+        b_scale = tl.zeros_like(i_k).to(tl.float32) + tl.load(p_scale)
+        b_alpha = tl.load(p_alpha + i_k, mask=i_k < r, other=1.0)
+        b_beta = tl.load(p_beta + i_k, mask=i_k < r, other=1.0)
+        m_k = (b_alpha != 1.0) | (b_beta != 1.0)
     else:
-        b_noise = b_noise & 8191
-        rounded = ((bits + b_noise) & -8192).to(tl.float32, bitcast=True)
-        # float16's subnormal numbers are multiples of 2^-24.
-        small = tl.floor(value * 16777216.0 + b_noise.to(tl.float32) * (1.0 / 8192)) * (1.0 / 16777216)
-        rounded = tl.where(tl.abs(value) < 6.103515625e-05, small, rounded)  # 2^-14, the smallest normal number
-    return round_to(tl.where(tl.abs(value) < float("inf"), rounded, value), DTYPE)
+        b_scale = tl.load(p_scale + i_k, mask=i_k < r, other=0.0)
+        b_alpha, b_beta = b_scale, b_scale  # not used
+        m_k = b_scale != 0.0
+    return b_scale, b_alpha, b_beta, m_k
 
 
 @triton.jit
-def load_a(a, o_k, i_in, r, d_in, stride_r, stride_in, BLOCK_R: tl.constexpr):
-    i_k = o_k + tl.arange(0, BLOCK_R)
-    mask = (i_k < r)[:, None] & (i_in < d_in)[None, :]
+def load_a(a, i_k, m_k, i_in, d_in, stride_r, stride_in):
+    mask = m_k[:, None] & (i_in < d_in)[None, :]
     return to_float32(
         tl.load(a + i_k[:, None].to(tl.int64) * stride_r + i_in[None, :] * stride_in, mask=mask, other=0.0)
     )
@@ -72,9 +60,10 @@ def load_a(a, o_k, i_in, r, d_in, stride_r, stride_in, BLOCK_R: tl.constexpr):
 
 @triton.jit(do_not_specialize=["seed"])
 def lora_merge_kernel(
-    entries, tiles, scale,
+    entries, tiles, scale, alpha, beta,
     seed,
     W: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROUNDING: tl.constexpr, SEED_IN_MEMORY: tl.constexpr,
+    SCALED: tl.constexpr,
     ALIGNED: tl.constexpr, DENSE: tl.constexpr, R_MAX: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -95,8 +84,12 @@ def lora_merge_kernel(
     n_columns = tl.maximum(tl.cdiv(d_in, BLOCK_IN), 1)
     o_in, start = i_tile % n_columns * BLOCK_IN, i_tile // n_columns * CHUNK
     i_in = o_in + tl.arange(0, BLOCK_IN)
+    p_scale = scale + index * (1 if SCALED else R_MAX)
+    p_alpha, p_beta = alpha + index * R_MAX, beta + index * R_MAX
     if ONE_BLOCK:
-        b_a = load_a(a, 0, i_in, r, d_in, a_r, a_in, BLOCK_R)  # [BLOCK_R, BLOCK_IN]
+        i_k = tl.arange(0, BLOCK_R)
+        b_scale, b_alpha, b_beta, m_k = load_scales(p_scale, p_alpha, p_beta, i_k, r, SCALED)
+        b_a = load_a(a, i_k, m_k, i_in, d_in, a_r, a_in)  # [BLOCK_R, BLOCK_IN]
     for o_out in tl.range(start, tl.minimum(start + CHUNK, d_out), BLOCK_OUT, num_stages=1):
         i_out = o_out + tl.arange(0, BLOCK_OUT)
         mask = (i_out < d_out)[:, None] & (i_in < d_in)[None, :]
@@ -105,14 +98,18 @@ def lora_merge_kernel(
         if ROUNDING == COMPENSATED:
             b_total += tl.load(residual + o_tile, mask=mask, other=0.0).to(tl.float32)
         for o_k in tl.range(0, R_MAX, BLOCK_R, num_stages=1):
-            i_k = o_k + tl.arange(0, BLOCK_R)
-            m_k = i_k < r
+            if not ONE_BLOCK:
+                i_k = o_k + tl.arange(0, BLOCK_R)
+                b_scale, b_alpha, b_beta, m_k = load_scales(p_scale, p_alpha, p_beta, i_k, r, SCALED)
+                b_a = load_a(a, i_k, m_k, i_in, d_in, a_r, a_in)
             p_b = b + i_out[:, None] * b_out + i_k[None, :] * b_r
             b_b = to_float32(tl.load(p_b, mask=(i_out < d_out)[:, None] & m_k[None, :], other=0.0))
-            b_b *= tl.load(scale + index * R_MAX + i_k, mask=m_k, other=0.0)[None, :]  # [BLOCK_OUT, BLOCK_R]
-            b_total = dot(b_b, b_a if ONE_BLOCK else load_a(a, o_k, i_in, r, d_in, a_r, a_in, BLOCK_R), b_total, "ieee")
+            b_total = dot(b_b * b_scale[None, :], b_a, b_total, "ieee")  # b_b: [BLOCK_OUT, BLOCK_R]
+            if SCALED:
+                b_b = to_float32(round_to(b_b * b_alpha[None, :], B)) * -b_scale[None, :]
+                b_total = dot(b_b, to_float32(round_to(b_a * b_beta[:, None], A)), b_total, "ieee")
         if ROUNDING == STOCHASTIC:
-            b_new = round_stochastic(b_total, noise(seed, i_out, o_in, index, BLOCK_IN), W)
+            b_new = round_stochastic(b_total, noise(seed, i_out, o_in, index, 0, BLOCK_IN), W)
         else:
             b_new = round_to(b_total, W)
         tl.store(w + o_tile, b_new, mask=mask)
@@ -128,6 +125,7 @@ def add_low_rank_(
     rounding: str = "nearest",
     seed: int | torch.Tensor = 0,
     residuals: list[torch.Tensor] | None = None,
+    scaled: Scaled | None = None,
 ) -> None:
     """Adds b[i] diag(scale[i]) a[i] to every weight, in place. Twin: ``reference.scalora_solution.add_low_rank_``.
 
@@ -138,6 +136,8 @@ def add_low_rank_(
         rounding: one of ``ROUNDINGS``. A float32 weight is rounded to nearest in any case.
         seed: of stochastic rounding, a number or a 0-d int64 tensor on the device.
         residuals: for compensated rounding alone, shaped and typed as the weights, zero at first.
+        scaled: how the factors are scaled afterwards. Pairs with a factor of 16 bits then add what their product loses
+            by that, their factors rounded, in place of b diag(scale) a.
     """
     assert rounding in ROUNDINGS, f"rounding: expected one of {ROUNDINGS}, got {rounding!r}"
     assert (rounding == "compensated") == (residuals is not None), (
@@ -146,11 +146,13 @@ def add_low_rank_(
     check_tensor("scale", scale, (len(weights), max((t.shape[0] for t in a), default=1)), torch.float32)
     layers = [(layer, i) for i, layer in enumerate(zip(weights, residuals or weights, a, b, strict=True))]
     for group in group_by(layers, lambda entry: tuple(t.dtype for t in entry[0])).values():
-        _launch(group, scale, rounding, seed)
+        _launch(group, scale, rounding, seed, scaled)
     torch.autograd.graph.increment_version(weights)
 
 
-def _launch(layers: list[tuple], scale: torch.Tensor, rounding: str, seed: int | torch.Tensor) -> None:
+def _launch(
+    layers: list[tuple], scale: torch.Tensor, rounding: str, seed: int | torch.Tensor, scaled: Scaled | None
+) -> None:
     """``layers``: ((weight, residual, a, b), row in ``scale``) of one combination of dtypes."""
     key = [(i, *[(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in layer]) for layer, i in layers]
     table = cached("merge", [scale.device, *key], lambda: _LayerTable(layers, scale.device))
@@ -158,11 +160,13 @@ def _launch(layers: list[tuple], scale: torch.Tensor, rounding: str, seed: int |
     first, _ = layers[0]
     w, _, a, b = (TL_DTYPE[t.dtype] for t in first)
     exact = first[0].dtype == torch.float32
+    is_scaled = scaled is not None and any(t.dtype.itemsize == 2 for t in first[2:])
+    scales = scaled if is_scaled else (scale, scale, scale)  # the kernel reads the first alone
     with on_device(scale):
         lora_merge_kernel[(len(table.tiles),)](
-            table.entries, table.tiles, scale,
+            table.entries, table.tiles, *scales,
             seed,
-            W=w, A=a, B=b,
+            W=w, A=a, B=b, SCALED=is_scaled,
             ROUNDING=0 if exact else ROUNDINGS.index(rounding), SEED_IN_MEMORY=isinstance(seed, torch.Tensor),
             ALIGNED=table.aligned, DENSE=table.dense, R_MAX=scale.shape[1],
             CHUNK=CHUNK, BLOCK_OUT=BLOCK_OUT, BLOCK_IN=BLOCK_IN, BLOCK_R=BLOCK_R, num_warps=WARPS,

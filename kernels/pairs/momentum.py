@@ -6,7 +6,8 @@ Math      For each factor p with gradient g and momentum m:
 Grid      One program per chunk of d of one factor, all its rank columns. For the average a factor is a flat row of
           numbers, except for experts, which are interleaved.
 Shapes    p, g, m of one shape and any float each; M float32 (n, R, R). Arithmetic is float32 ("ieee"
-          products), 1 - β and 1 - η w are computed in float64; m and p are rounded once, at the store.
+          products), 1 - β and 1 - η w are computed in float64; m and p are rounded once, at the store (p stochastically
+          where there are keys, as in transform.py).
 Roofline  2 reads and 1 write of d·r elements each: memory bound.
 """
 
@@ -34,8 +35,8 @@ from ..pointer_table import (
 )
 from ..primitives import round_to
 from ..tiles import grouped
-from .adamw import HYPER, Settings, choose_side, double, learning_rate
-from .transform import TransformLaunch, transform_factor
+from .adamw import HYPER, UPDATE, Settings, choose_side, double, learning_rate
+from .transform import Noise, TransformLaunch, transform_factor
 
 
 @triton.jit
@@ -99,9 +100,9 @@ def lora_momentum_kernel(
 
 @triton.jit(do_not_specialize=["p_lr_b", "p_lr_a"])
 def lora_move_kernel(
-    entries, tiles, matrices, p_lr_b, p_lr_a,
+    entries, tiles, matrices, steps, keys, p_lr_b, p_lr_a,
     lr_b: tl.float64, decay_b: tl.float64, lr_a: tl.float64, decay_a: tl.float64,
-    LR_IN_MEMORY: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
+    LR_IN_MEMORY: tl.constexpr, P: tl.constexpr, M: tl.constexpr, STOCHASTIC: tl.constexpr,
     UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, EXPERTS: tl.constexpr, R_MAX: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -112,19 +113,19 @@ def lora_move_kernel(
     p_factor = (1.0 - lr * choose_side(is_a, decay_b, decay_a)).to(tl.float32)
     if is_a:
         transform_factor(
-            entries, matrices,
+            entries, matrices, steps, keys,
             i_tensor, i_chunk, p_factor,
             0, 1, P, M,
-            True, True,
+            True, True, STOCHASTIC, UPDATE,
             UNIFORM_R, ALIGNED, EXPERTS, R_MAX,
             CHUNK, BLOCK_D, BLOCK_R, BLOCK_K,
         )  # fmt: skip
     else:
         transform_factor(
-            entries, matrices,
+            entries, matrices, steps, keys,
             i_tensor, i_chunk, p_factor,
             0, 1, P, M,
-            False, True,
+            False, True, STOCHASTIC, UPDATE,
             UNIFORM_R, ALIGNED, EXPERTS, R_MAX,
             CHUNK, BLOCK_D, BLOCK_R, BLOCK_K,
         )  # fmt: skip
@@ -160,16 +161,19 @@ class _AverageLaunch:
         self.launch.go(stream, (table.factors.entries, table.addresses, self.tile_map.tiles, steps), (beta,))
 
 
-def move_(tables: list[FactorTable], matrices: torch.Tensor, settings: Settings) -> None:
+def move_(tables: list[FactorTable], matrices: torch.Tensor, settings: Settings, noise: Noise | None = None) -> None:
     """p ← (1 - η w) p + M m, or + m M, for tables with columns p, m. matrices: float32 (n, R, R). Only the learning
-    rates and weight decays of ``settings`` are used. The caller increments version counters."""
+    rates and weight decays of ``settings`` are used. With ``noise`` a p of 16 bits is rounded stochastically. The
+    caller increments version counters."""
     numbers, rates = settings
     numbers = numbers[0], numbers[HYPER - 1], numbers[HYPER], numbers[2 * HYPER - 1]
-    r_max, rate_tensors = matrices.shape[-1], rates or (matrices, matrices)  # without rates the kernel reads neither
-    key = "move", r_max, rates and tuple([rate.dtype for rate in rates]), alignments([matrices])
+    r_max, unread = matrices.shape[-1], (matrices, matrices)  # without noise or rates the kernel does not read them
+    pointers = matrices, *(noise or unread), *(rates or unread)
+    key = "move", r_max, rates and tuple([rate.dtype for rate in rates]), alignments(pointers[:3])
     with on_device(matrices):
         stream = stream_of(matrices)
         for table in tables:
             flags = {"LR_IN_MEMORY": rates is not None} | dict(zip("PM", map(TL_DTYPE.get, table.dtypes), strict=True))
+            flags["STOCHASTIC"] = noise is not None and table.dtypes[0].itemsize == 2
             make = lambda table=table, flags=flags: TransformLaunch(lora_move_kernel, table, r_max, flags)
-            plan(table.plans, key, stream, make)(table, matrices, stream, rate_tensors, numbers)
+            plan(table.plans, (*key, flags["STOCHASTIC"]), stream, make)(table, pointers, stream, numbers)

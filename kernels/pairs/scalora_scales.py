@@ -1,7 +1,7 @@
 """ScaLoRA's scales of every adapter pair, from the solution of its equations (scalora_system.py).
 
-Math      scale = √(x / κ), clamped, 1 where the coordinate is not active or κ ≤ 0. The factors' part that is merged
-          into W is b diag(residual_scale) a with residual_scale = scaling (1 − α∘β).
+Math      scale = √(x / κ), clamped, 1 where the coordinate is not active, where x is not finite, or where κ ≤ 0. The
+          factors' part that is merged into W is b diag(residual_scale) a with residual_scale = scaling (1 − α∘β).
 Grid      One program per BLOCK scales.
 Shapes    x float32 (n, 2r), active bool (n, 2r) → scale_p, scale_g float32 (2n, r), residual_scale float32 (n, r).
 Roofline  10 bytes read and 20 written per rank and pair: launch bound.
@@ -18,14 +18,12 @@ BLOCK = 256  # scales of one program
 
 @triton.jit
 def clamped_scale(x, active, i, b_kappa, low, high, mask):
-    """Returns √(x / κ) between low and high, 1 where not active. A NaN stays a NaN: float32 [BLOCK]."""
+    """Returns √(x / κ) between low and high, 1 where not active or where x is not finite: float32 [BLOCK]."""
     b_x = tl.load(x + i, mask=mask, other=0.0)
     b_scale = tl.sqrt_rn(tl.div_rn(b_x, b_kappa))
-    # Comparisons with a NaN are false, so that it passes; tl.minimum and tl.maximum would drop it.
-    b_scale = tl.where(b_scale < low, low, b_scale)
-    b_scale = tl.where(b_scale > high, high, b_scale)
-    unscaled = (tl.load(active + i, mask=mask, other=0) == 0) | (b_kappa <= 0.0)
-    return tl.where(unscaled, 1.0, b_scale)
+    b_scale = tl.minimum(tl.maximum(b_scale, low), high)
+    b_active = tl.load(active + i, mask=mask, other=0) != 0
+    return tl.where(b_active & (b_kappa > 0.0) & (tl.abs(b_x) < float("inf")), b_scale, 1.0)  # a NaN is not < inf
 
 
 @triton.jit(do_not_specialize=["size", "r"])
@@ -73,7 +71,7 @@ def scales(
         scale_p: float32 (2n, r), the scales of the factors, n rows [α] for b, then n rows [β] for a.
         scale_g: float32 (2n, r), the scales of their gradients and moments, [β], then [α].
         residual_scale: float32 (n, r), scaling (1 − αβ), for the merge of the factors as they were into W.
-        A NaN in x is a NaN in all three.
+        A pair whose x is not finite keeps its factors and adds nothing to W.
     """
     n, r = x.shape[0], x.shape[1] // 2
     check_tensor("x", x, (n, 2 * r), torch.float32)

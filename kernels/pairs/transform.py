@@ -6,16 +6,20 @@ Math      For each factor p with its matrix M: p ← M p (a), p ← p M (b); wit
 Grid      One program per chunk of d of one factor, all its rank columns, so products along the rank stay within a
           program and p may be its own source.
 Shapes    p, x of one shape and any float each; M float32 (n, R, R), R the largest rank. Products are float32 ("ieee"),
-          rounded once to p's dtype, at the store.
+          rounded once to p's dtype, at the store: to nearest, or, where there are keys, int64 (n,), stochastically as
+          in a step whose counts are ``steps``, float32 (n,).
 Roofline  1 read (of x and, with another p, of p) and 1 write of d·r elements; M adds r / chunk of that up to rank 64,
           and is read for every tile above (factor_tiles.py). 2 r operations an element: memory bound at small ranks.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..factor_tiles import block_k, load_block, load_matrix, times_matrix
+from .. import limits
+from ..factor_tiles import block_k, load_block, load_matrix, round_tile, times_matrix
 from ..launch import Launch, alignments, check_tensor, on_device, plan, stream_of
 from ..pointer_table import (
     INDEX,
@@ -31,16 +35,26 @@ from ..pointer_table import (
     tensor_at,
     tile_offsets,
 )
-from ..primitives import dot, keep_ieee, round_to, to_float32
+from ..primitives import dot, keep_ieee, to_float32
 from ..tiles import grouped
+
+CORRECTION = tl.constexpr(limits.CORRECTION)
+
+
+class Noise(NamedTuple):
+    """What stochastic rounding depends on besides the elements: the step counts, float32 (n,), and the factors' keys,
+    int64 (n,)."""
+
+    steps: torch.Tensor
+    keys: torch.Tensor
 
 
 @triton.jit
 def transform_factor(
-    entries, matrices,
+    entries, matrices, steps, keys,
     i_tensor, i_chunk, p_factor,
     TARGET: tl.constexpr, SOURCE: tl.constexpr, P: tl.constexpr, X: tl.constexpr,
-    IS_A: tl.constexpr, ADD: tl.constexpr,
+    IS_A: tl.constexpr, ADD: tl.constexpr, STOCHASTIC: tl.constexpr, PASS: tl.constexpr,
     UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, EXPERTS: tl.constexpr, R_MAX: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +63,11 @@ def transform_factor(
     WIDE: tl.constexpr = ALIGNED and (IS_A or EXPERTS == 1)
     p, x = tensor_at(entries, i_tensor, TARGET, P, WIDE), tensor_at(entries, i_tensor, SOURCE, X, WIDE)
     d, r = load_sizes(entries, i_tensor, IS_A, UNIFORM_R, WIDE)
-    matrix = matrices + load_entry(entries, i_tensor, INDEX) * R_MAX * R_MAX
+    index = load_entry(entries, i_tensor, INDEX)
+    matrix = matrices + index * R_MAX * R_MAX
+    key, t = 0, 0.0
+    if STOCHASTIC:
+        key, t = tl.load(keys + index), tl.load(steps + index)
     i_r = tl.arange(0, BLOCK_R)
     if BLOCK_K == BLOCK_R:
         b_matrix = load_matrix(matrix, i_r, i_r, r, IS_A, R_MAX)
@@ -74,32 +92,33 @@ def transform_factor(
                 # Without keep_ieee the compiler makes p the accumulator, in twice the registers.
                 b_new = keep_ieee(b_new) + p_factor * b_p.to(tl.float32)
         mask = (i_d < d)[:, None] & (i_r < r)[None, :]
-        tl.store(p + tile_offsets(i_d, i_r, d, r, IS_A, EXPERTS), round_to(b_new, P), mask=mask)
+        b_new = round_tile(b_new, key, t, i_d, o_d, PASS, P, STOCHASTIC, BLOCK_D, BLOCK_R)
+        tl.store(p + tile_offsets(i_d, i_r, d, r, IS_A, EXPERTS), b_new, mask=mask)
 
 
 @triton.jit
 def lora_transform_kernel(
-    entries, tiles, matrices,
-    COLUMN: tl.constexpr, P: tl.constexpr, ADD: tl.constexpr,
+    entries, tiles, matrices, steps, keys,
+    COLUMN: tl.constexpr, P: tl.constexpr, ADD: tl.constexpr, STOCHASTIC: tl.constexpr,
     UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, EXPERTS: tl.constexpr, R_MAX: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     i_tensor, i_chunk = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
     if load_entry(entries, i_tensor, SIDE) == SIDE_A:
         transform_factor(
-            entries, matrices,
+            entries, matrices, steps, keys,
             i_tensor, i_chunk, 1.0,
             COLUMN, COLUMN, P, P,
-            True, ADD,
+            True, ADD, STOCHASTIC, CORRECTION,
             UNIFORM_R, ALIGNED, EXPERTS, R_MAX,
             CHUNK, BLOCK_D, BLOCK_R, BLOCK_K,
         )  # fmt: skip
     else:
         transform_factor(
-            entries, matrices,
+            entries, matrices, steps, keys,
             i_tensor, i_chunk, 1.0,
             COLUMN, COLUMN, P, P,
-            False, ADD,
+            False, ADD, STOCHASTIC, CORRECTION,
             UNIFORM_R, ALIGNED, EXPERTS, R_MAX,
             CHUNK, BLOCK_D, BLOCK_R, BLOCK_K,
         )  # fmt: skip
@@ -112,23 +131,31 @@ def transform_(tensors: list[torch.Tensor], is_a: list[bool], matrices: torch.Te
     check_tensor("matrices", matrices, (len(tensors), r_max, r_max), torch.float32)
     if not tensors:
         return
-    _launch_transform([table.factors for table in find_tables([tensors], is_a)], matrices, 0, add, r_max)
+    _launch_transform([table.factors for table in find_tables([tensors], is_a)], matrices, 0, add, r_max, None)
     torch.autograd.graph.increment_version(tensors)
 
 
-def transform_tables_(tables: list[FactorTable], matrices: torch.Tensor, column: int, add: bool) -> None:
-    """Runs ``transform_`` on one column of tables. The caller increments version counters."""
-    _launch_transform(tables, matrices, column, add, matrices.shape[-1])
+def transform_tables_(
+    tables: list[FactorTable], matrices: torch.Tensor, column: int, add: bool, noise: Noise | None = None
+) -> None:
+    """Runs ``transform_`` on one column of tables. With ``noise`` results of 16 bits are rounded stochastically. The
+    caller increments version counters."""
+    _launch_transform(tables, matrices, column, add, matrices.shape[-1], noise)
 
 
-def _launch_transform(tables: list[FactorTable], matrices: torch.Tensor, column: int, add: bool, r_max: int) -> None:
+def _launch_transform(
+    tables: list[FactorTable], matrices: torch.Tensor, column: int, add: bool, r_max: int, noise: Noise | None
+) -> None:
+    pointers = matrices, *(noise or (matrices, matrices))  # without noise the kernel reads neither steps nor keys
+    aligned = alignments(pointers)
     with on_device(matrices):
         stream = stream_of(matrices)
         for table in tables:
-            flags = {"COLUMN": column, "P": TL_DTYPE[table.dtypes[column]], "ADD": add}
+            stochastic = noise is not None and table.dtypes[column].itemsize == 2
+            flags = {"COLUMN": column, "P": TL_DTYPE[table.dtypes[column]], "ADD": add, "STOCHASTIC": stochastic}
             make = lambda table=table, flags=flags: TransformLaunch(lora_transform_kernel, table, r_max, flags)
-            key = "transform", column, add, r_max, alignments([matrices])
-            plan(table.plans, key, stream, make)(table, matrices, stream)
+            key = "transform", column, add, r_max, stochastic, aligned
+            plan(table.plans, key, stream, make)(table, pointers, stream)
 
 
 class TransformLaunch:
@@ -147,7 +174,5 @@ class TransformLaunch:
             | tile.options(BLOCK_K=block_k(tile)),
         )
 
-    def __call__(
-        self, table: FactorTable, matrices: torch.Tensor, stream: int | None, rates: tuple = (), numbers: tuple = ()
-    ) -> None:
-        self.launch.go(stream, (table.entries, self.tile_map.tiles, matrices, *rates), numbers)
+    def __call__(self, table: FactorTable, pointers: tuple, stream: int | None, numbers: tuple = ()) -> None:
+        self.launch.go(stream, (table.entries, self.tile_map.tiles, *pointers), numbers)

@@ -11,6 +11,7 @@ Parameter groups and the shapes of states are in the order a, b.
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import ModuleType
@@ -23,6 +24,7 @@ from .. import backend, checks
 from ..kernels.device import to_device
 from ..kernels.grouping import group_by
 from ..kernels.records import Grams
+from ..layers.find import bare_name
 from .pairs import Pair
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name of a state → its shape and dtype
@@ -41,6 +43,11 @@ def adamw_state(pair: Pair) -> tuple[Shapes, Shapes]:
 
 
 NO_STATE: dict = {}
+
+
+def noise_key(name: str) -> int:
+    """Returns the key of stochastic rounding of the parameter of this name: 32 bits."""
+    return zlib.crc32(bare_name(name).encode())
 
 
 def states_of(parameters: list[Tensor], states: dict) -> list[dict]:
@@ -72,12 +79,13 @@ class Batch(ABC):
             GroupedBatch.
         pairs: the pairs of the batch. products: L, the number of their products.
         rests: whether each pair rests in the current step.
+        stochastic: whether new factors of 16 bits are rounded stochastically.
         settings_a, settings_b: the parameter groups of a and b, which contain lr, betas, eps and weight_decay.
     """
 
     ops: ModuleType
 
-    def __init__(self, members: list[PairInGroups], counts: list[int]):
+    def __init__(self, members: list[PairInGroups], counts: list[int], stochastic: bool):
         """``counts`` are the numbers of steps that each pair's b has taken. If a method uses both factors, a has taken
         as many; otherwise its number may differ."""
         self.pairs = [pair for pair, *_ in members]
@@ -87,11 +95,16 @@ class Batch(ABC):
         self._begun = 0  # steps since the batch was built; a pair's count is ``_offsets`` + ``_begun``
         self._offsets = counts
         self.rests = [False] * len(members)
+        self.stochastic = stochastic
 
     @classmethod
     @abstractmethod
     def build(
-        cls, members: list[PairInGroups], states: dict, layout: Callable[[Pair], tuple[Shapes, Shapes]]
+        cls,
+        members: list[PairInGroups],
+        states: dict,
+        layout: Callable[[Pair], tuple[Shapes, Shapes]],
+        stochastic: bool = False,
     ) -> list[Self]:
         """Returns the batches that together contain all members.
 
@@ -99,6 +112,7 @@ class Batch(ABC):
             members: pairs that agree in every property of partition.py's ``_key``.
             states: the optimizer's state, by parameter.
             layout: returns the shapes of the states of a pair's a and b, a's first.
+            stochastic: whether new factors of 16 bits are rounded stochastically.
         """
 
     def find_resting(self) -> None:
@@ -147,6 +161,12 @@ class Batch(ABC):
             self._per_pair[name] = to_device(values, dtype, like.device)
         return self._per_pair[name]
 
+    def noise_keys(self, factor: str) -> Tensor:
+        """Returns the keys of stochastic rounding of the products' ``factor``, "lora_A" or "lora_B": int64 (L,). They
+        are made from names, so that the noise depends on neither batch nor backend."""
+        names = [name for pair in self.pairs for name in pair.product_names]
+        return to_device([noise_key(f"{name}.{factor}") for name in names], torch.int64, self.pairs[0].a.device)
+
     @abstractmethod
     def intact(self) -> bool:
         """Returns whether parameters and state are still the tensors that the batch was built from."""
@@ -171,14 +191,22 @@ class Batch(ABC):
 
     @abstractmethod
     def scale(self, factor_scales: Tensor, gradient_scales: Tensor) -> None:
-        """Multiplies the columns of b and the rows of a by ``factor_scales``. Multiplies the same columns and rows of
-        gradients and first moments by ``gradient_scales``, and those of second moments by the square of
-        ``gradient_scales``. Both are (2L, r), b's first."""
+        """Multiplies the columns of b and the rows of a by ``factor_scales``, rounded to their dtype. Multiplies the
+        same columns and rows of gradients and first moments by ``gradient_scales``, and those of second moments by the
+        square of ``gradient_scales``. Both are (2L, r), b's first."""
 
     @abstractmethod
-    def merge(self, residual_scale: Tensor, chosen: list[bool], rounding: str, seed: int) -> None:
-        """Adds b diag(residual_scale) a to W for every product of the chosen pairs. ``residual_scale`` (L, r) already
-        contains the adapter's scaling. Stochastic rounding is seeded with ``seed`` and the number of the step."""
+    def merge(
+        self, residual_scale: Tensor, factor_scales: Tensor, chosen: list[bool], rounding: str, seed: int
+    ) -> None:
+        """Adds to W what every product of the chosen pairs loses when ``scale`` multiplies its factors.
+
+        Args:
+            residual_scale: (L, r), scaling (1 − α∘β), for b diag(residual_scale) a. Where a factor has 16 bits, the
+                product of the factors as ``scale`` rounds them counts.
+            factor_scales: (2L, r), as for ``scale``: α, then β.
+            rounding, seed: of the weight. Stochastic rounding is seeded with ``seed`` and the number of the step.
+        """
 
     @abstractmethod
     def adamw(self, grams: bool) -> None:

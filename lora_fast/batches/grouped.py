@@ -18,7 +18,8 @@ from ..kernels.device import to_device
 from ..kernels.launch import report_addresses
 from ..kernels.pairs import adamw, add_low_rank, gram, momentum, regularizers, transform
 from ..kernels.pairs.adamw import Settings
-from ..kernels.records import Grams, StepWork
+from ..kernels.pairs.transform import Noise
+from ..kernels.records import Grams, Scaled, StepWork
 from .batch import MOMENTS, Batch, PairInGroups, Trained, states_of, step_counts
 from .pairs import Pair
 
@@ -40,11 +41,11 @@ class GroupedBatch(Batch):
     _grams_after: Tensor | None
     _listed: list[pointer_table.TableWithGradients] | None
 
-    def __init__(self, members: list[PairInGroups], states: dict, layout: Callable):
+    def __init__(self, members: list[PairInGroups], states: dict, layout: Callable, stochastic: bool):
         pairs = [pair for pair, *_ in members]
         self._factors: list[Trained] = [pair.b for pair in pairs] + [pair.a for pair in pairs]
         counts = step_counts(self._factors, states)
-        super().__init__(members, counts[: len(pairs)])
+        super().__init__(members, counts[: len(pairs)], stochastic)
         self._rank, self._device = pairs[0].rank, self._factors[0].device
         experts = [pair.experts for pair in pairs] * 2
         rows = [float(count) for count, n in zip(counts, experts, strict=True) for _ in range(n)]
@@ -64,15 +65,18 @@ class GroupedBatch(Batch):
         self._names = (*self._moments, "step")
         is_a = [False] * len(self.pairs) + [True] * len(self.pairs)
         self._tables = pointer_table.build_tables(self._columns(), is_a, first, experts)
+        self._noise = None
+        if stochastic and any(p.dtype.itemsize == 2 for p in self._factors):
+            self._noise = Noise(self._steps, torch.cat([self.noise_keys("lora_B"), self.noise_keys("lora_A")]))
         self._places, self._dtypes = self._current_places(), [p.dtype for p in self._factors]
         self._state_addresses = [self._addresses_of_state(p) for p in self._factors]
         self._forget()
         self.find_resting()
 
     @classmethod
-    def build(cls, members: list[PairInGroups], states: dict, layout: Callable) -> list[Self]:
+    def build(cls, members: list[PairInGroups], states: dict, layout: Callable, stochastic: bool = False) -> list[Self]:
         """Returns one batch with all members."""
-        return [cls(members, states, layout)]
+        return [cls(members, states, layout, stochastic)]
 
     def find_resting(self) -> None:
         """Tells the tables which factors rest. Without methods, one factor of a pair may rest alone."""
@@ -172,7 +176,9 @@ class GroupedBatch(Batch):
     def scale(self, factor_scales: Tensor, gradient_scales: Tensor) -> None:
         self._work |= {"scale_p": factor_scales.contiguous(), "scale_g": gradient_scales.contiguous()}
 
-    def merge(self, residual_scale: Tensor, chosen: list[bool], rounding: str, seed: int) -> None:
+    def merge(
+        self, residual_scale: Tensor, factor_scales: Tensor, chosen: list[bool], rounding: str, seed: int
+    ) -> None:
         pairs = list(compress(self.pairs, chosen))
         weights = [pair.mergeable_weight.data for pair in pairs]
         residuals = None
@@ -183,11 +189,17 @@ class GroupedBatch(Batch):
             residuals = [x for pair, w in zip(pairs, residuals, strict=True) for x in _split_stored(pair, w)]
         weights = [x for pair, w in zip(pairs, weights, strict=True) for x in _split_stored(pair, w)]
         a, b = map(list, zip(*[factors for pair in pairs for factors in _split_factors(pair)], strict=True))
-        if not all(chosen):
-            parts = residual_scale.split([pair.experts for pair in self.pairs])
-            residual_scale = torch.cat(list(compress(parts, chosen)))
-        scale = residual_scale.float().contiguous()
-        add_low_rank.add_low_rank_(weights, a, b, scale, rounding, self._seed(seed), residuals)
+        scaling = self.per_pair("scaling", lambda pair: pair.scaling)
+        scales = [residual_scale, scaling, *factor_scales.chunk(2)]
+        if not all(chosen) or any(pair.transposed for pair in pairs):
+            sizes = [pair.experts for pair in self.pairs]
+            rows = list(compress(zip(*(x.split(sizes) for x in scales), strict=True), chosen))
+            # A weight that is stored transposed takes bᵀ for a, so that α and β change places.
+            rows = [row[:2] + row[:1:-1] if pair.transposed else row for pair, row in zip(pairs, rows, strict=True)]
+            scales = [torch.cat(parts) for parts in zip(*rows, strict=True)]
+        scale, *scaled = [x.contiguous() for x in scales]
+        seed_of_step = self._seed(seed)
+        add_low_rank.add_low_rank_(weights, a, b, scale, rounding, seed_of_step, residuals, Scaled(*scaled))
 
     def _seed(self, seed: int) -> int | Tensor:
         """Returns a seed that differs at each step, also when a CUDA graph replays the step. On a GPU the seed is
@@ -201,7 +213,7 @@ class GroupedBatch(Batch):
         return base + sum(pair.experts * (count - (not rests)) for pair, count, rests in taken)
 
     def adamw(self, grams: bool) -> None:
-        work = StepWork(**self._work, gram=grams)
+        work = StepWork(**self._work, gram=grams, keys=self._noise and self._noise.keys)
         factors = self._with_gradients()
         settings = self._settings()
         self._grams_after = adamw.step_tables_(factors, 2 * self.products, self._rank, settings, self._steps, work)
@@ -220,7 +232,7 @@ class GroupedBatch(Batch):
         return Grams(*totals)
 
     def move(self, matrices: Tensor) -> None:
-        momentum.move_(self._tables, matrices.contiguous(), self._settings())
+        momentum.move_(self._tables, matrices.contiguous(), self._settings(), self._noise)
         torch.autograd.graph.increment_version(self._factors)
         self._grams_before = None  # ``grams`` computes those of the moved factors
 
@@ -234,7 +246,8 @@ class GroupedBatch(Batch):
 
     def transform(self, matrices: Tensor, target: str = "value", add: bool = False) -> None:
         column = 0 if target == "value" else 1 + self._moments.index(target)
-        transform.transform_tables_(self._tables, matrices.contiguous(), column, add)
+        noise = self._noise if target == "value" else None
+        transform.transform_tables_(self._tables, matrices.contiguous(), column, add, noise)
         torch.autograd.graph.increment_version(self._columns()[column])
 
 

@@ -21,7 +21,11 @@ def runs_on_triton(pair: Pair) -> bool:
 
 
 def build(
-    members: list[PairInGroups], states: dict, layout: Callable[[Pair], tuple[Shapes, Shapes]], stacked: bool
+    members: list[PairInGroups],
+    states: dict,
+    layout: Callable[[Pair], tuple[Shapes, Shapes]],
+    stacked: bool,
+    stochastic: bool,
 ) -> list[Batch]:
     """Returns batches of all members: a GroupedBatch each of those that run on Triton, a StackedBatch each of others.
 
@@ -30,12 +34,13 @@ def build(
         states: the optimizer's state, by parameter.
         layout: returns the shapes of the state of a pair's a and b.
         stacked: whether all of them need a StackedBatch.
+        stochastic: whether new factors of 16 bits are rounded stochastically.
     """
     keyed = [(_key(member, not stacked and runs_on_triton(member[0])), member) for member in members]
     keyed.sort(key=lambda item: str(item[0]))  # devices have no order, strings do; stable within a batch
     batches: list[Batch] = []
     for (triton, *_), run in groupby(keyed, key=lambda item: item[0]):
-        batches += _kind(triton).build([member for _, member in run], states, layout)
+        batches += _kind(triton).build([member for _, member in run], states, layout, stochastic)
     return batches
 
 

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from .. import backend
 from ..kernels.device import to_device
-from ..kernels.records import Grams
-from ..ops.pairs import adamw_, at_least_float32, grams
+from ..kernels.limits import CORRECTION, UPDATE
+from ..kernels.records import Grams, Scaled
+from ..ops.pairs import adamw_, at_least_float32, float32_copy, grams
+from ..ops.reference.rounding import round_factors
 from ..ops.reference.scalora_solution import add_low_rank_
 from .batch import MOMENTS, Batch, PairInGroups, Shapes, Trained, states_of, step_counts
 
@@ -27,7 +29,10 @@ class Factor:
     Attributes:
         value: the stack of the parameters, (L, …). state: name → the stack of a state. Both exist from ``begin``
             to ``end`` only: between steps the slices alone hold the memory, so a user who moves them away frees it.
-        grad: the gradient after the methods applied so far, (L, …), or None while no method has changed it.
+        grad: the gradient after the methods applied so far, (L, …) in at least float32, or None while no method has
+            changed it. moment_scale: what ``scale`` multiplies first moments by, (L, …), or None.
+        is_a: whether the rank is the first dimension of a slice.
+        keys: the keys of stochastic rounding, int64 (L,), or None to round to nearest.
         steps: the step counts, (L,) float32, on the parameters' device.
         active: which slices do not rest, bool (L,), or None if none rests.
     """
@@ -36,14 +41,17 @@ class Factor:
     _positions: list[int]  # of the slices that do not rest
     _counts_agree: bool  # whether all slices have taken the same number of steps
     parameters: list[Trained]
-    grad: Tensor | None
+    is_a: bool
+    keys: Tensor | None
+    grad: Tensor | None = None
+    moment_scale: Tensor | None = None
     value: Tensor
     steps: Tensor
     state: dict[str, Tensor]
 
-    def __init__(self, parameters: list[Tensor], shapes: Shapes, states: dict):
+    def __init__(self, parameters: list[Tensor], is_a: bool, keys: Tensor | None, shapes: Shapes, states: dict):
         """Copies parameters and state into stacks, and makes both slices of the stacks. New state is zero."""
-        self.parameters, self.grad = parameters, None
+        self.parameters, self.is_a, self.keys = parameters, is_a, keys
         counts = step_counts(parameters, states)
         self._counts_agree = len(set(counts)) == 1
         device = parameters[0].device
@@ -101,7 +109,6 @@ class Factor:
     def begin(self) -> None:
         """Begins a step, which counts for the active slices. Makes the stacks from their slices."""
         self.steps += 1 if self.active is None else self.active
-        self.grad = None
         self.value = self._stack_from(self.parameters[0].data)
         first_state = self._states()[0]
         self.state = {name: self._stack_from(first_state[name]) for name in self._names}
@@ -112,7 +119,7 @@ class Factor:
 
     def end(self) -> None:
         """Ends a step."""
-        self.grad = None
+        self.grad = self.moment_scale = None
         del self.value, self.state
 
     def write(self, stack: Tensor, values: Tensor) -> None:
@@ -121,8 +128,46 @@ class Factor:
             values = torch.where(self.active.view(-1, *[1] * (stack.dim() - 1)), values, stack)
         stack.copy_(values)
 
-    def adamw(self, settings: dict) -> None:
-        """Applies AdamW to the active slices, with the parameters' own gradients unless a method has changed them."""
+    def round(self, values: Tensor, word3: int = UPDATE, *, is_flat: bool = False) -> Tensor:
+        """Returns new factors (L, …) in at least float32, rounded to the parameters' dtype (rounding.round_factors)."""
+        is_a = None if is_flat else self.is_a
+        return round_factors(values, self.value.dtype, self.keys, self.steps.expand(len(values)), is_a, word3)
+
+    def scale(self, factor_scale: Tensor, gradient_scale: Tensor) -> None:
+        """Scales values, gradients and, when AdamW reads them, moments. Both scales are (L, …) and broadcast."""
+        self.write(self.value, (self.value * factor_scale).to(self.value.dtype))
+        self.grad, self.moment_scale = self.gradient() * gradient_scale, gradient_scale
+
+    def adamw(self, settings: dict, grams: bool) -> None:
+        """Applies AdamW to the active slices, with the parameters' own gradients unless a method has changed them.
+        ``grams``: whether the Grams of the new factors are read afterwards, by which the kernels choose the numbering
+        of the noise."""
+        if self.value.dtype.itemsize == 2:
+            self._adamw_in_float32(settings, is_flat=self.grad is None and not grams)
+            return
+        if self.moment_scale is not None:
+            for name, scale in zip(MOMENTS, (self.moment_scale, self.moment_scale.square()), strict=True):
+                self.write(self.state[name], self.state[name] * scale)
+        self._adamw_in_place(settings)
+
+    def _adamw_in_float32(self, settings: dict, is_flat: bool) -> None:
+        """Applies AdamW to copies in float32, so that factors and moments are rounded once."""
+        moments = [self.state[name] for name in MOMENTS]
+        p, g, m, v = map(float32_copy, (self.value, self.gradient(), *moments))
+        if self.moment_scale is not None:
+            m *= self.moment_scale
+            v *= self.moment_scale.square()
+        steps = list(self.steps.expand(len(p)))
+        if self.active is None and self._counts_agree:
+            adamw_([p], [g], [m], [v], steps[:1], settings)
+        else:
+            p_active, g_active, m_active, v_active = ([x[i] for i in self._positions] for x in (p, g, m, v))
+            adamw_(p_active, g_active, m_active, v_active, [steps[i] for i in self._positions], settings)
+        for stack, values in zip(moments, (m, v), strict=True):
+            self.write(stack, values)
+        self.write(self.value, self.round(p, is_flat=is_flat))
+
+    def _adamw_in_place(self, settings: dict) -> None:
         p = [parameter.data for parameter in self.parameters]
         states = self._states()
         m, v, steps = ([state[name] for state in states] for name in (*MOMENTS, "step"))
@@ -133,7 +178,6 @@ class Factor:
             p, g, m, v = [self.value], [self.grad], *([self.state[name]] for name in MOMENTS)
             steps = steps[:1]
         adamw_(p, g, m, v, steps, settings)
-        self.grad = None
 
 
 class ExpertsFactor(Factor):
@@ -145,10 +189,20 @@ class ExpertsFactor(Factor):
         steps: the parameter's step count, (1,) float32.
     """
 
-    def __init__(self, parameter: Tensor, split: Callable[[Tensor], Tensor], shapes: Shapes, states: dict):
+    _counts_agree = True
+
+    def __init__(
+        self,
+        parameter: Tensor,
+        split: Callable[[Tensor], Tensor],
+        is_a: bool,
+        keys: Tensor | None,
+        shapes: Shapes,
+        states: dict,
+    ):
         """``split`` returns the view (E, …) of a tensor of the parameter's shape. A state of another shape already has
         the experts as its first dimension. New state is zero."""
-        self.parameters, self.grad, self._split = [parameter], None, split
+        self.parameters, self.is_a, self.keys, self._split = [parameter], is_a, keys, split
         parameter.data = parameter.data.contiguous()
         state, device = states[parameter], parameter.device
         self.steps = to_device(step_counts([parameter], states), torch.float32, device)
@@ -166,14 +220,16 @@ class ExpertsFactor(Factor):
     def gradient(self) -> Tensor:
         return self._split(self.parameters[0].grad) if self.grad is None else self.grad
 
-    def adamw(self, settings: dict) -> None:
+    def adamw(self, settings: dict, grams: bool) -> None:
+        super().adamw(settings, grams=True)  # the kernels number interleaved factors by rows in any case
+
+    def _adamw_in_place(self, settings: dict) -> None:
         """Applies AdamW to the whole parameter, since it works entry by entry."""
         parameter = self.parameters[0]
         gradient = parameter.grad
         if self.grad is not None:  # bring (E, …) back to the parameter's layout
             gradient = torch.empty_like(parameter)
             self._split(gradient).copy_(self.grad)
-            self.grad = None
         state = self._states()[0]
         m, v = ([state[name]] for name in MOMENTS)
         adamw_([parameter.data], [gradient], m, v, [self.steps[0]], settings)
@@ -190,26 +246,29 @@ class StackedBatch(Batch):
     a: Factor
     b: Factor
 
-    def __init__(self, members: list[PairInGroups], states: dict, shapes: tuple[Shapes, Shapes]):
-        super().__init__(members, step_counts([pair.b for pair, *_ in members], states))
+    def __init__(self, members: list[PairInGroups], states: dict, shapes: tuple[Shapes, Shapes], stochastic: bool):
+        super().__init__(members, step_counts([pair.b for pair, *_ in members], states), stochastic)
         pair = self.pairs[0]
+        keys_a = keys_b = None
+        if stochastic and 2 in (pair.a.dtype.itemsize, pair.b.dtype.itemsize):
+            keys_a, keys_b = self.noise_keys("lora_A"), self.noise_keys("lora_B")
         if pair.experts > 1:
-            self.a = ExpertsFactor(pair.a, pair.split_a, shapes[0], states)
-            self.b = ExpertsFactor(pair.b, pair.split_b, shapes[1], states)
+            self.a = ExpertsFactor(pair.a, pair.split_a, True, keys_a, shapes[0], states)
+            self.b = ExpertsFactor(pair.b, pair.split_b, False, keys_b, shapes[1], states)
         else:
-            self.a = Factor([pair.a for pair in self.pairs], shapes[0], states)
-            self.b = Factor([pair.b for pair in self.pairs], shapes[1], states)
+            self.a = Factor([pair.a for pair in self.pairs], True, keys_a, shapes[0], states)
+            self.b = Factor([pair.b for pair in self.pairs], False, keys_b, shapes[1], states)
         self.find_resting()
 
     @classmethod
-    def build(cls, members: list[PairInGroups], states: dict, layout: Callable) -> list[Self]:
+    def build(cls, members: list[PairInGroups], states: dict, layout: Callable, stochastic: bool = False) -> list[Self]:
         """Returns one stack of all members. On a CPU it is divided into stacks that each fit the cache, and each pair
         of experts is a stack of its own."""
         pair = members[0][0]
         size = len(members) if pair.a.is_cuda else max(1, CACHED // max(1, pair.a.numel(), pair.b.numel()))
         size = 1 if pair.experts > 1 else size
         parts = [members[i : i + size] for i in range(0, len(members), size)]
-        return [cls(part, states, layout(pair)) for part in parts]
+        return [cls(part, states, layout(pair), stochastic) for part in parts]
 
     def find_resting(self) -> None:
         super().find_resting()
@@ -235,7 +294,7 @@ class StackedBatch(Batch):
 
     def add_to_gradients(self, coefficients: Tensor) -> None:
         for factor, c in zip((self.b, self.a), coefficients.chunk(2), strict=True):
-            factor.grad = (at_least_float32(factor.gradient()) + c[:, None, None] * factor.value).to(factor.value.dtype)
+            factor.grad = at_least_float32(factor.gradient()) + c[:, None, None] * factor.value
 
     def precondition(self, damping: float) -> None:
         ka, kb, *_ = self.grams()
@@ -244,21 +303,18 @@ class StackedBatch(Batch):
 
     def transform_gradients(self, matrices: Tensor) -> None:
         matrices_b, matrices_a = matrices.chunk(2)
-        self.a.grad = (matrices_a @ at_least_float32(self.a.gradient())).to(self.a.value.dtype)
-        self.b.grad = (at_least_float32(self.b.gradient()) @ matrices_b).to(self.b.value.dtype)
+        self.a.grad = matrices_a @ at_least_float32(self.a.gradient())
+        self.b.grad = at_least_float32(self.b.gradient()) @ matrices_b
 
     def scale(self, factor_scales: Tensor, gradient_scales: Tensor) -> None:
         broadcasts = (slice(None), None), (slice(None), slice(None), None)  # over the columns of b, the rows of a
         sides = zip((self.b, self.a), broadcasts, factor_scales.chunk(2), gradient_scales.chunk(2), strict=True)
         for factor, broadcast, *scales in sides:
-            factor_scale, gradient_scale = (scale[broadcast].to(factor.value.dtype) for scale in scales)
-            factor.grad = factor.gradient() * gradient_scale
-            moments = (factor.state[name] for name in MOMENTS)
-            changes = factor_scale, gradient_scale, gradient_scale.square()
-            for stack, change in zip((factor.value, *moments), changes, strict=True):
-                factor.write(stack, stack * change)
+            factor.scale(*(scale[broadcast] for scale in scales))
 
-    def merge(self, residual_scale: Tensor, chosen: list[bool], rounding: str, seed: int) -> None:
+    def merge(
+        self, residual_scale: Tensor, factor_scales: Tensor, chosen: list[bool], rounding: str, seed: int
+    ) -> None:
         names = [name for pair in self.pairs for name in pair.product_names]
         counts = [n for pair, n in zip(self.pairs, self.counts(), strict=True) for _ in range(pair.experts)]
         merged = [flag for pair, flag in zip(self.pairs, chosen, strict=True) for _ in range(pair.experts)]
@@ -268,15 +324,18 @@ class StackedBatch(Batch):
         if stored is not None:
             residuals = stored.mT if self.pairs[0].transposed else stored  # stored in the layout of the weight
         captured = backend.is_capturing(weights[0].device)  # a seed would be the same at every replay
-        operands = zip(weights, self.a.value, self.b.value, residual_scale, residuals, names, counts, strict=True)
-        for weight, a, b, scale, residual, name, count in compress(operands, merged):
+        scaling = self.per_pair("scaling", lambda pair: pair.scaling)
+        scaled = map(Scaled, scaling, *factor_scales.chunk(2))
+        factors = self.a.value, self.b.value
+        operands = zip(weights, *factors, residual_scale, residuals, scaled, names, counts, strict=True)
+        for weight, a, b, scale, residual, scales, name, count in compress(operands, merged):
             # By the product's name, the noise does not depend on the batch. torch's CPU generator takes 32 bits.
             product_seed = None if captured else zlib.crc32(f"{seed} {count} {name}".encode())
-            add_low_rank_(weight, a, b, scale, rounding, product_seed, residual)
+            add_low_rank_(weight, a, b, scale, rounding, product_seed, residual, scales)
 
     def adamw(self, grams: bool) -> None:
-        self.a.adamw(self.settings_a)
-        self.b.adamw(self.settings_b)
+        self.a.adamw(self.settings_a, grams)
+        self.b.adamw(self.settings_b, grams)
 
     def momentum(self, beta: float) -> Grams:
         moments = []
@@ -298,11 +357,12 @@ class StackedBatch(Batch):
         )
         for factor, settings, change in sides:
             decay = 1 - settings["lr"] * settings["weight_decay"]
-            factor.write(factor.value, (decay * at_least_float32(factor.value) + change).to(factor.value.dtype))
+            factor.write(factor.value, factor.round(decay * at_least_float32(factor.value) + change))
 
     def transform(self, matrices: Tensor, target: str = "value", add: bool = False) -> None:
         matrices_b, matrices_a = matrices.chunk(2)
         a, b = (factor.value if target == "value" else factor.state[target] for factor in (self.a, self.b))
         products = (self.a, a, matrices_a @ at_least_float32(a)), (self.b, b, at_least_float32(b) @ matrices_b)
         for factor, stack, product in products:
-            factor.write(stack, (stack + product if add else product).to(stack.dtype))
+            values = stack + product if add else product
+            factor.write(stack, factor.round(values, CORRECTION) if target == "value" else values.to(stack.dtype))

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.device import to_device
 from ..kernels.grouping import group_by
-from ..ops.pairs import adamw_, with_strides_of
-from .batch import MOMENTS, states_of
+from ..ops.pairs import adamw_, float32_copy, with_strides_of
+from ..ops.reference.rounding import round_factors
+from .batch import MOMENTS, noise_key, states_of
 
 
 class UnpairedParameters:
@@ -22,13 +24,18 @@ class UnpairedParameters:
         parameters: the parameters. group: the index of their parameter group.
     """
 
-    def __init__(self, parameters: list[Tensor], group: int, states: dict):
+    def __init__(
+        self, parameters: list[Tensor], group: int, states: dict, state_dtype: torch.dtype, keys: list[int] | None
+    ):
+        """``state_dtype`` is the dtype of the moments. ``keys`` are those of stochastic rounding; None rounds to
+        nearest."""
         self.parameters, self.group = parameters, group
-        self._optimizer_states = states
+        self._optimizer_states, self._keys = states, keys
+        self._state_dtype = state_dtype
         for p in parameters:
             for name in MOMENTS:
-                moment = states[p][name].to(p.device, p.dtype) if name in states[p] else torch.zeros_like(p)
-                states[p][name] = with_strides_of(moment, p)
+                moment = states[p][name] if name in states[p] else torch.zeros_like(p)
+                states[p][name] = with_strides_of(moment.to(p.device, state_dtype), p)
         like: dict[str, Any] = {"dtype": torch.float32, "device": parameters[0].device}
         counts = [state.get("step", torch.zeros((), **like)) for state in states_of(parameters, states)]
         self._steps = torch.stack([count.to(**like) for count in counts])
@@ -39,10 +46,29 @@ class UnpairedParameters:
         self.find_resting()
 
     @classmethod
-    def build(cls, parameters: list[Tensor], group: int, states: dict) -> list[UnpairedParameters]:
-        """Returns one instance for each device and dtype among the parameters."""
-        kinds = group_by(parameters, lambda p: (p.device, p.dtype))
-        return [cls(members, group, states) for members in kinds.values()]
+    def build(
+        cls,
+        named: list[tuple[str, Tensor]],
+        group: int,
+        states: dict,
+        state_dtype: torch.dtype | None,
+        stochastic: bool,
+    ) -> list[UnpairedParameters]:
+        """Returns one instance for each device and dtype among the named parameters.
+
+        Args:
+            named: names and parameters.
+            group: the index of their parameter group.
+            states: the optimizer's state, by parameter.
+            state_dtype: the least dtype of the moments; None is the parameters' own.
+            stochastic: whether new parameters of 16 bits are rounded stochastically.
+        """
+        instances = []
+        for (_, dtype), members in group_by(named, lambda entry: (entry[1].device, entry[1].dtype)).items():
+            keys = [noise_key(name) for name, _ in members] if stochastic and dtype.itemsize == 2 else None
+            moments_dtype = dtype if state_dtype is None else torch.promote_types(dtype, state_dtype)
+            instances.append(cls([p for _, p in members], group, states, moments_dtype, keys))
+        return instances
 
     def intact(self) -> bool:
         """Returns whether devices and dtypes are unchanged, every state exists, and the step counts are still the
@@ -67,15 +93,30 @@ class UnpairedParameters:
         return [(p.device, p.dtype) for p in self.parameters]
 
     def step(self, settings: dict) -> None:
-        parameters, counts = self.parameters, self._counts
+        parameters, counts, keys = self.parameters, self._counts, self._keys
         if self._active is None:
             self._steps += 1
         else:
             parameters, counts = (list(compress(x, self._active)) for x in (parameters, counts))
+            keys = keys and list(compress(keys, self._active))
             if not parameters:
                 return
             torch._foreach_add_(counts, 1)
-        gradients = [p.grad for p in parameters]
+        gradients: list = [p.grad for p in parameters]
         states = states_of(parameters, self._optimizer_states)
         m, v = ([state[name] for state in states] for name in MOMENTS)
-        adamw_(parameters, gradients, m, v, counts, settings)
+        if keys is None and self._state_dtype == parameters[0].dtype:
+            adamw_(parameters, gradients, m, v, counts, settings)
+            return
+        new_p, wide_g, new_m, new_v = ([float32_copy(x) for x in xs] for xs in (parameters, gradients, m, v))
+        adamw_(new_p, wide_g, new_m, new_v, counts, settings)
+        torch._foreach_copy_([*m, *v, *parameters], [*new_m, *new_v, *self._rounded(new_p, counts, keys)])
+
+    def _rounded(self, values: list[Tensor], counts: list[Tensor], keys: list[int] | None) -> list[Tensor]:
+        """Returns new parameters in float32, rounded to the parameters' dtype."""
+        dtype = self.parameters[0].dtype
+        if keys is None:
+            return values
+        on_device = to_device(keys, torch.int64, values[0].device)
+        rows = zip(values, on_device.split(1), counts, strict=True)
+        return [round_factors(x[None], dtype, key, count[None], None)[0] for x, key, count in rows]

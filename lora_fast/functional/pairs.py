@@ -79,7 +79,8 @@ def scalora_scaling(
 
     Returns:
         alpha (r,) for b's columns, beta (r,) for a's rows, and info, which is 0 where the unconstrained optimum is
-        valid; lists of them for lists. The scale of an inactive column (b = 0, for example) is 1.
+        valid; lists of them for lists. The scale of an inactive column (b = 0, for example) is 1, and the scales of a
+        pair that is not finite are NaN.
 
     Raises:
         ArgumentError: shapes that do not fit, kappa or scaling not above 0, or an unknown solver.
@@ -96,6 +97,8 @@ def scalora_scaling(
         x, active, info = ops.scalora_solve(*ops.pair_grams(*members), solver)
         # Without limits. The last two results, scales of gradients and of the merge, are not needed.
         factors, *_ = ops.scales(x, active, kappa, torch.ones_like(x[:, 0]), 0.0, None)
+        # A step scales a pair that is not finite by 1. Here that would pass for a result.
+        factors = factors.masked_fill(torch.cat(x.chunk(2, -1)).isnan(), torch.nan)
         return (*factors.chunk(2), info)
 
     return _unpack(_together(compute, lambda a: a.shape[0], *lists), 3, single)
@@ -199,6 +202,9 @@ def adapter_step_(
     for name, shape in (("additive", (n,)), ("matrices", (n, r, r)), ("scale_p", (n, r)), ("scale_g", (n, r))):
         if getattr(work, name) is not None:
             _check_rows(name, getattr(work, name), shape, dtype)
+    if work.keys is not None:
+        _check_rows("keys", work.keys, (n,), torch.int64)
+        _check_contiguous_for_triton("keys", work.keys)
     # Scaled factors with unscaled gradients, or the reverse, would be those of another product.
     if (work.scale_p is None) != (work.scale_g is None):
         raise checks.ArgumentError("scale_p, scale_g", "both or neither", "one of them")

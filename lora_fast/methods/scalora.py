@@ -138,7 +138,7 @@ class ScaLoRA(Method):
             for pair, scale in compress(zip(batch.pairs, pair_scales, strict=True), due[batch]):
                 keep = self.keep if pair.experts == 1 else "weights"  # adapter files have no place for terms of experts
                 merge_log.record(pair.layer, pair.a, pair.b, scale, keep)
-            batch.merge(batch_residual_scale, due[batch], self.rounding, self.seed)
+            batch.merge(batch_residual_scale, batch_factor_scales, due[batch], self.rounding, self.seed)
             batch.scale(batch_factor_scales, batch_gradient_scales)
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "GAUGES",
     "adamw_",
     "at_least_float32",
+    "float32_copy",
     "grams",
     "hyperbalance",
     "refactor",
@@ -48,6 +49,11 @@ def with_strides_of(x: Tensor, p: Tensor) -> Tensor:
     if x.stride() == p.stride():
         return x
     return torch.empty_like(p, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def float32_copy(x: Tensor) -> Tensor:
+    """Returns a contiguous copy of x in float32."""
+    return x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
 def hyperbalance(ka: Tensor, kb: Tensor, gauge: str = "symmetric") -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels.limits import PHILOX_ROUNDS
+from .rounding import noise
 
 __all__ = ["backward", "draw_mask", "forward", "grad_a", "grad_s_b", "grad_x", "linear", "project"]
 
@@ -146,26 +146,6 @@ def draw_mask(x: Tensor, dropout_p: float, seed: int | Tensor) -> Tensor:
 
 
 def philox_mask(seed: int, n_tokens: int, d_in: int, dropout_p: float) -> Tensor:
-    """Returns the kernels' dropout mask, bit for bit: Philox 4x32-7 (Salmon et al., SC 2011) with key = seed and
-    counter = (token, column // 8, 0, 0). Its four words are eight 16-bit numbers, low half first, one per column. An
-    element is kept when its number is at least ``drop_level``."""
-    groups = -(-d_in // 8)
-    low = 0xFFFFFFFF
-    c0 = torch.arange(n_tokens, dtype=torch.int64, device="cpu").view(-1, 1).expand(n_tokens, groups)
-    c1 = torch.arange(groups, dtype=torch.int64, device="cpu").expand(n_tokens, groups)
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
-    k0, k1 = seed & low, (seed >> 32) & low
-    for _ in range(PHILOX_ROUNDS):
-        high_a, low_a = _multiply_32(0xD2511F53, c0)
-        high_b, low_b = _multiply_32(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    halves = torch.stack([half for word in (c0, c1, c2, c3) for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    return halves.reshape(n_tokens, groups * 8)[:, :d_in] >= drop_level(dropout_p)
-
-
-def _multiply_32(constant: int, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the high and low 32 bits of constant · c. c is split into 16-bit halves, so that int64 is enough."""
-    low_product = constant * (c & 0xFFFF)
-    high_product = constant * (c >> 16) + (low_product >> 16)
-    return high_product >> 16, ((high_product & 0xFFFF) << 16) | (low_product & 0xFFFF)
+    """Returns the kernels' dropout mask, bit for bit. An element is kept when its 16-bit number of ``rounding.noise``
+    with key = seed is at least ``drop_level``."""
+    return noise(seed, n_tokens, d_in) >= drop_level(dropout_p)

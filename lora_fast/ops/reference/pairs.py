@@ -14,6 +14,7 @@ from ...kernels.grouping import group_by
 from ...kernels.limits import MUON_DAMPING_ULPS
 from ...kernels.records import Grams, StepWork
 from . import scalora_solution
+from .rounding import round_factors
 from .scalora_solution import scales, scalora_solve
 
 __all__ = [
@@ -139,8 +140,12 @@ def adapter_step_(
         parts = [None if x is None else x[indices] for x in work[:4]]
         # Rows of ``work`` are padded to the largest rank in every dimension but the first.
         parts = [x if x is None else x[(slice(None), *[slice(r)] * (x.dim() - 1))] for x in parts]
-        new_stacks = _step_stacks(stacks, side, hyper[indices], steps[indices], *parts)
-        for j, stack in zip((0, 2, 3), new_stacks, strict=True):  # p, m and v
+        dtype, t = factors[indices[0]][0].dtype, steps[indices]
+        new_p, *moments = _step_stacks(stacks, dtype, side, hyper[indices], t, *parts)
+        keys = None if work.keys is None else work.keys[indices]
+        is_flat = not work.gram and all(part is None for part in parts)
+        new_p = round_factors(new_p, dtype, keys, t, None if is_flat else side)
+        for j, stack in zip((0, 2, 3), (new_p, *moments), strict=True):  # p, m and v
             for i, x in zip(indices, stack, strict=True):
                 factors[i][j].copy_(x)
         if totals is not None:
@@ -150,9 +155,10 @@ def adapter_step_(
 
 
 def _step_stacks(
-    stacks: list[Tensor], is_a: bool, hyper: Tensor, t: Tensor, additive, matrices, scale_p, scale_g
+    stacks: list[Tensor], dtype: torch.dtype, is_a: bool, hyper: Tensor, t: Tensor, additive, matrices, scale_p, scale_g
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the new p, m and v of the stacks p, g, m and v, (L, …) each."""
+    """Returns the new p, m and v of the stacks p, g, m and v, (L, …) each. Scaled factors are rounded to ``dtype``, as
+    the merge rounds them."""
     p, g, m, v = stacks
     if additive is not None:
         g = g + additive[:, None, None] * p
@@ -160,7 +166,7 @@ def _step_stacks(
         g = matrices @ g if is_a else g @ matrices
     if scale_p is not None:
         d, e = ((x[:, :, None] if is_a else x[:, None, :]) for x in (scale_p, scale_g))
-        p, g, m, v = d * p, e * g, e * m, e * e * v
+        p, g, m, v = (d * p).to(dtype).to(p.dtype), e * g, e * m, e * e * v
     lr, beta1, beta2, eps, decay = hyper[:, :, None, None].unbind(1)
     t = t.double()[:, None, None]
     cast = lambda x: x.to(p.dtype)  # scalars are computed in float64, since 1 − β₂ has few digits in float32

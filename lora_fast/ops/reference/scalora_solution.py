@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ...kernels.limits import COLLINEAR, INACTIVE, RIDGE
+from ...kernels.records import Scaled
+from .rounding import round_stochastic
 
 RIDGES = (RIDGE, 10 * RIDGE, 100 * RIDGE)  # the first one with which the system factors is used
 PIVOTS, ROUNDS = 8, 2  # rounds of block pivoting and of coordinate descent
@@ -51,14 +53,15 @@ def scales(
     x: Tensor, active: Tensor, kappa: float | Tensor, scaling: Tensor, low: float, high: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the scales that a step applies: √(x/κ) clipped to ``low`` and ``high``, for the x of ``scalora_solve``,
-    and 1 for inactive entries or where κ is 0 or less.
+    and 1 for inactive entries, entries that are not finite, or where κ is 0 or less.
 
     Returns:
         scales of the factors, [α for b; β for a] (2L, r); scales of their gradients, [β; α] (2L, r); and the scale of
         the residual b a that is merged before, scaling (1 − α∘β) (L, r).
     """
     kappa = torch.as_tensor(kappa, dtype=torch.float64, device=x.device)
-    scale = torch.where(active & ~(kappa <= 0), (x / kappa.to(x.dtype)).sqrt().clamp(low, high), 1.0)
+    chosen = active & (kappa > 0) & x.isfinite()
+    scale = torch.where(chosen, (x / kappa.to(x.dtype)).sqrt().clamp(low, high), 1.0)
     alpha, beta = scale.chunk(2, -1)
     return torch.cat([alpha, beta]), torch.cat([beta, alpha]), scaling[:, None] * (1 - alpha * beta)
 
@@ -171,38 +174,42 @@ def add_low_rank_(
     rounding: str,
     seed: int | None = 0,
     residual: Tensor | None = None,
+    scaled: Scaled | None = None,
 ) -> None:
-    """weight += b diag(scale) a in place: (d_out, d_in), (r, d_in), (d_out, r), (r,). The sum is computed in float32
-    (float64 for a float64 weight) and rounded once. "compensated" stores the rounding error in ``residual``, which has
-    the weight's shape and dtype."""
-    if weight.dtype in (torch.float32, torch.float64):
-        weight.addmm_((b * scale).to(weight.dtype), a.to(weight.dtype))
-        return
-    total = weight.float()
-    if rounding == "compensated":
+    """weight += b diag(scale) a in place: (d_out, d_in), (r, d_in), (d_out, r), (r,). A rank whose scale is 0 adds 0,
+    also where a or b is not finite. With ``scaled``, of one pair, a factor of 16 bits that is then scaled is rounded;
+    what is added is the product less that of the factors as they are then.
+
+    The sum is computed in float32 (float64 for a float64 weight) and rounded once. "compensated" stores the rounding
+    error in ``residual``, which has the weight's shape and dtype.
+    """
+    exact = weight.dtype in (torch.float32, torch.float64)
+    total = weight if exact else weight.float()
+    if rounding == "compensated" and not exact:
         assert residual is not None, "compensated rounding adds a residual"
         total += residual
-    total.addmm_(b.float() * scale.float(), a.float())
+    for term_b, term_a in lost_terms(a, b, scale, scaled):
+        total.addmm_(term_b.to(total.dtype), term_a.to(total.dtype))
+    if exact:
+        return
     if rounding == "stochastic":
-        weight.copy_(stochastic_round(total, weight.dtype, seed))
+        # torch's generator is several times faster than ``rounding.noise``. Without a seed it is the device's default
+        # one, the only one that a CUDA graph can capture.
+        generator = None if seed is None else torch.Generator(weight.device).manual_seed(seed)
+        numbers = torch.randint(1 << 16, total.shape, generator=generator, device=weight.device, dtype=torch.int32)
+        weight.copy_(round_stochastic(total, numbers, weight.dtype))
         return
     weight.copy_(total)
     if rounding == "compensated" and residual is not None:
         residual.copy_(total.sub_(weight))
 
 
-def stochastic_round(x: Tensor, dtype: torch.dtype, seed: int | None) -> Tensor:
-    """Rounds float32 to float16 or bfloat16, up or down with the probability that makes the expectation exact.
-
-    A random number is added to the bits that the cast drops. Below float16's normal range the spacing is constant, and
-    adding a uniform number before a floor has the same effect. Values that are not finite are not changed. Without a
-    seed the numbers are those of the device's default generator, the only one that a CUDA graph can capture.
-    """
-    dropped = 16 if dtype == torch.bfloat16 else 13  # bits of float32's mantissa beyond that of dtype
-    generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
-    noise = torch.randint(1 << dropped, x.shape, generator=generator, device=x.device, dtype=torch.int32)
-    rounded = ((x.view(torch.int32) + noise) & -(1 << dropped)).view(torch.float32)
-    if dtype == torch.float16:
-        small = torch.floor(x * 2.0**24 + noise * 2.0**-dropped) * 2.0**-24
-        rounded = torch.where(x.abs() < 2.0**-14, small, rounded)
-    return torch.where(torch.isfinite(x), rounded, x).to(dtype)
+def lost_terms(a: Tensor, b: Tensor, scale: Tensor, scaled: Scaled | None) -> list[tuple[Tensor, Tensor]]:
+    """Returns what the product of a pair loses by a scaling, as terms (b', a') of which b' a' is the sum."""
+    if scaled is None or 2 not in (a.dtype.itemsize, b.dtype.itemsize):
+        changes = scale != 0
+        return [(torch.where(changes, b * scale, 0.0), torch.where(changes[:, None], a, 0.0))]
+    changes = (scaled.alpha != 1) | (scaled.beta != 1)
+    b, a = torch.where(changes, b, 0.0), torch.where(changes[:, None], a, 0.0)
+    new_b, new_a = (b * scaled.alpha).to(b.dtype), (a * scaled.beta[:, None]).to(a.dtype)
+    return [(b * scaled.scaling, a), (new_b * -scaled.scaling, new_a)]
