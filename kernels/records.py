@@ -20,11 +20,11 @@ class Scaled(NamedTuple):
     """The scales by which n pairs are multiplied after a merge, b ← b diag(alpha) and a ← diag(beta) a, in float32.
 
     Attributes:
-        scaling: alpha / r of each adapter (n,).
+        scaling: alpha / r of each adapter, (n,), or a number and rows (R,) for one pair.
         alpha, beta: (n, R).
     """
 
-    scaling: Tensor
+    scaling: Tensor | float
     alpha: Tensor
     beta: Tensor
 

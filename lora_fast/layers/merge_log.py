@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..kernels.records import Scaled
+from ..ops.pairs import lost_terms
 
 KEEP = ("weights", "terms")
 MARK, TERMS = "changed_base", "changed_by"  # attributes of the weight's holder and of the adapter's layer
@@ -29,13 +31,14 @@ class Terms:
     terms: list[Term]
     _copying_from: set[torch.device] = field(default_factory=set)
 
-    def add(self, a: Tensor, b: Tensor, residual_scale: Tensor) -> None:
-        """Appends a term. Copies from a GPU go into pinned memory asynchronously. Another thread may call ``arrived``
-        meanwhile: the device is noted before the term is appended, and never removed."""
-        if b.is_cuda:
-            self._copying_from.add(b.device)
-        scaled_b = (b * residual_scale).to("cpu", b.dtype, non_blocking=True)
-        self.terms.append((scaled_b, a.to("cpu", non_blocking=True, copy=True)))  # a copy also from the CPU
+    def add(self, terms: list[Term]) -> None:
+        """Appends terms. Copies from a GPU go into pinned memory asynchronously. Another thread may call ``arrived``
+        meanwhile: a device is noted before its terms are appended, and never removed."""
+        for b, a in terms:
+            if b.is_cuda:
+                self._copying_from.add(b.device)
+            # Copies also from the CPU.
+            self.terms.append((b.to("cpu", non_blocking=True, copy=True), a.to("cpu", non_blocking=True, copy=True)))
 
     def arrived(self) -> list[Term]:
         """Returns the terms up to now after waiting for their copies."""
@@ -73,8 +76,16 @@ def mark(layer: nn.Module, terms: list[Term] | None = None) -> None:
 
 
 @torch.no_grad()
-def record(layer: nn.Module | None, a: Tensor, b: Tensor, residual_scale: Tensor, keep: str = "weights") -> None:
-    """Records that b diag(residual_scale) a is added to the layer's frozen weight.
+def record(
+    layer: nn.Module | None,
+    a: Tensor,
+    b: Tensor,
+    residual_scale: Tensor,
+    keep: str = "weights",
+    scaled: Scaled | None = None,
+) -> None:
+    """Records that b diag(residual_scale) a is added to the layer's frozen weight, or, with ``scaled``, what a product
+    of 16-bit factors loses by that scaling (``scalora_solution.lost_terms``).
 
     It must be called at every merge, before or after it, with the a and b of that product. With ``keep="weights"`` it
     launches nothing on a device, so that a CUDA graph may capture the merge. Terms are kept as long as every merge into
@@ -82,10 +93,10 @@ def record(layer: nn.Module | None, a: Tensor, b: Tensor, residual_scale: Tensor
 
     Args:
         layer: the adapter's layer (``Pair.layer``). None, for a pair of bare tensors, records nothing.
-        a: (r, d_in). b: (d_out, r). residual_scale: (r,).
-        keep: "weights" records only the mark; the weight is then saved whole. "terms" also keeps the term in the
-            adapter's dtype in the CPU's memory, r (d_out + d_in) numbers a merge. Terms restore a 16-bit weight only to
-            its rounding.
+        a: (r, d_in). b: (d_out, r). residual_scale: (r,). scaled: of this pair.
+        keep: "weights" records only the mark; the weight is then saved whole. "terms" also keeps the term in the CPU's
+            memory, r (d_out + d_in) numbers a merge, or twice as many for 16-bit factors. Terms restore a 16-bit weight
+            only to its rounding.
 
     Raises:
         ArgumentError: ``keep="terms"`` while a CUDA graph is captured, whose replays run no Python and would not be
@@ -102,4 +113,4 @@ def record(layer: nn.Module | None, a: Tensor, b: Tensor, residual_scale: Tensor
     if not is_changed(holder(layer)):
         mark(layer, [])
     if TERMS in layer.__dict__:
-        getattr(layer, TERMS).add(a, b, residual_scale)
+        getattr(layer, TERMS).add(lost_terms(a, b, residual_scale, scaled))

@@ -22,7 +22,7 @@ from ..batches.pairs import Pair, check_mergeable
 from ..batches.partition import runs_on_triton
 from ..kernels.grouping import group_by
 from ..kernels.limits import LARGEST_SCALORA_RANK, ROUNDINGS, SOLVERS
-from ..kernels.records import Grams
+from ..kernels.records import Grams, Scaled
 from ..layers import merge_log
 from .method import Method
 
@@ -134,10 +134,15 @@ class ScaLoRA(Method):
 
         parts = zip(members, split(factor_scales), split(gradient_scales), residual_scale.split(lengths), strict=True)
         for batch, batch_factor_scales, batch_gradient_scales, batch_residual_scale in parts:
-            pair_scales = batch_residual_scale.split([pair.experts for pair in batch.pairs])
-            for pair, scale in compress(zip(batch.pairs, pair_scales, strict=True), due[batch]):
-                keep = self.keep if pair.experts == 1 else "weights"  # adapter files have no place for terms of experts
-                merge_log.record(pair.layer, pair.a, pair.b, scale, keep)
+            sizes = [pair.experts for pair in batch.pairs]
+            pair_scales = (x.split(sizes) for x in (batch_residual_scale, *batch_factor_scales.chunk(2)))
+            for pair, *rows in compress(zip(batch.pairs, *pair_scales, strict=True), due[batch]):
+                scale, alpha, beta = rows
+                if self.keep == "weights" or pair.experts > 1:  # adapter files have no place for terms of experts
+                    merge_log.record(pair.layer, pair.a, pair.b, scale)
+                else:
+                    scaled = Scaled(pair.scaling, alpha[0], beta[0])
+                    merge_log.record(pair.layer, pair.a, pair.b, scale[0], self.keep, scaled)
             batch.merge(batch_residual_scale, batch_factor_scales, due[batch], self.rounding, self.seed)
             batch.scale(batch_factor_scales, batch_gradient_scales)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .reference.pairs import at_least_float32, cholesky, grams
+from .reference.scalora_solution import lost_terms
 
 __all__ = [
     "GAUGES",
@@ -18,6 +19,7 @@ __all__ = [
     "float32_copy",
     "grams",
     "hyperbalance",
+    "lost_terms",
     "refactor",
     "rite_factor",
     "rite_update",
