@@ -136,7 +136,7 @@ def add_low_rank_(
         rounding: one of ``ROUNDINGS``. A float32 weight is rounded to nearest in any case.
         seed: of stochastic rounding, a number or a 0-d int64 tensor on the device.
         residuals: for compensated rounding alone, shaped and typed as the weights, zero at first.
-        scaled: how the factors are scaled afterwards. Pairs with a factor of 16 bits then add what their product loses
+        scaled: how the factors are scaled afterwards. Pairs with factors of 16 bits then add what their product loses
             by that, their factors rounded, in place of b diag(scale) a.
     """
     assert rounding in ROUNDINGS, f"rounding: expected one of {ROUNDINGS}, got {rounding!r}"
@@ -160,7 +160,7 @@ def _launch(
     first, _ = layers[0]
     w, _, a, b = (TL_DTYPE[t.dtype] for t in first)
     exact = first[0].dtype == torch.float32
-    is_scaled = scaled is not None and any(t.dtype.itemsize == 2 for t in first[2:])
+    is_scaled = scaled is not None and first[2].dtype.itemsize == 2
     scales = scaled if is_scaled else (scale, scale, scale)  # the kernel reads the first alone
     with on_device(scale):
         lora_merge_kernel[(len(table.tiles),)](

@@ -250,7 +250,7 @@ class StackedBatch(Batch):
         super().__init__(members, step_counts([pair.b for pair, *_ in members], states), stochastic)
         pair = self.pairs[0]
         keys_a = keys_b = None
-        if stochastic and 2 in (pair.a.dtype.itemsize, pair.b.dtype.itemsize):
+        if stochastic and pair.a.dtype.itemsize == 2:
             keys_a, keys_b = self.noise_keys("lora_A"), self.noise_keys("lora_B")
         if pair.experts > 1:
             self.a = ExpertsFactor(pair.a, pair.split_a, True, keys_a, shapes[0], states)

@@ -101,6 +101,26 @@ def test_experts_train_alike_beside_ordinary_pairs_of_their_rank():
 
 
 @experts.both_layouts
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_scalings_of_16_bit_factors_keep_the_effective_weights(is_transposed, backend):
+    with lf.set_backend(backend):
+        model, (wrapper,) = experts.experts_model(is_transposed, dtype=torch.float32)
+        pair = [p for p in model.parameters() if p.requires_grad]
+        for p in pair:
+            p.data = p.data.bfloat16()
+        experts.set_gradients(wrapper, 0)
+        for p in pair:
+            p.grad = p.grad.bfloat16() if p.grad is not None else None
+        start, before = [p.detach().clone() for p in pair], experts.effective(wrapper)
+        optimizer = lf.optim.LoRAAdamW(model, lr=0.0, methods=[M.ScaLoRA(interval=1)])
+        for _ in range(3):
+            optimizer.step()
+        assert all((p != old).any() for p, old in zip(pair, start, strict=True))
+        bound = 3 * 4 * torch.finfo(torch.float32).eps * before.abs().max()
+        assert (experts.effective(wrapper) - before).abs().max() <= bound
+
+
+@experts.both_layouts
 @pytest.mark.parametrize("rounding", experts.ROUNDINGS)
 def test_merges_into_16_bits_keep_the_effective_weights(is_transposed, rounding):
     with lf.set_backend("triton"):

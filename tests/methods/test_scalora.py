@@ -1,6 +1,8 @@
 """ScaLoRA in an optimizer step: effective weights stay, κ is calibrated, weights that cannot take a merge are
 refused."""
 
+import math
+
 import pytest
 import tiny
 import torch
@@ -27,6 +29,53 @@ def test_scaling_keeps_the_effective_weight(dtype):
     after = weight.double() + 2.0 * (b @ a).double()
     assert (after - before).abs().max() <= 4 * torch.finfo(torch.float32).eps * before.abs().max()
     assert not torch.equal(weight, start) and (a / old_a - 1).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend, scalings", [("torch", 50), ("triton", 3)])
+def test_scalings_of_16_bit_factors_keep_the_effective_weight(backend, scalings, dtype):
+    """Rounding the scaled factors moves the product. What it moves by is merged, too."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    a, b = nn.Parameter((draw(5, 32) / 6).to(dtype)), nn.Parameter((draw(24, 5) / 20).to(dtype))
+    weight, product = (draw(24, 32) / 6).float(), lambda: 2.0 * b.detach().double() @ a.detach().double()
+    before, start = weight.double() + product(), product()
+    with lf.set_backend(backend):
+        optimizer = lf.optim.LoRAAdamW([(a, b, 2.0, weight)], lr=0.0, methods=[M.ScaLoRA(interval=1)])
+        for _ in range(scalings):
+            full = draw(24, 32)
+            a.grad, b.grad = (2 * b.double().T @ full).to(a.dtype), (2 * full @ a.double().T).to(b.dtype)
+            optimizer.step()
+    moved = (weight.double() + product() - before).norm() / start.norm()
+    assert moved <= scalings * 2 * torch.finfo(torch.float32).eps * before.norm() / start.norm()
+    assert (product() - start).norm() > 0.1 * start.norm()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_pair_that_is_not_finite_changes_no_weight_and_no_other_pair(backend, dtype, value):
+    def train(bad):
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda *shape: torch.randn(*shape, generator=generator) / 4
+        pairs = []
+        for _ in range(3):
+            a, b = nn.Parameter(draw(4, 16).to(dtype)), nn.Parameter(draw(12, 4).to(dtype))
+            pairs.append((a, b, 2.0, draw(12, 16)))
+        optimizer = lf.optim.LoRAAdamW(pairs, lr=1e-3, methods=[M.ScaLoRA(interval=1, kappa=5.0)])
+        for step in range(3):
+            for a, b, *_ in pairs:
+                a.grad, b.grad = draw(4, 16).to(dtype), draw(12, 4).to(dtype)
+            if bad and step == 1:
+                pairs[0][1].grad[2, 0] = value
+            optimizer.step()
+        return pairs
+
+    with lf.set_backend(backend):
+        (bad, *others), (clean, *others_alone) = train(bad=True), train(bad=False)
+    assert bad[1].isnan().any() and bad[3].isfinite().all() and not torch.equal(bad[3], clean[3])
+    for pair, alone in zip(others, others_alone, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip((*pair[:2], pair[3]), (*alone[:2], alone[3]), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -177,8 +177,8 @@ def add_low_rank_(
     scaled: Scaled | None = None,
 ) -> None:
     """weight += b diag(scale) a in place: (d_out, d_in), (r, d_in), (d_out, r), (r,). A rank whose scale is 0 adds 0,
-    also where a or b is not finite. With ``scaled``, of one pair, a factor of 16 bits that is then scaled is rounded;
-    what is added is the product less that of the factors as they are then.
+    also where a or b is not finite. With ``scaled``, of one pair, factors of 16 bits are rounded when they are
+    then scaled; what is added is the product less that of the rounded factors.
 
     The sum is computed in float32 (float64 for a float64 weight) and rounded once. "compensated" stores the rounding
     error in ``residual``, which has the weight's shape and dtype.
@@ -206,7 +206,7 @@ def add_low_rank_(
 
 def lost_terms(a: Tensor, b: Tensor, scale: Tensor, scaled: Scaled | None) -> list[tuple[Tensor, Tensor]]:
     """Returns what the product of a pair loses by a scaling, as terms (b', a') of which b' a' is the sum."""
-    if scaled is None or 2 not in (a.dtype.itemsize, b.dtype.itemsize):
+    if scaled is None or a.dtype.itemsize != 2:
         changes = scale != 0
         return [(torch.where(changes, b * scale, 0.0), torch.where(changes[:, None], a, 0.0))]
     changes = (scaled.alpha != 1) | (scaled.beta != 1)
