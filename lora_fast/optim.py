@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from operator import is_
 from typing import Any
@@ -56,7 +57,8 @@ class LoRAAdamW(torch.optim.Optimizer):
             probability that makes the mean exact; the noise depends on names, steps and elements alone. "auto" is
             stochastic for the factors that a method works on and nearest for all other parameters.
         state_dtype: the dtype of AdamW's moments: None for the parameters' own, as in torch, or torch.float32, also
-            over parameters of 16 bits.
+            over parameters of 16 bits. Second moments in bfloat16 hardly fall, and those in float16 underflow, of which
+            the optimizer warns.
 
     Raises:
         ArgumentError: nothing to train, pairs that do not fit or share a tensor, a frozen factor with a method that
@@ -113,6 +115,7 @@ class LoRAAdamW(torch.optim.Optimizer):
             expected = "none for a model without trained LoRA factors (NB-LoRA's free parameters take plain AdamW)"
             raise checks.ArgumentError("methods", expected, ", ".join(map(repr, self._methods)))
         super().__init__(groups, defaults)
+        self._warn_of_float16()
         if isinstance(model, nn.Module):
             count_steps_(model, self)
 
@@ -139,6 +142,17 @@ class LoRAAdamW(torch.optim.Optimizer):
         pairs.check(added, trained, whole=bool(self._pairing))
         self._check_methods(added)
         self._add_pairs(added, group)
+
+    def _warn_of_float16(self) -> None:
+        """Warns of second moments in float16, where 0.001 g² is 0 for gradients below about 0.005."""
+        has_moments = not any(method.replaces_adamw for method in self._methods)
+        parameters = (p for group in self.param_groups for p in group["params"])
+        if self._state_dtype is None and has_moments and any(p.dtype is torch.float16 for p in parameters):
+            warnings.warn(
+                "LoRAAdamW: the moments of float16 parameters are float16, in which squares of small gradients become "
+                "0 and steps far too large; state_dtype=torch.float32 avoids this",
+                stacklevel=3,
+            )
 
     def _add_pairs(self, added: list[Pair], group: dict) -> None:
         plus = next((method for method in self._methods if type(method) is LoRAPlus), None)
