@@ -12,6 +12,7 @@ from torch import Tensor
 from ...kernels.limits import PHILOX_ROUNDS, UPDATE
 
 LOW = 0xFFFFFFFF
+CACHED = 1 << 17  # elements that are rounded together on a CPU, so that they stay in its cache
 
 
 def noise(
@@ -22,25 +23,21 @@ def noise(
     word3: int = 0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Returns a 16-bit number for each element, int64 (…, rows, columns). ``key`` and ``word2`` are numbers, or int64
+    """Returns a 16-bit number for each element, int32 (…, rows, columns). ``key`` and ``word2`` are numbers, or int64
     tensors (…) on the device."""
-    key, word2, last = (torch.as_tensor(x, dtype=torch.int64, device=device) for x in (key, word2, word3))
-    key, word2 = key[..., None, None], word2[..., None, None] & LOW
+    key, word2 = (torch.as_tensor(x, dtype=torch.int64, device=device)[..., None, None] for x in (key, word2))
     row, group = (torch.arange(n, dtype=torch.int64, device=device) for n in (rows, -(-columns // 8)))
-    words = list(torch.broadcast_tensors(row[:, None], group, word2, last, key)[:4])
-    key0, key1 = key & LOW, (key >> 32) & LOW
+    # In each round two words are multiplied. A product wraps in int64, which changes neither of its halves.
+    word0, word1, word2, _ = torch.broadcast_tensors(row[:, None], group, word2 & LOW, key)
+    key0, key1, last = key & LOW, (key >> 32) & LOW, torch.full_like(word0, word3)
     for _ in range(PHILOX_ROUNDS):
-        (high0, low0), (high2, low2) = _multiply(0xD2511F53, words[0]), _multiply(0xCD9E8D57, words[2])
-        words = [high2 ^ words[1] ^ key0, low2, high0 ^ words[3] ^ key1, low0]
+        product0, product2 = word0 * 0xD2511F53, word2 * 0xCD9E8D57
+        word0 = ((product2 >> 32).bitwise_and_(LOW)).bitwise_xor_(word1).bitwise_xor_(key0)
+        word2 = ((product0 >> 32).bitwise_and_(LOW)).bitwise_xor_(last).bitwise_xor_(key1)
+        word1, last = product2.bitwise_and_(LOW), product0.bitwise_and_(LOW)
         key0, key1 = (key0 + 0x9E3779B9) & LOW, (key1 + 0xBB67AE85) & LOW
-    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -1)
-    return halves.flatten(-2)[..., :columns]
-
-
-def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the high and low 32 bits of constant · word. The product wraps in int64, which changes neither."""
-    product = word * constant
-    return (product >> 32) & LOW, product & LOW
+    words = torch.stack([word.to(torch.int32) for word in (word0, word1, word2, last)], -1)
+    return words.view(torch.int16).flatten(-2)[..., :columns].to(torch.int32) & 0xFFFF  # a word's low half is first
 
 
 def round_stochastic(x: Tensor, numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -50,7 +47,7 @@ def round_stochastic(x: Tensor, numbers: Tensor, dtype: torch.dtype) -> Tensor:
     and adding a uniform number before a floor has the same effect. Values that are not finite are not changed.
     """
     dropped = 16 if dtype == torch.bfloat16 else 13  # bits of float32's mantissa beyond that of dtype
-    numbers = (numbers & ((1 << dropped) - 1)).to(torch.int32)
+    numbers = numbers & ((1 << dropped) - 1)
     rounded = ((x.contiguous().view(torch.int32) + numbers) & -(1 << dropped)).view(torch.float32)
     if dtype == torch.float16:
         small = torch.floor(x * 2.0**24 + numbers * 2.0**-dropped) * 2.0**-24
@@ -73,11 +70,15 @@ def round_factors(
     """
     if keys is None or dtype.itemsize != 2:
         return x.to(dtype)
-    steps = steps.to(torch.int64)
-    if is_a is None:
-        numbers = noise(keys, 1, x[0].numel(), steps, word3, x.device).view(x.shape)
-    else:
-        d, r = x.shape[:0:-1] if is_a else x.shape[1:]
-        numbers = noise(keys, d, r, steps, word3, x.device)
-        numbers = numbers.mT if is_a else numbers
-    return round_stochastic(x, numbers, dtype)
+    size = len(x) if x.is_cuda else max(1, CACHED // max(1, x[0].numel()))
+    parts = zip(*(tensor.split(size) for tensor in (x, keys, steps.to(torch.int64))), strict=True)
+    rounded = []
+    for part, part_keys, part_steps in parts:
+        if is_a is None:
+            numbers = noise(part_keys, 1, x[0].numel(), part_steps, word3, x.device).view(part.shape)
+        else:
+            d, r = x.shape[:0:-1] if is_a else x.shape[1:]
+            numbers = noise(part_keys, d, r, part_steps, word3, x.device)
+            numbers = numbers.mT if is_a else numbers
+        rounded.append(round_stochastic(part, numbers, dtype))
+    return torch.cat(rounded)
