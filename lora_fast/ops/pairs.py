@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference.pairs import at_least_float32, cholesky, grams
+from .reference.pairs import at_least_float32, cholesky, grams, positive_eigenvalues
 
 __all__ = [
     "GAUGES",
@@ -25,6 +25,7 @@ __all__ = [
 
 GAUGES = ("symmetric", "svd", "svd_signed")
 BALANCE_FLOOR = 1e-6  # relative to the largest singular value: smaller ones are rescaled as if they were this large
+RANK_TOLERANCE = 3e-4  # relative to the largest singular value: whitening in float32 leaves errors up to about √ε
 
 
 def adamw_(p: list, g: list, m: list, v: list, steps: list, settings: dict) -> None:
@@ -112,24 +113,40 @@ def _symmetric_root(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return q, values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()
 
 
-def rite_factor(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns LoRA-RITE's U, R and pseudo-inverse of R with x = U R, where x is b (L, d_out, r) or aᵀ (L, d_in, r)."""
+def rite_factor(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns LoRA-RITE's U (L, d, k) and the pseudo-inverse (L, r, k) of R, with x = U R and k = min(r, d). x is b
+    (L, d_out, r) or aᵀ (L, d_in, r).
+
+    Singular values of R below 3e-4 of the largest count as 0, or below the ε of x's dtype if that is more: they may be
+    rounding errors. The inverse of an x that is not finite is NaN.
+    """
     u, upper = torch.linalg.qr(at_least_float32(x))
-    return u, upper, torch.linalg.pinv(upper)
+    finite = _finite(upper)
+    tolerance = max(RANK_TOLERANCE, torch.finfo(x.dtype).eps)
+    inverse = torch.linalg.pinv(torch.where(finite, upper, 0.0), rtol=tolerance)
+    return u, torch.where(finite, inverse, torch.nan)
 
 
 def rite_update(
     g: Tensor, m: Tensor, v: Tensor, u: Tensor, u_old: Tensor, beta1: Tensor, beta2: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns LoRA-RITE's next moments (m, v) for unmagnified gradients g (L, r, d).
+    """Returns LoRA-RITE's next moments (m, v) for unmagnified gradients g (L, k, d).
 
     The old moments are transformed from the basis ``u_old`` to ``u``. V is the average of g gᵀ/d, and m that of
-    (V^½ + ε)⁻¹ g. The betas are bias-corrected, in float64 (L, 1, 1).
+    (V^½ + ε)⁻¹ g, in which eigenvalues of V below its rounding errors are raised to them. The betas are bias-corrected,
+    in float64 (L, 1, 1). The m of a V that is not finite is NaN, and other pairs are not affected.
     """
     keep_m, new_m, keep_v, new_v = (x.to(g.dtype) for x in (beta1, 1 - beta1, beta2, 1 - beta2))
     carry = u.mT @ u_old
     v = carry @ v @ carry.mT
     v = keep_v * v + new_v * (g @ g.mT / g.shape[-1])
-    values, q = torch.linalg.eigh(0.5 * (v + v.mT))
-    whitened = q @ ((q.mT @ g) / (values.clamp(min=0).sqrt() + eps)[:, :, None])
-    return keep_m * (carry @ m) + new_m * whitened, v
+    finite = _finite(v)
+    q, values = positive_eigenvalues(torch.where(finite, v, 0.0))
+    whitened = q @ ((q.mT @ g) / (values.sqrt() + eps)[:, :, None])
+    return keep_m * (carry @ m) + new_m * torch.where(finite, whitened, torch.nan), v
+
+
+def _finite(matrices: Tensor) -> Tensor:
+    """Returns a mask (L, 1, 1) of the matrices whose entries are all finite. torch.linalg raises an error for a batch
+    that contains another one."""
+    return matrices.isfinite().all(-1).all(-1)[:, None, None]
