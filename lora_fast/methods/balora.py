@@ -12,7 +12,7 @@ import torch
 
 from .. import checks
 from ..batches.batch import Batch
-from ..ops.pairs import GAUGES, hyperbalance
+from ..ops.pairs import GAUGES, hyperbalance_and_transport
 from .method import Method
 
 TRANSPORTS = ("none", "m", "mv")
@@ -46,12 +46,14 @@ class BaLoRA(Method):
         if not any(due):
             return
         ka, kb, *_ = batch.grams()
-        t, t_inverse = hyperbalance(ka, kb, self.gauge)
+        t, t_inverse, transport, transport_inverse = hyperbalance_and_transport(ka, kb, self.gauge)
+        # With b' = b T, the chain rule gives db' = db T⁻ᵀ.
+        matrices = torch.stack([torch.cat([t, t_inverse]), torch.cat([transport_inverse.mT, transport.mT])])
         if not all(due):  # pairs that are due at another step keep their factors
-            chosen, eye = batch.rows(due)[:, None, None], torch.eye(t.shape[-1], dtype=t.dtype, device=t.device)
-            t, t_inverse = torch.where(chosen, t, eye), torch.where(chosen, t_inverse, eye)
-        batch.transform(torch.cat([t, t_inverse]))
-        gradient_matrices = torch.cat([t_inverse.mT, t.mT])  # with b' = b T, the chain rule gives db' = db T⁻ᵀ
+            chosen = batch.rows(due).repeat(2)[:, None, None]
+            matrices = torch.where(chosen, matrices, torch.eye(t.shape[-1], dtype=t.dtype, device=t.device))
+        factor_matrices, gradient_matrices = matrices
+        batch.transform(factor_matrices)
         if self.transport != "none":
             batch.transform(gradient_matrices, target="exp_avg")
         if self.transport == "mv":
