@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import backend, checks
 from .batches import pairs, partition
-from .batches.batch import NO_STATE, Batch, PairInGroups
+from .batches.batch import MOMENTS, NO_STATE, Batch, PairInGroups, Shapes
 from .batches.pairs import Pair
 from .batches.unpaired import UnpairedParameters
 from .layers.find import bare_name
@@ -22,6 +22,9 @@ from .methods.method import Method
 __all__ = ["LoRAAdamW"]
 
 NO_ENTRIES: tuple = ((), (), ())
+NUMBERS = {"lr", "betas", "eps", "weight_decay"}
+VARIANTS = {"maximize": False, "amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}
+SETTINGS = (*sorted(NUMBERS), *VARIANTS)  # the keys of a group on which a step depends
 
 
 class LoRAAdamW(torch.optim.Optimizer):
@@ -68,6 +71,7 @@ class LoRAAdamW(torch.optim.Optimizer):
     _members: list[bool]  # which of them have a place in a batch
     _has_grad: list[bool]  # which of them had a gradient at the last step
     _sizes: list[int]  # of the groups
+    _settings: list  # the values of all groups that were checked last
     _entries: tuple  # of the layers' dictionaries that hold the pairs' factors: dictionaries, keys, what they held
 
     def __init__(
@@ -110,7 +114,7 @@ class LoRAAdamW(torch.optim.Optimizer):
             ArgumentError: as in the constructor, or an empty group.
         """
         group = dict(param_group)
-        _check_settings({name: group[name] for name in ("lr", "betas", "eps", "weight_decay") if name in group})
+        _check_settings(group)
         entries = group.pop("params", None)
         entries = [entries] if isinstance(entries, Tensor) else list(entries or ())
         if not entries:
@@ -198,6 +202,9 @@ class LoRAAdamW(torch.optim.Optimizer):
     def _update(self) -> None:
         """Brings pairs and batches up to date with the parameters, their gradients and their state, any of which a user
         or a wrapper may replace. Runs at every step, so it compares lists, the fastest comparison in Python."""
+        settings = [group.get(name) for group in self.param_groups for name in SETTINGS]
+        if len(settings) != len(self._settings) or not all(map(is_, settings, self._settings)):
+            self._convert_settings()
         parameters = [p for group in self.param_groups for p in group["params"]]
         sizes = [len(group["params"]) for group in self.param_groups]
         same_groups = sizes == self._sizes and all(map(is_, parameters, self._parameters))
@@ -219,6 +226,25 @@ class LoRAAdamW(torch.optim.Optimizer):
                 for part in parts:
                     part.find_resting()
         self._has_grad = has_grad
+
+    def _convert_settings(self) -> None:
+        """Converts numbers that a user or a scheduler has written into the groups to numbers of Python. As in torch,
+        their range is not checked.
+
+        Raises:
+            ArgumentError: a variant of AdamW that the optimizer does not have. Nothing has changed then.
+        """
+        for group in self.param_groups:
+            _check_variants(group)
+        for group in self.param_groups:
+            for name in NUMBERS & group.keys():
+                value = group[name]
+                if name == "betas":
+                    group[name] = tuple(map(checks.plain_number, value))
+                else:
+                    keeps_tensor = name == "lr" and isinstance(value, Tensor)
+                    group[name] = value if keeps_tensor else checks.plain_number(value)
+        self._settings = [group.get(name) for group in self.param_groups for name in SETTINGS]
 
     def _find_pairs_anew(self) -> None:
         """Finds the pairs again after parameters were replaced, in the groups or in the layers, as accelerate does for
@@ -285,9 +311,7 @@ class LoRAAdamW(torch.optim.Optimizer):
             pairs.check([pair for pair, *_ in active], set(), whole=True)
         for method in self._methods:
             method.check([pair for pair, *_ in active])
-        # Methods with a layout of their own exclude each other, so there is at most one.
-        layout = next((m.layout for m in self._methods if type(m).layout is not Method.layout), Method().layout)
-        self._batches = partition.build(active, self.state, layout, stacked)
+        self._batches = partition.build(active, self.state, self._layout, stacked)
         batched = {id(p) for pair, *_ in active for p in (pair.a, pair.b)}
         self._unpaired = []
         for i, group in enumerate(self.param_groups):
@@ -300,36 +324,46 @@ class LoRAAdamW(torch.optim.Optimizer):
         """Makes the next step find parameters and build batches anew."""
         self._batches, self._unpaired, self._built_for = [], [], None
         self._parameters, self._sizes, self._entries = [], [], NO_ENTRIES
-        self._members, self._has_grad = [], []
+        self._members, self._has_grad, self._settings = [], [], []
 
     @property
     def _pairing(self) -> list[Method]:
         """Returns the methods that work on pairs."""
         return [method for method in self._methods if method.uses_both_factors]
 
+    @property
+    def _layout(self) -> Callable[[Pair], tuple[Shapes, Shapes]]:
+        """Returns the layout of a pair's state. Methods with a layout of their own exclude each other, so there is at
+        most one."""
+        return next((m.layout for m in self._methods if type(m).layout is not Method.layout), Method().layout)
+
     def load_state_dict(self, state_dict: dict) -> None:
         """Loads the ``state_dict`` of an optimizer with the same model, methods and order of parameters. The next steps
         then give the same bits as those of the saved optimizer.
 
         Raises:
-            ArgumentError: the state belongs to other parameters, another order of them, or other methods. Nothing has
-                changed then.
+            ArgumentError: the state belongs to other parameters, another order of them, other methods, or a variant of
+                AdamW that the optimizer does not have. Nothing has changed then.
         """
         saved = state_dict["param_groups"]
-        _check_saved(self.param_groups, saved, state_dict["state"])
+        layouts = [(pair, *self._layout(pair)) for pair in self._known] if self._pairing else []
+        shapes = {id(p): x for pair, *both in layouts for p, x in zip((pair.a, pair.b), both, strict=True)}
+        _check_saved(self.param_groups, saved, state_dict["state"], shapes)
         super().load_state_dict(state_dict)
         order = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip((i for group in saved for i in group["params"]), order, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():
-                # torch's method casts state to p's dtype, which would round float32 state of 16-bit parameters.
-                self.state[p][name] = value.detach().to(p.device, copy=True)
+                # torch's method casts state to p's dtype, which would round float32 state of 16-bit parameters. Older
+                # versions of torch saved step counts as numbers.
+                self.state[p][name] = torch.as_tensor(value).detach().to(p.device, copy=True)
         self._forget_batches()
 
     def __getstate__(self) -> dict:
         """Adds methods and pairs to torch's state. The batches of a copy are empty: its first step builds them."""
         attributes = {"_methods": self._methods, "_known": self._known, "_pairs": self._pairs}
         empty: dict[str, Any] = {"_batches": [], "_unpaired": [], "_built_for": None}
-        empty |= {name: [] for name in ("_parameters", "_sizes", "_members", "_has_grad")} | {"_entries": NO_ENTRIES}
+        empty |= {name: [] for name in ("_parameters", "_sizes", "_settings", "_members", "_has_grad")}
+        empty |= {"_entries": NO_ENTRIES}
         return super().__getstate__() | attributes | empty
 
 
@@ -338,17 +372,35 @@ def _is_pair(entry: object) -> bool:
     return isinstance(entry, Pair) or (isinstance(entry, (tuple, list)) and not (entry and isinstance(entry[0], str)))
 
 
-def _check_settings(settings: dict) -> None:
-    for name, value in settings.items():
+def _check_settings(group: dict) -> None:
+    """Replaces the numbers of a group by numbers of Python, except for a learning rate that is a tensor.
+
+    Raises:
+        ArgumentError: a number out of range, or a variant of AdamW that the optimizer does not have.
+    """
+    _check_variants(group)
+    for name in sorted(NUMBERS & group.keys()):
+        value = group[name]
         if name == "betas":
-            checks.betas(value)
-        elif not isinstance(value, Tensor):
-            checks.nonnegative(value, name)
+            group[name] = checks.betas(value)
+        elif name == "lr" and isinstance(value, Tensor):
+            # A tensor on a device is read here only, and not at the steps.
+            checks.nonnegative(checks.plain_number(value), name)
+        else:
+            group[name] = checks.nonnegative(checks.plain_number(value), name)
 
 
-def _check_saved(groups: list[dict], saved: list[dict], state: dict) -> None:
-    """Raises ArgumentError unless the saved groups have the same parameters, in the same order, and the same
-    methods."""
+def _check_variants(group: dict) -> None:
+    """Raises ArgumentError for settings of torch's AdamW whose results this optimizer does not compute. Those that
+    change no result (foreach, fused, capturable) may have any value."""
+    for name, expected in VARIANTS.items():
+        if bool(group.get(name, expected)) != expected:
+            raise checks.ArgumentError(name, f"{expected} (LoRAAdamW has no other)", repr(group[name]))
+
+
+def _check_saved(groups: list[dict], saved: list[dict], state: dict, shapes: dict[int, Shapes]) -> None:
+    """Raises ArgumentError unless the saved groups have the same parameters, in the same order, and the same methods,
+    and every saved state has its shape. ``shapes`` are those of the states of paired parameters, by id."""
     sizes, saved_sizes = [len(group["params"]) for group in groups], [len(group["params"]) for group in saved]
     if sizes != saved_sizes:
         raise checks.ArgumentError("state_dict", f"groups of {sizes} parameters", saved_sizes)
@@ -360,7 +412,13 @@ def _check_saved(groups: list[dict], saved: list[dict], state: dict) -> None:
         for name, theirs in zip(group.get("param_names", []), names, strict=True):
             if bare_name(name) != bare_name(theirs):
                 raise checks.ArgumentError("state_dict", f"parameter {name} in this place", theirs)
+        _check_variants(other)
         for p, i in zip(group["params"], other["params"], strict=True):
-            moment = state.get(i, {}).get("exp_avg")
-            if moment is not None and moment.shape != p.shape:
-                raise checks.ArgumentError("state_dict", f"moments of shape {tuple(p.shape)}", tuple(moment.shape))
+            state_of_p = state.get(i, {})
+            if "max_exp_avg_sq" in state_of_p:
+                raise checks.ArgumentError("state_dict", "a state without amsgrad", "max_exp_avg_sq")
+            for name, (shape, _) in shapes.get(id(p), {name: (p.shape, p.dtype) for name in MOMENTS}).items():
+                value = state_of_p.get(name)
+                if value is not None and value.shape != torch.Size(shape):
+                    expected = f"moments of shape {tuple(shape)} ({name})"
+                    raise checks.ArgumentError("state_dict", expected, tuple(value.shape))

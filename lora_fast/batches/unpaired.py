@@ -36,6 +36,7 @@ class UnpairedParameters:
         for p, count in zip(parameters, self._counts, strict=True):
             states[p]["step"] = count
         self._kinds, self._count_addresses = self._current_kinds(), self._addresses()
+        self._moments = self._moment_ids()
         self.find_resting()
 
     @classmethod
@@ -45,14 +46,19 @@ class UnpairedParameters:
         return [cls(members, group, states) for members in kinds.values()]
 
     def intact(self) -> bool:
-        """Returns whether devices and dtypes are unchanged, every state exists, and the step counts are still the
-        slices. Moments may have been replaced: each step reads them from the state."""
+        """Returns whether devices and dtypes are unchanged, the moments are the tensors that were cast to them, and the
+        step counts are still the slices."""
         states = states_of(self.parameters, self._optimizer_states)
         counts = [state.get("step") for state in states]
-        moments_exist = [name in state for name in MOMENTS for state in states]
         # ``is`` compares identity: == would compare the counts' values, which waits for the device.
         same_counts = all(map(is_, counts, self._counts)) and self._addresses() == self._count_addresses
-        return same_counts and all(moments_exist) and self._current_kinds() == self._kinds
+        return same_counts and self._moment_ids() == self._moments and self._current_kinds() == self._kinds
+
+    def _moment_ids(self) -> list[int]:
+        """Returns the identities of the moments, which are not held, so that a user who clears them frees their
+        memory."""
+        states = states_of(self.parameters, self._optimizer_states)
+        return [id(state.get(name)) for name in MOMENTS for state in states]
 
     def _addresses(self) -> list[int]:
         """Returns the addresses of the step counts, which code may move inside their tensors."""

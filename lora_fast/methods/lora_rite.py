@@ -6,8 +6,8 @@ With aᵀ = U_a R_a and b = U_b R_b (QR), for a (and for bᵀ with the roles exc
     V = β₂ P V Pᵀ + (1−β₂) g gᵀ/d_in        m = β₁ P m + (1−β₁) (V^½ + ε)⁻¹ g        a −= lr (R_b⁻¹ m + wd a)
 
 The betas are bias-corrected, β (1−β^{t−1}) / (1−βᵗ). The inverses are pseudo-inverses, so that b = 0 gives 0. Singular
-values below 1e-3 of the largest (7.8e-3 in bfloat16) count as 0: they may be rounding errors, and dividing by them would
-move a so far that Δb Δa exceeds the step. R_b is (k, r) with k = min(r, d_out), V is (k, k) and m is (k, d_in).
+values below 1e-3 of the largest (7.8e-3 in bfloat16) count as 0. They may be rounding errors, and a division by them
+moves a so far that Δb Δa exceeds the step. R_b is (k, r) with k = min(r, d_out), V is (k, k) and m is (k, d_in).
 
 A pair whose gradients or factors are not finite becomes NaN. It is left out of the common norm, so that the other pairs
 step as if it had no gradients.
@@ -46,6 +46,7 @@ class LoRARITE(Method):
     needs_stacks = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.positive(self.eps, "eps")
         checks.positive(self.clip, "clip")
 

@@ -6,7 +6,6 @@ r×r matrices are (L, r, r). No function waits for the device, except where ``to
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -66,11 +65,12 @@ def hyperbalance(ka: Tensor, kb: Tensor, gauge: str = "symmetric") -> tuple[Tens
     return _in_gauge(*_scaled(basis), basis.skip, gauge, ka.dtype)
 
 
-def hyperbalance_and_transport(ka: Tensor, kb: Tensor, gauge: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns ``hyperbalance``'s T and T⁻¹, then those for gradients and their moments, U and U⁻¹.
+def hyperbalance_and_transport(ka: Tensor, kb: Tensor, gauge: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns ``hyperbalance``'s T and T⁻¹, the matrices U and U⁻¹ for gradients and their moments, and a mask
+    (L, 1, 1) of the pairs whose b lacks full rank.
 
-    U is T unless b lacks full rank. In directions in which b vanishes, T divides by the floor of σ and would amplify
-    moments with each step. There, U is the identity, up to the gauge's rotation.
+    U is T for the other pairs. In directions in which b vanishes, T divides by the floor of σ and would amplify moments
+    with each step. There, U is the identity, up to the gauge's rotation.
     """
     basis = _balanced_basis(ka, kb)
     t, t_inverse = _scaled(basis)
@@ -80,8 +80,8 @@ def hyperbalance_and_transport(ka: Tensor, kb: Tensor, gauge: str) -> tuple[Tens
     vanishing = torch.where(basis.vanishes, q, 0.0)
     u = torch.where(basis.vanishes, q, t - vanishing @ (vanishing.mT @ t))
     u_inverse = torch.where(basis.vanishes.mT, q.mT, t_inverse)
-    matrices = (_in_gauge(*pair, basis.skip, gauge, ka.dtype) for pair in ((t, t_inverse), (u, u_inverse)))
-    return tuple(chain(*matrices))
+    matrices = [_in_gauge(*pair, basis.skip, gauge, ka.dtype) for pair in ((t, t_inverse), (u, u_inverse))]
+    return *matrices[0], *matrices[1], basis.vanishes.any(-1, keepdim=True)
 
 
 def _scaled(basis: BalancedBasis) -> tuple[Tensor, Tensor]:
@@ -120,8 +120,8 @@ class BalancedBasis(NamedTuple):
         base, inverse_base: N and N⁻¹ (L, r, r), with N Nᵀ = Ka and Nᵀ Kb N = diag(σ²).
         sigma: σ (L, r), raised to the floor.
         vanishes: a mask (L, 1, r) of the columns of N in which b vanishes, up to errors of float32 Grams.
-        skip: a mask (L, 1, 1) of the pairs where b = 0, a does not have full rank, or a Gram is not finite. For those, N
-            is the identity and σ is 1.
+        skip: a mask (L, 1, 1) of the pairs where b = 0, a does not have full rank, or a Gram is not finite. Their N is
+            the identity and their σ is 1.
     """
 
     base: Tensor
