@@ -98,10 +98,14 @@ def flag(value: object, argument: str) -> bool:
 
 
 def betas(value: object, argument: str = "betas") -> tuple[float, float]:
-    numbers = tuple(map(plain_number, value)) if isinstance(value, (tuple, list)) else ()
-    if len(numbers) != 2 or not all(isinstance(x, NUMBERS) and 0.0 <= x < 1.0 for x in numbers):  # NaN fails too
+    if (
+        not isinstance(value, (tuple, list))
+        or len(value) != 2
+        or not all(isinstance(beta, NUMBERS) and 0.0 <= beta < 1.0 for beta in value)  # NaN fails too
+    ):
         raise ArgumentError(argument, "two numbers from 0 to below 1", repr(value))
-    return numbers
+    beta1, beta2 = value
+    return beta1, beta2
 
 
 def beta(value: object, argument: str = "beta") -> float:

@@ -238,12 +238,7 @@ class LoRAAdamW(torch.optim.Optimizer):
             _check_variants(group)
         for group in self.param_groups:
             for name in NUMBERS & group.keys():
-                value = group[name]
-                if name == "betas":
-                    group[name] = tuple(map(checks.plain_number, value))
-                else:
-                    keeps_tensor = name == "lr" and isinstance(value, Tensor)
-                    group[name] = value if keeps_tensor else checks.plain_number(value)
+                group[name] = _converted(name, group[name])
         self._settings = [group.get(name) for group in self.param_groups for name in SETTINGS]
 
     def _find_pairs_anew(self) -> None:
@@ -373,21 +368,28 @@ def _is_pair(entry: object) -> bool:
 
 
 def _check_settings(group: dict) -> None:
-    """Replaces the numbers of a group by numbers of Python, except for a learning rate that is a tensor.
+    """Converts the numbers of a group, as ``_converted`` does.
 
     Raises:
         ArgumentError: a number out of range, or a variant of AdamW that the optimizer does not have.
     """
     _check_variants(group)
     for name in sorted(NUMBERS & group.keys()):
-        value = group[name]
+        value = group[name] = _converted(name, group[name])
         if name == "betas":
-            group[name] = checks.betas(value)
-        elif name == "lr" and isinstance(value, Tensor):
-            # A tensor on a device is read here only, and not at the steps.
-            checks.nonnegative(checks.plain_number(value), name)
+            checks.betas(value)
         else:
-            group[name] = checks.nonnegative(checks.plain_number(value), name)
+            checks.nonnegative(checks.plain_number(value), name)  # reads a tensor, which no step does
+
+
+def _converted(name: str, value: Any) -> Any:
+    """Returns a setting as a number or numbers of Python, which numpy's and one-element tensors become. A learning rate
+    that is a tensor becomes a view of it without dimensions, which a step does not read on the host."""
+    if name == "betas" and isinstance(value, (tuple, list)):
+        return tuple(map(checks.plain_number, value))
+    if name == "lr" and isinstance(value, Tensor) and value.numel() == 1:
+        return value.view(()) if value.dim() else value
+    return checks.plain_number(value)
 
 
 def _check_variants(group: dict) -> None:
