@@ -30,8 +30,8 @@ class BaLoRA(Method):
             (diagonal Grams), "svd_signed" (diagonal Grams, without sign flips).
         transport: the change of Adam's moments: "none", "m" (first moments transform as gradients do), "mv" (second
             moments too, by the squared matrices, which is approximate). Moments in directions in which b vanishes, with
-            singular values of the product below 1e-3 of the largest, are rotated only. There, the svd gauges transform
-            the second moments with "m", too.
+            singular values of the product below 1e-3 of the largest, are at most rotated. Pairs that have such
+            directions transform as with "mv".
     """
 
     every: int = 1
@@ -59,12 +59,11 @@ class BaLoRA(Method):
         # With b' = b T, the chain rule gives db' = db T⁻ᵀ.
         matrices = _where_due(batch, due, torch.cat([u_inverse.mT, u.mT]))
         batch.transform(matrices, target="exp_avg")
-        if self.transport == "mv":
-            batch.transform(matrices.square(), target="exp_avg_sq")
-        elif self.gauge != "symmetric":
+        squares = matrices.square()
+        if self.transport == "m":
             # A rotated first moment must not meet the second moment of a direction that has had no gradient.
-            squares = torch.where(deficient.repeat(2, 1, 1), matrices.square(), _identity(matrices))
-            batch.transform(squares, target="exp_avg_sq")
+            squares = torch.where(deficient.repeat(2, 1, 1), squares, _identity(matrices))
+        batch.transform(squares, target="exp_avg_sq")
 
 
 def _where_due(batch: Batch, due: list[bool], matrices: Tensor) -> Tensor:

@@ -93,8 +93,8 @@ def _scaled(basis: BalancedBasis) -> tuple[Tensor, Tensor]:
 def _in_gauge(t: Tensor, t_inverse: Tensor, skip: Tensor, gauge: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Returns T Q and (T Q)⁻¹ with the orthogonal Q of one of ``GAUGES``, in ``dtype``; the identity where ``skip``."""
     if gauge == "symmetric":
-        values, q = torch.linalg.eigh(t @ t.mT)
-        d = values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()
+        q, values = positive_eigenvalues(t @ t.mT)
+        d = values.sqrt()
         t, t_inverse = (q * d[:, None, :]) @ q.mT, (q / d[:, None, :]) @ q.mT
     elif gauge == "svd_signed":
         sign = 1 - 2 * (t.gather(-2, t.abs().argmax(-2, keepdim=True)) < 0).to(t.dtype)
@@ -133,11 +133,13 @@ class BalancedBasis(NamedTuple):
 
 def _balanced_basis(ka: Tensor, kb: Tensor) -> BalancedBasis:
     """Returns N = L V, with Ka = L Lᵀ and Lᵀ Kb L = V diag(σ²) Vᵀ."""
+    rounding = ka.shape[-1] * torch.finfo(ka.dtype).eps
     ka, kb = ka.double(), kb.double()
     eye = torch.eye(ka.shape[-1], dtype=ka.dtype, device=ka.device)
     lower, info = cholesky(ka, 0.0)
-    zero = kb.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
-    skip = ((info != 0) | zero)[:, None, None] | ~_finite(kb)
+    pivots, sizes, sizes_b = (x.diagonal(dim1=-2, dim2=-1) for x in (lower, ka, kb))
+    dependent = (pivots.square() <= rounding * sizes).any(-1)  # a row of a is a combination of others
+    skip = ((info != 0) | dependent | (sizes_b.sum(-1) == 0))[:, None, None] | ~_finite(kb)
     lower, kb = torch.where(skip, eye, lower), torch.where(skip, eye, kb)
     core = lower.mT @ kb @ lower
     v = torch.linalg.eigh(0.5 * (core + core.mT))[1].flip(-1)

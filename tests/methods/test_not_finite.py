@@ -1,0 +1,91 @@
+"""A pair whose gradients or factors are not finite becomes NaN and changes nothing of the other pairs."""
+
+import math
+
+import proportion
+import pytest
+import torch
+from adapter_pairs import pairs, set_gradients
+
+import lora_fast as lf
+from lora_fast import methods as M
+
+METHODS = {
+    "plain": [],
+    "lora+": [M.LoRAPlus(2.0)],
+    "scale-reg": [M.ScaleReg()],
+    "scale-reg decoupled": [M.ScaleReg(decoupled=True)],
+    "scaled adamw": [M.ScaledAdamW()],
+    "ilora": [M.ILoRA()],
+    "pilora": [M.PiLoRA()],
+    "balora": [M.BaLoRA()],
+    "balora mv": [M.BaLoRA(transport="mv")],
+    "balora svd, m": [M.BaLoRA(gauge="svd", transport="m")],
+    "ref-lora": [M.RefLoRA()],
+    "lora-rite": [M.LoRARITE()],
+    "lora-muon": [M.LoRAMuon()],
+}
+SHAPES = [(12, 20, 4)] * 5
+BAD = {"da is NaN": 0, "db is infinite": 1, "a is NaN": 3, "b is infinite": 4}  # which pair has what
+
+
+def step_twice(methods, spoil):
+    """Returns pairs after two steps. At the second, ``spoil`` changes the pairs of ``BAD``."""
+    chosen = pairs(shapes=SHAPES)
+    optimizer = lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=methods)
+    for i in range(2):
+        set_gradients(chosen, i)
+        if i:
+            spoil(chosen)
+        optimizer.step()
+    return chosen
+
+
+def rest(chosen):
+    for i in BAD.values():
+        chosen[i][0].grad = chosen[i][1].grad = None
+
+
+def spoil(chosen):
+    chosen[BAD["da is NaN"]][0].grad[0, 0] = math.nan
+    chosen[BAD["db is infinite"]][1].grad[0, 0] = math.inf
+    chosen[BAD["a is NaN"]][0].data[1, 1] = math.nan
+    chosen[BAD["b is infinite"]][1].data[1, 1] = math.inf
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", METHODS)
+def test_pair_that_is_not_finite_spares_the_others(name, backend):
+    """The other pairs have the bits of a step in which the bad ones have no gradients."""
+    with lf.set_backend(backend):
+        without, with_bad = (step_twice(METHODS[name], change) for change in (rest, spoil))
+    for i in set(range(len(SHAPES))) - set(BAD.values()):
+        for got, want in zip(with_bad[i][:2], without[i][:2], strict=True):
+            assert torch.equal(got, want) and want.isfinite().all()
+    for case, i in BAD.items():
+        assert not all(p.isfinite().all() for p in with_bad[i][:2]), case
+
+
+@pytest.mark.parametrize("name", ["balora", "balora mv", "lora-rite", "ref-lora", "lora-muon"])
+def test_state_that_is_not_finite_raises_nothing(name):
+    chosen = pairs(shapes=SHAPES[:2])
+    optimizer = lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=METHODS[name])
+    for i in range(3):
+        set_gradients(chosen, i)
+        optimizer.step()
+        for value in optimizer.state[chosen[0][0]].values():
+            if value.dim():
+                value[0] = math.nan
+    assert not chosen[0][0].isfinite().all() and all(p.isfinite().all() for p in chosen[1][:2])
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if "balora" not in name and name != "lora-rite"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_product_moves_in_proportion_where_factors_lack_full_rank(name, dtype):
+    """BaLoRA and LoRA-RITE, whose formulas divide by singular values of the factors, have tests of their own. LoRA-Muon
+    bounds its steps by its damping, which is not enough for a rank above both widths."""
+    sizes = [size for size in proportion.SIZES if name != "lora-muon" or size[2] <= max(size[:2])]
+    for size in sizes:
+        for kind in proportion.KINDS:
+            assert proportion.largest_move(METHODS[name], size, kind, dtype, 8) < 100, (size, kind)
