@@ -2,7 +2,6 @@
 
 import math
 
-import proportion
 import pytest
 import torch
 from adapter_pairs import pairs, set_gradients
@@ -78,14 +77,3 @@ def test_state_that_is_not_finite_raises_nothing(name):
             if value.dim():
                 value[0] = math.nan
     assert not chosen[0][0].isfinite().all() and all(p.isfinite().all() for p in chosen[1][:2])
-
-
-@pytest.mark.parametrize("name", [name for name in METHODS if "balora" not in name and name != "lora-rite"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_product_moves_in_proportion_where_factors_lack_full_rank(name, dtype):
-    """BaLoRA and LoRA-RITE, whose formulas divide by singular values of the factors, have tests of their own. LoRA-Muon
-    bounds its steps by its damping, which is not enough for a rank above both widths."""
-    sizes = [size for size in proportion.SIZES if name != "lora-muon" or size[2] <= max(size[:2])]
-    for size in sizes:
-        for kind in proportion.KINDS:
-            assert proportion.largest_move(METHODS[name], size, kind, dtype, 8) < 100, (size, kind)
