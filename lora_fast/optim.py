@@ -52,13 +52,16 @@ class LoRAAdamW(torch.optim.Optimizer):
             pairs. A model's other trainable parameters (``modules_to_save``, norms, DoRA's magnitudes, …) are trained
             by plain AdamW in a parameter group of their own, the last.
         lr: the learning rate. With LoRAPlus it is that of lora_A, and lora_B has a group of its own.
-        betas, eps, weight_decay: as in torch.optim.AdamW, except that the default of weight_decay is 0.
+        betas, eps, weight_decay: as in torch.optim.AdamW, except that the default of weight_decay is 0. These numbers,
+            and those that are later written into a group, may be numpy's or tensors of one element. A tensor is read
+            once, except for that of a learning rate, which may change in place.
         methods: instances from ``lf.methods``.
 
     Raises:
         ArgumentError: nothing to train, pairs that do not fit or share a tensor, a frozen factor with a method that
             needs both, methods that have no meaning together or no pair to work on, values out of range, or ScaLoRA
-            with weights that it cannot change.
+            with weights that it cannot change. At a step and in ``load_state_dict`` also a variant of AdamW in a group
+            (maximize, amsgrad, differentiable, or decoupled_weight_decay=False).
     """
 
     _methods: tuple[Method, ...]

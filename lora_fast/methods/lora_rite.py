@@ -9,8 +9,8 @@ The betas are bias-corrected, β (1−β^{t−1}) / (1−βᵗ). The inverses ar
 values below 1e-3 of the largest (7.8e-3 in bfloat16) count as 0. They may be rounding errors, and a division by them
 moves a so far that Δb Δa exceeds the step. R_b is (k, r) with k = min(r, d_out), V is (k, k) and m is (k, d_in).
 
-A pair whose gradients or factors are not finite becomes NaN. It is left out of the common norm, so that the other pairs
-step as if it had no gradients.
+A pair whose gradients, factors or state are not finite becomes NaN. It is left out of the common norm, so that the other
+pairs step as if it had no gradients.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def _sides(stack: StackedBatch) -> tuple[Side, Side]:
 
 
 def _squared_norm(sides: tuple[Side, Side]) -> Tensor:
-    """Returns the sum of squares, in float64, of all entries of g of a stack. A product whose g is not finite in both
-    factors counts as 0, so that it does not change the steps of the others."""
+    """Returns the sum of squares, in float64, of all entries of g of a stack. A product whose g or state is not finite
+    in both factors counts as 0, so that it does not change the steps of the others."""
     squares = sum(torch.linalg.vector_norm(side.g, dim=(1, 2), dtype=torch.float64).square() for side in sides)
-    return torch.where(squares.isfinite(), squares, 0.0).sum()
+    states = [x.sum((1, 2)) for side in sides for x in (side.moment, side.factor.state["second_moment"])]
+    return torch.where((squares + sum(states)).isfinite(), squares, 0.0).sum()
