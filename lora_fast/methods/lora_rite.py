@@ -9,8 +9,8 @@ The betas are bias-corrected, β (1−β^{t−1}) / (1−βᵗ). The inverses ar
 values below 1e-3 of the largest (7.8e-3 in bfloat16) count as 0. They may be rounding errors, and a division by them
 moves a so far that Δb Δa exceeds the step. R_b is (k, r) with k = min(r, d_out), V is (k, k) and m is (k, d_in).
 
-A pair whose gradients, factors or state are not finite becomes NaN. It is left out of the common norm, so that the other
-pairs step as if it had no gradients.
+A pair whose gradients, factors or state are not finite becomes NaN. It is left out of the common norm, so that the
+other pairs step as if it had no gradients.
 """
 
 from __future__ import annotations
