@@ -36,7 +36,7 @@ class UnpairedParameters:
         for p, count in zip(parameters, self._counts, strict=True):
             states[p]["step"] = count
         self._kinds, self._count_addresses = self._current_kinds(), self._addresses()
-        self._moments = self._moment_ids()
+        self._moments = _moment_ids(states_of(parameters, states))
         self.find_resting()
 
     @classmethod
@@ -52,13 +52,8 @@ class UnpairedParameters:
         counts = [state.get("step") for state in states]
         # ``is`` compares identity: == would compare the counts' values, which waits for the device.
         same_counts = all(map(is_, counts, self._counts)) and self._addresses() == self._count_addresses
-        return same_counts and self._moment_ids() == self._moments and self._current_kinds() == self._kinds
-
-    def _moment_ids(self) -> list[int]:
-        """Returns the identities of the moments, which are not held, so that a user who clears them frees their
-        memory."""
-        states = states_of(self.parameters, self._optimizer_states)
-        return [id(state.get(name)) for name in MOMENTS for state in states]
+        same_moments = _moment_ids(states) == self._moments
+        return same_counts and same_moments and self._current_kinds() == self._kinds
 
     def _addresses(self) -> list[int]:
         """Returns the addresses of the step counts, which code may move inside their tensors."""
@@ -85,3 +80,12 @@ class UnpairedParameters:
         states = states_of(parameters, self._optimizer_states)
         m, v = ([state[name] for state in states] for name in MOMENTS)
         adamw_(parameters, gradients, m, v, counts, settings)
+
+
+def _moment_ids(states: list[dict]) -> list[int]:
+    """Returns the identities of the moments, or nothing if any is missing. The tensors are not held, so that a user who
+    clears the state frees their memory."""
+    try:
+        return [id(state[name]) for name in MOMENTS for state in states]
+    except KeyError:
+        return []

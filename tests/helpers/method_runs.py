@@ -49,10 +49,9 @@ class Ours:
         self.optimizer.step()
 
 
-def run(kind, dtype, methods, steps=STEPS, zero_b=False, seed=0, shapes=SHAPES, **settings):
-    start = layers(dtype, seed=seed, shapes=shapes, zero_b=zero_b)
-    work = kind(start, methods, **{"lr": 1e-2, "weight_decay": 0.1, **settings})
-    stream = gradient_stream(shapes, seed=seed + 1)
+def run(kind, dtype, methods, steps=STEPS, zero_b=False, seed=0, **settings):
+    work = kind(layers(dtype, seed=seed, zero_b=zero_b), methods, **{"lr": 1e-2, "weight_decay": 0.1, **settings})
+    stream = gradient_stream(seed=seed + 1)
     for _ in range(steps):
         work.step(next(stream))
     return work
