@@ -6,6 +6,7 @@ The checks read no data, so they run before a kernel starts and cost no device s
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -42,35 +43,55 @@ class BackendError(RuntimeError):
     """The chosen backend cannot run on this machine or these tensors."""
 
 
-# Each of the following functions returns the value or raises ArgumentError. A bool is an int in Python and is therefore
-# refused explicitly.
+def python_number(value: Any) -> Any:
+    """Returns a number of numpy, which may be an array without dimensions, as a number of Python with its repr. Other
+    values are returned unchanged."""
+    is_of_numpy = type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+    return value.item() if is_of_numpy else value
+
+
+def plain_number(value: Any) -> Any:
+    """Returns a number of numpy or a tensor of one element as a number of Python. Other values are returned unchanged.
+    To read a tensor waits for its device."""
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 and not value.is_meta else value
+    return python_number(value)
+
+
+# Each of the following functions returns the value, as a number of Python where it is one, or raises ArgumentError. A
+# bool is an int in Python and is therefore refused explicitly.
 
 
 def rank(r: object, argument: str = "r") -> int:
+    r = python_number(r)
     if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= LARGEST_RANK:
         raise ArgumentError(argument, f"an integer from 1 to {LARGEST_RANK}", repr(r))
     return r
 
 
 def positive(value: object, argument: str) -> float:
+    value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
         raise ArgumentError(argument, "a finite number above 0", repr(value))
     return float(value)
 
 
 def nonnegative(value: object, argument: str) -> float:
+    value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
         raise ArgumentError(argument, "a finite number of at least 0", repr(value))
     return float(value)
 
 
 def count(value: object, argument: str) -> int:
+    value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ArgumentError(argument, "an integer of at least 1", repr(value))
     return value
 
 
 def flag(value: object, argument: str) -> bool:
+    value = python_number(value)
     if not isinstance(value, bool):
         raise ArgumentError(argument, "True or False", repr(value))
     return value
@@ -88,12 +109,14 @@ def betas(value: object, argument: str = "betas") -> tuple[float, float]:
 
 
 def beta(value: object, argument: str = "beta") -> float:
+    value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, NUMBERS) or not 0.0 <= value < 1.0:  # NaN fails too
         raise ArgumentError(argument, "a number from 0 to below 1", repr(value))
     return float(value)
 
 
 def probability(value: object, argument: str = "dropout") -> float:
+    value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:  # NaN fails too
         raise ArgumentError(argument, "a probability from 0 to 1", repr(value))
     return float(value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from torch import nn
 
 from . import checks
 from .checkpoints.adapter import load_adapter, save_adapter
-from .metrics import AdapterStats, BoundStats, adapter_stats, bound_stats
+from .metrics import AdapterStats, BoundStats, adapter_stats, bound_stats, not_finite
 from .optim import LoRAAdamW
 
 try:
@@ -55,7 +56,8 @@ def optimizer_cls_and_kwargs(model: nn.Module, args: TrainingArguments, methods:
 
 class AdapterStatsCallback(TrainerCallback):
     """Logs ``summary`` of the adapters before the first step, every ``every`` steps and after the last step, through
-    ``trainer.log`` and so to every place that the Trainer reports to. Each time copies once from the device.
+    ``trainer.log`` and so to every place that the Trainer reports to. Each time copies once from the device. A warning
+    names the adapters whose factors are not finite, each of them once.
 
     Args:
         trainer: the Trainer that the callback is added to.
@@ -71,6 +73,7 @@ class AdapterStatsCallback(TrainerCallback):
     def __init__(self, trainer: Trainer, every: int = 10):
         self._trainer, self._every = trainer, checks.count(every, "every")
         self.bounds: dict[str, BoundStats] = {}
+        self._named: set[str] = set()  # the adapters that a warning has named
 
     def on_train_begin(self, args, state, control, model, **others):
         if state.global_step == 0:  # not resumed
@@ -85,6 +88,10 @@ class AdapterStatsCallback(TrainerCallback):
             return
         stats = adapter_stats(model)
         self.bounds = bound_stats(model, stats)
+        if names := [name for name in not_finite(stats) if name not in self._named]:
+            self._named.update(names)
+            text = f"adapters with factors that are not finite, after step {state.global_step}: {', '.join(names)}"
+            warnings.warn(text, stacklevel=2)
         if figures := summary(stats, self.bounds):
             loss_is_due = control.should_log  # trainer.log clears the flag, and this step's loss would not be logged
             self._trainer.log(figures)
@@ -134,8 +141,9 @@ def summary(stats: dict[str, AdapterStats], bounds: dict[str, BoundStats] | None
     """Returns the mean, minimum and maximum over all adapters of each figure of ``lf.metrics.adapter_stats``, under
     ``adapter/<figure>_mean``, ``_min`` and ``_max``.
 
-    The mean is geometric for ratios (rms_ratio, conditioning). A result that is not finite is left out, such as that of
-    a ratio where b = 0.
+    The mean is geometric for ratios (rms_ratio, conditioning). Adapters whose factors are not finite are left out; if
+    there are any, ``adapter/not_finite`` is their number. A result that is not finite is left out, such as that of a
+    ratio where b = 0.
 
     Args:
         stats: the result of ``lf.metrics.adapter_stats``.
@@ -143,9 +151,11 @@ def summary(stats: dict[str, AdapterStats], bounds: dict[str, BoundStats] | None
             that norm-bounded layers use.
     """
     names = [field.name for field in fields(AdapterStats)]
-    figures = {name: [float(getattr(layer, name)) for layer in stats.values()] for name in names}
-    figures["bound_used"] = [layer.used for layer in (bounds or {}).values()]
-    flat: dict[str, float] = {}
+    lost = set(not_finite(stats))
+    finite = [adapter for name, adapter in stats.items() if name not in lost]
+    figures = {name: [float(getattr(adapter, name)) for adapter in finite] for name in names}
+    figures["bound_used"] = [layer.used for name, layer in (bounds or {}).items() if name not in lost]
+    flat: dict[str, float] = {"adapter/not_finite": float(len(lost))} if lost else {}
     for name, values in figures.items():
         if values and not any(map(math.isnan, values)):
             flat |= {f"adapter/{name}_min": min(values), f"adapter/{name}_max": max(values)}

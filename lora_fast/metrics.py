@@ -15,7 +15,7 @@ from .layers.nb_lora import NBLoRALinear, factors_of
 from .layers.sing_lora import SingLoRALinear
 from .ops.pairs import grams
 
-__all__ = ["AdapterStats", "BoundStats", "adapter_stats", "bound_stats"]
+__all__ = ["AdapterStats", "BoundStats", "adapter_stats", "bound_stats", "not_finite"]
 
 SIGNIFICANT = 0.005  # larger singular values count for the rank
 
@@ -72,6 +72,15 @@ def adapter_stats(model: nn.Module) -> dict[str, AdapterStats]:
     ranked = [[*row[:6], row[6] if math.isnan(row[6]) else int(row[6]), *row[7:]] for row in rows]
     stats = {name: AdapterStats(*row) for name, row in zip(names, ranked, strict=True)}
     return dict(sorted(stats.items(), key=lambda item: order[item[0]]))
+
+
+def not_finite(stats: dict[str, AdapterStats]) -> list[str]:
+    """Returns the names of the adapters whose factors are not finite.
+
+    Args:
+        stats: the result of ``adapter_stats``.
+    """
+    return [name for name, adapter in stats.items() if math.isnan(adapter.norm_a)]
 
 
 @dataclass(frozen=True)

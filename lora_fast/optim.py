@@ -23,6 +23,9 @@ from .methods.method import Method
 __all__ = ["LoRAAdamW"]
 
 NO_ENTRIES: tuple = ((), (), ())
+NUMBERS = {"lr", "betas", "eps", "weight_decay"}
+VARIANTS = {"maximize": False, "amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}
+SETTINGS = (*sorted(NUMBERS), *VARIANTS)  # the keys of a group on which a step depends
 
 
 class LoRAAdamW(torch.optim.Optimizer):
@@ -50,7 +53,9 @@ class LoRAAdamW(torch.optim.Optimizer):
             pairs. A model's other trainable parameters (``modules_to_save``, norms, DoRA's magnitudes, …) are trained
             by plain AdamW in a parameter group of their own, the last.
         lr: the learning rate. With LoRAPlus it is that of lora_A, and lora_B has a group of its own.
-        betas, eps, weight_decay: as in torch.optim.AdamW, except that the default of weight_decay is 0.
+        betas, eps, weight_decay: as in torch.optim.AdamW, except that the default of weight_decay is 0. These numbers,
+            and those that are later written into a group, may be numpy's or tensors of one element. A tensor is read
+            once, except for that of a learning rate, which may change in place.
         methods: instances from ``lf.methods``.
         rounding: how a step rounds new parameters of 16 bits. "nearest" is torch's rounding; it loses changes below
             half a unit in the last place, which those of most methods are. "stochastic" rounds up or down with the
@@ -63,7 +68,8 @@ class LoRAAdamW(torch.optim.Optimizer):
     Raises:
         ArgumentError: nothing to train, pairs that do not fit or share a tensor, a frozen factor with a method that
             needs both, methods that have no meaning together or no pair to work on, values out of range, or ScaLoRA
-            with weights that it cannot change.
+            with weights that it cannot change. At a step and in ``load_state_dict`` also a variant of AdamW in a group
+            (maximize, amsgrad, differentiable, or decoupled_weight_decay=False).
     """
 
     _methods: tuple[Method, ...]
@@ -78,6 +84,7 @@ class LoRAAdamW(torch.optim.Optimizer):
     _members: list[bool]  # which of them have a place in a batch
     _has_grad: list[bool]  # which of them had a gradient at the last step
     _sizes: list[int]  # of the groups
+    _settings: list  # the values of all groups that were checked last
     _entries: tuple  # of the layers' dictionaries that hold the pairs' factors: dictionaries, keys, what they held
 
     def __init__(
@@ -127,7 +134,7 @@ class LoRAAdamW(torch.optim.Optimizer):
             ArgumentError: as in the constructor, or an empty group.
         """
         group = dict(param_group)
-        _check_settings({name: group[name] for name in ("lr", "betas", "eps", "weight_decay") if name in group})
+        _check_settings(group)
         entries = group.pop("params", None)
         entries = [entries] if isinstance(entries, Tensor) else list(entries or ())
         if not entries:
@@ -226,6 +233,9 @@ class LoRAAdamW(torch.optim.Optimizer):
     def _update(self) -> None:
         """Brings pairs and batches up to date with the parameters, their gradients and their state, any of which a user
         or a wrapper may replace. Runs at every step, so it compares lists, the fastest comparison in Python."""
+        settings = [group.get(name) for group in self.param_groups for name in SETTINGS]
+        if len(settings) != len(self._settings) or not all(map(is_, settings, self._settings)):
+            self._convert_settings()
         parameters = [p for group in self.param_groups for p in group["params"]]
         sizes = [len(group["params"]) for group in self.param_groups]
         same_groups = sizes == self._sizes and all(map(is_, parameters, self._parameters))
@@ -247,6 +257,20 @@ class LoRAAdamW(torch.optim.Optimizer):
                 for part in parts:
                     part.find_resting()
         self._has_grad = has_grad
+
+    def _convert_settings(self) -> None:
+        """Converts numbers that a user or a scheduler has written into the groups to numbers of Python. As in torch,
+        their range is not checked.
+
+        Raises:
+            ArgumentError: a variant of AdamW that the optimizer does not have. Nothing has changed then.
+        """
+        for group in self.param_groups:
+            _check_variants(group)
+        for group in self.param_groups:
+            for name in NUMBERS & group.keys():
+                group[name] = _converted(name, group[name])
+        self._settings = [group.get(name) for group in self.param_groups for name in SETTINGS]
 
     def _find_pairs_anew(self) -> None:
         """Finds the pairs again after parameters were replaced, in the groups or in the layers, as accelerate does for
@@ -313,10 +337,8 @@ class LoRAAdamW(torch.optim.Optimizer):
             pairs.check([pair for pair, *_ in active], set(), whole=True)
         for method in self._methods:
             method.check([pair for pair, *_ in active])
-        # Methods with a layout of their own exclude each other, so there is at most one.
-        layout = next((m.layout for m in self._methods if type(m).layout is not Method.layout), Method().layout)
         stochastic = self._rounding == "stochastic" or (self._rounding == "auto" and bool(self._pairing))
-        self._batches = partition.build(active, self.state, self._in_state_dtype(layout), stacked, stochastic)
+        self._batches = partition.build(active, self.state, self._layout, stacked, stochastic)
         batched = {id(p) for pair, *_ in active for p in (pair.a, pair.b)}
         self._unpaired = []
         for i, group in enumerate(self.param_groups):
@@ -330,50 +352,48 @@ class LoRAAdamW(torch.optim.Optimizer):
         self._members = members
         self._built_for = chosen_backend, list(map(id, self.state.values()))  # building adds state
 
-    def _in_state_dtype(self, layout: Callable) -> Callable:
-        """Returns the layout with moments of at least ``state_dtype``."""
-        if self._state_dtype is None:
-            return layout
-        least = self._state_dtype
-
-        def wide(pair: Pair) -> tuple[Shapes, ...]:
-            return tuple(
-                {
-                    name: (shape, torch.promote_types(dtype, least) if name in MOMENTS else dtype)
-                    for name, (shape, dtype) in shapes.items()
-                }
-                for shapes in layout(pair)
-            )
-
-        return wide
-
     def _forget_batches(self) -> None:
         """Makes the next step find parameters and build batches anew."""
         self._batches, self._unpaired, self._built_for = [], [], None
         self._parameters, self._sizes, self._entries = [], [], NO_ENTRIES
-        self._members, self._has_grad = [], []
+        self._members, self._has_grad, self._settings = [], [], []
 
     @property
     def _pairing(self) -> list[Method]:
         """Returns the methods that work on pairs."""
         return [method for method in self._methods if method.uses_both_factors]
 
+    def _layout(self, pair: Pair) -> tuple[Shapes, Shapes]:
+        """Returns the shapes and dtypes of a's and b's state, with moments of at least ``state_dtype``."""
+        # Methods with a layout of their own exclude each other, so there is at most one.
+        layout = next((m.layout for m in self._methods if type(m).layout is not Method.layout), Method().layout)
+        shapes_a, shapes_b = layout(pair)
+        if self._state_dtype is not None:
+            for shapes in (shapes_a, shapes_b):
+                for name in shapes.keys() & MOMENTS:
+                    shape, dtype = shapes[name]
+                    shapes[name] = shape, torch.promote_types(dtype, self._state_dtype)
+        return shapes_a, shapes_b
+
     def load_state_dict(self, state_dict: dict) -> None:
         """Loads the ``state_dict`` of an optimizer with the same model, methods and order of parameters. The next steps
         then give the same bits as those of the saved optimizer.
 
         Raises:
-            ArgumentError: the state belongs to other parameters, another order of them, or other methods. Nothing has
-                changed then.
+            ArgumentError: the state belongs to other parameters, another order of them, other methods, or a variant of
+                AdamW that the optimizer does not have. Nothing has changed then.
         """
         saved = state_dict["param_groups"]
-        _check_saved(self.param_groups, saved, state_dict["state"])
+        layouts = [(pair, *self._layout(pair)) for pair in self._known] if self._pairing else []
+        shapes = {id(p): x for pair, *both in layouts for p, x in zip((pair.a, pair.b), both, strict=True)}
+        _check_saved(self.param_groups, saved, state_dict["state"], shapes)
         super().load_state_dict(state_dict)
         order = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip((i for group in saved for i in group["params"]), order, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():
-                # torch's method casts state to p's dtype, which would round float32 state of 16-bit parameters.
-                self.state[p][name] = value.detach().to(p.device, copy=True)
+                # torch's method casts state to p's dtype, which would round float32 state of 16-bit parameters. Older
+                # versions of torch saved step counts as numbers.
+                self.state[p][name] = torch.as_tensor(value).detach().to(p.device, copy=True)
         self._forget_batches()
 
     def __getstate__(self) -> dict:
@@ -381,7 +401,8 @@ class LoRAAdamW(torch.optim.Optimizer):
         names = "_methods", "_known", "_pairs", "_rounding", "_state_dtype"
         attributes = {name: getattr(self, name) for name in names}
         empty: dict[str, Any] = {"_batches": [], "_unpaired": [], "_built_for": None}
-        empty |= {name: [] for name in ("_parameters", "_sizes", "_members", "_has_grad")} | {"_entries": NO_ENTRIES}
+        empty |= {name: [] for name in ("_parameters", "_sizes", "_settings", "_members", "_has_grad")}
+        empty |= {"_entries": NO_ENTRIES}
         return super().__getstate__() | attributes | empty
 
 
@@ -390,17 +411,42 @@ def _is_pair(entry: object) -> bool:
     return isinstance(entry, Pair) or (isinstance(entry, (tuple, list)) and not (entry and isinstance(entry[0], str)))
 
 
-def _check_settings(settings: dict) -> None:
-    for name, value in settings.items():
+def _check_settings(group: dict) -> None:
+    """Converts the numbers of a group, as ``_converted`` does.
+
+    Raises:
+        ArgumentError: a number out of range, or a variant of AdamW that the optimizer does not have.
+    """
+    _check_variants(group)
+    for name in sorted(NUMBERS & group.keys()):
+        value = group[name] = _converted(name, group[name])
         if name == "betas":
             checks.betas(value)
-        elif not isinstance(value, Tensor):
-            checks.nonnegative(value, name)
+        else:
+            checks.nonnegative(checks.plain_number(value), name)  # reads a tensor, which no step does
 
 
-def _check_saved(groups: list[dict], saved: list[dict], state: dict) -> None:
-    """Raises ArgumentError unless the saved groups have the same parameters, in the same order, and the same
-    methods."""
+def _converted(name: str, value: Any) -> Any:
+    """Returns a setting as a number or numbers of Python, which numpy's and one-element tensors become. A learning rate
+    that is a tensor becomes a view of it without dimensions, which a step does not read on the host."""
+    if name == "betas" and isinstance(value, (tuple, list)):
+        return tuple(map(checks.plain_number, value))
+    if name == "lr" and isinstance(value, Tensor) and value.numel() == 1:
+        return value.view(()) if value.dim() else value
+    return checks.plain_number(value)
+
+
+def _check_variants(group: dict) -> None:
+    """Raises ArgumentError for settings of torch's AdamW whose results this optimizer does not compute. Those that
+    change no result (foreach, fused, capturable) may have any value."""
+    for name, expected in VARIANTS.items():
+        if bool(group.get(name, expected)) != expected:
+            raise checks.ArgumentError(name, f"{expected} (LoRAAdamW has no other)", repr(group[name]))
+
+
+def _check_saved(groups: list[dict], saved: list[dict], state: dict, shapes: dict[int, Shapes]) -> None:
+    """Raises ArgumentError unless the saved groups have the same parameters, in the same order, and the same methods,
+    and every saved state has its shape. ``shapes`` are those of the states of paired parameters, by id."""
     sizes, saved_sizes = [len(group["params"]) for group in groups], [len(group["params"]) for group in saved]
     if sizes != saved_sizes:
         raise checks.ArgumentError("state_dict", f"groups of {sizes} parameters", saved_sizes)
@@ -412,7 +458,13 @@ def _check_saved(groups: list[dict], saved: list[dict], state: dict) -> None:
         for name, theirs in zip(group.get("param_names", []), names, strict=True):
             if bare_name(name) != bare_name(theirs):
                 raise checks.ArgumentError("state_dict", f"parameter {name} in this place", theirs)
+        _check_variants(other)
         for p, i in zip(group["params"], other["params"], strict=True):
-            moment = state.get(i, {}).get("exp_avg")
-            if moment is not None and moment.shape != p.shape:
-                raise checks.ArgumentError("state_dict", f"moments of shape {tuple(p.shape)}", tuple(moment.shape))
+            state_of_p = state.get(i, {})
+            if "max_exp_avg_sq" in state_of_p:
+                raise checks.ArgumentError("state_dict", "a state without amsgrad", "max_exp_avg_sq")
+            for name, (shape, _) in shapes.get(id(p), {name: (p.shape, p.dtype) for name in MOMENTS}).items():
+                value = state_of_p.get(name)
+                if value is not None and value.shape != torch.Size(shape):
+                    expected = f"moments of shape {tuple(shape)} ({name})"
+                    raise checks.ArgumentError("state_dict", expected, tuple(value.shape))

@@ -3,6 +3,7 @@
 import math
 import re
 import statistics
+import warnings
 from pathlib import Path
 
 import pytest
@@ -142,15 +143,51 @@ def test_summary_has_geometric_means_and_only_finite_values():
     assert lf.hf.summary({}) == {}
 
 
+def spoil(model, name):
+    peft_layers(model)[name.rpartition(".")[0]].lora_A["default"].weight.data[0, 0] = math.nan
+
+
 def test_nan_adapter_leaves_the_other_adapters_statistics_alone():
     model = tiny.peft_llama()
     before = lf.metrics.adapter_stats(model)
     name = next(iter(before))
-    peft_layers(model)[name.rpartition(".")[0]].lora_A["default"].weight.data[0, 0] = math.nan
+    assert lf.metrics.not_finite(before) == []
+    spoil(model, name)
     after = lf.metrics.adapter_stats(model)
     assert math.isnan(after[name].rank) and math.isnan(after[name].spectral)
-    assert {k: v for k, v in after.items() if k != name} == {k: v for k, v in before.items() if k != name}
-    assert lf.hf.summary(after) == {}
+    assert lf.metrics.not_finite(after) == [name]
+    others = {k: v for k, v in before.items() if k != name}
+    assert {k: v for k, v in after.items() if k != name} == others
+    assert lf.hf.summary(after) == {"adapter/not_finite": 1} | lf.hf.summary(others)
+
+
+def test_callback_names_adapters_that_are_not_finite_once(tmp_path):
+    model = tiny.peft_llama()
+    first, second, *_ = lf.metrics.adapter_stats(model)
+    trainer = trainer_of(model, tmp_path)
+    callback = lf.hf.AdapterStatsCallback(trainer, every=1)
+    state, control = trainer.state, trainer.control
+    spoil(model, first)
+    with pytest.warns(UserWarning, match=rf"not finite, after step 0: {re.escape(first)}$"):
+        callback.on_train_begin(trainer.args, state, control, model)
+    spoil(model, second)
+    with pytest.warns(UserWarning, match=rf"not finite, after step 0: {re.escape(second)}$"):
+        callback.on_step_end(trainer.args, state, control, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        callback.on_step_end(trainer.args, state, control, model)
+    assert [row["adapter/not_finite"] for row in state.log_history] == [1, 2, 2]
+
+
+def test_nan_layer_leaves_the_used_bounds_of_others_alone():
+    model = tiny.llama()
+    lf.inject_(model, lf.NBLoRAConfig(r=4, norm="frobenius", bound=0.5))
+    tiny.fill(model)
+    first = next(layer for layer in model.modules() if isinstance(layer, lf.NBLoRALinear))
+    first.free_a.data[0, 0] = math.nan
+    stats = lf.metrics.adapter_stats(model)
+    figures = lf.hf.summary(stats, lf.metrics.bound_stats(model, stats))
+    assert figures["adapter/not_finite"] == 1 and math.isfinite(figures["adapter/bound_used_mean"])
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True])

@@ -6,6 +6,7 @@ import io
 import math
 import weakref
 
+import numpy as np
 import peft
 import pytest
 import tiny
@@ -328,11 +329,200 @@ def test_frozen_factor_is_refused_by_methods():
 
 
 @pytest.mark.parametrize(
-    "name, value", [("lr", -1.0), ("lr", math.nan), ("betas", (0.9, 1.0)), ("eps", -1), ("weight_decay", math.inf)]
+    "name, value",
+    [
+        ("lr", -1.0),
+        ("lr", math.nan),
+        ("lr", torch.tensor(-1.0)),
+        ("lr", torch.tensor(math.nan)),
+        ("lr", torch.tensor([math.inf])),
+        ("lr", torch.tensor([0.1, 0.2])),
+        ("lr", np.float64("nan")),
+        ("lr", np.float32(-1.0)),
+        ("lr", np.array([0.1])),
+        ("lr", np.bool_(True)),
+        ("lr", "0.1"),
+        ("betas", (0.9, 1.0)),
+        ("betas", (torch.tensor(1.0), torch.tensor(0.9))),
+        ("betas", (np.float32("nan"), 0.9)),
+        ("betas", 0.9),
+        ("eps", -1),
+        ("eps", torch.tensor(-1.0)),
+        ("weight_decay", math.inf),
+        ("weight_decay", np.float64("inf")),
+    ],
+    ids=str,
 )
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(lf.ArgumentError, match=f"^{name}: expected"):
         lf.optim.LoRAAdamW(pairs(), **{name: value})
+    optimizer = lf.optim.LoRAAdamW(pairs())
+    with pytest.raises(lf.ArgumentError, match=f"^{name}: expected"):
+        optimizer.add_param_group({"params": pairs(seed=1), name: value})
+    assert len(optimizer.param_groups) == 1
+
+
+EQUAL_SETTINGS = {  # settings in other types than Python's numbers, which torch's AdamW takes, and these numbers
+    "lr of numpy": ({"lr": np.float32(0.25)}, {"lr": 0.25}),
+    "lr in an array": ({"lr": np.array(0.01)}, {"lr": 0.01}),
+    "lr in a tensor": ({"lr": torch.tensor(0.25)}, {"lr": 0.25}),
+    "lr in a tensor of one element": ({"lr": torch.tensor([0.25], dtype=torch.float64)}, {"lr": 0.25}),
+    "betas of numpy": ({"betas": (np.float64(0.8), np.float64(0.9))}, {"betas": (0.8, 0.9)}),
+    "betas in tensors": ({"betas": (torch.tensor(0.75), torch.tensor([0.5]))}, {"betas": (0.75, 0.5)}),
+    "eps of numpy": ({"eps": np.float64(1e-3)}, {"eps": 1e-3}),
+    "weight decay of numpy": ({"weight_decay": np.float32(0.5)}, {"weight_decay": 0.5}),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("case", EQUAL_SETTINGS)
+@pytest.mark.parametrize("methods", [[], [M.ILoRA(), M.LoRAPlus(2.0)]], ids=["plain", "ilora lora+"])
+def test_settings_may_be_numbers_of_numpy_and_tensors(methods, case, backend):
+    """In the constructor, and written into a group between two steps, as schedulers do."""
+    given, numbers = EQUAL_SETTINGS[case]
+    ends = []
+    for settings in (given, numbers):
+        for is_late in (False, True):
+            chosen = pairs(shapes=[(12, 20, 4)])
+            with lf.set_backend(backend):
+                optimizer = lf.optim.LoRAAdamW(chosen, methods=methods, **({} if is_late else settings))
+                train(optimizer, chosen, 1)
+                for group in optimizer.param_groups if is_late else ():
+                    group.update(settings)
+                train(optimizer, chosen, 1, first=1)
+            ends.append(bits(chosen))
+    for got, want in zip(ends[:2], ends[2:], strict=True):
+        # torch's fused AdamW has a kernel of its own for a learning rate in a tensor.
+        assert same(got, want) or (backend == "torch" and "lr in a tensor" in case)
+        for x, y in zip(got, want, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+def test_learning_rate_in_a_tensor_may_change_in_place():
+    chosen, others = pairs(), pairs()
+    lr = torch.tensor([0.25])
+    optimizer, reference = lf.optim.LoRAAdamW(chosen, lr=lr), lf.optim.LoRAAdamW(others, lr=0.25)
+    for i in range(2):
+        train(optimizer, chosen, 1, first=i)
+        train(reference, others, 1, first=i)
+        lr.fill_(0.125)
+        reference.param_groups[0]["lr"] = 0.125
+    for x, y in zip(bits(chosen), bits(others), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+VARIANTS = [("maximize", True), ("amsgrad", True), ("differentiable", True), ("decoupled_weight_decay", False)]
+
+
+@pytest.mark.parametrize("methods", [[], [M.ILoRA()]], ids=["plain", "ilora"])
+@pytest.mark.parametrize("name, value", VARIANTS, ids=[name for name, _ in VARIANTS])
+def test_variants_of_adamw_are_refused_before_anything_changes(name, value, methods):
+    chosen, extra = pairs(), pairs(seed=1)
+    optimizer = lf.optim.LoRAAdamW(chosen, lr=0.1, methods=methods)
+    train(optimizer, chosen, 1)
+    refused = pytest.raises(lf.ArgumentError, match=f"^{name}: expected {not value} .*, got {value}")
+    with refused:
+        optimizer.add_param_group({"params": extra, name: value})
+    with refused:
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], name: value})
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0] |= {name: value, "lr": 7.0}
+    with refused:
+        optimizer.load_state_dict(saved)
+    assert len(optimizer.param_groups) == 1 and optimizer.param_groups[0]["lr"] == 0.1
+    optimizer.param_groups[0][name] = value
+    set_gradients(chosen, 1)
+    before = bits(chosen, optimizer)
+    with refused:
+        optimizer.step()
+    assert same(before, bits(chosen, optimizer))
+    optimizer.param_groups[0][name] = not value
+    optimizer.step()
+    assert not same(before, bits(chosen, optimizer))
+
+
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["adamw", "amsgrad"])
+def test_state_of_torchs_adamw_continues_unless_it_is_of_a_variant(amsgrad):
+    ours, theirs = pairs(), pairs()
+    options = {"lr": 0.1, "weight_decay": 0.0, "foreach": True, "capturable": False}
+    reference = torch.optim.AdamW([p for pair in theirs for p in pair[:2]], amsgrad=amsgrad, **options)
+    train(reference, theirs, 2)
+    optimizer = lf.optim.LoRAAdamW(ours)
+    saved = reference.state_dict()
+    if amsgrad:
+        with pytest.raises(lf.ArgumentError, match=r"^amsgrad: expected False"):
+            optimizer.load_state_dict(saved)
+        saved["param_groups"][0]["amsgrad"] = False
+        with pytest.raises(
+            lf.ArgumentError, match=r"^state_dict: expected a state without amsgrad, got max_exp_avg_sq"
+        ):
+            optimizer.load_state_dict(saved)
+        assert not optimizer.state
+        return
+    optimizer.load_state_dict(saved)
+    for (a, b, *_), (x, y, *_) in zip(ours, theirs, strict=True):
+        a.data.copy_(x.data), b.data.copy_(y.data)
+    train(optimizer, ours, 2, first=2)
+    train(reference, theirs, 2, first=2)
+    for x, y in zip(bits(ours), bits(theirs), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("step", ["int", "float64", "int64"])
+@pytest.mark.parametrize(
+    "trained, saved",
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)],
+    ids=["bfloat16 from float32", "float32 from bfloat16", "float16 from float32"],
+)
+@pytest.mark.parametrize("methods", [[], [M.ILoRA()]], ids=["plain", "ilora"])
+def test_state_of_another_dtype_trains_as_if_it_had_been_cast(methods, trained, saved, step, backend):
+    """Step counts may be numbers, as older versions of torch saved them. A parameter without a pair trains, too."""
+    ends = []
+    for is_cast in (False, True):
+        chosen, other = pairs(dtype=trained, shapes=[(12, 20, 4)]), nn.Parameter(torch.ones(3, dtype=trained))
+        source, source_other = pairs(dtype=saved, shapes=[(12, 20, 4)]), nn.Parameter(torch.ones(3, dtype=saved))
+        with lf.set_backend(backend):
+            optimizers = []
+            for layers, parameter in ((source, source_other), (chosen, other)):
+                optimizers.append(lf.optim.LoRAAdamW(layers, lr=1e-2, methods=methods))
+                optimizers[-1].add_param_group({"params": [parameter]})
+                parameter.grad = torch.ones_like(parameter)
+            first, optimizer = optimizers
+            train(first, source, 2)
+            state_dict = copy.deepcopy(first.state_dict())
+            for state in state_dict["state"].values():
+                moments = {
+                    name: state[name].to(trained) if is_cast else state[name] for name in state if name != "step"
+                }
+                count = {"int": int, "float64": torch.Tensor.double, "int64": torch.Tensor.long}[step](state["step"])
+                state |= moments | ({} if is_cast else {"step": count})
+            optimizer.load_state_dict(state_dict)
+            train(optimizer, chosen, 2, first=2)
+            assert int(optimizer.state[chosen[0][0]]["step"]) == int(optimizer.state[other]["step"]) == 4
+        ends.append([*bits(chosen), other.detach()])
+    assert same(*ends)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step"])
+@pytest.mark.parametrize("methods", [[], [M.ILoRA()]], ids=["plain", "ilora"])
+def test_state_may_be_replaced_by_one_of_another_dtype(methods, name, backend):
+    """Between two steps, as by code that moves or casts an optimizer's state."""
+    ends = []
+    for is_cast in (False, True):
+        chosen = pairs(dtype=torch.bfloat16, shapes=[(12, 20, 4)] * 2)
+        with lf.set_backend(backend):
+            optimizer = lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=methods)
+            train(optimizer, chosen, 1)
+            if is_cast:
+                optimizer.state[chosen[0][0]][name] = optimizer.state[chosen[0][0]][name].double()
+            train(optimizer, chosen, 2, first=1)
+        ends.append(bits(chosen))
+    assert same(*ends)
 
 
 def test_state_of_another_optimizer_is_refused():

@@ -43,6 +43,7 @@ class UnpairedParameters:
         for p, count in zip(parameters, self._counts, strict=True):
             states[p]["step"] = count
         self._kinds, self._count_addresses = self._current_kinds(), self._addresses()
+        self._moments = _moment_ids(states_of(parameters, states))
         self.find_resting()
 
     @classmethod
@@ -71,14 +72,14 @@ class UnpairedParameters:
         return instances
 
     def intact(self) -> bool:
-        """Returns whether devices and dtypes are unchanged, every state exists, and the step counts are still the
-        slices. Moments may have been replaced: each step reads them from the state."""
+        """Returns whether devices and dtypes are unchanged, the moments are the tensors that were cast to them, and the
+        step counts are still the slices."""
         states = states_of(self.parameters, self._optimizer_states)
         counts = [state.get("step") for state in states]
-        moments_exist = [name in state for name in MOMENTS for state in states]
         # ``is`` compares identity: == would compare the counts' values, which waits for the device.
         same_counts = all(map(is_, counts, self._counts)) and self._addresses() == self._count_addresses
-        return same_counts and all(moments_exist) and self._current_kinds() == self._kinds
+        same_moments = _moment_ids(states) == self._moments
+        return same_counts and same_moments and self._current_kinds() == self._kinds
 
     def _addresses(self) -> list[int]:
         """Returns the addresses of the step counts, which code may move inside their tensors."""
@@ -120,3 +121,12 @@ class UnpairedParameters:
         on_device = to_device(keys, torch.int64, values[0].device)
         rows = zip(values, on_device.split(1), counts, strict=True)
         return [round_factors(x[None], dtype, key, count[None], None)[0] for x, key, count in rows]
+
+
+def _moment_ids(states: list[dict]) -> list[int]:
+    """Returns the identities of the moments, or nothing if any is missing. The tensors are not held, so that a user who
+    clears the state frees their memory."""
+    try:
+        return [id(state[name]) for name in MOMENTS for state in states]
+    except KeyError:
+        return []

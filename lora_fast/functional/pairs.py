@@ -86,7 +86,7 @@ def scalora_scaling(
         ArgumentError: shapes that do not fit, kappa or scaling not above 0, or an unknown solver.
     """
     checks.positive(scaling, "scaling")
-    checks.positive(kappa, "kappa")
+    kappa = checks.positive(kappa, "kappa")
     checks.choice(solver, "solver", SOLVERS)
     single = isinstance(a, Tensor)
     lists = [_matrices(name, [x] if single else x) for name, x in (("a", a), ("b", b), ("da", da), ("db", db))]

@@ -33,6 +33,7 @@ class ILoRA(Method):
     has_after = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.nonnegative(self.lam, "lam")
         if self.rho is not None:
             checks.positive(self.rho, "rho")

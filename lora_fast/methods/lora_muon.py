@@ -50,6 +50,7 @@ class LoRAMuon(Method):
     replaces_adamw = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.beta(self.beta)
         checks.positive(self.damping, "damping")
 

@@ -18,4 +18,5 @@ class LoRAPlus(Method):
     uses_both_factors = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.positive(self.ratio, "ratio")

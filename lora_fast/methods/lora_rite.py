@@ -5,12 +5,18 @@ With aᵀ = U_a R_a and b = U_b R_b (QR), for a (and for bᵀ with the roles exc
     g = R_b⁻ᵀ da, clipped to norm 1 over all g together        P = U_bᵀ U_b,old
     V = β₂ P V Pᵀ + (1−β₂) g gᵀ/d_in        m = β₁ P m + (1−β₁) (V^½ + ε)⁻¹ g        a −= lr (R_b⁻¹ m + wd a)
 
-The betas are bias-corrected, β (1−β^{t−1}) / (1−βᵗ). The inverses are pseudo-inverses, so that b = 0 gives 0.
+The betas are bias-corrected, β (1−β^{t−1}) / (1−βᵗ). The inverses are pseudo-inverses, so that b = 0 gives 0. Singular
+values below 1e-3 of the largest (7.8e-3 in bfloat16) count as 0. They may be rounding errors, and a division by them
+moves a so far that Δb Δa exceeds the step. R_b is (k, r) with k = min(r, d_out), V is (k, k) and m is (k, d_in).
+
+A pair whose gradients, factors or state are not finite becomes NaN. It is left out of the common norm, so that the
+other pairs step as if it had no gradients.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +46,7 @@ class LoRARITE(Method):
     needs_stacks = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.positive(self.eps, "eps")
         checks.positive(self.clip, "clip")
 
@@ -47,20 +54,27 @@ class LoRARITE(Method):
         dtype = torch.promote_types(pair.a.dtype, torch.float32)
         r, d_in, d_out = pair.rank, pair.a.shape[1], pair.b.shape[0]
         experts = (pair.experts,) if pair.experts > 1 else ()
-        square = ((*experts, r, r), dtype)
-        return (
-            {"exp_avg": (pair.a.shape, dtype), "second_moment": square, "basis": ((*experts, d_out, r), dtype)},
-            {"exp_avg": (pair.b.shape, dtype), "second_moment": square, "basis": ((*experts, d_in, r), dtype)},
-        )
+
+        def state(p: Tensor, moment: tuple[int, int], d_other: int, k: int) -> Shapes:
+            """Returns the state of a factor p, with k = min(r, d_other)."""
+            shapes = {
+                "exp_avg": p.shape if k == r else (*experts, *moment),  # where they agree, p's form is torch's
+                "second_moment": (*experts, k, k),
+                "basis": (*experts, d_other, k),
+            }
+            return {name: (shape, dtype) for name, shape in shapes.items()}
+
+        k_b, k_a = min(r, d_out), min(r, d_in)
+        return state(pair.a, (k_b, d_in), d_out, k_b), state(pair.b, (d_out, k_a), d_in, k_a)
 
     def before_all(self, batches: list[Any], memory: dict) -> None:
         """Updates all factors here, since the gradients of all pairs are clipped together. The batches are stacks,
         since the method needs them."""
-        sides = [side for stack in batches for side in _sides(stack)]
-        device = sides[0].g.device  # a model may be spread over devices
-        norm = torch.stack([side.g.square().sum().to(device) for side in sides]).sum().sqrt()
+        stacks = [_sides(stack) for stack in batches]
+        device = stacks[0][0].g.device  # a model may be spread over devices
+        norm = torch.stack([_squared_norm(sides).to(device) for sides in stacks]).sum().sqrt()
         clip = (self.clip / norm).clamp(max=1.0)
-        for side in sides:
+        for side in chain(*stacks):
             self._move(side, side.g * clip.to(side.g.device))
 
     def _move(self, side: Side, g: Tensor) -> None:
@@ -70,10 +84,11 @@ class LoRARITE(Method):
         beta1, beta2 = (beta * (1 - beta ** (count - 1)) / (1 - beta**count) for beta in side.settings["betas"])
         state = side.factor.state
         m, v = rite_update(g, side.moment, state["second_moment"], side.basis, state["basis"], beta1, beta2, self.eps)
-        update = side.inverse @ m + weight_decay * at_least_float32(side.value)
+        value, factor = at_least_float32(side.value), side.factor
+        value = value - lr * (side.inverse @ m + weight_decay * value)
         changes = (side.moment, m), (state["second_moment"], v), (state["basis"], side.basis)
-        for stack, values in (*changes, (side.value, side.value - (lr * update).to(side.value.dtype))):
-            side.factor.write(stack, values)
+        for stack, values in (*changes, (factor.value, factor.round(value if factor.is_a else value.mT))):
+            factor.write(stack, values)
 
 
 class Side(NamedTuple):
@@ -81,8 +96,9 @@ class Side(NamedTuple):
 
     Attributes:
         factor: the a or b of the stack. settings: lr, betas, eps and weight_decay of its parameter group.
-        value: the factor, (L, r, d), a view. g: its unmagnified gradient, (L, r, d). moment: its state m, a view.
-        basis, inverse: U and R⁻¹ of the other factor.
+        value: the factor, (L, r, d), a view. g: its unmagnified gradient, (L, k, d), where k is the smaller of r and
+            the other factor's d. moment: its state m, a view, (L, k, d).
+        basis, inverse: U (L, the other factor's d, k) and R⁻¹ (L, r, k) of the other factor.
     """
 
     factor: Factor
@@ -98,11 +114,19 @@ def _sides(stack: StackedBatch) -> tuple[Side, Side]:
     """Returns the sides of a and of b. A moment's transposed view shares its memory, so that writing to it is
     enough."""
     a, b = stack.a, stack.b
-    u_b, _, inverse_b = rite_factor(b.value)
-    u_a, _, inverse_a = rite_factor(a.value.mT)
+    u_b, inverse_b = rite_factor(b.value)
+    u_a, inverse_a = rite_factor(a.value.mT)
     g_a = inverse_b.mT @ at_least_float32(a.gradient())
     g_b = inverse_a.mT @ at_least_float32(b.gradient()).mT
     return (
         Side(a, stack.settings_a, a.value, g_a, a.state["exp_avg"], u_b, inverse_b),
         Side(b, stack.settings_b, b.value.mT, g_b, b.state["exp_avg"].mT, u_a, inverse_a),
     )
+
+
+def _squared_norm(sides: tuple[Side, Side]) -> Tensor:
+    """Returns the sum of squares, in float64, of all entries of g of a stack. A product whose g or state is not finite
+    in both factors counts as 0, so that it does not change the steps of the others."""
+    squares = sum(torch.linalg.vector_norm(side.g, dim=(1, 2), dtype=torch.float64).square() for side in sides)
+    states = [x.sum((1, 2)) for side in sides for x in (side.moment, side.factor.state["second_moment"])]
+    return torch.where((squares + sum(states)).isfinite(), squares, 0.0).sum()

@@ -3,6 +3,9 @@ hooks it needs."""
 
 from __future__ import annotations
 
+from dataclasses import fields
+
+from .. import checks
 from ..batches.batch import Batch, Shapes, adamw_state
 from ..batches.pairs import Pair
 
@@ -22,6 +25,11 @@ class Method:
     replaces_adamw = False
     uses_both_factors = True
     needs_stacks = False
+
+    def __post_init__(self) -> None:
+        """Replaces numbers of numpy by Python's, because the method's repr identifies it in an optimizer's state."""
+        for field in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            object.__setattr__(self, field.name, checks.python_number(getattr(self, field.name)))
 
     def check(self, pairs: list[Pair]) -> None:
         """Raises ArgumentError if the method cannot train these pairs on the current backend. Runs for all pairs when

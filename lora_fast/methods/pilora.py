@@ -26,6 +26,7 @@ class PiLoRA(Method):
     has_after = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.nonnegative(self.lam, "lam")
         checks.positive(self.damping, "damping")
 

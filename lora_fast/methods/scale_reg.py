@@ -32,6 +32,7 @@ class ScaleReg(Method):
     decoupled: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.nonnegative(self.lam, "lam")
         checks.positive(self.eps, "eps")
         checks.flag(self.decoupled, "decoupled")

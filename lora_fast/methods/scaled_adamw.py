@@ -26,6 +26,7 @@ class ScaledAdamW(Method):
     damping: float = 1e-6
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.positive(self.damping, "damping")
 
     def before(self, batch: Batch) -> None:

@@ -58,6 +58,7 @@ class ScaLoRA(Method):
     keep: str = "weights"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kappa is not None:
             checks.positive(self.kappa, "kappa")
         checks.count(self.interval, "interval")

@@ -245,14 +245,16 @@ def lora_rite(run, grads):
     beta1, beta2 = (beta * (1 - beta ** (run.t - 1)) / (1 - beta**run.t) for beta in run.betas)
     for layer, name, g, u, inverse in work:
         g = g * min(1.0, method.clip / norm) if norm else g
-        r = len(g)
+        k = len(g)  # the smaller of r and the other factor's width
         old = layer.basis.get(name)
-        carry = u.T @ old if old is not None else torch.zeros(r, r, dtype=g.dtype)
-        second = layer.basis.get(name + "V", torch.zeros(r, r, dtype=g.dtype))
-        second = beta2 * carry @ second @ carry.T + (1 - beta2) * g @ g.T / g.shape[1]
+        moment = layer.m[name] if name == "a" else layer.m[name].T
+        carry = u.T @ old if old is not None else torch.zeros(k, len(moment), dtype=g.dtype)
+        second = layer.basis.get(name + "V", torch.zeros(k, k, dtype=g.dtype))
+        if old is not None:
+            second = beta2 * carry @ second @ carry.T
+        second = second + (1 - beta2) * g @ g.T / g.shape[1]
         values, q = torch.linalg.eigh(second)
         white = q @ torch.diag(1 / (values.clamp(min=0).sqrt() + method.eps)) @ q.T @ g
-        moment = layer.m[name] if name == "a" else layer.m[name].T
         moment = beta1 * carry @ moment + (1 - beta1) * white
         layer.m[name] = moment if name == "a" else moment.T
         layer.basis |= {name: u, name + "V": second}

@@ -1,12 +1,21 @@
 """LoRA-RITE runs in torch on both backends. iLoRA after it changes its product in second order."""
 
+import copy
+from itertools import islice
+
+import proportion
 import pytest
 import torch
-from adapter_pairs import bits, pairs, same, train
-from method_runs import Ours, run
+import transcription as T
+from adapter_pairs import bits, pairs, same, set_gradients, train
+from method_runs import Ours, distance, gradient_stream, layers, run
+from torch import nn
 
 import lora_fast as lf
 from lora_fast import methods as M
+from lora_fast.batches.pairs import Pair
+
+WIDE = [(3, 32, 8), (1, 32, 4), (32, 1, 4), (32, 3, 8), (4, 9, 4), (3, 9, 4), (9, 3, 4), (1, 9, 1), (1, 1, 1)]
 
 
 @pytest.mark.parametrize("ratio, order", [(1.0, 2), (0.5, 1)], ids=["equal shares", "b half of a"])
@@ -51,3 +60,80 @@ def test_lora_rite_is_bitwise_equal_on_both_backends(dtype, methods):
             train(lf.optim.LoRAAdamW(chosen, lr=1e-2, methods=methods), chosen, 3)
         ends.append(bits(chosen))
     assert same(*ends)
+
+
+@pytest.mark.parametrize("shape", WIDE, ids=str)
+def test_rank_may_exceed_the_widths(shape):
+    """The transcription's QR decompositions have min(r, d) columns. From b = 0, its pseudo-inverses divide by rounding
+    errors where the rank exceeds d_in."""
+    for zero_b in (False, True) if shape[1] >= shape[2] else (False,):
+        start = lambda zero_b=zero_b: layers(torch.float64, shapes=[shape], zero_b=zero_b)
+        exact, ours = (kind(start(), [M.LoRARITE()], lr=1e-3, weight_decay=0.1) for kind in (T.Run, Ours))
+        for gradients in islice(gradient_stream([shape]), 20):
+            exact.step(gradients)
+            ours.step(gradients)
+        assert distance(ours, exact) <= 1e-8
+
+
+@pytest.mark.parametrize("kind", proportion.KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_product_moves_in_proportion_where_factors_lack_full_rank(dtype, kind):
+    sizes = proportion.SIZES if dtype != torch.bfloat16 else [size for size in proportion.SIZES if size[2] > 1]
+    for size in sizes:
+        for rank in (None, 1):
+            assert proportion.largest_move([M.LoRARITE()], size, kind, dtype, 12, rank) < 100, (size, rank)
+
+
+def test_nearly_equal_columns_are_not_divided_by_rounding_errors():
+    nearly_equal = lambda b: b[:, :1] * (1 + 1e-7 * b)
+    for dtype in (torch.float32, torch.float64):
+        assert proportion.largest_move([M.LoRARITE()], (256, 128, 16), nearly_equal, dtype, 12) < 100
+
+
+def test_state_has_the_smaller_of_rank_and_width_and_resumes_bitwise():
+    straight = pairs(shapes=WIDE)
+    whole = lf.optim.LoRAAdamW(straight, lr=1e-2, methods=[M.LoRARITE()])
+    train(whole, straight, 3)
+    state = whole.state[straight[0][0]]  # a of d_out 3, d_in 32, r 8
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    assert shapes == {"step": (), "exp_avg": (3, 32), "second_moment": (3, 3), "basis": (3, 3)}
+    assert whole.state[straight[3][1]]["exp_avg"].shape == (32, 3)
+    resumed = [(nn.Parameter(a.detach().clone()), nn.Parameter(b.detach().clone()), s, w) for a, b, s, w in straight]
+    after = lf.optim.LoRAAdamW(resumed, lr=1e-2, methods=[M.LoRARITE()])
+    after.load_state_dict(copy.deepcopy(whole.state_dict()))
+    for optimizer, chosen in ((whole, straight), (after, resumed)):
+        train(optimizer, chosen, 3, first=3)
+    assert same(bits(straight, whole), bits(resumed, after))
+    wrong = copy.deepcopy(whole.state_dict())
+    wrong["state"][0]["second_moment"] = torch.zeros(8, 8)
+    before = bits(resumed, after)
+    with pytest.raises(lf.ArgumentError, match=r"moments of shape \(3, 3\) \(second_moment\), got \(8, 8\)"):
+        after.load_state_dict(wrong)
+    assert same(before, bits(resumed, after))
+
+
+def test_experts_may_have_a_rank_above_their_width():
+    """Three experts in one pair of parameters step as three pairs do, and resume bitwise."""
+    experts, d_out, d_in, r = 3, 2, 9, 4
+    single = pairs(shapes=[(d_out, d_in, r)] * experts)
+    merged_a = lambda xs: torch.cat([x.detach() for x in xs])
+    merged_b = lambda xs: torch.stack([x.detach() for x in xs], -1).flatten(
+        1
+    )  # column r·E of an expert every E columns
+    a, b = nn.Parameter(merged_a([p[0] for p in single])), nn.Parameter(merged_b([p[1] for p in single]))
+    build = lambda a, b: lf.optim.LoRAAdamW([Pair("experts", a, b, 2.0, experts=experts)], methods=[M.LoRARITE()])
+    together, alone = build(a, b), lf.optim.LoRAAdamW(single, methods=[M.LoRARITE()])
+    for i in range(4):
+        set_gradients(single, i)
+        a.grad, b.grad = merged_a([p[0].grad for p in single]), merged_b([p[1].grad for p in single])
+        if i == 3:
+            copied = [nn.Parameter(p.detach().clone()) for p in (a, b)]
+            resumed = build(*copied)
+            resumed.load_state_dict(copy.deepcopy(together.state_dict()))
+            for p, q in zip(copied, (a, b), strict=True):
+                p.grad = q.grad
+            resumed.step()
+        together.step(), alone.step()
+    torch.testing.assert_close(a.detach(), merged_a([p[0] for p in single]))
+    torch.testing.assert_close(b.detach(), merged_b([p[1] for p in single]))
+    assert torch.equal(copied[0], a) and torch.equal(copied[1], b)

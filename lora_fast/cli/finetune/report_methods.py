@@ -228,6 +228,13 @@ def notes(settings: Settings, runs: list[Record]) -> list[str]:
             "merges describes all that training changed, W + s·b·a − W₀, at the end. For the other methods this is ΔW."
         )
     sentences += [f"{run.label}: {run.diverged}." for run in runs if run.diverged]
+    lost = {run.label: run.last("adapter/not_finite") for run in runs}
+    sentences += [
+        f"{label}: {count:.0f} adapters have factors that are not finite at the end. Its norms, ratios and ranks are "
+        "means over the others."
+        for label, count in lost.items()
+        if count > 0  # NaN, where all are finite, is not
+    ]
     layers = dict.fromkeys(run.layers for run in runs)
     return [*sentences, *(f"Layers: {text}." for text in layers)]
 

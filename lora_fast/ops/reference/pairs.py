@@ -229,14 +229,14 @@ def inverse_mean(x: Tensor, y: Tensor, damping: float) -> Tensor:
         torch.where(zero | bad, eye, k.double() + damping * trace * eye)
         for k, trace in zip((x, y), traces, strict=True)
     )
-    q, values = _positive_eigenvalues(x)
+    q, values = positive_eigenvalues(x)
     root = (q * values.rsqrt()[:, None, :]) @ q.mT
-    q, values = _positive_eigenvalues(root @ y @ root)
+    q, values = positive_eigenvalues(root @ y @ root)
     half = root @ (q * values.pow(-0.25)[:, None, :])
     return (half @ half.mT).masked_fill(bad, torch.nan).masked_fill(zero, 0.0).to(dtype)
 
 
-def _positive_eigenvalues(matrices: Tensor) -> tuple[Tensor, Tensor]:
+def positive_eigenvalues(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Returns eigenvectors (L, r, r) and eigenvalues (L, r) of symmetric positive matrices. Eigenvalues below ε times
     the largest are rounding errors and are raised to it."""
     values, q = torch.linalg.eigh(0.5 * (matrices + matrices.mT))

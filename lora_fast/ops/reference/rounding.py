@@ -25,18 +25,18 @@ def noise(
 ) -> Tensor:
     """Returns a 16-bit number for each element, int32 (…, rows, columns). ``key`` and ``word2`` are numbers, or int64
     tensors (…) on the device."""
-    key, word2 = (torch.as_tensor(x, dtype=torch.int64, device=device)[..., None, None] for x in (key, word2))
+    keys, steps = (torch.as_tensor(x, dtype=torch.int64, device=device)[..., None, None] for x in (key, word2))
     row, group = (torch.arange(n, dtype=torch.int64, device=device) for n in (rows, -(-columns // 8)))
     # In each round two words are multiplied. A product wraps in int64, which changes neither of its halves.
-    word0, word1, word2, _ = torch.broadcast_tensors(row[:, None], group, word2 & LOW, key)
-    key0, key1, last = key & LOW, (key >> 32) & LOW, torch.full_like(word0, word3)
+    word0, word1, middle, _ = torch.broadcast_tensors(row[:, None], group, steps & LOW, keys)
+    key0, key1, last = keys & LOW, (keys >> 32) & LOW, torch.full_like(word0, word3)
     for _ in range(PHILOX_ROUNDS):
-        product0, product2 = word0 * 0xD2511F53, word2 * 0xCD9E8D57
+        product0, product2 = word0 * 0xD2511F53, middle * 0xCD9E8D57
         word0 = ((product2 >> 32).bitwise_and_(LOW)).bitwise_xor_(word1).bitwise_xor_(key0)
-        word2 = ((product0 >> 32).bitwise_and_(LOW)).bitwise_xor_(last).bitwise_xor_(key1)
+        middle = ((product0 >> 32).bitwise_and_(LOW)).bitwise_xor_(last).bitwise_xor_(key1)
         word1, last = product2.bitwise_and_(LOW), product0.bitwise_and_(LOW)
         key0, key1 = (key0 + 0x9E3779B9) & LOW, (key1 + 0xBB67AE85) & LOW
-    words = torch.stack([word.to(torch.int32) for word in (word0, word1, word2, last)], -1)
+    words = torch.stack([word.to(torch.int32) for word in (word0, word1, middle, last)], -1)
     return words.view(torch.int16).flatten(-2)[..., :columns].to(torch.int32) & 0xFFFF  # a word's low half is first
 
 
