@@ -26,6 +26,7 @@ from ..kernels.records import Grams, Scaled
 from ..layers import merge_log
 from .method import Method
 
+NEGLIGIBLE = 1e-6  # squared scales below this share of their pair's largest do not count in the calibration of κ
 FLOOR = 1e-3  # least scale without a limit, so that no column becomes 0 and stays 0
 UNROUNDED = (torch.float32, torch.float64)  # dtypes of weights that need no compensation
 
@@ -105,14 +106,19 @@ class ScaLoRA(Method):
             self._apply(members, due, *members[0].ops.scales(x, active, kappa, scaling, low, high))
 
     def _calibrate(self, solutions: list[tuple[Tensor, Tensor]], memory: dict) -> Tensor:
-        """Returns κ from memory if it is above 0 there. Otherwise stores the κ that makes the geometric mean of β 1;
-        when all gradients are 0, κ stays 0. The choice is made on the device, so that the host does not wait."""
+        """Returns κ from memory if it is above 0 there. Otherwise stores the κ that makes the geometric mean of β 1, or
+        that of α where no β is above 0, as in layers with one output; when all gradients are 0, κ stays 0. The choice
+        is made on the device, so that the host does not wait."""
         device = solutions[0][0].device
-        squares = _concatenate([x.chunk(2, -1)[1].flatten().to(device, torch.float64) for x, _ in solutions])
-        active = _concatenate([active.chunk(2, -1)[1].flatten().to(device) for _, active in solutions]) & (squares > 0)
-        # The squares are β² at κ = 1 and are proportional to 1 / κ, so their geometric mean is the κ that makes it 1.
-        logs = torch.where(active, squares, 1.0).log().sum() / active.sum()
-        calibrated = torch.where(active.any(), logs.exp(), 0.0)
+        # Rounding leaves squares near 0 in place of 0. The comparisons are false for a pair with a NaN.
+        counted = [active & (x > NEGLIGIBLE * x.amax(-1, keepdim=True)) for x, active in solutions]
+        calibrated = torch.zeros((), dtype=torch.float64, device=device)
+        for half in (0, 1):  # α², then β², at κ = 1
+            squares = _concatenate([x.chunk(2, -1)[half].flatten().to(device, torch.float64) for x, _ in solutions])
+            chosen = _concatenate([flags.chunk(2, -1)[half].flatten().to(device) for flags in counted])
+            # The squares are proportional to 1 / κ, so their geometric mean is the κ that makes it 1.
+            logs = torch.where(chosen, squares, 1.0).log().sum() / chosen.sum()
+            calibrated = torch.where(chosen.any(), logs.exp(), calibrated)
         kappa = memory["kappa"] = memory.get("kappa", torch.zeros((), dtype=torch.float64, device=device)).to(device)
         # In place, because a CUDA graph reads κ at this address at every replay.
         return kappa.copy_(torch.where(kappa > 0, kappa, calibrated))
