@@ -39,18 +39,18 @@ static struct parts parts_of(const lora_fast_cayley_group *group, const void *at
 
 /* The parts of the workspace, which the launches need besides. */
 struct workspace {
-    char *totals, *partials, *multipliers, *matrices, *scratch, *end;
+    char *totals, *partials, *multipliers, *scratch, *end;
 };
 
 static struct workspace workspace_of(const lora_fast_cayley_group *group, const void *at) {
-    size_t square = (size_t)group->r * group->r, sum = group->backward ? sizeof(float) : sizeof(double);
-    size_t side = lora_fast_rank_class(group->r, 16), slot = slots(group) * side * side, n = group->n_pairs;
+    size_t square = (size_t)group->r * group->r * sizeof(double);
+    size_t side = lora_fast_rank_class(group->r, 16), slot = slots(group) * side * side * sizeof(double);
+    size_t n = group->n_pairs;
     struct workspace parts = {.totals = (char *)at};
-    parts.partials = parts.totals + aligned(2 * n * square * sum);
-    parts.multipliers = parts.partials + aligned(group->n_programs[SUMS] * square * sum);
-    parts.matrices = parts.multipliers + aligned((group->backward ? 3 : 2) * n * square * sizeof(float));
-    parts.scratch = parts.matrices + (group->backward ? 0 : slot * sizeof(double));
-    parts.end = parts.scratch + (group->backward ? 3 : 2) * slot * sizeof(float);
+    parts.partials = parts.totals + aligned(2 * n * square);
+    parts.multipliers = parts.partials + aligned(group->n_programs[SUMS] * square);
+    parts.scratch = parts.multipliers + aligned((group->backward ? 3 : 2) * n * square);
+    parts.end = parts.scratch + (group->backward ? 3 : 1) * slot;
     return parts;
 }
 
@@ -147,7 +147,6 @@ API int lora_fast_cayley(const lora_fast_cayley_group *group, void *workspace, l
                                               NAMED_POINTER("addresses", parts.addresses),
                                               NAMED_POINTER("totals", memory.totals),
                                               NAMED_POINTER("multipliers", memory.multipliers),
-                                              NAMED_POINTER("matrices", memory.matrices),
                                               NAMED_POINTER("scratch", memory.scratch),
                                               NAMED_INTEGER("n", group->n_pairs), END},
                           stream));

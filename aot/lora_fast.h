@@ -157,11 +157,11 @@ LORA_FAST_API int lora_fast_merge(const lora_fast_group *group, const float *sca
 
    Forward, from free_a (r, d_in) and free_b (d_out, r), r at most d_in: a (r, d_in), b (d_out, r) with its columns
    times scale, and inverse (r, r). Backward, from inverse and the gradients of a and b: the gradients of free_a,
-   free_b and scale. All float32, except the free parameters and their gradients. */
+   free_b and scale. All float32, except inverse, float64, and the free parameters and their gradients. */
 typedef struct {
     const void *free_a, *free_b;
     const float *scale;           /* (r); all 1 where the adapter has no scale */
-    float *inverse;               /* forward writes it, backward reads it */
+    double *inverse;              /* forward writes it, backward reads it */
     void *result_a, *result_b;    /* out: forward a and b, backward the gradients of free_a and free_b */
     float *result_scale;          /* out, backward only: the gradient of scale */
     const float *grad_a, *grad_b; /* backward only: the gradients of a and b */

@@ -294,7 +294,7 @@ def cayley_case(library, device, dtype, r, backward):
         case.add(f"scale{i}", r, dtype=torch.float32)
         if backward:
             case.add(f"grad_a{i}", r, d_in, dtype=torch.float32), case.add(f"grad_b{i}", d_out, r, dtype=torch.float32)
-            case.add(f"inverse{i}", r, r, dtype=torch.float32)
+            case.add(f"inverse{i}", r, r, dtype=torch.float64)
     for tensor in case.tensors.values():
         tensor /= 64  # so small that no result overflows
     names = ("free_a", "free_b", "scale") + ("inverse", "grad_a", "grad_b") * backward
@@ -308,7 +308,8 @@ def cayley_case(library, device, dtype, r, backward):
         result_a, result_b = (
             [case.empty(*x.shape, dtype=kind) for x in by_pair(t, name)] for name in ("free_a", "free_b")
         )
-        third = [case.empty(*((r,) if backward else (r, r)), dtype=torch.float32) for _ in range(n)]
+        shape, wide = ((r,), torch.float32) if backward else ((r, r), torch.float64)
+        third = [case.empty(*shape, dtype=wide) for _ in range(n)]
         pairs = []
         for i, (d_in, d_out) in enumerate(PAIRS):
             tensors = {name: t[f"{name}{i}"] for name in names} | {"result_a": result_a[i], "result_b": result_b[i]}
@@ -343,11 +344,11 @@ def cayley_tables(case: Case, group, host: torch.Tensor) -> list[dict]:
 
 def cayley_scratch(group, memory: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     """Returns the parts of the workspace by parameter, for the three launches."""
-    n, r, wide = group.n_pairs, group.r, 4 if group.backward else 8
-    side = max(16, 1 << (r - 1).bit_length())
-    sizes = [2 * n * r * r * wide, group.n_programs[0] * r * r * wide, (3 if group.backward else 2) * n * r * r * 4]
-    sizes += [0 if group.backward else n * side * side * 8, (3 if group.backward else 2) * n * side * side * 4]
-    names = ("totals", "partials", "multipliers", "matrices", "scratch")
+    n, square = group.n_pairs, 8 * group.r**2
+    side = max(16, 1 << (group.r - 1).bit_length())
+    sizes = [2 * n * square, group.n_programs[0] * square, (3 if group.backward else 2) * n * square]
+    sizes.append((3 if group.backward else 1) * n * 8 * side**2)
+    names = ("totals", "partials", "multipliers", "scratch")
     return [dict(zip(names, in_parts(memory, sizes), strict=True))] * 3
 
 

@@ -1,7 +1,8 @@
 """The Cayley transform of NB-LoRA and its backward, for all pairs at once ("Norm-Bounded Low-Rank Adaptation").
 
 Math      With ã = [a1 | a2], a1 (r, r), and D = diag(scale), I where there is none:
-              M = I + a1ᵀ − a1 + a2 a2ᵀ + b̃ᵀb̃    W = M⁻¹    a = [2 Wᵀ − I | −2 Wᵀ a2]    b = −2 b̃ W D
+              M = (1 + τ) I + a1ᵀ − a1 + a2 a2ᵀ + b̃ᵀb̃    τ = ε ‖M‖_F, M's rounding errors
+              W = M⁻¹    a = [2 Wᵀ − I | −2 Wᵀ a2]    b = −2 b̃ W D
           from ga, gb, with C = b̃ᵀgb:
               T = ga1ᵀ − a2 ga2ᵀ − C D    S = 2 Wᵀ T Wᵀ    R = S + Sᵀ    d scale = −2 · column sums of W∘C
               d a1 = S − Sᵀ    d a2 = −R a2 − 2 W ga2    d b̃ = −b̃ R − 2 gb D Wᵀ
@@ -10,10 +11,10 @@ Grid      Three launches each way, however many pairs: (1) xᵀy of all factors,
           the first r columns of a, algebra.py; (3) the tall products, products.py. Parameters of another dtype take
           another three. Parameters have their addresses in a table (pointer_table.py), so they must not move in a CUDA
           graph; all other tensors may move (addresses.py).
-Shapes    ã (r, d_in), b̃ (d_out, r), one float dtype a pair → a, b, W float32; gradients in ã's dtype. Ranks from 1 to
-          256, mixed; r×r scratch is padded to the largest. Arithmetic is float32, except that M and I − M W are
-          float64, sums and products. A large skew part, or rows that are nearly alike, would otherwise cost M its
-          smallest eigenvalues, and with them a aᵀ + bᵀb = I.
+Shapes    ã (r, d_in), b̃ (d_out, r), one float dtype a pair → a, b float32, W float64; gradients in ã's dtype. Ranks
+          from 1 to 256, mixed; r×r scratch is padded to the largest. Arithmetic is float64. Where the parameters have a
+          large part in common (a direction, equal rows, the skew part), it cancels out of every product with W, and
+          float32 would lose the result with it. τ keeps a aᵀ + bᵀb ≤ I, however large the parameters are.
 Backward  W alone is saved. Results of one call are slices of one buffer.
 Roofline  ã and b̃ read twice and written once (backward: three reads more); r×r work is bound by latency.
 """
@@ -47,7 +48,7 @@ def cayley(free_a: Tensors, free_b: Tensors, scales: Tensors | None = None) -> t
         scales: float32 (r,), contiguous.
 
     Returns:
-        a (r, d_in), b · diag(scale) (d_out, r) and W (r, r) of every pair, float32.
+        a (r, d_in) and b · diag(scale) (d_out, r) of every pair, float32, and W (r, r), float64.
     """
     _check(free_a, free_b, scales)
     a, b, inverses = _by_dtype(_forward, 3, free_a, free_b, scales)
@@ -57,22 +58,19 @@ def cayley(free_a: Tensors, free_b: Tensors, scales: Tensors | None = None) -> t
 def _forward(free_a: Tensors, free_b: Tensors, scales: Tensors | None) -> tuple[Tensors, Tensors, Tensors]:
     """Computes ``cayley`` for parameters of one dtype."""
     table = _table(free_a, free_b)
-    n, r_max, block_r, device = len(free_a), table.r_max, _block(table.r_max), table.device
-    shapes = [x.shape for x in free_a + free_b] + [(len(x), len(x)) for x in free_a]
-    listed = allocate([(shape, torch.float32) for shape in shapes], scales or [], device)
+    n, r_max, block_r = len(free_a), table.r_max, _block(table.r_max)
+    kinds: Kinds = [(x.shape, torch.float32) for x in free_a + free_b]
+    kinds += [((len(x), len(x)), torch.float64) for x in free_a]
+    listed = allocate(kinds, scales or [], table.device)
     totals = factor_sums(table, listed.addresses, backward=False)
     slots = min(n, SLOTS)
-    matrices = torch.empty((slots, block_r, block_r), dtype=torch.float64, device=device)
-    multipliers, scratch = (
-        torch.empty(shape, dtype=torch.float32, device=device)
-        for shape in ((2 * n, r_max, r_max), (slots, 2, block_r, block_r))
-    )
+    multipliers, scratch = totals.new_empty((2 * n, r_max, r_max)), totals.new_empty((slots, block_r, block_r))
     with on_device(multipliers):
         lora_cayley_inverse_kernel[(slots,)](
-            table.entries, listed.addresses, totals, multipliers, matrices, scratch,
+            table.entries, listed.addresses, totals, multipliers, scratch,
             n,
             P=TL_DTYPE[free_a[0].dtype], SCALED=scales is not None, R_MAX=r_max,
-            BLOCK_R=block_r, num_warps=WARPS[block_r], maxnreg=registers(block_r),
+            BLOCK_R=block_r, num_warps=WARPS[block_r], maxnreg=255,
         )  # fmt: skip
     factor_products(table, listed.addresses, multipliers, backward=False)
     return listed.results[:n], listed.results[n : 2 * n], listed.results[2 * n :]
@@ -85,15 +83,15 @@ def cayley_backward(
 
     Args:
         free_a, free_b, scales: as in ``cayley``.
-        inverses: W of every pair, float32 (r, r).
+        inverses: W of every pair, float64 (r, r).
         grad_a, grad_b: the gradients of a and of the scaled b, any float dtype.
 
     Returns:
         The gradients of free_a and free_b, in their dtypes, and of scales, float32 (None without scales).
     """
     _check(free_a, free_b, scales)
-    float32_lists = ([x.float() for x in xs] for xs in (grad_a, grad_b, inverses))
-    da, db, dscales = _by_dtype(_backward, 3, free_a, free_b, scales, *float32_lists)
+    float32_grads = ([x.float() for x in xs] for xs in (grad_a, grad_b))
+    da, db, dscales = _by_dtype(_backward, 3, free_a, free_b, scales, *float32_grads, inverses)
     return da, db, dscales if scales else None
 
 

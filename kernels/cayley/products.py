@@ -4,8 +4,10 @@ cayley/__init__.py.
 Math      A factor is d rows of r columns (pointer_table.py), x its free parameters. Forward x A is a or b; backward
           x A + y B is the parameters' gradient, y that of a or b. algebra.py computes the first r rows of an a.
 Grid      One program per chunk of d of a factor.
-Shapes    x (d, r) in any float dtype, y float32; A and B (n, R, R) float32 → float32 forward, x's dtype backward.
-Roofline  Every operand once against 2 r operations an element (backward 4 r): memory bound in float32.
+Shapes    x (d, r) in any float dtype, y float32; A and B (n, R, R) float64 → float32 forward, x's dtype backward.
+          Products are float64.
+Roofline  Every operand once against 2 r operations an element (backward 4 r): memory bound where float64 has half of
+          float32's rate; with a 64th of it, as on sm_86, sm_89 and sm_120, bound by its operations.
 """
 
 import torch
@@ -20,6 +22,7 @@ from ..pointer_table import (
     SIDE_A,
     TL_DTYPE,
     FactorTable,
+    R,
     load_entry,
     load_sizes,
     pointer_at,
@@ -34,17 +37,18 @@ from .sums import GRADIENTS
 @triton.jit
 def tall_product(
     b_sum, p, matrix, b_matrix,
-    i_d, i_r, d, r,
+    i_d, i_r, d, r, count,
     IS_A: tl.constexpr,
     R_MAX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Returns b_sum + rows i_d of p times the matrix, which is in registers where BLOCK_K is BLOCK_R."""
+    """Returns b_sum + rows i_d of p times ``count`` rows of the matrix, which is in registers where BLOCK_K is
+    BLOCK_R."""
     if BLOCK_K == BLOCK_R:
-        b_sum = dot(to_float32(load_block(p, i_d, i_r, d, r, IS_A)), b_matrix, b_sum, "ieee")
+        b_sum = dot(to_float32(load_block(p, i_d, i_r, d, r, IS_A)).to(tl.float64), b_matrix, b_sum, "ieee")
     else:
-        for o_k in tl.range(0, R_MAX, BLOCK_K, num_stages=1):
+        for o_k in tl.range(0, count, BLOCK_K, num_stages=1):
             i_k = o_k + tl.arange(0, BLOCK_K)
-            b_p = to_float32(load_block(p, i_d, i_k, d, r, IS_A))  # [BLOCK_D, BLOCK_K]
+            b_p = to_float32(load_block(p, i_d, i_k, d, r, IS_A)).to(tl.float64)  # [BLOCK_D, BLOCK_K]
             b_sum = dot(b_p, load_matrix(matrix, i_k, i_r, r, False, R_MAX), b_sum, "ieee")
     return b_sum
 
@@ -63,6 +67,7 @@ def multiply_factor(
     index = load_entry(entries, i_tensor, INDEX)  # the pair for an a, n + the pair for a b
     x, out = tensor_at(entries, i_tensor, 0, X, ALIGNED), pointer_at(addresses + index, OUT, ALIGNED)
     d, r = load_sizes(entries, i_tensor, IS_A, UNIFORM_R, ALIGNED)
+    count = load_entry(entries, i_tensor, R)  # r as a number that the compiler does not know, so it unrolls no loop
     i_r = tl.arange(0, BLOCK_R)
     p_a = multipliers + index * SIZE
     if BACKWARD:
@@ -78,14 +83,14 @@ def multiply_factor(
     start = i_chunk.to(tl.int64) * CHUNK
     for o_d in tl.range(start, tl.minimum(start + CHUNK, d), BLOCK_D, num_stages=1):
         i_d = o_d + tl.arange(0, BLOCK_D)
-        b_out = tl.zeros([BLOCK_D, BLOCK_R], dtype=tl.float32)
-        b_out = tall_product(b_out, x, p_a, b_a, i_d, i_r, d, r, IS_A, R_MAX, BLOCK_R, BLOCK_K)
+        b_out = tl.zeros([BLOCK_D, BLOCK_R], dtype=tl.float64)
+        b_out = tall_product(b_out, x, p_a, b_a, i_d, i_r, d, r, count, IS_A, R_MAX, BLOCK_R, BLOCK_K)
         if BACKWARD:
-            b_out = tall_product(b_out, y, p_b, b_b, i_d, i_r, d, r, IS_A, R_MAX, BLOCK_R, BLOCK_K)
+            b_out = tall_product(b_out, y, p_b, b_b, i_d, i_r, d, r, count, IS_A, R_MAX, BLOCK_R, BLOCK_K)
         mask = (i_d < d)[:, None] & (i_r < r)[None, :]
         if IS_A:
             mask = mask & (i_d >= r)[:, None]  # the first r rows are algebra.py's
-        tl.store(out + tile_offsets(i_d, i_r, d, r, IS_A), round_to(b_out, OUT), mask=mask)
+        tl.store(out + tile_offsets(i_d, i_r, d, r, IS_A), round_to(b_out.to(tl.float32), OUT), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -117,7 +122,7 @@ def lora_cayley_products_kernel(
 
 def factor_products(table: FactorTable, addresses: torch.Tensor, multipliers: torch.Tensor, backward: bool) -> None:
     """Computes x A + y B of every factor of the table, into the first tensors of the list of addresses."""
-    tile, x = grouped("step", max(16, table.r_max)), TL_DTYPE[table.dtypes[0]]
+    tile, x = grouped("product", max(16, table.r_max)), TL_DTYPE[table.dtypes[0]]
     tile_map = table.tile_map(tile.chunk)
     with on_device(multipliers):
         lora_cayley_products_kernel[(tile_map.programs,)](
@@ -125,5 +130,5 @@ def factor_products(table: FactorTable, addresses: torch.Tensor, multipliers: to
             len(table) // 2,
             X=x, OUT=x if backward else tl.float32, BACKWARD=backward,
             UNIFORM_R=table.uniform_r, ALIGNED=table.aligned, R_MAX=table.r_max,
-            **tile.options(BLOCK_K=block_k(tile)), maxnreg=128,
+            **tile.options(BLOCK_K=block_k(tile)), maxnreg=255,
         )  # fmt: skip

@@ -3,9 +3,9 @@
 Math      A factor is d rows of r columns (pointer_table.py), x its free parameters without the first r rows of an a.
           Forward y is x; backward y is the gradient of the transformed factor.
 Grid      (chunks of all factors, blocks of the sum), partial sums as in factor_tiles.py.
-Shapes    x (d, r) in any float dtype, y float32 → (n_factors, R, R). Products and sums are float64 forward, float32
-          backward.
-Roofline  Every operand once against 2 r operations an element: memory bound in float32.
+Shapes    x (d, r) in any float dtype, y float32 → float64 (n_factors, R, R). Products and sums are float64.
+Roofline  Every operand once against 2 r operations an element: memory bound where float64 has half of float32's rate;
+          with a 64th of it, as on sm_86, sm_89 and sm_120, bound by its operations.
 """
 
 import torch
@@ -33,9 +33,9 @@ GRADIENTS = tl.constexpr(3)  # of the lists of n addresses in backward, the firs
 
 
 @triton.jit
-def load_below(p, i_d, i_r, d, r, IS_A: tl.constexpr, DTYPE: tl.constexpr):
-    """Returns rows i_d of a factor in DTYPE, with the first r rows of an a set to 0."""
-    b = to_float32(load_block(p, i_d, i_r, d, r, IS_A)).to(DTYPE)  # [BLOCK_D, BLOCK_R]
+def load_below(p, i_d, i_r, d, r, IS_A: tl.constexpr):
+    """Returns rows i_d of a factor in float64, with the first r rows of an a set to 0."""
+    b = to_float32(load_block(p, i_d, i_r, d, r, IS_A)).to(tl.float64)  # [BLOCK_D, BLOCK_R]
     if IS_A:
         b = tl.where((i_d >= r)[:, None], b, 0.0)
     return b
@@ -45,7 +45,7 @@ def load_below(p, i_d, i_r, d, r, IS_A: tl.constexpr, DTYPE: tl.constexpr):
 def sum_factor(
     entries, addresses, partials, totals, counters,
     i_tensor, i_chunk, n,
-    X: tl.constexpr, SUM: tl.constexpr, BACKWARD: tl.constexpr, IS_A: tl.constexpr,
+    X: tl.constexpr, BACKWARD: tl.constexpr, IS_A: tl.constexpr,
     UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, R_MAX: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -58,16 +58,16 @@ def sum_factor(
     d, r = load_sizes(entries, i_tensor, IS_A, UNIFORM_R, ALIGNED)
     i_row = (tl.program_id(1) // N_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
     i_col = (tl.program_id(1) % N_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
-    b_sum = tl.zeros([BLOCK_R, BLOCK_R], dtype=SUM)
+    b_sum = tl.zeros([BLOCK_R, BLOCK_R], dtype=tl.float64)
     start = i_chunk.to(tl.int64) * CHUNK
     for o_d in tl.range(start, tl.minimum(start + CHUNK, d), BLOCK_D, num_stages=1):
         i_d = o_d + tl.arange(0, BLOCK_D)
-        b_x = load_below(x, i_d, i_row, d, r, IS_A, SUM)
+        b_x = load_below(x, i_d, i_row, d, r, IS_A)
         if BACKWARD or R_MAX > BLOCK_R:
-            b_y = load_below(y, i_d, i_col, d, r, IS_A, SUM)
+            b_y = load_below(y, i_d, i_col, d, r, IS_A)
         else:
             b_y = b_x
-        b_sum = dot(tl.trans(b_x), b_y, b_sum, "ieee")
+        b_sum += dot(tl.trans(b_x), b_y, tl.zeros_like(b_sum), "ieee")  # in two levels: rounds less often
     count = count_programs(d, CHUNK)
     p_partial, p_total = partials + tl.program_id(0).to(tl.int64) * SIZE, totals + index * SIZE
     store_partial(b_sum, p_partial, p_total, i_row, i_col, count, R_MAX)
@@ -80,7 +80,7 @@ def sum_factor(
 def lora_cayley_sums_kernel(
     entries, tiles, addresses, partials, totals, counters,
     n,
-    X: tl.constexpr, SUM: tl.constexpr, BACKWARD: tl.constexpr,
+    X: tl.constexpr, BACKWARD: tl.constexpr,
     UNIFORM_R: tl.constexpr, ALIGNED: tl.constexpr, R_MAX: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def lora_cayley_sums_kernel(
         sum_factor(
             entries, addresses, partials, totals, counters,
             i_tensor, i_chunk, n,
-            X, SUM, BACKWARD, True,
+            X, BACKWARD, True,
             UNIFORM_R, ALIGNED, R_MAX,
             CHUNK, BLOCK_D, BLOCK_R,
         )  # fmt: skip
@@ -97,25 +97,25 @@ def lora_cayley_sums_kernel(
         sum_factor(
             entries, addresses, partials, totals, counters,
             i_tensor, i_chunk, n,
-            X, SUM, BACKWARD, False,
+            X, BACKWARD, False,
             UNIFORM_R, ALIGNED, R_MAX,
             CHUNK, BLOCK_D, BLOCK_R,
         )  # fmt: skip
 
 
 def factor_sums(table: FactorTable, addresses: torch.Tensor, backward: bool) -> torch.Tensor:
-    """Computes xᵀy of every factor of the table: (n_factors, R, R), float64 forward, float32 backward."""
+    """Computes xᵀy of every factor of the table: float64 (n_factors, R, R)."""
     r_max, tile = table.r_max, grouped("gram", max(16, table.r_max))
-    tile_map, dtype = table.tile_map(tile.chunk), torch.float32 if backward else torch.float64
+    tile_map = table.tile_map(tile.chunk)
     totals, partials = (
-        torch.empty((count, r_max, r_max), dtype=dtype, device=table.device)
+        torch.empty((count, r_max, r_max), dtype=torch.float64, device=table.device)
         for count in (len(table), tile_map.programs)
     )
     with on_device(totals):
         lora_cayley_sums_kernel[(tile_map.programs, triton.cdiv(r_max, tile.r) ** 2)](
             table.entries, tile_map.tiles, addresses, partials, totals, table.counters,
             len(table) // 2,
-            X=TL_DTYPE[table.dtypes[0]], SUM=tl.float32 if backward else tl.float64, BACKWARD=backward,
+            X=TL_DTYPE[table.dtypes[0]], BACKWARD=backward,
             UNIFORM_R=table.uniform_r, ALIGNED=table.aligned, R_MAX=r_max,
             **tile.options(), maxnreg=255,
         )  # fmt: skip

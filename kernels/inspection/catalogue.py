@@ -272,7 +272,7 @@ def cayley_transform(r: int, dtype: torch.dtype, backward: bool) -> None:
     free_a, free_b = _pairs(r, dtype)
     scales = [torch.zeros(r) for _ in free_a]
     if backward:
-        inverses = [torch.zeros(r, r) for _ in free_a]
+        inverses = [torch.zeros(r, r, dtype=torch.float64) for _ in free_a]
         cayley.cayley_backward(free_a, free_b, scales, inverses, *_pairs(r, torch.float32))
     else:
         cayley.cayley(free_a, free_b, scales)

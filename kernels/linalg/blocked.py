@@ -8,7 +8,7 @@ Math      A + δI = UᵀU (U upper triangular), then Uᵀy = rhs, U x = y. Left-
 Grid      The caller chooses it. A whole program works on one matrix, at most as wide as a constexpr power of two. A
           thread may read what another wrote only after a barrier. The functions start and end with one, so that the
           caller needs none.
-Shapes    float32, row-major; ``stride`` is the distance between rows.
+Shapes    float32 (``add_products`` also float64), row-major; ``stride`` is the distance between rows.
 Roofline  n³/3 operations, and 2 n² for each right-hand side, from cache; 3 n dependent row steps: latency bound. Outer
           products need a tenth of the registers of a float32 ``tl.dot``, so more programs share a multiprocessor.
           Launch with 8 warps and ``maxnreg=registers(BLOCK_N)``, because ptxas by itself spills some registers to fit

@@ -1,9 +1,11 @@
-"""Batches of inverses without pivoting, of matrices whose symmetric part is at least I (NB-LoRA's Cayley transform).
+"""Batches of inverses without pivoting, of matrices whose symmetric part is at least I, as NB-LoRA's Cayley transform
+has them (whose kernels take ``gauss_jordan`` alone, in float64).
 
 Math      Gauss-Jordan without pivoting: the symmetric part of every Schur complement is at least I, so every pivot is
           at least 1. Growth is about linear in the skew part, so one refinement follows: W ← W + W (I − M W).
-          Above rank 64 by blocks: BLOCK columns of W are a panel in registers, in which BLOCK pivots are eliminated.
-          With P the panel's pivot rows, every other column becomes W with the rows P zeroed, plus panel · W[P].
+          Above rank 64 by panels of BLOCK columns in registers. The panel with the pivots is eliminated first, then
+          BLOCK pivots in turn of each other panel. Taken together, as a product with the inverse of the BLOCK × BLOCK
+          pivots, they would lose what the first pivot cancels: a large part that all rows have in common.
 Grid      Up to rank 64 one program per matrix, in registers. Above, up to SLOTS programs loop over the matrices, each
           with M, W and I − M W in its slot of a scratch buffer that stays in L2.
 Shapes    (n, r, r) float32 contiguous, r from 1 to 256; n any number.
@@ -21,13 +23,20 @@ from .spd import IN_REGISTERS, SLOTS, WARPS
 
 
 @triton.jit
-def eliminate_pivot(b_w, i_row, i_col, j):
-    """Runs one step of Gauss-Jordan in place, on pivot (j, j). b_w holds all rows and some columns of the matrix."""
-    b_column, b_row = take_column(b_w, i_col, j), take_row(b_w, i_row, j)
-    reciprocal = 1.0 / tl.sum(tl.where(i_col == j, b_row, 0.0), 0)
+def eliminate_column(b_w, b_column, i_row, i_col, j):
+    """Runs one step of Gauss-Jordan in place, on pivot (j, j). b_w holds all rows and some columns of the matrix, and
+    b_column its column j from before this step."""
+    b_row = take_row(b_w, i_row, j)
+    reciprocal = 1.0 / tl.sum(tl.where(i_row == j, b_column, 0.0), 0)
     b_row = tl.where(i_col == j, reciprocal, b_row * reciprocal)
     other_rows = tl.where((i_col == j)[None, :], 0.0, b_w) - b_column[:, None] * b_row[None, :]
     return tl.where((i_row == j)[:, None], b_row[None, :], other_rows)
+
+
+@triton.jit
+def eliminate_pivot(b_w, i_row, i_col, j):
+    """Runs ``eliminate_column`` for columns among which is j."""
+    return eliminate_column(b_w, take_column(b_w, i_col, j), i_row, i_col, j)
 
 
 @triton.jit
@@ -59,49 +68,50 @@ def lora_small_inverse_kernel(matrices, inverses, r, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def gauss_jordan(w, r, stride, BLOCK_R: tl.constexpr):
-    """w (r, r) in memory ← its inverse. It starts and ends with a barrier."""
+def gauss_jordan(w, r, stride, columns, stride_columns, BLOCK_R: tl.constexpr):
+    """w (r, r) in memory, float32 or float64, ← its inverse. ``columns`` is scratch for BLOCK columns of w, or r if
+    that is less, each in a row. It starts and ends with a barrier."""
     i_r, i_block = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK)
+    m_r = i_r < r
     blocks = tl.cdiv(r, BLOCK)
     for i_panel in tl.range(0, blocks, num_stages=1):
         o = i_panel * BLOCK
+        end = tl.minimum(o + BLOCK, r)
         i_col = o + i_block
-        p_panel = w + i_r[:, None] * stride + i_col[None, :]
-        m_panel = (i_r < r)[:, None] & (i_col < r)[None, :]
+        p_panel, m_panel = w + i_r[:, None] * stride + i_col[None, :], m_r[:, None] & (i_col < r)[None, :]
         tl.debug_barrier()
         b_panel = tl.load(p_panel, mask=m_panel, other=0.0)  # [BLOCK_R, BLOCK]
-        for j in range(o, tl.minimum(o + BLOCK, r)):
-            b_panel = eliminate_pivot(b_panel, i_r, i_col, j)
+        for j in range(o, end):
+            b_column = take_column(b_panel, i_col, j)
+            tl.store(columns + (j - o) * stride_columns + i_r, b_column, mask=m_r)
+            b_panel = eliminate_column(b_panel, b_column, i_r, i_col, j)
         tl.debug_barrier()
         tl.store(p_panel, b_panel, mask=m_panel)
         tl.debug_barrier()
-        m_other = (i_r < r) & ((i_r < o) | (i_r >= o + BLOCK))
-        for ahead in tl.range(1, blocks + 1, num_stages=1):  # the panel's own rows last, because the others read them
-            i_row = (i_panel + ahead) % blocks * BLOCK + i_block
-            m_row = i_row < r
-            p_rows = w + i_row[:, None] * stride + i_r[None, :]
-            m_rows = m_row[:, None] & m_other[None, :]
-            b_rows = tl.load(p_rows, mask=m_rows & (ahead < blocks), other=0.0)  # [BLOCK, BLOCK_R]
-            p_left, p_right = w + i_row * stride + o, w + o * stride + i_r
-            b_rows = add_products(b_rows, 1.0, p_left, 1, m_row, p_right, stride, m_other, tl.minimum(BLOCK, r - o))
+        for ahead in tl.range(1, blocks, num_stages=1):
+            i_col = (i_panel + ahead) % blocks * BLOCK + i_block
+            p_panel, m_panel = w + i_r[:, None] * stride + i_col[None, :], m_r[:, None] & (i_col < r)[None, :]
+            b_panel = tl.load(p_panel, mask=m_panel, other=0.0)
+            for j in range(o, end):
+                b_column = tl.load(columns + (j - o) * stride_columns + i_r, mask=m_r, other=0.0)
+                b_panel = eliminate_column(b_panel, b_column, i_r, i_col, j)
             tl.debug_barrier()
-            tl.store(p_rows, b_rows, mask=m_rows)
+            tl.store(p_panel, b_panel, mask=m_panel)
     tl.debug_barrier()
 
 
 @triton.jit
 def invert(matrix, w, residual, r, BLOCK_R: tl.constexpr):
     """w ← the inverse of matrix; residual ← I − M W before the refinement. All are (r, r), float32, with a stride of
-    BLOCK_R. For a float64 matrix the residual is computed in float64, so that W is as accurate as float32 can hold. It
-    starts and ends with a barrier."""
+    BLOCK_R. It starts and ends with a barrier."""
     i_r, i_block = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK)
     m_r = i_r < r
     copy(matrix, BLOCK_R, w, BLOCK_R, r, BLOCK_R)
-    gauss_jordan(w, r, BLOCK_R, BLOCK_R)
+    gauss_jordan(w, r, BLOCK_R, residual, BLOCK_R, BLOCK_R)
     for o in tl.range(0, r, BLOCK, num_stages=1):
         i_row = o + i_block
         m_row = i_row < r
-        b_rows = tl.where(i_row[:, None] == i_r[None, :], 1.0, 0.0).to(matrix.dtype.element_ty)  # [BLOCK, BLOCK_R]
+        b_rows = tl.where(i_row[:, None] == i_r[None, :], 1.0, 0.0)  # [BLOCK, BLOCK_R]
         b_rows = add_products(b_rows, -1.0, matrix + i_row * BLOCK_R, 1, m_row, w + i_r, BLOCK_R, m_r, r)
         tl.store(residual + i_row[:, None] * BLOCK_R + i_r[None, :], b_rows, mask=m_row[:, None] & m_r[None, :])
     tl.debug_barrier()

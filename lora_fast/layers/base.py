@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -163,7 +164,19 @@ class AdapterLinear(nn.Module):
             getattr(self, name).copy_(value)
 
     def merge(self) -> None:
-        """Adds the adapter to ``weight`` with one rounding; the original weight is kept until ``unmerge``."""
+        """Adds the adapter to ``weight`` with one rounding; the original weight is kept until ``unmerge``. It warns if
+        the merged layer does not keep what this kind of layer promises (``merge_note``)."""
+        if not self.merged:
+            self.fold_()
+            if note := self.merge_note():
+                warnings.warn(f"lora_fast: {note}", stacklevel=2)
+
+    def merge_note(self) -> str:
+        """Returns what the merged weight does not keep of this kind of layer, or nothing."""
+        return ""
+
+    def fold_(self) -> None:
+        """Does what ``merge`` does, without a warning."""
         if not self.merged:
             original = self.weight.data
             # Assigning .data keeps the parameter's identity, on which optimizers rely.

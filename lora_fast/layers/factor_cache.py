@@ -29,7 +29,7 @@ class CachedFactors:
     Attributes:
         values: a (r, d_in), b (d_out, r), Wi (r, r), scale (r,).
         sources: each parameter's memory, which is held so that no other tensor gets its address, and its version.
-        bound: the layer's bound when the values were computed.
+        bound: the layer's ``applied_bound`` when the values were computed. It depends on autocast, too.
         trained: whether the values were computed for a call with gradients.
         stream: the stream on which they were computed. They may not be there yet for a call on another one.
     """
@@ -44,7 +44,7 @@ class CachedFactors:
         """Returns whether the layer's parameters and bound are those that the values were computed from, on the current
         stream."""
         parameters = _parameters(layer)
-        current = self.bound == layer.bound and self.stream == device.stream_on(parameters[0].device)
+        current = self.bound == layer.applied_bound and self.stream == device.stream_on(parameters[0].device)
         return current and all(
             p.data_ptr() == memory.data_ptr() and not p.is_inference() and p._version == version
             for p, (memory, version) in zip(parameters, self.sources, strict=True)
@@ -56,7 +56,7 @@ def cached_factors(layers: Sequence) -> list[tuple[Tensor, Tensor]]:
     gradients are enabled and the layer trains.
 
     Args:
-        layers: on one device; each has the attributes of ``SAVED_STATE``, ``bound``, ``power`` and ``cache``.
+        layers: on one device; each has the attributes of ``SAVED_STATE``, ``applied_bound``, ``power`` and ``cache``.
     """
     if torch.compiler.is_compiling():
         return list(zip(*cayley_op.factors(_free(layers)), strict=True))
@@ -105,4 +105,4 @@ def _parameters(layer) -> list[Tensor]:
 
 def _free(layers: Sequence) -> Free:
     a, b, scales = map(list, zip(*(_parameters(layer) for layer in layers), strict=True))
-    return Free(a, b, scales, [layer.bound for layer in layers], [layer.power for layer in layers])
+    return Free(a, b, scales, [layer.applied_bound for layer in layers], [layer.power for layer in layers])

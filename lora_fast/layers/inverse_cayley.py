@@ -26,23 +26,27 @@ SHOWN = 8  # singular values in a message
 
 @torch.no_grad()
 def free_parameters(
-    a: Tensor, b: Tensor, scaling: float, r: int, bound: float, power: float, learn_scale: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns free_a (r, d_in), free_b (d_out, r) and free_scale (r,), in float64, with which ΔW = scaling · b a.
+    a: Tensor, b: Tensor, scaling: float,
+    r: int, bound: float, applied_bound: float, power: float, learn_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns free_a (r, d_in), free_b (d_out, r) and free_scale (r,), in float64, with which ΔW = scaling · b a. Where
+    that exceeds applied_bound, but not bound, ΔW is the multiple of it that does not.
 
     Args:
         a: (k, d_in). b: (d_out, k), any k; the product has rank at most r. r: rank of the layer, at most d_in.
-        bound, power, learn_scale: attributes of the NBLoRALinear; power is 1/p of the norm.
+        bound, applied_bound, power, learn_scale: attributes of the NBLoRALinear; power is 1/p of the norm.
 
     Raises:
         ArgumentError: a norm above the bound (with the singular values), or a rank above r; NaN or Inf.
     """
     u, sigma, v = _svd(a.double(), b.double(), scaling)
-    free_scale = _shares(sigma, r, bound, power, learn_scale)
-    sv = bound * torch.softmax(free_scale / r**0.5, 0) ** power
-    count = min(r, len(sigma))
+    size = _size(sigma, r, bound, power, learn_scale)
+    sigma = sigma[:r] * (applied_bound / size).clamp(max=1)
+    free_scale = _shares(sigma, r, applied_bound, power, learn_scale)
+    sv = applied_bound * torch.softmax(free_scale / r**0.5, 0) ** power
+    count = len(sigma)
     theta = torch.zeros(r, dtype=torch.float64, device=a.device)
-    theta[:count] = torch.asin((sigma[:count] / sv[:count]).clamp(max=1)) / 2
+    theta[:count] = torch.asin((sigma / sv[:count]).clamp(max=1)) / 2
     balanced_a = theta.cos()[:, None] * _complete_basis(v[:, :count], r).mT
     balanced_b = torch.zeros(len(b), r, dtype=torch.float64, device=a.device)
     balanced_b[:, :count] = u[:, :count] * theta[:count].sin()
@@ -60,21 +64,28 @@ def _svd(a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
     return q_b @ u, sigma, q_a @ vt.mT
 
 
-def _shares(sigma: Tensor, r: int, bound: float, power: float, learn_scale: bool) -> Tensor:
-    """Returns free_scale (r,) with which sv is at least σ; 0 where the shares are fixed."""
+def _size(sigma: Tensor, r: int, bound: float, power: float, learn_scale: bool) -> Tensor:
+    """Returns the smallest bound that has σ: its norm, or with fixed shares the norm of r times its largest value."""
     if len(sigma) > r:
         _require(sigma[r:] <= TOLERANCE * sigma[0], f"a product of rank at most {r}", sigma[r:])
         sigma = sigma[:r]
-    shares = torch.zeros(r, dtype=torch.float64, device=sigma.device)
     if not learn_scale or power == 0:
         largest = bound * r**-power
         _require(sigma <= largest * (1 + TOLERANCE), f"singular values of at most {largest:g}", sigma)
+        return sigma[0] * r**power
+    size = (sigma ** (1 / power)).sum() ** power
+    name = "nuclear" if power == 1 else "Frobenius"
+    _require(size <= bound * (1 + TOLERANCE), f"a {name} norm of at most {bound:g}", sigma)
+    return size
+
+
+def _shares(sigma: Tensor, r: int, bound: float, power: float, learn_scale: bool) -> Tensor:
+    """Returns free_scale (r,) with which sv is at least σ; 0 where the shares are fixed."""
+    shares = torch.zeros(r, dtype=torch.float64, device=sigma.device)
+    if not learn_scale or power == 0:
         return shares
     shares[: len(sigma)] = (sigma / bound) ** (1 / power)
-    used = shares.sum()
-    name = "nuclear" if power == 1 else "Frobenius"
-    _require(used <= (1 + TOLERANCE) ** (1 / power), f"a {name} norm of at most {bound:g}", sigma)
-    shares += (1 - used).clamp(min=0) / r
+    shares += (1 - shares.sum()).clamp(min=0) / r
     return math.sqrt(r) * shares.clamp(min=SMALLEST).log()
 
 

@@ -44,7 +44,7 @@ class Values(NamedTuple):
     """The results of the transform without a graph, in float32 (float64 for float64 parameters).
 
     Attributes:
-        a: (r, d_in) each. b: (d_out, r) each, with its columns scaled. inverses: Wi (r, r) each.
+        a: (r, d_in) each. b: (d_out, r) each, with its columns scaled. inverses: Wi (r, r) each, always in float64.
         scales: (r,) each; empty if nothing is scaled.
     """
 
@@ -159,7 +159,8 @@ def cayley_op(
 def _(free_a, free_b, free_scale, bounds, powers, triton):
     wide = lambda x, *shape: x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
     a, b = [wide(x, *x.shape) for x in free_a], [wide(x, *x.shape) for x in free_b]
-    return [*a, *b, *(wide(x, len(x), len(x)) for x in free_a), *(wide(x, len(x)) for x in free_scale)]
+    inverses = [x.new_empty((len(x), len(x)), dtype=torch.float64) for x in free_a]
+    return [*a, *b, *inverses, *(wide(x, len(x)) for x in free_scale)]
 
 
 @torch.library.custom_op("lora_fast::cayley_backward", mutates_args=(), tags=_outside_graphs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import Tensor, nn
 
 from ..kernels.grouping import group_by
@@ -22,7 +24,8 @@ def merge_(model: nn.Module, *, allow_empty: bool = False) -> Report:
         allow_empty: accept that no layer is merged.
 
     Returns:
-        The layers merged, and the reasons of those left alone.
+        The layers merged, with what a merged layer does not keep (the bound of an NBLoRALinear with a 16-bit weight,
+        of which one warning tells), and the reasons of those left alone.
 
     Raises:
         ArgumentError: no layer to merge. The model is then unchanged.
@@ -37,12 +40,21 @@ def merge_(model: nn.Module, *, allow_empty: bool = False) -> Report:
     merged = []
     try:
         for name in report.changed:
-            layers[name].merge()
-            merged.append(layers[name])
+            layer = layers[name]
+            layer.fold_() if isinstance(layer, ADAPTER_LAYERS) else layer.merge()
+            merged.append(layer)
+        notes = {name: layers[name].merge_note() for name in report.changed if isinstance(layers[name], ADAPTER_LAYERS)}
     except BaseException:  # out of memory, or an interrupt
         for layer in merged:
             layer.unmerge()
         raise
+    notes = {name: note for name, note in notes.items() if note}
+    report.changed |= {name: f"{report.changed[name]}; {note}" for name, note in notes.items()}
+    if notes:
+        name, note = next(iter(notes.items()))
+        more = f" ({len(notes)} such layers, listed in the report)" if len(notes) > 1 else ""
+        report.note = f"{name}: {note}{more}"
+        warnings.warn(f"lora_fast: {report.note}", stacklevel=2)
     return report
 
 

@@ -6,13 +6,13 @@ from collections import defaultdict
 import pytest
 import torch
 from budget import check, error
+from exact_cayley import KINDS, exact_cayley, extreme_parameters
 from launching import DEVICE, poisoned_empty, randn, size
 from triton.runtime.interpreter import InterpretedFunction
 
 import lora_fast as lf
 from lora_fast.kernels import cayley, pointer_table
 from lora_fast.kernels.inspection import interpreter
-from lora_fast.ops.reference import cayley as twin
 
 pytestmark = pytest.mark.gpu
 
@@ -40,36 +40,30 @@ def like(tensors, seed=0):
     return [randn(*x.shape, seed=seed + i) for i, x in enumerate(tensors)]
 
 
-def double(tensors):
-    return [x.double() for x in tensors] if tensors else None
-
-
-def check_all(name, got, plain, exact, dtype=FLOAT32):
-    for i, (ours, theirs, true) in enumerate(zip(got, plain, exact, strict=True)):
-        assert ours.dtype == dtype
-        check(f"{name} of pair {i}", ours, true, error(theirs.double(), true), dtype)
-
-
 def check_pass(shapes, dtype=FLOAT32, scaled=False):
-    """Checks forward and backward against the twin in float64 on the same inputs."""
+    """Checks forward and backward against autograd through a float64 transform of the same inputs."""
     lists = free_a, free_b = pairs(shapes, dtype)
     scales = make_scales(free_a) if scaled else None
     with poisoned_empty():
-        got = a, b, inverses = cayley.cayley(*lists, scales)
-    exact = twin.cayley(double(free_a), double(free_b), double(scales))
-    for name, *results in zip(("a", "b", "inverse"), got, twin.cayley(*lists, scales), exact, strict=True):
-        check_all(name, *results)
+        a, b, inverses = cayley.cayley(*lists, scales)
     grads = like(a), like(b, 50)
     with poisoned_empty():
         da, db, dscales = cayley.cayley_backward(*lists, scales, inverses, *grads)
-    plain = twin.cayley_backward(*lists, scales, inverses, *grads)
-    exact = twin.cayley_backward(double(free_a), double(free_b), double(scales), exact[2], *map(double, grads))
-    check_all("d free_a", da, plain[0], exact[0], dtype)
-    check_all("d free_b", db, plain[1], exact[1], dtype)
-    if scaled:
-        check_all("d scale", dscales, plain[2], exact[2])
-    else:
-        assert dscales is None
+    assert scaled or dscales is None
+    for i in range(len(shapes)):
+        free = [
+            x[i].double().requires_grad_() for x in (free_a, free_b, scales or [torch.ones(len(x)) for x in free_a])
+        ]
+        exact_a, exact_b, exact_w = exact_cayley(*free[:2])
+        exact_b = exact_b * free[2]
+        exact = torch.autograd.grad((exact_a, exact_b), free, [grads[0][i].double(), grads[1][i].double()])
+        check(f"a of pair {i}", a[i], exact_a, 0.0, FLOAT32)
+        check(f"b of pair {i}", b[i], exact_b, 0.0, FLOAT32)
+        check(f"W of pair {i}", inverses[i], exact_w, 1e-13, torch.float64)
+        check(f"d free_a of pair {i}", da[i], exact[0], 0.0, dtype)
+        check(f"d free_b of pair {i}", db[i], exact[1], 0.0, dtype)
+        if scaled:
+            check(f"d scale of pair {i}", dscales[i], exact[2], 0.0, FLOAT32)
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
@@ -117,6 +111,23 @@ def test_factors_are_orthogonal_where_float32_would_lose_eigenvalues(case):
         free_b = [10 * (0.1 * x + 0.9 * x[:, :1]) for x in free_b]
     a, b, _ = cayley.cayley(free_a, free_b)
     assert max(map(orthogonality_defect, a, b)) <= 1
+
+
+@pytest.mark.parametrize("r", [1, 4, 16, 33, 80])
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_of_ten_thousand_keep_values_and_gradients(kind, r):
+    """As the twin's test of the same name."""
+    lists = [list(x) for x in zip(*(extreme_parameters(kind, 1e4, r, r + d, 48) for d in (0, 64)), strict=True)]
+    a, b, inverses = cayley.cayley(*lists)
+    grads = like(a), like(b, 50)
+    da, db, _ = cayley.cayley_backward(*lists, None, inverses, *grads)
+    for i in range(2):
+        free = [x[i].double().requires_grad_() for x in lists]
+        exact = exact_cayley(*free)[:2]
+        exact_grads = torch.autograd.grad(exact, free, [grads[0][i].double(), grads[1][i].double()])
+        assert torch.linalg.matrix_norm(2 * (b[i].double() @ a[i].double()), 2) <= 1 + 1e-6
+        assert torch.linalg.matrix_norm(2 * (b[i] @ a[i] - exact[1] @ exact[0]), 2) <= 1e-3
+        assert error(da[i], exact_grads[0]) <= 5e-3 and error(db[i], exact_grads[1]) <= 5e-3
 
 
 @NAN_EXPECTED
@@ -251,13 +262,13 @@ def test_launches_do_not_grow_with_pairs(n, monkeypatch):
 
 
 @COUNTED
-@pytest.mark.parametrize("r, d", [(16, 4096), (64, 2048)])
+@pytest.mark.parametrize("r, d", [(16, 4096), (64, 4096)])
 def test_traffic_is_minimal(r, d, monkeypatch):
     """Each way passes over the factors twice, with at most 1.05 of every operand once in each. The r×r work, which also
     writes the first r columns of a, stays in a cache and is left out."""
     for name in ("inverse", "backward"):
         monkeypatch.setattr(cayley, f"lora_cayley_{name}_kernel", defaultdict(lambda: lambda *args, **kwargs: None))
-    lists, inverses = ([torch.zeros(r, d)], [torch.zeros(d, r)]), [torch.zeros(r, r)]
+    lists, inverses = ([torch.zeros(r, d)], [torch.zeros(d, r)]), [torch.zeros(r, r, dtype=torch.float64)]
     forward, backward = lambda: cayley.cayley(*lists), lambda: cayley.cayley_backward(*lists, None, inverses, *lists)
     for run, operands in ((forward, 3), (backward, 5)):
         with interpreter.traffic() as counted:

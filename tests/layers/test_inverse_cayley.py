@@ -50,6 +50,23 @@ def test_free_parameters_reproduce_the_product(shape, norm, learn_scale, used):
         ).norm()
 
 
+@pytest.mark.parametrize("used", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize("learn_scale", [True, False], ids=["learnt", "fixed"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_free_parameters_reproduce_the_product_over_a_16_bit_weight(norm, learn_scale, used):
+    """A product that rounding would take beyond the bound is made smaller, in all directions alike."""
+    a, b = adapter(4, 10, 12)
+    scaling = used * BOUND / size(torch.linalg.svdvals(b @ a), norm, 4, learn_scale)
+    layer = NBLoRALinear(10, 12, r=4, norm=norm, bound=BOUND, learn_scale=learn_scale)
+    layer.weight.data = layer.weight.data.bfloat16()
+    layer.load_free_(*layer.free_parameters_for(a, b, scaling))
+    share = min(1.0, layer.applied_bound / BOUND / used)
+    assert 0.9 * BOUND < layer.applied_bound < BOUND
+    expected = share * scaling * b @ a
+    a_of_layer, b_of_layer = (x.double() for x in layer.plain_factors())
+    assert (b_of_layer @ a_of_layer - expected).norm() <= 64 * torch.finfo(torch.float32).eps * expected.norm()
+
+
 def test_free_parameters_reproduce_a_trained_layer():
     layer = NBLoRALinear(10, 12, r=4, bound=BOUND, dtype=torch.float64)
     with torch.no_grad():

@@ -2,13 +2,16 @@
 
 import copy
 import io
+import re
 import threading
 import time
+import warnings
 import weakref
 
 import pytest
 import torch
 from budget import check, error
+from exact_cayley import KINDS, exact_cayley, extreme_parameters
 from nb_lora_models import NORMS, layers_of, scatter
 from tiny import COPIES, assert_unchanged, batch, llama, loss_of, snapshot
 from together import run_together
@@ -244,6 +247,140 @@ def test_training_never_exceeds_the_bound(norm):
     assert max(used) > 0.99  # without the bound, ΔW would have grown further
 
 
+SIZES = {"spectral": lambda s: s[0], "frobenius": lambda s: s.norm(), "nuclear": lambda s: s.sum()}
+
+
+def applied(layer, dtype=torch.float32) -> torch.Tensor:
+    """Returns ΔW as the layer applies it: its output for the identity, with a zero weight."""
+    with torch.no_grad():
+        layer.weight.zero_()
+        return layer(torch.eye(layer.in_features, dtype=dtype, device=DEVICE)).double()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("size", [10.0, 1e4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bound_holds_for_large_parameters(kind, size, backend):
+    for r, d_in, d_out in [(1, 24, 16), (4, 64, 48), (20, 64, 48)]:
+        layer = lf.NBLoRALinear(d_in, d_out, r=r, norm="spectral", bound=1.0, bias=False, device=DEVICE)
+        free = extreme_parameters(kind, size, r, d_in, d_out)
+        with torch.no_grad():
+            layer.free_a.copy_(free[0]), layer.free_b.copy_(free[1])
+        with lf.set_backend(backend):
+            got = applied(layer)
+        a, b, _ = exact_cayley(*(x.double().to(DEVICE) for x in free))
+        assert torch.linalg.matrix_norm(got, 2) <= 1 + 1e-5
+        assert torch.linalg.matrix_norm(got - 2 * (b @ a).T, 2) <= 1e-3
+
+
+def at_its_bound(norm, d_in, d_out, r, first_share=None) -> lf.NBLoRALinear:
+    """Returns a layer whose exact ΔW has the norm of its bound, 0.5. Of the bound the first singular value has this
+    share; all have equal ones where it is None."""
+    layer = lf.NBLoRALinear(d_in, d_out, r=r, norm=norm, bound=0.5, bias=False, device=DEVICE)
+    shares = torch.full((r,), 1 / r, dtype=torch.float64)
+    if first_share is not None:
+        shares[0], shares[1:] = first_share, (1 - first_share) / (r - 1)
+    orthogonal = lambda d: torch.linalg.qr(torch.randn(d, r, generator=torch.Generator().manual_seed(d)).double())[0]
+    sigma = 0.5 * (1 - 1e-7) * shares ** nb_lora.NORMS[norm]
+    layer.load_free_(*layer.free_parameters_for(orthogonal(d_in).T, orthogonal(d_out) * sigma))
+    return layer
+
+
+def share_under_autocast(layer, dtype) -> float:
+    """Returns the share of its bound that the layer uses under autocast."""
+    with torch.autocast(DEVICE.type, dtype):
+        return layer.applied_bound / layer.bound
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "autocast bfloat16", "autocast float16", "16-bit weight"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_bound_holds_as_applied_in_16_bits(norm, kind):
+    """Of the bound at most two per cent (bfloat16) are left free, for the nuclear norm of these sizes three."""
+    autocast, dtype = "autocast" in kind, getattr(torch, kind.split()[-1], torch.bfloat16)
+    left = (0.03 if norm == "nuclear" else 0.02) * torch.finfo(dtype).eps / torch.finfo(torch.bfloat16).eps
+    for d_in, d_out, r, first_share in [
+        (192, 128, 8, None),
+        (32, 96, 1, None),
+        (64, 64, 32, None),
+        (256, 80, 8, 0.999),
+    ]:
+        layer = at_its_bound(norm, d_in, d_out, r, first_share)
+        if kind == "16-bit weight":
+            layer.weight.data = layer.weight.data.to(dtype)
+        elif not autocast:
+            layer.to(dtype)
+        with torch.autocast(DEVICE.type, dtype, enabled=autocast):
+            got = applied(layer, layer.weight.dtype)
+        used = SIZES[norm](torch.linalg.svdvals(got)).item() / 0.5
+        assert used <= 1 and (used >= 1 - left or kind == "bfloat16"), (
+            d_in,
+            r,
+            used,
+        )  # its parameters are rounded, too
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_bound_holds_in_16_bits_on_the_kernels(norm):
+    for d_in, d_out, r, first in [(64, 48, 8, None), (64, 32, 4, 0.999)]:
+        layer = at_its_bound(norm, d_in, d_out, r, first).to(torch.bfloat16)
+        with lf.set_backend("triton"):
+            got = applied(layer, torch.bfloat16)
+        assert SIZES[norm](torch.linalg.svdvals(got)) <= 0.5
+
+
+def test_factors_of_another_dtype_are_not_taken_from_the_cache(transforms):
+    """Of evaluations in turns with and without autocast, by the model's hook and by a layer itself."""
+    model, x = stack_of(), inputs().detach()
+    layer = layers_of(model)[0]
+    with torch.no_grad():
+        wide = model(x), layer.factors()[1].clone()
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            model(x)
+            narrow = layer.factors()[1].clone()
+        assert torch.equal(model(x), wide[0]) and torch.equal(layer.factors()[1], wide[1])
+    torch.testing.assert_close(narrow, wide[1] * share_under_autocast(layer, torch.bfloat16))
+    assert transforms == [3, 3, 3]
+
+
+def test_autocast_within_a_models_forward_applies_the_bound(transforms):
+    """As accelerate does: the hook runs before, so its factors are those for float32. They are not computed again."""
+    model, x = stack_of(), inputs().detach()
+    forward = model.forward
+
+    def under_autocast(x):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            return forward(x)
+
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        expected = gradients(model, x=x)
+        y = model(x)
+    model.forward = under_autocast
+    transforms.clear()
+    assert_close(gradients(model, x=x), expected)
+    torch.testing.assert_close(model(x), y)
+    assert transforms == [3, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_merging_warns_by_how_much_rounding_exceeds_the_bound(norm, dtype):
+    layer = at_its_bound(norm, 96, 64, 4)
+    torch.manual_seed(0)
+    layer.weight.data = torch.randn(64, 96, device=DEVICE).to(dtype)
+    before = layer.weight.double()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        layer.merge()
+    if dtype is torch.float32:
+        assert not caught and not layer.merge_note()
+        return
+    words = rf"rounding to the {str(dtype)[6:]} weight adds up to about (\S+) times the bound, 0.5, to the {norm} norm"
+    (message,) = (re.search(words, str(warning.message)) for warning in caught)
+    a, b = (x.double() for x in layer.plain_factors())
+    errors = torch.linalg.svdvals(layer.weight.double() - before - b @ a)
+    assert 0.7 * float(message[1]) <= SIZES[norm](errors).item() / 0.5 <= 1.1 * float(message[1])
+
+
 # ── one transform for a model ────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -451,7 +588,7 @@ def test_compiled_blocks_run_in_an_eager_model():
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_leaves_the_factors_in_float32(autocast):
-    """Only the layer's products have the low precision."""
+    """Only the layer's products have the low precision. The scales leave room for it."""
     model = stack_of()
     with torch.no_grad():
         model(inputs())
@@ -459,8 +596,10 @@ def test_autocast_leaves_the_factors_in_float32(autocast):
         model.train()
         with torch.autocast(DEVICE.type, autocast):
             assert model(inputs()).dtype == autocast
-    for layer, values in zip(layers_of(model), expected, strict=True):
-        assert_equal(layer.cache.values, values)
+    for layer, (a, b, inverse, scale) in zip(layers_of(model), expected, strict=True):
+        assert_equal(layer.cache.values[::2], (a, inverse))
+        share = share_under_autocast(layer, autocast)
+        torch.testing.assert_close(layer.cache.values[1::2], (b * share, scale * share))
 
 
 # ── as a torch user expects ──────────────────────────────────────────────────────────────────────────────────────────

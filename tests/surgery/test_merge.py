@@ -31,6 +31,24 @@ def test_merge_rounds_once_and_unmerge_restores_every_bit(dtype):
     assert torch.equal(model(batch()).logits, logits)
 
 
+def test_merge_reports_layers_whose_bound_rounding_exceeds():
+    """One warning for all, and a line of the report for each; the other layers' lines are as always."""
+    blocks = [torch.nn.Linear(24, 16), torch.nn.Linear(16, 24), torch.nn.Linear(24, 16)]
+    model = torch.nn.Sequential(*blocks).bfloat16()
+    lf.inject_(model, lf.NBLoRAConfig(r=2, target_modules=["0", "1"]))
+    lf.inject_(model, lf.LoRAConfig(r=2, target_modules=["2"]), allow_empty=True)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    with pytest.warns(UserWarning) as caught:
+        report = lf.merge_(model)
+    (warning,) = caught
+    note = "rounding to the bfloat16 weight adds up to about"
+    assert f"0: {note}" in str(warning.message) and "2 such layers" in str(warning.message)
+    assert report.note in str(warning.message) and report.note in str(report)
+    assert note in report.changed["0"] and note in report.changed["1"]
+    assert report.changed["2"] == "adapter folded into its weight"
+
+
 def test_merge_leaves_tied_weights():
     model = injected_llama(tied=True, target_modules=["lm_head", "q_proj"])
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -53,14 +71,14 @@ def test_merged_model_can_be_copied_and_cast():
 
 def test_failure_while_merging_restores_the_weights(monkeypatch):
     model = injected_llama()
-    before, merge = snapshot(model), lf.LoRALinear.merge
+    before, fold_ = snapshot(model), lf.LoRALinear.fold_
 
     def fail_at_the_last(layer):
         if layer is model.model.layers[1].mlp.down_proj:
             raise MemoryError
-        merge(layer)
+        fold_(layer)
 
-    monkeypatch.setattr(lf.LoRALinear, "merge", fail_at_the_last)
+    monkeypatch.setattr(lf.LoRALinear, "fold_", fail_at_the_last)
     with pytest.raises(MemoryError):
         lf.merge_(model)
     assert_unchanged(model, before)
