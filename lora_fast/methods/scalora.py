@@ -26,7 +26,7 @@ from ..kernels.records import Grams, Scaled
 from ..layers import merge_log
 from .method import Method
 
-NEGLIGIBLE = 1e-6  # squared scales below this share of their pair's largest do not count in the calibration of κ
+NEGLIGIBLE = 1e-3  # κ's calibration leaves out smaller scales: relative to the largest of a pair, on a unit diagonal
 FLOOR = 1e-3  # least scale without a limit, so that no column becomes 0 and stays 0
 UNROUNDED = (torch.float32, torch.float64)  # dtypes of weights that need no compensation
 
@@ -99,19 +99,20 @@ class ScaLoRA(Method):
             if not all(flag for batch in members for flag in due[batch]):  # the other pairs keep their factors
                 chosen = _concatenate([batch.rows(due[batch]) for batch in members])[:, None]
                 solutions[i] = x, active & chosen
-        kappa = self.kappa if self.kappa is not None else self._calibrate(solutions, memory)
+        kappa = self.kappa
+        if kappa is None:
+            kappa = self._calibrate(solutions, [grams for _, grams in groups], memory)
         low, high = (FLOOR, None) if self.limit is None else (1 / self.limit, self.limit)
         for (members, _), (x, active) in zip(groups, solutions, strict=True):
             scaling = _concatenate([batch.per_pair("scaling", lambda pair: pair.scaling) for batch in members])
             self._apply(members, due, *members[0].ops.scales(x, active, kappa, scaling, low, high))
 
-    def _calibrate(self, solutions: list[tuple[Tensor, Tensor]], memory: dict) -> Tensor:
+    def _calibrate(self, solutions: list[tuple[Tensor, Tensor]], grams: list[Grams], memory: dict) -> Tensor:
         """Returns κ from memory if it is above 0 there. Otherwise stores the κ that makes the geometric mean of β 1, or
         that of α where no β is above 0, as in layers with one output; when all gradients are 0, κ stays 0. The choice
         is made on the device, so that the host does not wait."""
         device = solutions[0][0].device
-        # Rounding leaves squares near 0 in place of 0. The comparisons are false for a pair with a NaN.
-        counted = [active & (x > NEGLIGIBLE * x.amax(-1, keepdim=True)) for x, active in solutions]
+        counted = [_counted(*solution, gram) for solution, gram in zip(solutions, grams, strict=True)]
         calibrated = torch.zeros((), dtype=torch.float64, device=device)
         for half in (0, 1):  # α², then β², at κ = 1
             squares = _concatenate([x.chunk(2, -1)[half].flatten().to(device, torch.float64) for x, _ in solutions])
@@ -152,6 +153,15 @@ class ScaLoRA(Method):
                     merge_log.record(pair.layer, pair.a, pair.b, scale[0], self.keep, scaled)
             batch.merge(batch_residual_scale, batch_factor_scales, due[batch], self.rounding, self.seed)
             batch.scale(batch_factor_scales, batch_gradient_scales)
+
+
+def _counted(x: Tensor, active: Tensor, grams: Grams) -> Tensor:
+    """Returns which entries of a solution (L, 2r) count in the calibration of κ. Rounding leaves small entries where
+    the optimum is 0. They are small in the system that is scaled to a unit diagonal; entries themselves differ by the
+    factors' sizes. A pair that is not finite has none."""
+    ka, kb, kp, kq = (gram.diagonal(dim1=-2, dim2=-1).double() for gram in grams[:4])
+    scaled = x * torch.cat([kb * kp, kq * ka], -1).sqrt()
+    return active & (scaled > NEGLIGIBLE * scaled.amax(-1, keepdim=True))
 
 
 def _by_rank(batches: list[Batch]) -> list[tuple[list[Batch], Grams]]:

@@ -220,8 +220,8 @@ def scalora_scalar(m, lam):
 def scalora_step(run, method, grads):
     solved = [scalora_x(layer, *grad, method.solver) for layer, grad in zip(run.layers, grads, strict=True)]
     if run.kappa is None:
-        beta2 = torch.cat([x[len(x) // 2 :][(active & (x > 1e-6 * x.max()))[len(x) // 2 :]] for x, active in solved])
-        run.kappa = method.kappa or math.exp(beta2.log().mean().item())
+        beta2 = torch.cat([x[len(x) // 2 :][active[len(x) // 2 :]] for x, active in solved])
+        run.kappa = method.kappa or math.exp(beta2[beta2 > 0].log().mean().item())
     scaled_grads = []
     for layer, (x, active), (da, db) in zip(run.layers, solved, grads, strict=True):
         scale = torch.where(active, (x / run.kappa).sqrt().clamp(1 / method.limit, method.limit), 1.0)
