@@ -191,7 +191,7 @@ def test_steps_at_an_edge_stay_in_proportion(name, dtype, edge):
     check(name, dtype, edges)
 
 
-ON_TRITON = ["lora+", "scale-reg decoupled, lora+", "scaled adamw", "pilora", "balora", "scalora"]
+ON_TRITON = ["lora+", "scale-reg decoupled, lora+", "pilora", "balora", "scalora"]
 TOGETHER = [edge for edge in EDGES if edge not in SCALES and edge not in ("all of size 1", "learning rate 0")]
 
 
