@@ -109,7 +109,9 @@ class Watched:
         """Returns layers of the transcription with these values and moments."""
         copies = []
         for layer, stored in zip(self.work.layers, states, strict=True):
-            copied = T.Layer(stored["a"]["value"].to(dtype), stored["b"]["value"].to(dtype), layer.s, layer.w.to(dtype))
+            copied = T.Layer(
+                stored["a"]["value"].to(dtype), stored["b"]["value"].to(dtype), layer.s, layer.w.to(dtype, copy=True)
+            )
             for name, tensors in stored.items():
                 zero = torch.zeros_like(tensors["value"])
                 copied.m[name] = tensors.get("exp_avg", zero).to(dtype)
