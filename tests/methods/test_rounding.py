@@ -62,7 +62,6 @@ class Watched:
     """A step of the optimizer over layers, and what it had in between.
 
     Attributes:
-        before: the layers before the step, {dtype: layers} in float64 and float32, with the optimizer's state.
         updated: a's and b's values and moments as a correction began, by the parameter.
         scales: ScaLoRA's [α; β], by the parameter a.
     """
@@ -98,7 +97,7 @@ class Watched:
         return record
 
     def _stored(self, p):
-        moments = {k: v.detach().clone() for k, v in self.work.optimizer.state[p].items() if k != "step"}
+        moments = {k: v.detach().clone() for k, v in self.work.optimizer.state.get(p, {}).items() if k != "step"}
         return {"value": p.detach().clone(), **moments}
 
     def state(self):
@@ -126,6 +125,7 @@ class Watched:
 
 
 def run_of(methods, step, layers, watched, kept):
+    """Returns a transcription over these layers that has taken the steps before this one."""
     run = Exact(layers, methods, **SETTINGS)
     run.t, run.kept, run.final = step - 1, kept, watched.state()
     run.chosen = [watched.scales.get(layer.a) for layer in watched.work.layers]
@@ -177,7 +177,9 @@ class Comparison:
         self.open, self.total = self.open + undecided, self.total + total
 
 
-def check_steps(name, methods, dtype, rounding, state_dtype, zero_b, monkeypatch, shapes=SHAPES, checked=CHECKED):
+def check_steps(name, dtype, rounding, state_dtype, zero_b, monkeypatch, shapes=SHAPES, checked=CHECKED):
+    """Trains layers, and compares every stored number after each of the checked steps."""
+    methods = METHODS[name]
     layers = method_runs.layers(dtype, shapes=shapes, zero_b=zero_b)
     for layer in layers:
         layer.w = layer.w.float()
@@ -185,44 +187,36 @@ def check_steps(name, methods, dtype, rounding, state_dtype, zero_b, monkeypatch
     watched, stream = Watched(work, monkeypatch), method_runs.gradient_stream(shapes)
     undecided = total = 0
     for step in range(1, max(checked) + 1):
-        old = (
-            watched.state()
-            if step > 1
-            else [{name: {"value": getattr(layer, name).detach().clone()} for name in "ab"} for layer in layers]
-        )
+        old = watched.state()
         sources = [watched.layers(old, kind) for kind in (torch.float64, torch.float32)]
         watched.updated.clear(), watched.scales.clear()
         work.step(next(stream))
         if step not in checked:
             continue
+        kappa = work.optimizer.param_groups[0].get("method_state", {}).get("kappa")
         runs = [run_of(methods, step, copies, watched, dtype) for copies in sources]
         for run in runs:
-            memory = work.optimizer.param_groups[0]["method_state"] if methods and name != "lora+" else {}
-            kappa = memory.get("kappa")
             run.kappa = None if kappa is None or step == 1 else kappa.item()
             run.update(
                 [(x.a.grad.to(y.a.dtype), x.b.grad.to(y.b.dtype)) for x, y in zip(layers, run.layers, strict=True)]
             )
-        updated = [{n: watched.updated.get(getattr(x, n)) for n in "ab"} for x in layers]
-        final = watched.state()
-        has_correction = updated[0]["a"] is not None
+        final, updated = watched.state(), [{n: watched.updated.get(getattr(x, n)) for n in "ab"} for x in layers]
+        exact, flat = [run.layers for run in runs], is_flat(methods, watched)
         comparison = Comparison(rounding, step)
-        flat = is_flat(methods, watched)
-        comparison.check(
-            updated if has_correction else final, old, *(run.layers for run in runs), roundings.UPDATE, flat
-        )
-        if has_correction:
-            corrected = []
-            for kind in (torch.float64, torch.float32):
-                run = run_of(methods, step, watched.layers(updated, kind), watched, dtype)
-                run.t = step
+        if updated[0]["a"] is None:
+            comparison.check(final, old, *exact, roundings.UPDATE, flat)
+        else:
+            comparison.check(updated, old, *exact, roundings.UPDATE, flat)
+            corrections = [
+                run_of(methods, step + 1, watched.layers(updated, kind), watched, dtype)
+                for kind in (torch.float64, torch.float32)
+            ]
+            for run in corrections:
                 run.after()
-                corrected.append(run.layers)
-            comparison.check(final, updated, *corrected, roundings.CORRECTION)
-        for layer, exact, single in zip(layers, *(run.layers for run in runs), strict=True):
-            check_float32(layer.w, exact.w, single.w)
+            comparison.check(final, updated, *(run.layers for run in corrections), roundings.CORRECTION)
+        for layer, right, single in zip(layers, *exact, strict=True):
+            check_float32(layer.w, right.w, single.w)
         undecided, total = undecided + comparison.open, total + comparison.total
-    print(f"{name} {dtype} {rounding}: {undecided} of {total} undecided")
     assert undecided <= OPEN[dtype] * total
 
 
@@ -238,7 +232,7 @@ def is_flat(methods, watched):
 def test_16_bit_step_is_the_float64_transcription_rounded(name, case, monkeypatch):
     dtype, rounding, state_dtype = CASES[case]
     zero_b = (case + list(METHODS).index(name)) % 2 == 0
-    check_steps(name, METHODS[name], dtype, rounding, state_dtype, zero_b, monkeypatch)
+    check_steps(name, dtype, rounding, state_dtype, zero_b, monkeypatch)
 
 
 ON_TRITON = {  # one kernel each: a step by rows of numbers, by rows of a factor with matrices, Grams or scales, a move
@@ -258,4 +252,4 @@ def test_16_bit_step_of_the_kernels_is_the_float64_transcription_rounded(name, m
     shapes = [(9, 14, 3), (12, 8, 3), (5, 18, 1)]
     with lf.set_backend("triton"):
         zero_b = list(ON_TRITON).index(name) % 2 == 0
-        check_steps(name, METHODS[name], dtype, rounding, state_dtype, zero_b, monkeypatch, shapes, checked=(1, 2))
+        check_steps(name, dtype, rounding, state_dtype, zero_b, monkeypatch, shapes, checked=(1, 2))
