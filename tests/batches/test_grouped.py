@@ -117,6 +117,38 @@ def test_steps_are_bitwise_equal_on_repeat_and_after_resume(methods):
     assert adapter_pairs.same(adapter_pairs.bits(straight, whole), adapter_pairs.bits(resumed, after))
 
 
+RESUMED = {
+    "plain": [],
+    "scale-reg": [M.ScaleReg(lam=0.05)],
+    "scaled adamw": [M.ScaledAdamW()],
+    "ilora lora+": [M.ILoRA(lam=1.0), M.LoRAPlus(4.0)],
+    "balora": [M.BaLoRA()],
+    "scalora": [M.ScaLoRA(interval=2)],
+    "lora-rite": [M.LoRARITE()],
+    "lora-muon": [M.LoRAMuon()],
+    "ref-lora": [M.RefLoRA()],
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_16_bit_factors_resume_bitwise(name):
+    """Half of the cases are bfloat16 with moments in float32, half float16 throughout."""
+    dtype = (torch.bfloat16, torch.float16)[list(RESUMED).index(name) % 2]
+    settings = {"lr": 1e-2, "methods": RESUMED[name], "rounding": "stochastic"}
+    settings["state_dtype"] = torch.float32 if dtype == torch.bfloat16 else None
+    shapes = [(9, 12, 3), (5, 7, 3)]
+    straight, resumed = (adapter_pairs.pairs(dtype=dtype, shapes=shapes) for _ in range(2))
+    with lf.set_backend("triton"):
+        adapter_pairs.train(whole := lf.optim.LoRAAdamW(straight, **settings), straight, 3)
+        adapter_pairs.train(before := lf.optim.LoRAAdamW(resumed, **settings), resumed, 2)
+        torch.save(before.state_dict(), file := io.BytesIO())
+        file.seek(0)
+        after = lf.optim.LoRAAdamW(resumed, **settings)
+        after.load_state_dict(torch.load(file))
+        adapter_pairs.train(after, resumed, 1, first=2)
+    assert adapter_pairs.same(adapter_pairs.bits(straight, whole), adapter_pairs.bits(resumed, after))
+
+
 def test_backend_may_change_between_steps():
     """State is per parameter, so steps on one backend continue those on the other."""
     ours, torchs = adapter_pairs.pairs(), adapter_pairs.pairs()

@@ -5,9 +5,40 @@ import transcription as T
 from torch import nn
 
 import lora_fast as lf
+from lora_fast import methods as M
 
 SHAPES = [(24, 40, 4), (24, 40, 4), (24, 40, 4), (33, 17, 3), (17, 33, 3), (40, 40, 8), (40, 40, 8), (9, 50, 1)]
 
+METHODS = {
+    "plain": [],
+    "lora+": [M.LoRAPlus(4.0)],
+    "scale-reg": [M.ScaleReg(lam=0.05)],
+    "scale-reg decoupled": [M.ScaleReg(lam=0.05, decoupled=True)],
+    "scale-reg lora+": [M.ScaleReg(lam=0.05), M.LoRAPlus(2.0)],
+    "scaled adamw": [M.ScaledAdamW(damping=1e-2)],
+    "ilora": [M.ILoRA(lam=2.0)],
+    "ilora clipped": [M.ILoRA(lam=1e4)],
+    "ilora rho": [M.ILoRA(lam=1.0, rho_scale=2.0, rho_exponent=0.5)],
+    "ilora lora+": [M.ILoRA(lam=1.0), M.LoRAPlus(4.0)],
+    "pilora": [M.PiLoRA(lam=1.0, damping=1e-2)],
+    "balora": [M.BaLoRA()],
+    "balora every 3, m": [M.BaLoRA(every=3, transport="m")],
+    "balora mv, lora+": [M.BaLoRA(transport="mv"), M.LoRAPlus(2.0)],
+    "balora svd": [M.BaLoRA(every=50, gauge="svd_signed")],
+    "balora scaled": [M.BaLoRA(), M.ScaledAdamW(damping=1e-2)],
+    "scalora": [M.ScaLoRA(interval=5)],
+    "scalora kappa": [M.ScaLoRA(kappa=30.0, interval=10), M.LoRAPlus(2.0)],
+    "scalora paper": [M.ScaLoRA(kappa=30.0, interval=1, solver="paper")],
+    "scalora column": [M.ScaLoRA(interval=4, solver="column"), M.LoRAPlus(2.0)],
+    "scalora scalar": [M.ScaLoRA(interval=4, solver="scalar")],
+    "lora-rite": [M.LoRARITE()],
+    "lora-rite ilora": [M.LoRARITE(), M.ILoRA(lam=2.0)],
+    "lora-rite scale-reg": [M.LoRARITE(), M.ScaleReg(lam=0.05, decoupled=True)],
+    "lora-muon": [M.LoRAMuon()],
+    "lora-muon ilora": [M.LoRAMuon(beta=0.8), M.ILoRA(lam=2.0)],
+    "ref-lora": [M.RefLoRA()],
+    "ref-lora lora+, scale-reg": [M.RefLoRA(), M.LoRAPlus(2.0), M.ScaleReg(lam=0.05, decoupled=True)],
+}
 
 STEPS = 200
 ULPS = 8  # slack in units of float32's ε, for cases whose formulas have almost no error

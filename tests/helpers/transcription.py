@@ -46,19 +46,26 @@ class Run:
     def get(self, *kinds):
         return next((self.by_kind[kind] for kind in kinds if kind in self.by_kind), None)
 
+    @property
+    def rates(self):
+        plus = self.get(M.LoRAPlus)
+        return {"a": self.lr, "b": self.lr * (plus.ratio if plus else 1.0)}
+
     def step(self, gs):
+        self.update([gradients(layer, g) for layer, g in zip(self.layers, gs, strict=True)])
+        self.after()
+
+    def update(self, grads):
+        """Runs AdamW, or the update that replaces it, and what comes before, with the gradients (da, db) of each
+        layer."""
         self.t += 1
-        grads = [gradients(layer, g) for layer, g in zip(self.layers, gs, strict=True)]
-        plus, reg = self.get(M.LoRAPlus), self.get(M.ScaleReg)
-        lr = {"a": self.lr, "b": self.lr * (plus.ratio if plus else 1.0)}
+        lr, reg = self.rates, self.get(M.ScaleReg)
         if M.LoRARITE in self.by_kind:
             lora_rite(self, grads)
         if M.LoRAMuon in self.by_kind:
             for layer, grad in zip(self.layers, grads, strict=True):
                 lora_muon(self, layer, *grad)
         if self.get(M.LoRARITE, M.LoRAMuon):
-            for layer in self.layers:
-                self.after(layer, lr)
             return
         if reg and not reg.decoupled:
             grads = [
@@ -67,7 +74,7 @@ class Run:
             ]
         scalora = self.get(M.ScaLoRA)
         if scalora and (self.t - 1) % scalora.interval == 0:
-            grads = scalora_step(self, scalora, grads)
+            grads = scale(self, self.scales(scalora, grads), grads)
         for layer, (da, db) in zip(self.layers, grads, strict=True):
             scaled = self.get(M.ScaledAdamW, M.PiLoRA)
             if scaled:
@@ -81,17 +88,35 @@ class Run:
                 da, db = s @ da, db @ torch.linalg.inv(s)
             adamw(self, layer, "a", da, lr["a"])
             adamw(self, layer, "b", db, lr["b"])
-            self.after(layer, lr)
 
-    def after(self, layer, lr):
-        reg, balora = self.get(M.ScaleReg), self.get(M.BaLoRA)
-        if self.get(M.ILoRA, M.PiLoRA):
-            imbalance(layer, self.get(M.ILoRA, M.PiLoRA), lr)
-        if reg and reg.decoupled:
-            ca, cb = scale_reg(layer, reg)
-            layer.a, layer.b = layer.a - lr["a"] * ca, layer.b - lr["b"] * cb
-        if balora and self.t % balora.every == 0:
-            balance(layer, balora)
+    def after(self):
+        """Runs what changes the factors after the update."""
+        reg, balora, lr = self.get(M.ScaleReg), self.get(M.BaLoRA), self.rates
+        for layer in self.layers:
+            if self.get(M.ILoRA, M.PiLoRA):
+                imbalance(layer, self.get(M.ILoRA, M.PiLoRA), lr)
+            if reg and reg.decoupled:
+                ca, cb = scale_reg(layer, reg)
+                layer.a, layer.b = layer.a - lr["a"] * ca, layer.b - lr["b"] * cb
+            if balora and self.t % balora.every == 0:
+                balance(layer, balora)
+
+    def scales(self, method, grads):
+        """Returns ScaLoRA's [α; β] of each layer."""
+        solved = [scalora_x(layer, *grad, method.solver) for layer, grad in zip(self.layers, grads, strict=True)]
+        if self.kappa is None:
+            beta2 = torch.cat([x[len(x) // 2 :][active[len(x) // 2 :]] for x, active in solved])
+            self.kappa = method.kappa or math.exp(beta2[beta2 > 0].log().mean().item())
+        clamped = [((x / self.kappa).sqrt().clamp(1 / method.limit, method.limit), active) for x, active in solved]
+        return [torch.where(active, scale, 1.0) for scale, active in clamped]
+
+    def stored(self, x):
+        """Returns what the dtype of the factors keeps of a scaled factor."""
+        return x
+
+    def momentum(self, layer):
+        """Returns LoRA-Muon's momentum of both factors as its move reads it."""
+        return layer.m
 
 
 def adamw(run, layer, name, g, lr):
@@ -217,17 +242,16 @@ def scalora_scalar(m, lam):
     return torch.tensor([alpha] * r + [beta] * r, dtype=lam.dtype)
 
 
-def scalora_step(run, method, grads):
-    solved = [scalora_x(layer, *grad, method.solver) for layer, grad in zip(run.layers, grads, strict=True)]
-    if run.kappa is None:
-        beta2 = torch.cat([x[len(x) // 2 :][active[len(x) // 2 :]] for x, active in solved])
-        run.kappa = method.kappa or math.exp(beta2[beta2 > 0].log().mean().item())
+def scale(run, scales, grads):
+    """Merges what the scaled factors lose into the weights, and returns the scaled gradients."""
     scaled_grads = []
-    for layer, (x, active), (da, db) in zip(run.layers, solved, grads, strict=True):
-        scale = torch.where(active, (x / run.kappa).sqrt().clamp(1 / method.limit, method.limit), 1.0)
-        alpha, beta = scale.chunk(2)
+    for layer, both, (da, db) in zip(run.layers, scales, grads, strict=True):
+        alpha, beta = both.chunk(2)
+        exact_b, exact_a = layer.b * alpha, beta[:, None] * layer.a
+        b, a = run.stored(exact_b), run.stored(exact_a)
         layer.w = layer.w + layer.s * layer.b @ torch.diag(1 - alpha * beta) @ layer.a
-        layer.b, layer.a = layer.b * alpha, beta[:, None] * layer.a
+        layer.w = layer.w + layer.s * ((exact_b - b) @ exact_a + b @ (exact_a - a))  # 0 unless they are rounded
+        layer.b, layer.a = b, a
         layer.m = {"a": alpha[:, None] * layer.m["a"], "b": layer.m["b"] * beta}
         layer.v = {"a": alpha[:, None] ** 2 * layer.v["a"], "b": layer.v["b"] * beta**2}
         scaled_grads.append((alpha[:, None] * da, db * beta))
@@ -301,8 +325,8 @@ def lora_muon(run, layer, da, db):
     """Steps a layer; a does not change while b = 0."""
     beta, damping = run.by_kind[M.LoRAMuon].beta, run.by_kind[M.LoRAMuon].damping
     layer.m = {"a": beta * layer.m["a"] + (1 - beta) * da, "b": beta * layer.m["b"] + (1 - beta) * db}
-    a, b, decay_factor = layer.a, layer.b, 1 - run.lr * run.weight_decay
-    layer.b = decay_factor * b + run.lr / 2 * muon_move(layer.m["b"], a.T, damping)
+    a, b, m, decay_factor = layer.a, layer.b, run.momentum(layer), 1 - run.lr * run.weight_decay
+    layer.b = decay_factor * b + run.lr / 2 * muon_move(m["b"], a.T, damping)
     layer.a = decay_factor * a
     if b.norm() > 0:
-        layer.a = layer.a + run.lr / 2 * muon_move(layer.m["a"].T, b, damping).T
+        layer.a = layer.a + run.lr / 2 * muon_move(m["a"].T, b, damping).T
