@@ -99,7 +99,7 @@ class ScaLoRA(Method):
             if not all(flag for batch in members for flag in due[batch]):  # the other pairs keep their factors
                 chosen = _concatenate([batch.rows(due[batch]) for batch in members])[:, None]
                 solutions[i] = x, active & chosen
-        kappa = self.kappa
+        kappa: float | Tensor | None = self.kappa
         if kappa is None:
             kappa = self._calibrate(solutions, [grams for _, grams in groups], memory)
         low, high = (FLOOR, None) if self.limit is None else (1 / self.limit, self.limit)
