@@ -17,11 +17,11 @@ class PiLoRA(Method):
 
     Args:
         lam: λ of iLoRA. The paper uses 1 (GPT-2, learning rate 7e-4, betas 0.7 and 0.8, weight decay 0.01).
-        damping: δ of the preconditioner, above 0.
+        damping: δ of the preconditioner, above 0, as in ``ScaledAdamW``.
     """
 
     lam: float = 1.0
-    damping: float = 1e-6
+    damping: float = 0.1
 
     has_after = True
 
