@@ -12,6 +12,7 @@ factors free, the product. Runs are on the torch backend.
 
 import argparse
 import statistics
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -147,6 +148,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-4, 1e-3], help="learning rates, a table for each")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "LoRAAdamW: the moments of float16")  # a column of the table shows what they do
     console = Console(width=120)
     for lr in options.lr:
         results = shares(options.seeds, options.steps, lr)

@@ -34,13 +34,19 @@ ALL_GPUS_STATES = "rng_state_all_gpus.pth"
 RATIOS = ("rms_ratio", "conditioning")  # figures whose mean over layers is geometric
 
 
-def optimizer_cls_and_kwargs(model: nn.Module, args: TrainingArguments, methods: object = ()) -> tuple[type, dict]:
+def optimizer_cls_and_kwargs(
+    model: nn.Module,
+    args: TrainingArguments,
+    methods: object = (),
+    rounding: str = "auto",
+    state_dtype: torch.dtype | None = None,
+) -> tuple[type, dict]:
     """Returns the argument ``Trainer(optimizer_cls_and_kwargs=…)`` with which LoRAAdamW trains the model.
 
     Args:
         model: the model that the Trainer gets, with its adapters.
         args: contain the learning rate, betas, epsilon and weight decay, as for Trainer's own AdamW.
-        methods: instances from ``lf.methods``.
+        methods, rounding, state_dtype: as in ``lf.optim.LoRAAdamW``.
 
     Returns:
         The optimizer's class and its keyword arguments.
@@ -51,7 +57,7 @@ def optimizer_cls_and_kwargs(model: nn.Module, args: TrainingArguments, methods:
         "eps": args.adam_epsilon,
         "weight_decay": args.weight_decay,
     }
-    return LoRAAdamW, {"model": model, "methods": methods, **settings}
+    return LoRAAdamW, {"model": model, "methods": methods, "rounding": rounding, "state_dtype": state_dtype, **settings}
 
 
 class AdapterStatsCallback(TrainerCallback):

@@ -21,7 +21,8 @@ class ScaledAdamW(Method):
 
     Args:
         damping: δ, above 0, since bᵀb is 0 at the start. From b = 0 a small δ makes the first gradients of a so large
-            that the second moments, which remember them, all but stop a. The default was chosen by runs (docs/methods.md).
+            that the second moments, which remember them, all but stop a. docs/methods.md has the runs that chose the
+            default.
     """
 
     damping: float = 0.1
