@@ -6,8 +6,9 @@
 The problem is a linear layer, d_out 96, d_in 128, r 8, b = 0 at the start, with the gradients of a regression on fresh
 inputs at every step. The share of a method is ⟨Δ₁₆, Δ⟩ / ⟨Δ, Δ⟩, where Δ is what the method changes in the result of a
 float64 run without it, and Δ₁₆ the same for runs in 16 bits: 1 if it does all its work, 0 if it does none. For AdamW it
-is what the run changes in its start. The result is the factors, or, for an update that moves the product and leaves the
-factors free, the product. Runs are on the torch backend.
+is what the run changes in its start. The result is the factors; the imbalance ‖a aᵀ − r/d_out bᵀb‖ for iLoRA, whose
+changes of the factors are small beside what a run makes of them; the product for an update that moves it and leaves the
+factors free. Runs are on the torch backend.
 """
 
 import argparse
@@ -42,7 +43,8 @@ METHODS: dict[str, tuple[list, dict]] = {  # a row of the table → methods, arg
     "LoRARITE()": ([M.LoRARITE()], {}),
     "LoRAMuon()": ([M.LoRAMuon()], {}),
 }
-MOVES_THE_PRODUCT = ("LoRARITE()", "LoRAMuon()")
+IMBALANCE = "ILoRA(lam=0.1)", "ILoRA(lam=10)"  # rows of other results than the factors
+PRODUCT = "LoRARITE()", "LoRAMuon()"
 SETTINGS: dict[str, tuple[torch.dtype, dict]] = {  # a column → dtype of the factors, arguments of LoRAAdamW
     "bf16": (BFLOAT16, {}),
     "bf16, nearest": (BFLOAT16, NEAREST),
@@ -53,9 +55,10 @@ SETTINGS: dict[str, tuple[torch.dtype, dict]] = {  # a column → dtype of the f
 
 
 class Result(NamedTuple):
-    """The factors in one vector, and the product, in float64."""
+    """What a run has made, in float64: the factors in one vector, the imbalance, the product."""
 
     factors: Tensor
+    imbalance: Tensor
     product: Tensor
 
 
@@ -73,7 +76,8 @@ def train(seed: int, steps: int, lr: float, dtype: torch.dtype, methods: list, a
     for step in range(steps + 1):
         wide_a, wide_b = a.detach().double(), b.detach().double()
         if step in (0, steps):
-            results.append(Result(torch.cat([wide_a.flatten(), wide_b.flatten()]), wide_b @ wide_a))
+            imbalance = (wide_a @ wide_a.T - RANK / D_OUT * wide_b.T @ wide_b).norm()
+            results.append(Result(torch.cat([wide_a.flatten(), wide_b.flatten()]), imbalance, wide_b @ wide_a))
         x = draw(32, D_IN)
         full = (x @ (weight + SCALING * wide_b @ wide_a - target).T).T @ x / len(x)
         a.grad, b.grad = (SCALING * wide_b.T @ full).to(dtype), (SCALING * full @ wide_a.T).to(dtype)
@@ -91,7 +95,7 @@ def shares(seeds: int, steps: int, lr: float) -> dict[str, dict[str, float]]:
             start, plain = train(seed, steps, lr, dtype, [], STOCHASTIC | setting)
             for name, (methods, arguments) in METHODS.items():
                 _, end = train(seed, steps, lr, dtype, methods, setting | arguments)
-                field = int(name in MOVES_THE_PRODUCT)
+                field = 1 * (name in IMBALANCE) + 2 * (name in PRODUCT)
                 change = (end[field] - (plain if methods else start)[field]).flatten()
                 if column == "exact":
                     exact[name] = change

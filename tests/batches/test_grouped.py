@@ -19,6 +19,7 @@ from lora_fast import methods as M
 from lora_fast.batches.grouped import GroupedBatch
 from lora_fast.kernels import pointer_table
 from lora_fast.kernels.inspection import interpreter
+from lora_fast.kernels.records import Grams
 
 pytestmark = pytest.mark.gpu
 
@@ -394,8 +395,8 @@ def test_scalora_keeps_seed_and_kappa_in_memory_on_a_gpu():
     assert in_memory.dtype == torch.int64 and in_memory.item() == GroupedBatch._seed(group, 3)
     method, memory, addresses = M.ScaLoRA(), {}, set()
     for value in (4.0, 9.0):
-        solved = [(torch.full((2, 3), value), torch.ones(2, 3, dtype=torch.bool))]
-        kappa = method._calibrate(solved, memory)
+        solved = [(torch.full((2, 4), value), torch.ones(2, 4, dtype=torch.bool))]
+        kappa = method._calibrate(solved, [Grams(*torch.ones(5, 2, 2, 2))], memory)
         addresses.add(kappa.data_ptr())
         assert kappa is memory["kappa"] and kappa.item() == pytest.approx(4.0)
     assert len(addresses) == 1

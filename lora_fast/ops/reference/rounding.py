@@ -47,7 +47,7 @@ def round_stochastic(x: Tensor, numbers: Tensor, dtype: torch.dtype) -> Tensor:
     and adding a uniform number before a floor has the same effect. Values that are not finite are not changed.
     """
     dropped = 16 if dtype == torch.bfloat16 else 13  # bits of float32's mantissa beyond that of dtype
-    numbers = numbers & ((1 << dropped) - 1)
+    numbers = (numbers & ((1 << dropped) - 1)).to(torch.int32)
     rounded = ((x.contiguous().view(torch.int32) + numbers) & -(1 << dropped)).view(torch.float32)
     if dtype == torch.float16:
         small = torch.floor(x * 2.0**24 + numbers * 2.0**-dropped) * 2.0**-24
