@@ -119,7 +119,7 @@ class Factor:
 
     def end(self) -> None:
         """Ends a step."""
-        self.grad = self.moment_scale = None
+        self.grad = None
         del self.value, self.state
 
     def write(self, stack: Tensor, values: Tensor) -> None:
@@ -144,11 +144,12 @@ class Factor:
         of the noise."""
         if self.value.dtype.itemsize == 2:
             self._adamw_in_float32(settings, is_flat=self.grad is None and not grams)
-            return
-        if self.moment_scale is not None:
-            for name, scale in zip(MOMENTS, (self.moment_scale, self.moment_scale.square()), strict=True):
-                self.write(self.state[name], self.state[name] * scale)
-        self._adamw_in_place(settings)
+        else:
+            if self.moment_scale is not None:
+                for name, scale in zip(MOMENTS, (self.moment_scale, self.moment_scale.square()), strict=True):
+                    self.write(self.state[name], self.state[name] * scale)
+            self._adamw_in_place(settings)
+        self.grad = self.moment_scale = None  # freed before a method changes the new factors
 
     def _adamw_in_float32(self, settings: dict, is_flat: bool) -> None:
         """Applies AdamW to copies in float32, so that factors and moments are rounded once."""
@@ -364,5 +365,6 @@ class StackedBatch(Batch):
         a, b = (factor.value if target == "value" else factor.state[target] for factor in (self.a, self.b))
         products = (self.a, a, matrices_a @ at_least_float32(a)), (self.b, b, at_least_float32(b) @ matrices_b)
         for factor, stack, product in products:
-            values = stack + product if add else product
-            factor.write(stack, factor.round(values, CORRECTION) if target == "value" else values.to(stack.dtype))
+            if add:
+                product += stack
+            factor.write(stack, factor.round(product, CORRECTION) if target == "value" else product.to(stack.dtype))
