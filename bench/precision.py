@@ -91,8 +91,8 @@ def shares(seeds: int, steps: int, lr: float) -> dict[str, dict[str, float]]:
     for seed in track(range(seeds), f"lr {lr:g}"):
         exact: dict[str, Tensor] = {}
         for column, (dtype, setting) in ({"exact": (DOUBLE, {})} | SETTINGS).items():
-            # The noise of a run without the method is that of the run with it.
-            start, plain = train(seed, steps, lr, dtype, [], STOCHASTIC | setting)
+            # AdamW with the noise of the runs with a method. Without any method the noise is numbered in another way.
+            start, plain = train(seed, steps, lr, dtype, [M.ILoRA(lam=0.0)], setting)
             for name, (methods, arguments) in METHODS.items():
                 _, end = train(seed, steps, lr, dtype, methods, setting | arguments)
                 field = 1 * (name in IMBALANCE) + 2 * (name in PRODUCT)
