@@ -56,6 +56,19 @@ def round_to(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def scaled_to(value, scale, dtype: tl.constexpr):
+    """Returns value · scale in float32, rounded to ``dtype``, a 16-bit value's own. A finite value does not become
+    infinite: it is the largest number at most."""
+    LARGEST: tl.constexpr = 65504.0 if dtype == tl.float16 else 3.3895313892515355e38
+    scaled = value * scale
+    if dtype != tl.float32:
+        finite = tl.abs(value) < float("inf")  # false for a NaN, too
+        scaled = tl.where(finite, tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST), scaled)
+        scaled = round_to(scaled, dtype).to(tl.float32)
+    return scaled
+
+
+@triton.jit
 def halves(value):
     """Splits value into bfloat16 high and low. high + low equals value within 2⁻¹⁷ · |value|, and exactly for a
     float16 value."""

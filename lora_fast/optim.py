@@ -75,6 +75,7 @@ class LoRAAdamW(torch.optim.Optimizer):
     _methods: tuple[Method, ...]
     _rounding: str
     _state_dtype: torch.dtype | None
+    _warned: bool  # of second moments in float16
     _known: list[Pair]  # all pairs that were added
     _pairs: list[PairInGroups]  # those whose factors are in the parameter groups
     _batches: list[Batch]
@@ -104,7 +105,7 @@ class LoRAAdamW(torch.optim.Optimizer):
         self._rounding = checks.choice(rounding, "rounding", ("auto", "nearest", "stochastic"))
         if state_dtype not in (None, torch.float32):
             raise checks.ArgumentError("state_dtype", "None or torch.float32", repr(state_dtype))
-        self._state_dtype = state_dtype
+        self._state_dtype, self._warned = state_dtype, False
         self._known, self._pairs = [], []
         self._forget_batches()
         adapters = pairs.find_pairs(model) if isinstance(model, nn.Module) else pairs.make_pairs(model)
@@ -122,7 +123,6 @@ class LoRAAdamW(torch.optim.Optimizer):
             expected = "none for a model without trained LoRA factors (NB-LoRA's free parameters take plain AdamW)"
             raise checks.ArgumentError("methods", expected, ", ".join(map(repr, self._methods)))
         super().__init__(groups, defaults)
-        self._warn_of_float16()
         if isinstance(model, nn.Module):
             count_steps_(model, self)
 
@@ -149,17 +149,6 @@ class LoRAAdamW(torch.optim.Optimizer):
         pairs.check(added, trained, whole=bool(self._pairing))
         self._check_methods(added)
         self._add_pairs(added, group)
-
-    def _warn_of_float16(self) -> None:
-        """Warns of second moments in float16, where 0.001 g² is 0 for gradients below about 0.005."""
-        has_moments = not any(method.replaces_adamw for method in self._methods)
-        parameters = (p for group in self.param_groups for p in group["params"])
-        if self._state_dtype is None and has_moments and any(p.dtype is torch.float16 for p in parameters):
-            warnings.warn(
-                "LoRAAdamW: the moments of float16 parameters are float16, in which squares of small gradients become "
-                "0 and steps far too large; state_dtype=torch.float32 avoids this",
-                stacklevel=3,
-            )
 
     def _add_pairs(self, added: list[Pair], group: dict) -> None:
         plus = next((method for method in self._methods if type(method) is LoRAPlus), None)
@@ -349,6 +338,7 @@ class LoRAAdamW(torch.optim.Optimizer):
             entries = [(name, p) for name, p in named if id(p) in chosen and id(p) not in batched]
             is_stochastic = self._rounding == "stochastic"
             self._unpaired += UnpairedParameters.build(entries, i, self.state, self._state_dtype, is_stochastic)
+        self._warn_of_float16()
         self._members = members
         self._built_for = chosen_backend, list(map(id, self.state.values()))  # building adds state
 
@@ -362,6 +352,17 @@ class LoRAAdamW(torch.optim.Optimizer):
     def _pairing(self) -> list[Method]:
         """Returns the methods that work on pairs."""
         return [method for method in self._methods if method.uses_both_factors]
+
+    def _warn_of_float16(self) -> None:
+        """Warns once of second moments in float16, where 0.001 g² is 0 for gradients below about 0.005."""
+        moments = (state.get("exp_avg_sq") for state in self.state.values())
+        if not self._warned and any(v is not None and v.dtype is torch.float16 for v in moments):
+            self._warned = True
+            warnings.warn(
+                "LoRAAdamW: the moments of float16 parameters are float16, in which squares of small gradients become "
+                "0 and steps far too large; state_dtype=torch.float32 avoids this",
+                stacklevel=2,
+            )
 
     def _layout(self, pair: Pair) -> tuple[Shapes, Shapes]:
         """Returns the shapes and dtypes of a's and b's state, with moments of at least ``state_dtype``."""
@@ -398,7 +399,7 @@ class LoRAAdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict:
         """Adds methods and pairs to torch's state. The batches of a copy are empty: its first step builds them."""
-        names = "_methods", "_known", "_pairs", "_rounding", "_state_dtype"
+        names = "_methods", "_known", "_pairs", "_rounding", "_state_dtype", "_warned"
         attributes = {name: getattr(self, name) for name in names}
         empty: dict[str, Any] = {"_batches": [], "_unpaired": [], "_built_for": None}
         empty |= {name: [] for name in ("_parameters", "_sizes", "_settings", "_members", "_has_grad")}

@@ -3,6 +3,7 @@ happens to parameters without a pair. tests/methods/test_rounding.py holds the s
 
 import copy
 import pickle
+import warnings
 
 import expert_models
 import pytest
@@ -262,3 +263,26 @@ def test_copies_of_the_optimizer_keep_rounding_and_state_dtype(rounding, methods
     train(twin, pairs_of_twin, 3, first=2)
     assert same(bits(chosen, optimizer), bits(pairs_of_twin, twin))
     assert twin.state[pairs_of_twin[0][0]]["exp_avg"].dtype == torch.float32
+
+
+def test_float16_second_moments_are_warned_of_once_and_only_where_they_are():
+    def pair(dtype):
+        a, b = nn.Parameter(torch.randn(2, 4).to(dtype)), nn.Parameter(torch.randn(4, 2).to(dtype))
+        a.grad, b.grad = torch.randn_like(a), torch.randn_like(b)
+        return a, b
+
+    def warned(optimizer):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step(), optimizer.step()
+        return len([w for w in caught if "float16" in str(w.message)])
+
+    half, head = pair(torch.float16), nn.Parameter(torch.randn(3).half())
+    head.grad = torch.randn_like(head)
+    assert warned(lf.optim.LoRAAdamW([half])) == warned(lf.optim.LoRAAdamW([half], methods=[M.ILoRA()])) == 1
+    assert warned(lf.optim.LoRAAdamW([pair(torch.bfloat16)])) == 0
+    assert warned(lf.optim.LoRAAdamW([half], state_dtype=torch.float32)) == 0
+    muon = lf.optim.LoRAAdamW([half], methods=[M.LoRAMuon()])
+    assert warned(muon) == 0
+    muon.add_param_group({"params": [head]})
+    assert warned(muon) == 1

@@ -55,7 +55,7 @@ from ..pointer_table import (
     tensor_at,
     tile_offsets,
 )
-from ..primitives import dot, round_to, to_float32
+from ..primitives import dot, round_to, scaled_to, to_float32
 from ..records import StepWork
 from ..tiles import GroupedTile, grouped
 from . import gram as grams
@@ -184,7 +184,7 @@ def step_factor(
                 b_g = dot(b_g, b_matrix, tl.zeros([BLOCK_D, BLOCK_R], dtype=tl.float32), "ieee")
         if SCALE:
             # Rounded as the merge rounds it, so that what is merged is what the factors lose.
-            b_p, b_g = round_to(b_p * b_scale_p, P).to(tl.float32), b_g * b_scale_g
+            b_p, b_g = scaled_to(b_p, b_scale_p, P), b_g * b_scale_g
             b_m, b_v = b_m * b_scale_g, b_v * b_scale_g * b_scale_g
         b_p, b_m, b_v = adamw(b_p, b_g, b_m, b_v, constants)
         b_new = round_tile(b_p, key, t, i_d, o_d, UPDATE, P, STOCHASTIC, BLOCK_D, BLOCK_R)

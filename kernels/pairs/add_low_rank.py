@@ -27,7 +27,7 @@ from ..grouping import group_by
 from ..launch import check_tensor, on_device, report_addresses
 from ..limits import ROUNDINGS
 from ..pointer_table import ALIGNMENT, TL_DTYPE, cached, check_dtype, check_storage, pointer_at
-from ..primitives import dot, noise, round_stochastic, round_to, to_float32
+from ..primitives import dot, keep_ieee, noise, round_stochastic, round_to, scaled_to, to_float32
 from ..records import Scaled
 
 NEAREST, STOCHASTIC, COMPENSATED = (tl.constexpr(i) for i in range(3))
@@ -106,8 +106,8 @@ def lora_merge_kernel(
             b_b = to_float32(tl.load(p_b, mask=(i_out < d_out)[:, None] & m_k[None, :], other=0.0))
             b_total = dot(b_b * b_scale[None, :], b_a, b_total, "ieee")  # b_b: [BLOCK_OUT, BLOCK_R]
             if SCALED:
-                b_b = to_float32(round_to(b_b * b_alpha[None, :], B)) * -b_scale[None, :]
-                b_total = dot(b_b, to_float32(round_to(b_a * b_beta[:, None], A)), b_total, "ieee")
+                b_b = keep_ieee(scaled_to(b_b, b_alpha[None, :], B)) * -b_scale[None, :]
+                b_total = dot(b_b, keep_ieee(scaled_to(b_a, b_beta[:, None], A)), b_total, "ieee")
         if ROUNDING == STOCHASTIC:
             b_new = round_stochastic(b_total, noise(seed, i_out, o_in, index, 0, BLOCK_IN), W)
         else:

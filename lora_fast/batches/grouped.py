@@ -246,7 +246,7 @@ class GroupedBatch(Batch):
 
     def transform(self, matrices: Tensor, target: str = "value", add: bool = False) -> None:
         column = 0 if target == "value" else 1 + self._moments.index(target)
-        noise = self._noise if target == "value" else None
+        noise = self._noise if add else None  # a multiplied factor is rounded to nearest, as in stacked.py
         transform.transform_tables_(self._tables, matrices.contiguous(), column, add, noise)
         torch.autograd.graph.increment_version(self._columns()[column])
 

@@ -16,7 +16,7 @@ from ..kernels.device import to_device
 from ..kernels.limits import CORRECTION, UPDATE
 from ..kernels.records import Grams, Scaled
 from ..ops.pairs import adamw_, at_least_float32, float32_copy, grams
-from ..ops.reference.rounding import round_factors
+from ..ops.reference.rounding import round_factors, scaled_to
 from ..ops.reference.scalora_solution import add_low_rank_
 from .batch import MOMENTS, Batch, PairInGroups, Shapes, Trained, states_of, step_counts
 
@@ -135,7 +135,7 @@ class Factor:
 
     def scale(self, factor_scale: Tensor, gradient_scale: Tensor) -> None:
         """Scales values, gradients and, when AdamW reads them, moments. Both scales are (L, …) and broadcast."""
-        self.write(self.value, (self.value * factor_scale).to(self.value.dtype))
+        self.write(self.value, scaled_to(self.value, factor_scale, self.value.dtype))
         self.grad, self.moment_scale = self.gradient() * gradient_scale, gradient_scale
 
     def adamw(self, settings: dict, grams: bool) -> None:
@@ -367,4 +367,5 @@ class StackedBatch(Batch):
         for factor, stack, product in products:
             if add:
                 product += stack
-            factor.write(stack, factor.round(product, CORRECTION) if target == "value" else product.to(stack.dtype))
+            # A multiplied factor is rounded to nearest: noise would move its product at every step, whatever the rate.
+            factor.write(stack, factor.round(product, CORRECTION) if add else product.to(stack.dtype))

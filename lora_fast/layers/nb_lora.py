@@ -15,7 +15,7 @@ from ..functional.linear import is_autocast_on
 from ..kernels.grouping import group_by
 from . import factor_cache, inverse_cayley
 from .base import AdapterLinear, merged_weight
-from .rounding_room import UNIT_ROUNDOFF, usable_share
+from .rounding_room import UNIT_ROUNDOFF, usable_bound
 
 
 class SharedFactors(NamedTuple):
@@ -125,8 +125,7 @@ class NBLoRALinear(AdapterLinear):
         if dtype is not torch.float64 and is_autocast_on(device_type):
             dtype = torch.get_autocast_dtype(device_type)
         equal_values = 1 if self.learn_scale else self.r
-        smaller_side = min(self.in_features, self.out_features)
-        return self.bound * usable_share(dtype, self.power == 1, smaller_side, equal_values)
+        return usable_bound(dtype, self.bound, self.power, (self.in_features, self.out_features), equal_values)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         shared = self.shared

@@ -3,13 +3,15 @@
 import pytest
 import torch
 
-from lora_fast.layers.rounding_room import usable_share
+import lora_fast as lf
+from lora_fast.layers.rounding_room import usable_bound
 
+POWERS = {"spectral": 0.0, "frobenius": 0.5, "nuclear": 1.0}
 SIZES = {"spectral": lambda s: s[0], "frobenius": lambda s: s.norm(), "nuclear": lambda s: s.sum()}
 
 
 def test_float32_and_float64_need_no_room():
-    assert all(usable_share(dtype, True, 4096, 1) == 1.0 for dtype in (torch.float32, torch.float64))
+    assert all(usable_bound(dtype, 0.3, 1.0, (4096, 4096), 1) == 0.3 for dtype in (torch.float32, torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -29,8 +31,9 @@ def test_rounded_products_stay_within_the_bound(d_out, d_in, r, dtype):
         singular = torch.linalg.svdvals(product.double())
         for norm, size in SIZES.items():
             for equal_values in {1, r if large == r else 1}:
-                share = usable_share(dtype, norm == "nuclear", min(d_out, d_in), equal_values)
-                assert share * size(singular) <= size(sv.sort(descending=True).values), (norm, large, equal_values)
+                bound = size(singular)
+                usable = usable_bound(dtype, bound, POWERS[norm], (d_in, d_out), equal_values)
+                assert usable <= size(sv.sort(descending=True).values), (norm, large, equal_values)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -41,4 +44,19 @@ def test_entries_that_round_alike_stay_within_the_bound(dtype):
     b = torch.full((48, 1), (1 + 2 * unit + 1.01 * unit) / 8, dtype=torch.float64)
     product = (b.to(dtype).float() @ a.to(dtype).float()).to(dtype).double()
     excess = (product.norm() / (b @ a).norm()).item()
-    assert 1 + unit < excess <= 1 / usable_share(dtype, False, 48, 1)
+    assert 1 + unit < excess <= 1 / usable_bound(dtype, 1.0, 0.0, (64, 48), 1)
+
+
+@pytest.mark.parametrize("norm", SIZES)
+@pytest.mark.parametrize("bound", [0.1, 1e-2, 1e-3])
+def test_small_bounds_hold_in_float16(bound, norm):
+    """Entries of ΔW below float16's normal numbers are rounded to multiples of 2⁻²⁴."""
+    torch.manual_seed(0)
+    layer = lf.NBLoRALinear(256, 192, r=8, norm=norm, bound=bound, bias=False).half()
+    a, b = (torch.linalg.qr(torch.randn(d, 8, dtype=torch.float64))[0] for d in (256, 192))
+    each = bound / 8 ** POWERS[norm] * (1 - 1e-7)
+    layer.load_free_(*layer.free_parameters_for(a.T, b * each))
+    with torch.no_grad():
+        layer.weight.zero_()
+        product = layer(torch.eye(256, dtype=torch.float16))
+    assert 0.4 * bound < SIZES[norm](torch.linalg.svdvals(product.double())) <= bound

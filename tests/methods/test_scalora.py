@@ -78,6 +78,22 @@ def test_pair_that_is_not_finite_changes_no_weight_and_no_other_pair(backend, dt
         assert all(torch.equal(x, y) for x, y in zip((*pair[:2], pair[3]), (*alone[:2], alone[3]), strict=True))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_scaling_saturates_float16_factors(backend):
+    """A factor that grew to infinity would put infinity into the frozen weight."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)
+    a, b = nn.Parameter(draw(4, 16).half() / 1000), nn.Parameter((2e4 + 1e4 * draw(12, 4).abs()).half())
+    weight = draw(12, 16)
+    before = weight.double() + b.detach().double() @ a.detach().double()
+    a.grad, b.grad = draw(4, 16).half(), draw(12, 4).half()
+    with lf.set_backend(backend):
+        lf.optim.LoRAAdamW([(a, b, 1.0, weight)], lr=0.0, methods=[M.ScaLoRA(kappa=1e-12, interval=1)]).step()
+    after = weight.double() + b.detach().double() @ a.detach().double()
+    assert b.isfinite().all() and b.abs().max() == torch.finfo(torch.float16).max
+    assert (after - before).abs().max() <= 1e-5 * before.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_stochastic_merges_are_exact_on_average(dtype):
     ends, weights = [], {}

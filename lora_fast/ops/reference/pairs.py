@@ -14,7 +14,7 @@ from ...kernels.grouping import group_by
 from ...kernels.limits import MUON_DAMPING_ULPS
 from ...kernels.records import Grams, StepWork
 from . import scalora_solution
-from .rounding import round_factors
+from .rounding import round_factors, scaled_to
 from .scalora_solution import scales, scalora_solve
 
 __all__ = [
@@ -166,7 +166,7 @@ def _step_stacks(
         g = matrices @ g if is_a else g @ matrices
     if scale_p is not None:
         d, e = ((x[:, :, None] if is_a else x[:, None, :]) for x in (scale_p, scale_g))
-        p, g, m, v = (d * p).to(dtype).to(p.dtype), e * g, e * m, e * e * v
+        p, g, m, v = scaled_to(p, d, dtype).to(p.dtype), e * g, e * m, e * e * v
     lr, beta1, beta2, eps, decay = hyper[:, :, None, None].unbind(1)
     t = t.double()[:, None, None]
     cast = lambda x: x.to(p.dtype)  # scalars are computed in float64, since 1 − β₂ has few digits in float32

@@ -55,6 +55,16 @@ def round_stochastic(x: Tensor, numbers: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(torch.isfinite(x), rounded, x).to(dtype)
 
 
+def scaled_to(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns x · scale in ``dtype``, x's own or float32 for it. Where that has 16 bits, a finite value does not become
+    infinite: it is the largest number at most."""
+    scaled = x * scale
+    if dtype.itemsize == 2:
+        largest = torch.finfo(dtype).max
+        scaled = torch.where(x.isfinite(), scaled.clamp(-largest, largest), scaled)
+    return scaled.to(dtype)
+
+
 def round_factors(
     x: Tensor, dtype: torch.dtype, keys: Tensor | None, steps: Tensor, is_a: bool | None, word3: int = UPDATE
 ) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...kernels.limits import COLLINEAR, INACTIVE, RIDGE
 from ...kernels.records import Scaled
-from .rounding import round_stochastic
+from .rounding import round_stochastic, scaled_to
 
 RIDGES = (RIDGE, 10 * RIDGE, 100 * RIDGE)  # the first one with which the system factors is used
 PIVOTS, ROUNDS = 8, 2  # rounds of block pivoting and of coordinate descent
@@ -211,5 +211,5 @@ def lost_terms(a: Tensor, b: Tensor, scale: Tensor, scaled: Scaled | None) -> li
         return [(torch.where(changes, b * scale, 0.0), torch.where(changes[:, None], a, 0.0))]
     changes = (scaled.alpha != 1) | (scaled.beta != 1)
     b, a = torch.where(changes, b, 0.0), torch.where(changes[:, None], a, 0.0)
-    new_b, new_a = (b * scaled.alpha).to(b.dtype), (a * scaled.beta[:, None]).to(a.dtype)
+    new_b, new_a = scaled_to(b, scaled.alpha, b.dtype), scaled_to(a, scaled.beta[:, None], a.dtype)
     return [(b * scaled.scaling, a), (new_b * -scaled.scaling, new_a)]
