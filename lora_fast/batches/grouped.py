@@ -5,7 +5,7 @@ reads them."""
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, compress
 from typing import Self
 
@@ -61,6 +61,8 @@ class GroupedBatch(Batch):
             }
             states[p].update({"step": self._steps[row]} | state)  # all experts of a parameter share its step count
         self._optimizer_states = states
+        positions = {id(p): i for i, p in enumerate(states)}
+        self._positions = [positions[id(p)] for p in self._factors]  # of their states among all
         self._moments = [name for name in MOMENTS if name in shapes[0]]
         self._names = (*self._moments, "step")
         is_a = [False] * len(self.pairs) + [True] * len(self.pairs)
@@ -89,13 +91,26 @@ class GroupedBatch(Batch):
     def _columns(self) -> list[list[Tensor]]:
         """Returns the tables' columns. The moments are read from the state each time and not held, so that a user who
         takes them out of the state frees their memory."""
-        states = states_of(self._factors, self._optimizer_states)
+        states = self._states()
         return [self._factors, *([state[name] for state in states] for name in self._moments)]
+
+    def _states(self) -> list[dict]:
+        """Returns the state of each factor. It is found by position, because a tensor is slow to hash; the optimizer
+        builds batches anew when the set of states or its order changes."""
+        states = list(self._optimizer_states.values())
+        return [states[i] for i in self._positions]
+
+    def _tensors_of(self, table: pointer_table.FactorTable) -> Iterator[Tensor]:
+        """Yields the tensors whose addresses a table holds. They are looked up when the first is asked for, which only
+        tests do."""
+        for column in self._columns():
+            for i in table.positions:
+                yield column[i]
 
     def begin(self, param_groups: list[dict]) -> None:
         super().begin(param_groups)
         for table in self._tables:
-            report_addresses(table.entries, (column[i] for column in self._columns() for i in table.positions))
+            report_addresses(table.entries, self._tensors_of(table))
         if pointer_table.capturing():
             pointer_table.hold_for_graphs(self)
 
@@ -125,7 +140,7 @@ class GroupedBatch(Batch):
         Reading the addresses of all state tensors would take longer than the rest of the check, because these objects
         are not in the host's caches. ``intact`` therefore reads those of the first factor, the last and another one at
         each step: code that replaces the memory of state tensors replaces that of all of them."""
-        states = states_of(self._factors, self._optimizer_states)
+        states = self._states()
         ids = [id(state.get(name)) for name in self._names for state in states]
         return [*[p.data_ptr() for p in self._factors], *ids]
 
