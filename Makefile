@@ -71,6 +71,7 @@ bench: env
 	$(BIN)/python bench/counts.py
 	$(BIN)/python bench/host.py
 	$(BIN)/python bench/host_step.py
+	$(BIN)/python bench/precision.py
 	$(BIN)/python bench/train_step.py --compare fused nb-lora
 	$(BIN)/python bench/run.py
 
