@@ -384,18 +384,32 @@ class LoRAAdamW(torch.optim.Optimizer):
             ArgumentError: the state belongs to other parameters, another order of them, other methods, or a variant of
                 AdamW that the optimizer does not have. Nothing has changed then.
         """
-        saved = state_dict["param_groups"]
-        layouts = [(pair, *self._layout(pair)) for pair in self._known] if self._pairing else []
-        shapes = {id(p): x for pair, *both in layouts for p, x in zip((pair.a, pair.b), both, strict=True)}
-        _check_saved(self.param_groups, saved, state_dict["state"], shapes)
-        super().load_state_dict(state_dict)
-        order = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip((i for group in saved for i in group["params"]), order, strict=True):
-            for name, value in state_dict["state"].get(i, {}).items():
+        loaded: list[dict] = []
+
+        def check(optimizer: torch.optim.Optimizer, state: dict) -> None:
+            self._check_loaded(state)
+            loaded.append(state)
+
+        # Registered last, so that it gets what a user's hooks have made of the state.
+        handle = self.register_load_state_dict_pre_hook(check)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        (state,) = loaded
+        indices = (i for group in state["param_groups"] for i in group["params"])
+        order = (p for group in self.param_groups for p in group["params"])
+        for i, p in zip(indices, order, strict=True):
+            for name, value in state["state"].get(i, {}).items():
                 # torch's method casts state to p's dtype, which would round float32 state of 16-bit parameters. Older
                 # versions of torch saved step counts as numbers.
                 self.state[p][name] = torch.as_tensor(value).detach().to(p.device, copy=True)
         self._forget_batches()
+
+    def _check_loaded(self, state: dict) -> None:
+        layouts = [(pair, *self._layout(pair)) for pair in self._known] if self._pairing else []
+        shapes = {id(p): x for pair, *both in layouts for p, x in zip((pair.a, pair.b), both, strict=True)}
+        _check_saved(self.param_groups, state["param_groups"], state["state"], shapes)
 
     def __getstate__(self) -> dict:
         """Adds methods and pairs to torch's state. The batches of a copy are empty: its first step builds them."""

@@ -790,3 +790,22 @@ def test_state_that_moved_inside_its_tensors_is_used_and_cleared_state_is_free()
     optimizers[0].state.clear()
     gc.collect()
     assert len(held) == 16 and not any(reference() is not None for reference in held)
+
+
+def test_loaded_state_is_what_a_hook_makes_of_it():
+    chosen = pairs()
+    optimizer = lf.optim.LoRAAdamW(chosen, methods=[M.ILoRA()])
+    train(optimizer, chosen, 2)
+    saved = optimizer.state_dict()
+
+    def forget_momentum(optimizer, state):
+        cleared = {i: {**s, "exp_avg": torch.zeros_like(s["exp_avg"])} for i, s in state["state"].items()}
+        return {**state, "state": cleared}
+
+    resumed = lf.optim.LoRAAdamW(chosen, methods=[M.ILoRA()])
+    resumed.register_load_state_dict_pre_hook(forget_momentum)
+    resumed.load_state_dict(saved)
+    a = chosen[0][0]
+    assert not resumed.state[a]["exp_avg"].any() and torch.equal(
+        resumed.state[a]["exp_avg_sq"], saved["state"][0]["exp_avg_sq"]
+    )
