@@ -401,9 +401,10 @@ class LoRAAdamW(torch.optim.Optimizer):
         order = (p for group in self.param_groups for p in group["params"])
         for i, p in zip(indices, order, strict=True):
             for name, value in state["state"].get(i, {}).items():
-                # torch's method casts state to p's dtype, which would round float32 state of 16-bit parameters. Older
-                # versions of torch saved step counts as numbers.
-                self.state[p][name] = torch.as_tensor(value).detach().to(p.device, copy=True)
+                if not isinstance(value, Tensor):  # a step count, as older versions of torch saved it
+                    value = torch.tensor(value, dtype=torch.float32, device=p.device)
+                # torch's method casts state to p's dtype, which would round float32 state of 16-bit parameters.
+                self.state[p][name] = value.detach().to(p.device, copy=True)
         self._forget_batches()
 
     def _check_loaded(self, state: dict) -> None:
