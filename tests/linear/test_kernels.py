@@ -132,11 +132,10 @@ def eager_errors(t: dict, case: dict) -> list[float]:
 
 
 def torch_multiplies_a_padded_column() -> bool:
-    """Returns whether torch's product with a padded column is right. On a CPU that of torch 2.10 is not, in bfloat16."""
-    generator = torch.Generator().manual_seed(0)
-    dy, padded = torch.randn(8, 16, generator=generator).bfloat16(), torch.randn(16, 5, generator=generator).bfloat16()
-    column = padded[:, :1]
-    return torch.allclose((dy @ column).float(), dy.float() @ column.float(), rtol=0.01, atol=0.1)
+    """Returns whether torch's product with a padded column is right. That of torch 2.10 is not in bfloat16 on a CPU."""
+    dy, column = torch.ones(48, 97).bfloat16(), torch.ones(97, 5).bfloat16()[:, :1]
+    column[1:] = 0
+    return bool((dy @ column == 1).all())
 
 
 def check_case(case: dict) -> None:
@@ -213,10 +212,11 @@ def test_large_ds_and_small_a_give_finite_dx_in_float16():
 
 def test_eager_formula_equals_peft_bit_for_bit():
     """The error budget compares with this formula, so it must equal PEFT's own layer."""
-    lora = pytest.importorskip("peft").tuners.lora
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=["0"])
     for dtype, adapter in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.bfloat16,) * 2):
         linear = torch.nn.Linear(40, 24, dtype=dtype)
-        theirs = lora.Linear(linear, "default", lora.LoraConfig(r=4), r=4, lora_alpha=8, init_lora_weights=False)
+        theirs = peft.get_peft_model(torch.nn.Sequential(linear), config).base_model.model[0]
         factors = [part["default"].weight for part in (theirs.lora_A, theirs.lora_B)]
         for factor in factors:
             factor.data = factor.data.to(adapter)
