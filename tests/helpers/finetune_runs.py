@@ -43,7 +43,9 @@ def held_out_loss_in_peft(place: Path, folder: Path) -> float:
     model = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
     tokens = tokenized(place / "text.txt").held_out
     with torch.no_grad():
-        return model(input_ids=tokens.ids, labels=tokens.labels).loss.item()
+        loss = model(input_ids=tokens.ids, labels=tokens.labels).loss.item()
+    # The Trainer of transformers 5.0 also counts the first label of a row, which has no loss.
+    return loss * (SEQ_LEN - 1) / SEQ_LEN if transformers.__version__.startswith("5.0.") else loss
 
 
 def tokenized(path: Path, seq_len: int = SEQ_LEN) -> data.TokenData:

@@ -102,7 +102,10 @@ def load_tokenizer(source: str):
     import transformers
 
     with _named_error(source, "a model with a tokenizer"):
-        return transformers.AutoTokenizer.from_pretrained(source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers 5.0 returns an empty one
+            raise ValueError("a tokenizer without a vocabulary")
+        return tokenizer
 
 
 def load_model(source: str, dtype):
