@@ -147,10 +147,12 @@ API int lora_fast_adamw_step(const lora_fast_group *group, const double *hyper, 
                         lora_fast_dtype_name(group->dtype), group->r, add, matrix, scale, gram));
     return lora_fast_launch(
         row, group->n_programs, 1, 1,
-        (struct argument[]){TABLE, POINTER(hyper), POINTER(steps), NAMED_POINTER("keys", steps), NAMED_POINTER("additive", work->additive),
+        (struct argument[]){TABLE, POINTER(hyper), POINTER(steps), NAMED_POINTER("additive", work->additive),
                             NAMED_POINTER("matrices", work->matrices), NAMED_POINTER("scale_p", work->scale_p),
                             NAMED_POINTER("scale_g", work->scale_g), NAMED_POINTER("partials", workspace),
                             NAMED_POINTER("totals", work->grams),
+                            /* Of stochastic rounding, which this library does not offer. The kernel ignores it. */
+                            NAMED_POINTER("keys", steps),
                             NAMED_INTEGER("stride_hyper", hyper_rows > 1 ? HYPER : 0),
                             /* Python's optimizer passes these in place of hyper; the kernel ignores them. */
                             NAMED_POINTER("p_lr_b", steps), NAMED_POINTER("p_lr_a", steps), NAMED_NUMBER("lr_b", 0),
@@ -166,8 +168,10 @@ API int lora_fast_transform(const lora_fast_group *group, const float *matrices,
     CALL(CHECK_ADDRESSES(matrices));
     CALL(lora_fast_find(&row, "lora_transform_kernel transform %s r%d add=%d", lora_fast_dtype_name(group->dtype),
                         group->r, add != 0));
-    return lora_fast_launch(row, group->n_programs, 1, 1, (struct argument[]){TABLE, POINTER(matrices), NAMED_POINTER("steps", matrices),
-                                                NAMED_POINTER("keys", matrices), END}, stream);
+    return lora_fast_launch(row, group->n_programs, 1, 1,
+                            (struct argument[]){TABLE, POINTER(matrices), /* ignored: */
+                                                NAMED_POINTER("steps", matrices), NAMED_POINTER("keys", matrices), END},
+                            stream);
 }
 
 API int lora_fast_merge(const lora_fast_group *group, const float *scale, lora_fast_rounding rounding, int64_t seed,
@@ -180,8 +184,9 @@ API int lora_fast_merge(const lora_fast_group *group, const float *scale, lora_f
     CALL(lora_fast_find(&row, "lora_merge_kernel merge %s r%d rounding=%s", lora_fast_dtype_name(group->dtype),
                         group->r, names[rounding]));
     return lora_fast_launch(row, group->n_programs, 1, 1,
-                            (struct argument[]){TABLE, POINTER(scale), NAMED_POINTER("alpha", scale),
-                                                NAMED_POINTER("beta", scale), INTEGER(seed), END}, stream);
+                            (struct argument[]){TABLE, POINTER(scale), /* ignored: */ NAMED_POINTER("alpha", scale),
+                                                NAMED_POINTER("beta", scale), INTEGER(seed), END},
+                            stream);
 }
 
 static int blocked(int r) { return r > lora_fast_in_registers; }

@@ -42,7 +42,7 @@ CORRECTION = tl.constexpr(limits.CORRECTION)
 
 
 class Noise(NamedTuple):
-    """What stochastic rounding depends on besides the elements: the step counts, float32 (n,), and the factors' keys,
+    """The tensors that choose the noise of stochastic rounding: the step counts, float32 (n,), and the factors' keys,
     int64 (n,)."""
 
     steps: torch.Tensor

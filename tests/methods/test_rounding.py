@@ -43,8 +43,8 @@ class Exact(T.Run):
     kept = None  # the factors' dtype
 
     def scales(self, method, grads):
-        own = super().scales(method, grads)
-        for got, want in zip(self.chosen, own, strict=True):
+        exact = super().scales(method, grads)
+        for got, want in zip(self.chosen, exact, strict=True):
             torch.testing.assert_close(got.double(), want.double(), rtol=2e-3, atol=0)
         return [scale.to(layer.a.dtype) for scale, layer in zip(self.chosen, self.layers, strict=True)]
 
@@ -54,7 +54,7 @@ class Exact(T.Run):
 
     def momentum(self, layer):
         # LoRA-Muon's move reads the momentum as it is stored.
-        stored = next(s for own, s in zip(self.layers, self.final, strict=True) if own is layer)
+        stored = next(s for x, s in zip(self.layers, self.final, strict=True) if x is layer)
         return {name: stored[name]["exp_avg"].to(layer.a.dtype) for name in "ab"}
 
 

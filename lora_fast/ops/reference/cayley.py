@@ -6,7 +6,7 @@ Math      With ã = [a1 | a2], a1 (r, r):
           a = [2 Wiᵀ − I | −2 Wiᵀ a2]    b = −2 b̃ Wi        a aᵀ + bᵀb = I, where τ = 0
           b's columns are multiplied by ``scale``, where one is given.
           τ = ε ‖M‖_F, the size of M's rounding errors in float64: a aᵀ + bᵀb = I − 4 Wiᵀ (τ I + errors) Wi is then at
-          most I, however large the parameters are. τ is 1e-9 where all entries of a pair (16, 1000) are 100.
+          most I, however large the parameters are. τ is 3e-8 where all entries of an ã (16, 1000) are 100.
 Backward  from ga and gb (with respect to the scaled b), where C = b̃ᵀgb and D = diag(scale):
           T = ga1ᵀ − a2 ga2ᵀ − C D       S = 2 Wiᵀ T Wiᵀ       R = S + Sᵀ
           d a1 = S − Sᵀ      d a2 = −R a2 − 2 Wi ga2      d b̃ = −b̃ R − 2 gb D Wiᵀ
