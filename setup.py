@@ -27,8 +27,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["lora_fast*"]),
-    # An editable install then puts this folder on the path. Without package_dir it would be an import hook, which Python
-    # asks too late where the working directory has a folder called lora_fast, such as a clone.
+    # With package_dir, an editable install puts this folder on the path. Without, it is an import hook, and Python asks
+    # that too late where the working directory has a folder called lora_fast, such as a clone.
     package_dir={"": "."},
     package_data={"lora_fast": ["py.typed"], **{name: ["*.html.jinja"] for name in TEMPLATES}},
     install_requires=["torch>=2.10", "numpy>=1.26", "safetensors>=0.6.1"],
