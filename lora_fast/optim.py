@@ -108,9 +108,10 @@ class LoRAAdamW(torch.optim.Optimizer):
         self._state_dtype, self._warned = state_dtype, False
         self._known, self._pairs = [], []
         self._forget_batches()
+        adapters: list
         others: list[tuple[str, Tensor]] = []
         if isinstance(model, nn.Module):
-            adapters, others = trained_parameters(model, pairing=bool(self._methods))
+            adapters, others = trained_parameters(model, as_pairs=bool(self._methods))
         elif not (adapters := pairs.make_pairs(model)):
             raise checks.ArgumentError("model", "a torch.nn.Module or at least one pair", "none")
         groups: list[dict[str, Any]] = [{"params": params} for params in (adapters, others) if params]
@@ -157,8 +158,7 @@ class LoRAAdamW(torch.optim.Optimizer):
         plus = next((method for method in self._methods if type(method) is LoRAPlus), None)
         group["methods"] = [repr(method) for method in self._methods]
         first = len(self.param_groups)
-        named = [[(f"{p.name}.lora_A", p.a), (f"{p.name}.lora_B", p.b)] for p in added]
-        trained = [[entry for entry in pair if entry[1].requires_grad] for pair in named]
+        trained = [[entry for entry in pair.named_factors if entry[1].requires_grad] for pair in added]
         if plus is None:
             super().add_param_group({"params": [entry for pair in trained for entry in pair], **group})
         else:
@@ -385,7 +385,9 @@ class LoRAAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Loads the ``state_dict`` of an optimizer with the same model, methods and order of parameters. The next steps
-        then give the same bits as those of the saved optimizer.
+        then give the same bits as those of the saved optimizer. Either model may be in a wrapper (torch.compile,
+        DataParallel, DistributedDataParallel, FSDP2, checkpoint_wrapper); FSDP1's shards first go through its own
+        ``optim_state_dict``.
 
         Raises:
             ArgumentError: the state belongs to other parameters, another order of them, other methods, or a variant of
@@ -417,7 +419,7 @@ class LoRAAdamW(torch.optim.Optimizer):
                 if not isinstance(value, Tensor):  # a step count, as older versions of torch saved it
                     value = torch.tensor(value, dtype=torch.float32, device=p.device)
                 # torch's method casts state to p's dtype, which would round float32 state of 16-bit parameters.
-                self.state[p][name] = value.detach().to(p.device, copy=True)
+                self.state[p][name] = saved_state.placed_as(value.detach(), p).to(p.device, copy=True)
         self._forget_batches()
 
     def __getstate__(self) -> dict:

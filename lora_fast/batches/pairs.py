@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..kernels.limits import LARGEST_RANK
-from ..layers.find import PeftLayer, expert_count, peft_layers
+from ..layers.find import PeftLayer, bare_name, expert_count, peft_layers
 from ..layers.lora import LoRALinear
 from ..surgery.merge import weight_owners
 
@@ -112,6 +112,12 @@ class Pair:
         return all(type(p) in PLAIN and p.dim() == 2 and p.is_leaf for p in (self.a, self.b))
 
     @property
+    def named_factors(self) -> list[tuple[str, Tensor]]:
+        """Returns a and b with the names that they have in an optimizer's groups, whatever wrappers the model is in."""
+        name = bare_name(self.name)
+        return [(f"{name}.lora_A", self.a), (f"{name}.lora_B", self.b)]
+
+    @property
     def trained(self) -> list[Tensor]:
         """Returns the factors that are trained."""
         return [p for p in (self.a, self.b) if p.requires_grad]
@@ -164,7 +170,7 @@ def find_pairs(model: nn.Module) -> list[Pair]:
         factors_a, factors_b = getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})
         for adapter in layer.active_adapters:
             a, b = (_weight(factors, adapter) for factors in (factors_a, factors_b))
-            if a is None or b is None or a.dim() != 2 or b.dim() != 2:
+            if a is None or b is None or not all(_is_matrix(factors[adapter]) for factors in (factors_a, factors_b)):
                 continue
             weight, reason = _base_weight(layer, adapter)
             if reason is None and weight is not None:
@@ -250,6 +256,11 @@ def _check_pair(pair: Pair) -> None:
 
 def _weight(factors, adapter: str) -> Tensor | None:
     return getattr(factors[adapter], "weight", None) if adapter in factors else None
+
+
+def _is_matrix(holder: Any) -> bool:
+    """Returns whether PEFT's module of a factor holds a matrix, which a wrapper may have flattened."""
+    return isinstance(holder, nn.Linear) or holder.weight.dim() == 2
 
 
 def _base_weight(layer: PeftLayer, adapter: str) -> tuple[Tensor | None, str | None]:

@@ -74,6 +74,19 @@ def check(groups: list[dict], state_dict: Mapping[str, Any], shapes: dict[int, S
             _check_state(name, state.get(i, NO_STATE), shapes.get(id(p), default))
 
 
+def placed_as(value: Tensor, p: Any) -> Tensor:
+    """Returns a saved moment whole or sharded, as the parameter is. Every process of a sharded model or state must call
+    this."""
+    is_sharded = hasattr(p, "placements")
+    if hasattr(value, "full_tensor") and not is_sharded:
+        return value.full_tensor()
+    if is_sharded and not hasattr(value, "placements") and value.dim() > 0:
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+    return value
+
+
 def _check_group(group: dict, saved: Mapping) -> None:
     methods, saved_methods = group.get("methods", []), saved.get("methods", [])
     if methods != saved_methods:

@@ -6,19 +6,20 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..layers.base import AdapterLinear
-from ..layers.find import AdapterLayer, adapter_layers
+from ..layers.find import AdapterLayer, adapter_layers, bare_name
 from .pairs import Pair, find_pairs
 
 Named = tuple[str, Tensor]
 
 
-def trained_parameters(model: nn.Module, pairing: bool) -> tuple[list[Pair], list[Named]]:
-    """Returns the pairs of a model and its other trained parameters with their names.
+def trained_parameters(model: nn.Module, as_pairs: bool) -> tuple[list[Pair] | list[Named], list[Named]]:
+    """Returns the pairs of a model, or their factors with their names, and its other trained parameters with theirs.
+    Order and names are the same for a model in a wrapper, so that an optimizer's state can be loaded without it.
 
     Args:
         model: the model.
-        pairing: whether the optimizer has methods. Otherwise factors that a wrapper has flattened or sharded are
-            trained as other parameters are.
+        as_pairs: whether the optimizer has methods. Otherwise factors that a wrapper has flattened or sharded are
+            returned as parameters.
 
     Raises:
         ArgumentError: no layer of the model has an active adapter that is trained. The model's own weights are not
@@ -35,11 +36,14 @@ def trained_parameters(model: nn.Module, pairing: bool) -> tuple[list[Pair], lis
             without = f"a {type(model).__name__} without adapter layers"
             got = f"adapter layers ({len(layers)}) whose active adapters are all frozen" if layers else without
             raise checks.ArgumentError("model", expected, got)
-    if not pairing:
-        pairs = [pair for pair in pairs if pair.is_whole]
     # Compared by id, because == of tensors compares their entries.
-    factors = {id(factor) for pair in pairs for factor in (pair.a, pair.b)}
-    return pairs, [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in factors]
+    trained: dict[int, Named] = {id(p): (bare_name(name), p) for name, p in model.named_parameters() if p.requires_grad}
+    factors = [entry for pair in pairs for entry in pair.named_factors]
+    in_pairs = {id(p) for _, p in factors}
+    others = [named for key, named in trained.items() if key not in in_pairs]
+    if as_pairs or all(pair.is_whole for pair in pairs):
+        return pairs, others
+    return [(name, p) for name, p in factors if id(p) in trained], others
 
 
 def _is_trained(layer: AdapterLayer) -> bool:
