@@ -5,8 +5,10 @@ The checks read no data, so they run before a kernel starts and cost no device s
 
 from __future__ import annotations
 
-import math
+import os
 import reprlib
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +18,10 @@ from .kernels.limits import LARGEST_RANK
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NUMBERS = (float, int)
 PLAINLY_SHOWN = (str, torch.device)  # their str has no quotation marks and no type
+LARGEST_FLOAT = sys.float_info.max  # math.isfinite raises OverflowError for a larger int
+LARGEST_SCALING = torch.finfo(torch.float32).max
+LONGEST_NAME = 255  # of a file or folder, in usual file systems
+LARGEST_COUNT = 2**31 - 1
 LONGEST = 600  # characters of each of the three parts of a message
 
 _repr = reprlib.Repr()  # limits depth and length, so that neither recursion nor a huge number ends a message
@@ -87,6 +93,47 @@ def plain_number(value: Any) -> Any:
 # bool is an int in Python and is therefore refused explicitly.
 
 
+def tensor(value: Any, argument: str) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise ArgumentError(argument, "a torch.Tensor", shown(value))
+    return value
+
+
+def module(value: Any, argument: str = "model") -> torch.nn.Module:
+    if not isinstance(value, torch.nn.Module):
+        raise ArgumentError(argument, "a torch.nn.Module", type(value).__name__)
+    return value
+
+
+def path(value: object, argument: str = "path") -> str:
+    name = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(name, str) or not name:
+        raise ArgumentError(argument, "the path of a folder, a str or os.PathLike", shown(value))
+    if "\0" in name or max(map(len, name.split(os.sep))) > LONGEST_NAME:
+        raise ArgumentError(argument, f"names of at most {LONGEST_NAME} characters, none of them null", shown(value))
+    return name
+
+
+def sequence(value: Any, argument: str) -> Sequence:
+    if not isinstance(value, (list, tuple)):
+        raise ArgumentError(argument, "a list or tuple", shown(value))
+    return value
+
+
+def placement(device: Any, dtype: Any) -> None:
+    """Raises ArgumentError unless a layer can be made on this device in this dtype; None stands for torch's default."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
+        raise ArgumentError("dtype", "None or a dtype among float16, bfloat16, float32, float64", shown(dtype))
+    if device is None or isinstance(device, torch.device):
+        return
+    try:
+        is_known = isinstance(device, (str, int)) and not isinstance(device, bool) and torch.device(device) is not None
+    except (RuntimeError, ValueError, OverflowError, TypeError):
+        is_known = False
+    if not is_known:
+        raise ArgumentError("device", "None, a torch.device or the name of one", shown(device))
+
+
 def rank(r: object, argument: str = "r") -> int:
     r = python_number(r)
     if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= LARGEST_RANK:
@@ -96,22 +143,22 @@ def rank(r: object, argument: str = "r") -> int:
 
 def positive(value: object, argument: str) -> float:
     value = python_number(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, NUMBERS) or not 0 < value <= LARGEST_FLOAT:  # NaN fails too
         raise ArgumentError(argument, "a finite number above 0", shown(value))
     return float(value)
 
 
 def nonnegative(value: object, argument: str) -> float:
     value = python_number(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, NUMBERS) or not 0 <= value <= LARGEST_FLOAT:  # NaN fails too
         raise ArgumentError(argument, "a finite number of at least 0", shown(value))
     return float(value)
 
 
 def count(value: object, argument: str) -> int:
     value = python_number(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(argument, "an integer of at least 1", shown(value))
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_COUNT:
+        raise ArgumentError(argument, f"an integer from 1 to {LARGEST_COUNT}", shown(value))
     return value
 
 
@@ -149,7 +196,7 @@ def probability(value: object, argument: str = "dropout") -> float:
 
 
 def choice(value: object, argument: str, options: tuple[str, ...]) -> str:
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise ArgumentError(argument, f"one of {', '.join(options)}", shown(value))
     return value
 
@@ -173,6 +220,8 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: b
             raise ArgumentError(name, "a torch.Tensor", type(tensor).__name__)
         if tensor.dtype not in FLOATS:
             raise ArgumentError(name, "a dtype among float16, bfloat16, float32, float64", tensor.dtype)
+        if tensor.layout is not torch.strided and tensor is not x:
+            raise ArgumentError(name, "a dense tensor", tensor.layout)
         if tensor.device != x.device:
             raise ArgumentError(name, f"a tensor on x's device {x.device}", tensor.device)
     if weight.dim() != 2:
@@ -188,8 +237,8 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: b
         raise ArgumentError("lora_B", f"shape ({d_out}, {lora_A.shape[0]}) to fit weight and lora_A", _shape(lora_B))
     if weight.requires_grad:
         raise ArgumentError("weight", "a frozen tensor (its gradient is never formed)", "requires_grad=True")
-    if type(scaling) not in NUMBERS or not math.isfinite(scaling):
-        raise ArgumentError("scaling", "a finite number", shown(scaling))
+    if type(scaling) not in NUMBERS or not -LARGEST_SCALING <= scaling <= LARGEST_SCALING:
+        raise ArgumentError("scaling", "a finite number, as float32 can hold it", shown(scaling))
     probability(dropout_p, "dropout_p")
     if x.dtype != weight.dtype:
         raise ArgumentError("x", f"weight's dtype {weight.dtype} (or an autocast region)", x.dtype)
@@ -212,9 +261,10 @@ def _fits(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: bool) -
         and lora_A.device == device
         and lora_B.device == device
         and not weight.requires_grad
+        and weight.layout is lora_A.layout is lora_B.layout is torch.strided
         and (bias is None or _bias_fits(bias, d_out, device, dtype, autocast))
         and type(scaling) in NUMBERS
-        and -math.inf < scaling < math.inf
+        and -LARGEST_SCALING <= scaling <= LARGEST_SCALING
         and type(dropout_p) in NUMBERS
         and 0.0 <= dropout_p <= 1.0
     )
@@ -223,6 +273,7 @@ def _fits(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: bool) -
 def _bias_fits(bias, d_out: int, device: torch.device, dtype: torch.dtype, autocast: bool) -> bool:
     return (
         bias.shape == (d_out,)
+        and bias.layout is torch.strided
         and bias.device == device
         and (bias.dtype is dtype or (autocast and bias.dtype in FLOATS))
     )

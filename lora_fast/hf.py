@@ -21,7 +21,7 @@ from torch import nn
 from . import checks
 from .checkpoints.adapter import load_adapter, save_adapter
 from .metrics import AdapterStats, BoundStats, adapter_stats, bound_stats, not_finite
-from .optim import LoRAAdamW
+from .optim import LoRAAdamW, check_options
 
 try:
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -50,7 +50,15 @@ def optimizer_cls_and_kwargs(
 
     Returns:
         The optimizer's class and its keyword arguments.
+
+    Raises:
+        ArgumentError: no module, no TrainingArguments, or other arguments that LoRAAdamW refuses.
     """
+    names = ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
+    if not all(hasattr(args, name) for name in names):
+        raise checks.ArgumentError("args", "transformers.TrainingArguments", checks.shown(args))
+    checks.module(model)
+    check_options(methods, rounding, state_dtype)
     settings = {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
@@ -155,7 +163,14 @@ def summary(stats: dict[str, AdapterStats], bounds: dict[str, BoundStats] | None
         stats: the result of ``lf.metrics.adapter_stats``.
         bounds: the result of ``lf.metrics.bound_stats``. It adds ``adapter/bound_used_…``, the share of their bounds
             that norm-bounded layers use.
+
+    Raises:
+        ArgumentError: other values than these results.
     """
+    if bounds is not None and not (
+        isinstance(bounds, dict) and all(isinstance(layer, BoundStats) for layer in bounds.values())
+    ):
+        raise checks.ArgumentError("bounds", "the result of lf.metrics.bound_stats", checks.shown(bounds))
     names = [field.name for field in fields(AdapterStats)]
     lost = set(not_finite(stats))
     finite = [adapter for name, adapter in stats.items() if name not in lost]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from . import checks
 from .batches import pairs
 from .batches.pairs import Pair
 from .kernels.grouping import group_by
@@ -49,17 +50,20 @@ class AdapterStats:
 def adapter_stats(model: nn.Module) -> dict[str, AdapterStats]:
     """Returns the statistics of every trained adapter, by the name of its layer (and PEFT's name of the adapter). Where
     one parameter holds many experts (PEFT's ``target_parameters``), every expert has an entry, whose name ends in its
-    number: "….experts.default.0".
+    number: "….experts.default.0". The figures of a DoRA adapter are those of its product s b a, without its magnitudes.
+    Adapters without a matrix product s b a (of embeddings, convolutions and other tuners than LoRA) have no entry.
 
     The computation is batched over adapters of equal shape, with one copy from the device for all of them. A singular
     value of ΔW below about 1e-3 of the largest has the rounding error of float32 Grams. Factors that are not finite
     give NaN in every field.
 
     Raises:
-        ArgumentError: ``model`` is not a module.
+        ArgumentError: ``model`` is not a module, or adapters without data (on the meta device) or in shards.
     """
     adapters = pairs.find_pairs(model) + _derived_pairs(model)
     pairs.check(adapters, set(), whole=True)
+    if on_meta := next((pair.name for pair in adapters if pair.a.is_meta), None):
+        raise checks.ArgumentError("model", "adapters with data", f"{on_meta} on the meta device")
     groups = group_by(adapters, lambda pair: (pair.a.shape, pair.b.shape, pair.experts, pair.a.dtype, pair.a.device))
     if not groups:
         return {}
@@ -79,8 +83,11 @@ def not_finite(stats: dict[str, AdapterStats]) -> list[str]:
 
     Args:
         stats: the result of ``adapter_stats``.
+
+    Raises:
+        ArgumentError: another value.
     """
-    return [name for name, adapter in stats.items() if math.isnan(adapter.norm_a)]
+    return [name for name, adapter in _checked(stats).items() if math.isnan(adapter.norm_a)]
 
 
 @dataclass(frozen=True)
@@ -101,16 +108,22 @@ def bound_stats(model: nn.Module, stats: dict[str, AdapterStats] | None = None) 
         stats: the current result of ``adapter_stats``, if the caller has it. It saves a copy from the device.
 
     Raises:
-        ArgumentError: ``model`` is not a module.
+        ArgumentError: ``model`` is not a module, or ``stats`` no such result.
     """
-    if stats is None:
-        stats = adapter_stats(model)
+    checks.module(model)
+    stats = adapter_stats(model) if stats is None else _checked(stats)
     bounds = {}
     for name, layer in model.named_modules():
         if isinstance(layer, NBLoRALinear) and name in stats:
             value = getattr(stats[name], layer.norm)
             bounds[name] = BoundStats(layer.norm, layer.bound, value, value / layer.bound)
     return bounds
+
+
+def _checked(stats: dict[str, AdapterStats]) -> dict[str, AdapterStats]:
+    if not isinstance(stats, dict) or not all(isinstance(adapter, AdapterStats) for adapter in stats.values()):
+        raise checks.ArgumentError("stats", "the result of lf.metrics.adapter_stats", checks.shown(stats))
+    return stats
 
 
 def _derived_pairs(model: nn.Module) -> list[Pair]:

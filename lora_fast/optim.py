@@ -101,11 +101,8 @@ class LoRAAdamW(torch.optim.Optimizer):
     ):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         group_settings.check(defaults)
-        self._methods = compose(methods)
-        self._rounding = checks.choice(rounding, "rounding", ("auto", "nearest", "stochastic"))
-        if state_dtype not in (None, torch.float32):
-            raise checks.ArgumentError("state_dtype", "None or torch.float32", checks.shown(state_dtype))
-        self._state_dtype, self._warned = state_dtype, False
+        self._methods = check_options(methods, rounding, state_dtype)
+        self._rounding, self._state_dtype, self._warned = rounding, state_dtype, False
         self._known, self._pairs = [], []
         self._forget_batches()
         adapters: list
@@ -136,7 +133,7 @@ class LoRAAdamW(torch.optim.Optimizer):
         entries = group.pop("params", None)
         if not isinstance(entries, (Tensor, Iterable, type(None))) or isinstance(entries, (str, bytes, dict)):
             raise checks.ArgumentError("params", "pairs or parameters", checks.shown(entries))
-        entries = [entries] if isinstance(entries, Tensor) else list(entries or ())
+        entries = [entries] if isinstance(entries, Tensor) else list(() if entries is None else entries)
         if not entries:
             raise checks.ArgumentError("params", "at least one pair or parameter", "none")
         argument = f"params[{len(self.param_groups)}]"
@@ -430,6 +427,15 @@ class LoRAAdamW(torch.optim.Optimizer):
         empty |= {name: [] for name in ("_parameters", "_sizes", "_settings", "_members", "_has_grad")}
         empty |= {"_entries": NO_ENTRIES}
         return super().__getstate__() | attributes | empty
+
+
+def check_options(methods: object, rounding: str, state_dtype: torch.dtype | None) -> tuple[Method, ...]:
+    """Returns the methods in the order in which a step runs them; raises ArgumentError for options of LoRAAdamW that it
+    does not have."""
+    checks.choice(rounding, "rounding", ("auto", "nearest", "stochastic"))
+    if state_dtype is not None and state_dtype is not torch.float32:
+        raise checks.ArgumentError("state_dtype", "None or torch.float32", checks.shown(state_dtype))
+    return compose(methods)
 
 
 def _is_pair(entry: object) -> bool:

@@ -43,7 +43,8 @@ def converted(name: str, value: Any) -> Any:
             raise checks.ArgumentError(name, "two numbers from 0 to below 1", checks.shown(value))
         return numbers
     number = checks.plain_number(value)
-    if not isinstance(number, checks.NUMBERS) or isinstance(number, bool):
+    is_number = isinstance(number, checks.NUMBERS) and not isinstance(number, bool)
+    if not is_number or (isinstance(number, int) and abs(number) > checks.LARGEST_FLOAT):
         raise checks.ArgumentError(name, "a number", checks.shown(value))
     return number
 

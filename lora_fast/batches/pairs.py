@@ -160,7 +160,7 @@ def find_pairs(model: nn.Module) -> list[Pair]:
     """Returns the pairs of every LoRALinear, and of the active adapters of every PEFT layer that has lora_A and lora_B
     matrices. The experts of one parameter (``target_parameters``) are one pair. Pairs without a trainable factor are
     omitted."""
-    owners = weight_owners(model)
+    owners = weight_owners(checks.module(model))
     pairs = []
     for name, layer in model.named_modules():
         if isinstance(layer, LoRALinear):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .. import checks
 from . import io, peft_format, sidecar
 from .peft_format import PREFIX, Adapter, Change
 from .sidecar import FreeLayer
@@ -38,7 +39,7 @@ def write(path: str | os.PathLike, contents: Contents) -> None:
     factor = lambda name, role: contents.tensors[f"{PREFIX}{name}.{role}.weight"]
     pairs = {name: (factor(name, "lora_A"), factor(name, "lora_B")) for name in contents.free}
     writers = peft_format.writers(contents.config, contents.tensors, contents.changes)
-    io.write(path, {**writers, sidecar.SIDECAR: sidecar.writer(contents.free, pairs)})
+    io.write(checks.path(path), {**writers, sidecar.SIDECAR: sidecar.writer(contents.free, pairs)})
 
 
 def read(path: str | os.PathLike, with_sidecar: bool) -> tuple[Adapter, dict[str, FreeLayer]]:
@@ -48,5 +49,5 @@ def read(path: str | os.PathLike, with_sidecar: bool) -> tuple[Adapter, dict[str
     Raises:
         CheckpointError: a file cannot be read, is damaged, or does not fit the others.
     """
-    adapter = peft_format.read(path)
+    adapter = peft_format.read(checks.path(path))
     return adapter, sidecar.read(path, adapter.pairs) if with_sidecar else {}

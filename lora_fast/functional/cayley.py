@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import checks
@@ -32,7 +33,8 @@ def cayley(
         BackendError: the Triton backend is chosen and cannot run here.
     """
     single = isinstance(free_a, Tensor)
-    lists: tuple[Any, Any] = ([free_a], [free_b]) if single else (free_a, free_b)
+    named: tuple = (("free_a", free_a), ("free_b", free_b))
+    lists: Any = ([free_a], [free_b]) if single else [checks.sequence(x, name) for name, x in named]
     _check(*lists)
     a, b = factors(Free(*map(list, lists)))
     return (a[0], b[0]) if single else (a, b)
@@ -44,9 +46,8 @@ def _check(free_a: Sequence[Tensor], free_b: Sequence[Tensor]) -> None:
     device = getattr(free_a[0], "device", None)
     for i, (a, b) in enumerate(zip(free_a, free_b, strict=True)):
         for name, x in (("free_a", a), ("free_b", b)):
-            if not isinstance(x, Tensor):
-                raise checks.ArgumentError(f"{name}[{i}]", "a torch.Tensor", type(x).__name__)
-            if x.dim() != 2 or x.dtype not in checks.FLOATS or x.device != device:
+            checks.tensor(x, f"{name}[{i}]")
+            if x.dim() != 2 or x.dtype not in checks.FLOATS or x.device != device or x.layout is not torch.strided:
                 got = f"{x.dtype} {tuple(x.shape)} on {x.device}"
                 raise checks.ArgumentError(f"{name}[{i}]", f"a floating-point matrix on {device}", got)
         rank, d_in = a.shape

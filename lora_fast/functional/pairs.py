@@ -3,7 +3,7 @@ and one batched call for each shape on the torch backend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -32,7 +32,7 @@ def gram(tensors: Sequence[Tensor], dim: int) -> list[Tensor]:
     Raises:
         ArgumentError: tensors that are not matrices, or another dim.
     """
-    if dim not in (0, 1):
+    if not isinstance(checks.python_number(dim), int) or dim not in (0, 1):
         raise checks.ArgumentError("dim", "0 or 1", checks.shown(dim))
     is_a = [dim == 1] * len(_matrices("tensors", tensors))
     rank_dim = 1 - dim
@@ -50,8 +50,11 @@ def spd_solve(matrices: Tensor, rhs: Tensor, damping: float = 0.0) -> tuple[Tens
         ArgumentError: shapes that do not fit, or a damping below 0.
     """
     _check_square("matrices", matrices)
-    if rhs.dim() != 3 or rhs.shape[:2] != matrices.shape[:2]:
+    if checks.tensor(rhs, "rhs").dim() != 3 or rhs.shape[:2] != matrices.shape[:2]:
         raise checks.ArgumentError("rhs", f"shape {(*matrices.shape[:2], 'k')}", tuple(rhs.shape))
+    if rhs.dtype != matrices.dtype or rhs.device != matrices.device or rhs.layout is not torch.strided:
+        expected = f"a dense tensor of {matrices.dtype} on {matrices.device}, as matrices"
+        raise checks.ArgumentError("rhs", expected, f"{rhs.dtype} on {rhs.device}")
     return _ops(matrices, matrices.shape[-1]).spd_solve(matrices, rhs, checks.nonnegative(damping, "damping"))
 
 
@@ -151,14 +154,19 @@ def add_low_rank_(
         ArgumentError: shapes or dtypes that do not fit, a trained weight, or an unknown rounding.
     """
     checks.choice(rounding, "rounding", ("nearest", "stochastic"))
+    if seed is not None and not (isinstance(seed, int) and 0 <= seed < seeds.SEEDS):
+        raise checks.ArgumentError("seed", "an integer from 0 to 2**62 - 1", checks.shown(seed))
+    for name, x in (("weight", weight), ("a", a), ("b", b)):
+        if _matrix(name, x).device != weight.device:
+            raise checks.ArgumentError(name, f"a tensor on weight's device {weight.device}", x.device)
     _check_lists([a], [b])
     if tuple(weight.shape) != (b.shape[0], a.shape[1]):
         raise checks.ArgumentError("weight", f"shape {(b.shape[0], a.shape[1])}", tuple(weight.shape))
-    if weight.dtype not in checks.FLOATS or weight.requires_grad:
-        got = f"{weight.dtype}, requires_grad={weight.requires_grad}"
-        raise checks.ArgumentError("weight", "a frozen floating-point tensor", got)
+    if weight.requires_grad or _overlaps(weight):
+        got = "requires_grad=True" if weight.requires_grad else "elements that share memory"
+        raise checks.ArgumentError("weight", "a frozen tensor that can be changed in place", got)
     _check_contiguous_for_triton("weight", weight)
-    scale = torch.as_tensor(scale, dtype=pairs.at_least_float32(a).dtype, device=a.device).expand(a.shape[0])
+    scale = _scales(scale, a)
     if seed is None:
         seed = seeds.draw(weight.device) if rounding == "stochastic" else 0
     _ops(weight, 1).add_low_rank_([weight], [a], [b], scale[None], rounding, seed)
@@ -190,20 +198,25 @@ def adapter_step_(
     Raises:
         ArgumentError: shapes or dtypes that do not fit. Nothing has changed then.
     """
-    work = work or StepWork()
+    work = StepWork() if work is None else work
+    if not isinstance(work, StepWork):
+        raise checks.ArgumentError("work", "a StepWork or None", checks.shown(work))
     _check_factors(factors, is_a)
     r = max((f[0].shape[0 if side else 1] for f, side in zip(factors, is_a, strict=True)), default=1)
     n = len(factors)
     # The twins keep float64 for float64 factors; the kernels compute in float32.
     dtype = torch.float64 if n and factors[0][0].dtype == torch.float64 else torch.float32
-    _check_rows("hyper", hyper, (n, 5), torch.float64)
-    _check_rows("steps", steps, (n,), torch.float32)
+    device = factors[0][0].device if factors else checks.tensor(steps, "steps").device
+    _check_rows("hyper", hyper, (n, 5), torch.float64, device)
+    _check_rows("steps", steps, (n,), torch.float32, device)
     _check_contiguous_for_triton("steps", steps)
+    if _overlaps(steps):
+        raise checks.ArgumentError("steps", "a tensor that can be changed in place", "elements that share memory")
     for name, shape in (("additive", (n,)), ("matrices", (n, r, r)), ("scale_p", (n, r)), ("scale_g", (n, r))):
         if getattr(work, name) is not None:
-            _check_rows(name, getattr(work, name), shape, dtype)
+            _check_rows(name, getattr(work, name), shape, dtype, device)
     if work.keys is not None:
-        _check_rows("keys", work.keys, (n,), torch.int64)
+        _check_rows("keys", work.keys, (n,), torch.int64, device)
         _check_contiguous_for_triton("keys", work.keys)
     # Scaled factors with unscaled gradients, or the reverse, would be those of another product.
     if (work.scale_p is None) != (work.scale_g is None):
@@ -213,20 +226,30 @@ def adapter_step_(
 
 
 def _check_factors(factors: Sequence, is_a: Sequence[bool]) -> None:
+    for name, value in (("factors", factors), ("is_a", is_a)):
+        checks.sequence(value, name)
+    for i, side in enumerate(is_a):
+        checks.flag(side, f"is_a[{i}]")
     if len(is_a) != len(factors):
         raise checks.ArgumentError("is_a", f"{len(factors)} values, as factors", len(is_a))
     for i, tensors in enumerate(factors):
-        _matrices(f"factors[{i}]", tensors)
+        if len(_matrices(f"factors[{i}]", tensors)) != 4:
+            raise checks.ArgumentError(f"factors[{i}]", "parameter, gradient, exp_avg and exp_avg_sq", len(tensors))
         for j, x in enumerate(tensors):
             if x.shape != tensors[0].shape or x.device != factors[0][0].device:
                 expected = f"shape {tuple(tensors[0].shape)} on {factors[0][0].device}"
                 raise checks.ArgumentError(f"factors[{i}][{j}]", expected, f"{tuple(x.shape)} on {x.device}")
+            if _overlaps(x) and j != 1:  # the gradient is only read
+                expected = "a tensor that can be changed in place"
+                raise checks.ArgumentError(f"factors[{i}][{j}]", expected, "elements that share memory")
             _check_contiguous_for_triton(f"factors[{i}][{j}]", x)
 
 
-def _check_rows(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tuple(x.shape) != shape or x.dtype != dtype:
-        raise checks.ArgumentError(name, f"{dtype} {shape}", f"{x.dtype} {tuple(x.shape)}")
+def _check_rows(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    is_dense = checks.tensor(x, name).layout is torch.strided
+    if not is_dense or tuple(x.shape) != shape or x.dtype != dtype or x.device != device:
+        expected = f"a dense tensor of {dtype} {shape} on {device}"
+        raise checks.ArgumentError(name, expected, f"{x.dtype} {tuple(x.shape)} on {x.device}, {x.layout}")
 
 
 def _check_contiguous_for_triton(name: str, tensor: Tensor) -> None:
@@ -261,15 +284,32 @@ def _unpack(results: list[tuple[Tensor, ...]], width: int, single: bool) -> tupl
     return results[0] if single else tuple([result[i] for result in results] for i in range(width))
 
 
-def _matrices(name: str, tensors: Iterable[object]) -> list[Tensor]:
+def _matrices(name: str, tensors: object) -> list[Tensor]:
     """Returns the tensors as a list. Raises ArgumentError unless they are floating-point matrices."""
-    matrices = []
-    for i, x in enumerate(tensors):
-        if not isinstance(x, Tensor) or x.dim() != 2 or x.dtype not in checks.FLOATS:
-            got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise checks.ArgumentError(f"{name}[{i}]", "a floating-point matrix", got)
-        matrices.append(x)
-    return matrices
+    return [_matrix(f"{name}[{i}]", x) for i, x in enumerate(checks.sequence(tensors, name))]
+
+
+def _matrix(name: str, x: object) -> Tensor:
+    if not isinstance(x, Tensor) or x.dim() != 2 or x.dtype not in checks.FLOATS or x.layout is not torch.strided:
+        raise checks.ArgumentError(name, "a floating-point matrix", checks.shown(x))
+    return x
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Returns whether elements of a tensor share memory, as those of an expanded one do."""
+    return any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def _scales(scale: object, a: Tensor) -> Tensor:
+    """Returns the scales of a product's r terms, (r,), from a number or (r,)."""
+    value = scale if isinstance(scale, Tensor) else checks.python_number(scale)
+    fits = isinstance(value, Tensor) and value.numel() in (1, len(a)) and value.dim() <= 1 and not value.is_complex()
+    if not (fits or isinstance(value, checks.NUMBERS)) or (isinstance(value, Tensor) and value.is_meta != a.is_meta):
+        raise checks.ArgumentError("scale", f"a number or a tensor of shape ({len(a)},)", checks.shown(scale))
+    try:
+        return torch.as_tensor(value, dtype=pairs.at_least_float32(a).dtype, device=a.device).expand(len(a))
+    except (OverflowError, RuntimeError) as error:  # an int that no float can hold
+        raise checks.ArgumentError("scale", "a number that a float can hold", checks.shown(scale)) from error
 
 
 def _check_lists(*lists: Sequence[Tensor]) -> None:
@@ -280,6 +320,10 @@ def _check_lists(*lists: Sequence[Tensor]) -> None:
         if len(tensors) != len(lists[0]):
             raise checks.ArgumentError(name, f"{len(lists[0])} matrices, as a", len(tensors))
     for i, (a, b, *grads) in enumerate(zip(*lists, strict=True)):
+        for name, x in zip(("b", "da", "db"), (b, *grads), strict=False):
+            if x.device != a.device or (x.dtype == torch.float64) != (a.dtype == torch.float64):
+                expected = f"a tensor on {a.device}, and float64 together with a's float64 only"
+                raise checks.ArgumentError(f"{name}[{i}]", expected, f"{x.dtype} on {x.device}")
         if b.shape[1] != a.shape[0]:
             raise checks.ArgumentError(f"b[{i}]", f"shape (d_out, {a.shape[0]}) to fit a", tuple(b.shape))
         for name, factor, grad in zip(("da", "db"), (a, b), grads, strict=False):
@@ -288,5 +332,6 @@ def _check_lists(*lists: Sequence[Tensor]) -> None:
 
 
 def _check_square(name: str, matrices: Tensor) -> None:
-    if matrices.dim() != 3 or matrices.shape[1] != matrices.shape[2] or matrices.dtype not in checks.FLOATS:
-        raise checks.ArgumentError(name, "a floating-point (L, r, r)", f"{matrices.dtype} {tuple(matrices.shape)}")
+    is_square = checks.tensor(matrices, name).dim() == 3 and matrices.shape[1] == matrices.shape[2]
+    if not is_square or matrices.dtype not in checks.FLOATS or matrices.layout is not torch.strided:
+        raise checks.ArgumentError(name, "a floating-point (L, r, r)", checks.shown(matrices))

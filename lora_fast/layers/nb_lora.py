@@ -228,7 +228,9 @@ def check_bound_ratio(ratio: float, bound: float | None) -> None:
     """Raises ArgumentError unless the ratio is a finite number above 0 and no bound is given beside it."""
     checks.positive(ratio, "bound_ratio")
     if bound is not None:
-        raise checks.ArgumentError("bound_ratio", "None where bound is given", f"{ratio:g} and bound {bound:g}")
+        raise checks.ArgumentError(
+            "bound_ratio", "None where bound is given", f"{ratio:g} and bound {checks.shown(bound)}"
+        )
 
 
 @torch.no_grad()

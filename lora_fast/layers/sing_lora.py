@@ -53,7 +53,8 @@ class SingLoRALinear(AdapterLinear):
     ):
         super().__init__(in_features, out_features, r, dropout, bias, device, dtype)
         self.alpha = checks.positive(alpha, "alpha")
-        self.ramp_steps = checks.count(ramp_steps, "ramp_steps") if ramp_steps != 0 else 0
+        is_zero = checks.python_number(ramp_steps) == 0 if isinstance(ramp_steps, (int, float)) else False
+        self.ramp_steps = 0 if is_zero else checks.count(ramp_steps, "ramp_steps")
         self.free_s = nn.Parameter(torch.empty(max(in_features, out_features), r, device=device, dtype=dtype))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
         self.counted = False  # whether an optimizer counts the steps
@@ -94,8 +95,14 @@ class SingLoRALinear(AdapterLinear):
 
 def count_steps_(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Makes an optimizer count its steps for the warm-up of the model's SingLoRALinear layers. A step that a GradScaler
-    skips is not counted."""
-    layers = [module for module in model.modules() if isinstance(module, SingLoRALinear)]
+    skips is not counted.
+
+    Raises:
+        ArgumentError: no module, or no optimizer.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise checks.ArgumentError("optimizer", "a torch.optim.Optimizer", type(optimizer).__name__)
+    layers = [module for module in checks.module(model).modules() if isinstance(module, SingLoRALinear)]
     for layer in layers:
         layer.counted = True
     if layers:

@@ -41,7 +41,7 @@ class Report:
 
     def require_change(self, argument: str, expected: str, allow_empty: bool) -> None:
         """Raises ArgumentError if no layer is to be changed and that is not allowed; for use before any change."""
-        if not self.changed and not allow_empty:
+        if not checks.flag(allow_empty, "allow_empty") and not self.changed:
             raise checks.ArgumentError(argument, expected, f"none; left {self.reasons()}" if self.left else "none")
 
     def note_fallbacks(self, layers: Iterable[nn.Module]) -> None:

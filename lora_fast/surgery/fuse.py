@@ -44,6 +44,9 @@ def fuse_(
         ArgumentError: no layer to fuse, or ``strict`` and a layer left alone. The model is then unchanged.
         MissingPackageError: PEFT is not installed.
     """
+    if filter_fn is not None and not callable(filter_fn):
+        raise checks.ArgumentError("filter_fn", "a function or None", checks.shown(filter_fn))
+    strict = checks.flag(strict, "strict")
     fused = fused_class()
     report, chosen, unfusable = Report("fused"), [], {}
     for name, layer in peft_layers(peft_model).items():

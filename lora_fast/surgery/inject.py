@@ -53,6 +53,7 @@ def inject_(
     if not isinstance(config, AdapterConfig):
         expected = "an lf.LoRAConfig, lf.NBLoRAConfig or lf.SingLoRAConfig"
         raise checks.ArgumentError("config", expected, type(config).__name__)
+    progress = checks.flag(progress, "progress")
     check_plain(model)
     candidates = targets.candidates(model, config.target_modules)
     report = Report("injected", left=targets.left_alone(model, candidates, config.target_modules))

@@ -1,0 +1,44 @@
+"""The public functions called with wrong arguments: each call is right, or refused by an error of this library that is
+not too long, before anything has changed. Foreign errors and wrong results are faults."""
+
+import random
+import warnings
+from collections import Counter
+
+import pytest
+from public_calls import rows
+
+import lora_fast as lf
+
+NAMED = (lf.ArgumentError, lf.BackendError, lf.MissingPackageError)
+LONGEST = 2000  # characters of a message
+CALLS = {"torch": None, "triton": 700}  # the interpreter is slow: a sample, which a seed chooses
+
+
+def outcome(row, argument, replacement):
+    """Returns "right", "named", "foreign" or "silent", and what tells more."""
+    try:
+        is_right, result = row.run(argument, replacement)
+    except NAMED as error:
+        return ("named", "") if len(str(error)) < LONGEST else ("foreign", f"a message of {len(str(error))} characters")
+    except Exception as error:
+        return "foreign", f"{type(error).__name__}: {str(error)[:200]}"
+    return ("right", "") if is_right else ("silent", type(result).__name__)
+
+
+@pytest.mark.parametrize("backend", CALLS)
+def test_wrong_arguments_are_refused_by_name(backend, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    counts, faults = Counter(), []
+    with lf.set_backend(backend), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        calls = [(row, *call) for row in rows(tmp_path, backend) for call in row.calls()]
+        chosen = calls if CALLS[backend] is None else random.Random(0).sample(calls, CALLS[backend])
+        for row, argument, replacement in chosen:
+            kind, detail = outcome(row, argument, replacement)
+            counts[kind] += 1
+            if kind in ("foreign", "silent"):
+                faults.append(f"{kind}: {row.name}({argument}={replacement}): {detail}")
+    with capsys.disabled():
+        print(f"\npublic functions with wrong arguments, {backend}: {sum(counts.values())} calls, {dict(counts)}")
+    assert sum(counts.values()) >= 500 and not faults, "\n".join(faults)
