@@ -157,8 +157,10 @@ def nonnegative(value: object, argument: str) -> float:
 
 def count(value: object, argument: str) -> int:
     value = python_number(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_COUNT:
-        raise ArgumentError(argument, f"an integer from 1 to {LARGEST_COUNT}", shown(value))
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ArgumentError(argument, "an integer of at least 1", shown(value))
+    if value > LARGEST_COUNT:
+        raise ArgumentError(argument, f"an integer of at most {LARGEST_COUNT}", shown(value))
     return value
 
 

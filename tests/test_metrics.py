@@ -1,9 +1,11 @@
 """Statistics of adapters against the singular values of the explicit products."""
 
 import expert_models as experts
+import peft
 import pytest
 import tiny
 import torch
+from torch import nn
 
 import lora_fast as lf
 
@@ -26,6 +28,21 @@ def test_stats_are_those_of_the_explicit_products():
         for field, value in zip(vars(got).values(), want, strict=True):
             assert field == pytest.approx(value.item(), rel=1e-4), name
     assert lf.metrics.adapter_stats(tiny.llama()) == {}
+
+
+def test_stats_of_other_adapters_are_those_of_the_product_or_missing():
+    """DoRA's magnitudes are left aside; adapters of embeddings and convolutions have no product b a of matrices."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"linear": nn.Linear(6, 5), "embedding": nn.Embedding(7, 6), "conv": nn.Conv2d(3, 4, 3)})
+    config = peft.LoraConfig(r=2, lora_alpha=6, use_dora=True, target_modules=["linear", "embedding", "conv"])
+    model = peft.get_peft_model(model, config)
+    layer = model.base_model.model["linear"]
+    nn.init.normal_(layer.lora_B["default"].weight)
+    ((name, row),) = lf.metrics.adapter_stats(model).items()
+    assert name == "base_model.model.linear.default"
+    product = 3 * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+    assert row.frobenius == pytest.approx(product.norm().item(), rel=1e-5)
+    assert row.nuclear == pytest.approx(torch.linalg.svdvals(product).sum().item(), rel=1e-5)
 
 
 @experts.both_layouts

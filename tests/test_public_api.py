@@ -12,7 +12,12 @@ import lora_fast as lf
 
 NAMED = (lf.ArgumentError, lf.BackendError, lf.MissingPackageError)
 LONGEST = 2000  # characters of a message
-CALLS = {"torch": None, "triton": 700}  # the interpreter is slow: a sample, which a seed chooses
+CALLS = [  # backend and number of calls, which a seed chooses; None for all
+    pytest.param("torch", 5000, id="torch"),
+    pytest.param("triton", 700, id="triton"),
+    pytest.param("torch", None, id="all-torch", marks=pytest.mark.budget),
+    pytest.param("triton", None, id="all-triton", marks=pytest.mark.budget),
+]
 
 
 def outcome(row, argument, replacement):
@@ -26,15 +31,14 @@ def outcome(row, argument, replacement):
     return ("right", "") if is_right else ("silent", type(result).__name__)
 
 
-@pytest.mark.parametrize("backend", CALLS)
-def test_wrong_arguments_are_refused_by_name(backend, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("backend, number", CALLS)
+def test_wrong_arguments_are_refused_by_name(backend, number, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     counts, faults = Counter(), []
     with lf.set_backend(backend), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         calls = [(row, *call) for row in rows(tmp_path, backend) for call in row.calls()]
-        chosen = calls if CALLS[backend] is None else random.Random(0).sample(calls, CALLS[backend])
-        for row, argument, replacement in chosen:
+        for row, argument, replacement in calls if number is None else random.Random(0).sample(calls, number):
             kind, detail = outcome(row, argument, replacement)
             counts[kind] += 1
             if kind in ("foreign", "silent"):

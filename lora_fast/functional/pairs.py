@@ -55,7 +55,10 @@ def spd_solve(matrices: Tensor, rhs: Tensor, damping: float = 0.0) -> tuple[Tens
     if rhs.dtype != matrices.dtype or rhs.device != matrices.device or rhs.layout is not torch.strided:
         expected = f"a dense tensor of {matrices.dtype} on {matrices.device}, as matrices"
         raise checks.ArgumentError("rhs", expected, f"{rhs.dtype} on {rhs.device}")
-    return _ops(matrices, matrices.shape[-1]).spd_solve(matrices, rhs, checks.nonnegative(damping, "damping"))
+    damping = checks.nonnegative(damping, "damping")
+    if damping > torch.finfo(torch.float32).max:
+        raise checks.ArgumentError("damping", "a number that float32 can hold", damping)
+    return _ops(matrices, matrices.shape[-1]).spd_solve(matrices, rhs, damping)
 
 
 def small_inverse(matrices: Tensor) -> Tensor:
@@ -169,7 +172,7 @@ def add_low_rank_(
     scale = _scales(scale, a)
     if seed is None:
         seed = seeds.draw(weight.device) if rounding == "stochastic" else 0
-    _ops(weight, 1).add_low_rank_([weight], [a], [b], scale[None], rounding, seed)
+    _ops(weight, 1).add_low_rank_([weight], [a], [b], scale[None], rounding, int(seed))
     return weight
 
 

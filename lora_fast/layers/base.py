@@ -74,11 +74,11 @@ class AdapterLinear(nn.Module):
         dtype: torch.dtype | None,
     ):
         super().__init__()
-        self.in_features = checks.count(in_features, "in_features")
-        self.out_features = checks.count(out_features, "out_features")
         checks.flag(bias, "bias")
         checks.placement(device, dtype)
         self.r = checks.rank(r)
+        self.in_features = checks.count(in_features, "in_features")
+        self.out_features = checks.count(out_features, "out_features")
         self.dropout_p = checks.probability(dropout)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(out_features, in_features, **place), requires_grad=False)

@@ -215,7 +215,7 @@ def step_judge(kwargs, result):
         return False
     for (p, g, m, v), row, count, q in zip(kwargs["factors"], kwargs["hyper"], kwargs["steps"], new, strict=True):
         lr, beta1, beta2, eps, decay = row.tolist()
-        if p.is_meta:
+        if p.is_meta or count > 2**31:  # beyond what counts as a number of steps
             continue
         p, g, m, v = map(wide, (p, g, m, v))
         n = count.item() + 1
