@@ -36,10 +36,11 @@ def write(path: str | os.PathLike, contents: Contents) -> None:
     Raises:
         CheckpointError: the folder or a file in it cannot be written; the files that were there are unchanged.
     """
+    path = checks.path(path)
     factor = lambda name, role: contents.tensors[f"{PREFIX}{name}.{role}.weight"]
     pairs = {name: (factor(name, "lora_A"), factor(name, "lora_B")) for name in contents.free}
     writers = peft_format.writers(contents.config, contents.tensors, contents.changes)
-    io.write(checks.path(path), {**writers, sidecar.SIDECAR: sidecar.writer(contents.free, pairs)})
+    io.write(path, {**writers, sidecar.SIDECAR: sidecar.writer(contents.free, pairs)})
 
 
 def read(path: str | os.PathLike, with_sidecar: bool) -> tuple[Adapter, dict[str, FreeLayer]]:

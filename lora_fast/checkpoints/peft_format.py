@@ -203,16 +203,16 @@ def _read_config(data: bytes) -> dict:
     if not isinstance(config, dict):
         raise CheckpointError(CONFIG, "a JSON object", type(config).__name__)
     if config.get("peft_type") != "LORA":
-        raise CheckpointError("peft_type", "'LORA'", checks.shown(config.get("peft_type")))
+        raise CheckpointError("peft_type", "'LORA'", repr(config.get("peft_type")))
     if config.get("bias", "none") != "none":
-        raise CheckpointError("bias", "'none'", checks.shown(config["bias"]))
+        raise CheckpointError("bias", "'none'", repr(config["bias"]))
     if config.get("init_lora_weights", True) not in PLAIN_INITS:
         expected = "an initialisation that leaves the base weights as they are"
-        raise CheckpointError("init_lora_weights", expected, checks.shown(config["init_lora_weights"]))
+        raise CheckpointError("init_lora_weights", expected, repr(config["init_lora_weights"]))
     for name, value in config.items():
         switch = name.startswith("use_") or name.endswith("_config")  # how PEFT spells a variant of LoRA
         if value and (name in UNSUPPORTED or (switch and name not in HARMLESS)):
-            raise CheckpointError(name, "unset: lora_fast reads plain LoRA adapters", checks.shown(value))
+            raise CheckpointError(name, "unset: lora_fast reads plain LoRA adapters", repr(value))
     try:
         targets.check(config.get("target_modules"))
         if config.get("exclude_modules"):
@@ -243,9 +243,7 @@ def _by_pattern(config: dict, setting: str, name: str, default: object) -> objec
     try:
         return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
     except (AttributeError, re.error) as error:
-        raise CheckpointError(
-            setting, "an object whose keys are regular expressions", checks.shown(patterns)
-        ) from error
+        raise CheckpointError(setting, "an object whose keys are regular expressions", repr(patterns)) from error
 
 
 def _scaling(settings: dict) -> float:
@@ -261,7 +259,7 @@ def _read_marks(metadata: dict[str, str]) -> dict[str, dict]:
         raise CheckpointError(f"{CHANGED} in {WEIGHTS}", expected, f"{error}") from error
     key_sets: tuple[set[str], ...] = (set(), {"r", "lora_alpha"})
     if not isinstance(marks, dict) or not all(isinstance(x, dict) and x.keys() in key_sets for x in marks.values()):
-        raise CheckpointError(f"{CHANGED} in {WEIGHTS}", expected, checks.shown(marks))
+        raise CheckpointError(f"{CHANGED} in {WEIGHTS}", expected, repr(marks))
     return marks
 
 
