@@ -126,11 +126,6 @@ ERRORS = {
     "… expected a tensor on x's device": lambda: linear(device="meta"),
     "weight: expected a frozen tensor": lambda: linear(trained=True),
     "lora_linear has no second derivative": second_derivative,
-    "model: expected a model with trained adapters … got a": lambda: lf.optim.LoRAAdamW(plain()),
-    "model: expected a model with trained adapters … whose": lambda: lf.optim.LoRAAdamW(
-        injected().requires_grad_(False)
-    ),
-    "model[0]: expected a pair": lambda: lf.optim.LoRAAdamW(injected().parameters()),
     "… expected a gradient": one_factor_frozen,
     "methods: expected at most one": lambda: lf.optim.LoRAAdamW(
         injected(), methods=[lf.methods.ILoRA(), lf.methods.BaLoRA()]
@@ -145,6 +140,11 @@ ERRORS = {
     "backend 'triton' with float64": float64_on_a_gpu,
     "… expected a weight that ScaLoRA": not_mergeable,
     "… expected base weights that an adapter's files": changed_experts,
+    "model: expected a model with trained adapters … got a": lambda: lf.optim.LoRAAdamW(plain()),
+    "model: expected a model with trained adapters … whose": lambda: lf.optim.LoRAAdamW(
+        injected().requires_grad_(False)
+    ),
+    "model[0]: expected a pair": lambda: lf.optim.LoRAAdamW(injected().parameters()),
     "state_dict: expected": another_state,
     "--resume: expected": lambda: run_folder.saved_settings(None, {}),
     "CheckpointError": lambda: lf.load_adapter(plain(), "/no/such/folder"),

@@ -53,7 +53,6 @@ def inject_(
     if not isinstance(config, AdapterConfig):
         expected = "an lf.LoRAConfig, lf.NBLoRAConfig or lf.SingLoRAConfig"
         raise checks.ArgumentError("config", expected, type(config).__name__)
-    progress = checks.flag(progress, "progress")
     check_plain(model)
     candidates = targets.candidates(model, config.target_modules)
     report = Report("injected", left=targets.left_alone(model, candidates, config.target_modules))
@@ -91,7 +90,7 @@ def build_layers(
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     linears: dict[str, Any] = {name: model.get_submodule(name) for name in kinds}  # nn.Linear each
-    names = _with_progress_bar(kinds) if progress else kinds
+    names = _with_progress_bar(kinds) if checks.flag(progress, "progress") else kinds
     try:
         return {linears[name]: _build(name, linears[name], *kinds[name]) for name in names}
     finally:  # from_linear freezes the weights, which the model's own layers still hold
