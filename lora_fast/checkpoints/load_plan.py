@@ -16,6 +16,7 @@ from ..layers.base import AdapterLinear
 from ..layers.find import AdapterLayer, PeftLayer, key_name
 from ..layers.lora import LoRALinear
 from ..surgery import inject, targets
+from ..surgery.weight_reads import weight_reads
 from . import base_weights, sidecar
 from .peft_format import PREFIX, Adapter, Change, check_tensor
 from .sidecar import FreeLayer
@@ -116,10 +117,11 @@ def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLay
     _check_names([name for name in real_names if name in adapter.pairs or adapter.targets(name)], adapter)
     kinds: dict[str, tuple[type[AdapterLinear], dict]] = {}
     linears: dict[str, Any] = {}  # each is an nn.Linear, which ``targets.unsupported`` checks below
+    reads = weight_reads(model)
     for name, (a, b) in adapter.pairs.items():
         linear: Any = model.get_submodule(real_names[name])
         linears[name] = linear
-        reason = targets.unsupported(linear, model.get_submodule(real_names[name].rpartition(".")[0]))
+        reason = targets.unsupported(linear, reads)
         if reason is not None or not adapter.targets(name):
             expected = "a torch.nn.Linear among the config's target_modules"
             raise CheckpointError(f"keys of {name}", expected, reason or "not among them")

@@ -51,6 +51,15 @@ class FusedLoraLinear(lora.Linear):
         self._note(call)
         return super().forward(x, *args, **kwargs)
 
+    def _get_name(self) -> str:
+        """Returns the name of PEFT's class, from whose repr PEFT's layer status takes the ``module_type``."""
+        return lora.Linear.__name__
+
+    def extra_repr(self) -> str:
+        return (
+            "fused" if self.fallback_reason is None else f"fused, last call by PEFT's forward: {self.fallback_reason}"
+        )
+
     def _replicate_for_data_parallel(self) -> FusedLoraLinear:
         """Returns nn.DataParallel's replica for one call, whose reason for PEFT's forward also shows on this layer."""
         self._note(None)

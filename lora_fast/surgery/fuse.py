@@ -14,6 +14,7 @@ from .. import checks
 from ..layers.find import PeftLayer, fused_class, peft_layers
 from ..layers.hooks import change_class_, has_replaced_forward
 from .change_report import Report
+from .weight_reads import weight_reads
 
 
 def fuse_(
@@ -46,12 +47,13 @@ def fuse_(
     """
     fused = fused_class()
     report, chosen, unfusable = Report("fused"), [], {}
-    for name, layer in peft_layers(peft_model).items():
+    layers, reads = peft_layers(peft_model), weight_reads(peft_model)
+    for name, layer in layers.items():
         if filter_fn is not None and not filter_fn(name, layer):
             report.left[name] = "excluded by filter_fn"
         elif type(layer) is fused:
             report.left[name] = "already fused"
-        elif (reason := _unfusable(layer)) is not None:
+        elif (reason := _unfusable(layer) or reads.get(layer)) is not None:
             report.left[name] = unfusable[name] = reason
         else:
             report.changed[name] = fused.__name__

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 
 from torch import nn
 
 from .. import checks
 from ..layers.find import ADAPTER_LAYERS
 from ..layers.hooks import is_hooked
+from .weight_reads import weight_reads
 
 ALL_LINEAR = "all-linear"
 
@@ -54,9 +56,9 @@ def left_alone(model: nn.Module, modules: dict[str, nn.Module], target_modules: 
     # PEFT leaves the output embeddings out of "all-linear", too.
     everything = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
     head = getattr(model, "get_output_embeddings", lambda: None)() if everything else None
+    reads = weight_reads(model)
     for name, module in modules.items():
-        parent = model.get_submodule(name.rpartition(".")[0])
-        reason = "output embeddings" if module is head else unsupported(module, parent)
+        reason = "output embeddings" if module is head else unsupported(module, reads)
         if reason is not None:
             reasons[name] = reason
     if not isinstance(target_modules, str):
@@ -66,8 +68,12 @@ def left_alone(model: nn.Module, modules: dict[str, nn.Module], target_modules: 
     return reasons
 
 
-def unsupported(module: nn.Module, parent: nn.Module) -> str | None:
-    """Returns why no layer of ours can replace the module, or None if one can."""
+def unsupported(module: nn.Module, reads: Mapping[nn.Module, str]) -> str | None:
+    """Returns why no layer of ours can replace the module, or None if one can.
+
+    Args:
+        reads: the result of ``weight_reads`` for the model.
+    """
     kind = type(module).__name__
     if isinstance(module, ADAPTER_LAYERS):
         return f"already a {kind}"
@@ -81,9 +87,7 @@ def unsupported(module: nn.Module, parent: nn.Module) -> str | None:
         return f"weight of type {type(module.weight).__name__}, not a plain parameter"
     if module.weight.dtype not in checks.FLOATS:
         return f"weight of dtype {module.weight.dtype}"
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        return "torch.nn.TransformerEncoderLayer reads its weight directly in eval mode"
-    return None
+    return reads.get(module)
 
 
 def looks_linear(module: nn.Module) -> bool:

@@ -385,3 +385,14 @@ def test_training_is_as_exact_as_peft(seed):
             allowed = budget.EAGER * budget.error(peft, true) + 2 * torch.finfo(torch.float32).eps
             assert budget.error(got, true) <= allowed, f"{what}, {engine}"
     assert all(layer.fallback_reason is None for layer in fused_layers(fused))
+
+
+def test_fused_layer_has_the_name_of_peft_and_says_that_it_is_fused():
+    model, plain = probe_model(), probe_model()
+    lf.fuse_(model)
+    assert [x.module_type for x in model.get_layer_status()] == [x.module_type for x in plain.get_layer_status()]
+    lines = repr(model.get_submodule(PROBE)).splitlines()
+    assert lines[:2] == ["lora.Linear(", "  fused"] and lines[2:] == repr(plain.get_submodule(PROBE)).splitlines()[1:]
+    with model.disable_adapter():
+        model(batch())
+    assert "fused, last call by PEFT's forward: adapters disabled" in repr(model.get_submodule(PROBE))
