@@ -7,8 +7,9 @@ layer that changed and, for every other candidate, the reason.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from .. import checks
@@ -18,11 +19,15 @@ from ..layers.nb_lora import NBLoRALinear, share_factors_
 from . import targets
 from .change_report import Report
 from .configs import AdapterConfig, LoRAConfig, NBLoRAConfig, SingLoRAConfig
+from .peft_lora import PeftLoRAConfig, is_peft_config
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 def inject_(
     model: nn.Module,
-    config: LoRAConfig | NBLoRAConfig | SingLoRAConfig,
+    config: LoRAConfig | NBLoRAConfig | SingLoRAConfig | LoraConfig,
     *,
     allow_empty: bool = False,
     progress: bool = True,
@@ -50,24 +55,54 @@ def inject_(
         ArgumentError: no layer to replace (the message contains the closest names), or a model that is itself a linear
             layer or already has PEFT layers. The model is then unchanged.
     """
-    if not isinstance(config, AdapterConfig):
-        expected = "an lf.LoRAConfig, lf.NBLoRAConfig or lf.SingLoRAConfig"
-        raise checks.ArgumentError("config", expected, type(config).__name__)
     check_plain(model)
-    candidates = targets.candidates(model, config.target_modules)
-    report = Report("injected", left=targets.left_alone(model, candidates, config.target_modules))
-    report.changed = {name: f"{config.layer.__name__}(r={config.r})" for name in candidates if name not in report.left}
+    settings = _settings(config, model)
+    target = settings.target_modules
+    candidates = targets.candidates(model, target)
+    excluded = {name: reason for name in candidates if (reason := settings.excluded(name)) is not None}
+    report = Report("injected", left=excluded | targets.left_alone(model, candidates, target))
+    kinds = {name: (settings.layer, settings.layer_settings(name)) for name in candidates if name not in report.left}
+    report.changed = {name: f"{kind.__name__}(r={own['r']})" for name, (kind, own) in kinds.items()}
     if not report.changed and not allow_empty:
-        near = targets.closest(model, config.target_modules)
-        by = "" if config.target_modules == "all-linear" else ", by a regular expression or a list of name ends"
+        near = targets.closest(model, target)
+        by = "" if target == "all-linear" else ", by a regular expression or a list of name ends"
         expected = f"at least one torch.nn.Linear{by} (closest: {near})"
-        got = f"{config.target_modules!r}" + (f"; left {report.reasons()}" if report.left else "")
+        got = f"{target!r}" + (f"; left {report.reasons()}" if report.left else "")
         raise checks.ArgumentError("target_modules", expected, got)
-    kinds = {name: (config.layer, config.layer_settings()) for name in report.changed}
-    layers = build_layers(model, kinds, progress)
-    place_(model, layers)
-    report.note_fallbacks(layers.values())
+    layers = _inject(model, kinds, settings, progress, report)
+    report.note_fallbacks(layers)
     return report
+
+
+def _settings(config: object, model: nn.Module) -> AdapterConfig:
+    """Returns the config, or what ``inject_`` needs of PEFT's."""
+    if is_peft_config(config):
+        return PeftLoRAConfig(config, model)
+    if isinstance(config, AdapterConfig):
+        return config
+    expected = "an lf.LoRAConfig, lf.NBLoRAConfig, lf.SingLoRAConfig or peft.LoraConfig"
+    raise checks.ArgumentError("config", expected, type(config).__name__)
+
+
+def _inject(
+    model: nn.Module, kinds: dict[str, tuple[type[AdapterLinear], dict]], settings: AdapterConfig,
+    progress: bool, report: Report,
+) -> Collection[AdapterLinear]:  # fmt: skip
+    """Builds and places the layers, and returns them."""
+    if not isinstance(settings, PeftLoRAConfig) or not kinds:
+        layers = build_layers(model, kinds, progress)
+        place_(model, layers)
+        return layers.values()
+    linears: dict[str, Any] = {name: model.get_submodule(name) for name in kinds}  # nn.Linear each
+    names = _with_progress_bar(kinds) if progress else kinds
+    computed = {name: settings.initial(name, linears[name]) for name in names}
+    with torch.random.fork_rng(devices=[]):  # PEFT has drawn what it draws, and no more is to be drawn
+        layers = build_layers(model, kinds)
+    place_(model, layers)
+    placed = {name: layers[linear] for name, linear in linears.items()}
+    report.left |= settings.unmatched(kinds)
+    report.changed |= settings.finish_(placed, {name: x for name, x in computed.items() if x is not None})
+    return layers.values()
 
 
 def check_plain(model: nn.Module) -> None:
