@@ -167,7 +167,7 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: b
     probability(dropout_p, "dropout_p")
     if x.dtype != weight.dtype:
         raise ArgumentError("x", f"weight's dtype {weight.dtype} (or an autocast region)", x.dtype)
-    raise ArgumentError("bias", f"weight's dtype {weight.dtype}", bias.dtype)
+    raise ArgumentError("bias", f"weight's dtype {weight.dtype}, or float32 beside 16 bits", bias.dtype)
 
 
 def _fits(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: bool) -> bool:
@@ -198,5 +198,10 @@ def _bias_fits(bias, d_out: int, device: torch.device, dtype: torch.dtype, autoc
     return (
         bias.shape == (d_out,)
         and bias.device == device
-        and (bias.dtype is dtype or (autocast and bias.dtype in FLOATS))
+        and (bias.dtype is dtype or _is_wide(bias, dtype) or (autocast and bias.dtype in FLOATS))
     )
+
+
+def _is_wide(bias, dtype: torch.dtype) -> bool:
+    """Returns whether the bias is float32 beside 16-bit activations, as a sum with an adapter's bias is."""
+    return bias.dtype is torch.float32 and dtype.itemsize == 2

@@ -39,7 +39,7 @@ def lora_linear(
     Args:
         x: (..., d_in), float16, bfloat16, float32 or (torch backend) float64; any strides.
         weight: (d_out, d_in) in x's dtype; frozen (``requires_grad=False``).
-        bias: (d_out,) in x's dtype, or None.
+        bias: (d_out,) in x's dtype, or float32 where that has 16 bits; or None.
         lora_A: (r, d_in), r from 1 to 256, any floating dtype; float32 keeps its precision outside autocast.
         lora_B: (d_out, r), likewise.
         scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.

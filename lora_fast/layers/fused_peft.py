@@ -13,6 +13,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 from torch.nn import Dropout, Identity, Linear, Parameter
+from transformers.pytorch_utils import Conv1D
 
 from .. import functional
 from ..functional.linear import is_autocast_on
@@ -84,7 +85,8 @@ class FusedLoraLinear(lora.Linear):
             return call
         weight, bias = call[0], call[1]
         # Autocast casts x, weight and bias to one dtype, except float64. Without it PEFT casts x for the adapter only.
-        if x.dtype is not weight.dtype or (bias is not None and bias.dtype is not weight.dtype):
+        mixed = bias is not None and bias.dtype is not weight.dtype and not self.lora_bias.get(active)
+        if x.dtype is not weight.dtype or mixed:
             if torch.float64 in (x.dtype, weight.dtype) or not is_autocast_on(weight.device.type):
                 return f"{x.dtype} input to {weight.dtype} weights"
         elif not self.cast_input_dtype_enabled:
@@ -145,12 +147,10 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple | str:
     if a is None:
         return f"no adapter {adapter!r} in this layer"
     b, dropout = modules["lora_B"]._modules[adapter], modules["lora_dropout"]._modules[adapter]
-    if type(base) is not Linear:
+    if type(base) is not Linear and type(base) is not Conv1D:
         return f"base layer {type(base).__name__}, not torch.nn.Linear"
     if adapter in layer.lora_variant:
         return f"variant {type(layer.lora_variant[adapter]).__name__}"
-    if layer.fan_in_fan_out:
-        return "fan_in_fan_out"
     if type(a) is not Linear or type(b) is not Linear or type(dropout) not in DROPOUTS:
         return f"adapter of {type(a).__name__}, {type(b).__name__}, {type(dropout).__name__}"
     if is_hooked(base) or is_hooked(a) or is_hooked(b) or is_hooked(dropout):
@@ -165,9 +165,19 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple | str:
         return f"weight of type {type(weight).__name__}, adapter of {type(lora_a).__name__}, {type(lora_b).__name__}"
     if weight.requires_grad:
         return "trainable base weight"
-    if b_parameters.get("bias") is not None:
-        return "bias on lora_B"
     if layer.r[adapter] > LARGEST_RANK:
         return f"rank {layer.r[adapter]}, above {LARGEST_RANK}"
+    bias, lora_bias, scaling = parameters.get("bias"), b_parameters.get("bias"), layer.scaling[adapter]
+    if lora_bias is not None:
+        bias = _sum_of_biases(bias, lora_bias * scaling, weight.dtype)
+    if type(base) is Conv1D:
+        weight = weight.t()  # a view: the op takes any strides
     dropout_p = dropout.p if dropout.training and type(dropout) is Dropout else 0.0
-    return weight, parameters.get("bias"), lora_a, lora_b, layer.scaling[adapter], dropout_p
+    return weight, bias, lora_a, lora_b, scaling, dropout_p
+
+
+def _sum_of_biases(bias: Tensor | None, scaled: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the base layer's bias plus the scaled bias of lora_B (``lora_bias=True``), in the weight's dtype, or in
+    float32 where the weight has 16 bits and the adapter has more."""
+    total = scaled if bias is None else scaled + bias
+    return total.to(dtype if scaled.dtype is dtype or dtype.itemsize > 2 else torch.float32)

@@ -53,8 +53,8 @@ def backward(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, ro
     return ops.backward(dy, x, s, weight, lora_A, lora_B, scaling, keep, rounded, needs)
 
 
-def _bias_gradient(dy: Tensor) -> Tensor:
-    return dy.reshape(-1, dy.shape[-1]).sum(0)
+def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    return dy.reshape(-1, dy.shape[-1]).sum(0, dtype=dtype)  # torch sums in float32 at least
 
 
 def _is_checkpointed() -> bool:
@@ -72,7 +72,7 @@ def _backward_node(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, se
     if isinstance(seed, int):
         seed = torch.full((), seed, dtype=torch.int64, device=x.device)
     need_x, need_a, need_b = needs
-    constants = scaling, dropout_p, seed, rounded, ops is not reference, [need_x, False, need_a, need_b]
+    constants = scaling, dropout_p, seed, rounded, ops is not reference, [need_x, need_a, need_b]
     grads = iter(lora_linear_backward_op(dy, x, s, weight, lora_A, lora_B, *constants))
     return tuple(next(grads) if needed else None for needed in needs)
 
@@ -108,9 +108,7 @@ class LoRALinearFunction(torch.autograd.Function):
             compute = _backward_node if _traced() else backward
             dx, da, db = compute(ctx.ops, dy, x, s, weight, lora_A, lora_B, *constants, (need_x, need_a, need_b))
         if need_bias:
-            dbias = _bias_gradient(dy)
-            if dbias.dtype is not ctx.bias_dtype:
-                dbias = dbias.to(ctx.bias_dtype)
+            dbias = _bias_gradient(dy, ctx.bias_dtype)
         return dx, None, dbias, da, db, None, None, None, None
 
 
@@ -160,20 +158,19 @@ def lora_linear_backward_op(
     triton: bool,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Returns those of the gradients dx, dbias, da and db for which ``needs`` is True, in that order."""
-    need_x, need_bias, need_a, need_b = needs
+    """Returns those of the gradients dx, da and db for which ``needs`` is True, in that order."""
+    need_x, need_a, need_b = needs
     dx = da = db = None
     if need_x or need_a or need_b:
         constants = scaling, dropout_p, seed, rounded, (need_x, need_a, need_b)
         dx, da, db = backward(backend.load_ops("linear", triton), dy, x, s, weight, lora_A, lora_B, *constants)
-    grads = dx, _bias_gradient(dy) if need_bias else None, da, db
-    return [grad for grad in grads if grad is not None]
+    return [grad for grad in (dx, da, db) if grad is not None]
 
 
 @lora_linear_backward_op.register_fake
 def _(dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, rounded, triton, needs):
     factors = lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)  # contiguous, whatever the factors are
-    grads = x.new_empty(x.shape), dy.new_empty(weight.shape[0]), *factors
+    grads = x.new_empty(x.shape), *factors
     return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
 
 
@@ -191,11 +188,10 @@ def _op_backward(ctx, dy, ds_unused):
         return (None,) * 10
     *tensors, seed = ctx.saved_tensors
     need_x, _, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-    needs = [need_x, need_bias, need_a, need_b]
+    needs = [need_x, need_a, need_b]
     grads = iter(lora_linear_backward_op(dy, *tensors, *ctx.constants, seed, *ctx.backend, needs))
-    dx, dbias, da, db = (next(grads) if needed else None for needed in needs)
-    if dbias is not None:
-        dbias = dbias.to(ctx.bias_dtype)
+    dx, da, db = (next(grads) if needed else None for needed in needs)
+    dbias = _bias_gradient(dy, ctx.bias_dtype) if need_bias else None
     return dx, None, dbias, da, db, None, None, None, None, None
 
 

@@ -67,7 +67,6 @@ def shard_base(model):
 
 UNFUSABLE = {
     "dora": ({"use_dora": True}, None, "variant DoraLinearVariant"),
-    "lora-bias": ({"lora_bias": True}, None, "bias on lora_B"),
     "rank": ({"r": 257}, None, "rank 257"),
     "hook": ({}, hook_base, "hooks"),
     "replaced-base-forward": ({}, patch_base, "replaced forward"),
@@ -80,7 +79,6 @@ UNFUSABLE = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*lora_bias")
 @pytest.mark.parametrize("case", UNFUSABLE)
 def test_fuse_reports_the_reason_of_each_layer_left_alone(case):
     options, change, reason = UNFUSABLE[case]
