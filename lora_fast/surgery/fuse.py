@@ -11,6 +11,7 @@ from collections.abc import Callable
 from torch import nn
 
 from .. import checks
+from ..kernels.grouping import group_by
 from ..layers.find import PeftLayer, fused_class, peft_layers
 from ..layers.hooks import change_class_, has_replaced_forward
 from .change_report import Report
@@ -62,6 +63,7 @@ def fuse_(
     report.require_change("peft_model", "at least one LoRA layer of PEFT to fuse", allow_empty)
     for layer in chosen:
         change_class_(layer, fused)
+    _share_merges_(peft_model, report)
     report.note_fallbacks(chosen)
     return report
 
@@ -79,8 +81,10 @@ def unfuse_(peft_model: nn.Module, *, allow_empty: bool = False) -> Report:
     fused = fused_class()
     from peft.tuners import lora
 
-    report = Report("unfused")
-    for name, layer in peft_layers(peft_model).items():
+    from ..layers.exact_merge import ExactLoraEmbedding
+
+    report, layers = Report("unfused"), peft_layers(peft_model)
+    for name, layer in layers.items():
         if type(layer) is not fused:
             report.left[name] = "not fused"
         elif layer.merged_adapters:
@@ -91,10 +95,41 @@ def unfuse_(peft_model: nn.Module, *, allow_empty: bool = False) -> Report:
             report.changed[name] = "peft.tuners.lora.Linear"
     report.require_change("peft_model", "at least one fused layer", allow_empty)
     for name in report.changed:
-        layer = peft_model.get_submodule(name)
-        layer.__dict__.pop("fallback_reason", None)  # the instance's; the class has a default
-        change_class_(layer, lora.Linear)
+        for attribute in ("fallback_reason", "shares_weight_with", "_merged"):  # the class has defaults
+            layers[name].__dict__.pop(attribute, None)
+        change_class_(layers[name], lora.Linear)
+    still_shared = {id(layer.get_base_layer().weight) for layer in layers.values() if type(layer) is fused}
+    for layer in layers.values():
+        if type(layer) is ExactLoraEmbedding and id(layer.get_base_layer().weight) not in still_shared:
+            layer.__dict__.pop("_merged", None)
+            change_class_(layer, lora.Embedding)
     return report
+
+
+def _share_merges_(peft_model: nn.Module, report: Report) -> None:
+    """Prepares fused layers that share their weight with other PEFT layers for merging. Adapted embeddings (tied to an
+    adapted ``lm_head``) become ``ExactLoraEmbedding``. Beside other kinds of layers, fused ones merge as PEFT does."""
+    from peft.tuners import lora
+
+    from ..layers.exact_merge import ExactLoraEmbedding
+
+    fused, layers = fused_class(), peft_layers(peft_model)
+    parameters = {name: layer.get_base_layer()._parameters.values() for name, layer in layers.items()}
+    holders = [(id(p), name) for name, held in parameters.items() for p in held if p is not None]
+    for group in group_by(holders, lambda holder: holder[0]).values():
+        sharing = {name: layers[name] for _, name in group}
+        ours = [name for name, layer in sharing.items() if type(layer) is fused]
+        if not ours:
+            continue
+        embeddings = [name for name in sharing if type(layers[name]) is lora.Embedding and not layers[name].merged]
+        exact = [name for name in sharing if type(layers[name]) is ExactLoraEmbedding]
+        others = ", ".join(name for name in sharing if name not in (*ours, *embeddings, *exact))
+        for name, layer in sharing.items():
+            if name in embeddings and not others:
+                change_class_(layer, ExactLoraEmbedding)
+                report.left[name] = f"embedding: PEFT's forward, merges shared with {', '.join(ours)}"
+            elif type(layer) is fused and (others or layer.shares_weight_with):
+                layer.shares_weight_with = others
 
 
 def _unfusable(layer: PeftLayer) -> str | None:

@@ -73,10 +73,10 @@ def test_failure_while_merging_restores_the_weights(monkeypatch):
     model = injected_llama()
     before, fold_ = snapshot(model), lf.LoRALinear.fold_
 
-    def fail_at_the_last(layer):
+    def fail_at_the_last(layer, *arguments):
         if layer is model.model.layers[1].mlp.down_proj:
             raise MemoryError
-        fold_(layer)
+        fold_(layer, *arguments)
 
     monkeypatch.setattr(lf.LoRALinear, "fold_", fail_at_the_last)
     with pytest.raises(MemoryError):
