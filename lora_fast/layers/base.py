@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import checks, functional
 from . import merge_log
 from .hooks import carry_hook, offloads
-from .merging import KEEP_ORIGINALS, Merged, MergedParameter, Term, unmergeable
+from .merging import Merged, MergedParameter, Term, unmergeable
 
 
 class AdapterLinear(nn.Module):
@@ -194,13 +194,13 @@ class AdapterLinear(nn.Module):
         """Returns what the merged weight does not keep of this kind of layer, or nothing."""
         return ""
 
-    def fold_(self, keep_originals: str = "host") -> None:
+    def fold_(self, keep_originals: str | None = None) -> None:
         """Does what ``merge`` does, without a warning.
 
         Args:
-            keep_originals: where the original of a weight on a GPU is kept, as in ``lf.merge_``.
+            keep_originals: where the original of a weight on a GPU is kept, as in ``lf.merge_``; None as at the last
+                merge, in the host's memory at first.
         """
-        checks.choice(keep_originals, "keep_originals", KEEP_ORIGINALS)
         if self.merged:
             return
         if reason := self.unmergeable():
@@ -250,6 +250,18 @@ class AdapterLinear(nn.Module):
         """Makes forward compute the frozen layer alone, or with the adapter again; for an unmerged layer."""
         self.disabled = self.is_plain = disabled
 
+    def to_linear(self) -> nn.Linear:
+        """Returns an ``nn.Linear`` with this layer's parameters themselves, its mode and its hooks of accelerate. If
+        this layer is merged, it forgets the original weight."""
+        with torch.device("meta"):  # allocates nothing
+            linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, dtype=self.weight.dtype)
+        linear.weight, linear.bias = cast(Any, self.weight), cast(Any, self.bias)
+        self._merged.forget()
+        if merge_log.is_changed(self):
+            merge_log.mark(linear)
+        carry_hook(self, linear)
+        return linear.train(self.training)
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         """Stores the unmerged weight beside the adapter, so that a layer that loads the state does not count the
         adapter twice."""
@@ -267,7 +279,7 @@ class AdapterLinear(nn.Module):
                 state_dict = {}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         if merged:
-            self.fold_(self._merged.keep_originals)
+            self.fold_()
 
     def _apply(self, fn, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

@@ -47,7 +47,7 @@ class ExactMerge:
         else:
             self.merge_exactly(names, safe_merge=safe_merge)
 
-    def merge_exactly(self, names: list[str], keep_originals: str = "host", safe_merge: bool = False) -> None:
+    def merge_exactly(self, names: list[str], keep_originals: str | None = None, safe_merge: bool = False) -> None:
         """Merges adapters that are not merged, none of which is ``inexact``, into their weights."""
 
         def check(value: Tensor) -> None:

@@ -111,12 +111,12 @@ class Merged:
     def merge(
         self,
         additions: dict[str, list[tuple[nn.Parameter, Term]]],
-        keep_originals: str,
+        keep_originals: str | None = None,
         check: Callable[[Tensor], None] = lambda value: None,
     ) -> None:
         """Merges adapters into their parameters. Every sum is computed, and given to ``check``, before the first
         parameter changes."""
-        self.keep_originals = keep_originals
+        self.keep_originals = keep_originals or self.keep_originals
         rows = [(name, parameter, term) for name, pairs in additions.items() for parameter, term in pairs]
         sums = []
         for group in group_by(rows, lambda row: id(row[1])).values():
@@ -125,7 +125,7 @@ class Merged:
             check(value)
             sums.append((target, [name for name, _, _ in group], terms, value))
         for target, names, terms, value in sums:
-            for name, key in zip(names, target.add(terms, value, keep_originals), strict=True):
+            for name, key in zip(names, target.add(terms, value, self.keep_originals), strict=True):
                 self.places.setdefault(name, []).append((target, key))
 
     def unmerge(self, parameters: Iterable[Tensor | None], names: Iterable[str] | None = None) -> None:
@@ -148,6 +148,10 @@ class Merged:
             group[0][0].remove([key for _, key in group])
         for name in names:
             del self.places[name]
+
+    def forget(self) -> None:
+        """Forgets the originals: what is merged stays merged."""
+        self.places.clear()
 
     def lost(self, parameters: Iterable[Tensor | None]) -> str | None:
         """Returns why the adapters cannot be taken out of the parameters that the layer holds now, or None."""

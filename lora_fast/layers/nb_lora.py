@@ -254,6 +254,18 @@ def share_factors_(model: nn.Module) -> None:
         model.register_forward_hook(after_forward, always_call=True)  # also after a forward that raises
 
 
+def unshare_factors_(model: nn.Module) -> None:
+    """Removes the hooks of ``share_factors_`` from all modules that contain no NBLoRALinear any more."""
+    for module in model.modules():
+        if any(isinstance(inner, NBLoRALinear) for inner in module.modules()):
+            continue
+        hooks = ((module._forward_pre_hooks, before_forward), (module._forward_hooks, after_forward))
+        for registered, hook in hooks:
+            for number in [number for number, function in registered.items() if function is hook]:
+                del registered[number]
+                module._forward_hooks_always_called.pop(number, None)
+
+
 def before_forward(model: nn.Module, args: tuple) -> None:
     """Gives every layer its factors for this forward."""
     thread = _thread()

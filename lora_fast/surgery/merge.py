@@ -53,13 +53,7 @@ def merge_(model: nn.Module, *, keep_originals: str = "host", allow_empty: bool 
         for layer, adapters in merged:
             layer.unmerge(*adapters)
         raise
-    notes = {name: note for name, note in notes.items() if note}
-    report.changed |= {name: f"{report.changed[name]}; {note}" for name, note in notes.items()}
-    if notes:
-        name, note = next(iter(notes.items()))
-        more = f" ({len(notes)} such layers, listed in the report)" if len(notes) > 1 else ""
-        report.note = f"{name}: {note}{more}"
-        warnings.warn(f"lora_fast: {report.note}", stacklevel=2)
+    warn_of_notes(report, notes)
     return report
 
 
@@ -128,6 +122,17 @@ def tied(layer: AdapterLayer, owners: dict[int, list[str]]) -> str | None:
     """Returns the names of the modules that share the layer's weight, as a reason, or None if it is not shared."""
     names = owners.get(id(layer.weight), [])
     return f"one weight held by {' and '.join(names)}: both would change" if len(names) > 1 else None
+
+
+def warn_of_notes(report: Report, notes: dict[str, str]) -> None:
+    """Adds what merged layers do not keep to the report, and warns once of all of them."""
+    notes = {name: note for name, note in notes.items() if note}
+    report.changed |= {name: f"{report.changed[name]}; {note}" for name, note in notes.items()}
+    if notes:
+        name, note = next(iter(notes.items()))
+        more = f" ({len(notes)} such layers, listed in the report)" if len(notes) > 1 else ""
+        report.note = f"{name}: {note}{more}"
+        warnings.warn(f"lora_fast: {report.note}", stacklevel=3)
 
 
 def _merge(layer: AdapterLayer, keep_originals: str) -> tuple[list[str], ...]:
