@@ -114,22 +114,20 @@ def _share_merges_(peft_model: nn.Module, report: Report) -> None:
     from ..layers.exact_merge import ExactLoraEmbedding
 
     fused, layers = fused_class(), peft_layers(peft_model)
-    parameters = {name: layer.get_base_layer()._parameters.values() for name, layer in layers.items()}
-    holders = [(id(p), name) for name, held in parameters.items() for p in held if p is not None]
-    for group in group_by(holders, lambda holder: holder[0]).values():
-        sharing = {name: layers[name] for _, name in group}
-        ours = [name for name, layer in sharing.items() if type(layer) is fused]
-        if not ours:
+    held = {name: {id(p) for p in layer.get_base_layer()._parameters.values()} for name, layer in layers.items()}
+    sharing = group_by([(p, name) for name, ids in held.items() for p in ids - {id(None)}], lambda row: row[0])
+    for name, layer in layers.items():
+        if type(layer) is not fused:
             continue
-        embeddings = [name for name in sharing if type(layers[name]) is lora.Embedding and not layers[name].merged]
-        exact = [name for name in sharing if type(layers[name]) is ExactLoraEmbedding]
-        others = ", ".join(name for name in sharing if name not in (*ours, *embeddings, *exact))
-        for name, layer in sharing.items():
-            if name in embeddings and not others:
-                change_class_(layer, ExactLoraEmbedding)
-                report.left[name] = f"embedding: PEFT's forward, merges shared with {', '.join(ours)}"
-            elif type(layer) is fused and (others or layer.shares_weight_with):
-                layer.shares_weight_with = others
+        others = {other: layers[other] for p in held[name] for _, other in sharing.get(p, ()) if other != name}
+        kinds = (fused, ExactLoraEmbedding)
+        embeddings = [other for other, x in others.items() if type(x) is lora.Embedding and not x.merged]
+        foreign = [other for other, x in others.items() if type(x) not in kinds and other not in embeddings]
+        if foreign or layer.shares_weight_with:
+            layer.shares_weight_with = ", ".join(foreign)
+        for other in [] if foreign else embeddings:
+            change_class_(layers[other], ExactLoraEmbedding)
+            report.left[other] = f"embedding: PEFT's forward; merges into one weight with {name}"
 
 
 def _unfusable(layer: PeftLayer) -> str | None:
