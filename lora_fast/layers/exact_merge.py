@@ -59,15 +59,19 @@ class ExactMerge:
         self.merged_adapters.extend(names)
 
     def unmerge(self, names: list[str] | None = None) -> None:
-        """Restores the weight from before ``merge``, bit for bit, or, with names, as before these adapters' merge.
+        """Restores the weight from before ``merge``, bit for bit, or, with names, as before these adapters' merge. A
+        weight that accelerate has offloaded since then is restored by PEFT's arithmetic, as ``unmerge_adapter`` does.
 
         Raises:
             ArgumentError: the weight was replaced, or has lost its data, since then.
         """
+        layer: Any = self
+        merged = self._exactly_merged()
+        if offloads(layer.get_base_layer()):  # after the merge: what accelerate has loaded here is the merged weight
+            merged.forget()
         if not self.merged_exactly:
             super().unmerge()  # type: ignore[misc]
             return
-        merged = self._exactly_merged()
         merged.unmerge(self._held(), names)
         self.merged_adapters[:] = [name for name in self.merged_adapters if name in merged.places]
 

@@ -92,7 +92,9 @@ class FusedLoraLinear(ExactMerge, lora.Linear):
     def merge_terms(self, adapter: str) -> list[tuple[Parameter, Term]] | str:
         base: Any = self.get_base_layer()
         a, b, scaling = self.lora_A[adapter], self.lora_B[adapter], self.scaling[adapter]
-        if type(base) not in (Linear, Conv1D) or adapter in self.lora_variant:
+        if type(base) not in (Linear, Conv1D):
+            return f"base layer {type(base).__name__}, not torch.nn.Linear"
+        if adapter in self.lora_variant:
             return "adapter that is more than scaling · b a"
         factors = (b.weight.mT, a.weight.mT) if self.fan_in_fan_out else (a.weight, b.weight)
         terms = [(base.weight, Term(*factors, scaling))]

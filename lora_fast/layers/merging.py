@@ -108,6 +108,7 @@ class Merged:
         self.places: dict[str, list[tuple[MergedParameter, Key]]] = {}
         self.keep_originals = "host"
 
+    @torch.inference_mode(False)  # else a later forward could not save the merged weight for its backward pass
     def merge(
         self,
         additions: dict[str, list[tuple[nn.Parameter, Term]]],
@@ -128,6 +129,7 @@ class Merged:
             for name, key in zip(names, target.add(terms, value, self.keep_originals), strict=True):
                 self.places.setdefault(name, []).append((target, key))
 
+    @torch.inference_mode(False)
     def unmerge(self, parameters: Iterable[Tensor | None], names: Iterable[str] | None = None) -> None:
         """Takes adapters out of the parameters, all of them by default.
 
@@ -172,18 +174,22 @@ def lost(target: MergedParameter, held: set[int]) -> str | None:
     """Returns why the original cannot be restored: the ids of the parameters that the layer holds do not include the
     target's, or the target has no data."""
     if id(target.parameter) not in held:
-        return "another one (the weight was replaced or offloaded while it was merged)"
+        return "weight replaced or offloaded while it was merged"
     return unmergeable_parameter(target.parameter)
 
 
 def unmergeable_parameter(parameter: Tensor | None) -> str | None:
     """Returns why nothing can be merged into a parameter, or None if something can."""
+    if parameter is None:
+        return "weight that is no parameter of its layer (sharded or computed)"
     if type(parameter) is not nn.Parameter:
-        return f"weight of type {type(parameter).__name__}, not a plain parameter (sharded, quantised or computed)"
+        return f"weight of type {type(parameter).__name__}, not a plain parameter (sharded or quantised)"
     if parameter.dtype not in checks.FLOATS:
         return f"weight of dtype {parameter.dtype}"
     if parameter.is_meta or parameter.numel() == 0:
         return f"weight without its data on {parameter.device} (offloaded, sharded or not loaded)"
+    if parameter.is_inference():
+        return "weight made under torch.inference_mode"
     return None
 
 

@@ -13,6 +13,8 @@ from torch import nn
 
 from .. import checks
 from ..layers.find import ADAPTER_LAYERS, AdapterLayer, adapter_layers
+from ..layers.hooks import offloads
+from ..layers.merge_log import holder
 from .change_report import Report
 
 _lock = threading.RLock()
@@ -78,6 +80,8 @@ def _disable(module: AdapterLayer) -> Callable[[], object]:
     merged = list(getattr(module, "merged_adapters", ()))  # of PEFT; a layer of ours has one adapter
     was_merged = getattr(module, "merged", False)
     if was_merged:
+        if offloads(holder(module)):
+            raise checks.ArgumentError("model", "an unmerged model where accelerate offloads it", "a merged layer")
         module.unmerge()
     _set_disabled(module, True)
     reference = weakref.ref(module)  # the module itself would keep the table's weak key alive

@@ -215,7 +215,7 @@ CONVERSIONS = {
 @pytest.mark.parametrize("conversion", CONVERSIONS)
 @pytest.mark.parametrize("kind", ONE)
 def test_conversion_of_a_merged_model_converts_the_original(kind, conversion):
-    (model, layer, holder), convert = ONE[kind](), CONVERSIONS[conversion]
+    (model, layer, _), convert = ONE[kind](), CONVERSIONS[conversion]
     unmerged = convert(copy.deepcopy(model))
     layer.merge()
     convert(model)
@@ -306,7 +306,7 @@ def test_conv1d_and_lora_bias_are_restored_bit_for_bit():
 
 
 def test_state_of_a_merged_layer_is_that_of_the_unmerged_one():
-    model, layer, _ = injected_linear()
+    model, _, _ = injected_linear()
     before, x = copy.deepcopy(model.state_dict()), torch.randn(3, 24)
     want = model(x)
     lf.merge_(model)
