@@ -11,7 +11,8 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from functools import partial
+import weakref
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -23,9 +24,26 @@ from ..layers.find import ADAPTER_LAYERS, bare_name
 from ..surgery import inject, unload
 from . import io
 from .adapter import save_adapter
+from .peft_format import CONFIG
 
 SAVE = "save_pretrained"
 TRAINED = "model.safetensors"  # the name by which Trainer finds the weights of a checkpoint
+
+
+class SaveHook:
+    """``save_pretrained`` of one model, as an attribute of the instance, without a cycle of references."""
+
+    def __init__(self, model: nn.Module):
+        self._model = weakref.ref(model)
+
+    def __call__(self, save_directory: str | os.PathLike, *args, **kwargs) -> Any:
+        return save_pretrained(self._model(), save_directory, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> SaveHook:  # the model is being copied
+        return SaveHook(memo.get(id(self._model()), self._model()))
+
+    def __reduce__(self) -> tuple:
+        return SaveHook, (self._model(),)
 
 
 def save_pretrained(model: Any, save_directory: str | os.PathLike, *args, **kwargs) -> Any:
@@ -46,8 +64,8 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike, *args, **kwar
 
     Raises:
         CheckpointError: as ``lf.save_adapter``. A caller that passes ``state_dict`` gets a warning instead.
-        ArgumentError: ``push_to_hub`` for an adapter (``model.push_to_hub`` uploads it), or a merged model whose class
-            takes no ``state_dict`` (use ``lf.unload_``).
+        ArgumentError: ``push_to_hub`` for an adapter (``model.push_to_hub`` uploads it); a merged model whose class
+            takes no ``state_dict`` (use ``lf.unload_``), or a folder with an adapter for a merged model.
     """
     method = getattr(type(model), SAVE)
     layers = [module for module in model.modules() if isinstance(module, ADAPTER_LAYERS)]
@@ -58,6 +76,9 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike, *args, **kwar
     if all(layer.merged for layer in layers):
         if "state_dict" not in call.signature.parameters:
             raise checks.ArgumentError("model", "an unmerged or a plain model (lf.unload_)", "merged layers")
+        if Path(save_directory, CONFIG).exists():
+            expected = f"a folder without {CONFIG}, because from_pretrained would add that adapter to the merged model"
+            raise checks.ArgumentError("save_directory", expected, os.fspath(save_directory))
         call.arguments["state_dict"] = plain_state(model, model.state_dict() if state is None else state)
         return method(*call.args, **call.kwargs)
     if call.arguments.get("push_to_hub"):
@@ -84,16 +105,15 @@ def plain_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def hook_(model: nn.Module) -> None:
-    """Gives every module that has ``save_pretrained`` and contains layers of ours the function above, as an attribute
-    of the instance, which deepcopy and pickle keep. Where no layer of ours is left, the attribute is removed."""
+    """Gives every module that has ``save_pretrained`` and contains layers of ours the function above, as an
+    attribute of the instance, which deepcopy and pickle keep. Where no layer of ours is left, it is removed."""
     for module in model.modules():
         if not callable(getattr(type(module), SAVE, None)):
             continue
-        hooked = isinstance(own := module.__dict__.get(SAVE), partial) and own.func is save_pretrained
-        if hooked:
+        if isinstance(module.__dict__.get(SAVE), SaveHook):
             del module.__dict__[SAVE]
         if SAVE not in module.__dict__ and any(isinstance(inner, ADAPTER_LAYERS) for inner in module.modules()):
-            module.__dict__[SAVE] = partial(save_pretrained, module)
+            module.__dict__[SAVE] = SaveHook(module)
 
 
 def _write_trained(model: nn.Module, folder: str | os.PathLike, state: dict[str, Tensor]) -> None:

@@ -100,7 +100,8 @@ def unfuse_(peft_model: nn.Module, *, allow_empty: bool = False) -> Report:
         change_class_(layers[name], lora.Linear)
     still_shared = {id(layer.get_base_layer().weight) for layer in layers.values() if type(layer) is fused}
     for layer in layers.values():
-        if type(layer) is ExactLoraEmbedding and id(layer.get_base_layer().weight) not in still_shared:
+        is_alone = type(layer) is ExactLoraEmbedding and id(layer.get_base_layer().weight) not in still_shared
+        if is_alone and not layer.merged:
             layer.__dict__.pop("_merged", None)
             change_class_(layer, lora.Embedding)
     return report

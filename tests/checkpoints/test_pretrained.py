@@ -1,7 +1,9 @@
 """save_pretrained of models with layers of ours: an adapter, or a plain model once all layers are merged."""
 
 import copy
+import gc
 import os
+import weakref
 
 import peft
 import pytest
@@ -63,6 +65,9 @@ def test_a_merged_model_is_saved_as_a_plain_one(kind, how, tmp_path):
     plain = LlamaForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.allclose(plain(batch()).logits, logits, atol=1e-4)
     if how == "merge_":  # the model itself goes on
+        (tmp_path / "adapter_config.json").touch()
+        with pytest.raises(lf.ArgumentError, match="would add that adapter"):
+            model.save_pretrained(tmp_path)
         lf.unmerge_(model)
         assert torch.allclose(model(batch()).logits, logits, atol=1e-5)
 
@@ -84,6 +89,17 @@ def test_copies_save_their_own_adapter(how, tmp_path):
     copied.save_pretrained(tmp_path)
     saved = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
     assert (saved["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"] == 1).all()
+
+
+def test_the_hook_does_not_keep_the_model_alive():
+    model = injected_llama()
+    alive = weakref.ref(model.model.layers[0].self_attn.q_proj)
+    gc.disable()
+    try:
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_inner_models_and_wrappers_save_adapters(tmp_path):
@@ -117,7 +133,7 @@ def test_unloading_and_other_classes_leave_the_own_method(tmp_path):
     model.save_pretrained(tmp_path)
     assert "adapter_config.json" in os.listdir(tmp_path)
     lf.merge_(model)
-    with pytest.raises(lf.ArgumentError, match="lf.unload_"):
+    with pytest.raises(lf.ArgumentError, match=r"lf\.unload_"):
         model.save_pretrained(tmp_path)
 
 
