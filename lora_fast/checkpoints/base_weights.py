@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from .. import checks
 from ..checks import CheckpointError
 from ..layers import merge_log
-from ..layers.base import merged_weight
 from ..layers.find import AdapterLayer, expert_count
 from ..layers.merge_log import Term, holder
+from ..layers.merging import merged_weight
 from ..surgery.merge import original_weight, weight_owners
 from . import io
 from .peft_format import PREFIX, Adapter, Change, check_tensor

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from peft.tuners import lora
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 from torch.nn import Dropout, Identity, Linear, Parameter
 from transformers.pytorch_utils import Conv1D
@@ -18,15 +17,16 @@ from transformers.pytorch_utils import Conv1D
 from .. import functional
 from ..functional.linear import is_autocast_on
 from ..kernels.limits import LARGEST_RANK
-from .base import merged_weight
+from .exact_merge import ExactMerge
 from .find import PeftLayer
 from .hooks import HOOK, is_hooked, returns_to_input
+from .merging import Term
 
 PLAIN = (Parameter, Tensor)  # neither a DTensor nor a quantised subclass
 DROPOUTS = (Identity, Dropout)
 
 
-class FusedLoraLinear(lora.Linear):
+class FusedLoraLinear(ExactMerge, lora.Linear):
     """A ``peft.tuners.lora.Linear`` whose forward is one fused op wherever that computes the same.
 
     Attributes:
@@ -99,40 +99,20 @@ class FusedLoraLinear(lora.Linear):
             if reason is not None and "replicated_from" in self.__dict__:
                 self.replicated_from._note(reason)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merges as PEFT does, but with one rounding: all merged adapters are added to the original weight, which is
-        kept."""
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        merged = [*self.merged_adapters, *names]
-        if not names:
-            return
-        if not all(self._is_plain(name) for name in merged):
-            super().merge(safe_merge, names)
-            return
-        base: Any = self.get_base_layer()  # an nn.Linear, since the adapters are plain
-        kept = self._buffers.get("_unmerged_weight")
-        original = base.weight.data if kept is None else kept
-        pairs = [(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in merged]
-        weight = merged_weight(original, pairs)
-        if safe_merge and not torch.isfinite(weight).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
-        self.register_buffer("_unmerged_weight", original, persistent=False)
-        base.weight.data = weight
-        self.merged_adapters.extend(names)
-
-    def unmerge(self) -> None:
-        """Restores the weight that ``merge`` kept, bit for bit."""
-        if "_unmerged_weight" not in self._buffers:
-            super().unmerge()
-            return
-        self.get_base_layer().weight.data = self._unmerged_weight
-        del self._unmerged_weight
-        self.merged_adapters.clear()
-
-    def _is_plain(self, name: str) -> bool:
-        """Returns whether the adapter adds exactly scaling · b a to the base weight."""
-        base, biased = self.get_base_layer(), self.lora_B[name].bias is not None
-        return type(base) is Linear and not self.fan_in_fan_out and name not in self.lora_variant and not biased
+    def merge_terms(self, adapter: str) -> list[tuple[Parameter, Term]] | str:
+        base: Any = self.get_base_layer()
+        a, b, scaling = self.lora_A[adapter], self.lora_B[adapter], self.scaling[adapter]
+        if type(base) not in (Linear, Conv1D):
+            return f"base layer {type(base).__name__}, not torch.nn.Linear"
+        if adapter in self.lora_variant:
+            return "adapter that is more than scaling · b a"
+        factors = (b.weight.mT, a.weight.mT) if self.fan_in_fan_out else (a.weight, b.weight)
+        terms = [(base.weight, Term(*factors, scaling))]
+        if b.bias is not None:
+            if base.bias is None:
+                return "bias on lora_B over a base layer without one"
+            terms.append((base.bias, Term(b.bias.new_ones((1, 1)), b.bias[:, None], scaling)))
+        return terms
 
 
 def fused_arguments(layer: PeftLayer, adapter: str) -> tuple | str:

@@ -57,6 +57,12 @@ def returns_to_input(module: nn.Module) -> bool:
     return any(hook.io_same_device for hook in _parts(module.__dict__[HOOK]))
 
 
+def offloads(module: nn.Module) -> bool:
+    """Returns whether a hook of accelerate loads the module's tensors before its forward and drops them after it."""
+    hook = module.__dict__.get(HOOK)
+    return hook is not None and any(getattr(part, "offload", False) for part in _parts(hook))
+
+
 def carry_hook(source: nn.Module, target: nn.Module) -> None:
     """Gives the target the source's hook of accelerate if that only moves the input. The hook is not initialised again:
     the target's tensors are on the source's device already, and the hook's table of tied weights has addresses of

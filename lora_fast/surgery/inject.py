@@ -6,7 +6,7 @@ layer that changed and, for every other candidate, the reason.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,8 @@ from .peft_lora import PeftLoRAConfig, is_peft_config
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+AFTER_PLACING: list[Callable[[nn.Module], None]] = []  # each is called with the model, once its layers are placed
 
 
 def inject_(
@@ -166,3 +168,5 @@ def place_(model: nn.Module, layers: dict[nn.Linear, AdapterLinear]) -> None:
             parameter.requires_grad_(False)
     if any(isinstance(layer, NBLoRALinear) for layer in layers.values()):
         share_factors_(model)
+    for function in AFTER_PLACING:
+        function(model)
