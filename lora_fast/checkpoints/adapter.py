@@ -193,7 +193,7 @@ def _config(model: nn.Module, layers: dict[str, AdapterLinear]) -> dict:
         "use_dora": False,
         "bias": "none",
         "lora_bias": False,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
         "init_lora_weights": True,
         "modules_to_save": None,
     }

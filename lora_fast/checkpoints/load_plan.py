@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..checks import CheckpointError
-from ..layers.base import AdapterLinear
+from ..layers.base import AdapterLinear, sizes
 from ..layers.find import AdapterLayer, PeftLayer, key_name
 from ..layers.lora import LoRALinear
 from ..surgery import inject, targets
@@ -127,8 +127,9 @@ def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLay
             raise CheckpointError(f"keys of {name}", expected, reason or "not among them")
         # The dtype in which ``from_linear`` will create the factors. It must hold the file's without loss.
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
-        check_tensor(f"{name}.lora_A", a, (a.shape[0], linear.in_features), dtype)
-        check_tensor(f"{name}.lora_B", b, (linear.out_features, a.shape[0]), dtype)
+        d_in, d_out = sizes(linear)
+        check_tensor(f"{name}.lora_A", a, (a.shape[0], d_in), dtype)
+        check_tensor(f"{name}.lora_B", b, (d_out, a.shape[0]), dtype)
         kinds[real_names[name]] = _kind(adapter.settings(name), free.get(name))
     base_weights.check(model, linears, adapter)
     replacements = inject.build_layers(model, kinds)

@@ -37,7 +37,8 @@ class AdapterLinear(nn.Module):
             does).
 
     Attributes:
-        weight: (d_out, d_in), frozen. bias: (d_out,), frozen, or None.
+        weight: (d_out, d_in), frozen; (d_in, d_out) with ``fan_in_fan_out``, which ``from_linear`` sets for
+            transformers' Conv1D (GPT-2). bias: (d_out,), frozen, or None.
         lora_A: a (r, d_in). lora_B: b (d_out, r).
         merged: True while ``weight`` contains the adapter.
         disabled: True while ``lf.disable_adapters`` has the layer compute its frozen linear layer alone.
@@ -54,6 +55,7 @@ class AdapterLinear(nn.Module):
     weight: Tensor
     bias: Tensor | None
     is_plain = False  # whether forward computes x Wᵀ + bias alone: merged or disabled
+    fan_in_fan_out = False  # whether the weight is stored as (d_in, d_out), as transformers' Conv1D does
     if TYPE_CHECKING:  # read-only here: some subclasses have attributes of these names, others properties
 
         @property
@@ -91,22 +93,23 @@ class AdapterLinear(nn.Module):
         hooks the layer gets those that move the input to the weight's device.
 
         Args:
-            linear: on any device, of a floating dtype. The new adapter is on its weight's device, in float32 where the
-                weight is 16-bit, else in the weight's dtype.
+            linear: a torch.nn.Linear or transformers' Conv1D, on any device, of a floating dtype. The new adapter is on
+                its weight's device, in float32 where the weight is 16-bit, else in the weight's dtype.
             settings: the constructor's arguments except sizes, bias, device and dtype.
 
         Raises:
-            ArgumentError: no nn.Linear, a weight of another dtype, or settings that the constructor refuses.
+            ArgumentError: neither of the two, a weight of another dtype, or settings that the constructor refuses.
         """
-        if not isinstance(linear, nn.Linear):
-            raise checks.ArgumentError("linear", "a torch.nn.Linear", type(linear).__name__)
+        if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
+            raise checks.ArgumentError("linear", "a torch.nn.Linear or transformers' Conv1D", type(linear).__name__)
         weight, bias = linear.weight, linear.bias
         if weight.dtype not in checks.FLOATS:
             expected = "a dtype among float16, bfloat16, float32, float64"
             raise checks.ArgumentError("linear.weight", expected, weight.dtype)
         # On the meta device the constructor neither allocates nor initialises a weight that is replaced below.
         place: dict[str, Any] = {"device": "meta", "dtype": torch.promote_types(weight.dtype, torch.float32)}
-        layer = cls(linear.in_features, linear.out_features, bias=bias is not None, **settings, **place)
+        d_in, d_out = sizes(linear)
+        layer = cls(d_in, d_out, bias=bias is not None, **settings, **place)
         for name in cls.TRAINABLE:  # allocated once, here: the constructor's own are on the meta device
             free = getattr(layer, name)
             setattr(layer, name, nn.Parameter(torch.empty_like(free, device=weight.device), free.requires_grad))
@@ -114,15 +117,19 @@ class AdapterLinear(nn.Module):
         weight.requires_grad_(False)
         if bias is not None:
             bias.requires_grad_(False)
-        layer.weight, layer.bias = weight, bias
+        layer.weight, layer.bias, layer.fan_in_fan_out = weight, bias, is_conv1d(linear)
         if merge_log.is_changed(linear):  # by a merge of an adapter that has been removed since
             merge_log.mark(layer)
         carry_hook(linear, layer)
         return layer.train(linear.training)
 
     def reset_parameters(self) -> None:
-        """Initialises weight and bias as nn.Linear does, and the adapter."""
-        nn.Linear.reset_parameters(cast(nn.Linear, self))  # it uses weight and bias alone
+        """Initialises weight and bias as nn.Linear does, or as Conv1D, and the adapter."""
+        if self.fan_in_fan_out:
+            nn.init.normal_(self.weight, std=0.02)
+            nn.init.zeros_(cast(Tensor, self.bias))
+        else:
+            nn.Linear.reset_parameters(cast(nn.Linear, self))  # it uses weight and bias alone
         self.reset_adapter()
 
     def reset_adapter(self) -> None:
@@ -143,13 +150,14 @@ class AdapterLinear(nn.Module):
         return functional.lora_linear(x, weight, bias, a, b, self.scaling, dropout_p)
 
     def frozen_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Returns weight and bias for one forward. FSDP1 replaces them by views of its flat parameter, which require a
-        gradient as soon as any parameter in it does; they are detached, because this layer's are frozen."""
+        """Returns weight (d_out, d_in) and bias for one forward. FSDP1 replaces them by views of its flat parameter,
+        which require a gradient as soon as any parameter in it does; they are detached, because this layer's are
+        frozen."""
         weight, bias = self.weight, self.bias
         is_stored = "weight" in self._parameters or "weight" in self.__dict__  # and not computed by a parametrization
         if is_stored and type(weight) is Tensor and weight.requires_grad:
-            return weight.detach(), None if bias is None else bias.detach()
-        return weight, bias
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        return weight.t() if self.fan_in_fan_out else weight, bias
 
     def free_parameters_for(self, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> tuple[Tensor, ...]:
         """Returns the values of the tensors in ``SAVED_STATE``, in its order, with which ΔW = scaling · lora_B lora_A.
@@ -175,7 +183,7 @@ class AdapterLinear(nn.Module):
         """
         if self._merged.places and offloads(self):
             raise checks.ArgumentError("model", "to be unmerged before it is offloaded (lf.unmerge_)", "a merged layer")
-        return nn.functional.linear(x, self.weight, self.bias)
+        return nn.functional.linear(x, *self.frozen_parameters())
 
     def merge(self) -> None:
         """Adds the adapter to ``weight`` with one rounding. Layers that share the weight may do the same, in any order;
@@ -205,9 +213,13 @@ class AdapterLinear(nn.Module):
             return
         if reason := self.unmergeable():
             raise checks.ArgumentError("layer", "a layer that can be merged", reason)
-        term = Term(self.lora_A, self.lora_B, self.scaling)
-        self._merged.merge({"": [(cast(nn.Parameter, self.weight), term)]}, keep_originals)
+        self._merged.merge({"": [(cast(nn.Parameter, self.weight), self.merge_term())]}, keep_originals)
         self.is_plain = True
+
+    def merge_term(self) -> Term:
+        """Returns what the adapter adds to the weight as it is stored: ΔW, or its transpose, scaling · aᵀ bᵀ."""
+        a, b = (self.lora_B.t(), self.lora_A.t()) if self.fan_in_fan_out else (self.lora_A, self.lora_B)
+        return Term(a, b, self.scaling)
 
     def unmerge(self) -> None:
         """Restores the weight from before ``merge``, bit for bit.
@@ -233,7 +245,8 @@ class AdapterLinear(nn.Module):
             return "weight offloaded by accelerate, which would load the unmerged one"
         weight = self.weight if "weight" in self._parameters else None
         trained = [getattr(self, name) for name in self.TRAINABLE]
-        return unmergeable(weight, (self.out_features, self.in_features), trained)
+        shape = self.out_features, self.in_features
+        return unmergeable(weight, shape[::-1] if self.fan_in_fan_out else shape, trained)
 
     def not_unmergeable(self) -> str | None:
         """Returns why a merged layer cannot be unmerged, or None if it can."""
@@ -250,12 +263,18 @@ class AdapterLinear(nn.Module):
         """Makes forward compute the frozen layer alone, or with the adapter again; for an unmerged layer."""
         self.disabled = self.is_plain = disabled
 
-    def to_linear(self) -> nn.Linear:
-        """Returns an ``nn.Linear`` with this layer's parameters themselves, its mode and its hooks of accelerate. If
-        this layer is merged, it forgets the original weight."""
+    def to_linear(self) -> nn.Module:
+        """Returns an ``nn.Linear``, or a Conv1D, with this layer's parameters themselves, its mode and its hooks of
+        accelerate. If this layer is merged, it forgets the original weight."""
+        linear: Any
         with torch.device("meta"):  # allocates nothing
-            linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, dtype=self.weight.dtype)
-        linear.weight, linear.bias = cast(Any, self.weight), cast(Any, self.bias)
+            if self.fan_in_fan_out:
+                from transformers.pytorch_utils import Conv1D
+
+                linear = Conv1D(self.out_features, self.in_features)
+            else:
+                linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, dtype=self.weight.dtype)
+        linear.weight, linear.bias = self.weight, self.bias
         self._merged.forget()
         if merge_log.is_changed(self):
             merge_log.mark(linear)
@@ -294,4 +313,17 @@ class AdapterLinear(nn.Module):
     def extra_repr(self) -> str:
         shown = {name: getattr(self, name) for name in ("in_features", "out_features", "r", *self.INIT_ARGUMENTS)}
         shown |= {"dropout": self.dropout_p, "bias": self.bias is not None}
+        shown |= {"fan_in_fan_out": True} if self.fan_in_fan_out else {}
         return ", ".join(f"{name}={value}" for name, value in shown.items()) + (", merged" * self.merged)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Returns whether it is transformers' Conv1D, a linear layer whose weight is stored as (d_in, d_out) (GPT-2)."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def sizes(linear: nn.Module) -> tuple[int, int]:
+    """Returns d_in and d_out of an nn.Linear or a Conv1D."""
+    d_out, d_in = cast(Tensor, linear.weight).shape
+    return (d_out, d_in) if is_conv1d(linear) else (d_in, d_out)

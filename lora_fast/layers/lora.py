@@ -80,7 +80,7 @@ class LoRALinear(AdapterLinear):
         p: dict[str, Any] = self._parameters
         if len(p) == 4:  # nn.Module.__getattr__ costs host time at every call
             weight, bias, lora_A, lora_B = p["weight"], p["bias"], p["lora_A"], p["lora_B"]
-            if weight.requires_grad:
+            if weight.requires_grad or self.fan_in_fan_out:
                 weight, bias = self.frozen_parameters()
         else:  # parametrized, flattened (FSDP1) or replicated: the parameters are attributes of another kind
             (weight, bias), lora_A, lora_B = self.frozen_parameters(), self.lora_A, self.lora_B

@@ -14,7 +14,7 @@ from .. import checks
 from ..functional.linear import is_autocast_on
 from ..kernels.grouping import group_by
 from . import factor_cache, inverse_cayley
-from .base import AdapterLinear
+from .base import AdapterLinear, is_conv1d
 from .merging import merged_weight
 from .rounding_room import UNIT_ROUNDOFF, usable_bound
 
@@ -181,7 +181,7 @@ class NBLoRALinear(AdapterLinear):
         original = self.original_weight().to(self.weight.device)
         if not self.merged or original.dtype not in UNIT_ROUNDOFF:
             return ""
-        exact = merged_weight(original.float(), [(self.lora_A, self.lora_B, self.scaling)])
+        exact = merged_weight(original.float(), [self.merge_term()])
         error = torch.linalg.vector_norm(self.weight.data - exact).item()
         smaller, larger = sorted(original.shape)
         spread = {"spectral": smaller**-0.5 + larger**-0.5, "frobenius": 1.0, "nuclear": smaller**0.5}[self.norm]
@@ -212,8 +212,8 @@ class NBLoRALinear(AdapterLinear):
 
 def _bound_from(linear: nn.Linear, ratio: float, norm: str = "nuclear", bound: float | None = None, **others) -> float:
     """Returns the bound that is ``ratio`` times the weight's norm."""
-    if not isinstance(linear, nn.Linear):
-        raise checks.ArgumentError("linear", "a torch.nn.Linear", type(linear).__name__)
+    if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
+        raise checks.ArgumentError("linear", "a torch.nn.Linear or transformers' Conv1D", type(linear).__name__)
     weight = linear.weight
     checks.choice(norm, "norm", tuple(NORMS))
     check_bound_ratio(ratio, bound)

@@ -38,15 +38,19 @@ def inject_(
     parameters but the adapters'. With an NBLoRAConfig the model computes all layers' factors at once before each
     forward.
 
-    Only layers whose type is exactly ``torch.nn.Linear``, on any device (meta included), with plain parameters and no
-    hooks are replaced. accelerate's hooks that only move a layer's input to its device (``device_map``) are carried to
-    the new layer. Other layers that ``config.target_modules`` names are left alone, and the report gives the
-    reason. A weight tied to another module's may be adapted, because it is frozen and only read. Adapters are float32
-    over 16-bit weights, else in the weight's dtype.
+    Only layers whose type is exactly ``torch.nn.Linear`` or transformers' ``Conv1D`` (GPT-2), on any device (meta
+    included), with plain parameters and no hooks are replaced. accelerate's hooks that only move a layer's input to its
+    device (``device_map``) are carried to the new layer. Layers whose weight the model reads without calling them, as
+    fused kernels do, are left alone, because an adapter would have no effect. The report gives the reason of every
+    layer that ``config.target_modules`` names and that is left alone. A weight tied to another module's may be adapted,
+    because it is frozen and only read. Adapters are float32 over 16-bit weights, else in the weight's dtype.
 
     Args:
         model: any module that contains nn.Linear layers.
-        config: the kind of adapter, its settings, and the layers that get one.
+        config: the kind of adapter, its settings, and the layers that get one. A ``peft.LoraConfig`` gives the layers,
+            scales and, after the same seed, the initial values that ``get_peft_model`` gives. Its ``modules_to_save``
+            are trained in place. Weights that an initialisation changes (PiSSA, OLoRA) are changed in the model, and
+            ``save_adapter`` saves them.
         allow_empty: accept that no layer fits; the model then stays as it is.
         progress: show a tqdm bar on stderr if this takes more than two seconds, as the norms of large weights do.
 
@@ -54,8 +58,9 @@ def inject_(
         The layers replaced, and the reasons of those left alone.
 
     Raises:
-        ArgumentError: no layer to replace (the message contains the closest names), or a model that is itself a linear
-            layer or already has PEFT layers. The model is then unchanged.
+        ArgumentError: no layer to replace (the message contains the closest names), a model that is itself a linear
+            layer or already has PEFT layers, or a setting of PEFT's that the layers of this library do not have. The
+            model is then unchanged.
     """
     check_plain(model)
     settings = _settings(config, model)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..layers import merge_log
-from ..layers.base import AdapterLinear
+from ..layers.base import AdapterLinear, sizes
 from ..layers.lora import LoRALinear
 from . import targets
 from .configs import AdapterConfig
@@ -162,6 +162,10 @@ class PeftLoRAConfig(AdapterConfig):
             variant = type(next(iter(made.lora_variant.values()))).__name__
             raise checks.ArgumentError("init_lora_weights", "plain LoRA", f"{init!r} ({variant})")
         (a,), (b,) = made.lora_A.values(), made.lora_B.values()
+        d_in, d_out = sizes(linear)
+        if (a.weight.shape[1], b.weight.shape[0]) != (d_in, d_out):  # OLoRA's of a Conv1D
+            got = f"{init!r} ({name}: factors of another shape)"
+            raise checks.ArgumentError("init_lora_weights", "an initialisation that fits the layer", got)
         return Initial(a.weight.detach(), b.weight.detach(), twin.weight.detach() if changes else None)
 
     def _for_one_layer(self, name: str, linear: nn.Linear) -> Any:

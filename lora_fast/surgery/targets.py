@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from .. import checks
+from ..layers.base import is_conv1d
 from ..layers.find import ADAPTER_LAYERS
 from ..layers.hooks import is_hooked
 from .weight_reads import weight_reads
@@ -79,7 +80,9 @@ def unsupported(module: nn.Module, reads: Mapping[nn.Module, str]) -> str | None
         return f"already a {kind}"
     if nn.utils.parametrize.is_parametrized(module):
         return "parametrized weight"
-    if type(module) is not nn.Linear:  # a subclass, as of quantised layers, may have another forward
+    if type(module) is not nn.Linear and not is_conv1d(
+        module
+    ):  # a subclass, as of quantised layers, may have another forward
         return f"{kind}, {'a subclass of' if isinstance(module, nn.Linear) else 'not'} torch.nn.Linear"
     if is_hooked(module):
         return "hooks, or a replaced forward, which a new layer would lose"
@@ -91,16 +94,15 @@ def unsupported(module: nn.Module, reads: Mapping[nn.Module, str]) -> str | None
 
 
 def looks_linear(module: nn.Module) -> bool:
-    """Returns whether the module is an nn.Linear or a leaf whose class name suggests one, such as quantised layers and
-    transformers' Conv1D."""
-    kind = type(module).__name__
+    """Returns whether the module is an nn.Linear, transformers' Conv1D, or a leaf whose class name suggests a linear
+    layer, such as quantised ones."""
     leaf = next(module.children(), None) is None
-    return isinstance(module, nn.Linear) or (leaf and ("Linear" in kind or kind == "Conv1D"))
+    return isinstance(module, nn.Linear) or is_conv1d(module) or (leaf and "Linear" in type(module).__name__)
 
 
 def closest(model: nn.Module, target_modules: str | list[str]) -> str:
     """Returns the names of linear layers that are most similar to the target, for an error message."""
-    names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)}
     names |= {name.rpartition(".")[2] for name in names}
     wanted = [target_modules] if isinstance(target_modules, str) else sorted(target_modules)
     near = [name for target in wanted for name in difflib.get_close_matches(target, sorted(names), n=2, cutoff=0.3)]

@@ -49,7 +49,9 @@ def unload_(model: nn.Module, *, merge: bool = True, allow_empty: bool = False) 
         if reason := _unreplaceable(layer, merge, owners):
             report.left[name] = reason
         else:
-            report.changed[name] = "torch.nn.Linear" + (", adapter folded into its weight" if merge else "")
+            report.changed[name] = ("Conv1D" if layer.fan_in_fan_out else "torch.nn.Linear") + (
+                ", adapter folded into its weight" if merge else ""
+            )
     if report.left:
         expected = "layers that can all be merged and replaced" if merge else "layers that can all be replaced"
         raise checks.ArgumentError("model", expected, report.reasons())
