@@ -77,6 +77,7 @@ class PeftLoRAConfig(AdapterConfig):
         from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 
         _check_fields(config)
+        _check_selection(config)
         self.config = copy.copy(config)  # with target_modules as names or a regular expression, as PEFT resolves them
         if config.target_modules is None:
             self.config.target_modules = _default_targets(model)
@@ -140,7 +141,7 @@ class PeftLoRAConfig(AdapterConfig):
         from peft import inject_adapter_in_model
 
         init, weight = self.config.init_lora_weights, linear.weight.detach()
-        changes = init not in FROM_SHAPES
+        changes = (init.lower() if isinstance(init, str) else init) not in FROM_SHAPES
         if weight.is_meta:
             if init in (True, "gaussian"):
                 return None
@@ -163,10 +164,13 @@ class PeftLoRAConfig(AdapterConfig):
             raise checks.ArgumentError("init_lora_weights", "plain LoRA", f"{init!r} ({variant})")
         (a,), (b,) = made.lora_A.values(), made.lora_B.values()
         d_in, d_out = sizes(linear)
-        if (a.weight.shape[1], b.weight.shape[0]) != (d_in, d_out):  # OLoRA's of a Conv1D
-            got = f"{init!r} ({name}: factors of another shape)"
-            raise checks.ArgumentError("init_lora_weights", "an initialisation that fits the layer", got)
-        return Initial(a.weight.detach(), b.weight.detach(), twin.weight.detach() if changes else None)
+        r = self.layer_settings(name)["r"]
+        if a.weight.shape != (r, d_in) or b.weight.shape != (d_out, r):  # PiSSA's of a small layer, OLoRA's of a Conv1D
+            got = f"{init!r} ({name}: {tuple(a.weight.shape)} and {tuple(b.weight.shape)})"
+            expected = f"an initialisation with factors of shape {(r, d_in)} and {(d_out, r)}"
+            raise checks.ArgumentError("init_lora_weights", expected, got)
+        changed = changes and not torch.equal(twin.weight, weight)
+        return Initial(a.weight.detach(), b.weight.detach(), twin.weight.detach() if changed else None)
 
     def _for_one_layer(self, name: str, linear: nn.Linear) -> Any:
         """Returns PEFT's config for a model that consists of one layer, called ``layer``."""
@@ -218,6 +222,37 @@ def _check_fields(config: Any) -> None:
             raise checks.ArgumentError(field.name, expected, repr(value)[:200])
     if custom := getattr(config, "_custom_modules", None):
         raise checks.ArgumentError("config", "no custom modules", repr(custom)[:200])
+
+
+def _check_selection(config: Any) -> None:
+    """Raises ArgumentError unless the fields that select layers and their ranks have the types that PEFT expects."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, name)
+        if not isinstance(patterns, dict) or not all(map(_is_pattern, patterns)):
+            raise checks.ArgumentError(name, "a dict whose keys are regular expressions", repr(patterns)[:200])
+    if config.exclude_modules:
+        targets.check(config.exclude_modules, "exclude_modules")
+    layers, pattern = config.layers_to_transform, config.layers_pattern
+    lists = {
+        "modules_to_save": (config.modules_to_save, _is_pattern, "names of modules"),
+        "layers_pattern": ([pattern] if isinstance(pattern, str) and pattern else pattern, _is_pattern, "names"),
+        "layers_to_transform": ([layers] if isinstance(layers, int) else layers, _is_index, "numbers of layers"),
+    }
+    for name, (entries, fits, kind) in lists.items():
+        if entries and (not isinstance(entries, (list, tuple, set, frozenset)) or not all(map(fits, entries))):
+            raise checks.ArgumentError(name, f"a list of {kind}", repr(getattr(config, name))[:200])
+
+
+def _is_pattern(entry: object) -> bool:
+    """Returns whether it is a regular expression, as which PEFT takes names."""
+    try:
+        return isinstance(entry, str) and bool(entry) and re.compile(entry) is not None
+    except re.error:
+        return False
+
+
+def _is_index(entry: object) -> bool:
+    return isinstance(entry, int) and not isinstance(entry, bool)
 
 
 def _default(field: Field) -> object:

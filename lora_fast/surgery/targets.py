@@ -17,21 +17,21 @@ from .weight_reads import weight_reads
 ALL_LINEAR = "all-linear"
 
 
-def check(target_modules: object) -> None:
+def check(target_modules: object, argument: str = "target_modules") -> None:
     """Raises ArgumentError unless it is "all-linear", a regular expression, or a non-empty collection of names."""
     expected = f"{ALL_LINEAR!r}, a regular expression, or a non-empty list of module names"
     if isinstance(target_modules, str):
         try:
             re.compile(target_modules)
         except re.error as error:
-            raise checks.ArgumentError("target_modules", expected, f"{target_modules!r} ({error})") from None
+            raise checks.ArgumentError(argument, expected, f"{target_modules!r} ({error})") from None
         return
     if (
         not isinstance(target_modules, (list, tuple, set, frozenset))
         or not target_modules
         or not all(isinstance(name, str) and name for name in target_modules)
     ):
-        raise checks.ArgumentError("target_modules", expected, repr(target_modules))
+        raise checks.ArgumentError(argument, expected, repr(target_modules))
 
 
 def matches(target_modules: str | list[str], name: str) -> bool:
