@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import checks
 from ..kernels.grouping import group_by
-from ..layers.find import PeftLayer, fused_class, peft_layers
+from ..layers.find import PeftLayer, expert_count, fused_class, peft_layers
 from ..layers.hooks import change_class_, has_replaced_forward
 from .change_report import Report
 from .weight_reads import weight_reads
@@ -31,7 +31,11 @@ def fuse_(
 
     A fused layer checks at every call whether the fused op computes the same as PEFT (one active, plain adapter, no
     hooks but those of accelerate that only move the input, …). Where it does not, PEFT's forward runs and the layer's
-    ``fallback_reason`` contains the reason.
+    ``fallback_reason`` contains the reason. In a ``repr``, a fused layer has PEFT's name and the word "fused".
+
+    Left as they are: other kinds of PEFT's layers (embeddings, convolutions, quantised bases, the parameters that
+    ``target_parameters`` names, MoE experts among them), and layers whose weight the model reads without calling them,
+    so that an adapter has no effect there, neither PEFT's nor a fused one.
 
     Args:
         peft_model: any module that holds PEFT layers: a PeftModel, or a model after ``add_adapter``.
@@ -139,6 +143,9 @@ def _unfusable(layer: PeftLayer) -> str | None:
 
     from ..layers.fused_peft import fused_arguments
 
+    if (parameter := getattr(layer, "parameter_name", None)) is not None:  # of target_parameters
+        experts = expert_count(layer)
+        return f"adapter of the parameter {parameter!r}" + (f" of {experts} experts" if experts > 1 else "")
     if type(layer) is not lora.Linear:
         return f"PEFT layer {type(layer).__module__}.{type(layer).__name__}"
     if layer.merged_adapters:
