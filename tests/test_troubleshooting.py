@@ -118,6 +118,10 @@ def due() -> None:
 
 ERRORS = {
     "target_modules: expected at least one torch": lambda: lf.inject_(plain(), lf.LoRAConfig(target_modules=["q"])),
+    "init_lora_weights: expected an initialisation that needs": lambda: lf.inject_(
+        plain(), peft.LoraConfig(target_modules=["0"], init_lora_weights="eva", eva_config=peft.EvaConfig())
+    ),
+    "use_dora: expected its default": lambda: lf.inject_(plain(), peft.LoraConfig(target_modules=["0"], use_dora=True)),
     "model: expected a model without PEFT layers": lambda: lf.inject_(
         peft.get_peft_model(plain(), peft.LoraConfig(target_modules=["0"])), lf.LoRAConfig()
     ),
