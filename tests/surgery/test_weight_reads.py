@@ -1,5 +1,6 @@
 """Layers whose weight a model reads without calling the layer are left alone, and no others."""
 
+import re
 import types
 
 import peft
@@ -126,7 +127,7 @@ def test_fuse_leaves_layers_whose_weight_is_read():
     model = peft.get_peft_model(mamba(), peft.LoraConfig(r=2, target_modules=["in_proj", "x_proj"]))
     report = lf.fuse_(model)
     assert [name.rpartition(".")[2] for name in report.changed] == ["in_proj"]
-    assert "MambaMixer.forward reads its weight" in next(iter(report.left.values()))
+    assert re.match(r"MambaMixer\.\w+ reads its weight", next(iter(report.left.values())))
     assert len(lf.fuse_(peft_llama()).changed) == 14
 
 
