@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from .. import checks, functional
+from .. import checks
 from . import merge_log
+from .fallback import Fallback
 from .hooks import carry_hook
 
 
-class AdapterLinear(nn.Module):
+class AdapterLinear(Fallback, nn.Module):
     """A frozen linear layer and its low-rank adapter: ``y = x Wᵀ + bias + scaling · dropout(x) aᵀ bᵀ``, one fused op.
 
     A parametrisation is a subclass with ``lora_A``, ``lora_B``, ``scaling`` and ``alpha`` = scaling · r of the plain
@@ -39,6 +40,7 @@ class AdapterLinear(nn.Module):
         weight: (d_out, d_in), frozen. bias: (d_out,), frozen, or None.
         lora_A: a (r, d_in). lora_B: b (d_out, r).
         merged: True while ``weight`` contains the adapter.
+        fallback_reason: why the last call ran plain torch ops in place of the fused op; None if it did not.
 
     Raises:
         ArgumentError: r or dropout out of range.
@@ -137,14 +139,15 @@ class AdapterLinear(nn.Module):
         weight, bias = self.frozen_parameters()
         a, b = self.factors()
         dropout_p = self.dropout_p if self.training else 0.0
-        return functional.lora_linear(x, weight, bias, a, b, self.scaling, dropout_p)
+        return self._call(x, weight, bias, a, b, self.scaling, dropout_p)
 
     def frozen_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Returns weight and bias for one forward. FSDP1 replaces them by views of its flat parameter, which require a
-        gradient as soon as any parameter in it does; they are detached, because this layer's are frozen."""
+        gradient as soon as any parameter in it does; they are detached, because this layer's are frozen. A leaf is no
+        such view but a parameter that ``torch.func.functional_call`` was given."""
         weight, bias = self.weight, self.bias
         is_stored = "weight" in self._parameters or "weight" in self.__dict__  # and not computed by a parametrization
-        if is_stored and type(weight) is Tensor and weight.requires_grad:
+        if is_stored and type(weight) is Tensor and weight.requires_grad and weight._is_view():
             return weight.detach(), None if bias is None else bias.detach()
         return weight, bias
 

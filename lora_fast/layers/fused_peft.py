@@ -6,6 +6,7 @@ op computes the same as PEFT's forward; if not, PEFT's forward runs and ``fallba
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 from torch.nn import Dropout, Identity, Linear, Parameter
 
-from .. import functional
-from ..functional.linear import is_autocast_on
+from .. import checks
+from ..functional.linear import is_autocast_on, reason_against_op, run_op
 from ..kernels.limits import LARGEST_RANK
 from .base import merged_weight
+from .fallback import Fallback
 from .find import PeftLayer
 from .hooks import HOOK, is_hooked, returns_to_input
 
@@ -25,38 +27,29 @@ PLAIN = (Parameter, Tensor)  # neither a DTensor nor a quantised subclass
 DROPOUTS = (Identity, Dropout)
 
 
-class FusedLoraLinear(lora.Linear):
+class FusedLoraLinear(Fallback, lora.Linear):
     """A ``peft.tuners.lora.Linear`` whose forward is one fused op wherever that computes the same.
 
     Attributes:
         fallback_reason: why the last call ran PEFT's own forward; None if it ran fused.
     """
 
-    fallback_reason: str | None = None
     lora_A: Any  # nn.ModuleDict of nn.Linear, whose entries torch types as any module
     lora_B: Any
-    replicated_from: FusedLoraLinear  # of nn.DataParallel's replicas
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x: (..., d_in) → (..., d_out) in the dtype of the base layer's result."""
         call = "extra arguments" if args or kwargs else self._fused_call(x)
-        if isinstance(call, tuple):
-            if self.fallback_reason is not None:  # nn.Module.__setattr__ is slow, so it runs only for a change
-                self._note(None)
-            base: Any = self._modules["base_layer"]
-            if HOOK in base.__dict__:  # accelerate's, which would move x to the weight's device
-                y = functional.lora_linear(x.to(call[0].device), *call)
-                return y.to(x.device) if y.device != x.device and returns_to_input(base) else y
-            return functional.lora_linear(x, *call)
-        self._note(call)
-        return super().forward(x, *args, **kwargs)
-
-    def _replicate_for_data_parallel(self) -> FusedLoraLinear:
-        """Returns nn.DataParallel's replica for one call, whose reason for PEFT's forward also shows on this layer."""
-        self._note(None)
-        replica = super()._replicate_for_data_parallel()
-        replica.__dict__["replicated_from"] = self  # nn.Module.__setattr__ would register a submodule
-        return replica
+        if isinstance(call, str):
+            self._note(call)
+            return super().forward(x, *args, **kwargs)
+        if self.fallback_reason is not None:  # nn.Module.__setattr__ is slow, so it runs only for a change
+            self._note(None)
+        base: Any = self._modules["base_layer"]
+        if HOOK in base.__dict__:  # accelerate's, which would move x to the weight's device
+            y = run_op(x.to(call[0].device), *call)
+            return y.to(x.device) if y.device != x.device and returns_to_input(base) else y
+        return run_op(x, *call)
 
     def _fused_call(self, x: Tensor) -> tuple | str:
         """Returns ``lora_linear``'s arguments after x, or the reason why PEFT's forward has to run. It runs at every
@@ -80,13 +73,7 @@ class FusedLoraLinear(lora.Linear):
                 return f"{x.dtype} input to {weight.dtype} weights"
         elif not self.cast_input_dtype_enabled:
             return "casting of the input is off"
-        return call
-
-    def _note(self, reason: str | None) -> None:
-        if not torch.compiler.is_compiling():  # writing an attribute would break the graph
-            self.fallback_reason = reason
-            if reason is not None and "replicated_from" in self.__dict__:
-                self.replicated_from._note(reason)
+        return reason_against_op(x, weight, call[2], call[3]) or _reason_against_scaling(call[4], weight) or call
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merges as PEFT does, but with one rounding: all merged adapters are added to the original weight, which is
@@ -122,6 +109,17 @@ class FusedLoraLinear(lora.Linear):
         """Returns whether the adapter adds exactly scaling · b a to the base weight."""
         base, biased = self.get_base_layer(), self.lora_B[name].bias is not None
         return type(base) is Linear and not self.fan_in_fan_out and name not in self.lora_variant and not biased
+
+
+def _reason_against_scaling(scaling: Any, weight: Tensor) -> str | None:
+    """Returns why the op does not take a scaling, with which PEFT multiplies whatever it is."""
+    if type(scaling) is float and -math.inf < scaling < math.inf:
+        return None
+    try:
+        checks.scaling(scaling, weight.device)
+    except checks.ArgumentError:
+        return f"scaling {scaling!r}" if isinstance(scaling, float) else f"scaling of type {type(scaling).__name__}"
+    return None
 
 
 def fused_arguments(layer: PeftLayer, adapter: str) -> tuple | str:
