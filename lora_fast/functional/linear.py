@@ -91,7 +91,7 @@ def run_composite(x, weight, bias, lora_A, lora_B, scaling, dropout_p: float = 0
     arguments are checked as those of the op, except that the weight may be trained."""
     scaling, dropout_p = _plain_numbers(scaling, dropout_p, x)
     keep = None
-    if type(x) in composite.PLAIN and not x.is_nested and composite.transform() != composite.JIT_TRACE:
+    if type(x) in composite.PLAIN and not x.is_nested and (_traced() or composite.transform() != composite.JIT_TRACE):
         autocast = is_autocast_on(x.device.type) and x.dtype != torch.float64
         number = 1.0 if isinstance(scaling, Tensor) else scaling
         checks.lora_linear(x, weight.detach(), bias, lora_A, lora_B, number, dropout_p, autocast)
@@ -106,7 +106,8 @@ def run_composite(x, weight, bias, lora_A, lora_B, scaling, dropout_p: float = 0
 def _plain_numbers(scaling, dropout_p, x: Tensor) -> tuple[float | Tensor, float]:
     """Returns the numbers as Python's, and a scaling in a tensor without dimensions. A ``dropout_p`` in a tensor is
     read on the host, as by nn.Dropout."""
-    return checks.scaling(scaling, x.device), checks.probability(checks.plain_number(dropout_p), "dropout_p")
+    p = checks.plain_number(dropout_p)
+    return checks.scaling(scaling, x.device), checks.probability(float(p) if isinstance(p, bool) else p, "dropout_p")
 
 
 def is_autocast_on(device_type: str) -> bool:

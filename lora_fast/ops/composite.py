@@ -16,6 +16,7 @@ from .reference.cayley import EPS
 from .reference.linear import keep_scale
 
 PLAIN = frozenset((Tensor, Parameter))  # neither a subclass (jagged, DTensor, fake, masked, …) nor a quantised weight
+FUNCTORCH = "torch.func transform (vmap, grad, jvp, …)"
 JIT_TRACE = "torch.jit.trace"
 _STRIDED = torch.strided
 # Looked up once, because attribute accesses cost host time in every layer's call.
@@ -37,16 +38,30 @@ def reason(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | N
     if not (type(x) in PLAIN and type(weight) in PLAIN and type(lora_A) in PLAIN and type(lora_B) in PLAIN):
         return _subclass(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B)
     if _traced():
-        return "torch.export" if _exported() else None
+        return _in_graph()
     if x.layout is not _STRIDED or x.is_nested or x.is_meta:
         return "nested x" if x.is_nested else "x on the meta device" if x.is_meta else f"x of layout {x.layout}"
     return transform()
 
 
+def _in_graph() -> str | None:
+    """Returns why a call that torch.compile or torch.export traces does not become the registered op: a program is to
+    run without this package, and the op has no rule for transforms."""
+    return "torch.export" if _exported() else FUNCTORCH if _in_transform() else None
+
+
+def _in_transform() -> bool:
+    return _functorch()
+
+
+# torch.compile calls it instead of tracing it, which would leave a node in every graph. It guards on transforms itself.
+_in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def transform() -> str | None:
     """Returns which transform of functions, or which trace, runs now."""
     if _functorch():
-        return "torch.func transform (vmap, grad, jvp, …)"
+        return FUNCTORCH
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
     if _jit_trace() is not None:
@@ -59,7 +74,7 @@ def transform() -> str | None:
 def reason_for_parameters(parameters: Iterable[Tensor]) -> str | None:
     """Returns what ``reason`` does, for an op of parameters alone."""
     if _traced():
-        return "torch.export" if _exported() else None
+        return _in_graph()
     for parameter in parameters:
         if type(parameter) not in PLAIN or parameter.is_meta:
             return f"a parameter of type {type(parameter).__name__} on {parameter.device}"
