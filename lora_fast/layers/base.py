@@ -147,7 +147,7 @@ class AdapterLinear(Fallback, nn.Module):
         such view but a parameter that ``torch.func.functional_call`` was given."""
         weight, bias = self.weight, self.bias
         is_stored = "weight" in self._parameters or "weight" in self.__dict__  # and not computed by a parametrization
-        if is_stored and type(weight) is Tensor and weight.requires_grad and weight._is_view():
+        if is_stored and type(weight) is Tensor and weight.requires_grad and not weight.is_leaf:
             return weight.detach(), None if bias is None else bias.detach()
         return weight, bias
 
@@ -213,5 +213,5 @@ def merged_weight(weight: Tensor, adapters: list[tuple[Tensor, Tensor, float]]) 
     """
     total = weight.to(torch.promote_types(weight.dtype, torch.float32))
     for a, b, scaling in adapters:
-        total = torch.addmm(total, b.to(total.dtype), a.to(total.dtype), alpha=scaling)
+        total = torch.addmm(total, b.to(total.dtype), a.to(total.dtype), alpha=float(scaling))
     return total.to(weight.dtype)

@@ -24,7 +24,7 @@ _traced, _exported, _functorch, _jit_trace, _modes, _mode = (
     torch.compiler.is_compiling,
     torch.compiler.is_exporting,
     torch._C._are_functorch_transforms_active,
-    torch._C._get_tracing_state,
+    torch._C._is_tracing,
     torch._C._len_torch_dispatch_stack,
     torch._C._get_dispatch_mode,
 )
@@ -41,7 +41,9 @@ def reason(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | N
         return _in_graph()
     if x.layout is not _STRIDED or x.is_nested or x.is_meta:
         return "nested x" if x.is_nested else "x on the meta device" if x.is_meta else f"x of layout {x.layout}"
-    return transform()
+    if _functorch() or forward_ad._current_level >= 0 or _jit_trace() or _modes() > 0:
+        return transform()
+    return None
 
 
 def _in_graph() -> str | None:
@@ -64,7 +66,7 @@ def transform() -> str | None:
         return FUNCTORCH
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
-    if _jit_trace() is not None:
+    if _jit_trace():
         return JIT_TRACE
     if _modes() > 0:  # of infrastructure: those of users see the op's products
         return next((f"{kind.name.lower()} mode of torch.fx" for kind in _TRACING if _mode(kind) is not None), None)
