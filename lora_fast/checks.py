@@ -122,6 +122,20 @@ def probability(value: object, argument: str = "dropout") -> float:
     return float(value)
 
 
+def scaling(value: object, device: torch.device) -> float | torch.Tensor:
+    """Returns a finite number as a number of Python, and a real tensor of one element, on the device or the CPU, as one
+    without dimensions. The tensor is not read, so that nothing waits for its device."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1 or value.is_complex() or value.device not in (device, torch.device("cpu")):
+            expected = f"a finite number, or a real tensor of one element on {device} or the CPU"
+            raise ArgumentError("scaling", expected, f"{value.dtype} {_shape(value)} on {value.device}")
+        return value.reshape(())
+    number = python_number(value)
+    if not isinstance(number, NUMBERS) or not math.isfinite(number):
+        raise ArgumentError("scaling", "a finite number", repr(value))
+    return float(number)
+
+
 def choice(value: object, argument: str, options: tuple[str, ...]) -> str:
     if value not in options:
         raise ArgumentError(argument, f"one of {', '.join(options)}", repr(value))

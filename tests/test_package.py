@@ -28,7 +28,7 @@ LAYERS = [
     ["functional"],
     ["ops"],
     ["backend", "measure"],
-    ["platforms"],
+    ["platforms", "regions"],
     ["checks"],
     ["kernels"],
 ]

@@ -159,7 +159,7 @@ def find_pairs(model: nn.Module) -> list[Pair]:
             reason = "already merged" if layer.merged else _shared(layer.weight, owners)
             if layer.fan_in_fan_out:
                 reason = "weight of a Conv1D, stored as (d_in, d_out)"
-            pairs.append(Pair(name, layer.lora_A, layer.lora_B, layer.scaling, None, reason, layer))
+            pairs.append(Pair(name, layer.lora_A, layer.lora_B, float(layer.scaling), None, reason, layer))
     for name, layer in peft_layers(model).items():
         factors_a, factors_b = getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})
         for adapter in layer.active_adapters:

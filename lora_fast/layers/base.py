@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from .. import checks, functional
+from .. import checks
 from . import merge_log
+from .fallback import Fallback
 from .hooks import carry_hook, offloads
 from .merging import Merged, MergedParameter, Term, unmergeable
 
 
-class AdapterLinear(nn.Module):
+class AdapterLinear(Fallback, nn.Module):
     """A frozen linear layer and its low-rank adapter: ``y = x Wᵀ + bias + scaling · dropout(x) aᵀ bᵀ``, one fused op.
 
     A parametrisation is a subclass with ``lora_A``, ``lora_B``, ``scaling`` and ``alpha`` = scaling · r of the plain
@@ -42,6 +43,7 @@ class AdapterLinear(nn.Module):
         lora_A: a (r, d_in). lora_B: b (d_out, r).
         merged: True while ``weight`` contains the adapter.
         disabled: True while ``lf.disable_adapters`` has the layer compute its frozen linear layer alone.
+        fallback_reason: why the last call ran plain torch ops in place of the fused op; None if it did not.
 
     Raises:
         ArgumentError: r or dropout out of range.
@@ -147,15 +149,15 @@ class AdapterLinear(nn.Module):
         weight, bias = self.frozen_parameters()
         a, b = self.factors()
         dropout_p = self.dropout_p if self.training else 0.0
-        return functional.lora_linear(x, weight, bias, a, b, self.scaling, dropout_p)
+        return self._call(x, weight, bias, a, b, self.scaling, dropout_p)
 
     def frozen_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Returns weight (d_out, d_in) and bias for one forward. FSDP1 replaces them by views of its flat parameter,
         which require a gradient as soon as any parameter in it does; they are detached, because this layer's are
-        frozen."""
+        frozen. A leaf is no such view but a parameter that ``torch.func.functional_call`` was given."""
         weight, bias = self.weight, self.bias
         is_stored = "weight" in self._parameters or "weight" in self.__dict__  # and not computed by a parametrization
-        if is_stored and type(weight) is Tensor and weight.requires_grad:
+        if is_stored and type(weight) is Tensor and weight.requires_grad and not weight.is_leaf:
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         return weight.t() if self.fan_in_fan_out else weight, bias
 

@@ -6,6 +6,7 @@ op computes the same as PEFT's forward; if not, PEFT's forward runs and ``fallba
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 from torch.nn import Dropout, Identity, Linear, Parameter
 from transformers.pytorch_utils import Conv1D
 
-from .. import functional
-from ..functional.linear import is_autocast_on
+from .. import checks
+from ..functional.linear import is_autocast_on, reason_against_op, run_op
 from ..kernels.limits import LARGEST_RANK
 from .exact_merge import ExactMerge
+from .fallback import Fallback
 from .find import PeftLayer
 from .hooks import HOOK, is_hooked, returns_to_input
 from .merging import Term
@@ -26,31 +28,29 @@ PLAIN = (Parameter, Tensor)  # neither a DTensor nor a quantised subclass
 DROPOUTS = (Identity, Dropout)
 
 
-class FusedLoraLinear(ExactMerge, lora.Linear):
+class FusedLoraLinear(Fallback, ExactMerge, lora.Linear):
     """A ``peft.tuners.lora.Linear`` whose forward is one fused op wherever that computes the same.
 
     Attributes:
         fallback_reason: why the last call ran PEFT's own forward; None if it ran fused.
     """
 
-    fallback_reason: str | None = None
     lora_A: Any  # nn.ModuleDict of nn.Linear, whose entries torch types as any module
     lora_B: Any
-    replicated_from: FusedLoraLinear  # of nn.DataParallel's replicas
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x: (..., d_in) → (..., d_out) in the dtype of the base layer's result."""
         call = "extra arguments" if args or kwargs else self._fused_call(x)
-        if isinstance(call, tuple):
-            if self.fallback_reason is not None:  # nn.Module.__setattr__ is slow, so it runs only for a change
-                self._note(None)
-            base: Any = self._modules["base_layer"]
-            if HOOK in base.__dict__:  # accelerate's, which would move x to the weight's device
-                y = functional.lora_linear(x.to(call[0].device), *call)
-                return y.to(x.device) if y.device != x.device and returns_to_input(base) else y
-            return functional.lora_linear(x, *call)
-        self._note(call)
-        return super().forward(x, *args, **kwargs)
+        if isinstance(call, str):
+            self._note(call)
+            return super().forward(x, *args, **kwargs)
+        if self.fallback_reason is not None:  # nn.Module.__setattr__ is slow, so it runs only for a change
+            self._note(None)
+        base: Any = self._modules["base_layer"]
+        if HOOK in base.__dict__:  # accelerate's, which would move x to the weight's device
+            y = run_op(x.to(call[0].device), *call)
+            return y.to(x.device) if y.device != x.device and returns_to_input(base) else y
+        return run_op(x, *call)
 
     def _get_name(self) -> str:
         """Returns the name of PEFT's class, from whose repr PEFT's layer status takes the ``module_type``."""
@@ -60,13 +60,6 @@ class FusedLoraLinear(ExactMerge, lora.Linear):
         return (
             "fused" if self.fallback_reason is None else f"fused, last call by PEFT's forward: {self.fallback_reason}"
         )
-
-    def _replicate_for_data_parallel(self) -> FusedLoraLinear:
-        """Returns nn.DataParallel's replica for one call, whose reason for PEFT's forward also shows on this layer."""
-        self._note(None)
-        replica = super()._replicate_for_data_parallel()
-        replica.__dict__["replicated_from"] = self  # nn.Module.__setattr__ would register a submodule
-        return replica
 
     def _fused_call(self, x: Tensor) -> tuple | str:
         """Returns ``lora_linear``'s arguments after x, or the reason why PEFT's forward has to run. It runs at every
@@ -80,24 +73,21 @@ class FusedLoraLinear(ExactMerge, lora.Linear):
             if len(active) != 1:
                 return f"{len(active)} active adapters"
             active = active[0]
-        call = fused_arguments(self, active)
-        if isinstance(call, str):
-            return call
+        found = fused_arguments(self, active)
+        if isinstance(found, str):
+            return found
+        call, lora_bias = found
         weight, bias = call[0], call[1]
         # Autocast casts x, weight and bias to one dtype, except float64. Without it PEFT casts x for the adapter only.
-        mixed = bias is not None and bias.dtype is not weight.dtype and not self.lora_bias.get(active)
-        if x.dtype is not weight.dtype or mixed:
+        if x.dtype is not weight.dtype or (bias is not None and bias.dtype is not weight.dtype):
             if torch.float64 in (x.dtype, weight.dtype) or not is_autocast_on(weight.device.type):
                 return f"{x.dtype} input to {weight.dtype} weights"
         elif not self.cast_input_dtype_enabled:
             return "casting of the input is off"
-        return call
-
-    def _note(self, reason: str | None) -> None:
-        if not torch.compiler.is_compiling():  # writing an attribute would break the graph
-            self.fallback_reason = reason
-            if reason is not None and "replicated_from" in self.__dict__:
-                self.replicated_from._note(reason)
+        reason = reason_against_op(x, weight, call[2], call[3]) or _reason_against_scaling(call[4], weight)
+        if reason is None and lora_bias is not None:
+            return weight, _sum_of_biases(bias, lora_bias * call[4], weight.dtype), *call[2:]
+        return reason or call
 
     def merge_terms(self, adapter: str) -> list[tuple[Parameter, Term]] | str:
         base: Any = self.get_base_layer()
@@ -115,12 +105,24 @@ class FusedLoraLinear(ExactMerge, lora.Linear):
         return terms
 
 
-def fused_arguments(layer: PeftLayer, adapter: str) -> tuple | str:
+def _reason_against_scaling(scaling: Any, weight: Tensor) -> str | None:
+    """Returns why the op does not take a scaling, with which PEFT multiplies whatever it is."""
+    if type(scaling) is float and -math.inf < scaling < math.inf:
+        return None
+    try:
+        checks.scaling(scaling, weight.device)
+    except checks.ArgumentError:
+        return f"scaling {scaling!r}" if isinstance(scaling, float) else f"scaling of type {type(scaling).__name__}"
+    return None
+
+
+def fused_arguments(layer: PeftLayer, adapter: str) -> tuple[tuple, Tensor | None] | str:
     """Returns ``lora_linear``'s arguments after x for one adapter, or why the fused op does not compute the same as
     PEFT.
 
     Returns:
-        (weight, bias, lora_A, lora_B, scaling, dropout_p), or the reason as a string.
+        (weight, bias, lora_A, lora_B, scaling, dropout_p) and lora_B's bias, which is to be scaled and added to the
+        base layer's; or the reason as a string.
     """
     modules = layer._modules  # read past nn.Module.__getattr__, which costs host time at every call
     base, a = modules["base_layer"], modules["lora_A"]._modules.get(adapter)
@@ -147,13 +149,11 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple | str:
         return "trainable base weight"
     if layer.r[adapter] > LARGEST_RANK:
         return f"rank {layer.r[adapter]}, above {LARGEST_RANK}"
-    bias, lora_bias, scaling = parameters.get("bias"), b_parameters.get("bias"), layer.scaling[adapter]
-    if lora_bias is not None:
-        bias = _sum_of_biases(bias, lora_bias * scaling, weight.dtype)
     if type(base) is Conv1D:
         weight = weight.t()  # a view: the op takes any strides
     dropout_p = dropout.p if dropout.training and type(dropout) is Dropout else 0.0
-    return weight, bias, lora_a, lora_b, scaling, dropout_p
+    arguments = weight, parameters.get("bias"), lora_a, lora_b, layer.scaling[adapter], dropout_p
+    return arguments, b_parameters.get("bias")
 
 
 def _sum_of_biases(bias: Tensor | None, scaled: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, regions
 from ..functional.linear import is_autocast_on
 from ..kernels.grouping import group_by
 from . import factor_cache, inverse_cayley
@@ -133,8 +133,12 @@ class NBLoRALinear(AdapterLinear):
         if shared is None or shared.thread != _thread():
             return factor_cache.cached_factors([self])[0]
         (a, b), bound = shared.factors, self.applied_bound
-        # A model may enter autocast within its forward, after the hook that computed the factors.
-        return (a, b) if bound == shared.bound else (a, b * (bound / shared.bound))
+        if bound == shared.bound:
+            return a, b
+        with (
+            regions.unseen()
+        ):  # a model may enter autocast within its forward, after the hook that computed the factors
+            return a, b * (bound / shared.bound)
 
     @torch.no_grad()
     def plain_factors(self) -> tuple[Tensor, Tensor]:
