@@ -165,7 +165,7 @@ def _collect(model: nn.Module, exact: bool) -> tuple[list[str], Contents, dict[s
             for factor in ("lora_A", "lora_B"):
                 tensors[f"{name}.{factor}.weight"] = io.to_host(f"{name}.{factor}", getattr(layer, factor))
             free |= sidecar.collect({name: layer})
-    beside = whole_modules.tensors(model, whole)
+    beside = base_weights.unmerged(model, whole_modules.tensors(model, whole))
     tensors |= {key: io.to_host(key, tensor) for key, tensor in beside.items()}
     config, changes = (
         _config(model, layers, [key_name(name) for name in whole]),
@@ -185,11 +185,8 @@ def _collect_peft(model: nn.Module, exact: bool) -> tuple[list[str], Contents, d
     if not isinstance(model, PeftModel):
         raise CheckpointError("model", "a PeftModel or LoRALinear layers", f"PEFT layers in a {type(model).__name__}")
     state = peft_state.state(model)
-    tensors = {}
-    for key, tensor in peft_state.tensors(model, state, adapter, embeddings="auto").items():
-        if key.endswith(".base_layer.weight"):
-            base_weights.check_original(model, f"{PREFIX}{key.removesuffix('.base_layer.weight')}")
-        tensors[key] = io.to_host(key, tensor)
+    tensors = peft_state.tensors(model, state, adapter, embeddings="auto")
+    tensors = {key: io.to_host(key, tensor) for key, tensor in base_weights.unmerged(model, tensors).items()}
     config, changes = peft_state.config(model, adapter), base_weights.collect(model, layers, exact)
     contents = _contents(config, tensors, changes, {})
     load_plan.into_peft_tensors(model, state, layers, adapter, _parsed(contents))

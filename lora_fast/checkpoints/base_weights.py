@@ -11,7 +11,7 @@ from .. import checks
 from ..checks import CheckpointError
 from ..layers import merge_log
 from ..layers.base import merged_weight
-from ..layers.find import AdapterLayer, expert_count
+from ..layers.find import AdapterLayer, adapter_layers, expert_count
 from ..layers.hooks import stored_tensor
 from ..layers.merge_log import Term, holder
 from ..surgery.merge import original_weight, weight_owners
@@ -131,9 +131,18 @@ def _original(name: str, layer: AdapterLayer) -> Tensor:
     return weight
 
 
-def check_original(model: nn.Module, name: str) -> None:
-    """Raises CheckpointError if the layer of this name is merged by PEFT, so that its frozen weight is not known."""
-    _original(name, model.get_submodule(name))
+def unmerged(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors with the originals of those that adapters are merged into, which also other modules may hold.
+
+    Raises:
+        CheckpointError: one that PEFT has merged an adapter into, so that its original is not known.
+    """
+    merged = {name: layer for name, layer in adapter_layers(model).items() if layer.merged}
+    if not merged:
+        return dict(tensors)
+    layers = {layer.weight.data_ptr(): (name, layer) for name, layer in merged.items() if hasattr(layer, "weight")}
+    places = {key: layers.get(tensor.data_ptr()) for key, tensor in tensors.items()}
+    return {key: tensors[key] if place is None else _original(*place) for key, place in places.items()}
 
 
 def _check_change(name: str, layer: AdapterLayer | nn.Linear, change: Change, owners: dict[int, list[str]]) -> None:

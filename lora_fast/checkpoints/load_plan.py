@@ -183,6 +183,8 @@ def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLay
     peft_config.require_plain(adapter.config)
     # The files have names without wrappers such as torch.compile's. get_submodule needs the model's own names.
     real_names = {key_name(name): name for name, _ in model.named_modules() if name}
+    plan = Plan()
+    _add_others(plan, model, adapter)
     _check_names([name for name in real_names if name in adapter.pairs or adapter.targets(name)], adapter)
     kinds: dict[str, tuple[type[AdapterLinear], dict]] = {}
     linears: dict[str, Any] = {}  # each is an nn.Linear, which ``targets.unsupported`` checks below
@@ -199,8 +201,6 @@ def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLay
         check_tensor(f"{name}.lora_A", a, (a.shape[0], linear.in_features), dtype)
         check_tensor(f"{name}.lora_B", b, (linear.out_features, a.shape[0]), dtype)
         kinds[real_names[name]] = _kind(adapter.settings(name), free.get(name))
-    plan = Plan()
-    _add_others(plan, model, adapter)
     base_weights.check(model, linears, adapter, plan.others)
     plan.replacements = inject.build_layers(model, kinds)
     layers = {name: plan.replacements[linear] for name, linear in linears.items()}

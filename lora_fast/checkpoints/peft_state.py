@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..layers.find import key_name, peft_layers
 from ..layers.hooks import stored_tensor
 from ..surgery import tasks
-from ..surgery.merge import original_weight
 from .peft_format import PREFIX
 
 Embeddings = bool | Literal["auto"]
@@ -30,8 +29,7 @@ def tensors(model: nn.Module, state: dict[str, Tensor], adapter: str, embeddings
 
 
 def state(model: nn.Module, writable: bool = False) -> dict[str, Tensor]:
-    """Returns the model's ``state_dict``, with the tensors that accelerate has offloaded and the weights as they were
-    before they were merged. The tensors share the model's memory.
+    """Returns the model's ``state_dict``, with the tensors that accelerate has offloaded, all in the model's memory.
 
     Args:
         writable: leave out what accelerate has offloaded to the disk (``hooks.stored_tensor``).
@@ -41,10 +39,6 @@ def state(model: nn.Module, writable: bool = False) -> dict[str, Tensor]:
         if isinstance(tensor, Tensor) and tensor.is_meta:
             path, _, name = key.rpartition(".")
             state[key] = stored_tensor(model.get_submodule(path), name, writable)
-    for name, layer in peft_layers(model).items():
-        original = original_weight(layer) if layer.merged else None
-        if original is not None:
-            state[f"{name}.base_layer.weight"] = original
     return state
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..checks import CheckpointError
 from ..layers.find import ADAPTER_LAYERS, key_name
 from ..layers.hooks import stored_tensor
 from ..surgery import tasks
-from ..surgery.merge import original_weight
+from ..surgery.merge import weight_owners
 from . import io, peft_state
 from .peft_format import PREFIX, Adapter
 
@@ -55,8 +56,7 @@ def tensors(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
     for key, (owner, attribute) in _places(model, names).items():
         if isinstance(owner, ADAPTER_LAYERS):
             name = key.removesuffix(f".{attribute}")
-            tensor = original_weight(owner) if attribute == "weight" else getattr(owner, attribute)
-            found[f"{name}{BASE}{attribute}"] = tensor
+            found[f"{name}{BASE}{attribute}"] = stored_tensor(owner, attribute)
         else:
             found[key] = stored_tensor(owner, attribute)
     return found
@@ -94,10 +94,25 @@ def destinations(model: nn.Module, adapter: Adapter) -> tuple[list[tuple[str, Te
                 "lora_A and lora_B of linear layers, modules_to_save and embeddings (a PEFT model loads the others)"
             )
             raise CheckpointError(f"key {PREFIX}{key}", expected, "an extra key")
+    _check_shared(model, copies)
     for key in _places(model, chosen):
         if key not in values:
             raise CheckpointError(f"key {PREFIX}{key}", "in the file, for modules_to_save", "missing")
     return copies, list(chosen.values())
+
+
+def _check_shared(model: nn.Module, copies: list[tuple[str, Tensor, Tensor]]) -> None:
+    """Raises CheckpointError if a parameter that several modules hold would get a new value of only some of them, as
+    where PEFT trained a copy of tied embeddings."""
+    owners, values = weight_owners(model), {key.replace(BASE, "."): value for key, _, value in copies}
+    for key, tensor, value in copies:
+        attribute = key.rpartition(".")[2]
+        names = [f"{key_name(name)}.{attribute}" for name in owners.get(id(tensor), ())]
+        same = all(name in values and torch.equal(values[name], value) for name in names)
+        unchanged = tensor.shape == value.shape and torch.equal(tensor.cpu(), value.to(tensor.dtype))
+        if len(names) > 1 and not same and not unchanged:
+            expected = "a parameter of its own in the model, for its trained values"
+            raise CheckpointError(f"key {PREFIX}{key}", expected, f"one held by {' and '.join(names)}")
 
 
 def _places(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[nn.Module, str]]:

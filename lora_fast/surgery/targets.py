@@ -10,6 +10,7 @@ from torch import nn
 from .. import checks
 from ..layers.find import ADAPTER_LAYERS
 from ..layers.hooks import is_hooked
+from . import tasks
 
 ALL_LINEAR = "all-linear"
 
@@ -54,9 +55,12 @@ def left_alone(model: nn.Module, modules: dict[str, nn.Module], target_modules: 
     # PEFT leaves the output embeddings out of "all-linear", too.
     everything = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
     head = getattr(model, "get_output_embeddings", lambda: None)() if everything else None
+    task_heads = tuple(f"{name}." for name in tasks.heads(model)) if everything else ()
     for name, module in modules.items():
         parent = model.get_submodule(name.rpartition(".")[0])
         reason = "output embeddings" if module is head else unsupported(module, parent)
+        if task_heads and f"{name}.".startswith(task_heads):
+            reason = "head of the task, which save_adapter saves whole; requires_grad_(True) trains it"
         if reason is not None:
             reasons[name] = reason
     if not isinstance(target_modules, str):
