@@ -157,6 +157,12 @@ class AdapterLinear(nn.Module):
         expected = f"the parameters of a {type(self).__name__} beside it, as lf.save_adapter writes them"
         raise checks.ArgumentError("adapter", expected, "plain LoRA")
 
+    @torch.no_grad()
+    def load_free_(self, *values: Tensor) -> None:
+        """Copies values into the tensors in ``SAVED_STATE``, in its order."""
+        for name, value in zip(self.SAVED_STATE, values, strict=True):
+            getattr(self, name).copy_(value)
+
     def merge(self) -> None:
         """Adds the adapter to ``weight`` with one rounding; the original weight is kept until ``unmerge``. It warns if
         the merged layer does not keep what this kind of layer promises (``merge_note``)."""

@@ -59,6 +59,31 @@ def returns_to_input(module: nn.Module) -> bool:
     return any(hook.io_same_device for hook in _parts(module.__dict__[HOOK]))
 
 
+def carry_hook(source: nn.Module, target: nn.Module) -> None:
+    """Gives the target the source's hook of accelerate if that only moves the input. The hook is not initialised again:
+    the target's tensors are on the source's device already, and the hook's table of tied weights has addresses of
+    tensors that may be gone."""
+    if is_wrapped(source) and _only_aligns(source):
+        _wrap(target, source.__dict__[FORWARD].func, source.__dict__[HOOK])
+
+
+def change_class_(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Changes the class of a module whose instance has no forward, its own one, or accelerate's wrapper around that.
+    The object stays the same, and so do its hooks, parameters and names."""
+    state, wrapped = module.__dict__, is_wrapped(module)
+    module.__class__ = kind
+    if wrapped:
+        _wrap(module, state[FORWARD].func, state[HOOK])
+    else:
+        state.pop(FORWARD, None)
+
+
+def has_replaced_forward(module: nn.Module) -> bool:
+    """Returns whether the instance has a forward that is neither its class's nor accelerate's wrapper around that."""
+    state = module.__dict__
+    return FORWARD in state and not (is_own(state[FORWARD], module) or is_wrapped(module))
+
+
 def stored_tensor(module: nn.Module, name: str, writable: bool = False) -> Tensor:
     """Returns a parameter or buffer of the module. Where accelerate has offloaded it, which leaves a tensor of the meta
     device in the module, that is the tensor in the CPU's memory, or a copy of what is on the disk.
@@ -83,31 +108,6 @@ def with_parameters(module: nn.Module) -> AbstractContextManager:
     from accelerate.utils import align_module_device
 
     return align_module_device(module, torch.device("cpu"))
-
-
-def carry_hook(source: nn.Module, target: nn.Module) -> None:
-    """Gives the target the source's hook of accelerate if that only moves the input. The hook is not initialised again:
-    the target's tensors are on the source's device already, and the hook's table of tied weights has addresses of
-    tensors that may be gone."""
-    if is_wrapped(source) and _only_aligns(source):
-        _wrap(target, source.__dict__[FORWARD].func, source.__dict__[HOOK])
-
-
-def change_class_(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Changes the class of a module whose instance has no forward, its own one, or accelerate's wrapper around that.
-    The object stays the same, and so do its hooks, parameters and names."""
-    state, wrapped = module.__dict__, is_wrapped(module)
-    module.__class__ = kind
-    if wrapped:
-        _wrap(module, state[FORWARD].func, state[HOOK])
-    else:
-        state.pop(FORWARD, None)
-
-
-def has_replaced_forward(module: nn.Module) -> bool:
-    """Returns whether the instance has a forward that is neither its class's nor accelerate's wrapper around that."""
-    state = module.__dict__
-    return FORWARD in state and not (is_own(state[FORWARD], module) or is_wrapped(module))
 
 
 def _wrap(module: nn.Module, wrapper: Callable, hook: Any) -> None:
