@@ -55,7 +55,8 @@ def left_alone(model: nn.Module, modules: dict[str, nn.Module], target_modules: 
     # PEFT leaves the output embeddings out of "all-linear", too.
     everything = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
     head = getattr(model, "get_output_embeddings", lambda: None)() if everything else None
-    task_heads = tuple(f"{name}." for name in tasks.heads(model)) if everything else ()
+    is_task_of_peft = everything and tasks.task_type(model) in tasks.HEADS
+    task_heads = tuple(f"{name}." for name in tasks.heads(model)) if is_task_of_peft else ()
     for name, module in modules.items():
         parent = model.get_submodule(name.rpartition(".")[0])
         reason = "output embeddings" if module is head else unsupported(module, parent)
