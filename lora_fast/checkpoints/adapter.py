@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..checks import CheckpointError
 from ..layers.base import AdapterLinear
-from ..layers.find import ADAPTER_LAYERS, PeftLayer, key_name, peft_layers
+from ..layers.find import ADAPTER_LAYERS, PeftLayer, adapter_layers, key_name, peft_layers
 from ..layers.hooks import with_parameters
 from ..surgery import targets
 from ..surgery.change_report import Report
@@ -73,9 +73,17 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = Fal
     return Report("saved", dict.fromkeys(names, os.fspath(path)), note=base_weights.note(changes, "saved"))
 
 
-def check_savable(model: nn.Module) -> None:
-    """Raises the CheckpointError that ``save_adapter(model, …, exact=True)`` would raise, but for a path."""
-    _collect(_unwrap(model), exact=True)
+def check_savable(model: nn.Module, merges: bool) -> None:
+    """Raises the CheckpointError, but for a path, that ``save_adapter(model, …, exact=True)`` would raise now or after
+    training.
+
+    Args:
+        merges: whether training changes frozen weights.
+    """
+    model = _unwrap(model)
+    _collect(model, exact=True)
+    if merges:
+        base_weights.check_changeable(adapter_layers(model))
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:

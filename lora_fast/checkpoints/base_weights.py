@@ -37,16 +37,22 @@ def collect(model: nn.Module, layers: Mapping[str, AdapterLayer], exact: bool) -
     for name, layer in layers.items():
         if not merge_log.is_changed(holder(layer)):
             continue
-        if expert_count(layer) > 1:
-            expected = "base weights that an adapter's files can hold (else merge_and_unload, or the whole state_dict)"
-            got = f"{name}: ScaLoRA merged into the parameter of {layer.num_experts} experts, {layer.parameter_name}"
-            raise CheckpointError("model", expected, got)
+        check_changeable({name: layer})
         term = _joined(merge_log.kept_terms(layer), layer.weight)
         if exact or term is None or not _takes_further_ranks(layer):
             changes[name] = Change(io.to_host(f"{name}.weight", _original(name, layer)), term if exact else None)
         elif len(term[1]):  # 0 where no merge added anything
             changes[name] = Change(None, term)
     return changes
+
+
+def check_changeable(layers: Mapping[str, AdapterLayer]) -> None:
+    """Raises CheckpointError for a layer whose frozen weight could not be saved after merges during training."""
+    for name, layer in layers.items():
+        if expert_count(layer) > 1:
+            expected = "base weights that an adapter's files can hold (else merge_and_unload, or the whole state_dict)"
+            got = f"{name}: ScaLoRA merges into the parameter of {layer.num_experts} experts, {layer.parameter_name}"
+            raise CheckpointError("model", expected, got)
 
 
 def check(

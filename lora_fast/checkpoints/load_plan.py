@@ -150,10 +150,10 @@ def into_our_layers(
         if not layer.SAVED_STATE:
             plan.copies += _copies(name, layer, ("lora_A", "lora_B"), adapter.pairs[name])
         else:
+            destinations = [io.destination(f"{name}.{role}", layer, role) for role in layer.SAVED_STATE]
             if name in free:
                 _check_free(name, layer, free[name])
             values = free[name].tensors if name in free else _free_parameters(name, layer, adapter)
-            destinations = [io.destination(f"{name}.{role}", layer, role) for role in layer.SAVED_STATE]
             plan.copies += zip(destinations, values, strict=True)
     return plan
 

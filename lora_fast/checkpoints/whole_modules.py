@@ -94,23 +94,25 @@ def destinations(model: nn.Module, adapter: Adapter) -> tuple[list[tuple[str, Te
                 "lora_A and lora_B of linear layers, modules_to_save and embeddings (a PEFT model loads the others)"
             )
             raise CheckpointError(f"key {PREFIX}{key}", expected, "an extra key")
-    _check_shared(model, copies)
+    _check_shared(model, copies, tuple(f"{key_name(name)}." for name in chosen))
     for key in _places(model, chosen):
         if key not in values:
             raise CheckpointError(f"key {PREFIX}{key}", "in the file, for modules_to_save", "missing")
     return copies, list(chosen.values())
 
 
-def _check_shared(model: nn.Module, copies: list[tuple[str, Tensor, Tensor]]) -> None:
-    """Raises CheckpointError if a parameter that several modules hold would get a new value of only some of them, as
-    where PEFT trained a copy of tied embeddings."""
+def _check_shared(model: nn.Module, copies: list[tuple[str, Tensor, Tensor]], trained: tuple[str, ...]) -> None:
+    """Raises CheckpointError if a parameter that several modules hold has more than one value in the file, or one for
+    only some of these modules of which PEFT has trained a copy (its key starts with one of ``trained``)."""
     owners, values = weight_owners(model), {key.replace(BASE, "."): value for key, _, value in copies}
     for key, tensor, value in copies:
         attribute = key.rpartition(".")[2]
         names = [f"{key_name(name)}.{attribute}" for name in owners.get(id(tensor), ())]
-        same = all(name in values and torch.equal(values[name], value) for name in names)
+        # PEFT restores the others in the base model, where modules share them.
+        is_copy = bool(trained) and key.startswith(trained)
+        same = all(torch.equal(values[name], value) if name in values else not is_copy for name in names)
         unchanged = tensor.shape == value.shape and torch.equal(tensor.cpu(), value.to(tensor.dtype))
-        if len(names) > 1 and not same and not unchanged:
+        if len(names) > 1 and not same and not (is_copy and unchanged):
             expected = "a parameter of its own in the model, for its trained values"
             raise CheckpointError(f"key {PREFIX}{key}", expected, f"one held by {' and '.join(names)}")
 
