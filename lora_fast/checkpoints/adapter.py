@@ -10,7 +10,6 @@ calls them free parameters and stores them in a file of their own, the sidecar (
 
 from __future__ import annotations
 
-import math
 import os
 import re
 
@@ -196,6 +195,7 @@ def _collect_peft(model: nn.Module, exact: bool) -> tuple[list[str], Contents, d
     tensors = peft_state.tensors(model, state, adapter, embeddings="auto")
     tensors = {key: io.to_host(key, tensor) for key, tensor in base_weights.unmerged(model, tensors).items()}
     config, changes = peft_state.config(model, adapter), base_weights.collect(model, layers, exact)
+    peft_config.set_scalings_(config, peft_state.scalings(model, adapter))
     contents = _contents(config, tensors, changes, {})
     load_plan.into_peft_tensors(model, state, layers, adapter, _parsed(contents))
     others = {key.rpartition(".")[0].partition(".lora_")[0].removesuffix(".base_layer") for key in tensors}
@@ -224,7 +224,10 @@ def _config(model: nn.Module, layers: dict[str, AdapterLinear], whole: list[str]
     """
     use_rslora = all(layer.use_rslora for layer in layers.values())
     ranks = {name: layer.r for name, layer in layers.items()}
-    alphas = {name: _alpha(layer, use_rslora) for name, layer in layers.items()}
+    alphas = {  # also of layers whose scaling was edited
+        name: peft_config.alpha_of(float(layer.scaling), layer.r, use_rslora, layer.alpha)
+        for name, layer in layers.items()
+    }
     modules = [key_name(name) for name, _ in model.named_modules()]
     # A list of names would also select modules whose names end in one of them; a regular expression does not.
     ambiguous = any(name not in layers and targets.matches(list(layers), name) for name in modules)
@@ -245,11 +248,3 @@ def _config(model: nn.Module, layers: dict[str, AdapterLinear], whole: list[str]
     }
     peft_config.set_ranks(config, ranks, alphas)
     return config
-
-
-def _alpha(layer: AdapterLinear, use_rslora: bool) -> float:
-    """Returns the alpha that gives the layer's scaling, also if its scaling was edited; an int if it is whole, as in
-    PEFT's configs."""
-    unit = math.sqrt(layer.r) if use_rslora else layer.r
-    alpha = layer.alpha if layer.alpha / unit == layer.scaling else layer.scaling * unit
-    return peft_config.whole(alpha)

@@ -123,8 +123,8 @@ def into_peft_tensors(
             plan.copies.append((tensor, value))
         else:
             plan.add_other(key, tensor, value)
-    for name, (pattern, scaling) in peft_state.scalings(model, active).items():
-        _check_scaling(name, scaling, adapter.scaling(name, pattern))
+    for name, scaling in peft_state.scalings(model, active).items():
+        _check_scaling(name, scaling, adapter.scaling(name))
     return plan
 
 
@@ -166,7 +166,7 @@ def check_our_layers(layers: dict[str, AdapterLinear], adapter: Adapter) -> None
     for name, layer in layers.items():
         if not layer.SAVED_STATE:
             check_tensor(f"{name}.lora_A", adapter.pairs[name][0], (layer.r, layer.in_features), torch.float64)
-            _check_scaling(name, layer.scaling, adapter.scaling(name))
+            _check_scaling(name, float(layer.scaling), adapter.scaling(name))
 
 
 def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLayer]) -> Plan:

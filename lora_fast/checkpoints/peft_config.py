@@ -139,9 +139,28 @@ def set_ranks(config: dict, ranks: dict[str, int], alphas: dict[str, float]) -> 
         config[field_name] = {re.escape(name): values[name] for name in longest_first} if differ else {}
 
 
-def whole(alpha: float) -> float:
-    """Returns an alpha as an int if it is whole, as in PEFT's configs."""
-    return int(alpha) if float(alpha).is_integer() else alpha
+def set_scalings_(config: dict, scalings: Mapping[str, float]) -> None:
+    """Gives each layer its own alpha in a config, if a layer has another scaling than the config gives it, as after
+    PEFT's ``set_scale``.
+
+    Args:
+        scalings: name that the patterns are matched with → scaling.
+    """
+    own = {name: settings(config, name) for name in scalings}
+    if not all(math.isclose(scaling(own[name]), scalings[name], rel_tol=1e-12) for name in own):
+        alphas = {name: alpha_of(scalings[name], own[name]["r"], own[name]["use_rslora"]) for name in own}
+        set_ranks(config, {name: own[name]["r"] for name in own}, alphas)
+
+
+def alpha_of(scaling: float, r: int, use_rslora: bool, nominal: float = math.nan) -> float:
+    """Returns the alpha that gives a scaling, as an int if it is whole, as in PEFT's configs.
+
+    Args:
+        nominal: an alpha that is returned unrounded if it gives the scaling.
+    """
+    unit = math.sqrt(r) if use_rslora else r
+    alpha = float(nominal if nominal / unit == scaling else scaling * unit)
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def _is_variant(name: str) -> bool:

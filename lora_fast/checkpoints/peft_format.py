@@ -18,7 +18,6 @@ itself where the file has further ranks, otherwise nothing.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable
@@ -78,17 +77,12 @@ class Adapter:
     _own_settings: dict[str, dict] = field(default_factory=dict)  # of layers that have further ranks in the file
 
     def settings(self, name: str) -> dict:
-        """Returns r, alpha, dropout and use_rslora of one layer."""
+        """Returns r, alpha, dropout and use_rslora of one layer, or of a parameter that ``target_parameters`` names."""
         return self._own_settings.get(name) or peft_config.settings(self.config, name)
 
-    def scaling(self, name: str, pattern_name: str | None = None) -> float:
-        """Returns alpha / r of one layer, or alpha / √r with use_rslora.
-
-        Args:
-            pattern_name: the name that the config's patterns are matched with, if it is not the layer's.
-        """
-        settings = self._own_settings.get(name) or peft_config.settings(self.config, pattern_name or name)
-        return peft_config.scaling(settings)
+    def scaling(self, name: str) -> float:
+        """Returns alpha / r of one layer, or alpha / √r with use_rslora."""
+        return peft_config.scaling(self.settings(name))
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns all tensors but those of changed weights, by their keys without the prefix."""
@@ -193,8 +187,7 @@ def _add_changes_(config: dict, tensors: dict[str, Tensor], changes: dict[str, C
         tensors[key("lora_A")] = torch.cat([a, term_a.to(a.dtype)])
         ranks[name] += len(term_a)
         # The scale alpha / r has to stay the same at the larger rank.
-        root = math.sqrt(ranks[name]) if settings[name]["use_rslora"] else ranks[name]
-        alphas[name] = peft_config.whole(scaling * root)
+        alphas[name] = peft_config.alpha_of(scaling, ranks[name], settings[name]["use_rslora"])
     if any(marks.values()):
         peft_config.set_ranks(config, ranks, alphas)
     return marks

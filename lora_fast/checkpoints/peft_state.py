@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from .. import checks
 from ..layers.find import key_name, peft_layers
 from ..layers.hooks import stored_tensor
 from ..surgery import tasks
@@ -54,7 +55,8 @@ def restorable(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def config_fields(config: Any) -> dict:
     """Returns the fields of a PEFT config as JSON has them. Patterns keep their order, because PEFT takes the first one
     that matches."""
-    return json.loads(json.dumps(config.to_dict(), default=lambda value: sorted(value)))
+    plain = lambda value: sorted(value) if isinstance(value, (set, frozenset)) else checks.plain_number(value)
+    return json.loads(json.dumps(config.to_dict(), default=plain))
 
 
 def config(model: Any, adapter: str) -> dict:
@@ -73,20 +75,20 @@ def auto_mapping(model: nn.Module) -> dict[str, str]:
     return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
 
-def scalings(model: nn.Module, adapter: str) -> dict[str, tuple[str, float]]:
-    """Returns name → (the name that PEFT's patterns are matched with, scaling) of each layer that has the adapter."""
+def scalings(model: nn.Module, adapter: str) -> dict[str, float]:
+    """Returns the scaling of each layer that has the adapter, by the name that PEFT's patterns are matched with: the
+    layer's or, for a layer of ``target_parameters``, the parameter's."""
     found = {}
     for name, layer in peft_layers(model).items():
         scaling: Mapping = getattr(layer, "scaling", {})
         if adapter in scaling:
-            short = key_name(name).removeprefix(PREFIX)
-            parameter = getattr(layer, "parameter_name", None)  # of experts: each parameter wraps the one before
-            pattern = short if parameter is None else f"{_unwrapped(short)}.{parameter}"
-            found[short] = (pattern, scaling[adapter])
+            short, parameter = key_name(name).removeprefix(PREFIX), getattr(layer, "parameter_name", None)
+            found[short if parameter is None else f"{_unwrapped(short)}.{parameter}"] = float(scaling[adapter])
     return found
 
 
 def _unwrapped(name: str) -> str:
+    """Returns a module's name without those of the wrappers of its other parameters."""
     while name.endswith(".base_layer"):
         name = name.removesuffix(".base_layer")
     return name
