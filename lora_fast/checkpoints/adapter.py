@@ -193,6 +193,7 @@ def _collect_peft(model: nn.Module, exact: bool) -> tuple[list[str], Contents, d
         raise CheckpointError("model", "a PeftModel or LoRALinear layers", f"PEFT layers in a {type(model).__name__}")
     state = peft_state.state(model)
     tensors = peft_state.tensors(model, state, adapter, embeddings="auto")
+    peft_state.check_complete(model, adapter, tensors)
     tensors = {key: io.to_host(key, tensor) for key, tensor in base_weights.unmerged(model, tensors).items()}
     config, changes = peft_state.config(model, adapter), base_weights.collect(model, layers, exact)
     peft_config.set_scalings_(config, peft_state.scalings(model, adapter))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from .. import checks
+from ..checks import CheckpointError
 from ..layers.find import key_name, peft_layers
 from ..layers.hooks import stored_tensor
 from ..surgery import tasks
@@ -41,6 +42,17 @@ def state(model: nn.Module, writable: bool = False) -> dict[str, Tensor]:
             path, _, name = key.rpartition(".")
             state[key] = stored_tensor(model.get_submodule(path), name, writable)
     return state
+
+
+def check_complete(model: Any, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError if a trained parameter, of no other adapter, is not among the tensors that PEFT saves."""
+    saved = {tensor.data_ptr() for tensor in tensors.values()}
+    others = tuple(f".{name}." for name in model.peft_config if name != adapter)
+    for name, parameter in model.named_parameters():
+        trained = parameter.requires_grad and type(parameter) is nn.Parameter and not parameter.is_meta
+        if trained and parameter.data_ptr() not in saved and not any(other in f"{name}." for other in others):
+            expected = "no trained parameters but those that PEFT saves with the adapter (modules_to_save adds modules)"
+            raise CheckpointError("model", expected, key_name(name).removeprefix(PREFIX))
 
 
 def restorable(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
