@@ -76,6 +76,13 @@ def positive(value: object, argument: str) -> float:
     return float(value)
 
 
+def finite(value: object, argument: str) -> float:
+    value = python_number(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ArgumentError(argument, "a finite number", repr(value))
+    return float(value)
+
+
 def nonnegative(value: object, argument: str) -> float:
     value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import checks, regions
 from ..functional.linear import is_autocast_on
 from ..kernels.grouping import group_by
-from . import factor_cache, inverse_cayley
+from . import factor_cache, hooks, inverse_cayley
 from .base import AdapterLinear, is_conv1d
 from .merging import merged_weight
 from .rounding_room import UNIT_ROUNDOFF, usable_bound
@@ -284,6 +284,8 @@ def factors_of(model: nn.Module) -> list[tuple[NBLoRALinear, tuple[Tensor, Tenso
     # FSDP gathers a DTensor, or FSDP1's flat vector, only for its own module's forward, so such a layer computes its
     # factors there.
     whole = [layer for layer in layers if type(layer.free_a) in (nn.Parameter, Tensor) and layer.free_a.dim() == 2]
+    # The same holds for a layer that accelerate has offloaded.
+    whole = [layer for layer in whole if not (layer.free_a.is_meta and hooks.HOOK in layer.__dict__)]
     groups = group_by(whole, lambda layer: layer.free_a.device).values()
     return [pair for group in groups for pair in zip(group, factor_cache.cached_factors(group), strict=True)]
 

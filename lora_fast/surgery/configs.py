@@ -6,6 +6,8 @@ import functools
 from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
+from torch import nn
+
 from .. import checks
 from ..layers.base import AdapterLinear
 from ..layers.lora import LoRALinear
@@ -42,9 +44,9 @@ class AdapterConfig:
         """Returns the arguments of ``from_linear`` of the layer with this name."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "target_modules"}
 
-    def excluded(self, name: str) -> str | None:
-        """Returns why a module that ``target_modules`` names gets no adapter, or None if it does."""
-        return None
+    def left_alone(self, model: nn.Module, candidates: dict[str, nn.Module]) -> dict[str, str]:
+        """Returns the name of each candidate that gets no adapter → the reason."""
+        return targets.left_alone(model, candidates, self.target_modules)
 
 
 def takes_peft_names(config: type[Config]) -> type[Config]:

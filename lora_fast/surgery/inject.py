@@ -66,8 +66,7 @@ def inject_(
     settings = _settings(config, model)
     target = settings.target_modules
     candidates = targets.candidates(model, target)
-    excluded = {name: reason for name in candidates if (reason := settings.excluded(name)) is not None}
-    report = Report("injected", left=excluded | targets.left_alone(model, candidates, target))
+    report = Report("injected", left=settings.left_alone(model, candidates))
     kinds = {name: (settings.layer, settings.layer_settings(name)) for name in candidates if name not in report.left}
     report.changed = {name: f"{kind.__name__}(r={own['r']})" for name, (kind, own) in kinds.items()}
     if not report.changed and not allow_empty:

@@ -22,7 +22,7 @@ from .. import checks
 from ..layers import merge_log
 from ..layers.base import AdapterLinear, sizes
 from ..layers.lora import LoRALinear
-from . import targets
+from . import targets, tasks
 from .configs import AdapterConfig
 
 TAKEN = (  # fields of PEFT's LoraConfig, whatever their values
@@ -33,11 +33,6 @@ TAKEN = (  # fields of PEFT's LoraConfig, whatever their values
 )  # fmt: skip
 FROM_DATA = ("eva", "corda", "lora_ga")  # initialisations for which PEFT needs activations or gradients
 FROM_SHAPES = (True, False, "gaussian", "orthogonal")  # those that leave the base weight as it is
-HEADS = {  # task → ends of the names of modules that PEFT's model for the task trains whole
-    "SEQ_CLS": ["classifier", "score"],
-    "TOKEN_CLS": ["classifier", "score"],
-    "QUESTION_ANS": ["qa_outputs"],
-}
 NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout"}  # ours → PEFT's, for errors
 
 
@@ -83,12 +78,16 @@ class PeftLoRAConfig(AdapterConfig):
             self.config.target_modules = _default_targets(model)
         self.target_modules = self.config.target_modules
         targets.check(self.target_modules)
-        self.config.modules_to_save = [*(config.modules_to_save or ()), *HEADS.get(config.task_type, ())] or None
+        self.config.modules_to_save = [*(config.modules_to_save or ()), *tasks.HEADS.get(config.task_type, ())] or None
         self.config = _maybe_include_all_linear_layers(self.config, model)
         self.saved = _modules_to_save(model, self.config.modules_to_save or ())
         self.owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
 
-    def excluded(self, name: str) -> str | None:
+    def left_alone(self, model: nn.Module, candidates: dict[str, nn.Module]) -> dict[str, str]:
+        excluded = {name: reason for name in candidates if (reason := self._excluded(name)) is not None}
+        return targets.left_alone(model, candidates, self.config.target_modules) | excluded
+
+    def _excluded(self, name: str) -> str | None:
         """Returns why PEFT gives no adapter to a module that ``target_modules`` names, or None if it does."""
         from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -108,7 +107,7 @@ class PeftLoRAConfig(AdapterConfig):
             for key in getattr(self.config, setting):
                 if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
                     left[key] = f"a key of {setting} that matches no layer"
-        heads = HEADS.get(self.config.task_type, ())
+        heads = tasks.HEADS.get(self.config.task_type, ())
         for entry in self.config.modules_to_save or ():
             if entry not in heads and not any(name.endswith(entry) for name in self.saved):
                 left[entry] = "no module of this name, for modules_to_save"

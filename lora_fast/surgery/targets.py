@@ -12,6 +12,7 @@ from .. import checks
 from ..layers.base import is_conv1d
 from ..layers.find import ADAPTER_LAYERS
 from ..layers.hooks import is_hooked
+from . import tasks
 from .weight_reads import weight_reads
 
 ALL_LINEAR = "all-linear"
@@ -57,9 +58,13 @@ def left_alone(model: nn.Module, modules: dict[str, nn.Module], target_modules: 
     # PEFT leaves the output embeddings out of "all-linear", too.
     everything = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
     head = getattr(model, "get_output_embeddings", lambda: None)() if everything else None
+    is_task_of_peft = everything and tasks.task_type(model) in tasks.HEADS
+    task_heads = tuple(f"{name}." for name in tasks.heads(model)) if is_task_of_peft else ()
     reads = weight_reads(model)
     for name, module in modules.items():
         reason = "output embeddings" if module is head else unsupported(module, reads)
+        if task_heads and f"{name}.".startswith(task_heads):
+            reason = "head of the task, which save_adapter saves whole; requires_grad_(True) trains it"
         if reason is not None:
             reasons[name] = reason
     if not isinstance(target_modules, str):
@@ -80,9 +85,8 @@ def unsupported(module: nn.Module, reads: Mapping[nn.Module, str]) -> str | None
         return f"already a {kind}"
     if nn.utils.parametrize.is_parametrized(module):
         return "parametrized weight"
-    if type(module) is not nn.Linear and not is_conv1d(
-        module
-    ):  # a subclass, as of quantised layers, may have another forward
+    # A subclass, as of quantised layers, may have another forward.
+    if type(module) is not nn.Linear and not is_conv1d(module):
         return f"{kind}, {'a subclass of' if isinstance(module, nn.Linear) else 'not'} torch.nn.Linear"
     if is_hooked(module):
         return "hooks, or a replaced forward, which a new layer would lose"

@@ -217,3 +217,22 @@ def test_weights_that_an_initialisation_changes_are_saved_with_the_adapter(init,
     fresh = llama().eval()
     lf.load_adapter(fresh, tmp_path)
     assert torch.equal(fresh(batch()).logits, model(batch()).logits)
+
+
+def test_modules_trained_whole_are_saved_with_the_adapter(tmp_path):
+    model = classifier().eval()
+    lf.inject_(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS", init_lora_weights=False))
+    with torch.no_grad():
+        model.score.weight.add_(1.0)
+    lf.save_adapter(model, tmp_path)
+    fresh = classifier().eval()
+    lf.load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(batch()).logits, model(batch()).logits)
+    theirs = peft.PeftModel.from_pretrained(classifier(), tmp_path).eval()
+    torch.testing.assert_close(theirs(batch()).logits, model(batch()).logits)
+
+
+def test_all_linear_adapts_the_head_of_a_classifier_as_peft_does_without_a_task():
+    theirs, ours, report = both(classifier, target_modules="all-linear")
+    assert_same_layers(theirs, ours)
+    assert "score" in report.changed
