@@ -6,25 +6,33 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-import weakref
 from functools import cache
 from importlib import import_module
 from types import ModuleType
 
 import torch
 
-from . import checks, platforms
+from . import checks, platforms, regions
 
 BACKENDS = ("auto", "triton", "torch")
-_chosen = checks.choice(os.environ.get("LORA_FAST_BACKEND", "auto"), "LORA_FAST_BACKEND", BACKENDS)
+_process = checks.choice(os.environ.get("LORA_FAST_BACKEND", "auto"), "LORA_FAST_BACKEND", BACKENDS)
+
+
+class _Thread(threading.local):
+    name: str | None = None  # the backend of the thread's innermost block
+
+
+_thread = _Thread()
 
 
 class set_backend:
-    """Sets the backend: ``lf.set_backend("torch")``, or for a block only ``with lf.set_backend("torch"): ...``.
+    """Sets the backend: ``lf.set_backend("torch")`` for the process, ``with lf.set_backend("torch"): ...`` for a block
+    of the thread that runs it.
 
-    It is set for all threads, because autograd runs the backward of a GPU's ops, and with activation checkpointing
-    their second forward, in a thread of its own. Where the blocks of several threads overlap, the one that began last
-    holds, and after the last of them has ended the backend is the one from before the first.
+    A block changes nothing for other threads, except for the threads in which ``nn.DataParallel`` runs the replicas
+    that the block makes. Inside a block a call without ``with`` changes nothing for the block's thread before the block
+    ends. Backward uses the backend of its forward, and a region under activation checkpointing that runs again uses
+    the backends of its first run, in whichever thread and block they run.
 
     Args:
         name: ``"auto"`` (Triton on the CUDA devices that the kernels run on, torch elsewhere), ``"triton"`` or
@@ -34,43 +42,53 @@ class set_backend:
         ArgumentError: an unknown name.
     """
 
+    # Only the statement that follows the constructor shows whether a call is a block. Until a setting is entered,
+    # shown or released, which Python does at once with a result that is not kept, it therefore holds in its own thread
+    # alone.
+    _open = False
+
     def __init__(self, name: str):
-        global _chosen
-        name = checks.choice(name, "backend", BACKENDS)
-        with _lock:
-            self._before, _chosen = _chosen, name
-            _settings[:] = [*map(weakref.ref, _alive()), weakref.ref(self)]
+        self.name = checks.choice(name, "backend", BACKENDS)
+        self._outer, self._owner = [_thread.name], threading.get_ident()
+        _thread.name, self._open = self.name, True
 
     def __enter__(self) -> set_backend:
+        if self._open:
+            self._open = False
+        else:  # it has been entered before
+            self._outer.append(_thread.name)
+        _thread.name = self.name
         return self
 
     def __exit__(self, *error) -> None:
-        global _chosen
-        with _lock:
-            settings = _alive()
-            if self not in settings:  # it has ended before
-                return
-            i = settings.index(self)
-            if i + 1 < len(settings):  # a block of another thread began later and still runs
-                settings[i + 1]._before = self._before
-            else:
-                _chosen = self._before
-            _settings[:] = map(weakref.ref, settings[:i] + settings[i + 1 :])
+        _thread.name = self._outer.pop()
+
+    def __del__(self) -> None:
+        self._set_process()
+
+    def __repr__(self) -> str:
+        self._set_process()  # an interactive session shows a result and keeps it
+        return f"set_backend({self.name!r})"
+
+    def _set_process(self) -> None:
+        global _process
+        if self._open:
+            self._open, _process = False, self.name
+            if threading.get_ident() == self._owner:
+                _thread.name = self._outer.pop()
 
 
-_lock = threading.Lock()  # for the settings and the warnings; nn.DataParallel calls the layers of each GPU in a thread
-# In the order in which they were made. A block holds its setting while it runs; nothing holds that of a plain call.
-_settings: list[weakref.ref[set_backend]] = []
-
-
-def _alive() -> list[set_backend]:
-    settings = [reference() for reference in _settings]
-    return [setting for setting in settings if setting is not None]
+_lock = threading.Lock()  # for the warnings; nn.DataParallel calls the layers of each GPU in a thread
 
 
 def chosen() -> str:
-    """Returns the name of the backend that is set."""
-    return _chosen
+    """Returns the name of the backend that is set for this thread."""
+    return _thread.name or _process
+
+
+def chosen_by_block() -> str | None:
+    """Returns the name of the backend that a block of this thread has set, or None outside all blocks."""
+    return _thread.name
 
 
 def interpreting() -> bool:
@@ -86,16 +104,17 @@ def uses_triton(tensor: torch.Tensor) -> bool:
         BackendError: Triton is chosen by name and cannot run on the tensor's device, or it runs there and cannot
             compute in the tensor's dtype.
     """
-    if _chosen == "torch":
+    name = _thread.name or _process
+    if name == "torch":
         return False
     if tensor.is_cuda:
         obstacle = platforms.gpu_obstacle(tensor.get_device())
-    elif _chosen == "auto" and (tensor.is_cpu or tensor.is_meta):
+    elif name == "auto" and (tensor.is_cpu or tensor.is_meta):
         return False
     else:
         obstacle = _obstacle_outside_cuda(tensor.device.type)
     if obstacle is not None:
-        if _chosen == "triton":
+        if name == "triton":
             raise checks.BackendError(_refusal(tensor.device, obstacle))
         _warn_once(tensor.device.type, tensor.device.index or 0)
         return False
@@ -104,6 +123,14 @@ def uses_triton(tensor: torch.Tensor) -> bool:
             "backend 'triton' with float64: expected float16, bfloat16 or float32; lf.set_backend('torch') computes it"
         )
     return True
+
+
+def forward_uses_triton(tensor: torch.Tensor) -> bool:
+    """Returns what ``uses_triton`` returns. In a checkpointed region that runs again, it is what this call returned in
+    the region's first run, because the two backends draw different dropout masks."""
+    if not regions.inside():
+        return uses_triton(tensor)
+    return regions.same_again("backends", lambda: uses_triton(tensor))
 
 
 def _obstacle_outside_cuda(device_type: str) -> platforms.Obstacle | None:
@@ -145,7 +172,7 @@ _warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as pl
 def fallback(device: torch.device) -> str | None:
     """Returns a sentence that says why the backend "auto" runs plain torch on an accelerator, or None where it does not
     or where nobody expects kernels, as on a CPU."""
-    if _chosen != "auto" or device.type in ("cpu", "meta") or platforms.obstacle(device) is None:
+    if chosen() != "auto" or device.type in ("cpu", "meta") or platforms.obstacle(device) is None:
         return None
     return _fallback_text(device)
 

@@ -148,6 +148,13 @@ def positive(value: object, argument: str) -> float:
     return float(value)
 
 
+def finite(value: object, argument: str) -> float:
+    value = python_number(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ArgumentError(argument, "a finite number", repr(value))
+    return float(value)
+
+
 def nonnegative(value: object, argument: str) -> float:
     value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, NUMBERS) or not 0 <= value <= LARGEST_FLOAT:  # NaN fails too
@@ -197,6 +204,20 @@ def probability(value: object, argument: str = "dropout") -> float:
     return float(value)
 
 
+def scaling(value: object, device: torch.device) -> float | torch.Tensor:
+    """Returns a finite number as a number of Python, and a real tensor of one element, on the device or the CPU, as one
+    without dimensions. The tensor is not read, so that nothing waits for its device."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1 or value.is_complex() or value.device not in (device, torch.device("cpu")):
+            expected = f"a finite number, or a real tensor of one element on {device} or the CPU"
+            raise ArgumentError("scaling", expected, f"{value.dtype} {_shape(value)} on {value.device}")
+        return value.reshape(())
+    number = python_number(value)
+    if not isinstance(number, NUMBERS) or not math.isfinite(number):
+        raise ArgumentError("scaling", "a finite number", repr(value))
+    return float(number)
+
+
 def choice(value: object, argument: str, options: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in options:
         raise ArgumentError(argument, f"one of {', '.join(options)}", shown(value))
@@ -244,7 +265,7 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: b
     probability(dropout_p, "dropout_p")
     if x.dtype != weight.dtype:
         raise ArgumentError("x", f"weight's dtype {weight.dtype} (or an autocast region)", x.dtype)
-    raise ArgumentError("bias", f"weight's dtype {weight.dtype}", bias.dtype)
+    raise ArgumentError("bias", f"weight's dtype {weight.dtype}, or float32 beside 16 bits", bias.dtype)
 
 
 def _fits(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: bool) -> bool:
@@ -277,5 +298,10 @@ def _bias_fits(bias, d_out: int, device: torch.device, dtype: torch.dtype, autoc
         bias.shape == (d_out,)
         and bias.layout is torch.strided
         and bias.device == device
-        and (bias.dtype is dtype or (autocast and bias.dtype in FLOATS))
+        and (bias.dtype is dtype or _is_wide(bias, dtype) or (autocast and bias.dtype in FLOATS))
     )
+
+
+def _is_wide(bias, dtype: torch.dtype) -> bool:
+    """Returns whether the bias is float32 beside 16-bit activations, as a sum with an adapter's bias is."""
+    return bias.dtype is torch.float32 and dtype.itemsize == 2

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from . import checks
-from .checkpoints.adapter import load_adapter, save_adapter
+from .checkpoints.adapter import check_savable, load_adapter, save_adapter
+from .methods import ScaLoRA
 from .metrics import AdapterStats, BoundStats, adapter_stats, bound_stats, not_finite
 from .optim import LoRAAdamW, check_options
 
@@ -126,10 +127,18 @@ class ExactCheckpoints(TrainerMixin):
     class:
 
         class ScaLoRATrainer(lf.hf.ExactCheckpoints, Trainer): pass
+
+    Raises:
+        CheckpointError: when training starts, if its checkpoints could not be saved (``lf.save_adapter``).
     """
 
     model: Any  # a module once the Trainer saves or loads, which its types leave open
     args: Any
+
+    def create_optimizer(self, *args, **kwargs) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        check_savable(self.model, merges=any(type(method) is ScaLoRA for method in getattr(optimizer, "_methods", ())))
+        return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

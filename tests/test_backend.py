@@ -3,16 +3,17 @@ family of ops, kernels and torch twins, have the same functions with the same ar
 
 import functools
 import inspect
-import itertools
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 from together import run_together
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import lora_fast as lf
 from lora_fast import backend, platforms
@@ -30,42 +31,107 @@ def test_families_have_the_same_functions_and_signatures(family):
         assert arguments[0] == arguments[1], name
 
 
-def test_overlapping_blocks_leave_the_backend_from_before_them():
-    """The block that began last holds, in whichever order the blocks of several threads end."""
-    before = backend.chosen()
-    for order in itertools.permutations(range(3)):
-        blocks = [backend.set_backend(name) for name in ("torch", "triton", "torch")]
-        for block in blocks:
-            block.__enter__()
-        running = {0: "torch", 1: "triton", 2: "torch"}
-        for i in order:
-            assert backend.chosen() == running[max(running)]
-            blocks[i].__exit__(None, None, None)
-            del running[i]
-        assert backend.chosen() == before
+def in_a_thread(function):
+    """Returns what a function returns in a new thread, such as autograd's thread of a GPU."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
 
 
-def test_blocks_of_many_threads_leave_the_backend_from_before_them():
+@pytest.fixture
+def process(monkeypatch):
+    """Gives the process's backend back after the test."""
+    monkeypatch.setattr(backend, "_process", "auto")
+
+
+def test_block_holds_in_its_thread_alone(process):
+    with backend.set_backend("torch"):
+        assert (backend.chosen(), in_a_thread(backend.chosen)) == ("torch", "auto")
+        with backend.set_backend("triton"):
+            assert (backend.chosen(), in_a_thread(backend.chosen)) == ("triton", "auto")
+        assert backend.chosen() == "torch"
+    assert backend.chosen() == "auto"
+
+
+def test_blocks_of_many_threads_never_show_in_another_thread(process):
+    names, running = ("torch", "triton", "torch", "triton"), []
+
     def run(name: str) -> None:
+        running.append(name)
         for _ in range(1000):
             with backend.set_backend(name):
                 time.sleep(0)  # lets another thread run
-                assert backend.chosen() in ("torch", "triton")
+                assert backend.chosen() == name
+            assert backend.chosen() == "auto"
+        running.remove(name)
 
+    def watch() -> None:
+        while not running:
+            time.sleep(0)
+        while running:
+            assert backend.chosen() == "auto"
+
+    run_together(watch, *[functools.partial(run, name) for name in names])
+    assert backend.chosen() == "auto"
+
+
+def test_call_that_is_no_block_holds_in_the_process(process):
+    for name in ("torch", "triton"):
+        backend.set_backend(name)
+        assert (backend.chosen(), in_a_thread(backend.chosen)) == (name, name)
+    in_a_thread(lambda: backend.set_backend("torch") and None)
+    assert backend.chosen() == "torch"
     with backend.set_backend("auto"):
-        run_together(*[functools.partial(run, name) for name in ("torch", "triton", "torch", "triton")])
-        assert backend.chosen() == "auto"
+        backend.set_backend("triton")
+        assert (backend.chosen(), in_a_thread(backend.chosen)) == ("auto", "triton")
+    assert backend.chosen() == "triton"
 
 
-def test_call_that_is_no_block_is_permanent():
-    with backend.set_backend("auto"):
-        for name in ("torch", "triton"):
-            backend.set_backend(name)
-            assert backend.chosen() == name
-        with backend.set_backend("torch"):
-            assert backend.chosen() == "torch"
-        assert backend.chosen() == "triton"
-        assert len(backend._alive()) == 1, "settings of calls that are no blocks are not held"
+def test_call_whose_result_is_kept_holds_in_the_process_once_it_is_shown(process):
+    """An interactive session shows the result of a call and keeps it."""
+    kept = backend.set_backend("torch")
+    assert (backend.chosen(), in_a_thread(backend.chosen)) == ("torch", "auto")
+    assert repr(kept) == "set_backend('torch')"
+    assert (backend.chosen(), in_a_thread(backend.chosen)) == ("torch", "torch")
+    with backend.set_backend("triton"), kept, kept:  # and it can still begin blocks
+        assert backend.chosen() == "torch"
+    assert backend.chosen() == "torch"
+
+
+def test_wrong_name_changes_nothing(process):
+    with pytest.raises(lf.ArgumentError, match="backend: expected one of"):
+        backend.set_backend("tritton")
+    assert backend.chosen() == "auto"
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_region_that_runs_again_in_another_thread_uses_the_backends_of_its_first_run(process, reentrant, monkeypatch):
+    """On a GPU it runs again in autograd's thread. With another backend it would draw another dropout mask."""
+    ran, load = [], backend.load_ops
+    monkeypatch.setattr(backend, "load_ops", lambda family, triton: ran.append(triton) or load(family, triton))
+    monkeypatch.setattr(platforms, "triton_obstacle", lambda: None)
+    layer = lf.LoRALinear(8, 8, r=2, alpha=2, dropout=0.5)
+    torch.nn.init.normal_(layer.lora_B)
+
+    def region(x):
+        with lf.set_backend("torch"):
+            y = layer(x)
+        return layer(y)
+
+    def train(run):
+        x = torch.ones(3, 8, requires_grad=True)
+        torch.manual_seed(1)
+        with lf.set_backend("triton"):
+            loss = run(x).square().sum()
+        ran.clear()
+        layer.zero_grad()
+        in_a_thread(loss.backward)
+        return [x.grad, layer.lora_A.grad.clone(), layer.lora_B.grad.clone()]
+
+    torch.manual_seed(0)
+    expected = train(region)
+    got = train(lambda x: checkpoint(lambda x: checkpoint(region, x, use_reentrant=False), x, use_reentrant=reentrant))
+    assert ran[:2] == [False, True]
+    torch.testing.assert_close(got, expected)
 
 
 CAPABILITIES = {0: (7, 5), 1: (9, 0), 2: (7, 0), 3: (7, 5)}

@@ -6,6 +6,7 @@ import statistics
 import warnings
 from pathlib import Path
 
+import peft
 import pytest
 import tiny
 import torch
@@ -108,6 +109,67 @@ def test_resumed_run_logs_and_trains_as_the_whole_one(tmp_path, method, kind):
     assert [row["step"] for row in runs[0]] == [0, 2, 4, 5]
     assert runs[0] == runs[1]
     tiny.assert_same_tensors(*(model.state_dict() for model in models))
+
+
+class LabelledRows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, i):
+        return {"input_ids": tiny.batch(i, rows=1)[0], "labels": i % 3}
+
+
+def classifier(kind):
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(num_key_value_heads=2, vocab_size=97, num_labels=3, pad_token_id=0, **shape)
+    torch.manual_seed(0)
+    model = transformers.LlamaForSequenceClassification(config)
+    if kind == "peft":
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj", "v_proj"])
+        )
+        lf.fuse_(model)
+    else:
+        lf.inject_(model, lf.LoRAConfig(r=4, target_modules=["q_proj", "v_proj"]))
+        model.score.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["peft", "injected"])
+def test_classifier_s_run_with_scalora_resumes_to_the_same_bits(tmp_path, kind):
+    """The head is trained too, so the checkpoint contains it (PEFT's modules_to_save)."""
+    models = []
+    for checkpoint in (None, tmp_path / "checkpoint-2"):
+        models.append(classifier(kind))
+        trainer = trainer_of(models[-1], tmp_path, [lf.methods.ScaLoRA(interval=2)], ScaLoRATrainer)
+        trainer.train_dataset = LabelledRows()
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    tiny.assert_same_tensors(*(model.state_dict() for model in models))
+    trained = models[0].score if kind == "injected" else models[0].base_model.model.score.modules_to_save["default"]
+    assert not torch.equal(trained.weight, classifier("injected").score.weight)
+
+
+def experts():
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(4, 4)})
+    model["layer"].weight = torch.nn.Parameter(torch.zeros(3, 4, 4))
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[], target_parameters=["layer.weight"]))
+
+
+def norm_beside_adapters():
+    model = tiny.peft_llama()
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [(experts, "ScaLoRA merges into the parameter of 3 experts"), (norm_beside_adapters, "got model.norm.weight")],
+    ids=["experts", "norm"],
+)
+def test_run_whose_checkpoints_cannot_be_saved_is_refused_when_it_starts(tmp_path, build, says):
+    trainer = trainer_of(build(), tmp_path, [lf.methods.ScaLoRA()], ScaLoRATrainer)
+    with pytest.raises(lf.CheckpointError, match=says):
+        trainer.train()
 
 
 def test_exact_checkpoints_restore_the_generators_of_all_gpus(tmp_path, monkeypatch):

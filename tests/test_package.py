@@ -31,7 +31,7 @@ LAYERS = [
     ["functional"],
     ["ops"],
     ["backend", "measure"],
-    ["platforms"],
+    ["platforms", "regions"],
     ["checks"],
     ["kernels"],
 ]

@@ -165,7 +165,9 @@ def find_pairs(model: nn.Module) -> list[Pair]:
     for name, layer in model.named_modules():
         if isinstance(layer, LoRALinear):
             reason = "already merged" if layer.merged else _shared(layer.weight, owners)
-            pairs.append(Pair(name, layer.lora_A, layer.lora_B, layer.scaling, None, reason, layer))
+            if layer.fan_in_fan_out:
+                reason = "weight of a Conv1D, stored as (d_in, d_out)"
+            pairs.append(Pair(name, layer.lora_A, layer.lora_B, float(layer.scaling), None, reason, layer))
     for name, layer in peft_layers(model).items():
         factors_a, factors_b = getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})
         for adapter in layer.active_adapters:
@@ -289,10 +291,12 @@ def check_mergeable(pairs: list[Pair]) -> None:
         weight, argument = pair.weight, f"{pair.name}.weight"
         if weight is None or pair.unmergeable:
             raise checks.ArgumentError(argument, "a weight that ScaLoRA can merge into", pair.unmergeable or "none")
+        if weight.is_meta:
+            raise checks.ArgumentError(argument, "a weight with its data", "one on the meta device (offloaded)")
         if weight.dtype not in checks.FLOATS or weight.requires_grad:
             got = "a trained weight" if weight.requires_grad else f"{weight.dtype} (quantised)"
             raise checks.ArgumentError(argument, "a frozen floating-point weight", got)
-        place = weight.data_ptr() if weight.device.type != "meta" else id(weight)  # meta tensors have address 0
+        place = weight.data_ptr()
         if place in seen:
             raise checks.ArgumentError(argument, "a weight of its own", f"the weight that {seen[place]} also has")
         seen[place] = argument

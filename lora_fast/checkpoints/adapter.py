@@ -10,23 +10,21 @@ calls them free parameters and stores them in a file of their own, the sidecar (
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
-import tempfile
-from pathlib import Path
 
-import safetensors.torch
 from torch import Tensor, nn
 
 from ..checks import CheckpointError
 from ..layers.base import AdapterLinear
-from ..layers.find import ADAPTER_LAYERS, AdapterLayer, PeftLayer, key_name, peft_layers
+from ..layers.find import ADAPTER_LAYERS, PeftLayer, adapter_layers, key_name, peft_layers
+from ..layers.hooks import with_parameters
 from ..surgery import targets
 from ..surgery.change_report import Report
-from . import base_weights, folder, io, load_plan, peft_format, sidecar
-from .peft_format import CONFIG, PREFIX, WEIGHTS
+from . import base_weights, folder, io, load_plan, peft_config, peft_format, peft_state, sidecar, whole_modules
+from .folder import Contents
+from .peft_format import PREFIX, Change
+from .sidecar import FreeLayer
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = False) -> Report:
@@ -69,9 +67,22 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = Fal
             experts (``load_adapter`` reads no such adapter); a path that cannot be written. An adapter that was in the
             folder is then unchanged.
     """
-    layers, contents = _collect(_unwrap(model), exact)
+    names, contents, changes = _collect(_unwrap(model), exact)
     folder.write(path, contents)
-    return Report("saved", dict.fromkeys(layers, os.fspath(path)), note=base_weights.note(contents.changes, "saved"))
+    return Report("saved", dict.fromkeys(names, os.fspath(path)), note=base_weights.note(changes, "saved"))
+
+
+def check_savable(model: nn.Module, merges: bool) -> None:
+    """Raises the CheckpointError, but for a path, that ``save_adapter(model, …, exact=True)`` would raise now or after
+    training.
+
+    Args:
+        merges: whether training changes frozen weights.
+    """
+    model = _unwrap(model)
+    _collect(model, exact=True)
+    if merges:
+        base_weights.check_changeable(adapter_layers(model))
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
@@ -111,6 +122,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
         plan = load_plan.into_plain_model(model, adapter, free)
     plan.apply_(model)
     shapes = {name: f"lora_A {tuple(a.shape)}, lora_B {tuple(b.shape)}" for name, (a, b) in adapter.pairs.items()}
+    for name, restored in plan.others.items():
+        shapes[name] = f"{shapes[name]}, {restored}" if name in shapes else restored
     return Report("loaded", shapes, note=base_weights.note(adapter.changes, "restored"))
 
 
@@ -144,47 +157,84 @@ def _active_layers(model: nn.Module) -> tuple[str, dict[str, PeftLayer]]:
     return adapter, {key_name(name).removeprefix(prefix): layer for name, layer in holding.items()}
 
 
-def _collect(model: nn.Module, exact: bool) -> tuple[dict[str, AdapterLayer], folder.Contents]:
-    """Returns the layers that are saved, by name, and the contents of the files."""
+def _collect(model: nn.Module, exact: bool) -> tuple[list[str], Contents, dict[str, Change]]:
+    """Returns the names of what is saved, the contents of the files, and the changes of frozen weights in them."""
     if peft_layers(model):
-        adapter, layers = _active_layers(model)
-        (config, tensors), free = _peft_files(model, adapter), {}
-    elif layers := _our_layers(model):
-        config, tensors = _config(model, layers), {}
-        for name, layer in layers.items():
-            for factor in ("lora_A", "lora_B"):
-                tensors[f"{PREFIX}{name}.{factor}.weight"] = io.to_host(f"{name}.{factor}", getattr(layer, factor))
-        free = sidecar.collect(layers)
-    else:
+        return _collect_peft(model, exact)
+    layers = _our_layers(model)
+    if not layers:
         raise CheckpointError("model", "LoRA layers (lf.inject_, or PEFT)", f"{type(model).__name__} without any")
-    return layers, folder.Contents(config, tensors, base_weights.collect(model, layers, exact), free)
+    whole = whole_modules.to_save(model)
+    tensors: dict[str, Tensor] = {}
+    free: dict[str, FreeLayer] = {}
+    for name, layer in layers.items():
+        with with_parameters(layer):
+            for factor in ("lora_A", "lora_B"):
+                tensors[f"{name}.{factor}.weight"] = io.to_host(f"{name}.{factor}", getattr(layer, factor))
+            free |= sidecar.collect({name: layer})
+    beside = base_weights.unmerged(model, whole_modules.tensors(model, whole))
+    tensors |= {key: io.to_host(key, tensor) for key, tensor in beside.items()}
+    config, changes = (
+        _config(model, layers, [key_name(name) for name in whole]),
+        base_weights.collect(model, layers, exact),
+    )
+    contents = _contents(config, tensors, changes, free)
+    load_plan.check_our_layers(layers, _parsed(contents))
+    others = {key.rpartition(".")[0].removesuffix(".base_layer") for key in beside}
+    return [*layers, *sorted(others - layers.keys())], contents, changes
 
 
-def _peft_files(model: nn.Module, adapter: str) -> tuple[dict, dict[str, Tensor]]:
-    """Returns the config and the tensors that PEFT's own save_pretrained writes for an adapter."""
+def _collect_peft(model: nn.Module, exact: bool) -> tuple[list[str], Contents, dict[str, Change]]:
+    """Does what ``_collect`` does for a PeftModel, whose files are those of PEFT's own save_pretrained."""
     from peft import PeftModel
 
+    adapter, layers = _active_layers(model)
     if not isinstance(model, PeftModel):
         raise CheckpointError("model", "a PeftModel or LoRALinear layers", f"PEFT layers in a {type(model).__name__}")
-    with tempfile.TemporaryDirectory() as temporary:
-        model.save_pretrained(temporary, selected_adapters=[adapter])
-        saved = Path(temporary) if adapter == "default" else Path(temporary) / adapter
-        config = json.loads((saved / CONFIG).read_bytes())
-        tensors = safetensors.torch.load((saved / WEIGHTS).read_bytes())
-    return config, {key_name(key): tensor for key, tensor in tensors.items()}
+    state = peft_state.state(model)
+    tensors = peft_state.tensors(model, state, adapter, embeddings="auto")
+    peft_state.check_complete(model, adapter, tensors)
+    tensors = {key: io.to_host(key, tensor) for key, tensor in base_weights.unmerged(model, tensors).items()}
+    config, changes = peft_state.config(model, adapter), base_weights.collect(model, layers, exact)
+    peft_config.set_scalings_(config, peft_state.scalings(model, adapter))
+    contents = _contents(config, tensors, changes, {})
+    load_plan.into_peft_tensors(model, state, layers, adapter, _parsed(contents))
+    others = {key.rpartition(".")[0].partition(".lora_")[0].removesuffix(".base_layer") for key in tensors}
+    return [*layers, *sorted(others - layers.keys())], contents, changes
 
 
-def _config(model: nn.Module, layers: dict[str, AdapterLinear]) -> dict:
-    """Returns PEFT's config of these layers: the first one's rank and alpha, and patterns for those that differ."""
+def _contents(
+    config: dict, tensors: dict[str, Tensor], changes: dict[str, Change], free: dict[str, FreeLayer]
+) -> Contents:
+    """Returns the contents of the files, with the changes. ``tensors``: by their keys without the prefix."""
+    tensors = {f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}
+    metadata = peft_format.add_changes_(config, tensors, changes)
+    return Contents(config, tensors, metadata, free)
+
+
+def _parsed(contents: Contents) -> peft_format.Adapter:
+    """Returns the adapter that reading the contents would give."""
+    return peft_format.parse(peft_config.DEFAULTS | contents.config, contents.tensors, contents.metadata)
+
+
+def _config(model: nn.Module, layers: dict[str, AdapterLinear], whole: list[str]) -> dict:
+    """Returns PEFT's config of these layers: the first one's rank and alpha, and patterns for those that differ.
+
+    Args:
+        whole: names of the modules that are saved whole.
+    """
     use_rslora = all(layer.use_rslora for layer in layers.values())
     ranks = {name: layer.r for name, layer in layers.items()}
-    alphas = {name: _alpha(layer, use_rslora) for name, layer in layers.items()}
+    alphas = {  # also of layers whose scaling was edited
+        name: peft_config.alpha_of(float(layer.scaling), layer.r, use_rslora, layer.alpha)
+        for name, layer in layers.items()
+    }
     modules = [key_name(name) for name, _ in model.named_modules()]
     # A list of names would also select modules whose names end in one of them; a regular expression does not.
     ambiguous = any(name not in layers and targets.matches(list(layers), name) for name in modules)
     config = {
         "peft_type": "LORA",
-        "task_type": None,
+        **whole_modules.task_fields(model),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "lora_dropout": next(iter(layers.values())).dropout_p,
@@ -193,17 +243,9 @@ def _config(model: nn.Module, layers: dict[str, AdapterLinear]) -> dict:
         "use_dora": False,
         "bias": "none",
         "lora_bias": False,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": whole or None,
     }
-    peft_format.set_ranks(config, ranks, alphas)
+    peft_config.set_ranks(config, ranks, alphas)
     return config
-
-
-def _alpha(layer: AdapterLinear, use_rslora: bool) -> float:
-    """Returns the alpha that gives the layer's scaling, also if its scaling was edited; an int if it is whole, as in
-    PEFT's configs."""
-    unit = math.sqrt(layer.r) if use_rslora else layer.r
-    alpha = layer.alpha if layer.alpha / unit == layer.scaling else layer.scaling * unit
-    return int(alpha) if float(alpha).is_integer() else alpha

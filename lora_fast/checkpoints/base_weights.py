@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from .. import checks
 from ..checks import CheckpointError
 from ..layers import merge_log
-from ..layers.base import merged_weight
-from ..layers.find import AdapterLayer, expert_count
+from ..layers.find import AdapterLayer, adapter_layers, expert_count
+from ..layers.hooks import stored_tensor
 from ..layers.merge_log import Term, holder
+from ..layers.merging import merged_weight
 from ..surgery.merge import original_weight, weight_owners
 from . import io
 from .peft_format import PREFIX, Adapter, Change, check_tensor
@@ -36,33 +37,47 @@ def collect(model: nn.Module, layers: Mapping[str, AdapterLayer], exact: bool) -
     for name, layer in layers.items():
         if not merge_log.is_changed(holder(layer)):
             continue
-        if expert_count(layer) > 1:
-            expected = "base weights that an adapter's files can hold (else merge_and_unload, or the whole state_dict)"
-            got = f"{name}: ScaLoRA merged into the parameter of {layer.num_experts} experts, {layer.parameter_name}"
-            raise CheckpointError("model", expected, got)
+        check_changeable({name: layer})
         term = _joined(merge_log.kept_terms(layer), layer.weight)
         if exact or term is None or not _takes_further_ranks(layer):
-            changes[name] = Change(_weight(name, layer), term if exact else None)
+            changes[name] = Change(io.to_host(f"{name}.weight", _original(name, layer)), term if exact else None)
         elif len(term[1]):  # 0 where no merge added anything
             changes[name] = Change(None, term)
     return changes
 
 
-def check(model: nn.Module, layers: Mapping[str, AdapterLayer | nn.Linear], adapter: Adapter) -> None:
+def check_changeable(layers: Mapping[str, AdapterLayer]) -> None:
+    """Raises CheckpointError for a layer whose frozen weight could not be saved after merges during training."""
+    for name, layer in layers.items():
+        if expert_count(layer) > 1:
+            expected = "base weights that an adapter's files can hold (else merge_and_unload, or the whole state_dict)"
+            got = f"{name}: ScaLoRA merges into the parameter of {layer.num_experts} experts, {layer.parameter_name}"
+            raise CheckpointError("model", expected, got)
+
+
+def check(
+    model: nn.Module,
+    layers: Mapping[str, AdapterLayer | nn.Linear],
+    adapter: Adapter,
+    restored: Collection[str],
+) -> None:
     """Raises CheckpointError unless the adapter was trained on the model's frozen weights, or its changes can be put
     into them.
 
     Args:
         layers: name → the adapter's layer in the model, or the nn.Linear that it will replace.
+        restored: names of modules whose frozen weight in the file will be copied into the model.
     """
     owners = weight_owners(model)
     for name, layer in layers.items():
         if name in adapter.changes:
             _check_change(name, layer, adapter.changes[name], owners)
-        saved = adapter.base_weights.get(name)  # PEFT's, of an adapted embedding: it must be the model's own
-        if saved is not None and not torch.equal(saved, layer.weight.detach().to("cpu", saved.dtype)):
-            expected = "the model's own frozen weight"
-            raise CheckpointError(f"key {PREFIX}{name}.base_layer.weight", expected, "other values or another shape")
+        saved = adapter.base_weights.get(name)
+        if saved is not None and name not in restored:
+            weight = io.check_destination(f"{name}.weight", stored_tensor(holder(layer), "weight")).detach()
+            if not torch.equal(saved, weight.to("cpu", saved.dtype)):
+                expected, got = "the model's own frozen weight", "other values or another shape"
+                raise CheckpointError(f"key {PREFIX}{name}.base_layer.weight", expected, got)
     _check_no_other(model, [layers[name] for name in adapter.changes], "the base that the adapter was trained on")
 
 
@@ -115,11 +130,25 @@ def _takes_further_ranks(layer: AdapterLayer) -> bool:
     return not any(name in layer.lora_variant for name in getattr(layer, "active_adapters", ()))
 
 
-def _weight(name: str, layer: AdapterLayer) -> Tensor:
+def _original(name: str, layer: AdapterLayer) -> Tensor:
     weight = original_weight(layer)
     if weight is None:
         raise CheckpointError("model", "unmerged layers", f"{name} merged by PEFT, which keeps no original")
-    return io.to_host(f"{name}.weight", weight)
+    return weight
+
+
+def unmerged(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors with the originals of those that adapters are merged into, which also other modules may hold.
+
+    Raises:
+        CheckpointError: one that PEFT has merged an adapter into, so that its original is not known.
+    """
+    merged = {name: layer for name, layer in adapter_layers(model).items() if layer.merged}
+    if not merged:
+        return dict(tensors)
+    layers = {layer.weight.data_ptr(): (name, layer) for name, layer in merged.items() if hasattr(layer, "weight")}
+    places = {key: layers.get(tensor.data_ptr()) for key, tensor in tensors.items()}
+    return {key: tensors[key] if place is None else _original(*place) for key, place in places.items()}
 
 
 def _check_change(name: str, layer: AdapterLayer | nn.Linear, change: Change, owners: dict[int, list[str]]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from . import io, peft_format, sidecar
-from .peft_format import PREFIX, Adapter, Change
+from .peft_format import PREFIX, Adapter
 from .sidecar import FreeLayer
 
 
@@ -20,13 +20,13 @@ class Contents:
     Attributes:
         config: the JSON object of ``adapter_config.json``.
         tensors: key → tensor of ``adapter_model.safetensors``.
-        changes: module name → how training changed the frozen weight.
+        metadata: of these tensors.
         free: module name → the sidecar's entry of a layer that trains free parameters in place of a and b.
     """
 
     config: dict
     tensors: dict[str, Tensor]
-    changes: dict[str, Change]
+    metadata: dict[str, str]
     free: dict[str, FreeLayer]
 
 
@@ -39,7 +39,7 @@ def write(path: str | os.PathLike, contents: Contents) -> None:
     path = checks.path(path)
     factor = lambda name, role: contents.tensors[f"{PREFIX}{name}.{role}.weight"]
     pairs = {name: (factor(name, "lora_A"), factor(name, "lora_B")) for name in contents.free}
-    writers = peft_format.writers(contents.config, contents.tensors, contents.changes)
+    writers = peft_format.writers(contents.config, contents.tensors, contents.metadata)
     io.write(path, {**writers, sidecar.SIDECAR: sidecar.writer(contents.free, pairs)})
 
 

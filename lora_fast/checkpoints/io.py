@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..checks import CheckpointError
 from ..kernels import atomic_file
+from ..layers.hooks import stored_tensor
 
 
 def write(path: str | os.PathLike, writers: dict[str, Callable[[Path], object] | None]) -> None:
@@ -40,6 +41,25 @@ def to_host(name: str, tensor: Tensor) -> Tensor:
         got = f"{type(tensor).__name__} on {tensor.device}"
         raise CheckpointError(name, "a parameter with data, not sharded", got)
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def destination(name: str, module: nn.Module, attribute: str) -> Tensor:
+    """Returns the tensor that a value is copied into to change a module's parameter or buffer.
+
+    Raises:
+        CheckpointError: it is sharded or of another subclass, or there is none: on the meta device, or on the disk.
+    """
+    return check_destination(name, stored_tensor(module, attribute, writable=True))
+
+
+def check_destination(name: str, tensor: Tensor) -> Tensor:
+    """Returns the tensor; raises CheckpointError if no value can be copied into it, as in ``destination``."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        raise CheckpointError(name, "a plain parameter, not sharded", type(tensor).__name__)
+    if tensor.is_meta:
+        expected = "a parameter with data in memory (for a model on the meta device: model.to_empty(device=…) first)"
+        raise CheckpointError(name, expected, "one on the meta device, or offloaded to the disk")
+    return tensor
 
 
 def read_bytes(file: Path) -> bytes:

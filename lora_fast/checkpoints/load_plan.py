@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..checks import CheckpointError
-from ..layers.base import AdapterLinear
-from ..layers.find import AdapterLayer, PeftLayer, key_name
+from ..layers.base import AdapterLinear, sizes
+from ..layers.find import AdapterLayer, PeftLayer, key_name, peft_layers
 from ..layers.lora import LoRALinear
 from ..surgery import inject, targets
-from . import base_weights, sidecar
+from ..surgery.weight_reads import weight_reads
+from . import base_weights, io, peft_config, peft_state, sidecar, whole_modules
+from .peft_config import CONFIG
 from .peft_format import PREFIX, Adapter, Change, check_tensor
 from .sidecar import FreeLayer
 
@@ -27,48 +29,103 @@ class Plan:
 
     Attributes:
         replacements: nn.Linear → the layer that replaces it; empty unless the model is plain.
-        factors: a lora_A or lora_B → its value.
-        free: a layer with free parameters (what NB-LoRA and SingLoRA layers train in place of a and b, stored in the
-            sidecar) → the values of the tensors that its SAVED_STATE names.
+        copies: a tensor of the model → its value.
         changes: a layer → the change of its frozen weight.
+        whole: modules that are saved whole with the adapter (PEFT's ``modules_to_save``).
+        others: name → what was restored there beside the adapters, for the report.
     """
 
     replacements: dict[nn.Linear, AdapterLinear] = field(default_factory=dict)
-    factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    free: list[tuple[AdapterLinear, Sequence[Tensor]]] = field(default_factory=list)
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     changes: list[tuple[AdapterLayer, Change]] = field(default_factory=list)
+    whole: list[nn.Module] = field(default_factory=list)
+    others: dict[str, str] = field(default_factory=dict)
 
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> None:
         """Writes into the model. Types, shapes and dtypes have been checked and the new layers exist, so only copies
         are left. A change given as terms needs the most memory: float32 temporaries for one weight at a time."""
         inject.place_(model, self.replacements)
-        for parameter, value in self.factors:
-            parameter.copy_(value)
-        for layer, values in self.free:
-            layer.load_free_(*values)
+        for tensor, value in self.copies:
+            tensor.copy_(value)
         for layer, change in self.changes:
             base_weights.restore_(layer, change)
+        for module in self.whole:
+            setattr(module, whole_modules.MARK, True)
+            if self.replacements:
+                module.requires_grad_(True)  # it is trained, as the new layers are
+
+    def add_other(self, key: str, tensor: Tensor, value: Tensor) -> None:
+        """Adds a tensor beside the pairs. A module has one dtype, so the value may be rounded, which the report tells.
+
+        Raises:
+            CheckpointError: another shape.
+        """
+        if value.shape != tensor.shape:
+            resize = " (model.resize_token_embeddings first)" if value.shape[1:] == tensor.shape[1:] else ""
+            raise CheckpointError(f"key {PREFIX}{key}", f"shape {tuple(tensor.shape)}{resize}", tuple(value.shape))
+        self.copies.append((tensor, value))
+        name, _, last = key.replace(".base_layer.", ".").rpartition(".")
+        rounded = (
+            "" if torch.promote_types(value.dtype, tensor.dtype) == tensor.dtype else f" rounded to {tensor.dtype}"
+        )
+        before = f"{self.others[name]}, " if name in self.others else ""
+        self.others[name] = f"{before}{last} {tuple(value.shape)}{rounded}"
 
 
-def into_peft_layers(model: nn.Module, layers: dict[str, PeftLayer], active: str, adapter: Adapter) -> Plan:
-    """Plans to load an adapter into a PEFT model.
+def into_peft_layers(model: Any, layers: dict[str, PeftLayer], active: str, adapter: Adapter) -> Plan:
+    """Plans to load an adapter into a PEFT model: every tensor that PEFT saves of it.
 
     Args:
-        layers: the PEFT layers that have the adapter ``active``, by their names in the base model.
+        layers: the PEFT layers that have a pair of the adapter ``active``, by their names in the base model.
 
     Raises:
         CheckpointError: the adapter does not fit the layers.
     """
+    for name, layer in peft_layers(model).items():
+        _check_unmerged(key_name(name).removeprefix(PREFIX), layer)
+    plan = into_peft_tensors(model, peft_state.state(model, writable=True), layers, active, adapter)
+    plan.changes = _changes(layers, adapter)
+    base_weights.check(model, layers, adapter, plan.others)
+    return plan
+
+
+def into_peft_tensors(
+    model: Any, state: dict[str, Tensor], layers: dict[str, PeftLayer], active: str, adapter: Adapter
+) -> Plan:
+    """Does what ``into_peft_layers`` does except for frozen weights that merges have changed, in whatever state the
+    layers are. Saving calls it too, so that nothing is written that could not be loaded.
+
+    Args:
+        state: ``peft_state.state`` of the model.
+
+    Raises:
+        CheckpointError: the adapter does not fit the layers.
+    """
+    if active not in getattr(model, "peft_config", ()):
+        raise CheckpointError("model", "a PeftModel, or a model after add_adapter", type(model).__name__)
+    peft_config.require_same_kind(adapter.config, peft_state.config_fields(model.peft_config[active]))
     _check_names(layers, adapter)
-    plan = Plan(changes=_changes(layers, adapter))
-    for name, layer in layers.items():
-        a, b = layer.lora_A[active], layer.lora_B[active]
-        if active in layer.lora_variant or b.bias is not None:
-            raise CheckpointError("model", "a plain LoRA adapter", f"{name} with a variant or a bias on lora_B")
-        _check_unmerged(name, layer)
-        plan.factors += _factors(name, a.weight, b.weight, layer.scaling[active], adapter)
-    base_weights.check(model, layers, adapter)
+    plan, own = Plan(), peft_state.tensors(model, state, active, embeddings=False)
+    base = peft_state.restorable(model, state)
+    missing = sorted(own.keys() - adapter.tensors().keys())
+    if missing:
+        raise CheckpointError(f"key {PREFIX}{missing[0]}", f"one key for each of the adapter's {len(own)}", "missing")
+    _check_whole_modules(model, adapter)
+    for key, value in adapter.tensors().items():
+        tensor = own.get(key, base.get(key))
+        if tensor is None and key.removesuffix(".base_layer.weight") in layers:
+            continue  # ``base_weights.check`` compares it with the model's
+        if tensor is None:
+            raise CheckpointError(f"key {PREFIX}{key}", "one of the model's adapter", "an extra key")
+        io.check_destination(key, tensor)
+        if ".lora_" in key:
+            check_tensor(key.removesuffix(".weight"), value, tuple(tensor.shape), tensor.dtype)
+            plan.copies.append((tensor, value))
+        else:
+            plan.add_other(key, tensor, value)
+    for name, scaling in peft_state.scalings(model, active).items():
+        _check_scaling(name, scaling, adapter.scaling(name))
     return plan
 
 
@@ -84,20 +141,33 @@ def into_our_layers(
     Raises:
         CheckpointError: the adapter does not fit the layers.
     """
-    _check_names(layers, adapter)
     for name, layer in layers.items():
         _check_unmerged(name, layer)
-    base_weights.check(model, layers, adapter)
+    check_our_layers(layers, adapter)
     plan = Plan(changes=_changes(layers, adapter))
+    _add_others(plan, model, adapter)
+    base_weights.check(model, layers, adapter, plan.others)
     for name, layer in layers.items():
         if not layer.SAVED_STATE:
-            plan.factors += _factors(name, layer.lora_A, layer.lora_B, layer.scaling, adapter)
-        elif name in free:
-            _check_free(name, layer, free[name])
-            plan.free.append((layer, free[name].tensors))
+            plan.copies += _copies(name, layer, ("lora_A", "lora_B"), adapter.pairs[name])
         else:
-            plan.free.append((layer, _free_parameters(name, layer, adapter)))
+            destinations = [io.destination(f"{name}.{role}", layer, role) for role in layer.SAVED_STATE]
+            if name in free:
+                _check_free(name, layer, free[name])
+            values = free[name].tensors if name in free else _free_parameters(name, layer, adapter)
+            plan.copies += zip(destinations, values, strict=True)
     return plan
+
+
+def check_our_layers(layers: dict[str, AdapterLinear], adapter: Adapter) -> None:
+    """Raises CheckpointError unless the adapter has the kind, the names and the scales of these layers. Saving calls it
+    too, so that nothing is written that could not be loaded."""
+    peft_config.require_plain(adapter.config)
+    _check_names(layers, adapter)
+    for name, layer in layers.items():
+        if not layer.SAVED_STATE:
+            check_tensor(f"{name}.lora_A", adapter.pairs[name][0], (layer.r, layer.in_features), torch.float64)
+            _check_scaling(name, float(layer.scaling), adapter.scaling(name))
 
 
 def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLayer]) -> Plan:
@@ -111,40 +181,47 @@ def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLay
         ArgumentError: a model that is a single layer.
     """
     inject.check_plain(model)
+    peft_config.require_plain(adapter.config)
     # The files have names without wrappers such as torch.compile's. get_submodule needs the model's own names.
     real_names = {key_name(name): name for name, _ in model.named_modules() if name}
+    plan = Plan()
+    _add_others(plan, model, adapter)
     _check_names([name for name in real_names if name in adapter.pairs or adapter.targets(name)], adapter)
     kinds: dict[str, tuple[type[AdapterLinear], dict]] = {}
     linears: dict[str, Any] = {}  # each is an nn.Linear, which ``targets.unsupported`` checks below
+    reads = weight_reads(model)
     for name, (a, b) in adapter.pairs.items():
         linear: Any = model.get_submodule(real_names[name])
         linears[name] = linear
-        reason = targets.unsupported(linear, model.get_submodule(real_names[name].rpartition(".")[0]))
+        reason = targets.unsupported(linear, reads)
         if reason is not None or not adapter.targets(name):
             expected = "a torch.nn.Linear among the config's target_modules"
             raise CheckpointError(f"keys of {name}", expected, reason or "not among them")
+        io.check_destination(f"{name}.weight", linear.weight)
         # The dtype in which ``from_linear`` will create the factors. It must hold the file's without loss.
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
-        check_tensor(f"{name}.lora_A", a, (a.shape[0], linear.in_features), dtype)
-        check_tensor(f"{name}.lora_B", b, (linear.out_features, a.shape[0]), dtype)
+        d_in, d_out = sizes(linear)
+        check_tensor(f"{name}.lora_A", a, (a.shape[0], d_in), dtype)
+        check_tensor(f"{name}.lora_B", b, (d_out, a.shape[0]), dtype)
         kinds[real_names[name]] = _kind(adapter.settings(name), free.get(name))
-    base_weights.check(model, linears, adapter)
-    replacements = inject.build_layers(model, kinds)
-    layers = {name: replacements[linear] for name, linear in linears.items()}
-    plan = Plan(replacements, changes=_changes(layers, adapter))
+    base_weights.check(model, linears, adapter, plan.others)
+    plan.replacements = inject.build_layers(model, kinds)
+    layers = {name: plan.replacements[linear] for name, linear in linears.items()}
+    plan.changes = _changes(layers, adapter)
     # No checks are needed here, because the layers were built with the class, settings and shapes in the files.
     for name, layer in layers.items():
-        if name in free:
-            plan.free.append((layer, free[name].tensors))
-        else:
-            plan.factors += zip((layer.lora_A, layer.lora_B), adapter.pairs[name], strict=True)
+        if isinstance(layer, LoRALinear):  # whose constructor takes no alpha of 0 or below
+            layer.alpha, layer.scaling = adapter.settings(name)["alpha"], adapter.scaling(name)
+        roles = layer.SAVED_STATE if name in free else ("lora_A", "lora_B")
+        values = free[name].tensors if name in free else adapter.pairs[name]
+        plan.copies += zip([getattr(layer, role) for role in roles], values, strict=True)
     return plan
 
 
 def _kind(settings: dict, saved: FreeLayer | None) -> tuple[type[AdapterLinear], dict]:
     """Returns the class of a new layer and the arguments of its ``from_linear``."""
     if saved is None:
-        return LoRALinear, settings
+        return LoRALinear, settings | {"r": _rank(settings["r"]), "alpha": abs(settings["alpha"]) or 1.0}
     return saved.kind, {"r": settings["r"], "dropout": settings["dropout"], **saved.settings}
 
 
@@ -152,24 +229,41 @@ def _changes(layers: Mapping[str, AdapterLayer], adapter: Adapter) -> list[tuple
     return [(layers[name], change) for name, change in adapter.changes.items()]
 
 
-def _factors(
-    name: str, lora_A: Tensor, lora_B: Tensor, scaling: float, adapter: Adapter
+def _rank(r: int) -> int:
+    try:
+        return checks.rank(r)
+    except checks.ArgumentError as error:
+        raise CheckpointError(f"r in {CONFIG}", error.expected, error.got) from error
+
+
+def _add_others(plan: Plan, model: nn.Module, adapter: Adapter) -> None:
+    """Adds what the file has beside the pairs, for a model without PEFT's layers."""
+    copies, plan.whole = whole_modules.destinations(model, adapter)
+    for key, tensor, value in copies:
+        plan.add_other(key, tensor, value)
+
+
+def _copies(
+    name: str, layer: AdapterLinear, roles: Sequence[str], values: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Returns lora_A and lora_B, each with the value that will be copied into it."""
-    pairs = list(zip((lora_A, lora_B), adapter.pairs[name], strict=True))
-    for role, (parameter, value) in zip(("lora_A", "lora_B"), pairs, strict=True):
-        _check_whole(f"{name}.{role}", parameter)
+    """Returns the layer's parameters, each with the value that will be copied into it."""
+    copies = []
+    for role, value in zip(roles, values, strict=True):
+        parameter = io.destination(f"{name}.{role}", layer, role)
         check_tensor(f"{name}.{role}", value, tuple(parameter.shape), parameter.dtype)
-    if not math.isclose(scaling, adapter.scaling(name), rel_tol=1e-9):
-        expected = f"scale {scaling:g}, as in the model (a plain model takes the file's)"
-        raise CheckpointError(f"lora_alpha of {name}", expected, f"{adapter.scaling(name):g}")
-    return pairs
+        copies.append((parameter, value))
+    return copies
+
+
+def _check_scaling(name: str, in_model: float, in_file: float) -> None:
+    if not math.isclose(in_model, in_file, rel_tol=1e-9):
+        expected = f"scale {in_model:g}, as in the model (a plain model takes the file's)"
+        raise CheckpointError(f"lora_alpha of {name}", expected, f"{in_file:g}")
 
 
 def _free_parameters(name: str, layer: AdapterLinear, adapter: Adapter) -> Sequence[Tensor]:
     """Returns values of the layer's free parameters that give the same product as the plain adapter of this name."""
     a, b = adapter.pairs[name]
-    _check_whole_state(name, layer)
     check_tensor(f"{name}.lora_A", a, (a.shape[0], layer.in_features), torch.float64)
     check_tensor(f"{name}.lora_B", b, (layer.out_features, a.shape[0]), torch.float64)
     try:
@@ -186,7 +280,6 @@ def _check_free(name: str, layer: AdapterLinear, saved: FreeLayer) -> None:
         if in_file[key] != value:
             expected = f"{value!r}, as in the model (a plain model takes the file's)"
             raise CheckpointError(f"{key} of {name}", expected, repr(in_file[key]))
-    _check_whole_state(name, layer)
     for role, value in zip(layer.SAVED_STATE, saved.tensors, strict=True):
         tensor = getattr(layer, role)
         sidecar.check_tensor(f"{name}.{role}", value, tensor.shape, tensor.dtype)
@@ -202,17 +295,15 @@ def _check_names(names: Collection[str], adapter: Adapter) -> None:
             raise CheckpointError(key, f"one pair for each of the model's {len(names)} layers", got)
 
 
+def _check_whole_modules(model: nn.Module, adapter: Adapter) -> None:
+    """Raises CheckpointError if the file has nothing of a module of the model that its ``modules_to_save`` names."""
+    ends = tuple(adapter.config.get("modules_to_save") or ())
+    names = [key_name(name).removeprefix(PREFIX) for name, _ in model.named_modules()]
+    for name in names if ends else ():
+        if name.endswith(ends) and not any(key.startswith(f"{name}.") for key in adapter.others):
+            raise CheckpointError(f"keys {PREFIX}{name}.…", "in the file, for modules_to_save", "missing")
+
+
 def _check_unmerged(name: str, layer: AdapterLayer) -> None:
     if layer.merged:
         raise CheckpointError("model", "unmerged layers (lf.unmerge_)", f"{name} merged")
-
-
-def _check_whole_state(name: str, layer: AdapterLinear) -> None:
-    for role in layer.SAVED_STATE:
-        _check_whole(f"{name}.{role}", getattr(layer, role))
-
-
-def _check_whole(name: str, parameter: Tensor) -> None:
-    """Raises CheckpointError for a sharded or subclassed parameter, such as a DTensor."""
-    if type(parameter) not in (Tensor, nn.Parameter):
-        raise CheckpointError(name, "a plain parameter, not sharded", type(parameter).__name__)

@@ -1,6 +1,9 @@
 """Reads and writes PEFT's two files, ``adapter_config.json`` and ``adapter_model.safetensors``; knows no model.
 
-Reading accepts exactly two factors per layer, with the rank of the config, and raises ``CheckpointError`` for the rest.
+A key is ``base_model.model.<module>.<rest>``. Reading also accepts keys that contain the name of PEFT's default
+adapter, ``….lora_A.default.weight``, as PEFT does. Beside the two factors of each linear layer the file may contain
+other tensors: those of whole modules (``modules_to_save``), of embeddings, of PEFT's variants. What a model can do with
+them is decided in ``load_plan.py``.
 
 Where training has changed frozen weights, the same two files represent the changes in forms that PEFT reads by itself:
 
@@ -15,7 +18,6 @@ itself where the file has further ranks, otherwise nothing.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable
@@ -29,25 +31,15 @@ from torch import Tensor
 from .. import checks
 from ..checks import CheckpointError
 from ..layers.merge_log import Term
-from ..surgery import targets
-from . import io
+from . import io, peft_config
+from .peft_config import CONFIG
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
-KEY = re.compile(re.escape(PREFIX) + r"(.+)\.(lora_A|lora_B|base_layer|terms_A|terms_B)\.weight")
+ROLE = re.compile(r"(.+)\.(lora_A|lora_B|base_layer|terms_A|terms_B)\.weight")
+ADAPTED = re.compile(r"(.+)\.(?:lora_A\.weight|lora_embedding_A)")  # one key of each adapted layer
+DEFAULT_NAME = re.compile(r"(\.lora_\w+)\.default(?=\.|$)")
 CHANGED = "changed_base"  # in the tensors' metadata
-PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base weights
-UNSUPPORTED = (  # PEFT settings under which the file is not one plain adapter per linear layer
-    "lora_bias",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-)
-HARMLESS = ("use_rslora", "loftq_config", "corda_config", "eva_config", "lora_ga_config")
 
 
 @dataclass
@@ -66,38 +58,41 @@ class Change:
 
 @dataclass
 class Adapter:
-    """The checked contents of PEFT's two files.
+    """The contents of PEFT's two files, checked against each other.
 
     Attributes:
-        config: the JSON object.
-        pairs: module name → lora_A (r, d_in), lora_B (d_out, r).
-        base_weights: module name → the unchanged frozen weight (d_out, d_in), which PEFT adds to the file where it
-            adapts the embeddings.
+        config: the JSON object, with PEFT's defaults.
+        pairs: module name → lora_A (r, d_in), lora_B (d_out, r); those of a convolution have more dimensions.
+        base_weights: module name → the frozen weight, unchanged by merges, which the file has where PEFT adapts the
+            embeddings.
+        others: key without the prefix → any other tensor.
         changes: module name → how training changed the frozen weight.
     """
 
     config: dict
     pairs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     base_weights: dict[str, Tensor] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
     changes: dict[str, Change] = field(default_factory=dict)
     _own_settings: dict[str, dict] = field(default_factory=dict)  # of layers that have further ranks in the file
 
     def settings(self, name: str) -> dict:
-        """Returns r, alpha, dropout and use_rslora of one layer, the arguments of ``LoRALinear.from_linear``."""
-        return self._own_settings.get(name) or _settings(self.config, name)
+        """Returns r, alpha, dropout and use_rslora of one layer, or of a parameter that ``target_parameters`` names."""
+        return self._own_settings.get(name) or peft_config.settings(self.config, name)
 
     def scaling(self, name: str) -> float:
         """Returns alpha / r of one layer, or alpha / √r with use_rslora."""
-        return _scaling(self.settings(name))
+        return peft_config.scaling(self.settings(name))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns all tensors but those of changed weights, by their keys without the prefix."""
+        found = {f"{name}.lora_{'AB'[i]}.weight": pair[i] for name, pair in self.pairs.items() for i in range(2)}
+        return found | {f"{name}.base_layer.weight": weight for name, weight in self.base_weights.items()} | self.others
 
     def targets(self, name: str) -> bool:
-        """Returns whether PEFT would put an adapter of this config on the module."""
-        excluded = self.config.get("exclude_modules")
-        if excluded and targets.matches(excluded, name):
-            return False
-        if self.config["target_modules"] == targets.ALL_LINEAR:
-            return name in self.pairs
-        return targets.matches(self.config["target_modules"], name)
+        """Returns whether the file's adapter belongs on a module of this name."""
+        named = name in self.pairs or peft_config.names_targets(self.config)
+        return named and peft_config.is_target(self.config, name)
 
 
 def read(path: str | os.PathLike) -> Adapter:
@@ -105,32 +100,48 @@ def read(path: str | os.PathLike) -> Adapter:
 
     Raises:
         CheckpointError: a folder or file that does not exist, is not JSON or safetensors, or is truncated; a setting
-            that is not supported; a key that is unknown, missing or there twice; a shape or dtype that does not fit.
+            that PEFT would not take; a key that is missing or there twice; a shape or dtype that does not fit.
     """
     folder = Path(path)
     if not folder.is_dir():
         got = "a file" if folder.exists() else "nothing there"
         raise CheckpointError("path", f"a folder with {CONFIG} and {WEIGHTS}", f"{str(folder)!r}: {got}")
-    config = _read_config(io.read_bytes(folder / CONFIG))
-    tensors, metadata = io.read_tensors(folder / WEIGHTS)
+    config = peft_config.parse(io.read_bytes(folder / CONFIG))
+    if (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
+        expected = f"{WEIGHTS} in the folder"
+        got = f"only {PICKLE}, a pickle, which is not read; convert it: safetensors.torch.save_file(torch.load("
+        raise CheckpointError("path", expected, f"{got}{PICKLE!r}, weights_only=True), {WEIGHTS!r})")
+    return parse(config, *io.read_tensors(folder / WEIGHTS))
+
+
+def parse(config: dict, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Adapter:
+    """Returns the adapter that a config, tensors by key and their metadata describe.
+
+    Raises:
+        CheckpointError: as ``read``.
+    """
     marks, adapter = _read_marks(metadata), Adapter(config)
-    for name, layer in _layers(tensors).items():
+    roles: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in _without_prefix(tensors).items():
+        if match := ROLE.fullmatch(key):
+            roles.setdefault(match[1], {})[match[2]] = tensor
+        else:
+            adapter.others[key] = tensor
+    for name, layer in roles.items():
         _add_layer(adapter, name, layer, marks.pop(name, None))
     if marks:
         raise CheckpointError(f"{CHANGED} in {WEIGHTS}", "layers of the file", ", ".join(sorted(marks)))
     return adapter
 
 
-def writers(
-    config: dict, tensors: dict[str, Tensor], changes: dict[str, Change]
-) -> dict[str, Callable[[Path], object]]:
-    """Returns the functions that write the two files (``io.write``), by file name.
-
-    Args:
-        config, tensors: an adapter as PEFT represents it; the changes are added to both in place.
-    """
+def add_changes_(config: dict, tensors: dict[str, Tensor], changes: dict[str, Change]) -> dict[str, str]:
+    """Adds changes of frozen weights to an adapter's config and tensors, in place. Returns the tensors' metadata."""
     marks = _add_changes_(config, tensors, changes)
-    metadata = {"format": "pt"} | ({CHANGED: json.dumps(marks)} if marks else {})
+    return {"format": "pt"} | ({CHANGED: json.dumps(marks)} if marks else {})
+
+
+def writers(config: dict, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Callable[[Path], object]]:
+    """Returns the functions that write the two files (``io.write``), by file name."""
     text = json.dumps(config, indent=2)  # keys not sorted: PEFT takes the first pattern that matches
     return {
         WEIGHTS: lambda file: safetensors.torch.save_file(tensors, file, metadata),
@@ -151,22 +162,11 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch
         raise CheckpointError(f"key {PREFIX}{name}.weight", expected, tensor.dtype)
 
 
-def set_ranks(config: dict, ranks: dict[str, int], alphas: dict[str, float]) -> None:
-    """Sets the ranks and alphas of a config, given by module name: the first layer's, and patterns if any differ."""
-    first = next(iter(ranks))
-    longest_first = sorted(ranks, key=len, reverse=True)  # PEFT takes the first pattern that matches a name's end
-    config |= {"r": ranks[first], "lora_alpha": alphas[first]}
-    for field_name, values in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        differ = len(set(values.values())) > 1
-        config[field_name] = {re.escape(name): values[name] for name in longest_first} if differ else {}
-
-
 def _add_changes_(config: dict, tensors: dict[str, Tensor], changes: dict[str, Change]) -> dict[str, dict]:
-    """Adds changes to an adapter's config and tensors, in place. Returns the marks for the metadata, by module name:
-    the layer's own rank and alpha where it gets further ranks, otherwise nothing."""
-    if not changes:
-        return {}
-    settings = {match[1]: _settings(config, match[1]) for match in map(KEY.fullmatch, tensors) if match}
+    """Adds the changes. Returns the marks for the metadata, by module name: the layer's own rank and alpha where it
+    gets further ranks, otherwise nothing."""
+    names = [match[1] for key in tensors if (match := ADAPTED.fullmatch(key.removeprefix(PREFIX)))] if changes else []
+    settings = {name: peft_config.settings(config, name) for name in names}
     ranks, alphas = ({name: layer[key] for name, layer in settings.items()} for key in ("r", "alpha"))
     marks: dict[str, dict] = {}
     for name, change in changes.items():
@@ -182,72 +182,15 @@ def _add_changes_(config: dict, tensors: dict[str, Tensor], changes: dict[str, C
         # PEFT saves an output embedding's weight too. It contains the terms, which would then count twice.
         tensors.pop(key("base_layer"), None)
         (term_b, term_a), b, a = change.term, tensors[key("lora_B")], tensors[key("lora_A")]
-        scaling = _scaling(settings[name])
+        scaling = peft_config.scaling(settings[name])
         tensors[key("lora_B")] = torch.cat([b, (term_b / scaling).to(b.dtype)], 1)
         tensors[key("lora_A")] = torch.cat([a, term_a.to(a.dtype)])
         ranks[name] += len(term_a)
         # The scale alpha / r has to stay the same at the larger rank.
-        alpha = scaling * (math.sqrt(ranks[name]) if settings[name]["use_rslora"] else ranks[name])
-        alphas[name] = int(alpha) if alpha.is_integer() else alpha
+        alphas[name] = peft_config.alpha_of(scaling, ranks[name], settings[name]["use_rslora"])
     if any(marks.values()):
-        set_ranks(config, ranks, alphas)
+        peft_config.set_ranks(config, ranks, alphas)
     return marks
-
-
-def _read_config(data: bytes) -> dict:
-    """Returns the config of a plain LoRA adapter; raises CheckpointError for any other."""
-    try:
-        config = json.loads(data)
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise CheckpointError(CONFIG, "a JSON object", f"{error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(CONFIG, "a JSON object", type(config).__name__)
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError("peft_type", "'LORA'", repr(config.get("peft_type")))
-    if config.get("bias", "none") != "none":
-        raise CheckpointError("bias", "'none'", repr(config["bias"]))
-    if config.get("init_lora_weights", True) not in PLAIN_INITS:
-        expected = "an initialisation that leaves the base weights as they are"
-        raise CheckpointError("init_lora_weights", expected, repr(config["init_lora_weights"]))
-    for name, value in config.items():
-        switch = name.startswith("use_") or name.endswith("_config")  # how PEFT spells a variant of LoRA
-        if value and (name in UNSUPPORTED or (switch and name not in HARMLESS)):
-            raise CheckpointError(name, "unset: lora_fast reads plain LoRA adapters", repr(value))
-    try:
-        targets.check(config.get("target_modules"))
-        if config.get("exclude_modules"):
-            targets.check(config["exclude_modules"])
-    except checks.ArgumentError as error:
-        raise CheckpointError(f"{error.argument} in {CONFIG}", error.expected, error.got) from error
-    return config
-
-
-def _settings(config: dict, name: str) -> dict:
-    """Returns r, alpha, dropout and use_rslora that the config gives a module."""
-    rank = _by_pattern(config, "rank_pattern", name, config.get("r"))
-    alpha = _by_pattern(config, "alpha_pattern", name, config.get("lora_alpha"))
-    try:
-        return {
-            "r": checks.rank(rank),
-            "alpha": checks.positive(alpha, "lora_alpha"),
-            "dropout": checks.probability(config.get("lora_dropout", 0.0), "lora_dropout"),
-            "use_rslora": bool(config.get("use_rslora")),
-        }
-    except checks.ArgumentError as error:
-        raise CheckpointError(f"{error.argument} in {CONFIG}", error.expected, error.got) from error
-
-
-def _by_pattern(config: dict, setting: str, name: str, default: object) -> object:
-    """Returns the value of the first pattern that matches the name, or its end after a dot, as PEFT does."""
-    patterns = config.get(setting) or {}
-    try:
-        return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
-    except (AttributeError, re.error) as error:
-        raise CheckpointError(setting, "an object whose keys are regular expressions", repr(patterns)) from error
-
-
-def _scaling(settings: dict) -> float:
-    return settings["alpha"] / (math.sqrt(settings["r"]) if settings["use_rslora"] else settings["r"])
 
 
 def _read_marks(metadata: dict[str, str]) -> dict[str, dict]:
@@ -263,24 +206,21 @@ def _read_marks(metadata: dict[str, str]) -> dict[str, dict]:
     return marks
 
 
-def _layers(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Returns module name → its tensors by role; raises CheckpointError for unknown keys and dtypes, and for a layer
-    without both factors."""
-    layers: dict[str, dict[str, Tensor]] = {}
+def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors by key without PEFT's prefix and the name of its default adapter."""
+    short: dict[str, Tensor] = {}
     for key, tensor in sorted(tensors.items()):
-        match = KEY.fullmatch(key)
-        if match is None:
+        if not key.startswith(PREFIX):
             raise CheckpointError(f"key {key}", f"{PREFIX}<module>.lora_A.weight or .lora_B.weight", "an extra key")
-        if tensor.dtype not in checks.FLOATS:
-            raise CheckpointError(f"key {key}", "float16, bfloat16, float32 or float64", tensor.dtype)
-        if tensor.dim() != 2:
-            raise CheckpointError(f"key {key}", "a matrix", tuple(tensor.shape))
-        layers.setdefault(match[1], {})[match[2]] = tensor
-    if not layers:
+        name = DEFAULT_NAME.sub(r"\1", key.removeprefix(PREFIX))
+        if name in short:
+            raise CheckpointError(
+                f"key {PREFIX}{name}", "once in the file", "once with the adapter's name, once without"
+            )
+        short[name] = tensor
+    if not short:
         raise CheckpointError(WEIGHTS, "at least one pair of keys lora_A, lora_B", "none")
-    for name, layer in layers.items():
-        _require(name, layer, "lora_A", "lora_B")
-    return layers
+    return short
 
 
 def _require(name: str, layer: dict[str, Tensor], *roles: str) -> None:
@@ -293,24 +233,42 @@ def _require(name: str, layer: dict[str, Tensor], *roles: str) -> None:
 def _add_layer(adapter: Adapter, name: str, layer: dict[str, Tensor], mark: dict | None) -> None:
     """Checks one layer's tensors against the config and adds them to the adapter. ``mark``: None if the layer's weight
     has not changed."""
-    if mark:
-        config = adapter.config | mark | {"rank_pattern": {}, "alpha_pattern": {}}
-        adapter._own_settings[name] = _settings(config, name)
-    r, a, b = adapter.settings(name)["r"], layer["lora_A"], layer["lora_B"]
-    rank = _by_pattern(adapter.config, "rank_pattern", name, adapter.config.get("r")) if mark else r
-    for factor, tensor, dim in (("lora_A", a, 0), ("lora_B", b, 1)):
-        if tensor.shape[dim] != rank or rank < r:
-            further = f" (at least {r}, its own)" if mark else ""
-            expected = f"a matrix with the rank, {rank}{further}, in dimension {dim}"
-            raise CheckpointError(f"key {PREFIX}{name}.{factor}.weight", expected, tuple(tensor.shape))
+    if mark is None and layer.keys() == {"base_layer"}:  # of an embedding, whose factors have other keys
+        adapter.base_weights[name] = layer["base_layer"]
+        return
+    _require(name, layer, "lora_A", "lora_B")
+    a, b = layer["lora_A"], layer["lora_B"]
+    for role, tensor in layer.items():
+        key = f"key {PREFIX}{name}.{role}.weight"
+        if tensor.dtype not in checks.FLOATS:
+            raise CheckpointError(key, "float16, bfloat16, float32 or float64", tensor.dtype)
+        if tensor.dim() < 2:
+            raise CheckpointError(key, "a matrix", tuple(tensor.shape))
+    r = _check_rank(adapter, name, a, b, mark)
     if mark:
         adapter.changes[name] = Change(None, (b[:, r:] * adapter.scaling(name), a[r:]))
+        a, b = a[:r], b[:, :r]
     elif mark is not None:
         _require(name, layer, "base_layer")
         adapter.changes[name] = Change(layer["base_layer"], _kept_term(name, layer))
     elif "base_layer" in layer:
         adapter.base_weights[name] = layer["base_layer"]
-    adapter.pairs[name] = a[:r], b[:, :r]
+    adapter.pairs[name] = a, b
+
+
+def _check_rank(adapter: Adapter, name: str, a: Tensor, b: Tensor, mark: dict | None) -> int:
+    """Returns the rank of a layer's adapter; raises CheckpointError if the tensors have another one. Those of experts
+    contain more than one product."""
+    if mark:
+        own = adapter.config | mark | {"rank_pattern": {}, "alpha_pattern": {}}
+        adapter._own_settings[name] = peft_config.settings(own, name)
+    r, rank = adapter.settings(name)["r"], peft_config.settings(adapter.config, name)["r"]
+    for factor, tensor, dim in (("lora_A", a, 0), ("lora_B", b, 1)):
+        if (tensor.shape[dim] != rank or rank < r) and not adapter.config.get("target_parameters"):
+            further = f" (at least {r}, its own)" if mark else ""
+            expected = f"a matrix with the rank, {rank}{further}, in dimension {dim}"
+            raise CheckpointError(f"key {PREFIX}{name}.{factor}.weight", expected, tuple(tensor.shape))
+    return r
 
 
 def _kept_term(name: str, layer: dict[str, Tensor]) -> Term | None:

@@ -1,4 +1,5 @@
-"""The public function of a linear layer with its LoRA adapter: checks the arguments, then runs the op."""
+"""The public function of a linear layer with its LoRA adapter: checks the arguments, then runs the op, or plain torch
+ops where the op cannot serve the call."""
 
 from __future__ import annotations
 
@@ -7,17 +8,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import backend, checks
+from ..ops import composite, seeds
 from ..ops import linear as linear_op
-from ..ops import seeds
 
 # Looked up once, because attribute accesses cost host time in every layer's call. Function.apply is a Python method for
-# functorch (vmap, grad); without functorch it only calls the method that it overrides.
-_any_autocast, _traced, _functorch = (
-    torch._C._is_any_autocast_enabled,
-    torch.compiler.is_compiling,
-    torch._C._are_functorch_transforms_active,
-)
+# functorch (vmap, grad), for which the plain ops run; it only calls the method that it overrides.
+_any_autocast, _traced = torch._C._is_any_autocast_enabled, torch.compiler.is_compiling
 _apply = super(torch.autograd.Function, linear_op.LoRALinearFunction).apply
+reason_against_op = composite.reason
 
 
 def lora_linear(
@@ -26,7 +24,7 @@ def lora_linear(
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     dropout_p: float = 0.0,
     seed: int | None = None,
 ) -> Tensor:
@@ -36,13 +34,18 @@ def lora_linear(
     Only x and S = dropout(x) aᵀ are saved for backward. Under autocast x, weight and bias are cast to the autocast
     dtype, as in ``nn.Linear``. Products accumulate in float32 and are rounded once per result.
 
+    PEFT's formula in plain torch ops runs where the op cannot serve the call: for nested and sparse tensors, subclasses
+    of Tensor and the meta device, under the transforms of torch.func, forward-mode differentiation, torch.jit.trace
+    (which torch 2.13 deprecates) and torch.export. The gradients are differentiable again (``create_graph=True``).
+
     Args:
         x: (..., d_in), float16, bfloat16, float32 or (torch backend) float64; any strides.
         weight: (d_out, d_in) in x's dtype; frozen (``requires_grad=False``).
-        bias: (d_out,) in x's dtype, or None.
+        bias: (d_out,) in x's dtype, or float32 where that has 16 bits; or None.
         lora_A: (r, d_in), r from 1 to 256, any floating dtype; float32 keeps its precision outside autocast.
         lora_B: (d_out, r), likewise.
-        scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        scaling: alpha / r, or alpha / sqrt(r) for rsLoRA: a finite number, or a real tensor of one element on x's
+            device or the CPU, which is not read on the host and gets a gradient if it requires one.
         dropout_p: probability that an element of x is dropped on the way to the adapter, in steps of 1/65536.
         seed: seed of the dropout mask, from 0 to 2⁶²-1. None draws from the default generator of x's device, as
             nn.Dropout does, so that ``torch.manual_seed`` and activation checkpointing reproduce the mask.
@@ -54,14 +57,24 @@ def lora_linear(
         ArgumentError: shapes, dtypes, devices or values that do not fit.
         BackendError: the Triton backend is chosen and cannot run here.
     """
+    run = run_op if reason_against_op(x, weight, lora_A, lora_B) is None else run_composite
+    return run(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+
+
+def run_op(x, weight, bias, lora_A, lora_B, scaling, dropout_p: float = 0.0, seed: int | None = None) -> Tensor:
+    """Computes ``lora_linear`` by the op."""
     autocast = _any_autocast() and is_autocast_on(x.device.type) and x.dtype != torch.float64
+    if type(scaling) not in checks.NUMBERS or type(dropout_p) not in checks.NUMBERS:
+        scaling, dropout_p = _plain_numbers(scaling, dropout_p, x)
+        if isinstance(scaling, Tensor):  # the product is small, and scaling keeps its gradient and stays on its device
+            lora_B, scaling = lora_B * scaling, 1.0
     checks.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast)
     if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     traced = _traced()
-    mask_seed = _mask_seed(x, dropout_p, seed, traced) if dropout_p > 0.0 else None
+    triton = backend.uses_triton(x) if traced else backend.forward_uses_triton(x)
+    mask_seed = _mask_seed(x, dropout_p, seed, traced, triton) if dropout_p > 0.0 else None
     if traced:
-        triton = backend.uses_triton(x)
         if weight.dtype is not x.dtype:
             # In a region of its own the compiler casts again in backward, and in a checkpointed region once for all
             # that runs again there. It would keep the copy of a plain cast from forward to backward.
@@ -69,8 +82,32 @@ def lora_linear(
         return linear_op.lora_linear_op(
             x, weight, bias, lora_A, lora_B, scaling, dropout_p, mask_seed, autocast, triton
         )[0]
-    apply = linear_op.LoRALinearFunction.apply if _functorch() else _apply
-    return apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, mask_seed, autocast)
+    ops = backend.load_ops("linear", triton)
+    return _apply(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, mask_seed, autocast)
+
+
+def run_composite(x, weight, bias, lora_A, lora_B, scaling, dropout_p: float = 0.0, seed: int | None = None) -> Tensor:
+    """Computes ``lora_linear`` by plain torch ops. Where x has a shape to check (that of a trace is no constant), the
+    arguments are checked as those of the op, except that the weight may be trained."""
+    scaling, dropout_p = _plain_numbers(scaling, dropout_p, x)
+    keep = None
+    if type(x) in composite.PLAIN and not x.is_nested and (_traced() or composite.transform() != composite.JIT_TRACE):
+        autocast = is_autocast_on(x.device.type) and x.dtype != torch.float64
+        number = 1.0 if isinstance(scaling, Tensor) else scaling
+        checks.lora_linear(x, weight.detach(), bias, lora_A, lora_B, number, dropout_p, autocast)
+    if seed is not None and dropout_p > 0.0:
+        _check_seed(seed)
+        if x.is_nested or x.layout is not torch.strided:
+            raise checks.ArgumentError("seed", "None for a nested or sparse x", repr(seed))
+        keep = linear_op.mask_like(x, dropout_p, seed)
+    return composite.linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, keep)
+
+
+def _plain_numbers(scaling, dropout_p, x: Tensor) -> tuple[float | Tensor, float]:
+    """Returns the numbers as Python's, and a scaling in a tensor without dimensions. A ``dropout_p`` in a tensor is
+    read on the host, as by nn.Dropout."""
+    p = checks.plain_number(dropout_p)
+    return checks.scaling(scaling, x.device), checks.probability(float(p) if isinstance(p, bool) else p, "dropout_p")
 
 
 def is_autocast_on(device_type: str) -> bool:
@@ -78,15 +115,20 @@ def is_autocast_on(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def _mask_seed(x: Tensor, dropout_p: float, seed: int | None, traced: bool) -> int | Tensor:
+def _check_seed(seed: int) -> None:
+    if not (isinstance(seed, int) and 0 <= seed < seeds.SEEDS):
+        raise checks.ArgumentError("seed", "an integer from 0 to 2**62 - 1", repr(seed))
+
+
+def _mask_seed(x: Tensor, dropout_p: float, seed: int | None, traced: bool, triton: bool) -> int | Tensor:
     """Returns the seed as an int. In a traced graph and under CUDA graph capture it is a tensor on the device instead,
     because an int would be a constant there and repeat the same mask at every replay. For the torch ops on a GPU it is
     the mask itself, because they would have to wait for the device to read a seed."""
-    if seed is not None and not (isinstance(seed, int) and 0 <= seed < seeds.SEEDS):
-        raise checks.ArgumentError("seed", "an integer from 0 to 2**62 - 1", checks.shown(seed))
+    if seed is not None:
+        _check_seed(seed)
     device = x.device
     in_graph = traced or backend.is_capturing(device)
-    if device.type != "cpu" and not backend.uses_triton(x):
+    if device.type != "cpu" and not triton:
         if seed is None:
             return linear_op.bernoulli_mask(x, dropout_p)
         if in_graph:

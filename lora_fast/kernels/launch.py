@@ -12,6 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from triton import knobs
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -76,7 +77,9 @@ class Launch:
         """Launches through Triton's JIT, or replaces ``go`` and calls it. Several threads may prepare one launch at the
         same time. Each replaces ``go`` by a function that does the same."""
         if stream is None:
-            with self._named_errors(tensors), on_device(tensors[0]):
+            # The interpreter's copies to and from the host are no ops for a mode such as selective checkpointing.
+            unseen = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
+            with self._named_errors(tensors), on_device(tensors[0]), unseen:
                 self.kernel[self.grid](*self._arguments(tensors, numbers), **self.options)
         else:
             self.go = self._prepare(self._load(tensors, numbers, self.options), tensors, numbers)

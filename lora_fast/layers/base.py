@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from .. import checks, functional
+from .. import checks
 from . import merge_log
-from .hooks import carry_hook
+from .fallback import Fallback
+from .hooks import carry_hook, offloads
+from .merging import Merged, MergedParameter, Term, unmergeable
 
 
-class AdapterLinear(nn.Module):
+class AdapterLinear(Fallback, nn.Module):
     """A frozen linear layer and its low-rank adapter: ``y = x Wᵀ + bias + scaling · dropout(x) aᵀ bᵀ``, one fused op.
 
     A parametrisation is a subclass with ``lora_A``, ``lora_B``, ``scaling`` and ``alpha`` = scaling · r of the plain
@@ -36,9 +38,12 @@ class AdapterLinear(nn.Module):
             does).
 
     Attributes:
-        weight: (d_out, d_in), frozen. bias: (d_out,), frozen, or None.
+        weight: (d_out, d_in), frozen; (d_in, d_out) with ``fan_in_fan_out``, which ``from_linear`` sets for
+            transformers' Conv1D (GPT-2). bias: (d_out,), frozen, or None.
         lora_A: a (r, d_in). lora_B: b (d_out, r).
         merged: True while ``weight`` contains the adapter.
+        disabled: True while ``lf.disable_adapters`` has the layer compute its frozen linear layer alone.
+        fallback_reason: why the last call ran plain torch ops in place of the fused op; None if it did not.
 
     Raises:
         ArgumentError: r or dropout out of range.
@@ -51,7 +56,8 @@ class AdapterLinear(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
-    _unmerged_weight: Tensor | None
+    is_plain = False  # whether forward computes x Wᵀ + bias alone: merged or disabled
+    fan_in_fan_out = False  # whether the weight is stored as (d_in, d_out), as transformers' Conv1D does
     if TYPE_CHECKING:  # read-only here: some subclasses have attributes of these names, others properties
 
         @property
@@ -83,7 +89,8 @@ class AdapterLinear(nn.Module):
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(out_features, in_features, **place), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, **place), requires_grad=False) if bias else None
-        self.register_buffer("_unmerged_weight", None, persistent=False)
+        self.is_plain = self.disabled = False  # is_plain is read at every call
+        self._merged = Merged()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **settings) -> Self:
@@ -91,22 +98,23 @@ class AdapterLinear(nn.Module):
         hooks the layer gets those that move the input to the weight's device.
 
         Args:
-            linear: on any device, of a floating dtype. The new adapter is on its weight's device, in float32 where the
-                weight is 16-bit, else in the weight's dtype.
+            linear: a torch.nn.Linear or transformers' Conv1D, on any device, of a floating dtype. The new adapter is on
+                its weight's device, in float32 where the weight is 16-bit, else in the weight's dtype.
             settings: the constructor's arguments except sizes, bias, device and dtype.
 
         Raises:
-            ArgumentError: no nn.Linear, a weight of another dtype, or settings that the constructor refuses.
+            ArgumentError: neither of the two, a weight of another dtype, or settings that the constructor refuses.
         """
-        if not isinstance(linear, nn.Linear):
-            raise checks.ArgumentError("linear", "a torch.nn.Linear", type(linear).__name__)
+        if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
+            raise checks.ArgumentError("linear", "a torch.nn.Linear or transformers' Conv1D", type(linear).__name__)
         weight, bias = linear.weight, linear.bias
         if weight.dtype not in checks.FLOATS:
             expected = "a dtype among float16, bfloat16, float32, float64"
             raise checks.ArgumentError("linear.weight", expected, weight.dtype)
         # On the meta device the constructor neither allocates nor initialises a weight that is replaced below.
         place: dict[str, Any] = {"device": "meta", "dtype": torch.promote_types(weight.dtype, torch.float32)}
-        layer = cls(linear.in_features, linear.out_features, bias=bias is not None, **settings, **place)
+        d_in, d_out = sizes(linear)
+        layer = cls(d_in, d_out, bias=bias is not None, **settings, **place)
         for name in cls.TRAINABLE:  # allocated once, here: the constructor's own are on the meta device
             free = getattr(layer, name)
             setattr(layer, name, nn.Parameter(torch.empty_like(free, device=weight.device), free.requires_grad))
@@ -114,15 +122,19 @@ class AdapterLinear(nn.Module):
         weight.requires_grad_(False)
         if bias is not None:
             bias.requires_grad_(False)
-        layer.weight, layer.bias = weight, bias
+        layer.weight, layer.bias, layer.fan_in_fan_out = weight, bias, is_conv1d(linear)
         if merge_log.is_changed(linear):  # by a merge of an adapter that has been removed since
             merge_log.mark(layer)
         carry_hook(linear, layer)
         return layer.train(linear.training)
 
     def reset_parameters(self) -> None:
-        """Initialises weight and bias as nn.Linear does, and the adapter."""
-        nn.Linear.reset_parameters(cast(nn.Linear, self))  # it uses weight and bias alone
+        """Initialises weight and bias as nn.Linear does, or as Conv1D, and the adapter."""
+        if self.fan_in_fan_out:
+            nn.init.normal_(self.weight, std=0.02)
+            nn.init.zeros_(cast(Tensor, self.bias))
+        else:
+            nn.Linear.reset_parameters(cast(nn.Linear, self))  # it uses weight and bias alone
         self.reset_adapter()
 
     def reset_adapter(self) -> None:
@@ -135,21 +147,22 @@ class AdapterLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d_in) → (..., d_out)."""
-        if self._buffers["_unmerged_weight"] is not None:  # merged; read past nn.Module.__getattr__, which is slow
-            return nn.functional.linear(x, self.weight, self.bias)
+        if self.is_plain:
+            return self.plain_forward(x)
         weight, bias = self.frozen_parameters()
         a, b = self.factors()
         dropout_p = self.dropout_p if self.training else 0.0
-        return functional.lora_linear(x, weight, bias, a, b, self.scaling, dropout_p)
+        return self._call(x, weight, bias, a, b, self.scaling, dropout_p)
 
     def frozen_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Returns weight and bias for one forward. FSDP1 replaces them by views of its flat parameter, which require a
-        gradient as soon as any parameter in it does; they are detached, because this layer's are frozen."""
+        """Returns weight (d_out, d_in) and bias for one forward. FSDP1 replaces them by views of its flat parameter,
+        which require a gradient as soon as any parameter in it does; they are detached, because this layer's are
+        frozen. A leaf is no such view but a parameter that ``torch.func.functional_call`` was given."""
         weight, bias = self.weight, self.bias
         is_stored = "weight" in self._parameters or "weight" in self.__dict__  # and not computed by a parametrization
-        if is_stored and type(weight) is Tensor and weight.requires_grad:
-            return weight.detach(), None if bias is None else bias.detach()
-        return weight, bias
+        if is_stored and type(weight) is Tensor and weight.requires_grad and not weight.is_leaf:
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        return weight.t() if self.fan_in_fan_out else weight, bias
 
     def free_parameters_for(self, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> tuple[Tensor, ...]:
         """Returns the values of the tensors in ``SAVED_STATE``, in its order, with which ΔW = scaling · lora_B lora_A.
@@ -166,9 +179,25 @@ class AdapterLinear(nn.Module):
         for name, value in zip(self.SAVED_STATE, values, strict=True):
             getattr(self, name).copy_(value)
 
+    def plain_forward(self, x: Tensor) -> Tensor:
+        """Computes the frozen linear layer alone, while the adapter is merged or disabled.
+
+        Raises:
+            ArgumentError: a merged model was offloaded by accelerate. Its hook loads the weight that ``state_dict``
+                contains, which is the unmerged one.
+        """
+        if self._merged.places and offloads(self):
+            raise checks.ArgumentError("model", "to be unmerged before it is offloaded (lf.unmerge_)", "a merged layer")
+        return nn.functional.linear(x, *self.frozen_parameters())
+
     def merge(self) -> None:
-        """Adds the adapter to ``weight`` with one rounding; the original weight is kept until ``unmerge``. It warns if
-        the merged layer does not keep what this kind of layer promises (``merge_note``)."""
+        """Adds the adapter to ``weight`` with one rounding. Layers that share the weight may do the same, in any order;
+        ``unmerge`` restores every bit. It warns if the merged layer does not keep what this kind of layer promises
+        (``merge_note``).
+
+        Raises:
+            ArgumentError: the weight cannot be merged into (without data, sharded, …), or the adapter is disabled.
+        """
         if not self.merged:
             self.fold_()
             if note := self.merge_note():
@@ -178,40 +207,128 @@ class AdapterLinear(nn.Module):
         """Returns what the merged weight does not keep of this kind of layer, or nothing."""
         return ""
 
-    def fold_(self) -> None:
-        """Does what ``merge`` does, without a warning."""
-        if not self.merged:
-            original = self.weight.data
-            # Assigning .data keeps the parameter's identity, on which optimizers rely.
-            self.weight.data = merged_weight(original, [(self.lora_A, self.lora_B, self.scaling)])
-            self._unmerged_weight = original
+    def fold_(self, keep_originals: str | None = None) -> None:
+        """Does what ``merge`` does, without a warning.
+
+        Args:
+            keep_originals: where the original of a weight on a GPU is kept, as in ``lf.merge_``; None as at the last
+                merge, in the host's memory at first.
+        """
+        if self.merged:
+            return
+        if reason := self.unmergeable():
+            raise checks.ArgumentError("layer", "a layer that can be merged", reason)
+        self._merged.merge({"": [(cast(nn.Parameter, self.weight), self.merge_term())]}, keep_originals)
+        self.is_plain = True
+
+    def merge_term(self) -> Term:
+        """Returns what the adapter adds to the weight as it is stored: ΔW, or its transpose, scaling · aᵀ bᵀ."""
+        a, b = (self.lora_B.t(), self.lora_A.t()) if self.fan_in_fan_out else (self.lora_A, self.lora_B)
+        return Term(a, b, self.scaling)
 
     def unmerge(self) -> None:
-        """Restores the weight from before ``merge``, bit for bit."""
-        if self._unmerged_weight is not None:
-            self.weight.data = self._unmerged_weight
-            self._unmerged_weight = None
+        """Restores the weight from before ``merge``, bit for bit.
+
+        Raises:
+            ArgumentError: the weight was replaced, or has lost its data, since then.
+        """
+        if self.merged:
+            self._merged.unmerge([self.weight])
+            self.is_plain = self.disabled
 
     @property
     def merged(self) -> bool:
-        return self._unmerged_weight is not None
+        return bool(self._merged.places)
+
+    def unmergeable(self) -> str | None:
+        """Returns why the layer cannot be merged, or None if it can."""
+        if self.merged:
+            return "already merged"
+        if self.disabled:
+            return "adapters disabled"
+        if offloads(self):
+            return "weight offloaded by accelerate, which would load the unmerged one"
+        weight = self.weight if "weight" in self._parameters else None
+        trained = [getattr(self, name) for name in self.TRAINABLE]
+        shape = self.out_features, self.in_features
+        return unmergeable(weight, shape[::-1] if self.fan_in_fan_out else shape, trained)
+
+    def not_unmergeable(self) -> str | None:
+        """Returns why a merged layer cannot be unmerged, or None if it can."""
+        return self._merged.lost([self.weight])
+
+    def original_weight(self) -> Tensor:
+        """Returns the frozen weight without any adapter. That of a merged layer may be in the host's memory."""
+        if not self.merged:
+            return self.weight
+        target = self._merged.targets()[0]
+        return target.original.to(target.parameter.dtype)
+
+    def set_disabled_(self, disabled: bool) -> None:
+        """Makes forward compute the frozen layer alone, or with the adapter again; for an unmerged layer."""
+        self.disabled = self.is_plain = disabled
+
+    def to_linear(self) -> nn.Module:
+        """Returns an ``nn.Linear``, or a Conv1D, with this layer's parameters themselves, its mode and its hooks of
+        accelerate. If this layer is merged, it forgets the original weight."""
+        linear: Any
+        with torch.device("meta"):  # allocates nothing
+            if self.fan_in_fan_out:
+                from transformers.pytorch_utils import Conv1D
+
+                linear = Conv1D(self.out_features, self.in_features)
+            else:
+                linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, dtype=self.weight.dtype)
+        linear.weight, linear.bias = self.weight, self.bias
+        self._merged.forget()
+        if merge_log.is_changed(self):
+            merge_log.mark(linear)
+        carry_hook(self, linear)
+        return linear.train(self.training)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        """Stores the unmerged weight beside the adapter, so that a layer that loads the state does not count the
+        adapter twice."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            destination[f"{prefix}weight"] = self.original_weight()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        """Loads an unmerged weight and an adapter. A merged layer is merged again, with what it has loaded."""
+        merged = self.merged
+        if merged:
+            self.unmerge()
+            if MergedParameter.of(cast(nn.Parameter, self.weight)).terms:
+                errors.append(f"{prefix}weight is merged with the adapter of another layer, too: use lf.unmerge_ first")
+                state_dict = {}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if merged:
+            self.fold_()
+
+    def _apply(self, fn, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._merged.follow(fn)
+        return self
+
+    def __getstate__(self) -> dict:
+        """Returns the state for deepcopy, pickle and torch.save. A copy that is made while ``lf.disable_adapters`` runs
+        has its adapter, because no context enables it again."""
+        return self.__dict__ | {"disabled": False, "is_plain": self.merged}
 
     def extra_repr(self) -> str:
         shown = {name: getattr(self, name) for name in ("in_features", "out_features", "r", *self.INIT_ARGUMENTS)}
         shown |= {"dropout": self.dropout_p, "bias": self.bias is not None}
+        shown |= {"fan_in_fan_out": True} if self.fan_in_fan_out else {}
         return ", ".join(f"{name}={value}" for name, value in shown.items()) + (", merged" * self.merged)
 
 
-@torch.no_grad()
-def merged_weight(weight: Tensor, adapters: list[tuple[Tensor, Tensor, float]]) -> Tensor:
-    """Returns weight + Σ scaling · b a, summed in float32 (float64 for a float64 weight) and rounded once to the
-    weight's dtype.
+def is_conv1d(module: nn.Module) -> bool:
+    """Returns whether it is transformers' Conv1D, a linear layer whose weight is stored as (d_in, d_out) (GPT-2)."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
-    Args:
-        weight: (d_out, d_in).
-        adapters: a (r, d_in), b (d_out, r) and scaling of each.
-    """
-    total = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    for a, b, scaling in adapters:
-        total = torch.addmm(total, b.to(total.dtype), a.to(total.dtype), alpha=scaling)
-    return total.to(weight.dtype)
+
+def sizes(linear: nn.Module) -> tuple[int, int]:
+    """Returns d_in and d_out of an nn.Linear or a Conv1D."""
+    d_out, d_in = cast(Tensor, linear.weight).shape
+    return (d_out, d_in) if is_conv1d(linear) else (d_in, d_out)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..kernels import device
 from ..ops import cayley as cayley_op
+from ..ops import composite
 from ..ops.cayley import Free, Values
 
 SAVED_STATE = ("free_a", "free_b", "free_scale")  # a layer's factors depend on these, its bound and its power
@@ -58,7 +59,8 @@ def cached_factors(layers: Sequence) -> list[tuple[Tensor, Tensor]]:
     Args:
         layers: on one device; each has the attributes of ``SAVED_STATE``, ``applied_bound``, ``power`` and ``cache``.
     """
-    if torch.compiler.is_compiling():
+    parameters = [p for layer in layers for p in _parameters(layer)]
+    if torch.compiler.is_compiling() or composite.reason_for_parameters(parameters) is not None:
         return list(zip(*cayley_op.factors(_free(layers)), strict=True))
     # The id of the running backward, or -1: a forward inside a backward is activation checkpointing's second run.
     rerun = torch._C._current_graph_task_id() != -1

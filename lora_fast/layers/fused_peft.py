@@ -6,57 +6,60 @@ op computes the same as PEFT's forward; if not, PEFT's forward runs and ``fallba
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from peft.tuners import lora
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 from torch.nn import Dropout, Identity, Linear, Parameter
+from transformers.pytorch_utils import Conv1D
 
-from .. import functional
-from ..functional.linear import is_autocast_on
+from .. import checks
+from ..functional.linear import is_autocast_on, reason_against_op, run_op
 from ..kernels.limits import LARGEST_RANK
-from .base import merged_weight
+from .exact_merge import ExactMerge
+from .fallback import Fallback
 from .find import PeftLayer
 from .hooks import HOOK, is_hooked, returns_to_input
+from .merging import Term
 
 PLAIN = (Parameter, Tensor)  # neither a DTensor nor a quantised subclass
 DROPOUTS = (Identity, Dropout)
 
 
-class FusedLoraLinear(lora.Linear):
+class FusedLoraLinear(Fallback, ExactMerge, lora.Linear):
     """A ``peft.tuners.lora.Linear`` whose forward is one fused op wherever that computes the same.
 
     Attributes:
         fallback_reason: why the last call ran PEFT's own forward; None if it ran fused.
     """
 
-    fallback_reason: str | None = None
     lora_A: Any  # nn.ModuleDict of nn.Linear, whose entries torch types as any module
     lora_B: Any
-    replicated_from: FusedLoraLinear  # of nn.DataParallel's replicas
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x: (..., d_in) → (..., d_out) in the dtype of the base layer's result."""
         call = "extra arguments" if args or kwargs else self._fused_call(x)
-        if isinstance(call, tuple):
-            if self.fallback_reason is not None:  # nn.Module.__setattr__ is slow, so it runs only for a change
-                self._note(None)
-            base: Any = self._modules["base_layer"]
-            if HOOK in base.__dict__:  # accelerate's, which would move x to the weight's device
-                y = functional.lora_linear(x.to(call[0].device), *call)
-                return y.to(x.device) if y.device != x.device and returns_to_input(base) else y
-            return functional.lora_linear(x, *call)
-        self._note(call)
-        return super().forward(x, *args, **kwargs)
+        if isinstance(call, str):
+            self._note(call)
+            return super().forward(x, *args, **kwargs)
+        if self.fallback_reason is not None:  # nn.Module.__setattr__ is slow, so it runs only for a change
+            self._note(None)
+        base: Any = self._modules["base_layer"]
+        if HOOK in base.__dict__:  # accelerate's, which would move x to the weight's device
+            y = run_op(x.to(call[0].device), *call)
+            return y.to(x.device) if y.device != x.device and returns_to_input(base) else y
+        return run_op(x, *call)
 
-    def _replicate_for_data_parallel(self) -> FusedLoraLinear:
-        """Returns nn.DataParallel's replica for one call, whose reason for PEFT's forward also shows on this layer."""
-        self._note(None)
-        replica = super()._replicate_for_data_parallel()
-        replica.__dict__["replicated_from"] = self  # nn.Module.__setattr__ would register a submodule
-        return replica
+    def _get_name(self) -> str:
+        """Returns the name of PEFT's class, from whose repr PEFT's layer status takes the ``module_type``."""
+        return lora.Linear.__name__
+
+    def extra_repr(self) -> str:
+        return (
+            "fused" if self.fallback_reason is None else f"fused, last call by PEFT's forward: {self.fallback_reason}"
+        )
 
     def _fused_call(self, x: Tensor) -> tuple | str:
         """Returns ``lora_linear``'s arguments after x, or the reason why PEFT's forward has to run. It runs at every
@@ -70,9 +73,10 @@ class FusedLoraLinear(lora.Linear):
             if len(active) != 1:
                 return f"{len(active)} active adapters"
             active = active[0]
-        call = fused_arguments(self, active)
-        if isinstance(call, str):
-            return call
+        found = fused_arguments(self, active)
+        if isinstance(found, str):
+            return found
+        call, lora_bias = found
         weight, bias = call[0], call[1]
         # Autocast casts x, weight and bias to one dtype, except float64. Without it PEFT casts x for the adapter only.
         if x.dtype is not weight.dtype or (bias is not None and bias.dtype is not weight.dtype):
@@ -80,68 +84,55 @@ class FusedLoraLinear(lora.Linear):
                 return f"{x.dtype} input to {weight.dtype} weights"
         elif not self.cast_input_dtype_enabled:
             return "casting of the input is off"
-        return call
+        reason = reason_against_op(x, weight, call[2], call[3]) or _reason_against_scaling(call[4], weight)
+        if reason is None and lora_bias is not None:
+            return weight, _sum_of_biases(bias, lora_bias * call[4], weight.dtype), *call[2:]
+        return reason or call
 
-    def _note(self, reason: str | None) -> None:
-        if not torch.compiler.is_compiling():  # writing an attribute would break the graph
-            self.fallback_reason = reason
-            if reason is not None and "replicated_from" in self.__dict__:
-                self.replicated_from._note(reason)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merges as PEFT does, but with one rounding: all merged adapters are added to the original weight, which is
-        kept."""
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        merged = [*self.merged_adapters, *names]
-        if not names:
-            return
-        if not all(self._is_plain(name) for name in merged):
-            super().merge(safe_merge, names)
-            return
-        base: Any = self.get_base_layer()  # an nn.Linear, since the adapters are plain
-        kept = self._buffers.get("_unmerged_weight")
-        original = base.weight.data if kept is None else kept
-        pairs = [(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in merged]
-        weight = merged_weight(original, pairs)
-        if safe_merge and not torch.isfinite(weight).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
-        self.register_buffer("_unmerged_weight", original, persistent=False)
-        base.weight.data = weight
-        self.merged_adapters.extend(names)
-
-    def unmerge(self) -> None:
-        """Restores the weight that ``merge`` kept, bit for bit."""
-        if "_unmerged_weight" not in self._buffers:
-            super().unmerge()
-            return
-        self.get_base_layer().weight.data = self._unmerged_weight
-        del self._unmerged_weight
-        self.merged_adapters.clear()
-
-    def _is_plain(self, name: str) -> bool:
-        """Returns whether the adapter adds exactly scaling · b a to the base weight."""
-        base, biased = self.get_base_layer(), self.lora_B[name].bias is not None
-        return type(base) is Linear and not self.fan_in_fan_out and name not in self.lora_variant and not biased
+    def merge_terms(self, adapter: str) -> list[tuple[Parameter, Term]] | str:
+        base: Any = self.get_base_layer()
+        a, b, scaling = self.lora_A[adapter], self.lora_B[adapter], self.scaling[adapter]
+        if type(base) not in (Linear, Conv1D):
+            return f"base layer {type(base).__name__}, not torch.nn.Linear"
+        if adapter in self.lora_variant:
+            return "adapter that is more than scaling · b a"
+        factors = (b.weight.mT, a.weight.mT) if self.fan_in_fan_out else (a.weight, b.weight)
+        terms = [(base.weight, Term(*factors, scaling))]
+        if b.bias is not None:
+            if base.bias is None:
+                return "bias on lora_B over a base layer without one"
+            terms.append((base.bias, Term(b.bias.new_ones((1, 1)), b.bias[:, None], scaling)))
+        return terms
 
 
-def fused_arguments(layer: PeftLayer, adapter: str) -> tuple | str:
+def _reason_against_scaling(scaling: Any, weight: Tensor) -> str | None:
+    """Returns why the op does not take a scaling, with which PEFT multiplies whatever it is."""
+    if type(scaling) is float and -math.inf < scaling < math.inf:
+        return None
+    try:
+        checks.scaling(scaling, weight.device)
+    except checks.ArgumentError:
+        return f"scaling {scaling!r}" if isinstance(scaling, float) else f"scaling of type {type(scaling).__name__}"
+    return None
+
+
+def fused_arguments(layer: PeftLayer, adapter: str) -> tuple[tuple, Tensor | None] | str:
     """Returns ``lora_linear``'s arguments after x for one adapter, or why the fused op does not compute the same as
     PEFT.
 
     Returns:
-        (weight, bias, lora_A, lora_B, scaling, dropout_p), or the reason as a string.
+        (weight, bias, lora_A, lora_B, scaling, dropout_p) and lora_B's bias, which is to be scaled and added to the
+        base layer's; or the reason as a string.
     """
     modules = layer._modules  # read past nn.Module.__getattr__, which costs host time at every call
     base, a = modules["base_layer"], modules["lora_A"]._modules.get(adapter)
     if a is None:
         return f"no adapter {adapter!r} in this layer"
     b, dropout = modules["lora_B"]._modules[adapter], modules["lora_dropout"]._modules[adapter]
-    if type(base) is not Linear:
+    if type(base) is not Linear and type(base) is not Conv1D:
         return f"base layer {type(base).__name__}, not torch.nn.Linear"
     if adapter in layer.lora_variant:
         return f"variant {type(layer.lora_variant[adapter]).__name__}"
-    if layer.fan_in_fan_out:
-        return "fan_in_fan_out"
     if type(a) is not Linear or type(b) is not Linear or type(dropout) not in DROPOUTS:
         return f"adapter of {type(a).__name__}, {type(b).__name__}, {type(dropout).__name__}"
     if is_hooked(base) or is_hooked(a) or is_hooked(b) or is_hooked(dropout):
@@ -156,9 +147,17 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple | str:
         return f"weight of type {type(weight).__name__}, adapter of {type(lora_a).__name__}, {type(lora_b).__name__}"
     if weight.requires_grad:
         return "trainable base weight"
-    if b_parameters.get("bias") is not None:
-        return "bias on lora_B"
     if layer.r[adapter] > LARGEST_RANK:
         return f"rank {layer.r[adapter]}, above {LARGEST_RANK}"
+    if type(base) is Conv1D:
+        weight = weight.t()  # a view: the op takes any strides
     dropout_p = dropout.p if dropout.training and type(dropout) is Dropout else 0.0
-    return weight, parameters.get("bias"), lora_a, lora_b, layer.scaling[adapter], dropout_p
+    arguments = weight, parameters.get("bias"), lora_a, lora_b, layer.scaling[adapter], dropout_p
+    return arguments, b_parameters.get("bias")
+
+
+def _sum_of_biases(bias: Tensor | None, scaled: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the base layer's bias plus the scaled bias of lora_B (``lora_bias=True``), in the weight's dtype, or in
+    float32 where the weight has 16 bits and the adapter has more."""
+    total = scaled if bias is None else scaled + bias
+    return total.to(dtype if scaled.dtype is dtype or dtype.itemsize > 2 else torch.float32)

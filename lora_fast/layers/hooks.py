@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, update_wrapper
 from types import MethodType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 ACCELERATE = "accelerate.hooks"  # imported where a module has its wrapper
 FORWARD, HOOK = "forward", "_hf_hook"  # where accelerate puts its wrapper and its hook, in the module's __dict__
@@ -57,6 +59,12 @@ def returns_to_input(module: nn.Module) -> bool:
     return any(hook.io_same_device for hook in _parts(module.__dict__[HOOK]))
 
 
+def offloads(module: nn.Module) -> bool:
+    """Returns whether a hook of accelerate loads the module's tensors before its forward and drops them after it."""
+    hook = module.__dict__.get(HOOK)
+    return hook is not None and any(getattr(part, "offload", False) for part in _parts(hook))
+
+
 def carry_hook(source: nn.Module, target: nn.Module) -> None:
     """Gives the target the source's hook of accelerate if that only moves the input. The hook is not initialised again:
     the target's tensors are on the source's device already, and the hook's table of tied weights has addresses of
@@ -80,6 +88,32 @@ def has_replaced_forward(module: nn.Module) -> bool:
     """Returns whether the instance has a forward that is neither its class's nor accelerate's wrapper around that."""
     state = module.__dict__
     return FORWARD in state and not (is_own(state[FORWARD], module) or is_wrapped(module))
+
+
+def stored_tensor(module: nn.Module, name: str, writable: bool = False) -> Tensor:
+    """Returns a parameter or buffer of the module. Where accelerate has offloaded it, which leaves a tensor of the meta
+    device in the module, that is the tensor in the CPU's memory, or a copy of what is on the disk.
+
+    Args:
+        writable: return what the module has instead of a copy, whose change would be lost.
+    """
+    tensor = getattr(module, name)
+    for hook in _parts(module.__dict__[HOOK]) if tensor.is_meta and HOOK in module.__dict__ else ():
+        if getattr(hook, "offload", False) and hook.weights_map is not None:
+            stored = hook.weights_map.get(name)
+            if stored is not None and not (writable and hook.weights_map.get(name) is not stored):
+                return stored
+    return tensor
+
+
+def with_parameters(module: nn.Module) -> AbstractContextManager:
+    """Returns a context in which a module that accelerate has offloaded has its parameters, on the CPU."""
+    hook = module.__dict__.get(HOOK)
+    if not getattr(hook, "offload", False):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module, torch.device("cpu"))
 
 
 def _wrap(module: nn.Module, wrapper: Callable, hook: Any) -> None:

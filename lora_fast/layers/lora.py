@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import checks, functional
+from .. import checks
 from .base import AdapterLinear
 
 INITS = ("kaiming", "gaussian")
@@ -75,14 +75,11 @@ class LoRALinear(AdapterLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d_in) → (..., d_out). Computes the same as AdapterLinear's forward in less time on the host."""
-        if self._buffers["_unmerged_weight"] is not None:
-            return nn.functional.linear(x, self.weight, self.bias)
+        if self.is_plain:
+            return self.plain_forward(x)
         p: dict[str, Any] = self._parameters
-        if len(p) == 4:  # nn.Module.__getattr__ costs host time at every call
-            weight, bias, lora_A, lora_B = p["weight"], p["bias"], p["lora_A"], p["lora_B"]
-            if weight.requires_grad:
-                weight, bias = self.frozen_parameters()
-        else:  # parametrized, flattened (FSDP1) or replicated: the parameters are attributes of another kind
-            (weight, bias), lora_A, lora_B = self.frozen_parameters(), self.lora_A, self.lora_B
-        dropout_p = self.dropout_p if self.training else 0.0
-        return functional.lora_linear(x, weight, bias, lora_A, lora_B, self.scaling, dropout_p)
+        if len(p) != 4 or p["weight"].requires_grad or self.fan_in_fan_out:
+            # Parametrized, flattened (FSDP1) or replicated: the parameters are attributes of another kind.
+            return super().forward(x)
+        dropout_p = self.dropout_p if self.training else 0.0  # nn.Module.__getattr__ costs host time at every call
+        return self._call(x, p["weight"], p["bias"], p["lora_A"], p["lora_B"], self.scaling, dropout_p)

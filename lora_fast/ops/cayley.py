@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import backend
+from .. import backend, regions
+from . import composite
 from .reference import cayley as reference
 
 
@@ -56,6 +57,8 @@ class Values(NamedTuple):
 
 def factors(free: Free) -> tuple[list[Tensor], list[Tensor]]:
     """Returns a and b of every pair, differentiable where gradients are enabled and any parameter requires one."""
+    if composite.reason_for_parameters(free.tensors) is not None:
+        return by_composite(free)
     if torch.compiler.is_compiling():
         results = cayley_op(*free, backend.uses_triton(free.a[0]))
         n = len(free.a)
@@ -63,10 +66,18 @@ def factors(free: Free) -> tuple[list[Tensor], list[Tensor]]:
     return attach(free, compute(free))
 
 
+def by_composite(free: Free) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns what ``factors`` returns, computed by plain torch ops."""
+    parts = free if free.scale else free[:2]
+    a, b = zip(*(composite.cayley(*pair) for pair in zip(*parts, strict=True)), strict=True)
+    return list(a), list(b)
+
+
 def compute(free: Free) -> Values:
     """Returns the values, computed by the backend for the parameters' device."""
     ops = backend.ops("cayley", free.a[0])
-    with torch.inference_mode(False), torch.no_grad(), _no_autocast(free.a[0]):
+    # A layer that runs again may take the values from its first run.
+    with torch.inference_mode(False), torch.no_grad(), _no_autocast(free.a[0]), regions.unseen():
         scales = reference.bounded_scales(*free[2:]) if free.scale else []
         a, b, inverses = ops.cayley(free.a, free.b, scales or None)
         return Values(a, b, inverses, scales)
@@ -96,6 +107,7 @@ class CayleyFunction(torch.autograd.Function):
     def forward(ctx, free, values, *tensors):
         ctx.set_materialize_grads(False)
         ctx.free, ctx.inverses, ctx.scales = free, values.inverses, values.scales
+        ctx.ops = backend.ops("cayley", free.a[0])  # kept for backward, which may run in another thread
         ctx.versions = [x._version for x in tensors]  # autograd checks these only for saved tensors
         return tuple(x.detach() for x in (*values.a, *values.b))
 
@@ -107,14 +119,32 @@ class CayleyFunction(torch.autograd.Function):
 
 
 def _node_backward(ctx, grads: Sequence[Tensor | None]) -> tuple:
-    if torch.is_grad_enabled():
-        raise RuntimeError("cayley has no second derivative: call backward without create_graph=True")
     if ctx.versions != [x._version for x in ctx.free.tensors]:
         raise RuntimeError("cayley: a free parameter has been modified by an inplace operation since the forward")
-    return None, None, *backward(ctx.free, ctx.inverses, ctx.scales, grads)
+    if torch.is_grad_enabled() or not all(g is None or composite.is_plain(g) for g in grads):
+        return None, None, *differentiable_backward(ctx.free, grads)
+    return None, None, *backward(ctx.ops, ctx.free, ctx.inverses, ctx.scales, grads)
 
 
-def backward(free: Free, inverses: list[Tensor], scales: list[Tensor], grads: Sequence[Tensor | None]) -> list:
+def differentiable_backward(free: Free, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Returns what ``backward`` returns, as functions of the parameters and of grads that are differentiable again."""
+    with torch.enable_grad():
+        # Hooks of the parameters belong to their own gradients alone, so views of them are differentiated.
+        view = lambda tensors: [x.view_as(x) for x in tensors]
+        views = Free(view(free.a), view(free.b), view(free.scale), free.bounds, free.powers)
+        a, b = by_composite(views)
+        results = [(y, g.to(y.dtype)) for y, g in zip((*a, *b), grads, strict=True) if g is not None]
+        wanted = [x for x in views.tensors if x.requires_grad]
+        gradients = torch.autograd.grad(
+            [y for y, _ in results], wanted, [g for _, g in results], create_graph=True, allow_unused=True
+        )
+    computed = iter(gradients)
+    return [next(computed) if x.requires_grad else None for x in views.tensors]
+
+
+def backward(
+    ops, free: Free, inverses: list[Tensor], scales: list[Tensor], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
     """Returns the gradients of free.a, free.b and free.scale in one list, None for pairs whose a and b have none."""
     n = len(free.a)
     used = [i for i in range(n) if grads[i] is not None or grads[n + i] is not None]
@@ -125,7 +155,6 @@ def backward(free: Free, inverses: list[Tensor], scales: list[Tensor], grads: Se
     a, b = pick(free.a), pick(free.b)
     grad_a = [torch.zeros_like(x) if g is None else g for x, g in zip(a, pick(grads[:n]), strict=True)]
     grad_b = [torch.zeros_like(x) if g is None else g for x, g in zip(b, pick(grads[n:]), strict=True)]
-    ops = backend.ops("cayley", a[0])
     with _no_autocast(a[0]):
         lists = ops.cayley_backward(a, b, pick(scales) if scales else None, pick(inverses), grad_a, grad_b)
         if scales:
@@ -176,7 +205,9 @@ def cayley_backward_op(
 ) -> list[Tensor]:
     """Returns the gradients of free_a, free_b and free_scale in one list."""
     free = Free(list(free_a), list(free_b), list(free_scale), [], list(powers))
-    return [x.clone() for x in backward(free, list(inverses), list(scales), grads)]
+    ops = backend.load_ops("cayley", triton)
+    results: list[Any] = backward(ops, free, list(inverses), list(scales), grads)  # no gradient is None
+    return [x.clone() for x in results]
 
 
 @cayley_backward_op.register_fake

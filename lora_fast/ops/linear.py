@@ -4,7 +4,9 @@ Eager calls use ``LoRALinearFunction``, a bare autograd.Function, which takes th
 (torch.compile, compiled autograd) use the registered ops ``lora_fast::lora_linear`` and
 ``lora_fast::lora_linear_backward``. Both run ``forward`` and ``backward`` below. x and S are saved for backward, beside
 the module's own weights; the dropout mask is drawn again from its seed. ``seed`` is an int or an int64 in a 0-d tensor.
-With the torch ops on a GPU it is the mask itself, which is saved as well.
+With the torch ops on a GPU it is the mask itself, which is saved as well. Where backward itself is differentiated or
+mapped (``create_graph=True``, ``is_grads_batched=True``) it computes the gradients by plain torch ops
+(``composite.linear_gradients``).
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from .. import backend
+from . import composite
 from .reference import linear as reference
 
-_traced = torch.compiler.is_compiling  # looked up once, because attribute accesses cost host time in every backward
+# Looked up once, because attribute accesses cost host time in every call.
+_traced, _any_autocast = torch.compiler.is_compiling, torch._C._is_any_autocast_enabled
 
 
 def bernoulli_mask(x: Tensor, dropout_p: float, generator: torch.Generator | None = None) -> Tensor:
@@ -42,7 +46,11 @@ def forward(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, roun
 
 
 def backward(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, rounded, needs) -> tuple:
-    """Returns dx, da and db, each None where ``needs`` (three bools in that order) is False."""
+    """Returns dx, da and db, each None where ``needs`` (three bools in that order) is False. Autocast is turned off,
+    because forward has already cast the tensors, and backward may run in another autocast region than forward."""
+    if _any_autocast():
+        with torch.autocast(x.device.type, enabled=False):
+            return backward(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, rounded, needs)
     keep = None
     if dropout_p:
         scaling *= reference.keep_scale(dropout_p)
@@ -53,8 +61,31 @@ def backward(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, ro
     return ops.backward(dy, x, s, weight, lora_A, lora_B, scaling, keep, rounded, needs)
 
 
-def _bias_gradient(dy: Tensor) -> Tensor:
-    return dy.reshape(-1, dy.shape[-1]).sum(0)
+def differentiable_backward(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, rounded, needs) -> tuple:
+    """Returns what ``backward`` returns, as functions of dy, x, a and b that are differentiable again."""
+    keep = None
+    if dropout_p:
+        scaling *= reference.keep_scale(dropout_p)
+        keep = mask(ops, x.detach(), dropout_p, seed)
+    with torch.autocast(x.device.type, enabled=False):
+        return composite.linear_gradients(dy, x, weight, lora_A, lora_B, scaling, keep, rounded, needs)
+
+
+def mask(ops, x: Tensor, dropout_p: float, seed: int | Tensor) -> Tensor:
+    """Returns the dropout mask of a seed, bool (n_tokens, d_in), as these ops draw it."""
+    if ops is reference:
+        return reference.draw_mask(x, dropout_p, seed)
+    d_in = x.shape[-1]
+    return reference.philox_mask(seed, x.numel() // d_in, d_in, dropout_p, x.device)
+
+
+def mask_like(x: Tensor, dropout_p: float, seed: int) -> Tensor:
+    """Returns the torch ops' dropout mask of a seed in x's shape, on x's device."""
+    return reference.draw_mask(x, dropout_p, seed).to(x.device).view(x.shape)
+
+
+def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    return dy.reshape(-1, dy.shape[-1]).sum(0, dtype=dtype)  # torch sums in float32 at least
 
 
 def _is_checkpointed() -> bool:
@@ -72,15 +103,14 @@ def _backward_node(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, se
     if isinstance(seed, int):
         seed = torch.full((), seed, dtype=torch.int64, device=x.device)
     need_x, need_a, need_b = needs
-    constants = scaling, dropout_p, seed, rounded, ops is not reference, [need_x, False, need_a, need_b]
+    constants = scaling, dropout_p, seed, rounded, ops is not reference, [need_x, need_a, need_b]
     grads = iter(lora_linear_backward_op(dy, x, s, weight, lora_A, lora_B, *constants))
     return tuple(next(grads) if needed else None for needed in needs)
 
 
 class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded):
-        ops = backend.ops("linear", x)  # kept for backward: the two modules draw different dropout masks
+    def forward(ctx, ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded):
         # Backward would cast the weight again. A copy is saved only where it does not live from forward to backward.
         if weight.dtype is not x.dtype and _is_checkpointed():
             weight = weight.to(x.dtype)
@@ -90,28 +120,30 @@ class LoRALinearFunction(torch.autograd.Function):
             seed = None
         else:
             ctx.save_for_backward(x, s, weight, lora_A, lora_B)
-        ctx.ops, ctx.constants = ops, (scaling, dropout_p, seed, rounded)
+        ctx.ops = ops  # kept for backward: the two modules draw different dropout masks
+        ctx.constants = scaling, dropout_p, seed, rounded
         if bias is not None:
             ctx.bias_dtype = bias.dtype
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled():  # the check of once_differentiable, at a tenth of its host time
-            raise RuntimeError("lora_linear has no second derivative: call backward without create_graph=True")
-        need_x, _, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+        _, need_x, _, need_bias, need_a, need_b = ctx.needs_input_grad[:6]
         dx = dbias = da = db = None
         if need_x or need_a or need_b:
             x, s, weight, lora_A, lora_B, *seed_tensor = ctx.saved_tensors
             scaling, dropout_p, seed, rounded = ctx.constants
             constants = scaling, dropout_p, seed_tensor[0] if seed_tensor else seed, rounded
-            compute = _backward_node if _traced() else backward
+            if _traced():
+                compute = _backward_node
+            elif torch.is_grad_enabled() or not composite.is_plain(dy):
+                compute = differentiable_backward
+            else:
+                compute = backward
             dx, da, db = compute(ctx.ops, dy, x, s, weight, lora_A, lora_B, *constants, (need_x, need_a, need_b))
         if need_bias:
-            dbias = _bias_gradient(dy)
-            if dbias.dtype is not ctx.bias_dtype:
-                dbias = dbias.to(ctx.bias_dtype)
-        return dx, None, dbias, da, db, None, None, None, None
+            dbias = _bias_gradient(dy, ctx.bias_dtype)
+        return None, dx, None, dbias, da, db, None, None, None, None
 
 
 @torch.library.custom_op("lora_fast::lora_linear", mutates_args=())
@@ -160,20 +192,19 @@ def lora_linear_backward_op(
     triton: bool,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Returns those of the gradients dx, dbias, da and db for which ``needs`` is True, in that order."""
-    need_x, need_bias, need_a, need_b = needs
+    """Returns those of the gradients dx, da and db for which ``needs`` is True, in that order."""
+    need_x, need_a, need_b = needs
     dx = da = db = None
     if need_x or need_a or need_b:
         constants = scaling, dropout_p, seed, rounded, (need_x, need_a, need_b)
         dx, da, db = backward(backend.load_ops("linear", triton), dy, x, s, weight, lora_A, lora_B, *constants)
-    grads = dx, _bias_gradient(dy) if need_bias else None, da, db
-    return [grad for grad in grads if grad is not None]
+    return [grad for grad in (dx, da, db) if grad is not None]
 
 
 @lora_linear_backward_op.register_fake
 def _(dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, rounded, triton, needs):
     factors = lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)  # contiguous, whatever the factors are
-    grads = x.new_empty(x.shape), dy.new_empty(weight.shape[0]), *factors
+    grads = x.new_empty(x.shape), *factors
     return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
 
 
@@ -191,11 +222,10 @@ def _op_backward(ctx, dy, ds_unused):
         return (None,) * 10
     *tensors, seed = ctx.saved_tensors
     need_x, _, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-    needs = [need_x, need_bias, need_a, need_b]
+    needs = [need_x, need_a, need_b]
     grads = iter(lora_linear_backward_op(dy, *tensors, *ctx.constants, seed, *ctx.backend, needs))
-    dx, dbias, da, db = (next(grads) if needed else None for needed in needs)
-    if dbias is not None:
-        dbias = dbias.to(ctx.bias_dtype)
+    dx, da, db = (next(grads) if needed else None for needed in needs)
+    dbias = _bias_gradient(dy, ctx.bias_dtype) if need_bias else None
     return dx, None, dbias, da, db, None, None, None, None, None
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import Field, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
+from torch import nn
+
+from .. import checks
 from ..layers.base import AdapterLinear
 from ..layers.lora import LoRALinear
 from ..layers.nb_lora import NBLoRALinear, check_bound_ratio
 from ..layers.sing_lora import SingLoRALinear
 from . import targets
+
+PEFT_NAMES = {"lora_alpha": "alpha", "lora_dropout": "dropout", "init_lora_weights": "init"}  # PEFT's → a field's
+Config = TypeVar("Config", bound="AdapterConfig")
 
 
 class AdapterConfig:
@@ -33,14 +40,54 @@ class AdapterConfig:
         """Raises ArgumentError if the layer's constructor refuses the settings, by a trial on the meta device."""
         self.layer(self.r, 1, device="meta", **self.layer_settings())
 
-    def layer_settings(self) -> dict:
-        """Returns the arguments of the layer's ``from_linear``."""
+    def layer_settings(self, name: str = "") -> dict:
+        """Returns the arguments of ``from_linear`` of the layer with this name."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "target_modules"}
 
+    def left_alone(self, model: nn.Module, candidates: dict[str, nn.Module]) -> dict[str, str]:
+        """Returns the name of each candidate that gets no adapter → the reason."""
+        return targets.left_alone(model, candidates, self.target_modules)
 
+
+def takes_peft_names(config: type[Config]) -> type[Config]:
+    """Lets the constructor of a config take PEFT's names of its fields, too (``PEFT_NAMES``).
+
+    Raises:
+        ArgumentError: from the constructor, a field under both names, or a value of PEFT's that no field has.
+    """
+    own_init: Any = config.__init__
+    names = [field.name for field in fields(config)]
+
+    @functools.wraps(own_init)
+    def init(self, *args, **settings) -> None:
+        for name, field in PEFT_NAMES.items():
+            if name in settings and field in names:
+                value = settings.pop(name)
+                if field in settings or field in names[: len(args)]:
+                    raise checks.ArgumentError(name, f"nothing beside {field}, its other name", repr(value))
+                settings[field] = _own_init(value) if field == "init" else value
+        own_init(self, *args, **settings)
+
+    config.__init__ = init  # type: ignore[method-assign]
+    return config
+
+
+def _own_init(init_lora_weights: object) -> str:
+    """Returns the name of an initialisation that PEFT calls so."""
+    if init_lora_weights is True:
+        return "kaiming"
+    if init_lora_weights == "gaussian":
+        return "gaussian"
+    expected = "True or 'gaussian' (for others, lf.inject_ takes a peft.LoraConfig)"
+    raise checks.ArgumentError("init_lora_weights", expected, repr(init_lora_weights))
+
+
+@takes_peft_names
 @dataclass(frozen=True)
 class LoRAConfig(AdapterConfig):
-    """Plain adapters for ``inject_`` (Hu et al., arXiv 2106.09685; see ``LoRALinear``).
+    """Plain adapters for ``inject_`` (Hu et al., arXiv 2106.09685; see ``LoRALinear``). PEFT's names ``lora_alpha``,
+    ``lora_dropout`` and ``init_lora_weights`` (True or ``"gaussian"``) are accepted as well; ``inject_`` also takes a
+    ``peft.LoraConfig``.
 
     Args:
         r: rank, 1 to 256.
@@ -52,7 +99,7 @@ class LoRAConfig(AdapterConfig):
         init: initialisation of lora_A, ``"kaiming"`` or ``"gaussian"``; lora_B starts at 0.
 
     Raises:
-        ArgumentError: a value out of range.
+        ArgumentError: a value out of range, or a field under both of its names.
     """
 
     layer = LoRALinear
@@ -65,6 +112,7 @@ class LoRAConfig(AdapterConfig):
     init: str = "kaiming"
 
 
+@takes_peft_names
 @dataclass(frozen=True)
 class NBLoRAConfig(AdapterConfig):
     """Norm-bounded adapters for ``inject_`` ("Norm-Bounded Low-Rank Adaptation"; see ``NBLoRALinear``).
@@ -76,7 +124,7 @@ class NBLoRAConfig(AdapterConfig):
         bound_ratio: instead of ``bound``, each layer's bound as a multiple of its frozen weight's own norm (the nuclear
             and spectral norms of a large model's weights take minutes).
         learn_scale: train the shares of the bound that the singular values get.
-        dropout, target_modules: as in LoRAConfig.
+        dropout (or PEFT's name ``lora_dropout``), target_modules: as in LoRAConfig.
 
     Raises:
         ArgumentError: a value out of range.
@@ -100,15 +148,16 @@ class NBLoRAConfig(AdapterConfig):
             check_bound_ratio(ratio, self.bound)
 
 
+@takes_peft_names
 @dataclass(frozen=True)
 class SingLoRAConfig(AdapterConfig):
     """Adapters of one matrix for ``inject_`` (SingLoRA; see ``SingLoRALinear``).
 
     Args:
         r: rank, 1 to 256.
-        alpha: scale of the adapter; its product is scaled by alpha / r.
+        alpha: scale of the adapter, or PEFT's name ``lora_alpha``; its product is scaled by alpha / r.
         ramp_steps: optimizer steps of the adapter's warm-up (``lf.count_steps_``); 0 for none.
-        dropout, target_modules: as in LoRAConfig.
+        dropout (or ``lora_dropout``), target_modules: as in LoRAConfig.
 
     Raises:
         ArgumentError: a value out of range.

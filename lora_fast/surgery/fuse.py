@@ -11,9 +11,11 @@ from collections.abc import Callable
 from torch import nn
 
 from .. import checks
-from ..layers.find import PeftLayer, fused_class, peft_layers
+from ..kernels.grouping import group_by
+from ..layers.find import PeftLayer, expert_count, fused_class, peft_layers
 from ..layers.hooks import change_class_, has_replaced_forward
 from .change_report import Report
+from .weight_reads import weight_reads
 
 
 def fuse_(
@@ -29,7 +31,11 @@ def fuse_(
 
     A fused layer checks at every call whether the fused op computes the same as PEFT (one active, plain adapter, no
     hooks but those of accelerate that only move the input, …). Where it does not, PEFT's forward runs and the layer's
-    ``fallback_reason`` contains the reason.
+    ``fallback_reason`` contains the reason. In a ``repr``, a fused layer has PEFT's name and the word "fused".
+
+    Left as they are: other kinds of PEFT's layers (embeddings, convolutions, quantised bases, the parameters that
+    ``target_parameters`` names, MoE experts among them), and layers whose weight the model reads without calling them,
+    so that an adapter has no effect there, neither PEFT's nor a fused one.
 
     Args:
         peft_model: any module that holds PEFT layers: a PeftModel, or a model after ``add_adapter``.
@@ -49,12 +55,13 @@ def fuse_(
     strict = checks.flag(strict, "strict")
     fused = fused_class()
     report, chosen, unfusable = Report("fused"), [], {}
-    for name, layer in peft_layers(peft_model).items():
+    layers, reads = peft_layers(peft_model), weight_reads(peft_model)
+    for name, layer in layers.items():
         if filter_fn is not None and not filter_fn(name, layer):
             report.left[name] = "excluded by filter_fn"
         elif type(layer) is fused:
             report.left[name] = "already fused"
-        elif (reason := _unfusable(layer)) is not None:
+        elif (reason := _unfusable(layer) or reads.get(layer)) is not None:
             report.left[name] = unfusable[name] = reason
         else:
             report.changed[name] = fused.__name__
@@ -65,6 +72,7 @@ def fuse_(
     report.require_change("peft_model", "at least one LoRA layer of PEFT to fuse", allow_empty)
     for layer in chosen:
         change_class_(layer, fused)
+    _share_merges_(peft_model, report)
     report.note_fallbacks(chosen)
     return report
 
@@ -82,8 +90,10 @@ def unfuse_(peft_model: nn.Module, *, allow_empty: bool = False) -> Report:
     fused = fused_class()
     from peft.tuners import lora
 
-    report = Report("unfused")
-    for name, layer in peft_layers(peft_model).items():
+    from ..layers.exact_merge import ExactLoraEmbedding
+
+    report, layers = Report("unfused"), peft_layers(peft_model)
+    for name, layer in layers.items():
         if type(layer) is not fused:
             report.left[name] = "not fused"
         elif layer.merged_adapters:
@@ -94,10 +104,40 @@ def unfuse_(peft_model: nn.Module, *, allow_empty: bool = False) -> Report:
             report.changed[name] = "peft.tuners.lora.Linear"
     report.require_change("peft_model", "at least one fused layer", allow_empty)
     for name in report.changed:
-        layer = peft_model.get_submodule(name)
-        layer.__dict__.pop("fallback_reason", None)  # the instance's; the class has a default
-        change_class_(layer, lora.Linear)
+        for attribute in ("fallback_reason", "shares_weight_with", "_merged"):  # the class has defaults
+            layers[name].__dict__.pop(attribute, None)
+        change_class_(layers[name], lora.Linear)
+    still_shared = {id(layer.get_base_layer().weight) for layer in layers.values() if type(layer) is fused}
+    for layer in layers.values():
+        is_alone = type(layer) is ExactLoraEmbedding and id(layer.get_base_layer().weight) not in still_shared
+        if is_alone and not layer.merged:
+            layer.__dict__.pop("_merged", None)
+            change_class_(layer, lora.Embedding)
     return report
+
+
+def _share_merges_(peft_model: nn.Module, report: Report) -> None:
+    """Prepares fused layers that share their weight with other PEFT layers for merging. Adapted embeddings (tied to an
+    adapted ``lm_head``) become ``ExactLoraEmbedding``. Beside other kinds of layers, fused ones merge as PEFT does."""
+    from peft.tuners import lora
+
+    from ..layers.exact_merge import ExactLoraEmbedding
+
+    fused, layers = fused_class(), peft_layers(peft_model)
+    held = {name: {id(p) for p in layer.get_base_layer()._parameters.values()} for name, layer in layers.items()}
+    sharing = group_by([(p, name) for name, ids in held.items() for p in ids - {id(None)}], lambda row: row[0])
+    for name, layer in layers.items():
+        if type(layer) is not fused:
+            continue
+        others = {other: layers[other] for p in held[name] for _, other in sharing.get(p, ()) if other != name}
+        kinds = (fused, ExactLoraEmbedding)
+        embeddings = [other for other, x in others.items() if type(x) is lora.Embedding and not x.merged]
+        foreign = [other for other, x in others.items() if type(x) not in kinds and other not in embeddings]
+        if foreign or layer.shares_weight_with:
+            layer.shares_weight_with = ", ".join(foreign)
+        for other in [] if foreign else embeddings:
+            change_class_(layers[other], ExactLoraEmbedding)
+            report.left[other] = f"embedding: PEFT's forward; merges into one weight with {name}"
 
 
 def _unfusable(layer: PeftLayer) -> str | None:
@@ -106,6 +146,9 @@ def _unfusable(layer: PeftLayer) -> str | None:
 
     from ..layers.fused_peft import fused_arguments
 
+    if (parameter := getattr(layer, "parameter_name", None)) is not None:  # of target_parameters
+        experts = expert_count(layer)
+        return f"adapter of the parameter {parameter!r}" + (f" of {experts} experts" if experts > 1 else "")
     if type(layer) is not lora.Linear:
         return f"PEFT layer {type(layer).__module__}.{type(layer).__name__}"
     if layer.merged_adapters:

@@ -6,9 +6,10 @@ layer that changed and, for every other candidate, the reason.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from .. import checks
@@ -18,11 +19,17 @@ from ..layers.nb_lora import NBLoRALinear, share_factors_
 from . import targets
 from .change_report import Report
 from .configs import AdapterConfig, LoRAConfig, NBLoRAConfig, SingLoRAConfig
+from .peft_lora import PeftLoRAConfig, is_peft_config
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+AFTER_PLACING: list[Callable[[nn.Module], None]] = []  # each is called with the model, once its layers are placed
 
 
 def inject_(
     model: nn.Module,
-    config: LoRAConfig | NBLoRAConfig | SingLoRAConfig,
+    config: LoRAConfig | NBLoRAConfig | SingLoRAConfig | LoraConfig,
     *,
     allow_empty: bool = False,
     progress: bool = True,
@@ -31,15 +38,19 @@ def inject_(
     parameters but the adapters'. With an NBLoRAConfig the model computes all layers' factors at once before each
     forward.
 
-    Only layers whose type is exactly ``torch.nn.Linear``, on any device (meta included), with plain parameters and no
-    hooks are replaced. accelerate's hooks that only move a layer's input to its device (``device_map``) are carried to
-    the new layer. Other layers that ``config.target_modules`` names are left alone, and the report gives the
-    reason. A weight tied to another module's may be adapted, because it is frozen and only read. Adapters are float32
-    over 16-bit weights, else in the weight's dtype.
+    Only layers whose type is exactly ``torch.nn.Linear`` or transformers' ``Conv1D`` (GPT-2), on any device (meta
+    included), with plain parameters and no hooks are replaced. accelerate's hooks that only move a layer's input to its
+    device (``device_map``) are carried to the new layer. Layers whose weight the model reads without calling them, as
+    fused kernels do, are left alone, because an adapter would have no effect. The report gives the reason of every
+    layer that ``config.target_modules`` names and that is left alone. A weight tied to another module's may be adapted,
+    because it is frozen and only read. Adapters are float32 over 16-bit weights, else in the weight's dtype.
 
     Args:
         model: any module that contains nn.Linear layers.
-        config: the kind of adapter, its settings, and the layers that get one.
+        config: the kind of adapter, its settings, and the layers that get one. A ``peft.LoraConfig`` gives the layers,
+            scales and, after the same seed, the initial values that ``get_peft_model`` gives. Its ``modules_to_save``
+            are trained in place. Weights that an initialisation changes (PiSSA, OLoRA) are changed in the model, and
+            ``save_adapter`` saves them.
         allow_empty: accept that no layer fits; the model then stays as it is.
         progress: show a tqdm bar on stderr if this takes more than two seconds, as the norms of large weights do.
 
@@ -47,27 +58,57 @@ def inject_(
         The layers replaced, and the reasons of those left alone.
 
     Raises:
-        ArgumentError: no layer to replace (the message contains the closest names), or a model that is itself a linear
-            layer or already has PEFT layers. The model is then unchanged.
+        ArgumentError: no layer to replace (the message contains the closest names), a model that is itself a linear
+            layer or already has PEFT layers, or a setting of PEFT's that the layers of this library do not have. The
+            model is then unchanged.
     """
-    if not isinstance(config, AdapterConfig):
-        expected = "an lf.LoRAConfig, lf.NBLoRAConfig or lf.SingLoRAConfig"
-        raise checks.ArgumentError("config", expected, type(config).__name__)
     check_plain(model)
-    candidates = targets.candidates(model, config.target_modules)
-    report = Report("injected", left=targets.left_alone(model, candidates, config.target_modules))
-    report.changed = {name: f"{config.layer.__name__}(r={config.r})" for name in candidates if name not in report.left}
+    settings = _settings(config, model)
+    target = settings.target_modules
+    candidates = targets.candidates(model, target)
+    report = Report("injected", left=settings.left_alone(model, candidates))
+    kinds = {name: (settings.layer, settings.layer_settings(name)) for name in candidates if name not in report.left}
+    report.changed = {name: f"{kind.__name__}(r={own['r']})" for name, (kind, own) in kinds.items()}
     if not report.changed and not allow_empty:
-        near = targets.closest(model, config.target_modules)
-        by = "" if config.target_modules == "all-linear" else ", by a regular expression or a list of name ends"
+        near = targets.closest(model, target)
+        by = "" if target == "all-linear" else ", by a regular expression or a list of name ends"
         expected = f"at least one torch.nn.Linear{by} (closest: {near})"
-        got = f"{config.target_modules!r}" + (f"; left {report.reasons()}" if report.left else "")
+        got = f"{target!r}" + (f"; left {report.reasons()}" if report.left else "")
         raise checks.ArgumentError("target_modules", expected, got)
-    kinds = {name: (config.layer, config.layer_settings()) for name in report.changed}
-    layers = build_layers(model, kinds, progress)
-    place_(model, layers)
-    report.note_fallbacks(layers.values())
+    layers = _inject(model, kinds, settings, progress, report)
+    report.note_fallbacks(layers)
     return report
+
+
+def _settings(config: object, model: nn.Module) -> AdapterConfig:
+    """Returns the config, or what ``inject_`` needs of PEFT's."""
+    if is_peft_config(config):
+        return PeftLoRAConfig(config, model)
+    if isinstance(config, AdapterConfig):
+        return config
+    expected = "an lf.LoRAConfig, lf.NBLoRAConfig, lf.SingLoRAConfig or peft.LoraConfig"
+    raise checks.ArgumentError("config", expected, type(config).__name__)
+
+
+def _inject(
+    model: nn.Module, kinds: dict[str, tuple[type[AdapterLinear], dict]], settings: AdapterConfig,
+    progress: bool, report: Report,
+) -> Collection[AdapterLinear]:  # fmt: skip
+    """Builds and places the layers, and returns them."""
+    if not isinstance(settings, PeftLoRAConfig) or not kinds:
+        layers = build_layers(model, kinds, progress)
+        place_(model, layers)
+        return layers.values()
+    linears: dict[str, Any] = {name: model.get_submodule(name) for name in kinds}  # nn.Linear each
+    names = _with_progress_bar(kinds) if progress else kinds
+    computed = {name: settings.initial(name, linears[name]) for name in names}
+    with torch.random.fork_rng(devices=[]):  # PEFT has drawn what it draws, and no more is to be drawn
+        layers = build_layers(model, kinds)
+    place_(model, layers)
+    placed = {name: layers[linear] for name, linear in linears.items()}
+    report.left |= settings.unmatched(kinds)
+    report.changed |= settings.finish_(placed, {name: x for name, x in computed.items() if x is not None})
+    return layers.values()
 
 
 def check_plain(model: nn.Module) -> None:
@@ -131,3 +172,5 @@ def place_(model: nn.Module, layers: dict[nn.Linear, AdapterLinear]) -> None:
             parameter.requires_grad_(False)
     if any(isinstance(layer, NBLoRALinear) for layer in layers.values()):
         share_factors_(model)
+    for function in AFTER_PLACING:
+        function(model)

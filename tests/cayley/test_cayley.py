@@ -195,11 +195,22 @@ def test_nan_and_inf_stay_in_their_pair(bad, parameter):
     assert broken.isnan().all() if bad != bad else not broken.isfinite().all()
 
 
-def test_second_derivative_is_refused():
-    a, _ = cayley(*(xs[0] for xs in pairs()))
-    leaf = a.grad_fn.next_functions[0][0].variable
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(a.sum(), leaf, create_graph=True)
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0], ids=["spectral", "frobenius", "nuclear"])
+def test_gradients_are_differentiable_again(power):
+    make = lambda *shape: torch.randn(shape, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    leaves = make(2, 4), make(3, 2), make(2)
+    call = lambda a, b, scale: flat(factors(Free([a], [b], [scale], [1.5], [power])))
+    with lf.set_backend("torch"):
+        assert torch.autograd.gradgradcheck(call, leaves)
+
+
+def test_hooks_of_a_parameter_see_its_gradient_once():
+    free_a, free_b = (xs[0] for xs in pairs())
+    seen = []
+    free_a.register_hook(seen.append)
+    a, _ = cayley(free_a, free_b)
+    (gradient,) = torch.autograd.grad(a.sin().sum(), free_a, create_graph=True)
+    assert [g is gradient for g in seen] == [True]
 
 
 def test_in_place_change_before_backward_is_refused():

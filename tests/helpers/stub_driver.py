@@ -154,5 +154,5 @@ def install(arch: int) -> Stub:
     device.get = lambda torch_device: stub.card
     device.index = lambda tensor: stub.device
     device.stream = lambda tensor: stub.stream
-    backend.uses_triton = lambda tensor: backend._chosen != "torch"
+    backend.uses_triton = lambda tensor: backend.chosen() != "torch"
     return stub

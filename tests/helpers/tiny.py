@@ -58,8 +58,8 @@ def fill(model, seed=1):
     return model
 
 
-def injected_llama(seed=0, dtype=torch.float32, tied=False, **config):
-    model = llama(seed, dtype, tied)
+def injected_llama(seed=0, dtype=torch.float32, tied=False, hidden=64, **config):
+    model = llama(seed, dtype, tied, hidden)
     lf.inject_(model, lf.LoRAConfig(**{"r": 4, "alpha": 8, **config}))
     return fill(model)
 

@@ -79,7 +79,7 @@ def test_load_free_restores_the_saved_state():
 
 @pytest.mark.parametrize("linear", [nn.Identity(), None], ids=["Identity", "None"])
 def test_from_linear_refuses_other_modules(linear):
-    with pytest.raises(lf.ArgumentError, match=r"^linear: expected a torch.nn.Linear, got "):
+    with pytest.raises(lf.ArgumentError, match=r"^linear: expected a torch.nn.Linear or transformers. Conv1D, got "):
         OnlyB.from_linear(linear, r=2)
 
 

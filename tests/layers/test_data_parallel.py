@@ -3,6 +3,7 @@
 import copy
 import pickle
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_fast as lf
+from lora_fast import backend
 from lora_fast.layers.fused_peft import FusedLoraLinear
 
 TARGETS = ["0", "2"]
@@ -21,6 +23,7 @@ INJECTED = {
     "SingLoRALinear": lf.SingLoRAConfig(r=4, ramp_steps=0),
 }
 KINDS = [*INJECTED, "fused PEFT layer"]
+LAYER = dict.fromkeys(INJECTED, "0") | {"fused PEFT layer": "base_model.model.0"}
 
 
 @pytest.fixture
@@ -115,6 +118,31 @@ def test_reason_noted_on_a_replica_shows_on_the_layer(replicate):
     for replica in replicate(model):  # the next forward
         replica(x)
     assert fused_layers(model)[0].fallback_reason is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reason_of_a_replica_s_call_shows_on_the_layer(kind, replicate):
+    model = build(kind)
+    with torch.autograd.forward_ad.dual_level():
+        [replica(torch.randn(3, 16)) for replica in replicate(model)]
+    assert model.get_submodule(LAYER[kind]).fallback_reason == "forward-mode differentiation"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_block_holds_in_the_threads_of_its_replicas(kind, replicate, monkeypatch):
+    """nn.DataParallel runs each replica in a thread of its own."""
+    loaded, load = [], backend.load_ops
+    note = lambda family, triton: loaded.append((family, triton)) or load(family, triton)
+    monkeypatch.setattr(backend, "load_ops", note)
+    model, x = build(kind).eval(), torch.randn(3, 16)
+    with ThreadPoolExecutor(1) as pool:
+        for name in ("torch", "triton"):
+            with lf.set_backend(name), torch.no_grad():
+                replicas = replicate(model)
+                loaded.clear()
+                outputs = [pool.submit(replica, x).result() for replica in replicas]
+            assert {triton for family, triton in loaded if family == "linear"} == {name == "triton"}
+            torch.testing.assert_close(outputs, [model(x)] * 2)
 
 
 def test_reason_of_the_layer_is_not_its_replicas_own(replicate):

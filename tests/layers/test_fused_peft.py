@@ -22,6 +22,7 @@ from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from tiny import (
     COPIES,
+    VOCABULARY,
     assert_same_tensors,
     assert_unchanged,
     batch,
@@ -33,6 +34,8 @@ from tiny import (
     snapshot,
 )
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 import lora_fast as lf
 from lora_fast.layers.fused_peft import FusedLoraLinear
@@ -57,11 +60,24 @@ DTYPES = {
 }
 
 
-def build_layer(base_dtype, adapter_dtype, bias):
+LAYERS = {  # base layer, whether it has a bias, whether lora_B has one
+    "bias": (nn.Linear, True, False),
+    "no-bias": (nn.Linear, False, False),
+    "conv1d": (Conv1D, True, False),
+    "lora-bias": (nn.Linear, True, True),
+    "lora-bias-alone": (nn.Linear, False, True),
+    "conv1d-lora-bias": (Conv1D, True, True),
+}
+
+
+def build_layer(base_dtype, adapter_dtype, kind, **options):
+    base, bias, lora_bias = LAYERS[kind]
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(48, 40, bias=bias)).to(base_dtype)
-    layer = get_peft_model(base, LoraConfig(r=5, lora_alpha=9, target_modules=["0"])).base_model.model[0]
-    nn.init.normal_(layer.lora_B["default"].weight, std=0.2)
+    linear = nn.Linear(48, 40, bias=bias) if base is nn.Linear else Conv1D(40, 48)
+    config = LoraConfig(r=5, lora_alpha=9, target_modules=["0"], lora_bias=lora_bias, **options)
+    layer = get_peft_model(nn.Sequential(linear).to(base_dtype), config).base_model.model[0]
+    for parameter in (*layer.lora_B.parameters(), *([linear.bias] if bias else ())):
+        nn.init.normal_(parameter, std=0.2)
     layer.lora_A.to(adapter_dtype), layer.lora_B.to(adapter_dtype)
     return layer
 
@@ -72,24 +88,57 @@ def run_layer(layer, x, dy, autocast):
     with cast:
         y = layer(x)
     y.backward(dy.to(y.dtype))
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    return {"y": y.detach(), "dx": x.grad, "da": a.grad, "db": b.grad}
+    trained = {"da": layer.lora_A["default"].weight, "db": layer.lora_B["default"].weight}
+    trained |= {"dbias": bias} if (bias := layer.lora_B["default"].bias) is not None else {}
+    return {"y": y.detach(), "dx": x.grad} | {name: parameter.grad for name, parameter in trained.items()}
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.filterwarnings("ignore:.*lora_bias", "ignore:fan_in_fan_out")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("case", DTYPES)
-def test_fused_layer_is_as_exact_as_peft(case, bias):
+def test_fused_layer_is_as_exact_as_peft(case, kind, backend):
     base_dtype, adapter_dtype, autocast = DTYPES[case]
-    eager = build_layer(base_dtype, adapter_dtype, bias)
+    eager = build_layer(base_dtype, adapter_dtype, kind, use_rslora=kind == "lora-bias")
     fused, exact = copy.deepcopy(eager), copy.deepcopy(eager).double()
     fused.__class__ = FusedLoraLinear
     x, dy = torch.randn(2, 7, 48).to(base_dtype), torch.randn(2, 7, 40).to(autocast or base_dtype)
-    got, theirs = run_layer(fused, x, dy, autocast), run_layer(eager, x, dy, autocast)
+    with lf.set_backend(backend):
+        got, theirs = run_layer(fused, x, dy, autocast), run_layer(eager, x, dy, autocast)
     truth = run_layer(exact, x.double(), dy.double(), None)
-    assert fused.fallback_reason is None
+    assert fused.fallback_reason is None and got.keys() == theirs.keys()
     for name in got:
         assert got[name].dtype == theirs[name].dtype, name
-        budget.check(name, got[name], truth[name], budget.error(theirs[name], truth[name]), autocast or base_dtype)
+        dtype, least = autocast or base_dtype, 0.0
+        if name in ("da", "db", "dbias") and not autocast:
+            dtype, least = adapter_dtype, budget.least_error(base_dtype, adapter_dtype)
+        budget.check(name, got[name], truth[name], budget.error(theirs[name], truth[name]), dtype, least)
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_bias", "ignore:fan_in_fan_out")
+@pytest.mark.parametrize("kind", ["conv1d", "lora-bias"])
+def test_dropout_of_all_leaves_the_frozen_layer_and_the_bias_of_lora_b(kind):
+    layer = build_layer(torch.float32, torch.float32, kind, lora_dropout=1.0)
+    layer.__class__ = FusedLoraLinear
+    x, scaled = torch.randn(3, 48), 0.0
+    if kind == "lora-bias":
+        scaled = layer.lora_B["default"].bias * layer.scaling["default"]
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + scaled)
+    assert layer.fallback_reason is None
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_fused_gpt2_trains_as_peft():
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, n_positions=16)).eval()
+    theirs = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    ours = copy.deepcopy(theirs)
+    assert len(lf.fuse_(ours).changed) == 4
+    for model in (theirs, ours):
+        model(input_ids=batch(), labels=batch()).loss.backward()
+    for (name, got), wanted in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        if got.requires_grad:
+            torch.testing.assert_close(got.grad, wanted.grad, msg=name)
 
 
 def test_fused_model_runs_every_layer_fused():
@@ -173,7 +222,7 @@ def test_fallback_reason_is_cleared_by_a_fused_call():
 
 
 def test_mismatched_input_dtype_raises_as_in_torch():
-    layer = build_layer(torch.float32, torch.float32, True)
+    layer = build_layer(torch.float32, torch.float32, "bias")
     layer.__class__ = FusedLoraLinear
     with pytest.raises(RuntimeError, match="dtype"):
         layer(torch.randn(2, 48, dtype=torch.bfloat16))
@@ -385,3 +434,14 @@ def test_training_is_as_exact_as_peft(seed):
             allowed = budget.EAGER * budget.error(peft, true) + 2 * torch.finfo(torch.float32).eps
             assert budget.error(got, true) <= allowed, f"{what}, {engine}"
     assert all(layer.fallback_reason is None for layer in fused_layers(fused))
+
+
+def test_fused_layer_has_the_name_of_peft_and_says_that_it_is_fused():
+    model, plain = probe_model(), probe_model()
+    lf.fuse_(model)
+    assert [x.module_type for x in model.get_layer_status()] == [x.module_type for x in plain.get_layer_status()]
+    lines = repr(model.get_submodule(PROBE)).splitlines()
+    assert lines[:2] == ["lora.Linear(", "  fused"] and lines[2:] == repr(plain.get_submodule(PROBE)).splitlines()[1:]
+    with model.disable_adapter():
+        model(batch())
+    assert "fused, last call by PEFT's forward: adapters disabled" in repr(model.get_submodule(PROBE))

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import lora_fast as lf
+from lora_fast import regions
 from lora_fast.ops import seeds
 
 CPU = torch.device("cpu")
@@ -232,9 +233,9 @@ def test_backward_with_a_region_leaves_the_generator_where_it_was(reentrant):
 @REENTRANT
 def test_region_without_torchs_internals_uses_the_generator(reentrant, monkeypatch):
     """As with a version of torch whose objects are others: alone on its generator a region still draws the same."""
-    monkeypatch.setattr(seeds, "_Frame", ())
-    monkeypatch.setattr(seeds, "_REENTRANT", object())
-    monkeypatch.setattr(seeds, "_REENTRANT_FORWARD", lambda: None)
+    monkeypatch.setattr(regions, "_Frame", ())
+    monkeypatch.setattr(regions, "_REENTRANT", object())
+    monkeypatch.setattr(regions, "_REENTRANT_FORWARD", lambda: None)
     monkeypatch.setattr(f"{__name__}.draw_in_another_thread", lambda: None)
     region = Region()
     checkpoint(region, leaf(), use_reentrant=reentrant).sum().backward()

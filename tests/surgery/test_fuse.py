@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+from expert_models import experts_model
 from fused_models import (
     LLAMA_LINEARS,
     PROBE,
@@ -14,9 +15,10 @@ from fused_models import (
     probe_model,
     train_base,
 )
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tiny import ShardedTensor, assert_same_tensors, assert_unchanged, injected_llama, llama, peft_llama, snapshot
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import lora_fast as lf
 
@@ -67,7 +69,6 @@ def shard_base(model):
 
 UNFUSABLE = {
     "dora": ({"use_dora": True}, None, "variant DoraLinearVariant"),
-    "lora-bias": ({"lora_bias": True}, None, "bias on lora_B"),
     "rank": ({"r": 257}, None, "rank 257"),
     "hook": ({}, hook_base, "hooks"),
     "replaced-base-forward": ({}, patch_base, "replaced forward"),
@@ -80,7 +81,6 @@ UNFUSABLE = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*lora_bias")
 @pytest.mark.parametrize("case", UNFUSABLE)
 def test_fuse_reports_the_reason_of_each_layer_left_alone(case):
     options, change, reason = UNFUSABLE[case]
@@ -138,3 +138,16 @@ def test_fuse_without_peft_names_the_pip_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(lf.MissingPackageError, match="pip install"):
         lf.fuse_(nn.Sequential(nn.Linear(8, 8)))
+
+
+def test_fuse_names_the_parameter_and_its_experts():
+    model, wrappers = experts_model()
+    report = lf.fuse_(model, allow_empty=True)
+    assert list(report.left.values()) == ["adapter of the parameter 'matrices' of 4 experts"] * len(wrappers)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_fuse_takes_conv1d():
+    base = nn.Sequential(Conv1D(8, 4), nn.Linear(8, 4))
+    report = lf.fuse_(get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", lora_bias=True)), strict=True)
+    assert len(report.changed) == 2

@@ -16,6 +16,7 @@ from .rounding import noise
 
 __all__ = ["backward", "draw_mask", "forward", "grad_a", "grad_s_b", "grad_x", "linear", "project"]
 
+_modes = torch._C._len_torch_dispatch_stack  # looked up once, because attribute accesses cost host time in every call
 DROP_LEVELS = 1 << 16  # a dropout probability is a multiple of 1/65536
 
 
@@ -75,7 +76,9 @@ def forward(
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     s = project(rows, lora_A, keep, rounded)
     y = linear(rows, weight, bias, s, lora_B, scaling)
-    return y if rows is x else y.view(*x.shape[:-1], weight.shape[0]), s
+    if rows is not x:  # a view could not be changed in place as nn.Linear's result can
+        y = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
+    return y, s
 
 
 def backward(
@@ -119,17 +122,20 @@ def _wide_product(tall: Tensor, thin: Tensor) -> Tensor:
 
 
 def _add_product(base: Tensor, thin: Tensor, factor: Tensor, alpha: float, keep: Tensor | None = None) -> Tensor:
-    """Returns base + keep∘(alpha · thin factor), in place where base's precision is enough for the product. The
-    exponent range of float16 is too small for S, dS and factors of all sizes."""
+    """Returns base + keep∘(alpha · thin factor), in place where base's precision is enough for the product and no mode
+    of torch sees the products: selective checkpointing keeps them and uses them again. The exponent range of float16
+    is too small for S, dS and factors of all sizes."""
     dtype = base.dtype
     if dtype is torch.float16 and not (thin.dtype is factor.dtype is dtype):
         product = torch.mm(thin.float(), factor.float())
-        return torch.add(base, product if keep is None else product.mul_(keep), alpha=alpha).to(dtype)
+        return torch.add(base, product if keep is None else product * keep, alpha=alpha).to(dtype)
     thin = thin if thin.dtype is dtype else thin.to(dtype)
     factor = factor if factor.dtype is dtype else factor.to(dtype)
+    in_place = _modes() == 0
     if keep is None:
-        return base.addmm_(thin, factor, alpha=alpha)
-    return base.add_(torch.mm(thin, factor).mul_(keep), alpha=alpha)
+        return (base.addmm_ if in_place else base.addmm)(thin, factor, alpha=alpha)
+    product = torch.mm(thin, factor)
+    return base.add_(product.mul_(keep), alpha=alpha) if in_place else base.add(product * keep, alpha=alpha)
 
 
 def draw_mask(x: Tensor, dropout_p: float, seed: int | Tensor) -> Tensor:
@@ -145,7 +151,9 @@ def draw_mask(x: Tensor, dropout_p: float, seed: int | Tensor) -> Tensor:
     return torch.from_numpy(numbers >= drop_level(dropout_p))
 
 
-def philox_mask(seed: int, n_tokens: int, d_in: int, dropout_p: float) -> Tensor:
+def philox_mask(
+    seed: int | Tensor, n_tokens: int, d_in: int, dropout_p: float, device: torch.device | str = "cpu"
+) -> Tensor:
     """Returns the kernels' dropout mask, bit for bit. An element is kept when its 16-bit number of ``rounding.noise``
     with key = seed is at least ``drop_level``."""
-    return noise(seed, n_tokens, d_in) >= drop_level(dropout_p)
+    return noise(seed, n_tokens, d_in, device=device) >= drop_level(dropout_p)

@@ -1,0 +1,157 @@
+"""The tensors that an adapter's files contain beside the adapters, in models without PEFT's wrappers.
+
+Saved are the heads of classification tasks, which no pretrained model has, every module that was trained beside the
+adapters, and the embeddings of a vocabulary that was resized. PEFT has the first two as its ``modules_to_save``. Of a
+head that has adapters itself, the frozen parameters are saved, under the keys that PEFT gives adapted embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import CheckpointError
+from ..layers.find import ADAPTER_LAYERS, key_name
+from ..layers.hooks import stored_tensor
+from ..surgery import tasks
+from ..surgery.merge import weight_owners
+from . import io, peft_state
+from .peft_format import PREFIX, Adapter
+
+MARK = "saved_with_adapter"  # attribute of a module that load_adapter has filled, so that it is saved again
+BASE = ".base_layer."  # in the key of a frozen parameter of an adapter's layer
+
+
+def to_save(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns name → module of every module that is saved whole.
+
+    Raises:
+        CheckpointError: a trained parameter that PEFT's format cannot hold, because its module contains an adapter or
+            is the whole model.
+    """
+    chosen = {name: module for name, module in model.named_modules() if MARK in module.__dict__ or _trained(module)}
+    chosen |= {name: head for name, head in tasks.heads(model).items() if not _has_adapters(head)}
+    if chosen:  # PEFT takes every module whose name ends with one of these
+        chosen = {name: module for name, module in model.named_modules() if name.endswith(tuple(chosen))}
+    for name, module in chosen.items():
+        if not name or _has_adapters(module):
+            expected = "no trained parameters but those of adapters and of modules without any (PEFT's modules_to_save)"
+            raise CheckpointError(
+                "model", expected, f"{', '.join(_trained(module)) or 'adapters'} in {name or 'itself'}"
+            )
+    inner = {name for name in chosen for outer in chosen if name.startswith(f"{outer}.")}
+    return {name: module for name, module in chosen.items() if name not in inner}
+
+
+def tensors(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
+    """Returns key without the prefix → tensor of the modules that are saved whole, of heads that have adapters and of
+    embeddings that were resized."""
+    names = [*modules, *(name for name, head in tasks.heads(model).items() if _has_adapters(head))]
+    if _vocabulary_was_resized(model):
+        names += tasks.embeddings(model)
+    found: dict[str, Any] = {}
+    for key, (owner, attribute) in _places(model, names).items():
+        if isinstance(owner, ADAPTER_LAYERS):
+            name = key.removesuffix(f".{attribute}")
+            found[f"{name}{BASE}{attribute}"] = stored_tensor(owner, attribute)
+        else:
+            found[key] = stored_tensor(owner, attribute)
+    return found
+
+
+def task_fields(model: nn.Module) -> dict:
+    """Returns the config's fields by which PEFT finds the model's class: its task type, or the class itself where there
+    is none, and where the head has adapters, because PEFT expects a head without."""
+    task = tasks.task_type(model)
+    if task is None or any(map(_has_adapters, tasks.heads(model).values())):
+        return {"task_type": None, "auto_mapping": peft_state.auto_mapping(model)}
+    return {"task_type": task, "auto_mapping": None}
+
+
+def destinations(model: nn.Module, adapter: Adapter) -> tuple[list[tuple[str, Tensor, Tensor]], list[nn.Module]]:
+    """Returns where the tensors beside the adapter's pairs belong in a model without PEFT's layers.
+
+    Returns:
+        (key, tensor of the model, value) of each; the modules of ``modules_to_save``.
+
+    Raises:
+        CheckpointError: a tensor of something else than such a module, an embedding or a head, or a missing one.
+    """
+    ends = tuple(adapter.config.get("modules_to_save") or ())
+    chosen = {name: module for name, module in model.named_modules() if ends and name.endswith(ends)}
+    values = adapter.others | {f"{name}{BASE}weight": weight for name, weight in adapter.base_weights.items()}
+    places = _places(model, [*chosen, *tasks.heads(model), *tasks.embeddings(model)])
+    copies = []
+    for key, value in values.items():
+        place = places.get(key.replace(BASE, "."))
+        if place is not None:
+            copies.append((key, io.destination(key, *place), value))
+        elif key in adapter.others:  # the other base weights are compared with the model's (base_weights.check)
+            expected = (
+                "lora_A and lora_B of linear layers, modules_to_save and embeddings (a PEFT model loads the others)"
+            )
+            raise CheckpointError(f"key {PREFIX}{key}", expected, "an extra key")
+    _check_shared(model, copies, tuple(f"{key_name(name)}." for name in chosen))
+    for key in _places(model, chosen):
+        if key not in values:
+            raise CheckpointError(f"key {PREFIX}{key}", "in the file, for modules_to_save", "missing")
+    return copies, list(chosen.values())
+
+
+def _check_shared(model: nn.Module, copies: list[tuple[str, Tensor, Tensor]], trained: tuple[str, ...]) -> None:
+    """Raises CheckpointError if a parameter that several modules hold has more than one value in the file, or one for
+    only some of these modules of which PEFT has trained a copy (its key starts with one of ``trained``)."""
+    owners, values = weight_owners(model), {key.replace(BASE, "."): value for key, _, value in copies}
+    for key, tensor, value in copies:
+        attribute = key.rpartition(".")[2]
+        names = [f"{key_name(name)}.{attribute}" for name in owners.get(id(tensor), ())]
+        # PEFT restores the others in the base model, where modules share them.
+        is_copy = bool(trained) and key.startswith(trained)
+        same = all(torch.equal(values[name], value) if name in values else not is_copy for name in names)
+        unchanged = tensor.shape == value.shape and torch.equal(tensor.cpu(), value.to(tensor.dtype))
+        if len(names) > 1 and not same and not (is_copy and unchanged):
+            expected = "a parameter of its own in the model, for its trained values"
+            raise CheckpointError(f"key {PREFIX}{key}", expected, f"one held by {' and '.join(names)}")
+
+
+def _places(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[nn.Module, str]]:
+    """Returns key without the prefix → module and attribute, of every tensor that the ``state_dict`` of these modules
+    has, without those of adapters."""
+    places = {}
+    for root in names:
+        for name, module in model.get_submodule(root).named_modules(prefix=root):
+            stored = {**module._parameters, **module._buffers}
+            if isinstance(module, ADAPTER_LAYERS):
+                stored = {"weight": module.weight, "bias": module.bias}
+            for attribute, tensor in stored.items():
+                if tensor is not None and attribute not in module._non_persistent_buffers_set:
+                    places[f"{key_name(name)}.{attribute}"] = (module, attribute)
+    return places
+
+
+def _trained(module: nn.Module) -> list[str]:
+    """Returns the names of the module's own trained parameters that are no adapter's. FSDP1's flat parameters and
+    shards do not count."""
+    own = module.TRAINABLE if isinstance(module, ADAPTER_LAYERS) else ()
+    parameters = {name: p for name, p in module._parameters.items() if type(p) is nn.Parameter and name not in own}
+    return [name for name, parameter in parameters.items() if parameter.requires_grad]
+
+
+def _has_adapters(module: nn.Module) -> bool:
+    return any(isinstance(layer, ADAPTER_LAYERS) for layer in module.modules())
+
+
+def _vocabulary_was_resized(model: nn.Module) -> bool:
+    """Returns whether the vocabulary has another size than that of the pretrained model on this machine, as PEFT does.
+    Where there is none, it is taken as unchanged."""
+    config: Any = getattr(model, "config", None)
+    source, size = getattr(config, "_name_or_path", None), getattr(config, "vocab_size", None)
+    if not source or not size:
+        return False
+    try:
+        return type(config).from_pretrained(source, local_files_only=True).vocab_size != size
+    except (OSError, ValueError):  # no such folder, and no such name
+        return False

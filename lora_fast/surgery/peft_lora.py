@@ -1,0 +1,293 @@
+"""Takes PEFT's own ``LoraConfig`` for ``inject_``: the layers, ranks, scales and first factors that ``get_peft_model``
+gives a model with the same seed. PEFT selects the modules and computes the factors.
+
+What the layers of this library do not have is refused by name before anything changes. Fields that have their default
+value are no obstacle, whichever PEFT's version adds.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..layers import merge_log
+from ..layers.base import AdapterLinear, sizes
+from ..layers.lora import LoRALinear
+from . import targets, tasks
+from .configs import AdapterConfig
+
+TAKEN = (  # fields of PEFT's LoraConfig, whatever their values
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern",
+    "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "inference_mode",
+    "fan_in_fan_out",  # which follows from each layer's class
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+)  # fmt: skip
+FROM_DATA = ("eva", "corda", "lora_ga")  # initialisations for which PEFT needs activations or gradients
+FROM_SHAPES = (True, False, "gaussian", "orthogonal")  # those that leave the base weight as it is
+NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout"}  # ours → PEFT's, for errors
+
+
+class Initial(NamedTuple):
+    """What PEFT's initialisation gives a layer: a (r, d_in), b (d_out, r), and the base weight where that changes."""
+
+    a: Tensor
+    b: Tensor
+    weight: Tensor | None
+
+
+def is_peft_config(config: object) -> bool:
+    """Returns whether it is a config of PEFT, for whichever tuner."""
+    if "peft" not in sys.modules:
+        return False
+    from peft import PeftConfig
+
+    return isinstance(config, PeftConfig)
+
+
+class PeftLoRAConfig(AdapterConfig):
+    """A ``peft.LoraConfig`` for one model, which is not changed.
+
+    Args:
+        config: any config of PEFT. model: the plain model.
+
+    Attributes:
+        target_modules: as given, or PEFT's default for the model's type.
+
+    Raises:
+        ArgumentError: a config of another tuner; a field with a value that the layers of this library do not have.
+    """
+
+    layer = LoRALinear
+
+    def __init__(self, config: Any, model: nn.Module):
+        from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+
+        _check_fields(config)
+        _check_selection(config)
+        self.config = copy.copy(config)  # with target_modules as names or a regular expression, as PEFT resolves them
+        if config.target_modules is None:
+            self.config.target_modules = _default_targets(model)
+        self.target_modules = self.config.target_modules
+        targets.check(self.target_modules)
+        self.config.modules_to_save = [*(config.modules_to_save or ()), *tasks.HEADS.get(config.task_type, ())] or None
+        self.config = _maybe_include_all_linear_layers(self.config, model)
+        self.saved = _modules_to_save(model, self.config.modules_to_save or ())
+        self.owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+
+    def left_alone(self, model: nn.Module, candidates: dict[str, nn.Module]) -> dict[str, str]:
+        excluded = {name: reason for name in candidates if (reason := self._excluded(name)) is not None}
+        return targets.left_alone(model, candidates, self.config.target_modules) | excluded
+
+    def _excluded(self, name: str) -> str | None:
+        """Returns why PEFT gives no adapter to a module that ``target_modules`` names, or None if it does."""
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        if check_target_module_exists(self.config, name):
+            return None
+        for setting in ("exclude_modules", "modules_to_save", "layers_to_transform"):
+            without = copy.copy(self.config)
+            setattr(without, setting, None)
+            if check_target_module_exists(without, name):
+                return f"left out by {setting}"
+        return f"PEFT leaves it out of {self.target_modules!r}"
+
+    def unmatched(self, names: Iterable[str]) -> dict[str, str]:
+        """Returns entries of the config that match none of the layers, or no module → the reason for the report."""
+        left = {}
+        for setting in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self.config, setting):
+                if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
+                    left[key] = f"a key of {setting} that matches no layer"
+        heads = tasks.HEADS.get(self.config.task_type, ())
+        for entry in self.config.modules_to_save or ():
+            if entry not in heads and not any(name.endswith(entry) for name in self.saved):
+                left[entry] = "no module of this name, for modules_to_save"
+        return left
+
+    def layer_settings(self, name: str = "") -> dict:
+        from peft.utils.other import get_pattern_key
+
+        ranks, alphas = self.config.rank_pattern, self.config.alpha_pattern
+        settings = {
+            "r": ranks.get(get_pattern_key(ranks, name), self.config.r),
+            "alpha": alphas.get(get_pattern_key(alphas, name), self.config.lora_alpha),
+            "dropout": self.config.lora_dropout,
+            "use_rslora": self.config.use_rslora,
+            "init": "gaussian" if self.config.init_lora_weights == "gaussian" else "kaiming",
+        }
+        try:
+            self.layer(1, 1, device="meta", **settings)
+        except checks.ArgumentError as error:
+            argument = NAMES.get(error.argument, error.argument)
+            raise checks.ArgumentError(argument, f"{error.expected} ({name})", error.got) from None
+        return settings
+
+    def initial(self, name: str, linear: nn.Linear) -> Initial | None:
+        """Returns what PEFT's initialisation gives a layer; None on the meta device, where there is nothing to compute.
+
+        Raises:
+            ArgumentError: PEFT cannot compute it, or it would change a weight that other modules hold, too.
+        """
+        from peft import inject_adapter_in_model
+
+        init, weight = self.config.init_lora_weights, linear.weight.detach()
+        changes = (init.lower() if isinstance(init, str) else init) not in FROM_SHAPES
+        if weight.is_meta:
+            if init in (True, "gaussian"):
+                return None
+            raise checks.ArgumentError("init_lora_weights", "True or 'gaussian' on the meta device", repr(init))
+        if changes and self.owners[id(linear.weight)] > 1:
+            expected = "an initialisation that leaves base weights as they are, where modules share one"
+            raise checks.ArgumentError("init_lora_weights", expected, f"{init!r} ({name})")
+        twin = copy.copy(linear)
+        twin._parameters = {**linear._parameters, "weight": nn.Parameter(weight.clone() if changes else weight, False)}
+        holder = nn.ModuleDict({"layer": twin})
+        try:
+            inject_adapter_in_model(self._for_one_layer(name, linear), holder)
+        except Exception as error:  # of torch.linalg, a missing package, a rank that the initialisation does not allow
+            expected = "an initialisation that PEFT can compute for every layer"
+            got = f"{init!r} ({name}: {str(error)[:300]})"
+            raise checks.ArgumentError("init_lora_weights", expected, got) from error
+        made: Any = holder["layer"]
+        if made.lora_variant:
+            variant = type(next(iter(made.lora_variant.values()))).__name__
+            raise checks.ArgumentError("init_lora_weights", "plain LoRA", f"{init!r} ({variant})")
+        (a,), (b,) = made.lora_A.values(), made.lora_B.values()
+        d_in, d_out = sizes(linear)
+        r = self.layer_settings(name)["r"]
+        if a.weight.shape != (r, d_in) or b.weight.shape != (d_out, r):  # PiSSA's of a small layer, OLoRA's of a Conv1D
+            got = f"{init!r} ({name}: {tuple(a.weight.shape)} and {tuple(b.weight.shape)})"
+            expected = f"an initialisation with factors of shape {(r, d_in)} and {(d_out, r)}"
+            raise checks.ArgumentError("init_lora_weights", expected, got)
+        changed = changes and not torch.equal(twin.weight, weight)
+        return Initial(a.weight.detach(), b.weight.detach(), twin.weight.detach() if changed else None)
+
+    def _for_one_layer(self, name: str, linear: nn.Linear) -> Any:
+        """Returns PEFT's config for a model that consists of one layer, called ``layer``."""
+        config, settings = copy.copy(self.config), self.layer_settings(name)
+        config.target_modules, config.r, config.lora_alpha = {"layer"}, settings["r"], settings["alpha"]
+        config.rank_pattern, config.alpha_pattern = {}, {}
+        config.exclude_modules = config.modules_to_save = config.layers_to_transform = config.layers_pattern = None
+        config.fan_in_fan_out = not isinstance(linear, nn.Linear)
+        return config
+
+    @torch.no_grad()
+    def finish_(self, layers: Mapping[str, AdapterLinear], initial: Mapping[str, Initial]) -> dict[str, str]:
+        """Puts the initial values into layers that are in the model, and unfreezes the modules that are trained whole.
+
+        Returns:
+            Name of each such module → what it became, for the report.
+        """
+        for name, (a, b, weight) in initial.items():
+            layer = layers[name]
+            layer.lora_A.copy_(a)
+            layer.lora_B.copy_(b)
+            if weight is not None:
+                layer.weight.copy_(weight)
+                merge_log.mark(layer)  # so that save_adapter saves the weight, without which the adapter is wrong
+        trains = not self.config.inference_mode
+        for layer in layers.values():
+            for parameter in (getattr(layer, name) for name in layer.TRAINABLE):
+                parameter.requires_grad_(trains)
+        for module in self.saved.values():
+            module.requires_grad_(trains)
+        return dict.fromkeys(self.saved, "trained whole (modules_to_save)")
+
+
+def _check_fields(config: Any) -> None:
+    """Raises ArgumentError unless it is a LoraConfig whose fields have values that the layers of this library have."""
+    from peft import LoraConfig, PeftType
+
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+        raise checks.ArgumentError("config", "a peft.LoraConfig, of PEFT's configs", type(config).__name__)
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.startswith(FROM_DATA):
+        expected = "an initialisation that needs no data (for others: get_peft_model, then lf.fuse_)"
+        raise checks.ArgumentError("init_lora_weights", expected, repr(init))
+    taken = (*TAKEN, "loftq_config") if init == "loftq" else TAKEN
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in taken and value != _default(field):
+            expected = f"its default, {_default(field)!r}, in lf.inject_ (for others: get_peft_model, then lf.fuse_)"
+            raise checks.ArgumentError(field.name, expected, repr(value)[:200])
+    if custom := getattr(config, "_custom_modules", None):
+        raise checks.ArgumentError("config", "no custom modules", repr(custom)[:200])
+
+
+def _check_selection(config: Any) -> None:
+    """Raises ArgumentError unless the fields that select layers and their ranks have the types that PEFT expects."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, name)
+        if not isinstance(patterns, dict) or not all(map(_is_pattern, patterns)):
+            raise checks.ArgumentError(name, "a dict whose keys are regular expressions", repr(patterns)[:200])
+    if config.exclude_modules:
+        targets.check(config.exclude_modules, "exclude_modules")
+    layers, pattern = config.layers_to_transform, config.layers_pattern
+    lists = {
+        "modules_to_save": (config.modules_to_save, _is_pattern, "names of modules"),
+        "layers_pattern": ([pattern] if isinstance(pattern, str) and pattern else pattern, _is_pattern, "names"),
+        "layers_to_transform": ([layers] if isinstance(layers, int) else layers, _is_index, "numbers of layers"),
+    }
+    for name, (entries, fits, kind) in lists.items():
+        if entries and (not isinstance(entries, (list, tuple, set, frozenset)) or not all(map(fits, entries))):
+            raise checks.ArgumentError(name, f"a list of {kind}", repr(getattr(config, name))[:200])
+
+
+def _is_pattern(entry: object) -> bool:
+    """Returns whether it is a regular expression, as which PEFT takes names."""
+    try:
+        return isinstance(entry, str) and bool(entry) and re.compile(entry) is not None
+    except re.error:
+        return False
+
+
+def _is_index(entry: object) -> bool:
+    return isinstance(entry, int) and not isinstance(entry, bool)
+
+
+def _default(field: Field) -> object:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return None if field.default is MISSING else field.default
+
+
+def _default_targets(model: nn.Module) -> Any:
+    """Returns the modules that PEFT targets in a model of this type by default."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    kind: Any = getattr(getattr(model, "config", None), "model_type", None)
+    names = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+    if names is None:
+        expected = "names of modules (PEFT has no default for this model's type)"
+        raise checks.ArgumentError("target_modules", expected, f"None and model type {kind!r}")
+    return names if isinstance(names, str) else set(names)
+
+
+def _modules_to_save(model: nn.Module, ends: Iterable[str]) -> dict[str, nn.Module]:
+    """Returns name → module of those that are trained whole, whose names end as PEFT's rule says.
+
+    Raises:
+        ArgumentError: a module that cannot be trained in place, as PEFT trains a copy.
+    """
+    ends = tuple(ends)
+    saved = {name: module for name, module in model.named_modules() if name and ends and name.endswith(ends)}
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    for name, module in saved.items():
+        inside = Counter(id(p) for part in module.modules() for p in part._parameters.values() if p is not None)
+        for key, parameter in module.named_parameters():
+            if owners[id(parameter)] > inside[id(parameter)]:
+                expected = "modules whose parameters no other module holds (PEFT trains a copy, lf.inject_ the module)"
+                raise checks.ArgumentError("modules_to_save", expected, f"{name}.{key}")
+            if not parameter.is_floating_point():
+                got = f"{name}.{key} of {parameter.dtype}"
+                raise checks.ArgumentError("modules_to_save", "modules of floating-point parameters", got)
+    return saved
