@@ -150,8 +150,8 @@ def positive(value: object, argument: str) -> float:
 
 def finite(value: object, argument: str) -> float:
     value = python_number(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ArgumentError(argument, "a finite number", repr(value))
+    if isinstance(value, bool) or not isinstance(value, NUMBERS) or not abs(value) <= LARGEST_FLOAT:  # NaN fails too
+        raise ArgumentError(argument, "a finite number", shown(value))
     return float(value)
 
 
@@ -213,8 +213,8 @@ def scaling(value: object, device: torch.device) -> float | torch.Tensor:
             raise ArgumentError("scaling", expected, f"{value.dtype} {_shape(value)} on {value.device}")
         return value.reshape(())
     number = python_number(value)
-    if not isinstance(number, NUMBERS) or not math.isfinite(number):
-        raise ArgumentError("scaling", "a finite number", repr(value))
+    if not isinstance(number, NUMBERS) or not abs(number) <= LARGEST_SCALING:  # NaN fails too
+        raise ArgumentError("scaling", "a finite number, as float32 can hold it", shown(value))
     return float(number)
 
 

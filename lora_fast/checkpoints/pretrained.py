@@ -40,7 +40,8 @@ class SaveHook:
         return save_pretrained(self._model(), save_directory, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict) -> SaveHook:  # the model is being copied
-        return SaveHook(memo.get(id(self._model()), self._model()))
+        model: Any = self._model()
+        return SaveHook(memo.get(id(model), model))
 
     def __reduce__(self) -> tuple:
         return SaveHook, (self._model(),)

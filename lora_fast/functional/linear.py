@@ -98,7 +98,7 @@ def run_composite(x, weight, bias, lora_A, lora_B, scaling, dropout_p: float = 0
     if seed is not None and dropout_p > 0.0:
         _check_seed(seed)
         if x.is_nested or x.layout is not torch.strided:
-            raise checks.ArgumentError("seed", "None for a nested or sparse x", repr(seed))
+            raise checks.ArgumentError("seed", "None for a nested or sparse x", checks.shown(seed))
         keep = linear_op.mask_like(x, dropout_p, seed)
     return composite.linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, keep)
 
@@ -117,7 +117,7 @@ def is_autocast_on(device_type: str) -> bool:
 
 def _check_seed(seed: int) -> None:
     if not (isinstance(seed, int) and 0 <= seed < seeds.SEEDS):
-        raise checks.ArgumentError("seed", "an integer from 0 to 2**62 - 1", repr(seed))
+        raise checks.ArgumentError("seed", "an integer from 0 to 2**62 - 1", checks.shown(seed))
 
 
 def _mask_seed(x: Tensor, dropout_p: float, seed: int | None, traced: bool, triton: bool) -> int | Tensor:
