@@ -17,6 +17,7 @@ from .kernels.limits import LARGEST_RANK
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NUMBERS = (float, int)
+STRIDED = torch.strided  # looked up once, because every call of a layer compares it
 PLAINLY_SHOWN = (str, torch.device)  # their str has no quotation marks and no type
 LARGEST_FLOAT = sys.float_info.max  # math.isfinite raises OverflowError for a larger int
 LARGEST_SCALING = torch.finfo(torch.float32).max
@@ -243,7 +244,7 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: b
             raise ArgumentError(name, "a torch.Tensor", type(tensor).__name__)
         if tensor.dtype not in FLOATS:
             raise ArgumentError(name, "a dtype among float16, bfloat16, float32, float64", tensor.dtype)
-        if tensor.layout is not torch.strided and tensor is not x:
+        if tensor.layout is not STRIDED and tensor is not x:
             raise ArgumentError(name, "a dense tensor", tensor.layout)
         if tensor.device != x.device:
             raise ArgumentError(name, f"a tensor on x's device {x.device}", tensor.device)
@@ -284,7 +285,7 @@ def _fits(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: bool) -
         and lora_A.device == device
         and lora_B.device == device
         and not weight.requires_grad
-        and weight.layout is lora_A.layout is lora_B.layout is torch.strided
+        and weight.layout is lora_A.layout is lora_B.layout is STRIDED
         and (bias is None or _bias_fits(bias, d_out, device, dtype, autocast))
         and type(scaling) in NUMBERS
         and -LARGEST_SCALING <= scaling <= LARGEST_SCALING
@@ -296,7 +297,7 @@ def _fits(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: bool) -
 def _bias_fits(bias, d_out: int, device: torch.device, dtype: torch.dtype, autocast: bool) -> bool:
     return (
         bias.shape == (d_out,)
-        and bias.layout is torch.strided
+        and bias.layout is STRIDED
         and bias.device == device
         and (bias.dtype is dtype or _is_wide(bias, dtype) or (autocast and bias.dtype in FLOATS))
     )

@@ -20,6 +20,17 @@ CALLS = [  # backend and number of calls, which a seed chooses; None for all
 ]
 
 
+def test_every_public_function_is_called(tmp_path):
+    named = {word for row in rows(tmp_path, "torch") for word in row.name.replace(".", " ").split()}
+    modules = (lf, lf.functional, lf.methods, lf.metrics, lf.optim, lf.hf)
+    public = {name: getattr(module, name) for module in modules for name in module.__all__}
+    records = {"AdapterStats", "BoundStats", "Report", "StepWork"}
+    without_arguments = {"RefLoRA", "ExactCheckpoints"}  # the latter is a mixin of Trainer
+    errors = {name for name, value in public.items() if isinstance(value, type) and issubclass(value, Exception)}
+    functions = {name for name, value in public.items() if callable(value)}
+    assert functions - records - without_arguments - errors <= named
+
+
 def outcome(row, argument, replacement):
     """Returns "right", "named", "foreign" or "silent", and what tells more."""
     try:
