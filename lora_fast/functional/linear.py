@@ -117,7 +117,7 @@ def is_autocast_on(device_type: str) -> bool:
 
 def _check_seed(seed: int) -> None:
     if not (isinstance(seed, int) and 0 <= seed < seeds.SEEDS):
-        raise checks.ArgumentError("seed", "an integer from 0 to 2**62 - 1", repr(seed))
+        raise checks.ArgumentError("seed", "an integer from 0 to 2**62 - 1", checks.shown(seed))
 
 
 def _mask_seed(x: Tensor, dropout_p: float, seed: int | None, traced: bool, triton: bool) -> int | Tensor:
@@ -133,7 +133,7 @@ def _mask_seed(x: Tensor, dropout_p: float, seed: int | None, traced: bool, trit
             return linear_op.bernoulli_mask(x, dropout_p)
         if in_graph:
             expected = f"None, since torch.compile and CUDA graphs cannot seed the torch ops on {device.type}"
-            raise checks.ArgumentError("seed", expected, repr(seed))
+            raise checks.ArgumentError("seed", expected, checks.shown(seed))
         return linear_op.bernoulli_mask(x, dropout_p, torch.Generator(device).manual_seed(seed))
     if not in_graph:
         return seeds.draw(device) if seed is None else seed

@@ -25,14 +25,15 @@ def check(target_modules: object, argument: str = "target_modules") -> None:
         try:
             re.compile(target_modules)
         except re.error as error:
-            raise checks.ArgumentError(argument, expected, f"{target_modules!r} ({error})") from None
+            got = f"{checks.shown(target_modules)} ({error})"
+            raise checks.ArgumentError(argument, expected, got) from None
         return
     if (
         not isinstance(target_modules, (list, tuple, set, frozenset))
         or not target_modules
         or not all(isinstance(name, str) and name for name in target_modules)
     ):
-        raise checks.ArgumentError(argument, expected, repr(target_modules))
+        raise checks.ArgumentError(argument, expected, checks.shown(target_modules))
 
 
 def matches(target_modules: str | list[str], name: str) -> bool:
