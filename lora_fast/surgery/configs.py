@@ -64,7 +64,7 @@ def takes_peft_names(config: type[Config]) -> type[Config]:
             if name in settings and field in names:
                 value = settings.pop(name)
                 if field in settings or field in names[: len(args)]:
-                    raise checks.ArgumentError(name, f"nothing beside {field}, its other name", repr(value))
+                    raise checks.ArgumentError(name, f"nothing beside {field}, its other name", checks.shown(value))
                 settings[field] = _own_init(value) if field == "init" else value
         own_init(self, *args, **settings)
 
@@ -79,7 +79,7 @@ def _own_init(init_lora_weights: object) -> str:
     if init_lora_weights == "gaussian":
         return "gaussian"
     expected = "True or 'gaussian' (for others, lf.inject_ takes a peft.LoraConfig)"
-    raise checks.ArgumentError("init_lora_weights", expected, repr(init_lora_weights))
+    raise checks.ArgumentError("init_lora_weights", expected, checks.shown(init_lora_weights))
 
 
 @takes_peft_names

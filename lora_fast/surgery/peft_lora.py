@@ -98,7 +98,7 @@ class PeftLoRAConfig(AdapterConfig):
             setattr(without, setting, None)
             if check_target_module_exists(without, name):
                 return f"left out by {setting}"
-        return f"PEFT leaves it out of {self.target_modules!r}"
+        return f"PEFT leaves it out of {checks.shown(self.target_modules)}"
 
     def unmatched(self, names: Iterable[str]) -> dict[str, str]:
         """Returns entries of the config that match none of the layers, or no module → the reason for the report."""
@@ -144,7 +144,7 @@ class PeftLoRAConfig(AdapterConfig):
         if weight.is_meta:
             if init in (True, "gaussian"):
                 return None
-            raise checks.ArgumentError("init_lora_weights", "True or 'gaussian' on the meta device", repr(init))
+            raise checks.ArgumentError("init_lora_weights", "True or 'gaussian' on the meta device", checks.shown(init))
         if changes and self.owners[id(linear.weight)] > 1:
             expected = "an initialisation that leaves base weights as they are, where modules share one"
             raise checks.ArgumentError("init_lora_weights", expected, f"{init!r} ({name})")
@@ -212,15 +212,15 @@ def _check_fields(config: Any) -> None:
     init = config.init_lora_weights
     if isinstance(init, str) and init.startswith(FROM_DATA):
         expected = "an initialisation that needs no data (for others: get_peft_model, then lf.fuse_)"
-        raise checks.ArgumentError("init_lora_weights", expected, repr(init))
+        raise checks.ArgumentError("init_lora_weights", expected, checks.shown(init))
     taken = (*TAKEN, "loftq_config") if init == "loftq" else TAKEN
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name not in taken and value != _default(field):
             expected = f"its default, {_default(field)!r}, in lf.inject_ (for others: get_peft_model, then lf.fuse_)"
-            raise checks.ArgumentError(field.name, expected, repr(value)[:200])
+            raise checks.ArgumentError(field.name, expected, checks.shown(value))
     if custom := getattr(config, "_custom_modules", None):
-        raise checks.ArgumentError("config", "no custom modules", repr(custom)[:200])
+        raise checks.ArgumentError("config", "no custom modules", checks.shown(custom))
 
 
 def _check_selection(config: Any) -> None:
@@ -228,7 +228,7 @@ def _check_selection(config: Any) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, name)
         if not isinstance(patterns, dict) or not all(map(_is_pattern, patterns)):
-            raise checks.ArgumentError(name, "a dict whose keys are regular expressions", repr(patterns)[:200])
+            raise checks.ArgumentError(name, "a dict whose keys are regular expressions", checks.shown(patterns))
     if config.exclude_modules:
         targets.check(config.exclude_modules, "exclude_modules")
     layers, pattern = config.layers_to_transform, config.layers_pattern
@@ -239,7 +239,7 @@ def _check_selection(config: Any) -> None:
     }
     for name, (entries, fits, kind) in lists.items():
         if entries and (not isinstance(entries, (list, tuple, set, frozenset)) or not all(map(fits, entries))):
-            raise checks.ArgumentError(name, f"a list of {kind}", repr(getattr(config, name))[:200])
+            raise checks.ArgumentError(name, f"a list of {kind}", checks.shown(getattr(config, name)))
 
 
 def _is_pattern(entry: object) -> bool:

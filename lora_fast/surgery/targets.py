@@ -25,7 +25,8 @@ def check(target_modules: object, argument: str = "target_modules") -> None:
         try:
             re.compile(target_modules)
         except re.error as error:
-            raise checks.ArgumentError(argument, expected, f"{checks.shown(target_modules)} ({error})") from None
+            got = f"{checks.shown(target_modules)} ({error})"
+            raise checks.ArgumentError(argument, expected, got) from None
         return
     if (
         not isinstance(target_modules, (list, tuple, set, frozenset))
