@@ -4,7 +4,9 @@ finds the page."""
 import re
 import subprocess
 import sys
+import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -116,6 +118,24 @@ def due() -> None:
     Batch.due(SimpleNamespace(pairs=[pair], count=1), 2)
 
 
+def trained_beside_the_adapter() -> None:
+    model = injected()
+    model[0].bias.requires_grad_(True)
+    lf.save_adapter(model, "/no/such/folder")
+
+
+def loaded(model: nn.Module, edit: Callable[[Path], object] = lambda folder: None) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        lf.save_adapter(injected(), folder)
+        edit(Path(folder))
+        lf.load_adapter(model, folder)
+
+
+def with_pissa(folder: Path) -> None:
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
+
+
 ERRORS = {
     "target_modules: expected at least one torch": lambda: lf.inject_(plain(), lf.LoRAConfig(target_modules=["q"])),
     "model: expected a model without PEFT layers": lambda: lf.inject_(
@@ -140,6 +160,12 @@ ERRORS = {
     "backend 'triton' with float64": float64_on_a_gpu,
     "… expected a weight that ScaLoRA": not_mergeable,
     "… expected base weights that an adapter's files": changed_experts,
+    "… expected no trained parameters": trained_beside_the_adapter,
+    "… expected a parameter with data": lambda: loaded(plain().to("meta")),
+    "path: expected adapter_model": lambda: loaded(
+        plain(), lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    ),
+    "init_lora_weights: expected": lambda: loaded(plain(), with_pissa),
     "state_dict: expected": another_state,
     "--resume: expected": lambda: run_folder.saved_settings(None, {}),
     "CheckpointError": lambda: lf.load_adapter(plain(), "/no/such/folder"),
