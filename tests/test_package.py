@@ -3,12 +3,15 @@
 import ast
 import os
 import runpy
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import setuptools
+import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 from pinned_versions import pinned
@@ -67,6 +70,43 @@ def test_every_public_name_exists():
     assert missing == ""
 
 
+@pytest.fixture(scope="session")
+def editable(tmp_path_factory) -> Path:
+    """Returns a folder in which a copy of the checkout, called lora_fast, is installed editable."""
+    clone = tmp_path_factory.mktemp("parent") / "lora_fast"
+    shutil.copytree(ROOT / "lora_fast", clone / "lora_fast", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, clone)
+    site = tmp_path_factory.mktemp("site")
+    build = "import setuptools.build_meta as meta, sys; print(meta.build_editable(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", build, str(site)], cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = site.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(site)
+    return site
+
+
+@pytest.mark.parametrize("place", ["parent", "clone", "elsewhere"])
+def test_editable_install_is_imported_from_every_folder(editable, tmp_path, place):
+    """A clone may be called lora_fast, and Python takes such a folder for a namespace package before it asks import
+    hooks. Without -S, this environment's own installation of lora_fast would be on the path."""
+    (entry,) = [Path(line) for path in editable.glob("*.pth") for line in path.read_text().splitlines()]
+    assert entry.name == "lora_fast" and entry.is_dir()
+    code = (
+        "import site, sys; sys.path.append(sys.argv[1]); site.addsitedir(sys.argv[2]);"
+        "import lora_fast, lora_fast.kernels.limits, importlib.util as util;"
+        "print(lora_fast.__file__, lora_fast.kernels.__file__, util.find_spec('kernels'))"
+    )
+    packages = str(Path(torch.__file__).parents[1])
+    folder = {"parent": entry.parent, "clone": entry, "elsewhere": tmp_path}[place]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-S", "-c", code, packages, str(editable)]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    package = entry / "lora_fast"
+    wanted = [str(package / "__init__.py"), str(package / "kernels" / "__init__.py"), "None"]
+    assert done.stdout.split() == wanted, done.stderr
+
+
 def imported(path: Path) -> set[tuple[str, ...]]:
     """The modules and names of lora_fast that a file imports, wherever in the file, as paths below lora_fast/."""
     package = path.relative_to(ROOT / "lora_fast").parent.parts
@@ -98,7 +138,7 @@ def test_imports_run_downwards(path):
             assert name[:2] != ("ops", "reference"), f"{path} imports {'.'.join(name)}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "lora_fast" / "kernels").rglob("*.py")), ids=lambda path: path.stem)
 def test_kernels_import_torch_and_triton_only(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.level == 0):

@@ -230,15 +230,10 @@ FACTORIES |= {"frombuffer", "full", "linspace", "logspace", "normal", "ones", "r
 FACTORIES |= {"range", "scalar_tensor", "sparse_coo_tensor", "tensor", "tril_indices", "triu_indices", "zeros"}
 LEGACY = {"Tensor", "FloatTensor", "DoubleTensor", "LongTensor", "IntTensor", "BoolTensor"}
 EXCEPTIONS = (  # these run in a process of their own, which ``lora-fast`` starts
-    "kernels/inspection/catalogue.py",
+    "lora_fast/kernels/inspection/catalogue.py",
     "lora_fast/cli/reproduce/experiments/",
 )
-SOURCES = sorted(
-    path
-    for folder in ("kernels", "lora_fast")
-    for path in (ROOT / folder).rglob("*.py")
-    if not path.is_relative_to(ROOT / "lora_fast" / "kernels")  # a link to kernels/
-)
+SOURCES = sorted((ROOT / "lora_fast").rglob("*.py"))
 
 
 def unnamed(tree: ast.Module) -> list[tuple[int, str]]:

@@ -18,6 +18,8 @@ from ..surgery.merge import weight_owners
 
 PLAIN = (Tensor, nn.Parameter)  # a DTensor is a subclass
 WHOLE = "a plain tensor"
+FORM = "(lora_A, lora_B[, scaling[, weight]])"
+DEFAULTS: tuple[Any, ...] = (1.0, None)  # of scaling and weight
 Entry = tuple[dict, str, object]  # a module's dictionary of parameters or of children, a key, what it holds
 
 
@@ -176,24 +178,30 @@ def find_pairs(model: nn.Module) -> list[Pair]:
     return [pair for pair in pairs if pair.a.requires_grad or pair.b.requires_grad]
 
 
-def make_pairs(entries: Iterable, argument: str = "model") -> list[Pair]:
+def make_pairs(entries: object, argument: str = "model") -> list[Pair]:
     """Returns pairs made from (lora_A, lora_B[, scaling[, weight]]) tuples; entries that are pairs already are kept.
 
     Raises:
         ArgumentError: an entry of another form, or without one of its factors.
     """
+    if not isinstance(entries, Iterable) or isinstance(entries, (str, bytes, dict, Tensor)):
+        raise checks.ArgumentError(argument, f"a torch.nn.Module or a list of pairs {FORM}", checks.shown(entries))
     pairs = []
     for i, entry in enumerate(entries):
         if isinstance(entry, Pair):
             pairs.append(entry)
             continue
-        if not isinstance(entry, (tuple, list)) or not 2 <= len(entry) <= 4:
-            size = f" of {len(entry)}" if isinstance(entry, (tuple, list)) else ""
-            got = type(entry).__name__ + size
-            raise checks.ArgumentError(f"{argument}[{i}]", "a pair (lora_A, lora_B[, scaling[, weight]])", got)
+        is_sequence = isinstance(entry, (tuple, list))
+        if isinstance(entry, Tensor) or (is_sequence and entry and isinstance(entry[0], str)):
+            expected = f"a pair {FORM}, or the model itself in place of its parameters"
+            raise checks.ArgumentError(f"{argument}[{i}]", expected, f"a parameter, {checks.shown(entry)}")
+        if not is_sequence or not 2 <= len(entry) <= 4:
+            got = type(entry).__name__ + (f" of {len(entry)}" if is_sequence else "")
+            raise checks.ArgumentError(f"{argument}[{i}]", f"a pair {FORM}", got)
         if entry[0] is None or entry[1] is None:
             raise checks.ArgumentError(f"{argument}[{i}]", "both factors", "an unpaired factor (the other is None)")
-        pairs.append(Pair(f"{argument}[{i}]", *entry))
+        a, b, scaling, weight = list(entry) + list(DEFAULTS[len(entry) - 2 :])
+        pairs.append(Pair(f"{argument}[{i}]", a, b, checks.plain_number(scaling), weight))
     return pairs
 
 
@@ -230,10 +238,12 @@ def _check_pair(pair: Pair) -> None:
         expected = f"{a.dtype} on {a.device}, as lora_A"
         raise checks.ArgumentError(f"{pair.name}.lora_B", expected, f"{b.dtype} on {b.device}")
     if not isinstance(pair.scaling, checks.NUMBERS) or not math.isfinite(pair.scaling):
-        raise checks.ArgumentError(f"{pair.name}.scaling", "a finite number", repr(pair.scaling))
+        raise checks.ArgumentError(f"{pair.name}.scaling", "a finite number", checks.shown(pair.scaling))
     expected_shape: tuple[int, ...] = (a.shape[1], b.shape[0]) if pair.transposed else (b.shape[0], a.shape[1])
     if pair.experts > 1:
         expected_shape = (pair.experts, *expected_shape)
+    if pair.weight is not None and not isinstance(pair.weight, Tensor):
+        raise checks.ArgumentError(f"{pair.name}.weight", "a torch.Tensor or None", checks.shown(pair.weight))
     if pair.weight is not None and tuple(pair.weight.shape) != expected_shape and pair.unmergeable is None:
         raise checks.ArgumentError(f"{pair.name}.weight", f"shape {expected_shape}", tuple(pair.weight.shape))
 

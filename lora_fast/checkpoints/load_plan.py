@@ -227,7 +227,7 @@ def _check_free(name: str, layer: AdapterLinear, saved: FreeLayer) -> None:
     for key, value in in_model.items():
         if in_file[key] != value:
             expected = f"{value!r}, as in the model (a plain model takes the file's)"
-            raise CheckpointError(f"{key} of {name}", expected, repr(in_file[key]))
+            raise CheckpointError(f"{key} of {name}", expected, checks.shown(in_file[key]))
     for role, value in zip(layer.SAVED_STATE, saved.tensors, strict=True):
         tensor = getattr(layer, role)
         sidecar.check_tensor(f"{name}.{role}", value, tensor.shape, tensor.dtype)

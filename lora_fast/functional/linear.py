@@ -83,7 +83,7 @@ def _mask_seed(x: Tensor, dropout_p: float, seed: int | None, traced: bool) -> i
     because an int would be a constant there and repeat the same mask at every replay. For the torch ops on a GPU it is
     the mask itself, because they would have to wait for the device to read a seed."""
     if seed is not None and not (isinstance(seed, int) and 0 <= seed < seeds.SEEDS):
-        raise checks.ArgumentError("seed", "an integer from 0 to 2**62 - 1", repr(seed))
+        raise checks.ArgumentError("seed", "an integer from 0 to 2**62 - 1", checks.shown(seed))
     device = x.device
     in_graph = traced or backend.is_capturing(device)
     if device.type != "cpu" and not backend.uses_triton(x):
@@ -91,7 +91,7 @@ def _mask_seed(x: Tensor, dropout_p: float, seed: int | None, traced: bool) -> i
             return linear_op.bernoulli_mask(x, dropout_p)
         if in_graph:
             expected = f"None, since torch.compile and CUDA graphs cannot seed the torch ops on {device.type}"
-            raise checks.ArgumentError("seed", expected, repr(seed))
+            raise checks.ArgumentError("seed", expected, checks.shown(seed))
         return linear_op.bernoulli_mask(x, dropout_p, torch.Generator(device).manual_seed(seed))
     if not in_graph:
         return seeds.draw(device) if seed is None else seed

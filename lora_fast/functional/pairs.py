@@ -33,7 +33,7 @@ def gram(tensors: Sequence[Tensor], dim: int) -> list[Tensor]:
         ArgumentError: tensors that are not matrices, or another dim.
     """
     if dim not in (0, 1):
-        raise checks.ArgumentError("dim", "0 or 1", repr(dim))
+        raise checks.ArgumentError("dim", "0 or 1", checks.shown(dim))
     is_a = [dim == 1] * len(_matrices("tensors", tensors))
     rank_dim = 1 - dim
     compute = lambda factors, is_a: (_ops(factors[0], factors[0].shape[rank_dim]).factor_grams(factors, is_a),)

@@ -58,7 +58,7 @@ def compose(methods: object) -> tuple[Method, ...]:
     entries: list[Any] = list(methods) if isinstance(methods, (list, tuple)) else [methods]
     for method in entries:
         if type(method) not in ORDER:
-            raise checks.ArgumentError("methods", f"instances among {', '.join(__all__)}", repr(method))
+            raise checks.ArgumentError("methods", f"instances among {', '.join(__all__)}", checks.shown(method))
     kinds = [type(method) for method in entries]
     for kind in ORDER:
         if kinds.count(kind) > 1:
@@ -74,5 +74,5 @@ def compose(methods: object) -> tuple[Method, ...]:
                 f"ScaleReg(decoupled=True) with {replacement} (whose update takes gradients for those of the product, "
                 "and a penalty on the factors has none)"
             )
-            raise checks.ArgumentError("methods", expected, repr(method))
+            raise checks.ArgumentError("methods", expected, checks.shown(method))
     return tuple(sorted(entries, key=lambda method: ORDER.index(type(method))))

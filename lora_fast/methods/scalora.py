@@ -67,9 +67,9 @@ class ScaLoRA(Method):
         checks.choice(self.rounding, "rounding", ROUNDINGS)
         checks.choice(self.keep, "keep", merge_log.KEEP)
         if self.limit is not None and checks.positive(self.limit, "limit") <= 1:
-            raise checks.ArgumentError("limit", "a number above 1, or None", repr(self.limit))
+            raise checks.ArgumentError("limit", "a number above 1, or None", checks.shown(self.limit))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise checks.ArgumentError("seed", "an integer of at least 0", repr(self.seed))
+            raise checks.ArgumentError("seed", "an integer of at least 0", checks.shown(self.seed))
 
     def check(self, pairs: list[Pair]) -> None:
         check_mergeable(pairs)

@@ -22,14 +22,16 @@ def check(target_modules: object) -> None:
         try:
             re.compile(target_modules)
         except re.error as error:
-            raise checks.ArgumentError("target_modules", expected, f"{target_modules!r} ({error})") from None
+            raise checks.ArgumentError(
+                "target_modules", expected, f"{checks.shown(target_modules)} ({error})"
+            ) from None
         return
     if (
         not isinstance(target_modules, (list, tuple, set, frozenset))
         or not target_modules
         or not all(isinstance(name, str) and name for name in target_modules)
     ):
-        raise checks.ArgumentError("target_modules", expected, repr(target_modules))
+        raise checks.ArgumentError("target_modules", expected, checks.shown(target_modules))
 
 
 def matches(target_modules: str | list[str], name: str) -> bool:
