@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft.tuners import lora
 from torch import Tensor
-from torch.nn import Dropout, Identity, Linear, Parameter
+from torch.nn import Dropout, Identity, Linear, Module, Parameter
 from transformers.pytorch_utils import Conv1D
 
 from .. import functional
@@ -19,11 +19,12 @@ from ..functional.linear import is_autocast_on
 from ..kernels.limits import LARGEST_RANK
 from .exact_merge import ExactMerge
 from .find import PeftLayer
-from .hooks import HOOK, is_hooked, returns_to_input
+from .hooks import HOOK, is_hooked, is_offloaded, loaded, returns_to_input
 from .merging import Term
 
 PLAIN = (Parameter, Tensor)  # neither a DTensor nor a quantised subclass
 DROPOUTS = (Identity, Dropout)
+HOOKED = "hooks, or a replaced forward, on the base layer or the adapter"
 
 
 class FusedLoraLinear(ExactMerge, lora.Linear):
@@ -49,6 +50,9 @@ class FusedLoraLinear(ExactMerge, lora.Linear):
                 y = functional.lora_linear(x.to(call[0].device), *call)
                 return y.to(x.device) if y.device != x.device and returns_to_input(base) else y
             return functional.lora_linear(x, *call)
+        if call == HOOKED and (offloaded := offloaded_modules(self, self.active_adapters[0])):
+            with loaded(offloaded):
+                return self.forward(x)
         self._note(call)
         return super().forward(x, *args, **kwargs)
 
@@ -126,7 +130,7 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple | str:
     if type(a) is not Linear or type(b) is not Linear or type(dropout) not in DROPOUTS:
         return f"adapter of {type(a).__name__}, {type(b).__name__}, {type(dropout).__name__}"
     if is_hooked(base) or is_hooked(a) or is_hooked(b) or is_hooked(dropout):
-        return "hooks, or a replaced forward, on the base layer or the adapter"
+        return HOOKED
     parameters: Any  # of any types: the next lines check them
     if "_is_replica" in layer.__dict__:  # nn.DataParallel's replica, whose tensors are plain attributes
         parameters, a_parameters, b_parameters = base.__dict__, a.__dict__, b.__dict__
@@ -143,3 +147,13 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple | str:
         return f"rank {layer.r[adapter]}, above {LARGEST_RANK}"
     dropout_p = dropout.p if dropout.training and type(dropout) is Dropout else 0.0
     return weight, parameters.get("bias"), lora_a, lora_b, layer.scaling[adapter], dropout_p
+
+
+def offloaded_modules(layer: PeftLayer, adapter: str) -> list[Module]:
+    """Returns the modules of an adapter's call that accelerate offloads, so that ``loaded`` removes what ``HOOKED``
+    names; none if others have other hooks, or no data (PEFT creates adapters of an offloaded layer without)."""
+    parts = [layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]]
+    hooked = [module for module in parts if is_hooked(module)]
+    others = [module for module in parts if module not in hooked]
+    is_loaded = not any(parameter.is_meta for module in others for parameter in module.parameters())
+    return hooked if is_loaded and all(map(is_offloaded, hooked)) else []
