@@ -48,8 +48,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = Fal
       of a larger rank. A 16-bit weight is restored only up to rounding (stochastic rounding is not repeated).
 
     ``load_adapter`` restores both in the weights. PEFT does not save them again, so load with ``load_adapter`` to
-    train further. To save a model without any adapter, use ``merge_`` and the model's own ``state_dict`` or, with PEFT,
-    ``merge_and_unload().save_pretrained``; both contain the changed weights.
+    train further. To save a model without any adapter, use ``unload_`` or, with PEFT, ``merge_and_unload``, and the
+    model's own ``state_dict`` or ``save_pretrained``; these contain the changed weights.
 
     Args:
         model: a model with our layers or a PeftModel, also compiled or under data parallelism.
