@@ -253,8 +253,8 @@ class AdapterLinear(nn.Module):
     def to_linear(self) -> nn.Linear:
         """Returns an ``nn.Linear`` with this layer's parameters themselves, its mode and its hooks of accelerate. If
         this layer is merged, it forgets the original weight."""
-        with torch.device("meta"):  # allocates nothing
-            linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, dtype=self.weight.dtype)
+        place: dict[str, Any] = {"device": "meta", "dtype": self.weight.dtype}  # where it allocates nothing
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, **place)
         linear.weight, linear.bias = cast(Any, self.weight), cast(Any, self.bias)
         self._merged.forget()
         if merge_log.is_changed(self):
