@@ -8,6 +8,7 @@ from importlib import import_module
 
 from . import functional, methods, metrics, optim
 from .backend import set_backend
+from .checkpoints import pretrained  # noqa: F401  (registers what models with adapters save)
 from .checkpoints.adapter import load_adapter, save_adapter
 from .checks import ArgumentError, BackendError, CheckpointError, MissingPackageError
 from .layers.lora import LoRALinear
@@ -15,9 +16,11 @@ from .layers.nb_lora import NBLoRALinear
 from .layers.sing_lora import SingLoRALinear, count_steps_
 from .surgery.change_report import Report
 from .surgery.configs import LoRAConfig, NBLoRAConfig, SingLoRAConfig
+from .surgery.disable import disable_adapters
 from .surgery.fuse import fuse_, unfuse_
 from .surgery.inject import inject_
 from .surgery.merge import merge_, unmerge_
+from .surgery.unload import unload_
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +36,7 @@ __all__ = [
     "SingLoRAConfig",
     "SingLoRALinear",
     "count_steps_",
+    "disable_adapters",
     "functional",
     "fuse_",
     "inject_",
@@ -44,6 +48,7 @@ __all__ = [
     "save_adapter",
     "set_backend",
     "unfuse_",
+    "unload_",
     "unmerge_",
 ]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -136,7 +137,39 @@ def with_pissa(folder: Path) -> None:
     config.write_text(config.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
 
 
+class Pretrained(nn.Sequential):  # with a signature like transformers'
+    def save_pretrained(self, save_directory, state_dict=None, push_to_hub=False):
+        raise AssertionError
+
+
+def saved(merged: bool, **options) -> None:
+    model = Pretrained(nn.Linear(8, 6))
+    lf.inject_(model, lf.LoRAConfig(r=2))
+    with tempfile.TemporaryDirectory() as folder:
+        if merged:
+            lf.save_adapter(model, folder)
+            lf.merge_(model)
+        model.save_pretrained(folder, **options)
+
+
+def tied() -> nn.Module:
+    model = injected()
+    model.register_module("tied", nn.Linear(8, 6))
+    model.tied.weight = model[0].weight
+    return model
+
+
+def offloaded_while_merged() -> None:
+    model = injected()
+    lf.merge_(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))(torch.ones(3, 8))
+
+
 ERRORS = {
+    "model: expected layers that can all be merged": lambda: lf.unload_(tied()),
+    "model: expected to be unmerged before": offloaded_while_merged,
+    "save_directory: expected a folder without": lambda: saved(merged=True),
+    "push_to_hub: expected False": lambda: saved(merged=False, push_to_hub=True),
     "target_modules: expected at least one torch": lambda: lf.inject_(plain(), lf.LoRAConfig(target_modules=["q"])),
     "model: expected a model without PEFT layers": lambda: lf.inject_(
         peft.get_peft_model(plain(), peft.LoraConfig(target_modules=["0"])), lf.LoRAConfig()

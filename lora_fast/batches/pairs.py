@@ -278,10 +278,12 @@ def check_mergeable(pairs: list[Pair]) -> None:
         weight, argument = pair.weight, f"{pair.name}.weight"
         if weight is None or pair.unmergeable:
             raise checks.ArgumentError(argument, "a weight that ScaLoRA can merge into", pair.unmergeable or "none")
+        if weight.is_meta:
+            raise checks.ArgumentError(argument, "a weight with its data", "one on the meta device (offloaded)")
         if weight.dtype not in checks.FLOATS or weight.requires_grad:
             got = "a trained weight" if weight.requires_grad else f"{weight.dtype} (quantised)"
             raise checks.ArgumentError(argument, "a frozen floating-point weight", got)
-        place = weight.data_ptr() if weight.device.type != "meta" else id(weight)  # meta tensors have address 0
+        place = weight.data_ptr()
         if place in seen:
             raise checks.ArgumentError(argument, "a weight of its own", f"the weight that {seen[place]} also has")
         seen[place] = argument

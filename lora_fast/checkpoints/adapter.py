@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..checks import CheckpointError
 from ..layers.base import AdapterLinear
 from ..layers.find import ADAPTER_LAYERS, PeftLayer, adapter_layers, key_name, peft_layers
-from ..layers.hooks import with_parameters
+from ..layers.hooks import is_offloaded, loaded
 from ..surgery import targets
 from ..surgery.change_report import Report
 from . import (
@@ -64,8 +64,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = Fal
       of a larger rank. A 16-bit weight is restored only up to rounding (stochastic rounding is not repeated).
 
     ``load_adapter`` restores both in the weights. PEFT does not save them again, so load with ``load_adapter`` to
-    train further. To save a model without any adapter, use ``merge_`` and the model's own ``state_dict`` or, with PEFT,
-    ``merge_and_unload().save_pretrained``; both contain the changed weights.
+    train further. To save a model without any adapter, use ``unload_`` or, with PEFT, ``merge_and_unload``, and the
+    model's own ``state_dict`` or ``save_pretrained``; these contain the changed weights.
 
     Args:
         model: a model with our layers or a PeftModel, also compiled or under data parallelism.
@@ -192,7 +192,7 @@ def _collect(model: nn.Module, exact: bool) -> tuple[list[str], Contents, dict[s
     tensors: dict[str, Tensor] = {}
     free: dict[str, FreeLayer] = {}
     for name, layer in layers.items():
-        with with_parameters(layer):
+        with loaded([layer] if is_offloaded(layer) else []):
             for factor in ("lora_A", "lora_B"):
                 tensors[f"{name}.{factor}.weight"] = io.to_host(f"{name}.{factor}", getattr(layer, factor))
             free |= sidecar.collect({name: layer})

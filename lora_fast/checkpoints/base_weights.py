@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from .. import checks
 from ..checks import CheckpointError
 from ..layers import merge_log
-from ..layers.base import merged_weight
 from ..layers.find import AdapterLayer, adapter_layers, expert_count
 from ..layers.hooks import stored_tensor
 from ..layers.merge_log import Term, holder
+from ..layers.merging import merged_weight
 from ..surgery.merge import original_weight, weight_owners
 from . import io
 from .peft_format import PREFIX, Adapter, Change, check_tensor

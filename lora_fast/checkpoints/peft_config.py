@@ -42,10 +42,9 @@ def parse(data: bytes) -> dict:
     for setting in ("target_modules", "exclude_modules"):
         if config.get(setting):
             _check_names(setting, config[setting])
-    if not isinstance(config.get("modules_to_save") or [], list):
-        raise CheckpointError(
-            f"modules_to_save in {CONFIG}", "a list of names", checks.shown(config["modules_to_save"])
-        )
+    whole = config.get("modules_to_save") or []
+    if not isinstance(whole, list) or not all(isinstance(name, str) and name for name in whole):
+        raise CheckpointError(f"modules_to_save in {CONFIG}", "a list of names", checks.shown(whole))
     return config
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .. import checks, functional
 from . import merge_log
-from .hooks import carry_hook
+from .hooks import carry_hook, offloads
+from .merging import Merged, MergedParameter, Term, unmergeable
 
 
 class AdapterLinear(nn.Module):
@@ -39,6 +40,7 @@ class AdapterLinear(nn.Module):
         weight: (d_out, d_in), frozen. bias: (d_out,), frozen, or None.
         lora_A: a (r, d_in). lora_B: b (d_out, r).
         merged: True while ``weight`` contains the adapter.
+        disabled: True while ``lf.disable_adapters`` has the layer compute its frozen linear layer alone.
 
     Raises:
         ArgumentError: r or dropout out of range.
@@ -51,7 +53,7 @@ class AdapterLinear(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
-    _unmerged_weight: Tensor | None
+    is_plain = False  # whether forward computes x Wᵀ + bias alone: merged or disabled
     if TYPE_CHECKING:  # read-only here: some subclasses have attributes of these names, others properties
 
         @property
@@ -80,7 +82,8 @@ class AdapterLinear(nn.Module):
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(out_features, in_features, **place), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, **place), requires_grad=False) if bias else None
-        self.register_buffer("_unmerged_weight", None, persistent=False)
+        self.is_plain = self.disabled = False  # is_plain is read at every call
+        self._merged = Merged()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **settings) -> Self:
@@ -132,8 +135,8 @@ class AdapterLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d_in) → (..., d_out)."""
-        if self._buffers["_unmerged_weight"] is not None:  # merged; read past nn.Module.__getattr__, which is slow
-            return nn.functional.linear(x, self.weight, self.bias)
+        if self.is_plain:
+            return self.plain_forward(x)
         weight, bias = self.frozen_parameters()
         a, b = self.factors()
         dropout_p = self.dropout_p if self.training else 0.0
@@ -163,9 +166,25 @@ class AdapterLinear(nn.Module):
         for name, value in zip(self.SAVED_STATE, values, strict=True):
             getattr(self, name).copy_(value)
 
+    def plain_forward(self, x: Tensor) -> Tensor:
+        """Computes the frozen linear layer alone, while the adapter is merged or disabled.
+
+        Raises:
+            ArgumentError: a merged model was offloaded by accelerate. Its hook loads the weight that ``state_dict``
+                contains, which is the unmerged one.
+        """
+        if self._merged.places and offloads(self):
+            raise checks.ArgumentError("model", "to be unmerged before it is offloaded (lf.unmerge_)", "a merged layer")
+        return nn.functional.linear(x, self.weight, self.bias)
+
     def merge(self) -> None:
-        """Adds the adapter to ``weight`` with one rounding; the original weight is kept until ``unmerge``. It warns if
-        the merged layer does not keep what this kind of layer promises (``merge_note``)."""
+        """Adds the adapter to ``weight`` with one rounding. Layers that share the weight may do the same, in any order;
+        ``unmerge`` restores every bit. It warns if the merged layer does not keep what this kind of layer promises
+        (``merge_note``).
+
+        Raises:
+            ArgumentError: the weight cannot be merged into (without data, sharded, …), or the adapter is disabled.
+        """
         if not self.merged:
             self.fold_()
             if note := self.merge_note():
@@ -175,40 +194,104 @@ class AdapterLinear(nn.Module):
         """Returns what the merged weight does not keep of this kind of layer, or nothing."""
         return ""
 
-    def fold_(self) -> None:
-        """Does what ``merge`` does, without a warning."""
-        if not self.merged:
-            original = self.weight.data
-            # Assigning .data keeps the parameter's identity, on which optimizers rely.
-            self.weight.data = merged_weight(original, [(self.lora_A, self.lora_B, self.scaling)])
-            self._unmerged_weight = original
+    def fold_(self, keep_originals: str | None = None) -> None:
+        """Does what ``merge`` does, without a warning.
+
+        Args:
+            keep_originals: where the original of a weight on a GPU is kept, as in ``lf.merge_``; None as at the last
+                merge, in the host's memory at first.
+        """
+        if self.merged:
+            return
+        if reason := self.unmergeable():
+            raise checks.ArgumentError("layer", "a layer that can be merged", reason)
+        term = Term(self.lora_A, self.lora_B, self.scaling)
+        self._merged.merge({"": [(cast(nn.Parameter, self.weight), term)]}, keep_originals)
+        self.is_plain = True
 
     def unmerge(self) -> None:
-        """Restores the weight from before ``merge``, bit for bit."""
-        if self._unmerged_weight is not None:
-            self.weight.data = self._unmerged_weight
-            self._unmerged_weight = None
+        """Restores the weight from before ``merge``, bit for bit.
+
+        Raises:
+            ArgumentError: the weight was replaced, or has lost its data, since then.
+        """
+        if self.merged:
+            self._merged.unmerge([self.weight])
+            self.is_plain = self.disabled
 
     @property
     def merged(self) -> bool:
-        return self._unmerged_weight is not None
+        return bool(self._merged.places)
+
+    def unmergeable(self) -> str | None:
+        """Returns why the layer cannot be merged, or None if it can."""
+        if self.merged:
+            return "already merged"
+        if self.disabled:
+            return "adapters disabled"
+        if offloads(self):
+            return "weight offloaded by accelerate, which would load the unmerged one"
+        weight = self.weight if "weight" in self._parameters else None
+        trained = [getattr(self, name) for name in self.TRAINABLE]
+        return unmergeable(weight, (self.out_features, self.in_features), trained)
+
+    def not_unmergeable(self) -> str | None:
+        """Returns why a merged layer cannot be unmerged, or None if it can."""
+        return self._merged.lost([self.weight])
+
+    def original_weight(self) -> Tensor:
+        """Returns the frozen weight without any adapter. That of a merged layer may be in the host's memory."""
+        if not self.merged:
+            return self.weight
+        target = self._merged.targets()[0]
+        return target.original.to(target.parameter.dtype)
+
+    def set_disabled_(self, disabled: bool) -> None:
+        """Makes forward compute the frozen layer alone, or with the adapter again; for an unmerged layer."""
+        self.disabled = self.is_plain = disabled
+
+    def to_linear(self) -> nn.Linear:
+        """Returns an ``nn.Linear`` with this layer's parameters themselves, its mode and its hooks of accelerate. If
+        this layer is merged, it forgets the original weight."""
+        place: dict[str, Any] = {"device": "meta", "dtype": self.weight.dtype}  # where it allocates nothing
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, **place)
+        linear.weight, linear.bias = cast(Any, self.weight), cast(Any, self.bias)
+        self._merged.forget()
+        if merge_log.is_changed(self):
+            merge_log.mark(linear)
+        carry_hook(self, linear)
+        return linear.train(self.training)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        """Stores the unmerged weight beside the adapter, so that a layer that loads the state does not count the
+        adapter twice."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            destination[f"{prefix}weight"] = self.original_weight()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        """Loads an unmerged weight and an adapter. A merged layer is merged again, with what it has loaded."""
+        merged = self.merged
+        if merged:
+            self.unmerge()
+            if MergedParameter.of(cast(nn.Parameter, self.weight)).terms:
+                errors.append(f"{prefix}weight is merged with the adapter of another layer, too: use lf.unmerge_ first")
+                state_dict = {}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if merged:
+            self.fold_()
+
+    def _apply(self, fn, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._merged.follow(fn)
+        return self
+
+    def __getstate__(self) -> dict:
+        """Returns the state for deepcopy, pickle and torch.save. A copy that is made while ``lf.disable_adapters`` runs
+        has its adapter, because no context enables it again."""
+        return self.__dict__ | {"disabled": False, "is_plain": self.merged}
 
     def extra_repr(self) -> str:
         shown = {name: getattr(self, name) for name in ("in_features", "out_features", "r", *self.INIT_ARGUMENTS)}
         shown |= {"dropout": self.dropout_p, "bias": self.bias is not None}
         return ", ".join(f"{name}={value}" for name, value in shown.items()) + (", merged" * self.merged)
-
-
-@torch.no_grad()
-def merged_weight(weight: Tensor, adapters: list[tuple[Tensor, Tensor, float]]) -> Tensor:
-    """Returns weight + Σ scaling · b a, summed in float32 (float64 for a float64 weight) and rounded once to the
-    weight's dtype.
-
-    Args:
-        weight: (d_out, d_in).
-        adapters: a (r, d_in), b (d_out, r) and scaling of each.
-    """
-    total = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    for a, b, scaling in adapters:
-        total = torch.addmm(total, b.to(total.dtype), a.to(total.dtype), alpha=scaling)
-    return total.to(weight.dtype)

@@ -62,6 +62,11 @@ def expert_count(layer: PeftLayer) -> int:
     return layer.num_experts if hasattr(layer, "parameter_name") else 1
 
 
+def is_exact(layer: PeftLayer) -> bool:
+    """Returns whether a PEFT layer has ``ExactMerge``, so that its merges are taken out bit for bit."""
+    return hasattr(type(layer), "merge_exactly")
+
+
 def fused_class() -> type[FusedLoraLinear]:
     """Returns FusedLoraLinear; raises MissingPackageError where PEFT is not installed."""
     try:

@@ -10,22 +10,24 @@ from typing import Any
 
 import torch
 from peft.tuners import lora
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
-from torch.nn import Dropout, Identity, Linear, Parameter
+from torch.nn import Dropout, Identity, Linear, Module, Parameter
+from transformers.pytorch_utils import Conv1D
 
 from .. import functional
 from ..functional.linear import is_autocast_on
 from ..kernels.limits import LARGEST_RANK
-from .base import merged_weight
+from .exact_merge import ExactMerge
 from .find import PeftLayer
-from .hooks import HOOK, is_hooked, returns_to_input
+from .hooks import HOOK, is_hooked, is_offloaded, loaded, returns_to_input
+from .merging import Term
 
 PLAIN = (Parameter, Tensor)  # neither a DTensor nor a quantised subclass
 DROPOUTS = (Identity, Dropout)
+HOOKED = "hooks, or a replaced forward, on the base layer or the adapter"
 
 
-class FusedLoraLinear(lora.Linear):
+class FusedLoraLinear(ExactMerge, lora.Linear):
     """A ``peft.tuners.lora.Linear`` whose forward is one fused op wherever that computes the same.
 
     Attributes:
@@ -48,6 +50,9 @@ class FusedLoraLinear(lora.Linear):
                 y = functional.lora_linear(x.to(call[0].device), *call)
                 return y.to(x.device) if y.device != x.device and returns_to_input(base) else y
             return functional.lora_linear(x, *call)
+        if call == HOOKED and (offloaded := offloaded_modules(self, self.active_adapters[0])):
+            with loaded(offloaded):
+                return self.forward(x)
         self._note(call)
         return super().forward(x, *args, **kwargs)
 
@@ -88,40 +93,20 @@ class FusedLoraLinear(lora.Linear):
             if reason is not None and "replicated_from" in self.__dict__:
                 self.replicated_from._note(reason)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merges as PEFT does, but with one rounding: all merged adapters are added to the original weight, which is
-        kept."""
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        merged = [*self.merged_adapters, *names]
-        if not names:
-            return
-        if not all(self._is_plain(name) for name in merged):
-            super().merge(safe_merge, names)
-            return
-        base: Any = self.get_base_layer()  # an nn.Linear, since the adapters are plain
-        kept = self._buffers.get("_unmerged_weight")
-        original = base.weight.data if kept is None else kept
-        pairs = [(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in merged]
-        weight = merged_weight(original, pairs)
-        if safe_merge and not torch.isfinite(weight).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
-        self.register_buffer("_unmerged_weight", original, persistent=False)
-        base.weight.data = weight
-        self.merged_adapters.extend(names)
-
-    def unmerge(self) -> None:
-        """Restores the weight that ``merge`` kept, bit for bit."""
-        if "_unmerged_weight" not in self._buffers:
-            super().unmerge()
-            return
-        self.get_base_layer().weight.data = self._unmerged_weight
-        del self._unmerged_weight
-        self.merged_adapters.clear()
-
-    def _is_plain(self, name: str) -> bool:
-        """Returns whether the adapter adds exactly scaling · b a to the base weight."""
-        base, biased = self.get_base_layer(), self.lora_B[name].bias is not None
-        return type(base) is Linear and not self.fan_in_fan_out and name not in self.lora_variant and not biased
+    def merge_terms(self, adapter: str) -> list[tuple[Parameter, Term]] | str:
+        base: Any = self.get_base_layer()
+        a, b, scaling = self.lora_A[adapter], self.lora_B[adapter], self.scaling[adapter]
+        if type(base) not in (Linear, Conv1D):
+            return f"base layer {type(base).__name__}, not torch.nn.Linear"
+        if adapter in self.lora_variant:
+            return "adapter that is more than scaling · b a"
+        factors = (b.weight.mT, a.weight.mT) if self.fan_in_fan_out else (a.weight, b.weight)
+        terms = [(base.weight, Term(*factors, scaling))]
+        if b.bias is not None:
+            if base.bias is None:
+                return "bias on lora_B over a base layer without one"
+            terms.append((base.bias, Term(b.bias.new_ones((1, 1)), b.bias[:, None], scaling)))
+        return terms
 
 
 def fused_arguments(layer: PeftLayer, adapter: str) -> tuple | str:
@@ -145,7 +130,7 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple | str:
     if type(a) is not Linear or type(b) is not Linear or type(dropout) not in DROPOUTS:
         return f"adapter of {type(a).__name__}, {type(b).__name__}, {type(dropout).__name__}"
     if is_hooked(base) or is_hooked(a) or is_hooked(b) or is_hooked(dropout):
-        return "hooks, or a replaced forward, on the base layer or the adapter"
+        return HOOKED
     parameters: Any  # of any types: the next lines check them
     if "_is_replica" in layer.__dict__:  # nn.DataParallel's replica, whose tensors are plain attributes
         parameters, a_parameters, b_parameters = base.__dict__, a.__dict__, b.__dict__
@@ -162,3 +147,13 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple | str:
         return f"rank {layer.r[adapter]}, above {LARGEST_RANK}"
     dropout_p = dropout.p if dropout.training and type(dropout) is Dropout else 0.0
     return weight, parameters.get("bias"), lora_a, lora_b, layer.scaling[adapter], dropout_p
+
+
+def offloaded_modules(layer: PeftLayer, adapter: str) -> list[Module]:
+    """Returns the modules of an adapter's call that accelerate offloads, so that ``loaded`` removes what ``HOOKED``
+    names; none if others have other hooks, or no data (PEFT creates adapters of an offloaded layer without)."""
+    parts = [layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]]
+    hooked = [module for module in parts if is_hooked(module)]
+    others = [module for module in parts if module not in hooked]
+    is_loaded = not any(parameter.is_meta for module in others for parameter in module.parameters())
+    return hooked if is_loaded and all(map(is_offloaded, hooked)) else []

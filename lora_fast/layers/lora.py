@@ -75,8 +75,8 @@ class LoRALinear(AdapterLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d_in) → (..., d_out). Computes the same as AdapterLinear's forward in less time on the host."""
-        if self._buffers["_unmerged_weight"] is not None:
-            return nn.functional.linear(x, self.weight, self.bias)
+        if self.is_plain:
+            return self.plain_forward(x)
         p: dict[str, Any] = self._parameters
         if len(p) == 4:  # nn.Module.__getattr__ costs host time at every call
             weight, bias, lora_A, lora_B = p["weight"], p["bias"], p["lora_A"], p["lora_B"]

@@ -14,7 +14,8 @@ from .. import checks
 from ..functional.linear import is_autocast_on
 from ..kernels.grouping import group_by
 from . import factor_cache, hooks, inverse_cayley
-from .base import AdapterLinear, merged_weight
+from .base import AdapterLinear
+from .merging import merged_weight
 from .rounding_room import UNIT_ROUNDOFF, usable_bound
 
 
@@ -177,8 +178,8 @@ class NBLoRALinear(AdapterLinear):
         """Returns by how much the merged weight's rounding can exceed the bound, for a 16-bit weight. The errors are
         taken as independent, which gives their spectral norm; their nuclear norm is at most √m of their Frobenius norm.
         """
-        original = self._unmerged_weight
-        if original is None or original.dtype not in UNIT_ROUNDOFF:
+        original = self.original_weight().to(self.weight.device)
+        if not self.merged or original.dtype not in UNIT_ROUNDOFF:
             return ""
         exact = merged_weight(original.float(), [(self.lora_A, self.lora_B, self.scaling)])
         error = torch.linalg.vector_norm(self.weight.data - exact).item()
@@ -206,7 +207,7 @@ class NBLoRALinear(AdapterLinear):
 
     def __getstate__(self) -> dict:
         """Returns the state for deepcopy, pickle and torch.save, without the factors, which are computed again."""
-        return self.__dict__ | {"cache": None, "shared": None}
+        return super().__getstate__() | {"cache": None, "shared": None}
 
 
 def _bound_from(linear: nn.Linear, ratio: float, norm: str = "nuclear", bound: float | None = None, **others) -> float:
@@ -253,6 +254,18 @@ def share_factors_(model: nn.Module) -> None:
         model.register_forward_hook(after_forward, always_call=True)  # also after a forward that raises
 
 
+def unshare_factors_(model: nn.Module) -> None:
+    """Removes the hooks of ``share_factors_`` from all modules that contain no NBLoRALinear any more."""
+    for module in model.modules():
+        if any(isinstance(inner, NBLoRALinear) for inner in module.modules()):
+            continue
+        hooks = ((module._forward_pre_hooks, before_forward), (module._forward_hooks, after_forward))
+        for registered, hook in hooks:
+            for number in [number for number, function in registered.items() if function is hook]:
+                del registered[number]
+                module._forward_hooks_always_called.pop(number, None)
+
+
 def before_forward(model: nn.Module, args: tuple) -> None:
     """Gives every layer its factors for this forward."""
     thread = _thread()
@@ -261,9 +274,9 @@ def before_forward(model: nn.Module, args: tuple) -> None:
 
 
 def factors_of(model: nn.Module) -> list[tuple[NBLoRALinear, tuple[Tensor, Tensor]]]:
-    """Returns a (r, d_in) and b (d_out, r) of every NBLoRALinear that is not merged or sharded, computed in one call
+    """Returns a (r, d_in) and b (d_out, r) of every NBLoRALinear not merged, disabled or sharded, computed in one call
     per device."""
-    layers = [x for x in model.modules() if isinstance(x, NBLoRALinear) and not x.merged]
+    layers = [x for x in model.modules() if isinstance(x, NBLoRALinear) and not x.is_plain]
     # FSDP gathers a DTensor, or FSDP1's flat vector, only for its own module's forward, so such a layer computes its
     # factors there.
     whole = [layer for layer in layers if type(layer.free_a) in (nn.Parameter, Tensor) and layer.free_a.dim() == 2]

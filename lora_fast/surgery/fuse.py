@@ -11,6 +11,7 @@ from collections.abc import Callable
 from torch import nn
 
 from .. import checks
+from ..kernels.grouping import group_by
 from ..layers.find import PeftLayer, fused_class, peft_layers
 from ..layers.hooks import change_class_, has_replaced_forward
 from .change_report import Report
@@ -62,6 +63,7 @@ def fuse_(
     report.require_change("peft_model", "at least one LoRA layer of PEFT to fuse", allow_empty)
     for layer in chosen:
         change_class_(layer, fused)
+    _share_merges_(peft_model, report)
     report.note_fallbacks(chosen)
     return report
 
@@ -79,8 +81,10 @@ def unfuse_(peft_model: nn.Module, *, allow_empty: bool = False) -> Report:
     fused = fused_class()
     from peft.tuners import lora
 
-    report = Report("unfused")
-    for name, layer in peft_layers(peft_model).items():
+    from ..layers.exact_merge import ExactLoraEmbedding
+
+    report, layers = Report("unfused"), peft_layers(peft_model)
+    for name, layer in layers.items():
         if type(layer) is not fused:
             report.left[name] = "not fused"
         elif layer.merged_adapters:
@@ -91,17 +95,47 @@ def unfuse_(peft_model: nn.Module, *, allow_empty: bool = False) -> Report:
             report.changed[name] = "peft.tuners.lora.Linear"
     report.require_change("peft_model", "at least one fused layer", allow_empty)
     for name in report.changed:
-        layer = peft_model.get_submodule(name)
-        layer.__dict__.pop("fallback_reason", None)  # the instance's; the class has a default
-        change_class_(layer, lora.Linear)
+        for attribute in ("fallback_reason", "shares_weight_with", "_merged"):  # the class has defaults
+            layers[name].__dict__.pop(attribute, None)
+        change_class_(layers[name], lora.Linear)
+    still_shared = {id(layer.get_base_layer().weight) for layer in layers.values() if type(layer) is fused}
+    for layer in layers.values():
+        is_alone = type(layer) is ExactLoraEmbedding and id(layer.get_base_layer().weight) not in still_shared
+        if is_alone and not layer.merged:
+            layer.__dict__.pop("_merged", None)
+            change_class_(layer, lora.Embedding)
     return report
+
+
+def _share_merges_(peft_model: nn.Module, report: Report) -> None:
+    """Prepares fused layers that share their weight with other PEFT layers for merging. Adapted embeddings (tied to an
+    adapted ``lm_head``) become ``ExactLoraEmbedding``. Beside other kinds of layers, fused ones merge as PEFT does."""
+    from peft.tuners import lora
+
+    from ..layers.exact_merge import ExactLoraEmbedding
+
+    fused, layers = fused_class(), peft_layers(peft_model)
+    held = {name: {id(p) for p in layer.get_base_layer()._parameters.values()} for name, layer in layers.items()}
+    sharing = group_by([(p, name) for name, ids in held.items() for p in ids - {id(None)}], lambda row: row[0])
+    for name, layer in layers.items():
+        if type(layer) is not fused:
+            continue
+        others = {other: layers[other] for p in held[name] for _, other in sharing.get(p, ()) if other != name}
+        kinds = (fused, ExactLoraEmbedding)
+        embeddings = [other for other, x in others.items() if type(x) is lora.Embedding and not x.merged]
+        foreign = [other for other, x in others.items() if type(x) not in kinds and other not in embeddings]
+        if foreign or layer.shares_weight_with:
+            layer.shares_weight_with = ", ".join(foreign)
+        for other in [] if foreign else embeddings:
+            change_class_(layers[other], ExactLoraEmbedding)
+            report.left[other] = f"embedding: PEFT's forward; merges into one weight with {name}"
 
 
 def _unfusable(layer: PeftLayer) -> str | None:
     """Returns why a PEFT layer in its present state cannot run fused with any of its adapters, or None if it can."""
     from peft.tuners import lora
 
-    from ..layers.fused_peft import fused_arguments
+    from ..layers.fused_peft import HOOKED, fused_arguments, offloaded_modules
 
     if type(layer) is not lora.Linear:
         return f"PEFT layer {type(layer).__module__}.{type(layer).__name__}"
@@ -111,8 +145,12 @@ def _unfusable(layer: PeftLayer) -> str | None:
         return "its forward was replaced"
     if layer.base_layer.weight.dtype not in checks.FLOATS:
         return f"weight of dtype {layer.base_layer.weight.dtype}"
-    calls = [fused_arguments(layer, adapter) for adapter in layer.lora_A]
-    reasons = [call for call in calls if isinstance(call, str)]
+    calls = {adapter: fused_arguments(layer, adapter) for adapter in layer.lora_A}
+    reasons = [
+        call
+        for adapter, call in calls.items()
+        if isinstance(call, str) and not (call == HOOKED and offloaded_modules(layer, adapter))
+    ]
     if len(reasons) < len(calls):
         return None
     return reasons[0] if reasons else "no adapter"

@@ -6,7 +6,7 @@ layer that changed and, for every other candidate, the reason.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -18,6 +18,8 @@ from ..layers.nb_lora import NBLoRALinear, share_factors_
 from . import targets
 from .change_report import Report
 from .configs import AdapterConfig, LoRAConfig, NBLoRAConfig, SingLoRAConfig
+
+AFTER_PLACING: list[Callable[[nn.Module], None]] = []  # each is called with the model, once its layers are placed
 
 
 def inject_(
@@ -131,3 +133,5 @@ def place_(model: nn.Module, layers: dict[nn.Linear, AdapterLinear]) -> None:
             parameter.requires_grad_(False)
     if any(isinstance(layer, NBLoRALinear) for layer in layers.values()):
         share_factors_(model)
+    for function in AFTER_PLACING:
+        function(model)

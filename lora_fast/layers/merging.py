@@ -1,0 +1,237 @@
+"""Merges adapters into parameters and takes them out again, bit for bit and in any order.
+
+Several layers may hold one parameter (tied embeddings, replicated layers), and several adapters may be merged into it.
+A ``MergedParameter`` therefore belongs to the parameter: it keeps the parameter's original values and the term of every
+adapter that is merged. The parameter's values are always computed from both, with one rounding, so that they do not
+depend on the order in which adapters were merged and taken out.
+
+Each merged layer holds its ``MergedParameter`` objects; the parameter knows nothing of them, and ``_merged`` finds the
+object of a parameter without keeping it alive. Copies and pickles of a merged model have copies of their own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..kernels.grouping import group_by
+
+KEEP_ORIGINALS = ("host", "device")
+
+
+class Term(NamedTuple):
+    """What an adapter adds to a matrix: scaling · b a. A vector counts as a matrix with one column."""
+
+    a: Tensor  # (r, d_in)
+    b: Tensor  # (d_out, r)
+    scaling: float
+
+
+class Key:
+    """The identity of one merged adapter within a ``MergedParameter``, which deepcopy and pickle preserve."""
+
+
+class MergedParameter:
+    """A parameter with everything that is merged into it.
+
+    Attributes:
+        parameter: (d_out, d_in) or (d_out,).
+        original: the parameter's values without any adapter, in the host's memory or on the parameter's device.
+        terms: the merged adapters' terms as they were when they were merged.
+    """
+
+    def __init__(self, parameter: nn.Parameter):
+        self.parameter, self.original = parameter, parameter.data
+        self.terms: dict[Key, Term] = {}
+
+    @staticmethod
+    def of(parameter: nn.Parameter) -> MergedParameter:
+        """Returns the object of the parameter, a new one where nothing is merged."""
+        known = _merged.get(id(parameter))
+        return known if known is not None and known.parameter is parameter else MergedParameter(parameter)
+
+    def sum(self, terms: Iterable[Term]) -> Tensor:
+        """Returns the original plus the terms, in the parameter's present dtype and on its present device."""
+        return merged_weight(self.unmerged(), terms)
+
+    def unmerged(self) -> Tensor:
+        """Returns the original in the parameter's present dtype and on its present device."""
+        return self.original.to(self.parameter.device, self.parameter.dtype, non_blocking=True)
+
+    def add(self, terms: list[Term], value: Tensor, keep_originals: str) -> list[Key]:
+        """Merges adapters. ``value`` is the sum of all terms, the present ones and these."""
+        if not self.terms and keep_originals == "host" and is_on_accelerator(self.original):
+            self.original = to_host(self.original)
+        added = {Key(): Term(term.a.detach().clone(), term.b.detach().clone(), term.scaling) for term in terms}
+        # Assigning .data keeps the parameter's identity, on which optimizers rely.
+        self.parameter.data = value
+        self.terms |= added
+        _merged[id(self.parameter)] = self
+        return list(added)
+
+    def remove(self, keys: Iterable[Key]) -> None:
+        """Takes merged adapters out."""
+        left = {key: term for key, term in self.terms.items() if key not in set(keys)}
+        self.parameter.data = self.sum(left.values()) if left else self.unmerged()
+        self.terms = left
+        if not left:
+            _merged.pop(id(self.parameter), None)
+
+    def follow(self, apply: Callable[[Tensor], Tensor]) -> None:
+        """Changes the original's dtype as nn.Module's conversions have changed the parameter's. Its place stays, so
+        that moving a model to a GPU does not move originals there."""
+        self.original = self.original.to(apply(self.original.new_empty(0)).dtype)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # deepcopy and pickle
+        self.__dict__.update(state)
+        _merged[id(self.parameter)] = self
+
+
+# id of a parameter → its object, which holds the parameter, so that no other one gets the id.
+_merged: weakref.WeakValueDictionary[int, MergedParameter] = weakref.WeakValueDictionary()
+
+
+class Merged:
+    """The adapters that a layer has merged.
+
+    Attributes:
+        places: name of an adapter → the parameters that it is merged into, and its keys there.
+        keep_originals: where the last merge kept the originals.
+    """
+
+    def __init__(self) -> None:
+        self.places: dict[str, list[tuple[MergedParameter, Key]]] = {}
+        self.keep_originals = "host"
+
+    @torch.inference_mode(False)  # else a later forward could not save the merged weight for its backward pass
+    def merge(
+        self,
+        additions: dict[str, list[tuple[nn.Parameter, Term]]],
+        keep_originals: str | None = None,
+        check: Callable[[Tensor], None] = lambda value: None,
+    ) -> None:
+        """Merges adapters into their parameters. Every sum is computed, and given to ``check``, before the first
+        parameter changes."""
+        self.keep_originals = keep_originals or self.keep_originals
+        rows = [(name, parameter, term) for name, pairs in additions.items() for parameter, term in pairs]
+        sums = []
+        for group in group_by(rows, lambda row: id(row[1])).values():
+            target, terms = MergedParameter.of(group[0][1]), [term for _, _, term in group]
+            value = target.sum([*target.terms.values(), *terms])
+            check(value)
+            sums.append((target, [name for name, _, _ in group], terms, value))
+        for target, names, terms, value in sums:
+            for name, key in zip(names, target.add(terms, value, self.keep_originals), strict=True):
+                self.places.setdefault(name, []).append((target, key))
+
+    @torch.inference_mode(False)
+    def unmerge(self, parameters: Iterable[Tensor | None], names: Iterable[str] | None = None) -> None:
+        """Takes adapters out of the parameters, all of them by default.
+
+        Args:
+            parameters: those that the layer holds now.
+
+        Raises:
+            ArgumentError: the layer holds another parameter than the one merged into, or one without data. Nothing has
+                changed then.
+        """
+        names = list(self.places if names is None else names)
+        rows = [place for name in names for place in self.places[name]]
+        held = {id(parameter) for parameter in parameters}
+        for target, _ in rows:
+            if reason := lost(target, held):
+                raise checks.ArgumentError("weight", "the parameter that the adapter was merged into", reason)
+        for group in group_by(rows, lambda place: id(place[0])).values():
+            group[0][0].remove([key for _, key in group])
+        for name in names:
+            del self.places[name]
+
+    def forget(self) -> None:
+        """Forgets the originals: what is merged stays merged."""
+        self.places.clear()
+
+    def lost(self, parameters: Iterable[Tensor | None]) -> str | None:
+        """Returns why the adapters cannot be taken out of the parameters that the layer holds now, or None."""
+        held = {id(parameter) for parameter in parameters}
+        return next((reason for target in self.targets() if (reason := lost(target, held))), None)
+
+    def targets(self) -> list[MergedParameter]:
+        """Returns the parameters that the layer's adapters are merged into."""
+        return list({id(target): target for places in self.places.values() for target, _ in places}.values())
+
+    def follow(self, apply: Callable[[Tensor], Tensor]) -> None:
+        """Changes the originals as ``apply``, of ``nn.Module._apply``, has changed the parameters."""
+        for target in self.targets():
+            target.follow(apply)
+
+
+def lost(target: MergedParameter, held: set[int]) -> str | None:
+    """Returns why the original cannot be restored: the ids of the parameters that the layer holds do not include the
+    target's, or the target has no data."""
+    if id(target.parameter) not in held:
+        return "weight replaced or offloaded while it was merged"
+    return unmergeable_parameter(target.parameter)
+
+
+def unmergeable_parameter(parameter: Tensor | None) -> str | None:
+    """Returns why nothing can be merged into a parameter, or None if something can."""
+    if parameter is None:
+        return "weight that is no parameter of its layer (sharded or computed)"
+    if type(parameter) is not nn.Parameter:
+        return f"weight of type {type(parameter).__name__}, not a plain parameter (sharded or quantised)"
+    if parameter.dtype not in checks.FLOATS:
+        return f"weight of dtype {parameter.dtype}"
+    if parameter.is_meta or parameter.numel() == 0:
+        return f"weight without its data on {parameter.device} (offloaded, sharded or not loaded)"
+    if parameter.is_inference():
+        return "weight made under torch.inference_mode"
+    return None
+
+
+def unmergeable(parameter: Tensor | None, shape: tuple[int, int], factors: Iterable[Tensor]) -> str | None:
+    """Returns why an adapter cannot be merged into a weight of this shape, or None if it can."""
+    if reason := unmergeable_parameter(parameter):
+        return reason
+    assert parameter is not None
+    if (len(parameter), parameter.numel() // len(parameter)) != shape:  # a vector has one column
+        return f"weight of shape {tuple(parameter.shape)} in place of {shape} (sharded)"
+    for factor in factors:
+        if type(factor) not in (Tensor, nn.Parameter) or factor.device != parameter.device:
+            got = f"{type(factor).__name__} on {factor.device}"
+            return f"adapter that is a {got}, not a plain tensor on the weight's device {parameter.device}"
+    return None
+
+
+def is_on_accelerator(tensor: Tensor) -> bool:
+    """Returns whether the tensor is in another memory than the host's."""
+    return tensor.device.type != "cpu"
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Returns a copy in the host's memory, pinned where the host can pin as much."""
+    try:
+        kept = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    except RuntimeError:
+        kept = torch.empty_like(tensor, device="cpu")
+    return kept.copy_(tensor)
+
+
+@torch.no_grad()
+def merged_weight(weight: Tensor, terms: Iterable[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """Returns weight + Σ scaling · b a, summed in float32 (float64 for a float64 weight) and rounded once to the
+    weight's dtype.
+
+    Args:
+        weight: (d_out, d_in), or (d_out,) with d_in = 1.
+        terms: a (r, d_in), b (d_out, r) and scaling of each adapter.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    total = weight.to(wide).reshape(len(weight), -1)
+    for a, b, scaling in terms:
+        total = torch.addmm(total, b.to(wide), a.to(wide), alpha=scaling)
+    return total.to(weight.dtype).view_as(weight)
