@@ -63,9 +63,11 @@ READ = {
 @pytest.mark.parametrize("kind", ["plain", "injected", "peft"])
 @pytest.mark.parametrize("case", READ)
 def test_what_peft_reads_is_read(case, kind, base, folder):
-    rewrite(folder, **READ[case])
     x = torch.randn(3, 16)
+    if case == "half":  # rounds the values
+        rewrite(folder, **READ[case])
     want = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()(x)
+    rewrite(folder, **READ[case])  # afterwards, because PEFT 0.18 does not read an adapter's name in keys
     model = copy.deepcopy(base)
     if kind == "injected":
         lf.inject_(model, lf.LoRAConfig(r=8, alpha=8))
