@@ -205,7 +205,7 @@ def probability(value: object, argument: str = "dropout") -> float:
     return float(value)
 
 
-def scaling(value: object, device: torch.device) -> float | torch.Tensor:
+def scaling(value: object, device: torch.device | None) -> float | torch.Tensor:
     """Returns a finite number as a number of Python, and a real tensor of one element, on the device or the CPU, as one
     without dimensions. The tensor is not read, so that nothing waits for its device."""
     if isinstance(value, torch.Tensor):

@@ -1,6 +1,7 @@
 """Kernels run natively on a CUDA machine and through Triton's interpreter elsewhere; no test needs a network."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy
@@ -41,6 +42,14 @@ if INTERPRETED:
     interpreter.patch_once()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints how often each result of a sweep came; its tests record the results as properties."""
+    results = [result for report in terminalreporter.stats.get("passed", []) for result in report.user_properties]
+    for sweep in dict.fromkeys(name for name, _ in results):
+        counts = Counter(result for name, result in results if name == sweep)
+        terminalreporter.write_line(f"{sweep}: {', '.join(f'{n} {result}' for result, n in counts.items())}")
 
 
 def pytest_collection_modifyitems(items):

@@ -64,11 +64,14 @@ def lora_linear(
 def run_op(x, weight, bias, lora_A, lora_B, scaling, dropout_p: float = 0.0, seed: int | None = None) -> Tensor:
     """Computes ``lora_linear`` by the op."""
     autocast = _any_autocast() and is_autocast_on(x.device.type) and x.dtype != torch.float64
+    factor = None
     if type(scaling) not in checks.NUMBERS or type(dropout_p) not in checks.NUMBERS:
         scaling, dropout_p = _plain_numbers(scaling, dropout_p, x)
-        if isinstance(scaling, Tensor):  # the product is small, and scaling keeps its gradient and stays on its device
-            lora_B, scaling = lora_B * scaling, 1.0
+        if isinstance(scaling, Tensor):
+            factor, scaling = scaling, 1.0
     checks.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast)
+    if factor is not None:  # the product is small, and the factor keeps its gradient and stays on its device
+        lora_B = lora_B * factor
     if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     traced = _traced()
@@ -107,7 +110,8 @@ def _plain_numbers(scaling, dropout_p, x: Tensor) -> tuple[float | Tensor, float
     """Returns the numbers as Python's, and a scaling in a tensor without dimensions. A ``dropout_p`` in a tensor is
     read on the host, as by nn.Dropout."""
     p = checks.plain_number(dropout_p)
-    return checks.scaling(scaling, x.device), checks.probability(float(p) if isinstance(p, bool) else p, "dropout_p")
+    device = getattr(x, "device", None)  # what x is, is checked later
+    return checks.scaling(scaling, device), checks.probability(float(p) if isinstance(p, bool) else p, "dropout_p")
 
 
 def is_autocast_on(device_type: str) -> bool:

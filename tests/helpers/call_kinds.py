@@ -173,7 +173,7 @@ def second_of_parameters(module, x):
 
 def functional_hessian(vectorize):
     return lambda module, x: [
-        torch.autograd.functional.hessian(lambda x: module(x).sin().sum(), x[:2], vectorize=vectorize)
+        torch.autograd.functional.hessian(lambda x: module(x).sin().sum(), x[:1], vectorize=vectorize)
     ]
 
 
@@ -216,7 +216,7 @@ KINDS = {
     "vjp": vjp_of_input,
     "jacrev": lambda module, x: [jacrev(module)(x).detach()],
     "jacfwd": lambda module, x: [jacfwd(module)(x).detach()],
-    "hessian": lambda module, x: [hessian(lambda x: module(x).sin().sum())(x[:2]).detach()],
+    "hessian": lambda module, x: [hessian(lambda x: module(x).sin().sum())(x[:1]).detach()],
     "dual input": dual_input,
     "dual parameters": dual_parameters,
     "torch.jit.trace": traced,

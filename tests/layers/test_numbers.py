@@ -185,6 +185,14 @@ def test_dropout_takes_every_number(p):
     assert fused(x).shape == (4, 5) and fused.base_model.model[0].fallback_reason is None
 
 
+@pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B"])
+def test_other_arguments_are_checked_beside_a_scaling_in_a_tensor(name):
+    for wrong in (None, "text", [1.0], 3, torch.ones(2), torch.ones(7, 7), torch.ones(5, 2, dtype=torch.int64)):
+        values = dict(zip(("x", "weight", "bias", "lora_A", "lora_B"), arguments(), strict=True)) | {name: wrong}
+        with pytest.raises(lf.ArgumentError, match=r"^(x|weight|bias|lora_A|lora_B): expected"):
+            lora_linear(**values, scaling=torch.tensor(2.0))
+
+
 @pytest.mark.parametrize("p", [-0.1, 1.5, "0.5", None], ids=str)
 def test_wrong_probability_is_refused_by_name(p):
     with pytest.raises(lf.ArgumentError, match="dropout_p: expected a probability"):
