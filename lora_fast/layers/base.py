@@ -205,7 +205,7 @@ class AdapterLinear(nn.Module):
             return
         if reason := self.unmergeable():
             raise checks.ArgumentError("layer", "a layer that can be merged", reason)
-        term = Term(self.lora_A, self.lora_B, self.scaling)
+        term = Term(self.lora_A, self.lora_B, float(self.scaling))
         self._merged.merge({"": [(cast(nn.Parameter, self.weight), term)]}, keep_originals)
         self.is_plain = True
 
@@ -236,7 +236,9 @@ class AdapterLinear(nn.Module):
         return unmergeable(weight, (self.out_features, self.in_features), trained)
 
     def not_unmergeable(self) -> str | None:
-        """Returns why a merged layer cannot be unmerged, or None if it can."""
+        """Returns why the original weight cannot be restored, or None if it can."""
+        if not self.merged:
+            return "not merged"
         return self._merged.lost([self.weight])
 
     def original_weight(self) -> Tensor:
