@@ -33,7 +33,7 @@ TRAINED = "model.safetensors"  # the name by which Trainer finds the weights of 
 class SaveHook:
     """``save_pretrained`` of one model, as an attribute of the instance, without a cycle of references."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self._model = weakref.ref(model)
 
     def __call__(self, save_directory: str | os.PathLike, *args, **kwargs) -> Any:
@@ -74,7 +74,7 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike, *args, **kwar
         return method(model, save_directory, *args, **kwargs)
     call = inspect.signature(method).bind(model, save_directory, *args, **kwargs)
     state = call.arguments.get("state_dict")
-    if all(layer.merged for layer in layers):
+    if all(layer.not_unmergeable() is None for layer in layers):
         if "state_dict" not in call.signature.parameters:
             raise checks.ArgumentError("model", "an unmerged or a plain model (lf.unload_)", "merged layers")
         if Path(save_directory, CONFIG).exists():

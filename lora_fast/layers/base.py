@@ -224,7 +224,7 @@ class AdapterLinear(Fallback, nn.Module):
     def merge_term(self) -> Term:
         """Returns what the adapter adds to the weight as it is stored: ΔW, or its transpose, scaling · aᵀ bᵀ."""
         a, b = (self.lora_B.t(), self.lora_A.t()) if self.fan_in_fan_out else (self.lora_A, self.lora_B)
-        return Term(a, b, self.scaling)
+        return Term(a, b, float(self.scaling))
 
     def unmerge(self) -> None:
         """Restores the weight from before ``merge``, bit for bit.
@@ -254,7 +254,9 @@ class AdapterLinear(Fallback, nn.Module):
         return unmergeable(weight, shape[::-1] if self.fan_in_fan_out else shape, trained)
 
     def not_unmergeable(self) -> str | None:
-        """Returns why a merged layer cannot be unmerged, or None if it can."""
+        """Returns why the original weight cannot be restored, or None if it can."""
+        if not self.merged:
+            return "not merged"
         return self._merged.lost([self.weight])
 
     def original_weight(self) -> Tensor:

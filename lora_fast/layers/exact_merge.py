@@ -136,13 +136,24 @@ class ExactLoraEmbedding(ExactMerge, lora.Embedding):
         if adapter in self.lora_variant:
             return "adapter that is more than scaling · b a"
         a, b = self.lora_embedding_B[adapter].mT, self.lora_embedding_A[adapter].mT
-        return [(base.weight, Term(a, b, self.scaling[adapter]))]
+        scaling = merge_scaling(self.scaling[adapter])
+        if scaling is None:
+            return f"scaling of type {type(self.scaling[adapter]).__name__}"
+        return [(base.weight, Term(a, b, scaling))]
 
     def _factors(self) -> Any:
         return self.lora_embedding_A
 
     def _get_name(self) -> str:
         return lora.Embedding.__name__  # as PEFT prints it
+
+
+def merge_scaling(scaling: Any) -> float | None:
+    """Returns a scaling as a number, which waits for the device of a tensor; None where it is no single number."""
+    try:
+        return float(scaling)
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def _sum_shape(term: Term) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import checks
 from ..functional.linear import is_autocast_on, reason_against_op, run_op
 from ..kernels.limits import LARGEST_RANK
-from .exact_merge import ExactMerge
+from .exact_merge import ExactMerge, merge_scaling
 from .fallback import Fallback
 from .find import PeftLayer
 from .hooks import HOOK, is_hooked, is_offloaded, loaded, returns_to_input
@@ -95,7 +95,9 @@ class FusedLoraLinear(Fallback, ExactMerge, lora.Linear):
 
     def merge_terms(self, adapter: str) -> list[tuple[Parameter, Term]] | str:
         base: Any = self.get_base_layer()
-        a, b, scaling = self.lora_A[adapter], self.lora_B[adapter], self.scaling[adapter]
+        a, b, scaling = self.lora_A[adapter], self.lora_B[adapter], merge_scaling(self.scaling[adapter])
+        if scaling is None:
+            return f"scaling of type {type(self.scaling[adapter]).__name__}"
         if type(base) not in (Linear, Conv1D):
             return f"base layer {type(base).__name__}, not torch.nn.Linear"
         if adapter in self.lora_variant:

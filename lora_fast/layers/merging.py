@@ -5,7 +5,7 @@ A ``MergedParameter`` therefore belongs to the parameter: it keeps the parameter
 adapter that is merged. The parameter's values are always computed from both, with one rounding, so that they do not
 depend on the order in which adapters were merged and taken out.
 
-Each merged layer holds its ``MergedParameter`` objects; the parameter knows nothing of them, and ``_merged`` finds the
+Each merged layer holds its ``MergedParameter`` objects; the parameter knows nothing of them, and ``_known`` finds the
 object of a parameter without keeping it alive. Copies and pickles of a merged model have copies of their own.
 """
 
@@ -52,7 +52,7 @@ class MergedParameter:
     @staticmethod
     def of(parameter: nn.Parameter) -> MergedParameter:
         """Returns the object of the parameter, a new one where nothing is merged."""
-        known = _merged.get(id(parameter))
+        known = _known.get(id(parameter))
         return known if known is not None and known.parameter is parameter else MergedParameter(parameter)
 
     def sum(self, terms: Iterable[Term]) -> Tensor:
@@ -68,19 +68,22 @@ class MergedParameter:
         if not self.terms and keep_originals == "host" and is_on_accelerator(self.original):
             self.original = to_host(self.original)
         added = {Key(): Term(term.a.detach().clone(), term.b.detach().clone(), term.scaling) for term in terms}
-        # Assigning .data keeps the parameter's identity, on which optimizers rely.
-        self.parameter.data = value
-        self.terms |= added
-        _merged[id(self.parameter)] = self
+        self.set(self.terms | added, value)
         return list(added)
 
-    def remove(self, keys: Iterable[Key]) -> None:
-        """Takes merged adapters out."""
-        left = {key: term for key, term in self.terms.items() if key not in set(keys)}
-        self.parameter.data = self.sum(left.values()) if left else self.unmerged()
-        self.terms = left
-        if not left:
-            _merged.pop(id(self.parameter), None)
+    def without(self, keys: set[Key]) -> tuple[dict[Key, Term], Tensor]:
+        """Returns the terms that are left when some adapters are taken out, and the parameter's values then."""
+        left = {key: term for key, term in self.terms.items() if key not in keys}
+        return left, self.sum(left.values()) if left else self.unmerged()
+
+    def set(self, terms: dict[Key, Term], value: Tensor) -> None:
+        """Sets the merged terms and the parameter's values."""
+        # Assigning .data keeps the parameter's identity, on which optimizers rely.
+        self.parameter.data, self.terms = value, terms
+        if terms:
+            _known[id(self.parameter)] = self
+        else:
+            _known.pop(id(self.parameter), None)
 
     def follow(self, apply: Callable[[Tensor], Tensor]) -> None:
         """Changes the original's dtype as nn.Module's conversions have changed the parameter's. Its place stays, so
@@ -89,11 +92,11 @@ class MergedParameter:
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # deepcopy and pickle
         self.__dict__.update(state)
-        _merged[id(self.parameter)] = self
+        _known[id(self.parameter)] = self
 
 
 # id of a parameter → its object, which holds the parameter, so that no other one gets the id.
-_merged: weakref.WeakValueDictionary[int, MergedParameter] = weakref.WeakValueDictionary()
+_known: weakref.WeakValueDictionary[int, MergedParameter] = weakref.WeakValueDictionary()
 
 
 class Merged:
@@ -146,8 +149,10 @@ class Merged:
         for target, _ in rows:
             if reason := lost(target, held):
                 raise checks.ArgumentError("weight", "the parameter that the adapter was merged into", reason)
-        for group in group_by(rows, lambda place: id(place[0])).values():
-            group[0][0].remove([key for _, key in group])
+        groups = group_by(rows, lambda place: id(place[0])).values()
+        results = [(group[0][0], group[0][0].without({key for _, key in group})) for group in groups]
+        for target, (left, value) in results:
+            target.set(left, value)
         for name in names:
             del self.places[name]
 

@@ -96,11 +96,9 @@ def unmergeable(layer: AdapterLayer) -> str | None:
 
 def not_unmergeable(layer: AdapterLayer) -> str | None:
     """Returns why a layer cannot be unmerged bit for bit, or None if it can."""
-    if not layer.merged:
-        return "not merged"
     if isinstance(layer, ADAPTER_LAYERS) or is_exact(layer):
         return layer.not_unmergeable()
-    return "merged by PEFT, which keeps no original"
+    return "merged by PEFT, which keeps no original" if layer.merged else "not merged"
 
 
 def original_weight(layer: AdapterLayer) -> Tensor | None:

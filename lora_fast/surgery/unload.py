@@ -81,7 +81,7 @@ def _unreplaceable(layer: AdapterLayer, merge: bool, owners: dict[int, list[str]
     if layer.disabled:
         return "adapters disabled"
     if layer.merged:
-        return None if merge else layer.not_unmergeable()
+        return layer.not_unmergeable()
     return (layer.unmergeable() or tied(layer, owners)) if merge else None
 
 

@@ -6,6 +6,7 @@ import itertools
 import pickle
 import warnings
 
+import numpy
 import peft
 import pytest
 import torch
@@ -150,7 +151,7 @@ def test_merge_and_unload_of_tied_embeddings_gives_what_peft_gives():
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert torch.allclose(ours.lm_head.weight, theirs.lm_head.weight, atol=1e-6)
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
-    assert not merging._merged  # no original is kept
+    assert not merging._known  # no original is kept
 
 
 def test_broken_adapter_in_safe_merge_changes_nothing():
@@ -303,6 +304,22 @@ def test_conv1d_and_lora_bias_are_restored_bit_for_bit():
             assert torch.allclose(ours, reference, atol=1e-6)
         layer.unmerge()
         assert_same_tensors(base.state_dict(), before)
+
+
+SCALINGS = {"tensor": torch.tensor(2.0), "numpy": numpy.float32(2), "int": 2, "column": torch.full((16, 1), 2.0)}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+def test_scalings_of_all_kinds_merge_as_in_peft(scaling):
+    model, layer, holder = fused_linear()
+    theirs, before = lf_free_copy(model), holder.weight.detach().clone()
+    for each in (layer, theirs.base_model.model[0]):
+        each.scaling["default"] = scaling
+        each.merge()
+    assert torch.allclose(holder.weight, theirs.base_model.model[0].base_layer.weight, atol=1e-6)
+    layer.unmerge()
+    exact = not isinstance(scaling, torch.Tensor) or scaling.numel() == 1  # else PEFT's arithmetic
+    assert torch.equal(holder.weight, before) if exact else torch.allclose(holder.weight, before, atol=1e-6)
 
 
 def test_state_of_a_merged_layer_is_that_of_the_unmerged_one():

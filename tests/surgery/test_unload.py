@@ -44,7 +44,7 @@ def test_unloaded_model_is_plain(kind, merge, state):
     assert model[0].weight is weights[0] and model[2].weight is weights[1] and not model[0].training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model._forward_pre_hooks and not model._forward_hooks and not model._forward_hooks_always_called
-    assert not merging._merged and list(report.changed) == ["0", "2"] and report.action == "unloaded"
+    assert not merging._known and list(report.changed) == ["0", "2"] and report.action == "unloaded"
     if merge:
         assert torch.allclose(model(x), output, atol=1e-5)
     else:
@@ -98,7 +98,13 @@ def offloaded(model):
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
 
 
+def replaced(model):
+    lf.merge_(model)
+    model.lm_head.weight = nn.Parameter(torch.ones_like(model.lm_head.weight), requires_grad=False)
+
+
 REFUSED = {
+    "replaced": (lambda: prepared(replaced), {}, "replaced"),
     "tied": (lambda: injected_llama(tied=True, target_modules=["lm_head", "q_proj"]), {}, "model.embed_tokens"),
     "hooks": (lambda: prepared(with_hook), {"merge": False}, "hooks"),
     "offloaded": (lambda: prepared(offloaded), {"merge": False}, "hooks, or a replaced forward"),
