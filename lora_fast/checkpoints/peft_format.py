@@ -202,7 +202,7 @@ def _read_marks(metadata: dict[str, str]) -> dict[str, dict]:
         raise CheckpointError(f"{CHANGED} in {WEIGHTS}", expected, f"{error}") from error
     key_sets: tuple[set[str], ...] = (set(), {"r", "lora_alpha"})
     if not isinstance(marks, dict) or not all(isinstance(x, dict) and x.keys() in key_sets for x in marks.values()):
-        raise CheckpointError(f"{CHANGED} in {WEIGHTS}", expected, repr(marks))
+        raise CheckpointError(f"{CHANGED} in {WEIGHTS}", expected, checks.shown(marks))
     return marks
 
 

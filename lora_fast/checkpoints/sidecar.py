@@ -99,7 +99,7 @@ def read(path: str | os.PathLike, pairs: Pairs) -> dict[str, FreeLayer]:
             free[name] = FreeLayer(kind, settings, [tensors.pop(f"{name}.{role}") for role in kind.SAVED_STATE])
         digest = metadata["adapter"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(SIDECAR, "the class, settings and tensors of each layer", repr(error)) from error
+        raise CheckpointError(SIDECAR, "the class, settings and tensors of each layer", checks.shown(error)) from error
     if tensors or not free.keys() <= pairs.keys() or digest != _digest(pairs, free):
         raise CheckpointError(SIDECAR, "the sidecar of the adapter beside it", "one of another adapter")
     for name, layer in free.items():

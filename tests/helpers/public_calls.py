@@ -375,6 +375,11 @@ def merged():
 MODULE = kind(nn.Module)
 
 
+def disabled(model: object) -> object:
+    with lf.disable_adapters(model) as report:
+        return report
+
+
 def optimizer():
     settings = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "methods": [lf.methods.ILoRA()]}
     return lf.optim.LoRAAdamW, {"model": injected(), **settings, "rounding": "auto", "state_dtype": None}
@@ -521,7 +526,13 @@ def rows(folder: Path, backend: str) -> list[Row]:
             skip=frozenset({("filter_fn", "class"), ("filter_fn", "module")}),
         ),
         Row("unfuse_", lambda: (lf.unfuse_, {"peft_model": fused(), "allow_empty": False}), {"peft_model": MODULE}),
-        Row("merge_", lambda: (lf.merge_, {"model": injected(), "allow_empty": False}), {"model": MODULE}),
+        Row(
+            "merge_",
+            lambda: (lf.merge_, {"model": injected(), "keep_originals": "host", "allow_empty": False}),
+            {"model": MODULE, "keep_originals": one_of("host", "device")},
+        ),
+        Row("unload_", lambda: (lf.unload_, {"model": injected(), "merge": True}), {"model": MODULE, "merge": flag}),
+        Row("disable_adapters", lambda: (disabled, {"model": injected()}), {"model": MODULE}),
         Row("unmerge_", lambda: (lf.unmerge_, {"model": merged(), "allow_empty": False}), {"model": MODULE}),
         Row(
             "count_steps_",
