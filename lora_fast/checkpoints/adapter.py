@@ -238,7 +238,7 @@ def _contents(
 
 def _parsed(contents: Contents) -> peft_format.Adapter:
     """Returns the adapter that reading the contents would give."""
-    return peft_format.parse(peft_config.DEFAULTS | contents.config, contents.tensors, contents.metadata)
+    return peft_format.parse(peft_config.checked(contents.config), contents.tensors, contents.metadata)
 
 
 def _config(model: nn.Module, layers: dict[str, AdapterLinear], whole: list[str]) -> dict:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..checks import CheckpointError
 from ..layers import merge_log
+from ..layers.base import AdapterLinear
 from ..layers.find import AdapterLayer, adapter_layers, expert_count
 from ..layers.hooks import stored_tensor
 from ..layers.merge_log import Term, holder
@@ -126,8 +127,10 @@ def _joined(terms: list[Term] | None, weight: Tensor) -> Term | None:
 
 def _takes_further_ranks(layer: AdapterLayer) -> bool:
     """Returns whether further ranks of the adapter have the effect of a change of the weight; a variant's, as DoRA's,
-    do not."""
-    return not any(name in layer.lora_variant for name in getattr(layer, "active_adapters", ()))
+    do not, nor do those of an adapter with scale 0."""
+    if isinstance(layer, AdapterLinear):
+        return layer.scaling != 0
+    return all(name not in layer.lora_variant and layer.scaling[name] != 0 for name in layer.active_adapters)
 
 
 def _original(name: str, layer: AdapterLayer) -> Tensor:

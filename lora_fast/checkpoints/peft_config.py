@@ -25,10 +25,10 @@ HARMLESS = ("use_rslora", "loftq_config", "corda_config", "eva_config", "lora_ga
 
 
 def parse(data: bytes) -> dict:
-    """Returns the config of a LoRA adapter, with PEFT's defaults for the fields that it does not have.
+    """Returns what ``checked`` returns for the object in a file.
 
     Raises:
-        CheckpointError: no JSON object, another method than LoRA, or targets that are no names.
+        CheckpointError: no JSON object, or as ``checked``.
     """
     try:
         config = json.loads(data)
@@ -36,6 +36,15 @@ def parse(data: bytes) -> dict:
         raise CheckpointError(CONFIG, "a JSON object", f"{error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(CONFIG, "a JSON object", type(config).__name__)
+    return checked(config)
+
+
+def checked(config: dict) -> dict:
+    """Returns the config of a LoRA adapter, with PEFT's defaults for the fields that it does not have.
+
+    Raises:
+        CheckpointError: another method than LoRA, or targets that are no names.
+    """
     if config.get("peft_type") != "LORA":
         raise CheckpointError("peft_type", "'LORA'", checks.shown(config.get("peft_type")))
     config = DEFAULTS | config

@@ -33,6 +33,7 @@ from torch import nn
 import lora_fast as lf
 from lora_fast.batches import pairs
 from lora_fast.layers import merge_log
+from lora_fast.layers.find import adapter_layers
 
 # whole weights
 
@@ -478,3 +479,19 @@ def test_scalora_continues_to_the_same_bits_after_a_checkpoint(kind, keep, round
     for which, twin in (("one", model), ("other", resumed)):
         lf.save_adapter(twin, tmp_path / which)
     assert_same_tensors(read(tmp_path / "one")[0], read(tmp_path / "other")[0])
+
+
+@pytest.mark.parametrize("kind", ["injected", "fused"])
+def test_terms_of_an_adapter_with_scale_0_are_saved_as_weights(kind, tmp_path):
+    model = merge_some(KINDS[kind](), "terms")
+    for layer in adapter_layers(model).values():
+        if kind == "injected":
+            layer.scaling = 0.0
+        else:
+            layer.set_scale("default", 0.0)
+    lf.save_adapter(model, tmp_path)
+    tensors, _ = read(tmp_path)
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    lf.load_adapter(plain := llama(), tmp_path)
+    ids = batch()
+    torch.testing.assert_close(plain.eval()(ids).logits, model.eval()(ids).logits)

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from tiny import batch, llama
 from torch import nn
 
@@ -265,3 +265,10 @@ def test_merged_adapter_is_saved_without_its_merge(feature, merge, tmp_path):
     lf.save_adapter(model, tmp_path)
     for load in (by_peft, into_plain_model):
         torch.testing.assert_close(outputs(load(model, feature, tmp_path)), want)
+
+
+def test_adapter_of_another_method_is_refused_at_saving(tmp_path):
+    model = get_peft_model(small(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    with pytest.raises(lf.CheckpointError, match="peft_type: expected 'LORA', got 'IA3'"):
+        lf.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
