@@ -104,7 +104,7 @@ def positive(value: object, argument: str) -> float:
 def finite(value: object, argument: str) -> float:
     value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ArgumentError(argument, "a finite number", repr(value))
+        raise ArgumentError(argument, "a finite number", shown(value))
     return float(value)
 
 

@@ -4,10 +4,13 @@ finds the page."""
 import re
 import subprocess
 import sys
+import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -111,7 +114,57 @@ def due() -> None:
     Batch.due(SimpleNamespace(pairs=[pair], count=1), 2)
 
 
+def trained_beside_the_adapter() -> None:
+    model = injected()
+    model[0].bias.requires_grad_(True)
+    lf.save_adapter(model, "/no/such/folder")
+
+
+def loaded(model: nn.Module, edit: Callable[[Path], object] = lambda folder: None) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        lf.save_adapter(injected(), folder)
+        edit(Path(folder))
+        lf.load_adapter(model, folder)
+
+
+def with_pissa(folder: Path) -> None:
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
+
+
+class Pretrained(nn.Sequential):  # with a signature like transformers'
+    def save_pretrained(self, save_directory, state_dict=None, push_to_hub=False):
+        raise AssertionError
+
+
+def saved(merged: bool, **options) -> None:
+    model = Pretrained(nn.Linear(8, 6))
+    lf.inject_(model, lf.LoRAConfig(r=2))
+    with tempfile.TemporaryDirectory() as folder:
+        if merged:
+            lf.save_adapter(model, folder)
+            lf.merge_(model)
+        model.save_pretrained(folder, **options)
+
+
+def tied() -> nn.Module:
+    model = injected()
+    model.register_module("tied", nn.Linear(8, 6))
+    model.tied.weight = model[0].weight
+    return model
+
+
+def offloaded_while_merged() -> None:
+    model = injected()
+    lf.merge_(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))(torch.ones(3, 8))
+
+
 ERRORS = {
+    "model: expected layers that can all be merged": lambda: lf.unload_(tied()),
+    "model: expected to be unmerged before": offloaded_while_merged,
+    "save_directory: expected a folder without": lambda: saved(merged=True),
+    "push_to_hub: expected False": lambda: saved(merged=False, push_to_hub=True),
     "target_modules: expected at least one torch": lambda: lf.inject_(plain(), lf.LoRAConfig(target_modules=["q"])),
     "init_lora_weights: expected an initialisation that needs": lambda: lf.inject_(
         plain(), peft.LoraConfig(target_modules=["0"], init_lora_weights="eva", eva_config=peft.EvaConfig())
@@ -138,6 +191,12 @@ ERRORS = {
     "backend 'triton' with float64": float64_on_a_gpu,
     "… expected a weight that ScaLoRA": not_mergeable,
     "… expected base weights that an adapter's files": changed_experts,
+    "… expected no trained parameters": trained_beside_the_adapter,
+    "… expected a parameter with data": lambda: loaded(plain().to("meta")),
+    "path: expected adapter_model": lambda: loaded(
+        plain(), lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    ),
+    "init_lora_weights: expected": lambda: loaded(plain(), with_pissa),
     "state_dict: expected": another_state,
     "--resume: expected": lambda: run_folder.saved_settings(None, {}),
     "CheckpointError": lambda: lf.load_adapter(plain(), "/no/such/folder"),

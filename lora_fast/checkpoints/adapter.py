@@ -1,8 +1,8 @@
 """Saves a model's adapter to a folder in PEFT's format and loads one back, bit for bit in both directions.
 
-Saving collects what the files contain, then writes it. Loading reads the files, plans every write with all checks, then
-applies the plan. An adapter whose training changed the frozen weights (ScaLoRA) is saved together with the changes:
-``layers/merge_log.py`` keeps them, ``peft_format.py`` defines how the files represent them.
+Saving collects what the files contain, checks it as loading would, then writes it. Loading reads the files, plans every
+write with all checks, then applies the plan. An adapter whose training changed the frozen weights (ScaLoRA) is saved
+together with the changes: ``layers/merge_log.py`` keeps them, ``peft_format.py`` defines how the files represent them.
 
 NB-LoRA and SingLoRA layers train other parameters in place of a and b, from which they compute a and b. This package
 calls them free parameters and stores them in a file of their own, the sidecar (``sidecar.py``).
@@ -18,10 +18,21 @@ from torch import Tensor, nn
 from ..checks import CheckpointError
 from ..layers.base import AdapterLinear
 from ..layers.find import ADAPTER_LAYERS, PeftLayer, adapter_layers, key_name, peft_layers
-from ..layers.hooks import with_parameters
+from ..layers.hooks import is_offloaded, loaded
 from ..surgery import targets
 from ..surgery.change_report import Report
-from . import base_weights, folder, io, load_plan, peft_config, peft_format, peft_state, sidecar, whole_modules
+from . import (
+    base_weights,
+    folder,
+    io,
+    load_plan,
+    peft_config,
+    peft_format,
+    peft_plan,
+    peft_state,
+    sidecar,
+    whole_modules,
+)
 from .folder import Contents
 from .peft_format import PREFIX, Change
 from .sidecar import FreeLayer
@@ -31,11 +42,18 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = Fal
     """Writes the model's adapter into a folder in PEFT's format: ``adapter_config.json``,
     ``adapter_model.safetensors``.
 
-    The adapter is that of our layers, or the active one of a PeftModel. If ranks or scales differ between layers, the
-    config gets a rank_pattern and an alpha_pattern. NB-LoRA's and SingLoRA's adapters are saved as the plain adapters
-    that they equal at this step: the saved lora_B contains every factor of theirs but alpha / r, for example SingLoRA's
-    warm-up. Their free parameters are saved in a third file, the sidecar, which ``load_adapter`` reads. Each file is
-    replaced atomically and synced to disk.
+    The adapter is that of our layers, or the active one of a PeftModel with everything that PEFT saves of it. If ranks
+    or scales differ between layers, the config gets a rank_pattern and an alpha_pattern. NB-LoRA's and SingLoRA's
+    adapters are saved as the plain adapters that they equal at this step: the saved lora_B contains every factor of
+    theirs but alpha / r, for example SingLoRA's warm-up. Their free parameters are saved in a third file, the sidecar,
+    which ``load_adapter`` reads. Each file is replaced atomically and synced to disk.
+
+    With our layers the files also contain what else the pretrained model does not have: the head of a classification
+    task, modules that were trained beside the adapters (as PEFT's ``modules_to_save``), and the embeddings of a
+    vocabulary that was resized. The config has the model's task, so that PEFT's ``AutoPeftModelFor…`` opens the folder.
+
+    A merged model is saved as if it were not merged. Of a model that accelerate has offloaded, the values in the CPU's
+    memory or on the disk are saved.
 
     Where training has merged terms into frozen weights (ScaLoRA), the adapter fits no other base. The changes are then
     saved in the same files, in the form that ``ScaLoRA(keep=…)`` chose, and the report names them:
@@ -46,8 +64,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = Fal
       of a larger rank. A 16-bit weight is restored only up to rounding (stochastic rounding is not repeated).
 
     ``load_adapter`` restores both in the weights. PEFT does not save them again, so load with ``load_adapter`` to
-    train further. To save a model without any adapter, use ``merge_`` and the model's own ``state_dict`` or, with PEFT,
-    ``merge_and_unload().save_pretrained``; both contain the changed weights.
+    train further. To save a model without any adapter, use ``unload_`` or, with PEFT, ``merge_and_unload``, and the
+    model's own ``state_dict`` or ``save_pretrained``; these contain the changed weights.
 
     Args:
         model: a model with our layers or a PeftModel, also compiled or under data parallelism.
@@ -59,13 +77,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = Fal
             calls ``load_adapter`` instead of ``super()``'s.
 
     Returns:
-        The layers saved; the note of the report describes the changed weights.
+        The layers and modules saved; the note of the report describes the changed weights.
 
     Raises:
         CheckpointError: no adapter; more than one active adapter; adapters without data (meta device) or sharded; a
-            changed weight that the adapter has no layer on, that PEFT has merged, or that is one parameter of many
-            experts (``load_adapter`` reads no such adapter); a path that cannot be written. An adapter that was in the
-            folder is then unchanged.
+            trained parameter that PEFT's files would not contain, or that is beside an adapter in one module; a changed
+            weight that the adapter has no layer on, that PEFT has merged, or that is one parameter of many experts; a
+            scale that is not finite; a path that cannot be written. What was in the folder is then unchanged.
     """
     names, contents, changes = _collect(_unwrap(model), exact)
     folder.write(path, contents)
@@ -90,7 +108,12 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
 
     A model with our layers, or a PEFT model (its active adapter), must have the layers, ranks and scales of the files;
     its parameters keep their identity. In a plain model, the layers of the files first replace its linear layers, as
-    ``inject_`` does. The free parameters of ``NBLoRALinear`` and ``SingLoRALinear`` layers are restored bit for bit
+    ``inject_`` does. A PEFT model loads every kind of LoRA adapter that it has itself (DoRA, biases, embeddings,
+    experts, …). Models without PEFT's layers load plain adapters of linear layers, and put the values of PEFT's
+    ``modules_to_save``, of heads and of resized embeddings into their own modules, rounded to the module's dtype, which
+    the report then tells. Fields that the config does not have get PEFT's defaults.
+
+    The free parameters of ``NBLoRALinear`` and ``SingLoRALinear`` layers are restored bit for bit
     from the sidecar, whose settings must be those of the layers (norm, bound and learn_scale; alpha and ramp_steps).
     If there is no sidecar, ``NBLoRALinear`` layers get the free parameters that give the same product as the plain
     adapter, which must be within their bound.
@@ -103,19 +126,20 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
         path: the folder.
 
     Returns:
-        The layers loaded; the note of the report describes the frozen weights that were restored.
+        The layers and modules loaded; the note of the report describes the frozen weights that were restored.
 
     Raises:
-        CheckpointError: the files cannot be read, are damaged, use PEFT features beyond plain LoRA, or do not fit the
-            model: a missing or extra key, a shape, a scale, a dtype that would lose bits, a bound, a sharded parameter,
-            a base weight that training has changed already or that other modules share. The model is then unchanged.
+        CheckpointError: the files cannot be read, are damaged, use PEFT features beyond what the model has, or do not
+            fit it: a missing or extra key, a shape, a scale, a dtype in which an adapter would lose bits, a bound, a
+            sharded parameter, one without data in memory (meta device, offloaded to the disk), a merged layer, a
+            weight that training has changed already or that other modules share. The model is then unchanged.
     """
     model = _unwrap(model)
     with_peft = bool(peft_layers(model))  # PEFT's layers train a and b, so they need no sidecar
     adapter, free = folder.read(path, with_sidecar=not with_peft)
     if with_peft:
         active, layers = _active_layers(model)
-        plan = load_plan.into_peft_layers(model, layers, active, adapter)
+        plan = peft_plan.plan(model, layers, active, adapter)
     elif layers := _our_layers(model):
         plan = load_plan.into_our_layers(model, layers, adapter, free)
     else:
@@ -168,7 +192,7 @@ def _collect(model: nn.Module, exact: bool) -> tuple[list[str], Contents, dict[s
     tensors: dict[str, Tensor] = {}
     free: dict[str, FreeLayer] = {}
     for name, layer in layers.items():
-        with with_parameters(layer):
+        with loaded([layer] if is_offloaded(layer) else []):
             for factor in ("lora_A", "lora_B"):
                 tensors[f"{name}.{factor}.weight"] = io.to_host(f"{name}.{factor}", getattr(layer, factor))
             free |= sidecar.collect({name: layer})
@@ -198,7 +222,7 @@ def _collect_peft(model: nn.Module, exact: bool) -> tuple[list[str], Contents, d
     config, changes = peft_state.config(model, adapter), base_weights.collect(model, layers, exact)
     peft_config.set_scalings_(config, peft_state.scalings(model, adapter))
     contents = _contents(config, tensors, changes, {})
-    load_plan.into_peft_tensors(model, state, layers, adapter, _parsed(contents))
+    peft_plan.plan_tensors(model, state, layers, adapter, _parsed(contents))
     others = {key.rpartition(".")[0].partition(".lora_")[0].removesuffix(".base_layer") for key in tensors}
     return [*layers, *sorted(others - layers.keys())], contents, changes
 

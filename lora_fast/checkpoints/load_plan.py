@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from .. import checks
 from ..checks import CheckpointError
 from ..layers.base import AdapterLinear, sizes
-from ..layers.find import AdapterLayer, PeftLayer, key_name, peft_layers
+from ..layers.find import AdapterLayer, key_name
 from ..layers.lora import LoRALinear
 from ..surgery import inject, targets
 from ..surgery.weight_reads import weight_reads
-from . import base_weights, io, peft_config, peft_state, sidecar, whole_modules
+from . import base_weights, io, peft_config, sidecar, whole_modules
 from .peft_config import CONFIG
 from .peft_format import PREFIX, Adapter, Change, check_tensor
 from .sidecar import FreeLayer
@@ -73,62 +73,6 @@ class Plan:
         self.others[name] = f"{before}{last} {tuple(value.shape)}{rounded}"
 
 
-def into_peft_layers(model: Any, layers: dict[str, PeftLayer], active: str, adapter: Adapter) -> Plan:
-    """Plans to load an adapter into a PEFT model: every tensor that PEFT saves of it.
-
-    Args:
-        layers: the PEFT layers that have a pair of the adapter ``active``, by their names in the base model.
-
-    Raises:
-        CheckpointError: the adapter does not fit the layers.
-    """
-    for name, layer in peft_layers(model).items():
-        _check_unmerged(key_name(name).removeprefix(PREFIX), layer)
-    plan = into_peft_tensors(model, peft_state.state(model, writable=True), layers, active, adapter)
-    plan.changes = _changes(layers, adapter)
-    base_weights.check(model, layers, adapter, plan.others)
-    return plan
-
-
-def into_peft_tensors(
-    model: Any, state: dict[str, Tensor], layers: dict[str, PeftLayer], active: str, adapter: Adapter
-) -> Plan:
-    """Does what ``into_peft_layers`` does except for frozen weights that merges have changed, in whatever state the
-    layers are. Saving calls it too, so that nothing is written that could not be loaded.
-
-    Args:
-        state: ``peft_state.state`` of the model.
-
-    Raises:
-        CheckpointError: the adapter does not fit the layers.
-    """
-    if active not in getattr(model, "peft_config", ()):
-        raise CheckpointError("model", "a PeftModel, or a model after add_adapter", type(model).__name__)
-    peft_config.require_same_kind(adapter.config, peft_state.config_fields(model.peft_config[active]))
-    _check_names(layers, adapter)
-    plan, own = Plan(), peft_state.tensors(model, state, active, embeddings=False)
-    base = peft_state.restorable(model, state)
-    missing = sorted(own.keys() - adapter.tensors().keys())
-    if missing:
-        raise CheckpointError(f"key {PREFIX}{missing[0]}", f"one key for each of the adapter's {len(own)}", "missing")
-    _check_whole_modules(model, adapter)
-    for key, value in adapter.tensors().items():
-        tensor = own.get(key, base.get(key))
-        if tensor is None and key.removesuffix(".base_layer.weight") in layers:
-            continue  # ``base_weights.check`` compares it with the model's
-        if tensor is None:
-            raise CheckpointError(f"key {PREFIX}{key}", "one of the model's adapter", "an extra key")
-        io.check_destination(key, tensor)
-        if ".lora_" in key:
-            check_tensor(key.removesuffix(".weight"), value, tuple(tensor.shape), tensor.dtype)
-            plan.copies.append((tensor, value))
-        else:
-            plan.add_other(key, tensor, value)
-    for name, scaling in peft_state.scalings(model, active).items():
-        _check_scaling(name, scaling, adapter.scaling(name))
-    return plan
-
-
 def into_our_layers(
     model: nn.Module, layers: dict[str, AdapterLinear], adapter: Adapter, free: dict[str, FreeLayer]
 ) -> Plan:
@@ -142,9 +86,9 @@ def into_our_layers(
         CheckpointError: the adapter does not fit the layers.
     """
     for name, layer in layers.items():
-        _check_unmerged(name, layer)
+        check_unmerged(name, layer)
     check_our_layers(layers, adapter)
-    plan = Plan(changes=_changes(layers, adapter))
+    plan = Plan(changes=changes_of(layers, adapter))
     _add_others(plan, model, adapter)
     base_weights.check(model, layers, adapter, plan.others)
     for name, layer in layers.items():
@@ -163,11 +107,11 @@ def check_our_layers(layers: dict[str, AdapterLinear], adapter: Adapter) -> None
     """Raises CheckpointError unless the adapter has the kind, the names and the scales of these layers. Saving calls it
     too, so that nothing is written that could not be loaded."""
     peft_config.require_plain(adapter.config)
-    _check_names(layers, adapter)
+    check_names(layers, adapter)
     for name, layer in layers.items():
         if not layer.SAVED_STATE:
             check_tensor(f"{name}.lora_A", adapter.pairs[name][0], (layer.r, layer.in_features), torch.float64)
-            _check_scaling(name, float(layer.scaling), adapter.scaling(name))
+            check_scaling(name, float(layer.scaling), adapter.scaling(name))
 
 
 def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLayer]) -> Plan:
@@ -186,7 +130,7 @@ def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLay
     real_names = {key_name(name): name for name, _ in model.named_modules() if name}
     plan = Plan()
     _add_others(plan, model, adapter)
-    _check_names([name for name in real_names if name in adapter.pairs or adapter.targets(name)], adapter)
+    check_names([name for name in real_names if name in adapter.pairs or adapter.targets(name)], adapter)
     kinds: dict[str, tuple[type[AdapterLinear], dict]] = {}
     linears: dict[str, Any] = {}  # each is an nn.Linear, which ``targets.unsupported`` checks below
     reads = weight_reads(model)
@@ -197,17 +141,12 @@ def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLay
         if reason is not None or not adapter.targets(name):
             expected = "a torch.nn.Linear among the config's target_modules"
             raise CheckpointError(f"keys of {name}", expected, reason or "not among them")
-        io.check_destination(f"{name}.weight", linear.weight)
-        # The dtype in which ``from_linear`` will create the factors. It must hold the file's without loss.
-        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
-        d_in, d_out = sizes(linear)
-        check_tensor(f"{name}.lora_A", a, (a.shape[0], d_in), dtype)
-        check_tensor(f"{name}.lora_B", b, (d_out, a.shape[0]), dtype)
+        _check_pair(name, linear, a, b)
         kinds[real_names[name]] = _kind(adapter.settings(name), free.get(name))
     base_weights.check(model, linears, adapter, plan.others)
     plan.replacements = inject.build_layers(model, kinds)
     layers = {name: plan.replacements[linear] for name, linear in linears.items()}
-    plan.changes = _changes(layers, adapter)
+    plan.changes = changes_of(layers, adapter)
     # No checks are needed here, because the layers were built with the class, settings and shapes in the files.
     for name, layer in layers.items():
         if isinstance(layer, LoRALinear):  # whose constructor takes no alpha of 0 or below
@@ -218,6 +157,15 @@ def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLay
     return plan
 
 
+def _check_pair(name: str, linear: nn.Linear, a: Tensor, b: Tensor) -> None:
+    """Raises CheckpointError unless a new layer in place of ``linear`` will hold the pair without loss."""
+    io.check_destination(f"{name}.weight", linear.weight)
+    dtype = torch.promote_types(linear.weight.dtype, torch.float32)  # in which ``from_linear`` creates the factors
+    d_in, d_out = sizes(linear)
+    check_tensor(f"{name}.lora_A", a, (a.shape[0], d_in), dtype)
+    check_tensor(f"{name}.lora_B", b, (d_out, a.shape[0]), dtype)
+
+
 def _kind(settings: dict, saved: FreeLayer | None) -> tuple[type[AdapterLinear], dict]:
     """Returns the class of a new layer and the arguments of its ``from_linear``."""
     if saved is None:
@@ -225,11 +173,13 @@ def _kind(settings: dict, saved: FreeLayer | None) -> tuple[type[AdapterLinear],
     return saved.kind, {"r": settings["r"], "dropout": settings["dropout"], **saved.settings}
 
 
-def _changes(layers: Mapping[str, AdapterLayer], adapter: Adapter) -> list[tuple[AdapterLayer, Change]]:
+def changes_of(layers: Mapping[str, AdapterLayer], adapter: Adapter) -> list[tuple[AdapterLayer, Change]]:
+    """Returns the layers whose frozen weight training has changed, each with the change."""
     return [(layers[name], change) for name, change in adapter.changes.items()]
 
 
 def _rank(r: int) -> int:
+    """Returns the rank; raises CheckpointError for one that no layer of this package has."""
     try:
         return checks.rank(r)
     except checks.ArgumentError as error:
@@ -255,7 +205,8 @@ def _copies(
     return copies
 
 
-def _check_scaling(name: str, in_model: float, in_file: float) -> None:
+def check_scaling(name: str, in_model: float, in_file: float) -> None:
+    """Raises CheckpointError unless the scales are equal."""
     if not math.isclose(in_model, in_file, rel_tol=1e-9):
         expected = f"scale {in_model:g}, as in the model (a plain model takes the file's)"
         raise CheckpointError(f"lora_alpha of {name}", expected, f"{in_file:g}")
@@ -285,7 +236,7 @@ def _check_free(name: str, layer: AdapterLinear, saved: FreeLayer) -> None:
         sidecar.check_tensor(f"{name}.{role}", value, tensor.shape, tensor.dtype)
 
 
-def _check_names(names: Collection[str], adapter: Adapter) -> None:
+def check_names(names: Collection[str], adapter: Adapter) -> None:
     """Raises CheckpointError unless the file has a pair for each of these layers, and no other."""
     missing, extra = sorted(set(names) - set(adapter.pairs)), sorted(set(adapter.pairs) - set(names))
     for unmatched, got in ((missing, "missing"), (extra, "an extra key: the model has no such layer")):
@@ -295,15 +246,7 @@ def _check_names(names: Collection[str], adapter: Adapter) -> None:
             raise CheckpointError(key, f"one pair for each of the model's {len(names)} layers", got)
 
 
-def _check_whole_modules(model: nn.Module, adapter: Adapter) -> None:
-    """Raises CheckpointError if the file has nothing of a module of the model that its ``modules_to_save`` names."""
-    ends = tuple(adapter.config.get("modules_to_save") or ())
-    names = [key_name(name).removeprefix(PREFIX) for name, _ in model.named_modules()]
-    for name in names if ends else ():
-        if name.endswith(ends) and not any(key.startswith(f"{name}.") for key in adapter.others):
-            raise CheckpointError(f"keys {PREFIX}{name}.…", "in the file, for modules_to_save", "missing")
-
-
-def _check_unmerged(name: str, layer: AdapterLayer) -> None:
+def check_unmerged(name: str, layer: AdapterLayer) -> None:
+    """Raises CheckpointError for a merged layer."""
     if layer.merged:
         raise CheckpointError("model", "unmerged layers (lf.unmerge_)", f"{name} merged")

@@ -37,13 +37,14 @@ def parse(data: bytes) -> dict:
     if not isinstance(config, dict):
         raise CheckpointError(CONFIG, "a JSON object", type(config).__name__)
     if config.get("peft_type") != "LORA":
-        raise CheckpointError("peft_type", "'LORA'", repr(config.get("peft_type")))
+        raise CheckpointError("peft_type", "'LORA'", checks.shown(config.get("peft_type")))
     config = DEFAULTS | config
     for setting in ("target_modules", "exclude_modules"):
         if config.get(setting):
             _check_names(setting, config[setting])
-    if not isinstance(config.get("modules_to_save") or [], list):
-        raise CheckpointError(f"modules_to_save in {CONFIG}", "a list of names", repr(config["modules_to_save"]))
+    whole = config.get("modules_to_save") or []
+    if not isinstance(whole, list) or not all(isinstance(name, str) and name for name in whole):
+        raise CheckpointError(f"modules_to_save in {CONFIG}", "a list of names", checks.shown(whole))
     return config
 
 
@@ -77,7 +78,9 @@ def by_pattern(config: Mapping, setting: str, name: str, default: object) -> obj
     try:
         return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
     except (AttributeError, re.error) as error:
-        raise CheckpointError(setting, "an object whose keys are regular expressions", repr(patterns)) from error
+        raise CheckpointError(
+            setting, "an object whose keys are regular expressions", checks.shown(patterns)
+        ) from error
 
 
 def names_targets(config: Mapping) -> bool:
@@ -105,13 +108,13 @@ def require_plain(config: Mapping) -> None:
     what a layer of this package computes."""
     for name, value in config.items():
         if value and (name in BEYOND_LINEAR or _is_variant(name)):
-            raise CheckpointError(name, "unset: only a PEFT model loads more than plain LoRA", _short(value))
+            raise CheckpointError(name, "unset: only a PEFT model loads more than plain LoRA", checks.shown(value))
     if config["bias"] != "none":
-        raise CheckpointError("bias", "'none': only a PEFT model trains biases", repr(config["bias"]))
+        raise CheckpointError("bias", "'none': only a PEFT model trains biases", checks.shown(config["bias"]))
     if not _leaves_base(config):
         expected = "an initialisation that leaves the base weights as they are, or its adapter converted by PEFT's "
         expected += "save_pretrained(path_initial_model_for_weight_conversion=…)"
-        raise CheckpointError("init_lora_weights", expected, repr(config["init_lora_weights"]))
+        raise CheckpointError("init_lora_weights", expected, checks.shown(config["init_lora_weights"]))
 
 
 def require_same_kind(config: Mapping, in_model: Mapping) -> None:
@@ -121,12 +124,12 @@ def require_same_kind(config: Mapping, in_model: Mapping) -> None:
         if name in BEYOND_LINEAR or _is_variant(name) or name == "bias":
             ours, theirs = in_model.get(name) or None, config.get(name) or None
             if ours != theirs:
-                expected = f"{_short(ours)}, as in the model's config"
-                raise CheckpointError(f"{name} in {CONFIG}", expected, _short(theirs))
+                expected = f"{checks.shown(ours)}, as in the model's config"
+                raise CheckpointError(f"{name} in {CONFIG}", expected, checks.shown(theirs))
     inits = [source.get("init_lora_weights", True) for source in (in_model, config)]
     if inits[0] != inits[1] and not (_leaves_base(config) and _leaves_base(in_model)):
-        expected = f"{inits[0]!r}, as in the model: such an initialisation changes the base weights"
-        raise CheckpointError(f"init_lora_weights in {CONFIG}", expected, repr(inits[1]))
+        expected = f"{checks.shown(inits[0])}, as in the model: such an initialisation changes the base weights"
+        raise CheckpointError(f"init_lora_weights in {CONFIG}", expected, checks.shown(inits[1]))
 
 
 def set_ranks(config: dict, ranks: dict[str, int], alphas: dict[str, float]) -> None:
@@ -194,8 +197,3 @@ def _check_names(setting: str, value: object) -> None:
         targets.check(value)
     except checks.ArgumentError as error:
         raise CheckpointError(f"{setting} in {CONFIG}", error.expected, error.got) from error
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"

@@ -81,7 +81,7 @@ def destinations(model: nn.Module, adapter: Adapter) -> tuple[list[tuple[str, Te
         CheckpointError: a tensor of something else than such a module, an embedding or a head, or a missing one.
     """
     ends = tuple(adapter.config.get("modules_to_save") or ())
-    chosen = {name: module for name, module in model.named_modules() if ends and name.endswith(ends)}
+    chosen = {name: module for name, module in model.named_modules() if ends and key_name(name).endswith(ends)}
     values = adapter.others | {f"{name}{BASE}weight": weight for name, weight in adapter.base_weights.items()}
     places = _places(model, [*chosen, *tasks.heads(model), *tasks.embeddings(model)])
     copies = []

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft.tuners import lora
 from torch import Tensor
-from torch.nn import Dropout, Identity, Linear, Parameter
+from torch.nn import Dropout, Identity, Linear, Module, Parameter
 from transformers.pytorch_utils import Conv1D
 
 from .. import checks
@@ -21,11 +21,12 @@ from ..kernels.limits import LARGEST_RANK
 from .exact_merge import ExactMerge
 from .fallback import Fallback
 from .find import PeftLayer
-from .hooks import HOOK, is_hooked, returns_to_input
+from .hooks import HOOK, is_hooked, is_offloaded, loaded, returns_to_input
 from .merging import Term
 
 PLAIN = (Parameter, Tensor)  # neither a DTensor nor a quantised subclass
 DROPOUTS = (Identity, Dropout)
+HOOKED = "hooks, or a replaced forward, on the base layer or the adapter"
 
 
 class FusedLoraLinear(Fallback, ExactMerge, lora.Linear):
@@ -41,16 +42,19 @@ class FusedLoraLinear(Fallback, ExactMerge, lora.Linear):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x: (..., d_in) → (..., d_out) in the dtype of the base layer's result."""
         call = "extra arguments" if args or kwargs else self._fused_call(x)
-        if isinstance(call, str):
-            self._note(call)
-            return super().forward(x, *args, **kwargs)
-        if self.fallback_reason is not None:  # nn.Module.__setattr__ is slow, so it runs only for a change
-            self._note(None)
-        base: Any = self._modules["base_layer"]
-        if HOOK in base.__dict__:  # accelerate's, which would move x to the weight's device
-            y = run_op(x.to(call[0].device), *call)
-            return y.to(x.device) if y.device != x.device and returns_to_input(base) else y
-        return run_op(x, *call)
+        if isinstance(call, tuple):
+            if self.fallback_reason is not None:  # nn.Module.__setattr__ is slow, so it runs only for a change
+                self._note(None)
+            base: Any = self._modules["base_layer"]
+            if HOOK in base.__dict__:  # accelerate's, which would move x to the weight's device
+                y = run_op(x.to(call[0].device), *call)
+                return y.to(x.device) if y.device != x.device and returns_to_input(base) else y
+            return run_op(x, *call)
+        if call == HOOKED and (offloaded := offloaded_modules(self, self.active_adapters[0])):
+            with loaded(offloaded):
+                return self.forward(x)
+        self._note(call)
+        return super().forward(x, *args, **kwargs)
 
     def _get_name(self) -> str:
         """Returns the name of PEFT's class, from whose repr PEFT's layer status takes the ``module_type``."""
@@ -136,7 +140,7 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple[tuple, Tensor | Non
     if type(a) is not Linear or type(b) is not Linear or type(dropout) not in DROPOUTS:
         return f"adapter of {type(a).__name__}, {type(b).__name__}, {type(dropout).__name__}"
     if is_hooked(base) or is_hooked(a) or is_hooked(b) or is_hooked(dropout):
-        return "hooks, or a replaced forward, on the base layer or the adapter"
+        return HOOKED
     parameters: Any  # of any types: the next lines check them
     if "_is_replica" in layer.__dict__:  # nn.DataParallel's replica, whose tensors are plain attributes
         parameters, a_parameters, b_parameters = base.__dict__, a.__dict__, b.__dict__
@@ -161,3 +165,13 @@ def _sum_of_biases(bias: Tensor | None, scaled: Tensor, dtype: torch.dtype) -> T
     float32 where the weight has 16 bits and the adapter has more."""
     total = scaled if bias is None else scaled + bias
     return total.to(dtype if scaled.dtype is dtype or dtype.itemsize > 2 else torch.float32)
+
+
+def offloaded_modules(layer: PeftLayer, adapter: str) -> list[Module]:
+    """Returns the modules of an adapter's call that accelerate offloads, so that ``loaded`` removes what ``HOOKED``
+    names; none if others have other hooks, or no data (PEFT creates adapters of an offloaded layer without)."""
+    parts = [layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]]
+    hooked = [module for module in parts if is_hooked(module)]
+    others = [module for module in parts if module not in hooked]
+    is_loaded = not any(parameter.is_meta for module in others for parameter in module.parameters())
+    return hooked if is_loaded and all(map(is_offloaded, hooked)) else []

@@ -9,13 +9,12 @@ hooks of other libraries are.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial, update_wrapper
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 ACCELERATE = "accelerate.hooks"  # imported where a module has its wrapper
@@ -65,6 +64,25 @@ def offloads(module: nn.Module) -> bool:
     return hook is not None and any(getattr(part, "offload", False) for part in _parts(hook))
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Returns whether all that a call of the module runs besides its forward is to load its tensors and drop them, so
+    that ``loaded`` can do it."""
+    return offloads(module) and is_wrapped(module) and _only_aligns(module, and_offloads=True)
+
+
+@contextmanager
+def loaded(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Loads the tensors of offloaded modules, as accelerate does around their forwards. In the context the modules have
+    no wrapper. Where gradients are enabled, backward keeps what it needs."""
+    with ExitStack() as stack:
+        for module in modules:
+            state = module.__dict__
+            state[HOOK].pre_forward(module)
+            stack.callback(state[HOOK].post_forward, module, None)
+            stack.callback(state.__setitem__, FORWARD, state.pop(FORWARD))
+        yield
+
+
 def carry_hook(source: nn.Module, target: nn.Module) -> None:
     """Gives the target the source's hook of accelerate if that only moves the input. The hook is not initialised again:
     the target's tensors are on the source's device already, and the hook's table of tied weights has addresses of
@@ -106,16 +124,6 @@ def stored_tensor(module: nn.Module, name: str, writable: bool = False) -> Tenso
     return tensor
 
 
-def with_parameters(module: nn.Module) -> AbstractContextManager:
-    """Returns a context in which a module that accelerate has offloaded has its parameters, on the CPU."""
-    hook = module.__dict__.get(HOOK)
-    if not getattr(hook, "offload", False):
-        return nullcontext()
-    from accelerate.utils import align_module_device
-
-    return align_module_device(module, torch.device("cpu"))
-
-
 def _wrap(module: nn.Module, wrapper: Callable, hook: Any) -> None:
     """Does what accelerate's add_hook_to_module does, without initialising the hook."""
     state = module.__dict__  # nn.Module.__setattr__ has nothing to register
@@ -124,11 +132,12 @@ def _wrap(module: nn.Module, wrapper: Callable, hook: Any) -> None:
     state[FORWARD] = update_wrapper(partial(wrapper, module), forward)
 
 
-def _only_aligns(module: nn.Module) -> bool:
+def _only_aligns(module: nn.Module, and_offloads: bool = False) -> bool:
     """Returns whether all hooks of a wrapped module only move the input to the module's device, and perhaps the output
-    to the input's."""
+    to the input's; with ``and_offloads``, also those that offload its tensors."""
     hook, aligning = module.__dict__[HOOK], sys.modules[ACCELERATE].AlignDevicesHook
-    return not hook.no_grad and all(type(part) is aligning and not part.offload for part in _parts(hook))
+    offloading = (False, and_offloads)
+    return not hook.no_grad and all(type(part) is aligning and part.offload in offloading for part in _parts(hook))
 
 
 def _parts(hook: Any) -> tuple:

@@ -141,7 +141,7 @@ def _unfusable(layer: PeftLayer) -> str | None:
     """Returns why a PEFT layer in its present state cannot run fused with any of its adapters, or None if it can."""
     from peft.tuners import lora
 
-    from ..layers.fused_peft import fused_arguments
+    from ..layers.fused_peft import HOOKED, fused_arguments, offloaded_modules
 
     if (parameter := getattr(layer, "parameter_name", None)) is not None:  # of target_parameters
         experts = expert_count(layer)
@@ -154,8 +154,12 @@ def _unfusable(layer: PeftLayer) -> str | None:
         return "its forward was replaced"
     if layer.base_layer.weight.dtype not in checks.FLOATS:
         return f"weight of dtype {layer.base_layer.weight.dtype}"
-    calls = [fused_arguments(layer, adapter) for adapter in layer.lora_A]
-    reasons = [call for call in calls if isinstance(call, str)]
+    calls = {adapter: fused_arguments(layer, adapter) for adapter in layer.lora_A}
+    reasons = [
+        call
+        for adapter, call in calls.items()
+        if isinstance(call, str) and not (call == HOOKED and offloaded_modules(layer, adapter))
+    ]
     if len(reasons) < len(calls):
         return None
     return reasons[0] if reasons else "no adapter"

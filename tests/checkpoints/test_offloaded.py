@@ -99,7 +99,7 @@ def test_model_offloaded_to_the_disk_refuses_an_adapter(kind, tmp_path):
     torch.testing.assert_close(model(X), want)
 
 
-@pytest.mark.parametrize("kind", ["peft", "fused"])
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_offloaded_buffers_do_not_matter(kind, tmp_path):
     model = filled(kind, seed=1)

@@ -272,6 +272,7 @@ def test_dispatched_model_compiles():
 
 
 def test_model_loaded_with_a_device_map_runs_fused_but_for_offloaded_layers(tmp_path):
+    """PEFT creates their adapters on the meta device."""
     llama().save_pretrained(tmp_path / "model")
     device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     device_map |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
@@ -295,13 +296,18 @@ def test_model_loaded_with_a_device_map_runs_fused_but_for_offloaded_layers(tmp_
     assert all(p.grad is not None for p in injected.parameters() if p.requires_grad)
 
 
-def test_fused_layers_that_are_offloaded_later_run_pefts_forward():
-    model, plain = peft_llama(targets=["q_proj"]), peft_llama(targets=["q_proj"])
+def test_fused_layers_that_are_offloaded_later_keep_their_bits():
+    model = peft_llama(targets=["q_proj"])
     lf.fuse_(model)
-    accelerate.cpu_offload(model, execution_device=CPU)
     with torch.no_grad():
-        assert torch.equal(model(batch()).logits, plain(batch()).logits)
-    assert all(REASON in reason for reason in reasons(model))
+        expected = model(batch()).logits
+        accelerate.cpu_offload(model, execution_device=CPU)
+        for _ in range(2):
+            assert torch.equal(model(batch()).logits, expected)
+    assert reasons(model) == {None} and all(p.is_meta for p in model.parameters())
+    with pytest.raises(lf.ArgumentError):
+        model.base_model.model.model.layers[0].self_attn.q_proj(torch.ones(3, 3))
+    assert all(p.is_meta for p in model.parameters())
 
 
 # hooks that are a reason
@@ -317,11 +323,13 @@ def without_gradient():
     return hook
 
 
-REASONS = {
+OFFLOADING = {
     "offloading": lambda: hooks.AlignDevicesHook(CPU, offload=True),
     "offloading, in a sequence": lambda: hooks.SequentialHook(
         hooks.AlignDevicesHook(CPU), hooks.AlignDevicesHook(CPU, offload=True)
     ),
+}
+REASONS = {
     "offloading until the next model": lambda: hooks.CpuOffload(CPU),
     "casting": lambda: hooks.LayerwiseCastingHook(torch.float32, torch.float32, non_blocking=False),
     "subclass": lambda: OtherAlignment(CPU),
@@ -341,14 +349,18 @@ def hook_other_forward(module):
     hooks.add_hook_to_module(module, hooks.AlignDevicesHook(CPU))
 
 
-CHANGES = {name: lambda module, make=make: hooks.add_hook_to_module(module, make()) for name, make in REASONS.items()}
+def adding(hooks_):
+    return {name: lambda module, make=make: hooks.add_hook_to_module(module, make()) for name, make in hooks_.items()}
+
+
+CHANGES = adding(REASONS)
 CHANGES |= {"forward replaced afterwards": wrap_again, "forward replaced before": hook_other_forward}
 
 
-@pytest.mark.parametrize("case", CHANGES)
+@pytest.mark.parametrize("case", [*CHANGES, *OFFLOADING])
 def test_inject_leaves_a_layer_whose_hook_does_more_than_align(case):
     model = net()
-    CHANGES[case](model[0])
+    (CHANGES | adding(OFFLOADING))[case](model[0])
     report = lf.inject_(model, lf.LoRAConfig(r=4))
     assert list(report.changed) == ["2"] and REASON in report.left["0"]
 
@@ -365,6 +377,21 @@ def test_hook_that_does_more_than_align_is_a_reason_for_pefts_forward(case, inne
     assert REASON in lf.fuse_(hooked).left[f"{INNER}0"]
     assert torch.equal(fused(x), hooked(x))
     assert REASON in fused.base_model.model[0].fallback_reason
+
+
+@pytest.mark.parametrize("inner", ["base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default"])
+@pytest.mark.parametrize("case", OFFLOADING)
+def test_offloaded_part_of_a_fused_layer_is_loaded_for_its_call(case, inner):
+    plain, fused, late, x = peft_net(), peft_net(), peft_net(), torch.randn(3, 16)
+    lf.fuse_(fused)
+    for model in (fused, late):
+        adding(OFFLOADING)[case](model.base_model.model[0].get_submodule(inner))
+    assert len(lf.fuse_(late).changed) == 2
+    for model in (fused, late):
+        torch.testing.assert_close(model(x), plain(x))
+        assert model.base_model.model[0].fallback_reason is None
+        if inner == "base_layer":  # an offloaded adapter gets no gradient: the loaded copy has it, as in PEFT
+            torch.testing.assert_close(outcome(model, x), outcome(plain, x))
 
 
 def test_sequence_of_aligning_hooks_is_no_reason():

@@ -351,6 +351,16 @@ def test_a_merged_model_that_is_offloaded_afterwards_is_a_named_error():
         model(torch.randn(3, 24))
 
 
+def test_taking_one_of_two_adapters_out_under_inference_mode_leaves_a_weight_for_backward():
+    _, layers, _ = two_layers_of_ours()
+    layers[0].merge(), layers[1].merge()
+    with torch.inference_mode():
+        layers[0].unmerge()
+    x = torch.randn(3, 24, requires_grad=True)
+    layers[1](x).sum().backward()
+    assert x.grad is not None
+
+
 def test_pickled_layers_merge_after_a_round_trip():
     model, _, _ = injected_linear()
     before = copy.deepcopy(model.state_dict())
