@@ -274,13 +274,14 @@ class AdapterLinear(Fallback, nn.Module):
         """Returns an ``nn.Linear``, or a Conv1D, with this layer's parameters themselves, its mode and its hooks of
         accelerate. If this layer is merged, it forgets the original weight."""
         linear: Any
-        with torch.device("meta"):  # allocates nothing
-            if self.fan_in_fan_out:
-                from transformers.pytorch_utils import Conv1D
+        if self.fan_in_fan_out:
+            from transformers.pytorch_utils import Conv1D
 
+            with torch.device("meta"):  # where it allocates nothing
                 linear = Conv1D(self.out_features, self.in_features)
-            else:
-                linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, dtype=self.weight.dtype)
+        else:
+            place: dict[str, Any] = {"device": "meta", "dtype": self.weight.dtype}
+            linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, **place)
         linear.weight, linear.bias = self.weight, self.bias
         self._merged.forget()
         if merge_log.is_changed(self):
