@@ -15,7 +15,7 @@ from .batches import group_settings, pairs, partition, saved_state
 from .batches.batch import MOMENTS, NO_STATE, Batch, PairInGroups, Shapes
 from .batches.group_settings import NUMBERS, SETTINGS
 from .batches.pairs import Pair
-from .batches.trained import trained_parameters
+from .batches.trained import trained_parameters, warn_of_adapters_without_effect
 from .batches.unpaired import UnpairedParameters
 from .layers.sing_lora import count_steps_
 from .methods import LoRAPlus, compose
@@ -109,6 +109,7 @@ class LoRAAdamW(torch.optim.Optimizer):
         others: list[tuple[str, Tensor]] = []
         if isinstance(model, nn.Module):
             adapters, others = trained_parameters(model, as_pairs=bool(self._methods))
+            warn_of_adapters_without_effect(model)
         elif not (adapters := pairs.make_pairs(model)):
             raise checks.ArgumentError("model", "a torch.nn.Module or at least one pair", "none")
         groups: list[dict[str, Any]] = [{"params": params} for params in (adapters, others) if params]

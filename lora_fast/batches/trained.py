@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import Tensor, nn
 
 from .. import checks
 from ..layers.base import AdapterLinear
 from ..layers.find import AdapterLayer, adapter_layers, bare_name
+from ..surgery.weight_reads import weight_reads
 from .pairs import Pair, find_pairs
 
 Named = tuple[str, Tensor]
@@ -44,6 +47,15 @@ def trained_parameters(model: nn.Module, as_pairs: bool) -> tuple[list[Pair] | l
     if as_pairs or all(pair.is_whole for pair in pairs):
         return pairs, others
     return [(name, p) for name, p in factors if id(p) in trained], others
+
+
+def warn_of_adapters_without_effect(model: nn.Module) -> None:
+    """Warns of trained adapters whose layer's weight the model reads without calling the layer. ``inject_`` and
+    ``fuse_`` leave such layers, but a trainer may have replaced a forward since then (``use_liger_kernel``)."""
+    reads = weight_reads(model)
+    layers = {name: layer for name, layer in adapter_layers(model).items() if layer in reads and _is_trained(layer)}
+    for name, layer in layers.items():
+        warnings.warn(f"the adapter of {name} may have no effect: {reads[layer]}", stacklevel=3)
 
 
 def _is_trained(layer: AdapterLayer) -> bool:

@@ -2,6 +2,7 @@
 
 import re
 import types
+import warnings
 
 import peft
 import pytest
@@ -121,6 +122,19 @@ def test_head_under_a_fused_loss_is_left(where, monkeypatch):
     assert "fused_loss_forward reads its weight" in report.left["lm_head"] and len(report.changed) == 2
     monkeypatch.undo()
     assert "lm_head" in lf.inject_(llama(), config).changed
+
+
+def test_optimizer_warns_of_an_adapter_that_a_later_patch_reads():
+    model = llama()
+    lf.inject_(model, lf.LoRAConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    with warnings.catch_warnings(action="error"):
+        lf.optim.LoRAAdamW(model)
+    model.forward = types.MethodType(fused_loss_forward, model)
+    with pytest.warns(
+        UserWarning, match="the adapter of lm_head may have no effect: .*fused_loss_forward reads"
+    ) as told:
+        lf.optim.LoRAAdamW(model)
+    assert len(told) == 1
 
 
 def test_fuse_leaves_layers_whose_weight_is_read():
