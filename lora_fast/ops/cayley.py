@@ -84,8 +84,9 @@ def compute(free: Free) -> Values:
 
 
 def attach(free: Free, values: Values) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns a and b of ``values``, connected to the parameters by an autograd node."""
-    if not torch.is_grad_enabled() or not any(x.requires_grad for x in free.tensors):
+    """Returns a and b of ``values``, connected to the parameters by an autograd node. To torch, parameters made under
+    inference_mode are constants."""
+    if not torch.is_grad_enabled() or not any(x.requires_grad and not x.is_inference() for x in free.tensors):
         return values.a, values.b
     results = CayleyFunction.apply(free, values, *free.tensors)
     n = len(free.a)

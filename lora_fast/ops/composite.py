@@ -1,5 +1,6 @@
 """The layer and the Cayley transform as plain differentiable torch ops, for calls that the ops with their own backward
-cannot serve: tensors that are no plain ones, transforms of functions, traces, and second derivatives.
+cannot serve: tensors that are no plain ones or were made under inference_mode, transforms of functions, traces, and
+second derivatives.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .reference.linear import keep_scale
 PLAIN = frozenset((Tensor, Parameter))  # neither a subclass (jagged, DTensor, fake, masked, …) nor a quantised weight
 FUNCTORCH = "torch.func transform (vmap, grad, jvp, …)"
 JIT_TRACE = "torch.jit.trace"
+INFERENCE = "weights made under torch.inference_mode"  # the op would save them, also where plain ops need not
 _STRIDED = torch.strided
 # Looked up once, because attribute accesses cost host time in every layer's call.
 _traced, _exported, _functorch, _jit_trace, _modes, _mode = (
@@ -28,6 +30,7 @@ _traced, _exported, _functorch, _jit_trace, _modes, _mode = (
     torch._C._len_torch_dispatch_stack,
     torch._C._get_dispatch_mode,
 )
+_grad = torch.is_grad_enabled
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _TRACING = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
@@ -43,6 +46,8 @@ def reason(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | N
         return "nested x" if x.is_nested else "x on the meta device" if x.is_meta else f"x of layout {x.layout}"
     if _functorch() or forward_ad._current_level >= 0 or _jit_trace() or _modes() > 0:
         return transform()
+    if (weight.is_inference() or lora_A.is_inference() or lora_B.is_inference()) and _grad():
+        return INFERENCE
     return None
 
 

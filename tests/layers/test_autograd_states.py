@@ -191,6 +191,27 @@ def states(model, x):
 
     yield "model from inside, trained", trained_inside
 
+    def forward_with_gradients():
+        with torch.inference_mode():
+            inner = copy.deepcopy(model)
+        y = inner(x)
+        return [y, torch.tensor(y.requires_grad)]
+
+    yield "model from inside, gradients enabled", forward_with_gradients
+
+    def base_made_inside():
+        inner = copy.deepcopy(model)
+        with torch.inference_mode():
+            for module in inner.modules():
+                frozen = {name: p.clone() for name, p in module._parameters.items() if p is not None}
+                frozen = {name: p for name, p in frozen.items() if not module._parameters[name].requires_grad}
+                module._parameters.update({name: torch.nn.Parameter(p, False) for name, p in frozen.items()})
+        first = next(module for module in inner.modules() if hasattr(module, "lora_A"))  # its input has no gradient
+        first(x).sum().backward()
+        return [p.grad for p in inner.parameters() if p.grad is not None]
+
+    yield "base from inside, input without gradient", base_made_inside
+
 
 @EACH_KIND_AND_BACKEND
 def test_inference_mode_is_as_for_plain_layers(kind, backend):
