@@ -12,7 +12,7 @@ from ..checks import CheckpointError
 from ..surgery import targets
 
 CONFIG = "adapter_config.json"
-DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none", "target_modules": None}  # PEFT's
+DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": None}  # PEFT's
 PLAIN_INITS = (True, False, None, "true", "gaussian", "eva", "orthogonal", "mica")  # the others change the base weights
 BEYOND_LINEAR = (  # settings under which the file is more than one plain adapter per linear layer
     "lora_bias",
@@ -68,7 +68,7 @@ def settings(config: Mapping, name: str) -> dict:
     try:
         return {
             "r": checks.count(rank, "r"),
-            "alpha": checks.finite(alpha, "lora_alpha"),
+            "alpha": checks.finite(int(alpha) if isinstance(alpha, bool) else alpha, "lora_alpha"),  # PEFT divides it
             "dropout": checks.probability(config["lora_dropout"], "lora_dropout"),
             "use_rslora": bool(config.get("use_rslora")),
         }
@@ -114,12 +114,11 @@ def is_target(config: Mapping, name: str) -> bool:
 
 def require_plain(config: Mapping) -> None:
     """Raises CheckpointError unless each adapter of the config is scaling · b a on an unchanged linear layer, which is
-    what a layer of this package computes."""
+    what a layer of this package computes. A setting of ``bias`` is no obstacle: trained biases have keys in the file,
+    and a model such as Llama has none."""
     for name, value in config.items():
         if value and (name in BEYOND_LINEAR or _is_variant(name)):
             raise CheckpointError(name, "unset: only a PEFT model loads more than plain LoRA", checks.shown(value))
-    if config["bias"] != "none":
-        raise CheckpointError("bias", "'none': only a PEFT model trains biases", checks.shown(config["bias"]))
     if not _leaves_base(config):
         expected = "an initialisation that leaves the base weights as they are, or its adapter converted by PEFT's "
         expected += "save_pretrained(path_initial_model_for_weight_conversion=…)"
@@ -130,7 +129,7 @@ def require_same_kind(config: Mapping, in_model: Mapping) -> None:
     """Raises CheckpointError unless a PEFT model's own config makes the same kind of adapter as the file's config, as
     far as the names and shapes of the tensors do not show it."""
     for name in sorted({*config, *in_model}):
-        if name in BEYOND_LINEAR or _is_variant(name) or name == "bias":
+        if name in BEYOND_LINEAR or _is_variant(name):
             ours, theirs = in_model.get(name) or None, config.get(name) or None
             if ours != theirs:
                 expected = f"{checks.shown(ours)}, as in the model's config"

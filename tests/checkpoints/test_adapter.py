@@ -358,7 +358,6 @@ BAD = {
     "config-not-utf8": (write_bytes(CONFIG, b"\xff\xfe{"), [CONFIG, "a JSON object"]),
     "config-a-list": (write_bytes(CONFIG, b"[]"), [CONFIG, "list"]),
     "not-lora": (edit_config(peft_type="IA3"), ["peft_type", "LORA", "IA3"]),
-    "bias": (edit_config(bias="lora_only"), ["bias", "none", "lora_only"]),
     "dora": (edit_config(use_dora=True), ["use_dora"]),
     "lora-bias": (edit_config(lora_bias=True), ["lora_bias"]),
     "modules-to-save": (edit_config(modules_to_save=["lm_head"]), ["lm_head", "modules_to_save"]),

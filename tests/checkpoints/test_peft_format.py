@@ -54,6 +54,7 @@ READ = {
     "init-none": {"config": {"init_lora_weights": None}},
     "empty-settings": {"config": {"modules_to_save": [], "layers_to_transform": [], "exclude_modules": []}},
     "nulls": {"config": {"use_rslora": None, "use_dora": None, "lora_bias": None}},
+    "biases-of-none": {"config": {"bias": "lora_only"}},  # as of a model whose layers have no bias
     "alpha-a-float": {"config": {"lora_alpha": 8.0}},
     "other-layout": {"config": {"fan_in_fan_out": True}},
     "half": {"tensors": lambda tensors: {key: tensor.half() for key, tensor in tensors.items()}},
@@ -77,6 +78,14 @@ def test_what_peft_reads_is_read(case, kind, base, folder):
     torch.testing.assert_close(model.eval()(x), want)
 
 
+def test_alpha_may_be_true(base, folder):
+    x = torch.randn(3, 16)
+    rewrite(folder, config={"lora_alpha": True})
+    want = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()(x)
+    lf.load_adapter(base, folder)
+    torch.testing.assert_close(base.eval()(x), want)
+
+
 def test_plain_model_takes_a_file_without_targets(base, folder):
     """PEFT has a list of targets for each of transformers' models. The file's own layers are as good."""
     rewrite(folder, without=["target_modules"])
@@ -90,7 +99,7 @@ REFUSED = {
     ),
     "both-names": ({"tensors": lambda t: t | with_adapter_name(t)}, "once with the adapter's name, once without"),
     "rank-a-word": ({"config": {"r": "8"}}, f"r in {CONFIG}: .* got '8'"),
-    "alpha-true": ({"config": {"lora_alpha": True}}, f"lora_alpha in {CONFIG}: .* got True"),
+    "alpha-a-word": ({"config": {"lora_alpha": "8"}}, f"lora_alpha in {CONFIG}: .* got '8'"),
     "modules-a-name": ({"config": {"modules_to_save": "2"}}, f"modules_to_save in {CONFIG}: expected a list"),
     "long-value": ({"config": {"use_new": "x" * 9999}}, "use_new: expected unset"),
 }
