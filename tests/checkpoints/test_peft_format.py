@@ -82,8 +82,9 @@ def test_alpha_may_be_true(base, folder):
     x = torch.randn(3, 16)
     rewrite(folder, config={"lora_alpha": True})
     want = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()(x)
-    lf.load_adapter(base, folder)
-    torch.testing.assert_close(base.eval()(x), want)
+    model = copy.deepcopy(base)
+    lf.load_adapter(model, folder)
+    torch.testing.assert_close(model.eval()(x), want)
 
 
 def test_plain_model_takes_a_file_without_targets(base, folder):
