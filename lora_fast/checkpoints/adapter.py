@@ -77,7 +77,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = Fal
             calls ``load_adapter`` instead of ``super()``'s.
 
     Returns:
-        The layers and modules saved; the note of the report describes the changed weights.
+        The layers and modules saved; the note of the report describes the changed weights. Further names of a layer
+        that the model holds several times are left: PEFT, which reads the files, puts an adapter under the first alone.
 
     Raises:
         CheckpointError: no adapter; more than one active adapter; adapters without data (meta device) or sharded; a
@@ -85,9 +86,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = Fal
             weight that the adapter has no layer on, that PEFT has merged, or that is one parameter of many experts; a
             scale that is not finite; a path that cannot be written. What was in the folder is then unchanged.
     """
-    names, contents, changes = _collect(_unwrap(model), exact)
+    model = _unwrap(model)
+    names, contents, changes = _collect(model, exact)
     folder.write(path, contents)
-    return Report("saved", dict.fromkeys(names, os.fspath(path)), note=base_weights.note(changes, "saved"))
+    saved, note = dict.fromkeys(names, os.fspath(path)), base_weights.note(changes, "saved")
+    return Report("saved", saved, _other_names(model), note)
 
 
 def check_savable(model: nn.Module, merges: bool) -> None:
@@ -165,6 +168,17 @@ def _our_layers(model: nn.Module) -> dict[str, AdapterLinear]:
         expected = "a module that contains adapter layers (their names become the keys)"
         raise CheckpointError("model", expected, f"a single {type(model).__name__}")
     return {key_name(name): module for name, module in model.named_modules() if isinstance(module, ADAPTER_LAYERS)}
+
+
+def _other_names(model: nn.Module) -> dict[str, str]:
+    """Returns the further names of layers of ours that the model holds several times → the reason for the report."""
+    first = {id(layer): name for name, layer in model.named_modules() if isinstance(layer, ADAPTER_LAYERS)}
+    names = {name: first.get(id(module)) for name, module in model.named_modules(remove_duplicate=False)}
+    return {
+        name: f"{known} under another name, where PEFT will put no adapter"
+        for name, known in names.items()
+        if known not in (None, name)
+    }
 
 
 def _active_layers(model: nn.Module) -> tuple[str, dict[str, PeftLayer]]:

@@ -501,3 +501,19 @@ def test_adapter_files_keep_the_name_of_a_child_called_module(tmp_path):
     assert torch.allclose(theirs(x), model(x), atol=1e-6)
     lf.load_adapter(plain := WithModule(), tmp_path)
     assert torch.equal(plain.module["q_proj"].lora_B, model.module["q_proj"].lora_B)
+
+
+def test_further_names_of_a_layer_are_reported(tmp_path):
+    """PEFT replaces the module under its first name alone."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model.register_module("again", model[1])
+    plain = copy.deepcopy(model)
+    lf.inject_(model, lf.LoRAConfig(r=2))
+    nn.init.normal_(model[1].lora_B)
+    report = lf.save_adapter(model, tmp_path)
+    assert report.changed.keys() == {"0", "1"}
+    assert report.left == {"again": "1 under another name, where PEFT will put no adapter"}
+    loaded = copy.deepcopy(plain)
+    lf.load_adapter(loaded, tmp_path)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(loaded(x), model(x))
