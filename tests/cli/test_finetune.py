@@ -33,12 +33,12 @@ from finetune_runs import (
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from lora_fast import functional
 from lora_fast.cli import app
 from lora_fast.cli.finetune import report, training
 from lora_fast.cli.finetune.record import Record
 from lora_fast.cli.inputs.settings import Settings
 from lora_fast.cli.output import run_folder
+from lora_fast.layers import fused_peft
 from lora_fast.measure import machine, memory
 
 
@@ -163,13 +163,13 @@ def test_ctrl_c_ends_a_process_with_exit_code_130(place):
 
 @pytest.mark.parametrize(("engine", "calls"), [("fused", True), ("eager", False)])
 def test_fused_op_is_called_by_the_fused_engine_only(place, tmp_path, monkeypatch, engine, calls):
-    called, lora_linear = [], functional.lora_linear
+    called, run_op = [], fused_peft.run_op
 
-    def lora_linear_and_count(*arguments):
+    def run_op_and_count(*arguments):
         called.append(1)
-        return lora_linear(*arguments)
+        return run_op(*arguments)
 
-    monkeypatch.setattr(functional, "lora_linear", lora_linear_and_count)
+    monkeypatch.setattr(fused_peft, "run_op", run_op_and_count)
     assert invoke(place, "--output", tmp_path / "out", "--steps", 1, "--engine", engine).exit_code == 0
     assert bool(called) is calls
     assert list(metrics(tmp_path / "out")["runs"]) == [engine]
