@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 import warnings
 import weakref
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import safetensors.torch
@@ -100,21 +102,47 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike, *args, **kwar
 def plain_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the state_dict of the plain model that a model with merged layers of ours equals."""
     layers = {bare_name(name): x for name, x in model.named_modules() if isinstance(x, ADAPTER_LAYERS)}
-    own = {f"{name}.{role}" for name, layer in layers.items() for role in (*layer.TRAINABLE, *layer.SAVED_STATE)}
+    adapters = {f"{name}.{role}" for name, layer in layers.items() for role in (*layer.TRAINABLE, *layer.SAVED_STATE)}
     merged = {f"{name}.weight": layer.weight.detach() for name, layer in layers.items()}
-    return {key: merged.get(key, tensor) for key, tensor in state.items() if key not in own}
+    return {key: merged.get(key, tensor) for key, tensor in state.items() if key not in adapters}
 
 
 def hook_(model: nn.Module) -> None:
     """Gives every module that has ``save_pretrained`` and contains layers of ours the function above, as an
-    attribute of the instance, which deepcopy and pickle keep. Where no layer of ours is left, it is removed."""
+    attribute of the instance, which deepcopy and pickle keep, and the model the hook below. Where no layer of ours is
+    left, both are removed."""
+    hooks = model._state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is warn_of_outer_model]:
+        del hooks[key]
+    if _has_layers(model):
+        model.register_state_dict_pre_hook(warn_of_outer_model)
     for module in model.modules():
         if not callable(getattr(type(module), SAVE, None)):
             continue
         if isinstance(module.__dict__.get(SAVE), SaveHook):
             del module.__dict__[SAVE]
-        if SAVE not in module.__dict__ and any(isinstance(inner, ADAPTER_LAYERS) for inner in module.modules()):
+        if SAVE not in module.__dict__ and _has_layers(module):
             module.__dict__[SAVE] = SaveHook(module)
+
+
+def warn_of_outer_model(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Warns when a model around this one, which ``inject_`` does not know, runs its class's ``save_pretrained``. That
+    writes the adapters under keys that ``from_pretrained`` ignores. A hook of ``state_dict``, which it calls."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        outer = frame.f_locals.get("self") if frame.f_code.co_name == SAVE else None
+        if isinstance(outer, nn.Module) and not isinstance(outer.__dict__.get(SAVE), SaveHook):
+            text = (
+                f"from_pretrained will not read the adapters from what {type(outer).__name__}.save_pretrained writes, "
+            )
+            text += "because lf.inject_ got a module inside of that model: lf.save_adapter writes them"
+            warnings.warn(f"lora_fast: {text}", stacklevel=2)
+            return
+        frame = frame.f_back
+
+
+def _has_layers(model: nn.Module) -> bool:
+    return any(isinstance(module, ADAPTER_LAYERS) for module in model.modules())
 
 
 def _write_trained(model: nn.Module, folder: str | os.PathLike, state: dict[str, Tensor]) -> None:

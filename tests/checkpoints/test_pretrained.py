@@ -3,6 +3,7 @@
 import copy
 import gc
 import os
+import warnings
 import weakref
 
 import peft
@@ -113,6 +114,19 @@ def test_inner_models_and_wrappers_save_adapters(tmp_path):
     assert not (tmp_path / "no").exists()
     with pytest.raises(lf.ArgumentError, match="push_to_hub"):
         model.save_pretrained(tmp_path / "no", push_to_hub=True)
+
+
+@pytest.mark.parametrize("inner", ["model", "model.layers"])
+def test_outer_model_warns_that_its_file_loses_the_adapters(inner, tmp_path):
+    model = llama(layers=1)
+    lf.inject_(model.get_submodule(inner), lf.LoRAConfig(r=2))
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM\.save_pretrained writes, .* lf\.save_adapter writes them"):
+        copy.deepcopy(model).save_pretrained(tmp_path / "whole")
+    with warnings.catch_warnings(action="error"):
+        model.state_dict()
+        lf.save_adapter(model, tmp_path / "adapter")
+        lf.unload_(model.get_submodule(inner))
+        model.save_pretrained(tmp_path / "plain")
 
 
 def test_unloading_and_other_classes_leave_the_own_method(tmp_path):
