@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -54,6 +55,16 @@ def peft_layers(model: nn.Module) -> dict[str, PeftLayer]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def holders_of(model: nn.Module, modules: Container[nn.Module]) -> dict[Any, list[tuple[nn.Module, str]]]:
+    """Returns each of the modules → the modules of the model that hold it, each with its name there."""
+    holders: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for key, child in parent._modules.items():  # named_children() would skip a module that is held twice
+            if child is not None and child in modules:
+                holders.setdefault(child, []).append((parent, key))
+    return holders
 
 
 def expert_count(layer: PeftLayer) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import checks
 from ..layers.base import AdapterLinear
-from ..layers.find import ADAPTER_LAYERS, peft_layers
+from ..layers.find import ADAPTER_LAYERS, holders_of, peft_layers
 from ..layers.nb_lora import NBLoRALinear, share_factors_
 from . import targets
 from .change_report import Report
@@ -161,10 +161,9 @@ def place_(model: nn.Module, layers: dict[nn.Linear, AdapterLinear]) -> None:
     adapters."""
     if not layers:
         return
-    for parent in list(model.modules()):
-        for key, child in list(parent._modules.items()):  # named_children() would skip a module that is held twice
-            if child in layers:
-                setattr(parent, key, layers[child])
+    for linear, holders in holders_of(model, layers).items():
+        for parent, key in holders:
+            setattr(parent, key, layers[linear])
     placed = [module for module in model.modules() if isinstance(module, ADAPTER_LAYERS)]
     trained = {id(getattr(layer, name)) for layer in placed for name in layer.TRAINABLE}
     for parameter in model.parameters():

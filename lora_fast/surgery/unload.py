@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from .. import checks
-from ..layers.find import ADAPTER_LAYERS, AdapterLayer, peft_layers
+from ..layers.find import ADAPTER_LAYERS, AdapterLayer, holders_of, peft_layers
 from ..layers.hooks import is_hooked
 from ..layers.nb_lora import unshare_factors_
 from .change_report import Report
@@ -56,7 +56,7 @@ def unload_(model: nn.Module, *, merge: bool = True, allow_empty: bool = False) 
         expected = "layers that can all be merged and replaced" if merge else "layers that can all be replaced"
         raise checks.ArgumentError("model", expected, report.reasons())
     report.require_change("model", "at least one adapter layer to replace", allow_empty)
-    places = _places(model)
+    holders = holders_of(model, set(layers.values()))
     notes = {}
     for name, layer in layers.items():
         if merge:
@@ -65,7 +65,7 @@ def unload_(model: nn.Module, *, merge: bool = True, allow_empty: bool = False) 
         else:
             layer.unmerge()
         linear = layer.to_linear()
-        for parent, key in places[layer]:
+        for parent, key in holders[layer]:
             setattr(parent, key, linear)
     unshare_factors_(model)
     for function in AFTER_UNLOADING:
@@ -83,13 +83,3 @@ def _unreplaceable(layer: AdapterLayer, merge: bool, owners: dict[int, list[str]
     if layer.merged:
         return layer.not_unmergeable()
     return (layer.unmergeable() or tied(layer, owners)) if merge else None
-
-
-def _places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
-    """Returns each layer of ours → its parents and the names under which they hold it."""
-    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for key, child in parent._modules.items():  # named_children() would skip a module that is held twice
-            if isinstance(child, ADAPTER_LAYERS):
-                places.setdefault(child, []).append((parent, key))
-    return places
