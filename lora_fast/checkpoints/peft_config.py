@@ -157,10 +157,10 @@ def set_scalings_(config: dict, scalings: Mapping[str, float]) -> None:
     Args:
         scalings: name that the patterns are matched with → scaling.
     """
-    own = {name: settings(config, name) for name in scalings}
-    if not all(math.isclose(scaling(own[name]), scalings[name], rel_tol=1e-12) for name in own):
-        alphas = {name: alpha_of(scalings[name], own[name]["r"], own[name]["use_rslora"]) for name in own}
-        set_ranks(config, {name: own[name]["r"] for name in own}, alphas)
+    layers = {name: settings(config, name) for name in scalings}
+    if not all(math.isclose(scaling(layers[name]), scalings[name], rel_tol=1e-12) for name in layers):
+        alphas = {name: alpha_of(scalings[name], layers[name]["r"], layers[name]["use_rslora"]) for name in layers}
+        set_ranks(config, {name: layers[name]["r"] for name in layers}, alphas)
 
 
 def alpha_of(scaling: float, r: int, use_rslora: bool, nominal: float = math.nan) -> float:

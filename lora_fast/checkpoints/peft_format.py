@@ -86,8 +86,8 @@ class Adapter:
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns all tensors but those of changed weights, by their keys without the prefix."""
-        found = {f"{name}.lora_{'AB'[i]}.weight": pair[i] for name, pair in self.pairs.items() for i in range(2)}
-        return found | {f"{name}.base_layer.weight": weight for name, weight in self.base_weights.items()} | self.others
+        pairs = {f"{name}.lora_{'AB'[i]}.weight": pair[i] for name, pair in self.pairs.items() for i in range(2)}
+        return pairs | {f"{name}.base_layer.weight": weight for name, weight in self.base_weights.items()} | self.others
 
     def targets(self, name: str) -> bool:
         """Returns whether the file's adapter belongs on a module of this name."""
@@ -260,8 +260,8 @@ def _check_rank(adapter: Adapter, name: str, a: Tensor, b: Tensor, mark: dict | 
     """Returns the rank of a layer's adapter; raises CheckpointError if the tensors have another one. Those of experts
     contain more than one product."""
     if mark:
-        own = adapter.config | mark | {"rank_pattern": {}, "alpha_pattern": {}}
-        adapter._own_settings[name] = peft_config.settings(own, name)
+        marked = adapter.config | mark | {"rank_pattern": {}, "alpha_pattern": {}}
+        adapter._own_settings[name] = peft_config.settings(marked, name)
     r, rank = adapter.settings(name)["r"], peft_config.settings(adapter.config, name)["r"]
     for factor, tensor, dim in (("lora_A", a, 0), ("lora_B", b, 1)):
         if (tensor.shape[dim] != rank or rank < r) and not adapter.config.get("target_parameters"):

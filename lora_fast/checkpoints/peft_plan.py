@@ -46,14 +46,16 @@ def plan_tensors(
         raise CheckpointError("model", "a PeftModel, or a model after add_adapter", type(model).__name__)
     peft_config.require_same_kind(adapter.config, peft_state.config_fields(model.peft_config[active]))
     check_names(layers, adapter)
-    writes, own = Plan(), peft_state.tensors(model, state, active, embeddings=False)
+    writes, of_adapter = Plan(), peft_state.tensors(model, state, active, embeddings=False)
     base = peft_state.restorable(model, state)
-    missing = sorted(own.keys() - adapter.tensors().keys())
+    missing = sorted(of_adapter.keys() - adapter.tensors().keys())
     if missing:
-        raise CheckpointError(f"key {PREFIX}{missing[0]}", f"one key for each of the adapter's {len(own)}", "missing")
+        raise CheckpointError(
+            f"key {PREFIX}{missing[0]}", f"one key for each of the adapter's {len(of_adapter)}", "missing"
+        )
     _check_whole_modules(model, adapter)
     for key, value in adapter.tensors().items():
-        tensor = own.get(key, base.get(key))
+        tensor = of_adapter.get(key, base.get(key))
         if tensor is None and key.removesuffix(".base_layer.weight") in layers:
             continue  # ``base_weights.check`` compares it with the model's
         if tensor is None:

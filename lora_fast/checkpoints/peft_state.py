@@ -26,8 +26,8 @@ def tensors(model: nn.Module, state: dict[str, Tensor], adapter: str, embeddings
     """
     from peft import get_peft_model_state_dict
 
-    found = get_peft_model_state_dict(model, state, adapter, save_embedding_layers=embeddings)
-    return {key_name(key).removeprefix(PREFIX): tensor for key, tensor in found.items()}
+    saved = get_peft_model_state_dict(model, state, adapter, save_embedding_layers=embeddings)
+    return {key_name(key).removeprefix(PREFIX): tensor for key, tensor in saved.items()}
 
 
 def state(model: nn.Module, writable: bool = False) -> dict[str, Tensor]:
@@ -90,13 +90,13 @@ def auto_mapping(model: nn.Module) -> dict[str, str]:
 def scalings(model: nn.Module, adapter: str) -> dict[str, float]:
     """Returns the scaling of each layer that has the adapter, by the name that PEFT's patterns are matched with: the
     layer's or, for a layer of ``target_parameters``, the parameter's."""
-    found = {}
+    scalings: dict[str, float] = {}
     for name, layer in peft_layers(model).items():
         scaling: Mapping = getattr(layer, "scaling", {})
         if adapter in scaling:
             short, parameter = key_name(name).removeprefix(PREFIX), getattr(layer, "parameter_name", None)
-            found[short if parameter is None else f"{_unwrapped(short)}.{parameter}"] = float(scaling[adapter])
-    return found
+            scalings[short if parameter is None else f"{_unwrapped(short)}.{parameter}"] = float(scaling[adapter])
+    return scalings
 
 
 def _unwrapped(name: str) -> str:

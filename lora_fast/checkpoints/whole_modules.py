@@ -52,14 +52,14 @@ def tensors(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
     names = [*modules, *(name for name, head in tasks.heads(model).items() if _has_adapters(head))]
     if _vocabulary_was_resized(model):
         names += tasks.embeddings(model)
-    found: dict[str, Any] = {}
+    beside: dict[str, Any] = {}
     for key, (owner, attribute) in _places(model, names).items():
         if isinstance(owner, ADAPTER_LAYERS):
             name = key.removesuffix(f".{attribute}")
-            found[f"{name}{BASE}{attribute}"] = stored_tensor(owner, attribute)
+            beside[f"{name}{BASE}{attribute}"] = stored_tensor(owner, attribute)
         else:
-            found[key] = stored_tensor(owner, attribute)
-    return found
+            beside[key] = stored_tensor(owner, attribute)
+    return beside
 
 
 def task_fields(model: nn.Module) -> dict:
@@ -135,8 +135,8 @@ def _places(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[nn.Module
 def _trained(module: nn.Module) -> list[str]:
     """Returns the names of the module's own trained parameters that are no adapter's. FSDP1's flat parameters and
     shards do not count."""
-    own = module.TRAINABLE if isinstance(module, ADAPTER_LAYERS) else ()
-    parameters = {name: p for name, p in module._parameters.items() if type(p) is nn.Parameter and name not in own}
+    adapters = module.TRAINABLE if isinstance(module, ADAPTER_LAYERS) else ()
+    parameters = {name: p for name, p in module._parameters.items() if type(p) is nn.Parameter and name not in adapters}
     return [name for name, parameter in parameters.items() if parameter.requires_grad]
 
 

@@ -77,10 +77,10 @@ class FusedLoraLinear(Fallback, ExactMerge, lora.Linear):
             if len(active) != 1:
                 return f"{len(active)} active adapters"
             active = active[0]
-        found = fused_arguments(self, active)
-        if isinstance(found, str):
-            return found
-        call, lora_bias = found
+        arguments = fused_arguments(self, active)
+        if isinstance(arguments, str):
+            return arguments
+        call, lora_bias = arguments
         weight, bias = call[0], call[1]
         # Autocast casts x, weight and bias to one dtype, except float64. Without it PEFT casts x for the adapter only.
         if x.dtype is not weight.dtype or (bias is not None and bias.dtype is not weight.dtype):

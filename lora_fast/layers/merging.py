@@ -25,7 +25,7 @@ KEEP_ORIGINALS = ("host", "device")
 
 
 class Term(NamedTuple):
-    """What an adapter adds to a matrix: scaling · b a. A vector counts as a matrix with one column."""
+    """The product that an adapter adds to a matrix: scaling · b a. A vector counts as a matrix with one column."""
 
     a: Tensor  # (r, d_in)
     b: Tensor  # (d_out, r)

@@ -37,7 +37,7 @@ NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout"}  # ours → PEFT's, f
 
 
 class Initial(NamedTuple):
-    """What PEFT's initialisation gives a layer: a (r, d_in), b (d_out, r), and the base weight where that changes."""
+    """The initial values that PEFT gives a layer: a (r, d_in), b (d_out, r), and the base weight where that changes."""
 
     a: Tensor
     b: Tensor

@@ -41,11 +41,11 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
     if task not in HEADS and not any(_is_of(model, mapping) for mapping in OTHER_CLASSIFIERS):
         return {}
     ends = HEADS.get(task or "", ())
-    found = {name: module for name, module in model.named_modules() if ends and name.endswith(ends)}
+    modules = {name: module for name, module in model.named_modules() if ends and name.endswith(ends)}
     body = getattr(model, "base_model_prefix", None)
     if body in model._modules:
-        found |= {name: child for name, child in model.named_children() if name != body and [*child.parameters()]}
-    return found
+        modules |= {name: child for name, child in model.named_children() if name != body and [*child.parameters()]}
+    return modules
 
 
 def _is_of(model: nn.Module, mapping: str) -> bool:
@@ -61,10 +61,10 @@ def _is_of(model: nn.Module, mapping: str) -> bool:
 
 def embeddings(model: nn.Module) -> list[str]:
     """Returns the names of a transformers model's input and output embeddings."""
-    found = []
+    modules = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
-            found.append(getattr(model, getter)())
+            modules.append(getattr(model, getter)())
         except (AttributeError, NotImplementedError):  # another kind of model, or one without a single embedding
             continue
-    return [name for name, module in model.named_modules() if any(module is embedding for embedding in found)]
+    return [name for name, module in model.named_modules() if any(module is embedding for embedding in modules)]

@@ -44,20 +44,20 @@ class Read:
 
 def weight_reads(model: nn.Module) -> dict[nn.Module, str]:
     """Returns module → which method reads its weight without calling it, for the descendants of all modules."""
-    found: dict[nn.Module, str] = {}
+    reasons: dict[nn.Module, str] = {}
     classes: dict[type[nn.Module], list[Read]] = {}
     for module in model.modules():
         kind = type(module)
         if kind not in classes:
             classes[kind] = _reads_of_class(kind)
-        own = _reads_of_function(_python_function(module.__dict__.get("forward")), 0)
-        for read in (*classes[kind], *own):
+        replaced = _reads_of_function(_python_function(module.__dict__.get("forward")), 0)
+        for read in (*classes[kind], *replaced):
             # An empty chain is a read of the module's own weight, as every layer does.
             if read.chain and all(_truth(test, module) is not (not wanted) for test, wanted in read.conditions):
                 reason = f"{kind.__name__}.{read.function} reads its weight without calling it"
                 for layer in _descendants(module, read.chain):
-                    found.setdefault(layer, reason)
-    return found
+                    reasons.setdefault(layer, reason)
+    return reasons
 
 
 def _reads_of_class(kind: type[nn.Module]) -> list[Read]:
@@ -122,7 +122,7 @@ class _Reader(ast.NodeVisitor):
     """Collects the reads of one function.
 
     Attributes:
-        reads: what was found.
+        reads: the reads of the function.
         aliases: a local name → the chains that were assigned to it, from the module's argument on.
         conditions: those of the ``if`` statements around the current node.
     """
@@ -235,5 +235,5 @@ def _descendants(module: nn.Module, chain: Chain) -> list[nn.Module]:
     layers = [module]
     for name in chain:
         children = [layer._modules for layer in layers]
-        layers = [c for own in children for key, c in own.items() if c is not None and name in ("*", key)]
+        layers = [c for named in children for key, c in named.items() if c is not None and name in ("*", key)]
     return layers
