@@ -61,7 +61,10 @@ def test_adapters_in_a_wrapper_are_found(wrap):
 def test_model_on_meta_is_taken_as_by_torch():
     model = tuned().to("meta")
     for methods in ([], [lf.methods.ILoRA()]):
-        lf.optim.LoRAAdamW(model, methods=methods).step()
+        optimizer = lf.optim.LoRAAdamW(model, methods=methods)
+        optimizer.step()
+        assert in_groups(optimizer) == trained(model)
+        assert all(p.is_meta for group in optimizer.param_groups for p in group["params"])
 
 
 def head_only():

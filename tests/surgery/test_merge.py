@@ -202,6 +202,7 @@ def test_merging_under_inference_mode_gives_weights_to_train_beside():
     lf.unload_(model)
     model.lm_head.weight.requires_grad_(True)
     model(batch()).logits.sum().backward()
+    assert model.lm_head.weight.grad.norm() > 0
 
 
 def test_failure_while_merging_keeps_what_was_merged_before(monkeypatch):
