@@ -17,6 +17,7 @@ from .kernels.limits import LARGEST_RANK
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NUMBERS = (float, int)
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))  # no subclass (DTensor, jagged, fake, …), no quantised weight
 STRIDED = torch.strided  # looked up once, because every call of a layer compares it
 PLAINLY_SHOWN = (str, torch.device)  # their str has no quotation marks and no type
 LARGEST_FLOAT = sys.float_info.max  # math.isfinite raises OverflowError for a larger int

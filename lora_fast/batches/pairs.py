@@ -16,7 +16,6 @@ from ..layers.find import PeftLayer, bare_name, expert_count, peft_layers
 from ..layers.lora import LoRALinear
 from ..surgery.merge import weight_owners
 
-PLAIN = (Tensor, nn.Parameter)  # a DTensor is a subclass
 WHOLE = "a plain tensor"
 FORM = "(lora_A, lora_B[, scaling[, weight]])"
 DEFAULTS: tuple[Any, ...] = (1.0, None)  # of scaling and weight
@@ -109,7 +108,7 @@ class Pair:
     @property
     def is_whole(self) -> bool:
         """Returns whether both factors are plain matrices: not sharded, and no views of a wrapper's flat parameter."""
-        return all(type(p) in PLAIN and p.dim() == 2 and p.is_leaf for p in (self.a, self.b))
+        return all(type(p) in checks.PLAIN and p.dim() == 2 and p.is_leaf for p in (self.a, self.b))
 
     @property
     def named_factors(self) -> list[tuple[str, Tensor]]:
@@ -223,7 +222,7 @@ def check(pairs: list[Pair], trained: set[int], whole: bool) -> None:
             if not isinstance(tensor, Tensor) or tensor.dim() != 2 or tensor.dtype not in checks.FLOATS:
                 got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise checks.ArgumentError(argument, "a floating-point matrix (not flattened by a wrapper)", got)
-            if whole and type(tensor) not in PLAIN:
+            if whole and type(tensor) not in checks.PLAIN:
                 raise checks.ArgumentError(argument, f"{WHOLE} (not sharded)", type(tensor).__name__)
             if not tensor.is_leaf:
                 raise checks.ArgumentError(

@@ -156,7 +156,7 @@ def unmerged(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
 
 def _check_change(name: str, layer: AdapterLayer | nn.Linear, change: Change, owners: dict[int, list[str]]) -> None:
     weight, shared = layer.weight, owners.get(id(layer.weight), [])
-    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or weight.dtype not in checks.FLOATS:
+    if type(weight) not in checks.PLAIN or weight.is_meta or weight.dtype not in checks.FLOATS:
         got = f"{type(weight).__name__} of {weight.dtype} on {weight.device}"
         raise CheckpointError(f"{name}.weight", "a plain floating-point weight, for its change to be restored", got)
     if len(shared) > 1:

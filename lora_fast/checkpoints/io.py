@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..checks import CheckpointError
+from ..checks import PLAIN, CheckpointError
 from ..kernels import atomic_file
 from ..layers.hooks import stored_tensor
 
@@ -37,7 +37,7 @@ def to_host(name: str, tensor: Tensor) -> Tensor:
     Raises:
         CheckpointError: the tensor has no data here (meta device, sharded) or is a subclass (quantised).
     """
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+    if type(tensor) not in PLAIN or tensor.is_meta:
         got = f"{type(tensor).__name__} on {tensor.device}"
         raise CheckpointError(name, "a parameter with data, not sharded", got)
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -54,7 +54,7 @@ def destination(name: str, module: nn.Module, attribute: str) -> Tensor:
 
 def check_destination(name: str, tensor: Tensor) -> Tensor:
     """Returns the tensor; raises CheckpointError if no value can be copied into it, as in ``destination``."""
-    if type(tensor) not in (Tensor, nn.Parameter):
+    if type(tensor) not in PLAIN:
         raise CheckpointError(name, "a plain parameter, not sharded", type(tensor).__name__)
     if tensor.is_meta:
         expected = "a parameter with data in memory (for a model on the meta device: model.to_empty(device=…) first)"

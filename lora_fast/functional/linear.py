@@ -94,7 +94,7 @@ def run_composite(x, weight, bias, lora_A, lora_B, scaling, dropout_p: float = 0
     arguments are checked as those of the op, except that the weight may be trained."""
     scaling, dropout_p = _plain_numbers(scaling, dropout_p, x)
     keep = None
-    if type(x) in composite.PLAIN and not x.is_nested and (_traced() or composite.transform() != composite.JIT_TRACE):
+    if type(x) in checks.PLAIN and not x.is_nested and (_traced() or composite.transform() != composite.JIT_TRACE):
         autocast = is_autocast_on(x.device.type) and x.dtype != torch.float64
         number = 1.0 if isinstance(scaling, Tensor) else scaling
         checks.lora_linear(x, weight.detach(), bias, lora_A, lora_B, number, dropout_p, autocast)

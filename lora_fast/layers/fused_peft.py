@@ -16,6 +16,7 @@ from torch.nn import Dropout, Identity, Linear, Module, Parameter
 from transformers.pytorch_utils import Conv1D
 
 from .. import checks
+from ..checks import PLAIN
 from ..functional.linear import is_autocast_on, reason_against_op, run_op
 from ..kernels.limits import LARGEST_RANK
 from .exact_merge import ExactMerge, merge_scaling
@@ -24,7 +25,6 @@ from .find import PeftLayer
 from .hooks import HOOK, is_hooked, is_offloaded, loaded, returns_to_input
 from .merging import Term
 
-PLAIN = (Parameter, Tensor)  # neither a DTensor nor a quantised subclass
 DROPOUTS = (Identity, Dropout)
 HOOKED = "hooks, or a replaced forward, on the base layer or the adapter"
 

@@ -206,7 +206,7 @@ def unmergeable(parameter: Tensor | None, shape: tuple[int, int], factors: Itera
     if (len(parameter), parameter.numel() // len(parameter)) != shape:  # a vector has one column
         return f"weight of shape {tuple(parameter.shape)} in place of {shape} (sharded)"
     for factor in factors:
-        if type(factor) not in (Tensor, nn.Parameter) or factor.device != parameter.device:
+        if type(factor) not in checks.PLAIN or factor.device != parameter.device:
             got = f"{type(factor).__name__} on {factor.device}"
             return f"adapter that is a {got}, not a plain tensor on the weight's device {parameter.device}"
     return None

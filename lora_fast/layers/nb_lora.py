@@ -285,7 +285,7 @@ def factors_of(model: nn.Module) -> list[tuple[NBLoRALinear, tuple[Tensor, Tenso
     layers = [x for x in model.modules() if isinstance(x, NBLoRALinear) and not x.is_plain]
     # FSDP gathers a DTensor, or FSDP1's flat vector, only for its own module's forward, so such a layer computes its
     # factors there.
-    whole = [layer for layer in layers if type(layer.free_a) in (nn.Parameter, Tensor) and layer.free_a.dim() == 2]
+    whole = [layer for layer in layers if type(layer.free_a) in checks.PLAIN and layer.free_a.dim() == 2]
     # The same holds for a layer that accelerate has offloaded.
     whole = [layer for layer in whole if not (layer.free_a.is_meta and hooks.HOOK in layer.__dict__)]
     groups = group_by(whole, lambda layer: layer.free_a.device).values()

@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
 
+from ..checks import PLAIN
 from .reference.cayley import EPS
 from .reference.linear import keep_scale
 
-PLAIN = frozenset((Tensor, Parameter))  # neither a subclass (jagged, DTensor, fake, masked, …) nor a quantised weight
 FUNCTORCH = "torch.func transform (vmap, grad, jvp, …)"
 JIT_TRACE = "torch.jit.trace"
 INFERENCE = "weights made under torch.inference_mode"  # the op would save them, also where plain ops need not
