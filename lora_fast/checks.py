@@ -164,10 +164,10 @@ def nonnegative(value: object, argument: str) -> float:
     return float(value)
 
 
-def count(value: object, argument: str) -> int:
+def count(value: object, argument: str, least: int = 1) -> int:
     value = python_number(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(argument, "an integer of at least 1", shown(value))
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ArgumentError(argument, f"an integer of at least {least}", shown(value))
     if value > LARGEST_COUNT:
         raise ArgumentError(argument, f"an integer of at most {LARGEST_COUNT}", shown(value))
     return value

@@ -99,7 +99,7 @@ def run_composite(x, weight, bias, lora_A, lora_B, scaling, dropout_p: float = 0
         number = 1.0 if isinstance(scaling, Tensor) else scaling
         checks.lora_linear(x, weight.detach(), bias, lora_A, lora_B, number, dropout_p, autocast)
     if seed is not None and dropout_p > 0.0:
-        _check_seed(seed)
+        seeds.check(seed)
         if x.is_nested or x.layout is not torch.strided:
             raise checks.ArgumentError("seed", "None for a nested or sparse x", checks.shown(seed))
         keep = linear_op.mask_like(x, dropout_p, seed)
@@ -119,17 +119,12 @@ def is_autocast_on(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def _check_seed(seed: int) -> None:
-    if not (isinstance(seed, int) and 0 <= seed < seeds.SEEDS):
-        raise checks.ArgumentError("seed", "an integer from 0 to 2**62 - 1", checks.shown(seed))
-
-
 def _mask_seed(x: Tensor, dropout_p: float, seed: int | None, traced: bool, triton: bool) -> int | Tensor:
     """Returns the seed as an int. In a traced graph and under CUDA graph capture it is a tensor on the device instead,
     because an int would be a constant there and repeat the same mask at every replay. For the torch ops on a GPU it is
     the mask itself, because they would have to wait for the device to read a seed."""
     if seed is not None:
-        _check_seed(seed)
+        seeds.check(seed)
     device = x.device
     in_graph = traced or backend.is_capturing(device)
     if device.type != "cpu" and not triton:

@@ -157,8 +157,8 @@ def add_low_rank_(
         ArgumentError: shapes or dtypes that do not fit, a trained weight, or an unknown rounding.
     """
     checks.choice(rounding, "rounding", ("nearest", "stochastic"))
-    if seed is not None and not (isinstance(seed, int) and 0 <= seed < seeds.SEEDS):
-        raise checks.ArgumentError("seed", "an integer from 0 to 2**62 - 1", checks.shown(seed))
+    if seed is not None:
+        seeds.check(seed)
     for name, x in (("weight", weight), ("a", a), ("b", b)):
         if _matrix(name, x).device != weight.device:
             raise checks.ArgumentError(name, f"a tensor on weight's device {weight.device}", x.device)

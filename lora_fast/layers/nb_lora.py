@@ -135,9 +135,8 @@ class NBLoRALinear(AdapterLinear):
         (a, b), bound = shared.factors, self.applied_bound
         if bound == shared.bound:
             return a, b
-        with (
-            regions.unseen()
-        ):  # a model may enter autocast within its forward, after the hook that computed the factors
+        # A model may enter autocast within its forward, after the hook that computed the factors.
+        with regions.unseen():
             return a, b * (bound / shared.bound)
 
     @torch.no_grad()

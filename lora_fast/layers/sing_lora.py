@@ -53,8 +53,7 @@ class SingLoRALinear(AdapterLinear):
     ):
         super().__init__(in_features, out_features, r, dropout, bias, device, dtype)
         self.alpha = checks.positive(alpha, "alpha")
-        is_zero = checks.python_number(ramp_steps) == 0 if isinstance(ramp_steps, (int, float)) else False
-        self.ramp_steps = 0 if is_zero else checks.count(ramp_steps, "ramp_steps")
+        self.ramp_steps = checks.count(ramp_steps, "ramp_steps", least=0)
         self.free_s = nn.Parameter(torch.empty(max(in_features, out_features), r, device=device, dtype=dtype))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
         self.counted = False  # whether an optimizer counts the steps

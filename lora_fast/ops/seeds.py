@@ -11,12 +11,18 @@ import threading
 
 import torch
 
-from .. import regions
+from .. import checks, regions
 
 SEEDS = 1 << 62
 _CPU = torch.device("cpu")
 _LOW = (1 << 64) - 1
 _advancing = threading.Lock()
+
+
+def check(seed: object) -> None:
+    """Raises ArgumentError unless it is a seed."""
+    if not (isinstance(seed, int) and 0 <= seed < SEEDS):
+        raise checks.ArgumentError("seed", "an integer from 0 to 2**62 - 1", checks.shown(seed))
 
 
 def draw(device: torch.device) -> int:

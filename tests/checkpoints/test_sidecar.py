@@ -121,7 +121,7 @@ DAMAGES = {
     "half a step": (each("steps", lambda x: x + 0.5), r"^key model.*\.steps: .*int64.* got torch.float32"),
     "steps of each row": (each("steps", lambda x: x.expand(4).clone()), r"^key model.*\.steps: .*shape \(\)"),
     "alpha of 0": (replaced(str(ALPHA), "0.0"), r"^alpha of model.* in free_parameters.safetensors: .*above 0"),
-    "a ramp of -7": (replaced(f'"ramp_steps": {RAMP}', '"ramp_steps": -7'), r"^ramp_steps of model.*at least 1"),
+    "a ramp of -7": (replaced(f'"ramp_steps": {RAMP}', '"ramp_steps": -7'), r"^ramp_steps of model.*at least 0"),
     "another kind": (replaced("SingLoRALinear", "NBLoRALinear"), "class, settings and tensors of each layer"),
     "an unknown kind": (replaced("SingLoRALinear", "Other"), "class, settings and tensors of each layer"),
     "not JSON": (replaced("}", ""), "class, settings and tensors of each layer"),
