@@ -45,10 +45,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Prints how often each result of a sweep came; its tests record the results as properties."""
-    results = [result for report in terminalreporter.stats.get("passed", []) for result in report.user_properties]
-    for sweep in dict.fromkeys(name for name, _ in results):
-        counts = Counter(result for name, result in results if name == sweep)
+    """Prints how often each result of a sweep came. Its tests record the counts as properties, which reach this
+    process from the workers of a parallel run, as their output does not."""
+    recorded = [entry for report in terminalreporter.stats.get("passed", []) for entry in report.user_properties]
+    for sweep in dict.fromkeys(name for name, _ in recorded):
+        counts = sum((Counter(results) for name, results in recorded if name == sweep), Counter())
         terminalreporter.write_line(f"{sweep}: {', '.join(f'{n} {result}' for result, n in counts.items())}")
 
 

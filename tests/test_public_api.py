@@ -43,7 +43,7 @@ def outcome(row, argument, replacement):
 
 
 @pytest.mark.parametrize("backend, number", CALLS)
-def test_wrong_arguments_are_refused_by_name(backend, number, tmp_path, monkeypatch, capsys):
+def test_wrong_arguments_are_refused_by_name(backend, number, tmp_path, monkeypatch, record_property):
     monkeypatch.chdir(tmp_path)
     counts, faults = Counter(), []
     with lf.set_backend(backend), warnings.catch_warnings():
@@ -54,6 +54,5 @@ def test_wrong_arguments_are_refused_by_name(backend, number, tmp_path, monkeypa
             counts[kind] += 1
             if kind in ("foreign", "silent"):
                 faults.append(f"{kind}: {row.name}({argument}={replacement}): {detail}")
-    with capsys.disabled():
-        print(f"\npublic functions with wrong arguments, {backend}: {sum(counts.values())} calls, {dict(counts)}")
+    record_property(f"public functions with wrong arguments, {backend}", dict(counts))
     assert sum(counts.values()) >= 500 and not faults, "\n".join(faults)

@@ -188,7 +188,7 @@ def saved_again_for_peft(model, name, folder):
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's, of tied embeddings, fan_in_fan_out and ranks above the shapes
-def test_every_feature_is_saved_and_loaded_or_refused_by_name(tmp_path, capsys):
+def test_every_feature_is_saved_and_loaded_or_refused_by_name(tmp_path, record_property):
     counts, wrong = Counter(), []
     for name in FEATURES:
         model, folder = trained(peft_model(name)), tmp_path / name
@@ -209,8 +209,7 @@ def test_every_feature_is_saved_and_loaded_or_refused_by_name(tmp_path, capsys):
             counts[f"{load.__name__}: {result}"] += 1
             if result == "WRONG" or (result == "refused" and not refusable):
                 wrong.append((name, load.__name__, result))
-    with capsys.disabled():
-        print(f"\n{len(FEATURES)} features of PEFT's LoraConfig: {dict(counts)}")
+    record_property(f"{len(FEATURES)} features of PEFT's LoraConfig", dict(counts))
     assert not wrong
 
 
