@@ -26,7 +26,8 @@ def merge_(model: nn.Module, *, keep_originals: str = "host", allow_empty: bool 
         model: any module with such layers.
         keep_originals: where the originals of weights on a GPU are kept. ``"host"``: in the host's memory, pinned if
             the host can pin as much, so that the GPU holds the model once. ``"device"``: where they are. Originals of
-            weights in the host's memory stay there. ``merge_adapter`` of a fused PEFT model keeps them as ``"host"``.
+            weights in the host's memory stay there. ``merge_adapter`` of a fused PEFT model keeps them as ``"host"``
+            (not verified on a GPU).
         allow_empty: accept that no layer is merged.
 
     Returns:

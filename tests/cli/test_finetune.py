@@ -40,6 +40,7 @@ from lora_fast.cli.inputs.settings import Settings
 from lora_fast.cli.output import run_folder
 from lora_fast.layers import fused_peft
 from lora_fast.measure import machine, memory
+from lora_fast.surgery import fuse
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +299,13 @@ def bad_files(place, tmp_path_factory) -> Path:
     (folder / "empty_folder").mkdir()
     transformers.AutoConfig.from_pretrained(place / "model").save_pretrained(folder / "bare")
     return folder
+
+
+def test_model_without_a_layer_to_fuse_is_rejected_before_writing(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(fuse, "_unfusable", lambda layer: "quantised base")
+    result = invoke(place, "--output", tmp_path / "out")
+    refused(result, "--engine: expected eager where no layer can be fused", "quantised base")
+    assert not (tmp_path / "out").exists()
 
 
 def test_gpt2_trains_fused(place, tmp_path):
