@@ -274,7 +274,7 @@ def test_peak_bytes_count_tensors_that_exist_at_once():
         (("--method", "nb-lora", "--bound", 1, "--bound-ratio", 1), "--bound-ratio: expected either --bound or"),
         (("--method", "nb-lora", "--engine", "eager"), "--engine: expected fused for nb-lora"),
         (("--method", "sing-lora", "--engine", "eager"), "--engine: expected fused for sing-lora"),
-        (("--method", "sing-lora:ramp_steps=-1"), "--method sing-lora:ramp_steps: expected an integer of at least 1"),
+        (("--method", "sing-lora:ramp_steps=-1"), "--method sing-lora:ramp_steps: expected an integer of at least 0"),
         (("--method", "lora", "--method", "ilora"), "--method: expected one method, or several with --compare"),
         (("--method", "lora", "--method", "lora", "--compare"), "--method: expected each method with its options once"),
     ],
