@@ -88,7 +88,8 @@ class AdapterLinear(Fallback, nn.Module):
         self.dropout_p = checks.probability(dropout)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(out_features, in_features, **place), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features, **place), requires_grad=False) if bias else None
+        vector = nn.Parameter(torch.empty(out_features, **place), requires_grad=False) if bias else None
+        self.register_parameter("bias", vector)  # as nn.Linear does, None included
         self.is_plain = self.disabled = False  # is_plain is read at every call
         self._merged = Merged()
 

@@ -88,9 +88,12 @@ class FusedLoraLinear(Fallback, ExactMerge, lora.Linear):
                 return f"{x.dtype} input to {weight.dtype} weights"
         elif not self.cast_input_dtype_enabled:
             return "casting of the input is off"
-        reason = reason_against_op(x, weight, call[2], call[3]) or _reason_against_scaling(call[4], weight)
+        scaling = call[4]
+        reason = reason_against_op(x, weight, call[2], call[3])
+        if type(scaling) is not float or not -math.inf < scaling < math.inf:
+            reason = reason or _reason_against_scaling(scaling, weight)
         if reason is None and lora_bias is not None:
-            return weight, _sum_of_biases(bias, lora_bias * call[4], weight.dtype), *call[2:]
+            return weight, _sum_of_biases(bias, lora_bias * scaling, weight.dtype), *call[2:]
         return reason or call
 
     def merge_terms(self, adapter: str) -> list[tuple[Parameter, Term]] | str:
@@ -113,8 +116,6 @@ class FusedLoraLinear(Fallback, ExactMerge, lora.Linear):
 
 def _reason_against_scaling(scaling: Any, weight: Tensor) -> str | None:
     """Returns why the op does not take a scaling, with which PEFT multiplies whatever it is."""
-    if type(scaling) is float and -math.inf < scaling < math.inf:
-        return None
     try:
         checks.scaling(scaling, weight.device)
     except checks.ArgumentError:

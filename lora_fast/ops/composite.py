@@ -45,7 +45,7 @@ def reason(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | N
         return "nested x" if x.is_nested else "x on the meta device" if x.is_meta else f"x of layout {x.layout}"
     if _functorch() or forward_ad._current_level >= 0 or _jit_trace() or _modes() > 0:
         return transform()
-    if (weight.is_inference() or lora_A.is_inference() or lora_B.is_inference()) and _grad():
+    if _grad() and (weight.is_inference() or lora_A.is_inference() or lora_B.is_inference()):
         return INFERENCE
     return None
 
