@@ -228,6 +228,7 @@ def programs(torch_device: torch.device) -> int:
     return device.remaining(multiprocessors, device.carveout())
 
 
+@lru_cache
 def rank_block(r: int) -> int:
     """Returns the smallest block that holds r columns: a power of two, at least 16 (the smallest side of a dot)."""
     return max(16, triton.next_power_of_2(r))

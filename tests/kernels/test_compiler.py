@@ -1,9 +1,9 @@
 """Compiles the catalogue's launches for every arch without a GPU and checks them against the rules of lora-fast
 inspect.
 
-By default every variant of the layer's kernels and every second one of the others is compiled at one rank, and the
-first and last variant at the other ranks, for sm_90. For sm_80 and sm_120 two variants are compiled at one rank.
-``-m budget`` compiles all cases for all archs; test_launch.py launches layers on the limits of cards.
+By default every second variant of the layer's kernels and two of the others are compiled at one rank, and one at other
+ranks, for sm_90. For sm_80 and sm_120 one or two variants are compiled at one rank. ``-m budget`` compiles all
+cases for all archs; test_launch.py launches layers on the limits of cards.
 """
 
 import os
@@ -28,19 +28,23 @@ SHARES = {"thin": THIN, "gemm": GEMM, "rest": [op for op in catalogue.OPS if op 
 
 
 def sample(ops: list[str], arch: int) -> list[catalogue.Case]:
-    """Returns every variant (of ops outside a layer, every second one) at each op's second or only rank, and the first
-    and last variant at the other ranks. For archs that are not in ``FULL`` it returns the first and last variant at the
+    """Returns every second variant (of ops outside a layer, the first and last) at each op's second or only rank, and
+    the first or last variant, in turn, at the other ranks (of ops outside a layer, at the largest of each dtype). For
+    archs that are not in ``FULL`` it returns the first and last variant (of ops outside a layer, the last) at the
     second rank."""
     chosen = []
     for op in ops:
         ranks: dict[tuple, list[catalogue.Case]] = {}
         for case in filter(lambda case: case.runs_on(arch), catalogue.cases([op])):
             ranks.setdefault((case.dtype, case.r), []).append(case)
-        second = list(ranks)[:2][-1]
-        for place, cases in ranks.items() if arch in FULL else [(second, ranks[second])]:
-            many = place == second and arch in FULL
-            chosen += cases[: -1 : 1 if op in THIN + GEMM else 2] if many else cases[:1]
-            chosen += cases[-1:] if len(cases) > 1 or many else []
+        second, of_layer = list(ranks)[:2][-1], op in THIN + GEMM
+        for i, (place, cases) in enumerate(ranks.items()):
+            ends = cases if len(cases) < 2 else [cases[0], cases[-1]]
+            if place == second:
+                many = cases[:-1:2] + cases[-1:] if of_layer else ends
+                chosen += many if arch in FULL else ends if of_layer else ends[-1:]
+            elif arch in FULL and (of_layer or place[1] == max(r for dtype, r in ranks if dtype == place[0])):
+                chosen.append(ends[i % len(ends)])
     return chosen
 
 
