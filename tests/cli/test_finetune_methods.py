@@ -100,9 +100,8 @@ def test_resume_accepts_only_the_bound_of_the_run(place, monkeypatch):
 
 
 RESUMED = [
-    "ilora", "balora", "lora-rite", "lora-muon:lr=0.05", "scalora:interval=2", "nb-lora:norm=spectral",
-    "sing-lora:ramp_steps=5",
-]  # fmt: skip
+    "balora", "lora-muon:lr=0.05", "scalora:interval=2", "nb-lora:norm=spectral", "sing-lora:ramp_steps=5",
+]  # fmt: skip  # tests/batches/test_grouped.py resumes every method
 
 
 @pytest.mark.parametrize("method", RESUMED)

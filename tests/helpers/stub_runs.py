@@ -609,6 +609,7 @@ COMMANDS = {
     "carveout": carveout,
     "loads": loads,
     "sample": lambda stub: launch_matrix(stub, pairwise()),
+    "dropout": lambda stub: launch_matrix(stub, [case for case in pairwise() if case["dropout"]]),
     "proof": plan_proof,
     "spilling": spilling,
     "backward_in_autocast": backward_in_autocast,
