@@ -279,7 +279,9 @@ def _base_weight(layer: PeftLayer, adapter: str) -> tuple[Tensor | None, str | N
 
 
 def _shared(weight: Tensor, owners: dict[int, list[str]]) -> str | None:
-    names = owners[id(weight)]
+    names = owners.get(id(weight))
+    if names is None:
+        return "weight that a parametrization computes"
     return f"one weight held by {' and '.join(names)}: both would change" if len(names) > 1 else None
 
 

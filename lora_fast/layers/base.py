@@ -158,10 +158,9 @@ class AdapterLinear(Fallback, nn.Module):
     def frozen_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Returns weight (d_out, d_in) and bias for one forward. FSDP1 replaces them by views of its flat parameter,
         which require a gradient as soon as any parameter in it does; they are detached, because this layer's are
-        frozen. A leaf is no such view but a parameter that ``torch.func.functional_call`` was given."""
+        frozen."""
         weight, bias = self.weight, self.bias
-        is_stored = "weight" in self._parameters or "weight" in self.__dict__  # and not computed by a parametrization
-        if is_stored and type(weight) is Tensor and weight.requires_grad and not weight.is_leaf:
+        if weight.requires_grad and getattr(weight._base, "_is_flat_param", False):
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         return weight.t() if self.fan_in_fan_out else weight, bias
 

@@ -16,13 +16,13 @@ from torch.nn import Dropout, Identity, Linear, Module, Parameter
 from transformers.pytorch_utils import Conv1D
 
 from .. import checks
-from ..checks import PLAIN
+from ..checks import FLOATS, PLAIN
 from ..functional.linear import is_autocast_on, reason_against_op, run_op
 from ..kernels.limits import LARGEST_RANK
 from .exact_merge import ExactMerge, merge_scaling
 from .fallback import Fallback
 from .find import PeftLayer
-from .hooks import HOOK, is_hooked, is_offloaded, loaded, returns_to_input
+from .hooks import HOOK, has_global_hooks, is_hooked, is_offloaded, loaded, returns_to_input
 from .merging import Term
 
 DROPOUTS = (Identity, Dropout)
@@ -83,6 +83,8 @@ class FusedLoraLinear(Fallback, ExactMerge, lora.Linear):
         call, lora_bias = arguments
         weight, bias = call[0], call[1]
         # Autocast casts x, weight and bias to one dtype, except float64. Without it PEFT casts x for the adapter only.
+        if x.dtype not in FLOATS:
+            return f"{x.dtype} input"
         if x.dtype is not weight.dtype or (bias is not None and bias.dtype is not weight.dtype):
             if torch.float64 in (x.dtype, weight.dtype) or not is_autocast_on(weight.device.type):
                 return f"{x.dtype} input to {weight.dtype} weights"
@@ -144,6 +146,8 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple[tuple, Tensor | Non
         return f"adapter of {type(a).__name__}, {type(b).__name__}, {type(dropout).__name__}"
     if is_hooked(base) or is_hooked(a) or is_hooked(b) or is_hooked(dropout):
         return HOOKED
+    if has_global_hooks():
+        return "hooks of all modules"
     parameters: Any  # of any types: the next lines check them
     if "_is_replica" in layer.__dict__:  # nn.DataParallel's replica, whose tensors are plain attributes
         parameters, a_parameters, b_parameters = base.__dict__, a.__dict__, b.__dict__
@@ -158,6 +162,8 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple[tuple, Tensor | Non
         return f"rank {layer.r[adapter]}, above {LARGEST_RANK}"
     if type(base) is Conv1D:
         weight = weight.t()  # a view: the op takes any strides
+    if a_parameters.get("bias") is not None:
+        return "bias on lora_A"
     dropout_p = dropout.p if dropout.training and type(dropout) is Dropout else 0.0
     arguments = weight, parameters.get("bias"), lora_a, lora_b, layer.scaling[adapter], dropout_p
     return arguments, b_parameters.get("bias")

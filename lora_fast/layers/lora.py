@@ -78,8 +78,11 @@ class LoRALinear(AdapterLinear):
         if self.is_plain:
             return self.plain_forward(x)
         p: dict[str, Any] = self._parameters
-        if len(p) != 4 or p["weight"].requires_grad or self.fan_in_fan_out:
-            # Parametrized, flattened (FSDP1) or replicated: the parameters are attributes of another kind.
+        try:  # nn.Module.__getattr__ costs host time at every call
+            weight, bias, lora_A, lora_B = p["weight"], p["bias"], p["lora_A"], p["lora_B"]
+        except KeyError:  # parametrized, pruned, flattened (FSDP1) or replicated: attributes of another kind
             return super().forward(x)
-        dropout_p = self.dropout_p if self.training else 0.0  # nn.Module.__getattr__ costs host time at every call
-        return self._call(x, p["weight"], p["bias"], p["lora_A"], p["lora_B"], self.scaling, dropout_p)
+        if weight.requires_grad or self.fan_in_fan_out:
+            return super().forward(x)
+        dropout_p = self.dropout_p if self.training else 0.0
+        return self._call(x, weight, bias, lora_A, lora_B, self.scaling, dropout_p)

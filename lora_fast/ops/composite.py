@@ -18,7 +18,8 @@ from .reference.linear import keep_scale
 
 FUNCTORCH = "torch.func transform (vmap, grad, jvp, …)"
 JIT_TRACE = "torch.jit.trace"
-INFERENCE = "weights made under torch.inference_mode"  # the op would save them, also where plain ops need not
+COMPUTED = "a weight that is computed from others"  # whose gradient the op does not form: fast weights, masks
+INFERENCE = "tensors made under torch.inference_mode"  # the op would save them, also where plain ops need not
 _STRIDED = torch.strided
 # Looked up once, because attribute accesses cost host time in every layer's call.
 _traced, _exported, _functorch, _jit_trace, _modes, _mode = (
@@ -39,13 +40,15 @@ def reason(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | N
     call. Every call of a layer asks."""
     if not (type(x) in PLAIN and type(weight) in PLAIN and type(lora_A) in PLAIN and type(lora_B) in PLAIN):
         return _subclass(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B)
+    if weight.requires_grad and not weight.is_leaf:
+        return COMPUTED
     if _traced():
         return _in_graph()
     if x.layout is not _STRIDED or x.is_nested or x.is_meta:
         return "nested x" if x.is_nested else "x on the meta device" if x.is_meta else f"x of layout {x.layout}"
     if _functorch() or forward_ad._current_level >= 0 or _jit_trace() or _modes() > 0:
         return transform()
-    if _grad() and (weight.is_inference() or lora_A.is_inference() or lora_B.is_inference()):
+    if _grad() and (weight.is_inference() or lora_A.is_inference() or lora_B.is_inference() or x.is_inference()):
         return INFERENCE
     return None
 
@@ -128,6 +131,7 @@ def linear(
 def linear_gradients(
     dy: Tensor,
     x: Tensor,
+    s: Tensor | None,
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -138,7 +142,8 @@ def linear_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Returns dx (..., d_in), da (r, d_in) and db (d_out, r), each None where ``needs`` (of x, a, b) is False, as
     functions of dy, x, a and b that are differentiable again. Arguments as those of ``ops.linear.backward``, but the
-    mask ``keep`` (n_tokens, d_in) is a tensor and ``scaling`` includes its scale."""
+    mask ``keep`` (n_tokens, d_in) is a tensor and ``scaling`` includes its scale. With S db is a function of dy alone,
+    and x is not read."""
     need_x, need_a, need_b = needs
     rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     wide = x.dtype if rounded else torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), x.dtype)
@@ -153,7 +158,7 @@ def linear_gradients(
     if need_a:
         da = (ds.mT @ kept).to(lora_A.dtype)
     if need_b:
-        db = (scaling * (dy_wide.mT @ (kept @ a.mT))).to(lora_B.dtype)
+        db = (scaling * (dy_wide.mT @ (kept @ a.mT if s is None else s.to(wide)))).to(lora_B.dtype)
     return dx, da, db
 
 

@@ -68,7 +68,8 @@ def differentiable_backward(ops, dy, x, s, weight, lora_A, lora_B, scaling, drop
         scaling *= reference.keep_scale(dropout_p)
         keep = mask(ops, x.detach(), dropout_p, seed)
     with torch.autocast(x.device.type, enabled=False):
-        return composite.linear_gradients(dy, x, weight, lora_A, lora_B, scaling, keep, rounded, needs)
+        s = None if needs[1] else s  # without a gradient of a, x is not kept
+        return composite.linear_gradients(dy, x, s, weight, lora_A, lora_B, scaling, keep, rounded, needs)
 
 
 def mask(ops, x: Tensor, dropout_p: float, seed: int | Tensor) -> Tensor:
@@ -108,18 +109,29 @@ def _backward_node(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, se
     return tuple(next(grads) if needed else None for needed in needs)
 
 
+def _unread_x(dy: Tensor, lora_A: Tensor, is_second: bool) -> Tensor:
+    """Returns a tensor without defined values in place of x, which is not kept where a is frozen."""
+    if is_second and torch.is_grad_enabled():
+        raise RuntimeError("second derivatives of a layer with a frozen lora_A: set lora_A.requires_grad_(True)")
+    return dy.new_empty((*dy.shape[:-1], lora_A.shape[1]))
+
+
 class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded):
+        _, need_x, _, _, need_a = ctx.needs_input_grad[:5]
         # Backward would cast the weight again. A copy is saved only where it does not live from forward to backward.
-        if weight.dtype is not x.dtype and _is_checkpointed():
+        if need_x and weight.dtype is not x.dtype and _is_checkpointed():
             weight = weight.to(x.dtype)
         y, s = forward(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded)
-        if isinstance(seed, Tensor):
-            ctx.save_for_backward(x, s, weight, lora_A, lora_B, seed)
-            seed = None
-        else:
-            ctx.save_for_backward(x, s, weight, lora_A, lora_B)
+        seed_tensor, seed = (seed, None) if isinstance(seed, Tensor) else (None, seed)
+        if need_x and need_a:
+            ctx.save_for_backward(x, s, weight, lora_A, lora_B, seed_tensor)
+            ctx.unread = None
+        else:  # what backward does not read may be changed in place, and x need not be kept
+            read = weight if need_x else None, *((lora_A, lora_B) if need_x or need_a else (None, None))
+            ctx.save_for_backward(x if need_a else None, s, *read, seed_tensor)
+            ctx.unread = None if need_x else weight, *((None, None) if need_x or need_a else (lora_A, lora_B))
         ctx.ops = ops  # kept for backward: the two modules draw different dropout masks
         ctx.constants = scaling, dropout_p, seed, rounded
         if bias is not None:
@@ -131,9 +143,13 @@ class LoRALinearFunction(torch.autograd.Function):
         _, need_x, _, need_bias, need_a, need_b = ctx.needs_input_grad[:6]
         dx = dbias = da = db = None
         if need_x or need_a or need_b:
-            x, s, weight, lora_A, lora_B, *seed_tensor = ctx.saved_tensors
+            x, s, weight, lora_A, lora_B, seed_tensor = ctx.saved_tensors
             scaling, dropout_p, seed, rounded = ctx.constants
-            constants = scaling, dropout_p, seed_tensor[0] if seed_tensor else seed, rounded
+            constants = scaling, dropout_p, seed if seed_tensor is None else seed_tensor, rounded
+            if ctx.unread is not None:
+                read = zip((weight, lora_A, lora_B), ctx.unread, strict=True)
+                weight, lora_A, lora_B = (unread if saved is None else saved for saved, unread in read)
+                x = x if need_a else _unread_x(dy, lora_A, need_x and need_b)
             if _traced():
                 compute = _backward_node
             elif torch.is_grad_enabled() or not composite.is_plain(dy):

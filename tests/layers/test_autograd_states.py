@@ -258,3 +258,87 @@ def test_threads_through_one_model_add_their_gradients(kind):
     run_together(*(functools.partial(train, i) for i in range(4)), evaluate)
     got = [p.grad for p in model.parameters() if p.requires_grad]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+
+
+# ── frozen factors ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def freeze(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in names):
+            parameter.requires_grad_(False)
+    return model
+
+
+FROZEN = {"a": ("lora_A",), "b": ("lora_B",), "both": ("lora_A", "lora_B")}
+LORA_KINDS = pytest.mark.parametrize("kind", ["fused PEFT", "LoRALinear"])
+EACH_BACKEND = pytest.mark.parametrize("backend", ["torch", "triton"])
+
+
+@LORA_KINDS
+@EACH_BACKEND
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("trains_x", [True, False], ids=["x", "no x"])
+def test_layer_with_frozen_factors_has_the_gradients_of_the_trained_one(trains_x, frozen, backend, kind):
+    if frozen == "both" and not trains_x:
+        pytest.skip("nothing to train")
+    model, x = model_of(kind), torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
+    everything = copy.deepcopy(model)
+    freeze(model, FROZEN[frozen])
+    results = []
+    for each in (model, everything):
+        torch.manual_seed(3)  # of the dropout masks
+        inputs = x.clone().requires_grad_(trains_x)
+        with lf.set_backend(backend):
+            each(inputs).square().sum().backward()
+        results.append({"x": inputs.grad} | {name: p.grad for name, p in each.named_parameters()})
+    for name, grad in results[0].items():
+        if grad is not None:
+            torch.testing.assert_close(grad, results[1][name], rtol=0, atol=0, msg=name)
+    assert sum(grad is not None for grad in results[0].values()) == trains_x + (frozen != "both") * 2
+
+
+def first_layer(kind: str):
+    """Returns a layer 8 → 12 with a frozen a, and its trained b."""
+    model = freeze(model_of(kind), FROZEN["a"]).eval()
+    layer = model[0] if kind == "LoRALinear" else model.base_model.model[0]
+    return layer, next(parameter for parameter in layer.parameters() if parameter.requires_grad)
+
+
+@LORA_KINDS
+@EACH_BACKEND
+def test_layer_with_a_frozen_a_keeps_s_alone(backend, kind):
+    """As PEFT's, so that x takes no memory (LoRA-FA) and may be changed in place or made under inference_mode."""
+    layer, _ = first_layer(kind)
+    kept = []
+    keep = lambda tensor: (kept.append(tuple(tensor.shape)), tensor)[1]
+    with lf.set_backend(backend):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            layer(torch.randn(5, 8))
+        assert kept == [(5, 4)]
+        x = torch.randn(5, 8, requires_grad=True) * 2
+        y = layer(x).sum()
+        x.relu_()
+        y.backward()
+        with torch.inference_mode():
+            x = torch.randn(5, 8)
+        layer(x).sum().backward()
+
+
+@LORA_KINDS
+def test_second_derivatives_with_a_frozen_a(kind):
+    """Those that need x, which is not kept, are refused by name; the others are right."""
+    layer, b = first_layer(kind)
+    x, results = torch.randn(5, 8), []
+    if kind == "LoRALinear":
+        linear, a, scaling = layer.to_linear(), layer.lora_A, layer.scaling
+    else:
+        linear, a, scaling = layer.base_layer, layer.lora_A["default"].weight, layer.scaling["default"]
+    exact = lambda x: linear(x) + scaling * x @ a.T @ b.T
+    for run in (layer, exact):
+        (grad,) = torch.autograd.grad(run(x).square().sum(), b, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), b)[0])
+    torch.testing.assert_close(*results)
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match="second derivatives of a layer with a frozen lora_A"):
+        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)

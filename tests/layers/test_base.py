@@ -4,10 +4,28 @@ import copy
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 import lora_fast as lf
 from lora_fast.layers.base import AdapterLinear
+
+CONFIGS = {
+    "LoRALinear": lf.LoRAConfig(r=4),
+    "NBLoRALinear": lf.NBLoRAConfig(r=4),
+    "SingLoRALinear": lf.SingLoRAConfig(r=4, ramp_steps=0),
+}
+EACH_KIND = pytest.mark.parametrize("kind", CONFIGS)
+
+
+def injected(kind):
+    """Returns a model of one layer in float64 whose adapter has an effect."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 6, dtype=torch.float64))
+    lf.inject_(model, CONFIGS[kind], progress=False)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    return model
 
 
 class OnlyB(AdapterLinear):
@@ -93,3 +111,41 @@ def test_layers_run_on_the_meta_device_as_nn_linear_does(config, autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = model(torch.empty(3, 6, device="meta"))
     assert y.is_meta and y.shape == (3, 4) and y.dtype == torch.float32
+
+
+@EACH_KIND
+def test_weight_computed_from_others_passes_their_gradient_on(kind):
+    """Hypernetworks, masks and MAML's fast weights call the model with such a weight. Twice the gradient of the frozen
+    product, because y is its square here."""
+    model, x = injected(kind), inputs().double()
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    run = lambda scale: torch.func.functional_call(model, {"0.weight": model[0].weight * scale}, (x,)).square().sum()
+    run(scale).backward()
+    expected = (2 * model(x).detach() * (x @ model[0].weight.T)).sum()
+    torch.testing.assert_close(scale.grad, expected)
+    torch.testing.assert_close(torch.func.grad(run)(scale.detach()), expected)
+    run(scale)
+    assert model[0].fallback_reason == "a weight that is computed from others"
+
+
+@EACH_KIND
+@pytest.mark.parametrize("of", ["weight", "first factor"])
+def test_pruned_layer_computes_with_its_masked_parameter(kind, of):
+    """torch.nn.utils.prune replaces a parameter by one of another name and an attribute."""
+    model, x = injected(kind), inputs().double()
+    name = "weight" if of == "weight" else type(model[0]).TRAINABLE[0]
+    masked = copy.deepcopy(model)
+    nn.utils.prune.l1_unstructured(model[0], name, 0.5)
+    masked[0].get_parameter(name).data.copy_(getattr(model[0], name))
+    assert not torch.equal(model(x), injected(kind)(x))
+    torch.testing.assert_close(model(x), masked(x))
+    model(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_optimizer_takes_a_layer_whose_weight_is_parametrized():
+    model = injected("LoRALinear")
+    nn.utils.parametrizations.weight_norm(model[0], "weight")
+    lf.optim.LoRAAdamW(model)
+    with pytest.raises(lf.ArgumentError, match="weight that a parametrization computes"):
+        lf.optim.LoRAAdamW(model, methods=[lf.methods.ScaLoRA()])

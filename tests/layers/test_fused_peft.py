@@ -178,6 +178,21 @@ def dora_active(model):
     model.set_adapter("dora")
 
 
+def add_bias_to_lora_a(model):
+    layer = model.get_submodule(PROBE)
+    a = layer.lora_A["default"]
+    a.bias = nn.Parameter(torch.linspace(-1.0, 1.0, a.out_features))
+
+
+@contextlib.contextmanager
+def global_hook():
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, _, y: y / 2 if type(module) is nn.Linear else y
+    )
+    yield
+    hook.remove()
+
+
 FALLBACKS = {
     "disabled": (lambda model: model.disable_adapter(), "adapters disabled"),
     "merged": (lambda model: changed(merge_all, model), "merged"),
@@ -187,6 +202,8 @@ FALLBACKS = {
     "hook": (lambda model: changed(hook_base, model), "hooks"),
     "lora-hook": (lambda model: changed(hook_lora, model), "hooks"),
     "replaced-forward": (lambda model: changed(patch_base, model), "replaced forward"),
+    "lora-a-bias": (lambda model: changed(add_bias_to_lora_a, model), "bias on lora_A"),
+    "global-hook": (lambda model: global_hook(), "hooks of all modules"),
     "trainable-base": (lambda model: changed(train_base, model), "trainable base"),
     "no-input-cast": (lambda model: disable_input_dtype_casting(model), "casting of the input is off"),
 }
@@ -200,6 +217,20 @@ def test_forward_falls_back_to_peft_with_the_reason(case):
     with change(theirs), change(ours):
         assert torch.equal(ours(batch()).logits, theirs(batch()).logits) or case == "merged"  # merged: rounded once
         assert reason in ours.get_submodule(PROBE).fallback_reason
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_other_dtypes_fall_back_to_peft(dtype):
+    """float8 activations are cast by autocast."""
+    theirs = build_layer(torch.float32, torch.float32, "bias")
+    ours = copy.deepcopy(theirs)
+    ours.__class__ = FusedLoraLinear
+    x, results = torch.randn(3, 48).to(dtype), []
+    for layer in (theirs, ours):
+        layer = layer.to(dtype) if dtype.is_complex else layer
+        with torch.autocast("cpu", torch.bfloat16, enabled=not dtype.is_complex):
+            results.append(layer(x))
+    assert torch.equal(*results) and ours.fallback_reason == f"{dtype} input"
 
 
 def test_adapter_names_per_row_fall_back_to_peft():
