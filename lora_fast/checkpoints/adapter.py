@@ -236,8 +236,9 @@ def _collect_peft(model: nn.Module, exact: bool) -> tuple[list[str], Contents, d
     config, changes = peft_state.config(model, adapter), base_weights.collect(model, layers, exact)
     peft_config.set_scalings_(config, peft_state.scalings(model, adapter))
     contents = _contents(config, tensors, changes, {})
-    peft_plan.plan_tensors(model, state, layers, adapter, _parsed(contents))
-    others = {key.rpartition(".")[0].partition(".lora_")[0].removesuffix(".base_layer") for key in tensors}
+    parsed = _parsed(contents)
+    peft_plan.plan_tensors(model, state, layers, adapter, parsed)
+    others = {key.rpartition(".")[0].partition(".lora_")[0].removesuffix(".base_layer") for key in parsed.tensors()}
     return [*layers, *sorted(others - layers.keys())], contents, changes
 
 

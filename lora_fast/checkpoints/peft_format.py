@@ -5,6 +5,10 @@ adapter, ``….lora_A.default.weight``, as PEFT does. Beside the two factors of 
 other tensors: those of whole modules (``modules_to_save``), of embeddings, of PEFT's variants. What a model can do with
 them is decided in ``load_plan.py``.
 
+Of an embedding X in ``modules_to_save`` the file has the trained values, ``X.weight``. If the vocabulary was resized,
+PEFT adds the frozen original, ``X.original_module.weight``, and repeats the trained values as
+``X.modules_to_save.weight`` (PEFT 0.18 also those of other adapters), which are not read.
+
 Where training has changed frozen weights, the same two files represent the changes in forms that PEFT reads by itself:
 
     a weight      key ``….base_layer.weight``, which PEFT loads into the base model (as it does for embeddings); beside
@@ -38,6 +42,7 @@ WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 ROLE = re.compile(r"(.+)\.(lora_A|lora_B|base_layer|terms_A|terms_B)\.weight")
 ADAPTED = re.compile(r"(.+)\.(?:lora_A\.weight|lora_embedding_A)")  # one key of each adapted layer
+ORIGINAL, REPEATED = ".original_module.", ".modules_to_save."  # in keys of embeddings that are trained whole
 DEFAULT_NAME = re.compile(r"(\.lora_\w+)\.default(?=\.|$)")
 CHANGED = "changed_base"  # in the tensors' metadata
 
@@ -123,6 +128,8 @@ def parse(config: dict, tensors: dict[str, Tensor], metadata: dict[str, str]) ->
     marks, adapter = _read_marks(metadata), Adapter(config)
     roles: dict[str, dict[str, Tensor]] = {}
     for key, tensor in _without_prefix(tensors).items():
+        if REPEATED in key:
+            continue
         if match := ROLE.fullmatch(key):
             roles.setdefault(match[1], {})[match[2]] = tensor
         else:

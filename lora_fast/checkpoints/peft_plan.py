@@ -10,7 +10,7 @@ from ..checks import CheckpointError
 from ..layers.find import PeftLayer, key_name, peft_layers
 from . import base_weights, io, peft_config, peft_state
 from .load_plan import Plan, changes_of, check_names, check_scaling, check_unmerged
-from .peft_format import PREFIX, Adapter, check_tensor
+from .peft_format import ORIGINAL, PREFIX, Adapter, check_tensor
 
 
 def plan(model: Any, layers: dict[str, PeftLayer], active: str, adapter: Adapter) -> Plan:
@@ -55,9 +55,11 @@ def plan_tensors(
         )
     _check_whole_modules(model, adapter)
     for key, value in adapter.tensors().items():
-        tensor = of_adapter.get(key, base.get(key))
+        tensor = of_adapter.get(key, base.get(key.replace(ORIGINAL, ".")))
         if tensor is None and key.removesuffix(".base_layer.weight") in layers:
             continue  # ``base_weights.check`` compares it with the model's
+        if tensor is None and f"{key}.{active}" in base:
+            continue  # PEFT repeats the trained tokens of an embedding under a tied one, and does not read them there
         if tensor is None:
             raise CheckpointError(f"key {PREFIX}{key}", "one of the model's adapter", "an extra key")
         io.check_destination(key, tensor)

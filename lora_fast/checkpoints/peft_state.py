@@ -13,7 +13,7 @@ from ..checks import CheckpointError
 from ..layers.find import key_name, peft_layers
 from ..layers.hooks import stored_tensor
 from ..surgery import tasks
-from .peft_format import PREFIX
+from .peft_format import ORIGINAL, PREFIX
 
 Embeddings = bool | Literal["auto"]
 
@@ -57,11 +57,13 @@ def check_complete(model: Any, adapter: str, tensors: Mapping[str, Tensor]) -> N
 
 def restorable(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the tensors of the state that PEFT restores in the base model from an adapter's file, by their keys
-    without the prefix: of embeddings, which may have been resized, and of heads of classification tasks."""
+    without the prefix and ``original_module``: of embeddings, which may have been resized, and of heads of
+    classification tasks."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     names = tuple(f"{key_name(name)}." for name in [*tasks.embeddings(base), *tasks.heads(base)])
     short = {key_name(key).removeprefix(PREFIX): tensor for key, tensor in state.items()}
-    return {key: tensor for key, tensor in short.items() if names and key.startswith(names) and ".lora_" not in key}
+    chosen = {key: tensor for key, tensor in short.items() if names and key.startswith(names) and ".lora_" not in key}
+    return {key.replace(ORIGINAL, "."): tensor for key, tensor in chosen.items()}
 
 
 def config_fields(config: Any) -> dict:

@@ -19,7 +19,7 @@ from ..layers.hooks import stored_tensor
 from ..surgery import tasks
 from ..surgery.merge import weight_owners
 from . import io, peft_state
-from .peft_format import PREFIX, Adapter
+from .peft_format import ORIGINAL, PREFIX, Adapter
 
 MARK = "saved_with_adapter"  # attribute of a module that load_adapter has filled, so that it is saved again
 BASE = ".base_layer."  # in the key of a frozen parameter of an adapter's layer
@@ -82,14 +82,17 @@ def destinations(model: nn.Module, adapter: Adapter) -> tuple[list[tuple[str, Te
     """
     ends = tuple(adapter.config.get("modules_to_save") or ())
     chosen = {name: module for name, module in model.named_modules() if ends and key_name(name).endswith(ends)}
-    values = adapter.others | {f"{name}{BASE}weight": weight for name, weight in adapter.base_weights.items()}
+    frozen = {f"{name}{BASE}weight": weight for name, weight in adapter.base_weights.items()}
+    originals = {key.replace(ORIGINAL, "."): value for key, value in adapter.others.items() if ORIGINAL in key}
+    # A model without PEFT's wrappers has one place for an embedding's trained values and for its original.
+    values = originals | {key: value for key, value in adapter.others.items() if ORIGINAL not in key} | frozen
     places = _places(model, [*chosen, *tasks.heads(model), *tasks.embeddings(model)])
     copies = []
     for key, value in values.items():
         place = places.get(key.replace(BASE, "."))
         if place is not None:
             copies.append((key, io.destination(key, *place), value))
-        elif key in adapter.others:  # the other base weights are compared with the model's (base_weights.check)
+        elif key not in frozen:  # the base weights are compared with the model's (base_weights.check)
             expected = (
                 "lora_A and lora_B of linear layers, modules_to_save and embeddings (a PEFT model loads the others)"
             )
