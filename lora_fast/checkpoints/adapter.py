@@ -81,10 +81,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = Fal
         that the model holds several times are left: PEFT, which reads the files, puts an adapter under the first alone.
 
     Raises:
-        CheckpointError: no adapter; more than one active adapter; adapters without data (meta device) or sharded; a
-            trained parameter that PEFT's files would not contain, or that is beside an adapter in one module; a changed
-            weight that the adapter has no layer on, that PEFT has merged, or that is one parameter of many experts; a
-            scale that is not finite; a path that cannot be written. What was in the folder is then unchanged.
+        CheckpointError: no adapter; adapters of PEFT beside ours; more than one active adapter; adapters without data
+            (meta device) or sharded; a trained parameter that PEFT's files would not contain, or that is beside an
+            adapter in one module; a changed weight that the adapter has no layer on, that PEFT has merged, or that is
+            one parameter of many experts; a scale that is not finite; a path that cannot be written. What was in the
+            folder is then unchanged.
     """
     model = _unwrap(model)
     names, contents, changes = _collect(model, exact)
@@ -197,9 +198,12 @@ def _active_layers(model: nn.Module) -> tuple[str, dict[str, PeftLayer]]:
 
 def _collect(model: nn.Module, exact: bool) -> tuple[list[str], Contents, dict[str, Change]]:
     """Returns the names of what is saved, the contents of the files, and the changes of frozen weights in them."""
-    if peft_layers(model):
+    theirs, layers = peft_layers(model), _our_layers(model)
+    if layers and theirs:
+        got = f"both, as {next(iter(layers))} of lf.inject_ and {next(iter(theirs))} of PEFT"
+        raise CheckpointError("model", "adapters of lf.inject_ alone or of PEFT alone", got)
+    if theirs:
         return _collect_peft(model, exact)
-    layers = _our_layers(model)
     if not layers:
         raise CheckpointError("model", "LoRA layers (lf.inject_, or PEFT)", f"{type(model).__name__} without any")
     whole = whole_modules.to_save(model)

@@ -83,16 +83,35 @@ def _disable(module: AdapterLayer) -> Callable[[], object]:
         if offloads(holder(module)):
             raise checks.ArgumentError("model", "an unmerged model where accelerate offloads it", "a merged layer")
         module.unmerge()
+    restore_flags = _flags(module)
     _set_disabled(module, True)
     reference = weakref.ref(module)  # the module itself would keep the table's weak key alive
 
     def enable() -> None:
         module: Any = reference()
         _set_disabled(module, False)
+        restore_flags(module)
         if was_merged:
             module.fold_() if isinstance(module, ADAPTER_LAYERS) else module.merge(adapter_names=merged)
 
     return enable
+
+
+def _flags(module: AdapterLayer) -> Callable[[AdapterLayer], None]:
+    """Returns a function that gives a module of PEFT the flags ``requires_grad`` of now. PEFT's ``disable_adapter``,
+    inside the context, freezes the adapters and leaves them frozen, as it has not disabled them itself."""
+    if isinstance(module, ADAPTER_LAYERS):
+        return lambda module: None
+    active = list(module.active_adapters)
+    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+
+    def restore(module: AdapterLayer) -> None:
+        if active == list(module.active_adapters):  # PEFT gives an adapter that it activates flags of its own
+            for parameter, flag in flags:
+                if parameter.requires_grad != flag:
+                    parameter.requires_grad_(flag)
+
+    return restore
 
 
 def _set_disabled(module: AdapterLayer, disabled: bool) -> None:

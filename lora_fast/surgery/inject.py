@@ -59,8 +59,8 @@ def inject_(
 
     Raises:
         ArgumentError: no layer to replace (the message contains the closest names), a model that is itself a linear
-            layer or already has PEFT layers, or a setting of PEFT's that the layers of this library do not have. The
-            model is then unchanged.
+            layer or already has PEFT layers, or a setting of PEFT's that the layers of this library do not have, or
+            names of experts for which PEFT adapts parameters. The model is then unchanged.
     """
     check_plain(model)
     settings = _settings(config, model)

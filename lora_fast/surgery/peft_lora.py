@@ -22,17 +22,19 @@ from .. import checks
 from ..layers import merge_log
 from ..layers.base import AdapterLinear, sizes
 from ..layers.lora import LoRALinear
-from . import targets, tasks
+from . import peft_targets, targets, tasks
 from .configs import AdapterConfig
 
 TAKEN = (  # fields of PEFT's LoraConfig, whatever their values
     "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern",
     "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "inference_mode",
     "fan_in_fan_out",  # which follows from each layer's class
+    "runtime_config",  # where DoRA computes
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
 )  # fmt: skip
 FROM_DATA = ("eva", "corda", "lora_ga")  # initialisations for which PEFT needs activations or gradients
 FROM_SHAPES = (True, False, "gaussian", "orthogonal")  # those that leave the base weight as it is
+INSTEAD = "get_peft_model, then lf.fuse_"  # for what the layers of this library do not have
 NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout"}  # ours → PEFT's, for errors
 
 
@@ -75,17 +77,39 @@ class PeftLoRAConfig(AdapterConfig):
         _check_selection(config)
         self.config = copy.copy(config)  # with target_modules as names or a regular expression, as PEFT resolves them
         if config.target_modules is None:
-            self.config.target_modules = _default_targets(model)
+            self.config.target_modules = peft_targets.default(model)
         self.target_modules = self.config.target_modules
         targets.check(self.target_modules)
+        self.patterns = {name: getattr(config, name) for name in ("rank_pattern", "alpha_pattern")}
+        self.config.layers_to_transform = checks.python_number(config.layers_to_transform)
         self.config.modules_to_save = [*(config.modules_to_save or ()), *tasks.HEADS.get(config.task_type, ())] or None
+        self.parameters = self._convert_(model)
         self.config = _maybe_include_all_linear_layers(self.config, model)
-        self.saved = _modules_to_save(model, self.config.modules_to_save or ())
+        self.saved = peft_targets.trained_whole(model, self.config.modules_to_save or ())
         self.owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
 
+    def _convert_(self, model: nn.Module) -> list[str]:
+        """Converts the targets as PEFT does, and returns the names of the parameters that "all-linear" then means.
+
+        Raises:
+            ArgumentError: other targets that mean parameters, which no layer of this library adapts.
+        """
+        parameters = peft_targets.convert_(self.config, model)
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == targets.ALL_LINEAR:
+            return parameters
+        if parameters:
+            expected = f"names of linear layers alone (for others: {INSTEAD})"
+            got = f"{checks.shown(self.target_modules)}, for which PEFT adapts parameters ({', '.join(parameters[:4])})"
+            raise checks.ArgumentError("target_modules", expected, got)
+        if isinstance(self.target_modules, str):
+            self.target_modules = self.config.target_modules  # PEFT may have replaced the expression by names
+        return []
+
     def left_alone(self, model: nn.Module, candidates: dict[str, nn.Module]) -> dict[str, str]:
+        names = self.config.target_modules if isinstance(self.target_modules, str) else self.target_modules
         excluded = {name: reason for name in candidates if (reason := self._excluded(name)) is not None}
-        return targets.left_alone(model, candidates, self.config.target_modules) | excluded
+        parameters = dict.fromkeys(self.parameters, f"a parameter, which PEFT adapts: {INSTEAD}")
+        return targets.left_alone(model, candidates, names) | excluded | parameters
 
     def _excluded(self, name: str) -> str | None:
         """Returns why PEFT gives no adapter to a module that ``target_modules`` names, or None if it does."""
@@ -103,8 +127,8 @@ class PeftLoRAConfig(AdapterConfig):
     def unmatched(self, names: Iterable[str]) -> dict[str, str]:
         """Returns entries of the config that match none of the layers, or no module → the reason for the report."""
         left = {}
-        for setting in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(self.config, setting):
+        for setting, patterns in self.patterns.items():
+            for key in patterns:
                 if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
                     left[key] = f"a key of {setting} that matches no layer"
         heads = tasks.HEADS.get(self.config.task_type, ())
@@ -116,12 +140,12 @@ class PeftLoRAConfig(AdapterConfig):
     def layer_settings(self, name: str = "") -> dict:
         from peft.utils.other import get_pattern_key
 
-        ranks, alphas = self.config.rank_pattern, self.config.alpha_pattern
+        ranks, alphas, rslora = self.config.rank_pattern, self.config.alpha_pattern, self.config.use_rslora
         settings = {
             "r": ranks.get(get_pattern_key(ranks, name), self.config.r),
             "alpha": alphas.get(get_pattern_key(alphas, name), self.config.lora_alpha),
             "dropout": self.config.lora_dropout,
-            "use_rslora": self.config.use_rslora,
+            "use_rslora": bool(rslora) if rslora is None or isinstance(rslora, checks.NUMBERS) else rslora,
             "init": "gaussian" if self.config.init_lora_weights == "gaussian" else "kaiming",
         }
         try:
@@ -149,7 +173,10 @@ class PeftLoRAConfig(AdapterConfig):
             expected = "an initialisation that leaves base weights as they are, where modules share one"
             raise checks.ArgumentError("init_lora_weights", expected, f"{init!r} ({name})")
         twin = copy.copy(linear)
-        twin._parameters = {**linear._parameters, "weight": nn.Parameter(weight.clone() if changes else weight, False)}
+        own = {key: p if p is None else nn.Parameter(p.detach(), False) for key, p in linear._parameters.items()}
+        twin._parameters = own  # PEFT freezes them, and the linear layer keeps its flags
+        if changes:
+            own["weight"] = nn.Parameter(weight.clone(), False)
         holder = nn.ModuleDict({"layer": twin})
         try:
             inject_adapter_in_model(self._for_one_layer(name, linear), holder)
@@ -211,13 +238,13 @@ def _check_fields(config: Any) -> None:
         raise checks.ArgumentError("config", "a peft.LoraConfig, of PEFT's configs", type(config).__name__)
     init = config.init_lora_weights
     if isinstance(init, str) and init.startswith(FROM_DATA):
-        expected = "an initialisation that needs no data (for others: get_peft_model, then lf.fuse_)"
+        expected = f"an initialisation that needs no data (for others: {INSTEAD})"
         raise checks.ArgumentError("init_lora_weights", expected, checks.shown(init))
     taken = (*TAKEN, "loftq_config") if init == "loftq" else TAKEN
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name not in taken and value != _default(field):
-            expected = f"its default, {_default(field)!r}, in lf.inject_ (for others: get_peft_model, then lf.fuse_)"
+            expected = f"its default, {_default(field)!r}, in lf.inject_ (for others: {INSTEAD})"
             raise checks.ArgumentError(field.name, expected, checks.shown(value))
     if custom := getattr(config, "_custom_modules", None):
         raise checks.ArgumentError("config", "no custom modules", checks.shown(custom))
@@ -231,7 +258,7 @@ def _check_selection(config: Any) -> None:
             raise checks.ArgumentError(name, "a dict whose keys are regular expressions", checks.shown(patterns))
     if config.exclude_modules:
         targets.check(config.exclude_modules, "exclude_modules")
-    layers, pattern = config.layers_to_transform, config.layers_pattern
+    layers, pattern = checks.python_number(config.layers_to_transform), config.layers_pattern
     lists = {
         "modules_to_save": (config.modules_to_save, _is_pattern, "names of modules"),
         "layers_pattern": ([pattern] if isinstance(pattern, str) and pattern else pattern, _is_pattern, "names"),
@@ -251,43 +278,11 @@ def _is_pattern(entry: object) -> bool:
 
 
 def _is_index(entry: object) -> bool:
-    return isinstance(entry, int) and not isinstance(entry, bool)
+    number = checks.python_number(entry)
+    return isinstance(number, int) and not isinstance(number, bool)
 
 
 def _default(field: Field) -> object:
     if field.default_factory is not MISSING:
         return field.default_factory()
     return None if field.default is MISSING else field.default
-
-
-def _default_targets(model: nn.Module) -> Any:
-    """Returns the modules that PEFT targets in a model of this type by default."""
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
-    kind: Any = getattr(getattr(model, "config", None), "model_type", None)
-    names = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
-    if names is None:
-        expected = "names of modules (PEFT has no default for this model's type)"
-        raise checks.ArgumentError("target_modules", expected, f"None and model type {kind!r}")
-    return names if isinstance(names, str) else set(names)
-
-
-def _modules_to_save(model: nn.Module, ends: Iterable[str]) -> dict[str, nn.Module]:
-    """Returns name → module of those that are trained whole, whose names end as PEFT's rule says.
-
-    Raises:
-        ArgumentError: a module that cannot be trained in place, as PEFT trains a copy.
-    """
-    ends = tuple(ends)
-    saved = {name: module for name, module in model.named_modules() if name and ends and name.endswith(ends)}
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    for name, module in saved.items():
-        inside = Counter(id(p) for part in module.modules() for p in part._parameters.values() if p is not None)
-        for key, parameter in module.named_parameters():
-            if owners[id(parameter)] > inside[id(parameter)]:
-                expected = "modules whose parameters no other module holds (PEFT trains a copy, lf.inject_ the module)"
-                raise checks.ArgumentError("modules_to_save", expected, f"{name}.{key}")
-            if not parameter.is_floating_point():
-                got = f"{name}.{key} of {parameter.dtype}"
-                raise checks.ArgumentError("modules_to_save", "modules of floating-point parameters", got)
-    return saved

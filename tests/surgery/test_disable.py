@@ -148,6 +148,25 @@ def test_layers_that_peft_has_disabled_stay_disabled():
         assert torch.equal(model(X), base)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in CONFIGS])
+def test_the_context_of_peft_within_leaves_adapters_trained(kind):
+    """TRL's reference model disables the adapters by PEFT, which does not enable those that were disabled before."""
+    model, base = models(kind)
+    before = snapshot(model)
+    with lf.disable_adapters(model), model.disable_adapter():
+        assert torch.equal(model(X), base)
+    assert_unchanged(model, before)
+
+
+def test_an_adapter_that_is_activated_within_is_trained():
+    model, _ = models("fused")
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["0", "2"]))
+    with lf.disable_adapters(model):
+        model.set_adapter("other")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 4 and all(".other." in name for name in trained)
+
+
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), "a string"], ids=["no adapter", "no module"])
 def test_disable_adapters_refuses_models_without_adapters(model):
     with pytest.raises(lf.ArgumentError, match="model"), lf.disable_adapters(model):

@@ -2,12 +2,19 @@
 
 import copy
 
+import numpy as np
 import peft
 import pytest
 import torch
 from tiny import assert_unchanged, batch, llama, snapshot
 from torch import nn
-from transformers import LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaForSequenceClassification,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import lora_fast as lf
 
@@ -86,6 +93,13 @@ SELECTIONS = {
     },
     "saved": {"target_modules": "all-linear", "modules_to_save": ["lm_head", "up_proj"]},
     "inference": {"target_modules": ["q_proj"], "inference_mode": True},
+    "other-types": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [np.int64(1)],
+        "use_rslora": 1,
+        "runtime_config": peft.LoraRuntimeConfig(ephemeral_gpu_offload=True),
+    },
+    "none": {"target_modules": ["q_proj"], "use_rslora": None},
 }
 
 
@@ -125,6 +139,59 @@ def test_report_names_what_the_config_leaves_out():
     }
 
 
+def mixture():
+    """Returns a model with a dense layer and a layer of experts, whose weights transformers 5 stacks."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    experts = {"num_experts": 4, "moe_intermediate_size": 16, "mlp_only_layers": [0]}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=64, num_key_value_heads=2, **sizes, **experts))
+
+
+MIXTURES = {
+    "all-linear": "all-linear",
+    "attention": ["q_proj", "o_proj"],
+    "regex": r".*layers\.0\..*q_proj",
+    "experts": ["q_proj", "gate_proj", "up_proj", "down_proj"],
+    "regex of experts": r".*\.(q|gate|up|down)_proj",
+    "router": ["q_proj", "gate"],
+    "part of a parameter": ["q_proj", "gate_proj"],
+}
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_experts_that_peft_adapts_are_refused_or_reported(case):
+    model, config = mixture(), peft.LoraConfig(r=2, target_modules=MIXTURES[case])
+    before, given = snapshot(model), copy.deepcopy(config)
+    try:
+        theirs = dict(peft.get_peft_model(mixture(), copy.deepcopy(config)).named_modules())
+    except ValueError as error:
+        if "Cannot convert" not in str(error):
+            pytest.skip("PEFT 0.18 adapts no router")
+        theirs = None
+    layers = {bare(name) for name, m in (theirs or {}).items() if type(m) is peft.tuners.lora.Linear}
+    parameters = {
+        f"{bare(name)}.{m.parameter_name}" for name, m in (theirs or {}).items() if hasattr(m, "parameter_name")
+    }
+    if theirs is None or (parameters and case != "all-linear"):
+        with pytest.raises(lf.ArgumentError, match="target_modules: expected names") as raised:
+            lf.inject_(model, config)
+        assert all(name in raised.value.got for name in parameters)
+        assert_unchanged(model, before)
+    else:
+        report = lf.inject_(model, config)
+        assert set(report.changed) == layers
+        assert {name for name, reason in report.left.items() if reason.startswith("a parameter")} == parameters
+        linear = {name for name, m in mixture().named_modules() if isinstance(m, nn.Linear)}
+        assert case != "all-linear" or linear | parameters == report.changed.keys() | report.left.keys()
+    assert config == given
+
+
 def tied():
     return llama(tied=True)
 
@@ -134,7 +201,12 @@ def meta():
         return llama()
 
 
+def small():
+    return nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 2))
+
+
 REFUSALS = {
+    "small-pissa": (small, {"init_lora_weights": "pissa", "target_modules": ["0", "1"], "r": 4}, "init_lora_weights"),
     "dora": (llama, {"use_dora": True}, "use_dora"),
     "bias": (llama, {"bias": "all"}, "bias"),
     "lora-bias": (llama, {"lora_bias": True}, "lora_bias"),
