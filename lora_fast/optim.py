@@ -186,13 +186,16 @@ class LoRAAdamW(torch.optim.Optimizer):
             closure: reevaluates the model and returns the loss, which is then returned.
 
         Raises:
-            ArgumentError: only one factor of a pair has a gradient, and a method uses both; or a method cannot train
-                the pairs on the current backend. No parameter and no state is then changed.
+            ArgumentError: only one factor of a pair has a gradient, and a method uses both; a method cannot train the
+                pairs on the current backend; or ScaLoRA, and a pair that is merged into its weight. No parameter and no
+                state is then changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if any(method.changes_weights for method in self._methods):
+            pairs.check_unmerged(pair for pair, *_ in self._pairs)
         self._update()
         if batches := [batch for batch in self._batches if False in batch.rests]:
             self._step_pairs(batches)

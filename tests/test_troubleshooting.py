@@ -58,6 +58,14 @@ def another_state() -> None:
     lf.optim.LoRAAdamW(injected()).load_state_dict(saved)
 
 
+def step_while_merged() -> None:
+    model = injected()
+    optimizer = lf.optim.LoRAAdamW(model, methods=[lf.methods.ScaLoRA()])
+    model(torch.ones(1, 8)).sum().backward()
+    lf.merge_(model)
+    optimizer.step()
+
+
 def not_mergeable() -> None:
     model = injected()
     optimizer = lf.optim.LoRAAdamW([(model[0].lora_A, model[0].lora_B)], methods=[lf.methods.ScaLoRA()])
@@ -190,6 +198,7 @@ ERRORS = {
     "backend 'triton' on cpu": lambda: on_triton(torch.ones(1)),
     "backend 'triton' with float64": float64_on_a_gpu,
     "… expected a weight that ScaLoRA": not_mergeable,
+    "… expected a weight without a merged adapter": step_while_merged,
     "… expected base weights that an adapter's files": changed_experts,
     "model: expected a model with trained adapters … got a": lambda: lf.optim.LoRAAdamW(plain()),
     "model: expected a model with trained adapters … whose": lambda: lf.optim.LoRAAdamW(

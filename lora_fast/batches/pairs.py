@@ -285,6 +285,14 @@ def _shared(weight: Tensor, owners: dict[int, list[str]]) -> str | None:
     return f"one weight held by {' and '.join(names)}: both would change" if len(names) > 1 else None
 
 
+def check_unmerged(pairs: Iterable[Pair]) -> None:
+    """Raises ArgumentError if a pair with a gradient is merged into its weight."""
+    for pair in pairs:
+        if (pair.a.grad is not None or pair.b.grad is not None) and getattr(pair.layer, "merged", False):
+            expected = "a weight without a merged adapter at a step that changes it (lf.unmerge_)"
+            raise checks.ArgumentError(f"{pair.name}.weight", expected, "already merged")
+
+
 def check_mergeable(pairs: list[Pair]) -> None:
     """Raises ArgumentError unless every pair's weight can take a merge and no two pairs share a weight."""
     seen: dict[int, str] = {}

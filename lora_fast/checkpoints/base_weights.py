@@ -14,8 +14,9 @@ from ..layers.base import AdapterLinear
 from ..layers.find import AdapterLayer, adapter_layers, expert_count
 from ..layers.hooks import stored_tensor
 from ..layers.merge_log import Term, holder
-from ..layers.merging import merged_weight
-from ..surgery.merge import original_weight, weight_owners
+from ..layers.merging import CHANGED
+from ..layers.terms import merged_weight
+from ..surgery.merge import not_unmergeable, original_weight, weight_owners
 from . import io
 from .peft_format import PREFIX, Adapter, Change, check_tensor
 
@@ -136,7 +137,7 @@ def _takes_further_ranks(layer: AdapterLayer) -> bool:
 def _original(name: str, layer: AdapterLayer) -> Tensor:
     weight = original_weight(layer)
     if weight is None:
-        raise CheckpointError("model", "unmerged layers", f"{name} merged by PEFT, which keeps no original")
+        raise CheckpointError("model", "unmerged layers", f"{name} {not_unmergeable(layer) or CHANGED}")
     return weight
 
 

@@ -12,7 +12,8 @@ from .. import checks
 from . import merge_log
 from .fallback import Fallback
 from .hooks import carry_hook, offloads
-from .merging import Merged, MergedParameter, Term, unmergeable
+from .merging import Merged, merged_parameters, unmergeable
+from .terms import Term
 
 
 class AdapterLinear(Fallback, nn.Module):
@@ -227,13 +228,17 @@ class AdapterLinear(Fallback, nn.Module):
         return Term(a, b, float(self.scaling))
 
     def unmerge(self) -> None:
-        """Restores the weight from before ``merge``, bit for bit.
+        """Restores the weight from before ``merge``, bit for bit. From a weight that others have changed since then,
+        the adapter is subtracted, as PEFT does.
 
         Raises:
-            ArgumentError: the weight was replaced, or has lost its data, since then.
+            ArgumentError: the weight was replaced or resized, or has lost its data, since then.
         """
         if self.merged:
-            self._merged.unmerge([self.weight])
+            if self._merged.restorable([self.weight]):
+                self._merged.unmerge()
+            else:
+                self._merged.subtract(self.merge_term())
             self.is_plain = self.disabled
 
     @property
@@ -263,6 +268,8 @@ class AdapterLinear(Fallback, nn.Module):
         """Returns the frozen weight without any adapter. That of a merged layer may be in the host's memory."""
         if not self.merged:
             return self.weight
+        if self._merged.is_changed():
+            return self._merged.estimate(self.merge_term())
         target = self._merged.targets()[0]
         return target.original.to(target.parameter.dtype)
 
@@ -301,14 +308,15 @@ class AdapterLinear(Fallback, nn.Module):
         merged = self.merged
         if merged:
             self.unmerge()
-            if MergedParameter.of(cast(nn.Parameter, self.weight)).terms:
-                errors.append(f"{prefix}weight is merged with the adapter of another layer, too: use lf.unmerge_ first")
-                state_dict = {}
+        if f"{prefix}weight" in state_dict and merged_parameters([self._parameters.get("weight")]):
+            errors.append(f"{prefix}weight is merged with the adapter of another layer: use lf.unmerge_ first")
+            state_dict = {}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         if merged:
             self.fold_()
 
     def _apply(self, fn, recurse: bool = True) -> Self:
+        self._merged.is_changed()  # by others, before this change
         super()._apply(fn, recurse)
         self._merged.follow(fn)
         return self

@@ -15,7 +15,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from .hooks import offloads
-from .merging import Merged, Term, unmergeable
+from .merging import Merged, merged_parameters, unmergeable
+from .terms import Term
 
 
 class ExactMerge:
@@ -42,10 +43,16 @@ class ExactMerge:
         if not names:
             return
         places = self._exactly_merged().places
-        if any(self.inexact(name) for name in names) or any(name not in places for name in self.merged_adapters):
-            super().merge(safe_merge, names)  # type: ignore[misc]
-        else:
+        is_recorded = all(name in places for name in self.merged_adapters)
+        if is_recorded and not any(self.inexact(name) for name in names):
             self.merge_exactly(names, safe_merge=safe_merge)
+            return
+        # Over recorded merges PEFT's is recorded, too; a bias that lora_bias changes may have no record.
+        is_recorded &= not any(layer.lora_bias.get(name) for name in names)
+        is_recorded &= not any(target.look() for target in merged_parameters(self._held()))
+        super().merge(safe_merge, names)  # type: ignore[misc]
+        if is_recorded:  # PEFT may have taken out adapters meanwhile and merged them again
+            self._exactly_merged().cover(merged_parameters(self._held()), names)
 
     def merge_exactly(self, names: list[str], keep_originals: str | None = None, safe_merge: bool = False) -> None:
         """Merges adapters that are not merged, none of which is ``inexact``, into their weights."""
@@ -60,20 +67,24 @@ class ExactMerge:
 
     def unmerge(self, names: list[str] | None = None) -> None:
         """Restores the weight from before ``merge``, bit for bit, or, with names, as before these adapters' merge. A
-        weight that accelerate has offloaded since then is restored by PEFT's arithmetic, as ``unmerge_adapter`` does.
+        weight that others have changed since then, or that accelerate has offloaded, is restored by PEFT's arithmetic.
 
         Raises:
-            ArgumentError: the weight was replaced, or has lost its data, since then.
+            ArgumentError: the weight was replaced or resized, or has lost its data, since then.
         """
         layer: Any = self
-        merged = self._exactly_merged()
-        if offloads(layer.get_base_layer()):  # after the merge: what accelerate has loaded here is the merged weight
-            merged.forget()
-        if not self.merged_exactly:
-            super().unmerge()  # type: ignore[misc]
+        merged, released = self._exactly_merged(), []
+        is_recorded = all(name in merged.places for name in self.merged_adapters)
+        # Offloaded after the merge: what accelerate has loaded here is the merged weight.
+        if offloads(layer.get_base_layer()) or not (merged.restorable(self._held(), names) and is_recorded):
+            released = merged.release()
+        if self.merged_exactly:
+            merged.unmerge(names)
+            self.merged_adapters[:] = [name for name in self.merged_adapters if name in merged.places]
             return
-        merged.unmerge(self._held(), names)
-        self.merged_adapters[:] = [name for name in self.merged_adapters if name in merged.places]
+        super().unmerge()  # type: ignore[misc]
+        for target in released:
+            target.seal()  # other layers' adapters may be left
 
     def inexact(self, adapter: str) -> str | None:
         """Returns why only PEFT's own arithmetic merges an adapter, or None if it is restored bit for bit."""
@@ -99,15 +110,19 @@ class ExactMerge:
         return self._exactly_merged().lost(self._held())
 
     def original_weight(self) -> Tensor | None:
-        """Returns the base layer's weight without any adapter, None where PEFT has merged and kept no original."""
+        """Returns the base layer's weight without any adapter, None where it is not known: PEFT has merged and kept no
+        original, or others have changed the merged weight."""
         layer: Any = self
         weight = layer.get_base_layer().weight
         if not self.merged_exactly:
             return None if self.merged_adapters else weight
+        if self._exactly_merged().is_changed():
+            return None
         kept = (target for target in self._exactly_merged().targets() if target.parameter is weight)
         return next((target.original.to(weight.dtype) for target in kept), None)
 
     def _apply(self, fn, recurse: bool = True):
+        self._exactly_merged().is_changed()  # by others, before this change
         super()._apply(fn, recurse)  # type: ignore[misc]
         self._exactly_merged().follow(fn)
         return self

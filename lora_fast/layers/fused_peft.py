@@ -23,7 +23,7 @@ from .exact_merge import ExactMerge, merge_scaling
 from .fallback import Fallback
 from .find import PeftLayer
 from .hooks import HOOK, has_global_hooks, is_hooked, is_offloaded, loaded, returns_to_input
-from .merging import Term
+from .terms import Term
 
 DROPOUTS = (Identity, Dropout)
 HOOKED = "hooks, or a replaced forward, on the base layer or the adapter"

@@ -15,8 +15,8 @@ from ..functional.linear import is_autocast_on
 from ..kernels.grouping import group_by
 from . import factor_cache, hooks, inverse_cayley
 from .base import AdapterLinear, is_conv1d
-from .merging import merged_weight
 from .rounding_room import UNIT_ROUNDOFF, usable_bound
+from .terms import merged_weight
 
 
 class SharedFactors(NamedTuple):

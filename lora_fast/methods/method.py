@@ -19,12 +19,14 @@ class Method:
         replaces_adamw: whether the method has its own update. AdamW does not run; ``update`` runs in its place.
         uses_both_factors: whether the method needs both factors of a pair and their gradients.
         needs_stacks: whether the method works on a ``StackedBatch`` only, on every device.
+        changes_weights: whether the method changes frozen weights, into which no adapter may then be merged at a step.
     """
 
     has_after = False
     replaces_adamw = False
     uses_both_factors = True
     needs_stacks = False
+    changes_weights = False
 
     def __post_init__(self) -> None:
         """Replaces numbers of numpy by Python's, because the method's repr identifies it in an optimizer's state."""

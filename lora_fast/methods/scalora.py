@@ -50,6 +50,8 @@ class ScaLoRA(Method):
             many experts (PEFT's ``target_parameters``). Save the merged model there.
     """
 
+    changes_weights = True
+
     kappa: float | None = None
     interval: int = 10
     solver: str = "nnls"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..kernels.grouping import group_by
 from ..layers.find import ADAPTER_LAYERS, AdapterLayer, adapter_layers, fused_class, is_exact
-from ..layers.merging import KEEP_ORIGINALS
+from ..layers.merging import CHANGED, KEEP_ORIGINALS
 from .change_report import Report
 
 
@@ -59,11 +59,12 @@ def merge_(model: nn.Module, *, keep_originals: str = "host", allow_empty: bool 
 
 
 def unmerge_(model: nn.Module, *, allow_empty: bool = False) -> Report:
-    """Restores the weights that ``merge_``, or ``merge_adapter`` of a fused PEFT model, changed, bit for bit.
+    """Restores the weights that ``merge_``, or ``merge_adapter`` of a fused PEFT model, changed, bit for bit. From a
+    weight that others have changed since then, the adapter is subtracted, as PEFT does.
 
     Returns:
         The layers restored, and the reasons of those left alone: not merged, merged by PEFT's own arithmetic, or with a
-        weight that was replaced, offloaded or sharded after it was merged.
+        weight that was replaced, resized, offloaded or sharded after it was merged.
 
     Raises:
         ArgumentError: no layer to restore, and not ``allow_empty``.
@@ -71,7 +72,12 @@ def unmerge_(model: nn.Module, *, allow_empty: bool = False) -> Report:
     layers, report = adapter_layers(model), Report("unmerged")
     for name, layer in layers.items():
         reason = not_unmergeable(layer)
-        (report.left if reason else report.changed)[name] = reason or "original weight restored"
+        if reason:
+            report.left[name] = reason
+        elif layer._merged.is_changed():
+            report.changed[name] = f"adapter subtracted, with rounding: {CHANGED}"
+        else:
+            report.changed[name] = "original weight restored"
     report.require_change("model", "at least one merged layer", allow_empty)
     for name in report.changed:
         layers[name].unmerge()
@@ -104,7 +110,7 @@ def not_unmergeable(layer: AdapterLayer) -> str | None:
 
 def original_weight(layer: AdapterLayer) -> Tensor | None:
     """Returns a layer's frozen weight without its adapters, that of a merged layer perhaps in the host's memory; None
-    where PEFT has merged them and kept no original."""
+    where it is not known: PEFT has merged them and kept no original, or others have changed a merged PEFT layer."""
     if isinstance(layer, ADAPTER_LAYERS) or is_exact(layer):
         return layer.original_weight()
     return None if layer.merged else layer.weight

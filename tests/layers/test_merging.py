@@ -10,29 +10,22 @@ import numpy
 import peft
 import pytest
 import torch
+from merged_models import (
+    ONE,
+    delta,
+    fused_linear,
+    injected_linear,
+    lf_free_copy,
+    merge,
+    set_factors_,
+    tied_llama,
+    two_layers_of_ours,
+)
 from tiny import COPIES, assert_same_tensors, llama
 from torch import nn
 
 import lora_fast as lf
 from lora_fast.layers import merging
-
-
-def set_factors_(model, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name or "free_" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 4)
-    return model
-
-
-def tied_llama():
-    """lm_head and embed_tokens, over one weight, with two adapters each."""
-    config = peft.LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"])
-    model = peft.get_peft_model(llama(tied=True, layers=1), config)
-    model.add_adapter("second", config)
-    lf.fuse_(set_factors_(model))
-    base = model.base_model.model
-    return model, [base.model.embed_tokens, base.lm_head], base.lm_head.base_layer.weight
 
 
 def replicated_llama():
@@ -43,15 +36,6 @@ def replicated_llama():
     layers = [layer.self_attn.q_proj for layer in model.base_model.model.model.layers]
     assert len({id(layer.base_layer.weight) for layer in layers}) == 1
     return model, layers, layers[0].base_layer.weight
-
-
-def two_layers_of_ours():
-    linear = nn.Linear(24, 16)
-    kinds = ((lf.LoRALinear, {"alpha": 8}), (lf.NBLoRALinear, {"norm": "nuclear"}), (lf.SingLoRALinear, {"alpha": 8}))
-    layers = [kind.from_linear(linear, r=2, **settings) for kind, settings in kinds]
-    model = set_factors_(nn.ModuleList(layers))
-    assert len({id(layer.weight) for layer in layers}) == 1
-    return model, layers, linear.weight
 
 
 def linear_held_twice():
@@ -66,17 +50,6 @@ def linear_held_twice():
 
 
 SHARED = {f.__name__: f for f in (tied_llama, replicated_llama, two_layers_of_ours, linear_held_twice)}
-
-
-def delta(layer, adapter):
-    """Returns an adapter's ΔW in float64, by PEFT's formula."""
-    if isinstance(layer, lf.LoRALinear | lf.NBLoRALinear | lf.SingLoRALinear):
-        return layer.scaling * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
-    return copy.deepcopy(layer).double().get_delta_weight(adapter).detach()
-
-
-def merge(layer, adapter, **options):
-    layer.merge(adapter_names=[adapter], **options) if hasattr(layer, "lora_variant") else layer.merge()
 
 
 @pytest.mark.parametrize("model", SHARED)
@@ -121,15 +94,6 @@ def test_tied_embeddings_of_peft_come_back_in_any_order(order, back):
     for i in back:
         layers[i].unmerge()
     assert torch.equal(weight, original)
-
-
-def lf_free_copy(model):
-    copied = copy.deepcopy(model)
-    lf.unfuse_(copied)
-    assert {type(layer).__module__ for layer in copied.modules() if hasattr(layer, "merge")} == {
-        "peft.tuners.lora.layer"
-    }
-    return copied
 
 
 @pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
@@ -191,20 +155,6 @@ def test_copies_of_a_half_merged_model_go_their_own_way(model, how):
     assert torch.equal(weight, original)
 
 
-def fused_linear():
-    model = nn.Sequential(nn.Linear(24, 16), nn.Tanh())
-    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
-    lf.fuse_(set_factors_(model))
-    return model, model.base_model.model[0], model.base_model.model[0].base_layer
-
-
-def injected_linear():
-    model = nn.Sequential(nn.Linear(24, 16), nn.Tanh())
-    lf.inject_(model, lf.LoRAConfig(r=2))
-    return set_factors_(model), model[0], model[0]
-
-
-ONE = {"fused": fused_linear, "injected": injected_linear}
 CONVERSIONS = {
     "half": lambda model: model.half(),
     "double": lambda model: model.double(),
@@ -354,7 +304,10 @@ def test_a_weight_merged_by_two_layers_refuses_a_state():
     layers[0].merge(), layers[1].merge()
     with pytest.raises(RuntimeError, match="merged with the adapter of another layer"):
         model.load_state_dict(state)
-    layers[1].unmerge(), layers[0].unmerge()
+    layers[1].unmerge()  # the other layers hold the weight that is still merged with the first one's adapter
+    with pytest.raises(RuntimeError, match="merged with the adapter of another layer"):
+        model.load_state_dict(state)
+    layers[0].unmerge()
     assert torch.equal(weight, original)
 
 

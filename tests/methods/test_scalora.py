@@ -178,3 +178,46 @@ def test_captured_step_on_torch_rounds_with_the_generator_that_graphs_advance(mo
             optimizer.step()
         weights.append(weight)
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("kind", ["injected", "fused"])
+@pytest.mark.parametrize("methods", [(), (M.ILoRA(),), (M.ScaLoRA(interval=2),)], ids=["plain", "ilora", "scalora"])
+def test_only_methods_that_change_weights_refuse_a_step_while_merged(kind, methods):
+    """Unmerging restores the weight of before, so that ScaLoRA's change of it would be lost. It refuses also the steps
+    between its merges."""
+
+    def build():
+        model = tiny.injected_llama() if kind == "injected" else tiny.peft_llama(targets=["q_proj", "up_proj"])
+        if kind == "fused":
+            lf.fuse_(model)
+        return model, lf.optim.LoRAAdamW(model, lr=1e-2, methods=methods)
+
+    (model, optimizer), (other, reference) = build(), build()
+    for seed in range(3):
+        for each in (model, other):
+            tiny.loss_of(each, tiny.batch(seed)).backward()
+        lf.merge_(model)
+        if methods and methods[0].changes_weights:
+            before, steps = tiny.snapshot(model), str(optimizer.state_dict()["state"])
+            with pytest.raises(
+                lf.ArgumentError, match=r"q_proj\S*\.weight: expected a weight without a merged adapter"
+            ):
+                optimizer.step()
+            tiny.assert_unchanged(model, before)
+            assert str(optimizer.state_dict()["state"]) == steps
+            lf.unmerge_(model)
+        optimizer.step(), reference.step()
+        lf.unmerge_(model, allow_empty=True)
+        optimizer.zero_grad(), reference.zero_grad()
+    tiny.assert_same_tensors(tiny.snapshot(model)["bits"], tiny.snapshot(other)["bits"])
+
+
+def test_a_merged_layer_without_gradients_does_not_stop_the_step_of_others():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    lf.inject_(model, lf.LoRAConfig(r=2))
+    optimizer = lf.optim.LoRAAdamW(model, methods=[M.ScaLoRA()])
+    model[1](torch.ones(1, 8)).sum().backward()
+    model[0].merge()
+    optimizer.step()
+    model[0].unmerge()
+    assert model[1].lora_B.any() and not model[0].lora_B.any()
