@@ -1,10 +1,11 @@
 """Computes the factors (a, b) of all norm-bounded layers in one call and caches them until a parameter changes.
 
 With gradients, every call recomputes the values and makes one autograd node for all its layers. Without gradients,
-cached values stay valid on their stream until the version counter or the address of a parameter changes. Values of a
-call with gradients are not reused by later calls, because an optimizer may change parameters without their version
-counters (as ``p.data.copy_`` does). ``train()`` and ``eval()`` clear the cache. A layer that activation checkpointing
-runs again during backward gets the values of its first run and an autograd node of its own.
+cached values stay valid on their stream until a parameter changes. On a CPU the parameters' values are compared.
+Elsewhere, where that would wait for the device, their version counters and addresses are, which ``p.data.copy_`` does
+not change. Values of a call with gradients are not reused by later calls, because an optimizer may change parameters in
+that way. ``train()`` and ``eval()`` clear the cache. A layer that activation checkpointing runs again during backward
+gets the values of its first run and an autograd node of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class CachedFactors:
 
     Attributes:
         values: a (r, d_in), b (d_out, r), Wi (r, r), scale (r,).
-        sources: each parameter's memory, which is held so that no other tensor gets its address, and its version.
+        sources: each parameter's memory, which is held so that no other tensor gets its address, and its version. On a
+            CPU it is a copy.
         bound: the layer's ``applied_bound`` when the values were computed. It depends on autocast, too.
         trained: whether the values were computed for a call with gradients.
         stream: the stream on which they were computed. They may not be there yet for a call on another one.
@@ -46,10 +48,15 @@ class CachedFactors:
         stream."""
         parameters = _parameters(layer)
         current = self.bound == layer.applied_bound and self.stream == device.stream_on(parameters[0].device)
-        return current and all(
-            p.data_ptr() == memory.data_ptr() and not p.is_inference() and p._version == version
-            for p, (memory, version) in zip(parameters, self.sources, strict=True)
-        )
+        return current and all(_is_same(p, *source) for p, source in zip(parameters, self.sources, strict=True))
+
+
+def _is_same(parameter: Tensor, memory: Tensor, version: int) -> bool:
+    """Returns whether the parameter has the values of a cache's source."""
+    if parameter.is_cpu:
+        return parameter.dtype is memory.dtype and memory.is_cpu and torch.equal(parameter, memory)
+    is_counted = not parameter.is_inference() and parameter._version == version
+    return is_counted and parameter.data_ptr() == memory.data_ptr()
 
 
 def cached_factors(layers: Sequence) -> list[tuple[Tensor, Tensor]]:
@@ -93,12 +100,17 @@ def _recompute(layers: Sequence, trained: Sequence[bool]) -> list[CachedFactors]
     free, stream = _free(layers), device.stream_on(layers[0].free_a.device)
     # Versions are read before the values are computed: a change by another thread after this makes the cache invalid.
     # An inference tensor has no version counter; -1 never matches.
-    sources = [[(p.detach(), -1 if p.is_inference() else p._version) for p in _parameters(layer)] for layer in layers]
+    sources = [[_source(p) for p in _parameters(layer)] for layer in layers]
     rows = zip(zip(*cayley_op.compute(free), strict=True), sources, free.bounds, trained, strict=True)
     caches = [CachedFactors(values, source, bound, trains, stream) for values, source, bound, trains in rows]
     for layer, cache in zip(layers, caches, strict=True):
         layer.cache = cache
     return caches
+
+
+def _source(parameter: Tensor) -> tuple[Tensor, int]:
+    memory = parameter.detach()
+    return memory.clone() if memory.is_cpu else memory, -1 if parameter.is_inference() else parameter._version
 
 
 def _parameters(layer) -> list[Tensor]:
