@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import checks
@@ -214,8 +215,10 @@ def make_pairs(entries: object, argument: str = "model") -> list[Pair]:
 
 def check(pairs: list[Pair], trained: set[int], whole: bool) -> None:
     """Raises ArgumentError unless every pair fits and no tensor occurs twice, neither among the pairs nor in
-    ``trained``, the ids of the parameters that the optimizer already has. With ``whole``, no factor may be sharded."""
+    ``trained``, the ids of the parameters that the optimizer already has. Two factors of the pairs may not be views of
+    one memory either. With ``whole``, no factor may be sharded."""
     seen: dict[int, str] = {}
+    places: dict[tuple[torch.device, int], str] = {}
     for pair in pairs:
         for factor, tensor in (("lora_A", pair.a), ("lora_B", pair.b)):
             argument = f"{pair.name}.{factor}"
@@ -232,6 +235,11 @@ def check(pairs: list[Pair], trained: set[int], whole: bool) -> None:
                 other = seen.get(id(tensor), "another group")
                 raise checks.ArgumentError(argument, "a tensor of its own", f"the tensor that {other} also holds")
             seen[id(tensor)] = argument
+            if type(tensor) in checks.PLAIN and (address := tensor.data_ptr()):  # 0 on meta, or released by a wrapper
+                other = places.setdefault((tensor.device, address), argument)
+                if other != argument:
+                    got = f"a view of the memory of {other}"
+                    raise checks.ArgumentError(argument, "a tensor of its own", got)
         _check_pair(pair)
 
 
