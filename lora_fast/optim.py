@@ -146,6 +146,7 @@ class LoRAAdamW(torch.optim.Optimizer):
             return
         added = pairs.make_pairs(entries, argument)
         pairs.check(added, trained, whole=bool(self._pairing))
+        pairs.check_memory([*self._known, *added])
         for pair in added:
             if not pair.trained:
                 raise checks.ArgumentError(pair.name, "a pair with a trained factor", "requires_grad=False of both")

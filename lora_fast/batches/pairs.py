@@ -215,10 +215,8 @@ def make_pairs(entries: object, argument: str = "model") -> list[Pair]:
 
 def check(pairs: list[Pair], trained: set[int], whole: bool) -> None:
     """Raises ArgumentError unless every pair fits and no tensor occurs twice, neither among the pairs nor in
-    ``trained``, the ids of the parameters that the optimizer already has. Two factors of the pairs may not be views of
-    one memory either. With ``whole``, no factor may be sharded."""
+    ``trained``, the ids of the parameters that the optimizer already has. With ``whole``, no factor may be sharded."""
     seen: dict[int, str] = {}
-    places: dict[tuple[torch.device, int], str] = {}
     for pair in pairs:
         for factor, tensor in (("lora_A", pair.a), ("lora_B", pair.b)):
             argument = f"{pair.name}.{factor}"
@@ -235,12 +233,20 @@ def check(pairs: list[Pair], trained: set[int], whole: bool) -> None:
                 other = seen.get(id(tensor), "another group")
                 raise checks.ArgumentError(argument, "a tensor of its own", f"the tensor that {other} also holds")
             seen[id(tensor)] = argument
+        _check_pair(pair)
+
+
+def check_memory(pairs: list[Pair]) -> None:
+    """Raises ArgumentError if two factors are views of one memory, which one of their steps would overwrite."""
+    places: dict[tuple[torch.device, int], str] = {}
+    for pair in pairs:
+        for factor, tensor in (("lora_A", pair.a), ("lora_B", pair.b)):
+            argument = f"{pair.name}.{factor}"
             if type(tensor) in checks.PLAIN and (address := tensor.data_ptr()):  # 0 on meta, or released by a wrapper
                 other = places.setdefault((tensor.device, address), argument)
                 if other != argument:
                     got = f"a view of the memory of {other}"
                     raise checks.ArgumentError(argument, "a tensor of its own", got)
-        _check_pair(pair)
 
 
 def _check_pair(pair: Pair) -> None:
