@@ -38,9 +38,9 @@ class LoRAAdamW(torch.optim.Optimizer):
     On the Triton backend, each operation is one launch for all pairs of one rank, however many layers there are.
     Nothing waits for the device, so a step can be captured in a CUDA graph after one step has been run on the same
     tensors (not verified on a GPU). On the torch backend, a method that uses both factors works on stacks of factors of
-    equal shape. The first step makes each parameter's ``data`` a slice of a stack. Later steps check this and rebuild
-    the stacks if a parameter was moved. State is per parameter as in torch's AdamW, and ``state_dict`` does not depend
-    on stacks or backends.
+    equal shape: a step copies the factors into stacks and the results back. On both backends a parameter keeps its own
+    memory and its strides, so that views of it stay tied to it. State is per parameter as in torch's AdamW, and
+    ``state_dict`` does not depend on stacks or backends.
 
     PEFT keeps the factors of many experts in one pair of parameters (``target_parameters``). Every method then treats
     each expert as an adapter of its own, of rank r. These parameters and their state keep the shapes that PEFT gives
@@ -146,6 +146,7 @@ class LoRAAdamW(torch.optim.Optimizer):
             return
         added = pairs.make_pairs(entries, argument)
         pairs.check(added, trained, whole=bool(self._pairing))
+        pairs.check_memory([*self._known, *added])
         for pair in added:
             if not pair.trained:
                 raise checks.ArgumentError(pair.name, "a pair with a trained factor", "requires_grad=False of both")

@@ -1,6 +1,6 @@
 """The interface of a batch of adapter pairs, on which the optimizer and its methods work.
 
-There are two kinds with one interface. A ``StackedBatch`` (stacked.py, plain torch) holds pairs of one shape in one
+There are two kinds with one interface. A ``StackedBatch`` (stacked.py, plain torch) steps pairs of one shape in one
 tensor. A ``GroupedBatch`` (grouped.py, Triton) holds all pairs of one rank, whatever their sizes, and each operation is
 one launch. The optimizer's public state stays per parameter, as in torch.
 

@@ -54,7 +54,6 @@ class GroupedBatch(Batch):
         layouts = [layout(pair) for pair in self.pairs]
         shapes = [shapes_b for _, shapes_b in layouts] + [shapes_a for shapes_a, _ in layouts]
         for p, row, factor_shapes in zip(self._factors, first, shapes, strict=True):
-            p.data = p.data.contiguous()
             state = {
                 name: _state_or_zeros(states[p], name, shape, dtype, p.device)
                 for name, (shape, dtype) in factor_shapes.items()

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import checks
@@ -233,6 +234,19 @@ def check(pairs: list[Pair], trained: set[int], whole: bool) -> None:
                 raise checks.ArgumentError(argument, "a tensor of its own", f"the tensor that {other} also holds")
             seen[id(tensor)] = argument
         _check_pair(pair)
+
+
+def check_memory(pairs: list[Pair]) -> None:
+    """Raises ArgumentError if two factors are views of one memory, which one of their steps would overwrite."""
+    places: dict[tuple[torch.device, int], str] = {}
+    for pair in pairs:
+        for factor, tensor in (("lora_A", pair.a), ("lora_B", pair.b)):
+            argument = f"{pair.name}.{factor}"
+            if type(tensor) in checks.PLAIN and (address := tensor.data_ptr()):  # 0 on meta, or released by a wrapper
+                other = places.setdefault((tensor.device, address), argument)
+                if other != argument:
+                    got = f"a view of the memory of {other}"
+                    raise checks.ArgumentError(argument, "a tensor of its own", got)
 
 
 def _check_pair(pair: Pair) -> None:

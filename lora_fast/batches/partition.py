@@ -12,12 +12,13 @@ from .stacked import StackedBatch
 
 
 def runs_on_triton(pair: Pair) -> bool:
-    """Returns whether the steps of this pair run on the Triton kernels. Another GPU may be too old for them.
+    """Returns whether the steps of this pair run on the Triton kernels, which need contiguous factors. A factor that
+    another parameter holds transposed (PEFT's ``ensure_weight_tying``) is none. Another GPU may be too old for them.
 
     Raises:
         BackendError: under the conditions of ``backend.uses_triton``.
     """
-    return backend.uses_triton(pair.a)
+    return pair.a.is_contiguous() and pair.b.is_contiguous() and backend.uses_triton(pair.a)
 
 
 def build(

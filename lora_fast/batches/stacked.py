@@ -1,5 +1,7 @@
-"""Batches in plain torch: pairs of equal shape are kept in one tensor. Parameters and their state are views of these
-stacks, so that a method's algebra is one batched call. A pair of experts is a stack already, and a batch of its own."""
+"""Batches in plain torch: a step works on one tensor of all pairs of equal shape, so that a method's algebra is one
+batched call. It copies the parameters into a stack and the results back, because code that saves a model drops
+parameters that share a storage. Their state is views of stacks. A pair of experts is a stack already, and a batch of
+its own."""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from .. import backend
 from ..kernels.device import to_device
 from ..kernels.limits import CORRECTION, UPDATE
 from ..kernels.records import Grams, Scaled
-from ..ops.pairs import adamw_, at_least_float32, float32_copy, grams
+from ..ops.pairs import adamw_, at_least_float32, float32_copy, grams, with_strides_of
 from ..ops.reference.rounding import round_factors, scaled_to
 from ..ops.reference.scalora_solution import add_low_rank_
 from .batch import MOMENTS, Batch, PairInGroups, Shapes, Trained, states_of, step_counts
@@ -24,11 +26,12 @@ CACHED = 1 << 20  # elements of a factor's stack on a CPU: larger stacks leave i
 
 
 class Factor:
-    """The a or the b of all pairs of a stack. Each parameter and each of its states is a slice of a stack.
+    """The a or the b of all pairs of a stack. Each state of a parameter is a slice of a stack.
 
     Attributes:
-        value: the stack of the parameters, (L, …). state: name → the stack of a state. Both exist from ``begin``
-            to ``end`` only: between steps the slices alone hold the memory, so a user who moves them away frees it.
+        value: the parameters, (L, …), a copy until ``end`` writes it back. state: name → the stack of a state. Both
+            exist from ``begin`` to ``end`` only: between steps the slices alone hold the memory of the state, so a
+            user who moves them away frees it.
         grad: the gradient after the methods applied so far, (L, …) in at least float32, or None while no method has
             changed it. moment_scale: what ``scale`` multiplies first moments by, (L, …), or None.
         is_a: whether the rank is the first dimension of a slice.
@@ -50,7 +53,7 @@ class Factor:
     state: dict[str, Tensor]
 
     def __init__(self, parameters: list[Tensor], is_a: bool, keys: Tensor | None, shapes: Shapes, states: dict):
-        """Copies parameters and state into stacks, and makes both slices of the stacks. New state is zero."""
+        """Copies the state into stacks and replaces it by their slices. New state is zero."""
         self.parameters, self.is_a, self.keys = parameters, is_a, keys
         counts = step_counts(parameters, states)
         self._counts_agree = len(set(counts)) == 1
@@ -63,23 +66,22 @@ class Factor:
                 if name in states[p]:
                     slice_of_stack.copy_(states[p][name])
                 states[p][name] = slice_of_stack
-        value = torch.stack([p.data for p in parameters])
-        for p, slice_of_value, step in zip(parameters, value, self.steps, strict=True):
-            p.data, states[p]["step"] = slice_of_value, step
+        for p, step in zip(parameters, self.steps, strict=True):
+            states[p]["step"] = step
         self._addresses = self._current_addresses()
 
     def _states(self) -> list[dict]:
         return states_of(self.parameters, self._optimizer_states)
 
     def intact(self) -> bool:
-        """Returns whether every parameter and its state are still slices of the stacks."""
+        """Returns whether no parameter has moved, to another device for example, and every state is still a slice."""
         return self._current_addresses() == self._addresses and self._storages_are_stacks()
 
     def _storages_are_stacks(self) -> bool:
         """Returns whether the first slices share their storage with others. Slices that were moved one by one have
         storages of their own, which an allocator may place side by side at the old addresses."""
         state = self._states()[0]
-        firsts = [self.parameters[0].data, *(state[name] for name in self._names)]
+        firsts = [state[name] for name in self._names]
         n = len(self.parameters)
         return all(first.untyped_storage().nbytes() >= n * first.numel() * first.element_size() for first in firsts)
 
@@ -107,20 +109,32 @@ class Factor:
         return torch.stack(gradients)
 
     def begin(self) -> None:
-        """Begins a step, which counts for the active slices. Makes the stacks from their slices."""
+        """Begins a step, which counts for the active slices. Makes the stacks of the state from their slices."""
         self.steps += 1 if self.active is None else self.active
-        self.value = self._stack_from(self.parameters[0].data)
+        self.value = self._values()
         first_state = self._states()[0]
         self.state = {name: self._stack_from(first_state[name]) for name in self._names}
 
+    def _values(self) -> Tensor:
+        """Returns the parameters as one tensor (L, …)."""
+        return torch.stack(self.parameters)
+
     def _stack_from(self, first: Tensor) -> Tensor:
-        """Returns the stack (L, …) whose first slice this is."""
+        """Returns the stack (L, …) of a state whose first slice this is."""
         return first.as_strided((len(self.parameters), *first.shape), (first.numel(), *first.stride()))
 
     def end(self) -> None:
-        """Ends a step."""
+        """Ends a step, after which the parameters have the new values."""
+        self._write_back()
         self.grad = None
         del self.value, self.state
+
+    def _write_back(self) -> None:
+        """Copies ``value`` into the parameters that do not rest."""
+        parameters, values = self.parameters, list(self.value)
+        if self.active is not None:
+            parameters, values = ([tensors[i] for i in self._positions] for tensors in (parameters, values))
+        torch._foreach_copy_(parameters, values)
 
     def write(self, stack: Tensor, values: Tensor) -> None:
         """Copies values (L, …) into ``value``, a state, or a transposed view of one; not into slices that rest."""
@@ -169,8 +183,7 @@ class Factor:
         self.write(self.value, self.round(p, is_flat=is_flat))
 
     def _adamw_in_place(self, settings: dict) -> None:
-        p = [parameter.data for parameter in self.parameters]
-        states = self._states()
+        p, states = list(self.value), self._states()
         m, v, steps = ([state[name] for state in states] for name in (*MOMENTS, "step"))
         g = [parameter.grad for parameter in self.parameters] if self.grad is None else list(self.grad)
         if self.active is not None:
@@ -204,16 +217,21 @@ class ExpertsFactor(Factor):
         """``split`` returns the view (E, …) of a tensor of the parameter's shape. A state of another shape already has
         the experts as its first dimension. New state is zero."""
         self.parameters, self.is_a, self.keys, self._split = [parameter], is_a, keys, split
-        parameter.data = parameter.data.contiguous()
         state, device = states[parameter], parameter.device
         self.steps = to_device(step_counts([parameter], states), torch.float32, device)
         for name, (shape, dtype) in shapes.items():
             old = state.get(name)
             new = torch.zeros(shape, dtype=dtype, device=device) if old is None else old.to(device, dtype)
-            state[name] = new.contiguous()
+            state[name] = with_strides_of(new, parameter) if new.shape == parameter.shape else new.contiguous()
         state["step"] = self.steps[0]
         self._optimizer_states, self._names = states, tuple(shapes)
         self._addresses = self._current_addresses()
+
+    def _values(self) -> Tensor:
+        return self._split(self.parameters[0])
+
+    def _write_back(self) -> None:
+        """Writes nothing, since ``value`` is the parameter's own memory."""
 
     def _stack_from(self, first: Tensor) -> Tensor:
         return self._split(first) if first.shape == self.parameters[0].shape else first
@@ -233,7 +251,7 @@ class ExpertsFactor(Factor):
             self._split(gradient).copy_(self.grad)
         state = self._states()[0]
         m, v = ([state[name]] for name in MOMENTS)
-        adamw_([parameter.data], [gradient], m, v, [self.steps[0]], settings)
+        adamw_([parameter], [gradient], m, v, [self.steps[0]], settings)
 
 
 class StackedBatch(Batch):
