@@ -1,5 +1,7 @@
 """Layers whose weight a model reads without calling the layer are left alone, and no others."""
 
+import functools
+import linecache
 import re
 import types
 import warnings
@@ -11,6 +13,7 @@ import transformers
 from tiny import llama, peft_llama
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
+from torch.utils.checkpoint import checkpoint
 
 import lora_fast as lf
 from lora_fast.surgery.weight_reads import weight_reads
@@ -97,6 +100,90 @@ class Block(nn.Module):
 
 def times(layer, x):
     return linear(x, layer.weight)
+
+
+SPELLINGS = {  # the body of a forward → the layers whose weight it reads
+    "return x @ torch.stack([layer.weight for layer in self.list]).sum(0)": "list.0 list.1",
+    "for i, (layer, norm) in enumerate(zip(self.list, [self.norm] * 2)): x = norm(x @ layer.weight)": "list.0 list.1",
+    "for _, layer in self.dict.items(): x = x @ layer.weight": "dict.c dict.d",
+    "for name in self.dict: x = x @ self.dict[name].weight": "dict.c dict.d",
+    "return x @ sum(layer.weight for layer in list(self.dict.values())[1:])": "dict.c dict.d",
+    "for layer in self.list[1:]: x = x @ layer.weight": "list.0 list.1",
+    "for name in ('a', 'b'): x = x @ getattr(self, name).weight": "a b",
+    "a, (b, _) = self.a, (self.b, self.norm); return x @ a.weight @ b.weight": "a b",
+    "project = lambda x, layer: x @ layer.weight; return checkpoint(project, x, self.a)": "a",
+    "return x @ self.get_a().weight": "a",
+    "return x @ self.matrix": "a",
+    "return x @ self.first.weight": "list.0",
+    "return self.list[0](x @ self.list[-1].weight)": "list.1",
+    "return x @ self.get_submodule('dict.c').weight": "dict.c",
+    "return self.helper(self.a, x)": "a",
+    "return self.static(x, self.a)": "a",
+    "return Helpers.static(x, self.a)": "a",
+    "return times(x=x, layer=self.a)": "a",
+    "return functools.partial(times, self.a)(x)": "a",
+    "return checkpoint(times, self.a, x, use_reentrant=False)": "a",
+    "return x @ (layer := self.a).weight + layer.bias": "a",
+    "return x @ (self.a if x.sum() > 0 else self.b).weight": "a b",
+    "return x @ self.a._parameters['weight']": "a",
+    "return x @ self.a._parameters.get('weight')": "a",
+    "return linear(x, *self.a.parameters())": "a",
+    "return linear(x, **dict(self.a.named_parameters()))": "a",
+    "return linear(x, **self.a.state_dict())": "a",
+    # None of these reads a weight without calling the layer.
+    "return self.get_a()(x.to(getattr(self.a, 'weight').dtype))": "",
+    "return self.a.forward(x.to(next(self.a.parameters()).dtype))": "",
+    "return sum(layer(x) for layer in self.list) + self.a._parameters['bias']": "",
+    "if hasattr(self.a.weight, 'quant_state'): return times(self.a, x)": "",
+}
+
+
+class Helpers(nn.Module):
+    """Two layers, two in a list and two in a dictionary, and methods that return them or read their weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+        self.list = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.dict = nn.ModuleDict({"c": nn.Linear(4, 4), "d": nn.Linear(4, 4)})
+
+    def get_a(self):
+        if not hasattr(self, "a"):
+            return None
+        return self.a
+
+    def helper(self, layer, x):
+        return self.deeper(x, layer=layer)
+
+    def deeper(self, x, *, layer):
+        return x @ layer.weight
+
+    @staticmethod
+    def static(x, layer):
+        return x @ layer.weight
+
+    @property
+    def first(self):
+        return self.list[0]
+
+    @property
+    def matrix(self):
+        return self.a.weight
+
+
+@pytest.mark.parametrize("body", SPELLINGS)
+def test_weight_reads_in_each_spelling(body, monkeypatch):
+    source = f"def forward(self, x):\n    {body}\n"
+    monkeypatch.setitem(linecache.cache, "<body>", (len(source), None, source.splitlines(True), "<body>"))
+    names = {"functools": functools, "torch": torch, "linear": linear, "checkpoint": checkpoint, "times": times}
+    names["Helpers"] = Helpers
+    exec(compile(source, "<body>", "exec"), names)
+    model = type("Model", (Helpers,), {"forward": names["forward"]})()
+    reads = weight_reads(model)
+    assert (
+        " ".join(name for name, module in model.named_modules() if module in reads and name != "norm")
+        == SPELLINGS[body]
+    )
 
 
 def test_inject_leaves_layers_whose_weight_is_read():
