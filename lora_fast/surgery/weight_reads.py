@@ -47,7 +47,8 @@ def _methods_that_read(kind: Any) -> list[FunctionType]:
     """Returns the methods of a class that may read a weight in a forward pass."""
     methods: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
-        if issubclass(base, nn.Module) and base is not nn.Module:
+        # PEFT's classes read weights to merge and to initialise; its forwards are those of layers.
+        if issubclass(base, nn.Module) and base is not nn.Module and not base.__module__.startswith("peft."):
             methods |= vars(base)
     wanted = [python_function(value) for name, value in methods.items() if not NOT_IN_FORWARD.match(name)]
     return [function for function in wanted if function is not None and _may_read(function, kind)]
