@@ -20,6 +20,7 @@ from ..kernels import device
 from ..ops import cayley as cayley_op
 from ..ops import composite
 from ..ops.cayley import Free, Values
+from ..regions import unseen
 
 SAVED_STATE = ("free_a", "free_b", "free_scale")  # a layer's factors depend on these, its bound and its power
 
@@ -54,7 +55,8 @@ class CachedFactors:
 def _is_same(parameter: Tensor, memory: Tensor, version: int) -> bool:
     """Returns whether the parameter has the values of a cache's source."""
     if parameter.is_cpu:
-        return parameter.dtype is memory.dtype and memory.is_cpu and torch.equal(parameter, memory)
+        with unseen():
+            return parameter.dtype is memory.dtype and memory.is_cpu and torch.equal(parameter, memory)
     is_counted = not parameter.is_inference() and parameter._version == version
     return is_counted and parameter.data_ptr() == memory.data_ptr()
 
@@ -109,8 +111,9 @@ def _recompute(layers: Sequence, trained: Sequence[bool]) -> list[CachedFactors]
 
 
 def _source(parameter: Tensor) -> tuple[Tensor, int]:
-    memory = parameter.detach()
-    return memory.clone() if memory.is_cpu else memory, -1 if parameter.is_inference() else parameter._version
+    with unseen():
+        memory = parameter.detach().clone() if parameter.is_cpu else parameter.detach()
+    return memory, -1 if parameter.is_inference() else parameter._version
 
 
 def _parameters(layer) -> list[Tensor]:

@@ -80,9 +80,11 @@ class Watched:
 
     def _recording(self, after):
         def record(method, batch):
-            for pair in batch.pairs:
-                for p in (pair.a, pair.b):
+            for i, pair in enumerate(batch.pairs):
+                for p, name in ((pair.a, "a"), (pair.b, "b")):
                     self.updated[p] = self._stored(p)
+                    if isinstance(batch, StackedBatch):  # which writes to the parameters as the step ends
+                        self.updated[p]["value"] = getattr(batch, name).value[i].clone()
             after(method, batch)
 
         return record
