@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from itertools import compress
 from typing import Self
 
@@ -29,9 +30,9 @@ class Factor:
     """The a or the b of all pairs of a stack. Each state of a parameter is a slice of a stack.
 
     Attributes:
-        value: the parameters, (L, …), a copy until ``end`` writes it back. state: name → the stack of a state. Both
-            exist from ``begin`` to ``end`` only: between steps the slices alone hold the memory of the state, so a
-            user who moves them away frees it.
+        value: the parameters, (L, …), a copy from its first use in a step until ``end`` writes it back.
+        state: name → the stack of a state, from ``begin`` to ``end`` only: between steps the slices alone hold its
+            memory, so a user who moves them away frees it.
         grad: the gradient after the methods applied so far, (L, …) in at least float32, or None while no method has
             changed it. moment_scale: what ``scale`` multiplies first moments by, (L, …), or None.
         is_a: whether the rank is the first dimension of a slice.
@@ -48,7 +49,6 @@ class Factor:
     keys: Tensor | None
     grad: Tensor | None = None
     moment_scale: Tensor | None = None
-    value: Tensor
     steps: Tensor
     state: dict[str, Tensor]
 
@@ -111,12 +111,11 @@ class Factor:
     def begin(self) -> None:
         """Begins a step, which counts for the active slices. Makes the stacks of the state from their slices."""
         self.steps += 1 if self.active is None else self.active
-        self.value = self._values()
         first_state = self._states()[0]
         self.state = {name: self._stack_from(first_state[name]) for name in self._names}
 
-    def _values(self) -> Tensor:
-        """Returns the parameters as one tensor (L, …)."""
+    @cached_property
+    def value(self) -> Tensor:
         return torch.stack(self.parameters)
 
     def _stack_from(self, first: Tensor) -> Tensor:
@@ -125,9 +124,11 @@ class Factor:
 
     def end(self) -> None:
         """Ends a step, after which the parameters have the new values."""
-        self._write_back()
+        if "value" in self.__dict__:
+            self._write_back()
+            del self.value
         self.grad = None
-        del self.value, self.state
+        del self.state
 
     def _write_back(self) -> None:
         """Copies ``value`` into the parameters that do not rest."""
@@ -227,7 +228,8 @@ class ExpertsFactor(Factor):
         self._optimizer_states, self._names = states, tuple(shapes)
         self._addresses = self._current_addresses()
 
-    def _values(self) -> Tensor:
+    @cached_property
+    def value(self) -> Tensor:
         return self._split(self.parameters[0])
 
     def _write_back(self) -> None:
