@@ -108,6 +108,7 @@ class GroupedBatch(Batch):
 
     def begin(self, param_groups: list[dict]) -> None:
         super().begin(param_groups)
+        self._forget()  # what a step that raised an error has left
         for table in self._tables:
             report_addresses(table.entries, self._tensors_of(table))
         if pointer_table.capturing():

@@ -109,7 +109,9 @@ class Factor:
         return torch.stack(gradients)
 
     def begin(self) -> None:
-        """Begins a step, which counts for the active slices. Makes the stacks of the state from their slices."""
+        """Begins a step, which counts for the active slices. Makes the stacks of the state from their slices, and
+        forgets what a step that raised an error has left."""
+        self._forget()
         self.steps += 1 if self.active is None else self.active
         first_state = self._states()[0]
         self.state = {name: self._stack_from(first_state[name]) for name in self._names}
@@ -126,9 +128,12 @@ class Factor:
         """Ends a step, after which the parameters have the new values."""
         if "value" in self.__dict__:
             self._write_back()
-            del self.value
-        self.grad = None
+        self._forget()
         del self.state
+
+    def _forget(self) -> None:
+        self.__dict__.pop("value", None)
+        self.grad = self.moment_scale = None
 
     def _write_back(self) -> None:
         """Copies ``value`` into the parameters that do not rest."""

@@ -13,6 +13,7 @@ import torch
 from peft.tuners import lora
 from torch import Tensor
 from torch.nn import Dropout, Identity, Linear, Module, Parameter
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from .. import checks
@@ -22,7 +23,7 @@ from ..kernels.limits import LARGEST_RANK
 from .exact_merge import ExactMerge, merge_scaling
 from .fallback import Fallback
 from .find import PeftLayer
-from .hooks import HOOK, has_global_hooks, is_hooked, is_offloaded, loaded, returns_to_input
+from .hooks import HOOK, is_hooked, is_offloaded, loaded, returns_to_input
 from .terms import Term
 
 DROPOUTS = (Identity, Dropout)
@@ -146,7 +147,7 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple[tuple, Tensor | Non
         return f"adapter of {type(a).__name__}, {type(b).__name__}, {type(dropout).__name__}"
     if is_hooked(base) or is_hooked(a) or is_hooked(b) or is_hooked(dropout):
         return HOOKED
-    if has_global_hooks():
+    if _has_any_global_hook():
         return "hooks of all modules"
     parameters: Any  # of any types: the next lines check them
     if "_is_replica" in layer.__dict__:  # nn.DataParallel's replica, whose tensors are plain attributes

@@ -16,11 +16,7 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
 
-# torch fills and empties these dictionaries. They are looked up once, because every call of a layer reads them.
-_FORWARD_HOOKS, _FORWARD_PRE_HOOKS = _module._global_forward_hooks, _module._global_forward_pre_hooks
-_BACKWARD_HOOKS, _BACKWARD_PRE_HOOKS = _module._global_backward_hooks, _module._global_backward_pre_hooks
 ACCELERATE = "accelerate.hooks"  # imported where a module has its wrapper
 FORWARD, HOOK = "forward", "_hf_hook"  # where accelerate puts its wrapper and its hook, in the module's __dict__
 
@@ -36,12 +32,6 @@ def is_hooked(module: nn.Module) -> bool:
         or state["_backward_pre_hooks"]
         or (FORWARD in state and not (is_own(state[FORWARD], module) or (is_wrapped(module) and _only_aligns(module))))
     )
-
-
-def has_global_hooks() -> bool:
-    """Returns whether a call of any module runs hooks that torch has for all modules
-    (``torch.nn.modules.module.register_module_forward_hook``, …)."""
-    return bool(_FORWARD_HOOKS or _FORWARD_PRE_HOOKS or _BACKWARD_HOOKS or _BACKWARD_PRE_HOOKS)
 
 
 def is_own(forward: Any, module: nn.Module) -> bool:

@@ -68,7 +68,7 @@ def inject_(
     candidates = targets.candidates(model, target)
     report = Report("injected", left=settings.left_alone(model, candidates))
     kinds = {name: (settings.layer, settings.layer_settings(name)) for name in candidates if name not in report.left}
-    report.changed = {name: f"{kind.__name__}(r={own['r']})" for name, (kind, own) in kinds.items()}
+    report.changed = {name: f"{kind.__name__}(r={options['r']})" for name, (kind, options) in kinds.items()}
     if not report.changed and not allow_empty:
         near = targets.closest(model, target)
         by = "" if target == "all-linear" else ", by a regular expression or a list of name ends"

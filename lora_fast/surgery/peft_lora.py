@@ -173,10 +173,12 @@ class PeftLoRAConfig(AdapterConfig):
             expected = "an initialisation that leaves base weights as they are, where modules share one"
             raise checks.ArgumentError("init_lora_weights", expected, f"{init!r} ({name})")
         twin = copy.copy(linear)
-        own = {key: p if p is None else nn.Parameter(p.detach(), False) for key, p in linear._parameters.items()}
-        twin._parameters = own  # PEFT freezes them, and the linear layer keeps its flags
+        # PEFT freezes the twin's parameters, and the linear layer keeps its flags.
+        twin._parameters = {
+            key: p if p is None else nn.Parameter(p.detach(), False) for key, p in linear._parameters.items()
+        }
         if changes:
-            own["weight"] = nn.Parameter(weight.clone(), False)
+            twin.weight = nn.Parameter(weight.clone(), False)
         holder = nn.ModuleDict({"layer": twin})
         try:
             inject_adapter_in_model(self._for_one_layer(name, linear), holder)
@@ -184,11 +186,11 @@ class PeftLoRAConfig(AdapterConfig):
             expected = "an initialisation that PEFT can compute for every layer"
             got = f"{init!r} ({name}: {str(error)[:300]})"
             raise checks.ArgumentError("init_lora_weights", expected, got) from error
-        made: Any = holder["layer"]
-        if made.lora_variant:
-            variant = type(next(iter(made.lora_variant.values()))).__name__
+        adapted: Any = holder["layer"]
+        if adapted.lora_variant:
+            variant = type(next(iter(adapted.lora_variant.values()))).__name__
             raise checks.ArgumentError("init_lora_weights", "plain LoRA", f"{init!r} ({variant})")
-        (a,), (b,) = made.lora_A.values(), made.lora_B.values()
+        (a,), (b,) = adapted.lora_A.values(), adapted.lora_B.values()
         d_in, d_out = sizes(linear)
         r = self.layer_settings(name)["r"]
         if a.weight.shape != (r, d_in) or b.weight.shape != (d_out, r):  # PiSSA's of a small layer, OLoRA's of a Conv1D

@@ -236,8 +236,8 @@ class _Reader(ast.NodeVisitor):
             self.read(node, value)
             if node in self.inspected:
                 return ()
-        found = union(attribute(item, name) for item in value)
-        return union(self.call(node, x.method, [], {}) if isinstance(x, Getter) else (x,) for x in found)
+        attributes = union(attribute(item, name) for item in value)
+        return union(self.call(node, x.method, [], {}) if isinstance(x, Getter) else (x,) for x in attributes)
 
     def visit_Call(self, node: ast.Call) -> Value:
         callees = self.value(node.func)

@@ -106,10 +106,10 @@ def attribute(item: Any, name: str) -> Value:
     return known(vars(item).get(name)) if isinstance(item, ModuleType) else ()
 
 
-def known(found: Any) -> Value:
+def known(entry: Any) -> Value:
     """Returns an object of a Python module or class as a value: functions, classes and modules are followed."""
-    found = inside(found) if isinstance(found, staticmethod) else found
-    return (found,) if isinstance(found, (*CALLED, ModuleType)) else ()
+    entry = inside(entry) if isinstance(entry, staticmethod) else entry
+    return (entry,) if isinstance(entry, (*CALLED, ModuleType)) else ()
 
 
 def python_function(value: Any) -> FunctionType | None:
@@ -132,24 +132,24 @@ def global_of(function: FunctionType, name: str) -> Any:
     return function.__globals__.get(name, getattr(builtins, name, None))
 
 
-def inside(found: Any) -> Any:
+def inside(entry: Any) -> Any:
     """Returns the function of a property or static method, and any other object itself."""
-    name = {property: "fget", functools.cached_property: "func", staticmethod: "__func__"}.get(type(found))
-    return getattr(found, name) if name else found
+    name = {property: "fget", functools.cached_property: "func", staticmethod: "__func__"}.get(type(entry))
+    return getattr(entry, name) if name else entry
 
 
 def _attribute_of_module(module: nn.Module, name: str) -> Value:
     if name == "_parameters":
         return (Tensors(module),)
-    found = module if name == "_modules" else module._modules.get(name, vars(module).get(name))
-    if isinstance(found, (list, tuple)) and all(isinstance(part, nn.Module) for part in found):
-        return (Row(tuple((part,) for part in found)),)
-    if isinstance(found, (nn.Module, FunctionType, MethodType)):
-        return (found,)
-    found = of_class(type(module), name)
-    if isinstance(found, (property, functools.cached_property)) and isinstance(inside(found), FunctionType):
-        return (Getter(MethodType(inside(found), module)),)
-    return (MethodType(found, module),) if isinstance(found, FunctionType) else known(found)
+    of_instance = module if name == "_modules" else module._modules.get(name, vars(module).get(name))
+    if isinstance(of_instance, (list, tuple)) and all(isinstance(part, nn.Module) for part in of_instance):
+        return (Row(tuple((part,) for part in of_instance)),)
+    if isinstance(of_instance, (nn.Module, FunctionType, MethodType)):
+        return (of_instance,)
+    inherited = of_class(type(module), name)
+    if isinstance(inherited, (property, functools.cached_property)) and isinstance(inside(inherited), FunctionType):
+        return (Getter(MethodType(inside(inherited), module)),)
+    return (MethodType(inherited, module),) if isinstance(inherited, FunctionType) else known(inherited)
 
 
 def of_class(kind: Any, name: str) -> Any:

@@ -64,14 +64,14 @@ def _may_read(function: FunctionType, kind: Any, depth: int = 1) -> bool:
     if depth == DEPTH:
         return False
     names = [name for name in code if name.startswith("get_") or not NOT_IN_FORWARD.match(name)]
-    found = {id(value): value for name in names for value in (of_class(kind, name), global_of(function, name))}
-    holders = [value for value in found.values() if isinstance(value, (ModuleType, type))]
+    referred = {id(value): value for name in names for value in (of_class(kind, name), global_of(function, name))}
+    holders = [value for value in referred.values() if isinstance(value, (ModuleType, type))]
     for holder in holders:  # of functions, as in ``module.function``
         if not holder.__name__.startswith("torch"):
             inner = {id(value): value for name, value in vars(holder).items() if name in names}
-            holders += [v for key, v in inner.items() if key not in found and isinstance(v, (ModuleType, type))]
-            found |= inner
-    functions = [inside(value) for value in found.values()]
+            holders += [v for key, v in inner.items() if key not in referred and isinstance(v, (ModuleType, type))]
+            referred |= inner
+    functions = [inside(value) for value in referred.values()]
     called = {python_function(f) for f in functions if isinstance(f, (FunctionType, MethodType))}
     return any(f is not None and f is not function and _may_read(f, kind, depth + 1) for f in called)
 

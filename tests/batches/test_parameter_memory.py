@@ -29,6 +29,23 @@ def test_parameters_keep_their_own_memory(methods, backend):
     assert [(p.data_ptr(), p.untyped_storage().nbytes()) for p in factors] == places
 
 
+@BOTH_BACKENDS
+def test_step_after_one_that_failed_uses_the_present_factors_and_gradients(backend, monkeypatch):
+    chosen = pairs(shapes=SHAPES)
+    factors = [p for a, b, *_ in chosen for p in (a, b)]
+    optimizer = lf.optim.LoRAAdamW(chosen, lr=1e-3, methods=[M.ILoRA(lam=1e-9)])
+    with lf.set_backend(backend), monkeypatch.context() as patch:
+        patch.setattr(M.ILoRA, "after", lambda method, batch: (batch.grams(), 1 / 0))
+        set_gradients(chosen, 0)
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step()
+    for p in factors:
+        p.data.zero_()
+    with lf.set_backend(backend):
+        optimizer.step()
+    assert all(0 < p.abs().max() < 2e-3 for p in factors)
+
+
 def test_safetensors_saves_every_parameter_after_a_step_with_a_method(tmp_path):
     model = nn.ModuleList([lf.LoRALinear(16, 16, r=4, alpha=8) for _ in range(3)])
     optimizer = lf.optim.LoRAAdamW(model, methods=[M.ILoRA()])

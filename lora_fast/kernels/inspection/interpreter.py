@@ -12,8 +12,7 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 
 def patch_once() -> None:
-    """Makes the interpreter several times as fast, with the same results: it repeats much work that depends on types
-    alone."""
+    """Makes the interpreter faster, with the same results: it repeats much work that depends on types alone."""
     _patch_language_once()
     _remember_shapes()
     _accept_equal_dtypes()
