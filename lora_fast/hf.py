@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import warnings
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,42 +33,104 @@ except ImportError as error:
 
 __all__ = ["AdapterStatsCallback", "ExactCheckpoints", "optimizer_cls_and_kwargs", "summary"]
 
+SETTINGS = "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"
 ALL_GPUS_STATES = "rng_state_all_gpus.pth"
 RATIOS = ("rms_ratio", "conditioning")  # figures whose mean over layers is geometric
 
 
 def optimizer_cls_and_kwargs(
-    model: nn.Module,
-    args: TrainingArguments,
+    model: nn.Module | None = None,
+    args: TrainingArguments | None = None,
     methods: object = (),
     rounding: str = "auto",
     state_dtype: torch.dtype | None = None,
-) -> tuple[type, dict]:
-    """Returns the argument ``Trainer(optimizer_cls_and_kwargs=…)`` with which LoRAAdamW trains the model.
+) -> tuple[Any, dict]:
+    """Returns the argument ``Trainer(optimizer_cls_and_kwargs=…)`` with which LoRAAdamW trains the trainer's model.
+
+    The Trainer makes the optimizer when it begins to train, from its own model and arguments at that time. One result
+    may therefore serve several Trainers, ``model_init`` and ``hyperparameter_search``. The parameter groups are those
+    of Trainer's AdamW: biases, norms and whatever else ``Trainer.get_decay_parameter_names`` leaves out are not
+    decayed. A run that AdamW began can be resumed with LoRAAdamW, and one of LoRAAdamW with AdamW unless its methods
+    have groups or moments of their own (LoRAPlus, LoRARITE, LoRAMuon).
 
     Args:
-        model: the model that the Trainer gets, with its adapters.
-        args: contain the learning rate, betas, epsilon and weight decay, as for Trainer's own AdamW.
+        model: the model that the Trainer gets, if there is one yet; it is only checked.
+        args: the TrainingArguments that the Trainer gets; they are only checked.
         methods, rounding, state_dtype: as in ``lf.optim.LoRAAdamW``.
 
     Returns:
-        The optimizer's class and its keyword arguments.
+        A factory of optimizers, and no keyword arguments.
 
     Raises:
         ArgumentError: no module, no TrainingArguments, or other arguments that LoRAAdamW refuses.
     """
-    names = ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
-    if not all(hasattr(args, name) for name in names):
+    if args is not None and not all(hasattr(args, name) for name in SETTINGS):
         raise checks.ArgumentError("args", "transformers.TrainingArguments", checks.shown(args))
-    checks.module(model)
-    check_options(methods, rounding, state_dtype)
-    settings = {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        "weight_decay": args.weight_decay,
-    }
-    return LoRAAdamW, {"model": model, "methods": methods, "rounding": rounding, "state_dtype": state_dtype, **settings}
+    if model is not None:
+        checks.module(model)
+    return LoRAAdamWFactory(check_options(methods, rounding, state_dtype), rounding, state_dtype), {}
+
+
+@dataclass(frozen=True)
+class LoRAAdamWFactory:
+    """Makes the optimizer of the Trainer that calls it. transformers calls a factory without arguments and what that
+    returns with the model; releases that know optimizers' classes alone call it with the parameter groups."""
+
+    methods: tuple
+    rounding: str
+    state_dtype: torch.dtype | None
+
+    def __call__(self, model_or_groups: Any = None) -> Any:
+        if model_or_groups is None:
+            return self
+        trainer = _calling_trainer()
+        args = trainer.args
+        if isinstance(model_or_groups, nn.Module):
+            model, groups = model_or_groups, _groups_of_trainer(trainer, model_or_groups)
+        else:
+            model, groups = trainer.model, model_or_groups
+        optimizer = LoRAAdamW(
+            model,
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+            methods=self.methods,
+            rounding=self.rounding,
+            state_dtype=self.state_dtype,
+            groups=groups,
+        )
+        changing = [type(method).__name__ for method in self.methods if method.changes_weights]
+        if changing and args.save_strategy != "no" and not isinstance(trainer, ExactCheckpoints):
+            warnings.warn(
+                f"{changing[0]} changes frozen weights, which the checkpoints of {type(trainer).__name__} lack: a "
+                "resumed run and load_best_model_at_end continue from other weights. "
+                "class MyTrainer(lf.hf.ExactCheckpoints, Trainer) saves them",
+                stacklevel=2,
+            )
+        return optimizer
+
+
+def _calling_trainer() -> Any:
+    """Returns the Trainer in whose ``create_optimizer`` a factory is called. Trainer passes it neither itself nor its
+    arguments, which may be others than the user's (TRL copies them) and change (hyperparameter_search)."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            return caller
+        frame = frame.f_back
+    raise checks.ArgumentError("optimizer_cls_and_kwargs", "a call by transformers' Trainer", "another caller")
+
+
+def _groups_of_trainer(trainer: Any, model: nn.Module) -> list[dict]:
+    """Returns the parameter groups of Trainer's AdamW, in whose order checkpoints store the state."""
+    decayed = set(trainer.get_decay_parameter_names(model))
+    groups: list[dict] = [{"params": [], "weight_decay": decay} for decay in (trainer.args.weight_decay, 0.0)]
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[name not in decayed]["params"].append(p)
+    return groups
 
 
 class AdapterStatsCallback(TrainerCallback):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backend, checks
-from .batches import group_settings, pairs, partition, saved_state
+from .batches import group_settings, pairs, param_groups, partition, saved_state
 from .batches.batch import MOMENTS, NO_STATE, Batch, PairInGroups, Shapes
 from .batches.group_settings import NUMBERS, SETTINGS
 from .batches.pairs import Pair
@@ -50,7 +50,7 @@ class LoRAAdamW(torch.optim.Optimizer):
         model: a model with a trained adapter in at least one of its layers, ours or PEFT's (of any tuner, the active
             adapters), or (lora_A, lora_B[, scaling[, weight]]) pairs. A model's other trainable parameters
             (``modules_to_save``, norms, DoRA's magnitudes, …) are trained by plain AdamW in a parameter group of their
-            own, the last.
+            own, the last, unless ``groups`` says otherwise.
         lr: the learning rate. With LoRAPlus it is that of lora_A, and lora_B has a group of its own.
         betas, eps, weight_decay: as in torch.optim.AdamW, except that the default of weight_decay is 0. These numbers,
             and those that are later written into a group, may be numpy's or tensors of one element. A tensor is read
@@ -63,13 +63,17 @@ class LoRAAdamW(torch.optim.Optimizer):
         state_dtype: the dtype of AdamW's moments: None for the parameters' own, as in torch, or torch.float32, also
             over parameters of 16 bits. Second moments in bfloat16 hardly fall, and those in float16 underflow, of which
             the optimizer warns.
+        groups: torch's parameter groups, dicts of params and settings, which together contain each trained parameter of
+            the model once. Settings may then differ between parameters. With the groups of torch's AdamW, each of both
+            optimizers loads the other's ``state_dict``.
 
     Raises:
         ArgumentError: a model without trained adapters, whose own weights would be trained in their place; parameters
-            in place of the model; pairs that do not fit, share a tensor or are frozen; a frozen factor with a method
-            that needs both; methods that have no meaning together or no pair to work on; values out of range; ScaLoRA
-            with weights that it cannot change. At a step and in ``load_state_dict`` also a variant of AdamW in a group
-            (maximize, amsgrad, differentiable, or decoupled_weight_decay=False).
+            in place of the model; groups that lack a trained parameter or have others; pairs that do not fit, share a
+            tensor or are frozen; a frozen factor with a method that needs both; methods that have no meaning together
+            or no pair to work on; values out of range; ScaLoRA with weights that it cannot change. At a step and in
+            ``load_state_dict`` also a variant of AdamW in a group (maximize, amsgrad, differentiable, or
+            decoupled_weight_decay=False).
     """
 
     _methods: tuple[Method, ...]
@@ -98,25 +102,34 @@ class LoRAAdamW(torch.optim.Optimizer):
         methods: object = (),
         rounding: str = "auto",
         state_dtype: torch.dtype | None = None,
+        groups: Iterable[dict] | None = None,
     ):
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        # ``fused`` has no effect here. With it in a saved state, torch's AdamW goes on with the same kernel.
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
         group_settings.check(defaults)
         self._methods = check_options(methods, rounding, state_dtype)
         self._rounding, self._state_dtype, self._warned = rounding, state_dtype, False
         self._known, self._pairs = [], []
         self._forget_batches()
-        adapters: list
-        others: list[tuple[str, Tensor]] = []
         if isinstance(model, nn.Module):
-            adapters, others = trained_parameters(model, as_pairs=bool(self._methods))
+            added, adapters, others = trained_parameters(model, as_pairs=bool(self._methods))
             warn_of_adapters_without_effect(model)
-        elif not (adapters := pairs.make_pairs(model)):
+        elif not (added := pairs.make_pairs(model)):
             raise checks.ArgumentError("model", "a torch.nn.Module or at least one pair", "none")
-        groups: list[dict[str, Any]] = [{"params": params} for params in (adapters, others) if params]
-        if self._methods and not adapters:
+        if self._methods and not added:
             expected = "none for a model without trained LoRA factors (NB-LoRA's free parameters take plain AdamW)"
             raise checks.ArgumentError("methods", expected, ", ".join(map(repr, self._methods)))
-        super().__init__(groups, defaults)
+        self._check_pairs(added, set())
+        if not isinstance(model, nn.Module):
+            adapters, others = [entry for pair in added for entry in pair.trained_factors], []
+        if groups is None:
+            chosen: list[dict[str, Any]] = [{"params": params} for params in (adapters, others) if params]
+        else:
+            chosen = param_groups.named_groups(groups, [*adapters, *others])
+        for group in chosen:
+            group_settings.check(group)
+        super().__init__([_Checked(part) for group in chosen for part in self._split(group, added, lr)], defaults)
+        self._register(added)
         if isinstance(model, nn.Module):
             count_steps_(model, self)
 
@@ -127,6 +140,9 @@ class LoRAAdamW(torch.optim.Optimizer):
         Raises:
             ArgumentError: as in the constructor, or an empty group.
         """
+        if isinstance(param_group, _Checked):
+            super().add_param_group(dict(param_group))
+            return
         if not isinstance(param_group, dict):
             raise checks.ArgumentError("param_group", "a dict with the key params", checks.shown(param_group))
         group = dict(param_group)
@@ -139,36 +155,44 @@ class LoRAAdamW(torch.optim.Optimizer):
             raise checks.ArgumentError("params", "at least one pair or parameter", "none")
         argument = f"params[{len(self.param_groups)}]"
         trained = {id(p) for other in self.param_groups for p in other["params"]}
-        if not any(_is_pair(entry) for entry in entries):
+        if not any(param_groups.is_pair(entry) for entry in entries):
             named = [p if isinstance(p, tuple) else (f"{argument}.{i}", p) for i, p in enumerate(entries)]
-            _check_parameters(named, argument, trained)
+            param_groups.check_parameters(named, argument, trained)
             super().add_param_group({"params": named, **group, "methods": []})
             return
         added = pairs.make_pairs(entries, argument)
+        self._check_pairs(added, trained)
+        group["params"] = [entry for pair in added for entry in pair.trained_factors]
+        for part in self._split(group, added, self.defaults["lr"]):
+            super().add_param_group(part)
+        self._register(added)
+
+    def _check_pairs(self, added: list[Pair], trained: set[int]) -> None:
+        """Raises ArgumentError unless pairs can be added. ``trained`` are the ids of the parameters of all groups."""
         pairs.check(added, trained, whole=bool(self._pairing))
         pairs.check_memory([*self._known, *added])
         for pair in added:
-            if not pair.trained:
+            if not pair.trained_factors:
                 raise checks.ArgumentError(pair.name, "a pair with a trained factor", "requires_grad=False of both")
         self._check_methods(added)
-        self._add_pairs(added, group)
 
-    def _add_pairs(self, added: list[Pair], group: dict) -> None:
-        plus = next((method for method in self._methods if type(method) is LoRAPlus), None)
-        group["methods"] = [repr(method) for method in self._methods]
-        first = len(self.param_groups)
-        trained = [[entry for entry in pair.named_factors if entry[1].requires_grad] for pair in added]
-        if plus is None:
-            super().add_param_group({"params": [entry for pair in trained for entry in pair], **group})
-        else:
-            lr = group.pop("lr", self.defaults["lr"])
-            for factor, rate in (("lora_A", lr), ("lora_B", lr * plus.ratio)):
-                entries = [entry for pair in trained for entry in pair if entry[0].endswith(factor)]
-                if entries:
-                    super().add_param_group({"params": entries, **group, "lr": rate})
+    def _split(self, group: dict, added: list[Pair], lr: float | Tensor) -> list[dict]:
+        plus = next((method.ratio for method in self._methods if type(method) is LoRAPlus), None)
+        return param_groups.split_for_lora_plus(group, added, lr, plus)
+
+    def _register(self, added: list[Pair]) -> None:
+        """Takes pairs whose trained factors are in the parameter groups as pairs of the optimizer."""
+        groups = self._groups_of_parameters()
+        placed = [_placed(pair, groups) for pair in added]
         self._known += added
-        self._pairs += [(pair, first, first if plus is None else first + 1) for pair in added]
+        self._pairs += [pair for pair in placed if pair is not None]
+        for i in {i for pair in placed if pair is not None for i in pair[1:]}:
+            self.param_groups[i]["methods"] = [repr(method) for method in self._methods]
         self._forget_batches()
+
+    def _groups_of_parameters(self) -> dict[int, int]:
+        """Returns the id of each parameter → the index of its group."""
+        return {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
 
     def _check_methods(self, added: list[Pair]) -> None:
         for method in self._methods:
@@ -179,9 +203,11 @@ class LoRAAdamW(torch.optim.Optimizer):
                         raise checks.ArgumentError(f"{pair.name}.{name}", expected, "requires_grad=False")
             method.check([*self._known, *added])
 
+    @torch._disable_dynamo  # as torch's optimizers have it: torch.compiler.disable, imported at the first call
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
-        """Performs one step. Parameters without a gradient are not changed, as in torch.
+        """Performs one step. Parameters without a gradient are not changed, as in torch. Under torch.compile the step
+        runs eagerly.
 
         Args:
             closure: reevaluates the model and returns the loss, which is then returned.
@@ -278,7 +304,7 @@ class LoRAAdamW(torch.optim.Optimizer):
             ArgumentError: a parameter of a group with methods belongs to no pair, or the layers train parameters that
                 the optimizer does not have. Nothing has changed then.
         """
-        groups = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        groups = self._groups_of_parameters()
         known: list[Pair] = []
         placed: list[PairInGroups] = []
         for pair in self._known:
@@ -290,18 +316,23 @@ class LoRAAdamW(torch.optim.Optimizer):
                     raise checks.ArgumentError(f"{pair.name}.{name}", expected, "a parameter that the layer replaced")
             known.append(current)
             for candidate in (current, pair):
-                a, b = id(candidate.a), id(candidate.b)
-                if (a in groups or b in groups) and all(id(p) in groups for p in candidate.trained):
-                    # A frozen factor may be in no group; the settings of the other one then count for both.
-                    placed.append((candidate, groups[a if a in groups else b], groups[b if b in groups else a]))
+                if (member := _placed(candidate, groups)) is not None:
+                    placed.append(member)
                     known[-1] = candidate
                     break
         factors = {id(p) for pair, *_ in placed for p in (pair.a, pair.b)}
+        names_of_factors = {name for pair in self._known for name, _ in pair.named_factors}
         for i, group in enumerate(self.param_groups):
+            # Beside factors a group may have other parameters, which have other names.
+            names = group.get("param_names", [])
+            is_named = len(names) == len(group["params"])
             for j, p in enumerate(group["params"]):
-                if self._pairing and group.get("methods") and id(p) not in factors:
-                    names = ", ".join(type(method).__name__ for method in self._pairing)
-                    expected = f"a lora_A or lora_B of the model's layers, since {names} trains both factors of a pair"
+                is_factor = not is_named or names[j] in names_of_factors
+                if self._pairing and group.get("methods") and is_factor and id(p) not in factors:
+                    methods = ", ".join(type(method).__name__ for method in self._pairing)
+                    expected = (
+                        f"a lora_A or lora_B of the model's layers, since {methods} trains both factors of a pair"
+                    )
                     got = f"{type(p).__name__} {tuple(p.shape)}, which belongs to no pair"
                     raise checks.ArgumentError(f"param_groups[{i}]['params'][{j}]", expected, got)
         if self._pairing:
@@ -386,10 +417,13 @@ class LoRAAdamW(torch.optim.Optimizer):
         return shapes_a, shapes_b
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Loads the ``state_dict`` of an optimizer with the same model, methods and order of parameters. The next steps
-        then give the same bits as those of the saved optimizer. Either model may be in a wrapper (torch.compile,
-        DataParallel, DistributedDataParallel, FSDP2, checkpoint_wrapper); FSDP1's shards first go through its own
-        ``optim_state_dict``.
+        """Loads the ``state_dict`` of an optimizer with the same model, methods, groups and order of parameters. The
+        next steps then give the same bits as those of the saved optimizer. Either model may be in a wrapper
+        (torch.compile, DataParallel, DistributedDataParallel, FSDP2, checkpoint_wrapper); FSDP1's shards first go
+        through its own ``optim_state_dict``.
+
+        The state may also be that of AdamW, torch's or this one without methods. Its moments are taken over and the
+        methods begin, of which a warning tells.
 
         Raises:
             ArgumentError: the state belongs to other parameters, another order of them, other methods, or a variant of
@@ -397,13 +431,19 @@ class LoRAAdamW(torch.optim.Optimizer):
                 moments of other shapes. Nothing has changed then.
         """
         loaded: list[dict] = []
+        notes: list[str] = []
 
-        def check(optimizer: torch.optim.Optimizer, state: dict) -> None:
+        def check(optimizer: torch.optim.Optimizer, state: dict) -> dict:
             saved_state.check_form(state)
             layouts = [(pair, *self._layout(pair)) for pair in self._known] if self._pairing else []
             shapes = {id(p): x for pair, *both in layouts for p, x in zip((pair.a, pair.b), both, strict=True)}
+            if not any(group.get("methods") for group in state["param_groups"]):
+                restarts = any(method.replaces_adamw for method in self._methods)
+                state, note = saved_state.taken_over(self.param_groups, state, shapes, restarts)
+                notes.append(note)
             saved_state.check(self.param_groups, state, shapes)
             loaded.append(state)
+            return state
 
         saved_state.check_form(state_dict)  # torch copies it before hooks change it
 
@@ -413,6 +453,8 @@ class LoRAAdamW(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        if any(notes):
+            warnings.warn("".join(notes), stacklevel=2)
         (state,) = loaded
         indices = (i for group in state["param_groups"] for i in group["params"])
         order = (p for group in self.param_groups for p in group["params"])
@@ -443,23 +485,14 @@ def check_options(methods: object, rounding: str, state_dtype: torch.dtype | Non
     return compose(methods)
 
 
-def _is_pair(entry: object) -> bool:
-    """Returns whether an entry of a parameter group is a pair, and not a named parameter (str, Tensor)."""
-    return isinstance(entry, Pair) or (isinstance(entry, (tuple, list)) and not (entry and isinstance(entry[0], str)))
+class _Checked(dict):
+    """A parameter group of the constructor, whose parameters are named and checked. It may be empty, as in torch."""
 
 
-def _check_parameters(named: list[tuple], argument: str, trained: set[int]) -> None:
-    """Raises ArgumentError unless every entry is a name with a parameter that torch's optimizers take and that is in no
-    group yet. ``trained`` are the ids of those that are."""
-    seen = set(trained)
-    for i, entry in enumerate(named):
-        p = entry[1] if len(entry) == 2 else None
-        if not isinstance(p, Tensor) or not p.is_leaf or p.dtype not in checks.FLOATS or p.is_sparse:
-            expected = "a pair, or a leaf tensor of a floating dtype, with or without a name"
-            got = "a view of another tensor" if isinstance(p, Tensor) and not p.is_leaf else checks.shown(entry)
-            raise checks.ArgumentError(f"{argument}[{i}]", expected, got)
-        if id(p) in seen:
-            raise checks.ArgumentError(
-                f"{argument}[{i}]", "a tensor of its own", "a parameter that is in a group already"
-            )
-        seen.add(id(p))
+def _placed(pair: Pair, groups: dict[int, int]) -> PairInGroups | None:
+    """Returns the pair with the groups of its factors, or None where trained ones are in none. A frozen factor may be
+    in no group; the settings of the other one then count for both."""
+    a, b = id(pair.a), id(pair.b)
+    if not (a in groups or b in groups) or not all(id(p) in groups for _, p in pair.trained_factors):
+        return None
+    return pair, groups[a if a in groups else b], groups[b if b in groups else a]

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import math
+import warnings
 import weakref
 
 import numpy as np
@@ -818,3 +819,77 @@ def test_loaded_state_is_what_a_hook_makes_of_it():
     assert not resumed.state[a]["exp_avg"].any() and torch.equal(
         resumed.state[a]["exp_avg_sq"], saved["state"][0]["exp_avg_sq"]
     )
+
+
+def split(model, **second):
+    """Returns Trainer's two groups: all that is decayed, and the others."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for name, p in trained if "norm" not in name], "weight_decay": 0.5},
+        {"params": [p for name, p in trained if "norm" in name], **second},
+    ]
+
+
+@pytest.mark.parametrize("norms", [True, False], ids=["norms", "empty"])
+@pytest.mark.parametrize("methods", [[], [M.ILoRA()], [M.LoRAPlus(2.0), M.PiLoRA()]], ids=["plain", "ilora", "pilora+"])
+def test_groups_of_a_user_train_and_load_each_others_state(methods, norms):
+    """In float64, where torch's AdamW is the reference of everything that no method works on."""
+    models = [tiny.peft_llama(targets=["q_proj"], modules_to_save=["lm_head", "norm"] if norms else None) for _ in "ab"]
+    optimizers = []
+    for model in models:
+        model.double()
+        optimizers.append(lf.optim.LoRAAdamW(model, lr=1e-2, methods=methods, groups=split(model, lr=1e-3)))
+    sizes = [len(group["params"]) for group in optimizers[0].param_groups]
+    assert norms or sizes == ([2, 2, 0] if len(methods) == 2 else [4, 0])
+    reference = tiny.peft_llama(targets=["q_proj"], modules_to_save=["lm_head", "norm"] if norms else None).double()
+    adamw = torch.optim.AdamW(split(reference, lr=1e-3), lr=1e-2, weight_decay=0.0, fused=True)
+    for step in range(3):
+        for model, optimizer in ((models[0], optimizers[0]), (reference, adamw)):
+            torch.manual_seed(step)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p) if p.requires_grad else None
+            optimizer.step()
+        if step == 1:
+            optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+            models[1].load_state_dict(models[0].state_dict())
+    torch.manual_seed(2)
+    for p in models[1].parameters():
+        p.grad = torch.randn_like(p) if p.requires_grad else None
+    optimizers[1].step()
+    pairs_of_models = zip(models[0].named_parameters(), models[1].parameters(), reference.parameters(), strict=True)
+    for (name, p), resumed, exact in pairs_of_models:
+        assert torch.equal(p, resumed)
+        assert not methods or "lora" in name or torch.equal(p, exact)
+        assert methods or torch.equal(p, exact)
+
+
+def test_groups_that_lack_a_parameter_or_have_others_are_refused():
+    model = tiny.peft_llama(targets=["q_proj"])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = next(p for p in model.parameters() if not p.requires_grad)
+    cases = {
+        r"^groups: expected every trained parameter of the model, got none with .*lora_B": [{"params": trained[:-1]}],
+        r"^groups\[0\]\['params'\]\[4\]: expected a trained parameter": [{"params": [*trained, frozen]}],
+        r"^groups\[1\]\['params'\]\[0\]: .*each of them once": [{"params": trained}, {"params": trained[:1]}],
+        r"^groups: expected a list of dicts": trained,
+        r"^groups\[0\]\['params'\]: expected an ordered list": [{"lr": 1.0}],
+        r"^lr: expected": [{"params": trained, "lr": -1.0}],
+        r"^amsgrad: expected False": [{"params": trained, "amsgrad": True}],
+    }
+    for message, groups in cases.items():
+        with pytest.raises(lf.ArgumentError, match=message):
+            lf.optim.LoRAAdamW(model, groups=groups)
+
+
+@pytest.mark.parametrize("methods", [[], [M.ILoRA()], [M.LoRARITE()]], ids=["plain", "ilora", "lora-rite"])
+def test_compiled_step_runs_eagerly_to_the_same_bits(methods):
+    chosen, others = pairs(), pairs()
+    optimizers = [lf.optim.LoRAAdamW(x, lr=1e-2, methods=methods) for x in (chosen, others)]
+    compiled = torch.compile(lambda: optimizers[1].step())
+    for step in range(2):
+        for x in (chosen, others):
+            set_gradients(x, step)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizers[0].step(), compiled()
+    assert same(bits(chosen, optimizers[0]), bits(others, optimizers[1]))

@@ -118,9 +118,9 @@ class Pair:
         return [(f"{name}.lora_A", self.a), (f"{name}.lora_B", self.b)]
 
     @property
-    def trained(self) -> list[Tensor]:
-        """Returns the factors that are trained."""
-        return [p for p in (self.a, self.b) if p.requires_grad]
+    def trained_factors(self) -> list[tuple[str, Tensor]]:
+        """Returns those of ``named_factors`` that are trained."""
+        return [(name, p) for name, p in self.named_factors if p.requires_grad]
 
     @property
     def mergeable_weight(self) -> Tensor:

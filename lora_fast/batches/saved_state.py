@@ -61,7 +61,8 @@ def check(groups: list[dict], state_dict: Mapping[str, Any], shapes: dict[int, S
     saved, state = state_dict["param_groups"], state_dict["state"]
     sizes, saved_sizes = [len(group["params"]) for group in groups], [len(group["params"]) for group in saved]
     if sizes != saved_sizes:
-        raise checks.ArgumentError(ARGUMENT, f"groups of {sizes} parameters", str(saved_sizes))
+        expected = f"groups of {sizes} parameters (which the optimizer's groups and methods, as LoRAPlus, decide)"
+        raise checks.ArgumentError(ARGUMENT, expected, str(saved_sizes))
     indices = [i for group in saved for i in group["params"]]
     if len(set(indices)) < len(indices) or not state.keys() <= set(indices):
         expected = f"the state of {len(indices)} different parameters, those of its groups"
@@ -72,6 +73,41 @@ def check(groups: list[dict], state_dict: Mapping[str, Any], shapes: dict[int, S
         for name, p, i in zip(names, group["params"], other["params"], strict=True):
             default: Shapes = {moment: (tuple(p.shape), p.dtype) for moment in MOMENTS}
             _check_state(name, state.get(i, NO_STATE), shapes.get(id(p), default))
+
+
+def taken_over(
+    groups: list[dict], state_dict: Mapping[str, Any], shapes: dict[int, Shapes], restarts: bool
+) -> tuple[dict[str, Any], str]:
+    """Returns the state of AdamW without methods as one of an optimizer with its own, and what there is to tell of it.
+    AdamW's moments are taken over. Other states of methods begin as 0.
+
+    Args:
+        groups, state_dict, shapes: as for ``check``, which the result is for.
+        restarts: whether a method replaces AdamW. If it has states that AdamW has not, its moments are others, too, and
+            its pairs begin anew.
+    """
+    saved, state = state_dict["param_groups"], dict(state_dict["state"])
+    methods: list[str] = next((group["methods"] for group in groups if group.get("methods")), [])
+    anew = []
+    for group, other in zip(groups, saved, strict=False):  # ``check`` refuses groups of other sizes
+        names = group.get("param_names", [""] * len(group["params"]))
+        for name, p, i in zip(names, group["params"], other["params"], strict=False):
+            entry, own = state.get(i, NO_STATE), shapes.get(id(p))
+            if own is None or entry.keys() != {"step", *MOMENTS}:
+                continue
+            new = own.keys() - entry.keys()
+            if new and restarts:
+                anew.append(name)
+                del state[i]
+            else:
+                begun = {key: torch.zeros(own[key][0], dtype=own[key][1], device=p.device) for key in new}
+                state[i] = {key: value for key, value in entry.items() if key == "step" or key in own} | begun
+    note = f"LoRAAdamW: the state is AdamW's; {', '.join(methods)} begin at this step" if methods else ""
+    if anew:
+        note += f"; its moments cannot be taken over for {checks.shown(anew)}, which begin anew"
+    own_methods = ({"methods": group.get("methods", [])} for group in groups)
+    renamed = [{**other, **own} for other, own in zip(saved, own_methods, strict=False)]
+    return {**state_dict, "state": state, "param_groups": [*renamed, *saved[len(groups) :]]}, note
 
 
 def placed_as(value: Tensor, p: Any) -> Tensor:

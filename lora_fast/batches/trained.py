@@ -15,14 +15,15 @@ from .pairs import Pair, find_pairs
 Named = tuple[str, Tensor]
 
 
-def trained_parameters(model: nn.Module, as_pairs: bool) -> tuple[list[Pair] | list[Named], list[Named]]:
-    """Returns the pairs of a model, or their factors with their names, and its other trained parameters with theirs.
-    Order and names are the same for a model in a wrapper, so that an optimizer's state can be loaded without it.
+def trained_parameters(model: nn.Module, as_pairs: bool) -> tuple[list[Pair], list[Named], list[Named]]:
+    """Returns the pairs of a model, their trained factors with their names, and its other trained parameters with
+    theirs. Order and names are the same for a model in a wrapper, so that an optimizer's state can be loaded without
+    it.
 
     Args:
         model: the model.
-        as_pairs: whether the optimizer has methods. Otherwise factors that a wrapper has flattened or sharded are
-            returned as parameters.
+        as_pairs: whether the optimizer has methods. Otherwise there are no pairs where a wrapper has flattened or
+            sharded a factor.
 
     Raises:
         ArgumentError: no layer of the model has an active adapter that is trained. The model's own weights are not
@@ -41,12 +42,12 @@ def trained_parameters(model: nn.Module, as_pairs: bool) -> tuple[list[Pair] | l
             raise checks.ArgumentError("model", expected, got)
     # Compared by id, because == of tensors compares their entries.
     trained: dict[int, Named] = {id(p): (bare_name(name), p) for name, p in model.named_parameters() if p.requires_grad}
-    factors = [entry for pair in pairs for entry in pair.named_factors]
-    in_pairs = {id(p) for _, p in factors}
+    in_pairs = {id(p) for pair in pairs for _, p in pair.named_factors}
     others = [named for key, named in trained.items() if key not in in_pairs]
+    factors = [entry for pair in pairs for entry in pair.trained_factors]
     if as_pairs or all(pair.is_whole for pair in pairs):
-        return pairs, others
-    return [(name, p) for name, p in factors if id(p) in trained], others
+        return pairs, factors, others
+    return [], [(name, p) for name, p in factors if id(p) in trained], others
 
 
 def warn_of_adapters_without_effect(model: nn.Module) -> None:

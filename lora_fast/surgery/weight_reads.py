@@ -22,7 +22,7 @@ from .source_values import PARAMETERS, global_of, inside, of_class, python_funct
 
 READ_NAMES = {WEIGHT, "_parameters", *PARAMETERS}  # one of them is in the code of every function that reads a weight
 NOT_IN_FORWARD = re.compile(
-    r"__(?!call__)\w+__|_?(init|reset|resize|tie|load|save|prune|convert)|set_|get_|from_|extra_"
+    r"__(?!call__)\w+__|_?(init|reset|resize|tie|load|save|prune|convert)|set_|get_|from_|extra_|fuse_projections"
 )
 
 

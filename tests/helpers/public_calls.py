@@ -382,7 +382,13 @@ def disabled(model: object) -> object:
 
 def optimizer():
     settings = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "methods": [lf.methods.ILoRA()]}
-    return lf.optim.LoRAAdamW, {"model": injected(), **settings, "rounding": "auto", "state_dtype": None}
+    return lf.optim.LoRAAdamW, {
+        "model": injected(),
+        **settings,
+        "rounding": "auto",
+        "state_dtype": None,
+        "groups": None,
+    }
 
 
 def add_group():
@@ -542,7 +548,11 @@ def rows(folder: Path, backend: str) -> list[Row]:
         Row("set_backend", backend_by_name(backend), {"name": one_of("auto", "torch", "triton")}),
         Row("save_adapter", saving(folder), {"model": MODULE, "path": PATH}),
         Row("load_adapter", loading(folder), {"model": MODULE, "path": PATH}),
-        Row("LoRAAdamW", optimizer, SETTINGS | methods | dtypes | {"model": MODULE}),
+        Row(
+            "LoRAAdamW",
+            optimizer,
+            SETTINGS | methods | dtypes | {"model": MODULE, "groups": lambda value: value is None},
+        ),
         Row(
             "add_param_group",
             add_group,
@@ -573,7 +583,9 @@ def rows(folder: Path, backend: str) -> list[Row]:
         Row(
             "optimizer_cls_and_kwargs",
             trainer_arguments,
-            methods | dtypes | {"model": MODULE, "args": lambda value: False},
+            methods
+            | dtypes
+            | {"model": lambda value: value is None or MODULE(value), "args": lambda value: value is None},
         ),
         Row(
             "AdapterStatsCallback",

@@ -240,6 +240,24 @@ def test_load_adapter_refuses_a_layer_whose_weight_is_read(tmp_path):
         lf.load_adapter(nn.Sequential(Block()), tmp_path)
 
 
+class Attention(nn.Module):
+    """As diffusers' attention: the user, not forward, calls the method that reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.to_k = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def fuse_projections(self):
+        return torch.cat([self.to_q.weight, self.to_k.weight])
+
+    def forward(self, x):
+        return self.to_q(x) * self.to_k(x)
+
+
+def test_methods_that_users_call_to_fuse_projections_do_not_count():
+    assert not weight_reads(nn.Sequential(Attention()))
+
+
 def test_a_condition_that_is_unknown_counts_as_true():
     class Sometimes(nn.Module):
         def __init__(self):
