@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers import Trainer, TrainingArguments
 from triton.runtime.errors import OutOfResources
 
 import lora_fast as lf
@@ -56,6 +57,22 @@ def one_factor_frozen() -> None:
 def another_state() -> None:
     saved = lf.optim.LoRAAdamW(injected(), methods=[lf.methods.ILoRA()]).state_dict()
     lf.optim.LoRAAdamW(injected()).load_state_dict(saved)
+
+
+def other_groups() -> None:
+    saved = torch.optim.AdamW([{"params": [p]} for p in injected().parameters() if p.requires_grad]).state_dict()
+    lf.optim.LoRAAdamW(injected()).load_state_dict(saved)
+
+
+def incomplete_checkpoints() -> None:
+    """A run of a Trainer with ScaLoRA, in which the warning is an error."""
+    model = injected()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        choice = lf.hf.optimizer_cls_and_kwargs(methods=[lf.methods.ScaLoRA()])
+        args = TrainingArguments(folder, use_cpu=True, report_to="none")
+        trainer = Trainer(model, args, train_dataset=[{}], optimizer_cls_and_kwargs=choice)
+        warnings.simplefilter("error")
+        trainer.create_optimizer()
 
 
 def step_while_merged() -> None:
@@ -211,7 +228,9 @@ ERRORS = {
         plain(), lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     ),
     "init_lora_weights: expected": lambda: loaded(plain(), with_pissa),
+    "state_dict: expected groups": other_groups,
     "state_dict: expected": another_state,
+    "ScaLoRA changes frozen weights": incomplete_checkpoints,
     "--resume: expected": lambda: run_folder.saved_settings(None, {}),
     "CheckpointError": lambda: lf.load_adapter(plain(), "/no/such/folder"),
     "a tensor of the step has moved": lambda: pointer_table.cached(
