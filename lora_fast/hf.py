@@ -124,9 +124,15 @@ def _calling_trainer() -> Any:
 
 
 def _groups_of_trainer(trainer: Any, model: nn.Module) -> list[dict]:
-    """Returns the parameter groups of Trainer's AdamW, in whose order checkpoints store the state."""
+    """Returns the parameter groups of the trainer's own AdamW, in whose order checkpoints store the state."""
+    if type(trainer).get_optimizer_cls_and_kwargs is not Trainer.get_optimizer_cls_and_kwargs:
+        # sentence-transformers' has groups with the loss's parameters, too, and with rates of their own.
+        _, kwargs = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+        for name in ("params", "model", "optimizer_dict"):  # under which Trainer looks for groups
+            if isinstance(groups := kwargs.get(name), list):
+                return groups
     decayed = set(trainer.get_decay_parameter_names(model))
-    groups: list[dict] = [{"params": [], "weight_decay": decay} for decay in (trainer.args.weight_decay, 0.0)]
+    groups = [{"params": [], "weight_decay": decay} for decay in (trainer.args.weight_decay, 0.0)]
     for name, p in model.named_parameters():
         if p.requires_grad:
             groups[name not in decayed]["params"].append(p)

@@ -64,8 +64,8 @@ class LoRAAdamW(torch.optim.Optimizer):
             over parameters of 16 bits. Second moments in bfloat16 hardly fall, and those in float16 underflow, of which
             the optimizer warns.
         groups: torch's parameter groups, dicts of params and settings, which together contain each trained parameter of
-            the model once. Settings may then differ between parameters. With the groups of torch's AdamW, each of both
-            optimizers loads the other's ``state_dict``.
+            the model once, and may contain others. Settings may then differ between parameters. With the groups of
+            torch's AdamW, each of both optimizers loads the other's ``state_dict``.
 
     Raises:
         ArgumentError: a model without trained adapters, whose own weights would be trained in their place; parameters

@@ -29,6 +29,30 @@ class OwnDecay(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if "lora_A" not in name]
 
 
+class LossTrainer(Trainer):
+    """As sentence-transformers' Trainer does: trains a parameter of the loss, too, and a head at a rate of its own."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.loss = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.ones_(self.loss.weight)
+
+    def compute_loss(self, model, inputs, **options):
+        return super().compute_loss(model, inputs) * self.loss.weight.square().sum()
+
+    def get_optimizer_cls_and_kwargs(self, args, model=None):
+        kind, kwargs = super().get_optimizer_cls_and_kwargs(args, model)
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        groups = [
+            {
+                "params": [*(p for name, p in trained if "classifier" not in name), *self.loss.parameters()],
+                "weight_decay": 0.0,
+            },
+            {"params": [p for name, p in trained if "classifier" in name], "lr": 1e-3, "weight_decay": 0.1},
+        ]
+        return kind, {**kwargs, "optimizer_dict": groups}
+
+
 class OldTrainer(Trainer):
     """Calls what it takes for an optimizer's class with the groups, as transformers 5.0 does."""
 
@@ -73,7 +97,7 @@ def ours(**options):
     return lf.hf.optimizer_cls_and_kwargs(**options)
 
 
-@pytest.mark.parametrize("kind", [Trainer, OwnDecay, OldTrainer])
+@pytest.mark.parametrize("kind", [Trainer, OwnDecay, LossTrainer, OldTrainer])
 def test_training_without_methods_is_trainers_own_to_the_bit(tmp_path, kind):
     """With weight decay, beside adapters also biases, a norm and a head, which Trainer decays in part."""
     ends = []
@@ -81,6 +105,8 @@ def test_training_without_methods_is_trainers_own_to_the_bit(tmp_path, kind):
         trainer = trainer_of(tmp_path, choice, Trainer if kind is OldTrainer and choice is None else kind, model())
         trainer.train()
         ends.append(weights(trainer))
+        if kind is LossTrainer:
+            ends[-1]["loss"] = trainer.loss.weight.detach()
     assert type(trainer.optimizer.optimizer) is lf.optim.LoRAAdamW
     assert_same_tensors(*ends)
 

@@ -869,7 +869,9 @@ def test_groups_that_lack_a_parameter_or_have_others_are_refused():
     frozen = next(p for p in model.parameters() if not p.requires_grad)
     cases = {
         r"^groups: expected every trained parameter of the model, got none with .*lora_B": [{"params": trained[:-1]}],
-        r"^groups\[0\]\['params'\]\[4\]: expected a trained parameter": [{"params": [*trained, frozen]}],
+        r"^groups\[0\]\['params'\]\[4\]: expected a trained parameter, each of them once": [
+            {"params": [*trained, frozen]}
+        ],
         r"^groups\[1\]\['params'\]\[0\]: .*each of them once": [{"params": trained}, {"params": trained[:1]}],
         r"^groups: expected a list of dicts": trained,
         r"^groups\[0\]\['params'\]: expected an ordered list": [{"lr": 1.0}],

@@ -38,15 +38,17 @@ def named_groups(groups: Any, named: list[Named]) -> list[dict]:
     """Returns torch's parameter groups with the names of their parameters.
 
     Args:
-        groups: dicts of params and settings, as a user gives them.
+        groups: dicts of params and settings, as a user gives them. Their parameters may also be others than the
+            model's, such as a loss's.
         named: all trained parameters of the model.
 
     Raises:
-        ArgumentError: another form, a parameter that is not among ``named``, or one that is in no group or in two.
+        ArgumentError: another form, a parameter that is not trained, or one that is in no group or in two.
     """
     if not isinstance(groups, (list, tuple)) or not all(isinstance(group, dict) for group in groups):
         raise checks.ArgumentError("groups", "a list of dicts with the key params", checks.shown(groups))
     left = {id(p): (name, p) for name, p in named}
+    placed: set[int] = set()
     result = []
     for i, group in enumerate(groups):
         params = group.get("params")
@@ -55,10 +57,12 @@ def named_groups(groups: Any, named: list[Named]) -> list[dict]:
         entries = []
         for j, entry in enumerate([params] if isinstance(params, Tensor) else params):
             p = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
-            if id(p) not in left:
-                expected = "a trained parameter of the model, each of them once"
+            if not isinstance(p, Tensor) or not p.requires_grad or id(p) in placed:
+                expected = "a trained parameter, each of them once"
                 raise checks.ArgumentError(f"groups[{i}]['params'][{j}]", expected, checks.shown(entry))
-            entries.append(left.pop(id(p)))
+            placed.add(id(p))
+            entries.append(left.pop(id(p), (f"groups[{i}].{j}", p)))
+        check_parameters(entries, f"groups[{i}]['params']", ())
         result.append({**group, "params": entries})
     if left:
         names = checks.shown([name for name, _ in left.values()])
