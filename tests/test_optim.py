@@ -863,15 +863,29 @@ def test_groups_of_a_user_train_and_load_each_others_state(methods, norms):
         assert methods or torch.equal(p, exact)
 
 
+def test_state_of_an_optimizer_of_all_parameters_goes_on():
+    """PEFT's own examples give torch's AdamW the frozen parameters, too."""
+    models = [tiny.peft_llama(targets=["q_proj"]) for _ in "ab"]
+    theirs = torch.optim.AdamW(models[0].parameters(), lr=1e-2, weight_decay=0.0, fused=True)
+    tiny.loss_of(models[0], tiny.batch()).backward()
+    theirs.step()
+    models[1].load_state_dict(models[0].state_dict())
+    ours = lf.optim.LoRAAdamW(models[1], groups=[{"params": models[1].parameters()}])
+    ours.load_state_dict(theirs.state_dict())
+    for model, optimizer in zip(models, (theirs, ours), strict=True):
+        optimizer.zero_grad()
+        tiny.loss_of(model, tiny.batch(1)).backward()
+        optimizer.step()
+    tiny.assert_same_tensors(*(dict(model.named_parameters()) for model in models))
+
+
 def test_groups_that_lack_a_parameter_or_have_others_are_refused():
     model = tiny.peft_llama(targets=["q_proj"])
     trained = [p for p in model.parameters() if p.requires_grad]
-    frozen = next(p for p in model.parameters() if not p.requires_grad)
     cases = {
         r"^groups: expected every trained parameter of the model, got none with .*lora_B": [{"params": trained[:-1]}],
-        r"^groups\[0\]\['params'\]\[4\]: expected a trained parameter, each of them once": [
-            {"params": [*trained, frozen]}
-        ],
+        r"^groups\[0\]\['params'\]\[4\]: expected a parameter, each of them once": [{"params": [*trained, "x"]}],
+        r"^groups\[0\]\['params'\]\[4\]: .*got a view": [{"params": [*trained, trained[0] * 1]}],
         r"^groups\[1\]\['params'\]\[0\]: .*each of them once": [{"params": trained}, {"params": trained[:1]}],
         r"^groups: expected a list of dicts": trained,
         r"^groups\[0\]\['params'\]: expected an ordered list": [{"lr": 1.0}],

@@ -200,9 +200,11 @@ def make_pairs(entries: object, argument: str = "model") -> list[Pair]:
             pairs.append(entry)
             continue
         is_sequence = isinstance(entry, (tuple, list))
-        if isinstance(entry, Tensor) or (is_sequence and entry and isinstance(entry[0], str)):
+        if isinstance(entry, (Tensor, dict)) or (is_sequence and entry and isinstance(entry[0], str)):
             expected = f"a pair {FORM}, or the model itself in place of its parameters"
-            raise checks.ArgumentError(f"{argument}[{i}]", expected, f"a parameter, {checks.shown(entry)}")
+            got = f"a parameter group, {checks.shown(entry)} (LoRAAdamW(model, groups=…) takes such groups)"
+            got = got if isinstance(entry, dict) else f"a parameter, {checks.shown(entry)}"
+            raise checks.ArgumentError(f"{argument}[{i}]", expected, got)
         if not is_sequence or not 2 <= len(entry) <= 4:
             got = type(entry).__name__ + (f" of {len(entry)}" if is_sequence else "")
             raise checks.ArgumentError(f"{argument}[{i}]", f"a pair {FORM}", got)

@@ -23,10 +23,7 @@ def check_parameters(named: list[tuple], argument: str, trained: Collection[int]
     seen = set(trained)
     for i, entry in enumerate(named):
         p = entry[1] if len(entry) == 2 else None
-        if not isinstance(p, Tensor) or not p.is_leaf or p.dtype not in checks.FLOATS or p.is_sparse:
-            expected = "a pair, or a leaf tensor of a floating dtype, with or without a name"
-            got = "a view of another tensor" if isinstance(p, Tensor) and not p.is_leaf else checks.shown(entry)
-            raise checks.ArgumentError(f"{argument}[{i}]", expected, got)
+        _check_parameter(p, f"{argument}[{i}]", entry)
         if id(p) in seen:
             raise checks.ArgumentError(
                 f"{argument}[{i}]", "a tensor of its own", "a parameter that is in a group already"
@@ -34,16 +31,23 @@ def check_parameters(named: list[tuple], argument: str, trained: Collection[int]
         seen.add(id(p))
 
 
+def _check_parameter(p: Any, argument: str, entry: object) -> None:
+    if not isinstance(p, Tensor) or not p.is_leaf or p.dtype not in checks.FLOATS or p.is_sparse:
+        expected = "a pair, or a leaf tensor of a floating dtype, with or without a name"
+        got = "a view of another tensor" if isinstance(p, Tensor) and not p.is_leaf else checks.shown(entry)
+        raise checks.ArgumentError(argument, expected, got)
+
+
 def named_groups(groups: Any, named: list[Named]) -> list[dict]:
     """Returns torch's parameter groups with the names of their parameters.
 
     Args:
-        groups: dicts of params and settings, as a user gives them. Their parameters may also be others than the
-            model's, such as a loss's.
+        groups: dicts of params and settings, as a user gives them. They may also contain a model's
+            frozen parameters, as torch's optimizers do, and those of others, such as a loss.
         named: all trained parameters of the model.
 
     Raises:
-        ArgumentError: another form, a parameter that is not trained, or one that is in no group or in two.
+        ArgumentError: another form, or a trained parameter that is in no group or in two.
     """
     if not isinstance(groups, (list, tuple)) or not all(isinstance(group, dict) for group in groups):
         raise checks.ArgumentError("groups", "a list of dicts with the key params", checks.shown(groups))
@@ -57,12 +61,13 @@ def named_groups(groups: Any, named: list[Named]) -> list[dict]:
         entries = []
         for j, entry in enumerate([params] if isinstance(params, Tensor) else params):
             p = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
-            if not isinstance(p, Tensor) or not p.requires_grad or id(p) in placed:
-                expected = "a trained parameter, each of them once"
-                raise checks.ArgumentError(f"groups[{i}]['params'][{j}]", expected, checks.shown(entry))
+            argument = f"groups[{i}]['params'][{j}]"
+            if not isinstance(p, Tensor) or id(p) in placed:
+                raise checks.ArgumentError(argument, "a parameter, each of them once", checks.shown(entry))
+            if p.requires_grad:
+                _check_parameter(p, argument, entry)
             placed.add(id(p))
             entries.append(left.pop(id(p), (f"groups[{i}].{j}", p)))
-        check_parameters(entries, f"groups[{i}]['params']", ())
         result.append({**group, "params": entries})
     if left:
         names = checks.shown([name for name, _ in left.values()])
