@@ -85,10 +85,8 @@ class LoRAAdamWFactory:
             return self
         trainer = _calling_trainer()
         args = trainer.args
-        if isinstance(model_or_groups, nn.Module):
-            model, groups = model_or_groups, _groups_of_trainer(trainer, model_or_groups)
-        else:
-            model, groups = trainer.model, model_or_groups
+        is_model = isinstance(model_or_groups, nn.Module)
+        model, given = (model_or_groups, None) if is_model else (trainer.model, model_or_groups)
         optimizer = LoRAAdamW(
             model,
             lr=args.learning_rate,
@@ -98,7 +96,7 @@ class LoRAAdamWFactory:
             methods=self.methods,
             rounding=self.rounding,
             state_dtype=self.state_dtype,
-            groups=groups,
+            groups=_groups_of_trainer(trainer, model, given),
         )
         changing = [type(method).__name__ for method in self.methods if method.changes_weights]
         if changing and args.save_strategy != "no" and not isinstance(trainer, ExactCheckpoints):
@@ -123,14 +121,17 @@ def _calling_trainer() -> Any:
     raise checks.ArgumentError("optimizer_cls_and_kwargs", "a call by transformers' Trainer", "another caller")
 
 
-def _groups_of_trainer(trainer: Any, model: nn.Module) -> list[dict]:
-    """Returns the parameter groups of the trainer's own AdamW, in whose order checkpoints store the state."""
+def _groups_of_trainer(trainer: Any, model: nn.Module, given: list[dict] | None) -> list[dict]:
+    """Returns the parameter groups of the trainer's own AdamW, in whose order checkpoints store the state. ``given``
+    are those with which it called the factory, or None."""
     if type(trainer).get_optimizer_cls_and_kwargs is not Trainer.get_optimizer_cls_and_kwargs:
         # sentence-transformers' has groups with the loss's parameters, too, and with rates of their own.
         _, kwargs = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
         for name in ("params", "model", "optimizer_dict"):  # under which Trainer looks for groups
             if isinstance(groups := kwargs.get(name), list):
                 return groups
+    if given is not None:
+        return given
     decayed = set(trainer.get_decay_parameter_names(model))
     groups = [{"params": [], "weight_decay": decay} for decay in (trainer.args.weight_decay, 0.0)]
     for name, p in model.named_parameters():
