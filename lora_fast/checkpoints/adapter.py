@@ -11,15 +11,13 @@ calls them free parameters and stores them in a file of their own, the sidecar (
 from __future__ import annotations
 
 import os
-import re
 
 from torch import Tensor, nn
 
 from ..checks import CheckpointError
 from ..layers.base import AdapterLinear
-from ..layers.find import ADAPTER_LAYERS, PeftLayer, adapter_layers, key_name, peft_layers
+from ..layers.find import ADAPTER_LAYERS, adapter_layers, key_name, peft_layers
 from ..layers.hooks import is_offloaded, loaded
-from ..surgery import targets
 from ..surgery.change_report import Report
 from . import (
     base_weights,
@@ -28,6 +26,7 @@ from . import (
     load_plan,
     peft_config,
     peft_format,
+    peft_names,
     peft_plan,
     peft_state,
     sidecar,
@@ -142,8 +141,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
     with_peft = bool(peft_layers(model))  # PEFT's layers train a and b, so they need no sidecar
     adapter, free = folder.read(path, with_sidecar=not with_peft)
     if with_peft:
-        active, layers = _active_layers(model)
-        plan = peft_plan.plan(model, layers, active, adapter)
+        plan = peft_plan.plan(peft_state.find(model, writable=True), adapter)
     elif layers := _our_layers(model):
         plan = load_plan.into_our_layers(model, layers, adapter, free)
     else:
@@ -182,20 +180,6 @@ def _other_names(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _active_layers(model: nn.Module) -> tuple[str, dict[str, PeftLayer]]:
-    """Returns the active adapter of a PEFT model, and its LoRA layers by their bare names in the base model."""
-    from peft import PeftModel
-
-    layers = peft_layers(model)
-    active = {adapter for layer in layers.values() for adapter in layer.active_adapters}
-    if len(active) != 1:
-        raise CheckpointError("model", "one active adapter", ", ".join(sorted(active)) or "none")
-    adapter = active.pop()
-    prefix = PREFIX if isinstance(model, PeftModel) else ""
-    holding = {name: layer for name, layer in layers.items() if adapter in getattr(layer, "lora_A", ())}
-    return adapter, {key_name(name).removeprefix(prefix): layer for name, layer in holding.items()}
-
-
 def _collect(model: nn.Module, exact: bool) -> tuple[list[str], Contents, dict[str, Change]]:
     """Returns the names of what is saved, the contents of the files, and the changes of frozen weights in them."""
     theirs, layers = peft_layers(model), _our_layers(model)
@@ -227,23 +211,20 @@ def _collect(model: nn.Module, exact: bool) -> tuple[list[str], Contents, dict[s
 
 
 def _collect_peft(model: nn.Module, exact: bool) -> tuple[list[str], Contents, dict[str, Change]]:
-    """Does what ``_collect`` does for a PeftModel, whose files are those of PEFT's own save_pretrained."""
-    from peft import PeftModel
-
-    adapter, layers = _active_layers(model)
-    if not isinstance(model, PeftModel):
-        raise CheckpointError("model", "a PeftModel or LoRALinear layers", f"PEFT layers in a {type(model).__name__}")
-    state = peft_state.state(model)
-    tensors = peft_state.tensors(model, state, adapter, embeddings="auto")
-    peft_state.check_complete(model, adapter, tensors)
+    """Does what ``_collect`` does for a model with PEFT's layers, whose files are those of PEFT's own
+    save_pretrained."""
+    adapter = peft_state.find(model)
+    tensors = adapter.tensors(embeddings="auto")
+    beside = whole_modules.beside_peft(adapter, tensors)
+    tensors |= whole_modules.states(beside)
+    peft_state.check_complete(adapter, tensors)
     tensors = {key: io.to_host(key, tensor) for key, tensor in base_weights.unmerged(model, tensors).items()}
-    config, changes = peft_state.config(model, adapter), base_weights.collect(model, layers, exact)
-    peft_config.set_scalings_(config, peft_state.scalings(model, adapter))
+    config, changes = peft_names.config(adapter, [*beside]), base_weights.collect(model, adapter.layers, exact)
     contents = _contents(config, tensors, changes, {})
     parsed = _parsed(contents)
-    peft_plan.plan_tensors(model, state, layers, adapter, parsed)
+    peft_plan.plan_tensors(adapter, parsed)
     others = {key.rpartition(".")[0].partition(".lora_")[0].removesuffix(".base_layer") for key in parsed.tensors()}
-    return [*layers, *sorted(others - layers.keys())], contents, changes
+    return [*adapter.layers, *sorted(others - adapter.layers.keys())], contents, changes
 
 
 def _contents(
@@ -272,16 +253,13 @@ def _config(model: nn.Module, layers: dict[str, AdapterLinear], whole: list[str]
         name: peft_config.alpha_of(float(layer.scaling), layer.r, use_rslora, layer.alpha)
         for name, layer in layers.items()
     }
-    modules = [key_name(name) for name, _ in model.named_modules()]
-    # A list of names would also select modules whose names end in one of them; a regular expression does not.
-    ambiguous = any(name not in layers and targets.matches(list(layers), name) for name in modules)
     config = {
         "peft_type": "LORA",
         **whole_modules.task_fields(model),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "lora_dropout": next(iter(layers.values())).dropout_p,
-        "target_modules": "|".join(map(re.escape, layers)) if ambiguous else sorted(layers),
+        "target_modules": peft_config.target_names(layers, [key_name(name) for name, _ in model.named_modules()]),
         "use_rslora": use_rslora,
         "use_dora": False,
         "bias": "none",

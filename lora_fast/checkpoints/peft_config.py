@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from .. import checks
 from ..checks import CheckpointError
@@ -138,6 +138,14 @@ def require_same_kind(config: Mapping, in_model: Mapping) -> None:
     if inits[0] != inits[1] and not (_leaves_base(config) and _leaves_base(in_model)):
         expected = f"{checks.shown(inits[0])}, as in the model: such an initialisation changes the base weights"
         raise CheckpointError(f"init_lora_weights in {CONFIG}", expected, checks.shown(inits[1]))
+
+
+def target_names(chosen: Collection[str], modules: Iterable[str]) -> str | list[str]:
+    """Returns ``target_modules`` that select just these of the modules. A list of names would also select modules whose
+    names end in one of them; a regular expression does not."""
+    names = sorted(chosen)
+    ambiguous = any(name not in chosen and targets.matches(names, name) for name in modules)
+    return "|".join(map(re.escape, chosen)) if ambiguous else names
 
 
 def set_ranks(config: dict, ranks: dict[str, int], alphas: dict[str, float]) -> None:

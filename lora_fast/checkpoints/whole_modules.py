@@ -20,6 +20,7 @@ from ..surgery import tasks
 from ..surgery.merge import weight_owners
 from . import io, peft_state
 from .peft_format import ORIGINAL, PREFIX, Adapter
+from .peft_state import PeftAdapter, is_of_peft
 
 MARK = "saved_with_adapter"  # attribute of a module that load_adapter has filled, so that it is saved again
 BASE = ".base_layer."  # in the key of a frozen parameter of an adapter's layer
@@ -34,16 +35,61 @@ def to_save(model: nn.Module) -> dict[str, nn.Module]:
     """
     chosen = {name: module for name, module in model.named_modules() if MARK in module.__dict__ or _trained(module)}
     chosen |= {name: head for name, head in tasks.heads(model).items() if not _has_adapters(head)}
-    if chosen:  # PEFT takes every module whose name ends with one of these
-        chosen = {name: module for name, module in model.named_modules() if name.endswith(tuple(chosen))}
-    for name, module in chosen.items():
+    return _by_names(dict(model.named_modules()), chosen)
+
+
+def beside_peft(adapter: PeftAdapter, saved: dict[str, Tensor]) -> dict[str, nn.Module]:
+    """Returns name → module of every module beside the adapter of PEFT's layers that is saved whole: what was trained
+    without PEFT's knowledge. PEFT's own model saves what PEFT saves alone.
+
+    Args:
+        saved: the tensors that PEFT saves.
+
+    Raises:
+        CheckpointError: a trained parameter that PEFT's format cannot hold.
+    """
+    if adapter.is_of_peft_model:
+        return {}
+    modules, known = adapter.modules(), {tensor.data_ptr() for tensor in saved.values()}
+    chosen = []
+    for name, module in modules.items():
+        trained = [module._parameters[role].data_ptr() for role in _trained(module)]
+        if not is_of_peft(module) and (MARK in module.__dict__ or not known.issuperset(trained)):
+            chosen.append(name)
+    return _by_names(modules, chosen)
+
+
+def named_in(own: PeftAdapter, adapter: Adapter) -> dict[str, nn.Module]:
+    """Returns name → module of the modules that are saved whole in an adapter's file and that PEFT has not wrapped in a
+    model with PEFT's layers."""
+    ends = tuple(adapter.config.get("modules_to_save") or ())
+    if own.is_of_peft_model or not ends:
+        return {}
+    return {name: part for name, part in own.modules().items() if name.endswith(ends) and not _has_adapters(part)}
+
+
+def states(modules: dict[str, nn.Module], writable: bool = False) -> dict[str, Tensor]:
+    """Returns key without the prefix → tensor of modules, by their names."""
+    return {
+        f"{name}.{key_name(key)}": tensor
+        for name, module in modules.items()
+        for key, tensor in peft_state.state(module, writable).items()
+    }
+
+
+def _by_names(modules: dict[str, nn.Module], chosen: Iterable[str]) -> dict[str, nn.Module]:
+    """Returns name → module of those that PEFT takes for these ``modules_to_save``: every one whose name ends with one
+    of them, without what is inside of another."""
+    ends = tuple(chosen)
+    taken = {name: module for name, module in modules.items() if ends and name.endswith(ends)}
+    for name, module in taken.items():
         if not name or _has_adapters(module):
             expected = "no trained parameters but those of adapters and of modules without any (PEFT's modules_to_save)"
             raise CheckpointError(
                 "model", expected, f"{', '.join(_trained(module)) or 'adapters'} in {name or 'itself'}"
             )
-    inner = {name for name in chosen for outer in chosen if name.startswith(f"{outer}.")}
-    return {name: module for name, module in chosen.items() if name not in inner}
+    inner = {name for name in taken for outer in taken if name.startswith(f"{outer}.")}
+    return {name: module for name, module in taken.items() if name not in inner}
 
 
 def tensors(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
@@ -144,7 +190,7 @@ def _trained(module: nn.Module) -> list[str]:
 
 
 def _has_adapters(module: nn.Module) -> bool:
-    return any(isinstance(layer, ADAPTER_LAYERS) for layer in module.modules())
+    return any(isinstance(part, ADAPTER_LAYERS) or is_of_peft(part) for part in module.modules())
 
 
 def _vocabulary_was_resized(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from torch import nn
 
 import lora_fast as lf
 from lora_fast.checkpoints import adapter as adapters
-from lora_fast.checkpoints import folder, load_plan, peft_plan
+from lora_fast.checkpoints import folder, load_plan, peft_plan, peft_state
 from lora_fast.checkpoints.sidecar import SIDECAR
 
 
@@ -20,8 +20,7 @@ def plan_for_our_layers(model, adapter, free):
 
 
 def plan_for_peft_layers(model, adapter, free):
-    active, layers = adapters._active_layers(model)
-    return peft_plan.plan(model, layers, active, adapter)
+    return peft_plan.plan(peft_state.find(model, writable=True), adapter)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,90 @@
+"""The config that the files of an adapter in a model with PEFT's layers get."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..checks import CheckpointError, shown
+from . import peft_config
+from .peft_config import CONFIG
+from .peft_state import PeftAdapter, auto_mapping, config_fields
+
+WHICH = {  # fields that say which modules get an adapter of which size, and of which model they are parts
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices"),
+    *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode"),
+}
+
+
+def config(adapter: PeftAdapter, beside: Sequence[str] = ()) -> dict:
+    """Returns PEFT's config of the adapter: its own where the saved model has it, and otherwise one with the full names
+    in that model.
+
+    Args:
+        beside: names of modules that are saved whole though PEFT does not know them.
+
+    Raises:
+        CheckpointError: another method than LoRA, or parts of the model with configs that one file cannot hold.
+    """
+    owner = adapter.owners[0]
+    fields = config_fields(owner.configs[0])
+    peft_config.checked(fields)
+    if len(adapter.owners) > 1 or len(owner.configs) > 1 or owner.name:
+        return _with_full_names(adapter, beside)
+    name = fields["base_model_name_or_path"] or owner.base.__dict__.get("name_or_path")
+    fields["base_model_name_or_path"] = name or None
+    fields["inference_mode"] = True
+    if fields["task_type"] is None:
+        fields["auto_mapping"] = auto_mapping(owner.base)
+    if beside:
+        fields["modules_to_save"] = [*(fields["modules_to_save"] or ()), *beside]
+    if adapter.scalings:
+        peft_config.set_scalings_(fields, adapter.scalings)
+    return fields
+
+
+def _with_full_names(adapter: PeftAdapter, beside: Sequence[str]) -> dict:
+    """Returns a config that names every module by its name in the whole model, whose parts have the configs."""
+    fields, *more = [peft_config.checked(config_fields(own)) for owner in adapter.owners for own in owner.configs]
+    for other in more:
+        for name in fields.keys() | other.keys():
+            if name not in WHICH and fields.get(name) != other.get(name):
+                got = f"{shown(fields.get(name))} and {shown(other.get(name))} in parts of the model"
+                raise CheckpointError(f"{name} in {CONFIG}", "one setting, as the file has one config", got)
+    modules, targets = adapter.modules(), _targets(adapter)
+    fields |= {
+        "target_modules": peft_config.target_names(targets, modules),
+        "target_parameters": sorted(adapter.parameters) or None,
+        "modules_to_save": [*_whole(adapter, modules), *beside] or None,
+        "trainable_token_indices": _token_indices(adapter, modules) or None,
+        **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "revision", "task_type")),
+        "base_model_name_or_path": None,
+        "auto_mapping": auto_mapping(adapter.model),
+        "inference_mode": True,
+    }
+    rooted = fields["use_rslora"]
+    alphas = {name: peft_config.alpha_of(x, adapter.ranks[name], rooted) for name, x in adapter.scalings.items()}
+    if alphas:
+        peft_config.set_ranks(fields, adapter.ranks, alphas)
+    return fields
+
+
+def _targets(adapter: PeftAdapter) -> list[str]:
+    """Returns the names of the modules that have the adapter, without those of which only parameters have one."""
+    return [name for name in adapter.scalings if name not in adapter.parameters]
+
+
+def _whole(adapter: PeftAdapter, modules: dict[str, Any]) -> list[str]:
+    """Returns the names of the modules of which PEFT trains a copy."""
+    return [name for name, module in modules.items() if adapter.name in getattr(module, "modules_to_save", ())]
+
+
+def _token_indices(adapter: PeftAdapter, modules: dict[str, Any]) -> dict[str, list[int]]:
+    """Returns the names of the embeddings of which PEFT trains some tokens → the tokens. Those that are tied to another
+    one follow it."""
+    wrapped = {name: getattr(module, "token_adapter", None) for name, module in modules.items()}
+    own = {name: tokens for name, tokens in wrapped.items() if tokens is not None and tokens.tied_adapter is None}
+    return {
+        name: [*map(int, x.token_indices[adapter.name])] for name, x in own.items() if adapter.name in x.token_indices
+    }
