@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from . import checks
-from .checkpoints.adapter import check_savable, load_adapter, save_adapter
-from .methods import ScaLoRA
+from .checkpoints.adapter import load_checkpoint, prepare_checkpoints, save_checkpoint
+from .checkpoints.peft_format import CONFIG
 from .metrics import AdapterStats, BoundStats, adapter_stats, bound_stats, not_finite
 from .optim import LoRAAdamW, check_options
 
@@ -208,12 +208,14 @@ class ExactCheckpoints(TrainerMixin):
 
     def create_optimizer(self, *args, **kwargs) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)
-        check_savable(self.model, merges=any(type(method) is ScaLoRA for method in getattr(optimizer, "_methods", ())))
+        merges = any(method.changes_weights for method in getattr(optimizer, "_methods", ()))
+        prepare_checkpoints(self.model, merges)
         return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        save_adapter(self.model, output_dir or self.args.output_dir, exact=True)  # replaces PEFT's two files
+        if self.args.should_save:
+            save_checkpoint(self.model, output_dir or self.args.output_dir)  # replaces PEFT's two files
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -228,7 +230,17 @@ class ExactCheckpoints(TrainerMixin):
                 torch.cuda.set_rng_state(state, device)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_adapter(self.model if model is None else model, resume_from_checkpoint)
+        load_checkpoint(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint or ""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not Path(best, CONFIG).is_file():
+            super()._load_best_model()
+            return
+        self._load_from_checkpoint(best)
+        card = getattr(self.model, "model_card_data", None)  # of sentence-transformers
+        if card is not None:
+            card.set_best_model_step(int(best.rpartition("-")[2]))
 
 
 def summary(stats: dict[str, AdapterStats], bounds: dict[str, BoundStats] | None = None) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checks import CheckpointError
 from ..layers.base import AdapterLinear
-from ..layers.find import ADAPTER_LAYERS, adapter_layers, key_name, peft_layers
+from ..layers.find import ADAPTER_LAYERS, key_name, peft_layers
 from ..layers.hooks import is_offloaded, loaded
 from ..surgery.change_report import Report
 from . import (
@@ -30,6 +30,7 @@ from . import (
     peft_plan,
     peft_state,
     sidecar,
+    training_state,
     whole_modules,
 )
 from .folder import Contents
@@ -93,17 +94,37 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = Fal
     return Report("saved", saved, _other_names(model), note)
 
 
-def check_savable(model: nn.Module, merges: bool) -> None:
-    """Raises the CheckpointError, but for a path, that ``save_adapter(model, …, exact=True)`` would raise now or after
-    training.
-
-    Args:
-        merges: whether training changes frozen weights.
-    """
-    model = _unwrap(model)
+def prepare_checkpoints(model: nn.Module, merges: bool) -> None:
+    """Raises the CheckpointError, but for a path, that ``save_checkpoint`` would raise now or after training. If
+    training changes frozen weights (``merges``), marks them, so that every checkpoint contains them."""
+    model = training_state.adapted_part(_unwrap(model))
     _collect(model, exact=True)
     if merges:
-        base_weights.check_changeable(adapter_layers(model))
+        layers = peft_state.find(model).layers if peft_layers(model) else _our_layers(model)
+        base_weights.mark_changeable_(model, layers)
+
+
+def save_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
+    """Writes into a checkpoint all that changes in training: ``save_adapter(…, exact=True)`` of the model that is
+    adapted, and a file with what is trained around it and with buffers.
+
+    Raises:
+        CheckpointError: as ``save_adapter``.
+    """
+    model = _unwrap(model)
+    save_adapter(training_state.adapted_part(model), path, exact=True)
+    training_state.save(model, path)
+
+
+def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
+    """Reads what ``save_checkpoint`` has written into the model.
+
+    Raises:
+        CheckpointError: as ``load_adapter``.
+    """
+    model = _unwrap(model)
+    load_adapter(training_state.adapted_part(model), path)
+    training_state.load(model, path)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:

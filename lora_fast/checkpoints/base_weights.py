@@ -39,7 +39,7 @@ def collect(model: nn.Module, layers: Mapping[str, AdapterLayer], exact: bool) -
     for name, layer in layers.items():
         if not merge_log.is_changed(holder(layer)):
             continue
-        check_changeable({name: layer})
+        _check_one_product(name, layer)
         term = _joined(merge_log.kept_terms(layer), layer.weight)
         if exact or term is None or not _takes_further_ranks(layer):
             changes[name] = Change(io.to_host(f"{name}.weight", _original(name, layer)), term if exact else None)
@@ -48,13 +48,42 @@ def collect(model: nn.Module, layers: Mapping[str, AdapterLayer], exact: bool) -
     return changes
 
 
-def check_changeable(layers: Mapping[str, AdapterLayer]) -> None:
-    """Raises CheckpointError for a layer whose frozen weight could not be saved after merges during training."""
-    for name, layer in layers.items():
-        if expert_count(layer) > 1:
-            expected = "base weights that an adapter's files can hold (else merge_and_unload, or the whole state_dict)"
-            got = f"{name}: ScaLoRA merges into the parameter of {layer.num_experts} experts, {layer.parameter_name}"
-            raise CheckpointError("model", expected, got)
+def mark_changeable_(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
+    """Marks the frozen weights of trained adapters as changed, by no terms yet, so that all checkpoints of a training
+    that will change them contain them. The first can then be loaded over the last.
+
+    Args:
+        layers: name → layer of the adapter that is saved.
+
+    Raises:
+        CheckpointError: a weight whose change could not be saved or not be restored. Nothing is then marked.
+    """
+    owners = weight_owners(model)
+    trained = {name: layer for name, layer in layers.items() if _is_trained(layer)}
+    for name, layer in trained.items():
+        _check_one_product(name, layer)
+        _check_change(name, layer, Change(_original(name, layer), None), owners)
+    for layer in trained.values():
+        if not merge_log.is_changed(holder(layer)):
+            merge_log.mark(layer, [])
+
+
+def _only_marked(layer: AdapterLayer | nn.Linear) -> bool:
+    """Returns whether the layer's weight is marked and nothing was merged into it."""
+    return merge_log.kept_terms(layer) == []
+
+
+def _is_trained(layer: AdapterLayer) -> bool:
+    """Returns whether the layer has a factor that is trained and a matrix."""
+    return any(p.requires_grad and p.dim() == 2 for name, p in layer.named_parameters() if "lora_" in name)
+
+
+def _check_one_product(name: str, layer: AdapterLayer) -> None:
+    """Raises CheckpointError for a layer of many experts, whose changed weight no adapter's file can hold."""
+    if expert_count(layer) > 1:
+        expected = "base weights that an adapter's files can hold (else merge_and_unload, or the whole state_dict)"
+        got = f"{name}: ScaLoRA merges into the parameter of {layer.num_experts} experts, {layer.parameter_name}"
+        raise CheckpointError("model", expected, got)
 
 
 def check(
@@ -111,6 +140,7 @@ def note(changes: dict[str, Change], action: str) -> str:
 def _check_no_other(model: nn.Module, layers: Iterable[nn.Module], expected: str) -> None:
     """Raises CheckpointError if the frozen weight of a layer that is not among ``layers`` has changed."""
     holders = {id(holder(layer)) for layer in layers}
+    holders |= {id(holder(layer)) for layer in adapter_layers(model).values() if _only_marked(layer)}
     for name, module in model.named_modules():
         if merge_log.is_changed(module) and id(module) not in holders:
             raise CheckpointError("model", expected, f"{name}.weight, changed by merges during training")
@@ -165,6 +195,6 @@ def _check_change(name: str, layer: AdapterLayer | nn.Linear, change: Change, ow
         raise CheckpointError(f"{name}.weight", expected, f"one weight held by {' and '.join(shared)}")
     if change.weight is not None:
         check_tensor(f"{name}.base_layer", change.weight, tuple(weight.shape), weight.dtype)
-    elif merge_log.is_changed(holder(layer)):
+    elif merge_log.is_changed(holder(layer)) and not _only_marked(layer):
         expected = "the unchanged weight, for terms to be added to it"
         raise CheckpointError(f"{name}.weight", expected, "one that training, or another load, has changed")

@@ -8,7 +8,7 @@ from typing import Any
 from ..checks import CheckpointError, shown
 from . import peft_config
 from .peft_config import CONFIG
-from .peft_state import PeftAdapter, auto_mapping, config_fields
+from .peft_state import PeftAdapter, auto_mapping, config_fields, is_of_peft
 
 WHICH = {  # fields that say which modules get an adapter of which size, and of which model they are parts
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
@@ -52,6 +52,9 @@ def _with_full_names(adapter: PeftAdapter, beside: Sequence[str]) -> dict:
             if name not in WHICH and fields.get(name) != other.get(name):
                 got = f"{shown(fields.get(name))} and {shown(other.get(name))} in parts of the model"
                 raise CheckpointError(f"{name} in {CONFIG}", "one setting, as the file has one config", got)
+    if fields.get("layer_replication"):
+        got = f"{shown(fields['layer_replication'])} in a part of the model"
+        raise CheckpointError(f"layer_replication in {CONFIG}", "unset, as PEFT replicates layers of whole models", got)
     modules, targets = adapter.modules(), _targets(adapter)
     fields |= {
         "target_modules": peft_config.target_names(targets, modules),
@@ -77,14 +80,20 @@ def _targets(adapter: PeftAdapter) -> list[str]:
 
 def _whole(adapter: PeftAdapter, modules: dict[str, Any]) -> list[str]:
     """Returns the names of the modules of which PEFT trains a copy."""
-    return [name for name, module in modules.items() if adapter.name in getattr(module, "modules_to_save", ())]
+    wrappers = {name: module for name, module in modules.items() if is_of_peft(module)}
+    return [name for name, module in wrappers.items() if adapter.name in getattr(module, "modules_to_save", ())]
 
 
 def _token_indices(adapter: PeftAdapter, modules: dict[str, Any]) -> dict[str, list[int]]:
-    """Returns the names of the embeddings of which PEFT trains some tokens → the tokens. Those that are tied to another
-    one follow it."""
-    wrapped = {name: getattr(module, "token_adapter", None) for name, module in modules.items()}
-    own = {name: tokens for name, tokens in wrapped.items() if tokens is not None and tokens.tied_adapter is None}
-    return {
-        name: [*map(int, x.token_indices[adapter.name])] for name, x in own.items() if adapter.name in x.token_indices
-    }
+    """Returns the names of the embeddings of which PEFT trains some tokens → the tokens.
+
+    Raises:
+        CheckpointError: one that is tied to another embedding, which PEFT finds out from the config of a whole model.
+    """
+    wrapped = {name: getattr(module, "token_adapter", None) for name, module in modules.items() if is_of_peft(module)}
+    own = {name: tokens for name, tokens in wrapped.items() if tokens and adapter.name in tokens.token_indices}
+    for name, tokens in own.items():
+        if tokens.tied_adapter is not None:
+            expected = "tokens of untied embeddings, where a part of the model has the adapter"
+            raise CheckpointError(f"trainable_token_indices in {CONFIG}", expected, f"those of {name}, which is tied")
+    return {name: [*map(int, tokens.token_indices[adapter.name])] for name, tokens in own.items()}

@@ -1,9 +1,9 @@
 """The active adapter of a model with PEFT's layers: its tensors, scales and config, by the names that its files have.
 
 PEFT keeps the config of an adapter, ``peft_config``, on the model that its layers are in. That is a PeftModel, or the
-model given to ``peft.inject_adapter_in_model`` or to the ``add_adapter`` of transformers and diffusers. It may be inside
-the model that is saved, as transformers' model is inside a SentenceTransformer. The names in the files are those in the
-model that is saved, without the names that PEFT's own wrappers add.
+model given to ``peft.inject_adapter_in_model`` or to the ``add_adapter`` of transformers and diffusers. It may be a
+part of the model that is saved, as transformers' model is one of a SentenceTransformer. The names in the files are
+those in the model that is saved, without the names that PEFT's own wrappers add.
 """
 
 from __future__ import annotations
@@ -115,12 +115,13 @@ class PeftAdapter:
 
     def restorable(self) -> dict[str, Tensor]:
         """Returns the tensors that PEFT restores in the base model from an adapter's file, by their keys without the
-        prefix and ``original_module``: of embeddings, which may have been resized, and of heads of classification
-        tasks."""
+        prefix and ``original_module``: of embeddings, which may be adapted or have been resized, and of heads of
+        classification tasks."""
         found: dict[str, Tensor] = {}
+        adapted = [f"{name}.base_layer." for name in self.scalings if name not in self.layers]
         for owner in self.owners:
             inner = [*tasks.embeddings(owner.base), *tasks.heads(owner.base)]
-            names = tuple(f"{owner.name_of(key_name(name))}." for name in inner)
+            names = (*adapted, *(f"{owner.name_of(key_name(name))}." for name in inner))
             short = {self.key(owner.name_of(key)): tensor for key, tensor in owner.state.items()}
             found |= {key: t for key, t in short.items() if names and key.startswith(names) and ".lora_" not in key}
         return {key.replace(ORIGINAL, "."): tensor for key, tensor in found.items()}
@@ -161,6 +162,14 @@ def find(model: nn.Module, writable: bool = False) -> PeftAdapter:
         parameters={name for name, layer in matched.items() if hasattr(layer, "parameter_name")},
         others=tuple(sorted(present - {adapter})),
     )
+
+
+def own_configs(module: Any) -> dict[str, Any] | None:
+    """Returns the configs that PEFT keeps on this module, by the adapters' names. A wrapper that passes on the
+    attributes of the model inside has none."""
+    has_own = "peft_config" in module.__dict__ or hasattr(type(module), "peft_config")
+    configs: Any = module.peft_config if has_own else None
+    return configs if isinstance(configs, dict) else None
 
 
 def is_of_peft(module: nn.Module) -> bool:
@@ -210,10 +219,8 @@ def _owners(model: nn.Module, adapter: str, writable: bool) -> list[Owner]:
     inside: dict[int, Owner] = {}
     known: list[dict] = []
     for name, module in model.named_modules():
-        # Only what the module itself has: wrappers pass on the attributes of the model inside.
-        has_own = "peft_config" in module.__dict__ or hasattr(type(module), "peft_config")
-        configs: Any = module.peft_config if has_own else None
-        if not isinstance(configs, dict) or adapter not in configs or any(configs is other for other in known):
+        configs = own_configs(module)
+        if configs is None or adapter not in configs or any(configs is other for other in known):
             continue
         known.append(configs)  # PEFT's wrappers and the model inside share one dictionary
         if id(module) in inside:

@@ -39,8 +39,8 @@ def to_save(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def beside_peft(adapter: PeftAdapter, saved: dict[str, Tensor]) -> dict[str, nn.Module]:
-    """Returns name → module of every module beside the adapter of PEFT's layers that is saved whole: what was trained
-    without PEFT's knowledge. PEFT's own model saves what PEFT saves alone.
+    """Returns name → module of every module beside the adapter of PEFT's layers that is saved whole: the heads of a
+    classification task and what was trained without PEFT's knowledge. PEFT's own model saves what PEFT saves alone.
 
     Args:
         saved: the tensors that PEFT saves.
@@ -51,9 +51,9 @@ def beside_peft(adapter: PeftAdapter, saved: dict[str, Tensor]) -> dict[str, nn.
     if adapter.is_of_peft_model:
         return {}
     modules, known = adapter.modules(), {tensor.data_ptr() for tensor in saved.values()}
-    chosen = []
+    chosen = [key_name(name) for name, head in tasks.heads(adapter.model).items() if not _has_adapters(head)]
     for name, module in modules.items():
-        trained = [module._parameters[role].data_ptr() for role in _trained(module)]
+        trained = [getattr(module, role).data_ptr() for role in _trained(module)]
         if not is_of_peft(module) and (MARK in module.__dict__ or not known.issuperset(trained)):
             chosen.append(name)
     return _by_names(modules, chosen)

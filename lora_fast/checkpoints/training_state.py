@@ -1,0 +1,64 @@
+"""What a checkpoint needs of a model beside its adapter's files, so that training goes on to the same bits: running
+statistics and other buffers, and the trained parameters of parts around the model that is adapted."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..checks import CheckpointError
+from ..layers.find import key_name, peft_layers
+from . import io, peft_state
+
+FILE = "beside_adapter.safetensors"
+
+
+def adapted_part(model: nn.Module) -> nn.Module:
+    """Returns the part of which the model's own ``save_pretrained`` writes the adapter: transformers' model in one of
+    sentence-transformers with PEFT's layers, otherwise the model itself."""
+    inner = getattr(model, "transformers_model", None)
+    if isinstance(inner, nn.Module) and peft_state.own_configs(inner) is not None:
+        return inner if len(peft_layers(inner)) == len(peft_layers(model)) else model
+    return model
+
+
+def save(model: nn.Module, path: str | os.PathLike) -> None:
+    """Writes the file, or removes an old one where there is nothing to write.
+
+    Raises:
+        CheckpointError: a sharded tensor, or a path that cannot be written.
+    """
+    tensors = {name: io.to_host(name, tensor) for name, tensor in _tensors(model).items()}
+    io.write(path, {FILE: (lambda file: safetensors.torch.save_file(tensors, file)) if tensors else None})
+
+
+def load(model: nn.Module, path: str | os.PathLike) -> None:
+    """Copies the tensors of the file, if there is one, into the model.
+
+    Raises:
+        CheckpointError: the file cannot be read or does not fit the model, which is then unchanged.
+    """
+    file = Path(path, FILE)
+    saved = io.read_tensors(file)[0] if file.exists() else {}
+    own = {key_name(name): tensor for name, tensor in model.state_dict().items()}
+    for name, value in saved.items():
+        if name not in own or own[name].shape != value.shape:
+            got = "no such tensor" if name not in own else f"shape {tuple(own[name].shape)}"
+            raise CheckpointError(f"key {name} in {FILE}", f"a tensor of the model of {tuple(value.shape)}", got)
+        io.check_destination(name, own[name])
+    with torch.no_grad():
+        for name, value in saved.items():
+            own[name].copy_(value)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Returns name → tensor of what the file has. Integers that are no counters, as packed weights, never change."""
+    part = {id(parameter) for parameter in adapted_part(model).parameters()}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in part}
+    kept = set(model.state_dict())
+    buffers = {n: b for n, b in model.named_buffers() if n in kept and (b.is_floating_point() or b.numel() == 1)}
+    return {key_name(name): tensor for name, tensor in (trained | buffers).items()}
