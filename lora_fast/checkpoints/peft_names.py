@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..checks import CheckpointError, shown
-from . import peft_config
+from . import peft_config, whole_modules
 from .peft_config import CONFIG
 from .peft_state import PeftAdapter, auto_mapping, config_fields, is_of_peft
 
@@ -35,6 +35,8 @@ def config(adapter: PeftAdapter, beside: Sequence[str] = ()) -> dict:
     name = fields["base_model_name_or_path"] or owner.base.__dict__.get("name_or_path")
     fields["base_model_name_or_path"] = name or None
     fields["inference_mode"] = True
+    if not adapter.is_of_peft_model and whole_modules.head_is_adapted(owner.base):
+        fields["task_type"] = None  # because PEFT expects a head without adapters
     if fields["task_type"] is None:
         fields["auto_mapping"] = auto_mapping(owner.base)
     if beside:

@@ -109,7 +109,11 @@ class PeftAdapter:
         found: dict[str, Tensor] = {}
         for owner in self.owners:
             state = {key: tensor for key, tensor in owner.state.items() if not self.of_others(key)}
-            saved = get_peft_model_state_dict(owner.module, state, self.name, save_embedding_layers=embeddings)
+            known = owner.configs[0].base_model_name_or_path  # which inject_adapter_in_model does not set
+            resized = embeddings == "auto" and not known and tasks.vocabulary_was_resized(owner.base)
+            saved = get_peft_model_state_dict(
+                owner.module, state, self.name, save_embedding_layers=True if resized else embeddings
+            )
             found |= {self.key(owner.name_of(key)): tensor for key, tensor in saved.items()}
         return found
 

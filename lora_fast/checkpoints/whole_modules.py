@@ -96,7 +96,7 @@ def tensors(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
     """Returns key without the prefix → tensor of the modules that are saved whole, of heads that have adapters and of
     embeddings that were resized."""
     names = [*modules, *(name for name, head in tasks.heads(model).items() if _has_adapters(head))]
-    if _vocabulary_was_resized(model):
+    if tasks.vocabulary_was_resized(model):
         names += tasks.embeddings(model)
     beside: dict[str, Any] = {}
     for key, (owner, attribute) in _places(model, names).items():
@@ -112,9 +112,14 @@ def task_fields(model: nn.Module) -> dict:
     """Returns the config's fields by which PEFT finds the model's class: its task type, or the class itself where there
     is none, and where the head has adapters, because PEFT expects a head without."""
     task = tasks.task_type(model)
-    if task is None or any(map(_has_adapters, tasks.heads(model).values())):
+    if task is None or head_is_adapted(model):
         return {"task_type": None, "auto_mapping": peft_state.auto_mapping(model)}
     return {"task_type": task, "auto_mapping": None}
+
+
+def head_is_adapted(model: nn.Module) -> bool:
+    """Returns whether a head of a classification task has adapters."""
+    return any(map(_has_adapters, tasks.heads(model).values()))
 
 
 def destinations(model: nn.Module, adapter: Adapter) -> tuple[list[tuple[str, Tensor, Tensor]], list[nn.Module]]:
@@ -191,16 +196,3 @@ def _trained(module: nn.Module) -> list[str]:
 
 def _has_adapters(module: nn.Module) -> bool:
     return any(isinstance(part, ADAPTER_LAYERS) or is_of_peft(part) for part in module.modules())
-
-
-def _vocabulary_was_resized(model: nn.Module) -> bool:
-    """Returns whether the vocabulary has another size than that of the pretrained model on this machine, as PEFT does.
-    Where there is none, it is taken as unchanged."""
-    config: Any = getattr(model, "config", None)
-    source, size = getattr(config, "_name_or_path", None), getattr(config, "vocab_size", None)
-    if not source or not size:
-        return False
-    try:
-        return type(config).from_pretrained(source, local_files_only=True).vocab_size != size
-    except (OSError, ValueError):  # no such folder, and no such name
-        return False

@@ -4,6 +4,7 @@ adds to a pretrained model: its head, which a checkpoint of the pretrained model
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import nn
 
@@ -68,3 +69,16 @@ def embeddings(model: nn.Module) -> list[str]:
         except (AttributeError, NotImplementedError):  # another kind of model, or one without a single embedding
             continue
     return [name for name, module in model.named_modules() if any(module is embedding for embedding in modules)]
+
+
+def vocabulary_was_resized(model: nn.Module) -> bool:
+    """Returns whether the vocabulary has another size than that of the pretrained model on this machine, as PEFT does.
+    Where there is none, it is taken as unchanged."""
+    config: Any = getattr(model, "config", None)
+    source, size = getattr(config, "_name_or_path", None), getattr(config, "vocab_size", None)
+    if not source or not size:
+        return False
+    try:
+        return type(config).from_pretrained(source, local_files_only=True).vocab_size != size
+    except (OSError, ValueError):  # no such folder, and no such name
+        return False

@@ -263,12 +263,6 @@ def two_active():
     return model
 
 
-def native_peft():
-    model = llama()
-    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]))
-    return model
-
-
 def peft_over_ours():
     model = llama()
     lf.inject_(model, lf.LoRAConfig(r=2, target_modules=["k_proj"]))
@@ -283,9 +277,8 @@ def peft_over_ours():
         (lambda: injected_llama().to("meta"), "a parameter with data"),
         (lambda: lf.LoRALinear(8, 8, r=2, alpha=2), "a module that contains"),
         (two_active, "one active adapter"),
-        (native_peft, "a PeftModel"),
     ],
-    ids=["plain", "both", "meta", "single-layer", "two-active", "not-a-PeftModel"],
+    ids=["plain", "both", "meta", "single-layer", "two-active"],
 )
 def test_save_refuses_models_without_one_whole_adapter(build, says, tmp_path):
     with pytest.raises(lf.CheckpointError, match=says):
