@@ -192,12 +192,17 @@ else:
 
 
 class ExactCheckpoints(TrainerMixin):
-    """Makes a Trainer's checkpoints complete, so that a resumed run continues to the same bits. They then contain the
-    frozen weights that ScaLoRA changes and, where one process trains on several GPUs, the states of all their
-    generators, which dropout draws from. A Trainer saves that of one of these GPUs. It is the first base of a Trainer
-    class:
+    """Makes a Trainer's checkpoints complete, so that a resumed run continues to the same bits, and the best model at
+    the end is the one of its checkpoint. They then contain the frozen weights that ScaLoRA changes, buffers such as
+    running statistics and, where one process trains on several GPUs, the states of all their generators, which dropout
+    draws from. A Trainer saves that of one of these GPUs. It is the first base of a Trainer class, also of TRL's and of
+    sentence-transformers':
 
         class ScaLoRATrainer(lf.hf.ExactCheckpoints, Trainer): pass
+
+    The model has layers of ours or of PEFT, in a PeftModel or without one (``model.add_adapter``,
+    ``peft.inject_adapter_in_model``). In a model of sentence-transformers, the adapter's files are those of
+    transformers' model in it, so that a checkpoint opens as one of its own.
 
     Raises:
         CheckpointError: when training starts, if its checkpoints could not be saved (``lf.save_adapter``).

@@ -1,5 +1,7 @@
 """lf.hf.ExactCheckpoints in Trainers, also of models without a PeftModel: resumed runs, the best model, refusals."""
 
+import gc
+
 import peft
 import pytest
 import tiny
@@ -13,6 +15,14 @@ from lora_fast.layers.find import peft_layers
 
 CONFIG = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "lora_dropout": 0.1}
 BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection():
+    """A Trainer collects garbage, among all that the process has loaded."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class ExactTrainer(lf.hf.ExactCheckpoints, transformers.Trainer):
@@ -49,8 +59,9 @@ def native():
     return model
 
 
-def native_with_head():
-    model = native()
+def injected_by_peft():
+    """Which transformers does not know of. The head is trained, too."""
+    model = peft.inject_adapter_in_model(peft.LoraConfig(**CONFIG), tiny.llama(hidden=16))
     model.lm_head.requires_grad_(True)
     return model
 
@@ -69,7 +80,7 @@ def injected():
     return tiny.injected_llama(hidden=16, dropout=0.1)
 
 
-BUILDS = [native, native_with_head, inside, peft_model, injected]
+BUILDS = [native, injected_by_peft, inside, peft_model, injected]
 
 
 def fused(build):

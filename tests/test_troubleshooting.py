@@ -145,6 +145,18 @@ def trained_beside_the_adapter() -> None:
     lf.save_adapter(model, "/no/such/folder")
 
 
+def without_config() -> None:
+    model = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), plain())
+    del model.peft_config
+    lf.save_adapter(model, "/no/such/folder")
+
+
+def parts_with_other_settings() -> None:
+    configs = [peft.LoraConfig(target_modules=["0"], lora_dropout=p) for p in (0.0, 0.1)]
+    parts = [peft.inject_adapter_in_model(config, plain()) for config in configs]
+    lf.save_adapter(nn.ModuleList(parts), "/no/such/folder")
+
+
 def loaded(model: nn.Module, edit: Callable[[Path], object] = lambda folder: None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         lf.save_adapter(injected(), folder)
@@ -223,6 +235,8 @@ ERRORS = {
     ),
     "model[0]: expected a pair": lambda: lf.optim.LoRAAdamW(injected().parameters()),
     "… expected no trained parameters": trained_beside_the_adapter,
+    "model: expected PEFT's config": without_config,
+    "… expected one setting, as the file": parts_with_other_settings,
     "… expected a parameter with data": lambda: loaded(plain().to("meta")),
     "path: expected adapter_model": lambda: loaded(
         plain(), lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")

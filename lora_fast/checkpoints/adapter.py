@@ -42,15 +42,18 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = Fal
     """Writes the model's adapter into a folder in PEFT's format: ``adapter_config.json``,
     ``adapter_model.safetensors``.
 
-    The adapter is that of our layers, or the active one of a PeftModel with everything that PEFT saves of it. If ranks
-    or scales differ between layers, the config gets a rank_pattern and an alpha_pattern. NB-LoRA's and SingLoRA's
+    The adapter is that of our layers, or the active one of PEFT's layers with everything that PEFT saves of it: in a
+    PeftModel or without one, as after ``peft.inject_adapter_in_model`` or the ``add_adapter`` of transformers,
+    diffusers and sentence-transformers. The names in the files are those in the model that is passed. If ranks or
+    scales differ between layers, the config gets a rank_pattern and an alpha_pattern. NB-LoRA's and SingLoRA's
     adapters are saved as the plain adapters that they equal at this step: the saved lora_B contains every factor of
     theirs but alpha / r, for example SingLoRA's warm-up. Their free parameters are saved in a third file, the sidecar,
     which ``load_adapter`` reads. Each file is replaced atomically and synced to disk.
 
-    With our layers the files also contain what else the pretrained model does not have: the head of a classification
-    task, modules that were trained beside the adapters (as PEFT's ``modules_to_save``), and the embeddings of a
-    vocabulary that was resized. The config has the model's task, so that PEFT's ``AutoPeftModelFor…`` opens the folder.
+    Without a PeftModel the files also contain what else the pretrained model does not have: the head of a
+    classification task, modules that were trained beside the adapters (as PEFT's ``modules_to_save``), and the
+    embeddings of a vocabulary that was resized. With our layers the config has the model's task, so that PEFT's
+    ``AutoPeftModelFor…`` opens the folder.
 
     A merged model is saved as if it were not merged. Of a model that accelerate has offloaded, the values in the CPU's
     memory or on the disk are saved.
@@ -68,24 +71,23 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = Fal
     model's own ``state_dict`` or ``save_pretrained``; these contain the changed weights.
 
     Args:
-        model: a model with our layers or a PeftModel, also compiled or under data parallelism.
+        model: a model with our layers or PEFT's, also compiled or under data parallelism.
         path: the folder, which is created if it does not exist.
         exact: whether whole weights are saved even where terms were kept, and the terms beside them. Training then
-            continues to the same bits after ``load_adapter``, as a checkpoint needs. A subclass of transformers'
-            Trainer needs two overrides (``lf.hf.ExactCheckpoints`` has both): ``_save(output_dir, state_dict)`` calls
-            this function after ``super()._save``, whose two files it replaces; ``_load_from_checkpoint(folder, model)``
-            calls ``load_adapter`` instead of ``super()``'s.
+            continues to the same bits after ``load_adapter``, as a checkpoint needs. ``lf.hf.ExactCheckpoints`` does
+            this in transformers' Trainer.
 
     Returns:
         The layers and modules saved; the note of the report describes the changed weights. Further names of a layer
         that the model holds several times are left: PEFT, which reads the files, puts an adapter under the first alone.
 
     Raises:
-        CheckpointError: no adapter; adapters of PEFT beside ours; more than one active adapter; adapters without data
-            (meta device) or sharded; a trained parameter that PEFT's files would not contain, or that is beside an
-            adapter in one module; a changed weight that the adapter has no layer on, that PEFT has merged, or that is
-            one parameter of many experts; a scale that is not finite; a path that cannot be written. What was in the
-            folder is then unchanged.
+        CheckpointError: no adapter; adapters of PEFT beside ours; more than one active adapter; one without a config
+            (``peft_config`` of the model or of a part), or with configs of several parts that differ in more than
+            modules, ranks and scales; adapters without data (meta device) or sharded; a trained parameter that PEFT's
+            files would not contain, or that is beside an adapter in one module; a changed weight that the adapter has
+            no layer on, that PEFT has merged, or that is one parameter of many experts; a scale that is not finite; a
+            path that cannot be written. What was in the folder is then unchanged.
     """
     model = _unwrap(model)
     names, contents, changes = _collect(model, exact)
@@ -97,10 +99,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = Fal
 def prepare_checkpoints(model: nn.Module, merges: bool) -> None:
     """Raises the CheckpointError, but for a path, that ``save_checkpoint`` would raise now or after training. If
     training changes frozen weights (``merges``), marks them, so that every checkpoint contains them."""
-    model = training_state.adapted_part(_unwrap(model))
-    _collect(model, exact=True)
+    model = _unwrap(model)
+    training_state.collect(model)
+    part = training_state.adapted_part(model)
+    _collect(part, exact=True)
     if merges:
-        layers = peft_state.find(model).layers if peft_layers(model) else _our_layers(model)
+        layers = peft_state.find(part).layers if peft_layers(part) else _our_layers(part)
         base_weights.mark_changeable_(model, layers)
 
 
@@ -130,12 +134,12 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
     """Loads an adapter folder that ``save_adapter`` or PEFT wrote into the model, in place.
 
-    A model with our layers, or a PEFT model (its active adapter), must have the layers, ranks and scales of the files;
+    A model with our layers, or with PEFT's (its active adapter), must have the layers, ranks and scales of the files;
     its parameters keep their identity. In a plain model, the layers of the files first replace its linear layers, as
-    ``inject_`` does. A PEFT model loads every kind of LoRA adapter that it has itself (DoRA, biases, embeddings,
-    experts, …). Models without PEFT's layers load plain adapters of linear layers, and put the values of PEFT's
-    ``modules_to_save``, of heads and of resized embeddings into their own modules, rounded to the module's dtype, which
-    the report then tells. Fields that the config does not have get PEFT's defaults.
+    ``inject_`` does. A model with PEFT's layers, a PeftModel or not, loads every kind of LoRA adapter that it has
+    itself (DoRA, biases, embeddings, experts, …). Models without PEFT's layers load plain adapters of linear layers,
+    and put the values of PEFT's ``modules_to_save``, of heads and of resized embeddings into their own modules, rounded
+    to the module's dtype, which the report then tells. Fields that the config does not have get PEFT's defaults.
 
     The free parameters of ``NBLoRALinear`` and ``SingLoRALinear`` layers are restored bit for bit
     from the sidecar, whose settings must be those of the layers (norm, bound and learn_scale; alpha and ramp_steps).
@@ -146,7 +150,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
     the model's weights, which must be the unchanged ones. Everything is checked before the model is changed.
 
     Args:
-        model: a model with our layers, a PEFT model, or a plain model; also compiled or under data parallelism.
+        model: a model with our layers, with PEFT's, or a plain model; also compiled or under data parallelism.
         path: the folder.
 
     Returns:

@@ -26,13 +26,27 @@ def adapted_part(model: nn.Module) -> nn.Module:
     return model
 
 
+def collect(model: nn.Module) -> dict[str, Tensor]:
+    """Returns name → tensor, on the CPU, of what the file has. Integers that are no counters, as packed weights, never
+    change.
+
+    Raises:
+        CheckpointError: a sharded tensor, or one without data.
+    """
+    part = {id(parameter) for parameter in adapted_part(model).parameters()}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in part}
+    kept = set(model.state_dict())
+    buffers = {n: b for n, b in model.named_buffers() if n in kept and (b.is_floating_point() or b.numel() == 1)}
+    return {key_name(name): io.to_host(key_name(name), tensor) for name, tensor in (trained | buffers).items()}
+
+
 def save(model: nn.Module, path: str | os.PathLike) -> None:
     """Writes the file, or removes an old one where there is nothing to write.
 
     Raises:
-        CheckpointError: a sharded tensor, or a path that cannot be written.
+        CheckpointError: as ``collect``, or a path that cannot be written.
     """
-    tensors = {name: io.to_host(name, tensor) for name, tensor in _tensors(model).items()}
+    tensors = collect(model)
     io.write(path, {FILE: (lambda file: safetensors.torch.save_file(tensors, file)) if tensors else None})
 
 
@@ -53,12 +67,3 @@ def load(model: nn.Module, path: str | os.PathLike) -> None:
     with torch.no_grad():
         for name, value in saved.items():
             own[name].copy_(value)
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns name → tensor of what the file has. Integers that are no counters, as packed weights, never change."""
-    part = {id(parameter) for parameter in adapted_part(model).parameters()}
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in part}
-    kept = set(model.state_dict())
-    buffers = {n: b for n, b in model.named_buffers() if n in kept and (b.is_floating_point() or b.numel() == 1)}
-    return {key_name(name): tensor for name, tensor in (trained | buffers).items()}
