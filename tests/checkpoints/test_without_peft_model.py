@@ -13,7 +13,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft_features import ATTENTION, FEATURES, PEFT_ONLY, Mixed, base, outputs, small, trained
-from tiny import assert_same_tensors
+from tiny import assert_same_tensors, batch
 from torch import nn
 
 import lora_fast as lf
@@ -129,7 +129,7 @@ def test_files_are_read_everywhere(kind, name, tmp_path):
 
 
 def test_files_are_those_of_peft(tmp_path):
-    models = {}
+    models, _ = {}, base("patterns")  # which seeds when it is built first
     for kind, build in (("injected", injected), ("peft", lambda name: get_peft_model(base(name), config(name)))):
         torch.manual_seed(0)
         models[kind] = trained(build("patterns"))
@@ -248,6 +248,37 @@ def test_adapter_on_a_head_is_read_by_peft(feature, tmp_path):
     model = inject_adapter_in_model(LoraConfig(r=2, target_modules=[head], task_type=task), base(feature))
     lf.save_adapter(trained(model), tmp_path)
     torch.testing.assert_close(outputs(PeftModel.from_pretrained(base(feature), tmp_path)), outputs(model))
+
+
+@pytest.mark.parametrize("keep", ["weights", "terms"])
+@pytest.mark.parametrize("kind", ["injected", "part"])
+def test_changed_frozen_weights_are_saved_and_restored(kind, keep, tmp_path):
+    build, plain = KINDS[kind]
+    model = trained(build("list"))
+    optimizer = lf.optim.LoRAAdamW(model, lr=0.05, methods=[lf.methods.ScaLoRA(interval=1, keep=keep)])
+    for _ in range(2):
+        result = model(batch())
+        getattr(result, "logits", result).square().mean().backward()
+        optimizer.step()
+    want = outputs(model)
+    for folder, exact in (("plain", False), ("exact", True)):
+        assert f"4 {'weights' if exact or keep == 'weights' else 'saved as terms'}" in (
+            lf.save_adapter(model, tmp_path / folder, exact=exact).note
+        )
+        ours, by_peft = plain("list"), PeftModel.from_pretrained(plain("list"), tmp_path / folder)
+        lf.load_adapter(ours, tmp_path / folder)
+        same = build("list")
+        lf.load_adapter(same, tmp_path / folder)
+        lf.save_adapter(same, tmp_path / f"{folder}-again", exact=exact)
+        again = PeftModel.from_pretrained(plain("list"), tmp_path / f"{folder}-again")
+        for other in (ours, by_peft, same, again):
+            torch.testing.assert_close(outputs(other), want)
+        if exact:
+            states = (
+                safetensors.torch.load_file(tmp_path / x / "adapter_model.safetensors")
+                for x in ("exact", "exact-again")
+            )
+            assert_same_tensors(*states)
 
 
 def without_config():
