@@ -27,7 +27,8 @@ from .metrics import AdapterStats, BoundStats, adapter_stats, bound_stats, not_f
 from .optim import LoRAAdamW, check_options
 
 try:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+    from transformers.utils import SAFE_WEIGHTS_NAME
 except ImportError as error:
     raise checks.MissingPackageError("lora_fast.hf needs transformers: pip install transformers accelerate") from error
 
@@ -235,7 +236,17 @@ class ExactCheckpoints(TrainerMixin):
                 torch.cuda.set_rng_state(state, device)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_checkpoint(self.model if model is None else model, resume_from_checkpoint)
+        model = self.model if model is None else model
+        if self._saves_whole_state(model) and Path(resume_from_checkpoint, SAFE_WEIGHTS_NAME).is_file():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # the frozen weights, too
+        load_checkpoint(model, resume_from_checkpoint)
+
+    def _saves_whole_state(self, model: nn.Module) -> bool:
+        """Returns whether a Trainer saves the ``state_dict`` of the model rather than an adapter, as of a module with
+        PEFT's layers of which transformers does not know."""
+        plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        own_save = vars(plain).get("save_pretrained", getattr(type(plain), "save_pretrained", None))
+        return not self.is_fsdp_enabled and own_save in (None, PreTrainedModel.save_pretrained)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint or ""

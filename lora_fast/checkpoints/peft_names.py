@@ -25,11 +25,10 @@ def config(adapter: PeftAdapter, beside: Sequence[str] = ()) -> dict:
         beside: names of modules that are saved whole though PEFT does not know them.
 
     Raises:
-        CheckpointError: another method than LoRA, or parts of the model with configs that one file cannot hold.
+        CheckpointError: parts of the model with configs that one file cannot hold.
     """
     owner = adapter.owners[0]
     fields = config_fields(owner.configs[0])
-    peft_config.checked(fields)
     if len(adapter.owners) > 1 or len(owner.configs) > 1 or owner.name:
         return _with_full_names(adapter, beside)
     name = fields["base_model_name_or_path"] or owner.base.__dict__.get("name_or_path")
@@ -48,7 +47,7 @@ def config(adapter: PeftAdapter, beside: Sequence[str] = ()) -> dict:
 
 def _with_full_names(adapter: PeftAdapter, beside: Sequence[str]) -> dict:
     """Returns a config that names every module by its name in the whole model, whose parts have the configs."""
-    fields, *more = [peft_config.checked(config_fields(own)) for owner in adapter.owners for own in owner.configs]
+    fields, *more = [config_fields(own) for owner in adapter.owners for own in owner.configs]
     for other in more:
         for name in fields.keys() | other.keys():
             if name not in WHICH and fields.get(name) != other.get(name):

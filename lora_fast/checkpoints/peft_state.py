@@ -20,6 +20,7 @@ from ..checks import CheckpointError
 from ..layers.find import PeftLayer, key_name, peft_layers
 from ..layers.hooks import stored_tensor
 from ..surgery import tasks
+from . import peft_config
 from .peft_format import ORIGINAL, PREFIX
 
 Embeddings = bool | Literal["auto"]
@@ -138,7 +139,7 @@ def find(model: nn.Module, writable: bool = False) -> PeftAdapter:
         writable: leave out what accelerate has offloaded to the disk (``hooks.stored_tensor``).
 
     Raises:
-        CheckpointError: several active adapters, or one without a config.
+        CheckpointError: several active adapters, one without a config, or one of another method than LoRA.
     """
     layers = peft_layers(model)
     active = {adapter for layer in layers.values() for adapter in layer.active_adapters}
@@ -218,7 +219,8 @@ def auto_mapping(model: nn.Module) -> dict[str, str]:
 
 
 def _owners(model: nn.Module, adapter: str, writable: bool) -> list[Owner]:
-    """Returns the outermost modules with a config of the adapter."""
+    """Returns the outermost modules with a config of the adapter; raises CheckpointError for another method than
+    LoRA."""
     owners: list[Owner] = []
     inside: dict[int, Owner] = {}
     known: list[dict] = []
@@ -226,6 +228,7 @@ def _owners(model: nn.Module, adapter: str, writable: bool) -> list[Owner]:
         configs = own_configs(module)
         if configs is None or adapter not in configs or any(configs is other for other in known):
             continue
+        peft_config.checked(config_fields(configs[adapter]))
         known.append(configs)  # PEFT's wrappers and the model inside share one dictionary
         if id(module) in inside:
             inside[id(module)].configs.append(configs[adapter])
