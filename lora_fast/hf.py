@@ -254,9 +254,9 @@ class ExactCheckpoints(TrainerMixin):
             super()._load_best_model()
             return
         self._load_from_checkpoint(best)
-        card = getattr(self.model, "model_card_data", None)  # of sentence-transformers
-        if card is not None:
-            card.set_best_model_step(int(best.rpartition("-")[2]))
+        card, step = getattr(self.model, "model_card_data", None), best.rpartition("-")[2]  # of sentence-transformers
+        if card is not None and step.isdigit():
+            card.set_best_model_step(int(step))
 
 
 def summary(stats: dict[str, AdapterStats], bounds: dict[str, BoundStats] | None = None) -> dict[str, float]:
