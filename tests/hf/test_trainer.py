@@ -187,7 +187,7 @@ def test_exact_checkpoints_restore_the_generators_of_all_gpus(tmp_path, monkeypa
 
 
 def test_readme_script_trains_with_lora_adamw_and_logs_statistics(tmp_path, monkeypatch):
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "README.md").read_text()
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "lf.hf" in block)
     monkeypatch.chdir(tmp_path)
     names = {}
