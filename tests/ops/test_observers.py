@@ -176,3 +176,14 @@ def test_selective_checkpointing_may_keep_the_ops_of_the_kernels():
         runs.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(map(torch.equal, *runs))
     assert str(op) not in log.seen  # and is not computed again
+
+
+@BOTH_BACKENDS
+def test_profiler_names_the_operations_of_a_step(backend):
+    model = fused()
+    optimizer = lf.optim.LoRAAdamW(model, methods=[lf.methods.ILoRA(), lf.methods.ScaledAdamW()])
+    model(torch.randn(TOKENS, IN)).sum().backward()
+    with lf.set_backend(backend), profile(activities=[ProfilerActivity.CPU]) as observer:
+        optimizer.step()
+    names = {event.key for event in observer.key_averages()}
+    assert {"lora_fast::precondition", "lora_fast::adamw", "lora_fast::transform"} <= names
