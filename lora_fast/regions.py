@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 from weakref import ReferenceType
@@ -56,12 +56,23 @@ def same_again(subject: str, decide: Callable[[], T]) -> T:
     return decided[0] if decided else decide()
 
 
+def true_again(subject: str, value: bool) -> bool:
+    """Returns the value, or, in a checkpointed region that runs again, this call's value in the region's first run.
+    First runs remember True alone, so calls with False, which are the usual ones, need not ask in a first run."""
+    runs_again = any(run is not None for _, run in _regions())
+    return same_again(subject, lambda: value and not runs_again)
+
+
 @contextmanager
 def unseen():
     """Hides the ops of the block from selective checkpointing, which would use their results again. That is for ops
     whose results are changed in place, and for those that a later run may leave out."""
-    if _modes() and any(isinstance(mode, _SELECTIVE) for mode in _get_current_dispatch_mode_stack()):
-        with _disable_current_modes():
+    modes = _get_current_dispatch_mode_stack() if _modes() else []
+    if any(isinstance(mode, _SELECTIVE) for mode in modes):
+        with _disable_current_modes(), ExitStack() as stack:
+            for mode in modes:  # the others see them
+                if not isinstance(mode, _SELECTIVE):
+                    stack.enter_context(mode)
             yield
     else:
         yield

@@ -20,6 +20,7 @@ from ..kernels.pairs import adamw, add_low_rank, gram, momentum, regularizers, t
 from ..kernels.pairs.adamw import Settings
 from ..kernels.pairs.transform import Noise
 from ..kernels.records import Grams, Scaled, StepWork
+from ..ops.observers import shown
 from .batch import MOMENTS, Batch, PairInGroups, Trained, states_of, step_counts
 from .pairs import Pair
 
@@ -182,6 +183,7 @@ class GroupedBatch(Batch):
     def add_to_gradients(self, coefficients: Tensor) -> None:
         self._work["additive"] = coefficients
 
+    @shown
     def precondition(self, damping: float) -> None:
         self.transform_gradients(self.ops.spd_inverse(self._before(), damping))  # Ka is for b's gradient, Kb for a's
 
@@ -191,6 +193,7 @@ class GroupedBatch(Batch):
     def scale(self, factor_scales: Tensor, gradient_scales: Tensor) -> None:
         self._work |= {"scale_p": factor_scales.contiguous(), "scale_g": gradient_scales.contiguous()}
 
+    @shown
     def merge(
         self, residual_scale: Tensor, factor_scales: Tensor, chosen: list[bool], rounding: str, seed: int
     ) -> None:
@@ -227,6 +230,7 @@ class GroupedBatch(Batch):
         taken = zip(self.pairs, self.counts(), self.rests, strict=True)
         return base + sum(pair.experts * (count - (not rests)) for pair, count, rests in taken)
 
+    @shown
     def adamw(self, grams: bool) -> None:
         work = StepWork(**self._work, gram=grams, keys=self._noise and self._noise.keys)
         factors = self._with_gradients()
@@ -238,6 +242,7 @@ class GroupedBatch(Batch):
         if grams and self._grams_after is None:  # the kernel returns no Grams at large ranks
             self._grams_after = self._compute_grams("kb", "ka")
 
+    @shown
     def momentum(self, beta: float) -> Grams:
         momentum.average_(self._with_gradients(), beta, self._steps)
         torch.autograd.graph.increment_version(self._columns()[1])
@@ -246,6 +251,7 @@ class GroupedBatch(Batch):
         totals = gram.table_grams(factors, self.products, self._rank, ("ka", "kb", "kp", "kq"))
         return Grams(*totals)
 
+    @shown
     def move(self, matrices: Tensor) -> None:
         momentum.move_(self._tables, matrices.contiguous(), self._settings(), self._noise)
         torch.autograd.graph.increment_version(self._factors)
@@ -259,6 +265,7 @@ class GroupedBatch(Batch):
         rows = [(lr, *x["betas"], x["eps"], x["weight_decay"]) for lr, x in zip(numbers, sides, strict=True)]
         return Settings(tuple([float(x) for row in rows for x in row]), rates if in_memory else None)
 
+    @shown
     def transform(self, matrices: Tensor, target: str = "value", add: bool = False) -> None:
         column = 0 if target == "value" else 1 + self._moments.index(target)
         noise = self._noise if add else None  # a multiplied factor is rounded to nearest, as in stacked.py

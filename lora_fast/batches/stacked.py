@@ -18,6 +18,7 @@ from .. import backend
 from ..kernels.device import to_device
 from ..kernels.limits import CORRECTION, UPDATE
 from ..kernels.records import Grams, Scaled
+from ..ops.observers import shown
 from ..ops.pairs import adamw_, at_least_float32, float32_copy, grams, with_strides_of
 from ..ops.reference.rounding import round_factors, scaled_to
 from ..ops.reference.scalora_solution import add_low_rank_
@@ -322,6 +323,7 @@ class StackedBatch(Batch):
         for factor, c in zip((self.b, self.a), coefficients.chunk(2), strict=True):
             factor.grad = at_least_float32(factor.gradient()) + c[:, None, None] * factor.value
 
+    @shown
     def precondition(self, damping: float) -> None:
         ka, kb, *_ = self.grams()
         inverses = self.ops.spd_inverse(torch.cat([ka, kb]), damping)
@@ -338,6 +340,7 @@ class StackedBatch(Batch):
         for factor, broadcast, *scales in sides:
             factor.scale(*(scale[broadcast] for scale in scales))
 
+    @shown
     def merge(
         self, residual_scale: Tensor, factor_scales: Tensor, chosen: list[bool], rounding: str, seed: int
     ) -> None:
@@ -359,10 +362,12 @@ class StackedBatch(Batch):
             product_seed = None if captured else zlib.crc32(f"{seed} {count} {name}".encode())
             add_low_rank_(weight, a, b, scale, rounding, product_seed, residual, scales)
 
+    @shown
     def adamw(self, grams: bool) -> None:
         self.a.adamw(self.settings_a, grams)
         self.b.adamw(self.settings_b, grams)
 
+    @shown
     def momentum(self, beta: float) -> Grams:
         moments = []
         for factor in (self.a, self.b):
@@ -374,6 +379,7 @@ class StackedBatch(Batch):
         kp, kq, *_ = grams(*moments)
         return self.grams()._replace(kp=kp, kq=kq)
 
+    @shown
     def move(self, matrices: Tensor) -> None:
         matrices_b, matrices_a = matrices.chunk(2)
         moment_a, moment_b = (at_least_float32(factor.state["exp_avg"]) for factor in (self.a, self.b))
@@ -385,6 +391,7 @@ class StackedBatch(Batch):
             decay = 1 - settings["lr"] * settings["weight_decay"]
             factor.write(factor.value, factor.round(decay * at_least_float32(factor.value) + change))
 
+    @shown
     def transform(self, matrices: Tensor, target: str = "value", add: bool = False) -> None:
         matrices_b, matrices_a = matrices.chunk(2)
         a, b = (factor.value if target == "value" else factor.state[target] for factor in (self.a, self.b))

@@ -16,7 +16,7 @@ from torch.nn import Dropout, Identity, Linear, Module, Parameter
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from .. import checks
+from .. import checks, regions
 from ..checks import FLOATS, PLAIN
 from ..functional.linear import is_autocast_on, reason_against_op, run_op
 from ..kernels.limits import LARGEST_RANK
@@ -26,6 +26,8 @@ from .find import PeftLayer
 from .hooks import HOOK, is_hooked, is_offloaded, loaded, returns_to_input
 from .terms import Term
 
+# Looked up once, because attribute accesses cost host time in every call.
+_traced, _in_backward = torch.compiler.is_compiling, torch._C._current_graph_task_id
 DROPOUTS = (Identity, Dropout)
 HOOKED = "hooks, or a replaced forward, on the base layer or the adapter"
 
@@ -147,7 +149,7 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple[tuple, Tensor | Non
         return f"adapter of {type(a).__name__}, {type(b).__name__}, {type(dropout).__name__}"
     if is_hooked(base) or is_hooked(a) or is_hooked(b) or is_hooked(dropout):
         return HOOKED
-    if _has_any_global_hook():
+    if _has_global_hooks():
         return "hooks of all modules"
     parameters: Any  # of any types: the next lines check them
     if "_is_replica" in layer.__dict__:  # nn.DataParallel's replica, whose tensors are plain attributes
@@ -168,6 +170,15 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple[tuple, Tensor | Non
     dropout_p = dropout.p if dropout.training and type(dropout) is Dropout else 0.0
     arguments = weight, parameters.get("bias"), lora_a, lora_b, layer.scaling[adapter], dropout_p
     return arguments, b_parameters.get("bias")
+
+
+def _has_global_hooks() -> bool:
+    """Returns whether there are hooks of all modules. A checkpointed region that runs again runs what it has run at
+    first, which saved the tensors that its backward needs, whatever was registered or removed meanwhile."""
+    hooked = _has_any_global_hook()
+    if _traced() or (not hooked and _in_backward() == -1):
+        return hooked
+    return regions.true_again("hooks", hooked)
 
 
 def _sum_of_biases(bias: Tensor | None, scaled: Tensor, dtype: torch.dtype) -> Tensor:

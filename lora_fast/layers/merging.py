@@ -90,6 +90,8 @@ class MergedParameter:
         """Merges adapters. ``value`` is the sum of all terms, the present ones and these."""
         if not self.terms and keep_originals == "host" and is_on_accelerator(self.original):
             self.original = to_host(self.original)
+        elif not self.terms and self._is_shared():
+            self.original = self.original.clone()
         added: dict[Key, Term | None] = {
             Key(): Term(term.a.detach().clone(), term.b.detach().clone(), term.scaling) for term in terms
         }
@@ -103,13 +105,21 @@ class MergedParameter:
 
     def set(self, terms: dict[Key, Term | None], value: Tensor) -> None:
         """Sets the merged terms and the parameter's values."""
-        # Assigning .data keeps the parameter's identity, on which optimizers rely.
-        self.parameter.data, self.terms = value, terms
+        if self._is_shared():
+            self.parameter.data.copy_(value)
+        else:  # assigning .data keeps the parameter's identity, on which optimizers rely
+            self.parameter.data = value
+        self.terms = terms
         if terms:
             _known[id(self.parameter)] = self
         else:
             _known.pop(id(self.parameter), None)
         self.seal()
+
+    def _is_shared(self) -> bool:
+        """Returns whether other processes may read the parameter's memory (``model.share_memory()``), so that new
+        values belong there."""
+        return self.parameter.is_cpu and self.parameter.is_shared()
 
     def follow(self, apply: Callable[[Tensor], Tensor]) -> None:
         """Changes the original's dtype as nn.Module's conversions have changed the parameter's. Its place stays, so

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backend, regions
 from . import composite
+from .observers import modes, named
 from .reference import cayley as reference
 
 
@@ -75,11 +76,15 @@ def by_composite(free: Free) -> tuple[list[Tensor], list[Tensor]]:
 
 def compute(free: Free) -> Values:
     """Returns the values, computed by the backend for the parameters' device."""
-    ops = backend.ops("cayley", free.a[0])
+    triton, n = backend.uses_triton(free.a[0]), len(free.a)
     # A layer that runs again may take the values from its first run.
     with torch.inference_mode(False), torch.no_grad(), _no_autocast(free.a[0]), regions.unseen():
-        scales = reference.bounded_scales(*free[2:]) if free.scale else []
-        a, b, inverses = ops.cayley(free.a, free.b, scales or None)
+        if modes() > 0:  # these see the registered op
+            results = cayley_op(*free, triton)
+            return Values(results[:n], results[n : 2 * n], results[2 * n : 3 * n], results[3 * n :])
+        with named("lora_fast::cayley"):
+            scales = reference.bounded_scales(*free[2:]) if free.scale else []
+            a, b, inverses = backend.load_ops("cayley", triton).cayley(free.a, free.b, scales or None)
         return Values(a, b, inverses, scales)
 
 
@@ -156,15 +161,26 @@ def backward(
     a, b = pick(free.a), pick(free.b)
     grad_a = [torch.zeros_like(x) if g is None else g for x, g in zip(a, pick(grads[:n]), strict=True)]
     grad_b = [torch.zeros_like(x) if g is None else g for x, g in zip(b, pick(grads[n:]), strict=True)]
-    with _no_autocast(a[0]):
-        lists = ops.cayley_backward(a, b, pick(scales) if scales else None, pick(inverses), grad_a, grad_b)
-        if scales:
-            scale = reference.bounded_scales_backward(pick(free.scale), pick(free.powers), pick(scales), lists[2])
-            lists = *lists[:2], scale
-    for k, gradients in enumerate(lists[: len(free.tensors) // n]):
-        for i, gradient in zip(used, gradients, strict=True):
-            results[k * n + i] = gradient
+    scale, powers, scales = (pick(x) if scales else [] for x in (free.scale, free.powers, scales))
+    arguments = a, b, scale, powers, pick(inverses), scales, [*grad_a, *grad_b]
+    if modes() > 0:  # these see the registered op
+        gradients = cayley_backward_op(*arguments, ops is not reference)
+    else:
+        with named("lora_fast::cayley_backward"):
+            gradients = _gradients(ops, *arguments)
+    for k, i in enumerate([part * n + i for part in range(len(free.tensors) // n) for i in used]):
+        results[i] = gradients[k]
     return results
+
+
+def _gradients(ops, free_a, free_b, free_scale, powers, inverses, scales, grads) -> list[Tensor]:
+    """Returns the gradients of free_a, free_b and free_scale in one list."""
+    n = len(free_a)
+    with _no_autocast(free_a[0]):
+        da, db, dscale = ops.cayley_backward(free_a, free_b, scales or None, inverses, grads[:n], grads[n:])
+        if scales:
+            dscale = reference.bounded_scales_backward(free_scale, powers, scales, dscale)
+    return [*da, *db, *(dscale if scales else [])]
 
 
 # The kernels keep tables of addresses between calls, which CUDA graph trees do not allow in a graph's memory.
@@ -205,10 +221,9 @@ def cayley_backward_op(
     triton: bool,
 ) -> list[Tensor]:
     """Returns the gradients of free_a, free_b and free_scale in one list."""
-    free = Free(list(free_a), list(free_b), list(free_scale), [], list(powers))
     ops = backend.load_ops("cayley", triton)
-    results: list[Any] = backward(ops, free, list(inverses), list(scales), grads)  # no gradient is None
-    return [x.clone() for x in results]
+    lists = (list(x) for x in (free_a, free_b, free_scale, powers, inverses, scales, grads))
+    return [x.clone() for x in _gradients(ops, *lists)]
 
 
 @cayley_backward_op.register_fake

@@ -2,10 +2,11 @@
 
 Eager calls use ``LoRALinearFunction``, a bare autograd.Function, which takes the least host time. Traced calls
 (torch.compile, compiled autograd) use the registered ops ``lora_fast::lora_linear`` and
-``lora_fast::lora_linear_backward``. Both run ``forward`` and ``backward`` below. x and S are saved for backward, beside
-the module's own weights; the dropout mask is drawn again from its seed. ``seed`` is an int or an int64 in a 0-d tensor.
-With the torch ops on a GPU it is the mask itself, which is saved as well. Where backward itself is differentiated or
-mapped (``create_graph=True``, ``is_grads_batched=True``) it computes the gradients by plain torch ops
+``lora_fast::lora_linear_backward``; so does the Function for kernels while a mode of torch is active (observers.py).
+Both run ``forward`` and ``backward`` below. x and S are saved for backward, beside the module's own weights; the
+dropout mask is drawn again from its seed. ``seed`` is an int or an int64 in a 0-d tensor. With the torch ops on a GPU
+it is the mask itself, which is saved as well. Where backward itself is differentiated or mapped
+(``create_graph=True``, ``is_grads_batched=True``) it computes the gradients by plain torch ops
 (``composite.linear_gradients``).
 """
 
@@ -14,9 +15,11 @@ from __future__ import annotations
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 
 from .. import backend
 from . import composite
+from .observers import modes, named, profiled
 from .reference import linear as reference
 
 # Looked up once, because attribute accesses cost host time in every call.
@@ -98,13 +101,34 @@ def _is_checkpointed() -> bool:
     return hooks is not None and getattr(hooks[0], "__module__", None) == torch.utils.checkpoint.__name__
 
 
+def _forward_observed(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded) -> tuple:
+    """Returns what ``forward`` returns, while a mode or a profiler looks. Kernels are visible to a mode by the
+    registered op, the twins by their products."""
+    if ops is not reference and modes() > 0:
+        constants = float(scaling), dropout_p, _seed_tensor(seed, x), rounded, True
+        return lora_linear_op(x, weight, bias, lora_A, lora_B, *constants)
+    with named("lora_fast::lora_linear"):
+        return forward(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded)
+
+
+def _backward_observed(ops, dy, *arguments) -> tuple:
+    """Returns what ``backward`` returns, while a mode or a profiler looks."""
+    if ops is not reference and modes() > 0:
+        return _backward_node(ops, dy, *arguments)
+    with named("lora_fast::lora_linear_backward"):
+        return backward(ops, dy, *arguments)
+
+
+def _seed_tensor(seed: int | Tensor | None, x: Tensor) -> Tensor | None:
+    return torch.full((), seed, dtype=torch.int64, device=x.device) if isinstance(seed, int) else seed
+
+
 def _backward_node(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, rounded, needs) -> tuple:
     """Returns what ``backward`` returns, by the registered op. Compiled autograd traces the backward of an eager
     forward, and it cannot trace the kernels and NumPy."""
-    if isinstance(seed, int):
-        seed = torch.full((), seed, dtype=torch.int64, device=x.device)
     need_x, need_a, need_b = needs
-    constants = scaling, dropout_p, seed, rounded, ops is not reference, [need_x, need_a, need_b]
+    seed, triton = _seed_tensor(seed, x), ops is not reference
+    constants = float(scaling), dropout_p, seed, rounded, triton, [need_x, need_a, need_b]
     grads = iter(lora_linear_backward_op(dy, x, s, weight, lora_A, lora_B, *constants))
     return tuple(next(grads) if needed else None for needed in needs)
 
@@ -123,7 +147,8 @@ class LoRALinearFunction(torch.autograd.Function):
         # Backward would cast the weight again. A copy is saved only where it does not live from forward to backward.
         if need_x and weight.dtype is not x.dtype and _is_checkpointed():
             weight = weight.to(x.dtype)
-        y, s = forward(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded)
+        run = _forward_observed if modes() > 0 or profiled() else forward
+        y, s = run(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded)
         seed_tensor, seed = (seed, None) if isinstance(seed, Tensor) else (None, seed)
         if need_x and need_a:
             ctx.save_for_backward(x, s, weight, lora_A, lora_B, seed_tensor)
@@ -155,11 +180,18 @@ class LoRALinearFunction(torch.autograd.Function):
             elif torch.is_grad_enabled() or not composite.is_plain(dy):
                 compute = differentiable_backward
             else:
-                compute = backward
+                compute = _backward_observed if modes() > 0 or profiled() else backward
             dx, da, db = compute(ctx.ops, dy, x, s, weight, lora_A, lora_B, *constants, (need_x, need_a, need_b))
         if need_bias:
             dbias = _bias_gradient(dy, ctx.bias_dtype)
         return None, dx, None, dbias, da, db, None, None, None, None
+
+
+# torch.compile does not compile a call under a mode of a user. It would begin again inside the node, where the mode is
+# hidden from the kernels, and compile the functions that launch them. What torch.compiler.disable does takes a second.
+_SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
+for _function in (LoRALinearFunction.forward, LoRALinearFunction.backward):
+    eval_frame.set_code_exec_strategy(_function.__code__, _SKIP)
 
 
 @torch.library.custom_op("lora_fast::lora_linear", mutates_args=())

@@ -103,7 +103,8 @@ def _scaled_product(tall: Tensor, thin: Tensor, scaling: float) -> Tensor:
     if tall.dtype is not thin.dtype:
         return _wide_product(tall, thin) * scaling
     result = tall.new_empty((len(tall), thin.shape[1]))
-    return result.addmm_(tall, thin, beta=0, alpha=scaling)  # with beta = 0 the uninitialised result is not read
+    # With beta = 0 the uninitialised result is not read. Modes of torch count and keep the products that are new.
+    return (result.addmm_ if _modes() == 0 else result.addmm)(tall, thin, beta=0, alpha=scaling)
 
 
 def _wide_product(tall: Tensor, thin: Tensor) -> Tensor:

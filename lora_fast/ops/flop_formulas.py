@@ -1,0 +1,84 @@
+"""The operations of the registered ops for torch's counter (``torch.utils.flop_counter``): those of their products, two
+for each multiplication. The formulas take the shapes of the ops' arguments.
+
+Importing the counter takes 0.2 s, because it imports Triton. The formulas are therefore registered when someone else
+imports it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from math import prod
+from typing import Any
+
+import torch
+
+from . import cayley as _cayley  # noqa: F401  (defines its ops)
+from . import linear as _linear  # noqa: F401
+
+COUNTER = "torch.utils.flop_counter"
+
+
+def linear(x, weight, bias, lora_A, *arguments, **keywords) -> int:
+    """Returns the operations of S = x aᵀ and y = x Wᵀ + S bᵀ."""
+    return 2 * prod(x[:-1]) * (prod(weight) + lora_A[0] * sum(weight))
+
+
+def linear_backward(dy, x, s, weight, *arguments, **keywords) -> int:
+    """Returns the operations of dS = dy b, db = dyᵀ S, da = dSᵀ x and dx = dy W + dS a, those that are needed."""
+    need_x, need_a, need_b = arguments[-1]
+    tokens, r = s
+    d_out, d_in = weight
+    products_of_d_out = need_b + (need_x or need_a)
+    products_of_d_in = need_a + need_x
+    return 2 * tokens * (r * (products_of_d_out * d_out + products_of_d_in * d_in) + need_x * d_out * d_in)
+
+
+def cayley(free_a, free_b, *arguments, **keywords) -> int:
+    """Returns the operations of a2 a2ᵀ, bᵀ b, Wiᵀ a and b Wi of every pair."""
+    return sum(2 * r * r * (2 * d_in - r + 2 * d_out) for (r, d_in), (d_out, _) in zip(free_a, free_b, strict=True))
+
+
+def cayley_backward(free_a, free_b, *arguments, **keywords) -> int:
+    """Returns the operations of bᵀ gb, a2 ga2ᵀ, R a, Wi ga, b R, gb Wiᵀ and two products (r, r) of every pair."""
+    return sum(6 * r * r * (d_in + d_out) + 2 * r**3 for (r, d_in), (d_out, _) in zip(free_a, free_b, strict=True))
+
+
+FORMULAS = {
+    "lora_linear": linear,
+    "lora_linear_backward": linear_backward,
+    "cayley": cayley,
+    "cayley_backward": cayley_backward,
+}
+
+
+def register() -> None:
+    """Registers the formulas now, or as soon as the counter is imported."""
+    if COUNTER in sys.modules:
+        for name, formula in FORMULAS.items():
+            sys.modules[COUNTER].register_flop_formula(getattr(torch.ops.lora_fast, name))(formula)
+    else:
+        sys.meta_path.insert(0, _AtImport)
+
+
+class _AtImport:
+    """A finder of modules that registers the formulas after the counter's own loader has run it."""
+
+    @classmethod
+    def find_spec(cls, name: str, path=None, target=None):
+        if name != COUNTER:
+            return None
+        sys.meta_path.remove(cls)
+        spec: Any = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+
+        def exec_module(module) -> None:
+            run(module)
+            register()
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+register()

@@ -1,0 +1,38 @@
+"""Makes the ops visible to those who look at torch's calls: dispatch modes and profilers.
+
+A dispatch mode (``torch.utils.flop_counter.FlopCounterMode``, selective checkpointing, a log of all calls) sees the
+products of a layer's torch twins, but not what a kernel computes. While a mode is active, kernels therefore run within
+the registered ops. A profiler gets a range with the op's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch._C._profiler import _RecordFunctionFast
+
+# Looked up once, because attribute accesses cost host time in every layer's call.
+modes, profiled = torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def named(name: str) -> AbstractContextManager:
+    """Returns a context that a profiler shows under this name."""
+    return _RecordFunctionFast(name) if profiled() else nullcontext()
+
+
+def shown(function: Callable[P, R]) -> Callable[P, R]:
+    """Returns the function such that a profiler shows its calls as ``lora_fast::`` and its name."""
+    name = f"lora_fast::{function.__name__}"
+
+    @wraps(function)
+    def run(*args: P.args, **keywords: P.kwargs) -> R:
+        with named(name):
+            return function(*args, **keywords)
+
+    return run
