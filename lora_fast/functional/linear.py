@@ -90,11 +90,13 @@ def run_op(x, weight, bias, lora_A, lora_B, scaling, dropout_p: float = 0.0, see
 
 
 def run_composite(x, weight, bias, lora_A, lora_B, scaling, dropout_p: float = 0.0, seed: int | None = None) -> Tensor:
-    """Computes ``lora_linear`` by plain torch ops. Where x has a shape to check (that of a trace is no constant), the
-    arguments are checked as those of the op, except that the weight may be trained."""
+    """Computes ``lora_linear`` by plain torch ops. Where x has a shape to check (that of a trace is no constant) and no
+    tensor is of a subclass, which may refuse to be read, the arguments are checked as those of the op, except that the
+    weight may be trained."""
     scaling, dropout_p = _plain_numbers(scaling, dropout_p, x)
     keep = None
-    if type(x) in checks.PLAIN and not x.is_nested and (_traced() or composite.transform() != composite.JIT_TRACE):
+    is_plain = all(type(tensor) in checks.PLAIN for tensor in (x, weight, lora_A, lora_B))
+    if is_plain and not x.is_nested and (_traced() or composite.transform() != composite.JIT_TRACE):
         autocast = is_autocast_on(x.device.type) and x.dtype != torch.float64
         number = 1.0 if isinstance(scaling, Tensor) else scaling
         checks.lora_linear(x, weight.detach(), bias, lora_A, lora_B, number, dropout_p, autocast)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
 import lora_fast as lf
 
@@ -87,3 +88,18 @@ def test_compiled_transforms_run_plain_ops(kind):
         lambda x: torch.func.vmap(torch.func.jacrev(lambda row: model(row).sin()))(x), backend="eager"
     )
     torch.testing.assert_close(jacobian(x), torch.func.vmap(torch.func.jacrev(lambda row: model(row).sin()))(x))
+
+
+def test_expanded_weights_give_gradients_of_each_sample():
+    """Opacus's ``grad_sample_mode="ew"``: every read of such a weight's attributes but a few is an error of torch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    lf.inject_(model, lf.LoRAConfig(r=2))
+    nn.init.normal_(model[0].lora_B)
+    x = torch.randn(4, 6)
+    call_for_per_sample_grads(model)(x).sum().backward()
+    samples = model[0].lora_A.grad_sample
+    assert "ExpandedWeight" in model[0].fallback_reason and len(samples) == 4
+    model.zero_grad()
+    model(x).sum().backward()
+    torch.testing.assert_close(samples.sum(0), model[0].lora_A.grad)
