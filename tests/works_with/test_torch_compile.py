@@ -1,10 +1,12 @@
 """torch.compile of models with PEFT's layers, in each of its ways."""
 
+import functools
+
 import pytest
 import torch
+from peft_blocks import LAYERS, build
 from side_by_side import adamw, factors, fuse, plain
 from tiny import batch, fill, loss_of, peft_llama
-from torch import nn
 from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -14,7 +16,6 @@ from workflows import workflow
 peft = pytest.importorskip("peft", reason="pip install '.[works-with]'")
 
 LIBRARY = "torch"
-LAYERS = 4  # two in each of two blocks
 EXACT = 1e-12  # in float64
 EAGER = "aot_eager"  # traces forward and backward as inductor does, and needs no C++ compiler
 
@@ -25,34 +26,6 @@ def reset():
     counters.clear()
     yield
     torch._dynamo.reset()
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def forward(self, x):
-        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
-
-
-class Net(nn.Module):
-    checkpointed = False
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList([Block(), Block()])
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
-        return x
-
-
-def build(dtype=torch.float64):
-    torch.manual_seed(0)
-    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["up", "down"])
-    return fill(peft.get_peft_model(Net().to(dtype), config))
 
 
 def steps(call, model, sizes=(5, 5, 5), dtype=torch.float64):
@@ -98,8 +71,8 @@ def test_full_graph():
 
 
 @workflow(
-    "`torch.compile(dynamic=True)`, batches of five sizes",
-    "losses, factors: 1e-12, float64; two graphs, as with PEFT's layers",
+    "`torch.compile(dynamic=True)`, five sizes",
+    "losses, factors: 1e-12, float64; PEFT's two graphs",
 )
 def test_dynamic_shapes():
     def run(model, compiles):
@@ -142,7 +115,7 @@ def test_compiled_autograd():
 @workflow("Compiled activation checkpointing", "losses and factors: 1e-12, float64")
 def test_checkpointed():
     def run(model, compiles):
-        model.base_model.model.checkpointed = True
+        model.base_model.model.run_block = functools.partial(checkpoint, use_reentrant=False)
         return steps(torch.compile(model, backend=EAGER, fullgraph=True) if compiles else model, model)
 
     assert_same_as_eager(run)
