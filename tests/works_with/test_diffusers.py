@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fused_models import fused_layers
+from safetensors import safe_open
 from side_by_side import adamw, assert_ran, assert_same, factors, fuse, plain, train, trained
 from tiny import fill
 from workflows import workflow
@@ -202,7 +203,7 @@ def test_adapters_switched():
 
 
 @workflow(
-    "`save_lora_adapter`, `load_lora_adapter`", "the file: byte for byte that of PEFT's layers; outputs: 1e-12, float64"
+    "`save_lora_adapter`, `load_lora_adapter`", "the file of PEFT's layers: the same bits; outputs: 1e-12, float64"
 )
 def test_files(tmp_path):
     model = fuse(with_adapter(flux), FLUX_LAYERS)
@@ -211,8 +212,12 @@ def test_files(tmp_path):
     model.save_lora_adapter(tmp_path / "ours")
     lf.unfuse_(model)
     model.save_lora_adapter(tmp_path / "theirs")
-    name = "pytorch_lora_weights.safetensors"
-    assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+    contents = []
+    for name in ("ours", "theirs"):
+        with safe_open(tmp_path / name / "pytorch_lora_weights.safetensors", "pt") as file:
+            contents.append((file.metadata(), {key: file.get_tensor(key) for key in sorted(file.keys())}))
+    assert contents[0][0] == contents[1][0]
+    torch.testing.assert_close(contents[0][1], contents[1][1], atol=0, rtol=0)
 
     def run(prepare):
         model = flux()

@@ -244,7 +244,7 @@ def test_frozen_adapter():
         assert not loss_of(model, batch()).requires_grad
         model.set_requires_grad(["default", "other"])
         losses = train(model, 2)
-        model.set_adapter("other", inference_mode=True)
+        model.set_requires_grad(["default", "other"], requires_grad=False)
         assert not loss_of(model, batch()).requires_grad
         return losses, factors(model)
 

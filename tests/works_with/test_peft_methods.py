@@ -10,7 +10,7 @@ from workflows import workflow
 
 import lora_fast as lf
 
-peft = pytest.importorskip("peft", reason="pip install '.[works-with]'")
+peft = pytest.importorskip("peft", reason="pip install '.[works-with]' with PEFT 0.21", minversion="0.21")
 
 LIBRARY = "peft"
 TARGETS = ["q_proj", "up_proj"]

@@ -11,7 +11,7 @@ from workflows import workflow
 import lora_fast as lf
 
 sentence_transformers = pytest.importorskip("sentence_transformers", reason="pip install '.[works-with]'")
-peft = pytest.importorskip("peft", reason="pip install '.[works-with]'")
+peft = pytest.importorskip("peft", reason="pip install '.[works-with]' with PEFT 0.20", minversion="0.20")
 datasets = pytest.importorskip("datasets", reason="pip install '.[works-with]'")
 
 from sentence_transformers import losses  # noqa: E402
