@@ -48,6 +48,11 @@ def build(dtype: torch.dtype = torch.float64, **options) -> peft.PeftModel:
     return fill(peft.get_peft_model(plain_net(dtype), config))
 
 
+def net_of(model: nn.Module) -> Net:
+    """Returns the network of a model that may be a PeftModel."""
+    return model if isinstance(model, Net) else model.base_model.model
+
+
 def inputs(step: int, rows: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(step), dtype=dtype)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from fused_models import fused_layers
+from peft import PeftModel
 from tiny import batch, loss_of
 from torch import Tensor, nn
 
@@ -22,7 +23,12 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 def assert_same(
-    run: Callable[[Prepare], Any], layers: int, atol: float = 0.0, reason: str | None = None, rtol: float = 0.0
+    run: Callable[[Prepare], Any],
+    layers: int,
+    atol: float = 0.0,
+    reason: str | None = None,
+    rtol: float = 0.0,
+    injected: bool = False,
 ) -> Any:
     """Asserts that ``run`` returns the same with PEFT's layers and with fused ones, and that those ran as they should.
 
@@ -32,6 +38,7 @@ def assert_same(
         layers: how many layers of each model ``fuse_`` is to fuse.
         atol, rtol: the greatest difference.
         reason: the ``fallback_reason`` of all layers after the run. None: all of them ran fused.
+        injected: also run it with the layers of ``lf.inject_`` in place of PEFT's.
 
     Returns:
         What the fused run returned.
@@ -50,7 +57,22 @@ def assert_same(
     torch.testing.assert_close(ours, theirs, atol=atol, rtol=rtol)
     for model in prepared:
         assert_ran(model, layers, reason)
+    if injected:
+        torch.manual_seed(0)
+        torch.testing.assert_close(run(inject), theirs, atol=atol, rtol=rtol)
     return ours
+
+
+def inject(model: PeftModel) -> nn.Module:
+    """Returns the model of a PeftModel with the layers of ``lf.inject_`` and the same values."""
+    values, config = factors(model), model.peft_config["default"]
+    plain = model.unload()
+    with torch.random.fork_rng():
+        lf.inject_(plain, config)
+    for name, parameter in plain.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(values[name])
+    return plain
 
 
 def fuse(model: nn.Module, layers: int) -> nn.Module:
@@ -95,10 +117,14 @@ def adamw(model: nn.Module) -> torch.optim.AdamW:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """Returns copies of all parameters that require a gradient."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    """Returns copies of all parameters that require a gradient, by names that do not tell whose layers they are in."""
+    return {_name(name): p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def factors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns copies of all adapters' factors, trained or not."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+    """Returns copies of all adapters' factors, trained or not, by such names."""
+    return {_name(name): p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+def _name(name: str) -> str:
+    return name.replace("base_model.model.", "").replace(".default.weight", "")

@@ -95,20 +95,20 @@ VARIATIONS = ("clipping by value", "inference mode off", "deterministic", "anoma
 
 @workflow(
     "`fit` and validation with clipping, accumulation, `64-true`, `detect_anomaly`",
-    "losses, factors: 1e-12, float64",
+    "losses, factors: 1e-12, float64; also with `lf.inject_`",
 )
 @pytest.mark.parametrize("options", [LONG(kind) if kind in VARIATIONS else kind for kind in OPTIONS])
 def test_fit(options, tmp_path):
-    assert_same(run_with(tmp_path, **OPTIONS[options]), LAYERS, atol=EXACT)
+    assert_same(run_with(tmp_path, **OPTIONS[options]), LAYERS, atol=EXACT, injected=True)
 
 
-@workflow("`precision=` bf16-mixed, bf16-true", "losses: 2e-2 relative, over six steps")
+@workflow("`precision=` bf16-mixed, bf16-true", "losses: 2e-2 relative, over six steps; also with `lf.inject_`")
 @pytest.mark.parametrize("precision", ["bf16-mixed", LONG("bf16-true")])
 def test_precision(precision, tmp_path):
     def run(prepare):
         return run_with(tmp_path, dtype=torch.float32, precision=precision, max_epochs=1)(prepare)[0]
 
-    assert_same(run, LAYERS, rtol=2e-2)
+    assert_same(run, LAYERS, rtol=2e-2, injected=True)
 
 
 CALLBACKS = {
@@ -121,11 +121,13 @@ CALLBACKS = {
 
 @workflow(
     "`StochasticWeightAveraging`, `EMAWeightAveraging`, `EarlyStopping`",
-    "losses, factors: 1e-12, float64",
+    "losses, factors: 1e-12, float64; also with `lf.inject_`",
 )
 @pytest.mark.parametrize("callback", CALLBACKS)
 def test_callback(callback, tmp_path):
-    assert_same(run_with(tmp_path, callbacks=lambda: [CALLBACKS[callback]()], max_epochs=3), LAYERS, atol=EXACT)
+    assert_same(
+        run_with(tmp_path, callbacks=lambda: [CALLBACKS[callback]()], max_epochs=3), LAYERS, atol=EXACT, injected=True
+    )
 
 
 @workflow("`ModelCheckpoint`, resumed with `ckpt_path=`", "losses and factors of the whole run: the same bits")
@@ -185,7 +187,7 @@ def test_ilora(tmp_path):
     torch.testing.assert_close(factors(module.model), factors(model), atol=0, rtol=0)
 
 
-@workflow("Manual optimization, `Fabric`", "losses and factors: 1e-12, float64")
+@workflow("Manual optimization, `Fabric`", "losses and factors: 1e-12, float64; also with `lf.inject_`")
 def test_fabric():
     def run(prepare):
         fabric = lightning.Fabric(accelerator="cpu", devices=1, precision="64-true")
@@ -202,4 +204,4 @@ def test_fabric():
             losses.append(loss.item())
         return losses, factors(model)
 
-    assert_same(run, LAYERS, atol=EXACT)
+    assert_same(run, LAYERS, atol=EXACT, injected=True)

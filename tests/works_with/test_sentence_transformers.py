@@ -157,3 +157,18 @@ def test_cross_encoder(folder):
         return encoder.predict([(TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[3])], convert_to_tensor=True)
 
     assert_same(run, LAYERS, atol=1e-6)
+
+
+@workflow("`lf.inject_` in place of `add_adapter`, `CoSENTLoss`", "losses of four steps and factors: 1e-5, float32")
+def test_injected(folder, tmp_path):
+    theirs, ours = build(folder), sentence_transformers.SentenceTransformer(folder, device="cpu")
+    lf.inject_(ours, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"]))
+    fill(ours)
+    results = []
+    for model in (theirs, ours):
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.data.fill_(0.01).view(-1)[::3] = -0.02
+        losses_of_run = fit(model, losses.CoSENTLoss(model), SCORED, tmp_path)
+        results.append((losses_of_run, list(factors(model).values())))
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=0)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from fused_models import fused_layers
-from peft_blocks import LAYERS, build, inputs, loss_of
+from peft_blocks import LAYERS, build, inputs, loss_of, net_of
 from side_by_side import assert_ran, assert_same, factors, fuse, train
 from torch import nn
 from torch.func import functional_call
@@ -20,7 +20,7 @@ EXACT = 1e-12  # in float64
 
 
 def layer_of(model, name="up"):
-    return model.base_model.model.blocks[0].get_submodule(name)
+    return net_of(model).blocks[0].get_submodule(name)
 
 
 def selective(policy):
@@ -40,12 +40,15 @@ CHECKPOINTS = {
 }
 
 
-@workflow("`torch.utils.checkpoint`, both kinds, selective, `checkpoint_sequential`", "losses, factors: 1e-12, float64")
+@workflow(
+    "`torch.utils.checkpoint`, both kinds, selective, `checkpoint_sequential`",
+    "losses, factors: 1e-12, float64; also with `lf.inject_`",
+)
 @pytest.mark.parametrize("kind", [*CHECKPOINTS, "sequential"])
 def test_checkpointing(kind):
     def run(prepare):
         model = prepare(build())
-        net = model.base_model.model
+        net = net_of(model)
         if kind == "sequential":
             net.forward = lambda x: checkpoint.checkpoint_sequential(net.blocks, 2, x, use_reentrant=False)
         else:
@@ -53,11 +56,12 @@ def test_checkpointing(kind):
         loss = lambda model, step: model(inputs(step).requires_grad_()).square().mean()
         return train(model, loss=loss), factors(model)
 
-    assert_same(run, LAYERS, atol=EXACT)
+    assert_same(run, LAYERS, atol=EXACT, injected=True)
 
 
 @workflow(
-    "Saved tensors on the CPU or packed (`save_on_cpu`, `saved_tensors_hooks`)", "losses, factors: 1e-12, float64"
+    "Saved tensors on the CPU or packed (`save_on_cpu`, `saved_tensors_hooks`)",
+    "losses, factors: 1e-12, float64; also with `lf.inject_`",
 )
 def test_saved_tensors():
     def run(prepare):
@@ -70,14 +74,14 @@ def test_saved_tensors():
 
         return train(model, loss=loss), factors(model)
 
-    assert_same(run, LAYERS, atol=EXACT)
+    assert_same(run, LAYERS, atol=EXACT, injected=True)
 
 
-@workflow("Stochastic depth and early exits", "losses and factors: 1e-12, float64")
+@workflow("Stochastic depth and early exits", "losses and factors: 1e-12, float64; also with `lf.inject_`")
 def test_stochastic_depth():
     def run(prepare):
         model, chance = prepare(build()), random.Random(4)
-        model.base_model.model.run_block = lambda block, x: block(x) if chance.random() < 0.6 else x
+        net_of(model).run_block = lambda block, x: block(x) if chance.random() < 0.6 else x
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         losses = []
         for step in range(8):
@@ -89,11 +93,12 @@ def test_stochastic_depth():
             losses.append(loss.item())
         return losses, factors(model)
 
-    assert_same(run, LAYERS, atol=EXACT)
+    assert_same(run, LAYERS, atol=EXACT, injected=True)
 
 
 @workflow(
-    "Hooks on the layer, its gradients and its output (probes, logging)", "all that the hooks see: 1e-12, float64"
+    "Hooks on the layer, its gradients and its output (probes, logging)",
+    "all that the hooks see: 1e-12, float64; also with `lf.inject_`",
 )
 def test_hooks_on_the_layer():
     def run(prepare):
@@ -109,7 +114,7 @@ def test_hooks_on_the_layer():
         assert len(seen) == 6
         return sorted(seen, key=lambda x: (x.shape, x.sum().item()))
 
-    assert_same(run, LAYERS, atol=EXACT)
+    assert_same(run, LAYERS, atol=EXACT, injected=True)
 
 
 @workflow(
@@ -215,7 +220,10 @@ def test_function_transforms():
     assert all(layer.fallback_reason not in (None, "not called yet") for layer in fused_layers(models[0]))
 
 
-@workflow("Gradients of inputs, gradient penalties, Hessian-vector products", "all of them: 1e-12, float64")
+@workflow(
+    "Gradients of inputs, gradient penalties, Hessian-vector products",
+    "all of them: 1e-12, float64; also with `lf.inject_`",
+)
 def test_higher_derivatives():
     def run(prepare):
         model, x = prepare(build()), inputs(0).requires_grad_()
@@ -224,7 +232,7 @@ def test_higher_derivatives():
         product = torch.autograd.functional.hvp(lambda x: model(x).square().sum(), inputs(1), inputs(2))[1]
         return dx.detach(), x.grad, product, [p.grad for p in model.parameters() if p.requires_grad]
 
-    assert_same(run, LAYERS, atol=EXACT)
+    assert_same(run, LAYERS, atol=EXACT, injected=True)
 
 
 @workflow("`detect_anomaly`, `use_deterministic_algorithms`, `inference_mode`", "losses and outputs: 1e-12, float64")
@@ -250,7 +258,7 @@ def test_modes():
 def test_shared_layers():
     def run(prepare):
         model = build()
-        blocks = model.base_model.model.blocks
+        blocks = net_of(model).blocks
         blocks[1].up = blocks[0].up
         return train(prepare(model), loss=loss_of), factors(model)
 

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from peft_blocks import LAYERS, build
+from peft_blocks import LAYERS, build, net_of
 from side_by_side import adamw, factors, fuse, plain
 from tiny import batch, fill, loss_of, peft_llama
 from torch._dynamo import compiled_autograd
@@ -90,7 +90,7 @@ def test_regional():
     def run(model, compiles):
         counter = CompileCounterWithBackend(EAGER)
         if compiles:
-            for block in model.base_model.model.blocks:
+            for block in net_of(model).blocks:
                 block.compile(backend=counter, fullgraph=True)
         result = steps(model, model)
         assert counter.frame_count <= 2 * compiles
@@ -99,6 +99,7 @@ def test_regional():
     assert_same_as_eager(run)
 
 
+@pytest.mark.budget
 @workflow("Compiled autograd", "losses and factors: 1e-12, float64")
 def test_compiled_autograd():
     def run(model, compiles):
@@ -115,12 +116,13 @@ def test_compiled_autograd():
 @workflow("Compiled activation checkpointing", "losses and factors: 1e-12, float64")
 def test_checkpointed():
     def run(model, compiles):
-        model.base_model.model.run_block = functools.partial(checkpoint, use_reentrant=False)
+        net_of(model).run_block = functools.partial(checkpoint, use_reentrant=False)
         return steps(torch.compile(model, backend=EAGER, fullgraph=True) if compiles else model, model)
 
     assert_same_as_eager(run)
 
 
+@pytest.mark.budget
 @workflow("A compiled model whose adapters are switched, merged, disabled", "outputs of each: 1e-12, float64")
 def test_adapters_of_compiled_model():
     def run(model, compiles):

@@ -36,7 +36,8 @@ OPTIMIZERS = {
 
 
 @workflow(
-    "torch's optimizers: SGD, Adam, AdamW, Adagrad, RMSprop, Adafactor, RAdam, Rprop", "losses, factors: 1e-9, float64"
+    "torch's optimizers: SGD, Adam, AdamW, Adagrad, RMSprop, Adafactor, RAdam, Rprop",
+    "losses, factors: 1e-9, float64; also with `lf.inject_`",
 )
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_optimizers(kind):
@@ -44,10 +45,10 @@ def test_optimizers(kind):
         model = prepare(build())
         return train(model, 5, OPTIMIZERS[kind](weights(model)), loss_of), factors(model)
 
-    assert_same(run, LAYERS, atol=1e-9)
+    assert_same(run, LAYERS, atol=1e-9, injected=True)
 
 
-@workflow("`LBFGS` with closures", "losses and factors: 1e-9, float64")
+@workflow("`LBFGS` with closures", "losses and factors: 1e-9, float64; also with `lf.inject_`")
 def test_lbfgs():
     def run(prepare):
         model = prepare(build())
@@ -61,7 +62,7 @@ def test_lbfgs():
 
         return [optimizer.step(closure).item() for _ in range(3)], factors(model)
 
-    assert_same(run, LAYERS, atol=1e-9)
+    assert_same(run, LAYERS, atol=1e-9, injected=True)
 
 
 @workflow(
@@ -120,7 +121,7 @@ def test_schedulers(kind):
     assert rates == theirs[1]
 
 
-@workflow("`ReduceLROnPlateau` and `clip_grad_value_`", "losses and factors: 1e-12, float64")
+@workflow("`ReduceLROnPlateau` and `clip_grad_value_`", "losses and factors: 1e-12, float64; also with `lf.inject_`")
 def test_plateau():
     def run(prepare):
         model = prepare(build())
@@ -136,10 +137,12 @@ def test_plateau():
             losses.append(loss.item())
         return losses, factors(model)
 
-    assert_same(run, LAYERS, atol=EXACT)
+    assert_same(run, LAYERS, atol=EXACT, injected=True)
 
 
-@workflow("`AveragedModel` (SWA and EMA), `SWALR`", "outputs of the average, factors: 1e-12, float64")
+@workflow(
+    "`AveragedModel` (SWA and EMA), `SWALR`", "outputs of the average, factors: 1e-12, float64; also with `lf.inject_`"
+)
 @pytest.mark.parametrize("kind", ["SWA", "EMA"])
 def test_averages(kind):
     def run(prepare):
@@ -154,11 +157,12 @@ def test_averages(kind):
         swa_utils.update_bn([inputs(0)], average)
         return average(inputs(1)), factors(model), factors(average)
 
-    assert_same(run, LAYERS, atol=EXACT)
+    assert_same(run, LAYERS, atol=EXACT, injected=True)
 
 
 @workflow(
-    "`GradScaler` and autocast in bfloat16 and float16, `unscale_`, a skipped step", "scales, losses: 2e-2 relative"
+    "`GradScaler` and autocast in bfloat16 and float16, `unscale_`, a skipped step",
+    "scales, losses: 2e-2 relative; also with `lf.inject_`",
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_scaler(dtype):
@@ -178,7 +182,7 @@ def test_scaler(dtype):
             results += [loss.detach().float(), torch.tensor(scaler.get_scale())]
         return results
 
-    assert_same(run, LAYERS, rtol=2e-2)
+    assert_same(run, LAYERS, rtol=2e-2, injected=True)
 
 
 @workflow("`LoRAAdamW` under `GradScaler`, with a skipped step", "factors and scales of AdamW: the same bits")
@@ -198,7 +202,9 @@ def test_lora_adamw_under_scaler():
     torch.testing.assert_close(run(True), run(False), atol=1e-7, rtol=1e-6)
 
 
-@workflow("Optimizers in backward (`register_post_accumulate_grad_hook`)", "factors: 1e-12, float64")
+@workflow(
+    "Optimizers in backward (`register_post_accumulate_grad_hook`)", "factors: 1e-12, float64; also with `lf.inject_`"
+)
 def test_optimizer_in_backward():
     def run(prepare):
         model = prepare(build())
@@ -214,10 +220,13 @@ def test_optimizer_in_backward():
             loss_of(model, index).backward()
         return factors(model)
 
-    assert_same(run, LAYERS, atol=EXACT)
+    assert_same(run, LAYERS, atol=EXACT, injected=True)
 
 
-@workflow("Accumulated gradients, SAM's two passes with perturbed weights", "losses and factors: 1e-12, float64")
+@workflow(
+    "Accumulated gradients, SAM's two passes with perturbed weights",
+    "losses and factors: 1e-12, float64; also with `lf.inject_`",
+)
 def test_sharpness_aware_steps():
     def run(prepare):
         model = prepare(build())
@@ -238,11 +247,12 @@ def test_sharpness_aware_steps():
             losses.append(loss.item())
         return losses, factors(model)
 
-    assert_same(run, LAYERS, atol=EXACT)
+    assert_same(run, LAYERS, atol=EXACT, injected=True)
 
 
 @workflow(
-    "`state_dict` through `torch.save`, `load_state_dict(assign=True)`, resumed", "losses, factors: 1e-12, float64"
+    "`state_dict` through `torch.save`, `load_state_dict(assign=True)`, resumed",
+    "losses, factors: 1e-12, float64; also with `lf.inject_`",
 )
 @pytest.mark.parametrize("assign", [False, True])
 def test_resumed(assign):
@@ -263,7 +273,7 @@ def test_resumed(assign):
         resumed.load_state_dict(state["optimizer"])
         return train(other, 2, resumed, loss_of), factors(other), train(model, 2, optimizer, loss_of)
 
-    assert_same(run, LAYERS, atol=EXACT)
+    assert_same(run, LAYERS, atol=EXACT, injected=True)
 
 
 @workflow("`torch.distributed.checkpoint` of model and `LoRAAdamW`", "factors of the uninterrupted run: the same bits")
@@ -288,7 +298,10 @@ def test_distributed_checkpoint(tmp_path):
     torch.testing.assert_close(factors(other), factors(model), atol=0, rtol=0)
 
 
-@workflow("`parameters_to_vector`, `vector_to_parameters` (evolution strategies)", "losses and factors: 1e-12, float64")
+@workflow(
+    "`parameters_to_vector`, `vector_to_parameters` (evolution strategies)",
+    "losses and factors: 1e-12, float64; also with `lf.inject_`",
+)
 def test_vectors():
     def run(prepare):
         model = prepare(build())
@@ -303,10 +316,13 @@ def test_vectors():
             losses += both
         return losses, center
 
-    assert_same(run, LAYERS, atol=EXACT)
+    assert_same(run, LAYERS, atol=EXACT, injected=True)
 
 
-@workflow("Frozen `lora_A` (LoRA-FA) and groups with rates of their own", "losses and trained factors: 1e-12, float64")
+@workflow(
+    "Frozen `lora_A` (LoRA-FA) and groups with rates of their own",
+    "losses and trained factors: 1e-12, float64; also with `lf.inject_`",
+)
 def test_frozen_factor_and_groups():
     def run(prepare):
         model = prepare(build())
@@ -315,10 +331,13 @@ def test_frozen_factor_and_groups():
         groups = [{"params": [p], "lr": 1e-2 / (i + 1)} for i, p in enumerate(weights(model))]
         return train(model, 4, torch.optim.AdamW(groups), loss_of), trained(model)
 
-    assert_same(run, LAYERS, atol=EXACT)
+    assert_same(run, LAYERS, atol=EXACT, injected=True)
 
 
-@workflow("A student of its own frozen copy (distillation, mean teachers)", "losses and factors: 1e-12, float64")
+@workflow(
+    "A student of its own frozen copy (distillation, mean teachers)",
+    "losses and factors: 1e-12, float64; also with `lf.inject_`",
+)
 def test_distillation():
     def run(prepare):
         model = prepare(build())
@@ -333,7 +352,7 @@ def test_distillation():
 
         return train(model, 4, loss=loss), factors(model), factors(teacher)
 
-    assert_same(run, LAYERS, atol=EXACT)
+    assert_same(run, LAYERS, atol=EXACT, injected=True)
 
 
 @workflow("Layers of `lf.inject_` in place of `get_peft_model`, from one seed", "losses and factors: 1e-12, float64")
