@@ -205,3 +205,38 @@ def test_fabric():
         return losses, factors(model)
 
     assert_same(run, LAYERS, atol=EXACT, injected=True)
+
+
+@workflow("The rate finder (`Tuner.lr_find`)", "losses of its steps and factors: 1e-12, float64")
+def test_rate_finder(tmp_path):
+    def run(prepare):
+        module = Language(prepare(peft_llama(dtype=torch.float64, targets=TARGETS)))
+        module.lr, module.make = (
+            1e-3,
+            lambda model: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=module.lr),
+        )
+        quiet = dict.fromkeys(["logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"], False)
+        trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=str(tmp_path), **quiet)
+        data = DataLoader(DATA, None)
+        finder = lightning.pytorch.tuner.Tuner(trainer).lr_find(module, data, num_training=4)
+        return finder.results["loss"], trained(module)
+
+    assert_same(run, LAYERS, atol=EXACT, injected=True)
+
+
+@workflow(
+    "Profilers and monitors: `profiler='simple'`, `ThroughputMonitor`, model summary", "losses, factors: 1e-12, float64"
+)
+def test_monitors(tmp_path):
+    monitors = lambda: [callbacks.ThroughputMonitor(batch_size_fn=len)]
+    run = run_with(tmp_path, callbacks=monitors, profiler="simple", enable_model_summary=True, max_epochs=1)
+    assert_same(run, LAYERS, atol=EXACT)
+
+
+@workflow("`strategy='ddp'` in one process", "losses, factors: 1e-12, float64")
+def test_ddp(tmp_path):
+    try:
+        assert_same(run_with(tmp_path, strategy="ddp", devices=1, max_epochs=1), LAYERS, atol=EXACT)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

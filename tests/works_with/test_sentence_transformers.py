@@ -123,6 +123,23 @@ def test_files(folder, tmp_path):
     torch.testing.assert_close(assert_same(run, LAYERS, atol=1e-6), torch.tensor(wanted), atol=1e-6, rtol=0)
 
 
+@workflow("`add_adapter`, `set_adapter`, `disable_adapters`, `delete_adapter`", "embeddings of each: 1e-6, float32")
+def test_adapters(folder):
+    def run(prepare):
+        model = prepare(build(folder))
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["query", "value"]), "other")
+        fill(model).set_adapter("other")
+        embeddings = [model.encode(TEXTS)]
+        model.disable_adapters()
+        embeddings.append(model.encode(TEXTS))
+        model.enable_adapters()
+        model.set_adapter("default")
+        model.delete_adapter("other")
+        return [torch.tensor(each) for each in [*embeddings, model.encode(TEXTS)]]
+
+    assert_same(run, LAYERS, atol=1e-6)
+
+
 @workflow(
     "`LoRAAdamW` without methods in its Trainer (`optimizers=`), in place of AdamW", "losses and factors: the same bits"
 )

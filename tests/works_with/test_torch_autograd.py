@@ -10,7 +10,9 @@ from side_by_side import assert_ran, assert_same, factors, fuse, train
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 from workflows import workflow
 
 pytest.importorskip("peft", reason="pip install '.[works-with]'")
@@ -277,3 +279,51 @@ def test_inputs():
 
     theirs = run(lambda model: model)
     torch.testing.assert_close(run(lambda model: fuse(model, LAYERS)), theirs, atol=EXACT, rtol=0)
+
+
+@workflow("Torch function and dispatch modes (loggers, counters)", "losses and factors: 1e-12, float64")
+@pytest.mark.parametrize("mode", ["function", "dispatch"])
+def test_torch_modes(mode):
+    kind, method = (TorchFunctionMode, "function") if mode == "function" else (TorchDispatchMode, "dispatch")
+    call = lambda self, func, types, args=(), kwargs=None: func(*args, **(kwargs or {}))
+    logger = type("Logger", (kind,), {f"__torch_{method}__": call})
+
+    def run(prepare):
+        model = prepare(build())
+        with logger():
+            return train(model, loss=loss_of), factors(model)
+
+    assert_same(run, LAYERS, atol=EXACT, injected=True)
+
+
+@workflow("Batched gradients (`is_grads_batched`, vectorized Jacobians and Hessians)", "all of them: 1e-12, float64")
+def test_batched_gradients():
+    def run(prepare):
+        model, x = prepare(build()), inputs(0, rows=2).requires_grad_()
+        y = model(x)
+        directions = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
+        rows = torch.autograd.grad(y, x, directions, is_grads_batched=True)[0]
+        jacobian = torch.autograd.functional.jacobian(model, inputs(1, rows=2), vectorize=True)
+        squares = lambda x: model(x).square().sum()
+        return rows, jacobian, torch.autograd.functional.hessian(squares, inputs(2, rows=1), vectorize=True)
+
+    assert_same(run, LAYERS, atol=EXACT, injected=True)
+
+
+@workflow("`register_multi_grad_hook`, `allow_mutation_on_saved_tensors`, `retain_graph`", "gradients: 1e-12, float64")
+def test_graph_tools():
+    def run(prepare):
+        model, seen = prepare(build()), []
+        weights = [p for p in model.parameters() if p.requires_grad]
+        keep = lambda gradients: seen.extend(g.clone() for g in gradients)
+        torch.autograd.graph.register_multi_grad_hook(weights, keep)
+        with torch.autograd.graph.allow_mutation_on_saved_tensors():
+            x = inputs(0).requires_grad_()
+            loss = model(x).square().mean()
+            with torch.no_grad():
+                x.mul_(2)
+            loss.backward(retain_graph=True)
+            loss.backward()
+        return seen, [p.grad for p in weights]
+
+    assert_same(run, LAYERS, atol=EXACT, injected=True)
