@@ -60,7 +60,7 @@ def test_scale_for_one_call(kind):
 
 
 @workflow(
-    "`fuse_lora`, `unfuse_lora`, also of one of two adapters",
+    "`fuse_lora` of one of two adapters, `unfuse_lora`",
     "outputs: 1e-12, float64; the base weights after it: their own bits",
 )
 def test_fused_lora():

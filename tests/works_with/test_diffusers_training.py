@@ -106,7 +106,7 @@ def test_lora_adamw():
     torch.testing.assert_close(run(None), run(plain), atol=0, rtol=0)
 
 
-@workflow("`LoRAAdamW` with `ILoRA` in a LoRA script", "the loss falls; `ILoRA` shrinks the imbalance")
+@workflow("`LoRAAdamW` with `ILoRA` in a LoRA script", "the loss falls; all layers ran fused")
 def test_ilora():
     model = fuse(with_adapter(flux), FLUX_LAYERS)
     optimizer = lf.optim.LoRAAdamW(model, lr=1e-2, methods=[lf.methods.ILoRA(lam=0.1)])

@@ -90,7 +90,15 @@ OPTIONS = {
     "deterministic": {"deterministic": True},
     "anomalies": {"detect_anomaly": True},
 }
-VARIATIONS = ("clipping by value", "inference mode off", "deterministic", "anomalies")
+VARIATIONS = (
+    "64-true",
+    "stopping",
+    "scheduled accumulation",
+    "clipping by value",
+    "inference mode off",
+    "deterministic",
+    "anomalies",
+)
 
 
 @workflow(
@@ -114,7 +122,7 @@ def test_precision(precision, tmp_path):
 CALLBACKS = {
     "SWA": lambda: callbacks.StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1),
     "EMA": lambda: callbacks.EMAWeightAveraging(decay=0.5),
-    "accumulation": lambda: callbacks.GradientAccumulationScheduler({0: 2, 1: 3}),
+    "scheduled accumulation": lambda: callbacks.GradientAccumulationScheduler({0: 2, 1: 3}),
     "stopping": lambda: callbacks.EarlyStopping("held_out", patience=1),
 }
 
@@ -123,7 +131,7 @@ CALLBACKS = {
     "`StochasticWeightAveraging`, `EMAWeightAveraging`, `EarlyStopping`",
     "losses, factors: 1e-12, float64; also with `lf.inject_`",
 )
-@pytest.mark.parametrize("callback", CALLBACKS)
+@pytest.mark.parametrize("callback", [LONG(kind) if kind in VARIATIONS else kind for kind in CALLBACKS])
 def test_callback(callback, tmp_path):
     assert_same(
         run_with(tmp_path, callbacks=lambda: [CALLBACKS[callback]()], max_epochs=3), LAYERS, atol=EXACT, injected=True
@@ -187,7 +195,9 @@ def test_ilora(tmp_path):
     torch.testing.assert_close(factors(module.model), factors(model), atol=0, rtol=0)
 
 
-@workflow("Manual optimization, `Fabric`", "losses and factors: 1e-12, float64; also with `lf.inject_`")
+@workflow(
+    "`Fabric`: `setup`, `backward`, `clip_gradients`", "losses and factors: 1e-12, float64; also with `lf.inject_`"
+)
 def test_fabric():
     def run(prepare):
         fabric = lightning.Fabric(accelerator="cpu", devices=1, precision="64-true")

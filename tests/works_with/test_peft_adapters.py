@@ -65,7 +65,7 @@ def test_mixed_batch_runs_by_peft():
     assert_same(run, LAYERS, reason="extra arguments")
 
 
-@workflow("`add_weighted_adapter`, nine combinations", "new factors: the same bits; logits: 1e-12, float64")
+@workflow("`add_weighted_adapter`, nine combinations", "logits of each: 1e-12, float64")
 def test_weighted_adapters():
     kinds = {
         "linear": {},
@@ -134,9 +134,7 @@ def test_merge_and_unload(names):
     torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-6)
 
 
-@workflow(
-    "`merge_adapter`, generation, `unmerge_adapter`", "logits while merged: 1e-12; after it the weights' own bits"
-)
+@workflow("`merge_adapter`, `unmerge_adapter`", "logits while merged: 1e-12; after it the weights' own bits")
 def test_merge_and_unmerge():
     def run(prepare):
         model = prepare(two_adapters()).eval()
@@ -189,7 +187,8 @@ def test_layer_replication():
 
 
 @workflow(
-    "Adapters of 16 bits (`autocast_adapter_dtype=False`) and of 32 over a bfloat16 base", "logits: 2e-2 relative"
+    "Adapters of 16 bits (`autocast_adapter_dtype=False`) and of 32 over a bfloat16 base",
+    "losses and gradients: 2e-2 relative",
 )
 @pytest.mark.parametrize("autocast", [False, True])
 def test_adapter_dtype(autocast):
@@ -234,9 +233,7 @@ def test_mixed_model():
     assert_same(run, LAYERS, reason="2 active adapters")
 
 
-@workflow(
-    "`set_requires_grad`: one of two adapters is frozen, then the other", "losses and all factors: 1e-12, float64"
-)
+@workflow("`set_requires_grad`: adapters frozen and trained again", "losses and all factors: 1e-12, float64")
 def test_frozen_adapter():
     def run(prepare):
         model = prepare(two_adapters())

@@ -81,11 +81,12 @@ def test_training(kind, folder, tmp_path):
     assert_same(run, LAYERS, atol=1e-5)
 
 
+@pytest.mark.budget
 @workflow(
     "Nested and cached losses (`MatryoshkaLoss`, `CachedMultipleNegativesRankingLoss`)",
     "losses and factors: 1e-5, float32",
 )
-@pytest.mark.parametrize("kind", ["cached", LONG("Matryoshka")])
+@pytest.mark.parametrize("kind", ["cached", "Matryoshka"])
 def test_nested_losses(kind, folder, tmp_path):
     def run(prepare):
         model = prepare(build(folder))
@@ -164,7 +165,7 @@ def test_ilora(folder, tmp_path):
     assert result[-1] < result[0]
 
 
-@workflow("`CrossEncoder` with a PEFT model inside", "scores: 1e-6, float32")
+@workflow("`CrossEncoder` with `add_adapter`", "scores: 1e-6, float32")
 def test_cross_encoder(folder):
     def run(prepare):
         torch.manual_seed(0)
@@ -176,6 +177,7 @@ def test_cross_encoder(folder):
     assert_same(run, LAYERS, atol=1e-6)
 
 
+@pytest.mark.budget
 @workflow("`lf.inject_` in place of `add_adapter`, `CoSENTLoss`", "losses of four steps and factors: 1e-5, float32")
 def test_injected(folder, tmp_path):
     theirs, ours = build(folder), sentence_transformers.SentenceTransformer(folder, device="cpu")

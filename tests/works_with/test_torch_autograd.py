@@ -79,7 +79,7 @@ def test_saved_tensors():
     assert_same(run, LAYERS, atol=EXACT, injected=True)
 
 
-@workflow("Stochastic depth and early exits", "losses and factors: 1e-12, float64; also with `lf.inject_`")
+@workflow("Stochastic depth", "losses and factors: 1e-12, float64; also with `lf.inject_`")
 def test_stochastic_depth():
     def run(prepare):
         model, chance = prepare(build()), random.Random(4)
@@ -256,7 +256,7 @@ def test_modes():
     assert_ran(models[0], LAYERS)
 
 
-@workflow("One layer used twice in a forward, and two models that share one", "losses and factors: 1e-12, float64")
+@workflow("One layer used twice in a forward", "losses and factors: 1e-12, float64")
 def test_shared_layers():
     def run(prepare):
         model = build()

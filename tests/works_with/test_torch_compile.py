@@ -70,6 +70,7 @@ def test_full_graph():
     assert_same_as_eager(run)
 
 
+@pytest.mark.budget
 @workflow(
     "`torch.compile(dynamic=True)`, five sizes",
     "losses, factors: 1e-12, float64; PEFT's two graphs",
