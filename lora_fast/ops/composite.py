@@ -22,9 +22,8 @@ COMPUTED = "a weight that is computed from others"  # whose gradient the op does
 INFERENCE = "tensors made under torch.inference_mode"  # the op would save them, also where plain ops need not
 _STRIDED = torch.strided
 # Looked up once, because attribute accesses cost host time in every layer's call.
-_traced, _exported, _functorch, _jit_trace, _modes, _mode = (
+_traced, _functorch, _jit_trace, _modes, _mode = (
     torch.compiler.is_compiling,
-    torch.compiler.is_exporting,
     torch._C._are_functorch_transforms_active,
     torch._C._is_tracing,
     torch._C._len_torch_dispatch_stack,
@@ -56,15 +55,22 @@ def reason(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | N
 def _in_graph() -> str | None:
     """Returns why a call that torch.compile or torch.export traces does not become the registered op: a program is to
     run without this package, and the op has no rule for transforms."""
-    return "torch.export" if _exported() else FUNCTORCH if _in_transform() else None
+    return "torch.export" if _in_export() else FUNCTORCH if _in_transform() else None
 
 
 def _in_transform() -> bool:
     return _functorch()
 
 
-# torch.compile calls it instead of tracing it, which would leave a node in every graph. It guards on transforms itself.
+def _in_export() -> bool:
+    """Returns what ``torch.compiler.is_exporting`` does, which the compiler of torch 2.10 takes to be always True."""
+    return torch.compiler._is_exporting_flag
+
+
+# torch.compile calls them instead of tracing them, which would leave nodes in every graph. It guards on transforms
+# itself.
 _in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_in_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def transform() -> str | None:
