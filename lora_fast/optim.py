@@ -17,6 +17,7 @@ from .batches.group_settings import NUMBERS, SETTINGS
 from .batches.pairs import Pair
 from .batches.trained import trained_parameters, warn_of_adapters_without_effect
 from .batches.unpaired import UnpairedParameters
+from .layers.find import bare_name
 from .layers.sing_lora import count_steps_
 from .methods import LoRAPlus, compose
 from .methods.method import Method
@@ -125,7 +126,9 @@ class LoRAAdamW(torch.optim.Optimizer):
         if groups is None:
             chosen: list[dict[str, Any]] = [{"params": params} for params in (adapters, others) if params]
         else:
-            chosen = param_groups.named_groups(groups, [*adapters, *others])
+            every = model.named_parameters() if isinstance(model, nn.Module) else ()
+            frozen = ((bare_name(name), p) for name, p in every if not p.requires_grad)
+            chosen = param_groups.named_groups(groups, [*adapters, *others], frozen)
         for group in chosen:
             group_settings.check(group)
         super().__init__([_Checked(part) for group in chosen for part in self._split(group, added, lr)], defaults)
@@ -437,7 +440,7 @@ class LoRAAdamW(torch.optim.Optimizer):
             saved_state.check_form(state)
             layouts = [(pair, *self._layout(pair)) for pair in self._known] if self._pairing else []
             shapes = {id(p): x for pair, *both in layouts for p, x in zip((pair.a, pair.b), both, strict=True)}
-            if not any(group.get("methods") for group in state["param_groups"]):
+            if saved_state.is_of_adamw(state["param_groups"]):
                 restarts = any(method.replaces_adamw for method in self._methods)
                 state, note = saved_state.taken_over(self.param_groups, state, shapes, restarts)
                 notes.append(note)

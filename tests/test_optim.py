@@ -863,10 +863,12 @@ def test_groups_of_a_user_train_and_load_each_others_state(methods, norms):
         assert methods or torch.equal(p, exact)
 
 
-def test_state_of_an_optimizer_of_all_parameters_goes_on():
+@pytest.mark.parametrize("named", [False, True], ids=["parameters", "named"])
+def test_state_of_an_optimizer_of_all_parameters_goes_on(named):
     """PEFT's own examples give torch's AdamW the frozen parameters, too."""
     models = [tiny.peft_llama(targets=["q_proj"]) for _ in "ab"]
-    theirs = torch.optim.AdamW(models[0].parameters(), lr=1e-2, weight_decay=0.0, fused=True)
+    parameters = models[0].named_parameters() if named else models[0].parameters()
+    theirs = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0, fused=True)
     tiny.loss_of(models[0], tiny.batch()).backward()
     theirs.step()
     models[1].load_state_dict(models[0].state_dict())

@@ -38,13 +38,13 @@ def _check_parameter(p: Any, argument: str, entry: object) -> None:
         raise checks.ArgumentError(argument, expected, got)
 
 
-def named_groups(groups: Any, named: list[Named]) -> list[dict]:
+def named_groups(groups: Any, named: list[Named], frozen: Iterable[Named]) -> list[dict]:
     """Returns torch's parameter groups with the names of their parameters.
 
     Args:
         groups: dicts of params and settings, as a user gives them. They may also contain a model's
             frozen parameters, as torch's optimizers do, and those of others, such as a loss.
-        named: all trained parameters of the model.
+        named: all trained parameters of the model. frozen: its others.
 
     Raises:
         ArgumentError: another form, or a trained parameter that is in no group or in two.
@@ -53,6 +53,7 @@ def named_groups(groups: Any, named: list[Named]) -> list[dict]:
         raise checks.ArgumentError("groups", "a list of dicts with the key params", checks.shown(groups))
     left = {id(p): (name, p) for name, p in named}
     placed: set[int] = set()
+    known = {id(p): (name, p) for name, p in frozen}
     result = []
     for i, group in enumerate(groups):
         params = group.get("params")
@@ -67,7 +68,7 @@ def named_groups(groups: Any, named: list[Named]) -> list[dict]:
             if p.requires_grad:
                 _check_parameter(p, argument, entry)
             placed.add(id(p))
-            entries.append(left.pop(id(p), (f"groups[{i}].{j}", p)))
+            entries.append(left.pop(id(p), known.get(id(p), (f"groups[{i}].{j}", p))))
         result.append({**group, "params": entries})
     if left:
         names = checks.shown([name for name, _ in left.values()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from . import group_settings
 from .batch import MOMENTS, NO_STATE, Shapes
 
 ARGUMENT = "state_dict"
+ADAMW_KEYS = {"amsgrad", "maximize", "foreach", "capturable", "differentiable"}  # of torch's groups, not of ours
 
 
 def check_form(state_dict: object) -> None:
@@ -75,6 +77,12 @@ def check(groups: list[dict], state_dict: Mapping[str, Any], shapes: dict[int, S
             _check_state(name, state.get(i, NO_STATE), shapes.get(id(p), default))
 
 
+def is_of_adamw(groups: list[Mapping]) -> bool:
+    """Returns whether AdamW without methods has saved these groups. torch's keeps keys of groups that it has loaded,
+    such as our methods, and has keys that ours have not."""
+    return not any(group.get("methods") for group in groups) or any(group.keys() >= ADAMW_KEYS for group in groups)
+
+
 def taken_over(
     groups: list[dict], state_dict: Mapping[str, Any], shapes: dict[int, Shapes], restarts: bool
 ) -> tuple[dict[str, Any], str]:
@@ -105,8 +113,10 @@ def taken_over(
     note = f"LoRAAdamW: the state is AdamW's; {', '.join(methods)} begin at this step" if methods else ""
     if anew:
         note += f"; its moments cannot be taken over for {checks.shown(anew)}, which begin anew"
-    own_methods = ({"methods": group.get("methods", [])} for group in groups)
-    renamed = [{**other, **own} for other, own in zip(saved, own_methods, strict=False)]
+    for other in saved:
+        group_settings.check_variants(dict(other))
+    kept = ({k: v for k, v in other.items() if k not in (*ADAMW_KEYS, "method_state")} for other in saved)
+    renamed = [{**other, "methods": group.get("methods", [])} for other, group in zip(kept, groups, strict=False)]
     return {**state_dict, "state": state, "param_groups": [*renamed, *saved[len(groups) :]]}, note
 
 
@@ -132,9 +142,15 @@ def _check_group(group: dict, saved: Mapping) -> None:
     if len(names) != len(saved_names):
         raise checks.ArgumentError(ARGUMENT, f"the names of {len(names)} parameters", f"{len(saved_names)} names")
     for name, theirs in zip(names, saved_names, strict=True):
-        if bare_name(name) != bare_name(str(theirs)):
+        if _as_ours(name) != _as_ours(str(theirs)):
             raise checks.ArgumentError(ARGUMENT, f"parameter {name} in this place", theirs)
     group_settings.check(dict(saved))
+
+
+def _as_ours(name: str) -> str:
+    """Returns the name of a factor as the optimizer calls it where it is the model's own, which torch's AdamW saves for
+    ``model.named_parameters()``."""
+    return re.sub(r"\.(lora_[AB])\.([^.]+)\.weight$", r".\2.\1", bare_name(name))
 
 
 def _check_state(name: str, state: Mapping, shapes: Shapes) -> None:

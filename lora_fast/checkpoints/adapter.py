@@ -11,6 +11,7 @@ calls them free parameters and stores them in a file of their own, the sidecar (
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -110,24 +111,31 @@ def prepare_checkpoints(model: nn.Module, merges: bool) -> None:
 
 def save_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
     """Writes into a checkpoint all that changes in training: ``save_adapter(…, exact=True)`` of the model that is
-    adapted, and a file with what is trained around it and with buffers.
+    adapted, where its own ``save_pretrained`` has written the active adapter, and a file with what is trained around it
+    and with buffers.
 
     Raises:
         CheckpointError: as ``save_adapter``.
     """
     model = _unwrap(model)
-    save_adapter(training_state.adapted_part(model), path, exact=True)
+    save_adapter(training_state.adapted_part(model), training_state.adapter_folder(model, path), exact=True)
     training_state.save(model, path)
 
 
+def is_checkpoint(model: nn.Module, path: str | os.PathLike) -> bool:
+    """Returns whether the folder contains what ``save_checkpoint`` writes."""
+    return Path(training_state.adapter_folder(_unwrap(model), path), peft_format.CONFIG).is_file()
+
+
 def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
-    """Reads what ``save_checkpoint`` has written into the model.
+    """Reads what ``save_checkpoint`` has written, and a PeftModel's other adapters, into the model.
 
     Raises:
         CheckpointError: as ``load_adapter``.
     """
     model = _unwrap(model)
-    load_adapter(training_state.adapted_part(model), path)
+    load_adapter(training_state.adapted_part(model), training_state.adapter_folder(model, path))
+    training_state.load_other_adapters(model, path)
     training_state.load(model, path)
 
 

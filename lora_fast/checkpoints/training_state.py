@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ..checks import CheckpointError
 from ..layers.find import key_name, peft_layers
 from . import io, peft_state
+from .peft_format import CONFIG
 
 FILE = "beside_adapter.safetensors"
 
@@ -24,6 +26,37 @@ def adapted_part(model: nn.Module) -> nn.Module:
     if isinstance(inner, nn.Module) and peft_state.own_configs(inner) is not None:
         return inner if len(peft_layers(inner)) == len(peft_layers(model)) else model
     return model
+
+
+def adapter_folder(model: nn.Module, path: str | os.PathLike, adapter: str | None = None) -> Path:
+    """Returns the folder in a checkpoint in which the model's own ``save_pretrained`` writes an adapter, by default the
+    active one: PEFT's has one for each adapter that is not called "default"."""
+    part = adapted_part(model)
+    if not _is_peft_model(part):
+        return Path(path)
+    adapter = adapter or peft_state.find(part).name
+    return Path(path) if adapter == "default" else Path(path, adapter)
+
+
+def load_other_adapters(model: nn.Module, path: str | os.PathLike) -> None:
+    """Loads the adapters of a checkpoint of a PeftModel that are not active, as Trainer does."""
+    part: Any = adapted_part(model)
+    if not _is_peft_model(part):
+        return
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    for adapter in peft_state.find(part).others:
+        folder = adapter_folder(model, path, adapter)
+        if Path(folder, CONFIG).is_file():
+            set_peft_model_state_dict(part, load_peft_weights(str(folder), device="cpu"), adapter_name=adapter)
+
+
+def _is_peft_model(model: nn.Module) -> bool:
+    if not peft_layers(model):
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
 
 
 def collect(model: nn.Module) -> dict[str, Tensor]:

@@ -10,10 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..checkpoints.adapter import load_checkpoint, prepare_checkpoints, save_checkpoint
-from ..checkpoints.peft_format import CONFIG
+from ..checkpoints.adapter import is_checkpoint, load_checkpoint, prepare_checkpoints, save_checkpoint
+from ..checks import CheckpointError
 
 ALL_GPUS_STATES = "rng_state_all_gpus.pth"
+OUTSIDE_MODEL = "trained_outside_model.pt"
 
 # A class has ExactCheckpoints before its Trainer, whose methods are then the next ones.
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ else:
 class ExactCheckpoints(TrainerMixin):
     """Makes a Trainer's checkpoints complete, so that a resumed run continues to the same bits, and the best model at
     the end is the one of its checkpoint. They then contain the frozen weights that ScaLoRA changes, buffers such as
-    running statistics and, where one process trains on several GPUs, the states of all their generators, which dropout
-    draws from. A Trainer saves that of one of these GPUs. It is the first base of a Trainer class, also of TRL's and of
+    running statistics, parameters that the optimizer trains outside of the model (a loss's) and, where one process
+    trains on several GPUs, the states of all their generators, which dropout draws from. A Trainer saves that of one of
+    these GPUs. It is the first base of a Trainer class, also of TRL's and of
     sentence-transformers':
 
         class ScaLoRATrainer(lf.hf.ExactCheckpoints, Trainer): pass
@@ -51,7 +53,28 @@ class ExactCheckpoints(TrainerMixin):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            save_checkpoint(self.model, output_dir or self.args.output_dir)  # replaces PEFT's two files
+            folder = output_dir or self.args.output_dir
+            save_checkpoint(self.model, folder)  # replaces PEFT's two files
+            if outside := self._trained_outside():
+                torch.save([p.detach().cpu() for p in outside], Path(folder, OUTSIDE_MODEL))
+
+    def _trained_outside(self) -> list[Any]:
+        """Returns the optimizer's trained parameters that are not the model's."""
+        if self.optimizer is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:  # which replace parameters
+            return []
+        inside = {id(p) for p in self.model.parameters()}
+        trained = (p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad)
+        return [p for p in trained if id(p) not in inside]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (path := Path(checkpoint, OUTSIDE_MODEL)).is_file():
+            saved, outside = torch.load(path, weights_only=True), self._trained_outside()
+            shapes, own = [tuple(x.shape) for x in saved], [tuple(p.shape) for p in outside]
+            if shapes != own:
+                raise CheckpointError(OUTSIDE_MODEL, f"trained parameters outside the model of {own}", str(shapes))
+            for p, value in zip(outside, saved, strict=True):
+                p.data.copy_(value)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -69,6 +92,8 @@ class ExactCheckpoints(TrainerMixin):
         model = self.model if model is None else model
         if self._saves_whole_state(model) and Path(resume_from_checkpoint, SAFE_WEIGHTS_NAME).is_file():
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # the frozen weights, too
+            if not is_checkpoint(model, resume_from_checkpoint):  # a plain Trainer's, which has all in that file
+                return
         load_checkpoint(model, resume_from_checkpoint)
 
     def _saves_whole_state(self, model: nn.Module) -> bool:
@@ -80,7 +105,7 @@ class ExactCheckpoints(TrainerMixin):
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint or ""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not Path(best, CONFIG).is_file():
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not is_checkpoint(self.model, best):
             super()._load_best_model()
             return
         self._load_from_checkpoint(best)

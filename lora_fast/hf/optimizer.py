@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from dataclasses import dataclass
@@ -61,33 +62,50 @@ class LoRAAdamWFactory:
     rounding: str
     state_dtype: torch.dtype | None
 
-    def __call__(self, model_or_groups: Any = None) -> Any:
-        if model_or_groups is None:
+    def __call__(self, params: Any = None, **settings) -> Any:
+        if params is None:
             return self
         trainer = _calling_trainer()
-        args = trainer.args
-        is_model = isinstance(model_or_groups, nn.Module)
-        model, given = (model_or_groups, None) if is_model else (trainer.model, model_or_groups)
-        optimizer = LoRAAdamW(
-            model,
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            weight_decay=args.weight_decay,
-            methods=self.methods,
-            rounding=self.rounding,
-            state_dtype=self.state_dtype,
-            groups=_groups_of_trainer(trainer, model, given),
-        )
-        changing = [type(method).__name__ for method in self.methods if method.changes_weights]
-        if changing and args.save_strategy != "no" and not isinstance(trainer, ExactCheckpoints):
-            warnings.warn(
-                f"{changing[0]} changes frozen weights, which the checkpoints of {type(trainer).__name__} lack: a "
-                "resumed run and load_best_model_at_end continue from other weights. "
-                "class MyTrainer(lf.hf.ExactCheckpoints, Trainer) saves them",
-                stacklevel=2,
-            )
+        args, model, given = trainer.args, trainer.model, None
+        if isinstance(params, nn.Module):
+            model = params
+        else:  # what torch's optimizers take
+            given = list(params)
+            given = given if all(isinstance(group, dict) for group in given) else [{"params": given}]
+        own = {
+            "lr": args.learning_rate,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+            "weight_decay": args.weight_decay,
+            "methods": self.methods,
+            "rounding": self.rounding,
+            "state_dtype": self.state_dtype,
+        }
+        groups = _groups_of_trainer(trainer, model, given)
+        optimizer = LoRAAdamW(model, groups=groups, **{**own, **settings})
+        for method in self.methods:
+            if method.changes_weights:
+                _warn_of_changed_weights(type(method).__name__, trainer)
         return optimizer
+
+
+def _warn_of_changed_weights(method: str, trainer: Any) -> None:
+    """Warns of what in a Trainer takes the frozen weights to be unchanged."""
+    name = type(trainer).__name__
+    if trainer.args.save_strategy != "no" and not isinstance(trainer, ExactCheckpoints):
+        warnings.warn(
+            f"{method} changes frozen weights, which the checkpoints of {name} lack: a resumed run and "
+            "load_best_model_at_end continue from other weights. class MyTrainer(lf.hf.ExactCheckpoints, Trainer) "
+            "saves them",
+            stacklevel=3,
+        )
+    # TRL's trainers have the attribute; without a penalty (beta = 0) they do not compute the reference.
+    if getattr(trainer, "ref_model", trainer) is None and getattr(trainer, "beta", None) != 0:
+        warnings.warn(
+            f"{method} changes frozen weights, so that the reference of {name} changes, too: it is the model without "
+            "its adapters. A ref_model of its own stays as it is",
+            stacklevel=3,
+        )
 
 
 def _calling_trainer() -> Any:
@@ -107,7 +125,9 @@ def _groups_of_trainer(trainer: Any, model: nn.Module, given: list[dict] | None)
     are those with which it called the factory, or None."""
     if type(trainer).get_optimizer_cls_and_kwargs is not Trainer.get_optimizer_cls_and_kwargs:
         # sentence-transformers' has groups with the loss's parameters, too, and with rates of their own.
-        _, kwargs = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+        args = copy.copy(trainer.args)
+        args.optim = "adamw_torch"  # Trainer does not read it where there is a choice, and its package may be missing
+        _, kwargs = trainer.get_optimizer_cls_and_kwargs(args, model)
         for name in ("params", "model", "optimizer_dict"):  # under which Trainer looks for groups
             if isinstance(groups := kwargs.get(name), list):
                 return groups

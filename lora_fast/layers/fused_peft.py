@@ -83,6 +83,8 @@ class FusedLoraLinear(Fallback, ExactMerge, lora.Linear):
         arguments = fused_arguments(self, active)
         if isinstance(arguments, str):
             return arguments
+        if _has_global_hooks(self):
+            return "hooks of all modules"
         call, lora_bias = arguments
         weight, bias = call[0], call[1]
         # Autocast casts x, weight and bias to one dtype, except float64. Without it PEFT casts x for the adapter only.
@@ -149,8 +151,6 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple[tuple, Tensor | Non
         return f"adapter of {type(a).__name__}, {type(b).__name__}, {type(dropout).__name__}"
     if is_hooked(base) or is_hooked(a) or is_hooked(b) or is_hooked(dropout):
         return HOOKED
-    if _has_global_hooks():
-        return "hooks of all modules"
     parameters: Any  # of any types: the next lines check them
     if "_is_replica" in layer.__dict__:  # nn.DataParallel's replica, whose tensors are plain attributes
         parameters, a_parameters, b_parameters = base.__dict__, a.__dict__, b.__dict__
@@ -172,13 +172,13 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple[tuple, Tensor | Non
     return arguments, b_parameters.get("bias")
 
 
-def _has_global_hooks() -> bool:
+def _has_global_hooks(layer: PeftLayer) -> bool:
     """Returns whether there are hooks of all modules. A checkpointed region that runs again runs what it has run at
     first, which saved the tensors that its backward needs, whatever was registered or removed meanwhile."""
     hooked = _has_any_global_hook()
     if _traced() or (not hooked and _in_backward() == -1):
         return hooked
-    return regions.true_again("hooks", hooked)
+    return regions.true_again(f"hooks_{id(layer)}", hooked)
 
 
 def _sum_of_biases(bias: Tensor | None, scaled: Tensor, dtype: torch.dtype) -> Tensor:

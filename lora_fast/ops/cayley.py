@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import backend, regions
 from . import composite
-from .observers import modes, named
+from .observers import modes, named, not_compiled
 from .reference import cayley as reference
 
 
@@ -74,6 +74,7 @@ def by_composite(free: Free) -> tuple[list[Tensor], list[Tensor]]:
     return list(a), list(b)
 
 
+@not_compiled
 def compute(free: Free) -> Values:
     """Returns the values, computed by the backend for the parameters' device."""
     triton, n = backend.uses_triton(free.a[0]), len(free.a)
@@ -110,6 +111,7 @@ def _no_autocast(x: Tensor):
 
 class CayleyFunction(torch.autograd.Function):
     @staticmethod
+    @not_compiled
     def forward(ctx, free, values, *tensors):
         ctx.set_materialize_grads(False)
         ctx.free, ctx.inverses, ctx.scales = free, values.inverses, values.scales
@@ -118,6 +120,7 @@ class CayleyFunction(torch.autograd.Function):
         return tuple(x.detach() for x in (*values.a, *values.b))
 
     @staticmethod
+    @not_compiled
     def backward(ctx, *grads):
         # Compiled autograd traces this method, and it cannot trace the kernels and versions of tensors.
         run = torch.compiler.disable(_node_backward) if torch.compiler.is_compiling() else _node_backward

@@ -15,11 +15,10 @@ from __future__ import annotations
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
-from torch._C._dynamo import eval_frame
 
 from .. import backend
 from . import composite
-from .observers import modes, named, profiled
+from .observers import modes, named, not_compiled, profiled
 from .reference import linear as reference
 
 # Looked up once, because attribute accesses cost host time in every call.
@@ -142,6 +141,7 @@ def _unread_x(dy: Tensor, lora_A: Tensor, is_second: bool) -> Tensor:
 
 class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
+    @not_compiled
     def forward(ctx, ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded):
         _, need_x, _, _, need_a = ctx.needs_input_grad[:5]
         # Backward would cast the weight again. A copy is saved only where it does not live from forward to backward.
@@ -164,6 +164,7 @@ class LoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @not_compiled
     def backward(ctx, dy):
         _, need_x, _, need_bias, need_a, need_b = ctx.needs_input_grad[:6]
         dx = dbias = da = db = None
@@ -185,13 +186,6 @@ class LoRALinearFunction(torch.autograd.Function):
         if need_bias:
             dbias = _bias_gradient(dy, ctx.bias_dtype)
         return None, dx, None, dbias, da, db, None, None, None, None
-
-
-# torch.compile does not compile a call under a mode of a user. It would begin again inside the node, where the mode is
-# hidden from the kernels, and compile the functions that launch them. What torch.compiler.disable does takes a second.
-_SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
-for _function in (LoRALinearFunction.forward, LoRALinearFunction.backward):
-    eval_frame.set_code_exec_strategy(_function.__code__, _SKIP)
 
 
 @torch.library.custom_op("lora_fast::lora_linear", mutates_args=())

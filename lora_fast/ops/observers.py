@@ -13,10 +13,12 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch._C._dynamo import eval_frame
 from torch._C._profiler import _RecordFunctionFast
 
 # Looked up once, because attribute accesses cost host time in every layer's call.
 modes, profiled = torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled
+_SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -24,6 +26,18 @@ R = TypeVar("R")
 def named(name: str) -> AbstractContextManager:
     """Returns a context that a profiler shows under this name."""
     return _RecordFunctionFast(name) if profiled() else nullcontext()
+
+
+def not_compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Returns the function, which torch.compile then does not begin to compile where it is called from outside of a
+    graph.
+
+    torch.compile does not compile a call under a mode of a user. It would begin again in the functions inside, where
+    the mode is hidden from the kernels, and compile those that launch them. torch.compiler.disable does the same, but
+    takes a second at import and time at every call.
+    """
+    eval_frame.set_code_exec_strategy(function.__code__, _SKIP)
+    return function
 
 
 def shown(function: Callable[P, R]) -> Callable[P, R]:

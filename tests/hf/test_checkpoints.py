@@ -266,3 +266,35 @@ def test_sentence_transformer_trains_on_and_its_checkpoint_is_one_of_its_own(sen
     trainer._load_best_model()
     assert model.model_card_data.best_model_step == 2
     assert not torch.equal(model.encode(["w1 w2"], convert_to_tensor=True), want)
+
+
+def test_the_active_one_of_two_adapters_is_saved_where_peft_has_it(tmp_path):
+    """The second phase of a training: "default" is at the root of a checkpoint and stays as it is."""
+    models = []
+    for checkpoint in (None, tmp_path / "checkpoint-2"):
+        torch.manual_seed(3)
+        model = peft_model()
+        model.add_adapter("second", peft.LoraConfig(**CONFIG))
+        model.set_adapter("second")
+        for name, p in model.named_parameters():
+            if ".default." in name:
+                p.data.fill_(0.25 if checkpoint is None else 0.5)
+        lf.fuse_(model)
+        trainer = trainer_of(model, tmp_path, SCALORA)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        models.append(state(model))
+    tiny.assert_same_tensors(*models)
+    loaded = peft.PeftModel.from_pretrained(tiny.llama(hidden=16), tmp_path / "checkpoint-3")
+    saved = [p for name, p in loaded.named_parameters() if "lora_" in name]
+    assert all((p == 0.25).all() for p in saved)
+
+
+@pytest.mark.parametrize("build", WHOLE)
+def test_a_plain_trainers_checkpoint_of_all_weights_is_resumed(tmp_path, build):
+    """A run that adopts ExactCheckpoints in its middle."""
+    ends = []
+    for kind in (transformers.Trainer, ExactTrainer):
+        trainer = trainer_of(fused(build), tmp_path, PLUS, kind)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if kind is ExactTrainer else None)
+        ends.append(state(trainer.model))
+    tiny.assert_same_tensors(*ends)

@@ -38,6 +38,7 @@ class LossTrainer(Trainer):
         torch.nn.init.ones_(self.loss.weight)
 
     def compute_loss(self, model, inputs, **options):
+        self.loss.zero_grad()  # the Trainer zeros those of the model
         return super().compute_loss(model, inputs) * self.loss.weight.square().sum()
 
     def get_optimizer_cls_and_kwargs(self, args, model=None):
@@ -102,10 +103,12 @@ def test_training_without_methods_is_trainers_own_to_the_bit(tmp_path, kind):
     """With weight decay, beside adapters also biases, a norm and a head, which Trainer decays in part."""
     ends = []
     for choice in (None, ours()):
-        trainer = trainer_of(tmp_path, choice, Trainer if kind is OldTrainer and choice is None else kind, model())
+        own = Trainer if kind is OldTrainer and choice is None else kind
+        unread = {"optim": "adamw_bnb_8bit"} if kind is LossTrainer and choice else {}
+        trainer = trainer_of(tmp_path, choice, own, model(), **unread)
         trainer.train()
         ends.append(weights(trainer))
-        if kind is LossTrainer:
+        if kind is LossTrainer:  # whose ``optim`` may need a package that is not there
             ends[-1]["loss"] = trainer.loss.weight.detach()
     assert type(trainer.optimizer.optimizer) is lf.optim.LoRAAdamW
     assert_same_tensors(*ends)
@@ -188,9 +191,70 @@ def test_methods_begin_where_adamw_stopped(tmp_path, method):
     assert not torch.equal(end[name := next(iter(end))], resumed(tmp_path, None, ours())[name])
 
 
+def test_exact_checkpoints_have_what_is_trained_outside_the_model(tmp_path):
+    class ExactLossTrainer(lf.hf.ExactCheckpoints, LossTrainer):
+        pass
+
+    ends = []
+    for checkpoint in (None, tmp_path / "checkpoint-2"):
+        options = {"save_strategy": "steps", "save_steps": 2}
+        trainer = trainer_of(tmp_path, ours(), ExactLossTrainer, model(bias="none"), **options)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        ends.append({**weights(trainer), "loss": trainer.loss.weight.detach()})
+    assert ends[0]["loss"].item() != 1
+    assert_same_tensors(*ends)
+
+
+@pytest.mark.parametrize("last", [[], [M.ScaLoRA(interval=2)]], ids=["plain", "scalora"])
+def test_a_run_may_change_its_optimizer_twice(tmp_path, last):
+    """AdamW keeps what it has loaded of a method and knows nothing of, and saves it again."""
+    options = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    choices = [ours(methods=[M.ScaLoRA(interval=2)]), None, ours(methods=last)]
+    for i, choice in enumerate(choices):
+        trainer = trainer_of(tmp_path, choice, trained=model(bias="none"), **{**options, "max_steps": 2 * i + 2})
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{2 * i}") if i else None)
+    assert any("ScaLoRA" in str(w.message) and "begin at this step" in str(w.message) for w in told) == bool(last)
+    assert "amsgrad" not in trainer.optimizer.param_groups[0]
+
+
 def test_groups_that_adamw_has_not_are_refused_by_name(tmp_path):
     with pytest.raises(lf.ArgumentError, match=r"expected groups of \[\d, \d, \d+\] parameters .*LoRAPlus"):
         resumed(tmp_path, None, ours(methods=[M.LoRAPlus(4.0)]))
+
+
+class ReferenceTrainer(Trainer):
+    """As TRL's DPOTrainer with a PeftModel: the reference is the model without its adapters."""
+
+    ref_model, beta = None, 0.1
+
+
+@pytest.mark.parametrize(("beta", "warns"), [(0.1, True), (0.0, False)])
+def test_a_reference_that_changes_is_named(tmp_path, beta, warns):
+    trainer = trainer_of(tmp_path, ours(methods=[M.ScaLoRA()]), ReferenceTrainer, model())
+    trainer.beta = beta
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer.create_optimizer()
+    assert any("the reference of ReferenceTrainer changes" in str(warning.message) for warning in told) == warns
+
+
+@pytest.mark.parametrize("form", ["params", "settings", "parameters"])
+def test_trainers_may_call_the_choice_as_torchs_classes(tmp_path, form):
+    class OwnTrainer(Trainer):
+        def create_optimizer(self, model=None):
+            kind, kwargs = self.optimizer_cls_and_kwargs
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.optimizer = {
+                "params": lambda: kind(params=[{"params": trained}], **kwargs),
+                "settings": lambda: kind([{"params": trained}], lr=0.5, **kwargs),
+                "parameters": lambda: kind(iter(trained), **kwargs),
+            }[form]()
+            return self.optimizer
+
+    (group,) = trainer_of(tmp_path, ours(), OwnTrainer, model()).create_optimizer().param_groups
+    assert group["lr"] == (0.5 if form == "settings" else 1e-2) and group["weight_decay"] == 0.5
 
 
 @pytest.mark.parametrize(

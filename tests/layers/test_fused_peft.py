@@ -34,6 +34,8 @@ from tiny import (
     snapshot,
 )
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
@@ -477,3 +479,36 @@ def test_fused_layer_has_the_name_of_peft_and_says_that_it_is_fused():
     with model.disable_adapter():
         model(batch())
     assert "fused, last call by PEFT's forward: adapters disabled" in repr(model.get_submodule(PROBE))
+
+
+def test_hooks_of_all_modules_do_not_keep_layers_from_being_fused():
+    """Those are the state of a call, which runs PEFT's forward while they are there."""
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(r=2, target_modules=["0"]))
+    with FlopCounterMode(display=False):
+        assert len(lf.fuse_(model).changed) == 1
+        model(torch.ones(2, 6))
+        assert fused_layers(model)[0].fallback_reason == "hooks of all modules"
+    model(torch.ones(2, 6))
+    assert fused_layers(model)[0].fallback_reason is None
+
+
+def test_hooks_of_all_modules_within_a_checkpointed_region():
+    """One layer of the region runs without them, the next one with them, and both do so again in backward."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
+    first, second = model.base_model.model
+
+    def region(x):
+        x = first(x)
+        with FlopCounterMode(display=False):
+            return second(x)
+
+    gradients = []
+    for _ in range(2):
+        x = torch.linspace(-1, 1, 12).view(2, 6).requires_grad_()
+        checkpoint(region, x, use_reentrant=False).square().sum().backward()
+        gradients.append(x.grad)
+        lf.fuse_(model, allow_empty=True)
+        first, second = model.base_model.model
+    torch.testing.assert_close(*gradients)
