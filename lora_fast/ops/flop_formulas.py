@@ -67,14 +67,17 @@ class _AtImport:
 
     @classmethod
     def find_spec(cls, name: str, path=None, target=None):
+        """Returns the spec that others find, also to those who only ask whether there is such a module."""
         if name != COUNTER:
             return None
         sys.meta_path.remove(cls)
         spec: Any = importlib.util.find_spec(name)
+        sys.meta_path.insert(0, cls)
         run = spec.loader.exec_module
 
         def exec_module(module) -> None:
             run(module)
+            sys.meta_path.remove(cls)
             register()
 
         spec.loader.exec_module = exec_module
