@@ -61,6 +61,7 @@ def traffic(console: Console) -> None:
 class Products(TorchDispatchMode):
     """Counts torch's own matrix products, each of which is a launch of cuBLAS on a GPU."""
 
+    looks_inside = True
     count = 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):

@@ -24,6 +24,8 @@ class PeakBytes(TorchDispatchMode):
     Storages that an operator allocates and frees internally are not seen.
     """
 
+    looks_inside = True  # of this library's ops (ops/observers.py)
+
     def __init__(self) -> None:
         super().__init__()
         self.peak = self._alive = 0

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import backend, regions
 from . import composite
-from .observers import modes, named, not_compiled
+from .observers import named, not_compiled, sees_ops
 from .reference import cayley as reference
 
 
@@ -80,7 +80,7 @@ def compute(free: Free) -> Values:
     triton, n = backend.uses_triton(free.a[0]), len(free.a)
     # A layer that runs again may take the values from its first run.
     with torch.inference_mode(False), torch.no_grad(), _no_autocast(free.a[0]), regions.unseen():
-        if modes() > 0:  # these see the registered op
+        if sees_ops():  # these see the registered op
             results = cayley_op(*free, triton)
             return Values(results[:n], results[n : 2 * n], results[2 * n : 3 * n], results[3 * n :])
         with named("lora_fast::cayley"):
@@ -166,7 +166,7 @@ def backward(
     grad_b = [torch.zeros_like(x) if g is None else g for x, g in zip(b, pick(grads[n:]), strict=True)]
     scale, powers, scales = (pick(x) if scales else [] for x in (free.scale, free.powers, scales))
     arguments = a, b, scale, powers, pick(inverses), scales, [*grad_a, *grad_b]
-    if modes() > 0:  # these see the registered op
+    if sees_ops():  # these see the registered op
         gradients = cayley_backward_op(*arguments, ops is not reference)
     else:
         with named("lora_fast::cayley_backward"):

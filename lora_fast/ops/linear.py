@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import backend
 from . import composite
-from .observers import modes, named, not_compiled, profiled
+from .observers import modes, named, not_compiled, profiled, sees_ops
 from .reference import linear as reference
 
 # Looked up once, because attribute accesses cost host time in every call.
@@ -103,7 +103,7 @@ def _is_checkpointed() -> bool:
 def _forward_observed(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded) -> tuple:
     """Returns what ``forward`` returns, while a mode or a profiler looks. Kernels are visible to a mode by the
     registered op, the twins by their products."""
-    if ops is not reference and modes() > 0:
+    if ops is not reference and sees_ops():
         constants = float(scaling), dropout_p, _seed_tensor(seed, x), rounded, True
         return lora_linear_op(x, weight, bias, lora_A, lora_B, *constants)
     with named("lora_fast::lora_linear"):
@@ -112,7 +112,7 @@ def _forward_observed(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, 
 
 def _backward_observed(ops, dy, *arguments) -> tuple:
     """Returns what ``backward`` returns, while a mode or a profiler looks."""
-    if ops is not reference and modes() > 0:
+    if ops is not reference and sees_ops():
         return _backward_node(ops, dy, *arguments)
     with named("lora_fast::lora_linear_backward"):
         return backward(ops, dy, *arguments)

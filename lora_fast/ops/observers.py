@@ -2,7 +2,8 @@
 
 A dispatch mode (``torch.utils.flop_counter.FlopCounterMode``, selective checkpointing, a log of all calls) sees the
 products of a layer's torch twins, but not what a kernel computes. While a mode is active, kernels therefore run within
-the registered ops. A profiler gets a range with the op's name.
+the registered ops, unless the mode has ``looks_inside = True``, as meters of what an op itself does. A profiler gets a
+range with the op's name.
 """
 
 from __future__ import annotations
@@ -15,12 +16,18 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch._C._dynamo import eval_frame
 from torch._C._profiler import _RecordFunctionFast
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 # Looked up once, because attribute accesses cost host time in every layer's call.
 modes, profiled = torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled
 _SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def sees_ops() -> bool:
+    """Returns whether a mode is active that is to see the registered ops."""
+    return modes() > 0 and not getattr(_get_current_dispatch_mode(), "looks_inside", False)
 
 
 def named(name: str) -> AbstractContextManager:

@@ -21,6 +21,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of the 
 class WeightCasts(TorchDispatchMode):
     """Counts the casts of a tensor of W's shape."""
 
+    looks_inside = True
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -210,6 +211,8 @@ def weights(dtype):
 
 class WeightCopies(TorchDispatchMode):
     """Lists the ops that return a new tensor of at least W's size."""
+
+    looks_inside = True
 
     def __init__(self, weight):
         super().__init__()

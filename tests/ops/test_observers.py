@@ -189,3 +189,18 @@ def test_profiler_names_the_operations_of_a_step(backend):
         optimizer.step()
     names = {event.key for event in observer.key_averages()}
     assert {"lora_fast::precondition", "lora_fast::adamw", "lora_fast::transform"} <= names
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_mode_that_looks_inside_sees_what_an_op_does(backend):
+    """As the meter of memory and the tests that count an op's own products and casts."""
+
+    class Inside(Names):
+        looks_inside = True
+
+    layer, x = lf.LoRALinear(8, 6, r=2, alpha=2), torch.ones(3, 8)
+    with lf.set_backend(backend):
+        for kind, has_op in ((Names, backend == "triton"), (Inside, False)):
+            with kind() as mode:
+                layer(x)
+            assert any("lora_fast" in str(name) for name in mode.seen) == has_op
