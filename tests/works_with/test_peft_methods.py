@@ -68,7 +68,7 @@ def test_initialisation_from_data(init):
     assert_same(run, LAYERS, atol=EXACT)
 
 
-@workflow("PiSSA, trained, saved as an adapter for the unchanged base", "file's values: 1e-5, float32")
+@workflow("PiSSA, trained, saved as an adapter for the unchanged base", "file's values: 3e-5, float32")
 def test_pissa_saved_for_the_base(tmp_path):
     from safetensors.torch import load_file
 
@@ -83,7 +83,7 @@ def test_pissa_saved_for_the_base(tmp_path):
         model.save_pretrained(str(tmp_path / "last"), path_initial_model_for_weight_conversion=str(tmp_path / "first"))
         return load_file(tmp_path / "last" / "adapter_model.safetensors")
 
-    assert next(iter(assert_same(run, LAYERS, atol=1e-5).values())).shape[0] == 8  # of twice the rank
+    assert next(iter(assert_same(run, LAYERS, atol=3e-5).values())).shape[0] == 8  # of twice the rank
 
 
 VARIANTS = {
