@@ -287,7 +287,7 @@ def test_ops_stay_outside_cuda_graph_trees():
         assert torch.Tag.cudagraph_unsafe in op._opoverload.tags
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", [pytest.param("torch", marks=pytest.mark.budget), "triton"])
 def test_compiled_autograd_gives_eagers_gradients(backend):
     results = []
     torch._dynamo.reset()

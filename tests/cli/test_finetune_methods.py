@@ -99,9 +99,12 @@ def test_resume_accepts_only_the_bound_of_the_run(place, monkeypatch):
     assert "norm='frobenius', bound=0.5" in (folder / "report.html").read_text().replace("&#39;", "'")
 
 
-RESUMED = [
-    "balora", "lora-muon:lr=0.05", "scalora:interval=2", "nb-lora:norm=spectral", "sing-lora:ramp_steps=5",
-]  # fmt: skip  # tests/batches/test_grouped.py resumes every method
+RESUMED = [  # tests/batches/test_grouped.py resumes every method
+    "scalora:interval=2",
+    "nb-lora:norm=spectral",
+    "sing-lora:ramp_steps=5",
+    *(pytest.param(method, marks=pytest.mark.budget) for method in ("balora", "lora-muon:lr=0.05")),
+]
 
 
 @pytest.mark.parametrize("method", RESUMED)

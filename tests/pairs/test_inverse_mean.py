@@ -65,6 +65,7 @@ def test_muon_is_within_its_error_bound(r, condition):
     check(grams, got)
 
 
+@pytest.mark.budget
 def test_muon_is_within_its_error_bound_above_rank_64():
     grams = [spd(1, 65, 1e4, seed) for seed in range(4)]
     with poisoned_empty():
