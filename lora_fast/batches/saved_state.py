@@ -100,16 +100,16 @@ def taken_over(
     for group, other in zip(groups, saved, strict=False):  # ``check`` refuses groups of other sizes
         names = group.get("param_names", [""] * len(group["params"]))
         for name, p, i in zip(names, group["params"], other["params"], strict=False):
-            entry, own = state.get(i, NO_STATE), shapes.get(id(p))
-            if own is None or entry.keys() != {"step", *MOMENTS}:
+            entry, layout = state.get(i, NO_STATE), shapes.get(id(p))
+            if layout is None or entry.keys() != {"step", *MOMENTS}:
                 continue
-            new = own.keys() - entry.keys()
-            if new and restarts:
+            missing = layout.keys() - entry.keys()
+            if missing and restarts:
                 anew.append(name)
                 del state[i]
             else:
-                begun = {key: torch.zeros(own[key][0], dtype=own[key][1], device=p.device) for key in new}
-                state[i] = {key: value for key, value in entry.items() if key == "step" or key in own} | begun
+                begun = {key: torch.zeros(layout[key][0], dtype=layout[key][1], device=p.device) for key in missing}
+                state[i] = {key: value for key, value in entry.items() if key == "step" or key in layout} | begun
     note = f"LoRAAdamW: the state is AdamW's; {', '.join(methods)} begin at this step" if methods else ""
     if anew:
         note += f"; its moments cannot be taken over for {checks.shown(anew)}, which begin anew"

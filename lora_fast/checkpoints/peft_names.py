@@ -47,7 +47,7 @@ def config(adapter: PeftAdapter, beside: Sequence[str] = ()) -> dict:
 
 def _with_full_names(adapter: PeftAdapter, beside: Sequence[str]) -> dict:
     """Returns a config that names every module by its name in the whole model, whose parts have the configs."""
-    fields, *more = [config_fields(own) for owner in adapter.owners for own in owner.configs]
+    fields, *more = [config_fields(settings) for owner in adapter.owners for settings in owner.configs]
     for other in more:
         for name in fields.keys() | other.keys():
             if name not in WHICH and fields.get(name) != other.get(name):
@@ -92,9 +92,9 @@ def _token_indices(adapter: PeftAdapter, modules: dict[str, Any]) -> dict[str, l
         CheckpointError: one that is tied to another embedding, which PEFT finds out from the config of a whole model.
     """
     wrapped = {name: getattr(module, "token_adapter", None) for name, module in modules.items() if is_of_peft(module)}
-    own = {name: tokens for name, tokens in wrapped.items() if tokens and adapter.name in tokens.token_indices}
-    for name, tokens in own.items():
+    trained = {name: tokens for name, tokens in wrapped.items() if tokens and adapter.name in tokens.token_indices}
+    for name, tokens in trained.items():
         if tokens.tied_adapter is not None:
             expected = "tokens of untied embeddings, where a part of the model has the adapter"
             raise CheckpointError(f"trainable_token_indices in {CONFIG}", expected, f"those of {name}, which is tied")
-    return {name: [*map(int, tokens.token_indices[adapter.name])] for name, tokens in own.items()}
+    return {name: [*map(int, tokens.token_indices[adapter.name])] for name, tokens in trained.items()}

@@ -91,12 +91,12 @@ def load(model: nn.Module, path: str | os.PathLike) -> None:
     """
     file = Path(path, FILE)
     saved = io.read_tensors(file)[0] if file.exists() else {}
-    own = {key_name(name): tensor for name, tensor in model.state_dict().items()}
+    tensors = {key_name(name): tensor for name, tensor in model.state_dict().items()}
     for name, value in saved.items():
-        if name not in own or own[name].shape != value.shape:
-            got = "no such tensor" if name not in own else f"shape {tuple(own[name].shape)}"
+        if name not in tensors or tensors[name].shape != value.shape:
+            got = "no such tensor" if name not in tensors else f"shape {tuple(tensors[name].shape)}"
             raise CheckpointError(f"key {name} in {FILE}", f"a tensor of the model of {tuple(value.shape)}", got)
-        io.check_destination(name, own[name])
+        io.check_destination(name, tensors[name])
     with torch.no_grad():
         for name, value in saved.items():
-            own[name].copy_(value)
+            tensors[name].copy_(value)

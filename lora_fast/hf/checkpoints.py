@@ -70,9 +70,9 @@ class ExactCheckpoints(TrainerMixin):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (path := Path(checkpoint, OUTSIDE_MODEL)).is_file():
             saved, outside = torch.load(path, weights_only=True), self._trained_outside()
-            shapes, own = [tuple(x.shape) for x in saved], [tuple(p.shape) for p in outside]
-            if shapes != own:
-                raise CheckpointError(OUTSIDE_MODEL, f"trained parameters outside the model of {own}", str(shapes))
+            expected, got = ([tuple(tensor.shape) for tensor in tensors] for tensors in (outside, saved))
+            if expected != got:
+                raise CheckpointError(OUTSIDE_MODEL, f"trained parameters outside the model of {expected}", str(got))
             for p, value in zip(outside, saved, strict=True):
                 p.data.copy_(value)
 

@@ -29,15 +29,6 @@ class ExactTrainer(lf.hf.ExactCheckpoints, transformers.Trainer):
     pass
 
 
-class Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 20
-
-    def __getitem__(self, i):
-        ids = tiny.batch(i, rows=1)[0]
-        return {"input_ids": ids, "labels": ids}
-
-
 class Backbone(nn.Module):
     """A module of one's own: PEFT's layers in a part of it, running statistics, a trained head."""
 
@@ -98,7 +89,7 @@ def trainer_of(model, folder, method, kind=ExactTrainer, **changes):
         str(folder), use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, **settings
     )
     choice = lf.hf.optimizer_cls_and_kwargs(model, args, [method])
-    trainer = kind(model, args, train_dataset=Rows(), eval_dataset=Rows(), optimizer_cls_and_kwargs=choice)
+    trainer = kind(model, args, train_dataset=tiny.Rows(), eval_dataset=tiny.Rows(), optimizer_cls_and_kwargs=choice)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

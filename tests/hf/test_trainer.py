@@ -19,15 +19,6 @@ from lora_fast.layers.find import peft_layers
 STEPS = 5
 
 
-class Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 20
-
-    def __getitem__(self, i):
-        ids = tiny.batch(i, rows=1)[0]
-        return {"input_ids": ids, "labels": ids}
-
-
 class Log(transformers.TrainerCallback):
     """Stands for wandb and similar callbacks: collects the logs with their steps."""
 
@@ -48,7 +39,7 @@ def trainer_of(model, folder, methods=(), kind=transformers.Trainer, **changes):
         str(folder), use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, **(settings | changes)
     )
     choice = lf.hf.optimizer_cls_and_kwargs(model, args, methods)
-    trainer = kind(model, args, train_dataset=Rows(), optimizer_cls_and_kwargs=choice)
+    trainer = kind(model, args, train_dataset=tiny.Rows(), optimizer_cls_and_kwargs=choice)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -204,3 +204,17 @@ def test_a_mode_that_looks_inside_sees_what_an_op_does(backend):
             with kind() as mode:
                 layer(x)
             assert any("lora_fast" in str(name) for name in mode.seen) == has_op
+
+
+@pytest.mark.parametrize("config", [lf.LoRAConfig(r=2), lf.NBLoRAConfig(r=2)], ids=["lora", "nb-lora"])
+def test_compiled_model_goes_on_after_a_call_under_a_mode(config):
+    """torch.compile does not compile a call under a mode, and must not begin again in what launches the kernels."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 6)), torch.randn(3, 8)
+    lf.inject_(model, config)
+    torch.compiler.reset()
+    with lf.set_backend("triton"):
+        compiled = torch.compile(model, backend="aot_eager")
+        with Names():
+            compiled(x).sum().backward()
+        torch.testing.assert_close(compiled(x), model(x))
