@@ -1,4 +1,4 @@
-# make demo   fine-tune a real model on real text (three to six minutes from nothing on 2 CPU cores, then two)
+# make demo   fine-tune a real model on real text (three to eight minutes from nothing on 2 CPU cores, then two)
 # make test   format, lint, types and the whole suite (14 to 22 minutes on 2 CPU cores)
 # make quick  the tests that are not marked slow (three minutes)
 # make lint   format, lint and types alone (a minute)
