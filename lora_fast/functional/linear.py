@@ -65,16 +65,18 @@ def lora_linear(
 def run_op(x, weight, bias, lora_A, lora_B, scaling, dropout_p: float = 0.0, seed: int | None = None) -> Tensor:
     """Computes ``lora_linear`` by the op."""
     autocast = casts(x)
-    call = checked(x, autocast, weight, bias, lora_A, lora_B, scaling, dropout_p)
+    weight, bias, lora_A, lora_B, scaling, dropout_p = checked(
+        x, autocast, weight, bias, lora_A, lora_B, scaling, dropout_p
+    )
     if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if _traced():
-        return _run_traced(x, *call, seed, autocast)
+        return _run_traced(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, autocast)
     triton = backend.forward_uses_triton(x)
-    *call, dropout_p = call
     drawn = mask_seed(x, dropout_p, seed, False, triton) if dropout_p > 0.0 else None
     run = _apply if _grad() else linear_op.forward_without_grad
-    return run(backend.load_ops("linear", triton), x, *call, dropout_p, drawn, autocast)
+    ops = backend.load_ops("linear", triton)
+    return run(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, drawn, autocast)
 
 
 def casts(x) -> bool:

@@ -12,10 +12,8 @@ from .. import backend, checks
 from ..ops import linear_group
 from .linear import casts, checked, lora_linear, mask_seed, reason_against_op
 
-_apply, _apply_joined = (
-    super(torch.autograd.Function, function).apply
-    for function in (linear_group.LoRAGroupFunction, linear_group.JoinedFunction)
-)  # as linear._apply
+_apply = super(torch.autograd.Function, linear_group.LoRAGroupFunction).apply  # as linear._apply
+_apply_joined = super(torch.autograd.Function, linear_group.JoinedFunction).apply
 _grad = torch.is_grad_enabled
 
 
@@ -54,13 +52,13 @@ def lora_linear_group(x: Tensor, members: Sequence[LinearMember | tuple]) -> tup
     Raises:
         ArgumentError: no members, or as ``lora_linear``; BackendError likewise.
     """
-    members = [_member(member, i) for i, member in enumerate(members)]
-    if not members:
+    layers = [_member(member, i) for i, member in enumerate(members)]
+    if not layers:
         raise checks.ArgumentError("members", "at least one", "none")
-    if torch.compiler.is_compiling() or any(reason_against_op(x, m.weight, m.lora_A, m.lora_B) for m in members):
-        return tuple(lora_linear(x, *member) for member in members)
+    if torch.compiler.is_compiling() or any(reason_against_op(x, m.weight, m.lora_A, m.lora_B) for m in layers):
+        return tuple(lora_linear(x, *layer) for layer in layers)
     autocast = casts(x)
-    calls = [(*checked(x, autocast, *member[:6]), member.seed) for member in members]
+    calls = [(*checked(x, autocast, *layer[:6]), layer.seed) for layer in layers]
     groups = [calls[i : i + linear_group.MOST] for i in range(0, len(calls), linear_group.MOST)]
     return tuple(y for calls in groups for y in run_group(x, calls, autocast))
 
@@ -99,6 +97,6 @@ def enter(x, autocast: bool) -> tuple[Tensor, linear_group.Entry]:
 def run_joined(x, entry: linear_group.Entry, call: tuple, autocast: bool) -> Tensor:
     """Computes one layer of an x that has entered. ``call``: the result of ``checked``."""
     triton = backend.forward_uses_triton(x)
-    *call, dropout_p = call
+    dropout_p = call[-1]
     drawn = mask_seed(x, dropout_p, None, False, triton) if dropout_p > 0.0 else None
-    return _apply_joined(backend.load_ops("linear", triton), x, *call, dropout_p, drawn, autocast, entry)
+    return _apply_joined(backend.load_ops("linear", triton), x, *call, drawn, autocast, entry)

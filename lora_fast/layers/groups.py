@@ -74,6 +74,11 @@ class Siblings:
         if len(group) < MOST and id(layer) not in self.unfit and all(member() is not layer for member in group):
             group.append(ref(layer))
 
+    def met_groups(self) -> list[list[Layer]]:
+        """Returns the groups of more than one layer."""
+        alive = [[layer for member in group if (layer := member()) is not None] for group in self.groups.values()]
+        return [group for group in alive if len(group) > 1]
+
     def part(self, layer: Layer) -> None:
         """Notes that a layer is not to be computed with others."""
         self.unfit.add(id(layer))
@@ -107,6 +112,13 @@ class _Met:
         self.entered = enter(x, self.autocast)
         self.x = ref(x, lambda _: _leave(this()))
 
+    def run(self, x: Tensor, arguments: tuple) -> Tensor:
+        """Computes one layer by itself."""
+        if self.entered is None:
+            return run_op(x, *arguments)
+        entered, entry = self.entered
+        return run_joined(entered, entry, checked(x, self.autocast, *arguments), self.autocast)
+
     def part(self) -> None:
         """Gives up the results that have not been taken. Activation checkpointing stops a region's second run as soon
         as it can, so there they tell nothing."""
@@ -135,9 +147,7 @@ def run(layer: Layer, x: Tensor, arguments: tuple) -> Tensor:
             return y
         siblings.part(layer)
     siblings.meet(met.first, layer)
-    if met.entered is None:
-        return run_op(x, *arguments)
-    return run_joined(*met.entered, checked(x, met.autocast, *arguments), met.autocast)
+    return met.run(x, arguments)
 
 
 def _first(layer: Layer, siblings: Siblings, x: Tensor, state: tuple, arguments: tuple) -> Tensor:
@@ -153,9 +163,7 @@ def _first(layer: Layer, siblings: Siblings, x: Tensor, state: tuple, arguments:
         siblings.begin(layer)
         if _grad() and x.requires_grad:
             met.enter(x)
-            y = run_joined(*met.entered, checked(x, met.autocast, *arguments), met.autocast)
-        else:
-            y = run_op(x, *arguments)
+        y = met.run(x, arguments)
     elif len(group) == 1:
         y = run_op(x, *arguments)
     else:

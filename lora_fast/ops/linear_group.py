@@ -48,7 +48,7 @@ def forward(ops, x: Tensor, rounded: bool, constants: Sequence[Constants], *tens
     ``rounded`` (autocast) the factors are rounded to it, too."""
     with named("lora_fast::lora_linear_group"):
         calls = [
-            (_cast(weight, x.dtype), _cast(bias, x.dtype), a, b, *_masked(ops, x, *member))
+            (_cast(weight, x.dtype), _cast(bias, x.dtype), a, b, *_masked(ops, x, member))
             for (weight, bias, a, b), member in zip(_in_turn(tensors, _N), constants, strict=True)
         ]
         return ops.group_forward(x, calls, rounded)
@@ -64,14 +64,14 @@ def backward(ops, dys, x, members: Sequence[tuple], rounded: bool, needs: Sequen
         calls = []
         for dy, (_, weight, a, b, constants), (need_x, need_a, _) in zip(dys, members, needs, strict=True):
             weight = _cast(weight, dy.dtype) if need_x else weight  # only dx reads it
-            calls.append((weight, None, a, b, *_masked(ops, x, *constants, needed=need_x or need_a)))
+            calls.append((weight, None, a, b, *_masked(ops, x, constants, need_x or need_a)))
         of_x, of_a, of_b = zip(*needs, strict=True)
         return ops.group_backward(dys, x, [s for s, *_ in members], calls, rounded, (any(of_x), of_a, of_b))
 
 
 def _each(ops, dys, x, members, rounded, needs) -> tuple:
     """Returns what ``backward`` does, by the registered op or by differentiable ops for each member."""
-    compute = linear.differentiable_backward if not _traced() and _is_second(dys) else linear.backward_node
+    compute: Any = linear.differentiable_backward if not _traced() and _is_second(dys) else linear.backward_node
     dx, das, dbs = None, [], []
     for dy, (s, weight, a, b, constants), need in zip(dys, members, needs, strict=True):
         part, da, db = compute(ops, dy, x, s, weight, a, b, *constants, rounded, need) if any(need) else (None,) * 3
@@ -99,8 +99,9 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Any:
     return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
 
 
-def _masked(ops, x: Tensor, scaling: float, dropout_p: float, seed, needed: bool = True) -> tuple:
+def _masked(ops, x: Tensor, member: Constants, needed: bool = True) -> tuple:
     """Returns the scaling with the mask's scale, and the mask; None if there is none or it is not needed."""
+    scaling, dropout_p, seed = member
     if not dropout_p:
         return scaling, None
     return scaling * keep_scale(dropout_p), ops.draw_mask(x, dropout_p, seed) if needed else None
@@ -250,7 +251,7 @@ class JoinedFunction(linear.LoRALinearFunction):
 def _hand(ctx, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, rounded, needs) -> tuple:
     """Hands a member's part of dx to its entry and returns da and db."""
     with torch.autocast(x.device.type, enabled=False), named("lora_fast::lora_linear_backward"):
-        scaling, keep = _masked(ctx.ops, x, scaling, dropout_p, seed)
+        scaling, keep = _masked(ctx.ops, x, Constants(scaling, dropout_p, seed))
         ds, da, db = ctx.ops.thin_gradients(dy, x, s, lora_A, lora_B, scaling, keep, rounded, needs)
         ctx.entry.hand(ctx.index, ctx.ops, x, (dy, _cast(weight, dy.dtype), ds, lora_A, keep))
     return da, db

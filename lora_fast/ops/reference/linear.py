@@ -8,6 +8,7 @@ the functions is differentiable.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,19 +92,19 @@ def backward(
     """Returns dx (..., d_in), da (r, d_in) and db (d_out, r), each None where ``needs`` (of x, a, b) is False."""
     need_x, need_a, need_b = needs
     ds, da, db = thin_gradients(dy, x, s, lora_A, lora_B, scaling, keep, rounded, (need_x or need_a, need_a, need_b))
-    dx = grad_x(_rows(dy), weight, ds, lora_A, keep).view(x.shape) if need_x else None
+    dx = grad_x(_rows(dy), weight, ds, lora_A, keep).view(x.shape) if need_x and ds is not None else None
     return dx, da, db
 
 
 def thin_gradients(
-    dy: Tensor, x: Tensor, s: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, keep: Tensor | None,
+    dy: Tensor, x: Tensor, s: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, keep: Tensor | None,
     rounded: bool, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Returns dS (n_tokens, r), da (r, d_in) and db (d_out, r), each None where ``needs`` (of S, a, b) is False; da
     needs dS."""
     need_s, need_a, need_b = needs
     ds, db = grad_s_b(_rows(dy), s, lora_B, scaling, need_s, need_b, rounded)
-    return ds, grad_a(_rows(x), ds, lora_A, keep) if need_a else None, db
+    return ds, grad_a(_rows(x), ds, lora_A, keep) if need_a and ds is not None else None, db
 
 
 # ---- Several layers of one x. A member is (weight, bias, lora_A, lora_B, scaling, keep), as arguments of ``forward``.
@@ -126,13 +127,14 @@ def group_forward(
 
 
 def group_backward(
-    dys: Sequence[Tensor | None], x: Tensor, ss: Sequence[Tensor | None], members: Sequence[tuple], rounded: bool,
+    dys: Sequence[Any], x: Tensor, ss: Sequence[Tensor], members: Sequence[tuple], rounded: bool,
     needs: tuple[bool, Sequence[bool], Sequence[bool]],
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:  # fmt: skip
     """Returns dx, and da and db of each member, None where ``needs`` (of x, of each a and of each b) is False. A member
     whose dy is None has no gradients."""
     need_x, need_a, need_b = needs
-    das, dbs, dss = ([None] * len(members) for _ in range(3))
+    das: list[Any] = [None] * len(members)
+    dbs, dss = list(das), list(das)
     used = [i for i, dy in enumerate(dys) if dy is not None]
     for i in used:
         _, _, _, b, scaling, _ = members[i]
@@ -166,11 +168,11 @@ def _kind(ds: Tensor, a: Tensor, keep: Tensor | None) -> tuple:
     return ds.dtype, a.dtype, id(keep)
 
 
-def _stacked(factors: Sequence[Tensor]) -> Tensor:
+def _stacked(factors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return factors[0] if len(factors) == 1 else torch.cat(factors)
 
 
-def _beside(thin: Sequence[Tensor]) -> Tensor:
+def _beside(thin: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return thin[0] if len(thin) == 1 else torch.cat(thin, 1)
 
 
