@@ -115,7 +115,7 @@ def group_forward(
     x: Tensor, members: Sequence[tuple], rounded: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Returns y (..., d_out) and S (n_tokens, r) of each member."""
-    results = [forward(x, *member, rounded=rounded) for member in members]
+    results = [forward(x, w, bias, a, b, scaling, keep, rounded) for w, bias, a, b, scaling, keep in members]
     return [y for y, _ in results], [s for _, s in results]
 
 
