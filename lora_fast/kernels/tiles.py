@@ -359,8 +359,10 @@ def group_update(dy: torch.Tensor, ranks: Sequence[int]) -> Tile:
 
 
 def _group_tile(name: str, dy: torch.Tensor, ranks: Sequence[int]) -> Tile:
-    tile = default(name, dy.element_size(), limits(dy.device), max(ranks))
-    return tile._replace(r=min(min(rank_block(max(ranks)), gemm_rank(r)) for r in ranks))
+    """Returns the tile for these ranks. Ranks from 17 on take at least two steps: the code of a loop, unlike that of
+    one step for each member, does not spill."""
+    step = min(GEMM_RANK // 2 if r <= GEMM_RANK else gemm_rank(r) for r in ranks)
+    return default(name, dy.element_size(), limits(dy.device), max(ranks))._replace(r=step)
 
 
 def gemm(forward: bool, dropout: bool) -> str:
