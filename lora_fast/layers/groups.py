@@ -68,10 +68,15 @@ class Siblings:
         if not self.group_of(layer):
             self.groups[id(layer)] = [ref(layer)]
 
-    def meet(self, first: Layer, layer: Layer) -> None:
+    def meet(self, first: Layer | None, layer: Layer) -> None:
         """Notes that a layer was called with the x of the first one."""
-        group = self.groups[id(first)]
-        if len(group) < MOST and id(layer) not in self.unfit and all(member() is not layer for member in group):
+        group = self.groups.get(id(first), ())
+        if (
+            group
+            and len(group) < MOST
+            and id(layer) not in self.unfit
+            and all(member() is not layer for member in group)
+        ):
             group.append(ref(layer))
 
     def met_groups(self) -> list[list[Layer]]:
@@ -79,7 +84,7 @@ class Siblings:
         alive = [[layer for member in group if (layer := member()) is not None] for group in self.groups.values()]
         return [group for group in alive if len(group) > 1]
 
-    def part(self, layer: Layer) -> None:
+    def part(self, layer: Layer | None) -> None:
         """Notes that a layer is not to be computed with others."""
         self.unfit.add(id(layer))
         for group in self.groups.values():
@@ -100,7 +105,7 @@ class _Met:
     __slots__ = ("__weakref__", "autocast", "called", "entered", "first", "siblings", "state", "waiting", "x")
 
     def __init__(self, siblings: Siblings, first: Layer, x: Tensor, state: tuple, autocast: bool):
-        self.siblings, self.first, self.state, self.autocast = siblings, first, state, autocast
+        self.siblings, self.first, self.state, self.autocast = siblings, ref(first), state, autocast
         self.entered: tuple | None = None
         self.called = {id(first)}
         self.waiting: dict[int, tuple] = {}
@@ -125,7 +130,7 @@ class _Met:
         """Gives up the results that have not been taken. Activation checkpointing stops a region's second run as soon
         as it can, so there they tell nothing."""
         for layer, *_ in self.waiting.values() if _graph_task() == -1 else ():
-            self.siblings.part(layer)
+            self.siblings.part(layer())
         self.waiting.clear()
 
 
@@ -149,7 +154,7 @@ def run(layer: Layer, x: Tensor, arguments: tuple) -> Tensor:
         if _is_same(kept, versions, arguments):
             return y
         siblings.part(layer)
-    siblings.meet(met.first, layer)
+    siblings.meet(met.first(), layer)
     return met.run(x, arguments)
 
 
@@ -191,7 +196,7 @@ def _together(met: _Met, x: Tensor, layer: Layer, arguments: tuple, group: tuple
     this = ref(met)
     y, *others = run_group(x, [call for *_, call in members], met.autocast, lambda: _forget(this()))
     for (sibling, theirs, _), result in zip(members[1:], others, strict=True):
-        met.waiting[id(sibling)] = sibling, theirs, _versions(theirs), result
+        met.waiting[id(sibling)] = ref(sibling), theirs, _versions(theirs), result
     return y
 
 
@@ -206,11 +211,18 @@ def _state(x: Tensor) -> tuple | None:
     if x.is_inference() or (modes() > 0 and sees_ops()):
         return None
     autocast = torch.get_autocast_dtype(x.device.type) if _autocast() and casts(x) else None
-    stream = device.stream_on(x.device) if x.is_cuda else 0
+    hooks = _top_hooks(False)
     return (
-        x._version, x.data_ptr(), x.requires_grad, _grad(), autocast, _top_hooks(False), _graph_task(), stream,
+        x._version,
+        x.data_ptr(),
+        x.requires_grad,
+        _grad(),
+        autocast,
+        hooks and ref(hooks[0]),  # they may keep a checkpointed region alive
+        _graph_task(),
+        device.stream_on(x.device) if x.is_cuda else None,
         backend.chosen(),
-    )  # fmt: skip
+    )
 
 
 def _versions(arguments: tuple) -> list[tuple[int, bool]] | None:
