@@ -19,6 +19,7 @@ from .surgery.change_report import Report
 from .surgery.configs import LoRAConfig, NBLoRAConfig, SingLoRAConfig
 from .surgery.disable import disable_adapters
 from .surgery.fuse import fuse_, unfuse_
+from .surgery.groups import groups
 from .surgery.inject import inject_
 from .surgery.merge import merge_, unmerge_
 from .surgery.unload import unload_
@@ -40,6 +41,7 @@ __all__ = [
     "disable_adapters",
     "functional",
     "fuse_",
+    "groups",
     "inject_",
     "load_adapter",
     "merge_",

@@ -3,9 +3,11 @@
 from ..kernels.records import StepWork
 from .cayley import cayley
 from .linear import lora_linear
+from .linear_group import LinearMember, lora_linear_group
 from .pairs import adapter_step_, add_low_rank_, gram, hyperbalance, scalora_scaling, small_inverse, spd_solve
 
 __all__ = [
+    "LinearMember",
     "StepWork",
     "adapter_step_",
     "add_low_rank_",
@@ -13,6 +15,7 @@ __all__ = [
     "gram",
     "hyperbalance",
     "lora_linear",
+    "lora_linear_group",
     "scalora_scaling",
     "small_inverse",
     "spd_solve",

@@ -14,6 +14,7 @@ from ..ops import linear as linear_op
 # Looked up once, because attribute accesses cost host time in every layer's call. Function.apply is a Python method for
 # functorch (vmap, grad), for which the plain ops run; it only calls the method that it overrides.
 _any_autocast, _traced = torch._C._is_any_autocast_enabled, torch.compiler.is_compiling
+_grad = torch.is_grad_enabled
 _apply = super(torch.autograd.Function, linear_op.LoRALinearFunction).apply
 reason_against_op = composite.reason
 
@@ -63,7 +64,32 @@ def lora_linear(
 
 def run_op(x, weight, bias, lora_A, lora_B, scaling, dropout_p: float = 0.0, seed: int | None = None) -> Tensor:
     """Computes ``lora_linear`` by the op."""
-    autocast = _any_autocast() and is_autocast_on(x.device.type) and x.dtype != torch.float64
+    autocast = casts(x)
+    weight, bias, lora_A, lora_B, scaling, dropout_p = checked(
+        x, autocast, weight, bias, lora_A, lora_B, scaling, dropout_p
+    )
+    if autocast:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if _traced():
+        return _run_traced(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, autocast)
+    triton = backend.forward_uses_triton(x)
+    drawn = mask_seed(x, dropout_p, seed, False, triton) if dropout_p > 0.0 else None
+    run = _apply if _grad() else linear_op.forward_without_grad
+    ops = backend.load_ops("linear", triton)
+    return run(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, drawn, autocast)
+
+
+def casts(x) -> bool:
+    """Returns whether autocast casts the products of x."""
+    return _any_autocast() and is_autocast_on(x.device.type) and x.dtype != torch.float64
+
+
+def checked(x, autocast: bool, weight, bias, lora_A, lora_B, scaling, dropout_p) -> tuple:
+    """Returns the arguments after x, the numbers as Python's. A scaling in a tensor becomes a factor of lora_B.
+
+    Raises:
+        ArgumentError: as ``lora_linear``.
+    """
     factor = None
     if type(scaling) not in checks.NUMBERS or type(dropout_p) not in checks.NUMBERS:
         scaling, dropout_p = _plain_numbers(scaling, dropout_p, x)
@@ -72,21 +98,17 @@ def run_op(x, weight, bias, lora_A, lora_B, scaling, dropout_p: float = 0.0, see
     checks.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast)
     if factor is not None:  # the product is small, and the factor keeps its gradient and stays on its device
         lora_B = lora_B * factor
-    if autocast:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    traced = _traced()
-    triton = backend.uses_triton(x) if traced else backend.forward_uses_triton(x)
-    mask_seed = _mask_seed(x, dropout_p, seed, traced, triton) if dropout_p > 0.0 else None
-    if traced:
-        if weight.dtype is not x.dtype:
-            # In a region of its own the compiler casts again in backward, and in a checkpointed region once for all
-            # that runs again there. It would keep the copy of a plain cast from forward to backward.
-            weight = checkpoint(weight.to, x.dtype, use_reentrant=False, preserve_rng_state=False)
-        return linear_op.lora_linear_op(
-            x, weight, bias, lora_A, lora_B, scaling, dropout_p, mask_seed, autocast, triton
-        )[0]
-    ops = backend.load_ops("linear", triton)
-    return _apply(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, mask_seed, autocast)
+    return weight, bias, lora_A, lora_B, scaling, dropout_p
+
+
+def _run_traced(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, autocast) -> Tensor:
+    triton = backend.uses_triton(x)
+    drawn = mask_seed(x, dropout_p, seed, True, triton) if dropout_p > 0.0 else None
+    if weight.dtype is not x.dtype:
+        # In a region of its own the compiler casts again in backward, and in a checkpointed region once for all
+        # that runs again there. It would keep the copy of a plain cast from forward to backward.
+        weight = checkpoint(weight.to, x.dtype, use_reentrant=False, preserve_rng_state=False)
+    return linear_op.lora_linear_op(x, weight, bias, lora_A, lora_B, scaling, dropout_p, drawn, autocast, triton)[0]
 
 
 def run_composite(x, weight, bias, lora_A, lora_B, scaling, dropout_p: float = 0.0, seed: int | None = None) -> Tensor:
@@ -121,7 +143,7 @@ def is_autocast_on(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def _mask_seed(x: Tensor, dropout_p: float, seed: int | None, traced: bool, triton: bool) -> int | Tensor:
+def mask_seed(x: Tensor, dropout_p: float, seed: int | None, traced: bool, triton: bool) -> int | Tensor:
     """Returns the seed as an int. In a traced graph and under CUDA graph capture it is a tensor on the device instead,
     because an int would be a constant there and repeat the same mask at every replay. For the torch ops on a GPU it is
     the mask itself, because they would have to wait for the device to read a seed."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..functional.linear import reason_against_op
 from . import merge_log
 from .fallback import Fallback
 from .hooks import carry_hook, offloads
@@ -149,12 +150,19 @@ class AdapterLinear(Fallback, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d_in) → (..., d_out)."""
-        if self.is_plain:
-            return self.plain_forward(x)
-        weight, bias = self.frozen_parameters()
-        a, b = self.factors()
+        return self.plain_forward(x) if self.is_plain else self._call(x, *self.arguments())
+
+    def arguments(self) -> tuple:
+        """Returns ``functional.lora_linear``'s arguments after x for one forward."""
         dropout_p = self.dropout_p if self.training else 0.0
-        return self._call(x, weight, bias, a, b, self.scaling, dropout_p)
+        return *self.frozen_parameters(), *self.factors(), self.scaling, dropout_p
+
+    def call_arguments(self, x: Tensor) -> tuple | None:
+        """Returns the arguments if the fused op would serve a call with x, else None."""
+        if self.is_plain:
+            return None
+        weight, bias, a, b, *numbers = self.arguments()
+        return (weight, bias, a, b, *numbers) if reason_against_op(x, weight, a, b) is None else None
 
     def frozen_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Returns weight (d_out, d_in) and bias for one forward. FSDP1 replaces them by views of its flat parameter,

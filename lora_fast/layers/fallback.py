@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from .. import backend
 from ..functional.linear import reason_against_op, run_composite, run_op
+from . import groups
+
+_traced = torch.compiler.is_compiling
 
 if TYPE_CHECKING:
     Module = nn.Module
@@ -24,17 +27,27 @@ class Fallback(Module):
     Attributes:
         fallback_reason: why the last call ran plain torch ops in place of the fused op; None if it did not. Compiled
             calls do not write it.
+        siblings: the adapter layers of its parent, with which it is computed where they read one x; None if it is
+            always computed by itself.
     """
 
     fallback_reason: str | None = None
+    siblings: groups.Siblings | None = None
 
     def _call(self, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling, dropout_p) -> Tensor:
         """Returns what ``functional.lora_linear`` returns, and notes the reason if plain ops compute it."""
         reason = reason_against_op(x, weight, a, b)
         if reason is not self.fallback_reason:  # nn.Module.__setattr__ is slow, so it runs only for a change
             self._note(reason)
-        run = run_op if reason is None else run_composite
-        return run(x, weight, bias, a, b, scaling, dropout_p)
+        if reason is not None:
+            return run_composite(x, weight, bias, a, b, scaling, dropout_p)
+        return self._run(x, weight, bias, a, b, scaling, dropout_p)
+
+    def _run(self, x: Tensor, *arguments) -> Tensor:
+        """Computes the op, with the layers of this x if there are any."""
+        if _traced() or self.siblings is None:
+            return run_op(x, *arguments)
+        return groups.run(self, x, arguments)
 
     def _note(self, reason: str | None) -> None:
         if not torch.compiler.is_compiling():  # writing an attribute would break the graph
@@ -47,6 +60,7 @@ class Fallback(Module):
         backend that a block of this thread has set."""
         self._note(None)
         replica: Any = super()._replicate_for_data_parallel()
+        replica.__dict__.pop("siblings", None)  # they are on another device
         replica.__dict__["replicated_from"] = self  # nn.Module.__setattr__ would register a submodule
         if (name := backend.chosen_by_block()) is not None:
             replica.__dict__["forward"] = partial(_forward_in_block, name, ref(replica))

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import checks, regions
 from ..checks import FLOATS, PLAIN
-from ..functional.linear import is_autocast_on, reason_against_op, run_op
+from ..functional.linear import is_autocast_on, reason_against_op
 from ..kernels.limits import LARGEST_RANK
 from .exact_merge import ExactMerge, merge_scaling
 from .fallback import Fallback
@@ -55,9 +55,15 @@ class FusedLoraLinear(Fallback, ExactMerge, lora.Linear):
             self._note(None)
         base: Any = self._modules["base_layer"]
         if HOOK in base.__dict__:  # accelerate's, which would move x to the weight's device
-            y = run_op(x.to(call[0].device), *call)
+            y = self._run(x.to(call[0].device), *call)
             return y.to(x.device) if y.device != x.device and returns_to_input(base) else y
-        return run_op(x, *call)
+        return self._run(x, *call)
+
+    def call_arguments(self, x: Tensor) -> tuple | None:
+        """Returns ``functional.lora_linear``'s arguments after x if the fused op would serve a call with x, else
+        None."""
+        call = self._fused_call(x)
+        return None if isinstance(call, str) else call
 
     def _get_name(self) -> str:
         """Returns the name of PEFT's class, from whose repr PEFT's layer status takes the ``module_type``."""

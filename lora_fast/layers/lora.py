@@ -73,16 +73,13 @@ class LoRALinear(AdapterLinear):
             nn.init.normal_(self.lora_A, std=1 / self.r)
         nn.init.zeros_(self.lora_B)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., d_in) → (..., d_out). Computes the same as AdapterLinear's forward in less time on the host."""
-        if self.is_plain:
-            return self.plain_forward(x)
+    def arguments(self) -> tuple:
+        """Returns what AdapterLinear's does, in less time on the host."""
         p: dict[str, Any] = self._parameters
         try:  # nn.Module.__getattr__ costs host time at every call
             weight, bias, lora_A, lora_B = p["weight"], p["bias"], p["lora_A"], p["lora_B"]
         except KeyError:  # parametrized, pruned, flattened (FSDP1) or replicated: attributes of another kind
-            return super().forward(x)
+            return super().arguments()
         if weight.requires_grad or self.fan_in_fan_out:
-            return super().forward(x)
-        dropout_p = self.dropout_p if self.training else 0.0
-        return self._call(x, weight, bias, lora_A, lora_B, self.scaling, dropout_p)
+            return super().arguments()
+        return weight, bias, lora_A, lora_B, self.scaling, self.dropout_p if self.training else 0.0

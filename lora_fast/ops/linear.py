@@ -87,11 +87,11 @@ def mask_like(x: Tensor, dropout_p: float, seed: int) -> Tensor:
     return reference.draw_mask(x, dropout_p, seed).to(x.device).view(x.shape)
 
 
-def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
     return dy.reshape(-1, dy.shape[-1]).sum(0, dtype=dtype)  # torch sums in float32 at least
 
 
-def _is_checkpointed() -> bool:
+def is_checkpointed() -> bool:
     """Returns whether activation checkpointing runs this forward: inside a backward, which needs what is saved at once,
     or under its hooks, which discard what is saved until then. Both runs of a forward must save the same dtypes."""
     if torch._C._current_graph_task_id() != -1:
@@ -110,10 +110,15 @@ def _forward_observed(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, 
         return forward(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded)
 
 
+def forward_without_grad(ops, *arguments) -> Tensor:
+    """Returns y as ``forward`` does, and records nothing for a backward."""
+    return (_forward_observed if modes() > 0 or profiled() else forward)(ops, *arguments)[0]
+
+
 def _backward_observed(ops, dy, *arguments) -> tuple:
     """Returns what ``backward`` returns, while a mode or a profiler looks."""
     if ops is not reference and sees_ops():
-        return _backward_node(ops, dy, *arguments)
+        return backward_node(ops, dy, *arguments)
     with named("lora_fast::lora_linear_backward"):
         return backward(ops, dy, *arguments)
 
@@ -122,7 +127,7 @@ def _seed_tensor(seed: int | Tensor | None, x: Tensor) -> Tensor | None:
     return torch.full((), seed, dtype=torch.int64, device=x.device) if isinstance(seed, int) else seed
 
 
-def _backward_node(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, rounded, needs) -> tuple:
+def backward_node(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, rounded, needs) -> tuple:
     """Returns what ``backward`` returns, by the registered op. Compiled autograd traces the backward of an eager
     forward, and it cannot trace the kernels and NumPy."""
     need_x, need_a, need_b = needs
@@ -132,11 +137,29 @@ def _backward_node(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, se
     return tuple(next(grads) if needed else None for needed in needs)
 
 
-def _unread_x(dy: Tensor, lora_A: Tensor, is_second: bool) -> Tensor:
+def unread_x(dy: Tensor, lora_A: Tensor, is_second: bool) -> Tensor:
     """Returns a tensor without defined values in place of x, which is not kept where a is frozen."""
     if is_second and torch.is_grad_enabled():
         raise RuntimeError("second derivatives of a layer with a frozen lora_A: set lora_A.requires_grad_(True)")
     return dy.new_empty((*dy.shape[:-1], lora_A.shape[1]))
+
+
+def kept_weight(weight: Tensor, x: Tensor, need_x: bool) -> Tensor:
+    """Returns the weight that forward keeps for backward, which would cast it again. A copy is kept only where it does
+    not live from forward to backward."""
+    return weight.to(x.dtype) if need_x and weight.dtype is not x.dtype and is_checkpointed() else weight
+
+
+def read_and_unread(weight, lora_A, lora_B, need_x: bool, need_a: bool) -> tuple[tuple, tuple]:
+    """Returns the three tensors twice, with None in place of those that backward does not read, and of those that it
+    reads. What it does not read may be changed in place, and need not be saved."""
+    read = weight if need_x else None, *((lora_A, lora_B) if need_x or need_a else (None, None))
+    return read, (None if need_x else weight, *((None, None) if need_x or need_a else (lora_A, lora_B)))
+
+
+def restored(saved: tuple, unread: tuple) -> tuple:
+    """Returns the three tensors of ``read_and_unread``."""
+    return tuple(u if tensor is None else tensor for tensor, u in zip(saved, unread, strict=True))
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -144,19 +167,16 @@ class LoRALinearFunction(torch.autograd.Function):
     @not_compiled
     def forward(ctx, ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded):
         _, need_x, _, _, need_a = ctx.needs_input_grad[:5]
-        # Backward would cast the weight again. A copy is saved only where it does not live from forward to backward.
-        if need_x and weight.dtype is not x.dtype and _is_checkpointed():
-            weight = weight.to(x.dtype)
+        weight = kept_weight(weight, x, need_x)
         run = _forward_observed if modes() > 0 or profiled() else forward
         y, s = run(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded)
         seed_tensor, seed = (seed, None) if isinstance(seed, Tensor) else (None, seed)
         if need_x and need_a:
             ctx.save_for_backward(x, s, weight, lora_A, lora_B, seed_tensor)
             ctx.unread = None
-        else:  # what backward does not read may be changed in place, and x need not be kept
-            read = weight if need_x else None, *((lora_A, lora_B) if need_x or need_a else (None, None))
+        else:
+            read, ctx.unread = read_and_unread(weight, lora_A, lora_B, need_x, need_a)
             ctx.save_for_backward(x if need_a else None, s, *read, seed_tensor)
-            ctx.unread = None if need_x else weight, *((None, None) if need_x or need_a else (lora_A, lora_B))
         ctx.ops = ops  # kept for backward: the two modules draw different dropout masks
         ctx.constants = scaling, dropout_p, seed, rounded
         if bias is not None:
@@ -166,26 +186,37 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     @not_compiled
     def backward(ctx, dy):
-        _, need_x, _, need_bias, need_a, need_b = ctx.needs_input_grad[:6]
+        needs, need_bias = needs_of(ctx), ctx.needs_input_grad[3]
         dx = dbias = da = db = None
-        if need_x or need_a or need_b:
-            x, s, weight, lora_A, lora_B, seed_tensor = ctx.saved_tensors
-            scaling, dropout_p, seed, rounded = ctx.constants
-            constants = scaling, dropout_p, seed if seed_tensor is None else seed_tensor, rounded
-            if ctx.unread is not None:
-                read = zip((weight, lora_A, lora_B), ctx.unread, strict=True)
-                weight, lora_A, lora_B = (unread if saved is None else saved for saved, unread in read)
-                x = x if need_a else _unread_x(dy, lora_A, need_x and need_b)
+        if any(needs):
             if _traced():
-                compute = _backward_node
+                compute = backward_node
             elif torch.is_grad_enabled() or not composite.is_plain(dy):
                 compute = differentiable_backward
             else:
                 compute = _backward_observed if modes() > 0 or profiled() else backward
-            dx, da, db = compute(ctx.ops, dy, x, s, weight, lora_A, lora_B, *constants, (need_x, need_a, need_b))
+            dx, da, db = compute(ctx.ops, dy, *saved_arguments(ctx, dy, needs), needs)
         if need_bias:
-            dbias = _bias_gradient(dy, ctx.bias_dtype)
+            dbias = bias_gradient(dy, ctx.bias_dtype)
         return None, dx, None, dbias, da, db, None, None, None, None
+
+
+def needs_of(ctx) -> tuple[bool, bool, bool]:
+    """Returns which gradients of x, a and b a LoRALinearFunction needs."""
+    _, need_x, _, _, need_a, need_b = ctx.needs_input_grad[:6]
+    return need_x, need_a, need_b
+
+
+def saved_arguments(ctx, dy: Tensor, needs: tuple[bool, bool, bool]) -> tuple:
+    """Returns the arguments of ``backward`` between dy and needs, from what a LoRALinearFunction has saved."""
+    x, s, weight, lora_A, lora_B, seed_tensor = ctx.saved_tensors
+    scaling, dropout_p, seed, rounded = ctx.constants
+    if ctx.unread is not None:
+        weight, lora_A, lora_B = restored((weight, lora_A, lora_B), ctx.unread)
+        need_x, need_a, need_b = needs
+        x = x if need_a else unread_x(dy, lora_A, need_x and need_b)
+    seed = seed if seed_tensor is None else seed_tensor
+    return x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, rounded
 
 
 @torch.library.custom_op("lora_fast::lora_linear", mutates_args=())
@@ -267,7 +298,7 @@ def _op_backward(ctx, dy, ds_unused):
     needs = [need_x, need_a, need_b]
     grads = iter(lora_linear_backward_op(dy, *tensors, *ctx.constants, seed, *ctx.backend, needs))
     dx, da, db = (next(grads) if needed else None for needed in needs)
-    dbias = _bias_gradient(dy, ctx.bias_dtype) if need_bias else None
+    dbias = bias_gradient(dy, ctx.bias_dtype) if need_bias else None
     return dx, None, dbias, da, db, None, None, None, None, None
 
 

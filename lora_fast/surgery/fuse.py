@@ -15,6 +15,7 @@ from ..kernels.grouping import group_by
 from ..layers.find import PeftLayer, expert_count, fused_class, peft_layers
 from ..layers.hooks import change_class_, has_replaced_forward
 from .change_report import Report
+from .groups import pair_
 from .weight_reads import weight_reads
 
 
@@ -24,6 +25,7 @@ def fuse_(
     strict: bool = False,
     *,
     allow_empty: bool = False,
+    group: bool = True,
 ) -> Report:
     """Gives the LoRA layers of a PEFT model the fused forward, in place. Module objects, parameters, adapters and
     state_dict keys stay as they are, so PEFT works with them as before. Call it again after adding adapters to new
@@ -42,6 +44,8 @@ def fuse_(
         filter_fn: (name, layer) → whether to fuse it.
         strict: raise if a layer that ``filter_fn`` admits cannot be fused.
         allow_empty: accept that no layer is fused.
+        group: compute layers of one parent that are called with the same tensor, such as q, k and v, as one op, which
+            reads that tensor and writes its gradient once. After a call of the model, ``lf.groups`` names them.
 
     Returns:
         The layers fused, and the reasons of those left alone.
@@ -52,7 +56,7 @@ def fuse_(
     """
     if filter_fn is not None and not callable(filter_fn):
         raise checks.ArgumentError("filter_fn", "a function or None", checks.shown(filter_fn))
-    strict = checks.flag(strict, "strict")
+    strict, group = checks.flag(strict, "strict"), checks.flag(group, "group")
     fused = fused_class()
     report, chosen, unfusable = Report("fused"), [], {}
     layers, reads = peft_layers(peft_model), weight_reads(peft_model)
@@ -72,6 +76,8 @@ def fuse_(
     report.require_change("peft_model", "at least one LoRA layer of PEFT to fuse", allow_empty)
     for layer in chosen:
         change_class_(layer, fused)
+    if group:
+        pair_(peft_model, set(chosen))
     _share_merges_(peft_model, report)
     report.note_fallbacks(chosen)
     return report
@@ -104,7 +110,7 @@ def unfuse_(peft_model: nn.Module, *, allow_empty: bool = False) -> Report:
             report.changed[name] = "peft.tuners.lora.Linear"
     report.require_change("peft_model", "at least one fused layer", allow_empty)
     for name in report.changed:
-        for attribute in ("fallback_reason", "shares_weight_with", "_merged"):  # the class has defaults
+        for attribute in ("fallback_reason", "shares_weight_with", "siblings", "_merged"):  # the class has defaults
             layers[name].__dict__.pop(attribute, None)
         change_class_(layers[name], lora.Linear)
     still_shared = {id(layer.get_base_layer().weight) for layer in layers.values() if type(layer) is fused}

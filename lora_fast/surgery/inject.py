@@ -19,6 +19,7 @@ from ..layers.nb_lora import NBLoRALinear, share_factors_
 from . import targets
 from .change_report import Report
 from .configs import AdapterConfig, LoRAConfig, NBLoRAConfig, SingLoRAConfig
+from .groups import pair_
 from .peft_lora import PeftLoRAConfig, is_peft_config
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def inject_(
     *,
     allow_empty: bool = False,
     progress: bool = True,
+    group: bool = True,
 ) -> Report:
     """Replaces linear layers of a plain model by the config's adapter layers over the same weights, and freezes all
     parameters but the adapters'. With an NBLoRAConfig the model computes all layers' factors at once before each
@@ -53,6 +55,8 @@ def inject_(
             ``save_adapter`` saves them.
         allow_empty: accept that no layer fits; the model then stays as it is.
         progress: show a tqdm bar on stderr if this takes more than two seconds, as the norms of large weights do.
+        group: compute layers of one parent that are called with the same tensor, such as q, k and v, as one op, which
+            reads that tensor and writes its gradient once. After a call of the model, ``lf.groups`` names them.
 
     Returns:
         The layers replaced, and the reasons of those left alone.
@@ -63,6 +67,7 @@ def inject_(
             names of experts for which PEFT adapts parameters. The model is then unchanged.
     """
     check_plain(model)
+    group = checks.flag(group, "group")
     settings = _settings(config, model)
     target = settings.target_modules
     candidates = targets.candidates(model, target)
@@ -75,7 +80,7 @@ def inject_(
         expected = f"at least one torch.nn.Linear{by} (closest: {near})"
         got = f"{target!r}" + (f"; left {report.reasons()}" if report.left else "")
         raise checks.ArgumentError("target_modules", expected, got)
-    layers = _inject(model, kinds, settings, progress, report)
+    layers = _inject(model, kinds, settings, progress, group, report)
     report.note_fallbacks(layers)
     return report
 
@@ -92,19 +97,19 @@ def _settings(config: object, model: nn.Module) -> AdapterConfig:
 
 def _inject(
     model: nn.Module, kinds: dict[str, tuple[type[AdapterLinear], dict]], settings: AdapterConfig,
-    progress: bool, report: Report,
+    progress: bool, group: bool, report: Report,
 ) -> Collection[AdapterLinear]:  # fmt: skip
     """Builds and places the layers, and returns them."""
     if not isinstance(settings, PeftLoRAConfig) or not kinds:
         layers = build_layers(model, kinds, progress)
-        place_(model, layers)
+        place_(model, layers, group)
         return layers.values()
     linears: dict[str, Any] = {name: model.get_submodule(name) for name in kinds}  # nn.Linear each
     names = _with_progress_bar(kinds) if progress else kinds
     computed = {name: settings.initial(name, linears[name]) for name in names}
     with torch.random.fork_rng(devices=[]):  # PEFT has drawn what it draws, and no more is to be drawn
         layers = build_layers(model, kinds)
-    place_(model, layers)
+    place_(model, layers, group)
     placed = {name: layers[linear] for name, linear in linears.items()}
     report.left |= settings.unmatched(kinds)
     report.changed |= settings.finish_(placed, {name: x for name, x in computed.items() if x is not None})
@@ -156,14 +161,16 @@ def _with_progress_bar(names: Collection[str]) -> Iterable[str]:
     return tqdm(names, desc="Adapter layers", unit="layer", delay=2, mininterval=1, leave=False)
 
 
-def place_(model: nn.Module, layers: dict[nn.Linear, AdapterLinear]) -> None:
+def place_(model: nn.Module, layers: dict[nn.Linear, AdapterLinear], group: bool = True) -> None:
     """Replaces every nn.Linear by its layer, wherever the model holds it, and freezes all parameters but those of
-    adapters."""
+    adapters. With ``group`` the layers of one parent are siblings."""
     if not layers:
         return
     for linear, holders in holders_of(model, layers).items():
         for parent, key in holders:
             setattr(parent, key, layers[linear])
+    if group:
+        pair_(model, set(layers.values()))
     placed = [module for module in model.modules() if isinstance(module, ADAPTER_LAYERS)]
     trained = {id(getattr(layer, name)) for layer in placed for name in layer.TRAINABLE}
     for parameter in model.parameters():

@@ -311,7 +311,7 @@ def test_custom_ops_pass_opcheck(adapter, dropout_p, backend):
 def gpu_without_kernels(monkeypatch):
     """Stands in for a GPU on which the torch ops run: tensors are on a CPU, but dropout gets its mask as on a GPU."""
     draw = lambda x, dropout_p, seed, traced, triton: linear_op.bernoulli_mask(x, dropout_p)
-    monkeypatch.setattr(functional_linear, "_mask_seed", draw)
+    monkeypatch.setattr(functional_linear, "mask_seed", draw)
     with lf.set_backend("torch"):
         yield
 
@@ -323,7 +323,7 @@ def test_torch_ops_on_a_gpu_never_wait_for_it(captured, monkeypatch):
     with FakeTensorMode(), lf.set_backend("torch"):  # no autograd, whose nodes need the device
         make = lambda *shape, dtype=torch.bfloat16: torch.randn(*shape, device="cuda", dtype=dtype)
         x, weight, a, b = make(2, 5, 10), make(12, 10), make(4, 10, dtype=torch.float32), make(12, 4)
-        mask = functional_linear._mask_seed(x, 0.5, None, False, False)
+        mask = functional_linear.mask_seed(x, 0.5, None, False, False)
         constants = 2.0, 0.5, mask, False
         y, s = linear_op.forward(reference, x, weight, make(12), a, b, *constants)
         grads = linear_op.backward(reference, y, x, s, weight, a, b, *constants, (True, True, True))
@@ -382,7 +382,7 @@ def test_mask_on_a_gpu_has_the_probability_and_a_generators_seed_repeats_it(drop
 
 def test_seed_of_a_graph_of_the_torch_ops_on_a_gpu_is_refused():
     with FakeTensorMode(), lf.set_backend("torch"), pytest.raises(lf.ArgumentError, match="seed: expected None"):
-        functional_linear._mask_seed(torch.empty(3, 10, device="cuda"), 0.5, 7, True, False)
+        functional_linear.mask_seed(torch.empty(3, 10, device="cuda"), 0.5, 7, True, False)
 
 
 def test_seed_of_a_layer_on_a_gpu_comes_from_its_generator(monkeypatch):
@@ -393,10 +393,10 @@ def test_seed_of_a_layer_on_a_gpu_comes_from_its_generator(monkeypatch):
     before = torch.get_rng_state()
     with FakeTensorMode():
         drawn = [
-            functional_linear._mask_seed(torch.empty(3, 10, device=f"cuda:{i}"), 0.5, None, False, True)
+            functional_linear.mask_seed(torch.empty(3, 10, device=f"cuda:{i}"), 0.5, None, False, True)
             for i in range(2)
         ]
-        in_graph = functional_linear._mask_seed(torch.empty(3, 10, device="cuda:1"), 0.5, None, True, True)
+        in_graph = functional_linear.mask_seed(torch.empty(3, 10, device="cuda:1"), 0.5, None, True, True)
     assert drawn == [11, 22] and torch.equal(torch.get_rng_state(), before)
     assert in_graph.device.index == 1 and in_graph.dtype is torch.int64 and in_graph.dim() == 0
 

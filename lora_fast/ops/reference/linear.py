@@ -7,14 +7,21 @@ the functions is differentiable.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels.grouping import group_by, map_groups
 from .rounding import noise
 
-__all__ = ["backward", "draw_mask", "forward", "grad_a", "grad_s_b", "grad_x", "linear", "project"]
+__all__ = [
+    "backward", "draw_mask", "forward", "grad_a", "grad_s_b", "grad_x", "group_backward", "group_forward",
+    "group_grad_x", "linear", "project", "thin_gradients",
+]  # fmt: skip
 
 _modes = torch._C._len_torch_dispatch_stack  # looked up once, because attribute accesses cost host time in every call
 DROP_LEVELS = 1 << 16  # a dropout probability is a multiple of 1/65536
@@ -73,12 +80,9 @@ def forward(
     keep: Tensor | None = None, rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns y (..., d_out) and S (n_tokens, r) of x (..., d_in)."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = _rows(x)
     s = project(rows, lora_A, keep, rounded)
-    y = linear(rows, weight, bias, s, lora_B, scaling)
-    if rows is not x:  # a view could not be changed in place as nn.Linear's result can
-        y = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
-    return y, s
+    return _unflat(linear(rows, weight, bias, s, lora_B, scaling), x), s
 
 
 def backward(
@@ -87,15 +91,99 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Returns dx (..., d_in), da (r, d_in) and db (d_out, r), each None where ``needs`` (of x, a, b) is False."""
     need_x, need_a, need_b = needs
-    rows, dy_rows = x, dy
-    if x.dim() != 2:
-        rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    ds, db = grad_s_b(dy_rows, s, lora_B, scaling, need_x or need_a, need_b, rounded)
-    da = dx = None
-    if ds is not None:  # x or a needs a gradient
-        da = grad_a(rows, ds, lora_A, keep) if need_a else None
-        dx = grad_x(dy_rows, weight, ds, lora_A, keep) if need_x else None
-    return dx if dx is None or rows is x else dx.view(x.shape), da, db
+    ds, da, db = thin_gradients(dy, x, s, lora_A, lora_B, scaling, keep, rounded, (need_x or need_a, need_a, need_b))
+    dx = grad_x(_rows(dy), weight, ds, lora_A, keep).view(x.shape) if need_x and ds is not None else None
+    return dx, da, db
+
+
+def thin_gradients(
+    dy: Tensor, x: Tensor, s: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, keep: Tensor | None,
+    rounded: bool, needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Returns dS (n_tokens, r), da (r, d_in) and db (d_out, r), each None where ``needs`` (of S, a, b) is False; da
+    needs dS."""
+    need_s, need_a, need_b = needs
+    ds, db = grad_s_b(_rows(dy), s, lora_B, scaling, need_s, need_b, rounded)
+    return ds, grad_a(_rows(x), ds, lora_A, keep) if need_a and ds is not None else None, db
+
+
+# ---- Several layers of one x. A member is (weight, bias, lora_A, lora_B, scaling, keep), as arguments of ``forward``.
+
+
+def group_forward(
+    x: Tensor, members: Sequence[tuple], rounded: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """Returns y (..., d_out) and S (n_tokens, r) of each member. Those without dropout share one product with x."""
+    rows = _rows(x)
+
+    def projects(factors: list[Tensor], keeps: list) -> tuple:
+        return (project(rows, _stacked(factors), keeps[0], rounded).split([len(a) for a in factors], 1),)
+
+    _, _, factors, _, _, keeps = zip(*members, strict=True)
+    ss = [s for (s,) in map_groups(projects, lambda a, keep: (a.dtype, id(keep)), factors, keeps)]
+    calls = zip(members, ss, strict=True)
+    ys = [_unflat(linear(rows, w, bias, s, b, scaling), x) for (w, bias, _, b, scaling, _), s in calls]
+    return ys, ss
+
+
+def group_backward(
+    dys: Sequence[Any], x: Tensor, ss: Sequence[Tensor], members: Sequence[tuple], rounded: bool,
+    needs: tuple[bool, Sequence[bool], Sequence[bool]],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:  # fmt: skip
+    """Returns dx, and da and db of each member, None where ``needs`` (of x, of each a and of each b) is False. A member
+    whose dy is None has no gradients."""
+    need_x, need_a, need_b = needs
+    das: list[Any] = [None] * len(members)
+    dbs, dss = list(das), list(das)
+    used = [i for i, dy in enumerate(dys) if dy is not None]
+    for i in used:
+        _, _, _, b, scaling, _ = members[i]
+        dss[i], dbs[i] = grad_s_b(_rows(dys[i]), ss[i], b, scaling, need_x or need_a[i], need_b[i], rounded)
+    with_a = [i for i in used if need_a[i]]
+    columns = [dss[i] for i in with_a], [members[i][2] for i in with_a], [members[i][5] for i in with_a]
+
+    def grads(thin: list[Tensor], factors: list[Tensor], keeps: list) -> tuple:
+        return (grad_a(_rows(x), _beside(thin), factors[0], keeps[0]).split([len(a) for a in factors]),)
+
+    for i, (da,) in zip(with_a, map_groups(grads, _kind, *columns), strict=True):
+        das[i] = da
+    parts = [(dys[i], members[i][0], dss[i], members[i][2], members[i][5]) for i in used] if need_x else []
+    return group_grad_x(x, parts) if parts else None, das, dbs
+
+
+def group_grad_x(x: Tensor, parts: Sequence[tuple]) -> Tensor:
+    """Returns dx = Σ dy W + keep∘(dS a) in x's shape, the sum over parts (dy, weight, dS, lora_A, keep)."""
+    dy, weight, *_ = parts[0]
+    dx = torch.mm(_rows(dy), weight)
+    for dy, weight, *_ in parts[1:]:
+        dx = (dx.addmm_ if _modes() == 0 else dx.addmm)(_rows(dy), weight)
+    for alike in group_by([part[2:] for part in parts], lambda part: _kind(*part)).values():
+        thin, factors, keeps = zip(*alike, strict=True)
+        dx = _add_product(dx, _beside(thin), _stacked(factors), 1.0, keeps[0])
+    return dx.view(x.shape)
+
+
+def _kind(ds: Tensor, a: Tensor, keep: Tensor | None) -> tuple:
+    """Returns what members must have in common for their thin products to be one."""
+    return ds.dtype, a.dtype, id(keep)
+
+
+def _stacked(factors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    return factors[0] if len(factors) == 1 else torch.cat(factors)
+
+
+def _beside(thin: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    return thin[0] if len(thin) == 1 else torch.cat(thin, 1)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _unflat(y: Tensor, x: Tensor) -> Tensor:
+    """Returns y (n_tokens, d_out) with x's leading dimensions. A view could not be changed in place as nn.Linear's
+    result can."""
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
 
 
 def _scaled_product(tall: Tensor, thin: Tensor, scaling: float) -> Tensor:

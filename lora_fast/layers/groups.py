@@ -1,0 +1,221 @@
+"""Groups: layers of one parent that are called with the same x, found when they are called.
+
+The layers among the children of one module have one ``Siblings``, which knows which of them have been called with the
+same tensor: the same object, with the same version, in the same state of autograd. The first time, each layer computes
+itself, on an x that has entered (ops/linear_group.py), so that they share one dx. From then on, the first one called
+computes all of them as one op, and each of the others returns its result if it has been computed with what that layer
+has now. Otherwise the layer computes itself, and is no longer computed with the others. The bits of all results are the
+same in all these cases, but for the rounding of dx in the last one.
+
+What has been computed and not been taken yet is kept for its thread until the next call of a layer that is none of the
+group, or the group's backward. No groups are made in traced code, while a mode of torch is active, and of tensors that
+have no version (``torch.inference_mode``).
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from .. import backend, checks, regions
+from ..functional.linear import casts, checked, run_op
+from ..functional.linear_group import enter, run_group, run_joined
+from ..kernels import device
+from ..ops.linear_group import MOST
+from ..ops.observers import modes, sees_ops
+
+Layer = Any  # an AdapterLinear or a FusedLoraLinear
+
+_thread = threading.local()
+_grad, _autocast, _top_hooks, _graph_task = (
+    torch.is_grad_enabled,
+    torch._C._is_any_autocast_enabled,
+    torch._C._autograd._top_saved_tensors_default_hooks,
+    torch._C._current_graph_task_id,
+)
+
+
+class Siblings:
+    """What is known of the adapter layers among the children of one module. A copy knows nothing yet.
+
+    Attributes:
+        groups: for each layer that was the first one called with some x, by its id, this layer and those that were
+            called with the same x, in this order.
+        unfit: ids of layers that were computed with others, but not called after that as expected.
+    """
+
+    def __init__(self) -> None:
+        self.groups: dict[int, list[ref]] = {}
+        self.unfit: set[int] = set()
+
+    def __deepcopy__(self, memo: dict) -> Siblings:
+        return Siblings()
+
+    def __reduce__(self) -> tuple:
+        return Siblings, ()
+
+    def group_of(self, layer: Layer) -> tuple[ref, ...]:
+        """Returns the group that this layer is the first one of, or nothing if it has not been the first one yet."""
+        group = self.groups.get(id(layer), ())
+        return tuple(group) if group and group[0]() is layer else ()
+
+    def begin(self, layer: Layer) -> None:
+        """Notes that a layer was the first one called with some x."""
+        if not self.group_of(layer):
+            self.groups[id(layer)] = [ref(layer)]
+
+    def meet(self, first: Layer, layer: Layer) -> None:
+        """Notes that a layer was called with the x of the first one."""
+        group = self.groups[id(first)]
+        if len(group) < MOST and id(layer) not in self.unfit and all(member() is not layer for member in group):
+            group.append(ref(layer))
+
+    def met_groups(self) -> list[list[Layer]]:
+        """Returns the groups of more than one layer."""
+        alive = [[layer for member in group if (layer := member()) is not None] for group in self.groups.values()]
+        return [group for group in alive if len(group) > 1]
+
+    def part(self, layer: Layer) -> None:
+        """Notes that a layer is not to be computed with others."""
+        self.unfit.add(id(layer))
+        for group in self.groups.values():
+            group[1:] = [member for member in group[1:] if member() not in (layer, None)]
+
+
+class _Met:
+    """The x that a thread's last group was called with.
+
+    Attributes:
+        x: a reference to it.
+        state: ``_state`` of the call.
+        waiting: results that were computed and not taken yet, each with the layer, its arguments and their ``_key``.
+        entered: the x that has entered, and its entry, as long as x is alive.
+    """
+
+    __slots__ = ("__weakref__", "autocast", "entered", "first", "siblings", "state", "waiting", "x")
+
+    def __init__(self, siblings: Siblings, first: Layer, x: Tensor, state: tuple, autocast: bool):
+        self.siblings, self.first, self.state, self.autocast = siblings, first, state, autocast
+        self.entered: tuple | None = None
+        self.waiting: dict[int, tuple] = {}
+        self.x = ref(x)
+
+    def is_of(self, siblings: Siblings, x: Tensor, state: tuple) -> bool:
+        return self.siblings is siblings and self.x() is x and self.state == state
+
+    def enter(self, x: Tensor) -> None:
+        this = ref(self)
+        self.entered = enter(x, self.autocast)
+        self.x = ref(x, lambda _: _leave(this()))
+
+    def run(self, x: Tensor, arguments: tuple) -> Tensor:
+        """Computes one layer by itself."""
+        if self.entered is None:
+            return run_op(x, *arguments)
+        entered, entry = self.entered
+        return run_joined(entered, entry, checked(x, self.autocast, *arguments), self.autocast)
+
+    def part(self) -> None:
+        """Gives up the results that have not been taken. Activation checkpointing stops a region's second run as soon
+        as it can, so there they tell nothing."""
+        for layer, *_ in self.waiting.values() if _graph_task() == -1 else ():
+            self.siblings.part(layer)
+        self.waiting.clear()
+
+
+def _leave(met: _Met | None) -> None:
+    if met is not None:
+        met.entered = None
+
+
+def run(layer: Layer, x: Tensor, arguments: tuple) -> Tensor:
+    """Computes a layer that the op can serve, alone or with its siblings. ``arguments``: those of
+    ``functional.lora_linear`` after x."""
+    state = _state(x)
+    if state is None:
+        return run_op(x, *arguments)
+    siblings, met = layer.siblings, getattr(_thread, "met", None)
+    if met is None or not met.is_of(siblings, x, state):
+        return _first(layer, siblings, x, state, arguments)
+    if id(layer) in met.waiting:
+        _, _, key, y = met.waiting.pop(id(layer))
+        if key == _key(arguments):
+            return y
+        siblings.part(layer)
+    siblings.meet(met.first, layer)
+    return met.run(x, arguments)
+
+
+def _first(layer: Layer, siblings: Siblings, x: Tensor, state: tuple, arguments: tuple) -> Tensor:
+    """Computes a layer that is called with another x than the one before, and the layers of its group."""
+    if (before := getattr(_thread, "met", None)) is not None:
+        _thread.met = None
+        before.part()
+    group = siblings.group_of(layer)
+    if regions.inside():  # which saves the same tensors when it runs again
+        group = regions.same_again("groups", lambda: group)
+    met = _Met(siblings, layer, x, state, casts(x))
+    if not group:
+        siblings.begin(layer)
+        if _grad() and x.requires_grad:
+            met.enter(x)
+        y = met.run(x, arguments)
+    elif len(group) == 1:
+        y = run_op(x, *arguments)
+    else:
+        y = _together(met, x, layer, arguments, group)
+    _thread.met = met
+    return y
+
+
+def _together(met: _Met, x: Tensor, layer: Layer, arguments: tuple, group: tuple[ref, ...]) -> Tensor:
+    """Computes a group. The results of all but the first layer wait to be taken."""
+    members = [(layer, arguments, (*checked(x, met.autocast, *arguments), None))]
+    for sibling in filter(None, (member() for member in group[1:])):
+        theirs = sibling.call_arguments(x)
+        try:
+            call = None if theirs is None else (*checked(x, met.autocast, *theirs), None)
+        except checks.ArgumentError:  # the sibling's own call says so
+            continue
+        if call is not None:
+            members.append((sibling, theirs, call))
+    if len(members) == 1:
+        return run_op(x, *arguments)
+    this = ref(met)
+    y, *others = run_group(x, [call for *_, call in members], met.autocast, lambda: _forget(this()))
+    for (sibling, theirs, _), result in zip(members[1:], others, strict=True):
+        met.waiting[id(sibling)] = sibling, theirs, _key(theirs), result
+    return y
+
+
+def _forget(met: _Met | None) -> None:
+    """Gives up results whose backward has run without them."""
+    if met is not None:
+        met.waiting.clear()
+
+
+def _state(x: Tensor) -> tuple | None:
+    """Returns what must be the same for layers of one x, or None if there can be no groups now."""
+    if x.is_inference() or (modes() > 0 and sees_ops()):
+        return None
+    autocast = torch.get_autocast_dtype(x.device.type) if _autocast() and casts(x) else None
+    stream = device.stream_on(x.device) if x.is_cuda else 0
+    return (
+        x._version, x.data_ptr(), x.requires_grad, _grad(), autocast, _top_hooks(False), _graph_task(), stream,
+        backend.chosen(),
+    )  # fmt: skip
+
+
+def _key(arguments: tuple) -> tuple | None:
+    """Returns what identifies the values of a layer's arguments while their tensors are alive."""
+    try:
+        return tuple(
+            (value.data_ptr(), value._version, value.dtype) if isinstance(value, Tensor) else value
+            for value in arguments
+        )
+    except RuntimeError:  # a tensor of inference_mode has no version
+        return (object(),)
