@@ -5,6 +5,7 @@ Every row compiles without spills for the archs of ``device.CARDS`` (tests/kerne
 Which tiles are fastest is not verified on a GPU.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -115,6 +116,13 @@ TABLE = {
     ("linear_tma_dropout", 2, 90, 99): [(256, 128, 64, 32, 8, 3)],
     ("linear_tma_dropout", 2, 90, 227): [(64, 128, 256, 64, 8, 3), (256, 128, 128, 64, 8, 4)],
     ("linear_tma_dropout", 2, 100, 227): [(16, 128, 128, 64, 8, 4), (256, 64, 128, 64, 4, 4)],
+    ("group_grad_x", 2, 80, 99): [(256, 128, 128, 32, 8, 3)],
+    ("group_grad_x_dropout", 2, 80, 99): [(256, 128, 64, 32, 8, 3)],
+    ("group_grad_x_tma", 2, 90, 99): [(256, 128, 128, 32, 8, 3)],
+    ("group_grad_x_tma", 2, 90, 227): [(256, 128, 256, 64, 8, 3)],
+    ("group_grad_x_tma", 2, 100, 227): [(256, 128, 128, 64, 8, 4)],
+    ("group_grad_x_tma_dropout", 2, 90, 99): [(256, 128, 64, 32, 8, 3)],
+    ("group_grad_x_tma_dropout", 2, 90, 227): [(256, 128, 128, 64, 8, 3)],
     ("update", 2, 80, 99): [(256, 64, 128, 0, 8, 1)],
     ("update", 2, 100, 227): [(256, 64, 128, 0, 4, 1)],
     ("update_few", 2, 80, 99): [(256, 16, 128, 0, 4, 1)],
@@ -130,6 +138,8 @@ TABLE = {
     ("linear", 4, 80, 99): [(256, 32, 64, 32, 8, 2)],
     ("linear", 4, 90, 227): [(256, 32, 64, 32, 4, 2)],
     ("linear_dropout", 4, 80, 99): [(256, 64, 64, 32, 8, 2)],
+    ("group_grad_x", 4, 80, 99): [(256, 32, 64, 32, 8, 2)],
+    ("group_grad_x_dropout", 4, 80, 99): [(256, 32, 64, 32, 8, 2)],
     ("update", 4, 80, 99): [(256, 32, 64, 0, 8, 1)],
     ("update", 4, 100, 227): [(256, 32, 64, 0, 4, 1)],
     ("update_few", 4, 80, 99): [(256, 16, 64, 0, 4, 1)],
@@ -265,7 +275,9 @@ def _tile(row: tuple[int, ...], r: int, largest_r: int = 256) -> Tile:
 
 def default(op: str, element_size: int, card: device.Device, r: int) -> Tile:
     """Returns the tile from the table."""
-    largest_r = gemm_rank(r) if op.startswith(("linear", "update")) else SHORT_RANK if "_short" in op else 256
+    largest_r = (
+        gemm_rank(r) if op.startswith(("linear", "group_grad_x", "update")) else SHORT_RANK if "_short" in op else 256
+    )
     return _tile(row(op, element_size, card, r), r, largest_r)
 
 
@@ -332,6 +344,21 @@ def linear(left: torch.Tensor, d_out: int, r: int, forward: bool, tma: bool, dro
     choice = measured(gemm(forward, dropout) + ("_tma" if tma else "_pointer"), left, left.shape[1], d_out, r)
     name = "linear" + "_tma" * tma + "_dropout" * dropout
     return _tile(choice, r, gemm_rank(r)) if choice else default(name, left.element_size(), limits(left.device), r)
+
+
+def group_grad_x(dy: torch.Tensor, ranks: Sequence[int], tma: bool, dropout: bool) -> Tile:
+    """Returns the tile of the fused GEMM that computes dx of a group with these ranks."""
+    name = "group_grad_x" + "_tma" * tma + "_dropout" * dropout
+    return _group_tile(name, dy, ranks)
+
+
+def group_update(dy: torch.Tensor, ranks: Sequence[int]) -> Tile:
+    return _group_tile("update", dy, ranks)
+
+
+def _group_tile(name: str, dy: torch.Tensor, ranks: Sequence[int]) -> Tile:
+    tile = default(name, dy.element_size(), limits(dy.device), max(ranks))
+    return tile._replace(r=min(min(rank_block(max(ranks)), gemm_rank(r)) for r in ranks))
 
 
 def gemm(forward: bool, dropout: bool) -> str:

@@ -260,7 +260,7 @@ def plan_proof(stub: stub_driver.Stub, n_calls: int = 210) -> dict:
             if not same(mine, theirs, known):
                 differences.append(f"{parts}: {mine} and {theirs}"[:2000])
     by_kernel = {name: kernels.count(name) for name in sorted(set(kernels))}
-    counts = {"launches": launches, "kernels": by_kernel, "plans": len(linear._plans)}
+    counts = {"launches": launches, "kernels": by_kernel, "plans": len(linear.signature.plans)}
     return {**counts, "differences": differences, "changes": changes}
 
 
@@ -314,7 +314,7 @@ def backward_in_autocast(stub: stub_driver.Stub) -> dict:
 
     case, seen = {"r": 16, "adapter": "float32", "bias": False, "tokens": 1024}, []
     for first, second in ((False, True), (True, False)):
-        linear._plans.clear()
+        linear.signature.plans.clear()
         for inside in (first, second):
             tensors = operands(case, dtype=torch.float32)
             y = lf.functional.lora_linear(*tensors.values(), 2.0)
@@ -560,7 +560,7 @@ def threads(stub: stub_driver.Stub) -> dict:
         worker.start()
     for worker in workers:
         worker.join()
-    return {"errors": errors, "kept": len(linear._plans), "launches": stub.counter("launches") - before}
+    return {"errors": errors, "kept": len(linear.signature.plans), "launches": stub.counter("launches") - before}
 
 
 def carveout(stub: stub_driver.Stub) -> list[list[int]]:

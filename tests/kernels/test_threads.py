@@ -11,7 +11,7 @@ from launching import randn
 from together import run_together
 
 from lora_fast.kernels import cayley, compiled_launch, device, launch, pointer_table, tiles, tuned
-from lora_fast.kernels import linear as linear_kernels
+from lora_fast.kernels.linear import signature
 from lora_fast.kernels.pairs import gram
 
 CPU = torch.device("cpu")
@@ -248,12 +248,12 @@ def test_table_read_before_a_change_is_not_kept(monkeypatch):
 def test_plan_made_during_a_change_of_settings_is_not_kept(monkeypatch):
     """Parts of such a plan may be made for the old settings and others for the new ones."""
     x, plans = torch.zeros(1), {}
-    monkeypatch.setattr(linear_kernels, "_plans", plans)
-    key = "signature", linear_kernels._settings(x)
-    assert linear_kernels._keep(key, "plan", x) == "plan" and plans == {key: "plan"}
+    monkeypatch.setattr(signature, "plans", plans)
+    key = "signature", signature.settings(x)
+    assert signature.keep(key, "plan", x) == "plan" and plans == {key: "plan"}
     plans.clear()
     with tuned.using({}):
-        assert linear_kernels._keep(key, "plan", x) == "plan" and not plans
+        assert signature.keep(key, "plan", x) == "plan" and not plans
 
 
 @pytest.mark.gpu

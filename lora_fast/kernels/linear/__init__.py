@@ -16,15 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import device, tuned
-from ..launch import DropoutMask, alignments, allocator, by_jit, contiguous_rows, draw_mask, keep_plan, tf32, thin_dtype
-from . import strategies
-from .cublas import CublasGradA, CublasGradSB, CublasProject
-from .gemm import CublasGemm, gemm_class, grad_x, linear
-from .grads import GradA, GradSB, grad_a, grad_s_b
+from .. import device
+from ..launch import DropoutMask, alignments, allocator, by_jit, contiguous_rows, draw_mask, thin_dtype
+from . import signature, strategies
+from .cublas import CublasProject
+from .gemm import CublasGemm, grad_x, linear
+from .grads import grad_a, grad_s_b
+from .groups import group_backward, group_forward, group_grad_x, thin_gradients
 from .project import Project, project
+from .signature import flat, in_autocast, share_memory
 
-__all__ = ["backward", "draw_mask", "forward", "grad_a", "grad_s_b", "grad_x", "linear", "project"]
+__all__ = [
+    "backward", "draw_mask", "forward", "grad_a", "grad_s_b", "grad_x", "group_backward", "group_forward",
+    "group_grad_x", "linear", "project", "thin_gradients",
+]  # fmt: skip
 
 
 class ForwardPlan:
@@ -34,23 +39,23 @@ class ForwardPlan:
     empty_s: Callable[[], Tensor] | None
 
     def __init__(self, x, weight, bias, lora_A, lora_B, dropout: bool, rounded: bool):
-        d_out, r, flat = len(weight), len(lora_A), _flat(x)
-        factor = x.dtype if rounded else _wider(lora_A, lora_B)
-        way = strategies.way("forward", flat, weight, factor, r, dropout)
+        d_out, r = len(weight), len(lora_A)
+        factor = x.dtype if rounded else signature.wider(lora_A, lora_B)
+        way = strategies.way("forward", flat(x), weight, factor, r, dropout)
         # cuBLAS takes any strides; the kernels need contiguous rows.
         shape, self.any_weight_strides = (*x.shape[:-1], d_out), way.gemm == "cublas"
         arguments = x, weight, bias, lora_A, lora_B
         laid_out = self._lay_out(*arguments)
-        self.needs_layout = not _share_memory(arguments, laid_out) or (x.dim() != 2 and way.thin == "cublas")
+        self.needs_layout = not share_memory(arguments, laid_out) or (x.dim() != 2 and way.thin == "cublas")
         x, weight, bias, a, b = laid_out
         if way.thin == "split":
             self.project = Project(x, a, dropout, rounded, short=True, split=True)
-            self.gemm = CublasGemm(x, weight, bias, b, r, False, True, shape, n_parts=self.project.shape[0])
+            self.gemm = CublasGemm(x, weight, bias, b, r, False, True, shape, n_parts=self.project.splits)
             self.empty_s = allocator((len(x), r), thin_dtype(x, a, rounded), x.device)
         else:
             by_cublas, short = way.thin == "cublas", way.thin == "short"
             self.project = CublasProject(x, a, rounded) if by_cublas else Project(x, a, dropout, rounded, short)
-            self.gemm = _gemm_class(way, a, b)(x, weight, bias, b, r, False, True, shape)
+            self.gemm = signature.gemm_of(way, a, b)(x, weight, bias, b, r, False, True, shape)
             self.empty_s = None
 
     def __call__(self, x, weight, bias, lora_A, lora_B, scaling: float, keep: DropoutMask | None, stream: int | None):
@@ -66,7 +71,7 @@ class ForwardPlan:
         """Returns the arguments with the shapes and strides that the kernels need."""
         weight = weight if self.any_weight_strides else contiguous_rows(weight)
         bias = bias if bias is None else bias.contiguous()
-        return _flat(x), weight, bias, contiguous_rows(lora_A), contiguous_rows(lora_B)
+        return flat(x), weight, bias, contiguous_rows(lora_A), contiguous_rows(lora_B)
 
 
 class BackwardPlan:
@@ -76,23 +81,21 @@ class BackwardPlan:
     grad_x: Any
 
     def __init__(self, dy, x, s, weight, lora_A, lora_B, dropout: bool, rounded: bool, needs: tuple[bool, bool, bool]):
-        r, flat = len(lora_A), _flat(dy)
-        factor = dy.dtype if rounded else _wider(lora_A, lora_B)
-        way = strategies.way("backward", flat, weight, factor, r, dropout)
+        r = len(lora_A)
+        factor = dy.dtype if rounded else signature.wider(lora_A, lora_B)
+        way = strategies.way("backward", flat(dy), weight, factor, r, dropout)
         self.need_x, self.need_a, need_b = needs
         shape, self.any_weight_strides = x.shape, way.gemm == "cublas"
         arguments = dy, x, s, weight, lora_A, lora_B
         laid_out = self._lay_out(*arguments)
-        self.needs_layout = not _share_memory(arguments, laid_out) or (dy.dim() != 2 and way.thin == "cublas")
+        self.needs_layout = not share_memory(arguments, laid_out) or (dy.dim() != 2 and way.thin == "cublas")
         dy, x, s, weight, a, b = laid_out
         needs_s_b = self.need_x or self.need_a, need_b
-        grad_class = CublasGradSB if way.thin == "cublas" else GradSB
-        self.grad_s_b = grad_class(dy, s, b, needs_s_b, rounded)
+        self.grad_s_b = signature.grad_s_b_by(way, dy, s, b, needs_s_b, rounded)
         ds_dtype = thin_dtype(dy, b, rounded)
-        # cuBLAS applies no mask and multiplies matrices of one dtype only.
-        by_cublas = way.thin == "cublas" and not dropout and ds_dtype is x.dtype
-        self.grad_a = CublasGradA() if by_cublas else GradA(x, ds_dtype, a, dropout) if self.need_a else None
-        self.grad_x = _gemm_class(way, a, b)(dy, weight, None, a, r, dropout, False, shape) if self.need_x else None
+        self.grad_a = signature.grad_a_by(way, x, ds_dtype, a, dropout) if self.need_a else None
+        gemm_class = signature.gemm_of(way, a, b)
+        self.grad_x = gemm_class(dy, weight, None, a, r, dropout, False, shape) if self.need_x else None
 
     def __call__(self, dy, x, s, weight, lora_A, lora_B, scaling: float, keep: DropoutMask | None, stream: int | None):
         if self.needs_layout:
@@ -105,29 +108,7 @@ class BackwardPlan:
     def _lay_out(self, dy, x, s, weight, lora_A, lora_B):
         """Returns the arguments with the shapes and strides that the kernels need."""
         weight = weight if self.any_weight_strides else contiguous_rows(weight)
-        return _flat(dy), _flat(x), s.contiguous(), weight, contiguous_rows(lora_A), contiguous_rows(lora_B)
-
-
-def _wider(lora_A: Tensor, lora_B: Tensor) -> torch.dtype:
-    """Returns the wider dtype of both factors, from which the way of a call is chosen. They usually have one dtype."""
-    return torch.promote_types(lora_A.dtype, lora_B.dtype)
-
-
-def _gemm_class(way: strategies.Way, lora_A: Tensor, lora_B: Tensor) -> type:
-    """Returns the GEMM's class. "gluon" needs both factors in one dtype, otherwise "fused" is used."""
-    mixed = lora_A.dtype is not lora_B.dtype
-    return gemm_class("fused" if mixed and way.gemm == "gluon" else way.gemm)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """Returns the tensor as (n_tokens, d) with contiguous rows."""
-    return contiguous_rows(tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1]))
-
-
-def _share_memory(arguments: tuple, laid_out: tuple) -> bool:
-    """Returns whether laying out copied nothing. The arguments can then be passed as they are, because kernels use only
-    their addresses and the strides in the plan."""
-    return all(a is b or a.data_ptr() == b.data_ptr() for a, b in zip(arguments, laid_out, strict=True))
+        return flat(dy), flat(x), s.contiguous(), weight, contiguous_rows(lora_A), contiguous_rows(lora_B)
 
 
 def forward(
@@ -139,13 +120,11 @@ def forward(
     if not device.is_current(x):
         with torch.cuda.device(x.device):
             return forward(x, weight, bias, lora_A, lora_B, scaling, keep, rounded)
-    if _in_autocast(x):
+    if in_autocast(x):
         with torch.autocast(x.device.type, enabled=False):
             return forward(x, weight, bias, lora_A, lora_B, scaling, keep, rounded)
     if x.numel() == 0 or weight.numel() == 0:  # a grid must not be empty
-        y = x.new_zeros((*x.shape[:-1], len(weight)))
-        y = y if bias is None else y + bias
-        return y, x.new_zeros((x.numel() // max(1, x.shape[-1]), len(lora_A)), dtype=thin_dtype(x, lora_A, rounded))
+        return signature.empty_forward(x, weight, bias, lora_A, rounded)
     scaling, dropout = float(scaling), keep is not None
     if by_jit():
         forward_plan = ForwardPlan(x, weight, bias, lora_A, lora_B, dropout, rounded)
@@ -155,11 +134,11 @@ def forward(
     key = (
         x.shape, x.stride(), x.dtype, device.index(x), weight.shape, weight.stride(), lora_A.stride(), lora_A.dtype,
         lora_B.shape, lora_B.stride(), lora_B.dtype, None if bias is None else (bias.stride(), bias.data_ptr() & 15),
-        addresses & 15 and alignments((x, weight, lora_A, lora_B)), dropout, rounded, _settings(x),
+        addresses & 15 and alignments((x, weight, lora_A, lora_B)), dropout, rounded, signature.settings(x),
     )  # fmt: skip
-    plan = _plans.get(key)
+    plan = signature.plans.get(key)
     if plan is None:
-        plan = _keep(key, ForwardPlan(x, weight, bias, lora_A, lora_B, dropout, rounded), x)
+        plan = signature.keep(key, ForwardPlan(x, weight, bias, lora_A, lora_B, dropout, rounded), x)
     return plan(x, weight, bias, lora_A, lora_B, scaling, keep, device.stream(x))
 
 
@@ -173,7 +152,7 @@ def backward(
     if not device.is_current(x):
         with torch.cuda.device(x.device):
             return backward(dy, x, s, weight, lora_A, lora_B, scaling, keep, rounded, needs)
-    if _in_autocast(x):
+    if in_autocast(x):
         with torch.autocast(x.device.type, enabled=False):
             return backward(dy, x, s, weight, lora_A, lora_B, scaling, keep, rounded, needs)
     if x.numel() == 0 or weight.numel() == 0:
@@ -188,35 +167,9 @@ def backward(
     key = (
         dy.shape, dy.stride(), x.shape, x.stride(), x.dtype, device.index(x), s.stride(), s.dtype, weight.shape,
         weight.stride(), lora_A.stride(), lora_A.dtype, lora_B.shape, lora_B.stride(), lora_B.dtype, needs,
-        addresses & 15 and alignments((dy, x, s, weight, lora_A, lora_B)), dropout, rounded, _settings(x),
+        addresses & 15 and alignments((dy, x, s, weight, lora_A, lora_B)), dropout, rounded, signature.settings(x),
     )  # fmt: skip
-    plan = _plans.get(key)
+    plan = signature.plans.get(key)
     if plan is None:
-        plan = _keep(key, BackwardPlan(dy, x, s, weight, lora_A, lora_B, dropout, rounded, needs), x)
+        plan = signature.keep(key, BackwardPlan(dy, x, s, weight, lora_A, lora_B, dropout, rounded, needs), x)
     return plan(dy, x, s, weight, lora_A, lora_B, scaling, keep, device.stream(x))
-
-
-# ---- The plans
-
-_plans: dict[tuple, Any] = {}  # ForwardPlan or BackwardPlan, as the call that made the key
-
-
-def _settings(x: Tensor) -> tuple:
-    """Returns the settings of the process on which a plan depends: whether float32 products may use TF32, the changes
-    of the measured choices, and torch's carve-out."""
-    return tf32(x), tuned.changes(), device.carveout()
-
-
-def _keep(key: tuple, plan, x: Tensor):
-    """Keeps a plan for a key whose last item is the settings, unless another thread has changed them since. A part of
-    the plan would then be made for the old ones and another part for the new ones."""
-    return keep_plan(_plans, key, plan) if key[-1] == _settings(x) else plan
-
-
-_any_autocast = torch._C._is_any_autocast_enabled
-
-
-def _in_autocast(x: Tensor) -> bool:
-    """Returns whether autocast would cast the operands of torch's products. It is then disabled, because forward's
-    caller has already cast them, and backward may run in another autocast region than forward."""
-    return _any_autocast() and torch.is_autocast_enabled(x.device.type)

@@ -62,6 +62,59 @@ def load_factor(factor, i_r, i_out, m_r, m_out, stride_factor, TRANSPOSED: tl.co
     return tl.load(p_factor, mask=m_r[:, None] & m_out[None, :], other=0.0)
 
 
+@triton.jit
+def place_of(tile, n_tiles_t, n_tiles_out, BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, GROUP: tl.constexpr):
+    """Returns the first row and column of a tile of the result."""
+    group = tile // (GROUP * n_tiles_out)
+    group_rows = tl.minimum(n_tiles_t - group * GROUP, GROUP)
+    within = tile % (GROUP * n_tiles_out)
+    return (group * GROUP + within % group_rows) * BLOCK_T, (within // group_rows) * BLOCK_OUT
+
+
+@triton.jit
+def add_products(
+    left, weight, b_acc,
+    o_t, o_out, i_t, i_out, m_t, m_out,
+    d_in, stride_left, stride_weight,
+    TRANSPOSED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """Returns b_acc + left · W' of one tile, by descriptors if TMA. This is the main loop of the GEMM."""
+    for o_in in range(0, d_in, BLOCK_IN):
+        if TMA:
+            b_left = left.load([o_t, o_in])
+            b_weight = weight.load([o_out, o_in]).T if TRANSPOSED else weight.load([o_in, o_out])
+        else:
+            i_in = o_in + tl.arange(0, BLOCK_IN)
+            m_in = i_in < d_in
+            p_left = left + i_t[:, None] * stride_left + i_in[None, :]
+            if TRANSPOSED:
+                p_weight = weight + i_out[None, :] * stride_weight + i_in[:, None]
+            else:
+                p_weight = weight + i_in[:, None].to(tl.int64) * stride_weight + i_out[None, :]
+            b_left = tl.load(p_left, mask=m_t[:, None] & m_in[None, :], other=0.0)  # [BLOCK_T, BLOCK_IN]
+            b_weight = tl.load(p_weight, mask=m_in[:, None] & m_out[None, :], other=0.0)  # [BLOCK_IN, BLOCK_OUT]
+        b_acc = dot(b_left, b_weight, b_acc, PRECISION)
+    return b_acc
+
+
+@triton.jit
+def store_tile(
+    result, b_acc,
+    o_t, o_out, i_t, i_out, m_t, m_out,
+    d_out,
+    dtype: tl.constexpr, TMA: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr,
+):  # fmt: skip
+    """Stores a tile of the result, rounded. A TMA result is stored in halves of the columns."""
+    if TMA:
+        # split takes the last dimension, so the left and right half of the columns are moved there.
+        low, high = tl.split(tl.permute(tl.reshape(b_acc, (BLOCK_T, 2, BLOCK_OUT // 2)), (0, 2, 1)))
+        result.store([o_t, o_out], round_to(low, dtype))
+        result.store([o_t, o_out + BLOCK_OUT // 2], round_to(high, dtype))
+    else:
+        p_result = result + i_t[:, None] * d_out + i_out[None, :]
+        tl.store(p_result, round_to(b_acc, dtype), mask=m_t[:, None] & m_out[None, :])
+
+
 @triton.jit(do_not_specialize=["seed", "in_memory", "drop_level", "n_tokens"])
 def lora_linear_kernel(
     left, weight, result, bias, thin, factor,
@@ -78,11 +131,7 @@ def lora_linear_kernel(
     # disable_licm: values that do not depend on the tile are recomputed for each, because keeping them in registers
     # over the main loop would spill.
     for tile in tl.range(tl.program_id(0), n_tiles_t * n_tiles_out, tl.num_programs(0), disable_licm=True):
-        group = tile // (GROUP * n_tiles_out)
-        group_rows = tl.minimum(n_tiles_t - group * GROUP, GROUP)
-        within = tile % (GROUP * n_tiles_out)
-        o_t = (group * GROUP + within % group_rows) * BLOCK_T
-        o_out = (within // group_rows) * BLOCK_OUT
+        o_t, o_out = place_of(tile, n_tiles_t, n_tiles_out, BLOCK_T, BLOCK_OUT, GROUP)
         i_t = o_t.to(tl.int64) + tl.arange(0, BLOCK_T)
         i_out = o_out.to(tl.int64) + tl.arange(0, BLOCK_OUT)
         m_t, m_out = i_t < n_tokens, i_out < d_out
@@ -98,29 +147,13 @@ def lora_linear_kernel(
             b_acc = drop(b_acc, keep_mask(seed, in_memory, drop_level, i_t, o_out, BLOCK_OUT))
         if HAS_BIAS:
             b_acc += tl.load(bias + i_out, mask=m_out, other=0.0).to(tl.float32)[None, :]
-        for o_in in range(0, d_in, BLOCK_IN):
-            if TMA:
-                b_left = left.load([o_t, o_in])
-                b_weight = weight.load([o_out, o_in]).T if TRANSPOSED else weight.load([o_in, o_out])
-            else:
-                i_in = o_in + tl.arange(0, BLOCK_IN)
-                m_in = i_in < d_in
-                p_left = left + i_t[:, None] * stride_left + i_in[None, :]
-                if TRANSPOSED:
-                    p_weight = weight + i_out[None, :] * stride_weight + i_in[:, None]
-                else:
-                    p_weight = weight + i_in[:, None].to(tl.int64) * stride_weight + i_out[None, :]
-                b_left = tl.load(p_left, mask=m_t[:, None] & m_in[None, :], other=0.0)  # [BLOCK_T, BLOCK_IN]
-                b_weight = tl.load(p_weight, mask=m_in[:, None] & m_out[None, :], other=0.0)  # [BLOCK_IN, BLOCK_OUT]
-            b_acc = dot(b_left, b_weight, b_acc, PRECISION)
-        if TMA:
-            # split takes the last dimension, so the left and right half of the columns are moved there.
-            low, high = tl.split(tl.permute(tl.reshape(b_acc, (BLOCK_T, 2, BLOCK_OUT // 2)), (0, 2, 1)))
-            result.store([o_t, o_out], round_to(low, dtype))
-            result.store([o_t, o_out + BLOCK_OUT // 2], round_to(high, dtype))
-        else:
-            p_result = result + i_t[:, None] * d_out + i_out[None, :]
-            tl.store(p_result, round_to(b_acc, dtype), mask=m_t[:, None] & m_out[None, :])
+        b_acc = add_products(
+            left, weight, b_acc,
+            o_t, o_out, i_t, i_out, m_t, m_out,
+            d_in, stride_left, stride_weight,
+            TRANSPOSED, TMA, PRECISION, BLOCK_IN,
+        )  # fmt: skip
+        store_tile(result, b_acc, o_t, o_out, i_t, i_out, m_t, m_out, d_out, dtype, TMA, BLOCK_T, BLOCK_OUT)
 
 
 @triton.jit(do_not_specialize=["seed", "in_memory", "drop_level", "n_tokens", "n_parts"])

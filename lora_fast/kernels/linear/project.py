@@ -73,8 +73,10 @@ class Project:
         dtype = thin_dtype(x, lora_A, rounded)
         tile = tiles.project(x, r, short, wide=is_wide(x, lora_A))
         splits, d_in_per_split = tiles.split_of_few(n_tokens, d_in, r, tile) if split else (1, d_in)
-        self.shape = (splits, n_tokens, r) if split else (n_tokens, r)
-        self.empty = allocator(self.shape, torch.float32 if split else dtype, x.device)
+        self.splits = splits
+        self.empty = allocator(
+            (splits, n_tokens, r) if split else (n_tokens, r), torch.float32 if split else dtype, x.device
+        )
         self.launch = Launch(
             lora_project_kernel, (triton.cdiv(n_tokens, tile.t), splits, triton.cdiv(r, tile.r)),
             (n_tokens, d_in, x.stride(0), lora_A.stride(0), d_in_per_split),

@@ -290,6 +290,29 @@ def strategy(
     return best(direction, call, tiles.limits(left.device), "pass", gemm, device.carveout()).gemm
 
 
+def thin_way(dy: torch.Tensor, d_in: int, factor: torch.dtype, r: int, dropout: bool) -> Way:
+    """Returns the way of a layer's backward without dx, whose thin products are those of the whole backward."""
+    call = Call(len(dy), d_in, dy.shape[1], r, dy.dtype, factor, dropout)
+    return best("backward", call, tiles.limits(dy.device), tiles.assumed("thin"), "cublas", device.carveout())
+
+
+def group_strategy(dys: Sequence[torch.Tensor], weights, factor: torch.dtype, r: int, dropout: bool) -> str:
+    """Returns the strategy of the GEMM that computes dx of a group, "fused" or "cublas". ``r``: the largest rank. It is
+    "cublas" if that was measured, or is the only one that can stream its operands, for any member. The estimate is that
+    of one layer with all members' outputs, and cuBLAS reads and writes dx once more for each further member."""
+    chosen = {_gemm("backward", dy, weight, r, dropout) for dy, weight in zip(dys, weights, strict=True)}
+    if "cublas" in chosen:
+        return "cublas"
+    if None not in chosen:
+        return "fused"
+    (n_tokens, _), d_in, d_out = dys[0].shape, weights[0].shape[1], sum(map(len, weights))
+    call = Call(n_tokens, d_in, d_out, r, dys[0].dtype, factor, dropout)
+    costs = CostModel(call, tiles.limits(dys[0].device), device.carveout())
+    fused, cublas = (costs.gemm(gemm, d_out, d_in, dropout) for gemm in GEMMS)
+    again = costs.memory(2.0 * n_tokens * d_in * costs.size)
+    return "fused" if fused <= cublas + (len(dys) - 1) * again else "cublas"
+
+
 def _gemm(direction: str, left: torch.Tensor, weight: torch.Tensor, r: int, dropout: bool) -> str | None:
     """Returns the GEMM's strategy if it is assumed, measured, or the only one that can stream its operands, else
     None."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels.grouping import group_by, map_groups
+from ...kernels.grouping import group_by
 from ..observers import sees_ops
 from .rounding import noise
 
@@ -108,22 +108,15 @@ def thin_gradients(
 
 
 # ---- Several layers of one x. A member is (weight, bias, lora_A, lora_B, scaling, keep), as arguments of ``forward``.
+# S, da and db are products of their own here: those of stacked factors would have other bits.
 
 
 def group_forward(
     x: Tensor, members: Sequence[tuple], rounded: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    """Returns y (..., d_out) and S (n_tokens, r) of each member. Those without dropout share one product with x."""
-    rows = _rows(x)
-
-    def projects(factors: list[Tensor], keeps: list) -> tuple:
-        return (project(rows, _stacked(factors), keeps[0], rounded).split([len(a) for a in factors], 1),)
-
-    _, _, factors, _, _, keeps = zip(*members, strict=True)
-    ss = [s for (s,) in map_groups(projects, lambda a, keep: (a.dtype, id(keep)), factors, keeps)]
-    calls = zip(members, ss, strict=True)
-    ys = [_unflat(linear(rows, w, bias, s, b, scaling), x) for (w, bias, _, b, scaling, _), s in calls]
-    return ys, ss
+    """Returns y (..., d_out) and S (n_tokens, r) of each member."""
+    results = [forward(x, w, bias, a, b, scaling, keep, rounded) for w, bias, a, b, scaling, keep in members]
+    return [y for y, _ in results], [s for _, s in results]
 
 
 def group_backward(
@@ -132,22 +125,17 @@ def group_backward(
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:  # fmt: skip
     """Returns dx, and da and db of each member, None where ``needs`` (of x, of each a and of each b) is False. A member
     whose dy is None has no gradients."""
-    need_x, need_a, need_b = needs
-    das: list[Any] = [None] * len(members)
-    dbs, dss = list(das), list(das)
-    used = [i for i, dy in enumerate(dys) if dy is not None]
-    for i in used:
-        _, _, _, b, scaling, _ = members[i]
-        dss[i], dbs[i] = grad_s_b(_rows(dys[i]), ss[i], b, scaling, need_x or need_a[i], need_b[i], rounded)
-    with_a = [i for i in used if need_a[i]]
-    columns = [dss[i] for i in with_a], [members[i][2] for i in with_a], [members[i][5] for i in with_a]
-
-    def grads(thin: list[Tensor], factors: list[Tensor], keeps: list) -> tuple:
-        return (grad_a(_rows(x), _beside(thin), factors[0], keeps[0]).split([len(a) for a in factors]),)
-
-    for i, (da,) in zip(with_a, map_groups(grads, _kind, *columns), strict=True):
-        das[i] = da
-    parts = [(dys[i], members[i][0], dss[i], members[i][2], members[i][5]) for i in used] if need_x else []
+    need_x, *needs_of_factors = needs
+    parts, das, dbs = [], [], []
+    for dy, s, (weight, _, a, b, scaling, keep), need_a, need_b in zip(
+        dys, ss, members, *needs_of_factors, strict=True
+    ):
+        needed = dy is not None and (need_x or need_a), dy is not None and need_a, dy is not None and need_b
+        ds, da, db = thin_gradients(dy, x, s, a, b, scaling, keep, rounded, needed) if any(needed) else (None,) * 3
+        das.append(da)
+        dbs.append(db)
+        if need_x and dy is not None:
+            parts.append((dy, weight, ds, a, keep))
     return group_grad_x(x, parts) if parts else None, das, dbs
 
 

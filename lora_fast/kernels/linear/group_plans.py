@@ -1,0 +1,211 @@
+"""The plans of forward and backward of several layers that read the same x (groups.py).
+
+Forward is one pass over x for all S (group.py), then a GEMM a member, as in a single layer. Backward is a pass over dy
+a member, one pass over x for all da, and one dx for all members (group_gemm.py). Plans are kept by the signature of all
+members, as in ``linear/__init__.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..launch import allocator, contiguous_rows, thin_dtype
+from . import signature, strategies
+from .cublas import CublasProject
+from .gemm import CublasGemm, gemm_class
+from .group import GroupGradA, GroupProject, passes, token_steps
+from .group_gemm import CublasGroupGemm, FusedGroupGemm, Part
+from .project import Project
+from .signature import flat, share_memory
+
+Members = Sequence[tuple]  # (weight, bias, lora_A, lora_B, scaling, keep) of each member
+Needs = tuple[bool, Sequence[bool], Sequence[bool]]  # which gradients are needed: of x, of each a, of each b
+
+
+def _way(direction: str, tall: Tensor, member: tuple, rounded: bool) -> strategies.Way:
+    """Returns the way in which the member would run alone."""
+    weight, _, lora_A, lora_B, _, keep = member
+    factor = tall.dtype if rounded else signature.wider(lora_A, lora_B)
+    return strategies.way(direction, tall, weight, factor, len(lora_A), keep is not None)
+
+
+def _laid_out(member: tuple, any_weight_strides: bool) -> tuple:
+    """Returns the member with the strides that the kernels need. cuBLAS takes a weight with any strides."""
+    weight, bias, lora_A, lora_B, *rest = member
+    weight = weight if any_weight_strides else contiguous_rows(weight)
+    bias = None if bias is None else bias.contiguous()
+    return weight, bias, contiguous_rows(lora_A), contiguous_rows(lora_B), *rest
+
+
+def tensors_of(members: Members, *others: Tensor | None) -> tuple:
+    return tuple([t for member in (*members, others) for t in member[:4] if t is not None])
+
+
+class GroupForwardPlan:
+    """Computes every y and S for one signature."""
+
+    def __init__(self, x: Tensor, members: Members, rounded: bool):
+        ways = [_way("forward", flat(x), member, rounded) for member in members]
+        self.any_strides = [way.gemm == "cublas" for way in ways]
+        arguments, shape = (members, x), x.shape
+        x, members = self._lay_out(x, members)
+        copies = not share_memory(tensors_of(*arguments), tensors_of(members, x))
+        self.needs_layout = copies or (len(shape) != 2 and any(way.thin == "cublas" for way in ways))
+        key = lambda i: None if members[i][5] or ways[i].thin == "cublas" else (ways[i].thin, members[i][2].dtype)
+        self.passes = [
+            (where, _project(ways[where[0]], x, [members[i] for i in where], rounded))
+            for where in passes(range(len(members)), key, lambda i: len(members[i][2]))
+        ]
+        parts = {i: project.splits for where, project in self.passes for i in where if ways[i].thin == "split"}
+        self.gemms, self.empty_s = [], [None] * len(members)
+        for i, (weight, bias, a, b, *_) in enumerate(members):
+            operands = x, weight, bias, b, len(a), False, True, (*shape[:-1], len(weight))
+            if i in parts:
+                self.gemms.append(CublasGemm(*operands, n_parts=parts[i]))
+                self.empty_s[i] = allocator((len(x), len(a)), thin_dtype(x, a, rounded), x.device)
+            else:
+                self.gemms.append(signature.gemm_of(ways[i], a, b)(*operands))
+
+    def __call__(self, x: Tensor, members: Members, stream: int | None) -> tuple[list[Tensor], list[Tensor]]:
+        if self.needs_layout:
+            x, members = self._lay_out(x, members)
+        ss: list = [None] * len(members)
+        for where, project in self.passes:
+            if len(where) == 1:
+                _, _, lora_A, _, _, keep = members[where[0]]
+                ss[where[0]] = project(x, lora_A, keep, stream)
+            else:
+                for i, s in zip(where, project(x, [members[i][2] for i in where], stream), strict=True):
+                    ss[i] = s
+        ys = []
+        for i, (weight, bias, _, lora_B, scaling, _) in enumerate(members):
+            arguments = x, weight, bias, ss[i], lora_B, float(scaling), None, stream
+            empty_s = self.empty_s[i]
+            if empty_s is None:
+                ys.append(self.gemms[i](*arguments))
+            else:  # the GEMM's update adds the parts and writes S
+                ss[i] = empty_s()
+                ys.append(self.gemms[i](*arguments, ss[i]))
+        return ys, ss
+
+    def _lay_out(self, x: Tensor, members: Members) -> tuple[Tensor, Members]:
+        """Returns x and the members with the shapes and strides that the kernels need."""
+        return flat(x), [_laid_out(*each) for each in zip(members, self.any_strides, strict=True)]
+
+
+def _project(way: strategies.Way, x: Tensor, members: Members, rounded: bool):
+    """Returns the pass over x for members with the same way."""
+    short, split = way.thin != "pass", way.thin == "split"
+    if len(members) > 1:
+        return GroupProject(x, [lora_A for _, _, lora_A, *_ in members], rounded, short, split)
+    (_, _, lora_A, _, _, keep), = members  # fmt: skip
+    by_cublas = way.thin == "cublas"
+    return CublasProject(x, lora_A, rounded) if by_cublas else Project(x, lora_A, bool(keep), rounded, short, split)
+
+
+class SingleGemm:
+    """dx of one member, as in a single layer, with the arguments of ``FusedGroupGemm``."""
+
+    def __init__(self, parts: Sequence[Part], shape: tuple[int, ...], strategy: str):
+        (dy, weight, _, lora_A, keep), = parts  # fmt: skip
+        r, dropout = len(lora_A), keep is not None
+        self.gemm = gemm_class(strategy)(dy, weight, None, lora_A, r, dropout, False, shape)
+
+    def __call__(self, parts: Sequence[tuple], stream: int | None = None) -> Tensor:
+        (dy, weight, ds, lora_A, keep), = parts  # fmt: skip
+        return self.gemm(dy, weight, None, ds, lora_A, 1.0, keep, stream)
+
+
+def dx_strategy(parts: Sequence[Part], ds_dtypes: Sequence[torch.dtype]) -> str:
+    """Returns the GEMM's strategy for parts without dS, whose dtypes are given."""
+    dys, weights, _, factors, keeps = zip(*parts, strict=True)
+    dropout, r = any(keep is not None for keep in keeps), max(map(len, factors))
+    if len(parts) > 1:
+        return strategies.group_strategy(dys, weights, max(ds_dtypes, key=lambda d: d.itemsize), r, dropout)
+    gemm = strategies.way("backward", dys[0], weights[0], ds_dtypes[0], r, dropout).gemm
+    # "gluon" does not take a float32 dS beside an a of 16 bits.
+    mixed = ds_dtypes[0] is not dys[0].dtype is factors[0].dtype
+    return "fused" if mixed and gemm == "gluon" else gemm
+
+
+def dx_gemm(parts: Sequence[Part], shape: tuple[int, ...], strategy: str):
+    """Returns what computes dx from parts that are laid out."""
+    if len(parts) == 1:
+        return SingleGemm(parts, shape, strategy)
+    return CublasGroupGemm(parts, shape) if strategy == "cublas" else FusedGroupGemm(parts, shape)
+
+
+class GroupBackwardPlan:
+    """Computes dx, every da and every db for one signature. Nothing is computed for a member whose dy is None."""
+
+    def __init__(self, dys, x: Tensor, ss, members: Members, rounded: bool, needs: Needs):
+        need_x, need_a, need_b = needs
+        used = self.used = [i for i, dy in enumerate(dys) if dy is not None and (need_x or need_a[i] or need_b[i])]
+        self.reads_x = any(need_a[i] for i in used)
+        rows = {i: flat(dys[i]) for i in used}
+        ways = {i: _way("backward", rows[i], members[i], rounded) for i in used}
+        dtypes = {i: thin_dtype(rows[i], members[i][3], rounded) for i in used}
+        part_of = lambda i: Part(dys[i], members[i][0], None, members[i][2], members[i][5])
+        parts = [part_of(i)._replace(dy=rows[i]) for i in used] if need_x else []
+        strategy = dx_strategy(parts, list(dtypes.values())) if parts else "cublas"
+        self.any_strides = strategy == "cublas"
+        arguments, shape = (members, x if self.reads_x else None, *dys, *ss), x.shape
+        dys, x, ss, members = self._lay_out(dys, x, ss, members)
+        copies = not share_memory(tensors_of(*arguments), tensors_of(members, x if self.reads_x else None, *dys, *ss))
+        by_cublas = (need_x and strategy == "cublas") or any(way.thin == "cublas" for way in ways.values())
+        self.needs_layout = copies or (len(shape) != 2 and by_cublas)
+        self.grad_s_b = []
+        for i in used:
+            s, thin_needs = dys[i] if ss[i] is None else ss[i], (need_x or need_a[i], need_b[i])
+            self.grad_s_b.append(signature.grad_s_b_by(ways[i], dys[i], s, members[i][3], thin_needs, rounded))
+        self.grad_a = _grad_a_passes([i for i in used if need_a[i]], x, members, ways, dtypes)
+        self.grad_x = dx_gemm([part_of(i) for i in used], shape, strategy) if parts else None
+
+    def __call__(self, dys, x: Tensor, ss, members: Members, stream: int | None):
+        if self.needs_layout:
+            dys, x, ss, members = self._lay_out(dys, x, ss, members)
+        das, dbs, dss = [[None] * len(members) for _ in range(3)]
+        for i, grad_s_b in zip(self.used, self.grad_s_b, strict=True):
+            _, _, _, lora_B, scaling, _ = members[i]
+            dy, s = dys[i], ss[i]
+            dss[i], dbs[i] = grad_s_b(dy, dy if s is None else s, lora_B, float(scaling), stream)
+        for where, grad_a in self.grad_a:
+            if len(where) == 1:
+                i = where[0]
+                das[i] = grad_a(x, dss[i], members[i][2], members[i][5], stream)
+            else:
+                for i, da in zip(where, grad_a(x, [dss[i] for i in where], stream), strict=True):
+                    das[i] = da
+        if self.grad_x is None:
+            return None, das, dbs
+        parts = [(dys[i], members[i][0], dss[i], members[i][2], members[i][5]) for i in self.used]
+        return self.grad_x(parts, stream), das, dbs
+
+    def _lay_out(self, dys, x: Tensor, ss, members: Members) -> tuple:
+        """Returns the arguments with the shapes and strides that the kernels need."""
+        dys = [None if dy is None else flat(dy) for dy in dys]
+        ss = [None if s is None else s.contiguous() for s in ss]
+        return dys, flat(x) if self.reads_x else x, ss, [_laid_out(member, self.any_strides) for member in members]
+
+
+def _grad_a_passes(wanted: list[int], x: Tensor, members: Members, ways: dict, dtypes: dict) -> list[tuple]:
+    """Returns the passes over x that compute da of these members, each with its members. ``dtypes`` are those of dS."""
+
+    def key(i: int) -> tuple | None:
+        lora_A, keep = members[i][2], members[i][5]
+        if keep is not None or (ways[i].thin == "cublas" and dtypes[i] is x.dtype):
+            return None
+        return dtypes[i], lora_A.dtype, token_steps(x, dtypes[i], len(lora_A))
+
+    result = []
+    for where in passes(wanted, key, lambda i: len(members[i][2])):
+        i, factors = where[0], [members[j][2] for j in where]
+        if len(where) > 1:
+            result.append((where, GroupGradA(x, dtypes[i], factors)))
+        else:
+            grad_a = signature.grad_a_by(ways[i], x, dtypes[i], factors[0], members[i][5] is not None)
+            result.append((where, grad_a))
+    return result

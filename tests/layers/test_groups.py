@@ -1,0 +1,535 @@
+"""Layers of one parent that are called with the same x, against the formula in float64 by torch's own autograd.
+
+Every case runs twice: "entered", where the layers find each other (the first call), and "together", where the first
+one computes all.
+"""
+
+import copy
+import gc
+import io
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lora_fast as lf
+from lora_fast.layers import groups
+from lora_fast.layers.groups import Siblings
+
+D, STAGES, LAYERS = 12, ("entered", "together"), ("q", "k", "v")
+D_OUT = {"q": D, "k": 6, "v": 6, "o": D}
+
+
+class Attention(nn.Module):
+    """q, k, v of x and o of something else."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        for i, (name, d_out) in enumerate(D_OUT.items()):
+            self.add_module(name, nn.Linear(D, d_out, bias=i % 2 == 0, dtype=dtype))
+
+    def forward(self, x, called=LAYERS):
+        q, k, v = (getattr(self, name)(x) if name in called else x[..., : D_OUT[name]] for name in LAYERS)
+        return self.o(q * torch.cat((k.sin(), v.cos()), -1))
+
+
+def model_of(dtype=torch.float64, group=True, config=None):
+    torch.manual_seed(0)
+    model = Attention(dtype)
+    lf.inject_(model, config or lf.LoRAConfig(r=3, alpha=6), group=group)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def settled(model, stage):
+    """Calls the model once, if it is to know its groups."""
+    if stage == "together":
+        with torch.no_grad():
+            model(torch.zeros(2, D, dtype=model.o.weight.dtype))
+        assert lf.groups(model).groups == [LAYERS]
+    return model
+
+
+class Formula(nn.Module):
+    """PEFT's formula of a layer, in plain torch ops over the same parameters."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        layer = self.layer
+        low_rank = F.linear(F.linear(x, layer.lora_A), layer.lora_B) * layer.scaling
+        return F.linear(x, layer.weight, layer.bias) + low_rank
+
+
+def formula_of(model):
+    plain = Attention(torch.float64)
+    for name in D_OUT:
+        setattr(plain, name, Formula(getattr(model, name)))
+    return plain
+
+
+def count_nodes(result, name):
+    """Returns how many nodes of this name the graph has."""
+    seen, stack = set(), [result.grad_fn]
+    while stack:
+        if (node := stack.pop()) is not None and node not in seen:
+            seen.add(node)
+            stack += [other for other, _ in node.next_functions]
+    return sum(node.name() == name for node in seen)
+
+
+def x_of(dtype=torch.float64, *shape):
+    torch.manual_seed(1)
+    return torch.randn(*(shape or (2, 5, D)), dtype=dtype).requires_grad_()
+
+
+def gradients(model, run, x):
+    """Returns the result of run(model, x), and the gradients of x and of all adapters, which ``run`` has filled."""
+    model.zero_grad()
+    x.grad = None
+    value = run(model, x)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {"value": value.detach(), "x": x.grad, **{name.replace(".layer.", "."): g for name, g in grads.items()}}
+
+
+def all_parts(m, x):
+    return m(x).square().sum()
+
+
+def subset(m, x):
+    return m(x, called="qv").square().sum()
+
+
+def without_the_first(m, x):
+    return (m.k(x).sin().sum() * m.v(x).cos()).sum()
+
+
+def other_uses(m, x):
+    return (m(x) * x.exp() + m.o(x.tanh())).square().sum() + x.pow(3).sum()
+
+
+def two_tensors(m, x):
+    y = x * 2
+    return (m.q(x) * m.q(y)).sum() + (m.k(y) * m.v(x)).sum() + (m.k(x) * m.v(y)).sum()
+
+
+def called_twice(m, x):
+    return (m.q(x) * m.q(x) + torch.cat((m.k(x), m.k(x)), -1)).square().sum()
+
+
+def views(m, x):
+    q = m.q(x).view(2, 5, 2, 6).transpose(1, 2)
+    return (q * m.k(x).view(2, 5, 1, 6).transpose(1, 2)).square().sum() + m.v(x).mul_(2).relu_().sum()
+
+
+def backward(run):
+    def step(m, x):
+        value = run(m, x)
+        value.backward()
+        return value
+
+    return step
+
+
+def checkpointed(reentrant):
+    def step(m, x):
+        value = checkpoint(lambda y: all_parts(m, y * 1), x, use_reentrant=reentrant)
+        value.backward()
+        return value
+
+    return step
+
+
+def retained(m, x):
+    value = all_parts(m, x)
+    value.backward(retain_graph=True)
+    value.backward()
+    return value
+
+
+def one_gradient(m, x):
+    value = all_parts(m, x)
+    layer = m.k.layer if isinstance(m.k, Formula) else m.k
+    (layer.lora_A.grad,) = torch.autograd.grad(value, [layer.lora_A], retain_graph=True)
+    value.backward()
+    return value
+
+
+def second_derivatives(m, x):
+    (dx,) = torch.autograd.grad(all_parts(m, x), x, create_graph=True)
+    value = dx.square().sum() + all_parts(m, x)
+    value.backward()
+    return value
+
+
+def hooks_on_x(m, x):
+    y = x * 1
+    y.register_hook(lambda grad: grad * 3)
+    value = all_parts(m, y)
+    value.backward()
+    return value
+
+
+def unused_result(m, x):
+    m.v(x)
+    value = (m.q(x).sum() * m.k(x)).sum()
+    value.backward()
+    return value
+
+
+RUNS = {
+    **{f.__name__: backward(f) for f in (all_parts, subset, without_the_first, other_uses, two_tensors, called_twice)},
+    "views": backward(views),
+    "checkpointed": checkpointed(False),
+    "checkpointed, reentrant": checkpointed(True),
+    **{f.__name__: f for f in (retained, one_gradient, second_derivatives, hooks_on_x, unused_result)},
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_gradients_are_autograds(run, stage):
+    model = settled(model_of(), stage)
+    expected = gradients(formula_of(model), run, x_of())
+    for turn in range(2):  # the second one with what the first one has found out
+        got = gradients(model, run, x_of())
+        assert got.keys() == expected.keys()
+        for name, grad in got.items():
+            if expected[name] is None:
+                assert grad is None or not grad.any(), (turn, name)
+            else:
+                torch.testing.assert_close(grad, expected[name], rtol=1e-12, atol=1e-12, msg=f"{turn} {name}")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_the_stage_and_are_those_of_single_layers_but_for_dx(dtype, dropout):
+    config = lf.LoRAConfig(r=3, alpha=6, dropout=dropout)
+    alone = model_of(dtype, group=False, config=config)
+    model = model_of(dtype, config=config)
+    results = []
+    for m in (alone, model, model, model):
+        torch.manual_seed(3)
+        results.append(gradients(m, RUNS["all_parts"], x_of(dtype)))
+    assert lf.groups(model).groups == [LAYERS] and not lf.groups(alone).groups
+    dx, others = zip(*((result.pop("x"), result) for result in results), strict=True)
+    for result in others[1:]:
+        assert all(torch.equal(others[0][name], value) for name, value in result.items())
+    assert torch.equal(dx[1], dx[2]) and torch.equal(dx[1], dx[3])
+    # One rounding a member, in units of the largest of the sums.
+    assert (dx[1] - dx[0]).abs().max() <= 4 * torch.finfo(dtype).eps * dx[0].abs().max()
+
+
+def test_a_group_is_one_node_and_saves_x_once():
+    model = settled(model_of(), "together")
+    x = x_of()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = torch.cat([getattr(model, name)(x) for name in LAYERS], -1)
+    frozen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    kept = {address: size for address, size in storages.items() if address not in frozen}
+    assert kept == {x.data_ptr(): x.nbytes} | {a: s for a, s in kept.items() if a != x.data_ptr()}
+    assert sum(kept.values()) == x.nbytes + 10 * 3 * 3 * x.element_size()  # and S of three members
+    assert count_nodes(y, "LoRAGroupFunctionBackward") == 1 and count_nodes(y, "LoRALinearFunctionBackward") == 0
+
+
+def test_what_does_not_match_is_no_group():
+    model = settled(model_of(), "together")
+    x = x_of()
+    changed = (x * 1).detach().requires_grad_()
+    q = model.q(changed)
+    with torch.no_grad():
+        changed.add_(1)
+    torch.testing.assert_close(model.k(changed), Formula(model.k)(changed))  # another version
+    weights = model_of()
+    settled(weights, "together").q(x)
+    with torch.no_grad():
+        weights.k.lora_B.mul_(2)
+        weights.v.weight.add_(1)
+    torch.testing.assert_close(weights.k(x), Formula(weights.k)(x))
+    torch.testing.assert_close(weights.v(x), Formula(weights.v)(x))
+    with torch.no_grad():
+        k = settled(model_of(), "together")
+        k.q(x)
+    assert k.k(x).requires_grad  # another state of autograd
+    assert q.requires_grad
+
+
+def test_a_layer_that_is_called_otherwise_is_no_longer_computed_with_the_others():
+    model = settled(model_of(), "together")
+    x = x_of()
+    model(x, called="qk")
+    assert not groups._thread.met.waiting
+    with torch.no_grad():
+        calls = []
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: calls.append(1))
+        handle.remove()
+        model(x)
+    report = lf.groups(model)
+    assert report.groups == [("q", "k")] and "as expected" in report.left["v"]
+    expected = gradients(formula_of(model), RUNS["all_parts"], x_of())
+    got = gradients(model, RUNS["all_parts"], x_of())
+    assert all(torch.allclose(got[name], expected[name], rtol=1e-12) for name in expected)
+
+
+@pytest.mark.parametrize("change", ["merged", "disabled", "frozen", "fallback", "hooked"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_members_in_other_states(stage, change):
+    model = settled(model_of(), stage)
+    handle = None
+    if change == "merged":
+        model.k.merge()
+    elif change == "disabled":
+        model.k.set_disabled_(True)
+    elif change == "frozen":
+        model.k.lora_A.requires_grad_(False)
+        model.v.lora_A.requires_grad_(False), model.v.lora_B.requires_grad_(False)
+    elif change == "fallback":
+        model.k.weight = nn.Parameter(model.k.weight.as_subclass(Marked), requires_grad=False)
+    else:
+        handle = model.k.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+    formula = formula_of(model)
+    if change in ("merged", "disabled"):
+        formula.k.forward = lambda x: F.linear(x, model.k.weight, model.k.bias)
+    elif change == "hooked":
+        formula.k.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+    for _ in range(2):
+        got = gradients(model, RUNS["all_parts"], x_of())
+        expected = gradients(formula, RUNS["all_parts"], x_of())
+        for name in ("value", "x", "q.lora_A", "q.lora_B"):
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-10, atol=1e-10)
+        if change == "frozen":
+            assert got.keys() == expected.keys()
+    assert (handle is not None) == (change == "hooked")
+
+
+class Marked(torch.Tensor):
+    """A subclass, which the fused op does not serve."""
+
+
+def test_backward_hooks_of_members_see_their_gradients():
+    seen = {}
+    model = settled(model_of(), "together")
+    for name in LAYERS:
+        getattr(model, name).register_full_backward_hook(
+            lambda _, grad_in, grad_out, name=name: seen.update({name: (grad_in[0], grad_out[0])})
+        )
+    x = x_of()
+    all_parts(model, x).backward()
+    expected = x_of()
+    outputs = {name: formula_of(model).get_submodule(name)(expected) for name in LAYERS}
+    y = formula_of(model).o(outputs["q"] * torch.cat((outputs["k"].sin(), outputs["v"].cos()), -1))
+    grads = torch.autograd.grad(y.square().sum(), [*outputs.values(), expected])
+    for (_, grad_out), exact in zip((seen[name] for name in LAYERS), grads, strict=False):
+        torch.testing.assert_close(grad_out, exact)
+    torch.testing.assert_close(x.grad, grads[-1])
+    torch.testing.assert_close(sum(grad_in for grad_in, _ in seen.values()), grads[-1])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_parents_of_one_x(stage):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = Attention(), Attention()
+
+        def forward(self, x):
+            return self.left(x) + self.right(x)
+
+    torch.manual_seed(0)
+    model = Two()
+    lf.inject_(model, lf.LoRAConfig(r=3, alpha=6))
+    x = x_of()
+    if stage == "together":
+        model(x)
+    model(x).square().sum().backward()
+    expected = x_of()
+    sum(formula_of(part)(expected) for part in (model.left, model.right)).square().sum().backward()
+    torch.testing.assert_close(x.grad, expected.grad, rtol=1e-12, atol=1e-12)
+    parents = [{name.split(".")[0] for name in group} for group in lf.groups(model).groups]
+    assert parents == [{"left"}, {"right"}]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_backward_that_failed_leaves_nothing(stage):
+    model = settled(model_of(), stage)
+    x, armed = x_of(), [True]
+
+    def fail(grad):
+        if armed[0]:
+            raise ArithmeticError
+
+    q = model.q(x)
+    q.register_hook(fail)  # q's gradient comes last, if all of them come
+    value = (model.v(x) * 2).sum() + (model.k(x).sin()).sum() + q.square().sum()
+    with pytest.raises(ArithmeticError):
+        value.backward(retain_graph=True)
+    armed[0] = False
+    model.zero_grad()
+    x.grad = None
+    value.backward()
+    formula, expected = formula_of(model), x_of()
+    ((formula.v(expected) * 2).sum() + formula.k(expected).sin().sum() + formula.q(expected).square().sum()).backward()
+    torch.testing.assert_close(x.grad, expected.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+def test_nothing_is_kept_alive_after_the_call(stage, grad):
+    model = settled(model_of(), stage)
+    with torch.set_grad_enabled(grad):
+        x = x_of() * 1
+        y = model(x)
+        kept = weakref.ref(x), weakref.ref(y), weakref.ref(y.grad_fn) if grad else weakref.ref(y)
+    met = groups._thread.met
+    del x, y
+    gc.collect()
+    assert all(reference() is None for reference in kept)
+    assert not met.waiting and met.entered is None
+    alive = weakref.ref(model)
+    del model
+    assert alive() is None  # without the garbage collector
+
+
+def test_results_that_nobody_takes_are_given_up():
+    model = settled(model_of(), "together")
+    x = x_of()
+    y = model.q(x)
+    assert len(groups._thread.met.waiting) == 2
+    waiting = weakref.ref(groups._thread.met.waiting[id(model.k)][-1])
+    y.sum().backward()
+    assert waiting() is None
+    model.q(x)
+    model.o(x.tanh())
+    assert not groups._thread.met.waiting
+
+
+def test_copies_and_pickles_find_their_own_groups():
+    model = settled(model_of(), "together")
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert not lf.groups(other).groups and set(lf.groups(other).left.values()) == {"not called yet"}
+        for _ in range(2):
+            got = gradients(other, RUNS["all_parts"], x_of())
+        assert lf.groups(other).groups == [LAYERS]
+        assert lf.groups(model).groups == [LAYERS]
+        expected = gradients(formula_of(model), RUNS["all_parts"], x_of())
+        torch.testing.assert_close(got["x"], expected["x"], rtol=1e-12, atol=1e-12)
+    assert copy.deepcopy(model.q).siblings is not model.q.siblings
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_threads(stage):
+    model, failed = settled(model_of(), stage), []
+
+    def work(seed):
+        formula = formula_of(model)
+        for turn in range(20):
+            x = torch.randn(3, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + turn))
+            mine, exact = x.clone().requires_grad_(), x.clone().requires_grad_()
+            trained = model.k.lora_A
+            got = torch.autograd.grad(all_parts(model, mine), [mine, trained])
+            expected = torch.autograd.grad(all_parts(formula, exact), [exact, trained])
+            failed.extend(g for g, e in zip(got, expected, strict=True) if not torch.allclose(g, e, rtol=1e-10))
+
+    threads = [threading.Thread(target=work, args=(100 * i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_autocast_casts_x_once(stage):
+    alone, model = model_of(torch.float32, group=False), settled(model_of(torch.float32), stage)
+    results, casts = [], []
+    for m in (alone, model):
+        m.zero_grad()
+        x = x_of(torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = m(x)
+        casts.append(count_nodes(y, "ToCopyBackward0"))
+        y.float().square().sum().backward()
+        results.append((y, x.grad, m.k.lora_A.grad, m.v.lora_B.grad))
+    (y, dx, *grads), (same_y, other_dx, *same_grads) = results
+    assert torch.equal(y, same_y) and all(map(torch.equal, grads, same_grads))
+    assert (dx - other_dx).abs().max() <= 2**-6 * dx.abs().max()
+    assert casts[1] < casts[0]
+
+
+def test_inference_mode_and_no_grad():
+    model = settled(model_of(), "together")
+    x = x_of().detach()
+    exact = formula_of(model)(x).detach()
+    with torch.no_grad():
+        y = model(x)
+    with torch.inference_mode():
+        other = model(x * 1)
+    assert torch.equal(y, other) and torch.allclose(y, exact, rtol=1e-12) and y.grad_fn is None
+
+
+def test_transforms_of_functions_make_no_groups():
+    model = settled(model_of(), "together")
+    x = x_of().detach()
+    loss = lambda x: model(x).square().sum()
+    got = torch.func.vmap(torch.func.grad(loss))(x)
+    exact = x.clone().requires_grad_()
+    formula_of(model)(exact).square().sum().backward()
+    torch.testing.assert_close(got, exact.grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_peft_models_and_group_false(stage):
+    import peft
+
+    def build(**settings):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=list(D_OUT), init_lora_weights=False)
+        model = peft.get_peft_model(Attention(), config)
+        if settings:
+            lf.fuse_(model, **settings)
+        return model
+
+    models = {"PEFT": build(), "alone": build(group=False), "groups": build(group=True)}
+    for _ in STAGES[: 1 + (stage == "together")]:
+        results = {name: gradients(model, RUNS["all_parts"], x_of()) for name, model in models.items()}
+    for name, exact in results["PEFT"].items():
+        torch.testing.assert_close(results["groups"][name], exact, rtol=1e-12, atol=1e-12)
+    prefix = "base_model.model."
+    assert lf.groups(models["groups"]).groups == [tuple(prefix + name for name in LAYERS)]
+    assert not lf.groups(models["alone"]).groups
+    assert set(lf.groups(models["PEFT"]).left.values()) == {"not fused"}
+    lf.unfuse_(models["groups"])
+    assert "siblings" not in models["groups"].base_model.model.q.__dict__
+    report = lf.fuse_(models["groups"])
+    assert len(report.changed) == 4 and not lf.groups(models["groups"]).groups
+
+
+def test_the_report_has_every_layer():
+    model = model_of()
+    assert set(lf.groups(model).left.values()) == {"not called yet"}
+    report = lf.groups(settled(model, "together"))
+    assert report.changed == {"q": "with k, v", "k": "with q, v", "v": "with q, k"}
+    assert report.left == {"o": "its input is no other layer's"} and report.note == "1 groups of 3"
+    assert str(report) == "grouped 3 layers; left 1: o (its input is no other layer's). 1 groups of 3"
+    with pytest.raises(lf.ArgumentError, match="group: expected"):
+        lf.inject_(Attention(), lf.LoRAConfig(r=2), group="no")
+
+
+def test_an_only_child_has_no_siblings():
+    model = Attention()
+    lf.inject_(model, lf.LoRAConfig(r=2, target_modules=["q"]))
+    assert model.q.siblings is None and isinstance(model_of().q.siblings, Siblings)
+    assert lf.groups(model).left == {"q": "group=False, or the only one of its parent"}
