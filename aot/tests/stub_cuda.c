@@ -12,7 +12,7 @@
 #include <string.h>
 
 #define EXPORT __attribute__((visibility("default")))
-enum { MOST = 1024, SLOTS = 40, LARGEST = 128, SHARED_BY_DEFAULT = 48 << 10 };
+enum { MOST = 1024, SLOTS = 96, LARGEST = 128, SHARED_BY_DEFAULT = 48 << 10 };
 
 static const struct card {
     int arch, shared, multiprocessors; /* shared: bytes a block may opt in to */

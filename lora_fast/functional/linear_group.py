@@ -77,15 +77,15 @@ def run_group(x, calls: Sequence[tuple], autocast: bool, at_backward: Callable =
     if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     triton = backend.forward_uses_triton(x)
-    constants, tensors = [], []
-    for *member, scaling, dropout_p, seed in calls:
+    members, tensors = [], []
+    for *call, dropout_p, seed in calls:
         drawn = mask_seed(x, dropout_p, seed, False, triton) if dropout_p > 0.0 else None
-        constants.append(linear_group.Constants(scaling, dropout_p, drawn))
-        tensors += member
+        members.append(linear_group.Member(*call, dropout_p, drawn))
+        tensors += call[:4]
     ops = backend.load_ops("linear", triton)
     if not _grad():
-        return linear_group.forward(ops, x, autocast, constants, *tensors)[0]
-    return _apply(ops, x, autocast, constants, at_backward, *tensors)
+        return linear_group.forward(ops, x, members, autocast)[0]
+    return _apply(ops, x, autocast, members, at_backward, *tensors)
 
 
 def enter(x, autocast: bool) -> tuple[Tensor, linear_group.Entry]:

@@ -120,9 +120,11 @@ TABLE = {
     ("group_grad_x_dropout", 2, 80, 99): [(256, 128, 64, 32, 8, 3)],
     ("group_grad_x_tma", 2, 90, 99): [(256, 128, 128, 32, 8, 3)],
     ("group_grad_x_tma", 2, 90, 227): [(256, 128, 256, 64, 8, 3)],
-    ("group_grad_x_tma", 2, 100, 227): [(256, 128, 128, 64, 8, 4)],
+    # On sm_100 the accumulator of every product is in tensor memory, which holds those of narrow tiles only.
+    ("group_grad_x_tma", 2, 100, 227): [(256, 128, 32, 64, 8, 4)],
+    ("group_grad_x_tma_dropout", 2, 100, 227): [(256, 128, 32, 64, 8, 4)],
     ("group_grad_x_tma_dropout", 2, 90, 99): [(256, 128, 64, 32, 8, 3)],
-    ("group_grad_x_tma_dropout", 2, 90, 227): [(256, 128, 128, 64, 8, 3)],
+    ("group_grad_x_tma_dropout", 2, 90, 227): [(256, 128, 64, 64, 8, 4)],
     ("update", 2, 80, 99): [(256, 64, 128, 0, 8, 1)],
     ("update", 2, 100, 227): [(256, 64, 128, 0, 4, 1)],
     ("update_few", 2, 80, 99): [(256, 16, 128, 0, 4, 1)],
@@ -357,8 +359,10 @@ def group_update(dy: torch.Tensor, ranks: Sequence[int]) -> Tile:
 
 
 def _group_tile(name: str, dy: torch.Tensor, ranks: Sequence[int]) -> Tile:
-    tile = default(name, dy.element_size(), limits(dy.device), max(ranks))
-    return tile._replace(r=min(min(rank_block(max(ranks)), gemm_rank(r)) for r in ranks))
+    """Returns the tile for these ranks. Ranks from 17 on take at least two steps: the code of a loop, unlike that of
+    one step for each member, does not spill."""
+    step = min(GEMM_RANK // 2 if r <= GEMM_RANK else gemm_rank(r) for r in ranks)
+    return default(name, dy.element_size(), limits(dy.device), max(ranks))._replace(r=step)
 
 
 def gemm(forward: bool, dropout: bool) -> str:

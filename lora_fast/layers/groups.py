@@ -92,15 +92,17 @@ class _Met:
     Attributes:
         x: a reference to it.
         state: ``_state`` of the call.
-        waiting: results that were computed and not taken yet, each with the layer, its arguments and their ``_key``.
+        called: ids of the layers that have been called with it. A second call with the same x begins anew.
+        waiting: results that were computed and not taken yet, each with the layer, its arguments and their versions.
         entered: the x that has entered, and its entry, as long as x is alive.
     """
 
-    __slots__ = ("__weakref__", "autocast", "entered", "first", "siblings", "state", "waiting", "x")
+    __slots__ = ("__weakref__", "autocast", "called", "entered", "first", "siblings", "state", "waiting", "x")
 
     def __init__(self, siblings: Siblings, first: Layer, x: Tensor, state: tuple, autocast: bool):
         self.siblings, self.first, self.state, self.autocast = siblings, first, state, autocast
         self.entered: tuple | None = None
+        self.called = {id(first)}
         self.waiting: dict[int, tuple] = {}
         self.x = ref(x)
 
@@ -139,11 +141,12 @@ def run(layer: Layer, x: Tensor, arguments: tuple) -> Tensor:
     if state is None:
         return run_op(x, *arguments)
     siblings, met = layer.siblings, getattr(_thread, "met", None)
-    if met is None or not met.is_of(siblings, x, state):
+    if met is None or not met.is_of(siblings, x, state) or id(layer) in met.called:
         return _first(layer, siblings, x, state, arguments)
+    met.called.add(id(layer))
     if id(layer) in met.waiting:
-        _, _, key, y = met.waiting.pop(id(layer))
-        if key == _key(arguments):
+        _, kept, versions, y = met.waiting.pop(id(layer))
+        if _is_same(kept, versions, arguments):
             return y
         siblings.part(layer)
     siblings.meet(met.first, layer)
@@ -188,7 +191,7 @@ def _together(met: _Met, x: Tensor, layer: Layer, arguments: tuple, group: tuple
     this = ref(met)
     y, *others = run_group(x, [call for *_, call in members], met.autocast, lambda: _forget(this()))
     for (sibling, theirs, _), result in zip(members[1:], others, strict=True):
-        met.waiting[id(sibling)] = sibling, theirs, _key(theirs), result
+        met.waiting[id(sibling)] = sibling, theirs, _versions(theirs), result
     return y
 
 
@@ -210,12 +213,24 @@ def _state(x: Tensor) -> tuple | None:
     )  # fmt: skip
 
 
-def _key(arguments: tuple) -> tuple | None:
-    """Returns what identifies the values of a layer's arguments while their tensors are alive."""
+def _versions(arguments: tuple) -> list[tuple[int, bool]] | None:
+    """Returns what tells whether the tensors among a layer's arguments have been changed; None if nothing does."""
     try:
-        return tuple(
-            (value.data_ptr(), value._version, value.dtype) if isinstance(value, Tensor) else value
-            for value in arguments
-        )
-    except RuntimeError:  # a tensor of inference_mode has no version
-        return (object(),)
+        return [(value._version, value.requires_grad) for value in arguments if isinstance(value, Tensor)]
+    except RuntimeError:  # made under inference_mode
+        return None
+
+
+def _is_same(kept: tuple, versions: list | None, arguments: tuple) -> bool:
+    """Returns whether a layer's arguments have the values that were kept."""
+    if versions is None or versions != _versions(arguments):
+        return False
+    return all([old is new or _are_equal(old, new) for old, new in zip(kept, arguments, strict=True)])
+
+
+def _are_equal(old: Any, new: Any) -> bool:
+    """Returns whether two numbers are equal, or two tensors views of the same memory, as a Conv1D's are."""
+    if not isinstance(old, Tensor) or not isinstance(new, Tensor):
+        return old is not None and new is not None and bool(old == new)
+    layout = lambda tensor: (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+    return layout(old) == layout(new)

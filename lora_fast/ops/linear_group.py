@@ -26,7 +26,6 @@ from .reference.linear import keep_scale
 
 MOST = 4  # members of a node
 _N = 4  # tensors of a member: weight, bias, lora_A, lora_B
-_SAVED = 5  # saved tensors of a member: S, weight, lora_A, lora_B, seed
 
 _traced, _any_autocast, _graph_task = (
     torch.compiler.is_compiling,
@@ -35,46 +34,60 @@ _traced, _any_autocast, _graph_task = (
 )
 
 
-class Constants(NamedTuple):
-    """What a member has beside its tensors. A seed in a tensor is saved apart."""
+class Member(NamedTuple):
+    """A layer of a group. Weight and bias may have another dtype than x under autocast."""
 
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
     scaling: float
     dropout_p: float
     seed: int | Tensor | None
 
 
-def forward(ops, x: Tensor, rounded: bool, constants: Sequence[Constants], *tensors) -> tuple[list, list]:
+def forward(ops, x: Tensor, members: Sequence[Member], rounded: bool) -> tuple[list[Tensor], list[Tensor]]:
     """Returns y (..., d_out) and S (n_tokens, r) of each member. Weights and biases are cast to x's dtype; with
     ``rounded`` (autocast) the factors are rounded to it, too."""
+    calls, dtype = [], x.dtype
+    for weight, bias, a, b, scaling, dropout_p, seed in members:
+        if weight.dtype is not dtype:
+            weight = weight.to(dtype)
+        if bias is not None and bias.dtype is not dtype:
+            bias = bias.to(dtype)
+        scaling, keep = _masked(ops, x, scaling, dropout_p, seed) if dropout_p else (scaling, None)
+        calls.append((weight, bias, a, b, scaling, keep))
     with named("lora_fast::lora_linear_group"):
-        calls = [
-            (_cast(weight, x.dtype), _cast(bias, x.dtype), a, b, *_masked(ops, x, member))
-            for (weight, bias, a, b), member in zip(_in_turn(tensors, _N), constants, strict=True)
-        ]
         return ops.group_forward(x, calls, rounded)
 
 
-def backward(ops, dys, x, members: Sequence[tuple], rounded: bool, needs: Sequence[tuple]) -> tuple:
-    """Returns dx, and da and db of each member (S, weight, lora_A, lora_B, constants). ``needs``: of x, a and b, of
-    each member. Autocast is turned off, as in ``linear.backward``."""
+def backward(ops, dys, x, ss, members: Sequence[Member], rounded: bool, needs: tuple) -> tuple:
+    """Returns dx, and da and db of each member. ``needs``: of x, of each a and of each b. A member whose dy is None has
+    no gradients. Autocast is turned off, as in ``linear.backward``."""
     if _any_autocast():
         with torch.autocast(x.device.type, enabled=False):
-            return backward(ops, dys, x, members, rounded, needs)
+            return backward(ops, dys, x, ss, members, rounded, needs)
+    calls, (need_x, need_a, _), dtype = [], needs, x.dtype
+    for i, (weight, _, a, b, scaling, dropout_p, seed) in enumerate(members):
+        if need_x and weight.dtype is not dtype:  # only dx reads it
+            weight = weight.to(dtype)
+        keep = None
+        if dropout_p:
+            scaling, keep = _masked(ops, x, scaling, dropout_p, seed, dys[i] is not None and (need_x or need_a[i]))
+        calls.append((weight, None, a, b, scaling, keep))
     with named("lora_fast::lora_linear_group_backward"):
-        calls = []
-        for dy, (_, weight, a, b, constants), (need_x, need_a, _) in zip(dys, members, needs, strict=True):
-            weight = _cast(weight, dy.dtype) if need_x else weight  # only dx reads it
-            calls.append((weight, None, a, b, *_masked(ops, x, constants, need_x or need_a)))
-        of_x, of_a, of_b = zip(*needs, strict=True)
-        return ops.group_backward(dys, x, [s for s, *_ in members], calls, rounded, (any(of_x), of_a, of_b))
+        return ops.group_backward(dys, x, ss, calls, rounded, needs)
 
 
-def _each(ops, dys, x, members, rounded, needs) -> tuple:
+def _each(ops, dys, x, ss, members, rounded, needs) -> tuple:
     """Returns what ``backward`` does, by the registered op or by differentiable ops for each member."""
     compute: Any = linear.differentiable_backward if not _traced() and _is_second(dys) else linear.backward_node
     dx, das, dbs = None, [], []
-    for dy, (s, weight, a, b, constants), need in zip(dys, members, needs, strict=True):
-        part, da, db = compute(ops, dy, x, s, weight, a, b, *constants, rounded, need) if any(need) else (None,) * 3
+    for dy, s, member, need_a, need_b in zip(dys, ss, members, *needs[1:], strict=True):
+        weight, _, *rest = member
+        need = needs[0], need_a, need_b
+        used = dy is not None and any(need)
+        part, da, db = compute(ops, dy, x, s, weight, *rest, rounded, need) if used else (None,) * 3
         dx = part if dx is None else dx if part is None else dx + part
         das.append(da)
         dbs.append(db)
@@ -83,7 +96,7 @@ def _each(ops, dys, x, members, rounded, needs) -> tuple:
 
 def _is_second(dys) -> bool:
     """Returns whether backward itself is differentiated or mapped."""
-    return torch.is_grad_enabled() or not all(composite.is_plain(dy) for dy in dys if dy is not None)
+    return torch.is_grad_enabled() or not all([dy is None or composite.is_plain(dy) for dy in dys])
 
 
 def _one_by_one(ops, dys) -> bool:
@@ -91,88 +104,64 @@ def _one_by_one(ops, dys) -> bool:
     return _traced() or _is_second(dys) or (ops is not linear.reference and sees_ops())
 
 
-def _in_turn(tensors: Sequence, size: int) -> list[Sequence]:
-    return [tensors[i : i + size] for i in range(0, len(tensors), size)]
-
-
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Any:
-    return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
-
-
-def _masked(ops, x: Tensor, member: Constants, needed: bool = True) -> tuple:
-    """Returns the scaling with the mask's scale, and the mask; None if there is none or it is not needed."""
-    scaling, dropout_p, seed = member
-    if not dropout_p:
-        return scaling, None
+def _masked(ops, x: Tensor, scaling: float, dropout_p: float, seed, needed: bool = True) -> tuple:
+    """Returns the scaling with the mask's scale, and the mask, or None if it is not needed."""
     return scaling * keep_scale(dropout_p), ops.draw_mask(x, dropout_p, seed) if needed else None
 
 
 class LoRAGroupFunction(torch.autograd.Function):
-    """Computes y of each member. ``tensors``: weight, bias, lora_A and lora_B of one member after the other.
+    """Computes y of each member. ``tensors``: the first four fields of one member after the other, for autograd.
     ``at_backward`` is called when backward runs."""
 
     @staticmethod
     @not_compiled
-    def forward(ctx, ops, x, rounded, constants, at_backward, *tensors):
+    def forward(ctx, ops, x, rounded, members, at_backward, *tensors):
         ctx.set_materialize_grads(False)
-        need_x, needs = ctx.needs_input_grad[1], _needs(ctx)
-        tensors = [
-            linear.kept_weight(tensor, x, need_x) if i % _N == 0 else tensor for i, tensor in enumerate(tensors)
-        ]  # fmt: skip
-        ys, ss = forward(ops, x, rounded, constants, *tensors)
+        _, need_x, _, _, _, *needs = ctx.needs_input_grad
+        ys, ss = forward(ops, x, members, rounded)
         saved, ctx.unread = [], []
-        for (weight, _, a, b), s, member, (_, need_a, _) in zip(
-            _in_turn(tensors, _N), ss, constants, needs, strict=True
-        ):
-            read, unread = linear.read_and_unread(weight, a, b, need_x, need_a)
-            saved += s, *read, member.seed if isinstance(member.seed, Tensor) else None
-            ctx.unread.append(unread)
-        ctx.save_for_backward(x if any(need_a for _, need_a, _ in needs) else None, *saved)
+        for (weight, _, a, b, *_), need_a in zip(members, needs[2::_N], strict=True):
+            read, unread = linear.read_and_unread(linear.kept_weight(weight, x, need_x), a, b, need_x, need_a)
+            saved += read
+            ctx.unread += unread
+        seeds = [m.seed if isinstance(m.seed, Tensor) else None for m in members]
+        ctx.save_for_backward(x if any(needs[2::_N]) else None, *ss, *saved, *seeds)
         ctx.ops, ctx.rounded, ctx.at_backward = ops, rounded, at_backward  # ops draw different dropout masks
-        ctx.constants = [m._replace(seed=None) if isinstance(m.seed, Tensor) else m for m in constants]
-        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in tensors[1::_N]]
+        ctx.numbers = [(m.scaling, m.dropout_p, None if isinstance(m.seed, Tensor) else m.seed) for m in members]
+        ctx.bias_dtypes = [None if m.bias is None else m.bias.dtype for m in members]
         return tuple(ys)
 
     @staticmethod
     @not_compiled
     def backward(ctx, *dys):
         ctx.at_backward()
-        need_x, all_needs = ctx.needs_input_grad[1], _needs(ctx)
-        used = [i for i, dy in enumerate(dys) if dy is not None]
-        needs = [(need_x, all_needs[i][1], all_needs[i][2]) for i in used]
-        grads: list = [None] * (_N * len(dys))
+        _, need_x, _, _, _, *flat = ctx.needs_input_grad
+        needs = need_x, flat[2::_N], flat[3::_N]
+        grads: list = [None] * len(flat)
         dx = None
-        if any(map(any, needs)):
-            some, (x, members) = [dys[i] for i in used], _members(ctx, dys, used)
-            compute = _each if _one_by_one(ctx.ops, some) else backward
-            dx, das, dbs = compute(ctx.ops, some, x, members, ctx.rounded, needs)
-            for i, da, db in zip(used, das, dbs, strict=True):
-                grads[_N * i + 2], grads[_N * i + 3] = da, db
-        for i in used:
-            if all_needs[i][0]:
-                grads[_N * i + 1] = linear.bias_gradient(dys[i], ctx.bias_dtypes[i])
+        if need_x or any(needs[1]) or any(needs[2]):
+            x, ss, members = _restored(ctx, len(dys))
+            if x is None:  # no a needs a gradient
+                dy, a = next((dy, m.lora_A) for dy, m in zip(dys, members, strict=True) if dy is not None)
+                x = linear.unread_x(dy, a, need_x and any(needs[2]))
+            compute = _each if _one_by_one(ctx.ops, dys) else backward
+            dx, grads[2::_N], grads[3::_N] = compute(ctx.ops, dys, x, ss, members, ctx.rounded, needs)
+        if any(flat[1::_N]):
+            for i, (dy, dtype, needed) in enumerate(zip(dys, ctx.bias_dtypes, flat[1::_N], strict=True)):
+                grads[_N * i + 1] = linear.bias_gradient(dy, dtype) if needed and dy is not None else None
         return None, dx, None, None, None, *grads
 
 
-def _needs(ctx) -> list[tuple[bool, bool, bool]]:
-    """Returns which gradients of bias, a and b each member needs."""
-    return [(need_bias, need_a, need_b) for _, need_bias, need_a, need_b in _in_turn(ctx.needs_input_grad[5:], _N)]
-
-
-def _members(ctx, dys, used: list[int]) -> tuple[Tensor, list[tuple]]:
-    """Returns x and the used members, as ``backward`` takes them."""
+def _restored(ctx, count: int) -> tuple[Tensor | None, Sequence[Tensor], list[Member]]:
+    """Returns x, S of each member, and the members without their biases, from what LoRAGroupFunction has saved."""
     x, *saved = ctx.saved_tensors
+    ss, seeds = saved[:count], saved[4 * count :]
+    factors = [u if tensor is None else tensor for tensor, u in zip(saved[count : 4 * count], ctx.unread, strict=True)]
     members = []
-    for i in used:
-        s, weight, a, b, seed = saved[_SAVED * i : _SAVED * (i + 1)]
-        constants = ctx.constants[i] if seed is None else ctx.constants[i]._replace(seed=seed)
-        members.append((s, *linear.restored((weight, a, b), ctx.unread[i]), constants))
-    if x is None:  # no a needs a gradient
-        _, _, a, *_ = members[0]
-        x = linear.unread_x(
-            dys[used[0]], a, is_second=ctx.needs_input_grad[1] and any(need_b for *_, need_b in _needs(ctx))
-        )
-    return x, members
+    for i, (scaling, dropout_p, seed) in enumerate(ctx.numbers):
+        weight, a, b = factors[3 * i : 3 * i + 3]
+        members.append(Member(weight, None, a, b, scaling, dropout_p, seed if seeds[i] is None else seeds[i]))
+    return x, ss, members
 
 
 # ---- Members that are not known before they are called
@@ -251,7 +240,7 @@ class JoinedFunction(linear.LoRALinearFunction):
 def _hand(ctx, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, rounded, needs) -> tuple:
     """Hands a member's part of dx to its entry and returns da and db."""
     with torch.autocast(x.device.type, enabled=False), named("lora_fast::lora_linear_backward"):
-        scaling, keep = _masked(ctx.ops, x, Constants(scaling, dropout_p, seed))
+        scaling, keep = _masked(ctx.ops, x, scaling, dropout_p, seed) if dropout_p else (scaling, None)
         ds, da, db = ctx.ops.thin_gradients(dy, x, s, lora_A, lora_B, scaling, keep, rounded, needs)
-        ctx.entry.hand(ctx.index, ctx.ops, x, (dy, _cast(weight, dy.dtype), ds, lora_A, keep))
+        ctx.entry.hand(ctx.index, ctx.ops, x, (dy, weight.to(dy.dtype), ds, lora_A, keep))
     return da, db

@@ -22,16 +22,18 @@ from lora_fast.cli.inspect import measure
 from lora_fast.kernels.inspection import catalogue, rules
 
 THIN, GEMM = ["project", "grad_s_b", "grad_a"], ["linear", "grad_x", "few_tokens"]
+GROUP = ["group_project", "group_grad_a", "group_grad_x"]
 FULL = (90,)
 ARCHS = [pytest.param(arch, marks=pytest.mark.budget) if arch in (86, 89, 100) else arch for arch in rules.ARCHS]
-SHARES = {"thin": THIN, "gemm": GEMM, "rest": [op for op in catalogue.OPS if op not in THIN + GEMM]}
+SHARES = {"thin": THIN, "gemm": GEMM, "group": GROUP}
+SHARES["rest"] = [op for op in catalogue.OPS if op not in THIN + GEMM + GROUP]
 
 
 def sample(ops: list[str], arch: int) -> list[catalogue.Case]:
     """Returns every second variant (of ops outside a layer, the first and last) at each op's second or only rank, and
-    the first or last variant, in turn, at the other ranks (of ops outside a layer, at the largest of each dtype). For
-    archs that are not in ``FULL`` it returns the first and last variant (of ops outside a layer, the last) at the
-    second rank."""
+    the first or last variant, in turn, at the other ranks (of ops outside a layer, at the largest of each dtype, of
+    ``GROUP`` at none). For archs that are not in ``FULL`` it returns the first and last variant (of ops outside a
+    layer, the last) at the second rank."""
     chosen = []
     for op in ops:
         ranks: dict[tuple, list[catalogue.Case]] = {}
@@ -43,7 +45,11 @@ def sample(ops: list[str], arch: int) -> list[catalogue.Case]:
             if place == second:
                 many = cases[:-1:2] + cases[-1:] if of_layer else ends
                 chosen += many if arch in FULL else ends if of_layer else ends[-1:]
-            elif arch in FULL and (of_layer or place[1] == max(r for dtype, r in ranks if dtype == place[0])):
+            elif (
+                arch in FULL
+                and op not in GROUP
+                and (of_layer or place[1] == max(r for dtype, r in ranks if dtype == place[0]))
+            ):
                 chosen.append(ends[i % len(ends)])
     return chosen
 

@@ -57,6 +57,25 @@ def run_layer(
         linear.backward(dy, x, s, weight, a, b, 2.0, keep, rounded)
 
 
+def run_group(
+    shape=(33, 40), d_outs=(72, 24, 8), ranks=(5, 16, 3), padding=8, dtype=FLOAT32, adapter=None, strategy="fused",
+    thin="pass", dropout=0.0, arch=90,
+) -> None:  # fmt: skip
+    """Runs forward and backward of a group. ``shape`` is (tokens, d_in)."""
+    n_tokens, d_in = shape
+    matrix = lambda rows, columns, dtype: randn(rows, columns + padding, dtype=dtype)[:, :columns]
+    x, members, dys = matrix(n_tokens, d_in, dtype), [], []
+    for i, (d_out, r) in enumerate(zip(d_outs, ranks, strict=True)):
+        factors = matrix(r, d_in, adapter or dtype), matrix(d_out, r, adapter or dtype)
+        keep = linear.draw_mask(x, dropout, (1 << 40) + i) if dropout else None
+        members.append((matrix(d_out, d_in, dtype), None, *factors, 2.0, keep))
+        dys.append(matrix(n_tokens, d_out, dtype))
+    needed = [True] * len(members)
+    with tiles.assume(arch=arch, strategy=strategy, thin=thin), poisoned_empty():
+        _, ss = linear.group_forward(x, members)
+        linear.group_backward(dys, x, ss, members, False, (True, needed, needed))
+
+
 def factor_pairs(ranks, lengths, dtype=FLOAT32):
     """Returns a (r, d_in) and b (d_out, r) of every pair."""
     a = [randn(r, d, seed=i, dtype=dtype) for i, (r, d) in enumerate(zip(ranks, lengths, strict=True))]
@@ -252,6 +271,13 @@ RUNS = {
     "layer partial sums": partial(run_layer, shape=(290, 70, 81), r=3),
     "layer partial sums, dropout": partial(run_layer, shape=(290, 70, 81), r=3, dropout=0.5),
     "layer few tokens, many columns": partial(run_layer, shape=(3, 1100, 70), r=33, strategy="cublas", thin="split"),
+    "group": partial(run_group),
+    "group odd": partial(run_group, (19, 37), (53, 1), (17, 1), 3, dropout=0.3),
+    "group TMA": partial(run_group, dtype=BFLOAT16, adapter=FLOAT32),
+    "group TMA dropout": partial(run_group, dtype=FLOAT16, dropout=0.3),
+    "group of four": partial(run_group, d_outs=(8, 24, 8, 40), ranks=(4, 4, 4, 4), dtype=BFLOAT16, arch=80),
+    "group split": partial(run_group, dtype=BFLOAT16, strategy="cublas", thin="split", padding=3, dropout=0.3),
+    "group split, many columns": partial(run_group, (3, 700), ranks=(33, 5, 40), strategy="cublas", thin="split"),
     "halves": partial(run_halves, 5, 333),
     "gram mixed": partial(run_gram, *MIXED, FLOAT16),
     "gram chunks": partial(run_gram, (16, 3), (2100, 4100)),
@@ -289,6 +315,8 @@ def large_runs() -> dict:
     everything = dict.fromkeys(WORK["everything"], True)
     runs = {
         "layer, programs on three axes": partial(run_layer, (40, 2000, 300), 100, strategy="cublas", thin="split"),
+        "group, tiles and splits": partial(run_group, (700, 600), (1100, 40, 300), (16, 16, 16), dtype=BFLOAT16),
+        "group, ranks": partial(run_group, (150, 300), (70, 40), (100, 100), 3, FLOAT16, FLOAT32),
         "gram, blocks and chunks": partial(run_gram, (100,), (8200,)),
         "step, chunks": partial(run_step, (16, 16), (5000, 4100), want_gram=True),
     }

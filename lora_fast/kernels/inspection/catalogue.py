@@ -20,6 +20,7 @@ from .. import cayley, launch, pointer_table, tiles
 from .. import linear as layer
 from ..linalg import inverse, spd
 from ..linear.cublas import Halves
+from ..linear.group import GroupGradA, GroupProject
 from ..linear.project import Project
 from ..pairs import adamw, add_low_rank, inverse_mean, momentum, regularizers, scalora_scales, scalora_system
 from ..pairs import gram as grams
@@ -27,6 +28,7 @@ from ..pairs.transform import Noise, transform_tables_
 from ..records import Scaled
 
 N_TOKENS, SHORT, FEW, D_IN, D_OUT = 8192, 1024, 16, 4096, 4096
+GROUP = 4096, 1024, 1024, 4096  # d_out of the members of a group: q, k, v and one more
 PAIRS = ((4096, 4096), (4096, 1024))  # (d_in, d_out) of the adapter pairs of a grouped launch
 SEED = 1 << 40
 
@@ -162,6 +164,33 @@ def grad_a(r: int, dtype: torch.dtype, adapter: str | None, dropout: float) -> i
     x, ds = _matrix(N_TOKENS, D_IN, dtype), _thin(N_TOKENS, r, dtype, adapter)
     a = _matrix(r, D_IN, _adapter(adapter, dtype))
     return size(x, ds, layer.grad_a(x, ds, a, _keep(dropout)))
+
+
+def group_project(r: int, dtype: torch.dtype, adapter: str | None, tokens: str, members: int) -> int:
+    """Runs the pass over x for S of a group. ``tokens`` is as in ``project``."""
+    n_tokens = {"many": N_TOKENS, "short": SHORT, "few": FEW}[tokens]
+    x = _matrix(n_tokens, D_IN, dtype)
+    a = [_matrix(r, D_IN, _adapter(adapter, dtype)) for _ in range(members)]
+    return size(x, *a, *GroupProject(x, a, False, tokens != "many", tokens == "few")(x, a))
+
+
+def group_grad_a(r: int, dtype: torch.dtype, adapter: str | None, members: int) -> int:
+    """Runs the pass over x for da of a group."""
+    x, ds = _matrix(N_TOKENS, D_IN, dtype), [_thin(N_TOKENS, r, dtype, adapter) for _ in range(members)]
+    a = [_matrix(r, D_IN, _adapter(adapter, dtype)) for _ in range(members)]
+    return size(x, *ds, *GroupGradA(x, ds[0].dtype, a)(x, ds))
+
+
+def group_grad_x(
+    r: int, dtype: torch.dtype, adapter: str | None, strategy: str, padding: int, dropout: float, members: int
+) -> None:
+    n_tokens, parts = _gemm_tokens(strategy), []
+    for d_out in GROUP[:members]:
+        dy, weight = _matrix(n_tokens, d_out, dtype, padding), _matrix(d_out, D_IN, dtype, padding)
+        ds, a = _thin(n_tokens, r, dtype, adapter), _matrix(r, D_IN, _adapter(adapter, dtype))
+        parts.append((dy, weight, ds, a, _keep(dropout)))
+    with tiles.assume(strategy=strategy):
+        layer.group_grad_x(_matrix(n_tokens, D_IN, dtype), parts)
 
 
 def halves(r: int, dtype: torch.dtype) -> int:
@@ -302,6 +331,9 @@ _LAYER = {"bfloat16": (8, 16, 32, 64, 128, 256), "float16": (16,), "float32": (1
 _ADAPTERS, _DROPOUT = (None, "float32"), (0.0, 0.1)
 _GEMM = variants(adapter=_ADAPTERS, strategy=("fused",), padding=(0, 4))  # rows of 4 more: no TMA
 _GEMM += variants(adapter=_ADAPTERS, strategy=("cublas", "gluon"), padding=(0,))
+_GROUP = {"bfloat16": (8, 16, 32, 64), "float16": (16,), "float32": (16,)}
+_GROUP_GEMM = variants(strategy=("cublas",), padding=(0,), adapter=_ADAPTERS, members=(2, 4), dropout=_DROPOUT)
+_GROUP_GEMM += variants(strategy=("fused",), padding=(4, 0), adapter=_ADAPTERS, members=(2, 3, 4), dropout=_DROPOUT)
 _SMALL, _SQUARE = {"float32": (16, 32, 64, 128, 256)}, {"float32": (1, 16, 64, 128)}
 _WORK = ("add", "matrix", "scale", "gram")
 _WORKS = [{name: name in on for name in _WORK} for on in ((), ("matrix",), ("gram",), ("matrix", "gram"), _WORK)]
@@ -324,6 +356,16 @@ OPS = {
     "grad_x": Op(
         grad_x, _LAYER, [form | {"dropout": p} for form in _GEMM for p in _DROPOUT],
         _GEMMS,
+    ),
+    "group_project": Op(
+        group_project, _GROUP, variants(adapter=_ADAPTERS, tokens=("many", "short", "few"), members=(2, 4)),
+        ("lora_group_project_kernel",), counted=True,
+    ),
+    "group_grad_a": Op(
+        group_grad_a, _GROUP, variants(adapter=_ADAPTERS, members=(2, 4)), ("lora_group_grad_a_kernel",), counted=True
+    ),
+    "group_grad_x": Op(
+        group_grad_x, _GROUP, _GROUP_GEMM, ("lora_group_grad_x_kernel", "lora_group_update_kernel")
     ),
     "gram": Op(
         gram, {"float32": (1, 16, 32, 64, 128), "bfloat16": (8, 64)}, tensor_cores=("lora_gram_kernel",), counted=True

@@ -41,7 +41,8 @@ def _laid_out(member: tuple, any_weight_strides: bool) -> tuple:
 
 
 def tensors_of(members: Members, *others: Tensor | None) -> tuple:
-    return tuple([t for member in (*members, others) for t in member[:4] if t is not None])
+    """Returns all tensors of the members, and the others that are not None."""
+    return tuple([t for some in (*[member[:4] for member in members], others) for t in some if t is not None])
 
 
 class GroupForwardPlan:

@@ -20,19 +20,28 @@ from .group_plans import GroupBackwardPlan, GroupForwardPlan, Members, Needs, dx
 from .signature import flat
 
 
-def _key_of(member: tuple) -> tuple:
-    """Returns the part of a signature that one member determines."""
-    weight, bias, a, b, _, keep = member
-    bias_stride = None if bias is None else bias.stride()
-    return weight.shape, weight.stride(), a.stride(), a.dtype, b.shape, b.stride(), b.dtype, bias_stride, keep is None
+def _signature(x: Tensor, members: Members, rounded: bool) -> tuple[list, int]:
+    """Returns what x and the members add to a key, and their addresses ORed: if all are multiples of 16, the last four
+    bits are 0."""
+    key = [x.shape, x.stride(), x.dtype, device.index(x), rounded]
+    addresses = x.data_ptr()
+    for weight, bias, a, b, _, keep in members:
+        addresses |= weight.data_ptr() | a.data_ptr() | b.data_ptr()
+        key += weight.shape, weight.stride(), a.stride(), a.dtype, b.shape, b.stride(), b.dtype, keep is None
+        if bias is None:
+            key.append(None)
+        else:
+            addresses |= bias.data_ptr()
+            key.append(bias.stride())
+    return key, addresses
 
 
-def _aligned(tensors: Sequence[Tensor]) -> int | tuple:
-    """Returns 0 if all addresses are multiples of 16 bytes, the usual case, else which of them are."""
-    together = 0
-    for tensor in tensors:
-        together |= tensor.data_ptr()
-    return together & 15 and alignments(tensors)
+def _planned(plan_class: type, key: list, addresses: int, tensors: tuple, x: Tensor, arguments: tuple):
+    """Returns the plan with this key, which lacks which of the tensors are aligned and the settings, made from the
+    arguments if there is none."""
+    whole = *key, addresses & 15 and alignments(tensors), signature.settings(x)
+    plan = signature.plans.get(whole)
+    return signature.keep(whole, plan_class(*arguments), x) if plan is None else plan
 
 
 def group_forward(x: Tensor, members: Members, rounded: bool = False) -> tuple[list[Tensor], list[Tensor]]:
@@ -45,13 +54,9 @@ def group_forward(x: Tensor, members: Members, rounded: bool = False) -> tuple[l
         return _forward_of_empty(x, members, rounded)
     if by_jit():
         return GroupForwardPlan(x, members, rounded)(x, members, None)
-    key = (
-        x.shape, x.stride(), x.dtype, device.index(x), *map(_key_of, members), _aligned(tensors_of(members, x)),
-        rounded, signature.settings(x),
-    )  # fmt: skip
-    plan = signature.plans.get(key)
-    if plan is None:
-        plan = signature.keep(key, GroupForwardPlan(x, members, rounded), x)
+    key, addresses = _signature(x, members, rounded)
+    tensors = tensors_of(members, x) if addresses & 15 else ()
+    plan = _planned(GroupForwardPlan, key, addresses, tensors, x, (x, members, rounded))
     return plan(x, members, device.stream(x))
 
 
@@ -80,16 +85,18 @@ def group_backward(
         return _backward_of_empty(dys, x, ss, members, rounded, needs)
     if by_jit():
         return GroupBackwardPlan(dys, x, ss, members, rounded, needs)(dys, x, ss, members, None)
+    key, addresses = _signature(x, members, rounded)
     need_x, need_a, need_b = needs
-    tensors = [t for t in (*dys, *ss) if t is not None]
-    key = (
-        x.shape, x.stride(), x.dtype, device.index(x), *map(_key_of, members),
-        *[None if t is None else (t.shape, t.stride(), t.dtype) for t in (*dys, *ss)],
-        _aligned((*tensors_of(members, x), *tensors)), rounded, need_x, *need_a, *need_b, signature.settings(x),
-    )  # fmt: skip
-    plan = signature.plans.get(key)
-    if plan is None:
-        plan = signature.keep(key, GroupBackwardPlan(dys, x, ss, members, rounded, needs), x)
+    key += need_x, *need_a, *need_b
+    for dy, s in zip(dys, ss, strict=True):
+        if dy is not None:
+            addresses |= dy.data_ptr()
+        if s is not None:
+            addresses |= s.data_ptr()
+        key.append(None if dy is None else dy.stride())
+        key.append(None if s is None else (s.stride(), s.dtype))
+    tensors = tensors_of(members, x, *dys, *ss) if addresses & 15 else ()
+    plan = _planned(GroupBackwardPlan, key, addresses, tensors, x, (dys, x, ss, members, rounded, needs))
     return plan(dys, x, ss, members, device.stream(x))
 
 

@@ -3,6 +3,7 @@ the dictionary of plans."""
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -44,7 +45,7 @@ def empty_forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor
     """Returns y and S where x or the weight has no elements."""
     y = x.new_zeros((*x.shape[:-1], len(weight)))
     y = y if bias is None else y + bias
-    return y, x.new_zeros((x.numel() // max(1, x.shape[-1]), len(lora_A)), dtype=thin_dtype(x, lora_A, rounded))
+    return y, x.new_zeros((math.prod(x.shape[:-1]), len(lora_A)), dtype=thin_dtype(x, lora_A, rounded))
 
 
 def wider(lora_A: Tensor, lora_B: Tensor) -> torch.dtype:

@@ -117,12 +117,13 @@ class CostModel:
         by_tiles = min(self._tiled(t, k, n, tile, rate * share, SPLIT_K_SHARE) for *tile, share in CUBLAS_TILES)
         return LAUNCH_SECONDS + max(by_tiles, (t * k + k * n + t * n) * self.size / self.rates.bandwidth)
 
-    def gemm(self, gemm: str, k: int, n: int, masked: bool, n_parts: int = 1) -> float:
+    def gemm(self, gemm: str, k: int, n: int, masked: bool, n_parts: int = 1, op: str = "linear") -> float:
         """Returns the seconds of the GEMM from left (n_tokens, k) to (n_tokens, n), including the thin product.
 
         Args:
             masked: whether the dropout mask is applied to the thin product.
             n_parts: number of partial sums of S.
+            op: the fused GEMM's name in tiles.py.
         """
         t, r = self.call.n_tokens, self.call.r
         if gemm == "cublas":
@@ -135,7 +136,7 @@ class CostModel:
         if gemm == "gluon":
             tile, rate = (128, 256), GLUON_SHARE * self.rates.half
         else:
-            name = "linear" + "_tma" * (self.size == 2 and self.card.arch >= 90) + "_dropout" * masked
+            name = op + "_tma" * (self.size == 2 and self.card.arch >= 90) + "_dropout" * masked
             tile = tiles.row(name, self.size, self.card, r)[:2]
             rate = self.rates.fused * self.rates.half if self.size == 2 else SINGLE_SHARE * self.rates.single
         seconds = self._tiled(t, k + rank_block(r), n, tile, rate)
@@ -298,19 +299,23 @@ def thin_way(dy: torch.Tensor, d_in: int, factor: torch.dtype, r: int, dropout: 
 
 def group_strategy(dys: Sequence[torch.Tensor], weights, factor: torch.dtype, r: int, dropout: bool) -> str:
     """Returns the strategy of the GEMM that computes dx of a group, "fused" or "cublas". ``r``: the largest rank. It is
-    "cublas" if that was measured, or is the only one that can stream its operands, for any member. The estimate is that
-    of one layer with all members' outputs, and cuBLAS reads and writes dx once more for each further member."""
+    "cublas" if that was measured, or is the only one that can stream its operands, for any member, and on sm_100, whose
+    tensor memory leaves "fused" narrow tiles (tiles.py). The estimate is that of one layer with all members' outputs
+    and masks; cuBLAS reads and writes dx once more for each further member."""
+    (n_tokens, _), d_in, d_out = dys[0].shape, weights[0].shape[1], sum(map(len, weights))
+    card, again = tiles.limits(dys[0].device), len(dys) - 1
     chosen = {_gemm("backward", dy, weight, r, dropout) for dy, weight in zip(dys, weights, strict=True)}
-    if "cublas" in chosen:
+    narrow = 100 <= card.arch < 120 and not tiles.assumed("strategy")
+    if "cublas" in chosen or narrow:
         return "cublas"
     if None not in chosen:
         return "fused"
-    (n_tokens, _), d_in, d_out = dys[0].shape, weights[0].shape[1], sum(map(len, weights))
     call = Call(n_tokens, d_in, d_out, r, dys[0].dtype, factor, dropout)
-    costs = CostModel(call, tiles.limits(dys[0].device), device.carveout())
-    fused, cublas = (costs.gemm(gemm, d_out, d_in, dropout) for gemm in GEMMS)
-    again = costs.memory(2.0 * n_tokens * d_in * costs.size)
-    return "fused" if fused <= cublas + (len(dys) - 1) * again else "cublas"
+    costs = CostModel(call, card, device.carveout())
+    fused = costs.gemm("fused", d_out, d_in, dropout, op="group_grad_x")
+    fused += again * dropout * n_tokens * d_in / (MASK_RATE * costs.used)
+    cublas = costs.gemm("cublas", d_out, d_in, dropout) + again * costs.memory(2.0 * n_tokens * d_in * costs.size)
+    return "fused" if fused <= cublas else "cublas"
 
 
 def _gemm(direction: str, left: torch.Tensor, weight: torch.Tensor, r: int, dropout: bool) -> str | None:
