@@ -22,6 +22,7 @@ SLOW = (  # files that take more than half a minute of one core each, and nine t
     "cli/test_finetune.py",
     "cli/test_finetune_methods.py",
     "cli/test_inspect.py",
+    "groups/test_architectures.py",
     "hf/test_checkpoints.py",
     "hf/test_optimizer.py",
     "kernels/test_compiler.py",

@@ -131,8 +131,8 @@ def test_imports_run_downwards(path):
     for name in imported(path):
         if name[0] in DEPTH:
             assert DEPTH[room] <= DEPTH[name[0]], f"{path} imports {'.'.join(name)}"
-        if inside[:1] == ["reference"]:  # the twins depend on nothing but each other
-            assert name[:2] == ("ops", "reference") or name[:2] in SHARED, f"{path} imports {'.'.join(name)}"
+        if inside[:1] == ["reference"]:  # the twins depend on nothing but each other, and on whether a mode looks
+            assert name[:2] in [*SHARED, ("ops", "reference"), ("ops", "observers")], f"{path} imports {'.'.join(name)}"
         if room not in ("ops", "batches", "cli"):
             assert name[:2] in SHARED or name[0] != "kernels", f"{path} imports {'.'.join(name)}"
             assert name[:2] != ("ops", "reference"), f"{path} imports {'.'.join(name)}"

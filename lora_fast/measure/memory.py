@@ -21,7 +21,8 @@ def distinct_bytes(tensors: Iterable[object]) -> int:
 class PeakBytes(TorchDispatchMode):
     """Counts the storages created while it is active. ``peak`` is the most bytes of them alive at once.
 
-    Storages that an operator allocates and frees internally are not seen.
+    It does not see what an operator allocates and frees internally, as casts within an operation on two dtypes on a
+    CPU, memory of NumPy, as the dropout masks of the torch ops on a CPU, and a storage that is resized.
     """
 
     looks_inside = True  # of this library's ops (ops/observers.py)

@@ -16,7 +16,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch._C._dynamo import eval_frame
 from torch._C._profiler import _RecordFunctionFast
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 # Looked up once, because attribute accesses cost host time in every layer's call.
 modes, profiled = torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled
@@ -27,7 +27,7 @@ R = TypeVar("R")
 
 def sees_ops() -> bool:
     """Returns whether a mode is active that is to see the registered ops."""
-    return modes() > 0 and not getattr(_get_current_dispatch_mode(), "looks_inside", False)
+    return modes() > 0 and not all(getattr(mode, "looks_inside", False) for mode in _get_current_dispatch_mode_stack())
 
 
 def named(name: str) -> AbstractContextManager:

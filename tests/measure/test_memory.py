@@ -1,10 +1,38 @@
-"""Bytes of distinct storages, bytes kept for backward, and the peak of a call."""
+"""Bytes of distinct storages, bytes kept for backward, and the peak of a call. The peak is held to counts by hand and
+to the CPU's allocator, whose calls torch's profiler records."""
 
+from collections.abc import Callable
+from itertools import accumulate
+
+import numpy as np
 import torch
+from torch import Tensor, nn
 
+import lora_fast as lf
 from lora_fast.measure.memory import PeakBytes, distinct_bytes, peak_bytes, saved_bytes
 
 CPU = torch.device("cpu")
+TOKENS, WIDTH, HIDDEN = 64, 16, 32
+
+
+class Pair(nn.Module):
+    """Two layers of one x."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(HIDDEN, WIDTH), nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) + self.second(x)
+
+
+def allocated_bytes(call: Callable[[], object]) -> int:
+    """Returns the most bytes that the CPU's allocator gives to one call and has not got back."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(changes, initial=0))
 
 
 def test_distinct_bytes_count_a_shared_storage_once():
@@ -33,3 +61,35 @@ def test_peak_does_not_count_views_of_given_tensors():
     with PeakBytes() as memory:
         x.view(10, 100).add_(1)
     assert memory.peak == 0
+
+
+def test_peak_of_a_step_is_the_one_counted_by_hand():
+    net = nn.Sequential(nn.Linear(WIDTH, HIDDEN, False), nn.ReLU(), nn.Linear(HIDDEN, WIDTH, False))
+    x, dy = torch.randn(TOKENS, WIDTH), torch.randn(TOKENS, WIDTH)
+
+    def step():
+        y = net(x)
+        return torch.autograd.grad(y, list(net.parameters()), dy)
+
+    hidden, output, gradient = 4 * TOKENS * HIDDEN, 4 * TOKENS * WIDTH, 4 * WIDTH * HIDDEN
+    # When ReLU's gradient has been computed there are: its output, the gradients of that and of its input, y, and the
+    # gradient of the last weight.
+    assert peak_bytes(step, CPU) == allocated_bytes(step) == 3 * hidden + output + gradient
+
+
+def test_peak_of_grouped_layers_is_the_one_without_the_meter():
+    """The peak is in backward, where dx would be there twice if the meter turned the sum in place into another one."""
+    net = Pair()
+    lf.inject_(net, lf.LoRAConfig(r=2))
+    x, dy = torch.randn(TOKENS, HIDDEN, requires_grad=True), torch.randn(TOKENS, WIDTH)
+    grads = lambda: torch.autograd.grad(net(x), [x, *(p for p in net.parameters() if p.requires_grad)], dy)
+    grads()
+    assert lf.groups(net).groups == [("first", "second")]
+    assert peak_bytes(grads, CPU) == allocated_bytes(grads)
+
+
+def test_peak_does_not_count_what_operators_free_and_memory_of_numpy():
+    half, single = torch.ones(1000, dtype=torch.bfloat16), torch.ones(1000)
+    add = lambda: half + single  # on a CPU it casts ``half`` before
+    assert peak_bytes(add, CPU) == 4000 < allocated_bytes(add)
+    assert peak_bytes(lambda: torch.from_numpy(np.zeros(1000)).add_(1), CPU) == 0

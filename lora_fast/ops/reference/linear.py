@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.grouping import group_by
+from ..observers import sees_ops
 from .rounding import noise
 
 __all__ = [
@@ -23,7 +24,6 @@ __all__ = [
     "group_grad_x", "linear", "project", "thin_gradients",
 ]  # fmt: skip
 
-_modes = torch._C._len_torch_dispatch_stack  # looked up once, because attribute accesses cost host time in every call
 DROP_LEVELS = 1 << 16  # a dropout probability is a multiple of 1/65536
 
 
@@ -144,7 +144,7 @@ def group_grad_x(x: Tensor, parts: Sequence[tuple]) -> Tensor:
     dy, weight, *_ = parts[0]
     dx = torch.mm(_rows(dy), weight)
     for dy, weight, *_ in parts[1:]:
-        dx = (dx.addmm_ if _modes() == 0 else dx.addmm)(_rows(dy), weight)
+        dx = (dx.addmm_ if not sees_ops() else dx.addmm)(_rows(dy), weight)
     for alike in group_by([part[2:] for part in parts], lambda part: _kind(*part)).values():
         thin, factors, keeps = zip(*alike, strict=True)
         dx = _add_product(dx, _beside(thin), _stacked(factors), 1.0, keeps[0])
@@ -180,7 +180,7 @@ def _scaled_product(tall: Tensor, thin: Tensor, scaling: float) -> Tensor:
         return _wide_product(tall, thin) * scaling
     result = tall.new_empty((len(tall), thin.shape[1]))
     # With beta = 0 the uninitialised result is not read. Modes of torch count and keep the products that are new.
-    return (result.addmm_ if _modes() == 0 else result.addmm)(tall, thin, beta=0, alpha=scaling)
+    return (result.addmm_ if not sees_ops() else result.addmm)(tall, thin, beta=0, alpha=scaling)
 
 
 def _wide_product(tall: Tensor, thin: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ def _add_product(base: Tensor, thin: Tensor, factor: Tensor, alpha: float, keep:
         return torch.add(base, product if keep is None else product * keep, alpha=alpha).to(dtype)
     thin = thin if thin.dtype is dtype else thin.to(dtype)
     factor = factor if factor.dtype is dtype else factor.to(dtype)
-    in_place = _modes() == 0
+    in_place = not sees_ops()
     if keep is None:
         return (base.addmm_ if in_place else base.addmm)(thin, factor, alpha=alpha)
     product = torch.mm(thin, factor)
