@@ -24,7 +24,7 @@ def test_every_public_function_is_called(tmp_path):
     named = {word for row in rows(tmp_path, "torch") for word in row.name.replace(".", " ").split()}
     modules = (lf, lf.functional, lf.methods, lf.metrics, lf.optim, lf.hf)
     public = {name: getattr(module, name) for module in modules for name in module.__all__}
-    records = {"AdapterStats", "BoundStats", "Report", "StepWork"}
+    records = {"AdapterStats", "BoundStats", "LinearMember", "Report", "StepWork"}
     without_arguments = {"RefLoRA", "ExactCheckpoints"}  # the latter is a mixin of Trainer
     errors = {name for name, value in public.items() if isinstance(value, type) and issubclass(value, Exception)}
     functions = {name for name, value in public.items() if callable(value)}

@@ -52,9 +52,9 @@ def lora_linear_group(x: Tensor, members: Sequence[LinearMember | tuple]) -> tup
     Raises:
         ArgumentError: no members, or as ``lora_linear``; BackendError likewise.
     """
+    if not isinstance(members, list | tuple) or not members:
+        raise checks.ArgumentError("members", "a list of at least one member", checks.shown(members))
     layers = [_member(member, i) for i, member in enumerate(members)]
-    if not layers:
-        raise checks.ArgumentError("members", "at least one", "none")
     if torch.compiler.is_compiling() or any(reason_against_op(x, m.weight, m.lora_A, m.lora_B) for m in layers):
         return tuple(lora_linear(x, *layer) for layer in layers)
     autocast = casts(x)
@@ -77,11 +77,13 @@ def run_group(x, calls: Sequence[tuple], autocast: bool, at_backward: Callable =
     if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     triton = backend.forward_uses_triton(x)
-    members, tensors = [], []
+    members: list[linear_group.Member] = []
+    tensors: list[Tensor | None] = []
     for *call, dropout_p, seed in calls:
         drawn = mask_seed(x, dropout_p, seed, False, triton) if dropout_p > 0.0 else None
-        members.append(linear_group.Member(*call, dropout_p, drawn))
-        tensors += call[:4]
+        weight, bias, a, b, scaling = call
+        members.append(linear_group.Member(weight, bias, a, b, scaling, dropout_p, drawn))
+        tensors += weight, bias, a, b
     ops = backend.load_ops("linear", triton)
     if not _grad():
         return linear_group.forward(ops, x, members, autocast)[0]

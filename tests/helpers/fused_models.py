@@ -10,9 +10,9 @@ LLAMA_LINEARS = 14  # in two layers
 PROBE = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
-def fused_llama(**options):
+def fused_llama(group=True, **options):
     model = peft_llama(**options)
-    lf.fuse_(model)
+    lf.fuse_(model, group=group)
     return model
 
 

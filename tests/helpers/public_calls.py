@@ -100,6 +100,17 @@ def linear_judge(kwargs, y):
     return close(y, wanted) and y.dtype == kwargs["x"].dtype
 
 
+def linear_group():
+    members = [(tensor(d_out, 6), tensor(d_out), tensor(r, 6), tensor(d_out, r), 0.5) for d_out, r in ((5, 4), (3, 2))]
+    return LF.lora_linear_group, {"x": tensor(3, 6), "members": members}
+
+
+def linear_group_judge(kwargs, ys):
+    x, members = wide(kwargs["x"]), [[wide(value) for value in member] for member in kwargs["members"]]
+    wanted = [F.linear(x, w, bias) + float(s) * (x @ a.T @ b.T) for w, bias, a, b, s, *_ in members]
+    return len(ys) == len(wanted) and all(map(close, ys, wanted))
+
+
 def gram():
     return LF.gram, {"tensors": [tensor(4, 6), tensor(3, 5)], "dim": 1}
 
@@ -477,6 +488,7 @@ def rows(folder: Path, backend: str) -> list[Row]:
     """Returns the rows of all public functions. ``folder`` is for their files."""
     functions = [
         Row("lora_linear", linear, {}, linear_judge),
+        Row("lora_linear_group", linear_group, {}, linear_group_judge),
         Row("gram", gram, {}, gram_judge),
         Row("spd_solve", solve, {}, solve_judge),
         Row("small_inverse", inverse, {}, inverse_judge),
@@ -527,7 +539,10 @@ def rows(folder: Path, backend: str) -> list[Row]:
         ),
         Row(
             "fuse_",
-            lambda: (lf.fuse_, {"peft_model": with_peft(), "filter_fn": None, "strict": False, "allow_empty": False}),
+            lambda: (
+                lf.fuse_,
+                {"peft_model": with_peft(), "filter_fn": None, "strict": False, "allow_empty": False, "group": True},
+            ),
             {"peft_model": MODULE, "filter_fn": lambda value: value is None or callable(value)},
             skip=frozenset({("filter_fn", "class"), ("filter_fn", "module")}),
         ),
@@ -539,6 +554,7 @@ def rows(folder: Path, backend: str) -> list[Row]:
         ),
         Row("unload_", lambda: (lf.unload_, {"model": injected(), "merge": True}), {"model": MODULE, "merge": flag}),
         Row("disable_adapters", lambda: (disabled, {"model": injected()}), {"model": MODULE}),
+        Row("groups", lambda: (lf.groups, {"model": fused()}), {"model": MODULE}),
         Row("unmerge_", lambda: (lf.unmerge_, {"model": merged(), "allow_empty": False}), {"model": MODULE}),
         Row(
             "count_steps_",

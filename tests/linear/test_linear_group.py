@@ -118,7 +118,7 @@ def test_compiled_and_transformed_calls_compute_each_member():
 
 GOOD = members_of(KINDS[:2], torch.float32, "cpu")
 BAD = {
-    "members": ([], "at least one"),
+    "members": ([], "at least one member"),
     "members[1]": ([GOOD[0], GOOD[0][:3]], "lora_linear's arguments"),
     "members[0]": ([torch.zeros(2)], "lora_linear's arguments"),
     "lora_A": ([GOOD[0], GOOD[0]._replace(lora_A=torch.zeros(4, 3))], "shape"),
