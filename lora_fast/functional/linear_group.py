@@ -56,9 +56,9 @@ def lora_linear_group(x: Tensor, members: Sequence[LinearMember | tuple]) -> tup
         raise checks.ArgumentError("members", "a list of at least one member", checks.shown(members))
     layers = [_member(member, i) for i, member in enumerate(members)]
     if torch.compiler.is_compiling() or any(reason_against_op(x, m.weight, m.lora_A, m.lora_B) for m in layers):
-        return tuple(lora_linear(x, *layer) for layer in layers)
+        return tuple(_naming(i, lora_linear, x, *layer) for i, layer in enumerate(layers))
     autocast = casts(x)
-    calls = [(*checked(x, autocast, *layer[:6]), layer.seed) for layer in layers]
+    calls = [(*_naming(i, checked, x, autocast, *layer[:6]), layer.seed) for i, layer in enumerate(layers)]
     groups = [calls[i : i + linear_group.MOST] for i in range(0, len(calls), linear_group.MOST)]
     return tuple(y for calls in groups for y in run_group(x, calls, autocast))
 
@@ -69,6 +69,16 @@ def _member(member: object, i: int) -> LinearMember:
     expected = "lora_linear's arguments after x: (weight, bias, lora_A, lora_B, scaling[, dropout_p[, seed]])"
     got = f"{len(member)} items" if isinstance(member, tuple | list) else type(member).__name__
     raise checks.ArgumentError(f"members[{i}]", expected, got)
+
+
+def _naming(i: int, function: Callable, *arguments):
+    """Calls the function; its errors name the member."""
+    try:
+        return function(*arguments)
+    except checks.ArgumentError as error:
+        if error.argument == "x":
+            raise
+        raise checks.ArgumentError(f"members[{i}].{error.argument}", error.expected, error.got) from None
 
 
 def run_group(x, calls: Sequence[tuple], autocast: bool, at_backward: Callable = lambda: None) -> Sequence[Tensor]:

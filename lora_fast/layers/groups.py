@@ -196,7 +196,7 @@ def _together(met: _Met, x: Tensor, layer: Layer, arguments: tuple, group: tuple
     this = ref(met)
     y, *others = run_group(x, [call for *_, call in members], met.autocast, lambda: _forget(this()))
     for (sibling, theirs, _), result in zip(members[1:], others, strict=True):
-        met.waiting[id(sibling)] = ref(sibling), theirs, _versions(theirs), result
+        met.waiting[id(sibling)] = ref(sibling), theirs, _versions(*theirs), result
     return y
 
 
@@ -225,17 +225,18 @@ def _state(x: Tensor) -> tuple | None:
     )
 
 
-def _versions(arguments: tuple) -> list[tuple[int, bool]] | None:
-    """Returns what tells whether the tensors among a layer's arguments have been changed; None if nothing does."""
+def _versions(weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling, dropout_p) -> tuple | None:
+    """Returns what tells whether a layer's arguments have been changed in place; None if nothing does."""
     try:
-        return [(value._version, value.requires_grad) for value in arguments if isinstance(value, Tensor)]
+        others = [(t._version, t.requires_grad) for t in (bias, scaling) if isinstance(t, Tensor)]
+        return weight._version, a._version, b._version, a.requires_grad, b.requires_grad, others
     except RuntimeError:  # made under inference_mode
         return None
 
 
-def _is_same(kept: tuple, versions: list | None, arguments: tuple) -> bool:
+def _is_same(kept: tuple, versions: tuple | None, arguments: tuple) -> bool:
     """Returns whether a layer's arguments have the values that were kept."""
-    if versions is None or versions != _versions(arguments):
+    if versions is None or versions != _versions(*arguments):
         return False
     return all([old is new or _are_equal(old, new) for old, new in zip(kept, arguments, strict=True)])
 

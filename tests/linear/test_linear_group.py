@@ -121,9 +121,12 @@ BAD = {
     "members": ([], "at least one member"),
     "members[1]": ([GOOD[0], GOOD[0][:3]], "lora_linear's arguments"),
     "members[0]": ([torch.zeros(2)], "lora_linear's arguments"),
-    "lora_A": ([GOOD[0], GOOD[0]._replace(lora_A=torch.zeros(4, 3))], "shape"),
-    "weight": ([GOOD[0], GOOD[0]._replace(weight=torch.zeros(16, D, requires_grad=True))], "requires_grad|computed"),
-    "scaling": ([GOOD[0]._replace(scaling=float("nan"))], "finite"),
+    "members[1].lora_A": ([GOOD[0], GOOD[0]._replace(lora_A=torch.zeros(4, 3))], "shape"),
+    "members[1].weight": (
+        [GOOD[0], GOOD[0]._replace(weight=torch.zeros(16, D, requires_grad=True))],
+        "requires_grad|computed",
+    ),
+    "members[0].scaling": ([GOOD[0]._replace(scaling=float("nan"))], "finite"),
     "seed": ([GOOD[0]._replace(dropout_p=0.5, seed=-1)], "2\\*\\*62"),
 }
 
