@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..at_import import after_import
+from ..checks import NUMBERS
 from . import linear
 from .reference import linear as reference
 
@@ -50,16 +51,16 @@ def backward(dy, x, s, weight, lora_A, lora_B, seed, scaling: float, dropout_p: 
     return grads
 
 
-def _is_plain(seed: Any, triton: bool, *nodes: Any) -> bool:
-    """Returns whether the functions above compute what the op does: on the torch ops, with a mask that a compiler can
-    draw, and on tensors of one dtype, whose precision is enough for one more rounding than the op's."""
+def _is_plain(scaling: Any, seed: Any, triton: bool, *nodes: Any) -> bool:
+    """Returns whether the functions above compute what the op does: on the torch ops, with constants, with a mask that
+    a compiler can draw, and on tensors of one dtype, whose precision is enough for one more rounding than the op's."""
     dtypes = {node.meta["val"].dtype for node in nodes}
     drawn = seed is None or seed.meta["val"].dtype is not torch.int64
-    return not triton and drawn and len(dtypes) == 1 and dtypes.pop().itemsize >= 4
+    return not triton and type(scaling) in NUMBERS and drawn and len(dtypes) == 1 and dtypes.pop().itemsize >= 4
 
 
 def _replace_forward(match, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded, triton) -> None:
-    if _is_plain(seed, triton, x, weight, lora_A, lora_B):
+    if _is_plain(scaling, seed, triton, x, weight, lora_A, lora_B):
         compute = partial(forward, scaling=scaling, dropout_p=dropout_p)
         _replace(match, compute, x, weight, bias, lora_A, lora_B, seed)
 
@@ -68,7 +69,7 @@ def _replace_backward(
     match, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, rounded, triton, needs
 ) -> None:
     tensors = dy, x, s, weight, lora_A, lora_B
-    if any(needs) and _is_plain(seed, triton, *tensors):
+    if any(needs) and _is_plain(scaling, seed, triton, *tensors):
         compute = partial(backward, scaling=scaling, dropout_p=dropout_p, needs=needs)
         # A list of one result would be taken for the result itself.
         _replace(match, lambda *tensors: [*compute(*tensors), None], *tensors, seed)

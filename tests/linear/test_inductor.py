@@ -151,6 +151,17 @@ def test_dynamic_shapes_are_compiled_once():
     assert len(inductor.graphs) == 2 and inductor.ops() == 0
 
 
+def test_scalings_that_change_are_read():
+    inductor, weight, x = Inductor(), torch.randn(D_OUT, D_IN), torch.randn(TOKENS, D_IN)
+    a, b = torch.randn(RANK, D_IN, requires_grad=True), torch.randn(D_OUT, RANK, requires_grad=True)
+    call = lambda x, scaling: lf.functional.lora_linear(x, weight, None, a, b, scaling)
+    compiled = torch.compile(call, backend=inductor.backend, fullgraph=True)
+    for scaling in (1.5, 2.5, 3.5, 4, torch.tensor(5.5)):
+        torch.testing.assert_close(compiled(x, scaling), call(x, scaling))
+        (gradient,) = torch.autograd.grad(compiled(x, scaling).sum(), a)
+        torch.testing.assert_close(gradient, torch.autograd.grad(call(x, scaling).sum(), a)[0])
+
+
 # ── the mask ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
