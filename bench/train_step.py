@@ -3,6 +3,7 @@
     python bench/train_step.py                      # PEFT over the same PEFT model fused, dropout 0 and 0.05
     python bench/train_step.py --pairs 20 --rank 8
     python bench/train_step.py --compare nb-lora    # NB-LoRA over plain LoRA, about two minutes on a CPU
+    python bench/train_step.py --compare compiled   # as the first, both under torch.compile, which takes minutes
 
 A step is forward, backward and AdamW on 2 × 256 tokens, in float32 on a CPU and in bfloat16 on a GPU. The models of a
 comparison share the frozen weights and alternate (AB, BA, AB, …), so that drift of the machine affects both alike; the
@@ -29,6 +30,7 @@ from lora_fast.cli.inputs import data, models
 from lora_fast.measure.clock import Spread, turns, wall_seconds
 
 FUSED_GOALS = {0.0: 1.08, 0.05: 1.05}  # dropout → PEFT's time over ours, at least, on 2 CPU cores
+COMPILED_GOALS = {0.0: 1.10, 0.05: 1.25}  # the same, both under torch.compile
 NB_LORA_GOALS = {"cpu": 1.05, "cuda": 1.02}  # NB-LoRA's time over LoRA's, at most
 
 
@@ -50,17 +52,30 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def fused_sides(rank: int, dropout: float, device: torch.device) -> dict[str, Side]:
-    """Returns PEFT's model as both sides: it is unfused and fused in place, so the sides share every parameter."""
+def peft_model(rank: int, dropout: float, device: torch.device) -> nn.Module:
     import peft
 
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear")
-    model = peft.get_peft_model(base_model(device), config).train()
+    return peft.get_peft_model(base_model(device), config).train()
+
+
+def fused_sides(rank: int, dropout: float, device: torch.device) -> dict[str, Side]:
+    """Returns PEFT's model as both sides: it is unfused and fused in place, so the sides share every parameter."""
+    model = peft_model(rank, dropout, device)
     optimizer = torch.optim.AdamW(trained(model), lr=1e-4)
     return {
         "PEFT": Side(model, optimizer, lambda: lf.unfuse_(model, allow_empty=True)),
         "fused": Side(model, optimizer, lambda: lf.fuse_(model, allow_empty=True)),
     }
+
+
+def compiled_sides(rank: int, dropout: float, device: torch.device) -> dict[str, Side]:
+    """Returns PEFT's model and a fused copy over the same frozen weights, both compiled. The warm-up compiles them."""
+    model = peft_model(rank, dropout, device)
+    fused = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+    lf.fuse_(fused)
+    adamw = lambda model: torch.optim.AdamW(trained(model), lr=1e-4)
+    return {name: Side(torch.compile(m), adamw(m)) for name, m in (("PEFT", model), ("fused", fused))}
 
 
 def nb_lora_sides(rank: int, device: torch.device) -> dict[str, Side]:
@@ -126,13 +141,13 @@ def row(result: dict, label: str, sign: str, goal: float | None) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = ("fused", "nb-lora")
+    choices = ("fused", "compiled", "nb-lora")
     parser.add_argument("--compare", nargs="+", choices=choices, default=["fused"], help="comparisons to run")
     parser.add_argument("--pairs", type=int, default=12, help="counted pairs of steps (default %(default)s)")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.05], help="of the comparison fused")
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.05], help="of fused and compiled")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
     models.quieten()
@@ -144,11 +159,13 @@ def main() -> None:
     for column in ("A / B", "A s/step", "B s/step", "A / B (p20–p80)", "goal", "verdict"):
         table.add_column(column, justify="right")
     ids, results = blocks(options.seq_len, device), []
-    for dropout in options.dropout if "fused" in options.compare else ():
-        label = f"PEFT / fused, dropout {dropout:g}"
-        result = compare(fused_sides(options.rank, dropout, device), batches(ids, options.batch), options.pairs, label)
-        results.append({"comparison": "fused", "dropout": dropout, **result})
-        table.add_row(*row(result, label, "≥", FUSED_GOALS.get(dropout)))
+    for name, sides, goals in (("fused", fused_sides, FUSED_GOALS), ("compiled", compiled_sides, COMPILED_GOALS)):
+        for dropout in options.dropout if name in options.compare else ():
+            label = f"PEFT / {'fused' if name == 'fused' else 'fused, compiled'}, dropout {dropout:g}"
+            torch.compiler.reset()
+            result = compare(sides(options.rank, dropout, device), batches(ids, options.batch), options.pairs, label)
+            results.append({"comparison": name, "dropout": dropout, **result})
+            table.add_row(*row(result, label, "≥", goals.get(dropout)))
     if "nb-lora" in options.compare:
         result = compare(
             nb_lora_sides(options.rank, device), batches(ids, options.batch), options.pairs, "NB-LoRA / LoRA"

@@ -14,7 +14,7 @@ from .checks import ArgumentError, BackendError, CheckpointError, MissingPackage
 from .layers.lora import LoRALinear
 from .layers.nb_lora import NBLoRALinear
 from .layers.sing_lora import SingLoRALinear, count_steps_
-from .ops import flop_formulas  # noqa: F401  (gives the ops' formulas to torch's counter)
+from .ops import flop_formulas, inductor  # noqa: F401  (give torch's counter and compiler what the ops are)
 from .surgery.change_report import Report
 from .surgery.configs import LoRAConfig, NBLoRAConfig, SingLoRAConfig
 from .surgery.disable import disable_adapters

@@ -31,7 +31,7 @@ LAYERS = [
     ["functional"],
     ["ops"],
     ["backend", "measure"],
-    ["platforms", "regions"],
+    ["platforms", "regions", "at_import"],
     ["checks"],
     ["kernels"],
 ]

@@ -160,6 +160,8 @@ def mask_seed(x: Tensor, dropout_p: float, seed: int | None, traced: bool, trito
         return linear_op.bernoulli_mask(x, dropout_p, torch.Generator(device).manual_seed(seed))
     if not in_graph:
         return seeds.draw(device) if seed is None else seed
+    if seed is None and not triton:  # the keys of a mask that a compiler can draw
+        return torch.randint(-(1 << 31), (1 << 31) - 1, (2,), dtype=torch.int32, device=device)
     if seed is None:
         return torch.randint(seeds.SEEDS, (), dtype=torch.int64, device=device)
     return torch.full((), seed, dtype=torch.int64, device=device)

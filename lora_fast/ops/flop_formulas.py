@@ -7,13 +7,12 @@ imports it.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from math import prod
-from typing import Any
 
 import torch
 
+from ..at_import import after_import
 from . import cayley as _cayley  # noqa: F401  (defines its ops)
 from . import linear as _linear  # noqa: F401
 
@@ -54,34 +53,9 @@ FORMULAS = {
 
 
 def register() -> None:
-    """Registers the formulas now, or as soon as the counter is imported."""
-    if COUNTER in sys.modules:
-        for name, formula in FORMULAS.items():
-            sys.modules[COUNTER].register_flop_formula(getattr(torch.ops.lora_fast, name))(formula)
-    else:
-        sys.meta_path.insert(0, _AtImport)
+    """Registers the formulas with the counter."""
+    for name, formula in FORMULAS.items():
+        sys.modules[COUNTER].register_flop_formula(getattr(torch.ops.lora_fast, name))(formula)
 
 
-class _AtImport:
-    """A finder of modules that registers the formulas after the counter's own loader has run it."""
-
-    @classmethod
-    def find_spec(cls, name: str, path=None, target=None):
-        """Returns the spec that others find, also to those who only ask whether there is such a module."""
-        if name != COUNTER:
-            return None
-        sys.meta_path.remove(cls)
-        spec: Any = importlib.util.find_spec(name)
-        sys.meta_path.insert(0, cls)
-        run = spec.loader.exec_module
-
-        def exec_module(module) -> None:
-            run(module)
-            sys.meta_path.remove(cls)
-            register()
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-
-register()
+after_import(COUNTER, register)

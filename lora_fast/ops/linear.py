@@ -4,8 +4,9 @@ Eager calls use ``LoRALinearFunction``, a bare autograd.Function, which takes th
 (torch.compile, compiled autograd) use the registered ops ``lora_fast::lora_linear`` and
 ``lora_fast::lora_linear_backward``; so does the Function for kernels while a mode of torch is active (observers.py).
 Both run ``forward`` and ``backward`` below. x and S are saved for backward, beside the module's own weights; the
-dropout mask is drawn again from its seed. ``seed`` is an int or an int64 in a 0-d tensor. With the torch ops on a GPU
-it is the mask itself, which is saved as well. Where backward itself is differentiated or mapped
+dropout mask is drawn again from its seed. ``seed`` is an int or an int64 in a 0-d tensor. In traced calls of the torch
+ops it is two int32 keys of another mask, which a compiler draws (inductor.py), unless the caller gives a seed. With the
+torch ops on a GPU it is the mask itself, which is saved as well. Where backward itself is differentiated or mapped
 (``create_graph=True``, ``is_grads_batched=True``) it computes the gradients by plain torch ops
 (``composite.linear_gradients``).
 """

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...kernels.grouping import group_by
 from ..observers import sees_ops
+from .hashed_mask import hashed_mask
 from .rounding import noise
 
 __all__ = [
@@ -217,12 +218,12 @@ def _add_product(base: Tensor, thin: Tensor, factor: Tensor, alpha: float, keep:
 
 def draw_mask(x: Tensor, dropout_p: float, seed: int | Tensor) -> Tensor:
     """Returns the torch backend's dropout mask of x (..., d_in), bool (n_tokens, d_in), a function of the seed. It
-    comes from NumPy's SFC64, 15 times faster than torch's Bernoulli, so that backward can draw it again. On a GPU the
-    argument ``seed`` is the mask itself."""
-    if isinstance(seed, Tensor) and seed.dtype is torch.bool:
-        return seed
+    comes from NumPy's SFC64, 15 times faster than torch's Bernoulli, so that backward can draw it again. In place of a
+    seed there may be the keys of a ``hashed_mask``, as compiled layers draw it, or the mask itself, as on a GPU."""
     d_in = x.shape[-1]
     n_tokens = x.numel() // d_in
+    if isinstance(seed, Tensor) and seed.dtype is not torch.int64:
+        return seed if seed.dtype is torch.bool else hashed_mask(seed, n_tokens, d_in, drop_level(dropout_p))
     words = np.random.SFC64(int(seed)).random_raw(-(-n_tokens * d_in // 4))
     numbers = words.view(np.uint16)[: n_tokens * d_in].reshape(n_tokens, d_in)
     return torch.from_numpy(numbers >= drop_level(dropout_p))
