@@ -354,8 +354,10 @@ def group_grad_x(dy: torch.Tensor, ranks: Sequence[int], tma: bool, dropout: boo
     return _group_tile(name, dy, ranks)
 
 
-def group_update(dy: torch.Tensor, ranks: Sequence[int]) -> Tile:
-    return _group_tile("update", dy, ranks)
+def group_update(dy: torch.Tensor, ranks: Sequence[int], dropout: bool) -> Tile:
+    """Returns the tile of the update of a group. With dropout it has two accumulators."""
+    tile = _group_tile("update", dy, ranks)
+    return tile._replace(outer=tile.outer // 2) if dropout else tile
 
 
 def _group_tile(name: str, dy: torch.Tensor, ranks: Sequence[int]) -> Tile:
