@@ -108,8 +108,7 @@ def passes_of_group(n_tokens: int, d: int, count: int, grouped: bool) -> tuple:
 
 
 def bytes_of_group(n_tokens: int, d: int, count: int, grouped: bool) -> int:
-    """Returns the bytes of S and da, of x, factors, S, dS and partial sums, from the launches' grids. They do not depend
-    on d_out."""
+    """Returns the bytes of S and da: x, factors, S, dS and partial sums, from the launches' grids."""
     with tiles.assume(arch=90):
         _, project, grad_a = passes_of_group(n_tokens, d, count, grouped)
     (blocks, _, columns), (chunks, splits) = project.launch.grid, grad_a.launch.grid
@@ -135,20 +134,13 @@ def check_bytes() -> None:
 
 def groups(console: Console) -> None:
     """Prints the bytes and launches of the layers of a block that read the same x, alone and as groups."""
+    check_bytes()
     title = (
-        f"Llama-3-8B block, r = 16, bfloat16, {N_TOKENS} tokens, GB: passes for S and da (counted), and dx (formula)"
+        f"Llama-3-8B block, r = 16, 16 bits, {N_TOKENS} tokens: GB by the launches' grids, checked by the interpreter"
     )
     table = Table(title=title)
-    for column in (
-        "",
-        "S, da",
-        "dx alone",
-        "dx by cuBLAS",
-        "dx by one kernel",
-        "all alone",
-        "all, cuBLAS",
-        "all, one kernel",
-    ):
+    dxs = "alone", "by cuBLAS", "by one kernel"
+    for column in ("", "S, da", *(f"dx {form}" for form in dxs), *(f"all, dx {form}" for form in dxs)):
         table.add_column(column, justify="right")
     dx, totals = N_TOKENS * D * 2, [0.0] * 3
     for name, d_outs in GROUPS.items():
@@ -169,16 +161,15 @@ def groups(console: Console) -> None:
 
 
 def block_launches(strategy: str) -> str:
-    """Returns the launches of forward and backward, those of cuBLAS included, at a sixteenth of the widths and 1,024
-    tokens: of layers alone, which autograd's three sums follow, and as groups."""
+    """Returns the launches of forward and backward, those of cuBLAS included, at 1/32 of the widths and 512 tokens: of layers alone, which autograd's three sums follow, and as groups."""
     make = lambda *shape: torch.zeros(*shape, dtype=torch.bfloat16)
     counts = []
     for grouped in (False, True):
         with tiles.assume(arch=90, strategy=strategy, thin="pass"), interpreter.traffic() as counted, Products() as mm:
             for d_in, d_outs in [*((D, d_outs) for d_outs in GROUPS.values()), *((d, (d_out,)) for d, d_out in OTHERS)]:
-                x, d_outs = make(1024, d_in // 16), [d_out // 16 for d_out in d_outs]
-                members = [(make(d, d_in // 16), None, make(16, d_in // 16), make(d, 16), 1.0, None) for d in d_outs]
-                dys = [make(1024, d) for d in d_outs]
+                x, d_outs = make(512, d_in // 32), [d_out // 32 for d_out in d_outs]
+                members = [(make(d, d_in // 32), None, make(16, d_in // 32), make(d, 16), 1.0, None) for d in d_outs]
+                dys = [make(512, d) for d in d_outs]
                 for one in [range(len(d_outs))] if grouped else [[i] for i in range(len(d_outs))]:
                     some, needed = [members[i] for i in one], [True] * len(one)
                     _, ss = linear.group_forward(x, some)
