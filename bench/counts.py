@@ -161,7 +161,8 @@ def groups(console: Console) -> None:
 
 
 def block_launches(strategy: str) -> str:
-    """Returns the launches of forward and backward, those of cuBLAS included, at 1/32 of the widths and 512 tokens: of layers alone, which autograd's three sums follow, and as groups."""
+    """Returns the launches of forward and backward, those of cuBLAS included, at 1/32 of the widths and 512 tokens:
+    of layers alone, which autograd's three sums follow, and as groups."""
     make = lambda *shape: torch.zeros(*shape, dtype=torch.bfloat16)
     counts = []
     for grouped in (False, True):
