@@ -3,9 +3,9 @@
     python bench/launches.py            # five minutes on two cores, half an hour if Triton has cached nothing yet
 
 It runs all combinations of ranks 1 … 256, adapters of 16 and 32 bits and under autocast, dropout, bias, 1 … 8,192
-tokens and strategies of the GEMM, forward and backward, on Triton's real launch path. It writes launches.json beside
-this file: the number of launches, the failures with their reasons, and the kernels that spill. ``make test`` runs a
-sample. The exit status is 1 if a launch failed.
+tokens and strategies of the GEMM, forward and backward, on Triton's real launch path, and a sample of those of groups
+of layers that read the same x. It writes launches.json beside this file: the number of launches, the failures with
+their reasons, and the kernels that spill. ``make test`` runs a sample. The exit status is 1 if a launch failed.
 """
 
 import datetime
@@ -29,9 +29,13 @@ HERE = Path(__file__).resolve().parent
 RESULT = HERE / "launches.json"
 
 
-def run(arch: int, rank: int) -> dict:
-    """Runs all cases of one card and rank in a process of its own and returns their counts."""
-    words = [sys.executable, "-W", "ignore", stub_runs.__file__, "matrix", "--arch", str(arch), "--rank", str(rank)]
+GROUPS = "groups"  # in place of a rank: layers that read the same x
+
+
+def run(arch: int, rank: int | str) -> dict:
+    """Runs all cases of one card and rank, or a sample of groups, in a process of its own and returns their counts."""
+    command = [GROUPS] if rank == GROUPS else ["matrix", "--rank", str(rank)]
+    words = [sys.executable, "-W", "ignore", stub_runs.__file__, *command, "--arch", str(arch)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(words, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
@@ -49,8 +53,8 @@ def added(results: list[dict]) -> dict:
 
 def main() -> None:
     console = Console()
-    ranks = stub_runs.DIMENSIONS["r"]
-    results: dict[int, dict[int, dict]] = {}  # arch → rank → counts
+    ranks = [*stub_runs.DIMENSIONS["r"], GROUPS]
+    results: dict[int, dict[int | str, dict]] = {}  # arch → rank → counts
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
         task = progress.add_task("ranks × cards", total=len(ranks) * len(stub_runs.ARCHS))

@@ -121,8 +121,10 @@ TABLE = {
     ("group_grad_x_tma", 2, 90, 99): [(256, 128, 128, 32, 8, 3)],
     ("group_grad_x_tma", 2, 90, 227): [(256, 128, 256, 64, 8, 3)],
     # On sm_100 the accumulator of every product is in tensor memory, which holds those of narrow tiles only.
-    ("group_grad_x_tma", 2, 100, 227): [(256, 128, 32, 64, 8, 4)],
-    ("group_grad_x_tma_dropout", 2, 100, 227): [(256, 128, 32, 64, 8, 4)],
+    ("group_grad_x", 2, 100, 227): [(256, 128, 16, 32, 8, 3)],
+    ("group_grad_x_dropout", 2, 100, 227): [(256, 128, 16, 32, 8, 3)],
+    ("group_grad_x_tma", 2, 100, 227): [(16, 128, 16, 64, 8, 4), (256, 128, 32, 64, 8, 4)],
+    ("group_grad_x_tma_dropout", 2, 100, 227): [(16, 128, 16, 64, 8, 4), (256, 128, 32, 64, 8, 4)],
     ("group_grad_x_tma_dropout", 2, 90, 99): [(256, 128, 64, 32, 8, 3)],
     ("group_grad_x_tma_dropout", 2, 90, 227): [(256, 128, 64, 64, 8, 4)],
     ("update", 2, 80, 99): [(256, 64, 128, 0, 8, 1)],
@@ -354,8 +356,10 @@ def group_grad_x(dy: torch.Tensor, ranks: Sequence[int], tma: bool, dropout: boo
     return _group_tile(name, dy, ranks)
 
 
-def group_update(dy: torch.Tensor, ranks: Sequence[int]) -> Tile:
-    return _group_tile("update", dy, ranks)
+def group_update(dy: torch.Tensor, ranks: Sequence[int], dropout: bool) -> Tile:
+    """Returns the tile of the update of a group. With dropout it has two accumulators."""
+    tile = _group_tile("update", dy, ranks)
+    return tile._replace(outer=tile.outer // 2) if dropout else tile
 
 
 def _group_tile(name: str, dy: torch.Tensor, ranks: Sequence[int]) -> Tile:

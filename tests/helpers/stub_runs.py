@@ -31,16 +31,22 @@ DIMENSIONS = {
 }
 
 
-def matrix() -> list[dict]:
+GROUP_DIMENSIONS = {
+    "ranks": ((16, 16, 16), (1, 16, 33), (64, 64), (8, 8, 8, 8), (32, 32, 32, 32), (64, 64, 64, 64), (128, 256)),
+    **{name: DIMENSIONS[name] for name in ("adapter", "dropout", "tokens", "strategy")},
+}
+
+
+def matrix(dimensions: dict = DIMENSIONS) -> list[dict]:
     """Returns every combination of the dimensions' values."""
-    return [dict(zip(DIMENSIONS, values, strict=True)) for values in itertools.product(*DIMENSIONS.values())]
+    return [dict(zip(dimensions, values, strict=True)) for values in itertools.product(*dimensions.values())]
 
 
-def pairwise() -> list[dict]:
+def pairwise(dimensions: dict = DIMENSIONS) -> list[dict]:
     """Returns a sample in which every pair of values of two dimensions occurs in one case. It is chosen greedily and is
     always the same."""
     pairs_of = lambda case: set(itertools.combinations(case.items(), 2))
-    cases, draw = matrix(), random.Random(0)
+    cases, draw = matrix(dimensions), random.Random(0)
     draw.shuffle(cases)
     missing = set().union(*map(pairs_of, cases))
     chosen = []
@@ -78,7 +84,43 @@ def run_layer(tensors: dict, dropout: float, seed: int | None = None, autocast: 
     torch.autograd.grad(y, trained, torch.zeros_like(y))
 
 
-def launch_matrix(stub: stub_driver.Stub, cases: list[dict]) -> dict:
+def layer_of(case: dict):
+    """Returns a function that runs the layer of a case."""
+    tensors = operands(case)
+    return lambda: run_layer(tensors, case["dropout"], autocast=case["adapter"] == "autocast")
+
+
+def group_of(case: dict, d_in: int = 512, d_outs: tuple[int, ...] = (768, 256, 256, 16)):
+    """Returns a function that runs forward and backward of a group on the kernels' own interface, and its tensors."""
+    import torch
+
+    from lora_fast.kernels import linear
+
+    dtype = getattr(torch, case.get("dtype", "bfloat16"))
+    adapter = getattr(torch, "float32" if case["adapter"] == "autocast" else case["adapter"])
+    offset = lambda name: 4 * (case.get("moved") == name)
+    lead = (lambda t: t.unsqueeze(0)) if case.get("lead") else lambda t: t
+    x, members, dys = lead(laid_out(case["tokens"], d_in, dtype, case.get("padding", 0), offset("x"))), [], []
+    for i, (r, d_out) in enumerate(zip(case["ranks"], d_outs, strict=False)):
+        seed = case.get("seed", i)
+        weight = laid_out(d_out, d_in, dtype, case.get("weight padding", 0), offset("weight"))
+        a, b = laid_out(r, d_in, adapter, 0, offset("a")), laid_out(d_out, r, adapter, 0, offset("b"))
+        bias = torch.zeros(d_out, dtype=dtype) if case.get("bias") else None
+        keep = linear.draw_mask(x, case["dropout"], seed) if case["dropout"] else None
+        members.append((weight, bias, a, b, 2.0, keep))
+        dys.append(lead(laid_out(case["tokens"], d_out, dtype, 0, offset("dy"))))
+    dys = [None if i in case.get("unused", ()) else dy for i, dy in enumerate(dys)]
+    n = len(members)
+    needs, rounded = case.get("needs", (True, [True] * n, [True] * n)), case["adapter"] == "autocast"
+
+    def call():
+        _, ss = linear.group_forward(x, members, rounded)
+        linear.group_backward(dys, x, ss, members, rounded, needs)
+
+    return call, [t for t in (x, *dys, *(t for member in members for t in member)) if isinstance(t, torch.Tensor)]
+
+
+def launch_matrix(stub: stub_driver.Stub, cases: list[dict], of_case=layer_of) -> dict:
     """Runs each case forward and backward, by plans unless a strategy is assumed. Returns the failures with their
     errors, and the launches by plan whose kernels use a stack, that is, spill."""
     from contextlib import nullcontext
@@ -88,11 +130,11 @@ def launch_matrix(stub: stub_driver.Stub, cases: list[dict]) -> dict:
     failures, launches, kernels, spilling = [], 0, set(), {}
     for case in cases:
         assumed = tiles.assume(arch=stub.card.arch, strategy=case["strategy"]) if case["strategy"] else nullcontext()
-        tensors = operands(case)
         try:
+            run = of_case(case)
             with assumed, stub.recorded() as launched:
                 for _ in range(2):
-                    run_layer(tensors, case["dropout"], autocast=case["adapter"] == "autocast")
+                    run()
             launches += len(launched)
             kernels |= {(launch.kernel, launch.cubin) for launch in launched}
             if not case["strategy"]:
@@ -102,6 +144,40 @@ def launch_matrix(stub: stub_driver.Stub, cases: list[dict]) -> dict:
             failures.append(case | {"error": f"{type(error).__name__}: {error}"[:500]})
     counts = {"cases": len(cases), "launches": launches, "kernels": len(kernels)}
     return {"card": stub.card.name, **counts, "failures": failures, "spilling": spilling}
+
+
+GROUP_CHANGES = [
+    {}, {"tokens": 1}, {"tokens": 40}, {"tokens": 1023}, {"lead": True}, {"ranks": (64, 64)}, {"ranks": (16,) * 4},
+    {"ranks": (1, 16, 40)}, {"dtype": "float16", "adapter": "float16"}, {"dtype": "float32", "adapter": "float32"},
+    {"adapter": "bfloat16"}, {"adapter": "autocast"}, {"padding": 8}, {"padding": 3}, {"weight padding": 16},
+    {"bias": True}, {"dropout": 0.1}, {"dropout": 0.5, "seed": 1 << 39}, {"unused": (0,)}, {"unused": (1, 2)},
+    {"needs": (False, [True] * 3, [True] * 3)}, {"needs": (True, [False] * 3, [True] * 3)},
+    {"needs": (True, [True, False, True], [False] * 3)},
+    *({"moved": name} for name in ("x", "weight", "a", "b", "dy")),
+]  # fmt: skip
+
+
+def group_proof(stub: stub_driver.Stub) -> dict:
+    """Compares the launches of groups by plans and by Triton's JIT, byte by byte, where one thing at a time differs
+    from the first call, which is repeated after each. Returns the differences and the names of the launched kernels."""
+    from lora_fast.kernels import launch, linear
+
+    launch.takes_more_registers = lambda *arguments: False  # as in ``plan_proof``
+    usual = {"tokens": 8192, "ranks": (16, 16, 16), "adapter": "float32", "dropout": 0.0}
+    arena, differences, kernels = Arena(1 << 28), [], []
+    for change in GROUP_CHANGES:
+        for case in (usual | change, usual):
+            call, tensors = group_of(case)
+            inputs = {tensor.data_ptr() for tensor in tensors}
+            known = lambda address, inputs=inputs: address in inputs or arena.holds(address)
+            plan, jit = both_ways(stub, arena, call)
+            kernels += [launched.kernel for launched in plan]
+            for mine, theirs in itertools.zip_longest(plan, jit):
+                if not same(mine, theirs, known):
+                    differences.append(f"{case}: {mine} and {theirs}"[:2000])
+    usual_launches = [launched.kernel for launched in plan]
+    plans = len(linear.signature.plans)
+    return {"differences": differences, "kernels": sorted(set(kernels)), "usual": usual_launches, "plans": plans}
 
 
 class Arena:
@@ -215,12 +291,12 @@ def both_ways(stub: stub_driver.Stub, arena: Arena, call) -> tuple[list, list]:
 
     by_plan, runs = linear.by_jit, []
     for by_jit in (by_plan, by_plan, lambda: True):  # the first run makes the plan
-        linear.by_jit = by_jit
+        linear.by_jit = linear.groups.by_jit = by_jit
         arena.rewind()
         with stub.recorded() as launched:
             call()
         runs.append(launched)
-    linear.by_jit = by_plan
+    linear.by_jit = linear.groups.by_jit = by_plan
     return runs[1], runs[2]
 
 
@@ -611,6 +687,8 @@ COMMANDS = {
     "carveout": carveout,
     "loads": loads,
     "sample": lambda stub: launch_matrix(stub, pairwise()),
+    "groups": lambda stub: launch_matrix(stub, pairwise(GROUP_DIMENSIONS), lambda case: group_of(case)[0]),
+    "group_proof": group_proof,
     "dropout": lambda stub: launch_matrix(stub, [case for case in pairwise() if case["dropout"]]),
     "proof": plan_proof,
     "spilling": spilling,

@@ -24,9 +24,17 @@ from lora_fast.kernels.inspection import catalogue, rules
 THIN, GEMM = ["project", "grad_s_b", "grad_a"], ["linear", "grad_x", "few_tokens"]
 GROUP = ["group_project", "group_grad_a", "group_grad_x"]
 FULL = (90,)
-ARCHS = [pytest.param(arch, marks=pytest.mark.budget) if arch in (86, 89, 100) else arch for arch in rules.ARCHS]
 SHARES = {"thin": THIN, "gemm": GEMM, "group": GROUP}
 SHARES["rest"] = [op for op in catalogue.OPS if op not in THIN + GEMM + GROUP]
+# By default three archs, and of groups one.
+RARE = {"group": {arch for arch in rules.ARCHS if arch not in FULL}}
+PLACES = [
+    pytest.param(
+        share, arch, id=f"{share}-sm_{arch}", marks=[pytest.mark.budget] * (arch in RARE.get(share, (86, 89, 100)))
+    )
+    for share in SHARES
+    for arch in rules.ARCHS
+]
 
 
 def sample(ops: list[str], arch: int) -> list[catalogue.Case]:
@@ -61,8 +69,7 @@ def everything(ops: list[str], arch: int) -> list[catalogue.Case]:
 ALL = pytest.param(everything, marks=pytest.mark.budget)
 
 
-@pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: f"sm_{arch}")
-@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("share, arch", PLACES)
 @pytest.mark.parametrize("cases", [sample, ALL], ids=["some", "all"])
 def test_compiled_launches_break_no_rule(cases, share, arch):
     rows = measure([(case, arch) for case in cases(SHARES[share], arch)], traffic=False, processes=1)

@@ -68,6 +68,25 @@ def test_plans_launch_the_same_as_the_jit():
     assert result["kernels"]["lora_linear_kernel"] >= 50, result["kernels"]
 
 
+@pytest.mark.budget
+@pytest.mark.parametrize("arch", stub_runs.ARCHS)
+def test_groups_launch_on_each_card(arch):
+    """Covers two to four members with ranks 1 … 256 as ``test_layers_launch_on_each_card`` does."""
+    result = run("groups", arch)
+    assert result["failures"] == [] and result["spilling"] == {}
+    assert result["cases"] >= 25 and result["launches"] > 10 * result["cases"]
+
+
+def test_plans_of_groups_launch_the_same_as_the_jit():
+    """A group of three takes 4 launches forward and 9 backward, and every kernel of groups is among the launched."""
+    result = run("group_proof")
+    assert result["differences"] == [] and result["plans"] > 30
+    names = ["project", *["linear"] * 3, *["grad_s_b", "sum_partials"] * 3, "grad_a", "sum", "grad_x"]
+    shared = {0: "group_", 10: "group_", 11: "group_", 12: "group_"}
+    assert result["usual"] == [f"lora_{shared.get(i, '')}{name}_kernel" for i, name in enumerate(names)]
+    assert "lora_group_update_kernel" in result["kernels"]
+
+
 def test_kernel_that_spills_is_launched_with_more_registers():
     result = run("spilling")
     assert all(result["same_launches"]) and all(result["other_cubins"]) and len(result["other_cubins"]) == 7

@@ -222,7 +222,7 @@ class CublasGroupGemm(_GroupGemm):
     def __init__(self, parts: Sequence[Part], shape: tuple[int, ...]):
         super().__init__(parts, shape)
         n_tokens, d_in = len(parts[0].dy), shape[-1]
-        tile = tiles.group_update(parts[0].dy, [len(part.lora_A) for part in parts])
+        tile = tiles.group_update(parts[0].dy, [len(part.lora_A) for part in parts], self.flags["DROPOUT"])
         self.launch = Launch(
             lora_group_update_kernel, (triton.cdiv(n_tokens, tile.t) * triton.cdiv(d_in, tile.outer),),
             (n_tokens, d_in, *self.strides_a), {**self.flags, **tile.options()},
