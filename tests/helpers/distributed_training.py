@@ -47,6 +47,47 @@ def wrap(model: nn.Module, kind: str, nested: bool = True) -> nn.Module:
     return model
 
 
+class Attention(nn.Module):
+    """Three layers of one x, which become a group."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.q(x) * torch.cat((self.k(x), self.v(x).tanh()), -1)
+
+
+def train_a_group(rank: int, kind: str, nested: bool) -> None:
+    """Trains a model whose layers share an input, sharded as a whole or, with ``nested``, layer by layer as well."""
+    torch.manual_seed(0)
+    alone, x = nn.Sequential(Attention()), torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+    lf.inject_(alone, lf.LoRAConfig(r=4, alpha=8))
+    for name, p in alone.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(p, std=0.1)
+    distributed = copy.deepcopy(alone)
+    if kind == "fsdp2":
+        from torch.distributed.fsdp import fully_shard
+
+        layers = [distributed[0].q, distributed[0].k, distributed[0].v] if nested else []
+        for module in (*layers, distributed[0], distributed):
+            fully_shard(module)
+    else:
+        distributed = nn.parallel.DistributedDataParallel(distributed)
+    trained = [[p for p in model.parameters() if p.requires_grad] for model in (alone, distributed)]
+    for _ in range(3):  # the first one finds the group
+        alone(x).pow(2).mean().backward()
+        distributed(x.chunk(WORLD)[rank]).pow(2).mean().backward()
+        for expected, p in zip(*trained, strict=True):
+            gradient = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            torch.testing.assert_close(gradient, expected.grad, rtol=1e-5, atol=1e-7)
+            p.grad = expected.grad = None
+    assert lf.groups(alone).groups == [("0.q", "0.k", "0.v")]
+    if not nested:
+        assert len(lf.groups(distributed).groups[0]) == 3, lf.groups(distributed)
+
+
 def worker(rank: int, kind: str, folder: str) -> None:
     """Trains every config, then ends the process. A failed assertion leaves before that, as an exception.
 
@@ -57,6 +98,8 @@ def worker(rank: int, kind: str, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/{kind}", rank=rank, world_size=WORLD)
     for config in CONFIGS if kind != "fsdp1" else ():
         train(rank, kind, config)
+    for nested in (False, True)[: 1 + (kind == "fsdp2")] if kind != "fsdp1" else ():
+        train_a_group(rank, kind, nested)
     for config in CONFIGS:
         for nested in (True, False) if kind == "fsdp1" else (True,):
             train_by_loraadamw(rank, kind, config, nested)
