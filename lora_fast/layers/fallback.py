@@ -36,18 +36,17 @@ class Fallback(Module):
 
     def _call(self, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling, dropout_p) -> Tensor:
         """Returns what ``functional.lora_linear`` returns, and notes the reason if plain ops compute it."""
-        reason = reason_against_op(x, weight, a, b)
+        arguments = weight, bias, a, b, scaling, dropout_p
+        grouped = self.siblings is not None and not _traced()
+        y = groups.taken(self, x, arguments) if grouped else None
+        reason = None if y is not None else reason_against_op(x, weight, a, b)
         if reason is not self.fallback_reason:  # nn.Module.__setattr__ is slow, so it runs only for a change
             self._note(reason)
+        if y is not None:
+            return y
         if reason is not None:
-            return run_composite(x, weight, bias, a, b, scaling, dropout_p)
-        return self._run(x, weight, bias, a, b, scaling, dropout_p)
-
-    def _run(self, x: Tensor, *arguments) -> Tensor:
-        """Computes the op, with the layers of this x if there are any."""
-        if _traced() or self.siblings is None:
-            return run_op(x, *arguments)
-        return groups.run(self, x, arguments)
+            return run_composite(x, *arguments)
+        return groups.run(self, x, arguments) if grouped else run_op(x, *arguments)
 
     def _note(self, reason: str | None) -> None:
         if not torch.compiler.is_compiling():  # writing an attribute would break the graph

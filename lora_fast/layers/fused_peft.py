@@ -18,8 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import checks, regions
 from ..checks import FLOATS, PLAIN
-from ..functional.linear import is_autocast_on, reason_against_op
+from ..functional.linear import is_autocast_on, reason_against_op, run_op
 from ..kernels.limits import LARGEST_RANK
+from . import groups
 from .exact_merge import ExactMerge, merge_scaling
 from .fallback import Fallback
 from .find import PeftLayer
@@ -55,9 +56,16 @@ class FusedLoraLinear(Fallback, ExactMerge, lora.Linear):
             self._note(None)
         base: Any = self._modules["base_layer"]
         if HOOK in base.__dict__:  # accelerate's, which would move x to the weight's device
-            y = self._run(x.to(call[0].device), *call)
+            y = self._run(x.to(call[0].device), call)
             return y.to(x.device) if y.device != x.device and returns_to_input(base) else y
-        return self._run(x, *call)
+        return self._run(x, call)
+
+    def _run(self, x: Tensor, call: tuple) -> Tensor:
+        """Computes the op, with the layers of this x if there are any."""
+        if _traced() or self.siblings is None:
+            return run_op(x, *call)
+        y = groups.taken(self, x, call)
+        return groups.run(self, x, call) if y is None else y
 
     def call_arguments(self, x: Tensor) -> tuple | None:
         """Returns ``functional.lora_linear``'s arguments after x if the fused op would serve a call with x, else

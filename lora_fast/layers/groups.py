@@ -25,6 +25,7 @@ from .. import backend, checks, regions
 from ..functional.linear import casts, checked, run_op
 from ..functional.linear_group import enter, run_group, run_joined
 from ..kernels import device
+from ..ops import composite
 from ..ops.linear_group import MOST
 from ..ops.observers import modes, sees_ops
 
@@ -111,7 +112,7 @@ class _Met:
         self.waiting: dict[int, tuple] = {}
         self.x = ref(x)
 
-    def is_of(self, siblings: Siblings, x: Tensor, state: tuple) -> bool:
+    def is_of(self, siblings: Siblings, x: Tensor, state: tuple | None) -> bool:
         return self.siblings is siblings and self.x() is x and self.state == state
 
     def enter(self, x: Tensor) -> None:
@@ -139,9 +140,23 @@ def _leave(met: _Met | None) -> None:
         met.entered = None
 
 
+def taken(layer: Layer, x: Tensor, arguments: tuple) -> Tensor | None:
+    """Returns the layer's result if its group has computed it with this x and these arguments, else None."""
+    met = getattr(_thread, "met", None)
+    if met is None or id(layer) not in met.waiting or not met.is_of(layer.siblings, x, _state(x)):
+        return None
+    met.called.add(id(layer))
+    _, kept, versions, y = met.waiting.pop(id(layer))
+    if versions is None or versions != _versions(*arguments) or not _are_same(kept, arguments):
+        layer.siblings.part(layer)
+        met.called.remove(id(layer))
+        return None
+    return y
+
+
 def run(layer: Layer, x: Tensor, arguments: tuple) -> Tensor:
-    """Computes a layer that the op can serve, alone or with its siblings. ``arguments``: those of
-    ``functional.lora_linear`` after x."""
+    """Computes a layer that the op can serve, and whose result is not there yet, alone or with its siblings.
+    ``arguments``: those of ``functional.lora_linear`` after x."""
     state = _state(x)
     if state is None:
         return run_op(x, *arguments)
@@ -149,11 +164,6 @@ def run(layer: Layer, x: Tensor, arguments: tuple) -> Tensor:
     if met is None or not met.is_of(siblings, x, state) or id(layer) in met.called:
         return _first(layer, siblings, x, state, arguments)
     met.called.add(id(layer))
-    if id(layer) in met.waiting:
-        _, kept, versions, y = met.waiting.pop(id(layer))
-        if _is_same(kept, versions, arguments):
-            return y
-        siblings.part(layer)
     siblings.meet(met.first(), layer)
     return met.run(x, arguments)
 
@@ -208,7 +218,7 @@ def _forget(met: _Met | None) -> None:
 
 def _state(x: Tensor) -> tuple | None:
     """Returns what must be the same for layers of one x, or None if there can be no groups now."""
-    if x.is_inference() or (modes() > 0 and sees_ops()):
+    if x.is_inference() or (modes() > 0 and sees_ops()) or composite.transform() is not None:
         return None
     autocast = torch.get_autocast_dtype(x.device.type) if _autocast() and casts(x) else None
     hooks = _top_hooks(False)
@@ -228,16 +238,15 @@ def _state(x: Tensor) -> tuple | None:
 def _versions(weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling, dropout_p) -> tuple | None:
     """Returns what tells whether a layer's arguments have been changed in place; None if nothing does."""
     try:
-        others = [(t._version, t.requires_grad) for t in (bias, scaling) if isinstance(t, Tensor)]
-        return weight._version, a._version, b._version, a.requires_grad, b.requires_grad, others
+        others = None if bias is None else (bias._version, bias.requires_grad)
+        scale = scaling._version if isinstance(scaling, Tensor) else None
+        return weight._version, a._version, b._version, a.requires_grad, b.requires_grad, others, scale
     except RuntimeError:  # made under inference_mode
         return None
 
 
-def _is_same(kept: tuple, versions: tuple | None, arguments: tuple) -> bool:
-    """Returns whether a layer's arguments have the values that were kept."""
-    if versions is None or versions != _versions(*arguments):
-        return False
+def _are_same(kept: tuple, arguments: tuple) -> bool:
+    """Returns whether a layer's arguments are those that were kept, or equal them."""
     return all([old is new or _are_equal(old, new) for old, new in zip(kept, arguments, strict=True)])
 
 
