@@ -1,4 +1,4 @@
-"""Measures the host time of one layer on the Triton path and of PEFT's eager layer, without a GPU, in two minutes.
+"""Measures the host time of one layer on the Triton path and of PEFT's eager layer, without a GPU, in three minutes.
 
     python bench/host.py
 
@@ -6,6 +6,9 @@ Ours runs as on a GPU, through launch plans and Triton's C launcher, on the stub
 H100 and computes nothing: 4096×4096, 4,096 tokens, r = 16, bfloat16. PEFT's layer and the frozen linear run torch's CPU
 operators on two tokens of a 16×16 layer, where they compute next to nothing. Neither includes the time of CUDA's own
 driver. The figures are CPU times of one thread in interleaved rounds: the lower quartile of the rounds' means.
+
+A second table has the seven layers of a transformer block, of which q, k and v read one tensor, and gate and up another
+one, and layers that share an input beside layers that do not.
 """
 
 import os
@@ -67,6 +70,75 @@ def our_layer(dropout: float, adapter: torch.dtype) -> nn.Module:
     return layer
 
 
+class Layers(nn.Module):
+    """Layers that are called one after the other; ``shared`` has the number of those that read each of the inputs."""
+
+    def __init__(self, d: int, shared: tuple[int, ...]):
+        super().__init__()
+        for i, count in enumerate(shared):
+            self.add_module(
+                str(i), nn.ModuleList(nn.Linear(d, d, bias=False, dtype=torch.bfloat16) for _ in range(count))
+            )
+
+    def forward(self, inputs):
+        return [layer(x) for layers, x in zip(self.children(), inputs, strict=True) for layer in layers]
+
+
+BLOCK = (3, 1, 2, 1)  # q, k, v; o; gate, up; down
+SHARED = {"a block": BLOCK, "three layers of one input": (3,), "two layers of an input each": (1, 1)}
+
+
+def shared_calls(shared: tuple[int, ...], engine: str, adapter: torch.dtype) -> Callable:
+    """Returns a function that runs forward and backward of layers, PEFT's or ours."""
+    from peft import LoraConfig, get_peft_model
+
+    tokens, d, r = (2, SMALL, 8) if engine == "PEFT" else (TOKENS, D, R)
+    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=r"\d\.\d")
+    model = get_peft_model(Layers(d, shared), config, autocast_adapter_dtype=False)
+    if engine != "PEFT":
+        lf.fuse_(model, group=engine == "groups")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.to(adapter)
+    inputs = [torch.zeros(1, tokens, d, dtype=torch.bfloat16, requires_grad=True) for _ in shared]
+    dys = [torch.zeros(1, tokens, d, dtype=torch.bfloat16)] * sum(shared)
+    layers = model.base_model.model
+    with torch.no_grad():
+        layers(inputs)  # finds the groups
+    return lambda: torch.autograd.grad(layers(inputs), [*inputs, *trained], dys)
+
+
+def measured_shared(progress: Progress) -> dict[tuple, float]:
+    """Returns (layers, engine, adapters) → µs."""
+    engines = {"a block": ("PEFT", "groups")}  # without groups autograd really adds the parts of dx, for 30 ms
+    keys = [(name, engine, dtype) for name in SHARED for engine in engines.get(name, ("groups",)) for dtype in ADAPTERS]
+    calls = {key: shared_calls(SHARED[key[0]], key[1], ADAPTERS[key[2]]) for key in keys}
+    task = progress.add_task("layers that share an input", total=WARM_UP + ROUNDS // 2)
+    count_round = lambda turn: progress.update(task, completed=turn)
+    return host_microseconds(
+        {key: (count_round, call) for key, call in calls.items()}, ROUNDS // 2, WARM_UP, CALLS // 4
+    )
+
+
+def print_shared(console: Console, times: dict[tuple, float]) -> None:
+    table = Table(title="µs on the host, forward + backward, of several layers")
+    for column in (
+        "adapters",
+        "block: PEFT",
+        "ours alone",
+        "in groups",
+        "PEFT / groups",
+        "three of one input / two alone",
+    ):
+        table.add_column(column, justify="right")
+    for name in ADAPTERS:
+        peft, ours = (times["a block", engine, name] for engine in ("PEFT", "groups"))
+        three, two = (times[layers, "groups", name] for layers in list(SHARED)[1:])
+        table.add_row(name, f"{peft:.0f}", f"{ours:.0f}", f"{peft / ours:.2f}", f"{three / two:.2f}")
+    console.print(table)
+    console.print("Goals: PEFT / ours ≥ 1.8; three of one input / two of an input each < 1.")
+
+
 def calls_of(module: nn.Module, tokens: int, d: int) -> tuple[Callable, Callable]:
     """Returns a function that runs forward and backward, and one that runs forward without gradients."""
     x = torch.zeros(1, tokens, d, dtype=torch.bfloat16, requires_grad=True)
@@ -122,7 +194,7 @@ def main() -> None:
     stub = stub_driver.install(ARCH)
     console = Console(width=110)
     with Progress(console=console, transient=True) as progress:
-        times = measured(stub, progress)
+        times, shared = measured(stub, progress), measured_shared(progress)
     frozen = times["frozen", None, None, "both"]
     versions = f"torch {torch.__version__}, Triton {triton.__version__}, Python {sys.version.split()[0]}"
     console.print(f"{versions}, launches for an {stub.card.name}")
@@ -141,6 +213,7 @@ def main() -> None:
                 table.add_row(name, f"{dropout:g}", engine, f"{peft:.0f}", f"{ours:.0f}", *shares)
     console.print(table)
     console.print("Goals: over PEFT ≤ 0.75 (float32 adapters), 0.9; added ≤ 0.6, 0.65; forward without gradients ≤ 1.")
+    print_shared(console, shared)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..functional.linear import reason_against_op
+from ..checks import PLAIN
 from . import merge_log
 from .fallback import Fallback
 from .hooks import carry_hook, offloads
@@ -158,11 +158,11 @@ class AdapterLinear(Fallback, nn.Module):
         return *self.frozen_parameters(), *self.factors(), self.scaling, dropout_p
 
     def call_arguments(self, x: Tensor) -> tuple | None:
-        """Returns the arguments if the fused op would serve a call with x, else None."""
+        """Returns the arguments if the op could serve a call with an x that it serves elsewhere, else None."""
         if self.is_plain:
             return None
-        weight, bias, a, b, *numbers = self.arguments()
-        return (weight, bias, a, b, *numbers) if reason_against_op(x, weight, a, b) is None else None
+        arguments = weight, _, a, b, *_ = self.arguments()
+        return arguments if type(weight) in PLAIN and type(a) in PLAIN and type(b) in PLAIN else None
 
     def frozen_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Returns weight (d_out, d_in) and bias for one forward. FSDP1 replaces them by views of its flat parameter,

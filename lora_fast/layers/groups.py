@@ -192,21 +192,23 @@ def _first(layer: Layer, siblings: Siblings, x: Tensor, state: tuple, arguments:
 
 def _together(met: _Met, x: Tensor, layer: Layer, arguments: tuple, group: tuple[ref, ...]) -> Tensor:
     """Computes a group. The results of all but the first layer wait to be taken."""
-    members = [(layer, arguments, (*checked(x, met.autocast, *arguments), None))]
-    for sibling in filter(None, (member() for member in group[1:])):
-        theirs = sibling.call_arguments(x)
+    calls, siblings = [(*checked(x, met.autocast, *arguments), None)], []
+    for member in group[1:]:
+        sibling = member()
+        theirs = None if sibling is None else sibling.call_arguments(x)
+        if theirs is None or (versions := _versions(*theirs)) is None:
+            continue
         try:
-            call = None if theirs is None else (*checked(x, met.autocast, *theirs), None)
+            calls.append((*checked(x, met.autocast, *theirs), None))
         except checks.ArgumentError:  # the sibling's own call says so
             continue
-        if call is not None:
-            members.append((sibling, theirs, call))
-    if len(members) == 1:
+        siblings.append((member, theirs, versions))
+    if not siblings:
         return run_op(x, *arguments)
     this = ref(met)
-    y, *others = run_group(x, [call for *_, call in members], met.autocast, lambda: _forget(this()))
-    for (sibling, theirs, _), result in zip(members[1:], others, strict=True):
-        met.waiting[id(sibling)] = ref(sibling), theirs, _versions(*theirs), result
+    y, *others = run_group(x, calls, met.autocast, lambda: _forget(this()))
+    for sibling, result in zip(siblings, others, strict=True):
+        met.waiting[id(sibling[0]())] = *sibling, result
     return y
 
 

@@ -119,11 +119,15 @@ class LoRAGroupFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         _, need_x, _, _, _, *needs = ctx.needs_input_grad
         ys, ss = forward(ops, x, members, rounded)
-        saved, ctx.unread = [], []
-        for (weight, _, a, b, *_), need_a in zip(members, needs[2::_N], strict=True):
-            read, unread = linear.read_and_unread(linear.kept_weight(weight, x, need_x), a, b, need_x, need_a)
-            saved += read
-            ctx.unread += unread
+        if need_x and all(needs[2::_N]):
+            saved = [t for m in members for t in (linear.kept_weight(m.weight, x, True), m.lora_A, m.lora_B)]
+            ctx.unread = [None] * len(saved)
+        else:
+            saved, ctx.unread = [], []
+            for (weight, _, a, b, *_), need_a in zip(members, needs[2::_N], strict=True):
+                read, unread = linear.read_and_unread(linear.kept_weight(weight, x, need_x), a, b, need_x, need_a)
+                saved += read
+                ctx.unread += unread
         seeds = [m.seed if isinstance(m.seed, Tensor) else None for m in members]
         ctx.save_for_backward(x if any(needs[2::_N]) else None, *ss, *saved, *seeds)
         ctx.ops, ctx.rounded, ctx.at_backward = ops, rounded, at_backward  # ops draw different dropout masks
