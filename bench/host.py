@@ -122,14 +122,8 @@ def measured_shared(progress: Progress) -> dict[tuple, float]:
 
 def print_shared(console: Console, times: dict[tuple, float]) -> None:
     table = Table(title="µs on the host, forward + backward, of several layers")
-    for column in (
-        "adapters",
-        "block: PEFT",
-        "ours alone",
-        "in groups",
-        "PEFT / groups",
-        "three of one input / two alone",
-    ):
+    ratio = "three of one input / two of an input each"
+    for column in ("adapters", "block: PEFT", "ours", "PEFT / ours", ratio):
         table.add_column(column, justify="right")
     for name in ADAPTERS:
         peft, ours = (times["a block", engine, name] for engine in ("PEFT", "groups"))
