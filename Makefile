@@ -71,6 +71,7 @@ lint: env
 
 bench: env
 	$(BIN)/python bench/counts.py
+	$(BIN)/python bench/memory_step.py
 	$(BIN)/python bench/host.py
 	$(BIN)/python bench/host_step.py
 	$(BIN)/python bench/precision.py

@@ -230,11 +230,20 @@ def _state(x: Tensor) -> tuple | None:
         x.requires_grad,
         _grad(),
         autocast,
-        hooks and ref(hooks[0]),  # they may keep a checkpointed region alive
+        _reference(hooks),
         _graph_task(),
         device.stream_on(x.device) if x.is_cuda else None,
         backend.chosen(),
     )
+
+
+def _reference(hooks: tuple | None) -> object:
+    """Returns what identifies hooks for saved tensors, without keeping them alive, and with them a checkpointed region.
+    Hooks of which there are no references are never the same."""
+    try:
+        return hooks and ref(hooks[0])
+    except TypeError:
+        return object()
 
 
 def _versions(weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling, dropout_p) -> tuple | None:

@@ -27,10 +27,11 @@ from .reference.linear import keep_scale
 MOST = 4  # members of a node
 _N = 4  # tensors of a member: weight, bias, lora_A, lora_B
 
-_traced, _any_autocast, _graph_task = (
+_traced, _any_autocast, _graph_task, _runs = (
     torch.compiler.is_compiling,
     torch._C._is_any_autocast_enabled,
     torch._C._current_graph_task_id,
+    torch._C._will_engine_execute_node,
 )
 
 
@@ -207,7 +208,7 @@ class _EntryFunction(torch.autograd.Function):
     @staticmethod
     @not_compiled
     def backward(ctx, dx):
-        total = ctx.entry.sum()
+        total = None if _traced() else ctx.entry.sum()  # compiled autograd: each member has computed its own gradients
         return None, total if dx is None else dx if total is None else dx + total
 
 
@@ -232,8 +233,7 @@ class JoinedFunction(linear.LoRALinearFunction):
     @not_compiled
     def backward(ctx, dy):
         need_x, need_a, need_b = needs = linear.needs_of(ctx)
-        (entry_node, _), *_ = ctx.next_functions
-        if not need_x or _one_by_one(ctx.ops, [dy]) or not torch._C._will_engine_execute_node(entry_node):
+        if not need_x or _one_by_one(ctx.ops, [dy]) or not _runs(ctx.next_functions[0][0]):
             return *linear.LoRALinearFunction.backward(ctx, dy), None
         arguments = linear.saved_arguments(ctx, dy, needs)
         da, db = _hand(ctx, dy, *arguments, (True, need_a, need_b))

@@ -430,6 +430,56 @@ def test_copies_and_pickles_find_their_own_groups():
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_compiled_autograd(stage):
+    model = settled(model_of(), stage)
+    expected = gradients(formula_of(model), RUNS["all_parts"], x_of())
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        got = gradients(model, RUNS["all_parts"], x_of())
+    torch._dynamo.reset()
+    for name, exact in expected.items():
+        torch.testing.assert_close(got[name], exact, rtol=1e-10, atol=1e-10)
+
+
+class Same:
+    """A hook for saved tensors of which there are no weak references."""
+
+    __slots__ = ()
+
+    def __call__(self, tensor):
+        return tensor
+
+
+@pytest.mark.parametrize("hook", [Same(), lambda tensor: tensor], ids=["no references", "function"])
+def test_hooks_for_saved_tensors(hook):
+    model = model_of()
+    for _ in range(2):
+        with torch.autograd.graph.saved_tensors_hooks(hook, hook):
+            got = gradients(model, RUNS["all_parts"], x_of())
+    expected = gradients(formula_of(model), RUNS["all_parts"], x_of())
+    torch.testing.assert_close(got["x"], expected["x"], rtol=1e-12, atol=1e-12)
+    assert bool(lf.groups(model).groups) == (not isinstance(hook, Same))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_regions_that_some_layers_are_in(stage):
+    """q runs in a checkpointed region, k and v outside of it."""
+    model = settled(model_of(), stage)
+
+    def run(m, x):
+        q = checkpoint(m.q, x, use_reentrant=False)
+        value = (q * torch.cat((m.k(x), m.v(x).sin()), -1)).square().sum()
+        value.backward()
+        return value
+
+    expected = gradients(formula_of(model), run, x_of())
+    for _ in range(2):
+        got = gradients(model, run, x_of())
+        for name, exact in expected.items():
+            if exact is not None:
+                torch.testing.assert_close(got[name], exact, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_two_threads(stage):
     model, failed = settled(model_of(), stage), []
 
