@@ -246,5 +246,6 @@ def _hand(ctx, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, round
     with torch.autocast(x.device.type, enabled=False), named("lora_fast::lora_linear_backward"):
         scaling, keep = _masked(ctx.ops, x, scaling, dropout_p, seed) if dropout_p else (scaling, None)
         ds, da, db = ctx.ops.thin_gradients(dy, x, s, lora_A, lora_B, scaling, keep, rounded, needs)
-        ctx.entry.hand(ctx.index, ctx.ops, x, (dy, weight.to(dy.dtype), ds, lora_A, keep))
+        # A copy of lora_A: an optimizer in backward may change it before the entry's node reads it.
+        ctx.entry.hand(ctx.index, ctx.ops, x, (dy, weight.to(dy.dtype), ds, lora_A.clone(), keep))
     return da, db
