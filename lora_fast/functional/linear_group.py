@@ -81,9 +81,9 @@ def _naming(i: int, function: Callable, *arguments):
         raise checks.ArgumentError(f"members[{i}].{error.argument}", error.expected, error.got) from None
 
 
-def run_group(x, calls: Sequence[tuple], autocast: bool, at_backward: Callable = lambda: None) -> Sequence[Tensor]:
-    """Returns y of each call (the results of ``checked``, and a seed or None). ``at_backward`` is called when its
-    backward runs."""
+def run_group(x, calls: Sequence[tuple], autocast: bool, at_backward: Callable = lambda used: None) -> Sequence[Tensor]:
+    """Returns y of each call (the results of ``checked``, and a seed or None). ``at_backward`` is called with the
+    indices of those that take part when its backward runs."""
     if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     triton = backend.forward_uses_triton(x)
@@ -100,10 +100,10 @@ def run_group(x, calls: Sequence[tuple], autocast: bool, at_backward: Callable =
     return _apply(ops, x, autocast, members, at_backward, *tensors)
 
 
-def enter(x, autocast: bool) -> tuple[Tensor, linear_group.Entry]:
+def enter(x, autocast: bool, ran: Callable) -> tuple[Tensor, linear_group.Entry]:
     """Returns x as those that ``run_joined`` have to take it, in the dtype in which their products run, and what they
-    join."""
-    return linear_group.enter(x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x)
+    join. ``ran``: as ``linear_group.enter``."""
+    return linear_group.enter(x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x, ran)
 
 
 def run_joined(x, entry: linear_group.Entry, call: tuple, autocast: bool) -> Tensor:

@@ -159,7 +159,7 @@ class AdapterLinear(Fallback, nn.Module):
 
     def call_arguments(self, x: Tensor) -> tuple | None:
         """Returns the arguments if the op could serve a call with an x that it serves elsewhere, else None."""
-        if self.is_plain:
+        if self.is_plain or not self._parameters.keys() >= {"weight", *self.TRAINABLE}:
             return None
         arguments = weight, _, a, b, *_ = self.arguments()
         return arguments if type(weight) in PLAIN and type(a) in PLAIN and type(b) in PLAIN else None

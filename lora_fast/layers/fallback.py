@@ -14,6 +14,7 @@ from ..functional.linear import reason_against_op, run_composite, run_op
 from . import groups
 
 _traced = torch.compiler.is_compiling
+_TENSORS = {"weight", "lora_A", "lora_B"}
 
 if TYPE_CHECKING:
     Module = nn.Module
@@ -33,11 +34,13 @@ class Fallback(Module):
 
     fallback_reason: str | None = None
     siblings: groups.Siblings | None = None
+    takes_siblings = True  # whether its factors are parameters, which tell whether a result is still the right one
 
     def _call(self, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling, dropout_p) -> Tensor:
         """Returns what ``functional.lora_linear`` returns, and notes the reason if plain ops compute it."""
         arguments = weight, bias, a, b, scaling, dropout_p
-        grouped = self.siblings is not None and not _traced()
+        # Tensors that are no parameters may lose their memory after the layer's backward (FSDP1).
+        grouped = self.siblings is not None and not _traced() and self._parameters.keys() >= _TENSORS
         y = groups.taken(self, x, arguments) if grouped else None
         reason = None if y is not None else reason_against_op(x, weight, a, b)
         if reason is not self.fallback_reason:  # nn.Module.__setattr__ is slow, so it runs only for a change

@@ -46,11 +46,13 @@ class Siblings:
     Attributes:
         groups: for each layer that was the first one called with some x, by its id, this layer and those that were
             called with the same x, in this order.
+        proven: for each of these first layers, the ids of those of its group that took part in its last backward.
         unfit: ids of layers that were computed with others, but not called after that as expected.
     """
 
     def __init__(self) -> None:
         self.groups: dict[int, list[ref]] = {}
+        self.proven: dict[int, frozenset[int]] = {}
         self.unfit: set[int] = set()
 
     def __deepcopy__(self, memo: dict) -> Siblings:
@@ -63,6 +65,11 @@ class Siblings:
         """Returns the group that this layer is the first one of, or nothing if it has not been the first one yet."""
         group = self.groups.get(id(layer), ())
         return tuple(group) if group and group[0]() is layer else ()
+
+    def proven_of(self, layer: Layer) -> tuple[ref, ...]:
+        """Returns those of a layer's group that took part in the last backward, if the layer itself did."""
+        ids = self.proven.get(id(layer), frozenset())
+        return tuple(member for member in self.group_of(layer) if id(member()) in ids) if id(layer) in ids else ()
 
     def begin(self, layer: Layer) -> None:
         """Notes that a layer was the first one called with some x."""
@@ -106,32 +113,41 @@ class _Met:
     __slots__ = ("__weakref__", "autocast", "called", "entered", "first", "siblings", "state", "waiting", "x")
 
     def __init__(self, siblings: Siblings, first: Layer, x: Tensor, state: tuple, autocast: bool):
-        self.siblings, self.first, self.state, self.autocast = siblings, ref(first), state, autocast
+        this = ref(self)
+        self.siblings = ref(siblings, lambda _: _forget(this()))  # with them the model is gone
+        self.first, self.state, self.autocast = ref(first), state, autocast
         self.entered: tuple | None = None
         self.called = {id(first)}
         self.waiting: dict[int, tuple] = {}
         self.x = ref(x)
 
     def is_of(self, siblings: Siblings, x: Tensor, state: tuple | None) -> bool:
-        return self.siblings is siblings and self.x() is x and self.state == state
+        return self.siblings() is siblings and self.x() is x and self.state == state
 
-    def enter(self, x: Tensor) -> None:
-        this = ref(self)
-        self.entered = enter(x, self.autocast)
+    def enter(self, x: Tensor, siblings: Siblings, first: Layer) -> None:
+        """Makes x enter. A backward tells the siblings which layers took part."""
+        order: list[int] = []
+        this, key = ref(self), id(first)
+        ran = lambda indices: siblings.proven.update({key: frozenset(order[i] for i in indices)})
+        self.entered = *enter(x, self.autocast, ran), order
         self.x = ref(x, lambda _: _leave(this()))
 
-    def run(self, x: Tensor, arguments: tuple) -> Tensor:
+    def run(self, layer: Layer, x: Tensor, arguments: tuple) -> Tensor:
         """Computes one layer by itself."""
         if self.entered is None:
             return run_op(x, *arguments)
-        entered, entry = self.entered
-        return run_joined(entered, entry, checked(x, self.autocast, *arguments), self.autocast)
+        entered, entry, order = self.entered
+        call = checked(x, self.autocast, *arguments)
+        order.append(id(layer))
+        return run_joined(entered, entry, call, self.autocast)
 
     def part(self) -> None:
         """Gives up the results that have not been taken. Activation checkpointing stops a region's second run as soon
         as it can, so there they tell nothing."""
-        for layer, *_ in self.waiting.values() if _graph_task() == -1 else ():
-            self.siblings.part(layer())
+        siblings = self.siblings()
+        if siblings is not None and _graph_task() == -1:
+            for layer, *_ in self.waiting.values():
+                siblings.part(layer())
         self.waiting.clear()
 
 
@@ -165,7 +181,7 @@ def run(layer: Layer, x: Tensor, arguments: tuple) -> Tensor:
         return _first(layer, siblings, x, state, arguments)
     met.called.add(id(layer))
     siblings.meet(met.first(), layer)
-    return met.run(x, arguments)
+    return met.run(layer, x, arguments)
 
 
 def _first(layer: Layer, siblings: Siblings, x: Tensor, state: tuple, arguments: tuple) -> Tensor:
@@ -173,43 +189,64 @@ def _first(layer: Layer, siblings: Siblings, x: Tensor, state: tuple, arguments:
     if (before := getattr(_thread, "met", None)) is not None:
         _thread.met = None
         before.part()
-    group = siblings.group_of(layer)
-    if regions.inside():  # which saves the same tensors when it runs again
-        group = regions.same_again("groups", lambda: group)
-    met = _Met(siblings, layer, x, state, casts(x))
-    if not group:
-        siblings.begin(layer)
-        if _grad() and x.requires_grad:
-            met.enter(x)
-        y = met.run(x, arguments)
-    elif len(group) == 1:
-        y = run_op(x, *arguments)
+    decide = lambda: None if _is_watched() else (siblings.group_of(layer), siblings.proven_of(layer))
+    # A checkpointed region saves the same tensors when it runs again.
+    decision = regions.same_again("groups", decide) if regions.inside() else decide()
+    if decision is None:
+        return run_op(x, *arguments)
+    group, proven = decision
+    met, grad = _Met(siblings, layer, x, state, casts(x)), _grad()
+    chosen = group if not grad else proven if x.requires_grad else ()
+    if len(chosen) > 1:
+        y = _together(met, siblings, x, layer, arguments, chosen)
     else:
-        y = _together(met, x, layer, arguments, group)
+        siblings.begin(layer)
+        if grad and x.requires_grad and len(group) != 1:
+            met.enter(x, siblings, layer)
+        y = met.run(layer, x, arguments)
     _thread.met = met
     return y
 
 
-def _together(met: _Met, x: Tensor, layer: Layer, arguments: tuple, group: tuple[ref, ...]) -> Tensor:
+def _together(met: _Met, siblings: Siblings, x: Tensor, layer: Layer, arguments: tuple, group: tuple) -> Tensor:
     """Computes a group. The results of all but the first layer wait to be taken."""
-    calls, siblings = [(*checked(x, met.autocast, *arguments), None)], []
-    for member in group[1:]:
+    calls, others = [(*checked(x, met.autocast, *arguments), None)], []
+    for member in group[1:] if not _has_hooks(arguments) else ():
         sibling = member()
         theirs = None if sibling is None else sibling.call_arguments(x)
-        if theirs is None or (versions := _versions(*theirs)) is None:
+        if theirs is None or _has_hooks(theirs) or (versions := _versions(*theirs)) is None:
             continue
         try:
             calls.append((*checked(x, met.autocast, *theirs), None))
         except checks.ArgumentError:  # the sibling's own call says so
             continue
-        siblings.append((member, theirs, versions))
-    if not siblings:
+        others.append((member, theirs, versions))
+    if not others:
         return run_op(x, *arguments)
-    this = ref(met)
-    y, *others = run_group(x, calls, met.autocast, lambda: _forget(this()))
-    for sibling, result in zip(siblings, others, strict=True):
-        met.waiting[id(sibling[0]())] = *sibling, result
+    this, ids = ref(met), [id(layer), *(id(member()) for member, *_ in others)]
+
+    def at_backward(used: list[int]) -> None:
+        _forget(this())
+        siblings.proven[ids[0]] = frozenset(ids[i] for i in used)
+
+    y, *results = run_group(x, calls, met.autocast, at_backward)
+    for other, result in zip(others, results, strict=True):
+        met.waiting[id(other[0]())] = *other, result
     return y
+
+
+def _has_hooks(arguments: tuple) -> bool:
+    """Returns whether hooks wait for the gradients of a layer's factors. One node for several layers would call them
+    for a layer that takes no part in a backward, too."""
+    _, _, a, b, *_ = arguments
+    return bool(
+        a._backward_hooks or b._backward_hooks or a._post_accumulate_grad_hooks or b._post_accumulate_grad_hooks
+    )
+
+
+def _is_watched() -> bool:
+    """Returns whether a mode of torch is to see the registered ops."""
+    return modes() > 0 and sees_ops()
 
 
 def _forget(met: _Met | None) -> None:
@@ -220,7 +257,7 @@ def _forget(met: _Met | None) -> None:
 
 def _state(x: Tensor) -> tuple | None:
     """Returns what must be the same for layers of one x, or None if there can be no groups now."""
-    if x.is_inference() or (modes() > 0 and sees_ops()) or composite.transform() is not None:
+    if x.is_inference() or composite.transform() is not None:
         return None
     autocast = torch.get_autocast_dtype(x.device.type) if _autocast() and casts(x) else None
     hooks = _top_hooks(False)
@@ -232,6 +269,7 @@ def _state(x: Tensor) -> tuple | None:
         autocast,
         _reference(hooks),
         _graph_task(),
+        _is_watched(),
         device.stream_on(x.device) if x.is_cuda else None,
         backend.chosen(),
     )
@@ -251,7 +289,8 @@ def _versions(weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling
     try:
         others = None if bias is None else (bias._version, bias.requires_grad)
         scale = scaling._version if isinstance(scaling, Tensor) else None
-        return weight._version, a._version, b._version, a.requires_grad, b.requires_grad, others, scale
+        addresses = weight.data_ptr(), a.data_ptr(), b.data_ptr()
+        return addresses, weight._version, a._version, b._version, a.requires_grad, b.requires_grad, others, scale
     except RuntimeError:  # made under inference_mode
         return None
 

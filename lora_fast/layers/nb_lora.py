@@ -69,6 +69,7 @@ class NBLoRALinear(AdapterLinear):
 
     TRAINABLE = SAVED_STATE = factor_cache.SAVED_STATE
     INIT_ARGUMENTS = ("norm", "bound", "learn_scale")
+    takes_siblings = False
     scaling = 1.0
 
     def __init__(

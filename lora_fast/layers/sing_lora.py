@@ -35,6 +35,7 @@ class SingLoRALinear(AdapterLinear):
     TRAINABLE = ("free_s",)
     SAVED_STATE = ("free_s", "steps")
     INIT_ARGUMENTS = ("alpha", "ramp_steps")
+    takes_siblings = False
 
     alpha: float
 

@@ -14,7 +14,7 @@ registered ops, each member computes its own gradients and dx is their sum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -112,7 +112,7 @@ def _masked(ops, x: Tensor, scaling: float, dropout_p: float, seed, needed: bool
 
 class LoRAGroupFunction(torch.autograd.Function):
     """Computes y of each member. ``tensors``: the first four fields of one member after the other, for autograd.
-    ``at_backward`` is called when backward runs."""
+    ``at_backward`` is called with the indices of those that take part when backward runs."""
 
     @staticmethod
     @not_compiled
@@ -139,7 +139,7 @@ class LoRAGroupFunction(torch.autograd.Function):
     @staticmethod
     @not_compiled
     def backward(ctx, *dys):
-        ctx.at_backward()
+        ctx.at_backward([i for i, dy in enumerate(dys) if dy is not None])
         _, need_x, _, _, _, *flat = ctx.needs_input_grad
         needs = need_x, flat[2::_N], flat[3::_N]
         grads: list = [None] * len(flat)
@@ -176,10 +176,10 @@ class Entry:
     """What the members of a group hand to the node in which their x entered. Each backward has parts of its own, by the
     id of its graph task: one that failed half-way leaves nothing to the next one, and two threads may run at once."""
 
-    __slots__ = ("count", "parts")
+    __slots__ = ("count", "parts", "ran")
 
-    def __init__(self) -> None:
-        self.count = 0  # members that have joined
+    def __init__(self, ran: Callable) -> None:
+        self.count, self.ran = 0, ran  # count: of the members that have joined
         self.parts: dict[int, dict[int, tuple]] = {}
 
     def hand(self, index: int, ops, x: Tensor, part: tuple) -> None:
@@ -191,7 +191,8 @@ class Entry:
         parts = self.parts.pop(_graph_task(), None)
         if parts is None:
             return None
-        ordered = [part for _, part in sorted(parts.items(), key=lambda item: item[0])]
+        self.ran(sorted(parts))
+        ordered = [parts[i] for i in sorted(parts)]
         ops, x, _ = ordered[0]
         with torch.autocast(x.device.type, enabled=False), named("lora_fast::lora_linear_group_backward"):
             return ops.group_grad_x(x, [part for _, _, part in ordered])
@@ -212,9 +213,10 @@ class _EntryFunction(torch.autograd.Function):
         return None, total if dx is None else dx if total is None else dx + total
 
 
-def enter(x: Tensor) -> tuple[Tensor, Entry]:
-    """Returns x as its members have to take it, and what they hand their parts of dx to."""
-    entry = Entry()
+def enter(x: Tensor, ran: Callable[[list[int]], object]) -> tuple[Tensor, Entry]:
+    """Returns x as its members have to take it, and what they hand their parts of dx to. ``ran`` is called in each
+    backward with the indices of those that did, in the order of their calls."""
+    entry = Entry(ran)
     return _EntryFunction.apply(entry, x), entry
 
 

@@ -61,6 +61,8 @@ def _alone(layer: Any) -> str:
     """Returns why a layer is in no group."""
     if not isinstance(layer, Fallback):
         return "not fused"
+    if not layer.takes_siblings:
+        return f"factors of a {type(layer).__name__}, which are computed"
     if layer.siblings is None:
         return "group=False, or the only one of its parent"
     if id(layer) in layer.siblings.unfit:
@@ -71,7 +73,7 @@ def _alone(layer: Any) -> str:
 def pair_(model: nn.Module, layers: Collection[Any]) -> None:
     """Makes those of the layers siblings that are children of one module; with those, too, that already are."""
     for parent in model.modules():
-        children = [child for child in parent.children() if isinstance(child, Fallback)]
+        children = [child for child in parent.children() if isinstance(child, Fallback) and child.takes_siblings]
         new = [child for child in children if child in layers and child.siblings is None]
         if new and len(children) > 1:
             known = _siblings_of(children)

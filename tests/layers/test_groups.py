@@ -48,10 +48,10 @@ def model_of(dtype=torch.float64, group=True, config=None):
 
 
 def settled(model, stage):
-    """Calls the model once, if it is to know its groups."""
+    """Calls the model once, if it is to know its groups, forward and backward."""
     if stage == "together":
-        with torch.no_grad():
-            model(torch.zeros(2, D, dtype=model.o.weight.dtype))
+        model(torch.zeros(2, D, dtype=model.o.weight.dtype, requires_grad=True)).sum().backward()
+        model.zero_grad()
         assert lf.groups(model).groups == [LAYERS]
     return model
 
@@ -257,8 +257,8 @@ def test_what_does_not_match_is_no_group():
         weights.v.weight.add_(1)
     torch.testing.assert_close(weights.k(x), Formula(weights.k)(x))
     torch.testing.assert_close(weights.v(x), Formula(weights.v)(x))
+    k = settled(model_of(), "together")
     with torch.no_grad():
-        k = settled(model_of(), "together")
         k.q(x)
     assert k.k(x).requires_grad  # another state of autograd
     assert q.requires_grad
