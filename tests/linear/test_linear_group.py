@@ -139,7 +139,7 @@ def test_bad_members_are_named(argument):
     assert str(raised.value).startswith(argument)
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)), ids=str)
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
 def test_the_order_of_backward_does_not_matter(order):
     """dx is summed in the members' order, whichever of their results is used first."""
     members = members_of([kind[:5] + (0.0, None) for kind in KINDS[:3]], torch.float32, "cpu")
