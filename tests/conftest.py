@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # bench/gpu_sections/compile_cache.py sets LORA_FAST_STUB_ARCH.
 INTERPRETED = not torch.cuda.is_available() and "LORA_FAST_STUB_ARCH" not in os.environ
-SLOW = (  # files that take more than half a minute of one core each, and nine tenths of the suite's time together
+SLOW = (  # files that take half a minute of one core or more each, and nine tenths of the suite's time together
     "aot/test_library.py",
     "batches/test_batch.py",
     "batches/test_grouped.py",

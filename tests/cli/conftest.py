@@ -13,3 +13,16 @@ def place(tmp_path_factory) -> Path:
     tiny_model.save(folder / "model")
     (folder / "text.txt").write_text(tiny_model.text())
     return folder
+
+
+@pytest.fixture
+def rendered():
+    """For tests in a file that is ``unrendered``, and that read the drawings."""
+
+
+@pytest.fixture
+def unrendered(request, monkeypatch):
+    """Makes an empty picture of every figure of a report, because rendering takes a third of a short run."""
+    if "rendered" not in request.fixturenames:
+        empty = lambda figure, file, **options: file.write("<svg></svg>")
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", empty)

@@ -42,6 +42,8 @@ from lora_fast.layers import fused_peft
 from lora_fast.measure import machine, memory
 from lora_fast.surgery import fuse
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 
 @pytest.fixture(scope="module")
 def finished(place) -> Path:
@@ -214,6 +216,7 @@ def test_report_refers_to_no_other_file_and_shows_both_curves(compared):
     assert "currentColor" in loss and "#010203" not in text
 
 
+@pytest.mark.usefixtures("rendered")
 def test_report_escapes_hostile_text(compared):
     record = Record(**json.loads((compared / "fused" / run_folder.RECORD).read_text()))
     record.sample_after = "<script>alert(1)</script>"

@@ -24,6 +24,7 @@ from lora_fast.cli.inputs.settings import Settings
 from lora_fast.cli.output import run_folder
 from lora_fast.measure import memory
 
+pytestmark = pytest.mark.usefixtures("unrendered")
 SEVERAL = ("lora", "ilora:lam=2", "lora:lr=2e-3")
 
 
@@ -60,6 +61,7 @@ def test_scalora_adapter_and_changed_weights_load_in_peft(place):
     assert held_out_loss_in_peft(place, folder) == pytest.approx(run["held_out"][-1][1], abs=1e-5)
 
 
+@pytest.mark.usefixtures("rendered")
 def test_nb_lora_stays_within_its_bound_beside_plain_lora(place, plain):
     """Plain LoRA ends as it would alone, PEFT reads nb-lora's adapter, and every ΔW is within its bound."""
     folder, method = place / "bounded", "nb-lora:norm=spectral,lr=0.1,bound=0.5"
@@ -199,6 +201,7 @@ def test_comparison_resumes_where_it_was_interrupted(place, compared, monkeypatc
             assert whole[name][figure] == resumed[name][figure], (name, figure)
 
 
+@pytest.mark.usefixtures("rendered")
 def test_comparison_continues_without_a_diverged_method(place, tmp_path):
     result = invoke(place, "--output", tmp_path / "out", "--compare", "--method", "lora:lr=1e30", "--method", "lora")
     assert result.exit_code == 0, result.output

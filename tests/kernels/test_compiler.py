@@ -1,9 +1,9 @@
 """Compiles the catalogue's launches for every arch without a GPU and checks them against the rules of lora-fast
 inspect.
 
-By default every second variant of the layer's kernels and two of the others are compiled at one rank, and one at other
-ranks, for sm_90. For sm_80 and sm_120 one or two variants are compiled at one rank. ``-m budget`` compiles all
-cases for all archs; test_launch.py launches layers on the limits of cards.
+By default every fourth variant of the layer's kernels and two of the others are compiled at one rank, and one at some
+other ranks, for sm_90. For sm_120, and of the GEMM for sm_80, one or two variants are compiled at one rank.
+``-m budget`` compiles all cases for all archs; test_launch.py launches layers on the limits of cards.
 """
 
 import os
@@ -26,11 +26,11 @@ GROUP = ["group_project", "group_grad_a", "group_grad_x"]
 FULL = (90,)
 SHARES = {"thin": THIN, "gemm": GEMM, "group": GROUP}
 SHARES["rest"] = [op for op in catalogue.OPS if op not in THIN + GEMM + GROUP]
-# By default three archs, and of groups one.
-RARE = {"group": {arch for arch in rules.ARCHS if arch not in FULL}}
+# By default sm_90 and sm_120, whose cards have the least shared memory, the GEMM also for sm_80, and groups for sm_90.
+RARE = {"gemm": (86, 89, 100), "group": {arch for arch in rules.ARCHS if arch not in FULL}}
 PLACES = [
     pytest.param(
-        share, arch, id=f"{share}-sm_{arch}", marks=[pytest.mark.budget] * (arch in RARE.get(share, (86, 89, 100)))
+        share, arch, id=f"{share}-sm_{arch}", marks=[pytest.mark.budget] * (arch in RARE.get(share, (80, 86, 89, 100)))
     )
     for share in SHARES
     for arch in rules.ARCHS
@@ -38,27 +38,25 @@ PLACES = [
 
 
 def sample(ops: list[str], arch: int) -> list[catalogue.Case]:
-    """Returns every second variant (of ops outside a layer, the first and last) at each op's second or only rank, and
-    the first or last variant, in turn, at the other ranks (of ops outside a layer, at the largest of each dtype, of
-    ``GROUP`` at none). For archs that are not in ``FULL`` it returns the first and last variant (of ops outside a
-    layer, the last) at the second rank."""
+    """Returns every fourth variant and the last (of ops outside a layer, the first and last) at each op's second or
+    only rank, and one variant, in turn, at the largest rank of each dtype, of a layer's ops also at every second one of
+    the other ranks (of ``GROUP`` at none). For archs that are not in ``FULL`` it returns the first and last variant (of
+    ops outside a layer, the last) at the second rank."""
     chosen = []
-    for op in ops:
+    for turn, op in enumerate(ops):
         ranks: dict[tuple, list[catalogue.Case]] = {}
         for case in filter(lambda case: case.runs_on(arch), catalogue.cases([op])):
             ranks.setdefault((case.dtype, case.r), []).append(case)
+        largest = {dtype: (dtype, r) for dtype, r in sorted(ranks)}
         second, of_layer = list(ranks)[:2][-1], op in THIN + GEMM
         for i, (place, cases) in enumerate(ranks.items()):
             ends = cases if len(cases) < 2 else [cases[0], cases[-1]]
             if place == second:
-                many = cases[:-1:2] + cases[-1:] if of_layer else ends
+                many = cases[:-1:4] + cases[-1:] if of_layer else ends
                 chosen += many if arch in FULL else ends if of_layer else ends[-1:]
-            elif (
-                arch in FULL
-                and op not in GROUP
-                and (of_layer or place[1] == max(r for dtype, r in ranks if dtype == place[0]))
-            ):
-                chosen.append(ends[i % len(ends)])
+            elif arch in FULL and op not in GROUP and (place in largest.values() or (of_layer and (i + turn) % 2 == 0)):
+                variants = cases if of_layer else ends
+                chosen.append(variants[i % len(variants)])
     return chosen
 
 

@@ -171,16 +171,16 @@ def check_case(case: dict) -> None:
         assert result.dtype == (each["adapter"] if is_factor else case["dtype"]), name
 
 
-@pytest.mark.parametrize("first", range(0, 48, 8))
+@pytest.mark.parametrize("first", range(0, 32, 8))
 def test_error_budget(first):
     for seed in range(first, first + 8):
         check_case(random_case(seed))
 
 
 @pytest.mark.budget
-@pytest.mark.parametrize("first", range(1000, 1600, 50))
-def test_error_budget_of_600_cases(first):
-    for seed in range(first, first + 50):
+@pytest.mark.parametrize("first", [*range(32, 48, 8), *range(1000, 1600, 8)])
+def test_error_budget_of_616_cases(first):
+    for seed in range(first, first + 8):
         check_case(random_case(seed))
 
 
@@ -245,12 +245,12 @@ def test_same_inputs_give_the_same_bits():
         assert all(torch.equal(result, again[name]) for name, result in first.items())
 
 
-def test_several_tiles_and_partial_sums_are_within_the_budget():
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.budget), 90])
+def test_several_tiles_and_partial_sums_are_within_the_budget(arch):
     members = [
         {**each, "d_out": d_out, "r": 16} for each, d_out in zip(plain_case()["members"], (300, 136, 1), strict=True)
     ]
-    for arch in (80, 90):
-        check_case(plain_case(n_tokens=600, d_in=300, members=members, dtype=FLOAT16, arch=arch))
+    check_case(plain_case(n_tokens=600, d_in=300, members=members, dtype=FLOAT16, arch=arch))
 
 
 @pytest.mark.parametrize("n_tokens, d_in, d_outs", [(0, 8, (3, 4)), (5, 8, (0, 4, 0)), (5, 8, (0, 0)), (5, 0, (3, 4))])
