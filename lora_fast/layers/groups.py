@@ -128,7 +128,8 @@ class _Met:
         """Makes x enter. A backward tells the siblings which layers took part."""
         order: list[int] = []
         this, key = ref(self), id(first)
-        ran = lambda indices: siblings.proven.update({key: frozenset(order[i] for i in indices)})
+        known = ref(siblings)  # a graph, which waiting results keep alive, is not to keep them alive
+        ran = lambda indices: _prove(known(), key, [order[i] for i in indices])
         self.entered = *enter(x, self.autocast, ran), order
         self.x = ref(x, lambda _: _leave(this()))
 
@@ -225,9 +226,11 @@ def _together(met: _Met, siblings: Siblings, x: Tensor, layer: Layer, arguments:
         return run_op(x, *arguments)
     this, ids = ref(met), [id(layer), *(id(member()) for member, *_ in others)]
 
+    known = ref(siblings)
+
     def at_backward(used: list[int]) -> None:
         _forget(this())
-        siblings.proven[ids[0]] = frozenset(ids[i] for i in used)
+        _prove(known(), ids[0], [ids[i] for i in used])
 
     y, *results = run_group(x, calls, met.autocast, at_backward)
     for other, result in zip(others, results, strict=True):
@@ -247,6 +250,12 @@ def _has_hooks(arguments: tuple) -> bool:
 def _is_watched() -> bool:
     """Returns whether a mode of torch is to see the registered ops."""
     return modes() > 0 and sees_ops()
+
+
+def _prove(siblings: Siblings | None, first: int, ids: list[int]) -> None:
+    """Notes which layers of the first one's group took part in a backward."""
+    if siblings is not None:
+        siblings.proven[first] = frozenset(ids)
 
 
 def _forget(met: _Met | None) -> None:

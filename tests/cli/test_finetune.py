@@ -166,13 +166,13 @@ def test_ctrl_c_ends_a_process_with_exit_code_130(place):
 
 @pytest.mark.parametrize(("engine", "calls"), [("fused", True), ("eager", False)])
 def test_fused_op_is_called_by_the_fused_engine_only(place, tmp_path, monkeypatch, engine, calls):
-    called, run_op = [], fused_peft.run_op
+    called, run = [], fused_peft.FusedLoraLinear._run
 
-    def run_op_and_count(*arguments):
+    def run_and_count(*arguments):
         called.append(1)
-        return run_op(*arguments)
+        return run(*arguments)
 
-    monkeypatch.setattr(fused_peft, "run_op", run_op_and_count)
+    monkeypatch.setattr(fused_peft.FusedLoraLinear, "_run", run_and_count)
     assert invoke(place, "--output", tmp_path / "out", "--steps", 1, "--engine", engine).exit_code == 0
     assert bool(called) is calls
     assert list(metrics(tmp_path / "out")["runs"]) == [engine]

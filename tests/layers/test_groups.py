@@ -9,12 +9,14 @@ import gc
 import io
 import threading
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora_fast as lf
 from lora_fast.layers import groups
@@ -477,6 +479,67 @@ def test_regions_that_some_layers_are_in(stage):
         for name, exact in expected.items():
             if exact is not None:
                 torch.testing.assert_close(got[name], exact, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_mode_in_one_run_of_a_checkpointed_region(where):
+    model = settled(model_of(), "together")
+    expected = gradients(formula_of(model), RUNS["all_parts"], x_of())
+    mode = {where: FlopCounterMode(display=False)}
+
+    def run(m, x):
+        with mode.get("forward", nullcontext()):
+            value = checkpoint(all_parts, m, x, use_reentrant=False)
+        with mode.get("backward", nullcontext()):
+            value.backward()
+        return value
+
+    for name, grad in gradients(model, run, x_of()).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_of_a_layer_that_takes_no_part_are_not_called(stage, kind):
+    model = settled(model_of(), stage)
+    seen = []
+    for name in LAYERS:
+        getattr(getattr(model, name).lora_A, kind)(lambda got, name=name: seen.append((name, got)) or None)
+    for _ in range(2):
+        model.k(x_of()).sum()
+        x = x_of()
+        (model.q(x).sum() + model.v(x).sum() + model.k(x).detach().sum()).backward()
+    assert [name for name, got in seen if got is None] == [] and {name for name, _ in seen} == {"q", "v"}
+
+
+def test_losses_of_their_own_over_an_x_without_gradient():
+    model, x = settled(model_of(), "together"), x_of().detach()
+    for _ in range(2):
+        q, k = model.q(x), model.k(x)
+        q.sum().backward()
+        k.sum().backward()
+    model.k.requires_grad_(False)
+    model.q(x)
+    assert not model.k(x).requires_grad
+
+
+def test_an_exception_between_the_calls_keeps_no_model_alive():
+    model = settled(model_of(), "together")
+    model.k.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(x_of())
+    alive = weakref.ref(model.k.lora_A)
+    del model
+    gc.collect()  # of the exception's frames
+    assert alive() is None
+
+
+@pytest.mark.parametrize("config", [lf.NBLoRAConfig(r=3), lf.SingLoRAConfig(r=3, ramp_steps=0)], ids=repr)
+def test_layers_whose_factors_are_computed_make_no_groups(config):
+    model = model_of(config=config)
+    for _ in range(2):
+        all_parts(model, x_of()).backward()
+    assert not lf.groups(model).groups and all("computed" in reason for reason in lf.groups(model).left.values())
 
 
 @pytest.mark.parametrize("stage", STAGES)
