@@ -1,15 +1,20 @@
 """Groups: layers of one parent that are called with the same x, found when they are called.
 
 The layers among the children of one module have one ``Siblings``, which knows which of them have been called with the
-same tensor: the same object, with the same version, in the same state of autograd. The first time, each layer computes
-itself, on an x that has entered (ops/linear_group.py), so that they share one dx. From then on, the first one called
-computes all of them as one op, and each of the others returns its result if it has been computed with what that layer
-has now. Otherwise the layer computes itself, and is no longer computed with the others. The bits of all results are the
-same in all these cases, but for the rounding of dx in the last one.
+same tensor: the same object, with the same version, in the same state of autograd. At first each layer computes itself,
+on an x that has entered (ops/linear_group.py), so that they share one dx. Once a backward has shown which layers take
+part, or in the second call without gradients, the first one called computes all of them as one op, and each of the
+others returns its result if it has been computed with what that layer has now. Otherwise the layer computes itself, and
+is no longer computed with the others. The bits of all results are the same in all these cases, but for the rounding of
+dx in the last one.
+
+One node for several layers would be seen where a layer takes no part in a backward: in hooks of its factors, which get
+None, and where two of its layers have backwards of their own. That is why a backward has to show that it does, why x
+must have a gradient, and why factors with hooks keep nodes of their own.
 
 What has been computed and not been taken yet is kept for its thread until the next call of a layer that is none of the
-group, or the group's backward. No groups are made in traced code, while a mode of torch is active, and of tensors that
-have no version (``torch.inference_mode``).
+group, or the group's backward. No groups are made in traced code, while a mode of torch is to see the ops, and of
+tensors that have no version (``torch.inference_mode``).
 """
 
 from __future__ import annotations
@@ -198,9 +203,8 @@ def _first(layer: Layer, siblings: Siblings, x: Tensor, state: tuple, arguments:
     group, proven = decision
     met, grad = _Met(siblings, layer, x, state, casts(x)), _grad()
     chosen = group if not grad else proven if x.requires_grad else ()
-    if len(chosen) > 1:
-        y = _together(met, siblings, x, layer, arguments, chosen)
-    else:
+    y = _together(met, siblings, x, layer, arguments, chosen) if len(chosen) > 1 else None
+    if y is None:
         siblings.begin(layer)
         if grad and x.requires_grad and len(group) != 1:
             met.enter(x, siblings, layer)
@@ -209,24 +213,30 @@ def _first(layer: Layer, siblings: Siblings, x: Tensor, state: tuple, arguments:
     return y
 
 
-def _together(met: _Met, siblings: Siblings, x: Tensor, layer: Layer, arguments: tuple, group: tuple) -> Tensor:
-    """Computes a group. The results of all but the first layer wait to be taken."""
+def _together(
+    met: _Met, siblings: Siblings, x: Tensor, layer: Layer, arguments: tuple, group: tuple
+) -> Tensor | None:  # fmt: skip
+    """Computes a group, whose first layer this is, and returns this one's result; those of the others wait to be taken.
+    Returns None if a layer keeps a node of its own, or if no other one would be served."""
     calls, others = [(*checked(x, met.autocast, *arguments), None)], []
-    for member in group[1:] if not _has_hooks(arguments) else ():
+    if _has_hooks(arguments):
+        return None
+    for member in group[1:]:
         sibling = member()
         theirs = None if sibling is None else sibling.call_arguments(x)
-        if theirs is None or _has_hooks(theirs) or (versions := _versions(*theirs)) is None:
+        if theirs is None:
             continue
+        versions = _versions(*theirs)
+        if versions is None or _has_hooks(theirs):
+            return None
         try:
             calls.append((*checked(x, met.autocast, *theirs), None))
         except checks.ArgumentError:  # the sibling's own call says so
             continue
         others.append((member, theirs, versions))
     if not others:
-        return run_op(x, *arguments)
-    this, ids = ref(met), [id(layer), *(id(member()) for member, *_ in others)]
-
-    known = ref(siblings)
+        return None
+    this, known, ids = ref(met), ref(siblings), [id(layer), *(id(member()) for member, *_ in others)]
 
     def at_backward(used: list[int]) -> None:
         _forget(this())
