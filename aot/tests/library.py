@@ -60,7 +60,7 @@ class Note(Structure):
     _fields_ = [("function", c_void_p), ("cubin", c_void_p), ("name", c_char_p), ("grid", c_uint * 3)]
     _fields_ += [("block", c_uint * 3), ("shared", c_uint), ("count", c_uint), ("stack", c_uint)]
     _fields_ += [("stream", c_uint64)]
-    _fields_ += [("sizes", c_uint * 40), ("values", (c_ubyte * 128) * 40)]
+    _fields_ += [("sizes", c_uint * 96), ("values", (c_ubyte * 128) * 96)]
 
 
 class Refused(Exception):

@@ -32,7 +32,7 @@ from ..functional.linear_group import enter, run_group, run_joined
 from ..kernels import device
 from ..ops import composite
 from ..ops.linear_group import MOST
-from ..ops.observers import modes, sees_ops
+from ..ops.observers import modes, not_compiled, sees_ops
 
 Layer = Any  # an AdapterLinear or a FusedLoraLinear
 
@@ -162,6 +162,7 @@ def _leave(met: _Met | None) -> None:
         met.entered = None
 
 
+@not_compiled
 def taken(layer: Layer, x: Tensor, arguments: tuple) -> Tensor | None:
     """Returns the layer's result if its group has computed it with this x and these arguments, else None."""
     met = getattr(_thread, "met", None)
@@ -176,6 +177,7 @@ def taken(layer: Layer, x: Tensor, arguments: tuple) -> Tensor | None:
     return y
 
 
+@not_compiled
 def run(layer: Layer, x: Tensor, arguments: tuple) -> Tensor:
     """Computes a layer that the op can serve, and whose result is not there yet, alone or with its siblings.
     ``arguments``: those of ``functional.lora_linear`` after x."""

@@ -481,6 +481,22 @@ def test_regions_that_some_layers_are_in(stage):
                 torch.testing.assert_close(got[name], exact, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+def test_a_compiled_model_after_a_call_under_a_mode():
+    """After such a call torch.compile compiles what it finds inside of the layers' calls."""
+    model = model_of()
+    expected = gradients(formula_of(model), RUNS["all_parts"], x_of())
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(x_of())
+    with FlopCounterMode(display=False):
+        compiled(x_of())
+    for _ in range(3):
+        got = gradients(model, lambda _, x: RUNS["all_parts"](compiled, x), x_of())
+        for name, exact in expected.items():
+            torch.testing.assert_close(got[name], exact, rtol=1e-12, atol=1e-12)
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_mode_in_one_run_of_a_checkpointed_region(where):
     model = settled(model_of(), "together")
