@@ -1,5 +1,5 @@
 # make demo   fine-tune a real model on real text (three to eight minutes from nothing on 2 CPU cores, then two)
-# make test   format, lint, types and the whole suite (14 to 22 minutes on 2 CPU cores)
+# make test   format, lint, types and the whole suite (14 to 25 minutes on 2 CPU cores)
 # make quick  the tests that are not marked slow (three minutes)
 # make lint   format, lint and types alone (a minute)
 # make aot    the kernels without Python: build/aot/liblora_fast.so and its tests (cmake and a C compiler needed)
@@ -43,7 +43,7 @@ demo: env
 	$(BIN)/lora-fast finetune
 
 test: env
-	@echo "make test: 14 to 22 minutes on 2 cores, less if Triton has its kernels in its cache. It checks format, lint"
+	@echo "make test: 14 to 25 minutes on 2 cores, less if Triton has its kernels in its cache. It checks format, lint"
 	@echo "and types, then every module against PEFT, torch or float64: kernels in Triton's interpreter, layers, files,"
 	@echo "methods, commands, benchmarks, docs. No GPU is needed."
 	@$(MAKE) --no-print-directory lint
