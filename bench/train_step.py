@@ -3,11 +3,13 @@
     python bench/train_step.py                      # PEFT over the same PEFT model fused, dropout 0 and 0.05
     python bench/train_step.py --pairs 20 --rank 8
     python bench/train_step.py --compare nb-lora    # NB-LoRA over plain LoRA, about two minutes on a CPU
+    python bench/train_step.py --compare groups     # fused layers alone over layers in groups
     python bench/train_step.py --compare compiled   # as the first, both under torch.compile, which takes minutes
 
 A step is forward, backward and AdamW on 2 × 256 tokens, in float32 on a CPU and in bfloat16 on a GPU. The models of a
 comparison share the frozen weights and alternate (AB, BA, AB, …), so that drift of the machine affects both alike; the
-figure is the median of the ratios. NB-LoRA's paper reports 1.07 to 1.25 over LoRA.
+figure is the median of the ratios. The first pair is not counted: it finds the groups. NB-LoRA's paper reports 1.07 to
+1.25 over LoRA.
 """
 
 import argparse
@@ -33,14 +35,21 @@ FUSED_GOALS = {0.0: 1.08, 0.05: 1.05}  # dropout → PEFT's time over ours, at l
 COMPILED_GOALS = {0.0: 1.10, 0.05: 1.25}  # the same, both under torch.compile
 NB_LORA_GOALS = {"cpu": 1.05, "cuda": 1.02}  # NB-LoRA's time over LoRA's, at most
 
+_PLAIN = lambda model: model
+_PEFT = {"PEFT": None, "fused": True}
+COMPARISONS: dict[str, tuple[dict[str, bool | None], Callable, dict[float, float]]] = {  # engines, wrapper, goals
+    "fused": (_PEFT, _PLAIN, FUSED_GOALS),
+    "groups": ({"alone": False, "groups": True}, _PLAIN, {}),
+    "compiled": (_PEFT, torch.compile, COMPILED_GOALS),
+}
+
 
 @dataclass(frozen=True)
 class Side:
-    """A model of a comparison. ``activate`` is called before each of its steps and is not timed."""
+    """A model of a comparison."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    activate: Callable[[], object] = lambda: None
 
 
 def base_model(device: torch.device) -> nn.Module:
@@ -59,23 +68,19 @@ def peft_model(rank: int, dropout: float, device: torch.device) -> nn.Module:
     return peft.get_peft_model(base_model(device), config).train()
 
 
-def fused_sides(rank: int, dropout: float, device: torch.device) -> dict[str, Side]:
-    """Returns PEFT's model as both sides: it is unfused and fused in place, so the sides share every parameter."""
-    model = peft_model(rank, dropout, device)
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-4)
-    return {
-        "PEFT": Side(model, optimizer, lambda: lf.unfuse_(model, allow_empty=True)),
-        "fused": Side(model, optimizer, lambda: lf.fuse_(model, allow_empty=True)),
-    }
-
-
-def compiled_sides(rank: int, dropout: float, device: torch.device) -> dict[str, Side]:
-    """Returns PEFT's model and a fused copy over the same frozen weights, both compiled. The warm-up compiles them."""
-    model = peft_model(rank, dropout, device)
-    fused = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
-    lf.fuse_(fused)
-    adamw = lambda model: torch.optim.AdamW(trained(model), lr=1e-4)
-    return {name: Side(torch.compile(m), adamw(m)) for name, m in (("PEFT", model), ("fused", fused))}
+def peft_sides(
+    rank: int, dropout: float, device: torch.device, engines: dict[str, bool | None], wrap: Callable
+) -> dict[str, Side]:
+    """Returns a copy of PEFT's model for each engine, over the same frozen weights. An engine is None for PEFT's own
+    forward, else whether fused layers make groups. The pair that is not counted finds the groups, and compiles."""
+    model, sides = peft_model(rank, dropout, device), {}
+    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+    for name, group in engines.items():
+        side = copy.deepcopy(model, dict(frozen))
+        if group is not None:
+            lf.fuse_(side, group=group)
+        sides[name] = Side(wrap(side), torch.optim.AdamW(trained(side), lr=1e-4))
+    return sides
 
 
 def nb_lora_sides(rank: int, device: torch.device) -> dict[str, Side]:
@@ -121,7 +126,6 @@ def compare(sides: dict[str, Side], feed: Iterator[Tensor], pairs: int, descript
     for turn, name in track(schedule, description=description, total=2 * (pairs + 1)):
         if turn != current:  # both steps of a pair take the same tokens
             current, ids = turn, next(feed)
-        sides[name].activate()
         taken = step_seconds(sides[name], ids)
         if turn >= 0:
             seconds[name].append(taken)
@@ -141,13 +145,13 @@ def row(result: dict, label: str, sign: str, goal: float | None) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = ("fused", "compiled", "nb-lora")
+    choices = (*COMPARISONS, "nb-lora")
     parser.add_argument("--compare", nargs="+", choices=choices, default=["fused"], help="comparisons to run")
     parser.add_argument("--pairs", type=int, default=12, help="counted pairs of steps (default %(default)s)")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.05], help="of fused and compiled")
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.05], help="of all but nb-lora")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
     models.quieten()
@@ -159,11 +163,12 @@ def main() -> None:
     for column in ("A / B", "A s/step", "B s/step", "A / B (p20–p80)", "goal", "verdict"):
         table.add_column(column, justify="right")
     ids, results = blocks(options.seq_len, device), []
-    for name, sides, goals in (("fused", fused_sides, FUSED_GOALS), ("compiled", compiled_sides, COMPILED_GOALS)):
+    for name, (engines, wrap, goals) in COMPARISONS.items():
         for dropout in options.dropout if name in options.compare else ():
-            label = f"PEFT / {'fused' if name == 'fused' else 'fused, compiled'}, dropout {dropout:g}"
+            label = f"{' / '.join(engines)}{', compiled' if name == 'compiled' else ''}, dropout {dropout:g}"
             torch.compiler.reset()
-            result = compare(sides(options.rank, dropout, device), batches(ids, options.batch), options.pairs, label)
+            sides = peft_sides(options.rank, dropout, device, engines, wrap)
+            result = compare(sides, batches(ids, options.batch), options.pairs, label)
             results.append({"comparison": name, "dropout": dropout, **result})
             table.add_row(*row(result, label, "≥", goals.get(dropout)))
     if "nb-lora" in options.compare:

@@ -46,7 +46,7 @@ _grad, _autocast, _top_hooks, _graph_task = (
 
 
 class Siblings:
-    """What is known of the adapter layers among the children of one module. A copy knows nothing yet.
+    """The adapter layers among the children of one module, as far as their calls have shown. A copy knows nothing yet.
 
     Attributes:
         groups: for each layer that was the first one called with some x, by its id, this layer and those that were

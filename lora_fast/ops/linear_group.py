@@ -173,8 +173,9 @@ def _restored(ctx, count: int) -> tuple[Tensor | None, Sequence[Tensor], list[Me
 
 
 class Entry:
-    """What the members of a group hand to the node in which their x entered. Each backward has parts of its own, by the
-    id of its graph task: one that failed half-way leaves nothing to the next one, and two threads may run at once."""
+    """The parts of dx that members of a group hand to the node in which their x entered. Each backward has parts of its
+    own, by the id of its graph task: one that failed half-way leaves nothing to the next one, and two threads may run
+    at once."""
 
     __slots__ = ("count", "parts", "ran")
 

@@ -29,7 +29,8 @@ class GroupReport(Report):
 
 def groups(model: nn.Module) -> GroupReport:
     """Returns the groups that the model's calls so far have shown: layers of one parent that were called with the same
-    tensor, as q, k and v of an attention. From the second call on, each group is one op (``lora_linear_group``).
+    tensor, as q, k and v of an attention. A group is computed as one op (``lora_linear_group``) once a backward has
+    shown that all of it take part, and without gradients from the second call on.
 
     Args:
         model: any module with adapter layers, after ``inject_`` or ``fuse_`` and a call.
@@ -45,7 +46,8 @@ def groups(model: nn.Module) -> GroupReport:
     for name, layer in layers.items():
         names.setdefault(id(layer), name)
     report = GroupReport("grouped")
-    for siblings in dict.fromkeys(x.siblings for x in layers.values() if getattr(x, "siblings", None) is not None):
+    known = dict.fromkeys(getattr(layer, "siblings", None) for layer in layers.values())
+    for siblings in filter(None, known):
         for members in siblings.met_groups():
             if all(id(layer) in names for layer in members):
                 report.groups.append(tuple(names[id(layer)] for layer in members))
@@ -53,7 +55,9 @@ def groups(model: nn.Module) -> GroupReport:
         report.changed |= {name: f"with {', '.join(other for other in group if other != name)}" for name in group}
     report.left = {name: _alone(layer) for name, layer in layers.items() if names[id(layer)] not in report.changed}
     sizes = Counter(map(len, report.groups))
-    report.note = ", ".join(f"{count} groups of {size}" for size, count in sorted(sizes.items(), reverse=True))
+    report.note = ", ".join(
+        f"{count} group{'s' * (count > 1)} of {size}" for size, count in sorted(sizes.items(), reverse=True)
+    )
     return report
 
 

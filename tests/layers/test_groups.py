@@ -651,8 +651,8 @@ def test_the_report_has_every_layer():
     assert set(lf.groups(model).left.values()) == {"not called yet"}
     report = lf.groups(settled(model, "together"))
     assert report.changed == {"q": "with k, v", "k": "with q, v", "v": "with q, k"}
-    assert report.left == {"o": "its input is no other layer's"} and report.note == "1 groups of 3"
-    assert str(report) == "grouped 3 layers; left 1: o (its input is no other layer's). 1 groups of 3"
+    assert report.left == {"o": "its input is no other layer's"} and report.note == "1 group of 3"
+    assert str(report) == "grouped 3 layers; left 1: o (its input is no other layer's). 1 group of 3"
     with pytest.raises(lf.ArgumentError, match="group: expected"):
         lf.inject_(Attention(), lf.LoRAConfig(r=2), group="no")
 

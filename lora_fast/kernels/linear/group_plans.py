@@ -34,15 +34,15 @@ def _way(direction: str, tall: Tensor, member: tuple, rounded: bool) -> strategi
 
 def _laid_out(member: tuple, any_weight_strides: bool) -> tuple:
     """Returns the member with the strides that the kernels need. cuBLAS takes a weight with any strides."""
-    weight, bias, lora_A, lora_B, *rest = member
+    weight, bias, lora_A, lora_B, *numbers = member
     weight = weight if any_weight_strides else contiguous_rows(weight)
     bias = None if bias is None else bias.contiguous()
-    return weight, bias, contiguous_rows(lora_A), contiguous_rows(lora_B), *rest
+    return weight, bias, contiguous_rows(lora_A), contiguous_rows(lora_B), *numbers
 
 
 def tensors_of(members: Members, *others: Tensor | None) -> tuple:
     """Returns all tensors of the members, and the others that are not None."""
-    return tuple([t for some in (*[member[:4] for member in members], others) for t in some if t is not None])
+    return tuple([t for tensors in (*[member[:4] for member in members], others) for t in tensors if t is not None])
 
 
 class GroupForwardPlan:
