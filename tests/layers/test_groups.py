@@ -662,3 +662,25 @@ def test_an_only_child_has_no_siblings():
     lf.inject_(model, lf.LoRAConfig(r=2, target_modules=["q"]))
     assert model.q.siblings is None and isinstance(model_of().q.siblings, Siblings)
     assert lf.groups(model).left == {"q": "group=False, or the only one of its parent"}
+
+
+def test_a_scaling_that_changes_between_the_calls():
+    model, x = settled(model_of(), "together"), x_of()
+    model.q(x)
+    model.k.scaling = 7.0
+    torch.testing.assert_close(model.k(x), Formula(model.k)(x))
+
+
+def test_a_failed_backward_adds_nothing_to_one_of_other_members():
+    model, x = model_of(), x_of()
+    q, k = model.q(x), model.k(x)
+    handle = q.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        (q.sum() + k.square().sum()).backward(retain_graph=True)
+    handle.remove()
+    model.zero_grad()
+    x.grad = None
+    q.sum().backward()
+    expected = x_of()
+    Formula(model.q)(expected).sum().backward()
+    torch.testing.assert_close(x.grad, expected.grad, rtol=1e-12, atol=1e-12)
