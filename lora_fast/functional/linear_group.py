@@ -82,21 +82,18 @@ def _naming(i: int, function: Callable, *arguments):
 
 
 def run_group(x, calls: Sequence[tuple], autocast: bool, at_backward: Callable = lambda used: None) -> Sequence[Tensor]:
-    """Returns y of each call (the results of ``checked``, and a seed or None). ``at_backward`` is called with the
+    """Returns y of each call (the items of ``checked``'s result, and a seed or None). ``at_backward`` is called with the
     indices of those that take part when its backward runs."""
     if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     triton = backend.forward_uses_triton(x)
-    members: list[linear_group.Member] = []
-    tensors: list[Tensor | None] = []
-    for *call, dropout_p, seed in calls:
-        drawn = mask_seed(x, dropout_p, seed, False, triton) if dropout_p > 0.0 else None
-        weight, bias, a, b, scaling = call
-        members.append(linear_group.Member(weight, bias, a, b, scaling, dropout_p, drawn))
-        tensors += weight, bias, a, b
+    members: list[linear_group.Member] = [
+        (*call[:6], mask_seed(x, call[5], call[6], False, triton)) if call[5] > 0.0 else call for call in calls
+    ]
     ops = backend.load_ops("linear", triton)
     if not _grad():
         return linear_group.forward(ops, x, members, autocast)[0]
+    tensors = [tensor for weight, bias, a, b, *_ in members for tensor in (weight, bias, a, b)]
     return _apply(ops, x, autocast, members, at_backward, *tensors)
 
 

@@ -20,6 +20,7 @@ tensors that have no version (``torch.inference_mode``).
 from __future__ import annotations
 
 import threading
+from operator import is_
 from typing import Any
 from weakref import ref
 
@@ -66,19 +67,19 @@ class Siblings:
     def __reduce__(self) -> tuple:
         return Siblings, ()
 
-    def group_of(self, layer: Layer) -> tuple[ref, ...]:
-        """Returns the group that this layer is the first one of, or nothing if it has not been the first one yet."""
+    def known_of(self, layer: Layer) -> tuple[tuple[ref, ...], tuple[ref, ...]]:
+        """Returns the group that this layer is the first one of, or nothing if it has not been the first one yet, and
+        those of the group that took part in the last backward, if the layer itself did."""
         group = self.groups.get(id(layer), ())
-        return tuple(group) if group and group[0]() is layer else ()
-
-    def proven_of(self, layer: Layer) -> tuple[ref, ...]:
-        """Returns those of a layer's group that took part in the last backward, if the layer itself did."""
-        ids = self.proven.get(id(layer), frozenset())
-        return tuple(member for member in self.group_of(layer) if id(member()) in ids) if id(layer) in ids else ()
+        if not group or group[0]() is not layer:
+            return (), ()
+        ids = self.proven.get(id(layer), ())
+        return tuple(group), tuple([member for member in group if id(member()) in ids]) if id(layer) in ids else ()
 
     def begin(self, layer: Layer) -> None:
         """Notes that a layer was the first one called with some x."""
-        if not self.group_of(layer):
+        group = self.groups.get(id(layer))
+        if not group or group[0]() is not layer:
             self.groups[id(layer)] = [ref(layer)]
 
     def meet(self, first: Layer | None, layer: Layer) -> None:
@@ -197,7 +198,7 @@ def _first(layer: Layer, siblings: Siblings, x: Tensor, state: tuple, arguments:
     if (before := getattr(_thread, "met", None)) is not None:
         _thread.met = None
         before.part()
-    decide = lambda: None if _is_watched() else (siblings.group_of(layer), siblings.proven_of(layer))
+    decide = lambda: None if modes() > 0 and sees_ops() else siblings.known_of(layer)
     # A checkpointed region saves the same tensors when it runs again.
     decision = regions.same_again("groups", decide) if regions.inside() else decide()
     if decision is None:
@@ -259,11 +260,6 @@ def _has_hooks(arguments: tuple) -> bool:
     )
 
 
-def _is_watched() -> bool:
-    """Returns whether a mode of torch is to see the registered ops."""
-    return modes() > 0 and sees_ops()
-
-
 def _prove(siblings: Siblings | None, first: int, ids: list[int]) -> None:
     """Notes which layers of the first one's group took part in a backward."""
     if siblings is not None:
@@ -280,27 +276,26 @@ def _state(x: Tensor) -> tuple | None:
     """Returns what must be the same for layers of one x, or None if there can be no groups now."""
     if x.is_inference() or composite.transform() is not None:
         return None
-    autocast = torch.get_autocast_dtype(x.device.type) if _autocast() and casts(x) else None
     hooks = _top_hooks(False)
     return (
         x._version,
         x.data_ptr(),
         x.requires_grad,
         _grad(),
-        autocast,
-        _reference(hooks),
+        torch.get_autocast_dtype(x.device.type) if _autocast() and casts(x) else None,
+        hooks and _reference(hooks),
         _graph_task(),
-        _is_watched(),
+        modes() > 0 and sees_ops(),
         device.stream_on(x.device) if x.is_cuda else None,
         backend.chosen(),
     )
 
 
-def _reference(hooks: tuple | None) -> object:
+def _reference(hooks: tuple) -> object:
     """Returns what identifies hooks for saved tensors, without keeping them alive, and with them a checkpointed region.
     Hooks of which there are no references are never the same."""
     try:
-        return hooks and ref(hooks[0])
+        return ref(hooks[0])
     except TypeError:
         return object()
 
@@ -318,7 +313,9 @@ def _versions(weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling
 
 def _are_same(kept: tuple, arguments: tuple) -> bool:
     """Returns whether a layer's arguments are those that were kept, or equal them."""
-    return all([old is new or _are_equal(old, new) for old, new in zip(kept, arguments, strict=True)])
+    return all(map(is_, kept, arguments)) or all(
+        [old is new or _are_equal(old, new) for old, new in zip(kept, arguments, strict=True)]
+    )
 
 
 def _are_equal(old: Any, new: Any) -> bool:

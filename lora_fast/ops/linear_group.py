@@ -15,7 +15,7 @@ registered ops, each member computes its own gradients and dx is their sum.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,16 +35,9 @@ _traced, _any_autocast, _graph_task, _runs = (
 )
 
 
-class Member(NamedTuple):
-    """A layer of a group. Weight and bias may have another dtype than x under autocast."""
-
-    weight: Tensor
-    bias: Tensor | None
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-    dropout_p: float
-    seed: int | Tensor | None
+# A layer of a group: weight, bias, lora_A, lora_B, scaling, dropout_p, seed, which is read where there is dropout. Weight
+# and bias may have another dtype than x under autocast.
+Member = tuple[Tensor, Tensor | None, Tensor, Tensor, float, float, int | Tensor | None]
 
 
 def forward(ops, x: Tensor, members: Sequence[Member], rounded: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -120,20 +113,22 @@ class LoRAGroupFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         _, need_x, _, _, _, *needs = ctx.needs_input_grad
         ys, ss = forward(ops, x, members, rounded)
-        if need_x and all(needs[2::_N]):
-            saved = [t for m in members for t in (linear.kept_weight(m.weight, x, True), m.lora_A, m.lora_B)]
-            ctx.unread = [None] * len(saved)
-        else:
-            saved, ctx.unread = [], []
-            for (weight, _, a, b, *_), need_a in zip(members, needs[2::_N], strict=True):
-                read, unread = linear.read_and_unread(linear.kept_weight(weight, x, need_x), a, b, need_x, need_a)
-                saved += read
-                ctx.unread += unread
-        seeds = [m.seed if isinstance(m.seed, Tensor) else None for m in members]
-        ctx.save_for_backward(x if any(needs[2::_N]) else None, *ss, *saved, *seeds)
+        weights, biases, lora_As, lora_Bs = (tensors[i::_N] for i in range(_N))
+        ctx.unread = None
+        if any([weight.dtype is not x.dtype for weight in weights]):
+            weights = [linear.kept_weight(weight, x, need_x) for weight in weights]
+        if not (need_x and all(needs[2::_N])):
+            both = map(linear.read_and_unread, weights, lora_As, lora_Bs, [need_x] * len(members), needs[2::_N])
+            read, ctx.unread = zip(*both, strict=True)
+            weights, lora_As, lora_Bs = zip(*read, strict=True)
+        numbers, seeds = [member[4:] for member in members], ()
+        if any([isinstance(seed, Tensor) for _, _, seed in numbers]):
+            seeds = [seed if isinstance(seed, Tensor) else None for _, _, seed in numbers]
+            numbers = [(*rest, None if isinstance(seed, Tensor) else seed) for *rest, seed in numbers]
+        ctx.save_for_backward(x if any(needs[2::_N]) else None, *ss, *weights, *lora_As, *lora_Bs, *seeds)
         ctx.ops, ctx.rounded, ctx.at_backward = ops, rounded, at_backward  # ops draw different dropout masks
-        ctx.numbers = [(m.scaling, m.dropout_p, None if isinstance(m.seed, Tensor) else m.seed) for m in members]
-        ctx.bias_dtypes = [None if m.bias is None else m.bias.dtype for m in members]
+        ctx.numbers = numbers
+        ctx.bias_dtypes = [None if b is None else b.dtype for b in biases] if any(needs[1::_N]) else None
         return tuple(ys)
 
     @staticmethod
@@ -147,11 +142,11 @@ class LoRAGroupFunction(torch.autograd.Function):
         if need_x or any(needs[1]) or any(needs[2]):
             x, ss, members = _restored(ctx, len(dys))
             if x is None:  # no a needs a gradient
-                dy, a = next((dy, m.lora_A) for dy, m in zip(dys, members, strict=True) if dy is not None)
+                dy, a = next((dy, member[2]) for dy, member in zip(dys, members, strict=True) if dy is not None)
                 x = linear.unread_x(dy, a, need_x and any(needs[2]))
             compute = _each if _one_by_one(ctx.ops, dys) else backward
             dx, grads[2::_N], grads[3::_N] = compute(ctx.ops, dys, x, ss, members, ctx.rounded, needs)
-        if any(flat[1::_N]):
+        if ctx.bias_dtypes is not None:
             for i, (dy, dtype, needed) in enumerate(zip(dys, ctx.bias_dtypes, flat[1::_N], strict=True)):
                 grads[_N * i + 1] = linear.bias_gradient(dy, dtype) if needed and dy is not None else None
         return None, dx, None, None, None, *grads
@@ -160,13 +155,14 @@ class LoRAGroupFunction(torch.autograd.Function):
 def _restored(ctx, count: int) -> tuple[Tensor | None, Sequence[Tensor], list[Member]]:
     """Returns x, S of each member, and the members without their biases, from what LoRAGroupFunction has saved."""
     x, *saved = ctx.saved_tensors
-    ss, seeds = saved[:count], saved[4 * count :]
-    factors = [u if tensor is None else tensor for tensor, u in zip(saved[count : 4 * count], ctx.unread, strict=True)]
-    members = []
-    for i, (scaling, dropout_p, seed) in enumerate(ctx.numbers):
-        weight, a, b = factors[3 * i : 3 * i + 3]
-        members.append(Member(weight, None, a, b, scaling, dropout_p, seed if seeds[i] is None else seeds[i]))
-    return x, ss, members
+    ss, *factors, seeds = (saved[i : i + count] for i in range(0, 5 * count, count))
+    triples = zip(*factors, strict=True)
+    if ctx.unread is not None:
+        triples = map(linear.restored, triples, ctx.unread)
+    numbers = ctx.numbers
+    if seeds:
+        numbers = [(*n[:2], n[2] if seed is None else seed) for n, seed in zip(numbers, seeds, strict=True)]
+    return x, ss, [(weight, None, a, b, *n) for (weight, a, b), n in zip(triples, numbers, strict=True)]
 
 
 # ---- Members that are not known before they are called

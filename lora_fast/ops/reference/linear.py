@@ -42,7 +42,7 @@ def keep_scale(dropout_p: float) -> float:
 def project(x: Tensor, lora_A: Tensor, keep: Tensor | None = None, rounded: bool = False) -> Tensor:
     """S = (keep∘x) aᵀ: (n_tokens, d_in), (r, d_in) → (n_tokens, r) in the wider of both dtypes. With ``rounded``, as
     under autocast, a is rounded to x's dtype and S has that dtype."""
-    kept = x if keep is None else x * keep
+    kept = x if keep is None else _kept(x, keep)
     lora_A = lora_A.to(x.dtype) if rounded else lora_A
     return F.linear(kept, lora_A) if lora_A.dtype is x.dtype else _wide_product(kept, lora_A.t())
 
@@ -71,7 +71,7 @@ def grad_s_b(
 
 def grad_a(x: Tensor, ds: Tensor, lora_A: Tensor, keep: Tensor | None = None) -> Tensor:
     """da = dSᵀ (keep∘x): → (r, d_in) in a's dtype."""
-    kept = x if keep is None else x * keep
+    kept = x if keep is None else _kept(x, keep)
     da = torch.mm(ds.t(), kept) if ds.dtype is x.dtype else _wide_product(kept.t(), ds).t().contiguous()
     return da if da.dtype is lora_A.dtype else da.to(lora_A.dtype)
 
@@ -170,6 +170,11 @@ def _beside(thin: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return thin[0] if len(thin) == 1 else torch.cat(thin, 1)
 
 
+def _kept(tensor: Tensor, keep: Tensor) -> Tensor:
+    """Returns keep∘tensor. On a CPU, torch takes a third of the time to multiply by bytes than by bools."""
+    return tensor * keep.view(torch.uint8)
+
+
 def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
@@ -211,14 +216,16 @@ def _add_product(base: Tensor, thin: Tensor, factor: Tensor, alpha: float, keep:
     dtype = base.dtype
     if dtype is torch.float16 and not (thin.dtype is factor.dtype is dtype):
         product = torch.mm(thin.float(), factor.float())
-        return torch.add(base, product if keep is None else product * keep, alpha=alpha).to(dtype)
+        return torch.add(base, product if keep is None else _kept(product, keep), alpha=alpha).to(dtype)
     thin = thin if thin.dtype is dtype else thin.to(dtype)
     factor = factor if factor.dtype is dtype else factor.to(dtype)
     in_place = not sees_ops()
     if keep is None:
         return (base.addmm_ if in_place else base.addmm)(thin, factor, alpha=alpha)
     product = torch.mm(thin, factor)
-    return base.add_(product.mul_(keep), alpha=alpha) if in_place else base.add(product * keep, alpha=alpha)
+    if not in_place:
+        return base.add(_kept(product, keep), alpha=alpha)
+    return base.add_(product.mul_(keep.view(torch.uint8)), alpha=alpha)
 
 
 def draw_mask(x: Tensor, dropout_p: float, seed: int | Tensor) -> Tensor:
