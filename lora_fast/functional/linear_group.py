@@ -82,8 +82,8 @@ def _naming(i: int, function: Callable, *arguments):
 
 
 def run_group(x, calls: Sequence[tuple], autocast: bool, at_backward: Callable = lambda used: None) -> Sequence[Tensor]:
-    """Returns y of each call (the items of ``checked``'s result, and a seed or None). ``at_backward`` is called with the
-    indices of those that take part when its backward runs."""
+    """Returns y of each call (the items of ``checked``'s result, and a seed or None). ``at_backward`` is called with
+    the indices of those that take part when its backward runs."""
     if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     triton = backend.forward_uses_triton(x)

@@ -350,6 +350,11 @@ def linear(left: torch.Tensor, d_out: int, r: int, forward: bool, tma: bool, dro
     return _tile(choice, r, gemm_rank(r)) if choice else default(name, left.element_size(), limits(left.device), r)
 
 
+def group_linear(x: torch.Tensor, ranks: Sequence[int], tma: bool) -> Tile:
+    """Returns the tile of the fused GEMM that computes y of a group with these ranks."""
+    return _group_tile("linear" + "_tma" * tma, x, ranks)
+
+
 def group_grad_x(dy: torch.Tensor, ranks: Sequence[int], tma: bool, dropout: bool) -> Tile:
     """Returns the tile of the fused GEMM that computes dx of a group with these ranks."""
     name = "group_grad_x" + "_tma" * tma + "_dropout" * dropout

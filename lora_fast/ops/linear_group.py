@@ -35,8 +35,8 @@ _traced, _any_autocast, _graph_task, _runs = (
 )
 
 
-# A layer of a group: weight, bias, lora_A, lora_B, scaling, dropout_p, seed, which is read where there is dropout. Weight
-# and bias may have another dtype than x under autocast.
+# A layer of a group: weight, bias, lora_A, lora_B, scaling, dropout_p, seed (read where there is dropout). Weight and
+# bias may have another dtype than x under autocast.
 Member = tuple[Tensor, Tensor | None, Tensor, Tensor, float, float, int | Tensor | None]
 
 
@@ -156,7 +156,7 @@ def _restored(ctx, count: int) -> tuple[Tensor | None, Sequence[Tensor], list[Me
     """Returns x, S of each member, and the members without their biases, from what LoRAGroupFunction has saved."""
     x, *saved = ctx.saved_tensors
     ss, *factors, seeds = (saved[i : i + count] for i in range(0, 5 * count, count))
-    triples = zip(*factors, strict=True)
+    triples: Any = zip(*factors, strict=True)
     if ctx.unread is not None:
         triples = map(linear.restored, triples, ctx.unread)
     numbers = ctx.numbers

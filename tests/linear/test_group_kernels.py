@@ -223,10 +223,17 @@ def test_gradients_equal_those_of_their_parts(strategy, arch, dropout_p):
             assert all((das[i] is None and dbs[i] is None) for i in range(3) if i not in used)
 
 
-@pytest.mark.parametrize("strategy, thin", [("fused", "pass"), ("cublas", "split"), ("cublas", "short")])
-def test_results_are_those_of_single_layers(strategy, thin):
-    """S is summed in the same order where the tile of all ranks has the steps of a member's own, here of one class."""
-    case = plain_case(strategy=strategy, thin=thin)
+@pytest.mark.parametrize(
+    "strategy, thin, arch",
+    [("fused", "pass", 90), ("fused", "pass", 80), ("cublas", "split", 90), ("cublas", "short", 90)],
+)
+def test_results_are_those_of_single_layers(strategy, thin, arch):
+    """S is summed in the same order where the tile of all ranks has the steps of a member's own, here of one class. The
+    members of the fused GEMM have one to six tiles each."""
+    case = plain_case(strategy=strategy, thin=thin, arch=arch)
+    case["n_tokens"], d_outs = (200, (300, 16, 136)) if arch == 80 else (70, (48, 24, 16))
+    for each, d_out, bias in zip(case["members"], d_outs, (True, False, True), strict=True):
+        each.update(d_out=d_out, bias=bias)
     x, tensors = tensors_of(case)
     members = as_members(x, case, tensors)
     with ways_of(case):

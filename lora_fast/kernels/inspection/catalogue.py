@@ -21,6 +21,7 @@ from .. import linear as layer
 from ..linalg import inverse, spd
 from ..linear.cublas import Halves
 from ..linear.group import GroupGradA, GroupProject
+from ..linear.group_linear import FusedGroupLinear
 from ..linear.project import Project
 from ..pairs import adamw, add_low_rank, inverse_mean, momentum, regularizers, scalora_scales, scalora_system
 from ..pairs import gram as grams
@@ -172,6 +173,20 @@ def group_project(r: int, dtype: torch.dtype, adapter: str | None, tokens: str, 
     x = _matrix(n_tokens, D_IN, dtype)
     a = [_matrix(r, D_IN, _adapter(adapter, dtype)) for _ in range(members)]
     return size(x, *a, *GroupProject(x, a, False, tokens != "many", tokens == "few")(x, a))
+
+
+def group_linear(
+    r: int, dtype: torch.dtype, adapter: str | None, padding: int, members: int, bias: bool = False
+) -> None:
+    """Runs the GEMM for y of a group. Every second member has the bias."""
+    n_tokens, calls = _gemm_tokens("fused"), []
+    for i, d_out in enumerate(GROUP[:members]):
+        weight, a_b = _matrix(d_out, D_IN, dtype, padding), [(r, D_IN), (d_out, r)]
+        a, b = (_matrix(*shape, _adapter(adapter, dtype)) for shape in a_b)
+        calls.append((weight, torch.zeros(d_out, dtype=dtype) if bias and i % 2 else None, a, b, 2.0, None))
+    ss = [_thin(n_tokens, r, dtype, adapter) for _ in calls]
+    x, shapes = _matrix(n_tokens, D_IN, dtype, padding), [(n_tokens, d_out) for d_out in GROUP[:members]]
+    FusedGroupLinear(x, calls, shapes)(x, calls, ss)
 
 
 def group_grad_a(r: int, dtype: torch.dtype, adapter: str | None, members: int) -> int:
@@ -334,6 +349,7 @@ _GEMM += variants(adapter=_ADAPTERS, strategy=("cublas", "gluon"), padding=(0,))
 _GROUP = {"bfloat16": (8, 16, 32, 64), "float16": (16,), "float32": (16,)}
 _GROUP_GEMM = variants(strategy=("cublas",), padding=(0,), adapter=_ADAPTERS, members=(2, 4), dropout=_DROPOUT)
 _GROUP_GEMM += variants(strategy=("fused",), padding=(4, 0), adapter=_ADAPTERS, members=(2, 3, 4), dropout=_DROPOUT)
+_GROUP_LINEAR = variants(padding=(4, 0), adapter=_ADAPTERS, members=(2, 4))
 _SMALL, _SQUARE = {"float32": (16, 32, 64, 128, 256)}, {"float32": (1, 16, 64, 128)}
 _WORK = ("add", "matrix", "scale", "gram")
 _WORKS = [{name: name in on for name in _WORK} for on in ((), ("matrix",), ("gram",), ("matrix", "gram"), _WORK)]
@@ -360,6 +376,9 @@ OPS = {
     "group_project": Op(
         group_project, _GROUP, variants(adapter=_ADAPTERS, tokens=("many", "short", "few"), members=(2, 4)),
         ("lora_group_project_kernel",), counted=True,
+    ),
+    "group_linear": Op(
+        group_linear, _GROUP, [*_GROUP_LINEAR, _GROUP_LINEAR[0] | {"bias": True}], ("lora_group_linear_kernel",)
     ),
     "group_grad_a": Op(
         group_grad_a, _GROUP, variants(adapter=_ADAPTERS, members=(2, 4)), ("lora_group_grad_a_kernel",), counted=True

@@ -16,7 +16,9 @@ from . import compiler, interpreter
 from .catalogue import OPS, Case
 
 ARCHS = tuple(device.CARDS)
-GEMMS = ("lora_linear_kernel", "lora_gluon_linear_kernel", "lora_group_grad_x_kernel")
+GEMMS = (
+    "lora_linear_kernel", "lora_gluon_linear_kernel", "lora_group_linear_kernel", "lora_group_grad_x_kernel",
+)  # fmt: skip
 ASYNCHRONOUS = (90, 100)  # archs whose tensor cores compute a product while the program continues
 # Allowed spills outside a GEMM's loop, of one or two numbers a tile: Triton's version, arch, cases, most bytes a
 # thread.

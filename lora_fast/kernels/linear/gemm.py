@@ -115,6 +115,42 @@ def store_tile(
         tl.store(p_result, round_to(b_acc, dtype), mask=m_t[:, None] & m_out[None, :])
 
 
+@triton.jit
+def linear_tile(
+    left, weight, result, bias, thin, factor,
+    scaling, seed, in_memory, drop_level,
+    tile, n_tokens, d_out, d_in, stride_left, stride_weight, stride_factor,
+    R: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Computes one tile of the result."""
+    dtype: tl.constexpr = left.dtype if TMA else left.dtype.element_ty
+    o_t, o_out = place_of(tile, tl.cdiv(n_tokens, BLOCK_T), tl.cdiv(d_out, BLOCK_OUT), BLOCK_T, BLOCK_OUT, GROUP)
+    i_t = o_t.to(tl.int64) + tl.arange(0, BLOCK_T)
+    i_out = o_out.to(tl.int64) + tl.arange(0, BLOCK_OUT)
+    m_t, m_out = i_t < n_tokens, i_out < d_out
+    b_acc = tl.zeros([BLOCK_T, BLOCK_OUT], dtype=tl.float32)
+    for o_r in tl.range(0, R, BLOCK_R, num_stages=1):
+        i_r = o_r + tl.arange(0, BLOCK_R)
+        b_thin = load_thin(thin, i_t, i_r, m_t, i_r < R, n_tokens, 1, R, False)
+        b_factor = load_factor(factor, i_r, i_out, i_r < R, m_out, stride_factor, TRANSPOSED)
+        b_acc = dot_rounded(b_thin, b_factor, b_acc, dtype, PRECISION)
+    if TRANSPOSED:
+        b_acc *= scaling
+    if DROPOUT:
+        b_acc = drop(b_acc, keep_mask(seed, in_memory, drop_level, i_t, o_out, BLOCK_OUT))
+    if HAS_BIAS:
+        b_acc += tl.load(bias + i_out, mask=m_out, other=0.0).to(tl.float32)[None, :]
+    b_acc = add_products(
+        left, weight, b_acc,
+        o_t, o_out, i_t, i_out, m_t, m_out,
+        d_in, stride_left, stride_weight,
+        TRANSPOSED, TMA, PRECISION, BLOCK_IN,
+    )  # fmt: skip
+    store_tile(result, b_acc, o_t, o_out, i_t, i_out, m_t, m_out, d_out, dtype, TMA, BLOCK_T, BLOCK_OUT)
+
+
 @triton.jit(do_not_specialize=["seed", "in_memory", "drop_level", "n_tokens"])
 def lora_linear_kernel(
     left, weight, result, bias, thin, factor,
@@ -126,34 +162,16 @@ def lora_linear_kernel(
 ):  # fmt: skip
     """Computes the result tile by tile. If TRANSPOSED, weight is (d_out, d_in) and factor (d_out, r). With TMA left,
     weight and result are descriptors, and a block of result has BLOCK_OUT // 2 columns."""
-    dtype: tl.constexpr = left.dtype if TMA else left.dtype.element_ty
-    n_tiles_t, n_tiles_out = tl.cdiv(n_tokens, BLOCK_T), tl.cdiv(d_out, BLOCK_OUT)
+    n_tiles = tl.cdiv(n_tokens, BLOCK_T) * tl.cdiv(d_out, BLOCK_OUT)
     # disable_licm: values that do not depend on the tile are recomputed for each, because keeping them in registers
     # over the main loop would spill.
-    for tile in tl.range(tl.program_id(0), n_tiles_t * n_tiles_out, tl.num_programs(0), disable_licm=True):
-        o_t, o_out = place_of(tile, n_tiles_t, n_tiles_out, BLOCK_T, BLOCK_OUT, GROUP)
-        i_t = o_t.to(tl.int64) + tl.arange(0, BLOCK_T)
-        i_out = o_out.to(tl.int64) + tl.arange(0, BLOCK_OUT)
-        m_t, m_out = i_t < n_tokens, i_out < d_out
-        b_acc = tl.zeros([BLOCK_T, BLOCK_OUT], dtype=tl.float32)
-        for o_r in tl.range(0, R, BLOCK_R, num_stages=1):
-            i_r = o_r + tl.arange(0, BLOCK_R)
-            b_thin = load_thin(thin, i_t, i_r, m_t, i_r < R, n_tokens, 1, R, False)
-            b_factor = load_factor(factor, i_r, i_out, i_r < R, m_out, stride_factor, TRANSPOSED)
-            b_acc = dot_rounded(b_thin, b_factor, b_acc, dtype, PRECISION)
-        if TRANSPOSED:
-            b_acc *= scaling
-        if DROPOUT:
-            b_acc = drop(b_acc, keep_mask(seed, in_memory, drop_level, i_t, o_out, BLOCK_OUT))
-        if HAS_BIAS:
-            b_acc += tl.load(bias + i_out, mask=m_out, other=0.0).to(tl.float32)[None, :]
-        b_acc = add_products(
-            left, weight, b_acc,
-            o_t, o_out, i_t, i_out, m_t, m_out,
-            d_in, stride_left, stride_weight,
-            TRANSPOSED, TMA, PRECISION, BLOCK_IN,
+    for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), disable_licm=True):
+        linear_tile(
+            left, weight, result, bias, thin, factor,
+            scaling, seed, in_memory, drop_level,
+            tile, n_tokens, d_out, d_in, stride_left, stride_weight, stride_factor,
+            R, TRANSPOSED, HAS_BIAS, DROPOUT, TMA, PRECISION, BLOCK_T, BLOCK_OUT, BLOCK_IN, BLOCK_R, GROUP,
         )  # fmt: skip
-        store_tile(result, b_acc, o_t, o_out, i_t, i_out, m_t, m_out, d_out, dtype, TMA, BLOCK_T, BLOCK_OUT)
 
 
 @triton.jit(do_not_specialize=["seed", "in_memory", "drop_level", "n_tokens", "n_parts"])

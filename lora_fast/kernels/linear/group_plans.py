@@ -1,6 +1,7 @@
 """The plans of forward and backward of several layers that read the same x (groups.py).
 
-Forward is one pass over x for all S (group.py), then a GEMM a member, as in a single layer. Backward is a pass over dy
+Forward is one pass over x for all S (group.py), then one GEMM for all members (group_linear.py), or one a member where
+a single layer would not use the fused GEMM. Backward is a pass over dy
 a member, one pass over x for all da, and one dx for all members (group_gemm.py). Plans are kept by the signature of all
 members, as in ``linear/__init__.py``.
 """
@@ -12,12 +13,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import tiles
+from ..grouping import group_by
 from ..launch import allocator, contiguous_rows, thin_dtype
 from . import signature, strategies
 from .cublas import CublasProject
 from .gemm import CublasGemm, gemm_class
 from .group import GroupGradA, GroupProject, passes, token_steps
 from .group_gemm import CublasGroupGemm, FusedGroupGemm, Part
+from .group_linear import FusedGroupLinear
 from .project import Project
 from .signature import flat, share_memory
 
@@ -30,6 +34,15 @@ def _way(direction: str, tall: Tensor, member: tuple, rounded: bool) -> strategi
     weight, _, lora_A, lora_B, _, keep = member
     factor = tall.dtype if rounded else signature.wider(lora_A, lora_B)
     return strategies.way(direction, tall, weight, factor, len(lora_A), keep is not None)
+
+
+def _gemm_key(x: Tensor, member: tuple, way: strategies.Way, i: int, rounded: bool) -> tuple:
+    """Returns what members must have in common for their GEMMs to be one launch, or the member's number if its GEMM
+    has a launch of its own."""
+    weight, _, lora_A, lora_B, *_ = member
+    if way.gemm != "fused":
+        return (i,)
+    return thin_dtype(x, lora_A, rounded), lora_B.dtype, tiles.uses_tma(x, weight, len(weight))
 
 
 def _laid_out(member: tuple, any_weight_strides: bool) -> tuple:
@@ -55,20 +68,26 @@ class GroupForwardPlan:
         x, members = self._lay_out(x, members)
         copies = not share_memory(tensors_of(*arguments), tensors_of(members, x))
         self.needs_layout = copies or (len(shape) != 2 and any(way.thin == "cublas" for way in ways))
+        rank = lambda i: len(members[i][2])
         key = lambda i: None if members[i][5] or ways[i].thin == "cublas" else (ways[i].thin, members[i][2].dtype)
         self.passes = [
             (where, _project(ways[where[0]], x, [members[i] for i in where], rounded))
-            for where in passes(range(len(members)), key, lambda i: len(members[i][2]))
+            for where in passes(range(len(members)), key, rank)
         ]
         parts = {i: project.splits for where, project in self.passes for i in where if ways[i].thin == "split"}
+        shapes = [(*shape[:-1], len(member[0])) for member in members]
         self.gemms, self.empty_s = [], [None] * len(members)
-        for i, (weight, bias, a, b, *_) in enumerate(members):
-            operands = x, weight, bias, b, len(a), False, True, (*shape[:-1], len(weight))
-            if i in parts:
-                self.gemms.append(CublasGemm(*operands, n_parts=parts[i]))
+        for where in group_by(range(len(members)), lambda i: _gemm_key(x, members[i], ways[i], i, rounded)).values():
+            i, (weight, bias, a, b, *_) = where[0], members[where[0]]
+            operands = x, weight, bias, b, len(a), False, True, shapes[i]
+            if len(where) > 1:
+                gemm = FusedGroupLinear(x, [members[j] for j in where], [shapes[j] for j in where])
+            elif i in parts:
+                gemm = CublasGemm(*operands, n_parts=parts[i])
                 self.empty_s[i] = allocator((len(x), len(a)), thin_dtype(x, a, rounded), x.device)
             else:
-                self.gemms.append(signature.gemm_of(ways[i], a, b)(*operands))
+                gemm = signature.gemm_of(ways[i], a, b)(*operands)
+            self.gemms.append((where, gemm))
 
     def __call__(self, x: Tensor, members: Members, stream: int | None) -> tuple[list[Tensor], list[Tensor]]:
         if self.needs_layout:
@@ -81,15 +100,22 @@ class GroupForwardPlan:
             else:
                 for i, s in zip(where, project(x, [members[i][2] for i in where], stream), strict=True):
                     ss[i] = s
-        ys = []
-        for i, (weight, bias, _, lora_B, scaling, _) in enumerate(members):
+        ys: list = [None] * len(members)
+        for where, gemm in self.gemms:
+            if len(where) > 1:
+                together = gemm(x, [members[i] for i in where], [ss[i] for i in where], stream)
+                for i, y in zip(where, together, strict=True):
+                    ys[i] = y
+                continue
+            i = where[0]
+            weight, bias, _, lora_B, scaling, _ = members[i]
             arguments = x, weight, bias, ss[i], lora_B, float(scaling), None, stream
             empty_s = self.empty_s[i]
             if empty_s is None:
-                ys.append(self.gemms[i](*arguments))
+                ys[i] = gemm(*arguments)
             else:  # the GEMM's update adds the parts and writes S
                 ss[i] = empty_s()
-                ys.append(self.gemms[i](*arguments, ss[i]))
+                ys[i] = gemm(*arguments, ss[i])
         return ys, ss
 
     def _lay_out(self, x: Tensor, members: Members) -> tuple[Tensor, Members]:
