@@ -165,23 +165,26 @@ _COPY = r"async_tma_copy_global_to_local|async_copy_global_to_local"
 
 
 def main_loop(compiled) -> MainLoop:
-    """Returns the main loop of a GEMM, read from Triton's GPU dialect.
+    """Returns the main loop of a GEMM, read from Triton's GPU dialect, or what holds of each of its main loops.
 
-    It is the innermost loop with a product and copies. In a warp-specialised kernel it is the last loop with a product,
-    since the copies have their own loop. On sm_90 a step ends with a wait for all but ``pendings`` products. On sm_100
+    It is the innermost loop with a product and copies; a kernel for a group has one for each member. In a
+    warp-specialised kernel it is the last loop with a product, since the copies have their own loop. On sm_90 a step ends with a wait for all but ``pendings`` products. On sm_100
     it ends with a wait for a barrier, and a product is in flight if that barrier is not the one of the step's own
     product. Copies are ahead by the number of steps issued before the loop (TMA) or left unfinished by a step's wait.
     In a warp-specialised kernel they are ahead by the number of buffers minus the one in use.
     """
     lines = compiled.asm["ttgir"].splitlines()
-    body, first = max(
-        _loops(lines), key=lambda loop: (_count(_PRODUCT, loop[0]) > 0, _count(_COPY, loop[0]) > 0, loop[1])
-    )
+    multiplying = [loop for loop in _loops(lines) if _count(_PRODUCT, loop[0])]
+    loops = [loop for loop in multiplying if _count(_COPY, loop[0])] or multiplying[-1:]
+    in_flight = min(_in_flight(body) for body, _ in loops)
+    return MainLoop(in_flight, min(_steps_ahead(lines, *loop) for loop in loops), _step_instructions(compiled))
+
+
+def _in_flight(body: list[str]) -> int:
     text = "\n".join(body)
     pendings = [int(number) for number in re.findall(r"warp_group_dot_wait.*?pendings = (\d+)", text)]
     barriers = re.findall(r"tc_gen5_mma .*?, (%\w+)\[", text)
-    in_flight = min(pendings) if pendings else int(bool(barriers)) - any(f"wait_barrier {b}," in text for b in barriers)
-    return MainLoop(in_flight, _steps_ahead(lines, body, first), _step_instructions(compiled))
+    return min(pendings) if pendings else int(bool(barriers)) - any(f"wait_barrier {b}," in text for b in barriers)
 
 
 def _steps_ahead(lines: list[str], body: list[str], first: int) -> int:
@@ -190,7 +193,9 @@ def _steps_ahead(lines: list[str], body: list[str], first: int) -> int:
         fetching = next("\n".join(loop) for loop, _ in _loops(lines) if _count(_COPY, loop))
         return min(map(int, re.findall(r"memdesc_index .*?: !ttg\.memdesc<(\d+)x\d+x\d+x", fetching))) - 1
     left = [int(number) for number in re.findall(r"ttg\.async_wait .*?num = (\d+)", "\n".join(body))]
-    return (min(left) if left else _count(r"async_tma_copy_global_to_local", lines[:first])) // copies
+    # Those that a step needs first are issued after the loop before it.
+    since = max((start + len(before) for before, start in _loops(lines) if start < first), default=0)
+    return (min(left) if left else _count(r"async_tma_copy_global_to_local", lines[since:first])) // copies
 
 
 def _loops(lines: list[str]) -> Iterator[tuple[list[str], int]]:
