@@ -28,6 +28,7 @@ def graphs(options: Options) -> Jobs:
         name = strategy or "by estimate"
         jobs.append((f"layer, {name}", functools.partial(of_layer, n, d, strategy, options.device)))
         jobs.append((f"dropout, {name}", functools.partial(of_dropout, n, d, strategy, options.device)))
+    jobs.append(("layers of one input", functools.partial(of_group, n, d, options.device)))
     for name in ["AdamW", *(name for name in lf.methods.__all__ if name not in ("compose", *WAITING))]:
         jobs.append((f"step, {name}", functools.partial(of_step, name, d, options.device)))
     return [*jobs, ("training step, NB-LoRA", functools.partial(of_norm_bounded, n, d, options.device))]
@@ -95,6 +96,35 @@ def of_dropout(n: int, d: int, strategy: str | None, device: torch.device) -> di
     fresh = all(not torch.equal(a, b) for a, b in zip(*copies, strict=True)) if replays else None
     ok = fresh is not False and error <= AGREE
     return {"ok": ok, "captured": bool(replays), "replays draw new masks": fresh, "error of the identity": error}
+
+
+def of_group(n: int, d: int, device: torch.device) -> dict:
+    """Replays forward and backward of three layers that read one x on other values than those of the capture."""
+    torch.manual_seed(0)
+    x, widths = rows(n, d, device).requires_grad_(), (d, d // 2, d // 2)
+    layers = nn.ModuleList(nn.Linear(d, width, device=device, dtype=torch.bfloat16) for width in widths)
+    lf.inject_(layers, lf.LoRAConfig(r=min(16, d // 4), alpha=16))
+    factors, dys = [p for p in layers.parameters() if p.requires_grad], [rows(n, width, device) for width in widths]
+    with torch.no_grad():
+        for factor in factors:
+            factor.normal_(std=0.02)
+    replays: list[Callable] = []
+
+    def run() -> list[Tensor]:
+        ys = [layer(x) for layer in layers]
+        return [*ys, *torch.autograd.grad(ys, [x, *factors], dys)]
+
+    with lf.set_backend("triton"):
+        on_a_side_stream(run, device)  # the first backward shows the group, the later ones load its kernels
+        with captured(device, replays):
+            results = run()
+        with torch.no_grad():
+            x.copy_(rows(n, d, device))
+        for replay in replays:
+            replay()
+        same = equal(run(), results) if replays else None
+    grouped = len(lf.groups(layers).groups) == 1
+    return {"ok": same is not False and grouped, "captured": bool(replays), "replay equals eager": same}
 
 
 def of_step(name: str, d: int, device: torch.device) -> dict:

@@ -118,6 +118,20 @@ def test_same_mask_in_forward_and_backward():
         assert torch.equal(x.grad, y) and set(y.unique().tolist()) == {0.0, 2.0}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_masks_of_the_torch_ops_multiply_like_bools(dtype):
+    """Infinite values and the signs of zeros included."""
+    x, weight, ds, a = (torch.randn(s, dtype=dtype, device="cpu") for s in ((6, 10), (12, 10), (6, 4), (4, 10)))
+    x[0, :3] = torch.tensor([float("inf"), -0.0, float("nan")])
+    dy, keep = torch.randn(6, 12, dtype=dtype, device="cpu"), reference.draw_mask(x, 0.5, 1)
+    for result, expected in (
+        (reference.project(x, a, keep), torch.nn.functional.linear(x * keep, a)),
+        (reference.grad_a(x, ds, a, keep), ds.t() @ (x * keep)),
+        (reference.grad_x(dy, weight, ds, a, keep), dy @ weight + (ds @ a) * keep),
+    ):
+        torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_seed_determines_the_mask():
     t = tensors()
     run = lambda seed: lora_linear(*t.values(), 1.0, 0.5, seed)
