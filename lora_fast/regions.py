@@ -42,6 +42,12 @@ def inside() -> bool:
     return _top_hooks(False) is not None or _in_backward() != -1 or not _outside_functions()
 
 
+def in_function() -> bool:
+    """Returns whether the caller runs in the forward of an autograd.Function, which its backward may run again, as
+    reentrant checkpointing does, or in a backward."""
+    return _in_backward() != -1 or not _outside_functions()
+
+
 def same_again(subject: str, decide: Callable[[], T]) -> T:
     """Returns what ``decide`` returns. In a checkpointed region that runs again it returns what this call returned in
     the region's first run. Every run of a region must make its calls about a subject in the same order."""

@@ -3,10 +3,12 @@
 The layers among the children of one module have one ``Siblings``, which knows which of them have been called with the
 same tensor: the same object, with the same version, in the same state of autograd. At first each layer computes itself,
 on an x that has entered (ops/linear_group.py), so that they share one dx. Once a backward has shown which layers take
-part, or in the second call without gradients, the first one called computes all of them as one op, and each of the
-others returns its result if it has been computed with what that layer has now. Otherwise the layer computes itself, and
-is no longer computed with the others. The bits of all results are the same in all these cases, but for the rounding of
-dx in the last one.
+part, the first one called computes all of them as one op, and each of the others returns its result if it has been
+computed with what that layer has now. Otherwise the layer computes itself, and is no longer computed with the others.
+The bits of all results are the same in all these cases, but for the rounding of dx in the last one.
+
+Without gradients each layer computes itself: reading x once would save little beside the GEMMs, less than the host's
+time for finding the group takes, and results would be in memory before they are used.
 
 One node for several layers would be seen where a layer takes no part in a backward: in hooks of its factors, which get
 None, and where two of its layers have backwards of their own. That is why a backward has to show that it does, why x
@@ -26,6 +28,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 
 from .. import backend, checks, regions
 from ..functional.linear import casts, checked, run_op
@@ -53,12 +56,14 @@ class Siblings:
         groups: for each layer that was the first one called with some x, by its id, this layer and those that were
             called with the same x, in this order.
         proven: for each of these first layers, the ids of those of its group that took part in its last backward.
+        called: ids of the layers that have been called.
         unfit: ids of layers that were computed with others, but not called after that as expected.
     """
 
     def __init__(self) -> None:
         self.groups: dict[int, list[ref]] = {}
         self.proven: dict[int, frozenset[int]] = {}
+        self.called: set[int] = set()
         self.unfit: set[int] = set()
 
     def __deepcopy__(self, memo: dict) -> Siblings:
@@ -67,14 +72,14 @@ class Siblings:
     def __reduce__(self) -> tuple:
         return Siblings, ()
 
-    def known_of(self, layer: Layer) -> tuple[tuple[ref, ...], tuple[ref, ...]]:
-        """Returns the group that this layer is the first one of, or nothing if it has not been the first one yet, and
-        those of the group that took part in the last backward, if the layer itself did."""
+    def known_of(self, layer: Layer) -> tuple[int, tuple[ref, ...]]:
+        """Returns how many layers have been called with the x of a call that this one was the first of, 0 if it has not
+        been the first one yet, and those of them that took part in the last backward, if the layer itself did."""
         group = self.groups.get(id(layer), ())
         if not group or group[0]() is not layer:
-            return (), ()
+            return 0, ()
         ids = self.proven.get(id(layer), ())
-        return tuple(group), tuple([member for member in group if id(member()) in ids]) if id(layer) in ids else ()
+        return len(group), tuple([member for member in group if id(member()) in ids]) if id(layer) in ids else ()
 
     def begin(self, layer: Layer) -> None:
         """Notes that a layer was the first one called with some x."""
@@ -111,24 +116,30 @@ class _Met:
     Attributes:
         x: a reference to it.
         state: ``_state`` of the call.
+        in_backward: whether a backward made this call, as one that runs a checkpointed region again.
         called: ids of the layers that have been called with it. A second call with the same x begins anew.
         waiting: results that were computed and not taken yet, each with the layer, its arguments and their versions.
         entered: the x that has entered, and its entry, as long as x is alive.
     """
 
-    __slots__ = ("__weakref__", "autocast", "called", "entered", "first", "siblings", "state", "waiting", "x")
+    __slots__ = (
+        "__weakref__", "autocast", "called", "entered", "first", "in_backward", "siblings", "state", "waiting", "x"
+    )  # fmt: skip
 
     def __init__(self, siblings: Siblings, first: Layer, x: Tensor, state: tuple, autocast: bool):
         this = ref(self)
         self.siblings = ref(siblings, lambda _: _forget(this()))  # with them the model is gone
         self.first, self.state, self.autocast = ref(first), state, autocast
+        self.in_backward = _graph_task() != -1
         self.entered: tuple | None = None
         self.called = {id(first)}
         self.waiting: dict[int, tuple] = {}
         self.x = ref(x)
 
-    def is_of(self, siblings: Siblings, x: Tensor, state: tuple | None) -> bool:
-        return self.siblings() is siblings and self.x() is x and self.state == state
+    def is_of(self, siblings: Siblings, x: Tensor, state: tuple | None = None) -> bool:
+        """Returns whether a layer with these siblings is called with this x in the same state. ``state``: that of the
+        call, if it is known."""
+        return self.siblings() is siblings and self.x() is x and self.state == (state or _state(x))
 
     def enter(self, x: Tensor, siblings: Siblings, first: Layer) -> None:
         """Makes x enter. A backward tells the siblings which layers took part."""
@@ -152,7 +163,7 @@ class _Met:
         """Gives up the results that have not been taken. Activation checkpointing stops a region's second run as soon
         as it can, so there they tell nothing."""
         siblings = self.siblings()
-        if siblings is not None and _graph_task() == -1:
+        if siblings is not None and not self.in_backward:
             for layer, *_ in self.waiting.values():
                 siblings.part(layer())
         self.waiting.clear()
@@ -167,7 +178,7 @@ def _leave(met: _Met | None) -> None:
 def taken(layer: Layer, x: Tensor, arguments: tuple) -> Tensor | None:
     """Returns the layer's result if its group has computed it with this x and these arguments, else None."""
     met = getattr(_thread, "met", None)
-    if met is None or id(layer) not in met.waiting or not met.is_of(layer.siblings, x, _state(x)):
+    if met is None or id(layer) not in met.waiting or not met.is_of(layer.siblings, x):
         return None
     met.called.add(id(layer))
     _, kept, versions, y = met.waiting.pop(id(layer))
@@ -182,10 +193,14 @@ def taken(layer: Layer, x: Tensor, arguments: tuple) -> Tensor | None:
 def run(layer: Layer, x: Tensor, arguments: tuple) -> Tensor:
     """Computes a layer that the op can serve, and whose result is not there yet, alone or with its siblings.
     ``arguments``: those of ``functional.lora_linear`` after x."""
-    state = _state(x)
+    siblings = layer.siblings
+    if id(layer) in siblings.called and not _grad():
+        return run_op(x, *arguments)
+    siblings.called.add(id(layer))
+    state = None if layer._backward_hooks else _state(x)  # they are to see gradients of this layer alone
     if state is None:
         return run_op(x, *arguments)
-    siblings, met = layer.siblings, getattr(_thread, "met", None)
+    met = getattr(_thread, "met", None)
     if met is None or not met.is_of(siblings, x, state) or id(layer) in met.called:
         return _first(layer, siblings, x, state, arguments)
     met.called.add(id(layer))
@@ -198,22 +213,29 @@ def _first(layer: Layer, siblings: Siblings, x: Tensor, state: tuple, arguments:
     if (before := getattr(_thread, "met", None)) is not None:
         _thread.met = None
         before.part()
-    decide = lambda: None if modes() > 0 and sees_ops() else siblings.known_of(layer)
-    # A checkpointed region saves the same tensors when it runs again.
+    decide = lambda: _decision(siblings, layer)
+    # A checkpointed region saves the same tensors and draws the same seeds when it runs again.
     decision = regions.same_again("groups", decide) if regions.inside() else decide()
     if decision is None:
         return run_op(x, *arguments)
-    group, proven = decision
-    met, grad = _Met(siblings, layer, x, state, casts(x)), _grad()
-    chosen = group if not grad else proven if x.requires_grad else ()
-    y = _together(met, siblings, x, layer, arguments, chosen) if len(chosen) > 1 else None
+    count, proven = decision
+    met, has_node = _Met(siblings, layer, x, state, casts(x)), _grad() and x.requires_grad
+    y = _together(met, siblings, x, layer, arguments, proven) if has_node and len(proven) > 1 else None
     if y is None:
         siblings.begin(layer)
-        if grad and x.requires_grad and len(group) != 1:
+        if has_node and count != 1:
             met.enter(x, siblings, layer)
         y = met.run(layer, x, arguments)
     _thread.met = met
     return y
+
+
+def _decision(siblings: Siblings, layer: Layer) -> tuple | None:
+    """Returns ``siblings.known_of(layer)``, or None if x is not even to enter. In a function that backward runs again,
+    gradients are on the second time only. Both times have to draw the same seeds, so each layer computes itself."""
+    if modes() > 0 and sees_ops():
+        return None
+    return (0, ()) if regions.in_function() else siblings.known_of(layer)
 
 
 def _together(
@@ -226,7 +248,7 @@ def _together(
         return None
     for member in group[1:]:
         sibling = member()
-        theirs = None if sibling is None else sibling.call_arguments(x)
+        theirs = sibling.call_arguments(x) if _may_be_ahead(sibling, siblings) else None
         if theirs is None:
             continue
         versions = _versions(*theirs)
@@ -245,10 +267,20 @@ def _together(
         _forget(this())
         _prove(known(), ids[0], [ids[i] for i in used])
 
+    if met.in_backward:  # a checkpointed region may end before all results are taken
+        Variable._execution_engine.queue_callback(lambda: _forget(this()))
     y, *results = run_group(x, calls, met.autocast, at_backward)
     for other, result in zip(others, results, strict=True):
         met.waiting[id(other[0]())] = *other, result
     return y
+
+
+def _may_be_ahead(sibling: Any, siblings: Siblings) -> bool:
+    """Returns whether a layer, or None, may be computed before it is called: it is one of the siblings, and has no
+    hooks that may change it before its forward, or that are to see gradients of this layer alone."""
+    return getattr(sibling, "siblings", None) is siblings and not (
+        sibling._forward_pre_hooks or sibling._backward_hooks
+    )  # fmt: skip
 
 
 def _has_hooks(arguments: tuple) -> bool:
@@ -273,14 +305,18 @@ def _forget(met: _Met | None) -> None:
 
 
 def _state(x: Tensor) -> tuple | None:
-    """Returns what must be the same for layers of one x, or None if there can be no groups now."""
-    if x.is_inference() or composite.transform() is not None:
+    """Returns what must be the same for layers of one x, or None if there can be no groups now, or none with this x:
+    there are references to it, with which a Parameter could not be swapped (``torch.utils.swap_tensors``)."""
+    if type(x) is not Tensor or x.is_inference() or composite.transform() is not None:
         return None
     hooks = _top_hooks(False)
     return (
         x._version,
         x.data_ptr(),
+        x.shape,
+        x.stride(),
         x.requires_grad,
+        x.is_leaf,
         _grad(),
         torch.get_autocast_dtype(x.device.type) if _autocast() and casts(x) else None,
         hooks and _reference(hooks),

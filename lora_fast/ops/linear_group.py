@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from . import composite, linear
 from .observers import named, not_compiled, sees_ops
 from .reference.linear import keep_scale
@@ -140,7 +141,7 @@ class LoRAGroupFunction(torch.autograd.Function):
         grads: list = [None] * len(flat)
         dx = None
         if need_x or any(needs[1]) or any(needs[2]):
-            x, ss, members = _restored(ctx, len(dys))
+            x, ss, members = _restored(ctx, dys)
             if x is None:  # no a needs a gradient
                 dy, a = next((dy, member[2]) for dy, member in zip(dys, members, strict=True) if dy is not None)
                 x = linear.unread_x(dy, a, need_x and any(needs[2]))
@@ -152,9 +153,22 @@ class LoRAGroupFunction(torch.autograd.Function):
         return None, dx, None, None, None, *grads
 
 
-def _restored(ctx, count: int) -> tuple[Tensor | None, Sequence[Tensor], list[Member]]:
-    """Returns x, S of each member, and the members without their biases, from what LoRAGroupFunction has saved."""
-    x, *saved = ctx.saved_tensors
+def _restored(ctx, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, Sequence[Tensor], list[Member]]:
+    """Returns x, S of each member, and the members without their biases, from what LoRAGroupFunction has saved.
+
+    A backward in which only some members take part frees what has been saved. What the others need is kept for a later
+    one, as autograd keeps it for layers with nodes of their own.
+    """
+    count, used = len(dys), {i for i, dy in enumerate(dys) if dy is not None}
+    try:
+        tensors, left = ctx.saved_tensors, {*range(count)} - used
+    except RuntimeError:  # freed, or a tensor of some member has been changed in place
+        kept: _Kept | None = getattr(ctx, "kept", None)
+        if kept is None or not used <= kept.left:
+            raise
+        tensors, left = kept.of(used), kept.left - used
+    ctx.kept = _Kept(tensors, left, count) if left else None
+    x, *saved = tensors
     ss, *factors, seeds = (saved[i : i + count] for i in range(0, 5 * count, count))
     triples: Any = zip(*factors, strict=True)
     if ctx.unread is not None:
@@ -163,6 +177,29 @@ def _restored(ctx, count: int) -> tuple[Tensor | None, Sequence[Tensor], list[Me
     if seeds:
         numbers = [(*n[:2], n[2] if seed is None else seed) for n, seed in zip(numbers, seeds, strict=True)]
     return x, ss, [(weight, None, a, b, *n) for (weight, a, b), n in zip(triples, numbers, strict=True)]
+
+
+class _Kept:
+    """What LoRAGroupFunction has saved, for the members that are left after a backward in which only others took
+    part."""
+
+    def __init__(self, tensors: Sequence[Tensor | None], left: set[int], count: int):
+        self.tensors, self.left, self.count = tensors, left, count
+        self.versions = [None if tensor is None else tensor._version for tensor in tensors]
+
+    def of(self, used: set[int]) -> Sequence[Tensor | None]:
+        """Returns the tensors, as ``ctx.saved_tensors``.
+
+        Raises:
+            RuntimeError: what these members need has been changed in place.
+        """
+        for i, (tensor, version) in enumerate(zip(self.tensors, self.versions, strict=True)):
+            if tensor is not None and tensor._version != version and (i == 0 or (i - 1) % self.count in used):
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation "
+                    f"between backwards of layers that read one x: {checks.shown(tensor)}, version {version} needed"
+                )
+        return self.tensors
 
 
 # ---- Members that are not known before they are called

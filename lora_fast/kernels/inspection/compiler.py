@@ -168,10 +168,11 @@ def main_loop(compiled) -> MainLoop:
     """Returns the main loop of a GEMM, read from Triton's GPU dialect, or what holds of each of its main loops.
 
     It is the innermost loop with a product and copies; a kernel for a group has one for each member. In a
-    warp-specialised kernel it is the last loop with a product, since the copies have their own loop. On sm_90 a step ends with a wait for all but ``pendings`` products. On sm_100
-    it ends with a wait for a barrier, and a product is in flight if that barrier is not the one of the step's own
-    product. Copies are ahead by the number of steps issued before the loop (TMA) or left unfinished by a step's wait.
-    In a warp-specialised kernel they are ahead by the number of buffers minus the one in use.
+    warp-specialised kernel it is the last loop with a product, since the copies have their own loop. On sm_90 a step
+    ends with a wait for all but ``pendings`` products. On sm_100 it ends with a wait for a barrier, and a product is in
+    flight if that barrier is not the one of the step's own product. Copies are ahead by the number of steps issued
+    before the loop (TMA) or left unfinished by a step's wait. In a warp-specialised kernel they are ahead by the number
+    of buffers minus the one in use.
     """
     lines = compiled.asm["ttgir"].splitlines()
     multiplying = [loop for loop in _loops(lines) if _count(_PRODUCT, loop[0])]
