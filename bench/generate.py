@@ -124,11 +124,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="sequences that are decoded at a time")
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=32, help="2 or more (default %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=32, help="default %(default)s")
     parser.add_argument("--rounds", type=int, default=8, help="counted rounds (default %(default)s)")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
+    if options.new_tokens < 2:
+        parser.error(f"--new-tokens: expected 2 or more, got {options.new_tokens}")
     models.quieten()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prompt = f"{options.new_tokens} tokens after {options.prompt_tokens}"
