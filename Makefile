@@ -76,6 +76,7 @@ bench: env
 	$(BIN)/python bench/host_step.py
 	$(BIN)/python bench/precision.py
 	$(BIN)/python bench/train_step.py --compare fused nb-lora
+	$(BIN)/python bench/generate.py
 	$(BIN)/python bench/run.py
 
 launches: env

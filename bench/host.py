@@ -8,7 +8,9 @@ operators on two tokens of a 16×16 layer, where they compute next to nothing. N
 driver. The figures are CPU times of one thread in interleaved rounds: the lower quartile of the rounds' means.
 
 A second table has the seven layers of a transformer block, of which q, k and v read one tensor, and gate and up another
-one, and layers that share an input beside layers that do not.
+one, and layers that share an input beside layers that do not. A third one has the block's forward without gradients for
+one token, as in generation. There cuBLAS multiplies by the frozen weights, and torch's CPU operators in its place
+compute next to nothing because the layers have one output.
 """
 
 import os
@@ -38,6 +40,7 @@ ALLOCATOR = {
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
 LAUNCHES = 7  # of forward and backward with default options
+ONE_TOKEN = {"alone": 14, "groups": 11}  # launches of a block for one token
 WARM_UP, ROUNDS, CALLS = 5, 100, 20  # rounds, rounds, calls a round
 ADAPTERS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -73,12 +76,11 @@ def our_layer(dropout: float, adapter: torch.dtype) -> nn.Module:
 class Layers(nn.Module):
     """Layers that are called one after the other; ``shared`` has the number of those that read each of the inputs."""
 
-    def __init__(self, d: int, shared: tuple[int, ...]):
+    def __init__(self, d_in: int, d_out: int, shared: tuple[int, ...]):
         super().__init__()
+        linear = lambda: nn.Linear(d_in, d_out, bias=False, dtype=torch.bfloat16)
         for i, count in enumerate(shared):
-            self.add_module(
-                str(i), nn.ModuleList(nn.Linear(d, d, bias=False, dtype=torch.bfloat16) for _ in range(count))
-            )
+            self.add_module(str(i), nn.ModuleList(linear() for _ in range(count)))
 
     def forward(self, inputs):
         return [layer(x) for layers, x in zip(self.children(), inputs, strict=True) for layer in layers]
@@ -88,24 +90,44 @@ BLOCK = (3, 1, 2, 1)  # q, k, v; o; gate, up; down
 SHARED = {"a block": BLOCK, "three layers of one input": (3,), "two layers of an input each": (1, 1)}
 
 
-def shared_calls(shared: tuple[int, ...], engine: str, adapter: torch.dtype) -> Callable:
-    """Returns a function that runs forward and backward of layers, PEFT's or ours."""
+def shared_layers(shape: tuple[int, int], shared: tuple[int, ...], r: int, engine: str, adapter: torch.dtype) -> Layers:
+    """Returns layers (d_in, d_out), PEFT's or ours, ours alone or in groups."""
     from peft import LoraConfig, get_peft_model
 
-    tokens, d, r = (2, SMALL, 8) if engine == "PEFT" else (TOKENS, D, R)
     config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=r"\d\.\d")
-    model = get_peft_model(Layers(d, shared), config, autocast_adapter_dtype=False)
+    model = get_peft_model(Layers(*shape, shared), config, autocast_adapter_dtype=False)
     if engine != "PEFT":
         lf.fuse_(model, group=engine == "groups")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.data = parameter.data.to(adapter)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(adapter)
+    return model.base_model.model
+
+
+def shared_calls(shared: tuple[int, ...], engine: str, adapter: torch.dtype) -> Callable:
+    """Returns a function that runs forward and backward of layers, PEFT's or ours."""
+    tokens, d, r = (2, SMALL, 8) if engine == "PEFT" else (TOKENS, D, R)
+    layers = shared_layers((d, d), shared, r, engine, adapter)
+    trained = [parameter for parameter in layers.parameters() if parameter.requires_grad]
     inputs = [torch.zeros(1, tokens, d, dtype=torch.bfloat16, requires_grad=True) for _ in shared]
     dys = [torch.zeros(1, tokens, d, dtype=torch.bfloat16)] * sum(shared)
-    layers = model.base_model.model
     with torch.no_grad():
         layers(inputs)  # finds the groups
     return lambda: torch.autograd.grad(layers(inputs), [*inputs, *trained], dys)
+
+
+def one_token_call(engine: str, adapter: torch.dtype) -> Callable:
+    """Returns a function that runs a block's layers without gradients for one token."""
+    d, shape, r = (SMALL, (SMALL, SMALL), 8) if engine == "PEFT" else (D, (D, 1), R)
+    layers = shared_layers(shape, BLOCK, r, engine, adapter).eval()
+    inputs = [torch.zeros(1, 1, d, dtype=torch.bfloat16) for _ in BLOCK]
+
+    def forward():
+        with torch.no_grad():
+            layers(inputs)
+
+    forward()  # finds the groups
+    return forward
 
 
 def measured_shared(progress: Progress) -> dict[tuple, float]:
@@ -131,6 +153,29 @@ def print_shared(console: Console, times: dict[tuple, float]) -> None:
         table.add_row(name, f"{peft:.0f}", f"{ours:.0f}", f"{peft / ours:.2f}", f"{three / two:.2f}")
     console.print(table)
     console.print("Goals: PEFT / ours ≥ 1.8; three of one input / two of an input each < 1.")
+
+
+def measured_one_token(stub: stub_driver.Stub, progress: Progress) -> dict[tuple, float]:
+    """Returns (engine, adapters) → µs."""
+    keys = [(engine, dtype) for engine in ("PEFT", *ONE_TOKEN) for dtype in ADAPTERS]
+    calls = {key: one_token_call(key[0], ADAPTERS[key[1]]) for key in keys}
+    for key, call in calls.items():
+        if key[0] in ONE_TOKEN:
+            check_launches(stub, key, call, ONE_TOKEN[key[0]])
+    task = progress.add_task("one token", total=WARM_UP + ROUNDS // 2)
+    count_round = lambda turn: progress.update(task, completed=turn)
+    return host_microseconds({key: (count_round, call) for key, call in calls.items()}, ROUNDS // 2, WARM_UP, CALLS)
+
+
+def print_one_token(console: Console, times: dict[tuple, float]) -> None:
+    table = Table(title="µs on the host, forward without gradients of a block for one token")
+    for column in ("adapters", "PEFT", "ours, alone", "ours, groups", "PEFT / alone", "PEFT / groups"):
+        table.add_column(column, justify="right")
+    for name in ADAPTERS:
+        peft, alone, groups = (times[engine, name] for engine in ("PEFT", *ONE_TOKEN))
+        ratios = f"{peft / alone:.2f}", f"{peft / groups:.2f}"
+        table.add_row(name, f"{peft:.0f}", f"{alone:.0f}", f"{groups:.0f}", *ratios)
+    console.print(table)
 
 
 def calls_of(module: nn.Module, tokens: int, d: int) -> tuple[Callable, Callable]:
@@ -189,6 +234,7 @@ def main() -> None:
     console = Console(width=110)
     with Progress(console=console, transient=True) as progress:
         times, shared = measured(stub, progress), measured_shared(progress)
+        one_token = measured_one_token(stub, progress)
     frozen = times["frozen", None, None, "both"]
     versions = f"torch {torch.__version__}, Triton {triton.__version__}, Python {sys.version.split()[0]}"
     console.print(f"{versions}, launches for an {stub.card.name}")
@@ -208,6 +254,7 @@ def main() -> None:
     console.print(table)
     console.print("Goals: over PEFT ≤ 0.75 (float32 adapters), 0.9; added ≤ 0.6, 0.65; forward without gradients ≤ 1.")
     print_shared(console, shared)
+    print_one_token(console, one_token)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -30,6 +31,8 @@ from torch import Tensor, nn
 import lora_fast as lf
 from lora_fast.cli.inputs import data, models
 from lora_fast.measure.clock import Spread, turns, wall_seconds
+
+S, T = TypeVar("S"), TypeVar("T")
 
 FUSED_GOALS = {0.0: 1.08, 0.05: 1.05}  # dropout → PEFT's time over ours, at least, on 2 CPU cores
 COMPILED_GOALS = {0.0: 1.10, 0.05: 1.25}  # the same, both under torch.compile
@@ -68,19 +71,23 @@ def peft_model(rank: int, dropout: float, device: torch.device) -> nn.Module:
     return peft.get_peft_model(base_model(device), config).train()
 
 
+def copies(model: nn.Module, engines: dict[str, bool | None]) -> dict[str, nn.Module]:
+    """Returns a copy of PEFT's model for each engine, over the same frozen weights. An engine is None for PEFT's own
+    forward, else whether fused layers make groups."""
+    frozen, models_of = {id(p): p for p in model.parameters() if not p.requires_grad}, {}
+    for name, group in engines.items():
+        models_of[name] = copy.deepcopy(model, dict(frozen))
+        if group is not None:
+            lf.fuse_(models_of[name], group=group)
+    return models_of
+
+
 def peft_sides(
     rank: int, dropout: float, device: torch.device, engines: dict[str, bool | None], wrap: Callable
 ) -> dict[str, Side]:
-    """Returns a copy of PEFT's model for each engine, over the same frozen weights. An engine is None for PEFT's own
-    forward, else whether fused layers make groups. The pair that is not counted finds the groups, and compiles."""
-    model, sides = peft_model(rank, dropout, device), {}
-    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
-    for name, group in engines.items():
-        side = copy.deepcopy(model, dict(frozen))
-        if group is not None:
-            lf.fuse_(side, group=group)
-        sides[name] = Side(wrap(side), torch.optim.AdamW(trained(side), lr=1e-4))
-    return sides
+    """Returns a side for each engine of ``copies``. The pair that is not counted finds the groups, and compiles."""
+    sides = copies(peft_model(rank, dropout, device), engines)
+    return {name: Side(wrap(side), torch.optim.AdamW(trained(side), lr=1e-4)) for name, side in sides.items()}
 
 
 def nb_lora_sides(rank: int, device: torch.device) -> dict[str, Side]:
@@ -118,25 +125,48 @@ def step_seconds(side: Side, ids: Tensor) -> float:
     return wall_seconds(step, ids.device)
 
 
+def in_turns(
+    sides: dict[str, S], feed: Iterator[Tensor], rounds: int, description: str, measured: Callable[[S, Tensor], T]
+) -> dict[str, list[T]]:
+    """Returns what ``measured`` returns of each side, round by round, after a round that is not counted. All sides of a
+    round take the same tokens."""
+    results: dict[str, list[T]] = {name: [] for name in sides}
+    schedule = turns(list(sides), rounds, warm_up=1)
+    current = None
+    for turn, name in track(schedule, description=description, total=len(sides) * (rounds + 1)):
+        if turn != current:
+            current, ids = turn, next(feed)
+        result = measured(sides[name], ids)
+        if turn >= 0:
+            results[name].append(result)
+    return results
+
+
 def compare(sides: dict[str, Side], feed: Iterator[Tensor], pairs: int, description: str) -> dict:
     """Returns the seconds a step of both sides, and the first over the second pair by pair."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    schedule = turns(list(sides), pairs, warm_up=1)
-    current = None
-    for turn, name in track(schedule, description=description, total=2 * (pairs + 1)):
-        if turn != current:  # both steps of a pair take the same tokens
-            current, ids = turn, next(feed)
-        taken = step_seconds(sides[name], ids)
-        if turn >= 0:
-            seconds[name].append(taken)
-    return {"seconds": seconds, "ratios": [first / second for first, second in zip(*seconds.values(), strict=True)]}
+    seconds = in_turns(sides, feed, pairs, description, step_seconds)
+    return {"seconds": seconds, "ratios": quotients(*seconds.values())}
+
+
+def quotients(first: list[float], second: list[float]) -> list[float]:
+    return [mine / other for mine, other in zip(first, second, strict=True)]
+
+
+def shown_spread(ratio: Spread) -> str:
+    return f"{ratio.median:.3f} ({ratio.p20:.3f}–{ratio.p80:.3f})"
+
+
+def where(device: torch.device) -> str:
+    """Returns the device and the version of torch, in words."""
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{torch.cuda.get_device_name() if device.type == 'cuda' else cpu}, torch {torch.__version__}"
 
 
 def row(result: dict, label: str, sign: str, goal: float | None) -> list[str]:
     """Returns the cells of a comparison: label, seconds of both sides, ratio, goal and verdict."""
     ratio = Spread.of(result["ratios"])
     medians = [f"{statistics.median(values):.3f}" for values in result["seconds"].values()]
-    figures = f"{ratio.median:.3f} ({ratio.p20:.3f}–{ratio.p80:.3f})"
+    figures = shown_spread(ratio)
     if goal is None:
         return [label, *medians, figures, "", ""]
     met = ratio.median >= goal if sign == "≥" else ratio.median <= goal
@@ -156,10 +186,8 @@ def main() -> None:
     options = parser.parse_args()
     models.quieten()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
-    tokens = f"{options.batch}×{options.seq_len} tokens"
-    table = Table(title=f"SmolLM2-135M, r={options.rank}, {tokens}, {name}, torch {torch.__version__}")
+    conditions = f"r={options.rank}, {options.batch}×{options.seq_len} tokens, {where(device)}"
+    table = Table(title=f"SmolLM2-135M, {conditions}")
     for column in ("A / B", "A s/step", "B s/step", "A / B (p20–p80)", "goal", "verdict"):
         table.add_column(column, justify="right")
     ids, results = blocks(options.seq_len, device), []
@@ -179,8 +207,7 @@ def main() -> None:
         table.add_row(*row(result, "NB-LoRA / LoRA", "≤", NB_LORA_GOALS[device.type]))
     Console().print(table)
     if options.json:
-        conditions = {"rank": options.rank, "tokens": tokens, "device": name, "torch": torch.__version__}
-        options.json.write_text(json.dumps({**conditions, "results": results}, indent=1))
+        options.json.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

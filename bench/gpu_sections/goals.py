@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from gpu_sections.timings import RANKS, TOKENS
+from gpu_sections.timings import ONE_TOKEN, RANKS, TOKENS
 from suite.ops.bench_linear import BACKWARD, CUBLAS, FORWARD
 from suite.ops.bench_step import MOVING
 
@@ -115,6 +115,8 @@ def _goals() -> list[Goal]:
     name = _layer(4096, 0.0)
     goals.append(Goal("layers", "host time of a layer, ours / PEFT", "≤", 0.75,
                       _over("layers", name, "ours", "PEFT", "full", of_host=True)))  # fmt: skip
+    goals.append(Goal("layers", "host time of a layer for one token without gradients, ours / PEFT", "≤", 1.0,
+                      _over("layers", ONE_TOKEN.name, "ours", "PEFT", of_host=True)))  # fmt: skip
     ilora = _over("steps", _step("ILoRA"), "ours", "torch's fused AdamW alone")
     pilora = _over("steps", _step("PiLoRA"), "PEFT's Riemannian", "ours")
     goals += [

@@ -20,6 +20,7 @@ from suite.registry import module
 SHAPES = ((4096, 4096), (4096, 14336))  # d_in, d_out
 N_TOKENS, MODEL, RANK = 8192, "Llama-3-8B", 16
 RANKS, TOKENS = (16, 32, 64, 256), (1, 64, 1024, 8192)  # of the section grid
+ONE_TOKEN = Case("decode", MODEL, (SHAPES[0],), RANK, 1, "bfloat16")
 GOAL_STEPS = ("AdamW", "ILoRA", "PiLoRA")
 SECONDS, SECONDS_OF_GRID = 0.6, 0.2  # for the timed rounds of a case
 LARGEST_ERROR = 1e-2  # of a timed result; three times the rounding error of bfloat16
@@ -49,8 +50,10 @@ def gemm(options: Options) -> Jobs:
 
 
 def layers(options: Options) -> Jobs:
-    """Times the layer, forward and backward, by every provider."""
-    return layer_jobs(options, [(shape, RANK, N_TOKENS, dropout) for shape in SHAPES for dropout in (0.0, 0.1)])
+    """Times the layer by every provider, forward and backward, and the forward alone for one token."""
+    jobs = layer_jobs(options, [(shape, RANK, N_TOKENS, dropout) for shape in SHAPES for dropout in (0.0, 0.1)])
+    case = replace(ONE_TOKEN, pairs=((48, 32),), r=4) if options.tiny else ONE_TOKEN
+    return [*jobs, (case.name, functools.partial(rows, case, options))]
 
 
 def steps(options: Options) -> Jobs:

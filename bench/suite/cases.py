@@ -75,7 +75,8 @@ class Case:
     @property
     def name(self) -> str:
         size = "{}→{}".format(*self.pairs[0]) if len(self.pairs) == 1 else f"{self.label}, {len(self.pairs)} pairs"
-        words = [size, f"r={self.r}", self.variant, f"{self.n_tokens} tokens" if self.n_tokens else ""]
+        tokens = {0: "", 1: "1 token"}.get(self.n_tokens, f"{self.n_tokens} tokens")
+        words = [size, f"r={self.r}", self.variant, tokens]
         words += [f"dropout {self.dropout:g}" if self.dropout else "", self.dtype]
         return ", ".join(word for word in words if word)
 

@@ -21,6 +21,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "linear": (*LAYER, "tests/linear/test_kernels.py::test_zero_or_one_token_gives_eagers_shapes"),
     "grads": (*LAYER, "tests/linear/test_kernels.py::test_gradients_that_are_not_needed_are_none"),
     "layer": (*LAYER, "tests/linear/test_kernels.py::test_error_budget[0]"),
+    "decode": (*LAYER, "tests/linear/test_kernels.py::test_zero_or_one_token_gives_eagers_shapes"),
     "gram": ("tests/pairs/test_pair_kernels.py::test_gram_computes_only_the_wanted_grams",),
     "solve": (
         "tests/pairs/test_reference.py::test_spd_solve_has_a_small_residual",

@@ -108,6 +108,13 @@ def test_layer_has_a_provider_for_each_strategy_that_runs(dtype, arch, gluon):
     assert ours == ["ours", "ours, fused", "ours, cublas", *(["ours, gluon"] if gluon else [])]
 
 
+def test_decode_runs_the_forward_of_one_token_without_gradients():
+    case = next(case for case in TINY if case.op == "decode")
+    built = registry.module("decode").build(case, SETTING).providers
+    values = [comparison.once(build()) for name, build in built.items() if name != "torch.compile"]
+    assert {(tuple(y.shape), y.requires_grad) for y in values} == {((1, case.shape[1]), False)}
+
+
 def test_saved_bytes_of_the_layer_are_x_and_s():
     case = next(case for case in TINY if case.op == "layer")
     saved = {row.provider: row.saved for row in rows_of(case)}
