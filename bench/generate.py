@@ -4,11 +4,11 @@
     python bench/generate.py --batch 1 --new-tokens 64 --rounds 16
 
 transformers' ``generate`` decodes greedily, in float32 on a CPU and in bfloat16 on a GPU, with the base model without
-adapters, with PEFT's model, and with that model fused, its layers alone and in groups. The models share the frozen
-weights and take turns, another one first in each round, so that drift of the machine affects all alike. A ratio is the
-median of those of the rounds. The adapters are random and change the text.
+adapters, with PEFT's model, and with that model fused. The models share the frozen weights and take turns, another one
+first in each round, so that drift of the machine affects all alike. A ratio is the median of those of the rounds. The
+adapters are random and change the text.
 
-Before anything is timed, every fused model must decode the tokens of PEFT's. Where a sequence first differs, PEFT's own
+Before anything is timed, the fused model must decode the tokens of PEFT's. Where a sequence first differs, PEFT's own
 logits of the two tokens must be equal up to ``TIE`` roundings.
 """
 
@@ -29,7 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 from lora_fast.cli.inputs import models
 from lora_fast.measure.clock import Clock, Spread
 
-ENGINES = {"PEFT": None, "ours, alone": False, "ours, groups": True}  # as train_step.copies takes them
+ENGINES = {"PEFT": None, "ours": True}  # as train_step.copies takes them
 BASE = "no adapters"
 TIE = 16  # roundings of the largest logit
 
