@@ -24,7 +24,8 @@ import lora_fast as lf
 from lora_fast.kernels import linear, tiles
 from lora_fast.kernels.inspection import interpreter
 from lora_fast.kernels.linear.grads import GradA
-from lora_fast.kernels.linear.group import GroupGradA, GroupProject
+from lora_fast.kernels.linear.group import GroupProject
+from lora_fast.kernels.linear.group_grads import GroupGradA
 from lora_fast.kernels.linear.project import Project
 from suite.cases import Case
 from suite.comparison import Setting, once, relative_error, saved_bytes, size
@@ -114,7 +115,7 @@ def bytes_of_group(n_tokens: int, d: int, count: int, grouped: bool) -> int:
     (blocks, _, columns), (chunks, splits) = project.launch.grid, grad_a.launch.grid
     r = 16 * (count if grouped else 1)
     s = 2 * (n_tokens * d * columns + blocks * r * d + n_tokens * r)
-    parts = 2 * splits if grad_a.add else 0  # each is written and read
+    parts = 2 * splits if (grad_a.parts.add if grouped else grad_a.add) else 0  # each is written and read
     da = 2 * (n_tokens * d + chunks * n_tokens * r + r * d) + 4 * parts * r * d
     return (s + da) * (1 if grouped else count)  # layers alone are alike
 

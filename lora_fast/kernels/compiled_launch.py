@@ -13,8 +13,10 @@ import itertools
 from collections.abc import Callable
 from functools import lru_cache
 from inspect import getclosurevars, signature
+from operator import itemgetter
 from types import SimpleNamespace
 
+import torch
 from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.runtime import driver
 
@@ -23,21 +25,26 @@ TENSOR_MAPS = 8192  # kept in all, by address; half a kilobyte each
 _ENCODER_ARGUMENTS = len(signature(make_tensordesc_arg).parameters)  # three from Triton 3.9 on
 
 
-def prepare(compiled, grid: tuple[int, ...], sizes: tuple[int, ...], matrices: tuple) -> Callable:
+def prepare(
+    compiled, grid: tuple[int, ...], sizes: tuple[int, ...], matrices: tuple, places: tuple[int, ...] | None = None
+) -> Callable:  # fmt: skip
     """Returns a function (stream, tensors, numbers) that launches a kernel.
 
     Args:
         compiled: Triton's compiled kernel, already loaded.
         sizes: the arguments after the numbers, which are the same for all launches.
         matrices: a ``launch.Matrix`` for each leading tensor that the kernel takes as a TMA descriptor.
+        places: those of the kernel's tensors among the function's, which are all of them in order by default.
     """
     x, y, z = (*grid, 1, 1)[:3]
-    n = len(matrices)
+    n, data_ptr = len(matrices), torch.Tensor.data_ptr
+    ordered: Callable = tuple if places is None else itemgetter(*places)
     launch, fixed = _c_launcher(compiled)
     if launch is None:
         run, fixed = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
 
         def prepared(stream: int, tensors: tuple, numbers: tuple) -> None:
+            tensors = ordered(tensors)
             described = [matrix.describe(tensor) for matrix, tensor in zip(matrices, tensors, strict=False)]
             run(x, y, z, stream, *fixed, *described, *tensors[n:], *numbers, *sizes)
 
@@ -46,14 +53,14 @@ def prepare(compiled, grid: tuple[int, ...], sizes: tuple[int, ...], matrices: t
         operands = tuple(_Operand(matrix, encoding) for matrix, encoding in zip(matrices, encodings, strict=True))
 
         def prepared(stream: int, tensors: tuple, numbers: tuple) -> None:
-            addresses = [tensor.data_ptr() for tensor in tensors]
+            addresses = ordered([*map(data_ptr, tensors)])
             described = _described(operands, *addresses[:n])
             launch(x, y, z, stream, *fixed, (*described, *addresses[n:], *numbers, *sizes))
 
     else:
 
         def prepared(stream: int, tensors: tuple, numbers: tuple) -> None:
-            launch(x, y, z, stream, *fixed, (*[tensor.data_ptr() for tensor in tensors], *numbers, *sizes))
+            launch(x, y, z, stream, *fixed, (*ordered([*map(data_ptr, tensors)]), *numbers, *sizes))
 
     return prepared
 

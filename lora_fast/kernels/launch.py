@@ -53,14 +53,15 @@ class Launch:
 
     A kernel's parameters have this order: tensors (those taken as TMA descriptors, ``matrices``, first), numbers that
     change from call to call, sizes and strides, constexprs. ``options`` holds the constexprs and the compiler's options
-    by name.
+    by name. ``places`` has the place of each tensor of the kernel among those of a call, if a call has each tensor once
+    and the kernel takes some of them several times.
 
     ``go(stream, tensors, numbers)`` launches. If ``stream`` is None, the launch goes through Triton's JIT on the
     current stream. Otherwise the first call compiles and loads the kernel and replaces ``go`` by a function that calls
     Triton's C launcher with the same arguments (compiled_launch.py).
     """
 
-    __slots__ = ("go", "grid", "kernel", "matrices", "options", "sizes")
+    __slots__ = ("go", "grid", "kernel", "matrices", "options", "places", "sizes")
 
     def __init__(
         self,
@@ -69,8 +70,10 @@ class Launch:
         sizes: tuple[int, ...],
         options: dict,
         matrices: tuple[Matrix, ...] = (),
+        places: tuple[int, ...] | None = None,
     ):
         self.kernel, self.grid, self.sizes, self.options, self.matrices = kernel, grid, sizes, options, matrices
+        self.places = places
         self.go = self._first
 
     def _first(self, stream: int | None, tensors: tuple, numbers: tuple) -> None:
@@ -86,6 +89,8 @@ class Launch:
             self.go(stream, tensors, numbers)
 
     def _arguments(self, tensors: tuple, numbers: tuple) -> tuple:
+        if self.places is not None:
+            tensors = tuple([tensors[i] for i in self.places])
         described = [matrix.describe(tensor) for matrix, tensor in zip(self.matrices, tensors, strict=False)]
         return *described, *tensors[len(described) :], *numbers, *self.sizes
 
@@ -115,7 +120,7 @@ class Launch:
 
         if compiled.n_spills and takes_more_registers(compiled, self.options):
             compiled = self._load(tensors, numbers, self.options | {"maxnreg": MOST_REGISTERS})
-        return prepare(compiled, self.grid, self.sizes, self.matrices)
+        return prepare(compiled, self.grid, self.sizes, self.matrices, self.places)
 
     @contextmanager
     def _named_errors(self, tensors: tuple):

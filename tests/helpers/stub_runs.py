@@ -91,7 +91,8 @@ def layer_of(case: dict):
 
 
 def group_of(case: dict, d_in: int = 512, d_outs: tuple[int, ...] = (768, 256, 256, 16)):
-    """Returns a function that runs forward and backward of a group on the kernels' own interface, and its tensors."""
+    """Returns a function that runs forward and backward of a group on the kernels' own interface, and its tensors. If
+    the members are ``joined``, they have nodes of their own in backward."""
     import torch
 
     from lora_fast.kernels import linear
@@ -115,7 +116,14 @@ def group_of(case: dict, d_in: int = 512, d_outs: tuple[int, ...] = (768, 256, 2
 
     def call():
         _, ss = linear.group_forward(x, members, rounded)
-        linear.group_backward(dys, x, ss, members, rounded, needs)
+        if not case.get("joined"):
+            linear.group_backward(dys, x, ss, members, rounded, needs)
+            return
+        parts = []
+        for dy, s, (weight, _, a, b, scaling, keep) in zip(dys, ss, members, strict=True):
+            ds, *_ = linear.thin_gradients(dy, x, s, a, b, scaling, keep, rounded, (True, True, True))
+            parts.append((dy, weight, ds, a, keep))
+        linear.group_grad_x(x, parts)
 
     return call, [t for t in (x, *dys, *(t for member in members for t in member)) if isinstance(t, torch.Tensor)]
 
@@ -154,6 +162,8 @@ GROUP_CHANGES = [
     {"needs": (False, [True] * 3, [True] * 3)}, {"needs": (True, [False] * 3, [True] * 3)},
     {"needs": (True, [True, False, True], [False] * 3)},
     *({"moved": name} for name in ("x", "weight", "a", "b", "dy")),
+    *({"joined": True} | more for more in ({}, {"lead": True}, {"dropout": 0.1}, {"moved": "dy"}, {"padding": 3})),
+    {"joined": True, "ranks": (1, 16, 40)}, {"joined": True, "adapter": "bfloat16"},
 ]  # fmt: skip
 
 

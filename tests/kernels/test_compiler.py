@@ -22,7 +22,7 @@ from lora_fast.cli.inspect import measure
 from lora_fast.kernels.inspection import catalogue, rules
 
 THIN, GEMM = ["project", "grad_s_b", "grad_a"], ["linear", "grad_x", "few_tokens"]
-GROUP = ["group_project", "group_linear", "group_grad_a", "group_grad_x"]
+GROUP = ["group_project", "group_linear", "group_grad_s_b", "group_grad_a", "group_grad_x"]
 FULL = (90,)
 SHARES = {"thin": THIN, "gemm": GEMM, "group": GROUP}
 SHARES["rest"] = [op for op in catalogue.OPS if op not in THIN + GEMM + GROUP]

@@ -78,12 +78,12 @@ def test_groups_launch_on_each_card(arch):
 
 
 def test_plans_of_groups_launch_the_same_as_the_jit():
-    """A group of three takes 4 launches forward and 9 backward, and every kernel of groups is among the launched."""
+    """A group of three takes 2 launches forward and 5 backward, and every kernel of groups is among the launched. The
+    gradients of members with nodes of their own have plans, too."""
     result = run("group_proof")
     assert result["differences"] == [] and result["plans"] > 30
-    names = ["project", *["linear"] * 3, *["grad_s_b", "sum_partials"] * 3, "grad_a", "sum", "grad_x"]
-    shared = {0: "group_", 10: "group_", 11: "group_", 12: "group_"}
-    assert result["usual"] == [f"lora_{shared.get(i, '')}{name}_kernel" for i, name in enumerate(names)]
+    names = ["project", "linear", "grad_s_b", "sum", "grad_a", "sum", "grad_x"]
+    assert result["usual"] == [f"lora_group_{name}_kernel" for name in names]
     assert "lora_group_update_kernel" in result["kernels"]
 
 

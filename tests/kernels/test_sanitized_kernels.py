@@ -280,6 +280,7 @@ RUNS = {
     "group TMA": partial(run_group, dtype=BFLOAT16, adapter=FLOAT32),
     "group TMA dropout": partial(run_group, dtype=FLOAT16, dropout=0.3),
     "group of four": partial(run_group, d_outs=(8, 24, 8, 40), ranks=(4, 4, 4, 4), dtype=BFLOAT16, arch=80),
+    "group partial sums": partial(run_group, (290, 70), (81, 81, 5), (3, 3, 3), 3),
     "group split": partial(run_group, dtype=BFLOAT16, strategy="cublas", thin="split", padding=3, dropout=0.3),
     "group split, many columns": partial(run_group, (3, 700), ranks=(33, 5, 40), strategy="cublas", thin="split"),
     "halves": partial(run_halves, 5, 333),

@@ -2,6 +2,7 @@
 Triton's interpreter (natively on a CUDA machine). Members, shapes, dtypes, masks, the gradients that are needed and the
 ways are drawn at random."""
 
+import itertools
 import random
 
 import pytest
@@ -11,7 +12,8 @@ from launching import DEVICE, poisoned_empty, randn
 
 from lora_fast.kernels import linear as layer
 from lora_fast.kernels import tiles
-from lora_fast.kernels.linear import group
+from lora_fast.kernels.linear import group, group_grads
+from lora_fast.kernels.linear.grads import GradSB
 from lora_fast.ops.reference import linear as reference
 
 pytestmark = pytest.mark.gpu
@@ -241,6 +243,57 @@ def test_results_are_those_of_single_layers(strategy, thin, arch):
         for y, s, member in zip(ys, ss, members, strict=True):
             expected = layer.forward(x, *member)
             assert torch.equal(y, expected[0]) and torch.equal(s, expected[1])
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])  # 0 and -0 differ
+
+
+def test_passes_over_every_dy_have_the_bits_of_single_layers(monkeypatch):
+    """Covers ranks, widths, dtypes, strides and needs that differ between members, one and several partial sums of each
+    result, and results that are -0. Members share a pass, and dS and db of theirs one sum."""
+    monkeypatch.setattr(tiles, "PROGRAMS", 6)  # widths then change the token splits, and few tokens have several
+    monkeypatch.setattr(tiles, "SPLIT_STEPS", 1)
+    sharing = {True: 0, False: 0}  # whether there are partial sums → members that share a pass
+    for seed in range(24):
+        draw = random.Random(seed)
+        dtype, n_tokens = draw.choice([FLOAT16, BFLOAT16, FLOAT32]), draw.choice([5, 30, 130])
+        r, adapter = draw.choice([3, 16, 40]), draw.choice([dtype, FLOAT32])
+        usual = {
+            "d_out": 48,
+            "r": r,
+            "adapter": adapter,
+            "wide": draw.random() < 0.4,
+            "padding": 0,
+            "needs": (True, True),
+        }
+        changes = {"d_out": [16, 304, 528], "r": [8], "adapter": [dtype, FLOAT32], "wide": [True], "padding": [3]}
+        changes["needs"] = [(True, False), (False, True)]
+        dys, ss, factors, needs = [], [], [], {}
+        for i in range(draw.choice([2, 3, 4])):
+            name = draw.choice(["d_out", "d_out", "d_out", *changes])
+            d_out, r, adapter, wide, padding, needs[i] = (usual | {name: draw.choice(changes[name])}).values()
+            dys.append(randn(n_tokens, d_out + padding, seed=seed + i, dtype=dtype)[:, :d_out])
+            dys[i][::3] = 0
+            ss.append(randn(n_tokens, r, seed=seed, dtype=FLOAT32 if wide else torch.promote_types(dtype, adapter)))
+            factors.append(randn(d_out, r, seed=seed, dtype=adapter))
+        scalings, rounded = [-1.5, 0.3, 2.0, 1.0], draw.random() < 0.3
+        with tiles.assume(arch=draw.choice([80, 90])), poisoned_empty():
+            passes = group_grads.s_b_passes(range(len(dys)), dys, ss, factors, needs)
+            assert sorted(itertools.chain(*passes)) == list(range(len(dys)))
+            for where in passes:
+                if len(where) == 1:
+                    continue
+                columns = ([column[i] for i in where] for column in (dys, ss, factors))
+                together = group_grads.GroupGradSB(*columns, needs[where[0]], rounded, where)
+                sharing[together.parts.add is not None] += len(where)
+                for i, *results in zip(where, *together(dys, ss, factors, scalings), strict=True):
+                    alone = GradSB(dys[i], ss[i], factors[i], needs[i], rounded)
+                    expected = alone(dys[i], ss[i], factors[i], scalings[i])
+                    for result, single, need in zip(results, expected, needs[i], strict=True):
+                        assert (result is not None) == need
+                        assert not need or torch.equal(bits(result), bits(single)), (seed, i)
+    assert all(sharing.values()), sharing
 
 
 def test_same_inputs_give_the_same_bits():

@@ -20,7 +20,8 @@ from .. import cayley, launch, pointer_table, tiles
 from .. import linear as layer
 from ..linalg import inverse, spd
 from ..linear.cublas import Halves
-from ..linear.group import GroupGradA, GroupProject
+from ..linear.group import GroupProject
+from ..linear.group_grads import GroupGradA, GroupGradSB
 from ..linear.group_linear import FusedGroupLinear
 from ..linear.project import Project
 from ..pairs import adamw, add_low_rank, inverse_mean, momentum, regularizers, scalora_scales, scalora_system
@@ -186,7 +187,17 @@ def group_linear(
         calls.append((weight, torch.zeros(d_out, dtype=dtype) if bias and i % 2 else None, a, b, 2.0, None))
     ss = [_thin(n_tokens, r, dtype, adapter) for _ in calls]
     x, shapes = _matrix(n_tokens, D_IN, dtype, padding), [(n_tokens, d_out) for d_out in GROUP[:members]]
-    FusedGroupLinear(x, calls, shapes)(x, calls, ss)
+    weights, biases, _, b, scalings, _ = zip(*calls, strict=True)
+    FusedGroupLinear(x, calls, shapes)(x, weights, biases, b, scalings, ss)
+
+
+def group_grad_s_b(r: int, dtype: torch.dtype, adapter: str | None, members: int) -> int:
+    """Runs the pass over every dy for dS and db of a group."""
+    dys = [_matrix(N_TOKENS, d_out, dtype) for d_out in GROUP[:members]]
+    ss = [_thin(N_TOKENS, r, dtype, adapter) for _ in dys]
+    b = [_matrix(d_out, r, _adapter(adapter, dtype)) for d_out in GROUP[:members]]
+    dss, dbs = GroupGradSB(dys, ss, b, (True, True))(dys, ss, b, [2.0] * members)
+    return size(*dys, *ss, *b, *dss, *dbs)
 
 
 def group_grad_a(r: int, dtype: torch.dtype, adapter: str | None, members: int) -> int:
@@ -379,6 +390,10 @@ OPS = {
     ),
     "group_linear": Op(
         group_linear, _GROUP, [*_GROUP_LINEAR, _GROUP_LINEAR[0] | {"bias": True}], ("lora_group_linear_kernel",)
+    ),
+    "group_grad_s_b": Op(
+        group_grad_s_b, _GROUP, variants(adapter=_ADAPTERS, members=(2, 4)), ("lora_group_grad_s_b_kernel",),
+        counted=True,
     ),
     "group_grad_a": Op(
         group_grad_a, _GROUP, variants(adapter=_ADAPTERS, members=(2, 4)), ("lora_group_grad_a_kernel",), counted=True

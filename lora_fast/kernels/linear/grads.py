@@ -35,6 +35,21 @@ def lora_grad_s_b_kernel(
 ):  # fmt: skip
     """Stores partial sums ds (chunk, n_tokens, r) and db (split, d_out, r) in the dtypes of their buffers."""
     i_chunk, i_split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    store_s_b(
+        dy, s, b, ds, db, scaling, i_chunk, i_split, n_tokens, d_out, stride_dy, stride_b, tokens_per_split,
+        R, NEED_S, NEED_B, ROUNDED, PRECISION, BLOCK_T, BLOCK_OUT, BLOCK_R,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_s_b(
+    dy, s, b, ds, db,
+    scaling, i_chunk, i_split,
+    n_tokens, d_out, stride_dy, stride_b, tokens_per_split,
+    R: tl.constexpr, NEED_S: tl.constexpr, NEED_B: tl.constexpr, ROUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Stores what one column chunk and one token range of dy add to dS and db."""
     i_out = i_chunk * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     i_r = tl.arange(0, BLOCK_R)
     m_out = i_out < d_out
@@ -113,13 +128,13 @@ def lora_sum_partials_kernel(
 def sum_block(partial, total, numel, n_partials, i_block, BLOCK: tl.constexpr):
     i = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_i = i < numel
-    b_total = tl.zeros([BLOCK], dtype=tl.float32)
     p_partial = partial + i
-    for _ in range(0, n_partials):
-        # The cast is for a tensor, of any dtype, that stands in where there are no partial sums. The loop over it never
-        # runs, but must compile.
-        b_total += tl.load(p_partial, mask=m_i, other=0.0).to(tl.float32)
+    # The casts are for a tensor, of any dtype, that stands in where there are no partial sums. No program loads it, but
+    # the code must compile. A sum that started from 0 would make a -0 of one part to 0.
+    b_total = tl.load(p_partial, mask=m_i, other=0.0).to(tl.float32)
+    for _ in range(1, n_partials):
         p_partial += numel
+        b_total += tl.load(p_partial, mask=m_i, other=0.0).to(tl.float32)
     tl.store(total + i, round_to(b_total, total.dtype.element_ty), mask=m_i)
 
 
@@ -145,6 +160,11 @@ def sum_launch(first: tuple[int, int], second: tuple[int, int] = (0, 0)) -> Laun
     return Launch(lora_sum_partials_kernel, (n_blocks,), (*first, *second), options) if n_blocks else None
 
 
+def tile_s_b(dy: torch.Tensor, s: torch.Tensor, lora_B: torch.Tensor) -> tiles.Tile:
+    """Returns the tile of dS and db of a single layer."""
+    return tiles.grad_s_b(dy, lora_B.shape[1], wide=is_wide(dy, s) or is_wide(dy, lora_B))
+
+
 class GradSB:
     """Computes dS and db by one pass over dy, for one signature.
 
@@ -156,8 +176,7 @@ class GradSB:
     def __init__(
         self, dy: torch.Tensor, s: torch.Tensor, lora_B: torch.Tensor, needs: tuple[bool, bool], rounded: bool = False
     ):
-        (n_tokens, d_out), r = dy.shape, lora_B.shape[1]
-        tile = tiles.grad_s_b(dy, r, wide=is_wide(dy, s) or is_wide(dy, lora_B))
+        (n_tokens, d_out), r, tile = dy.shape, lora_B.shape[1], tile_s_b(dy, s, lora_B)
         n_chunks, n_splits, tokens_per_split = tiles.splits(n_tokens, d_out, r, tile)
         self.ds = Split((n_tokens, r), thin_dtype(dy, lora_B, rounded), n_chunks, dy.device, needs[0])
         self.db = Split((d_out, r), lora_B.dtype, n_splits, dy.device, needs[1])

@@ -26,7 +26,9 @@ from .. import tiles
 from ..launch import NO_MASK, DropoutMask, Launch, Matrix, allocator, precision
 from ..primitives import dot_rounded, drop, keep_mask, round_to
 from .gemm import add_products, load_factor, load_thin, place_of, store_tile
-from .group import MEMBERS, filled, rank_flags
+from .group import MEMBERS, filled, picker, places_of, rank_flags
+
+NO_MASKS = NO_MASK * MEMBERS
 
 
 class Part(NamedTuple):
@@ -94,7 +96,7 @@ _SEEDS = [f"{name}{i}" for i in range(MEMBERS) for name in ("seed", "in_memory",
 
 @triton.jit(do_not_specialize=[*_SEEDS, "n_tokens"])
 def lora_group_grad_x_kernel(
-    dy0, weight0, dy1, weight1, dy2, weight2, dy3, weight3, dx, ds0, ds1, ds2, ds3, a0, a1, a2, a3,
+    dy0, dy1, dy2, dy3, weight0, weight1, weight2, weight3, dx, ds0, ds1, ds2, ds3, a0, a1, a2, a3,
     seed0: tl.int64, in_memory0: tl.int32, level0: tl.int32, seed1: tl.int64, in_memory1: tl.int32, level1: tl.int32,
     seed2: tl.int64, in_memory2: tl.int32, level2: tl.int32, seed3: tl.int64, in_memory3: tl.int32, level3: tl.int32,
     n_tokens, d_in, d_out0, d_out1, d_out2, d_out3, stride_dy0, stride_dy1, stride_dy2, stride_dy3,
@@ -168,73 +170,76 @@ def lora_group_update_kernel(
 
 
 class _GroupGemm:
-    """What both strategies share, for one signature of two to four parts."""
+    """What both strategies share, for one signature of two to four parts. A call takes a sequence of each field of
+    ``Part``, in which the parts have the places ``where``."""
 
-    def __init__(self, parts: Sequence[Part], shape: tuple[int, ...]):
+    def __init__(self, parts: Sequence[Part], shape: tuple[int, ...], where: Sequence[int]):
         dy = parts[0].dy
         self.shape, self.empty = shape, allocator(shape, dy.dtype, dy.device)
         ranks = [len(part.lora_A) for part in parts]
-        dropout = any(part.keep is not None for part in parts)
-        self.flags = {**rank_flags(ranks), "DROPOUT": dropout, "PRECISION": precision(dy)}
+        self.where, self.pick = where, picker(where, len(parts))
+        self.dropout = any(part.keep is not None for part in parts)
+        self.flags = {**rank_flags(ranks), "DROPOUT": self.dropout, "PRECISION": precision(dy)}
         self.strides_a = filled([part.lora_A.stride(0) for part in parts])
 
-    def numbers(self, parts: Sequence[tuple]) -> tuple[int, ...]:
+    def numbers(self, keeps: Sequence[DropoutMask | None]) -> tuple[int, ...]:
         """Returns the kernels' description of all masks."""
-        if not self.flags["DROPOUT"]:
-            return NO_MASK * MEMBERS
-        return sum(filled([part[4] or NO_MASK for part in parts]), ())
+        return sum([keep or NO_MASK for keep in filled(self.pick(keeps))], ()) if self.dropout else NO_MASKS
 
 
 class FusedGroupGemm(_GroupGemm):
     """The strategy "fused"."""
 
-    def __init__(self, parts: Sequence[Part], shape: tuple[int, ...]):
-        super().__init__(parts, shape)
-        n_tokens, d_in, dropout = len(parts[0].dy), shape[-1], self.flags["DROPOUT"]
+    def __init__(self, parts: Sequence[Part], shape: tuple[int, ...], where: Sequence[int]):
+        super().__init__(parts, shape, where)
+        n_tokens, d_in = len(parts[0].dy), shape[-1]
         tma = all(tiles.uses_tma(part.dy, part.weight, d_in) for part in parts)
-        tile = tiles.group_grad_x(parts[0].dy, [len(part.lora_A) for part in parts], tma, dropout)
-        matrices = []
-        for part in filled(parts):
-            matrices.append(Matrix(tuple(part.dy.shape), part.dy.stride(), (tile.t, tile.inner)))
-            matrices.append(Matrix(tuple(part.weight.shape), part.weight.stride(), (tile.inner, tile.outer)))
+        tile = tiles.group_grad_x(parts[0].dy, [len(part.lora_A) for part in parts], tma, self.dropout)
+        blocks = (tile.t, tile.inner), (tile.inner, tile.outer)  # of dy and of a weight
+        columns = [filled([part[i] for part in parts]) for i in (0, 1)]
+        matrices = [
+            Matrix(tuple(matrix.shape), matrix.stride(), block)
+            for column, block in zip(columns, blocks, strict=True)
+            for matrix in column
+        ]
         matrices.append(Matrix((n_tokens, d_in), (d_in, 1), (tile.t, tile.outer // 2)))
-        strides = [filled([matrix.stride(0) for matrix in (p[i] for p in parts)]) for i in (0, 1)]
-        d_outs = filled([len(part.weight) for part in parts])
-        n_tiles = triton.cdiv(n_tokens, tile.t) * triton.cdiv(d_in, tile.outer)
+        strides = [matrix.stride(0) for column in columns for matrix in column]
+        n, n_tiles = len(parts), triton.cdiv(n_tokens, tile.t) * triton.cdiv(d_in, tile.outer)
+        of_dy, of_w, of_ds, of_a = places_of(n, n, n, n)
         self.launch = Launch(
             lora_group_grad_x_kernel, (min(n_tiles, tiles.programs(parts[0].dy.device)),),
-            (n_tokens, d_in, *d_outs, *strides[0], *strides[1], *self.strides_a),
+            (n_tokens, d_in, *map(len, columns[1]), *strides, *self.strides_a),
             {**self.flags, "TMA": tma, "GROUP": tiles.GROUP, **tile.options()},
-            tuple(matrices) if tma else (),
+            tuple(matrices) if tma else (), (*of_dy, *of_w, -1, *of_ds, *of_a),
         )  # fmt: skip
 
-    def __call__(self, parts: Sequence[tuple], stream: int | None = None) -> torch.Tensor:
-        dx, all_parts = self.empty(), filled(parts)
-        products = [tensor for part in all_parts for tensor in part[:2]]
-        thin = [part[i] for i in (2, 3) for part in all_parts]
-        self.launch.go(stream, (*products, dx, *thin), self.numbers(parts))
+    def __call__(self, dys, weights, dss, factors, keeps, stream: int | None = None) -> torch.Tensor:
+        dx, pick = self.empty(), self.pick
+        tensors = *pick(dys), *pick(weights), *pick(dss), *pick(factors), dx
+        self.launch.go(stream, tensors, self.numbers(keeps))
         return dx
 
 
 class CublasGroupGemm(_GroupGemm):
     """The strategy "cublas"."""
 
-    def __init__(self, parts: Sequence[Part], shape: tuple[int, ...]):
-        super().__init__(parts, shape)
+    def __init__(self, parts: Sequence[Part], shape: tuple[int, ...], where: Sequence[int]):
+        super().__init__(parts, shape, where)
         n_tokens, d_in = len(parts[0].dy), shape[-1]
-        tile = tiles.group_update(parts[0].dy, [len(part.lora_A) for part in parts], self.flags["DROPOUT"])
+        of_ds, of_a = places_of(len(parts), len(parts))
+        tile = tiles.group_update(parts[0].dy, [len(part.lora_A) for part in parts], self.dropout)
         self.launch = Launch(
             lora_group_update_kernel, (triton.cdiv(n_tokens, tile.t) * triton.cdiv(d_in, tile.outer),),
-            (n_tokens, d_in, *self.strides_a), {**self.flags, **tile.options()},
+            (n_tokens, d_in, *self.strides_a), {**self.flags, **tile.options()}, places=(-2, -1, *of_ds, *of_a),
         )  # fmt: skip
 
-    def __call__(self, parts: Sequence[tuple], stream: int | None = None) -> torch.Tensor:
-        base = torch.mm(*parts[0][:2])
+    def __call__(self, dys, weights, dss, factors, keeps, stream: int | None = None) -> torch.Tensor:
+        first, *others = self.where
+        base = torch.mm(dys[first], weights[first])
         # In place unless a mode of torch, such as selective checkpointing, sees the products and may keep them.
         add = torch.addmm if torch._C._len_torch_dispatch_stack() else torch.Tensor.addmm_
-        for dy, weight, *_ in parts[1:]:
-            base = add(base, dy, weight)
-        dx, all_parts = self.empty(), filled(parts)
-        thin = [part[i] for i in (2, 3) for part in all_parts]
-        self.launch.go(stream, (base, dx, *thin), self.numbers(parts))
+        for i in others:
+            base = add(base, dys[i], weights[i])
+        dx = self.empty()
+        self.launch.go(stream, (*self.pick(dss), *self.pick(factors), base, dx), self.numbers(keeps))
         return dx

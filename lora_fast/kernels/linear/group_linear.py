@@ -18,7 +18,7 @@ import triton.language as tl
 from .. import tiles
 from ..launch import Launch, Matrix, allocator, precision
 from .gemm import linear_tile
-from .group import MEMBERS, filled, rank_flags
+from .group import filled, picker, places_of, rank_flags
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -68,9 +68,13 @@ def lora_group_linear_kernel(
 
 
 class FusedGroupLinear:
-    """Computes y of two to four members for one signature. ``members``: as arguments of ``group_forward``."""
+    """Computes y of two to four members for one signature. ``members``: as arguments of ``group_forward``. ``where``:
+    their places in the sequences of a call, which are all of them by default."""
 
-    def __init__(self, x: torch.Tensor, members: Sequence[tuple], shapes: Sequence[tuple[int, ...]]):
+    def __init__(
+        self, x: torch.Tensor, members: Sequence[tuple], shapes: Sequence[tuple[int, ...]],
+        where: Sequence[int] | None = None,
+    ):  # fmt: skip
         weights, biases, _, factors, *_ = zip(*members, strict=True)
         (n_tokens, d_in), ranks, d_outs = x.shape, [b.shape[1] for b in factors], [len(weight) for weight in weights]
         tma = all([tiles.uses_tma(x, weight, len(weight)) for weight in weights])
@@ -79,7 +83,10 @@ class FusedGroupLinear:
         of_ys = [Matrix((n_tokens, d), (d, 1), (tile.t, tile.outer // 2)) for d in filled(d_outs)]
         matrices = Matrix((n_tokens, d_in), x.stride(), (tile.t, tile.inner)), *of_weights, *of_ys
         n_tiles = triton.cdiv(n_tokens, tile.t) * sum(triton.cdiv(d_out, tile.outer) for d_out in d_outs)
-        self.has_bias = any(bias is not None for bias in biases)
+        self.has_bias, n = any(bias is not None for bias in biases), len(members)
+        self.pick, runs = picker(where, n), places_of(1, n, n, n * self.has_bias, n, n)
+        x_place, of_w, of_y, of_bias, of_s, of_b = runs
+        places = 0, *of_w, *of_y, *(of_bias or x_place), *of_s, *of_b  # x stands in for a bias that is missing
         biased = {f"BIAS{i}": bias is not None for i, bias in enumerate(filled(biases))}
         flags = {**rank_flags(ranks), **biased, "TMA": tma, "PRECISION": precision(x), "GROUP": tiles.GROUP}
         self.empty = [allocator(shape, x.dtype, x.device) for shape in shapes]
@@ -87,14 +94,12 @@ class FusedGroupLinear:
         self.launch = Launch(
             lora_group_linear_kernel, (min(n_tiles, tiles.programs(x.device)),),
             (n_tokens, d_in, x.stride(0), *filled(d_outs), *strides[0], *strides[1]),
-            {**flags, **tile.options()}, matrices if tma else (),
+            {**flags, **tile.options()}, matrices if tma else (), places,
         )  # fmt: skip
 
-    def __call__(self, x: torch.Tensor, members: Sequence[tuple], ss: Sequence, stream: int | None = None) -> list:
-        ys = [empty() for empty in self.empty]
-        weights, biases, _, factors, scalings, _ = zip(*members, strict=True)
-        # x stands in for a bias that is missing.
-        biases = filled([x if bias is None else bias for bias in biases]) if self.has_bias else (x,) * MEMBERS
-        tensors = x, *filled(weights), *filled(ys), *biases, *filled(ss), *filled(factors)
-        self.launch.go(stream, tensors, filled([float(scaling) for scaling in scalings]))
+    def __call__(self, x: torch.Tensor, weights, biases, factors, scalings, ss, stream: int | None = None) -> list:
+        ys, pick = [empty() for empty in self.empty], self.pick
+        biases = pick(biases) if self.has_bias else ()
+        tensors = x, *pick(weights), *ys, *[x if bias is None else bias for bias in biases], *pick(ss), *pick(factors)
+        self.launch.go(stream, tensors, filled(pick(scalings)))
         return ys

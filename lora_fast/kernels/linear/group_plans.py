@@ -1,16 +1,15 @@
 """The plans of forward and backward of several layers that read the same x (groups.py).
 
 Forward is one pass over x for all S (group.py), then one GEMM for all members (group_linear.py), or one a member where
-a single layer would not use the fused GEMM. Backward is a pass over dy
-a member, one pass over x for all da, and one dx for all members (group_gemm.py). Plans are kept by the signature of all
-members, as in ``linear/__init__.py``.
+a single layer would not use the fused GEMM. Backward is one pass over every dy and one pass over x for all da
+(group_grads.py), and one dx for all members (group_gemm.py). Plans are kept by the signature of all members, as in
+``linear/__init__.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .. import tiles
@@ -18,14 +17,17 @@ from ..grouping import group_by
 from ..launch import allocator, contiguous_rows, thin_dtype
 from . import signature, strategies
 from .cublas import CublasProject
-from .gemm import CublasGemm, gemm_class
-from .group import GroupGradA, GroupProject, passes, token_steps
-from .group_gemm import CublasGroupGemm, FusedGroupGemm, Part
+from .gemm import CublasGemm
+from .group import GroupProject, passes
+from .group_gemm import Part
+from .group_grads import GroupGradA, GroupGradSB, s_b_passes, token_steps
 from .group_linear import FusedGroupLinear
+from .group_parts import dx_gemm, dx_strategy
 from .project import Project
 from .signature import flat, share_memory
 
 Members = Sequence[tuple]  # (weight, bias, lora_A, lora_B, scaling, keep) of each member
+Columns = tuple  # each of these of all members
 Needs = tuple[bool, Sequence[bool], Sequence[bool]]  # which gradients are needed: of x, of each a, of each b
 
 
@@ -61,17 +63,19 @@ def tensors_of(members: Members, *others: Tensor | None) -> tuple:
 class GroupForwardPlan:
     """Computes every y and S for one signature."""
 
-    def __init__(self, x: Tensor, members: Members, rounded: bool):
+    def __init__(self, x: Tensor, columns: Columns, rounded: bool):
+        members = [*zip(*columns, strict=True)]
         ways = [_way("forward", flat(x), member, rounded) for member in members]
         self.any_strides = [way.gemm == "cublas" for way in ways]
         arguments, shape = (members, x), x.shape
-        x, members = self._lay_out(x, members)
+        x, columns = self._lay_out(x, columns)
+        members = [*zip(*columns, strict=True)]
         copies = not share_memory(tensors_of(*arguments), tensors_of(members, x))
         self.needs_layout = copies or (len(shape) != 2 and any(way.thin == "cublas" for way in ways))
         rank = lambda i: len(members[i][2])
         key = lambda i: None if members[i][5] or ways[i].thin == "cublas" else (ways[i].thin, members[i][2].dtype)
         self.passes = [
-            (where, _project(ways[where[0]], x, [members[i] for i in where], rounded))
+            (where, _project(ways[where[0]], x, [members[i] for i in where], rounded, where))
             for where in passes(range(len(members)), key, rank)
         ]
         parts = {i: project.splits for where, project in self.passes for i in where if ways[i].thin == "split"}
@@ -81,7 +85,7 @@ class GroupForwardPlan:
             i, (weight, bias, a, b, *_) = where[0], members[where[0]]
             operands = x, weight, bias, b, len(a), False, True, shapes[i]
             if len(where) > 1:
-                gemm = FusedGroupLinear(x, [members[j] for j in where], [shapes[j] for j in where])
+                gemm = FusedGroupLinear(x, [members[j] for j in where], [shapes[j] for j in where], where)
             elif i in parts:
                 gemm = CublasGemm(*operands, n_parts=parts[i])
                 self.empty_s[i] = allocator((len(x), len(a)), thin_dtype(x, a, rounded), x.device)
@@ -89,27 +93,27 @@ class GroupForwardPlan:
                 gemm = signature.gemm_of(ways[i], a, b)(*operands)
             self.gemms.append((where, gemm))
 
-    def __call__(self, x: Tensor, members: Members, stream: int | None) -> tuple[list[Tensor], list[Tensor]]:
+    def __call__(self, x: Tensor, columns: Columns, stream: int | None) -> tuple[list[Tensor], list[Tensor]]:
         if self.needs_layout:
-            x, members = self._lay_out(x, members)
-        ss: list = [None] * len(members)
+            x, columns = self._lay_out(x, columns)
+        weights, biases, a, b, scalings, keeps = columns
+        scalings = tuple(map(float, scalings))
+        ss: list = [None] * len(b)
         for where, project in self.passes:
             if len(where) == 1:
-                _, _, lora_A, _, _, keep = members[where[0]]
-                ss[where[0]] = project(x, lora_A, keep, stream)
+                (i,) = where
+                ss[i] = project(x, a[i], keeps[i], stream)
             else:
-                for i, s in zip(where, project(x, [members[i][2] for i in where], stream), strict=True):
+                for i, s in zip(where, project(x, a, stream), strict=True):
                     ss[i] = s
-        ys: list = [None] * len(members)
+        ys: list = [None] * len(b)
         for where, gemm in self.gemms:
             if len(where) > 1:
-                together = gemm(x, [members[i] for i in where], [ss[i] for i in where], stream)
-                for i, y in zip(where, together, strict=True):
+                for i, y in zip(where, gemm(x, weights, biases, b, scalings, ss, stream), strict=True):
                     ys[i] = y
                 continue
-            i = where[0]
-            weight, bias, _, lora_B, scaling, _ = members[i]
-            arguments = x, weight, bias, ss[i], lora_B, float(scaling), None, stream
+            (i,) = where
+            arguments = x, weights[i], biases[i], ss[i], b[i], scalings[i], None, stream
             empty_s = self.empty_s[i]
             if empty_s is None:
                 ys[i] = gemm(*arguments)
@@ -118,57 +122,27 @@ class GroupForwardPlan:
                 ys[i] = gemm(*arguments, ss[i])
         return ys, ss
 
-    def _lay_out(self, x: Tensor, members: Members) -> tuple[Tensor, Members]:
+    def _lay_out(self, x: Tensor, columns: Columns) -> tuple[Tensor, Columns]:
         """Returns x and the members with the shapes and strides that the kernels need."""
-        return flat(x), [_laid_out(*each) for each in zip(members, self.any_strides, strict=True)]
+        members = [_laid_out(*each) for each in zip(zip(*columns, strict=True), self.any_strides, strict=True)]
+        return flat(x), tuple(zip(*members, strict=True))
 
 
-def _project(way: strategies.Way, x: Tensor, members: Members, rounded: bool):
+def _project(way: strategies.Way, x: Tensor, members: Members, rounded: bool, where: list[int]):
     """Returns the pass over x for members with the same way."""
     short, split = way.thin != "pass", way.thin == "split"
     if len(members) > 1:
-        return GroupProject(x, [lora_A for _, _, lora_A, *_ in members], rounded, short, split)
+        return GroupProject(x, [lora_A for _, _, lora_A, *_ in members], rounded, short, split, where)
     (_, _, lora_A, _, _, keep), = members  # fmt: skip
     by_cublas = way.thin == "cublas"
     return CublasProject(x, lora_A, rounded) if by_cublas else Project(x, lora_A, bool(keep), rounded, short, split)
 
 
-class SingleGemm:
-    """dx of one member, as in a single layer, with the arguments of ``FusedGroupGemm``."""
-
-    def __init__(self, parts: Sequence[Part], shape: tuple[int, ...], strategy: str):
-        (dy, weight, _, lora_A, keep), = parts  # fmt: skip
-        r, dropout = len(lora_A), keep is not None
-        self.gemm = gemm_class(strategy)(dy, weight, None, lora_A, r, dropout, False, shape)
-
-    def __call__(self, parts: Sequence[tuple], stream: int | None = None) -> Tensor:
-        (dy, weight, ds, lora_A, keep), = parts  # fmt: skip
-        return self.gemm(dy, weight, None, ds, lora_A, 1.0, keep, stream)
-
-
-def dx_strategy(parts: Sequence[Part], ds_dtypes: Sequence[torch.dtype]) -> str:
-    """Returns the GEMM's strategy for parts without dS, whose dtypes are given."""
-    dys, weights, _, factors, keeps = zip(*parts, strict=True)
-    dropout, r = any(keep is not None for keep in keeps), max(map(len, factors))
-    if len(parts) > 1:
-        return strategies.group_strategy(dys, weights, max(ds_dtypes, key=lambda d: d.itemsize), r, dropout)
-    gemm = strategies.way("backward", dys[0], weights[0], ds_dtypes[0], r, dropout).gemm
-    # "gluon" does not take a float32 dS beside an a of 16 bits.
-    mixed = ds_dtypes[0] is not dys[0].dtype is factors[0].dtype
-    return "fused" if mixed and gemm == "gluon" else gemm
-
-
-def dx_gemm(parts: Sequence[Part], shape: tuple[int, ...], strategy: str):
-    """Returns what computes dx from parts that are laid out."""
-    if len(parts) == 1:
-        return SingleGemm(parts, shape, strategy)
-    return CublasGroupGemm(parts, shape) if strategy == "cublas" else FusedGroupGemm(parts, shape)
-
-
 class GroupBackwardPlan:
     """Computes dx, every da and every db for one signature. Nothing is computed for a member whose dy is None."""
 
-    def __init__(self, dys, x: Tensor, ss, members: Members, rounded: bool, needs: Needs):
+    def __init__(self, dys, x: Tensor, ss, columns: Columns, rounded: bool, needs: Needs):
+        members = [*zip(*columns, strict=True)]
         need_x, need_a, need_b = needs
         used = self.used = [i for i, dy in enumerate(dys) if dy is not None and (need_x or need_a[i] or need_b[i])]
         self.reads_x = any(need_a[i] for i in used)
@@ -180,42 +154,65 @@ class GroupBackwardPlan:
         strategy = dx_strategy(parts, list(dtypes.values())) if parts else "cublas"
         self.any_strides = strategy == "cublas"
         arguments, shape = (members, x if self.reads_x else None, *dys, *ss), x.shape
-        dys, x, ss, members = self._lay_out(dys, x, ss, members)
+        dys, x, ss, columns = self._lay_out(dys, x, ss, columns)
+        members = [*zip(*columns, strict=True)]
         copies = not share_memory(tensors_of(*arguments), tensors_of(members, x if self.reads_x else None, *dys, *ss))
         by_cublas = (need_x and strategy == "cublas") or any(way.thin == "cublas" for way in ways.values())
         self.needs_layout = copies or (len(shape) != 2 and by_cublas)
-        self.grad_s_b = []
-        for i in used:
-            s, thin_needs = dys[i] if ss[i] is None else ss[i], (need_x or need_a[i], need_b[i])
-            self.grad_s_b.append(signature.grad_s_b_by(ways[i], dys[i], s, members[i][3], thin_needs, rounded))
+        thin_needs = {i: (need_x or need_a[i], need_b[i]) for i in used}
+        self.grad_s_b = _s_b_passes(dys, ss, members, ways, thin_needs, rounded)
         self.grad_a = _grad_a_passes([i for i in used if need_a[i]], x, members, ways, dtypes)
-        self.grad_x = dx_gemm([part_of(i) for i in used], shape, strategy) if parts else None
+        self.grad_x = dx_gemm([part_of(i) for i in used], shape, used, strategy) if parts else None
+        # One after the other, the passes of several members can use one buffer.
+        rooms = [compute.parts for where, compute in (*self.grad_s_b, *self.grad_a) if len(where) > 1]
+        self.empty_buffer = max(rooms, key=lambda parts: parts.size).empty if rooms else lambda: None
 
-    def __call__(self, dys, x: Tensor, ss, members: Members, stream: int | None):
+    def __call__(self, dys, x: Tensor, ss, columns: Columns, stream: int | None):
         if self.needs_layout:
-            dys, x, ss, members = self._lay_out(dys, x, ss, members)
-        das, dbs, dss = [[None] * len(members) for _ in range(3)]
-        for i, grad_s_b in zip(self.used, self.grad_s_b, strict=True):
-            _, _, _, lora_B, scaling, _ = members[i]
-            dy, s = dys[i], ss[i]
-            dss[i], dbs[i] = grad_s_b(dy, dy if s is None else s, lora_B, float(scaling), stream)
+            dys, x, ss, columns = self._lay_out(dys, x, ss, columns)
+        weights, _, a, b, scalings, keeps = columns
+        scalings, count = tuple(map(float, scalings)), len(b)
+        das, dbs, dss, buffer = [None] * count, [None] * count, [None] * count, self.empty_buffer()
+        for where, grad_s_b in self.grad_s_b:
+            if len(where) == 1:
+                (i,) = where
+                s = dys[i] if ss[i] is None else ss[i]
+                dss[i], dbs[i] = grad_s_b(dys[i], s, b[i], scalings[i], stream)
+            else:
+                for i, ds, db in zip(where, *grad_s_b(dys, ss, b, scalings, stream, buffer), strict=True):
+                    dss[i], dbs[i] = ds, db
         for where, grad_a in self.grad_a:
             if len(where) == 1:
-                i = where[0]
-                das[i] = grad_a(x, dss[i], members[i][2], members[i][5], stream)
+                (i,) = where
+                das[i] = grad_a(x, dss[i], a[i], keeps[i], stream)
             else:
-                for i, da in zip(where, grad_a(x, [dss[i] for i in where], stream), strict=True):
+                for i, da in zip(where, grad_a(x, dss, stream, buffer), strict=True):
                     das[i] = da
-        if self.grad_x is None:
-            return None, das, dbs
-        parts = [(dys[i], members[i][0], dss[i], members[i][2], members[i][5]) for i in self.used]
-        return self.grad_x(parts, stream), das, dbs
+        dx = None if self.grad_x is None else self.grad_x(dys, weights, dss, a, keeps, stream)
+        return dx, das, dbs
 
-    def _lay_out(self, dys, x: Tensor, ss, members: Members) -> tuple:
+    def _lay_out(self, dys, x: Tensor, ss, columns: Columns) -> tuple:
         """Returns the arguments with the shapes and strides that the kernels need."""
         dys = [None if dy is None else flat(dy) for dy in dys]
         ss = [None if s is None else s.contiguous() for s in ss]
-        return dys, flat(x) if self.reads_x else x, ss, [_laid_out(member, self.any_strides) for member in members]
+        members = [_laid_out(member, self.any_strides) for member in zip(*columns, strict=True)]
+        return dys, flat(x) if self.reads_x else x, ss, tuple(zip(*members, strict=True))
+
+
+def _s_b_passes(dys, ss, members: Members, ways: dict, needs: dict, rounded: bool) -> list[tuple]:
+    """Returns the passes over dy that compute dS and db, each with its members. ``ways`` and ``needs`` (dS, db) have an
+    item for each member that is used."""
+    factors = [lora_B for _, _, _, lora_B, _, _ in members]
+    ss = [dy if s is None else s for dy, s in zip(dys, ss, strict=True)]
+    result = []
+    for where in s_b_passes([i for i in ways if ways[i].thin != "cublas"], dys, ss, factors, needs):
+        if len(where) > 1:
+            columns = ([column[i] for i in where] for column in (dys, ss, factors))
+            result.append((where, GroupGradSB(*columns, needs[where[0]], rounded, where)))
+    shared = {i for where, _ in result for i in where}
+    alone = [i for i in ways if i not in shared]
+    by = lambda i: signature.grad_s_b_by(ways[i], dys[i], ss[i], factors[i], needs[i], rounded)
+    return [*result, *(([i], by(i)) for i in alone)]
 
 
 def _grad_a_passes(wanted: list[int], x: Tensor, members: Members, ways: dict, dtypes: dict) -> list[tuple]:
@@ -231,7 +228,7 @@ def _grad_a_passes(wanted: list[int], x: Tensor, members: Members, ways: dict, d
     for where in passes(wanted, key, lambda i: len(members[i][2])):
         i, factors = where[0], [members[j][2] for j in where]
         if len(where) > 1:
-            result.append((where, GroupGradA(x, dtypes[i], factors)))
+            result.append((where, GroupGradA(x, dtypes[i], factors, where)))
         else:
             grad_a = signature.grad_a_by(ways[i], x, dtypes[i], factors[0], members[i][5] is not None)
             result.append((where, grad_a))

@@ -1,4 +1,5 @@
-"""Forward and backward of several layers that read the same x: the functions. (group_plans.py has the plans.)
+"""Forward and backward of several layers that read the same x: the functions. (group_plans.py and
+group_parts.py have the plans.)
 
 A member is (weight, bias, lora_A, lora_B, scaling, keep), as the arguments of ``linear.forward``: each has a mask of
 its own, or None.
@@ -7,41 +8,47 @@ its own, or None.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
 
 from .. import device
-from ..launch import DropoutMask, alignments, by_jit, contiguous_rows, thin_dtype
-from . import signature, strategies
-from .group_gemm import Part
-from .group_plans import GroupBackwardPlan, GroupForwardPlan, Members, Needs, dx_gemm, dx_strategy, tensors_of
-from .signature import flat
+from ..launch import DropoutMask, alignments, by_jit, thin_dtype
+from . import signature
+from .group_parts import GroupGradXPlan, ThinPlan
+from .group_plans import Columns, GroupBackwardPlan, GroupForwardPlan, Members, Needs
+
+_strides, _address, _is_contiguous = Tensor.stride, Tensor.data_ptr, Tensor.is_contiguous
 
 
-def _signature(x: Tensor, members: Members, rounded: bool) -> tuple[list, int]:
-    """Returns what x and the members add to a key, and their addresses ORed: if all are multiples of 16, the last four
-    bits are 0."""
-    key = [x.shape, x.stride(), x.dtype, device.index(x), rounded]
-    addresses = x.data_ptr()
-    for weight, bias, a, b, _, keep in members:
-        addresses |= weight.data_ptr() | a.data_ptr() | b.data_ptr()
-        key += weight.shape, weight.stride(), a.stride(), a.dtype, b.shape, b.stride(), b.dtype, keep is None
-        if bias is None:
-            key.append(None)
-        else:
-            addresses |= bias.data_ptr()
-            key.append(bias.stride())
-    return key, addresses
-
-
-def _planned(plan_class: type, key: list, addresses: int, tensors: tuple, x: Tensor, arguments: tuple):
-    """Returns the plan with this key, which lacks which of the tensors are aligned and the settings, made from the
-    arguments if there is none."""
-    whole = *key, addresses & 15 and alignments(tensors), signature.settings(x)
+def _plan(make: Callable, key: list, tensors: Sequence[Tensor], x: Tensor, *arguments):
+    """Returns the plan with this key, to which the strides of the tensors, which of them are aligned, and the settings
+    are added. ``make`` makes it from the arguments if there is none. The key has the shapes of the tensors, which are
+    the strides of those that are contiguous, but for those of single rows and columns, which no address depends on."""
+    addresses = reduce(or_, map(_address, tensors))  # if all are multiples of 16, the last four bits are 0
+    strides = None if all(map(_is_contiguous, tensors)) else tuple(map(_strides, tensors))
+    whole = make, *key, strides, addresses & 15 and alignments(tensors), signature.settings(x)
     plan = signature.plans.get(whole)
-    return signature.keep(whole, plan_class(*arguments), x) if plan is None else plan
+    return signature.keep(whole, make(*arguments), x) if plan is None else plan
+
+
+def _key(x: Tensor, columns: Columns, rounded: bool) -> list:
+    """Returns what x and the members add to a key, apart from strides and alignment. A bias has x's dtype, as a weight
+    has; the shapes of x and b contain those of weight, bias and a."""
+    _, biases, a, b, _, keeps = columns
+    key = [len(b), x.shape, x.dtype, device.index(x), rounded]
+    for bias, factor, other, keep in zip(biases, a, b, keeps, strict=True):
+        key += bias is None, factor.dtype, other.shape, other.dtype, keep is None
+    return key
+
+
+def _forward_plan(x: Tensor, columns: Columns, rounded: bool) -> Callable:
+    if x.numel() == 0 or not all([weight.numel() for weight in columns[0]]):  # a grid must not be empty
+        return lambda x, columns, _: _forward_of_empty(x, [*zip(*columns, strict=True)], rounded)
+    return GroupForwardPlan(x, columns, rounded)
 
 
 def group_forward(x: Tensor, members: Members, rounded: bool = False) -> tuple[list[Tensor], list[Tensor]]:
@@ -50,14 +57,12 @@ def group_forward(x: Tensor, members: Members, rounded: bool = False) -> tuple[l
     if not device.is_current(x) or signature.in_autocast(x):
         with signature.undisturbed(x):
             return group_forward(x, members, rounded)
-    if x.numel() == 0 or not all([member[0].numel() for member in members]):  # a grid must not be empty
-        return _forward_of_empty(x, members, rounded)
+    columns = weights, biases, a, b, _, _ = tuple(zip(*members, strict=True))
     if by_jit():
-        return GroupForwardPlan(x, members, rounded)(x, members, None)
-    key, addresses = _signature(x, members, rounded)
-    tensors = tensors_of(members, x) if addresses & 15 else ()
-    plan = _planned(GroupForwardPlan, key, addresses, tensors, x, (x, members, rounded))
-    return plan(x, members, device.stream(x))
+        return _forward_plan(x, columns, rounded)(x, columns, None)
+    tensors = (x, *weights, *a, *b, *[bias for bias in biases if bias is not None])
+    plan = _plan(_forward_plan, _key(x, columns, rounded), tensors, x, x, columns, rounded)
+    return plan(x, columns, device.stream(x))
 
 
 def _forward_of_empty(x: Tensor, members: Members, rounded: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -71,6 +76,14 @@ def _forward_of_empty(x: Tensor, members: Members, rounded: bool) -> tuple[list[
     return [y for y, _ in pairs], [s for _, s in pairs]
 
 
+def _backward_plan(dys, x: Tensor, ss, columns: Columns, rounded: bool, needs: Needs) -> Callable:
+    if x.numel() == 0 or not all([weight.numel() for weight in columns[0]]):
+        return lambda dys, x, ss, columns, _: _backward_of_empty(
+            dys, x, ss, [*zip(*columns, strict=True)], rounded, needs
+        )
+    return GroupBackwardPlan(dys, x, ss, columns, rounded, needs)
+
+
 def group_backward(
     dys: Sequence[Tensor | None], x: Tensor, ss: Sequence[Tensor | None], members: Members, rounded: bool, needs: Needs
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
@@ -81,23 +94,16 @@ def group_backward(
     if not device.is_current(x) or signature.in_autocast(x):
         with signature.undisturbed(x):
             return group_backward(dys, x, ss, members, rounded, needs)
-    if x.numel() == 0 or not all([member[0].numel() for member in members]):
-        return _backward_of_empty(dys, x, ss, members, rounded, needs)
+    columns = weights, _, a, b, _, _ = tuple(zip(*members, strict=True))
     if by_jit():
-        return GroupBackwardPlan(dys, x, ss, members, rounded, needs)(dys, x, ss, members, None)
-    key, addresses = _signature(x, members, rounded)
-    need_x, need_a, need_b = needs
-    key += need_x, *need_a, *need_b
-    for dy, s in zip(dys, ss, strict=True):
-        if dy is not None:
-            addresses |= dy.data_ptr()
-        if s is not None:
-            addresses |= s.data_ptr()
-        key.append(None if dy is None else dy.stride())
-        key.append(None if s is None else (s.stride(), s.dtype))
-    tensors = tensors_of(members, x, *dys, *ss) if addresses & 15 else ()
-    plan = _planned(GroupBackwardPlan, key, addresses, tensors, x, (dys, x, ss, members, rounded, needs))
-    return plan(dys, x, ss, members, device.stream(x))
+        return _backward_plan(dys, x, ss, columns, rounded, needs)(dys, x, ss, columns, None)
+    key = _key(x, columns, rounded)
+    key += needs[0], *needs[1], *needs[2]
+    key += [dy is None for dy in dys]
+    key += [None if s is None else s.dtype for s in ss]
+    tensors = [tensor for tensor in (x, *weights, *a, *b, *dys, *ss) if tensor is not None]
+    plan = _plan(_backward_plan, key, tensors, x, dys, x, ss, columns, rounded, needs)
+    return plan(dys, x, ss, columns, device.stream(x))
 
 
 def _backward_of_empty(dys, x: Tensor, ss, members: Members, rounded: bool, needs: Needs) -> tuple:
@@ -118,47 +124,61 @@ def _backward_of_empty(dys, x: Tensor, ss, members: Members, rounded: bool, need
     return dx, das, dbs
 
 
+def _thin_plan(dy, x, s, lora_A, lora_B, keep, rounded: bool, needs: tuple[bool, bool, bool]) -> Callable:
+    if dy.numel() == 0 or lora_A.numel() == 0:
+        return lambda dy, x, s, a, b, *_: _thin_of_empty(dy, a, b, rounded, needs)
+    return ThinPlan(dy, x, s, lora_A, lora_B, keep is not None, rounded, needs)
+
+
 def thin_gradients(
     dy: Tensor, x: Tensor, s: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, keep: DropoutMask | None,
     rounded: bool, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Returns dS (n_tokens, r), da and db of one member, each None where ``needs`` (dS, da, db) is False. x is read for
-    da, S for db. No plan is kept. Twin: ``reference.linear.thin_gradients``."""
+    da, S for db. Twin: ``reference.linear.thin_gradients``."""
     if not device.is_current(x) or signature.in_autocast(x):
         with signature.undisturbed(x):
             return thin_gradients(dy, x, s, lora_A, lora_B, scaling, keep, rounded, needs)
-    need_s, need_a, need_b = needs
-    if dy.numel() == 0 or lora_A.numel() == 0:
-        shape, dtype = (math.prod(dy.shape[:-1]), len(lora_A)), thin_dtype(dy, lora_B, rounded)
-        ds = dy.new_zeros(shape, dtype=dtype) if need_s else None
-        da, db = (torch.zeros_like(t) if needed else None for t, needed in ((lora_A, need_a), (lora_B, need_b)))
-        return ds, da, db
-    dy, a, b = flat(dy), contiguous_rows(lora_A), contiguous_rows(lora_B)
-    s = dy if s is None else s.contiguous()
-    factor, dropout = dy.dtype if rounded else signature.wider(a, b), keep is not None
-    way = strategies.thin_way(dy, a.shape[1], factor, len(a), dropout)
-    ds, db = signature.grad_s_b_by(way, dy, s, b, (need_s or need_a, need_b), rounded)(dy, s, b, float(scaling))
-    da = None
-    if need_a:
-        x = flat(x)
-        da = signature.grad_a_by(way, x, thin_dtype(dy, b, rounded), a, dropout)(x, ds, a, keep)
-    return ds if need_s else None, da, db
+    arguments = dy, x, s, lora_A, lora_B, keep, rounded, needs
+    if by_jit():
+        return _thin_plan(*arguments)(dy, x, s, lora_A, lora_B, float(scaling), keep, None)
+    key = [dy.shape, dy.dtype, x.shape, x.dtype, device.index(x), lora_A.shape, lora_A.dtype, lora_B.dtype]
+    key += s if s is None else s.dtype, keep is None, rounded, *needs
+    tensors = (dy, x, lora_A, lora_B) if s is None else (dy, x, lora_A, lora_B, s)
+    plan = _plan(_thin_plan, key, tensors, x, *arguments)
+    return plan(dy, x, s, lora_A, lora_B, float(scaling), keep, device.stream(x))
+
+
+def _thin_of_empty(dy: Tensor, lora_A: Tensor, lora_B: Tensor, rounded: bool, needs: tuple[bool, bool, bool]) -> tuple:
+    """Returns zeros if dy or a has no elements."""
+    shape, dtype = (math.prod(dy.shape[:-1]), len(lora_A)), thin_dtype(dy, lora_B, rounded)
+    ds = dy.new_zeros(shape, dtype=dtype) if needs[0] else None
+    return ds, *[torch.zeros_like(t) if needed else None for t, needed in zip((lora_A, lora_B), needs[1:], strict=True)]
+
+
+def _grad_x_plan(x: Tensor, columns: tuple) -> Callable:
+    if x.numel() and all([weight.numel() for weight in columns[1]]):
+        return GroupGradXPlan(x, columns)
+    return lambda x, columns, _: _grad_x_of_empty(x, [*zip(*columns, strict=True)])
 
 
 def group_grad_x(x: Tensor, parts: Sequence[tuple]) -> Tensor:
     """Returns dx, in x's shape and dtype, of one to four parts (dy, weight, dS, lora_A, keep). The values of x are not
-    read. No plan is kept. Twin: ``reference.linear.group_grad_x``."""
+    read. Twin: ``reference.linear.group_grad_x``."""
     if not device.is_current(x) or signature.in_autocast(x):
         with signature.undisturbed(x):
             return group_grad_x(x, parts)
-    laid_out = [
-        Part(flat(dy), weight, ds.contiguous(), contiguous_rows(a), keep)
-        for dy, weight, ds, a, keep in parts
-        if weight.numel()
-    ]
-    if x.numel() == 0 or not laid_out:
-        return torch.zeros_like(x)
-    strategy = dx_strategy(laid_out, [part.ds.dtype for part in laid_out])
-    if strategy != "cublas":
-        laid_out = [part._replace(weight=contiguous_rows(part.weight)) for part in laid_out]
-    return dx_gemm(laid_out, x.shape, strategy)(laid_out)
+    columns = dys, weights, dss, factors, keeps = tuple(zip(*parts, strict=True))
+    if by_jit():
+        return _grad_x_plan(x, columns)(x, columns, None)
+    key = [len(parts), x.shape, x.dtype, device.index(x)]
+    for weight, ds, a, keep in zip(weights, dss, factors, keeps, strict=True):
+        key += weight.shape, ds.dtype, a.shape, a.dtype, keep is None
+    plan = _plan(_grad_x_plan, key, (*dys, *weights, *dss, *factors), x, x, columns)
+    return plan(x, columns, device.stream(x))
+
+
+def _grad_x_of_empty(x: Tensor, parts: Sequence[tuple]) -> Tensor:
+    """Returns dx if x or a weight has no elements: zeros, or that of the other parts."""
+    others = [part for part in parts if x.numel() and part[1].numel()]
+    return group_grad_x(x, others) if others else torch.zeros_like(x)
