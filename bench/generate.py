@@ -1,6 +1,6 @@
 """Times generation by SmolLM2-135M after a prompt of the King James text, one token at a time with the KV cache.
 
-    python bench/generate.py                          # batches of 1 and of 8, a few minutes on a CPU
+    python bench/generate.py                          # batches of 1 and of 8, two minutes on a CPU
     python bench/generate.py --batch 1 --new-tokens 64 --rounds 16
 
 transformers' ``generate`` decodes greedily, in float32 on a CPU and in bfloat16 on a GPU, with the base model without
@@ -124,8 +124,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="sequences that are decoded at a time")
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=32, help="default %(default)s")
-    parser.add_argument("--rounds", type=int, default=8, help="counted rounds (default %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=16, help="default %(default)s")
+    parser.add_argument("--rounds", type=int, default=6, help="counted rounds (default %(default)s)")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
