@@ -195,6 +195,7 @@ def run(layer: Layer, x: Tensor, arguments: tuple) -> Tensor:
     ``arguments``: those of ``functional.lora_linear`` after x."""
     siblings = layer.siblings
     if id(layer) in siblings.called and not _grad():
+        _give_up()
         return run_op(x, *arguments)
     siblings.called.add(id(layer))
     state = None if layer._backward_hooks else _state(x)  # they are to see gradients of this layer alone
@@ -210,9 +211,7 @@ def run(layer: Layer, x: Tensor, arguments: tuple) -> Tensor:
 
 def _first(layer: Layer, siblings: Siblings, x: Tensor, state: tuple, arguments: tuple) -> Tensor:
     """Computes a layer that is called with another x than the one before, and the layers of its group."""
-    if (before := getattr(_thread, "met", None)) is not None:
-        _thread.met = None
-        before.part()
+    _give_up()
     decide = lambda: _decision(siblings, layer)
     # A checkpointed region saves the same tensors and draws the same seeds when it runs again.
     decision = regions.same_again("groups", decide) if regions.inside() else decide()
@@ -228,6 +227,13 @@ def _first(layer: Layer, siblings: Siblings, x: Tensor, state: tuple, arguments:
         y = met.run(layer, x, arguments)
     _thread.met = met
     return y
+
+
+def _give_up() -> None:
+    """Gives up what this thread has computed for a call before and not taken."""
+    if (before := getattr(_thread, "met", None)) is not None:
+        _thread.met = None
+        before.part()
 
 
 def _decision(siblings: Siblings, layer: Layer) -> tuple | None:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 
 import peft
 import pytest
@@ -195,6 +196,14 @@ def test_a_later_backward_of_a_single_layer_is_checked_like_the_first():
             model.k.lora_A.add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             k.sum().backward()
+
+
+def test_results_that_wait_are_given_up_by_a_call_without_gradients():
+    model, x = settled(model_of(), "together"), x_of()
+    kept = weakref.ref(model.q(x).grad_fn)
+    with torch.no_grad():
+        model.o(x)
+    assert kept() is None
 
 
 def test_results_of_inference_mode_are_not_those_of_a_later_call():

@@ -359,7 +359,8 @@ def test_nothing_is_kept_alive_after_the_call(stage, grad):
     del x, y
     gc.collect()
     assert all(reference() is None for reference in kept)
-    assert not met.waiting and met.entered is None
+    assert met is None or (not met.waiting and met.entered is None)
+    assert grad or stage == "entered" or met is None  # without gradients only the first calls are noted
     alive = weakref.ref(model)
     del model
     assert alive() is None  # without the garbage collector
