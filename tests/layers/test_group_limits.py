@@ -1,7 +1,6 @@
 """What is not to be noticed of layers that are computed together: the same with ``group=False`` is the reference."""
 
 import copy
-import gc
 import weakref
 
 import peft
@@ -13,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_fast as lf
+from lora_fast.layers import groups
 
 DROPOUT = lf.LoRAConfig(r=3, alpha=6, dropout=0.4)
 
@@ -236,18 +236,11 @@ def test_a_parameter_as_x_can_be_swapped():
 
 
 def test_a_checkpointed_region_that_ends_early_leaves_nothing():
+    """The region's second run ends with the last tensor that is saved, before k's result is taken."""
     model = model_of()
-
-    def tensors() -> int:
-        gc.collect()
-        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
-
-    region, counts = lambda x: (model.q(x).tanh(), model.k(x)), []
+    region = lambda x: (model.q(x).tanh(), model.k(x))
     for _ in range(4):
         q, k = checkpoint(region, x_of() * 1, use_reentrant=False)
         (q.sum() + k.sum()).backward()
-        del q, k
-        model.zero_grad()
-        counts.append(tensors())
-    assert len(set(counts)) == 1
+        assert not groups._thread.met.waiting
     assert lf.groups(model).groups == [LAYERS[:2]]
