@@ -1,9 +1,9 @@
 """Compiles the catalogue's launches for every arch without a GPU and checks them against the rules of lora-fast
 inspect.
 
-By default every fourth variant of the layer's kernels and two of the others are compiled at one rank, and one at some
-other ranks, for sm_90. For sm_120, and of the GEMM for sm_80, one or two variants are compiled at one rank.
-``-m budget`` compiles all cases for all archs; test_launch.py launches layers on the limits of cards.
+By default every fourth variant of the layer's kernels, two of those of groups and one of the others are compiled at one
+rank, and one at some other ranks, for sm_90. For sm_120, and of the GEMM for sm_80, one or two variants are compiled at
+one rank. ``-m budget`` compiles all cases for all archs; test_launch.py launches layers on the limits of cards.
 """
 
 import os
@@ -38,9 +38,9 @@ PLACES = [
 
 
 def sample(ops: list[str], arch: int) -> list[catalogue.Case]:
-    """Returns every fourth variant and the last (of ops outside a layer, the first and last) at each op's second or
-    only rank, and one variant, in turn, at the largest rank of each dtype, of a layer's ops also at every second one of
-    the other ranks (of ``GROUP`` at none). For archs that are not in ``FULL`` it returns the first and last variant (of
+    """Returns every fourth variant and the last (of ``GROUP`` the first and last, of ops outside a layer the last) at
+    each op's second or only rank, and one variant, in turn, at the largest rank of each dtype, of a layer's ops also at
+    every second one of the other ranks (of ``GROUP`` at none). For archs that are not in ``FULL`` it returns the first and last variant (of
     ops outside a layer, the last) at the second rank."""
     chosen = []
     for turn, op in enumerate(ops):
@@ -52,7 +52,7 @@ def sample(ops: list[str], arch: int) -> list[catalogue.Case]:
         for i, (place, cases) in enumerate(ranks.items()):
             ends = cases if len(cases) < 2 else [cases[0], cases[-1]]
             if place == second:
-                many = cases[:-1:4] + cases[-1:] if of_layer else ends
+                many = cases[:-1:4] + cases[-1:] if of_layer else ends if op in GROUP else ends[-1:]
                 chosen += many if arch in FULL else ends if of_layer else ends[-1:]
             elif arch in FULL and op not in GROUP and (place in largest.values() or (of_layer and (i + turn) % 2 == 0)):
                 variants = cases if of_layer else ends
