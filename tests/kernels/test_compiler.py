@@ -40,8 +40,8 @@ PLACES = [
 def sample(ops: list[str], arch: int) -> list[catalogue.Case]:
     """Returns every fourth variant and the last (of ``GROUP`` the first and last, of ops outside a layer the last) at
     each op's second or only rank, and one variant, in turn, at the largest rank of each dtype, of a layer's ops also at
-    every second one of the other ranks (of ``GROUP`` at none). For archs that are not in ``FULL`` it returns the first and last variant (of
-    ops outside a layer, the last) at the second rank."""
+    every second one of the other ranks (of ``GROUP`` at none). For archs that are not in ``FULL`` it returns the first
+    and last variant (of ops outside a layer, the last) at the second rank."""
     chosen = []
     for turn, op in enumerate(ops):
         ranks: dict[tuple, list[catalogue.Case]] = {}
