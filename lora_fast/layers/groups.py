@@ -7,8 +7,8 @@ part, the first one called computes all of them as one op, and each of the other
 computed with what that layer has now. Otherwise the layer computes itself, and is no longer computed with the others.
 The bits of all results are the same in all these cases, but for the rounding of dx in the last one.
 
-Without gradients each layer computes itself: reading x once would save little beside the GEMMs, less than the host's
-time for finding the group takes, and results would be in memory before they are used.
+Without gradients each layer computes itself: reading x once would save little beside the GEMMs, finding the group has a
+cost of its own, and results would be in memory before they are used.
 
 One node for several layers would be seen where a layer takes no part in a backward: in hooks of its factors, which get
 None, and where two of its layers have backwards of their own. That is why a backward has to show that it does, why x

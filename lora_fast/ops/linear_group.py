@@ -180,8 +180,8 @@ def _restored(ctx, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, Sequenc
 
 
 class _Kept:
-    """What LoRAGroupFunction has saved, for the members that are left after a backward in which only others took
-    part."""
+    """This object keeps what LoRAGroupFunction has saved, for the members that are left after a backward in which only
+    others took part."""
 
     def __init__(self, tensors: Sequence[Tensor | None], left: set[int], count: int):
         self.tensors, self.left, self.count = tensors, left, count

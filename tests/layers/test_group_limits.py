@@ -127,10 +127,11 @@ def test_a_layer_with_hooks_before_its_forward_is_not_computed_ahead():
 def test_backward_hooks_of_the_old_kind_see_gradients_of_their_own_layer(name):
     for model in both():
         seen = []
-        getattr(model, name).register_backward_hook(lambda _, __, outputs, seen=seen: seen.append(outputs[0].shape[-1]))
+        note = lambda _, __, outputs, seen=seen: seen.append([output.shape[-1] for output in outputs])
+        getattr(model, name).register_backward_hook(note)
         for _ in range(2):
             model(x_of()).sum().backward()
-        assert seen == [getattr(model, name).out_features] * 2
+        assert seen == [[getattr(model, name).out_features]] * 2
 
 
 def test_a_layer_that_is_no_longer_fused_leaves_its_group():
@@ -232,7 +233,9 @@ def test_a_parameter_as_x_can_be_swapped():
     x, other = (nn.Parameter(x_of().detach()) for _ in range(2))
     for model in both():
         (model.q(x).sum() + model.k(x).sum()).backward()
+        swapped = other.grad
         torch.utils.swap_tensors(x, other)
+        assert x.grad is swapped
 
 
 def test_a_checkpointed_region_that_ends_early_leaves_nothing():

@@ -32,7 +32,7 @@ NO_MASKS = NO_MASK * MEMBERS
 
 
 class Part(NamedTuple):
-    """What one member adds to dx. A plan is made without dS."""
+    """A part is what one member adds to dx. A plan is made without dS."""
 
     dy: torch.Tensor
     weight: torch.Tensor
@@ -170,12 +170,12 @@ def lora_group_update_kernel(
 
 
 class _GroupGemm:
-    """What both strategies share, for one signature of two to four parts. A call takes a sequence of each field of
-    ``Part``, in which the parts have the places ``where``."""
+    """This class holds what both strategies share, for one signature of two to four parts. A call takes a sequence of
+    each field of ``Part``, in which the parts have the places ``where``."""
 
     def __init__(self, parts: Sequence[Part], shape: tuple[int, ...], where: Sequence[int]):
         dy = parts[0].dy
-        self.shape, self.empty = shape, allocator(shape, dy.dtype, dy.device)
+        self.empty = allocator(shape, dy.dtype, dy.device)
         ranks = [len(part.lora_A) for part in parts]
         self.where, self.pick = where, picker(where, len(parts))
         self.dropout = any(part.keep is not None for part in parts)

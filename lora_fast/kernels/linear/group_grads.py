@@ -206,9 +206,11 @@ class GroupGradSB:
         self.parts, n, self.none = Parts((self.ds, self.db), dy.device), len(dys), [None] * len(dys)
         self.pick, self.pick_filled = picker(where, n), picker(filled(range(n) if where is None else where), MEMBERS)
         written = [n * (kind.needed and not kind.in_parts) for kind in (self.ds, self.db)]
-        of_dy, of_b, of_s, of_parts, *own = places_of(n, n, n * needs[1], bool(self.parts.size), *written)
+        of_dy, of_b, of_s, of_parts, *of_results = places_of(n, n, n * needs[1], bool(self.parts.size), *written)
         # dy stands in for what is not needed: the kernel takes a pointer, but does not use it.
-        into = [of_parts if k.in_parts else of_k or of_dy for k, of_k in zip((self.ds, self.db), own, strict=True)]
+        into = [
+            of_parts if k.in_parts else of_k or of_dy for k, of_k in zip((self.ds, self.db), of_results, strict=True)
+        ]
         strides = (filled([t.stride(0) for t in tensors]) for tensors in (dys, factors))
         flags = {"R": r, "NEED_S": needs[0], "NEED_B": needs[1], "ROUNDED": rounded, "PRECISION": precision(dy)}
         self.launch = Launch(
