@@ -89,6 +89,8 @@ class FourBitWeight(QuantizedWeight):
         state = _quant_state(layer)
         if getattr(state, "packing_format_for_cpu", False):
             layer.weight.data, state = bnb.functional._convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
+            if not state.nested:  # bitsandbytes leaves its repacked scales, a column for each row of the weight
+                state.absmax = state.absmax.t().reshape(-1).float()
             layer.weight.quant_state = state
         return state
 
