@@ -50,7 +50,7 @@ def quantized_peft_llama(kind="nf4", **options):
 
 def quantized_injected_llama(kind="nf4", config=None):
     model = quantized_llama(kind)
-    lf.inject_(model, config or lf.LoRAConfig(r=4), progress=False)
+    lf.inject_(model, config or lf.LoRAConfig(r=4, alpha=8), progress=False)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
