@@ -11,9 +11,11 @@ from torch import nn
 
 from .bitsandbytes_4bit import FourBitWeight
 from .bitsandbytes_8bit import EightBitWeight
+from .hqq import HQQWeight
+from .torchao import TorchaoWeight
 from .weight import QuantizedWeight
 
-FORMATS: tuple[type[QuantizedWeight], ...] = (FourBitWeight, EightBitWeight)
+FORMATS: tuple[type[QuantizedWeight], ...] = (FourBitWeight, EightBitWeight, TorchaoWeight, HQQWeight)
 
 
 def family_of(module: nn.Module) -> type[QuantizedWeight] | None:
