@@ -20,7 +20,8 @@ from .hooks import carry_hook, offloads
 from .merging import Merged, merged_parameters, unmergeable
 from .terms import Term
 
-from ..quantized import QuantizedWeight, family_of, quantized_weight, reason_against, reason_against_merge
+FROZEN = ("weight", "bias")  # the parameters of the linear layer
+_traced = torch.compiler.is_compiling
 
 
 class AdapterLinear(Fallback, nn.Module):
