@@ -2,11 +2,12 @@
 + bias, and dx = dy W + keep∘(dS a).
 
 Math      W = code[nibble] · absmax, rounded to left's dtype before the product, as bitsandbytes does. ``code`` has the
-          16 values of NF4 or FP4, ``absmax`` one factor for each ``blocksize`` elements. With double quantisation absmax
-          = code₂[byte] · absmax₂ + offset, with one absmax₂ for each 256. ``lora_absmax_kernel`` computes it first,
+          16 values of NF4 or FP4, ``absmax`` one factor for each ``blocksize`` elements. With double quantisation it is
+          code₂[byte] · absmax₂ + offset, with one absmax₂ for each 256. ``lora_absmax_kernel`` computes it first,
           because the GEMM's loop could not load through a chain of tables ahead of its use.
 Strategy  "fused" is this GEMM. "library" is bitsandbytes' product, which writes all of W in 16 bits if there are many
-          tokens. ``four_bit_strategy`` chooses "library" unless ``lora-fast tune`` measured that this GEMM is faster.
+          tokens, and always for dx. ``four_bit_strategy`` chooses "library" unless ``lora-fast tune`` measured that
+          "fused" is faster.
 Grid      as in gemm.py. A tile has many tokens and few columns, because each tile dequantises its part of W again.
 Shapes    packed: d_out d_in / 2 bytes, W's rows one after another, the first of two elements in the high four bits; the
           other operands as in gemm.py. d_in and blocksize are multiples of 64 (``takes``), so that 64 elements from a
@@ -14,8 +15,8 @@ Shapes    packed: d_out d_in / 2 bytes, W's rows one after another, the first of
 Pipeline  left (by TMA from sm_90 on), the packed bytes and absmax are loaded ahead. The code is in the lanes of each
           warp, and a nibble selects its value by a shuffle. On sm_90 Triton waits for a product whose operand the step
           itself has written, so no product is in flight while the next tile of W is dequantised, unlike in gemm.py.
-Bytes     d_out d_in (1/2 + 4 / blocksize) for W. bitsandbytes' product of many tokens moves 9 times as many: it reads
-          the 4 bits, writes 16, and reads them again.
+Bytes     d_out d_in (1/2 + 4 / blocksize) for W. bitsandbytes' product of many tokens moves 8 times as many, because it
+          reads the 4 bits, writes 16, and reads them again.
 Roofline  2·n_tokens·d_in·d_out operations: compute bound. About 8 instructions for each element of W and each block of
           tokens come on top. On an H100 they are estimated at half the time of the products of 256 tokens.
 """
@@ -87,8 +88,8 @@ def takes(x: Tensor, weight: FourBit) -> bool:
 
 
 def four_bit_strategy(direction: str, x: Tensor, weight: FourBit, r: int, dropout: bool) -> str:
-    """Returns what computes y from x and S (``direction`` "forward") or dx from dy, which is ``x``, and dS. It is "fused"
-    if that was measured or is assumed (``tiles.assume``) and takes the weight, else "library"."""
+    """Returns what computes y from x and S (``direction`` "forward"), or dx from dS and dy, which is then ``x``. It is
+    "fused" if that was measured or is assumed (``tiles.assume``) and takes the weight, else "library"."""
     d_out, d_in = weight.shape
     forward = direction == "forward"
     k, width = (d_in, d_out) if forward else (d_out, d_in)
