@@ -107,9 +107,10 @@ def lora_absmax_kernel(
     """Stores absmax = code[quantised] · scales + offset, of n elements with a scale for each BLOCKSIZE."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_i = i < n
-    b_value = tl.load(code + tl.load(quantised + i, mask=m_i, other=0).to(tl.int32))
-    b_scale = tl.load(scales + i // BLOCKSIZE, mask=m_i, other=0.0)
-    tl.store(absmax + i, b_value * b_scale + tl.load(offset), mask=m_i)
+    b_value = tl.load(code + tl.load(quantised + i, mask=m_i, other=0).to(tl.int32)).to(tl.float64)
+    # The product is rounded before the sum, as in bitsandbytes. In float32 the compiler would round both at once.
+    b_product = b_value * tl.load(scales + i // BLOCKSIZE, mask=m_i, other=0.0)
+    tl.store(absmax + i, b_product.to(tl.float32) + tl.load(offset), mask=m_i)
 
 
 @triton.jit
