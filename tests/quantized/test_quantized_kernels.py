@@ -3,7 +3,8 @@ float64 with the dequantised weight, by the layer's budget."""
 
 import pytest
 
-bnb = pytest.importorskip("bitsandbytes", reason="pip install '.[quantized]'")
+pytest.importorskip("bitsandbytes", reason="pip install '.[quantized]'")
+import bitsandbytes as bnb
 import budget
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from torch.autograd import grad
 
 import lora_fast as lf
 from lora_fast.backend import load_ops
+from lora_fast.kernels import tiles
+from lora_fast.kernels.linear import four_bit
 from lora_fast.ops.linear import mask
 from lora_fast.ops.reference.linear import keep_scale
 from lora_fast.quantized import quantized_weight
@@ -51,26 +54,32 @@ def eager(x, members, dys, keeps, dropout_p: float, weight_dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize(
-    ("d_outs", "kind", "dtype", "dropout_p"),
+    ("d_outs", "kind", "dtype", "dropout_p", "strategy"),
     [
-        ((48,), "nf4", BFLOAT16, 0.0),
-        ((48,), "fp4", FLOAT32, 0.25),
-        ((48, 80, 32), "nf4", BFLOAT16, 0.25),
-        ((48, 80, 32), "nf4", FLOAT32, 0.0),
+        ((48,), "nf4", BFLOAT16, 0.0, "cublas"),
+        ((48,), "fp4", FLOAT32, 0.25, "cublas"),
+        ((48, 80, 32), "nf4", BFLOAT16, 0.25, "cublas"),
+        ((48, 80, 32), "nf4", FLOAT32, 0.0, "cublas"),
+        ((48, 80), "nf4", BFLOAT16, 0.25, "fused"),  # our GEMM over 4-bit weights, as if it were measured as faster
     ],
 )
-def test_op_over_quantised_weights_errs_within_the_budget(d_outs, kind, dtype, dropout_p):
+def test_op_over_quantised_weights_errs_within_the_budget(d_outs, kind, dtype, dropout_p, strategy, monkeypatch):
+    seen = []  # names of the functions of the GEMM over 4-bit weights that ran
+    for name in ("four_bit_linear", "four_bit_grad_x"):
+        run = lambda *call, name=name, function=getattr(four_bit, name): seen.append(name) or function(*call)
+        monkeypatch.setattr(four_bit, name, run)
     x, members, dys = drawn(d_outs, kind, dtype)
     factors = [factor for _, a, b in members for factor in (a, b)]
     calls = [
         lf.functional.LinearMember(quantized_weight(base), None, a, b, SCALING, dropout_p, seed)
         for seed, (base, a, b) in enumerate(members)
     ]
-    with lf.set_backend("triton"):
+    with lf.set_backend("triton"), tiles.assume(strategy=strategy):
         ys = lf.functional.lora_linear_group(x, calls)
         got = [*ys, *grad(ys, [x, *factors], dys)]
         with torch.no_grad():
             again = [lf.functional.lora_linear(x, *call) for call in calls]
+    assert len(seen) == (3 * len(d_outs) if strategy == "fused" else 0)  # y with and without gradients, and dx
     for y, alone in zip(ys, again, strict=True):
         assert torch.equal(y, alone), "without gradients, by itself"
     ops = load_ops("linear", True)

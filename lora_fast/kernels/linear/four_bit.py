@@ -89,13 +89,19 @@ def takes(x: Tensor, weight: FourBit) -> bool:
 
 def four_bit_strategy(direction: str, x: Tensor, weight: FourBit, r: int, dropout: bool) -> str:
     """Returns what computes y from x and S (``direction`` "forward"), or dx from dS and dy, which is then ``x``. It is
-    "fused" if that was measured or is assumed (``tiles.assume``) and takes the weight, else "library"."""
-    d_out, d_in = weight.shape
+    "fused" if that ``is_fastest`` and takes the weight, else "library"."""
+    return "fused" if is_fastest(direction, x, weight.shape, r, dropout) and takes(x, weight) else "library"
+
+
+def is_fastest(direction: str, x: Tensor, shape: tuple[int, int], r: int, dropout: bool) -> bool:
+    """Returns whether "fused" was measured to be the fastest for a weight of this shape, or is assumed
+    (``tiles.assume``)."""
+    d_out, d_in = shape
     forward = direction == "forward"
     k, width = (d_in, d_out) if forward else (d_out, d_in)
     left = x if x.dim() == 2 else x.reshape(-1, k)
     choice = tiles.assumed("strategy") or tiles.measured(tiles.four_bit_op(forward, dropout), left, k, width, r)
-    return "fused" if choice == "fused" and takes(x, weight) else "library"
+    return choice == "fused"
 
 
 @triton.jit
