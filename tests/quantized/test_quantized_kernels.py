@@ -64,10 +64,10 @@ def eager(x, members, dys, keeps, dropout_p: float, weight_dtype: torch.dtype) -
     ],
 )
 def test_op_over_quantised_weights_errs_within_the_budget(d_outs, kind, dtype, dropout_p, strategy, monkeypatch):
-    seen = []  # names of the functions of the GEMM over 4-bit weights that ran
-    for name in ("four_bit_linear", "four_bit_grad_x"):
-        run = lambda *call, name=name, function=getattr(four_bit, name): seen.append(name) or function(*call)
-        monkeypatch.setattr(four_bit, name, run)
+    seen = []  # the functions of the GEMM over 4-bit weights that ran
+    for function in (four_bit.four_bit_linear, four_bit.four_bit_grad_x):
+        run = lambda *call, function=function: seen.append(function) or function(*call)
+        monkeypatch.setattr(four_bit, function.__name__, run)
     x, members, dys = drawn(d_outs, kind, dtype)
     factors = [factor for _, a, b in members for factor in (a, b)]
     calls = [
