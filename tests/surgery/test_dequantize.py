@@ -108,6 +108,34 @@ def test_transformers_takes_the_model_for_a_plain_one(tmp_path):
     assert model.float().dtype is torch.float32  # transformers refuses it for quantised models
 
 
+def test_the_dtype_is_that_of_before_or_the_config_s():
+    layers = [quantized_linear(nn.Linear(64, 64).to(dtype)) for dtype in (torch.bfloat16, torch.float32)]
+    model = nn.Sequential(*layers, quantized_linear(nn.Linear(64, 64), "int8"))
+    lf.dequantize_(model)
+    assert [layer.weight.dtype for layer in model] == [torch.bfloat16, torch.float32, torch.float16]
+    model = quantized_llama("int8", torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    lf.dequantize_(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_training_goes_on_in_groups_to_the_same_gradients():
+    model, tokens = quantized_injected_llama(), batch()
+
+    def gradients():
+        model.zero_grad()
+        model.train()(input_ids=tokens, labels=tokens).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    for _ in range(2):
+        before = gradients()
+    groups = str(lf.groups(model))
+    lf.dequantize_(model)
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, before[name], rtol=1e-4, atol=1e-6)
+    assert str(lf.groups(model)) == groups
+
+
 def test_hooks_and_tied_weights():
     torch.manual_seed(0)
     tied, hooked = quantized_linear(nn.Linear(64, 64)), quantized_linear(nn.Linear(64, 64))
