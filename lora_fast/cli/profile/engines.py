@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -23,8 +22,6 @@ BASE, EAGER, COMPILED, FUSED = "base", "PEFT eager", "PEFT compiled", "fused"
 LABELS = (BASE, EAGER, COMPILED, FUSED)
 LR = 1e-5  # small, so that the weights do not diverge while they are timed
 B_STD = 0.01  # of the random lora_B; with a fresh one, which is zero, the gradient of lora_A would be zero
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass
@@ -73,16 +70,18 @@ def build(settings: Settings, source: str, dtype: torch.dtype, compiled: bool) -
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(settings.seed)
-    model = models.load_model(source, dtype).to(device).train()
+    model = models.load_model(source, dtype, settings.quantize).train()
+    if model.device != device:  # transformers moves no 8-bit model of bitsandbytes, which is loaded onto the GPU
+        model.to(device)
     model.config.use_cache = False
     training.check_targets(model, settings.target_modules)
-    frozen = twin(model).requires_grad_(False)
+    frozen = models.twin(model).requires_grad_(False)
     frozen.enable_input_require_grads()  # without any trained parameter there would be no backward pass
     eager = get_peft_model(model, training.peft_config(settings))
     for name, parameter in eager.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=B_STD)
-    fused = twin(eager)
+    fused = models.twin(eager)
     fusing = fuse_(fused, allow_empty=True)
     by_label = {BASE: Engine(BASE, frozen, None), EAGER: Engine(EAGER, eager, _adamw(eager))}
     if compiled:
@@ -92,13 +91,6 @@ def build(settings: Settings, source: str, dtype: torch.dtype, compiled: bool) -
     return Engines(by_label, fusing, dtype, device, model.config.get_text_config().vocab_size)
 
 
-def twin(model: Model) -> Model:
-    """Copies the modules of a model over the same parameters and buffers."""
-    # deepcopy takes these as already copied, so the copy refers to the same tensors
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
-
-
 def compiled_twin(model: nn.Module) -> nn.Module:
     """Returns a twin whose repeated blocks are compiled one by one.
 
@@ -106,7 +98,7 @@ def compiled_twin(model: nn.Module) -> nn.Module:
     """
     from accelerate.utils import compile_regions
 
-    return compile_regions(twin(model))
+    return compile_regions(models.twin(model))
 
 
 def _adamw(model: nn.Module) -> torch.optim.Optimizer:

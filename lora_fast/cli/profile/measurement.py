@@ -19,7 +19,7 @@ from .engines import FUSED, Engines
 from .profile_result import Measured, Result
 
 SKIPPED = "not requested (--no-compile)"
-OPTIONS = ("model", "rank", "alpha", "dropout", "targets", "steps", "batch", "seq_len", "dtype", "seed")
+OPTIONS = ("model", "rank", "alpha", "dropout", "targets", "steps", "batch", "seq_len", "dtype", "quantize", "seed")
 
 
 def measure(
