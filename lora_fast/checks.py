@@ -231,8 +231,9 @@ def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: bool) -> None:
-    """Checks the arguments of ``functional.lora_linear``. One expression accepts valid arguments, because this function
-    runs at every call of every layer; only a failure is examined piece by piece, for its message."""
+    """Checks the arguments of ``functional.lora_linear``. A quantised weight, whose dtype is None, takes x in any. One
+    expression accepts valid arguments, because this function runs at every call of every layer; only a failure is
+    examined piece by piece, for its message."""
     try:
         if _fits(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast):
             return
@@ -241,15 +242,16 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: b
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B)):
         if tensor is None and name == "bias":
             continue
-        if not isinstance(tensor, torch.Tensor):
+        is_quantized = name == "weight" and getattr(tensor, "dtype", x) is None
+        if not isinstance(tensor, torch.Tensor) and not is_quantized:
             raise ArgumentError(name, "a torch.Tensor", type(tensor).__name__)
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in FLOATS and not is_quantized:
             raise ArgumentError(name, "a dtype among float16, bfloat16, float32, float64", tensor.dtype)
-        if tensor.layout is not STRIDED and tensor is not x:
+        if not is_quantized and tensor.layout is not STRIDED and tensor is not x:
             raise ArgumentError(name, "a dense tensor", tensor.layout)
         if tensor.device != x.device:
             raise ArgumentError(name, f"a tensor on x's device {x.device}", tensor.device)
-    if weight.dim() != 2:
+    if len(weight.shape) != 2:
         raise ArgumentError("weight", "shape (d_out, d_in)", _shape(weight))
     d_out, d_in = weight.shape
     if x.dim() < 1 or x.shape[-1] != d_in:
@@ -265,7 +267,7 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: b
     if type(scaling) not in NUMBERS or not -LARGEST_SCALING <= scaling <= LARGEST_SCALING:
         raise ArgumentError("scaling", "a finite number, as float32 can hold it", shown(scaling))
     probability(dropout_p, "dropout_p")
-    if x.dtype != weight.dtype:
+    if x.dtype != weight.dtype and weight.dtype is not None:
         raise ArgumentError("x", f"weight's dtype {weight.dtype} (or an autocast region)", x.dtype)
     raise ArgumentError("bias", f"weight's dtype {weight.dtype}, or float32 beside 16 bits", bias.dtype)
 
@@ -279,7 +281,7 @@ def _fits(x, weight, bias, lora_A, lora_B, scaling, dropout_p, autocast: bool) -
         and lora_B.shape == (d_out, r)
         and 0 < r <= LARGEST_RANK
         and dtype in FLOATS
-        and (weight.dtype is dtype or (autocast and weight.dtype in FLOATS))
+        and (weight.dtype is dtype or weight.dtype is None or (autocast and weight.dtype in FLOATS))
         and lora_A.dtype in FLOATS
         and lora_B.dtype in FLOATS
         and weight.device == device

@@ -15,6 +15,7 @@ from .. import checks
 from ..kernels.limits import LARGEST_RANK
 from ..layers.find import PeftLayer, bare_name, expert_count, peft_layers
 from ..layers.lora import LoRALinear
+from ..quantized import family_of, reason_against_merge
 from ..surgery.merge import weight_owners
 
 WHOLE = "a plain tensor"
@@ -167,6 +168,8 @@ def find_pairs(model: nn.Module) -> list[Pair]:
             reason = "already merged" if layer.merged else _shared(layer.weight, owners)
             if layer.fan_in_fan_out:
                 reason = "weight of a Conv1D, stored as (d_in, d_out)"
+            if layer.base is not None:
+                reason = reason_against_merge(layer.base)
             pairs.append(Pair(name, layer.lora_A, layer.lora_B, float(layer.scaling), None, reason, layer))
     for name, layer in peft_layers(model).items():
         factors_a, factors_b = getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})
@@ -287,6 +290,8 @@ def _base_weight(layer: PeftLayer, adapter: str) -> tuple[Tensor | None, str | N
     has_experts = expert_count(layer) > 1
     weight: Any = layer.get_param() if has_experts else getattr(base, "weight", None)
     plain = type(weight) is nn.Parameter and weight.dtype in checks.FLOATS  # quantised weights are of other types
+    if not has_experts and family_of(base) is not None:
+        return None, reason_against_merge(base)
     if not plain or not (has_experts or type(base) is nn.Linear):
         return None, f"base layer {type(base).__name__} with a weight of {getattr(weight, 'dtype', None)}"
     if layer.fan_in_fan_out or adapter in layer.lora_variant:

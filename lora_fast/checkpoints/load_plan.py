@@ -15,6 +15,7 @@ from ..checks import CheckpointError
 from ..layers.base import AdapterLinear, sizes
 from ..layers.find import AdapterLayer, key_name
 from ..layers.lora import LoRALinear
+from ..quantized import family_of, reason_against
 from ..surgery import inject, targets
 from ..surgery.weight_reads import weight_reads
 from . import base_weights, io, peft_config, sidecar, whole_modules
@@ -159,8 +160,12 @@ def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLay
 
 def _check_pair(name: str, linear: nn.Linear, a: Tensor, b: Tensor) -> None:
     """Raises CheckpointError unless a new layer in place of ``linear`` will hold the pair without loss."""
-    io.check_destination(f"{name}.weight", linear.weight)
-    dtype = torch.promote_types(linear.weight.dtype, torch.float32)  # in which ``from_linear`` creates the factors
+    dtype = torch.float32  # of the factors that ``from_linear`` creates
+    if family_of(linear) is None:
+        io.check_destination(f"{name}.weight", linear.weight)
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+    elif reason := reason_against(linear):
+        raise CheckpointError(name, "a quantised weight that the ops can use", reason)
     d_in, d_out = sizes(linear)
     check_tensor(f"{name}.lora_A", a, (a.shape[0], d_in), dtype)
     check_tensor(f"{name}.lora_B", b, (d_out, a.shape[0]), dtype)

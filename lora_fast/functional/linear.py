@@ -64,7 +64,7 @@ def lora_linear(
 
 def run_op(x, weight, bias, lora_A, lora_B, scaling, dropout_p: float = 0.0, seed: int | None = None) -> Tensor:
     """Computes ``lora_linear`` by the op."""
-    autocast = casts(x)
+    autocast = casts(x, weight)
     weight, bias, lora_A, lora_B, scaling, dropout_p = checked(
         x, autocast, weight, bias, lora_A, lora_B, scaling, dropout_p
     )
@@ -79,9 +79,15 @@ def run_op(x, weight, bias, lora_A, lora_B, scaling, dropout_p: float = 0.0, see
     return run(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, drawn, autocast)
 
 
-def casts(x) -> bool:
+def in_autocast(x) -> bool:
     """Returns whether autocast casts the products of x."""
     return _any_autocast() and is_autocast_on(x.device.type) and x.dtype != torch.float64
+
+
+def casts(x, weight) -> bool:
+    """Returns whether autocast casts x for a layer with this weight. A quantised weight's library decides for itself,
+    and S is then computed from x as it is."""
+    return weight.dtype is not None and in_autocast(x)
 
 
 def checked(x, autocast: bool, weight, bias, lora_A, lora_B, scaling, dropout_p) -> tuple:
@@ -119,7 +125,7 @@ def run_composite(x, weight, bias, lora_A, lora_B, scaling, dropout_p: float = 0
     keep = None
     is_plain = all(type(tensor) in checks.PLAIN for tensor in (x, weight, lora_A, lora_B))
     if is_plain and not x.is_nested and (_traced() or composite.transform() != composite.JIT_TRACE):
-        autocast = is_autocast_on(x.device.type) and x.dtype != torch.float64
+        autocast = in_autocast(x)
         number = 1.0 if isinstance(scaling, Tensor) else scaling
         checks.lora_linear(x, weight.detach(), bias, lora_A, lora_B, number, dropout_p, autocast)
     if seed is not None and dropout_p > 0.0:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..checks import PLAIN
+from ..quantized import QuantizedWeight, family_of, quantized_weight, reason_against, reason_against_merge
 from . import merge_log
 from .fallback import Fallback
 from .hooks import carry_hook, offloads
@@ -59,6 +60,7 @@ class AdapterLinear(Fallback, nn.Module):
     weight: Tensor
     bias: Tensor | None
     is_plain = False  # whether forward computes x Wᵀ + bias alone: merged or disabled
+    base: nn.Module | None = None  # the quantised layer that the weight belongs to; not registered as a child
     fan_in_fan_out = False  # whether the weight is stored as (d_in, d_out), as transformers' Conv1D does
     if TYPE_CHECKING:  # read-only here: some subclasses have attributes of these names, others properties
 
@@ -101,31 +103,34 @@ class AdapterLinear(Fallback, nn.Module):
         hooks the layer gets those that move the input to the weight's device.
 
         Args:
-            linear: a torch.nn.Linear or transformers' Conv1D, on any device, of a floating dtype. The new adapter is on
-                its weight's device, in float32 where the weight is 16-bit, else in the weight's dtype.
+            linear: a torch.nn.Linear or transformers' Conv1D, on any device, of a floating dtype, or a layer of another
+                library with a quantised weight. The new adapter is on its weight's device, in float32 where the weight
+                is 16-bit or quantised, else in the weight's dtype.
             settings: the constructor's arguments except sizes, bias, device and dtype.
 
         Raises:
-            ArgumentError: neither of the two, a weight of another dtype, or settings that the constructor refuses.
+            ArgumentError: none of them, a weight of another dtype, or settings that the constructor refuses.
         """
-        if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
-            raise checks.ArgumentError("linear", "a torch.nn.Linear or transformers' Conv1D", type(linear).__name__)
-        weight, bias = linear.weight, linear.bias
-        if weight.dtype not in checks.FLOATS:
-            expected = "a dtype among float16, bfloat16, float32, float64"
-            raise checks.ArgumentError("linear.weight", expected, weight.dtype)
+        quantized = quantized_weight(linear)
+        check_linear(linear, quantized)
+        weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
+        dtype = torch.float32 if quantized else torch.promote_types(linear.weight.dtype, torch.float32)
         # On the meta device the constructor neither allocates nor initialises a weight that is replaced below.
-        place: dict[str, Any] = {"device": "meta", "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        place: dict[str, Any] = {"device": "meta", "dtype": dtype}
         d_in, d_out = sizes(linear)
         layer = cls(d_in, d_out, bias=bias is not None, **settings, **place)
+        device = quantized.device if isinstance(quantized, QuantizedWeight) else linear.weight.device
         for name in cls.TRAINABLE:  # allocated once, here: the constructor's own are on the meta device
             free = getattr(layer, name)
-            setattr(layer, name, nn.Parameter(torch.empty_like(free, device=weight.device), free.requires_grad))
+            setattr(layer, name, nn.Parameter(torch.empty_like(free, device=device), free.requires_grad))
         layer.reset_adapter()
-        weight.requires_grad_(False)
-        if bias is not None:
-            bias.requires_grad_(False)
-        layer.weight, layer.bias, layer.fan_in_fan_out = weight, bias, is_conv1d(linear)
+        for parameter in linear._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(False)
+        layer.register_parameter("weight", weight)  # None where a library keeps it elsewhere
+        layer.bias, layer.fan_in_fan_out = bias, is_conv1d(linear)
+        if quantized:
+            layer.__dict__["base"] = linear  # past nn.Module.__setattr__, which would register a child
         if merge_log.is_changed(linear):  # by a merge of an adapter that has been removed since
             merge_log.mark(layer)
         carry_hook(linear, layer)
@@ -162,16 +167,31 @@ class AdapterLinear(Fallback, nn.Module):
         if self.is_plain or not self._parameters.keys() >= {"weight", *self.TRAINABLE}:
             return None
         arguments = weight, _, a, b, *_ = self.arguments()
-        return arguments if type(weight) in PLAIN and type(a) in PLAIN and type(b) in PLAIN else None
+        has_weight = type(weight) in PLAIN or weight.dtype is None
+        return arguments if has_weight and type(a) in PLAIN and type(b) in PLAIN else None
 
     def frozen_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Returns weight (d_out, d_in) and bias for one forward. FSDP1 replaces them by views of its flat parameter,
         which require a gradient as soon as any parameter in it does; they are detached, because this layer's are
         frozen."""
+        if self.base is not None:
+            return self.quantized_weight(), None  # the base adds its bias
         weight, bias = self.weight, self.bias
         if weight.requires_grad and getattr(weight._base, "_is_flat_param", False):
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         return weight.t() if self.fan_in_fan_out else weight, bias
+
+    def quantized_weight(self) -> Any:
+        """Returns the weight of the quantised ``base`` for one call.
+
+        Raises:
+            ArgumentError: it is not ready, as its library leaves it before it is moved to its device.
+        """
+        assert self.base is not None, "a layer over a quantised one"
+        weight = quantized_weight(self.base)
+        if isinstance(weight, str):
+            raise checks.ArgumentError("layer", "a quantised weight that is ready", weight)
+        return weight
 
     def free_parameters_for(self, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> tuple[Tensor, ...]:
         """Returns the values of the tensors in ``SAVED_STATE``, in its order, with which ΔW = scaling · lora_B lora_A.
@@ -197,6 +217,9 @@ class AdapterLinear(Fallback, nn.Module):
         """
         if self._merged.places and offloads(self):
             raise checks.ArgumentError("model", "to be unmerged before it is offloaded (lf.unmerge_)", "a merged layer")
+        if self.base is not None:
+            y: Tensor = self.base(x)
+            return y
         return nn.functional.linear(x, *self.frozen_parameters())
 
     def merge(self) -> None:
@@ -257,6 +280,8 @@ class AdapterLinear(Fallback, nn.Module):
         """Returns why the layer cannot be merged, or None if it can."""
         if self.merged:
             return "already merged"
+        if self.base is not None:
+            return reason_against_merge(self.base)
         if self.disabled:
             return "adapters disabled"
         if offloads(self):
@@ -289,6 +314,9 @@ class AdapterLinear(Fallback, nn.Module):
         """Returns an ``nn.Linear``, or a Conv1D, with this layer's parameters themselves, its mode and its hooks of
         accelerate. If this layer is merged, it forgets the original weight."""
         linear: Any
+        if self.base is not None:
+            carry_hook(self, self.base)
+            return self.base.train(self.training)
         if self.fan_in_fan_out:
             from transformers.pytorch_utils import Conv1D
 
@@ -304,10 +332,17 @@ class AdapterLinear(Fallback, nn.Module):
         carry_hook(self, linear)
         return linear.train(self.training)
 
+    def train(self, mode: bool = True) -> Self:
+        if self.base is not None:
+            self.base.train(mode)
+        return super().train(mode)
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         """Stores the unmerged weight beside the adapter, so that a layer that loads the state does not count the
         adapter twice."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.base is not None:  # its library stores scales beside the weight
+            self.base._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             destination[f"{prefix}weight"] = self.original_weight()
 
@@ -325,9 +360,20 @@ class AdapterLinear(Fallback, nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> Self:
         self._merged.is_changed()  # by others, before this change
-        super()._apply(fn, recurse)
+        if self.base is None:
+            super()._apply(fn, recurse)
+        else:
+            self._apply_to_base(fn, recurse)
         self._merged.follow(fn)
         return self
+
+    def _apply_to_base(self, fn, recurse: bool) -> None:
+        """Applies a function to the adapter, and by the base's own method, which knows its scales, to its weight."""
+        base: Any = self.base
+        self._parameters["weight"] = self._parameters["bias"] = None  # keeps their places in the order
+        super()._apply(fn, recurse)
+        base._apply(fn)
+        self._parameters["weight"], self._parameters["bias"] = base._parameters.get("weight"), base._parameters["bias"]
 
     def __getstate__(self) -> dict:
         """Returns the state for deepcopy, pickle and torch.save. A copy that is made while ``lf.disable_adapters`` runs
@@ -347,7 +393,26 @@ def is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
+def check_linear(linear: nn.Module, quantized: QuantizedWeight | str | None) -> None:
+    """Raises ArgumentError unless an adapter layer can take the place of this one."""
+    if isinstance(quantized, str):
+        raise checks.ArgumentError("linear", "a quantised layer that is ready", quantized)
+    if quantized is not None:
+        if reason := reason_against(linear):
+            raise checks.ArgumentError("linear", "a quantised weight that the ops can use", reason)
+        return
+    if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
+        expected = "a torch.nn.Linear, transformers' Conv1D or a layer with a quantised weight"
+        raise checks.ArgumentError("linear", expected, type(linear).__name__)
+    if linear.weight.dtype not in checks.FLOATS:
+        expected = "a dtype among float16, bfloat16, float32, float64"
+        raise checks.ArgumentError("linear.weight", expected, linear.weight.dtype)
+
+
 def sizes(linear: nn.Module) -> tuple[int, int]:
-    """Returns d_in and d_out of an nn.Linear or a Conv1D."""
+    """Returns d_in and d_out of an nn.Linear, a Conv1D or a layer with a quantised weight."""
+    if (kind := family_of(linear)) is not None:
+        d_out, d_in = kind.sizes(linear)
+        return d_in, d_out
     d_out, d_in = cast(Tensor, linear.weight).shape
     return (d_out, d_in) if is_conv1d(linear) else (d_in, d_out)

@@ -14,7 +14,7 @@ from .nb_lora import NBLoRALinear
 from .sing_lora import SingLoRALinear
 
 if TYPE_CHECKING:
-    from .fused_peft import FusedLoraLinear
+    from .fused_peft import FusedForward, FusedLoraLinear
 
 PeftLayer = Any  # a torch module and at once a mixin of PEFT, which has no types for the two together
 AdapterLayer = Any  # an AdapterLinear or a PeftLayer
@@ -76,6 +76,21 @@ def expert_count(layer: PeftLayer) -> int:
 def is_exact(layer: PeftLayer) -> bool:
     """Returns whether a PEFT layer has ``ExactMerge``, so that its merges are taken out bit for bit."""
     return hasattr(type(layer), "merge_exactly")
+
+
+def is_fused(layer: PeftLayer) -> bool:
+    """Returns whether a PEFT layer has the fused forward."""
+    return hasattr(type(layer), "PEFT_CLASS")
+
+
+def fused_class_for(layer: PeftLayer) -> type[FusedForward] | None:
+    """Returns the fused class for a layer that is not fused, None where there is none."""
+    from peft.tuners import lora
+
+    from .fused_quantized import fused_class_of
+
+    kind: Any = type(layer)
+    return fused_class() if kind is lora.Linear else fused_class_of(kind)
 
 
 def fused_class() -> type[FusedLoraLinear]:

@@ -1,4 +1,5 @@
-"""FusedLoraLinear: PEFT's LoRA layer with the fused forward. ``fuse_`` gives a ``peft.tuners.lora.Linear`` this class.
+"""PEFT's LoRA layers with the fused forward. ``fuse_`` gives a ``peft.tuners.lora.Linear`` the class FusedLoraLinear,
+and a layer over a quantised weight a class of its own (fused_quantized.py).
 
 Parameters, keys and state stay PEFT's own, so PEFT works with the layer as before. Every call checks whether the fused
 op computes the same as PEFT's forward; if not, PEFT's forward runs and ``fallback_reason`` contains the reason.
@@ -7,7 +8,7 @@ op computes the same as PEFT's forward; if not, PEFT's forward runs and ``fallba
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft.tuners import lora
@@ -20,6 +21,7 @@ from .. import checks, regions
 from ..checks import FLOATS, PLAIN
 from ..functional.linear import is_autocast_on, reason_against_op, run_op
 from ..kernels.limits import LARGEST_RANK
+from ..quantized import quantized_weight
 from . import groups
 from .exact_merge import ExactMerge, merge_scaling
 from .fallback import Fallback
@@ -30,18 +32,28 @@ from .terms import Term
 # Looked up once, because attribute accesses cost host time in every call.
 _traced, _in_backward = torch.compiler.is_compiling, torch._C._current_graph_task_id
 DROPOUTS = (Identity, Dropout)
+CASTING_OFF = "casting of the input is off"
 HOOKED = "hooks, or a replaced forward, on the base layer or the adapter"
 
 
-class FusedLoraLinear(Fallback, ExactMerge, lora.Linear):
-    """A ``peft.tuners.lora.Linear`` whose forward is one fused op wherever that computes the same.
+class FusedForward(Fallback):
+    """A mixin for PEFT's LoRA layers, the next base classes, whose forward is one fused op wherever that computes the
+    same.
 
     Attributes:
+        PEFT_CLASS: PEFT's class of the layer.
         fallback_reason: why the last call ran PEFT's own forward; None if it ran fused.
     """
 
-    lora_A: Any  # nn.ModuleDict of nn.Linear, whose entries torch types as any module
-    lora_B: Any
+    PEFT_CLASS: ClassVar[type]
+    if TYPE_CHECKING:  # of PEFT's layer
+        lora_A: Any  # nn.ModuleDict of nn.Linear, whose entries torch types as any module
+        lora_B: Any
+        active_adapters: Any
+        merged_adapters: Any
+        cast_input_dtype_enabled: bool
+        _active_adapter: Any
+        _disable_adapters: bool
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x: (..., d_in) → (..., d_out) in the dtype of the base layer's result."""
@@ -75,7 +87,7 @@ class FusedLoraLinear(Fallback, ExactMerge, lora.Linear):
 
     def _get_name(self) -> str:
         """Returns the name of PEFT's class, from whose repr PEFT's layer status takes the ``module_type``."""
-        return lora.Linear.__name__
+        return self.PEFT_CLASS.__name__
 
     def extra_repr(self) -> str:
         return (
@@ -104,18 +116,27 @@ class FusedLoraLinear(Fallback, ExactMerge, lora.Linear):
         # Autocast casts x, weight and bias to one dtype, except float64. Without it PEFT casts x for the adapter only.
         if x.dtype not in FLOATS:
             return f"{x.dtype} input"
-        if x.dtype is not weight.dtype or (bias is not None and bias.dtype is not weight.dtype):
+        if weight.dtype is None:
+            if not self.cast_input_dtype_enabled:
+                return CASTING_OFF
+        elif x.dtype is not weight.dtype or (bias is not None and bias.dtype is not weight.dtype):
             if torch.float64 in (x.dtype, weight.dtype) or not is_autocast_on(weight.device.type):
                 return f"{x.dtype} input to {weight.dtype} weights"
         elif not self.cast_input_dtype_enabled:
-            return "casting of the input is off"
+            return CASTING_OFF
         scaling = call[4]
         reason = reason_against_op(x, weight, call[2], call[3])
         if type(scaling) is not float or not -math.inf < scaling < math.inf:
             reason = reason or _reason_against_scaling(scaling, weight)
         if reason is None and lora_bias is not None:
-            return weight, _sum_of_biases(bias, lora_bias * scaling, weight.dtype), *call[2:]
+            return weight, _sum_of_biases(bias, lora_bias * scaling, weight.dtype or x.dtype), *call[2:]
         return reason or call
+
+
+class FusedLoraLinear(FusedForward, ExactMerge, lora.Linear):
+    """A ``peft.tuners.lora.Linear`` with the fused forward."""
+
+    PEFT_CLASS = lora.Linear
 
     def merge_terms(self, adapter: str) -> list[tuple[Parameter, Term]] | str:
         base: Any = self.get_base_layer()
@@ -157,8 +178,6 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple[tuple, Tensor | Non
     if a is None:
         return f"no adapter {adapter!r} in this layer"
     b, dropout = modules["lora_B"]._modules[adapter], modules["lora_dropout"]._modules[adapter]
-    if type(base) is not Linear and type(base) is not Conv1D:
-        return f"base layer {type(base).__name__}, not torch.nn.Linear"
     if adapter in layer.lora_variant:
         return f"variant {type(layer.lora_variant[adapter]).__name__}"
     if type(a) is not Linear or type(b) is not Linear or type(dropout) not in DROPOUTS:
@@ -171,19 +190,39 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple[tuple, Tensor | Non
     else:
         parameters, a_parameters, b_parameters = base._parameters, a._parameters, b._parameters
     weight, lora_a, lora_b = parameters.get("weight"), a_parameters.get("weight"), b_parameters.get("weight")
-    if type(weight) not in PLAIN or type(lora_a) not in PLAIN or type(lora_b) not in PLAIN:
-        return f"weight of type {type(weight).__name__}, adapter of {type(lora_a).__name__}, {type(lora_b).__name__}"
-    if weight.requires_grad:
+    bias = parameters.get("bias")
+    if not ((type(base) is Linear or type(base) is Conv1D) and type(weight) in PLAIN):
+        weight = _quantized_weight(base, bias)
+        if isinstance(weight, str):
+            return weight
+        bias = None  # the base layer adds it
+    elif weight.requires_grad:
         return "trainable base weight"
+    elif type(base) is Conv1D:
+        weight = weight.t()  # a view: the op takes any strides
+    if type(lora_a) not in PLAIN or type(lora_b) not in PLAIN:
+        return f"adapter of {type(lora_a).__name__}, {type(lora_b).__name__}"
     if layer.r[adapter] > LARGEST_RANK:
         return f"rank {layer.r[adapter]}, above {LARGEST_RANK}"
-    if type(base) is Conv1D:
-        weight = weight.t()  # a view: the op takes any strides
     if a_parameters.get("bias") is not None:
         return "bias on lora_A"
     dropout_p = dropout.p if dropout.training and type(dropout) is Dropout else 0.0
-    arguments = weight, parameters.get("bias"), lora_a, lora_b, layer.scaling[adapter], dropout_p
+    arguments = weight, bias, lora_a, lora_b, layer.scaling[adapter], dropout_p
     return arguments, b_parameters.get("bias")
+
+
+def _quantized_weight(base: Module, bias: Tensor | None) -> Any:
+    """Returns the base layer's quantised weight, or why the op does not take what the base layer has."""
+    if "_is_replica" in base.__dict__:
+        return f"replica of {type(base).__name__} in nn.DataParallel"
+    weight = quantized_weight(base)
+    if weight is None:
+        if type(base) in (Linear, Conv1D):
+            return f"weight of type {type(base._parameters.get('weight')).__name__}"
+        return f"base layer {type(base).__name__}, not torch.nn.Linear or of a known quantised format"
+    if bias is not None and bias.requires_grad:
+        return f"trained bias of a {type(base).__name__}"
+    return weight
 
 
 def _has_global_hooks(layer: PeftLayer) -> bool:

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from .. import backend, checks, regions
-from ..functional.linear import casts, checked, run_op
+from ..functional.linear import casts, checked, in_autocast, run_op
 from ..functional.linear_group import enter, run_group, run_joined
 from ..kernels import device
 from ..ops import composite
@@ -141,6 +141,10 @@ class _Met:
         call, if it is known."""
         return self.siblings() is siblings and self.x() is x and self.state == (state or _state(x))
 
+    def fits(self, x: Tensor, arguments: tuple) -> bool:
+        """Returns whether autocast does to a layer what it does to the others, which quantised weights change."""
+        return not _autocast() or casts(x, arguments[0]) is self.autocast
+
     def enter(self, x: Tensor, siblings: Siblings, first: Layer) -> None:
         """Makes x enter. A backward tells the siblings which layers took part."""
         order: list[int] = []
@@ -202,7 +206,7 @@ def run(layer: Layer, x: Tensor, arguments: tuple) -> Tensor:
     if state is None:
         return run_op(x, *arguments)
     met = getattr(_thread, "met", None)
-    if met is None or not met.is_of(siblings, x, state) or id(layer) in met.called:
+    if met is None or not met.is_of(siblings, x, state) or not met.fits(x, arguments) or id(layer) in met.called:
         return _first(layer, siblings, x, state, arguments)
     met.called.add(id(layer))
     siblings.meet(met.first(), layer)
@@ -218,7 +222,7 @@ def _first(layer: Layer, siblings: Siblings, x: Tensor, state: tuple, arguments:
     if decision is None:
         return run_op(x, *arguments)
     count, proven = decision
-    met, has_node = _Met(siblings, layer, x, state, casts(x)), _grad() and x.requires_grad
+    met, has_node = _Met(siblings, layer, x, state, casts(x, arguments[0])), _grad() and x.requires_grad
     y = _together(met, siblings, x, layer, arguments, proven) if has_node and len(proven) > 1 else None
     if y is None:
         siblings.begin(layer)
@@ -255,7 +259,7 @@ def _together(
     for member in group[1:]:
         sibling = member()
         theirs = sibling.call_arguments(x) if _may_be_ahead(sibling, siblings) else None
-        if theirs is None:
+        if theirs is None or not met.fits(x, theirs):
             continue
         versions = _versions(*theirs)
         if versions is None or _has_hooks(theirs):
@@ -324,7 +328,7 @@ def _state(x: Tensor) -> tuple | None:
         x.requires_grad,
         x.is_leaf,
         _grad(),
-        torch.get_autocast_dtype(x.device.type) if _autocast() and casts(x) else None,
+        torch.get_autocast_dtype(x.device.type) if _autocast() and in_autocast(x) else None,
         hooks and _reference(hooks),
         _graph_task(),
         modes() > 0 and sees_ops(),

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from .. import checks, regions
 from ..functional.linear import is_autocast_on
 from ..kernels.grouping import group_by
+from ..quantized import QuantizedWeight, quantized_weight
 from . import factor_cache, hooks, inverse_cayley
-from .base import AdapterLinear, is_conv1d
+from .base import AdapterLinear, check_linear
 from .rounding_room import UNIT_ROUNDOFF, usable_bound
 from .terms import merged_weight
 
@@ -124,7 +125,9 @@ class NBLoRALinear(AdapterLinear):
         """The bound on the exact ΔW: ``bound``, less the room for rounding in the dtype in which the layer's products
         run now."""
         dtype, device_type = self.weight.dtype, self.weight.device.type
-        if dtype is not torch.float64 and is_autocast_on(device_type):
+        if self.base is not None:
+            dtype = torch.bfloat16  # x may have any dtype: the most room that it can need
+        elif dtype is not torch.float64 and is_autocast_on(device_type):
             dtype = torch.get_autocast_dtype(device_type)
         equal_values = 1 if self.learn_scale else self.r
         return usable_bound(dtype, self.bound, self.power, (self.in_features, self.out_features), equal_values)
@@ -216,9 +219,11 @@ class NBLoRALinear(AdapterLinear):
 
 def _bound_from(linear: nn.Linear, ratio: float, norm: str = "nuclear", bound: float | None = None, **others) -> float:
     """Returns the bound that is ``ratio`` times the weight's norm."""
-    if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
-        raise checks.ArgumentError("linear", "a torch.nn.Linear or transformers' Conv1D", type(linear).__name__)
-    weight = linear.weight
+    quantized = quantized_weight(linear)
+    check_linear(linear, quantized)
+    weight: Tensor = linear.weight
+    if isinstance(quantized, QuantizedWeight):
+        weight = quantized.dequantized(torch.float32)
     checks.choice(norm, "norm", tuple(NORMS))
     check_bound_ratio(ratio, bound)
     if weight.is_meta:

@@ -6,6 +6,7 @@ second derivatives.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +14,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..checks import PLAIN
+from ..quantized import QuantizedWeight
 from .reference.cayley import EPS
 from .reference.linear import keep_scale
 
 FUNCTORCH = "torch.func transform (vmap, grad, jvp, …)"
 JIT_TRACE = "torch.jit.trace"
 COMPUTED = "a weight that is computed from others"  # whose gradient the op does not form: fast weights, masks
+QUANTIZED_TRACED = "quantised weight in a graph that torch.compile or torch.export traces"
+_FROZEN = torch.empty(0, dtype=torch.float32, device="cpu")  # stands for a quantised weight
 INFERENCE = "tensors made under torch.inference_mode"  # the op would save them, also where plain ops need not
 _STRIDED = torch.strided
 # Looked up once, because attribute accesses cost host time in every layer's call.
@@ -34,10 +38,12 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _TRACING = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
 
-def reason(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
+def reason(x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor) -> str | None:
     """Returns why the plain ops have to run for these tensors in this state of torch, or None if the op can serve the
     call. Every call of a layer asks."""
     if not (type(x) in PLAIN and type(weight) in PLAIN and type(lora_A) in PLAIN and type(lora_B) in PLAIN):
+        if isinstance(weight, QuantizedWeight):
+            return QUANTIZED_TRACED if _traced() else reason(x, _FROZEN, lora_A, lora_B)
         return _subclass(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B)
     if weight.requires_grad and not weight.is_leaf:
         return COMPUTED
@@ -113,7 +119,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -123,15 +129,23 @@ def linear(
 ) -> Tensor:
     """Returns y (..., d_out) of x (..., d_in) by PEFT's formula, in PEFT's order of casts. Dropout draws its mask
     unless ``keep``, of x's shape, is one."""
-    if bias is not None and bias.dtype is not x.dtype:
-        bias = bias.to(x.dtype)  # float32 beside 16 bits, which F.linear does not take
-    result = F.linear(x, weight, bias)
+    result = _base_product(x, weight, bias)
     x = x.to(lora_A.dtype)
     if keep is not None:
         x = x * (keep * keep_scale(dropout_p)).to(x.dtype)
     elif dropout_p > 0.0:
         x = F.dropout(x, dropout_p)
     return (result + F.linear(F.linear(x, lora_A), lora_B) * scaling).to(result.dtype)
+
+
+def _base_product(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """Returns the frozen layer's result, differentiable. A quantised layer adds its own bias."""
+    if isinstance(weight, QuantizedWeight):
+        result: Tensor = weight.module(x)
+        return result if bias is None else result + bias.to(result.dtype)
+    if bias is not None and bias.dtype is not x.dtype:
+        bias = bias.to(x.dtype)  # float32 beside 16 bits, which F.linear does not take
+    return F.linear(x, weight, bias)
 
 
 def linear_gradients(

@@ -18,7 +18,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from .. import backend
-from . import composite
+from . import composite, quantized
 from .observers import modes, named, not_compiled, profiled, sees_ops
 from .reference import linear as reference
 
@@ -38,6 +38,9 @@ def bernoulli_mask(x: Tensor, dropout_p: float, generator: torch.Generator | Non
 def forward(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded) -> tuple[Tensor, Tensor]:
     """Returns y (..., d_out) and S (n_tokens, r) of x (..., d_in). Weight and bias are cast to x's dtype; with
     ``rounded`` (autocast) the factors are rounded to it, too."""
+    if weight.dtype is None:
+        (y,), (s,) = quantized.forward(ops, x, [(weight, bias, lora_A, lora_B, scaling, dropout_p, seed)])
+        return y, s
     keep = None
     if dropout_p:
         keep, scaling = ops.draw_mask(x, dropout_p, seed), scaling * reference.keep_scale(dropout_p)
@@ -54,6 +57,10 @@ def backward(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, ro
     if _any_autocast():
         with torch.autocast(x.device.type, enabled=False):
             return backward(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, rounded, needs)
+    if weight.dtype is None:
+        member, (need_x, need_a, need_b) = (weight, None, lora_A, lora_B, scaling, dropout_p, seed), needs
+        dx, (da,), (db,) = quantized.backward(ops, [dy], x, [s], [member], (need_x, [need_a], [need_b]))
+        return dx, da, db
     keep = None
     if dropout_p:
         scaling *= reference.keep_scale(dropout_p)
@@ -103,8 +110,8 @@ def is_checkpointed() -> bool:
 
 def _forward_observed(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded) -> tuple:
     """Returns what ``forward`` returns, while a mode or a profiler looks. Kernels are visible to a mode by the
-    registered op, the twins by their products."""
-    if ops is not reference and sees_ops():
+    registered op, the twins by their products, and of a quantised layer the library's product."""
+    if ops is not reference and sees_ops() and weight.dtype is not None:
         constants = float(scaling), dropout_p, _seed_tensor(seed, x), rounded, True
         return lora_linear_op(x, weight, bias, lora_A, lora_B, *constants)
     with named("lora_fast::lora_linear"):
@@ -116,12 +123,12 @@ def forward_without_grad(ops, *arguments) -> Tensor:
     return (_forward_observed if modes() > 0 or profiled() else forward)(ops, *arguments)[0]
 
 
-def _backward_observed(ops, dy, *arguments) -> tuple:
+def _backward_observed(ops, dy, x, s, weight, *arguments) -> tuple:
     """Returns what ``backward`` returns, while a mode or a profiler looks."""
-    if ops is not reference and sees_ops():
-        return backward_node(ops, dy, *arguments)
+    if ops is not reference and sees_ops() and weight.dtype is not None:
+        return backward_node(ops, dy, x, s, weight, *arguments)
     with named("lora_fast::lora_linear_backward"):
-        return backward(ops, dy, *arguments)
+        return backward(ops, dy, x, s, weight, *arguments)
 
 
 def _seed_tensor(seed: int | Tensor | None, x: Tensor) -> Tensor | None:
@@ -129,8 +136,11 @@ def _seed_tensor(seed: int | Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def backward_node(ops, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, rounded, needs) -> tuple:
-    """Returns what ``backward`` returns, by the registered op. Compiled autograd traces the backward of an eager
-    forward, and it cannot trace the kernels and NumPy."""
+    """Returns what ``backward`` returns, by the registered op, or of a quantised layer by plain torch ops. Compiled
+    autograd traces the backward of an eager forward, and it cannot trace the kernels and NumPy."""
+    if weight.dtype is None:
+        arguments = weight, lora_A, lora_B, scaling, dropout_p, seed, rounded, needs
+        return differentiable_backward(ops, dy, x, s, *arguments)
     need_x, need_a, need_b = needs
     seed, triton = _seed_tensor(seed, x), ops is not reference
     constants = float(scaling), dropout_p, seed, rounded, triton, [need_x, need_a, need_b]
@@ -148,14 +158,18 @@ def unread_x(dy: Tensor, lora_A: Tensor, is_second: bool) -> Tensor:
 def kept_weight(weight: Tensor, x: Tensor, need_x: bool) -> Tensor:
     """Returns the weight that forward keeps for backward, which would cast it again. A copy is kept only where it does
     not live from forward to backward."""
-    return weight.to(x.dtype) if need_x and weight.dtype is not x.dtype and is_checkpointed() else weight
+    if weight.dtype is x.dtype or weight.dtype is None or not need_x:
+        return weight
+    return weight.to(x.dtype) if is_checkpointed() else weight
 
 
 def read_and_unread(weight, lora_A, lora_B, need_x: bool, need_a: bool) -> tuple[tuple, tuple]:
     """Returns the three tensors twice, with None in place of those that backward does not read, and of those that it
-    reads. What it does not read may be changed in place, and need not be saved."""
-    read = weight if need_x else None, *((lora_A, lora_B) if need_x or need_a else (None, None))
-    return read, (None if need_x else weight, *((None, None) if need_x or need_a else (lora_A, lora_B)))
+    reads. What it does not read may be changed in place, and need not be saved. A quantised weight is no tensor to
+    save: its layer has it."""
+    read_weight = need_x and weight.dtype is not None
+    read = weight if read_weight else None, *((lora_A, lora_B) if need_x or need_a else (None, None))
+    return read, (None if read_weight else weight, *((None, None) if need_x or need_a else (lora_A, lora_B)))
 
 
 def restored(saved: tuple, unread: tuple) -> tuple:
@@ -172,7 +186,7 @@ class LoRALinearFunction(torch.autograd.Function):
         run = _forward_observed if modes() > 0 or profiled() else forward
         y, s = run(ops, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, rounded)
         seed_tensor, seed = (seed, None) if isinstance(seed, Tensor) else (None, seed)
-        if need_x and need_a:
+        if need_x and need_a and weight.dtype is not None:
             ctx.save_for_backward(x, s, weight, lora_A, lora_B, seed_tensor)
             ctx.unread = None
         else:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from . import composite, linear
+from . import composite, linear, quantized
 from .observers import named, not_compiled, sees_ops
 from .reference.linear import keep_scale
 
@@ -44,6 +44,9 @@ Member = tuple[Tensor, Tensor | None, Tensor, Tensor, float, float, int | Tensor
 def forward(ops, x: Tensor, members: Sequence[Member], rounded: bool) -> tuple[list[Tensor], list[Tensor]]:
     """Returns y (..., d_out) and S (n_tokens, r) of each member. Weights and biases are cast to x's dtype; with
     ``rounded`` (autocast) the factors are rounded to it, too."""
+    if _has_quantized(members):
+        with named("lora_fast::lora_linear_group"):
+            return quantized.forward(ops, x, members)
     calls, dtype = [], x.dtype
     for weight, bias, a, b, scaling, dropout_p, seed in members:
         if weight.dtype is not dtype:
@@ -62,6 +65,9 @@ def backward(ops, dys, x, ss, members: Sequence[Member], rounded: bool, needs: t
     if _any_autocast():
         with torch.autocast(x.device.type, enabled=False):
             return backward(ops, dys, x, ss, members, rounded, needs)
+    if _has_quantized(members):
+        with named("lora_fast::lora_linear_group_backward"):
+            return quantized.backward(ops, dys, x, ss, members, needs)
     calls, (need_x, need_a, _), dtype = [], needs, x.dtype
     for i, (weight, _, a, b, scaling, dropout_p, seed) in enumerate(members):
         if need_x and weight.dtype is not dtype:  # only dx reads it
@@ -99,6 +105,10 @@ def _one_by_one(ops, dys) -> bool:
     return _traced() or _is_second(dys) or (ops is not linear.reference and sees_ops())
 
 
+def _has_quantized(members: Sequence[Member]) -> bool:
+    return any([weight.dtype is None for weight, *_ in members])
+
+
 def _masked(ops, x: Tensor, scaling: float, dropout_p: float, seed, needed: bool = True) -> tuple:
     """Returns the scaling with the mask's scale, and the mask, or None if it is not needed."""
     return scaling * keep_scale(dropout_p), ops.draw_mask(x, dropout_p, seed) if needed else None
@@ -116,9 +126,10 @@ class LoRAGroupFunction(torch.autograd.Function):
         ys, ss = forward(ops, x, members, rounded)
         weights, biases, lora_As, lora_Bs = (tensors[i::_N] for i in range(_N))
         ctx.unread = None
-        if any([weight.dtype is not x.dtype for weight in weights]):
+        dtypes = {weight.dtype for weight in weights}
+        if dtypes != {x.dtype}:
             weights = [linear.kept_weight(weight, x, need_x) for weight in weights]
-        if not (need_x and all(needs[2::_N])):
+        if None in dtypes or not (need_x and all(needs[2::_N])):
             both = map(linear.read_and_unread, weights, lora_As, lora_Bs, [need_x] * len(members), needs[2::_N])
             read, ctx.unread = zip(*both, strict=True)
             weights, lora_As, lora_Bs = zip(*read, strict=True)
@@ -228,8 +239,11 @@ class Entry:
         self.ran(sorted(parts))
         ordered = [parts[i] for i in sorted(parts)]
         ops, x, _ = ordered[0]
+        members = [part for _, _, part in ordered]
         with torch.autocast(x.device.type, enabled=False), named("lora_fast::lora_linear_group_backward"):
-            return ops.group_grad_x(x, [part for _, _, part in ordered])
+            if any([weight.dtype is None for _, weight, *_ in members]):
+                return quantized.grad_x(ops, x, members)
+            return ops.group_grad_x(x, members)
 
 
 class _EntryFunction(torch.autograd.Function):
@@ -283,5 +297,6 @@ def _hand(ctx, dy, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, round
         scaling, keep = _masked(ctx.ops, x, scaling, dropout_p, seed) if dropout_p else (scaling, None)
         ds, da, db = ctx.ops.thin_gradients(dy, x, s, lora_A, lora_B, scaling, keep, rounded, needs)
         # A copy of lora_A: an optimizer in backward may change it before the entry's node reads it.
-        ctx.entry.hand(ctx.index, ctx.ops, x, (dy, weight.to(dy.dtype), ds, lora_A.clone(), keep))
+        weight = weight if weight.dtype is None else weight.to(dy.dtype)
+        ctx.entry.hand(ctx.index, ctx.ops, x, (dy, weight, ds, lora_A.clone(), keep))
     return da, db

@@ -7,13 +7,15 @@ layer that changed and, for every other candidate, the reason.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 from .. import checks
 from ..kernels.grouping import group_by
-from ..layers.find import PeftLayer, expert_count, fused_class, peft_layers
+from ..layers.find import PeftLayer, expert_count, fused_class, fused_class_for, is_fused, peft_layers
 from ..layers.hooks import change_class_, has_replaced_forward
+from ..quantized import family_of, reason_against
 from .change_report import Report
 from .groups import pair_
 from .weight_reads import weight_reads
@@ -57,29 +59,30 @@ def fuse_(
     if filter_fn is not None and not callable(filter_fn):
         raise checks.ArgumentError("filter_fn", "a function or None", checks.shown(filter_fn))
     strict, group = checks.flag(strict, "strict"), checks.flag(group, "group")
-    fused = fused_class()
+    fused_class()  # PEFT is installed
     report, chosen, unfusable = Report("fused"), [], {}
     layers, reads = peft_layers(peft_model), weight_reads(peft_model)
     for name, layer in layers.items():
         if filter_fn is not None and not filter_fn(name, layer):
             report.left[name] = "excluded by filter_fn"
-        elif type(layer) is fused:
+        elif is_fused(layer):
             report.left[name] = "already fused"
         elif (reason := _unfusable(layer) or reads.get(layer)) is not None:
             report.left[name] = unfusable[name] = reason
         else:
+            fused: Any = fused_class_for(layer)
             report.changed[name] = fused.__name__
-            chosen.append(layer)
+            chosen.append((layer, fused))
     if strict and unfusable:
         got = Report("fused", left=unfusable).reasons()
         raise checks.ArgumentError("peft_model", "only layers that can be fused (strict=True)", got)
     report.require_change("peft_model", "at least one LoRA layer of PEFT to fuse", allow_empty)
-    for layer in chosen:
+    for layer, fused in chosen:
         change_class_(layer, fused)
     if group:
-        pair_(peft_model, set(chosen))
+        pair_(peft_model, {layer for layer, _ in chosen})
     _share_merges_(peft_model, report)
-    report.note_fallbacks(chosen)
+    report.note_fallbacks([layer for layer, _ in chosen])
     return report
 
 
@@ -100,19 +103,19 @@ def unfuse_(peft_model: nn.Module, *, allow_empty: bool = False) -> Report:
 
     report, layers = Report("unfused"), peft_layers(peft_model)
     for name, layer in layers.items():
-        if type(layer) is not fused:
+        if not is_fused(layer):
             report.left[name] = "not fused"
         elif layer.merged_adapters:
             report.left[name] = "merged: unmerge it first"
         elif has_replaced_forward(layer):
             report.left[name] = "its forward was replaced"
         else:
-            report.changed[name] = "peft.tuners.lora.Linear"
+            report.changed[name] = f"{layer.PEFT_CLASS.__module__}.{layer.PEFT_CLASS.__name__}"
     report.require_change("peft_model", "at least one fused layer", allow_empty)
     for name in report.changed:
         for attribute in ("fallback_reason", "shares_weight_with", "siblings", "_merged"):  # the class has defaults
             layers[name].__dict__.pop(attribute, None)
-        change_class_(layers[name], lora.Linear)
+        change_class_(layers[name], layers[name].PEFT_CLASS)
     still_shared = {id(layer.get_base_layer().weight) for layer in layers.values() if type(layer) is fused}
     for layer in layers.values():
         is_alone = type(layer) is ExactLoraEmbedding and id(layer.get_base_layer().weight) not in still_shared
@@ -155,14 +158,19 @@ def _unfusable(layer: PeftLayer) -> str | None:
     if (parameter := getattr(layer, "parameter_name", None)) is not None:  # of target_parameters
         experts = expert_count(layer)
         return f"adapter of the parameter {parameter!r}" + (f" of {experts} experts" if experts > 1 else "")
-    if type(layer) is not lora.Linear:
-        return f"PEFT layer {type(layer).__module__}.{type(layer).__name__}"
+    if fused_class_for(layer) is None:
+        base, kind = layer.get_base_layer(), f"PEFT layer {type(layer).__module__}.{type(layer).__name__}"
+        return f"{kind} over a {type(base).__name__}" if isinstance(layer, lora.LoraLayer) else kind
     if layer.merged_adapters:
         return "merged: unmerge it first"
     if has_replaced_forward(layer):
         return "its forward was replaced"
-    if layer.base_layer.weight.dtype not in checks.FLOATS:
-        return f"weight of dtype {layer.base_layer.weight.dtype}"
+    base = layer.base_layer
+    if family_of(base) is not None:
+        if reason := reason_against(base):
+            return reason
+    elif type(layer) is lora.Linear and base.weight.dtype not in checks.FLOATS:
+        return f"weight of dtype {base.weight.dtype}"
     calls = {adapter: fused_arguments(layer, adapter) for adapter in layer.lora_A}
     reasons = [
         call

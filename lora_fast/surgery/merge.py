@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..kernels.grouping import group_by
-from ..layers.find import ADAPTER_LAYERS, AdapterLayer, adapter_layers, fused_class, is_exact
+from ..layers.find import ADAPTER_LAYERS, AdapterLayer, adapter_layers, is_exact, is_fused
 from ..layers.merging import CHANGED, KEEP_ORIGINALS
+from ..quantized import reason_against_merge
 from .change_report import Report
 
 
@@ -88,8 +89,10 @@ def unmergeable(layer: AdapterLayer) -> str | None:
     """Returns why a layer cannot be merged, or None if it can."""
     if isinstance(layer, ADAPTER_LAYERS):
         return layer.unmergeable()
-    if type(layer) is not fused_class():
+    if not is_fused(layer):
         return "not fused: use lf.fuse_ first (PEFT's own merge does not restore every bit)"
+    if not is_exact(layer):
+        return reason_against_merge(layer.get_base_layer())
     if layer.disable_adapters:
         return "adapters disabled"
     active = _unmerged_adapters(layer)

@@ -22,6 +22,7 @@ from .. import checks
 from ..layers import merge_log
 from ..layers.base import AdapterLinear, sizes
 from ..layers.lora import LoRALinear
+from ..quantized import quantized_weight
 from . import peft_targets, targets, tasks
 from .configs import AdapterConfig
 
@@ -163,8 +164,14 @@ class PeftLoRAConfig(AdapterConfig):
         """
         from peft import inject_adapter_in_model
 
-        init, weight = self.config.init_lora_weights, linear.weight.detach()
+        init = self.config.init_lora_weights
         changes = (init.lower() if isinstance(init, str) else init) not in FROM_SHAPES
+        if (quantized := quantized_weight(linear)) is not None:
+            if changes:
+                expected = "an initialisation that needs no weights, over quantised ones (True, 'gaussian', …)"
+                raise checks.ArgumentError("init_lora_weights", expected, f"{init!r} ({name})")
+            linear = _stand_in(quantized)
+        weight = linear.weight.detach()
         if weight.is_meta:
             if init in (True, "gaussian"):
                 return None
@@ -230,6 +237,15 @@ class PeftLoRAConfig(AdapterConfig):
         for module in self.saved.values():
             module.requires_grad_(trains)
         return dict.fromkeys(self.saved, "trained whole (modules_to_save)")
+
+
+def _stand_in(quantized: Any) -> nn.Linear:
+    """Returns an nn.Linear without values, of the sizes and on the device of a quantised layer, for PEFT to adapt. No
+    random number is drawn for it."""
+    d_out, d_in = quantized.shape
+    place = {"device": quantized.device, "dtype": torch.float32}
+    linear: nn.Linear = nn.utils.skip_init(nn.Linear, d_in, d_out, bias=False, **place)
+    return linear
 
 
 def _check_fields(config: Any) -> None:

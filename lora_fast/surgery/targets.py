@@ -12,10 +12,12 @@ from .. import checks
 from ..layers.base import is_conv1d
 from ..layers.find import ADAPTER_LAYERS
 from ..layers.hooks import is_hooked
+from ..quantized import family_of, reason_against
 from . import tasks
 from .weight_reads import weight_reads
 
 ALL_LINEAR = "all-linear"
+HOOKED = "hooks, or a replaced forward, which a new layer would lose"
 
 
 def check(target_modules: object, argument: str = "target_modules") -> None:
@@ -84,13 +86,15 @@ def unsupported(module: nn.Module, reads: Mapping[nn.Module, str]) -> str | None
     kind = type(module).__name__
     if isinstance(module, ADAPTER_LAYERS):
         return f"already a {kind}"
+    if family_of(module) is not None:
+        return HOOKED if is_hooked(module) else reason_against(module) or reads.get(module)
     if nn.utils.parametrize.is_parametrized(module):
         return "parametrized weight"
     # A subclass, as of quantised layers, may have another forward.
     if type(module) is not nn.Linear and not is_conv1d(module):
         return f"{kind}, {'a subclass of' if isinstance(module, nn.Linear) else 'not'} torch.nn.Linear"
     if is_hooked(module):
-        return "hooks, or a replaced forward, which a new layer would lose"
+        return HOOKED
     if type(module.weight) is not nn.Parameter:
         return f"weight of type {type(module.weight).__name__}, not a plain parameter"
     if module.weight.dtype not in checks.FLOATS:

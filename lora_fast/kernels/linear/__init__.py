@@ -22,13 +22,14 @@ from . import signature, strategies
 from .cublas import CublasProject
 from .gemm import CublasGemm, grad_x, linear
 from .grads import grad_a, grad_s_b
-from .groups import group_backward, group_forward, group_grad_x, thin_gradients
+from .groups import group_backward, group_forward, group_grad_x, group_thin_gradients, thin_gradients
+from .low_rank import add_to_dx, add_to_y, group_project
 from .project import Project, project
 from .signature import flat, in_autocast, share_memory
 
 __all__ = [
-    "backward", "draw_mask", "forward", "grad_a", "grad_s_b", "grad_x", "group_backward", "group_forward",
-    "group_grad_x", "linear", "project", "thin_gradients",
+    "add_to_dx", "add_to_y", "backward", "draw_mask", "forward", "grad_a", "grad_s_b", "grad_x", "group_backward",
+    "group_forward", "group_grad_x", "group_project", "group_thin_gradients", "linear", "project", "thin_gradients",
 ]  # fmt: skip
 
 

@@ -247,24 +247,38 @@ class FusedGemm:
         return result
 
 
-class CublasGemm:
-    """The strategy "cublas" for one signature. If ``n_parts`` is not 0, thin holds that many partial sums of S, and a
-    call writes their sum to ``s``."""
+class Update:
+    """Adds the thin product to a matrix that cuBLAS or another library has multiplied, for one signature. If
+    ``n_parts`` is not 0, thin holds that many partial sums of S, and a call writes their sum to ``s``."""
 
-    def __init__(
-        self, left, weight, bias, factor, r: int, dropout: bool, transposed: bool, shape: tuple[int, ...],
-        n_parts: int = 0,
-    ):  # fmt: skip
-        n_tokens, d_out = left.shape[0], shape[-1]
+    def __init__(self, left, factor, r: int, dropout: bool, transposed: bool, d_out: int, n_parts: int = 0):
+        n_tokens = len(left)
         tile = tiles.update(left, r, n_parts > 0)
         flags = {"R": r, "TRANSPOSED": transposed, "DROPOUT": dropout, "PARTS": n_parts > 0}
-        self.transposed = transposed
-        self.empty = allocator(shape, left.dtype, left.device)
         self.launch = Launch(
             lora_update_kernel, (triton.cdiv(n_tokens, tile.t) * triton.cdiv(d_out, tile.outer),),
             (n_tokens, d_out, n_parts, factor.stride(0)),
             {**flags, "PRECISION": precision(left), **tile.options()},
         )  # fmt: skip
+
+    def __call__(
+        self, base, result, thin, factor, scaling: float, keep: DropoutMask | None, stream: int | None = None, s=None
+    ) -> None:
+        """Stores base + keep∘(scaling · thin · factor) in ``result``, which may be ``base``."""
+        tensors = base, result, thin, factor, result if s is None else s
+        self.launch.go(stream, tensors, (scaling, *(keep or NO_MASK)))
+
+
+class CublasGemm:
+    """The strategy "cublas" for one signature. ``n_parts``: as in ``Update``."""
+
+    def __init__(
+        self, left, weight, bias, factor, r: int, dropout: bool, transposed: bool, shape: tuple[int, ...],
+        n_parts: int = 0,
+    ):  # fmt: skip
+        self.transposed = transposed
+        self.empty = allocator(shape, left.dtype, left.device)
+        self.update = Update(left, factor, r, dropout, transposed, shape[-1], n_parts)
 
     def __call__(
         self,
@@ -280,8 +294,7 @@ class CublasGemm:
     ):
         base = F.linear(left, weight, bias) if self.transposed else torch.matmul(left, weight)
         result = self.empty()
-        tensors = base, result, thin, factor, result if s is None else s
-        self.launch.go(stream, tensors, (scaling, *(keep or NO_MASK)))
+        self.update(base, result, thin, factor, scaling, keep, stream, s)
         return result
 
 

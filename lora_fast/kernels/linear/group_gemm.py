@@ -220,8 +220,9 @@ class FusedGroupGemm(_GroupGemm):
         return dx
 
 
-class CublasGroupGemm(_GroupGemm):
-    """The strategy "cublas"."""
+class GroupUpdate(_GroupGemm):
+    """Adds all thin products to a matrix that cuBLAS or another library has multiplied. The dy of ``parts`` are only
+    looked at for their dtype and number of rows."""
 
     def __init__(self, parts: Sequence[Part], shape: tuple[int, ...], where: Sequence[int]):
         super().__init__(parts, shape, where)
@@ -233,6 +234,14 @@ class CublasGroupGemm(_GroupGemm):
             (n_tokens, d_in, *self.strides_a), {**self.flags, **tile.options()}, places=(-2, -1, *of_ds, *of_a),
         )  # fmt: skip
 
+    def add(self, base, dx, dss, factors, keeps, stream: int | None = None) -> None:
+        """Stores base + Σ keep∘(dS a) in ``dx``, which may be ``base``."""
+        self.launch.go(stream, (*self.pick(dss), *self.pick(factors), base, dx), self.numbers(keeps))
+
+
+class CublasGroupGemm(GroupUpdate):
+    """The strategy "cublas"."""
+
     def __call__(self, dys, weights, dss, factors, keeps, stream: int | None = None) -> torch.Tensor:
         first, *others = self.where
         base = torch.mm(dys[first], weights[first])
@@ -241,5 +250,5 @@ class CublasGroupGemm(_GroupGemm):
         for i in others:
             base = add(base, dys[i], weights[i])
         dx = self.empty()
-        self.launch.go(stream, (*self.pick(dss), *self.pick(factors), base, dx), self.numbers(keeps))
+        self.add(base, dx, dss, factors, keeps, stream)
         return dx

@@ -9,6 +9,7 @@ a single layer would not use the fused GEMM. Backward is one pass over every dy 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -38,6 +39,13 @@ def _way(direction: str, tall: Tensor, member: tuple, rounded: bool) -> strategi
     return strategies.way(direction, tall, weight, factor, len(lora_A), keep is not None)
 
 
+def _thin_way(tall: Tensor, member: tuple, rounded: bool) -> strategies.Way:
+    """Returns the way of the backward's thin products of a member without a weight."""
+    _, _, lora_A, lora_B, _, keep = member
+    factor = tall.dtype if rounded else signature.wider(lora_A, lora_B)
+    return strategies.thin_way(tall, lora_A.shape[1], factor, len(lora_A), keep is not None)
+
+
 def _gemm_key(x: Tensor, member: tuple, way: strategies.Way, i: int, rounded: bool) -> tuple:
     """Returns what members must have in common for their GEMMs to be one launch, or the member's number if its GEMM
     has a launch of its own."""
@@ -50,7 +58,7 @@ def _gemm_key(x: Tensor, member: tuple, way: strategies.Way, i: int, rounded: bo
 def _laid_out(member: tuple, any_weight_strides: bool) -> tuple:
     """Returns the member with the strides that the kernels need. cuBLAS takes a weight with any strides."""
     weight, bias, lora_A, lora_B, *numbers = member
-    weight = weight if any_weight_strides else contiguous_rows(weight)
+    weight = weight if any_weight_strides or weight is None else contiguous_rows(weight)
     bias = None if bias is None else bias.contiguous()
     return weight, bias, contiguous_rows(lora_A), contiguous_rows(lora_B), *numbers
 
@@ -58,6 +66,29 @@ def _laid_out(member: tuple, any_weight_strides: bool) -> tuple:
 def tensors_of(members: Members, *others: Tensor | None) -> tuple:
     """Returns all tensors of the members, and the others that are not None."""
     return tuple([t for tensors in (*[member[:4] for member in members], others) for t in tensors if t is not None])
+
+
+class ProjectPasses:
+    """The passes over x that compute S of each member (lora_A, keep), by these ways."""
+
+    def __init__(self, x: Tensor, factors: Sequence[tuple], ways: Sequence[strategies.Way], rounded: bool):
+        self.count = len(factors)
+        key = lambda i: None if factors[i][1] or ways[i].thin == "cublas" else (ways[i].thin, factors[i][0].dtype)
+        self.passes = [
+            (where, _project(ways[where[0]], x, [factors[i] for i in where], rounded, where))
+            for where in passes(range(self.count), key, lambda i: len(factors[i][0]))
+        ]
+
+    def __call__(self, x: Tensor, lora_As: Sequence[Tensor], keeps: Sequence, stream: int | None) -> list[Tensor]:
+        ss: list = [None] * self.count
+        for where, project in self.passes:
+            if len(where) == 1:
+                (i,) = where
+                ss[i] = project(x, lora_As[i], keeps[i], stream)
+            else:
+                for i, s in zip(where, project(x, lora_As, stream), strict=True):
+                    ss[i] = s
+        return ss
 
 
 class GroupForwardPlan:
@@ -72,13 +103,9 @@ class GroupForwardPlan:
         members = [*zip(*columns, strict=True)]
         copies = not share_memory(tensors_of(*arguments), tensors_of(members, x))
         self.needs_layout = copies or (len(shape) != 2 and any(way.thin == "cublas" for way in ways))
-        rank = lambda i: len(members[i][2])
-        key = lambda i: None if members[i][5] or ways[i].thin == "cublas" else (ways[i].thin, members[i][2].dtype)
-        self.passes = [
-            (where, _project(ways[where[0]], x, [members[i] for i in where], rounded, where))
-            for where in passes(range(len(members)), key, rank)
-        ]
-        parts = {i: project.splits for where, project in self.passes for i in where if ways[i].thin == "split"}
+        self.project = ProjectPasses(x, [(a, keep) for _, _, a, _, _, keep in members], ways, rounded)
+        passes_of = self.project.passes
+        parts = {i: project.splits for where, project in passes_of for i in where if ways[i].thin == "split"}
         shapes = [(*shape[:-1], len(member[0])) for member in members]
         self.gemms, self.empty_s = [], [None] * len(members)
         for where in group_by(range(len(members)), lambda i: _gemm_key(x, members[i], ways[i], i, rounded)).values():
@@ -98,14 +125,7 @@ class GroupForwardPlan:
             x, columns = self._lay_out(x, columns)
         weights, biases, a, b, scalings, keeps = columns
         scalings = tuple(map(float, scalings))
-        ss: list = [None] * len(b)
-        for where, project in self.passes:
-            if len(where) == 1:
-                (i,) = where
-                ss[i] = project(x, a[i], keeps[i], stream)
-            else:
-                for i, s in zip(where, project(x, a, stream), strict=True):
-                    ss[i] = s
+        ss = self.project(x, a, keeps, stream)
         ys: list = [None] * len(b)
         for where, gemm in self.gemms:
             if len(where) > 1:
@@ -128,36 +148,38 @@ class GroupForwardPlan:
         return flat(x), tuple(zip(*members, strict=True))
 
 
-def _project(way: strategies.Way, x: Tensor, members: Members, rounded: bool, where: list[int]):
-    """Returns the pass over x for members with the same way."""
+def _project(way: strategies.Way, x: Tensor, factors: Sequence[tuple], rounded: bool, where: list[int]):
+    """Returns the pass over x for members (lora_A, keep) with the same way."""
     short, split = way.thin != "pass", way.thin == "split"
-    if len(members) > 1:
-        return GroupProject(x, [lora_A for _, _, lora_A, *_ in members], rounded, short, split, where)
-    (_, _, lora_A, _, _, keep), = members  # fmt: skip
+    if len(factors) > 1:
+        return GroupProject(x, [lora_A for lora_A, _ in factors], rounded, short, split, where)
+    (lora_A, keep), = factors  # fmt: skip
     by_cublas = way.thin == "cublas"
     return CublasProject(x, lora_A, rounded) if by_cublas else Project(x, lora_A, bool(keep), rounded, short, split)
 
 
 class GroupBackwardPlan:
-    """Computes dx, every da and every db for one signature. Nothing is computed for a member whose dy is None."""
+    """Computes dx, every da and every db for one signature. Nothing is computed for a member whose dy is None. If
+    ``thin``, the members have no weights, and every dS takes the place of dx."""
 
-    def __init__(self, dys, x: Tensor, ss, columns: Columns, rounded: bool, needs: Needs):
+    def __init__(self, dys, x: Tensor, ss, columns: Columns, rounded: bool, needs: Needs, thin: bool = False):
         members = [*zip(*columns, strict=True)]
         need_x, need_a, need_b = needs
         used = self.used = [i for i, dy in enumerate(dys) if dy is not None and (need_x or need_a[i] or need_b[i])]
         self.reads_x = any(need_a[i] for i in used)
         rows = {i: flat(dys[i]) for i in used}
-        ways = {i: _way("backward", rows[i], members[i], rounded) for i in used}
+        way = _thin_way if thin else partial(_way, "backward")
+        self.thin, ways = thin, {i: way(rows[i], members[i], rounded) for i in used}
         dtypes = {i: thin_dtype(rows[i], members[i][3], rounded) for i in used}
         part_of = lambda i: Part(dys[i], members[i][0], None, members[i][2], members[i][5])
-        parts = [part_of(i)._replace(dy=rows[i]) for i in used] if need_x else []
+        parts = [part_of(i)._replace(dy=rows[i]) for i in used] if need_x and not thin else []
         strategy = dx_strategy(parts, list(dtypes.values())) if parts else "cublas"
         self.any_strides = strategy == "cublas"
         arguments, shape = (members, x if self.reads_x else None, *dys, *ss), x.shape
         dys, x, ss, columns = self._lay_out(dys, x, ss, columns)
         members = [*zip(*columns, strict=True)]
         copies = not share_memory(tensors_of(*arguments), tensors_of(members, x if self.reads_x else None, *dys, *ss))
-        by_cublas = (need_x and strategy == "cublas") or any(way.thin == "cublas" for way in ways.values())
+        by_cublas = (bool(parts) and strategy == "cublas") or any(way.thin == "cublas" for way in ways.values())
         self.needs_layout = copies or (len(shape) != 2 and by_cublas)
         thin_needs = {i: (need_x or need_a[i], need_b[i]) for i in used}
         self.grad_s_b = _s_b_passes(dys, ss, members, ways, thin_needs, rounded)
@@ -189,7 +211,7 @@ class GroupBackwardPlan:
                 for i, da in zip(where, grad_a(x, dss, stream, buffer), strict=True):
                     das[i] = da
         dx = None if self.grad_x is None else self.grad_x(dys, weights, dss, a, keeps, stream)
-        return dx, das, dbs
+        return dss if self.thin else dx, das, dbs
 
     def _lay_out(self, dys, x: Tensor, ss, columns: Columns) -> tuple:
         """Returns the arguments with the shapes and strides that the kernels need."""

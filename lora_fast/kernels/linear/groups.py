@@ -124,6 +124,38 @@ def _backward_of_empty(dys, x: Tensor, ss, members: Members, rounded: bool, need
     return dx, das, dbs
 
 
+def group_thin_gradients(
+    dys: Sequence[Tensor | None], x: Tensor, ss: Sequence[Tensor | None], members: Members, rounded: bool, needs: Needs
+) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+    """Returns every dS (n_tokens, r), da and db, as ``group_backward``; dS where x or a needs it. The members' weights
+    are not read. Twin: ``reference.linear.group_thin_gradients``."""
+    if not device.is_current(x) or signature.in_autocast(x):
+        with signature.undisturbed(x):
+            return group_thin_gradients(dys, x, ss, members, rounded, needs)
+    if any([dy is not None and dy.numel() == 0 for dy in dys]) or x.numel() == 0:
+        return _thin_of_empties(dys, x, ss, members, rounded, needs)
+    columns = _, _, a, b, _, _ = tuple(zip(*[(None, None, *member[2:]) for member in members], strict=True))
+    if by_jit():
+        return GroupBackwardPlan(dys, x, ss, columns, rounded, needs, thin=True)(dys, x, ss, columns, None)
+    key = _key(x, columns, rounded)
+    key += "thin", needs[0], *needs[1], *needs[2]
+    key += [None if dy is None else (dy.shape, dy.dtype) for dy in dys]
+    key += [None if s is None else s.dtype for s in ss]
+    tensors = [tensor for tensor in (x, *a, *b, *dys, *ss) if tensor is not None]
+    plan = _plan(GroupBackwardPlan, key, tensors, x, dys, x, ss, columns, rounded, needs, True)
+    return plan(dys, x, ss, columns, device.stream(x))
+
+
+def _thin_of_empties(dys, x: Tensor, ss, members: Members, rounded: bool, needs: Needs) -> tuple:
+    """Returns the gradients member by member, where a member, or x, has no elements."""
+    results = []
+    for dy, s, (_, _, a, b, scaling, keep), need_a, need_b in zip(dys, ss, members, *needs[1:], strict=True):
+        needed = needs[0] or need_a, need_a, need_b
+        used = dy is not None and any(needed)
+        results.append(thin_gradients(dy, x, s, a, b, scaling, keep, rounded, needed) if used else (None, None, None))
+    return tuple(map(list, zip(*results, strict=True)))
+
+
 def _thin_plan(dy, x, s, lora_A, lora_B, keep, rounded: bool, needs: tuple[bool, bool, bool]) -> Callable:
     if dy.numel() == 0 or lora_A.numel() == 0:
         return lambda dy, x, s, a, b, *_: _thin_of_empty(dy, a, b, rounded, needs)

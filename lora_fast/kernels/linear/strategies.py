@@ -291,6 +291,18 @@ def strategy(
     return best(direction, call, tiles.limits(left.device), "pass", gemm, device.carveout()).gemm
 
 
+def project_way(x: torch.Tensor, factor: torch.dtype, r: int, dropout: bool) -> Way:
+    """Returns the way of S alone, whole: no update is to add its parts."""
+    n_tokens, d_in = x.shape
+    call = Call(n_tokens, d_in, d_in, r, x.dtype, factor, dropout)
+    assumed = tiles.assumed("thin")
+    thin = "short" if assumed == "split" else assumed
+    card, carved_out = tiles.limits(x.device), device.carveout()
+    possible = [way for way in ways("forward", call) if way.gemm == "cublas" and way.thin != "split"]
+    allowed = [way for way in possible if way.thin == thin] or possible
+    return min(allowed, key=lambda way: estimate(way, call, card, carved_out))
+
+
 def thin_way(dy: torch.Tensor, d_in: int, factor: torch.dtype, r: int, dropout: bool) -> Way:
     """Returns the way of a layer's backward without dx, whose thin products are those of the whole backward."""
     call = Call(len(dy), d_in, dy.shape[1], r, dy.dtype, factor, dropout)

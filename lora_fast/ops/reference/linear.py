@@ -21,8 +21,8 @@ from .hashed_mask import hashed_mask
 from .rounding import noise
 
 __all__ = [
-    "backward", "draw_mask", "forward", "grad_a", "grad_s_b", "grad_x", "group_backward", "group_forward",
-    "group_grad_x", "linear", "project", "thin_gradients",
+    "add_to_dx", "add_to_y", "backward", "draw_mask", "forward", "grad_a", "grad_s_b", "grad_x", "group_backward",
+    "group_forward", "group_grad_x", "group_project", "group_thin_gradients", "linear", "project", "thin_gradients",
 ]  # fmt: skip
 
 DROP_LEVELS = 1 << 16  # a dropout probability is a multiple of 1/65536
@@ -131,18 +131,30 @@ def group_backward(
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:  # fmt: skip
     """Returns dx, and da and db of each member, None where ``needs`` (of x, of each a and of each b) is False. A member
     whose dy is None has no gradients."""
+    dss, das, dbs = group_thin_gradients(dys, x, ss, members, rounded, needs)
+    parts = [
+        (dy, weight, ds, a, keep)
+        for dy, ds, (weight, _, a, _, _, keep) in zip(dys, dss, members, strict=True)
+        if needs[0] and dy is not None
+    ]
+    return group_grad_x(x, parts) if parts else None, das, dbs
+
+
+def group_thin_gradients(
+    dys: Sequence[Any], x: Tensor, ss: Sequence[Tensor], members: Sequence[tuple], rounded: bool,
+    needs: tuple[bool, Sequence[bool], Sequence[bool]],
+) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:  # fmt: skip
+    """Returns dS, da and db of each member, None where ``needs`` (of x, of each a and of each b) is False; dS where x
+    or a needs it. A member whose dy is None has no gradients. The members' weights are not read."""
     need_x, *needs_of_factors = needs
-    parts, das, dbs = [], [], []
-    for dy, s, (weight, _, a, b, scaling, keep), need_a, need_b in zip(
-        dys, ss, members, *needs_of_factors, strict=True
-    ):
+    dss, das, dbs = [], [], []
+    for dy, s, (_, _, a, b, scaling, keep), need_a, need_b in zip(dys, ss, members, *needs_of_factors, strict=True):
         needed = dy is not None and (need_x or need_a), dy is not None and need_a, dy is not None and need_b
         ds, da, db = thin_gradients(dy, x, s, a, b, scaling, keep, rounded, needed) if any(needed) else (None,) * 3
+        dss.append(ds)
         das.append(da)
         dbs.append(db)
-        if need_x and dy is not None:
-            parts.append((dy, weight, ds, a, keep))
-    return group_grad_x(x, parts) if parts else None, das, dbs
+    return dss, das, dbs
 
 
 def group_grad_x(x: Tensor, parts: Sequence[tuple]) -> Tensor:
@@ -151,10 +163,41 @@ def group_grad_x(x: Tensor, parts: Sequence[tuple]) -> Tensor:
     dx = torch.mm(_rows(dy), weight)
     for dy, weight, *_ in parts[1:]:
         dx = (dx.addmm_ if not sees_ops() else dx.addmm)(_rows(dy), weight)
-    for alike in group_by([part[2:] for part in parts], lambda part: _kind(*part)).values():
+    return _add_thin(dx, [part[2:] for part in parts]).view(x.shape)
+
+
+# ---- The low-rank parts of layers whose weights other libraries multiply
+
+
+def group_project(x: Tensor, lora_As: Sequence[Tensor], keeps: Sequence[Tensor | None]) -> list[Tensor]:
+    """Returns S (n_tokens, r) of each member for x (..., d_in)."""
+    rows = _rows(x)
+    return [project(rows, a, keep) for a, keep in zip(lora_As, keeps, strict=True)]
+
+
+def add_to_y(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> None:
+    """Adds scaling · S bᵀ to y (..., d_out), which is contiguous."""
+    rows = _rows(y)
+    _put(rows, _add_product(rows, s, lora_B.t(), scaling))
+
+
+def add_to_dx(dx: Tensor, parts: Sequence[tuple]) -> None:
+    """Adds Σ keep∘(dS a) to dx (..., d_in), which is contiguous; parts (dS, lora_A, keep)."""
+    rows = _rows(dx)
+    _put(rows, _add_thin(rows, parts))
+
+
+def _put(rows: Tensor, total: Tensor) -> None:
+    if total is not rows:
+        rows.copy_(total)
+
+
+def _add_thin(dx: Tensor, parts: Sequence[tuple]) -> Tensor:
+    """Returns dx + Σ keep∘(dS a), in place where ``_add_product`` is; parts (dS, lora_A, keep)."""
+    for alike in group_by(parts, lambda part: _kind(*part)).values():
         thin, factors, keeps = zip(*alike, strict=True)
         dx = _add_product(dx, _beside(thin), _stacked(factors), 1.0, keeps[0])
-    return dx.view(x.shape)
+    return dx
 
 
 def _kind(ds: Tensor, a: Tensor, keep: Tensor | None) -> tuple:

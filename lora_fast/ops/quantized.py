@@ -1,0 +1,83 @@
+"""Layers with quantised weights: the library that owns the format multiplies by W, and the rank-r update is added in
+the same memory.
+
+A member is as in linear_group.py, with a ``QuantizedWeight`` (or, beside such members, a tensor). ``bias`` is what is
+added to the library's product, which has the layer's own bias. Neither x nor dy is cast: the library's product has the
+dtype that it has in PEFT's layer, also under autocast, and S is computed from x as it is. The memory of the library's
+product is the result's, unless a mode of torch sees the product and may keep it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..quantized import QuantizedWeight
+from .observers import sees_ops
+from .reference.linear import keep_scale
+
+_any_autocast = torch._C._is_any_autocast_enabled
+
+
+def forward(ops, x: Tensor, members: Sequence[tuple]) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns y (..., d_out) and S (n_tokens, r) of each member (weight, bias, lora_A, lora_B, scaling, dropout_p,
+    seed)."""
+    ys = [_own(product(x, weight, bias), x) for weight, bias, *_ in members]
+    with torch.autocast(x.device.type, enabled=False) if _any_autocast() else nullcontext():
+        keeps = [ops.draw_mask(x, dropout_p, seed) if dropout_p else None for *_, dropout_p, seed in members]
+        ss = ops.group_project(x, [member[2] for member in members], keeps)
+        for y, s, (_, _, _, b, scaling, dropout_p, _) in zip(ys, ss, members, strict=True):
+            ops.add_to_y(y, s, b, scaling * keep_scale(dropout_p) if dropout_p else scaling)
+    return ys, ss
+
+
+def backward(ops, dys, x: Tensor, ss, members: Sequence[tuple], needs: tuple) -> tuple:
+    """Returns dx, and da and db of each member, as ``linear_group.backward``, for members (weight, bias, lora_A,
+    lora_B, scaling, dropout_p, seed)."""
+    need_x, need_a, _ = needs
+    calls = []
+    for i, (weight, _, a, b, scaling, dropout_p, seed) in enumerate(members):
+        masked = dropout_p and dys[i] is not None and (need_x or need_a[i])
+        keep = ops.draw_mask(x, dropout_p, seed) if masked else None
+        calls.append((weight, None, a, b, scaling * keep_scale(dropout_p) if dropout_p else scaling, keep))
+    dss, das, dbs = ops.group_thin_gradients(dys, x, ss, calls, False, needs)
+    parts = [
+        (dy, weight, ds, a, keep)
+        for dy, ds, (weight, _, a, _, _, keep) in zip(dys, dss, calls, strict=True)
+        if need_x and dy is not None
+    ]
+    return grad_x(ops, x, parts) if parts else None, das, dbs
+
+
+def grad_x(ops, x: Tensor, parts: Sequence[tuple]) -> Tensor:
+    """Returns dx = Σ dy W + keep∘(dS a) in x's shape and dtype, the sum over parts (dy, weight, dS, lora_A, keep)."""
+    dy, weight, *_ = parts[0]
+    dx = _own(_grad(dy, weight).to(x.dtype), dy)
+    for dy, weight, *_ in parts[1:]:
+        dx += _grad(dy, weight)
+    ops.add_to_dx(dx, [part[2:] for part in parts])
+    return dx.view(x.shape)
+
+
+def product(x: Tensor, weight: QuantizedWeight | Tensor, bias: Tensor | None) -> Tensor:
+    """Returns x Wᵀ + bias, where the library's product includes the layer's own bias."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    y = weight.product(x)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _grad(dy: Tensor, weight: QuantizedWeight | Tensor) -> Tensor:
+    return torch.matmul(dy, weight.to(dy.dtype)) if isinstance(weight, Tensor) else weight.grad(dy)
+
+
+def _own(result: Tensor, source: Tensor) -> Tensor:
+    """Returns a library's result as memory that may be changed: contiguous, not seen by a mode of torch, which may use
+    it again, and not the source itself."""
+    if sees_ops() or result is source:
+        return result.clone(memory_format=torch.contiguous_format)
+    return result.contiguous()

@@ -1,0 +1,12 @@
+"""Frozen linear layers with quantised weights. ``QuantizedWeight`` is what the rest of the package knows of one: the
+product by the library that owns the format, and the dequantised weight for backward. Each family of formats is one file
+here with one class, and ``find.FORMATS`` names them: a new format is one file and one line."""
+
+from __future__ import annotations
+
+from .find import FORMATS, family_of, quantized_weight, reason_against, reason_against_merge
+from .weight import QuantizedWeight
+
+__all__ = [
+    "FORMATS", "QuantizedWeight", "family_of", "quantized_weight", "reason_against", "reason_against_merge",
+]  # fmt: skip

@@ -1,0 +1,109 @@
+"""bitsandbytes' 4-bit weights: NF4 and FP4, with and without double quantisation, in every storage dtype.
+
+The layer casts x to its compute dtype and its result back to x's dtype, as bitsandbytes does. On CPUs with AVX512-bf16
+bitsandbytes repacks a weight in an evaluation's forward and rounds its scales to bfloat16. A layer whose weight is
+repacked cannot be trained: its product has no gradient. ``product`` therefore never repacks, and takes a repacked
+weight back as bitsandbytes does before it saves one.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .weight import QuantizedWeight
+
+COMPUTE_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32)
+NOT_QUANTIZED = "4-bit weight that is not quantised yet: move the model to its device first"
+
+
+class FourBitWeight(QuantizedWeight):
+    LIBRARY = "bitsandbytes"
+    PEFT_LAYERS = ("peft.tuners.lora.bnb.Linear4bit",)
+
+    __slots__ = ()
+
+    @classmethod
+    def matches(cls, module: type[nn.Module], weight: type | None) -> bool:
+        import bitsandbytes as bnb
+
+        return issubclass(module, bnb.nn.Linear4bit) and module.forward is bnb.nn.Linear4bit.forward
+
+    @classmethod
+    def reason(cls, module: nn.Module) -> str | None:
+        layer: Any = module
+        weight, state = layer._parameters["weight"], _quant_state(layer)
+        if weight.is_meta:
+            return "4-bit weight on the meta device"
+        if state is None:
+            return NOT_QUANTIZED
+        if state.absmax.device != weight.device:
+            return f"4-bit weight on {weight.device} with its scales on {state.absmax.device}"
+        if tuple(state.shape) != (layer.out_features, layer.in_features):
+            return f"4-bit weight of shape {tuple(state.shape)}, not {(layer.out_features, layer.in_features)}"
+        if layer.compute_dtype not in COMPUTE_DTYPES:
+            return f"compute dtype {layer.compute_dtype}, not float16, bfloat16 or float32"
+        return None
+
+    @property
+    def is_ready(self) -> bool:
+        return _quant_state(self.module) is not None
+
+    @property
+    def device(self) -> torch.device:
+        # That of the scales, which are a plain tensor: attributes of the weight's class cost host time.
+        device: torch.device = _quant_state(self.module).absmax.device
+        return device
+
+    @property
+    def format(self) -> str:
+        state = self._state()
+        return f"bitsandbytes {state.quant_type}" + (", double quantisation" if state.nested else "")
+
+    def _state(self) -> Any:
+        """Returns bitsandbytes' description of the weight, as it is quantised: not repacked, and not lost where torch
+        has made a new parameter of it."""
+        import bitsandbytes as bnb
+
+        layer = self.module
+        weight = layer._parameters["weight"]
+        if weight.__dict__.get("quant_state") is None:
+            bnb.nn.modules.fix_4bit_weight_quant_state_from_module(layer)
+        state = _quant_state(layer)
+        if getattr(state, "packing_format_for_cpu", False):
+            layer.weight.data, state = bnb.functional._convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
+            layer.weight.quant_state = state
+        return state
+
+    def product(self, x: Tensor) -> Tensor:
+        import bitsandbytes as bnb
+
+        layer, state = self.module, self._state()
+        if not layer.compute_type_is_set:
+            layer.set_compute_type(x)
+            layer.compute_type_is_set = True
+        dtype = layer.compute_dtype or x.dtype
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        y: Tensor = bnb.matmul_4bit(x.to(dtype), layer.weight.data.t(), bias=bias, quant_state=state)
+        return y.to(x.dtype)
+
+    def grad(self, dy: Tensor) -> Tensor:
+        dtype = self.module.compute_dtype or dy.dtype
+        return torch.matmul(dy.to(dtype), self.dequantized(dtype)).to(dy.dtype)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        import bitsandbytes as bnb
+
+        state = copy.copy(self._state())
+        state.dtype = torch.float32 if dtype is torch.float64 else dtype  # directly, as bitsandbytes' forward
+        dense: Tensor = bnb.functional.dequantize_4bit(self.module.weight.data, state)
+        return dense.to(dtype)
+
+
+def _quant_state(layer: Any) -> Any:
+    """Returns bitsandbytes' description of the weight, which the layer has, too, in case a new parameter lost it."""
+    state = layer._parameters["weight"].__dict__.get("quant_state")
+    return layer.quant_state if state is None else state
