@@ -51,6 +51,15 @@ def elements(tensor: Tensor) -> int:
     return tensor.numel() if state is None else math.prod(state.shape)
 
 
+def weight_bytes(model: torch.nn.Module, dtype: torch.dtype) -> tuple[int, int]:
+    """Returns the bytes of a model's frozen parameters and its buffers as they are stored, and the bytes that they
+    would take if every frozen parameter were a plain tensor of ``dtype``."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    frozen = sum(elements(parameter) for parameter in model.parameters() if not parameter.requires_grad)
+    plain = frozen * dtype.itemsize + distinct_bytes(model.buffers())
+    return stored_bytes(model) - distinct_bytes(trained), plain
+
+
 def _parts_in(tree: object) -> list[Tensor]:
     return [part for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) for part in parts(leaf)]
 

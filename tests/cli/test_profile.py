@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import html
 import html.parser
@@ -99,7 +100,7 @@ def test_take_turns_starts_each_engine_first_equally_often(built, batch, monkeyp
 
 
 def test_take_turns_drops_a_compiler_that_fails_with_its_reason(built, batch, monkeypatch):
-    failing = E.Engines({**built.by_label}, built.fusing, built.dtype, built.device, built.vocabulary)
+    failing = dataclasses.replace(built, by_label={**built.by_label})
     failing.by_label[E.COMPILED] = E.Engine(E.COMPILED, built.by_label[E.EAGER].model, None)
 
     def step(engines, engine, batch):
@@ -210,7 +211,21 @@ def example_result(built) -> Result:
     layer = layer_times.Layer("q", 2, 8, 16, seconds, dict.fromkeys(seconds, 0.5), {E.EAGER: 1e-7, E.FUSED: 2e-7})
     environment = {"device": "CPU", "versions": {}}
     roof = ceilings.Ceilings("float32", 1e12, 1e10)
-    return Result(settings().as_dict(), environment, "quiet", "fused 3 layers", 3, {}, "", roof, measured, [layer])
+    return Result(
+        settings().as_dict(),
+        environment,
+        "quiet",
+        "fused 3 layers",
+        3,
+        {},
+        "",
+        roof,
+        "",
+        2**20,
+        2**20,
+        measured,
+        [layer],
+    )
 
 
 def test_tables_show_what_was_not_counted(built):

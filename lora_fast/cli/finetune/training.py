@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 from ... import NBLoRAConfig, SingLoRAConfig, fuse_, hf, inject_, load_adapter, save_adapter
 from ...checks import ArgumentError
 from ...measure.clock import Stopwatch
-from ...measure.memory import PeakBytes, distinct_bytes, elements, saved_for_backward, stored_bytes
+from ...measure.memory import PeakBytes, distinct_bytes, saved_for_backward, weight_bytes
 from ...optim import LoRAAdamW
 from ...surgery.change_report import Report
 from ..inputs import models
@@ -247,12 +247,9 @@ def _trainer(
     if checkpoint is not None:
         record = Record(**run_folder.read_json(checkpoint / run_folder.RECORD))
     record.tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * context.settings.seq_len
-    trained = [p for p in model.parameters() if p.requires_grad]
-    record.trained_parameters = sum(p.numel() for p in trained)
-    record.weight_bytes = stored_bytes(model) - distinct_bytes(trained)
+    record.trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     record.weight_format = context.settings.quantize or models.stored_format(model.config)
-    frozen = sum(elements(p) for p in model.parameters() if not p.requires_grad)
-    record.plain_weight_bytes = frozen * context.dtype.itemsize + distinct_bytes(model.buffers())
+    record.weight_bytes, record.plain_weight_bytes = weight_bytes(model, context.dtype)
     recorder = Recorder(context, record, Stopwatch(args.device))
     plain = not (run.method.instances or run.method.adapters)
     optimizer = None if plain else hf.optimizer_cls_and_kwargs(model, args, run.method.instances)

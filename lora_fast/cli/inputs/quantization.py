@@ -38,19 +38,20 @@ def _four_bit(kind: str) -> dict[str, Any]:
 
 
 FORMATS = {
-    "nf4": Format("4-bit NormalFloat, whose scales are quantised too (double quantisation): QLoRA's format",
-                  options=_four_bit("nf4")),
-    "fp4": Format("4-bit float, likewise with double quantisation", options=_four_bit("fp4")),
-    "int8": Format("bitsandbytes' LLM.int8(), which rounds the activations to 8 bits too",
-                   options={"load_in_8bit": True}),
+    "nf4": Format("4-bit NormalFloat with double quantisation, as in QLoRA", options=_four_bit("nf4")),
+    "fp4": Format("4-bit float with double quantisation", options=_four_bit("fp4")),
+    "int8": Format("LLM.int8(), which rounds activations to 8 bits too", options={"load_in_8bit": True}),
     "torchao-int8": Format("8-bit integers with a scale for each row", torchao="Int8WeightOnlyConfig"),
     "torchao-float8": Format("8-bit floats with a scale for each row", torchao="Float8WeightOnlyConfig"),
-}  # fmt: skip
+}
 
 
 def choices() -> str:
-    """Returns a phrase for each format, for the help."""
-    return "; ".join(f"{name} ({kind.package}): {kind.sentence}" for name, kind in FORMATS.items())
+    """Returns the formats of each package with their sentences, for the help."""
+    packages: dict[str, list[str]] = {}
+    for name, kind in FORMATS.items():
+        packages.setdefault(kind.package, []).append(f"{name} ({kind.sentence})")
+    return "; ".join(f"{', '.join(names)} of {package}" for package, names in packages.items())
 
 
 def check_installed(name: str | None) -> None:

@@ -12,6 +12,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from ... import fuse_
+from ...measure.memory import weight_bytes
 from ...optim import LoRAAdamW
 from ...surgery.change_report import Report
 from ..finetune import training
@@ -41,7 +42,8 @@ class Engines:
     """All engines by label, and what they share.
 
     Attributes:
-        fusing: the report of ``fuse_``. dtype: of the frozen weights. vocabulary: number of different tokens.
+        fusing: the report of ``fuse_``. dtype: of the frozen weights, if they are not quantised. vocabulary: number of
+            different tokens. weights: ``weight_bytes`` of the frozen model. weight_format: of quantised weights, or "".
     """
 
     by_label: dict[str, Engine]
@@ -49,6 +51,8 @@ class Engines:
     dtype: torch.dtype
     device: torch.device
     vocabulary: int
+    weights: tuple[int, int]
+    weight_format: str
 
     def fallbacks(self) -> dict[str, int]:
         """Returns reason → number of the fused engine's layers that ran PEFT's own forward in the last pass."""
@@ -76,6 +80,7 @@ def build(settings: Settings, source: str, dtype: torch.dtype, compiled: bool) -
     model.config.use_cache = False
     training.check_targets(model, settings.target_modules)
     frozen = models.twin(model).requires_grad_(False)
+    weights = weight_bytes(frozen, dtype)
     frozen.enable_input_require_grads()  # without any trained parameter there would be no backward pass
     eager = get_peft_model(model, training.peft_config(settings))
     for name, parameter in eager.named_parameters():
@@ -88,7 +93,9 @@ def build(settings: Settings, source: str, dtype: torch.dtype, compiled: bool) -
         regions = compiled_twin(eager)
         by_label[COMPILED] = Engine(COMPILED, regions, _adamw(regions))
     by_label[FUSED] = Engine(FUSED, fused, LoRAAdamW(fused, lr=LR))
-    return Engines(by_label, fusing, dtype, device, model.config.get_text_config().vocab_size)
+    vocabulary = model.config.get_text_config().vocab_size
+    weight_format = settings.quantize or models.stored_format(model.config)
+    return Engines(by_label, fusing, dtype, device, vocabulary, weights, weight_format)
 
 
 def compiled_twin(model: nn.Module) -> nn.Module:

@@ -71,6 +71,9 @@ def measure(
         fallbacks=fallbacks,
         skipped=failure if compiled else SKIPPED,
         ceilings=roof,
+        weight_format=engines.weight_format,
+        weight_bytes=engines.weights[0],
+        plain_weight_bytes=engines.weights[1],
         engines=measured,
         layers=layers,
     )
