@@ -51,7 +51,10 @@ def next_command(settings: Settings, method: str) -> str:
     user's own text."""
     method_words = ["--method", method] if (method,) != Settings().method else []
     if settings.compare:
-        return shlex.join(["lora-fast", "finetune", *method_words, "--data", "your_text.txt", "--epochs", "1"])
+        quantize_words = ["--quantize", settings.quantize] if settings.quantize else []
+        return shlex.join(
+            ["lora-fast", "finetune", *method_words, *quantize_words, "--data", "your_text.txt", "--epochs", "1"]
+        )
     defaults = Settings().as_dict()
     words = []
     for name, value in settings.as_dict().items():

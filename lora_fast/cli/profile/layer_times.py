@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -131,11 +132,9 @@ def gradient_errors(engines: Engines, layers: dict[str, nn.Module], x: Tensor, d
     return errors
 
 
-def _base(layer: nn.Module) -> nn.Module:
+def _base(layer: Any) -> Any:
     """Returns the frozen layer in one of PEFT's layers."""
-    assert isinstance(layer, LoraLayer), "by_shape returns the names of PEFT's layers"
-    base: nn.Module = layer.get_base_layer()
-    return base
+    return layer.get_base_layer()
 
 
 def _weight_bytes(base: nn.Module) -> float:
@@ -146,14 +145,16 @@ def _weight_bytes(base: nn.Module) -> float:
 
 def _in_float64(layer: nn.Module) -> nn.Module:
     """Returns a copy of one of PEFT's layers in float64, over the dequantised weight if its weight is quantised."""
-    exact = copy.deepcopy(layer)
+    exact: Any = copy.deepcopy(layer)
     weight, bias = quantized_weight(_base(layer)), _base(layer).bias
     if isinstance(weight, QuantizedWeight):
-        dense = nn.Linear(*reversed(weight.shape), bias=False, device="meta", dtype=torch.float64)
+        d_out, d_in = weight.shape
+        dense = nn.Linear(d_in, d_out, bias=False, device="meta", dtype=torch.float64)
         dense.weight = nn.Parameter(weight.dequantized(torch.float64), requires_grad=False)
-        dense.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        dense.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         exact.base_layer = dense
-    return exact.double().eval()
+    double: nn.Module = exact.double().eval()
+    return double
 
 
 def timed(engines: Engines, layers: dict[str, nn.Module], x: Tensor, dy: Tensor) -> dict[str, list[float]]:
