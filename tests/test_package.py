@@ -30,6 +30,7 @@ LAYERS = [
     ["layers"],
     ["functional"],
     ["ops"],
+    ["quantized"],
     ["backend", "measure"],
     ["platforms", "regions", "at_import"],
     ["checks"],
@@ -48,6 +49,7 @@ def run(code: str) -> str:
 
 def test_import_is_light():
     heavy = ["triton", "transformers", "peft", "accelerate", "typer", "rich", "matplotlib", "jinja2"]
+    heavy += ["bitsandbytes", "torchao"]
     loaded = run(
         "import torch, sys; before = set(sys.modules); import lora_fast;"
         f"print(*[m for m in {heavy} if m in set(sys.modules) - before])"

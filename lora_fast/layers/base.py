@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..checks import PLAIN
+from ..ops import composite
 from ..quantized import QuantizedWeight, family_of, quantized_weight, reason_against, reason_against_merge
 from . import merge_log
 from .fallback import Fallback
 from .hooks import carry_hook, offloads
 from .merging import Merged, merged_parameters, unmergeable
 from .terms import Term
+
+_traced = torch.compiler.is_compiling
 
 
 class AdapterLinear(Fallback, nn.Module):
@@ -129,8 +132,9 @@ class AdapterLinear(Fallback, nn.Module):
                 parameter.requires_grad_(False)
         layer.register_parameter("weight", weight)  # None where a library keeps it elsewhere
         layer.bias, layer.fan_in_fan_out = bias, is_conv1d(linear)
-        if quantized:
+        if isinstance(quantized, QuantizedWeight):
             layer.__dict__["base"] = linear  # past nn.Module.__setattr__, which would register a child
+            quantized.take_(linear)
         if merge_log.is_changed(linear):  # by a merge of an adapter that has been removed since
             merge_log.mark(layer)
         carry_hook(linear, layer)
@@ -155,7 +159,12 @@ class AdapterLinear(Fallback, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d_in) → (..., d_out)."""
-        return self.plain_forward(x) if self.is_plain else self._call(x, *self.arguments())
+        if self.is_plain:
+            return self.plain_forward(x)
+        if self.base is not None and _traced():  # the library's own ops are in the graph
+            dropout_p = self.dropout_p if self.training else 0.0
+            return composite.add_adapter(self.base(x), x, *self.factors(), self.scaling, dropout_p)
+        return self._call(x, *self.arguments())
 
     def arguments(self) -> tuple:
         """Returns ``functional.lora_linear``'s arguments after x for one forward."""
@@ -315,6 +324,7 @@ class AdapterLinear(Fallback, nn.Module):
         accelerate. If this layer is merged, it forgets the original weight."""
         linear: Any
         if self.base is not None:
+            self.quantized_weight().release_(self.base)
             carry_hook(self, self.base)
             return self.base.train(self.training)
         if self.fan_in_fan_out:
@@ -384,6 +394,7 @@ class AdapterLinear(Fallback, nn.Module):
         shown = {name: getattr(self, name) for name in ("in_features", "out_features", "r", *self.INIT_ARGUMENTS)}
         shown |= {"dropout": self.dropout_p, "bias": self.bias is not None}
         shown |= {"fan_in_fan_out": True} if self.fan_in_fan_out else {}
+        shown |= {"base": self.quantized_weight().format} if self.base is not None else {}
         return ", ".join(f"{name}={value}" for name, value in shown.items()) + (", merged" * self.merged)
 
 

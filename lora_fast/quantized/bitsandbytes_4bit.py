@@ -1,9 +1,13 @@
 """bitsandbytes' 4-bit weights: NF4 and FP4, with and without double quantisation, in every storage dtype.
 
-The layer casts x to its compute dtype and its result back to x's dtype, as bitsandbytes does. On CPUs with AVX512-bf16
-bitsandbytes repacks a weight in an evaluation's forward and rounds its scales to bfloat16. A layer whose weight is
-repacked cannot be trained: its product has no gradient. ``product`` therefore never repacks, and takes a repacked
-weight back as bitsandbytes does before it saves one.
+The layer casts x to its compute dtype and its result back to x's dtype, as bitsandbytes does. The product's gradient is
+that of the weight with which forward multiplies: dequantised to the compute dtype. bitsandbytes dequantises to the
+dtype that the weight had, and rounds again.
+
+On CPUs with AVX512-bf16 bitsandbytes repacks a weight in an evaluation's forward and rounds its scales to bfloat16. A
+layer whose weight is repacked cannot be trained: its product has no gradient, or raises an error. ``take_`` turns that
+off for the layers of an adapter. What has been repacked before is taken back, as bitsandbytes does before it saves a
+weight.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ class FourBitWeight(QuantizedWeight):
     @classmethod
     def reason(cls, module: nn.Module) -> str | None:
         layer: Any = module
-        weight, state = layer._parameters["weight"], _quant_state(layer)
+        weight, state = cls.tensor_of(module), _quant_state(layer)
         if weight.is_meta:
             return "4-bit weight on the meta device"
         if state is None:
@@ -47,6 +51,16 @@ class FourBitWeight(QuantizedWeight):
         if layer.compute_dtype not in COMPUTE_DTYPES:
             return f"compute dtype {layer.compute_dtype}, not float16, bfloat16 or float32"
         return None
+
+    @classmethod
+    def take_(cls, module: nn.Module) -> None:
+        module.__dict__["support_avx512bf16_for_cpu"] = False
+
+    @classmethod
+    def release_(cls, module: nn.Module) -> None:
+        import bitsandbytes as bnb
+
+        module.__dict__["support_avx512bf16_for_cpu"] = bnb.functional.has_avx512bf16()
 
     @property
     def is_ready(self) -> bool:
@@ -69,7 +83,7 @@ class FourBitWeight(QuantizedWeight):
         import bitsandbytes as bnb
 
         layer = self.module
-        weight = layer._parameters["weight"]
+        weight = self.tensor
         if weight.__dict__.get("quant_state") is None:
             bnb.nn.modules.fix_4bit_weight_quant_state_from_module(layer)
         state = _quant_state(layer)
@@ -105,5 +119,5 @@ class FourBitWeight(QuantizedWeight):
 
 def _quant_state(layer: Any) -> Any:
     """Returns bitsandbytes' description of the weight, which the layer has, too, in case a new parameter lost it."""
-    state = layer._parameters["weight"].__dict__.get("quant_state")
+    state = FourBitWeight.tensor_of(layer).__dict__.get("quant_state")
     return layer.quant_state if state is None else state

@@ -35,6 +35,13 @@ def reason_against(module: nn.Module) -> str | None:
     return kind.reason(module)
 
 
+def over_format(module: nn.Module) -> str:
+    """Returns " over …" with the format of the module's weight, for reports; nothing for a weight that is not
+    quantised."""
+    weight = quantized_weight(module)
+    return f" over {weight.format}" if isinstance(weight, QuantizedWeight) else ""
+
+
 def reason_against_merge(module: nn.Module) -> str:
     """Returns why no adapter can be merged into the module's quantised weight, with the two ways out."""
     kind = family_of(module)

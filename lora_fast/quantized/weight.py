@@ -51,9 +51,17 @@ class QuantizedWeight:
 
     @classmethod
     def tensor_of(cls, module: nn.Module) -> Tensor:
-        """Returns the module's tensor that identifies the weight."""
-        weight: Any = module._parameters["weight"]
-        return weight
+        """Returns the module's tensor that identifies the weight, a parameter unless a wrapper has taken it over."""
+        weight: Any = module._parameters.get("weight")
+        return module.weight if weight is None else weight  # type: ignore[return-value]
+
+    @classmethod
+    def take_(cls, module: nn.Module) -> None:
+        """Prepares a module for adapter layers, which may train in turns with evaluations."""
+
+    @classmethod
+    def release_(cls, module: nn.Module) -> None:
+        """Takes back what ``take_`` has done."""
 
     @classmethod
     def sizes(cls, module: nn.Module) -> tuple[int, int]:
