@@ -114,15 +114,14 @@ class AdapterLinear(Fallback, nn.Module):
         Raises:
             ArgumentError: none of them, a weight of another dtype, or settings that the constructor refuses.
         """
-        quantized = quantized_weight(linear)
-        check_linear(linear, quantized)
+        quantized = checked_weight(linear)
         weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
         dtype = torch.float32 if quantized else torch.promote_types(linear.weight.dtype, torch.float32)
         # On the meta device the constructor neither allocates nor initialises a weight that is replaced below.
         place: dict[str, Any] = {"device": "meta", "dtype": dtype}
         d_in, d_out = sizes(linear)
         layer = cls(d_in, d_out, bias=bias is not None, **settings, **place)
-        device = quantized.device if isinstance(quantized, QuantizedWeight) else linear.weight.device
+        device = quantized.device if quantized else linear.weight.device
         for name in cls.TRAINABLE:  # allocated once, here: the constructor's own are on the meta device
             free = getattr(layer, name)
             setattr(layer, name, nn.Parameter(torch.empty_like(free, device=device), free.requires_grad))
@@ -132,7 +131,7 @@ class AdapterLinear(Fallback, nn.Module):
                 parameter.requires_grad_(False)
         layer.register_parameter("weight", weight)  # None where a library keeps it elsewhere
         layer.bias, layer.fan_in_fan_out = bias, is_conv1d(linear)
-        if isinstance(quantized, QuantizedWeight):
+        if quantized:
             layer.__dict__["base"] = linear  # past nn.Module.__setattr__, which would register a child
             quantized.take_(linear)
         if merge_log.is_changed(linear):  # by a merge of an adapter that has been removed since
@@ -404,20 +403,24 @@ def is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
-def check_linear(linear: nn.Module, quantized: QuantizedWeight | str | None) -> None:
-    """Raises ArgumentError unless an adapter layer can take the place of this one."""
-    if isinstance(quantized, str):
-        raise checks.ArgumentError("linear", "a quantised layer that is ready", quantized)
-    if quantized is not None:
-        if reason := reason_against(linear):
-            raise checks.ArgumentError("linear", "a quantised weight that the ops can use", reason)
-        return
+def checked_weight(linear: nn.Module) -> QuantizedWeight | None:
+    """Returns the quantised weight of a layer whose place an adapter layer can take, None if its weight is a plain one.
+
+    Raises:
+        ArgumentError: an adapter layer cannot take the place of this one.
+    """
+    if isinstance(linear, nn.Module) and family_of(linear) is not None:
+        weight = reason_against(linear) or quantized_weight(linear)
+        if isinstance(weight, str):
+            raise checks.ArgumentError("linear", "a quantised weight that the ops can use", weight)
+        return weight
     if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
         expected = "a torch.nn.Linear, transformers' Conv1D or a layer with a quantised weight"
         raise checks.ArgumentError("linear", expected, type(linear).__name__)
     if linear.weight.dtype not in checks.FLOATS:
         expected = "a dtype among float16, bfloat16, float32, float64"
         raise checks.ArgumentError("linear.weight", expected, linear.weight.dtype)
+    return None
 
 
 def sizes(linear: nn.Module) -> tuple[int, int]:
