@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from importlib import util
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import transformers
 from finetune_runs import invoke, metrics, refused, tokenized
 from safetensors.torch import load_file
 
+from lora_fast.checks import ArgumentError
 from lora_fast.cli.finetune import training
 from lora_fast.cli.inputs import models, quantization
 from lora_fast.cli.inputs.quantization import FORMATS
@@ -42,6 +44,31 @@ def test_engines_train_alike_over_four_bits(compared):
     assert fused["losses"][0] - fused["losses"][-1] > 0.1
     a, b = (load_file(compared / engine / "adapter/adapter_model.safetensors") for engine in ("fused", "eager"))
     assert all((a[name] - b[name]).abs().max() < 1e-4 for name in a)
+
+
+def test_engines_train_alike_over_eight_bits(place, tmp_path):
+    options = ("--compare", "--quantize", "int8", "--lr", 0.01, "--dropout", 0.1, "--steps", 3)
+    result = invoke(place, "--output", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert "MatMul8bitLt" not in result.output  # bitsandbytes says at every call that it casts x
+    figures = metrics(tmp_path / "out")
+    fused, eager = figures["runs"]["fused"], figures["runs"]["eager"]
+    assert fused["losses"][0] == pytest.approx(eager["losses"][0], abs=1e-5)  # the later ones have other dropout masks
+    assert fused["saved_bytes"] < 0.8 * eager["saved_bytes"]
+
+
+def test_adapters_that_peft_does_not_have_train_over_four_bits(place, tmp_path):
+    methods = ("--method", "nb-lora:bound_ratio=0.1", "--method", "sing-lora", "--method", "lora-muon")
+    options = ("--compare", "--quantize", "nf4", "--steps", 1, *methods)
+    result = invoke(place, "--output", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    runs = metrics(tmp_path / "out")["runs"].values()
+    assert [" ".join(run["layers"].split()[:3]).strip(";") for run in runs] == [
+        *["injected 14 layers"] * 2,
+        "fused 14 layers",
+    ]
+    assert [run["weight_format"] for run in runs] == ["nf4"] * 3
+    assert "frozen weights of linear layers are quantised (nf4)" in (tmp_path / "out/report.html").read_text()
 
 
 def test_adapter_config_is_that_over_weights_that_are_not_quantised(place, compared):
@@ -134,6 +161,28 @@ def test_model_whose_files_are_quantised_trains_without_the_option(place, tmp_pa
         "quantised already (bitsandbytes): leave --quantize out",
     )
     assert not (tmp_path / "refused").exists()
+
+
+def test_model_in_a_format_that_needs_a_package_names_its_command(place, tmp_path):
+    if util.find_spec("optimum") is not None:
+        pytest.skip("optimum is installed")
+    shutil.copytree(place / "model", tmp_path / "model")
+    file = tmp_path / "model/config.json"
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+    result = invoke(place, "--model", tmp_path / "model", "--output", tmp_path / "out")
+    refused(result, f"--model {tmp_path / 'model'}:", "pip install")
+    assert not (tmp_path / "out").exists()
+
+
+def test_format_without_training_is_refused(place):
+    model = models.load_model(str(place / "model"), torch.float32, "torchao-int8")
+    model.hf_quantizer.quantization_config.quant_type = torchao.quantization.Int4WeightOnlyConfig()
+    with pytest.raises(
+        ArgumentError, match=r"--model: expected weights in a format over which .* quantised by torchao"
+    ):
+        quantization.prepare(model)
 
 
 def test_sixteen_bit_norms_become_float32_as_peft_prepares_them(place):

@@ -21,7 +21,7 @@ from ...measure.clock import Stopwatch
 from ...measure.memory import PeakBytes, distinct_bytes, saved_for_backward, weight_bytes
 from ...optim import LoRAAdamW
 from ...surgery.change_report import Report
-from ..inputs import models
+from ..inputs import models, quantization
 from ..inputs.data import TokenData
 from ..inputs.method_options import NBLoRA, SingLoRA
 from ..inputs.settings import Run, Settings
@@ -248,7 +248,7 @@ def _trainer(
         record = Record(**run_folder.read_json(checkpoint / run_folder.RECORD))
     record.tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * context.settings.seq_len
     record.trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    record.weight_format = context.settings.quantize or models.stored_format(model.config)
+    record.weight_format = quantization.format_of(model, context.settings.quantize)
     record.weight_bytes, record.plain_weight_bytes = weight_bytes(model, context.dtype)
     recorder = Recorder(context, record, Stopwatch(args.device))
     plain = not (run.method.instances or run.method.adapters)

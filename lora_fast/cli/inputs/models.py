@@ -106,8 +106,10 @@ def load_config(source: str, quantize: str | None = None):
     if not known.intersection(names):
         kind = ", ".join(filter(None, names)) or config.model_type
         raise ArgumentError("--model", "a causal language model", f"{source!r}, which is a {kind}")
-    if quantize is not None and (stored := stored_format(config)):
-        got = f"{quantize} for {source!r}, which is quantised already ({stored}): leave --quantize out"
+    stored = getattr(config, "quantization_config", None)  # a dict, as in the file
+    if quantize is not None and stored is not None:
+        method = stored.get("quant_method")
+        got = f"{quantize} for {source!r}, which is quantised already ({method}): leave --quantize out"
         raise ArgumentError("--quantize", "a model whose weights are not quantised", got)
     return config
 
@@ -140,13 +142,6 @@ def load_model(source: str, dtype, quantize: str | None = None):
     if getattr(model, "is_quantized", False):
         quantization.prepare(model)
     return model
-
-
-def stored_format(config) -> str:
-    """Returns by which method the weights of a model's files are quantised, or "" if they are not."""
-    stored = getattr(config, "quantization_config", None)
-    method = stored.get("quant_method", "") if isinstance(stored, dict) else getattr(stored, "quant_method", "")
-    return str(getattr(method, "value", method))
 
 
 def twin(model: Model) -> Model:

@@ -90,6 +90,16 @@ def check(name: str | None) -> None:
         checks.choice(name, "--quantize", tuple(FORMATS))
 
 
+def format_of(model: torch.nn.Module, name: str | None) -> str:
+    """Returns the format of a loaded model's quantised weights: ``name``, or transformers' name for that of the model's
+    files; "" if they are not quantised."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        return ""
+    method = quantizer.quantization_config.quant_method
+    return name or str(getattr(method, "value", method))
+
+
 def prepare(model: transformers.PreTrainedModel) -> None:
     """Prepares a quantised model for training, as scripts with PEFT and TRL do: all weights are frozen, and 16-bit
     norms and embeddings over bitsandbytes' layers become float32. Activations are not checkpointed.
@@ -101,7 +111,7 @@ def prepare(model: transformers.PreTrainedModel) -> None:
 
     quantizer: Any = model.hf_quantizer
     if not quantizer.is_trainable:
-        got = f"a model that is quantised by {quantizer.quantization_config.quant_method}"
+        got = f"a model that is quantised by {format_of(model, None)}"
         raise ArgumentError("--model", "weights in a format over which transformers trains adapters", got)
     prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     for module in model.modules():

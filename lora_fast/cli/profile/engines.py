@@ -16,7 +16,7 @@ from ...measure.memory import weight_bytes
 from ...optim import LoRAAdamW
 from ...surgery.change_report import Report
 from ..finetune import training
-from ..inputs import models
+from ..inputs import models, quantization
 from ..inputs.settings import Settings
 
 BASE, EAGER, COMPILED, FUSED = "base", "PEFT eager", "PEFT compiled", "fused"
@@ -94,7 +94,7 @@ def build(settings: Settings, source: str, dtype: torch.dtype, compiled: bool) -
         by_label[COMPILED] = Engine(COMPILED, regions, _adamw(regions))
     by_label[FUSED] = Engine(FUSED, fused, LoRAAdamW(fused, lr=LR))
     vocabulary = model.config.get_text_config().vocab_size
-    weight_format = settings.quantize or models.stored_format(model.config)
+    weight_format = quantization.format_of(model, settings.quantize)
     return Engines(by_label, fusing, dtype, device, vocabulary, weights, weight_format)
 
 
