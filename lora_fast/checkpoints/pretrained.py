@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..layers import merge_log
 from ..layers.find import ADAPTER_LAYERS, bare_name
+from ..quantized import family_of
 from ..surgery import inject, unload
 from . import io
 from .adapter import save_adapter
@@ -153,6 +154,11 @@ def _write_trained(model: nn.Module, folder: str | os.PathLike, state: dict[str,
             frozen -= {bare_name(f"{name}.{role}") for role in (*module.TRAINABLE, *module.SAVED_STATE)}
         if merge_log.is_changed(module):
             frozen.discard(bare_name(f"{name}.weight"))
+        base = module.base if isinstance(module, ADAPTER_LAYERS) else module
+        if base is not None and family_of(base) is not None:  # its library stores scales beside the weight
+            stored: dict[str, Tensor] = {}
+            base._save_to_state_dict(stored, f"{name}.", False)
+            frozen |= {bare_name(key) for key in stored}
     kept = {name: io.to_host(name, tensor).contiguous().clone() for name, tensor in state.items() if name not in frozen}
     io.write(folder, {TRAINED: lambda path: safetensors.torch.save_file(kept, path, metadata={"format": "pt"})})
 

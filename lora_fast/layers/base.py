@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -18,6 +20,7 @@ from .hooks import carry_hook, offloads
 from .merging import Merged, merged_parameters, unmergeable
 from .terms import Term
 
+FROZEN = ("weight", "bias")  # the parameters of the linear layer
 _traced = torch.compiler.is_compiling
 
 
@@ -351,12 +354,21 @@ class AdapterLinear(Fallback, nn.Module):
         adapter twice."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.base is not None:  # its library stores scales beside the weight
-            self.base._save_to_state_dict(destination, prefix, keep_vars)
+            self.base.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         if self.merged:
             destination[f"{prefix}weight"] = self.original_weight()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         """Loads an unmerged weight and an adapter. A merged layer is merged again, with what it has loaded."""
+        if self.base is not None:
+            adapter = {f"{prefix}{name}" for name in (*self._parameters, *self._buffers) if name not in FROZEN}
+            ours = {key: value for key, value in state_dict.items() if key in adapter}
+            theirs = {key: value for key, value in state_dict.items() if key not in adapter}
+            with self._adapter_alone():
+                super()._load_from_state_dict(ours, prefix, local_metadata, strict, missing, unexpected, errors)
+                base: Any = self.base  # which knows its scales
+                base._load_from_state_dict(theirs, prefix, local_metadata, strict, missing, unexpected, errors)
+            return
         merged = self.merged
         if merged:
             self.unmerge()
@@ -372,17 +384,22 @@ class AdapterLinear(Fallback, nn.Module):
         if self.base is None:
             super()._apply(fn, recurse)
         else:
-            self._apply_to_base(fn, recurse)
+            with self._adapter_alone():
+                super()._apply(fn, recurse)
+                self.base._apply(fn)  # which knows its scales
         self._merged.follow(fn)
         return self
 
-    def _apply_to_base(self, fn, recurse: bool) -> None:
-        """Applies a function to the adapter, and by the base's own method, which knows its scales, to its weight."""
+    @contextmanager
+    def _adapter_alone(self) -> Iterator[None]:
+        """Leaves the parameters of the base to its own methods: they are none of this layer in the context, and after
+        it what they are in the base."""
         base: Any = self.base
         self._parameters["weight"] = self._parameters["bias"] = None  # keeps their places in the order
-        super()._apply(fn, recurse)
-        base._apply(fn)
-        self._parameters["weight"], self._parameters["bias"] = base._parameters.get("weight"), base._parameters["bias"]
+        try:
+            yield
+        finally:
+            self._parameters.update({name: base._parameters.get(name) for name in FROZEN})
 
     def __getstate__(self) -> dict:
         """Returns the state for deepcopy, pickle and torch.save. A copy that is made while ``lf.disable_adapters`` runs

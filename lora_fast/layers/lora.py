@@ -80,6 +80,6 @@ class LoRALinear(AdapterLinear):
             weight, bias, lora_A, lora_B = p["weight"], p["bias"], p["lora_A"], p["lora_B"]
         except KeyError:  # parametrized, pruned, flattened (FSDP1) or replicated: attributes of another kind
             return super().arguments()
-        if weight.requires_grad or self.fan_in_fan_out or self.base is not None:
+        if self.base is not None or weight.requires_grad or self.fan_in_fan_out:
             return super().arguments()
         return weight, bias, lora_A, lora_B, self.scaling, self.dropout_p if self.training else 0.0

@@ -4,10 +4,10 @@ here with one class, and ``find.FORMATS`` names them: a new format is one file a
 
 from __future__ import annotations
 
-from .find import FORMATS, family_of, over_format, quantized_weight, reason_against, reason_against_merge
+from .find import FORMATS, family_of, format_of, over_format, quantized_weight, reason_against, reason_against_merge
 from .weight import QuantizedWeight
 
 __all__ = [
-    "FORMATS", "QuantizedWeight", "family_of", "over_format", "quantized_weight", "reason_against",
+    "FORMATS", "QuantizedWeight", "family_of", "format_of", "over_format", "quantized_weight", "reason_against",
     "reason_against_merge",
 ]  # fmt: skip

@@ -77,6 +77,13 @@ class FourBitWeight(QuantizedWeight):
         state = self._state()
         return f"bitsandbytes {state.quant_type}" + (", double quantisation" if state.nested else "")
 
+    @property
+    def original_dtype(self) -> torch.dtype:
+        state = _quant_state(self.module)
+        is_repacked = getattr(state, "packing_format_for_cpu", False)
+        dtype: torch.dtype = state.original_dtype if is_repacked else state.dtype
+        return dtype
+
     def _state(self) -> Any:
         """Returns bitsandbytes' description of the weight, as it is quantised: not repacked, and not lost where torch
         has made a new parameter of it."""
@@ -89,6 +96,8 @@ class FourBitWeight(QuantizedWeight):
         state = _quant_state(layer)
         if getattr(state, "packing_format_for_cpu", False):
             layer.weight.data, state = bnb.functional._convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
+            if not state.nested:  # bitsandbytes leaves its repacked scales, a column for each row of the weight
+                state.absmax = state.absmax.t().reshape(-1).float()
             layer.weight.quant_state = state
         return state
 
@@ -115,6 +124,10 @@ class FourBitWeight(QuantizedWeight):
         state.dtype = torch.float32 if dtype is torch.float64 else dtype  # directly, as bitsandbytes' forward
         dense: Tensor = bnb.functional.dequantize_4bit(self.module.weight.data, state)
         return dense.to(dtype)
+
+    def let_go_(self) -> None:
+        weight: Any = self.tensor
+        weight.module = None  # read where a weight is quantised, as this one has been
 
 
 def _quant_state(layer: Any) -> Any:

@@ -7,13 +7,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..checks import FLOATS
+
 
 class QuantizedWeight:
     """The quantised weight W of a frozen linear layer, for one call. It holds nothing but the layer and its tensor, so
     it is made where it is needed, and it may stand wherever the ops take a weight.
 
     A family of formats is a subclass with ``matches``, ``dequantized``, ``format`` and, where they differ, ``reason``,
-    ``sizes``, ``product`` and ``grad``. Two class attributes say where it comes from:
+    ``sizes``, ``original_dtype``, ``product`` and ``grad``. Two class attributes say where it comes from:
 
         LIBRARY       the package whose classes ``matches`` looks for; where it is not imported, nothing matches
         PEFT_LAYERS   qualified names of PEFT's LoRA layers over such a base layer
@@ -83,6 +85,12 @@ class QuantizedWeight:
         """The library and its name of the format, such as "bitsandbytes nf4"."""
         raise NotImplementedError
 
+    @property
+    def original_dtype(self) -> torch.dtype | None:
+        """The dtype that the weight had before it was quantised; None where the format does not record it."""
+        dtype = self.tensor.dtype
+        return dtype if dtype in FLOATS else None
+
     def product(self, x: Tensor) -> Tensor:
         """Returns x Wᵀ + bias by the library, (..., d_in) → (..., d_out), in the dtype that the library gives."""
         y: Tensor = self.module(x)
@@ -95,6 +103,9 @@ class QuantizedWeight:
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """Returns W (d_out, d_in) as a new tensor of this dtype."""
         raise NotImplementedError
+
+    def let_go_(self) -> None:
+        """Breaks what keeps the memory of a layer that has been replaced until Python's collector runs."""
 
     # ---- What the rest of the package asks of a weight, whichever it is.
 

@@ -83,7 +83,7 @@ def fuse_(
             kind.take_(base)
     if group:
         pair_(peft_model, {layer for layer, _ in chosen})
-    _share_merges_(peft_model, report)
+    share_merges_(peft_model, report)
     report.note_fallbacks([layer for layer, _ in chosen])
     return report
 
@@ -129,7 +129,7 @@ def unfuse_(peft_model: nn.Module, *, allow_empty: bool = False) -> Report:
     return report
 
 
-def _share_merges_(peft_model: nn.Module, report: Report) -> None:
+def share_merges_(peft_model: nn.Module, report: Report) -> None:
     """Prepares fused layers that share their weight with other PEFT layers for merging. Adapted embeddings (tied to an
     adapted ``lm_head``) become ``ExactLoraEmbedding``. Beside other kinds of layers, fused ones merge as PEFT does."""
     from peft.tuners import lora
