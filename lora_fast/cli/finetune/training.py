@@ -141,8 +141,6 @@ def _with_adapters(context: RunContext, run: Run, base: transformers.PreTrainedM
     if run.method.adapters is not None:
         report = _inject(run, base, _config(context, run.method.adapters))
         report.note = ". ".join(filter(None, (run.method.adapters.note(base), report.note)))
-        # The Trainer, which knows no adapters but PEFT's, refuses a quantised model without those.
-        base.is_quantized = False  # type: ignore[assignment]
         return base, str(report)
     model = get_peft_model(base, peft_config(context.settings))
     if run.engine == "eager":
