@@ -13,12 +13,15 @@ weight.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    from ..kernels.linear.four_bit import FourBit
 
 COMPUTE_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32)
 NOT_QUANTIZED = "4-bit weight that is not quantised yet: move the model to its device first"
@@ -112,6 +115,18 @@ class FourBitWeight(QuantizedWeight):
         bias = None if layer.bias is None else layer.bias.to(dtype)
         y: Tensor = bnb.matmul_4bit(x.to(dtype), layer.weight.data.t(), bias=bias, quant_state=state)
         return y.to(x.dtype)
+
+    def four_bit(self, dtype: torch.dtype) -> FourBit | None:
+        from ..kernels.linear.four_bit import FourBit, Nested
+
+        state = self._state()
+        if self.module.compute_dtype not in (None, dtype):
+            return None
+        nested = None
+        if state.nested:
+            inner = state.state2
+            nested = Nested(inner.code, inner.absmax, state.offset, inner.blocksize)
+        return FourBit(self.module.weight.data, state.code, state.absmax, state.blocksize, tuple(self.shape), nested)
 
     def grad(self, dy: Tensor) -> Tensor:
         dtype = self.module.compute_dtype or dy.dtype

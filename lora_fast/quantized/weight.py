@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..kernels.linear.four_bit import FourBit
 
 from ..checks import FLOATS
 
@@ -95,6 +98,11 @@ class QuantizedWeight:
         """Returns x Wᵀ + bias by the library, (..., d_in) → (..., d_out), in the dtype that the library gives."""
         y: Tensor = self.module(x)
         return y
+
+    def four_bit(self, dtype: torch.dtype) -> FourBit | None:
+        """Returns the weight as the GEMM over 4-bit weights (``kernels/linear/four_bit.py``) takes it for x or dy of
+        this dtype, None if it does not."""
+        return None
 
     def grad(self, dy: Tensor) -> Tensor:
         """Returns dy W, (..., d_out) → (..., d_in) in dy's dtype. The dequantised weight is not kept."""
