@@ -46,13 +46,15 @@ def test_engines_train_alike_over_four_bits(compared):
     assert all((a[name] - b[name]).abs().max() < 1e-4 for name in a)
 
 
-def test_engines_train_alike_over_eight_bits(place, tmp_path):
-    options = ("--compare", "--quantize", "int8", "--lr", 0.01, "--dropout", 0.1, "--steps", 3)
+@pytest.mark.parametrize("name", ["int8", "torchao-int8"])
+def test_engines_train_alike_over_eight_bits(place, tmp_path, name):
+    options = ("--compare", "--quantize", name, "--lr", 0.01, "--dropout", 0.1, "--steps", 3)
     result = invoke(place, "--output", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
     assert "MatMul8bitLt" not in result.output  # bitsandbytes says at every call that it casts x
     figures = metrics(tmp_path / "out")
     fused, eager = figures["runs"]["fused"], figures["runs"]["eager"]
+    assert fused["layers"] == "fused 14 layers"
     assert fused["losses"][0] == pytest.approx(eager["losses"][0], abs=1e-5)  # the later ones have other dropout masks
     assert fused["saved_bytes"] < 0.8 * eager["saved_bytes"]
 

@@ -286,22 +286,24 @@ def test_profile_refuses_a_folder_in_use(folder, finished):
     assert result.exit_code == 2 and "--output: expected a new or empty folder" in result.output
 
 
-@pytest.mark.parametrize("name", ["nf4", "int8"])
-def test_quantised_engines_share_the_weights_and_compute_the_same(folder, batch, name):
-    """Each engine's steps run over one copy of the weights; the figures count half a byte, or one, for an element."""
-    pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+@pytest.mark.parametrize(("name", "least", "most"), [("nf4", 0.5, 3.0), ("int8", 1.0, 1.3), ("torchao-int8", 1.0, 1.3)])
+def test_quantised_engines_share_the_weights_and_compute_the_same(folder, batch, name, least, most):
+    """``least`` and ``most`` bound the bytes of an element with its share of the scales."""
+    pytest.importorskip("torchao" if "torchao" in name else "bitsandbytes", reason="pip install '.[quantized]'")
     built = E.build(settings(quantize=name, dropout=0.0), str(folder), torch.float32, compiled=False)
-    losses = {}
+    losses, gradients = {}, {}
     for label, engine in built.by_label.items():
         loss = engine.model(**batch).loss
-        losses[label] = loss.item()
-        if engine.optimizer is not None:
-            loss.backward()
+        loss.backward()
+        losses[label], gradients[label] = loss.item(), [p.grad.clone() for p in engine.trained()]
+        engine.model.zero_grad()
     assert losses[E.FUSED] == pytest.approx(losses[E.EAGER], abs=1e-6) and losses[E.BASE] != losses[E.EAGER]
-    for fused, eager in zip(*(built.by_label[label].trained() for label in (E.FUSED, E.EAGER)), strict=True):
-        assert fused is eager
+    torch.testing.assert_close(gradients[E.FUSED], gradients[E.EAGER])
     assert str(built.fusing) == "fused 14 layers" and built.fallbacks() == {}
     for (d_in, d_out), names in layer_times.by_shape(built).items():
         layer = built.by_label[E.EAGER].model.get_submodule(names[0])
-        bytes_of_an_element = layer_times._weight_bytes(layer.get_base_layer())
-        assert {"nf4": 0.5, "int8": 1.0}[name] <= bytes_of_an_element < {"nf4": 3.0, "int8": 1.3}[name], (d_in, d_out)
+        assert least <= layer_times._weight_bytes(layer.get_base_layer()) < most, (d_in, d_out)
+        pair = {label: built.by_label[label].model.get_submodule(names[0]) for label in (E.EAGER, E.FUSED)}
+        x, dy = layer_times.activations(built, batch, names[:1])[names[0]]
+        assert max(layer_times.gradient_errors(built, pair, x, dy).values()) < 20 * torch.finfo(torch.float32).eps
+    assert built.weights[0] < built.weights[1] and built.weight_format == name
