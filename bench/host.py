@@ -11,6 +11,10 @@ A second table has the seven layers of a transformer block, of which q, k and v 
 one, and layers that share an input beside layers that do not. A third one has the block's forward without gradients for
 one token, as in generation. There cuBLAS multiplies by the frozen weights, and torch's CPU operators in its place
 compute next to nothing because the layers have one output.
+
+A fourth one has a layer over bitsandbytes' 4-bit weight (NF4, double quantisation). The library's products of both
+sides are the same ones, by its CPU operators on a 16×16 weight and two tokens. Ours gets a result of the real size in
+place of what they return.
 """
 
 import os
@@ -23,13 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"
 import stub_driver
 import torch
 import triton
+from bases import quantized_linear
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 import lora_fast as lf
 from lora_fast.measure.clock import host_microseconds
+from lora_fast.quantized.bitsandbytes_4bit import FourBitWeight
 
 ARCH, TOKENS, D, R, SMALL = 90, 4096, 4096, 16, 16
 # With these variables 32 MiB tensors come from memory that the process keeps, as from a GPU's caching allocator. The C
@@ -152,6 +158,71 @@ def print_shared(console: Console, times: dict[tuple, float]) -> None:
         table.add_row(name, f"{peft:.0f}", f"{ours:.0f}", f"{peft / ours:.2f}", f"{three / two:.2f}")
     console.print(table)
     console.print("Goals: PEFT / ours ≥ 1.8; three of one input / two of an input each < 1.")
+
+
+def nf4_linear() -> nn.Module:
+    return quantized_linear(nn.Linear(SMALL, SMALL, bias=False, dtype=torch.bfloat16), "nf4", torch.bfloat16)
+
+
+def quantized_layer(engine: str, dropout: float, adapter: torch.dtype) -> nn.Module:
+    """Returns a layer over a 16×16 NF4 weight, which ours takes for one of D × D
+    (``shrink_products``)."""
+    from peft import LoraConfig, get_peft_model
+
+    model, (d, r) = nn.Module(), (SMALL, 8) if engine == "PEFT" else (D, R)
+    model.q = base = nf4_linear()
+    model.is_loaded_in_4bit, base.in_features, base.out_features = True, d, d
+    base.weight.quant_state.shape = torch.Size((d, d))
+    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["q"])
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(adapter)
+    if engine != "PEFT":
+        lf.fuse_(model)
+    return model.train().base_model.model.q
+
+
+def shrink_products() -> None:
+    """Makes the library's products of ours those of two tokens by a small weight, which PEFT's side computes, too."""
+    small_x, small = torch.zeros(1, 2, SMALL, dtype=torch.bfloat16), FourBitWeight(nf4_linear())
+
+    def shrunk(product: Callable) -> Callable:
+        def run(weight: FourBitWeight, x: Tensor) -> Tensor:
+            product(small, small_x)
+            return torch.empty((1, TOKENS, D), dtype=torch.bfloat16)
+
+        return run
+
+    FourBitWeight.product, FourBitWeight.grad = shrunk(FourBitWeight.product), shrunk(FourBitWeight.grad)
+
+
+def measured_quantized(stub: stub_driver.Stub, progress: Progress) -> dict[tuple, float]:
+    """Returns (engine, adapters, dropout) → µs of forward and backward."""
+    shrink_products()
+    calls = {}
+    for dtype in ADAPTERS:
+        for dropout in (0.0, 0.1):
+            for engine, (tokens, d) in {"PEFT": (2, SMALL), "ours": (TOKENS, D)}.items():
+                layer = quantized_layer(engine, dropout, ADAPTERS[dtype])
+                calls[engine, dtype, dropout], _ = calls_of(layer, tokens, d)
+            check_launches(stub, (dtype, dropout), calls["ours", dtype, dropout], LAUNCHES)
+    task = progress.add_task("quantised", total=WARM_UP + ROUNDS)
+    count_round = lambda turn: progress.update(task, completed=turn)
+    return host_microseconds({key: (count_round, call) for key, call in calls.items()}, ROUNDS, WARM_UP, CALLS)
+
+
+def print_quantized(console: Console, times: dict[tuple, float]) -> None:
+    table = Table(title="µs on the host, forward + backward, of a layer over an NF4 weight")
+    for column in ("adapters", "dropout", "PEFT", "ours", "over PEFT", "PEFT / ours"):
+        table.add_column(column, justify="right")
+    for name in ADAPTERS:
+        for dropout in (0.0, 0.1):
+            peft, ours = (times[engine, name, dropout] for engine in ("PEFT", "ours"))
+            cells = f"{peft:.0f}", f"{ours:.0f}", f"{ours / peft:.2f}", f"{peft / ours:.2f}"
+            table.add_row(name, f"{dropout:g}", *cells)
+    console.print(table)
+    console.print("Goal: over PEFT ≤ 0.75 (PEFT / ours ≥ 1.33).")
 
 
 def measured_one_token(stub: stub_driver.Stub, progress: Progress) -> dict[tuple, float]:

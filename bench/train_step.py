@@ -5,11 +5,13 @@
     python bench/train_step.py --compare nb-lora    # NB-LoRA over plain LoRA, about two minutes on a CPU
     python bench/train_step.py --compare groups     # fused layers alone over layers in groups
     python bench/train_step.py --compare compiled   # as the first, both under torch.compile, which takes minutes
+    python bench/train_step.py --quantize nf4       # PEFT's QLoRA over the same model fused
 
 A step is forward, backward and AdamW on 2 × 256 tokens, in float32 on a CPU and in bfloat16 on a GPU. The models of a
 comparison share the frozen weights and alternate (AB, BA, AB, …), so that drift of the machine affects both alike; the
 figure is the median of the ratios. The first pair is not counted: it finds the groups. NB-LoRA's paper reports 1.07 to
-1.25 over LoRA.
+1.25 over LoRA. With ``--quantize`` bitsandbytes has quantised the linear layers, in 4 bits with double quantisation and
+the model's dtype as compute dtype.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from bases import FORMATS, quantize_
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -36,6 +39,7 @@ S, T = TypeVar("S"), TypeVar("T")
 
 FUSED_GOALS = {0.0: 1.08, 0.05: 1.05}  # dropout → PEFT's time over ours, at least, on 2 CPU cores
 COMPILED_GOALS = {0.0: 1.10, 0.05: 1.25}  # the same, both under torch.compile
+QUANTIZED_GOAL = 1.05  # PEFT's QLoRA over ours, at least
 NB_LORA_GOALS = {"cpu": 1.05, "cuda": 1.02}  # NB-LoRA's time over LoRA's, at most
 
 _PLAIN = lambda model: model
@@ -55,20 +59,21 @@ class Side:
     optimizer: torch.optim.Optimizer
 
 
-def base_model(device: torch.device) -> nn.Module:
+def base_model(device: torch.device, quantize: str | None = None) -> nn.Module:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return models.load_model(models.cached(models.PACKAGED, ""), dtype).to(device).train()
+    model = models.load_model(models.cached(models.PACKAGED, ""), dtype).to(device).train()
+    return quantize_(model, quantize, dtype) if quantize else model
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def peft_model(rank: int, dropout: float, device: torch.device) -> nn.Module:
+def peft_model(rank: int, dropout: float, device: torch.device, quantize: str | None = None) -> nn.Module:
     import peft
 
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear")
-    return peft.get_peft_model(base_model(device), config).train()
+    return peft.get_peft_model(base_model(device, quantize), config).train()
 
 
 def copies(model: nn.Module, engines: dict[str, bool | None]) -> dict[str, nn.Module]:
@@ -82,11 +87,9 @@ def copies(model: nn.Module, engines: dict[str, bool | None]) -> dict[str, nn.Mo
     return models_of
 
 
-def peft_sides(
-    rank: int, dropout: float, device: torch.device, engines: dict[str, bool | None], wrap: Callable
-) -> dict[str, Side]:
+def peft_sides(model: nn.Module, engines: dict[str, bool | None], wrap: Callable) -> dict[str, Side]:
     """Returns a side for each engine of ``copies``. The pair that is not counted finds the groups, and compiles."""
-    sides = copies(peft_model(rank, dropout, device), engines)
+    sides = copies(model, engines)
     return {name: Side(wrap(side), torch.optim.AdamW(trained(side), lr=1e-4)) for name, side in sides.items()}
 
 
@@ -182,11 +185,14 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.05], help="of all but nb-lora")
+    parser.add_argument("--quantize", choices=FORMATS, help="format of the frozen weights, of all but nb-lora")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
     models.quieten()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     conditions = f"r={options.rank}, {options.batch}×{options.seq_len} tokens, {where(device)}"
+    if options.quantize:
+        conditions = f"{options.quantize}, {conditions}"
     table = Table(title=f"SmolLM2-135M, {conditions}")
     for column in ("A / B", "A s/step", "B s/step", "A / B (p20–p80)", "goal", "verdict"):
         table.add_column(column, justify="right")
@@ -195,10 +201,11 @@ def main() -> None:
         for dropout in options.dropout if name in options.compare else ():
             label = f"{' / '.join(engines)}{', compiled' if name == 'compiled' else ''}, dropout {dropout:g}"
             torch.compiler.reset()
-            sides = peft_sides(options.rank, dropout, device, engines, wrap)
+            sides = peft_sides(peft_model(options.rank, dropout, device, options.quantize), engines, wrap)
             result = compare(sides, batches(ids, options.batch), options.pairs, label)
             results.append({"comparison": name, "dropout": dropout, **result})
-            table.add_row(*row(result, label, "≥", goals.get(dropout)))
+            goal = QUANTIZED_GOAL if options.quantize and name == "fused" else goals.get(dropout)
+            table.add_row(*row(result, label, "≥", goal))
     if "nb-lora" in options.compare:
         result = compare(
             nb_lora_sides(options.rank, device), batches(ids, options.batch), options.pairs, "NB-LoRA / LoRA"

@@ -17,6 +17,7 @@ from .layers.sing_lora import SingLoRALinear, count_steps_
 from .ops import flop_formulas, inductor  # noqa: F401  (give torch's counter and compiler what the ops are)
 from .surgery.change_report import Report
 from .surgery.configs import LoRAConfig, NBLoRAConfig, SingLoRAConfig
+from .surgery.dequantize import dequantize_
 from .surgery.disable import disable_adapters
 from .surgery.fuse import fuse_, unfuse_
 from .surgery.groups import groups
@@ -38,6 +39,7 @@ __all__ = [
     "SingLoRAConfig",
     "SingLoRALinear",
     "count_steps_",
+    "dequantize_",
     "disable_adapters",
     "functional",
     "fuse_",

@@ -21,6 +21,7 @@ SLOW = (  # files that take half a minute of one core or more each, and nine ten
     "cayley/test_cayley_kernels.py",
     "cli/test_finetune.py",
     "cli/test_finetune_methods.py",
+    "cli/test_finetune_quantized.py",
     "cli/test_inspect.py",
     "groups/test_architectures.py",
     "hf/test_checkpoints.py",

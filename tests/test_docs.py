@@ -3,6 +3,7 @@ what its comments promise, every command exists with its options, every path tha
 
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,12 @@ def tree(text: str) -> list[str]:
     return paths
 
 
-EXAMPLES = [pytest.param(code, id=f"{page.stem}-{i}") for page in PAGES for i, code in enumerate(python_blocks(page))]
+NEEDS_BITSANDBYTES = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+EXAMPLES = [
+    pytest.param(code, id=f"{page.stem}-{i}", marks=NEEDS_BITSANDBYTES if "BitsAndBytesConfig" in code else ())
+    for page in PAGES
+    for i, code in enumerate(python_blocks(page))
+]
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
 
 

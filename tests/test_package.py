@@ -30,6 +30,7 @@ LAYERS = [
     ["layers"],
     ["functional"],
     ["ops"],
+    ["quantized"],
     ["backend", "measure"],
     ["platforms", "regions", "at_import"],
     ["checks"],
@@ -48,6 +49,7 @@ def run(code: str) -> str:
 
 def test_import_is_light():
     heavy = ["triton", "transformers", "peft", "accelerate", "typer", "rich", "matplotlib", "jinja2"]
+    heavy += ["bitsandbytes", "torchao"]
     loaded = run(
         "import torch, sys; before = set(sys.modules); import lora_fast;"
         f"print(*[m for m in {heavy} if m in set(sys.modules) - before])"
@@ -167,17 +169,18 @@ def extras() -> dict[str, list[Requirement]]:
 
 
 def declared() -> list[Requirement]:
-    """Returns the requirements of setup.py with those of all extras, but for the libraries of tests/works_with, which
-    run with one version."""
+    """Returns the requirements of setup.py with those of all extras, but for the libraries of tests/works_with and of
+    quantised weights, which run with one version."""
     groups = extras()
-    only_there = works_with()
+    only_there = with_one_version()
     return [wanted for group in groups.values() for wanted in group if wanted.name not in only_there]
 
 
-def works_with() -> set[str]:
-    """Returns the libraries that the extra works-with adds to the extra hf."""
+def with_one_version() -> set[str]:
+    """Returns the libraries that the extras works-with and quantized add to the extra hf."""
     groups = extras()
-    return {wanted.name for wanted in groups["works-with"]} - {wanted.name for wanted in groups["hf"]}
+    wanted = groups["works-with"] + groups["quantized"]
+    return {requirement.name for requirement in wanted} - {requirement.name for requirement in groups["hf"]}
 
 
 def test_lower_bounds_are_the_oldest_tested_versions():
@@ -194,15 +197,15 @@ def test_installing_the_package_leaves_the_triton_of_torch_alone():
     assert required == ["triton"]  # in the extra of that name and in no other list
 
 
-def test_pinned_works_with_libraries_satisfy_the_extra():
-    pins = pinned("constraints.txt")
-    libraries = [wanted for wanted in extras()["works-with"] if wanted.name in works_with()]
-    assert len(libraries) == 8 and all(pins[wanted.name] in wanted.specifier for wanted in libraries)
+def test_pinned_libraries_satisfy_the_extras():
+    pins, groups = pinned("constraints.txt"), extras()
+    libraries = [wanted for wanted in groups["works-with"] + groups["quantized"] if wanted.name in with_one_version()]
+    assert len(libraries) >= 10 and all(pins[wanted.name] in wanted.specifier for wanted in libraries)
 
 
 @pytest.mark.parametrize("file", ["constraints-oldest.txt", "constraints-newest.txt"])
 def test_files_of_versions_name_the_same_packages(file):
-    elsewhere = {"setuptools", "typer-slim"} | works_with()  # transformers 5.0 needs typer-slim
+    elsewhere = {"setuptools", "typer-slim"} | with_one_version()  # transformers 5.0 needs typer-slim
     assert set(pinned(file)) - elsewhere == set(pinned("constraints.txt")) - elsewhere
 
 

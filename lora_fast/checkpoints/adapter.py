@@ -11,10 +11,12 @@ calls them free parameters and stores them in a file of their own, the sidecar (
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from .. import checks
 from ..checks import CheckpointError
 from ..layers.base import AdapterLinear
 from ..layers.find import ADAPTER_LAYERS, key_name, peft_layers
@@ -30,6 +32,7 @@ from . import (
     peft_names,
     peft_plan,
     peft_state,
+    quantization,
     sidecar,
     training_state,
     whole_modules,
@@ -57,7 +60,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, exact: bool = Fal
     ``AutoPeftModelFor…`` opens the folder.
 
     A merged model is saved as if it were not merged. Of a model that accelerate has offloaded, the values in the CPU's
-    memory or on the disk are saved.
+    memory or on the disk are saved. Beside the factors of a layer over a quantised weight, the file has the name of the
+    weight's format, where PEFT does not look, and ``load_adapter`` compares it.
 
     Where training has merged terms into frozen weights (ScaLoRA), the adapter fits no other base. The changes are then
     saved in the same files, in the form that ``ScaLoRA(keep=…)`` chose, and the report names them:
@@ -139,7 +143,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
     training_state.load(model, path)
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
+def load_adapter(model: nn.Module, path: str | os.PathLike, *, any_quantization: bool = False) -> Report:
     """Loads an adapter folder that ``save_adapter`` or PEFT wrote into the model, in place.
 
     A model with our layers, or with PEFT's (its active adapter), must have the layers, ranks and scales of the files;
@@ -157,33 +161,50 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> Report:
     Frozen weights that the adapter's training changed are restored: whole weights bit for bit, terms by adding them to
     the model's weights, which must be the unchanged ones. Everything is checked before the model is changed.
 
+    Files that ``save_adapter`` wrote over quantised weights have each layer's format. A model whose weights are
+    quantised otherwise is refused, because the adapter corrects the rounding of the weights that it was trained over.
+    Over plain weights it is loaded with a warning: people do so to merge it, and the difference is that rounding alone.
+    It is none after ``dequantize_`` of the model in which the adapter was trained.
+
     Args:
         model: a model with our layers, with PEFT's, or a plain model; also compiled or under data parallelism.
         path: the folder.
+        any_quantization: load the adapter whatever its base was quantised to, without an error and without a warning.
+            The report tells of the difference.
 
     Returns:
-        The layers and modules loaded; the note of the report describes the frozen weights that were restored.
+        The layers and modules loaded; the note of the report describes the frozen weights that were restored, and those
+        that are quantised otherwise than in training.
 
     Raises:
         CheckpointError: the files cannot be read, are damaged, use PEFT features beyond what the model has, or do not
             fit it: a missing or extra key, a shape, a scale, a dtype in which an adapter would lose bits, a bound, a
             sharded parameter, one without data in memory (meta device, offloaded to the disk), a merged layer, a
-            weight that training has changed already or that other modules share. The model is then unchanged.
+            weight that training has changed already or that other modules share, or that is quantised to another format
+            than in training. The model is then unchanged.
+        ArgumentError: ``any_quantization`` is no bool.
     """
+    checks.flag(any_quantization, "any_quantization")
     model = _unwrap(model)
     with_peft = bool(peft_layers(model))  # PEFT's layers train a and b, so they need no sidecar
     adapter, free = folder.read(path, with_sidecar=not with_peft)
+    layers: Mapping[str, nn.Module]
     if with_peft:
-        plan = peft_plan.plan(peft_state.find(model, writable=True), adapter)
+        own = peft_state.find(model, writable=True)
+        plan, layers = peft_plan.plan(own, adapter), own.layers
     elif layers := _our_layers(model):
         plan = load_plan.into_our_layers(model, layers, adapter, free)
     else:
         plan = load_plan.into_plain_model(model, adapter, free)
+        modules = {key_name(name): module for name, module in model.named_modules()}
+        layers = {name: module for name, module in modules.items() if name in adapter.pairs}
+    otherwise = quantization.compare(adapter.quantized, layers, any_quantization)
     plan.apply_(model)
     shapes = {name: f"lora_A {tuple(a.shape)}, lora_B {tuple(b.shape)}" for name, (a, b) in adapter.pairs.items()}
     for name, restored in plan.others.items():
         shapes[name] = f"{shapes[name]}, {restored}" if name in shapes else restored
-    return Report("loaded", shapes, note=base_weights.note(adapter.changes, "restored"))
+    notes = base_weights.note(adapter.changes, "restored"), otherwise
+    return Report("loaded", shapes, note=". ".join(filter(None, notes)))
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -237,7 +258,7 @@ def _collect(model: nn.Module, exact: bool) -> tuple[list[str], Contents, dict[s
         _config(model, layers, [key_name(name) for name in whole]),
         base_weights.collect(model, layers, exact),
     )
-    contents = _contents(config, tensors, changes, free)
+    contents = _contents(config, tensors, changes, free, quantization.formats(layers))
     load_plan.check_our_layers(layers, _parsed(contents))
     others = {key.rpartition(".")[0].removesuffix(".base_layer") for key in beside}
     return [*layers, *sorted(others - layers.keys())], contents, changes
@@ -253,7 +274,7 @@ def _collect_peft(model: nn.Module, exact: bool) -> tuple[list[str], Contents, d
     peft_state.check_complete(adapter, tensors)
     tensors = {key: io.to_host(key, tensor) for key, tensor in base_weights.unmerged(model, tensors).items()}
     config, changes = peft_names.config(adapter, [*beside]), base_weights.collect(model, adapter.layers, exact)
-    contents = _contents(config, tensors, changes, {})
+    contents = _contents(config, tensors, changes, {}, quantization.formats(adapter.layers))
     parsed = _parsed(contents)
     peft_plan.plan_tensors(adapter, parsed)
     others = {key.rpartition(".")[0].partition(".lora_")[0].removesuffix(".base_layer") for key in parsed.tensors()}
@@ -261,11 +282,15 @@ def _collect_peft(model: nn.Module, exact: bool) -> tuple[list[str], Contents, d
 
 
 def _contents(
-    config: dict, tensors: dict[str, Tensor], changes: dict[str, Change], free: dict[str, FreeLayer]
+    config: dict,
+    tensors: dict[str, Tensor],
+    changes: dict[str, Change],
+    free: dict[str, FreeLayer],
+    formats: dict[str, str],
 ) -> Contents:
     """Returns the contents of the files, with the changes. ``tensors``: by their keys without the prefix."""
     tensors = {f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}
-    metadata = peft_format.add_changes_(config, tensors, changes)
+    metadata = peft_format.add_changes_(config, tensors, changes, formats)
     return Contents(config, tensors, metadata, free)
 
 

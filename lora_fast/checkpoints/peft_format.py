@@ -16,7 +16,8 @@ Where training has changed frozen weights, the same two files represent the chan
     terms alone   further ranks of the adapter: lora_A [a; terms_a], lora_B [b, terms_b / scaling]
 
 The tensors' metadata, under ``changed_base``, maps each changed layer to its mark: the rank and alpha of the adapter
-itself where the file has further ranks, otherwise nothing.
+itself where the file has further ranks, otherwise nothing. Under ``quantized_base`` the metadata maps each layer whose
+frozen weight was quantised to the weight's format; it is there if any was.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ ROLE = re.compile(r"(.+)\.(lora_A|lora_B|base_layer|terms_A|terms_B)\.weight")
 ADAPTED = re.compile(r"(.+)\.(?:lora_A\.weight|lora_embedding_A)")  # one key of each adapted layer
 ORIGINAL, REPEATED = ".original_module.", ".modules_to_save."  # in keys of embeddings that are trained whole
 DEFAULT_NAME = re.compile(r"(\.lora_\w+)\.default(?=\.|$)")
-CHANGED = "changed_base"  # in the tensors' metadata
+CHANGED, QUANTIZED = "changed_base", "quantized_base"  # in the tensors' metadata
 
 
 @dataclass
@@ -72,9 +73,12 @@ class Adapter:
             embeddings.
         others: key without the prefix → any other tensor.
         changes: module name → how training changed the frozen weight.
+        quantized: module name → format of the frozen weight that the adapter was trained over; None where the file does
+            not tell, as PEFT's own files and those over plain weights.
     """
 
     config: dict
+    quantized: dict[str, str] | None = None
     pairs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     base_weights: dict[str, Tensor] = field(default_factory=dict)
     others: dict[str, Tensor] = field(default_factory=dict)
@@ -125,7 +129,7 @@ def parse(config: dict, tensors: dict[str, Tensor], metadata: dict[str, str]) ->
     Raises:
         CheckpointError: as ``read``.
     """
-    marks, adapter = _read_marks(metadata), Adapter(config)
+    marks, adapter = _read_marks(metadata), Adapter(config, _read_formats(metadata))
     roles: dict[str, dict[str, Tensor]] = {}
     for key, tensor in _without_prefix(tensors).items():
         if REPEATED in key:
@@ -136,15 +140,22 @@ def parse(config: dict, tensors: dict[str, Tensor], metadata: dict[str, str]) ->
             adapter.others[key] = tensor
     for name, layer in roles.items():
         _add_layer(adapter, name, layer, marks.pop(name, None))
-    if marks:
-        raise CheckpointError(f"{CHANGED} in {WEIGHTS}", "layers of the file", ", ".join(sorted(marks)))
+    for note, others in ((CHANGED, marks.keys()), (QUANTIZED, (adapter.quantized or {}).keys() - adapter.pairs.keys())):
+        if others:
+            raise CheckpointError(f"{note} in {WEIGHTS}", "layers of the file", ", ".join(sorted(others)))
     return adapter
 
 
-def add_changes_(config: dict, tensors: dict[str, Tensor], changes: dict[str, Change]) -> dict[str, str]:
-    """Adds changes of frozen weights to an adapter's config and tensors, in place. Returns the tensors' metadata."""
-    marks = _add_changes_(config, tensors, changes)
-    return {"format": "pt"} | ({CHANGED: json.dumps(marks)} if marks else {})
+def add_changes_(
+    config: dict, tensors: dict[str, Tensor], changes: dict[str, Change], formats: dict[str, str]
+) -> dict[str, str]:
+    """Adds changes of frozen weights to an adapter's config and tensors, in place. Returns the tensors' metadata.
+
+    Args:
+        formats: module name → format of the frozen weight, of those that are quantised.
+    """
+    notes = {CHANGED: _add_changes_(config, tensors, changes), QUANTIZED: formats}
+    return {"format": "pt"} | {key: json.dumps(note) for key, note in notes.items() if note}
 
 
 def writers(config: dict, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Callable[[Path], object]]:
@@ -211,6 +222,19 @@ def _read_marks(metadata: dict[str, str]) -> dict[str, dict]:
     if not isinstance(marks, dict) or not all(isinstance(x, dict) and x.keys() in key_sets for x in marks.values()):
         raise CheckpointError(f"{CHANGED} in {WEIGHTS}", expected, checks.shown(marks))
     return marks
+
+
+def _read_formats(metadata: dict[str, str]) -> dict[str, str] | None:
+    """Returns the formats of quantised frozen weights in the metadata, by module name; None if there are none."""
+    if QUANTIZED not in metadata:
+        return None
+    try:
+        formats = json.loads(metadata[QUANTIZED])
+    except ValueError as error:
+        raise CheckpointError(f"{QUANTIZED} in {WEIGHTS}", "a format for each module name", f"{error}") from error
+    if not isinstance(formats, dict) or not all(isinstance(name, str) for name in formats.values()):
+        raise CheckpointError(f"{QUANTIZED} in {WEIGHTS}", "a format for each module name", checks.shown(formats))
+    return formats
 
 
 def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

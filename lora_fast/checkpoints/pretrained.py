@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..layers import merge_log
 from ..layers.find import ADAPTER_LAYERS, bare_name
+from ..quantized import family_of
 from ..surgery import inject, unload
 from . import io
 from .adapter import save_adapter
@@ -109,8 +110,8 @@ def plain_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]
 
 def hook_(model: nn.Module) -> None:
     """Gives every module that has ``save_pretrained`` and contains layers of ours the function above, as an
-    attribute of the instance, which deepcopy and pickle keep, and the model the hook below. Where no layer of ours is
-    left, both are removed."""
+    attribute of the instance, which deepcopy and pickle keep, and the model the hook below. A quantised model of
+    transformers counts as one that can be trained. Where no layer of ours is left, all of this is undone."""
     hooks = model._state_dict_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is warn_of_outer_model]:
         del hooks[key]
@@ -123,6 +124,9 @@ def hook_(model: nn.Module) -> None:
             del module.__dict__[SAVE]
         if SAVE not in module.__dict__ and _has_layers(module):
             module.__dict__[SAVE] = SaveHook(module)
+        if "is_quantized" in module.__dict__ and getattr(module, "hf_quantizer", None) is not None:
+            # Trainer refuses quantised models without adapters, and knows no adapters but PEFT's.
+            module.is_quantized = not _has_layers(module)  # type: ignore[assignment]
 
 
 def warn_of_outer_model(model: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -153,6 +157,11 @@ def _write_trained(model: nn.Module, folder: str | os.PathLike, state: dict[str,
             frozen -= {bare_name(f"{name}.{role}") for role in (*module.TRAINABLE, *module.SAVED_STATE)}
         if merge_log.is_changed(module):
             frozen.discard(bare_name(f"{name}.weight"))
+        base = module.base if isinstance(module, ADAPTER_LAYERS) else module
+        if base is not None and family_of(base) is not None:  # its library stores scales beside the weight
+            stored: dict[str, Tensor] = {}
+            base._save_to_state_dict(stored, f"{name}.", False)
+            frozen |= {bare_name(key) for key in stored}
     kept = {name: io.to_host(name, tensor).contiguous().clone() for name, tensor in state.items() if name not in frozen}
     io.write(folder, {TRAINED: lambda path: safetensors.torch.save_file(kept, path, metadata={"format": "pt"})})
 

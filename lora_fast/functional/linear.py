@@ -87,7 +87,7 @@ def in_autocast(x) -> bool:
 def casts(x, weight) -> bool:
     """Returns whether autocast casts x for a layer with this weight. A quantised weight's library decides for itself,
     and S is then computed from x as it is."""
-    return weight.dtype is not None and in_autocast(x)
+    return in_autocast(x) and getattr(weight, "dtype", x) is not None
 
 
 def checked(x, autocast: bool, weight, bias, lora_A, lora_B, scaling, dropout_p) -> tuple:

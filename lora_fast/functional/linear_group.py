@@ -55,10 +55,10 @@ def lora_linear_group(x: Tensor, members: Sequence[LinearMember | tuple]) -> tup
     if not isinstance(members, list | tuple) or not members:
         raise checks.ArgumentError("members", "a list of at least one member", checks.shown(members))
     layers = [_member(member, i) for i, member in enumerate(members)]
-    apart = any(reason_against_op(x, m.weight, m.lora_A, m.lora_B) for m in layers)
-    autocast = apart or casts(x, layers[0].weight)
-    if torch.compiler.is_compiling() or apart or any(casts(x, m.weight) is not autocast for m in layers):
+    apart = torch.compiler.is_compiling() or any(reason_against_op(x, m.weight, m.lora_A, m.lora_B) for m in layers)
+    if apart or len({casts(x, m.weight) for m in layers}) > 1:
         return tuple(_naming(i, lora_linear, x, *layer) for i, layer in enumerate(layers))
+    autocast = casts(x, layers[0].weight)
     calls = [(*_naming(i, checked, x, autocast, *layer[:6]), layer.seed) for i, layer in enumerate(layers)]
     groups = [calls[i : i + linear_group.MOST] for i in range(0, len(calls), linear_group.MOST)]
     return tuple(y for calls in groups for y in run_group(x, calls, autocast))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..checks import PLAIN
+from ..ops import composite
 from ..quantized import QuantizedWeight, family_of, quantized_weight, reason_against, reason_against_merge
 from . import merge_log
 from .fallback import Fallback
@@ -20,6 +21,7 @@ from .merging import Merged, merged_parameters, unmergeable
 from .terms import Term
 
 FROZEN = ("weight", "bias")  # the parameters of the linear layer
+_traced = torch.compiler.is_compiling
 
 
 class AdapterLinear(Fallback, nn.Module):
@@ -115,15 +117,14 @@ class AdapterLinear(Fallback, nn.Module):
         Raises:
             ArgumentError: none of them, a weight of another dtype, or settings that the constructor refuses.
         """
-        quantized = quantized_weight(linear)
-        check_linear(linear, quantized)
+        quantized = checked_weight(linear)
         weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
         dtype = torch.float32 if quantized else torch.promote_types(linear.weight.dtype, torch.float32)
         # On the meta device the constructor neither allocates nor initialises a weight that is replaced below.
         place: dict[str, Any] = {"device": "meta", "dtype": dtype}
         d_in, d_out = sizes(linear)
         layer = cls(d_in, d_out, bias=bias is not None, **settings, **place)
-        device = quantized.device if isinstance(quantized, QuantizedWeight) else linear.weight.device
+        device = quantized.device if quantized else linear.weight.device
         for name in cls.TRAINABLE:  # allocated once, here: the constructor's own are on the meta device
             free = getattr(layer, name)
             setattr(layer, name, nn.Parameter(torch.empty_like(free, device=device), free.requires_grad))
@@ -135,6 +136,7 @@ class AdapterLinear(Fallback, nn.Module):
         layer.bias, layer.fan_in_fan_out = bias, is_conv1d(linear)
         if quantized:
             layer.__dict__["base"] = linear  # past nn.Module.__setattr__, which would register a child
+            quantized.take_(linear)
         if merge_log.is_changed(linear):  # by a merge of an adapter that has been removed since
             merge_log.mark(layer)
         carry_hook(linear, layer)
@@ -159,7 +161,12 @@ class AdapterLinear(Fallback, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d_in) → (..., d_out)."""
-        return self.plain_forward(x) if self.is_plain else self._call(x, *self.arguments())
+        if self.is_plain:
+            return self.plain_forward(x)
+        if self.base is not None and _traced():  # the library's own ops are in the graph
+            dropout_p = self.dropout_p if self.training else 0.0
+            return composite.add_adapter(self.base(x), x, *self.factors(), self.scaling, dropout_p)
+        return self._call(x, *self.arguments())
 
     def arguments(self) -> tuple:
         """Returns ``functional.lora_linear``'s arguments after x for one forward."""
@@ -319,6 +326,7 @@ class AdapterLinear(Fallback, nn.Module):
         accelerate. If this layer is merged, it forgets the original weight."""
         linear: Any
         if self.base is not None:
+            self.quantized_weight().release_(self.base)
             carry_hook(self, self.base)
             return self.base.train(self.training)
         if self.fan_in_fan_out:
@@ -367,9 +375,22 @@ class AdapterLinear(Fallback, nn.Module):
         if f"{prefix}weight" in state_dict and merged_parameters([self._parameters.get("weight")]):
             errors.append(f"{prefix}weight is merged with the adapter of another layer: use lf.unmerge_ first")
             state_dict = {}
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if self.base is None:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        else:
+            self._load_with_base(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         if merged:
             self.fold_()
+
+    def _load_with_base(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        """Loads the adapter, and by the base's own method, which knows its scales, its weight and bias."""
+        base: Any = self.base
+        unknown: tuple[list[str], list[str]] = [], []
+        base._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unknown[0], errors)
+        self._parameters["weight"] = self._parameters["bias"] = None  # keeps their places in the order
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unknown[1], errors)
+        self._parameters |= {name: base._parameters.get(name) for name in ("weight", "bias")}
+        unexpected += [key for key in unknown[1] if key in unknown[0]]
 
     def _apply(self, fn, recurse: bool = True) -> Self:
         self._merged.is_changed()  # by others, before this change
@@ -402,6 +423,7 @@ class AdapterLinear(Fallback, nn.Module):
         shown = {name: getattr(self, name) for name in ("in_features", "out_features", "r", *self.INIT_ARGUMENTS)}
         shown |= {"dropout": self.dropout_p, "bias": self.bias is not None}
         shown |= {"fan_in_fan_out": True} if self.fan_in_fan_out else {}
+        shown |= {"base": self.quantized_weight().format} if self.base is not None else {}
         return ", ".join(f"{name}={value}" for name, value in shown.items()) + (", merged" * self.merged)
 
 
@@ -411,20 +433,24 @@ def is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
-def check_linear(linear: nn.Module, quantized: QuantizedWeight | str | None) -> None:
-    """Raises ArgumentError unless an adapter layer can take the place of this one."""
-    if isinstance(quantized, str):
-        raise checks.ArgumentError("linear", "a quantised layer that is ready", quantized)
-    if quantized is not None:
-        if reason := reason_against(linear):
-            raise checks.ArgumentError("linear", "a quantised weight that the ops can use", reason)
-        return
+def checked_weight(linear: nn.Module) -> QuantizedWeight | None:
+    """Returns the quantised weight of a layer whose place an adapter layer can take, None if its weight is a plain one.
+
+    Raises:
+        ArgumentError: an adapter layer cannot take the place of this one.
+    """
+    if isinstance(linear, nn.Module) and family_of(linear) is not None:
+        weight = reason_against(linear) or quantized_weight(linear)
+        if isinstance(weight, str):
+            raise checks.ArgumentError("linear", "a quantised weight that the ops can use", weight)
+        return weight
     if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
         expected = "a torch.nn.Linear, transformers' Conv1D or a layer with a quantised weight"
         raise checks.ArgumentError("linear", expected, type(linear).__name__)
     if linear.weight.dtype not in checks.FLOATS:
         expected = "a dtype among float16, bfloat16, float32, float64"
         raise checks.ArgumentError("linear.weight", expected, linear.weight.dtype)
+    return None
 
 
 def sizes(linear: nn.Module) -> tuple[int, int]:

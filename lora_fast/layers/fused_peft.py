@@ -21,6 +21,7 @@ from .. import checks, regions
 from ..checks import FLOATS, PLAIN
 from ..functional.linear import is_autocast_on, reason_against_op, run_op
 from ..kernels.limits import LARGEST_RANK
+from ..ops.composite import QUANTIZED_TRACED
 from ..quantized import quantized_weight
 from . import groups
 from .exact_merge import ExactMerge, merge_scaling
@@ -213,6 +214,8 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple[tuple, Tensor | Non
 
 def _quantized_weight(base: Module, bias: Tensor | None) -> Any:
     """Returns the base layer's quantised weight, or why the op does not take what the base layer has."""
+    if _traced():
+        return QUANTIZED_TRACED
     if "_is_replica" in base.__dict__:
         return f"replica of {type(base).__name__} in nn.DataParallel"
     weight = quantized_weight(base)

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from .. import checks, regions
 from ..functional.linear import is_autocast_on
 from ..kernels.grouping import group_by
-from ..quantized import QuantizedWeight, quantized_weight
 from . import factor_cache, hooks, inverse_cayley
-from .base import AdapterLinear, check_linear
+from .base import AdapterLinear, checked_weight
 from .rounding_room import UNIT_ROUNDOFF, usable_bound
 from .terms import merged_weight
 
@@ -219,11 +218,8 @@ class NBLoRALinear(AdapterLinear):
 
 def _bound_from(linear: nn.Linear, ratio: float, norm: str = "nuclear", bound: float | None = None, **others) -> float:
     """Returns the bound that is ``ratio`` times the weight's norm."""
-    quantized = quantized_weight(linear)
-    check_linear(linear, quantized)
-    weight: Tensor = linear.weight
-    if isinstance(quantized, QuantizedWeight):
-        weight = quantized.dequantized(torch.float32)
+    quantized = checked_weight(linear)
+    weight = quantized.dequantized(torch.float32) if quantized else linear.weight
     checks.choice(norm, "norm", tuple(NORMS))
     check_bound_ratio(ratio, bound)
     if weight.is_meta:

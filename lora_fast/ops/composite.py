@@ -129,7 +129,19 @@ def linear(
 ) -> Tensor:
     """Returns y (..., d_out) of x (..., d_in) by PEFT's formula, in PEFT's order of casts. Dropout draws its mask
     unless ``keep``, of x's shape, is one."""
-    result = _base_product(x, weight, bias)
+    return add_adapter(_base_product(x, weight, bias), x, lora_A, lora_B, scaling, dropout_p, keep)
+
+
+def add_adapter(
+    result: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    dropout_p: float,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Returns the frozen layer's result plus the adapter's part, as ``linear``."""
     x = x.to(lora_A.dtype)
     if keep is not None:
         x = x * (keep * keep_scale(dropout_p)).to(x.dtype)

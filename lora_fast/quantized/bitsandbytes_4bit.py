@@ -1,20 +1,27 @@
 """bitsandbytes' 4-bit weights: NF4 and FP4, with and without double quantisation, in every storage dtype.
 
-The layer casts x to its compute dtype and its result back to x's dtype, as bitsandbytes does. On CPUs with AVX512-bf16
-bitsandbytes repacks a weight in an evaluation's forward and rounds its scales to bfloat16. A layer whose weight is
-repacked cannot be trained: its product has no gradient. ``product`` therefore never repacks, and takes a repacked
-weight back as bitsandbytes does before it saves one.
+The layer casts x to its compute dtype and its result back to x's dtype, as bitsandbytes does. The product's gradient is
+that of the weight with which forward multiplies: dequantised to the compute dtype. bitsandbytes dequantises to the
+dtype that the weight had, and rounds again.
+
+On CPUs with AVX512-bf16 bitsandbytes repacks a weight in an evaluation's forward and rounds its scales to bfloat16. A
+layer whose weight is repacked cannot be trained: its product has no gradient, or raises an error. ``take_`` turns that
+off for the layers of an adapter. What has been repacked before is taken back, as bitsandbytes does before it saves a
+weight.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    from ..kernels.linear.four_bit import FourBit
 
 COMPUTE_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32)
 NOT_QUANTIZED = "4-bit weight that is not quantised yet: move the model to its device first"
@@ -35,7 +42,7 @@ class FourBitWeight(QuantizedWeight):
     @classmethod
     def reason(cls, module: nn.Module) -> str | None:
         layer: Any = module
-        weight, state = layer._parameters["weight"], _quant_state(layer)
+        weight, state = cls.tensor_of(module), _quant_state(layer)
         if weight.is_meta:
             return "4-bit weight on the meta device"
         if state is None:
@@ -47,6 +54,16 @@ class FourBitWeight(QuantizedWeight):
         if layer.compute_dtype not in COMPUTE_DTYPES:
             return f"compute dtype {layer.compute_dtype}, not float16, bfloat16 or float32"
         return None
+
+    @classmethod
+    def take_(cls, module: nn.Module) -> None:
+        module.__dict__["support_avx512bf16_for_cpu"] = False
+
+    @classmethod
+    def release_(cls, module: nn.Module) -> None:
+        import bitsandbytes as bnb
+
+        module.__dict__["support_avx512bf16_for_cpu"] = bnb.functional.has_avx512bf16()
 
     @property
     def is_ready(self) -> bool:
@@ -63,18 +80,27 @@ class FourBitWeight(QuantizedWeight):
         state = self._state()
         return f"bitsandbytes {state.quant_type}" + (", double quantisation" if state.nested else "")
 
+    @property
+    def original_dtype(self) -> torch.dtype:
+        state = _quant_state(self.module)
+        is_repacked = getattr(state, "packing_format_for_cpu", False)
+        dtype: torch.dtype = state.original_dtype if is_repacked else state.dtype
+        return dtype
+
     def _state(self) -> Any:
         """Returns bitsandbytes' description of the weight, as it is quantised: not repacked, and not lost where torch
         has made a new parameter of it."""
         import bitsandbytes as bnb
 
         layer = self.module
-        weight = layer._parameters["weight"]
+        weight = self.tensor
         if weight.__dict__.get("quant_state") is None:
             bnb.nn.modules.fix_4bit_weight_quant_state_from_module(layer)
         state = _quant_state(layer)
         if getattr(state, "packing_format_for_cpu", False):
             layer.weight.data, state = bnb.functional._convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
+            if not state.nested:  # bitsandbytes leaves its repacked scales, a column for each row of the weight
+                state.absmax = state.absmax.t().reshape(-1).float()
             layer.weight.quant_state = state
         return state
 
@@ -90,6 +116,18 @@ class FourBitWeight(QuantizedWeight):
         y: Tensor = bnb.matmul_4bit(x.to(dtype), layer.weight.data.t(), bias=bias, quant_state=state)
         return y.to(x.dtype)
 
+    def four_bit(self, dtype: torch.dtype) -> FourBit | None:
+        from ..kernels.linear.four_bit import FourBit, Nested
+
+        state = self._state()
+        if self.module.compute_dtype not in (None, dtype):
+            return None
+        nested = None
+        if state.nested:
+            inner = state.state2
+            nested = Nested(inner.code, inner.absmax, state.offset, inner.blocksize)
+        return FourBit(self.module.weight.data, state.code, state.absmax, state.blocksize, tuple(self.shape), nested)
+
     def grad(self, dy: Tensor) -> Tensor:
         dtype = self.module.compute_dtype or dy.dtype
         return torch.matmul(dy.to(dtype), self.dequantized(dtype)).to(dy.dtype)
@@ -102,8 +140,12 @@ class FourBitWeight(QuantizedWeight):
         dense: Tensor = bnb.functional.dequantize_4bit(self.module.weight.data, state)
         return dense.to(dtype)
 
+    def let_go_(self) -> None:
+        weight: Any = self.tensor
+        weight.module = None  # read where a weight is quantised, as this one has been
+
 
 def _quant_state(layer: Any) -> Any:
     """Returns bitsandbytes' description of the weight, which the layer has, too, in case a new parameter lost it."""
-    state = layer._parameters["weight"].__dict__.get("quant_state")
+    state = FourBitWeight.tensor_of(layer).__dict__.get("quant_state")
     return layer.quant_state if state is None else state

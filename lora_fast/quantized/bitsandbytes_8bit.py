@@ -26,7 +26,7 @@ class EightBitWeight(QuantizedWeight):
     @classmethod
     def reason(cls, module: nn.Module) -> str | None:
         layer: Any = module
-        weight, scales = layer._parameters["weight"], _scales(layer)
+        weight, scales = cls.tensor_of(module), _scales(layer)
         if weight.is_meta:
             return "8-bit weight on the meta device"
         if layer.state.has_fp16_weights:

@@ -40,11 +40,22 @@ def reason_against(module: nn.Module) -> str | None:
     return kind.reason(module)
 
 
+def format_of(module: nn.Module) -> str | None:
+    """Returns the format of the module's weight, or None if it has no quantised one of a known family that is ready."""
+    weight = quantized_weight(module)
+    return weight.format if isinstance(weight, QuantizedWeight) else None
+
+
+def over_format(module: nn.Module) -> str:
+    """Returns " over …" with the format of the module's weight, for reports; nothing for a weight that is not
+    quantised."""
+    return f" over {form}" if (form := format_of(module)) else ""
+
+
 def reason_against_merge(module: nn.Module) -> str:
     """Returns why no adapter can be merged into the module's quantised weight, with the two ways out."""
-    kind = family_of(module)
-    assert kind is not None, f"a quantised layer, got {type(module).__name__}"
-    name = f" ({kind(module).format})" if kind.reason(module) is None else ""
+    assert family_of(module) is not None, f"a quantised layer, got {type(module).__name__}"
+    name = f" ({form})" if (form := format_of(module)) else ""
     return (
         f"quantised weight{name}, which a merge would quantise anew: lf.dequantize_ first, or keep the adapter apart "
         "(lf.save_adapter)"

@@ -62,6 +62,11 @@ class TorchaoWeight(QuantizedWeight):
         return f"torchao {type(self.parameter).__name__}"
 
     @property
+    def original_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.parameter.dtype
+        return dtype
+
+    @property
     def _version(self) -> int:
         # torchao's copy_ counts as a change of the whole, a write into the part as one of the part.
         version: int = self.parameter._version + self.tensor._version

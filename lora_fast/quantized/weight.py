@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..kernels.linear.four_bit import FourBit
+
+from ..checks import FLOATS
 
 
 class QuantizedWeight:
@@ -13,7 +18,7 @@ class QuantizedWeight:
     it is made where it is needed, and it may stand wherever the ops take a weight.
 
     A family of formats is a subclass with ``matches``, ``dequantized``, ``format`` and, where they differ, ``reason``,
-    ``sizes``, ``product`` and ``grad``. Two class attributes say where it comes from:
+    ``sizes``, ``original_dtype``, ``product`` and ``grad``. Two class attributes say where it comes from:
 
         LIBRARY       the package whose classes ``matches`` looks for; where it is not imported, nothing matches
         PEFT_LAYERS   qualified names of PEFT's LoRA layers over such a base layer
@@ -51,9 +56,17 @@ class QuantizedWeight:
 
     @classmethod
     def tensor_of(cls, module: nn.Module) -> Tensor:
-        """Returns the module's tensor that identifies the weight."""
-        weight: Any = module._parameters["weight"]
-        return weight
+        """Returns the module's tensor that identifies the weight, a parameter unless a wrapper has taken it over."""
+        weight: Any = module._parameters.get("weight")
+        return module.weight if weight is None else weight  # type: ignore[return-value]
+
+    @classmethod
+    def take_(cls, module: nn.Module) -> None:
+        """Prepares a module for adapter layers, which may train in turns with evaluations."""
+
+    @classmethod
+    def release_(cls, module: nn.Module) -> None:
+        """Takes back what ``take_`` has done."""
 
     @classmethod
     def sizes(cls, module: nn.Module) -> tuple[int, int]:
@@ -75,10 +88,21 @@ class QuantizedWeight:
         """The library and its name of the format, such as "bitsandbytes nf4"."""
         raise NotImplementedError
 
+    @property
+    def original_dtype(self) -> torch.dtype | None:
+        """The dtype that the weight had before it was quantised; None where the format does not record it."""
+        dtype = self.tensor.dtype
+        return dtype if dtype in FLOATS else None
+
     def product(self, x: Tensor) -> Tensor:
         """Returns x Wᵀ + bias by the library, (..., d_in) → (..., d_out), in the dtype that the library gives."""
         y: Tensor = self.module(x)
         return y
+
+    def four_bit(self, dtype: torch.dtype) -> FourBit | None:
+        """Returns the weight as the GEMM over 4-bit weights (``kernels/linear/four_bit.py``) takes it for x or dy of
+        this dtype, None if it does not."""
+        return None
 
     def grad(self, dy: Tensor) -> Tensor:
         """Returns dy W, (..., d_out) → (..., d_in) in dy's dtype. The dequantised weight is not kept."""
@@ -87,6 +111,9 @@ class QuantizedWeight:
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """Returns W (d_out, d_in) as a new tensor of this dtype."""
         raise NotImplementedError
+
+    def let_go_(self) -> None:
+        """Breaks what keeps the memory of a layer that has been replaced until Python's collector runs."""
 
     # ---- What the rest of the package asks of a weight, whichever it is.
 

@@ -15,7 +15,7 @@ from .. import checks
 from ..kernels.grouping import group_by
 from ..layers.find import PeftLayer, expert_count, fused_class, fused_class_for, is_fused, peft_layers
 from ..layers.hooks import change_class_, has_replaced_forward
-from ..quantized import family_of, reason_against, reason_against_unknown
+from ..quantized import family_of, over_format, reason_against, reason_against_unknown
 from .change_report import Report
 from .groups import pair_
 from .weight_reads import weight_reads
@@ -71,7 +71,7 @@ def fuse_(
             report.left[name] = unfusable[name] = reason
         else:
             fused: Any = fused_class_for(layer)
-            report.changed[name] = fused.__name__
+            report.changed[name] = fused.__name__ + over_format(layer.get_base_layer())
             chosen.append((layer, fused))
     if strict and unfusable:
         got = Report("fused", left=unfusable).reasons()
@@ -79,9 +79,11 @@ def fuse_(
     report.require_change("peft_model", "at least one LoRA layer of PEFT to fuse", allow_empty)
     for layer, fused in chosen:
         change_class_(layer, fused)
+        if (kind := family_of(base := layer.get_base_layer())) is not None:
+            kind.take_(base)
     if group:
         pair_(peft_model, {layer for layer, _ in chosen})
-    _share_merges_(peft_model, report)
+    share_merges_(peft_model, report)
     report.note_fallbacks([layer for layer, _ in chosen])
     return report
 
@@ -116,6 +118,8 @@ def unfuse_(peft_model: nn.Module, *, allow_empty: bool = False) -> Report:
         for attribute in ("fallback_reason", "shares_weight_with", "siblings", "_merged"):  # the class has defaults
             layers[name].__dict__.pop(attribute, None)
         change_class_(layers[name], layers[name].PEFT_CLASS)
+        if (kind := family_of(base := layers[name].get_base_layer())) is not None:
+            kind.release_(base)
     still_shared = {id(layer.get_base_layer().weight) for layer in layers.values() if type(layer) is fused}
     for layer in layers.values():
         is_alone = type(layer) is ExactLoraEmbedding and id(layer.get_base_layer().weight) not in still_shared
@@ -125,7 +129,7 @@ def unfuse_(peft_model: nn.Module, *, allow_empty: bool = False) -> Report:
     return report
 
 
-def _share_merges_(peft_model: nn.Module, report: Report) -> None:
+def share_merges_(peft_model: nn.Module, report: Report) -> None:
     """Prepares fused layers that share their weight with other PEFT layers for merging. Adapted embeddings (tied to an
     adapted ``lm_head``) become ``ExactLoraEmbedding``. Beside other kinds of layers, fused ones merge as PEFT does."""
     from peft.tuners import lora

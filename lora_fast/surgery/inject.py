@@ -16,6 +16,7 @@ from .. import checks
 from ..layers.base import AdapterLinear
 from ..layers.find import ADAPTER_LAYERS, holders_of, peft_layers
 from ..layers.nb_lora import NBLoRALinear, share_factors_
+from ..quantized import over_format
 from . import targets
 from .change_report import Report
 from .configs import AdapterConfig, LoRAConfig, NBLoRAConfig, SingLoRAConfig
@@ -73,7 +74,8 @@ def inject_(
     candidates = targets.candidates(model, target)
     report = Report("injected", left=settings.left_alone(model, candidates))
     kinds = {name: (settings.layer, settings.layer_settings(name)) for name in candidates if name not in report.left}
-    report.changed = {name: f"{kind.__name__}(r={options['r']})" for name, (kind, options) in kinds.items()}
+    over = {name: over_format(candidates[name]) for name in kinds}
+    report.changed = {name: f"{kind.__name__}(r={options['r']}){over[name]}" for name, (kind, options) in kinds.items()}
     if not report.changed and not allow_empty:
         near = targets.closest(model, target)
         by = "" if target == "all-linear" else ", by a regular expression or a list of name ends"

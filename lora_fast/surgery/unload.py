@@ -22,7 +22,9 @@ def unload_(model: nn.Module, *, merge: bool = True, allow_empty: bool = False) 
     that it had before ``inject_``, and ``save_pretrained`` writes a whole model.
 
     The linear layers get the parameters themselves, which stay frozen, the mode (training or not), and accelerate's
-    hooks that move the input. The layers are replaced one by one, so that merging needs the memory of one weight more.
+    hooks that move the input. A layer over a quantised weight gives the library's own layer back, but it cannot be
+    merged (``dequantize_`` first). The layers are replaced one by one, so that merging needs the memory of one weight
+    more.
 
     Args:
         model: a model with layers of ours. For PEFT's use ``model.merge_and_unload()``.
@@ -49,9 +51,9 @@ def unload_(model: nn.Module, *, merge: bool = True, allow_empty: bool = False) 
         if reason := _unreplaceable(layer, merge, owners):
             report.left[name] = reason
         else:
-            report.changed[name] = ("Conv1D" if layer.fan_in_fan_out else "torch.nn.Linear") + (
-                ", adapter folded into its weight" if merge else ""
-            )
+            plain = "Conv1D" if layer.fan_in_fan_out else "torch.nn.Linear"
+            kind = plain if layer.base is None else f"{type(layer.base).__module__}.{type(layer.base).__name__}"
+            report.changed[name] = f"{kind}, adapter folded into its weight" if merge else kind
     if report.left:
         expected = "layers that can all be merged and replaced" if merge else "layers that can all be replaced"
         raise checks.ArgumentError("model", expected, report.reasons())

@@ -14,7 +14,7 @@ import transformers
 from transformers.trainer_callback import PrinterCallback
 
 import lora_fast as lf
-from lora_fast.layers.fused_peft import FusedLoraLinear
+from lora_fast.layers.fused_peft import FusedForward
 
 Result = TypeVar("Result")
 Change = Callable[[torch.nn.Module], torch.nn.Module]
@@ -32,16 +32,16 @@ def both(run: Callable[[Change], Result], calls_are_seen: bool = True) -> tuple[
     Raises:
         AssertionError: no layer was fused in the second run, or one of them never ran fused.
     """
-    changed: list[FusedLoraLinear] = []
+    changed: list[FusedForward] = []
     ran: set[int] = set()
-    fused_call = FusedLoraLinear._fused_call
+    fused_call = FusedForward._fused_call
 
     def fuse(model: torch.nn.Module) -> torch.nn.Module:
         lf.fuse_(model)
-        changed.extend(layer for layer in model.modules() if type(layer) is FusedLoraLinear)
+        changed.extend(layer for layer in model.modules() if isinstance(layer, FusedForward))
         return model
 
-    def note(layer: FusedLoraLinear, x: torch.Tensor) -> tuple | str:
+    def note(layer: FusedForward, x: torch.Tensor) -> tuple | str:
         call = fused_call(layer, x)
         if not isinstance(call, str):
             ran.add(id(layer))
@@ -51,7 +51,7 @@ def both(run: Callable[[Change], Result], calls_are_seen: bool = True) -> tuple[
     theirs = run(lambda model: model)
     with pytest.MonkeyPatch.context() as patch:
         if calls_are_seen:
-            patch.setattr(FusedLoraLinear, "_fused_call", note)
+            patch.setattr(FusedForward, "_fused_call", note)
         transformers.set_seed(0)
         ours = run(fuse)
     assert changed, "no layer was fused"
@@ -106,7 +106,7 @@ def train(trainer: transformers.Trainer) -> dict[str, Any]:
 
 
 def is_fused(model: torch.nn.Module) -> bool:
-    return any(type(layer) is FusedLoraLinear for layer in model.modules())
+    return any(isinstance(layer, FusedForward) for layer in model.modules())
 
 
 def optimizer_choice(model: torch.nn.Module, args: transformers.TrainingArguments, methods=()) -> tuple | None:

@@ -454,7 +454,7 @@ def loading(folder):
     def build():
         if not (folder / "there").exists():
             lf.save_adapter(injected(), folder / "there")
-        return lf.load_adapter, {"model": injected(), "path": str(folder / "there")}
+        return lf.load_adapter, {"model": injected(), "path": str(folder / "there"), "any_quantization": False}
 
     return build
 
@@ -553,6 +553,11 @@ def rows(folder: Path, backend: str) -> list[Row]:
             {"model": MODULE, "keep_originals": one_of("host", "device")},
         ),
         Row("unload_", lambda: (lf.unload_, {"model": injected(), "merge": True}), {"model": MODULE, "merge": flag}),
+        Row(
+            "dequantize_",
+            lambda: (lf.dequantize_, {"model": net(), "dtype": None, "allow_empty": True}),
+            {"model": MODULE, "dtype": PLACE["dtype"], "allow_empty": flag},
+        ),
         Row("disable_adapters", lambda: (disabled, {"model": injected()}), {"model": MODULE}),
         Row("groups", lambda: (lf.groups, {"model": fused()}), {"model": MODULE}),
         Row("unmerge_", lambda: (lf.unmerge_, {"model": merged(), "allow_empty": False}), {"model": MODULE}),

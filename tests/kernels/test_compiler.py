@@ -23,6 +23,7 @@ from lora_fast.kernels.inspection import catalogue, rules
 
 THIN, GEMM = ["project", "grad_s_b", "grad_a"], ["linear", "grad_x", "few_tokens"]
 GROUP = ["group_project", "group_linear", "group_grad_s_b", "group_grad_a", "group_grad_x"]
+FOUR_BIT = ["four_bit_linear", "four_bit_grad_x"]
 FULL = (90,)
 SHARES = {"thin": THIN, "gemm": GEMM, "group": GROUP}
 SHARES["rest"] = [op for op in catalogue.OPS if op not in THIN + GEMM + GROUP]
@@ -40,8 +41,8 @@ PLACES = [
 def sample(ops: list[str], arch: int) -> list[catalogue.Case]:
     """Returns every fourth variant and the last (of ``GROUP`` the first and last, of ops outside a layer the last) at
     each op's second or only rank, and one variant, in turn, at the largest rank of each dtype, of a layer's ops also at
-    every second one of the other ranks (of ``GROUP`` at none). For archs that are not in ``FULL`` it returns the first
-    and last variant (of ops outside a layer, the last) at the second rank."""
+    every second one of the other ranks (of ``GROUP`` and ``FOUR_BIT`` at none). For archs that are not in ``FULL`` it
+    returns the first and last variant (of ops outside a layer, the last) at the second rank."""
     chosen = []
     for turn, op in enumerate(ops):
         ranks: dict[tuple, list[catalogue.Case]] = {}
@@ -54,7 +55,11 @@ def sample(ops: list[str], arch: int) -> list[catalogue.Case]:
             if place == second:
                 many = cases[:-1:4] + cases[-1:] if of_layer else ends if op in GROUP else ends[-1:]
                 chosen += many if arch in FULL else ends if of_layer else ends[-1:]
-            elif arch in FULL and op not in GROUP and (place in largest.values() or (of_layer and (i + turn) % 2 == 0)):
+            elif (
+                arch in FULL
+                and op not in GROUP + FOUR_BIT
+                and (place in largest.values() or (of_layer and (i + turn) % 2 == 0))
+            ):
                 variants = cases if of_layer else ends
                 chosen.append(variants[i % len(variants)])
     return chosen

@@ -97,7 +97,8 @@ def test_load_free_restores_the_saved_state():
 
 @pytest.mark.parametrize("linear", [nn.Identity(), None], ids=["Identity", "None"])
 def test_from_linear_refuses_other_modules(linear):
-    with pytest.raises(lf.ArgumentError, match=r"^linear: expected a torch.nn.Linear or transformers. Conv1D, got "):
+    expected = r"^linear: expected a torch.nn.Linear, transformers. Conv1D or a layer with a quantised weight, got "
+    with pytest.raises(lf.ArgumentError, match=expected):
         OnlyB.from_linear(linear, r=2)
 
 
