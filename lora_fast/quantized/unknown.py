@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from torch import nn
-
-from .. import checks
+from torch import Tensor, nn
 
 DEQUANTIZED = "load the model with CompressedTensorsConfig(dequantize=True)"
 
@@ -23,7 +21,12 @@ def reason_against_unknown(module: nn.Module) -> str | None:
     if kind is nn.Linear or "Linear" not in kind.__name__:
         return None
     held = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
-    is_packed = any(tensor.dim() > 1 and tensor.dtype not in checks.FLOATS for tensor in held)
+    is_packed = any(tensor.dim() > 1 and not _is_dense(tensor) for tensor in held)
     if not is_packed and all(type(tensor).__module__.partition(".")[0] == "torch" for tensor in held):
         return None
     return f"a quantised format that is not known: {kind.__module__}.{kind.__qualname__}"
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Returns whether a tensor has elements of 16 bits or more of a floating dtype."""
+    return tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
