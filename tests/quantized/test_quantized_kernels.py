@@ -3,7 +3,8 @@ float64 with the dequantised weight, by the layer's budget."""
 
 import pytest
 
-bnb = pytest.importorskip("bitsandbytes", reason="pip install '.[quantized]'")
+pytest.importorskip("bitsandbytes", reason="pip install '.[quantized]'")
+import bitsandbytes as bnb
 import budget
 import torch
 from torch import nn
