@@ -56,9 +56,11 @@ def tables(settings: Settings, runs: list[Record]) -> list[Table]:
         ("optimizer's part, mean", [f"{1e3 * run.optimizer_time():.1f} ms" for run in runs], ""),
         ("tokens per second", pace, ""),
         ("kept for backward", kept, "eager / fused {saved_bytes_ratio:.3f}"),
-        ("frozen weights", [_weights(run) for run in runs], ""),
         ("trained parameters", [f"{run.trained_parameters:,}" for run in runs], ""),
+        ("frozen weights", [f"{run.weight_bytes / 2**20:.1f} MiB" for run in runs], ""),
     ]
+    if runs[0].weight_format:
+        rows.append(("if not quantised", [f"{run.plain_weight_bytes / 2**20:.1f} MiB" for run in runs], ""))
     if runs[0].bounds:
         used = [f"{run.last('adapter/bound_used_mean'):.1%}, {run.last('adapter/bound_used_max'):.1%}" for run in runs]
         rows.append(("bound used, mean and most", used, ""))
@@ -69,11 +71,6 @@ def tables(settings: Settings, runs: list[Record]) -> list[Table]:
         return [Table("", head, [[Cell(what), *map(Cell, values)] for what, values, _ in rows])]
     body = [[Cell(what), *map(Cell, values), Cell(note.format(**compared))] for what, values, note in rows]
     return [Table("", [*head, Cell("compared")], body)]
-
-
-def _weights(run: Record) -> str:
-    size, plain = (f"{size / 2**20:.1f}" for size in (run.weight_bytes, run.plain_weight_bytes))
-    return f"{size} of {plain} MiB" if run.weight_format else f"{size} MiB"
 
 
 def figures(settings: Settings, runs: list[Record]) -> list[tuple[str, str, str]]:
