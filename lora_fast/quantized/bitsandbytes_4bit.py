@@ -13,15 +13,13 @@ weight.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels.records import FourBit, NestedScales
 from .weight import QuantizedWeight
-
-if TYPE_CHECKING:
-    from ..kernels.linear.four_bit import FourBit
 
 COMPUTE_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32)
 NOT_QUANTIZED = "4-bit weight that is not quantised yet: move the model to its device first"
@@ -117,15 +115,13 @@ class FourBitWeight(QuantizedWeight):
         return y.to(x.dtype)
 
     def four_bit(self, dtype: torch.dtype) -> FourBit | None:
-        from ..kernels.linear.four_bit import FourBit, Nested
-
         state = self._state()
         if self.module.compute_dtype not in (None, dtype):
             return None
         nested = None
         if state.nested:
             inner = state.state2
-            nested = Nested(inner.code, inner.absmax, state.offset, inner.blocksize)
+            nested = NestedScales(inner.code, inner.absmax, state.offset, inner.blocksize)
         return FourBit(self.module.weight.data, state.code, state.absmax, state.blocksize, tuple(self.shape), nested)
 
     def grad(self, dy: Tensor) -> Tensor:

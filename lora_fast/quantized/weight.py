@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from ..kernels.linear.four_bit import FourBit
-
 from ..checks import FLOATS
+from ..kernels.records import FourBit
 
 
 class QuantizedWeight:

@@ -202,6 +202,7 @@ def four_bit_of(case: dict, d_in: int = 512, d_out: int = 768):
     """Returns a function that runs both GEMMs over a 4-bit weight, and their tensors."""
     import torch
 
+    from lora_fast.kernels import records
     from lora_fast.kernels.linear import four_bit
 
     dtype, adapter = (
@@ -213,11 +214,10 @@ def four_bit_of(case: dict, d_in: int = 512, d_out: int = 768):
     )
     flat = lambda count, dtype, name=None: tensor(1, count, dtype, name)[0]
     packed = flat(n // 2, torch.uint8, "packed").view(getattr(torch, case.get("storage", "uint8")))
-    second = (
-        four_bit.Nested(*(flat(count, torch.float32) for count in (256, n // blocksize // 256, 1))) if nested else None
-    )
+    sizes = 256, n // blocksize // 256, 1
+    second = records.NestedScales(*(flat(count, torch.float32) for count in sizes)) if nested else None
     absmax = flat(n // blocksize, torch.uint8 if nested else torch.float32, "absmax")
-    weight = four_bit.FourBit(packed, flat(16, torch.float32), absmax, blocksize, (d_out, d_in), second)
+    weight = records.FourBit(packed, flat(16, torch.float32), absmax, blocksize, (d_out, d_in), second)
     tokens, padding = case.get("tokens", 8192), case.get("padding", 0)
     x, dy = (tensor(tokens, width, dtype, "left", padding) for width in (d_in, d_out))
     s = tensor(tokens, r, torch.promote_types(dtype, adapter), "thin")

@@ -20,7 +20,7 @@ import lora_fast as lf
 import lora_fast.kernels
 from lora_fast import methods as M
 from lora_fast.batches.pairs import Pair
-from lora_fast.kernels import cayley, limits, linear, tiles
+from lora_fast.kernels import cayley, limits, linear, records, tiles
 from lora_fast.kernels.inspection import sanitizer
 from lora_fast.kernels.linalg import inverse, spd
 from lora_fast.kernels.linear import cublas as thin
@@ -85,9 +85,9 @@ def run_four_bit(
     n_tokens, d_in, d_out = shape
     n = -(-d_in * d_out // blocksize)
     byte = lambda count: randn(count).abs().mul(40).to(torch.uint8)
-    second = four_bit.Nested(randn(256), randn(-(-n // 256)), randn(1)) if nested else None
+    second = records.NestedScales(randn(256), randn(-(-n // 256)), randn(1)) if nested else None
     absmax = byte(n) if nested else randn(n)
-    weight = four_bit.FourBit(byte(d_in * d_out // 2), randn(16), absmax, blocksize, (d_out, d_in), second)
+    weight = records.FourBit(byte(d_in * d_out // 2), randn(16), absmax, blocksize, (d_out, d_in), second)
     x, dy = (randn(n_tokens, width + padding, dtype=dtype)[:, :width] for width in (d_in, d_out))
     s, a, b = randn(n_tokens, r), randn(r, d_in, dtype=adapter), randn(d_out, r, dtype=adapter)
     with tiles.assume(arch=arch), poisoned_empty():

@@ -9,7 +9,7 @@ import torch
 from budget import DRAWS, check, error
 from launching import DEVICE, poisoned_empty, randn
 
-from lora_fast.kernels import launch, tiles, tuned
+from lora_fast.kernels import launch, records, tiles, tuned
 from lora_fast.kernels.linear import four_bit
 from lora_fast.ops.reference import linear as reference
 
@@ -24,10 +24,12 @@ def by_hand(nested: bool, shape=(D_OUT, D_IN), blocksize=128) -> four_bit.FourBi
     """Returns a weight of random bytes, with a random code. By default every second row begins within a block."""
     n, generator = -(-shape[0] * shape[1] // blocksize), torch.Generator().manual_seed(7)
     byte = lambda count: torch.randint(256, (count,), generator=generator, dtype=torch.uint8).to(DEVICE)
-    second = four_bit.Nested(randn(256, seed=1), randn(-(-n // 256), seed=2).abs(), torch.tensor(0.3, device=DEVICE))
+    second = records.NestedScales(
+        randn(256, seed=1), randn(-(-n // 256), seed=2).abs(), torch.tensor(0.3, device=DEVICE)
+    )
     absmax = byte(n) if nested else randn(n, seed=3).abs()
     packed = byte(shape[0] * shape[1] // 2)
-    return four_bit.FourBit(packed, randn(16), absmax, blocksize, shape, second if nested else None)
+    return records.FourBit(packed, randn(16), absmax, blocksize, shape, second if nested else None)
 
 
 def dequantised(weight: four_bit.FourBit, dtype: torch.dtype) -> torch.Tensor:
@@ -48,8 +50,8 @@ def by_bitsandbytes(quant_type: str, nested: bool, dtype: torch.dtype, blocksize
     functional = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
     options = {"blocksize": blocksize, "compress_statistics": nested, "quant_type": quant_type}
     packed, state = functional.quantize_4bit(randn(D_OUT, D_IN, dtype=dtype), quant_storage=STORED_IN[dtype], **options)
-    second = four_bit.Nested(state.state2.code, state.state2.absmax, state.offset) if nested else None
-    weight = four_bit.FourBit(packed, state.code, state.absmax, blocksize, (D_OUT, D_IN), second)
+    second = records.NestedScales(state.state2.code, state.state2.absmax, state.offset) if nested else None
+    weight = records.FourBit(packed, state.code, state.absmax, blocksize, (D_OUT, D_IN), second)
     return weight, functional.dequantize_4bit(packed, state)
 
 

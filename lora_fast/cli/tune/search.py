@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ...kernels import linear, tiles, tuned
-from ...kernels.linear.four_bit import FourBit, Nested, four_bit_grad_x, four_bit_linear, four_bit_strategy, takes
+from ...kernels.linear.four_bit import four_bit_grad_x, four_bit_linear, four_bit_strategy, takes
+from ...kernels.records import FourBit, NestedScales
 from ...measure.clock import Clock, flush_cache, turns
 
 GAIN = 0.02  # share of the default's time that a choice must save; less is noise
@@ -116,7 +117,7 @@ def four_bit_cases(shape: Shape, device: torch.device) -> Iterator[Case]:
     a, b, dropout = make(r, d_in), make(d_out, r), shape.dropout > 0
     keep = linear.draw_mask(dy, shape.dropout, seed=1) if dropout else None
     packed, state = functional.quantize_4bit(make(d_out, d_in).to(dtype), compress_statistics=True, quant_type="nf4")
-    nested = Nested(state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
+    nested = NestedScales(state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
     weight = FourBit(packed, state.code, state.absmax, state.blocksize, (d_out, d_in), nested)
     if not takes(x, weight):
         return

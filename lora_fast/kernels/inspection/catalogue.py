@@ -20,7 +20,7 @@ from .. import cayley, launch, pointer_table, tiles
 from .. import linear as layer
 from ..linalg import inverse, spd
 from ..linear.cublas import Halves
-from ..linear.four_bit import FourBit, Nested, four_bit_grad_x, four_bit_linear
+from ..linear.four_bit import four_bit_grad_x, four_bit_linear
 from ..linear.group import GroupProject
 from ..linear.group_grads import GroupGradA, GroupGradSB
 from ..linear.group_linear import FusedGroupLinear
@@ -28,7 +28,7 @@ from ..linear.project import Project
 from ..pairs import adamw, add_low_rank, inverse_mean, momentum, regularizers, scalora_scales, scalora_system
 from ..pairs import gram as grams
 from ..pairs.transform import Noise, transform_tables_
-from ..records import Scaled
+from ..records import FourBit, NestedScales, Scaled
 
 N_TOKENS, SHORT, FEW, D_IN, D_OUT = 8192, 1024, 16, 4096, 4096
 GROUP = 4096, 1024, 1024, 4096  # d_out of the members of a group: q, k, v and one more
@@ -160,7 +160,7 @@ def grad_x(r: int, dtype: torch.dtype, adapter: str | None, strategy: str, paddi
 def _four_bit(nested: bool) -> FourBit:
     """Returns a 4-bit weight (D_OUT, D_IN) without defined values."""
     n = D_OUT * D_IN // 64
-    second = Nested(torch.empty(256), torch.empty(n // 256), torch.empty(1)) if nested else None
+    second = NestedScales(torch.empty(256), torch.empty(n // 256), torch.empty(1)) if nested else None
     packed, absmax = torch.empty(32 * n, dtype=torch.uint8), torch.empty(n, dtype=torch.uint8 if nested else None)
     return FourBit(packed, torch.empty(16), absmax, 64, (D_OUT, D_IN), second)
 

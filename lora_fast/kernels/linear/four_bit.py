@@ -23,8 +23,6 @@ Roofline  2·n_tokens·d_in·d_out operations: compute bound. About 8 instructio
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -44,32 +42,13 @@ from ..launch import (
     precision,
 )
 from ..primitives import dot, dot_rounded, drop, keep_mask, round_to
+from ..records import FourBit, NestedScales
 from . import signature
 from .gemm import load_factor, load_thin, place_of, store_tile
 
 SPAN = 64  # neighbouring elements of a row that have one absmax
 BLOCK = 1024  # elements that a program of lora_absmax_kernel computes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Nested(NamedTuple):
-    """The second quantisation, of absmax."""
-
-    code: Tensor  # float32 (256,)
-    absmax: Tensor  # float32, one for each blocksize elements of the first absmax
-    offset: Tensor  # float32, one element
-    blocksize: int = 256
-
-
-class FourBit(NamedTuple):
-    """A weight W (d_out, d_in) in 4 bits."""
-
-    packed: Tensor  # of any dtype and shape, contiguous; its bytes hold two elements each
-    code: Tensor  # float32 (16,)
-    absmax: Tensor  # one for each blocksize elements of W: float32, or uint8 if there is a second quantisation
-    blocksize: int
-    shape: tuple[int, int]
-    nested: Nested | None = None
 
 
 def takes(x: Tensor, weight: FourBit) -> bool:
@@ -222,7 +201,7 @@ class Absmax:
             {"BLOCKSIZE": blocksize, "BLOCK": BLOCK, "num_warps": 4},
         )  # fmt: skip
 
-    def __call__(self, quantised: Tensor, nested: Nested, stream: int | None = None) -> Tensor:
+    def __call__(self, quantised: Tensor, nested: NestedScales, stream: int | None = None) -> Tensor:
         absmax = self.empty()
         self.launch.go(stream, (quantised, nested.code, nested.absmax, nested.offset, absmax), ())
         return absmax
