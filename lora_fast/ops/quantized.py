@@ -75,10 +75,15 @@ def grad_x(ops, x: Tensor, parts: Sequence[tuple]) -> Tensor:
         operand = _four_bit(ops, "backward", dy, weight, len(a), keep is not None) if dy.dtype is x.dtype else None
         if operand:
             part = four_bit_gemm().four_bit_grad_x(dy, operand, ds, a, keep)
+            dx = part if dx is None else dx.add_(part)
+            continue
+        others.append((ds, a, keep))
+        if dx is None:
+            dx = _own(_grad(dy, weight).to(x.dtype), dy)
+        elif isinstance(weight, Tensor):
+            dx.add_(_grad(dy, weight))
         else:
-            part = _grad(dy, weight)
-            others.append((ds, a, keep))
-        dx = _own(part.to(x.dtype), dy) if dx is None else dx.add_(part)
+            weight.add_grad_(dx, dy)
     if others:
         ops.add_to_dx(dx, others)
     return dx.view(x.shape)

@@ -111,7 +111,7 @@ class FourBitWeight(QuantizedWeight):
         if not layer.compute_type_is_set:
             layer.set_compute_type(x)
             layer.compute_type_is_set = True
-        dtype, bias = layer.compute_dtype or x.dtype, layer._parameters["bias"]
+        dtype, bias = self.computes_in(x.dtype), layer._parameters["bias"]
         bias = None if bias is None else bias.to(dtype)
         with _no_subclass():
             y: Tensor = bnb.matmul_4bit(x.to(dtype), self.tensor.t(), bias=bias, quant_state=state)
@@ -127,9 +127,9 @@ class FourBitWeight(QuantizedWeight):
             nested = NestedScales(inner.code, inner.absmax, state.offset, inner.blocksize)
         return FourBit(self.module.weight.data, state.code, state.absmax, state.blocksize, tuple(self.shape), nested)
 
-    def grad(self, dy: Tensor) -> Tensor:
-        dtype = self.module.compute_dtype or dy.dtype
-        return torch.matmul(dy.to(dtype), self.dequantized(dtype)).to(dy.dtype)
+    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
+        chosen: torch.dtype = self.module.compute_dtype or dtype
+        return chosen
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         import bitsandbytes as bnb

@@ -104,7 +104,19 @@ class QuantizedWeight:
 
     def grad(self, dy: Tensor) -> Tensor:
         """Returns dy W, (..., d_out) → (..., d_in) in dy's dtype. The dequantised weight is not kept."""
-        return torch.matmul(dy, self.dequantized(dy.dtype))
+        dtype = self.computes_in(dy.dtype)
+        return torch.matmul(dy.to(dtype), self.dequantized(dtype)).to(dy.dtype)
+
+    def add_grad_(self, dx: Tensor, dy: Tensor) -> None:
+        """Adds dy W to dx (..., d_in), which is contiguous."""
+        if dx.dtype is dy.dtype is self.computes_in(dy.dtype):
+            dx.view(-1, dx.shape[-1]).addmm_(dy.reshape(-1, dy.shape[-1]), self.dequantized(dx.dtype))
+        else:
+            dx.add_(self.grad(dy))
+
+    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
+        """Returns the dtype in which the library multiplies a tensor of this dtype."""
+        return dtype
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """Returns W (d_out, d_in) as a new tensor of this dtype."""
