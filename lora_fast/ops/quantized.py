@@ -77,7 +77,9 @@ def _grad(dy: Tensor, weight: QuantizedWeight | Tensor) -> Tensor:
 
 def _own(result: Tensor, source: Tensor) -> Tensor:
     """Returns a library's result as memory that may be changed: contiguous, not seen by a mode of torch, which may use
-    it again, and not the source itself."""
+    it again, and not the source itself. It is no view, which could not be changed in place as nn.Linear's result
+    can."""
     if sees_ops() or result is source:
         return result.clone(memory_format=torch.contiguous_format)
-    return result.contiguous()
+    result = result.contiguous()
+    return torch.ops.aten._unsafe_view.default(result, result.shape) if result._is_view() else result

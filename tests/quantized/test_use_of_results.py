@@ -1,0 +1,26 @@
+"""What users do with results of layers over quantised weights, as they do with nn.Linear's."""
+
+import pytest
+import torch
+from quantized_layers import D_IN, FORMATS, peft_model, quantized
+
+import lora_fast as lf
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+@pytest.mark.parametrize("shape", [(2, 5, D_IN), (D_IN,)], ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_result_may_be_changed_in_place(name, shape):
+    model = peft_model(name, quantized(name))
+    lf.fuse_(model)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    results = []
+    for change in (lambda y: y.mul_(2.0), lambda y: y * 2.0):
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = change(model(leaf))
+        y.square().sum().backward()
+        results.append([y.detach(), leaf.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert model[0].fallback_reason is None
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
