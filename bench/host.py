@@ -1,4 +1,4 @@
-"""Measures the host time of one layer on the Triton path and of PEFT's eager layer, without a GPU, in three minutes.
+"""Measures the host time of one layer on the Triton path and of PEFT's eager layer, without a GPU, in four minutes.
 
     python bench/host.py
 
@@ -21,13 +21,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
 import stub_driver
 import torch
 import triton
-from bases import quantized_linear
+from bases import quantize_
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -60,11 +61,13 @@ class Model(nn.Module):
         return self.q(x)
 
 
-def peft_layer(d: int, r: int, dropout: float, adapter: torch.dtype, fused: bool) -> nn.Module:
+def peft_layer(
+    d: int, r: int, dropout: float, adapter: torch.dtype, fused: bool, model: nn.Module | None = None
+) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["q"])
-    model = get_peft_model(Model(d), config, autocast_adapter_dtype=False)
+    model = get_peft_model(model or Model(d), config, autocast_adapter_dtype=False)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(adapter)
@@ -160,32 +163,24 @@ def print_shared(console: Console, times: dict[tuple, float]) -> None:
     console.print("Goals: PEFT / ours ≥ 1.8; three of one input / two of an input each < 1.")
 
 
-def nf4_linear() -> nn.Module:
-    return quantized_linear(nn.Linear(SMALL, SMALL, bias=False, dtype=torch.bfloat16), "nf4", torch.bfloat16)
+def nf4_model() -> Model:
+    model = Model(SMALL)
+    quantize_(model, "nf4", torch.bfloat16)
+    return model
 
 
 def quantized_layer(engine: str, dropout: float, adapter: torch.dtype) -> nn.Module:
-    """Returns a layer over a 16×16 NF4 weight, which ours takes for one of D × D
-    (``shrink_products``)."""
-    from peft import LoraConfig, get_peft_model
-
-    model, (d, r) = nn.Module(), (SMALL, 8) if engine == "PEFT" else (D, R)
-    model.q = base = nf4_linear()
-    model.is_loaded_in_4bit, base.in_features, base.out_features = True, d, d
+    """Returns a layer over a 16×16 NF4 weight, which ours takes for one of D × D (``shrink_products``)."""
+    model, (d, r) = nf4_model(), (SMALL, 8) if engine == "PEFT" else (D, R)
+    base: Any = model.q
+    base.in_features = base.out_features = d
     base.weight.quant_state.shape = torch.Size((d, d))
-    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["q"])
-    model = get_peft_model(model, config, autocast_adapter_dtype=False)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(adapter)
-    if engine != "PEFT":
-        lf.fuse_(model)
-    return model.train().base_model.model.q
+    return peft_layer(d, r, dropout, adapter, engine != "PEFT", model)
 
 
 def shrink_products() -> None:
     """Makes the library's products of ours those of two tokens by a small weight, which PEFT's side computes, too."""
-    small_x, small = torch.zeros(1, 2, SMALL, dtype=torch.bfloat16), FourBitWeight(nf4_linear())
+    small_x, small = torch.zeros(1, 2, SMALL, dtype=torch.bfloat16), FourBitWeight(nf4_model().q)
 
     def shrunk(product: Callable) -> Callable:
         def run(weight: FourBitWeight, x: Tensor) -> Tensor:
@@ -303,7 +298,7 @@ def main() -> None:
     console = Console(width=110)
     with Progress(console=console, transient=True) as progress:
         times, shared = measured(stub, progress), measured_shared(progress)
-        one_token = measured_one_token(stub, progress)
+        one_token, quantized = measured_one_token(stub, progress), measured_quantized(stub, progress)
     frozen = times["frozen", None, None, "both"]
     versions = f"torch {torch.__version__}, Triton {triton.__version__}, Python {sys.version.split()[0]}"
     console.print(f"{versions}, launches for an {stub.card.name}")
@@ -324,6 +319,7 @@ def main() -> None:
     console.print("Goals: over PEFT ≤ 0.75 (float32 adapters), 0.9; added ≤ 0.6, 0.65; forward without gradients ≤ 1.")
     print_shared(console, shared)
     print_one_token(console, one_token)
+    print_quantized(console, quantized)
 
 
 if __name__ == "__main__":

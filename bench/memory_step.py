@@ -3,6 +3,7 @@ input.
 
     python bench/memory_step.py                           # SmolLM2-135M and a block of Llama-3-8B
     python bench/memory_step.py --model block --tokens 8192 --dropout 0.1
+    python bench/memory_step.py --quantize nf4            # linear layers by bitsandbytes
 
 PEFT's model and the same model fused take the same step: SmolLM2-135M on the King James text with its loss; the block,
 with random weights, from a random input that needs a gradient, as within a model, to a random gradient. The base is
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import peft
 import torch
+from bases import FORMATS, quantize_
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -106,6 +108,8 @@ def peak_of_step(model: nn.Module, forward: Forward, dy: Tensor | None, autocast
 def measure(options: argparse.Namespace, name: str, device: torch.device) -> Iterator[dict]:
     """Yields the figures of one model, a dictionary for each dropout and setting."""
     base, forward, dy = MODELS[name](options.tokens, device)
+    if options.quantize:
+        quantize_(base, options.quantize, torch.bfloat16)
     for dropout in options.dropout:
         config = peft.LoraConfig(
             r=options.rank, lora_alpha=2 * options.rank, lora_dropout=dropout, target_modules=LINEARS
@@ -126,11 +130,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help=f"of a step, for SmolLM2 a multiple of {SEQ_LEN}")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.05])
+    parser.add_argument("--quantize", choices=FORMATS, help="format of the frozen weights")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
     models.quieten()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     conditions = f"{options.tokens} tokens, r={options.rank}, {device.type}, torch {torch.__version__}"
+    conditions = f"{options.quantize or 'bfloat16'} base, {conditions}"
     table = Table(title=f"Peak of a step, {conditions}")
     for column in ("model", "dropout", "adapters", "PEFT, MiB", "ours, MiB", "PEFT / ours"):
         table.add_column(column, justify="right")

@@ -59,10 +59,9 @@ class Side:
     optimizer: torch.optim.Optimizer
 
 
-def base_model(device: torch.device, quantize: str | None = None) -> nn.Module:
+def base_model(device: torch.device) -> nn.Module:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = models.load_model(models.cached(models.PACKAGED, ""), dtype).to(device).train()
-    return quantize_(model, quantize, dtype) if quantize else model
+    return models.load_model(models.cached(models.PACKAGED, ""), dtype).to(device).train()
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -73,7 +72,10 @@ def peft_model(rank: int, dropout: float, device: torch.device, quantize: str | 
     import peft
 
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear")
-    return peft.get_peft_model(base_model(device, quantize), config).train()
+    base = base_model(device)
+    if quantize:
+        quantize_(base, quantize, next(base.parameters()).dtype)
+    return peft.get_peft_model(base, config).train()
 
 
 def copies(model: nn.Module, engines: dict[str, bool | None]) -> dict[str, nn.Module]:

@@ -1,5 +1,6 @@
 """Kernels run natively on a CUDA machine and through Triton's interpreter elsewhere; no test needs a network."""
 
+import gc
 import os
 from collections import Counter
 from pathlib import Path
@@ -21,6 +22,7 @@ SLOW = (  # files that take half a minute of one core or more each, and nine ten
     "cayley/test_cayley_kernels.py",
     "cli/test_finetune.py",
     "cli/test_finetune_methods.py",
+    "cli/test_finetune_quantized.py",
     "cli/test_inspect.py",
     "groups/test_architectures.py",
     "hf/test_checkpoints.py",
@@ -52,6 +54,13 @@ if INTERPRETED:
     interpreter.patch_once()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Leaves what has been imported out of the garbage collections of the tests, each of which takes half a second
+    otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter):

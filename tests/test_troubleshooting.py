@@ -9,18 +9,20 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import accelerate
 import peft
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaConfig, Trainer, TrainingArguments
 from triton.runtime.errors import OutOfResources
 
 import lora_fast as lf
 from lora_fast import backend, checks, platforms
 from lora_fast.batches.batch import Batch
+from lora_fast.cli.inputs import models, quantization
 from lora_fast.cli.output import run_folder
 from lora_fast.kernels import device, launch, pointer_table, tiles
 from lora_fast.kernels.linear import gluon_gemm
@@ -52,6 +54,20 @@ def one_factor_frozen() -> None:
     model(torch.ones(3, 8)).sum().backward()
     model[0].lora_A.grad = None
     optimizer.step()
+
+
+def quantized_twice() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        config = LlamaConfig(
+            architectures=["LlamaForCausalLM"], quantization_config={"quant_method": "gptq", "bits": 4}
+        )
+        config.save_pretrained(folder)
+        models.load_config(folder, "nf4")
+
+
+def format_without_its_package() -> None:
+    with mock.patch.object(quantization.util, "find_spec", return_value=None):
+        quantization.check_installed("nf4")
 
 
 def another_state() -> None:
@@ -245,6 +261,8 @@ ERRORS = {
     "state_dict: expected groups": other_groups,
     "state_dict: expected": another_state,
     "ScaLoRA changes frozen weights": incomplete_checkpoints,
+    "--quantize: expected a model": quantized_twice,
+    "--quantize nf4 needs": format_without_its_package,
     "--resume: expected": lambda: run_folder.saved_settings(None, {}),
     "CheckpointError": lambda: lf.load_adapter(plain(), "/no/such/folder"),
     "a tensor of the step has moved": lambda: pointer_table.cached(

@@ -110,8 +110,8 @@ def plain_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]
 
 def hook_(model: nn.Module) -> None:
     """Gives every module that has ``save_pretrained`` and contains layers of ours the function above, as an
-    attribute of the instance, which deepcopy and pickle keep, and the model the hook below. Where no layer of ours is
-    left, both are removed."""
+    attribute of the instance, which deepcopy and pickle keep, and the model the hook below. A quantised model of
+    transformers counts as one that can be trained. Where no layer of ours is left, all of this is undone."""
     hooks = model._state_dict_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is warn_of_outer_model]:
         del hooks[key]
@@ -124,6 +124,9 @@ def hook_(model: nn.Module) -> None:
             del module.__dict__[SAVE]
         if SAVE not in module.__dict__ and _has_layers(module):
             module.__dict__[SAVE] = SaveHook(module)
+        if "is_quantized" in module.__dict__ and getattr(module, "hf_quantizer", None) is not None:
+            # Trainer refuses quantised models without adapters, and knows no adapters but PEFT's.
+            module.is_quantized = not _has_layers(module)  # type: ignore[assignment]
 
 
 def warn_of_outer_model(model: nn.Module, prefix: str, keep_vars: bool) -> None:

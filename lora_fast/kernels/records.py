@@ -49,3 +49,23 @@ class StepWork(NamedTuple):
     scale_g: Tensor | None = None
     gram: bool = False
     keys: Tensor | None = None
+
+
+class NestedScales(NamedTuple):
+    """The second quantisation of a ``FourBit``, that of its absmax."""
+
+    code: Tensor  # float32 (256,)
+    absmax: Tensor  # float32, one for each blocksize elements of the first absmax
+    offset: Tensor  # float32, one element
+    blocksize: int = 256
+
+
+class FourBit(NamedTuple):
+    """A weight W (d_out, d_in) in bitsandbytes' 4 bits."""
+
+    packed: Tensor  # of any dtype and shape, contiguous; its bytes hold two elements each
+    code: Tensor  # float32 (16,)
+    absmax: Tensor  # one for each blocksize elements of W: float32, or uint8 if there is a second quantisation
+    blocksize: int
+    shape: tuple[int, int]
+    nested: NestedScales | None = None

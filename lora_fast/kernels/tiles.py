@@ -127,6 +127,14 @@ TABLE = {
     ("group_grad_x_tma_dropout", 2, 100, 227): [(16, 128, 16, 64, 8, 4), (256, 128, 32, 64, 8, 4)],
     ("group_grad_x_tma_dropout", 2, 90, 99): [(256, 128, 64, 32, 8, 3)],
     ("group_grad_x_tma_dropout", 2, 90, 227): [(256, 128, 64, 64, 8, 4)],
+    ("four_bit", 2, 80, 99): [(256, 128, 128, 32, 8, 3)],
+    ("four_bit_dropout", 2, 80, 99): [(256, 128, 64, 32, 8, 3)],
+    ("four_bit_tma", 2, 90, 99): [(256, 128, 128, 32, 8, 3)],
+    ("four_bit_tma", 2, 90, 227): [(256, 256, 128, 64, 8, 3)],
+    ("four_bit_tma", 2, 100, 227): [(256, 128, 128, 64, 8, 4)],
+    ("four_bit_tma_dropout", 2, 90, 99): [(256, 128, 64, 32, 8, 3)],
+    ("four_bit_tma_dropout", 2, 90, 227): [(32, 256, 128, 64, 8, 3), (256, 256, 64, 64, 8, 4)],
+    ("four_bit_tma_dropout", 2, 100, 227): [(16, 128, 128, 64, 8, 4), (256, 64, 128, 64, 4, 4)],
     ("update", 2, 80, 99): [(256, 64, 128, 0, 8, 1)],
     ("update", 2, 100, 227): [(256, 64, 128, 0, 4, 1)],
     ("update_few", 2, 80, 99): [(256, 16, 128, 0, 4, 1)],
@@ -144,6 +152,8 @@ TABLE = {
     ("linear_dropout", 4, 80, 99): [(256, 64, 64, 32, 8, 2)],
     ("group_grad_x", 4, 80, 99): [(256, 32, 64, 32, 8, 2)],
     ("group_grad_x_dropout", 4, 80, 99): [(256, 32, 64, 32, 8, 2)],
+    ("four_bit", 4, 80, 99): [(256, 32, 64, 32, 8, 2)],
+    ("four_bit_dropout", 4, 80, 99): [(256, 32, 64, 32, 8, 2)],
     ("update", 4, 80, 99): [(256, 32, 64, 0, 8, 1)],
     ("update", 4, 100, 227): [(256, 32, 64, 0, 4, 1)],
     ("update_few", 4, 80, 99): [(256, 16, 64, 0, 4, 1)],
@@ -201,6 +211,7 @@ FEW = 512  # up to this many tokens d_in may be split as well
 FEW_NUMBERS = 3 << 13  # most partial sums of S that a program of the update adds: 96 KiB, read from L2
 PARTIAL_NUMBERS = 1 << 18  # partial sums that a split reduction may always have: 1 MiB, which stays in L2
 GEMM_RANK = 32  # the GEMM walks larger ranks in steps of this size
+STEPPED = ("linear", "group_grad_x", "four_bit", "update")  # the ops that do so
 SHORT_RANK = 64  # most ranks of one program of project with small blocks of tokens
 
 _assumed: Scopes[dict] = Scopes()
@@ -279,9 +290,7 @@ def _tile(row: tuple[int, ...], r: int, largest_r: int = 256) -> Tile:
 
 def default(op: str, element_size: int, card: device.Device, r: int) -> Tile:
     """Returns the tile from the table."""
-    largest_r = (
-        gemm_rank(r) if op.startswith(("linear", "group_grad_x", "update")) else SHORT_RANK if "_short" in op else 256
-    )
+    largest_r = gemm_rank(r) if op.startswith(STEPPED) else SHORT_RANK if "_short" in op else 256
     return _tile(row(op, element_size, card, r), r, largest_r)
 
 
@@ -345,8 +354,17 @@ def grad_a(x: torch.Tensor, r: int, wide: bool) -> Tile:
 def linear(left: torch.Tensor, d_out: int, r: int, forward: bool, tma: bool, dropout: bool) -> Tile:
     """Returns the tile of the fused GEMM from left (n_tokens, d_in) to (n_tokens, d_out). Forward left is x, backward
     it is dy."""
-    choice = measured(gemm(forward, dropout) + ("_tma" if tma else "_pointer"), left, left.shape[1], d_out, r)
-    name = "linear" + "_tma" * tma + "_dropout" * dropout
+    return _gemm_tile("linear", gemm(forward, dropout), left, d_out, r, tma, dropout)
+
+
+def four_bit(left: torch.Tensor, d_out: int, r: int, forward: bool, tma: bool, dropout: bool) -> Tile:
+    """Returns the tile of the GEMM over a 4-bit weight, with the arguments of ``linear``."""
+    return _gemm_tile("four_bit", four_bit_op(forward, dropout), left, d_out, r, tma, dropout)
+
+
+def _gemm_tile(name: str, op: str, left: torch.Tensor, d_out: int, r: int, tma: bool, dropout: bool) -> Tile:
+    choice = measured(op + ("_tma" if tma else "_pointer"), left, left.shape[1], d_out, r)
+    name += "_tma" * tma + "_dropout" * dropout
     return _tile(choice, r, gemm_rank(r)) if choice else default(name, left.element_size(), limits(left.device), r)
 
 
@@ -377,6 +395,11 @@ def _group_tile(name: str, dy: torch.Tensor, ranks: Sequence[int]) -> Tile:
 def gemm(forward: bool, dropout: bool) -> str:
     """Returns the GEMM's name in tuned.py. Forward has one name: the mask is applied to S, not in the GEMM."""
     return "linear" if forward else "grad_x" + "_dropout" * dropout
+
+
+def four_bit_op(forward: bool, dropout: bool) -> str:
+    """Returns the name in tuned.py of the GEMM over a 4-bit weight."""
+    return "four_bit_" + gemm(forward, dropout)
 
 
 def update(left: torch.Tensor, r: int, few: bool) -> Tile:

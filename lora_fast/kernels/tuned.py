@@ -8,6 +8,7 @@ ops are tuned:
     "project", "project_short", "grad_s_b", "grad_a"
                                          a tile
     "linear", "grad_x", "grad_x_dropout" the GEMM's strategy; with the suffix "_tma" or "_pointer", its tile
+    the same with the prefix "four_bit_" the same of the GEMM over a 4-bit weight
 
 If the file is damaged, the first launch warns and the defaults are used; ``read`` itself raises.
 """
@@ -27,7 +28,7 @@ from . import atomic_file
 from .scopes import Scopes
 
 FORMAT = 1
-STRATEGIES = ("fused", "cublas", "gluon")
+STRATEGIES = ("fused", "cublas", "gluon", "library")
 TILE_FIELDS = 5  # t, outer, inner, warps, stages, as in the rows of tiles.TABLE
 
 

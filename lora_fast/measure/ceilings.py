@@ -20,7 +20,7 @@ HEAD_START = 0.3e-3  # seconds in which the host enqueues a run
 class Cost(NamedTuple):
     """The least that any implementation must do: bytes of every operand once, and floating-point operations."""
 
-    bytes: int
+    bytes: float
     operations: int
 
 
@@ -62,7 +62,7 @@ def _least_seconds(call: Callable[[], object], device: torch.device) -> float:
     return min(times)
 
 
-def layer_cost(n_tokens: int, d_in: int, d_out: int, r: int, element: int, adapter: int) -> Cost:
+def layer_cost(n_tokens: int, d_in: int, d_out: int, r: int, element: int, weight: float, adapter: int) -> Cost:
     """Returns the cost of a LoRA layer's forward and backward pass, every operand once a pass.
 
     Forward reads x and W and writes y; backward reads dy and W and writes dx. For the adapter, backward reads x again,
@@ -70,9 +70,9 @@ def layer_cost(n_tokens: int, d_in: int, d_out: int, r: int, element: int, adapt
 
     Args:
         r: rank; 0 for the frozen linear layer alone.
-        element, adapter: bytes of one element of activations and W, and of a and b.
+        element, weight, adapter: bytes of one element of activations, of W, and of a and b.
     """
     operations = 4 * n_tokens * d_in * d_out + 6 * n_tokens * r * (d_in + d_out)
     activations = n_tokens * (2 * d_in + 2 * d_out + (d_in if r else 0))
-    size = element * (activations + 2 * d_in * d_out) + adapter * 3 * r * (d_in + d_out)
+    size = element * activations + 2 * weight * d_in * d_out + adapter * 3 * r * (d_in + d_out)
     return Cost(bytes=size, operations=operations)

@@ -5,9 +5,10 @@ here with one class, and ``find.FORMATS`` names them: a new format is one file a
 from __future__ import annotations
 
 from .find import FORMATS, family_of, format_of, over_format, quantized_weight, reason_against, reason_against_merge
+from .unknown import reason_against_unknown
 from .weight import QuantizedWeight
 
 __all__ = [
     "FORMATS", "QuantizedWeight", "family_of", "format_of", "over_format", "quantized_weight", "reason_against",
-    "reason_against_merge",
+    "reason_against_merge", "reason_against_unknown",
 ]  # fmt: skip

@@ -18,9 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.records import FourBit, NestedScales
 from .weight import QuantizedWeight
 
 COMPUTE_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32)
+# Operations on bitsandbytes' class of tensors pass through its Python, which costs microseconds each.
+_no_subclass = torch._C.DisableTorchFunctionSubclass
 NOT_QUANTIZED = "4-bit weight that is not quantised yet: move the model to its device first"
 
 
@@ -108,10 +111,21 @@ class FourBitWeight(QuantizedWeight):
         if not layer.compute_type_is_set:
             layer.set_compute_type(x)
             layer.compute_type_is_set = True
-        dtype = layer.compute_dtype or x.dtype
-        bias = None if layer.bias is None else layer.bias.to(dtype)
-        y: Tensor = bnb.matmul_4bit(x.to(dtype), layer.weight.data.t(), bias=bias, quant_state=state)
-        return y.to(x.dtype)
+        dtype, bias = layer.compute_dtype or x.dtype, layer._parameters["bias"]
+        bias = None if bias is None else bias.to(dtype)
+        with _no_subclass():
+            y: Tensor = bnb.matmul_4bit(x.to(dtype), self.tensor.t(), bias=bias, quant_state=state)
+            return y.to(x.dtype)
+
+    def four_bit(self, dtype: torch.dtype) -> FourBit | None:
+        state = self._state()
+        if self.module.compute_dtype not in (None, dtype):
+            return None
+        nested = None
+        if state.nested:
+            inner = state.state2
+            nested = NestedScales(inner.code, inner.absmax, state.offset, inner.blocksize)
+        return FourBit(self.module.weight.data, state.code, state.absmax, state.blocksize, tuple(self.shape), nested)
 
     def grad(self, dy: Tensor) -> Tensor:
         dtype = self.module.compute_dtype or dy.dtype
@@ -120,10 +134,14 @@ class FourBitWeight(QuantizedWeight):
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         import bitsandbytes as bnb
 
-        state = copy.copy(self._state())
-        state.dtype = torch.float32 if dtype is torch.float64 else dtype  # directly, as bitsandbytes' forward
-        dense: Tensor = bnb.functional.dequantize_4bit(self.module.weight.data, state)
-        return dense.to(dtype)
+        state = self._state()
+        directly = torch.float32 if dtype is torch.float64 else dtype  # as bitsandbytes' forward
+        if state.dtype is not directly:
+            state = copy.copy(state)
+            state.dtype = directly
+        with _no_subclass():
+            dense: Tensor = bnb.functional.dequantize_4bit(self.tensor, state)
+            return dense.to(dtype)
 
     def let_go_(self) -> None:
         weight: Any = self.tensor

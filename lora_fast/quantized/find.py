@@ -11,11 +11,14 @@ from torch import nn
 
 from .bitsandbytes_4bit import FourBitWeight
 from .bitsandbytes_8bit import EightBitWeight
+from .gptqmodel import AWQWeight, GPTQWeight
 from .hqq import HQQWeight
 from .torchao import TorchaoWeight
 from .weight import QuantizedWeight
 
-FORMATS: tuple[type[QuantizedWeight], ...] = (FourBitWeight, EightBitWeight, TorchaoWeight, HQQWeight)
+FORMATS: tuple[type[QuantizedWeight], ...] = (
+    FourBitWeight, EightBitWeight, TorchaoWeight, HQQWeight, GPTQWeight, AWQWeight,
+)  # fmt: skip
 
 
 def family_of(module: nn.Module) -> type[QuantizedWeight] | None:

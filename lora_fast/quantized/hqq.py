@@ -60,6 +60,11 @@ class HQQWeight(QuantizedWeight):
     def format(self) -> str:
         return f"HQQ {self.module.meta['nbits']} bits"
 
+    @property
+    def original_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.module.compute_dtype
+        return dtype
+
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         dense: Tensor = self.module.dequantize()
         return dense.to(dtype)

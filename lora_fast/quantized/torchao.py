@@ -1,8 +1,8 @@
-"""torchao's weights, tensors of its own in a plain nn.Linear: int8, float8, intx, NVFP4 and whatever else it can
-dequantise, NF4 among them.
+"""torchao's weights, tensors of its own in a plain nn.Linear: int8, float8, int4, intx, NVFP4 and NF4.
 
-Where the config of a weight also quantises activations, torchao's product has no gradient with respect to x, so such
-weights are refused.
+Most of them have a method that dequantises. The weight of another (int4) is its product with the identity. Where the
+config of a weight also quantises activations, torchao's product has no gradient with respect to x, so such weights are
+refused.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .weight import QuantizedWeight
+
+STRIP = 1024  # columns of W in one product with rows of the identity
 
 
 class TorchaoWeight(QuantizedWeight):
@@ -29,7 +31,9 @@ class TorchaoWeight(QuantizedWeight):
     def matches(cls, module: type[nn.Module], weight: type | None) -> bool:
         from torchao.utils import TorchAOBaseTensor
 
-        return module is nn.Linear and weight is not None and (issubclass(weight, TorchAOBaseTensor) or _is_nf4(weight))
+        if module is not nn.Linear or weight is None:
+            return False
+        return _is_nf4(weight) or (issubclass(weight, TorchAOBaseTensor) and hasattr(weight, "tensor_data_names"))
 
     @classmethod
     def reason(cls, module: nn.Module) -> str | None:
@@ -40,8 +44,6 @@ class TorchaoWeight(QuantizedWeight):
             return f"{name} on the meta device"
         if len(devices := {str(part.device) for part in parts}) > 1:
             return f"{name} in parts on {' and '.join(sorted(devices))}"
-        if not _is_nf4(type(weight)) and not hasattr(weight, "dequantize"):
-            return f"{name}, which torchao cannot dequantise"
         if _quantizes_activations(weight):
             return f"{name} that quantises activations: torchao's product has no gradient with respect to them"
         if getattr(weight, "act_pre_scale", None) is not None:
@@ -60,6 +62,11 @@ class TorchaoWeight(QuantizedWeight):
         return f"torchao {type(self.parameter).__name__}"
 
     @property
+    def original_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.parameter.dtype
+        return dtype
+
+    @property
     def _version(self) -> int:
         # torchao's copy_ counts as a change of the whole, a write into the part as one of the part.
         version: int = self.parameter._version + self.tensor._version
@@ -72,9 +79,24 @@ class TorchaoWeight(QuantizedWeight):
         elif type(weight).__name__ == "Int8Tensor" and weight.block_size[-1] == weight.shape[-1]:
             # Its product multiplies by W without rounding it to the weight's dtype.
             dense = weight.dequantize(torch.float32 if dtype is torch.float64 else dtype)
+        elif type(weight).dequantize is Tensor.dequantize:  # torch's, for its own dtypes
+            dense = _product_with_identity(weight)
         else:
             dense = weight.dequantize()
         return dense.to(dtype)
+
+
+@torch.no_grad()
+def _product_with_identity(weight: Tensor) -> Tensor:
+    """Returns W (d_out, d_in) in the weight's dtype, to which the product with a row of the identity rounds it."""
+    d_out, d_in = weight.shape
+    dense = torch.empty((d_out, d_in), dtype=weight.dtype, device=weight.device)
+    for start in range(0, d_in, STRIP):
+        columns = dense[:, start : start + STRIP]
+        rows = torch.zeros((columns.shape[1], d_in), dtype=weight.dtype, device=weight.device)
+        rows[:, start : start + STRIP].fill_diagonal_(1.0)
+        columns.copy_(torch.nn.functional.linear(rows, weight).t())
+    return dense
 
 
 def _is_nf4(kind: type) -> bool:
@@ -85,4 +107,5 @@ def _is_nf4(kind: type) -> bool:
 def _quantizes_activations(weight: Any) -> bool:
     """Returns whether the product quantises x, too."""
     settings = ("act_quant_kwargs", "activation_quantization")
-    return any(getattr(weight, name, None) is not None for name in settings)
+    is_float8 = getattr(weight, "activation_dtype", None) is torch.float8_e4m3fn  # of an int4 weight
+    return is_float8 or any(getattr(weight, name, None) is not None for name in settings)

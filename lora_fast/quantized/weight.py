@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import FLOATS
+from ..kernels.records import FourBit
 
 
 class QuantizedWeight:
@@ -95,6 +96,11 @@ class QuantizedWeight:
         """Returns x Wᵀ + bias by the library, (..., d_in) → (..., d_out), in the dtype that the library gives."""
         y: Tensor = self.module(x)
         return y
+
+    def four_bit(self, dtype: torch.dtype) -> FourBit | None:
+        """Returns the weight as the GEMM over 4-bit weights (``kernels/linear/four_bit.py``) takes it for x or dy of
+        this dtype, None if it does not."""
+        return None
 
     def grad(self, dy: Tensor) -> Tensor:
         """Returns dy W, (..., d_out) → (..., d_in) in dy's dtype. The dequantised weight is not kept."""

@@ -15,7 +15,7 @@ from .. import checks
 from ..kernels.grouping import group_by
 from ..layers.find import PeftLayer, expert_count, fused_class, fused_class_for, is_fused, peft_layers
 from ..layers.hooks import change_class_, has_replaced_forward
-from ..quantized import family_of, over_format, reason_against
+from ..quantized import family_of, over_format, reason_against, reason_against_unknown
 from .change_report import Report
 from .groups import pair_
 from .weight_reads import weight_reads
@@ -173,6 +173,8 @@ def _unfusable(layer: PeftLayer) -> str | None:
     if family_of(base) is not None:
         if reason := reason_against(base):
             return reason
+    elif reason := reason_against_unknown(base):
+        return reason
     elif type(layer) is lora.Linear and base.weight.dtype not in checks.FLOATS:
         return f"weight of dtype {base.weight.dtype}"
     calls = {adapter: fused_arguments(layer, adapter) for adapter in layer.lora_A}

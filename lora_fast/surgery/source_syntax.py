@@ -6,7 +6,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from types import FunctionType
+from types import CodeType, FunctionType
 
 from torch import Tensor, nn
 
@@ -44,12 +44,22 @@ def truth(node: ast.expr, module: nn.Module) -> bool | None:
         owner, name = node.args
         if isinstance(owner, ast.Attribute) and owner.attr == WEIGHT and isinstance(name, ast.Constant):
             return None if hasattr(Tensor, str(name.value)) else False  # of a quantised weight
-    names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
-    attributes = {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
-    plain = all(isinstance(part, CONDITION) for part in ast.walk(node))
-    if not plain or names != {"self"} or attributes & {"training", WEIGHT}:
+    code = _condition(node)
+    if code is None:
         return None
     try:
-        return bool(eval(compile(ast.Expression(node), "<condition>", "eval"), {"__builtins__": {}}, {"self": module}))
+        return bool(eval(code, {"__builtins__": {}}, {"self": module}))
     except Exception:  # an attribute that exists only at some calls
         return None
+
+
+@functools.lru_cache(maxsize=16384)
+def _condition(node: ast.expr) -> CodeType | None:
+    """Returns the code of an expression over attributes of ``self`` alone, or None of another one."""
+    parts = list(ast.walk(node))
+    names = {part.id for part in parts if isinstance(part, ast.Name)}
+    attributes = {part.attr for part in parts if isinstance(part, ast.Attribute)}
+    plain = all(isinstance(part, CONDITION) for part in parts)
+    if not plain or names != {"self"} or attributes & {"training", WEIGHT}:
+        return None
+    return compile(ast.Expression(node), "<condition>", "eval")

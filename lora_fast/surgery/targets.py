@@ -12,7 +12,7 @@ from .. import checks
 from ..layers.base import is_conv1d
 from ..layers.find import ADAPTER_LAYERS
 from ..layers.hooks import is_hooked
-from ..quantized import family_of, reason_against
+from ..quantized import family_of, reason_against, reason_against_unknown
 from . import tasks
 from .weight_reads import weight_reads
 
@@ -88,6 +88,8 @@ def unsupported(module: nn.Module, reads: Mapping[nn.Module, str]) -> str | None
         return f"already a {kind}"
     if family_of(module) is not None:
         return HOOKED if is_hooked(module) else reason_against(module) or reads.get(module)
+    if (reason := reason_against_unknown(module)) is not None:
+        return reason
     if nn.utils.parametrize.is_parametrized(module):
         return "parametrized weight"
     # A subclass, as of quantised layers, may have another forward.

@@ -135,6 +135,20 @@ def test_the_file_for_trainer_has_no_part_of_the_frozen_weights(tmp_path):
         assert names and all("lora_" in name for name in names), names
 
 
+def test_a_state_dict_of_8_bit_layers_loads_with_its_scales():
+    """bitsandbytes loads 8-bit states alone; what it does not know is still told."""
+    model, other = quantized_injected_llama("int8"), quantized_llama("int8", seed=3)
+    lf.inject_(other, lf.LoRAConfig(r=4, alpha=8), progress=False)
+    wanted = logits(model)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), wanted)
+    layer = other.get_submodule(LAYER)
+    assert layer.weight is layer.base.weight
+    missing, unexpected = other.load_state_dict({f"{LAYER}.lora_A": layer.lora_A, f"{LAYER}.odd": wanted}, strict=False)
+    assert unexpected == [f"{LAYER}.odd"] and {f"{LAYER}.weight", f"{LAYER}.lora_B"} <= {*missing}
+    assert f"{LAYER}.lora_A" not in missing
+
+
 def test_free_parameters_and_trained_modules(tmp_path):
     model = quantized_llama()
     lf.inject_(model, lf.NBLoRAConfig(r=4, bound=0.5), progress=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import html
 import html.parser
@@ -99,7 +100,7 @@ def test_take_turns_starts_each_engine_first_equally_often(built, batch, monkeyp
 
 
 def test_take_turns_drops_a_compiler_that_fails_with_its_reason(built, batch, monkeypatch):
-    failing = E.Engines({**built.by_label}, built.fusing, built.dtype, built.device, built.vocabulary)
+    failing = dataclasses.replace(built, by_label={**built.by_label})
     failing.by_label[E.COMPILED] = E.Engine(E.COMPILED, built.by_label[E.EAGER].model, None)
 
     def step(engines, engine, batch):
@@ -210,7 +211,21 @@ def example_result(built) -> Result:
     layer = layer_times.Layer("q", 2, 8, 16, seconds, dict.fromkeys(seconds, 0.5), {E.EAGER: 1e-7, E.FUSED: 2e-7})
     environment = {"device": "CPU", "versions": {}}
     roof = ceilings.Ceilings("float32", 1e12, 1e10)
-    return Result(settings().as_dict(), environment, "quiet", "fused 3 layers", 3, {}, "", roof, measured, [layer])
+    return Result(
+        settings().as_dict(),
+        environment,
+        "quiet",
+        "fused 3 layers",
+        3,
+        {},
+        "",
+        roof,
+        "",
+        2**20,
+        2**20,
+        measured,
+        [layer],
+    )
 
 
 def test_tables_show_what_was_not_counted(built):
@@ -269,3 +284,26 @@ def test_profile_names_bad_input_and_writes_nothing(folder, tmp_path, options, m
 def test_profile_refuses_a_folder_in_use(folder, finished):
     result = invoke(folder, "--output", finished[0])
     assert result.exit_code == 2 and "--output: expected a new or empty folder" in result.output
+
+
+@pytest.mark.parametrize(("name", "least", "most"), [("nf4", 0.5, 3.0), ("int8", 1.0, 1.3), ("torchao-int8", 1.0, 1.3)])
+def test_quantised_engines_share_the_weights_and_compute_the_same(folder, batch, name, least, most):
+    """``least`` and ``most`` bound the bytes of an element with its share of the scales."""
+    pytest.importorskip("torchao" if "torchao" in name else "bitsandbytes", reason="pip install '.[quantized]'")
+    built = E.build(settings(quantize=name, dropout=0.0), str(folder), torch.float32, compiled=False)
+    losses, gradients = {}, {}
+    for label, engine in built.by_label.items():
+        loss = engine.model(**batch).loss
+        loss.backward()
+        losses[label], gradients[label] = loss.item(), [p.grad.clone() for p in engine.trained()]
+        engine.model.zero_grad()
+    assert losses[E.FUSED] == pytest.approx(losses[E.EAGER], abs=1e-6) and losses[E.BASE] != losses[E.EAGER]
+    torch.testing.assert_close(gradients[E.FUSED], gradients[E.EAGER])
+    assert str(built.fusing) == "fused 14 layers" and built.fallbacks() == {}
+    for (d_in, d_out), names in layer_times.by_shape(built).items():
+        layer = built.by_label[E.EAGER].model.get_submodule(names[0])
+        assert least <= layer_times._weight_bytes(layer.get_base_layer()) < most, (d_in, d_out)
+        pair = {label: built.by_label[label].model.get_submodule(names[0]) for label in (E.EAGER, E.FUSED)}
+        x, dy = layer_times.activations(built, batch, names[:1])[names[0]]
+        assert max(layer_times.gradient_errors(built, pair, x, dy).values()) < 20 * torch.finfo(torch.float32).eps
+    assert built.weights[0] < built.weights[1] and built.weight_format == name

@@ -187,6 +187,22 @@ def test_shapes_share_cases_and_each_shape_is_kept_when_done(monkeypatch):
     assert sizes == [5, 8] and all(outcome.choice.items() <= table.items() for outcome in outcomes)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_four_bit_weights_are_measured_against_the_library(dropout):
+    pytest.importorskip("bitsandbytes", reason="quantises the weight")
+    shape, table = replace(SHAPE, dropout=dropout, four_bit=True), {}
+    cases = list(search.four_bit_cases(shape, DEVICE))
+    assert [case.key.op for case in cases] == ["four_bit_linear", "four_bit_grad_x" + "_dropout" * (dropout > 0)]
+    for case in cases:
+        few = replace(case, candidates=case.candidates[:3])
+        outcome = search.search(few, clock(2, [2e-3, 1e-3]))
+        assert (outcome.tried, outcome.failed) == (3, 0)  # both tiles agree with the library
+        assert outcome.choice == few.candidates[2] and outcome.choice[case.key] == "fused"
+        search.remember(table, few, outcome)
+    assert len(table) == 4
+    assert not list(search.four_bit_cases(replace(shape, d_in=96), DEVICE))  # the kernel takes no such rows
+
+
 def test_gain_below_noise_leaves_the_default():
     case = case_of("grad_a")
     outcome = search.search(replace(case, candidates=case.candidates[:2]), clock(1, [1e-3, 0.99e-3]))
@@ -288,6 +304,12 @@ def test_ctrl_c_keeps_the_shapes_that_are_done(tiny, monkeypatch):
     result = invoke(*tiny)
     assert result.exit_code == 130 and "1 of 4 shapes are kept" in result.output
     assert len(tuned.read()["a GPU"]) == 5
+
+
+def test_four_bit_needs_bitsandbytes(tiny, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = invoke(*tiny, "--four-bit")
+    assert result.exit_code == 2 and "--four-bit: expected an environment with bitsandbytes" in result.output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

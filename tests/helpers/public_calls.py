@@ -454,7 +454,7 @@ def loading(folder):
     def build():
         if not (folder / "there").exists():
             lf.save_adapter(injected(), folder / "there")
-        return lf.load_adapter, {"model": injected(), "path": str(folder / "there")}
+        return lf.load_adapter, {"model": injected(), "path": str(folder / "there"), "any_quantization": False}
 
     return build
 

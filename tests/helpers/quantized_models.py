@@ -21,7 +21,8 @@ def quantized_linear(linear, kind="nf4", **options):
     else:
         compute = options.pop("compute_dtype", linear.weight.dtype)
         layer = bnb.nn.Linear4bit(d_in, d_out, has_bias, compute_dtype=compute, quant_type=kind, **options)
-    layer.load_state_dict(linear.state_dict())
+    for name, parameter in linear.named_parameters():
+        getattr(layer, name).data = parameter.data.clone()
     return layer.to("cpu").requires_grad_(False)
 
 

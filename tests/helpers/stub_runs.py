@@ -190,6 +190,78 @@ def group_proof(stub: stub_driver.Stub) -> dict:
     return {"differences": differences, "kernels": sorted(set(kernels)), "usual": usual_launches, "plans": plans}
 
 
+FOUR_BIT_CHANGES = [
+    {}, {"lead": True}, {"nested": True, "dropout": 0.1}, {"moved": "packed"}, {"tokens": 1}, {"blocksize": 128},
+    {"r": 5}, {"r": 64}, {"r": 256}, {"dtype": "float16"}, {"dtype": "float32"}, {"adapter": "bfloat16"},
+    {"bias": True}, {"padding": 3}, {"storage": "float32"},
+    *({"moved": name} for name in ("left", "absmax", "thin", "factor")),
+]  # fmt: skip
+
+
+def four_bit_of(case: dict, d_in: int = 512, d_out: int = 768):
+    """Returns a function that runs both GEMMs over a 4-bit weight, and their tensors."""
+    import torch
+
+    from lora_fast.kernels import records
+    from lora_fast.kernels.linear import four_bit
+
+    dtype, adapter = (
+        getattr(torch, case.get(name, usual)) for name, usual in (("dtype", "bfloat16"), ("adapter", "float32"))
+    )
+    n, r, nested, blocksize = d_in * d_out, case.get("r", 16), case.get("nested", False), case.get("blocksize", 64)
+    tensor = lambda rows, columns, dtype, name=None, padding=0: laid_out(
+        rows, columns, dtype, padding, 4 * (case.get("moved") == name)
+    )
+    flat = lambda count, dtype, name=None: tensor(1, count, dtype, name)[0]
+    packed = flat(n // 2, torch.uint8, "packed").view(getattr(torch, case.get("storage", "uint8")))
+    sizes = 256, n // blocksize // 256, 1
+    second = records.NestedScales(*(flat(count, torch.float32) for count in sizes)) if nested else None
+    absmax = flat(n // blocksize, torch.uint8 if nested else torch.float32, "absmax")
+    weight = records.FourBit(packed, flat(16, torch.float32), absmax, blocksize, (d_out, d_in), second)
+    tokens, padding = case.get("tokens", 8192), case.get("padding", 0)
+    x, dy = (tensor(tokens, width, dtype, "left", padding) for width in (d_in, d_out))
+    s = tensor(tokens, r, torch.promote_types(dtype, adapter), "thin")
+    a, b = tensor(r, d_in, adapter, "factor"), tensor(d_out, r, adapter, "factor")
+    bias = flat(d_out, dtype) if case.get("bias") else None
+    keep = (1 << 40, 0, 6554) if case.get("dropout") else None
+    x, dy = (t.unsqueeze(0) if case.get("lead") else t for t in (x, dy))
+
+    def call():
+        four_bit.four_bit_linear(x, weight, bias, s, b, 2.0)
+        four_bit.four_bit_grad_x(dy, weight, s, a, keep)
+
+    return call, [t for t in (x, dy, s, a, b, bias, *weight[:3], *(second or ())) if isinstance(t, torch.Tensor)]
+
+
+def four_bit_proof(stub: stub_driver.Stub, changes: list[dict] = FOUR_BIT_CHANGES) -> dict:
+    """Compares the launches over 4-bit weights as ``group_proof`` does. Returns the differences, the launches that
+    spill, and the names of the launched kernels."""
+    from lora_fast.kernels import linear
+    from lora_fast.kernels.linear import four_bit
+
+    arena, differences, kernels, spilling, by_plan = Arena(1 << 28), [], [], [], four_bit.by_jit
+    for change in changes:
+        for case in (change, {}):
+            (call, tensors), runs = four_bit_of(case), []
+            inputs = {tensor.data_ptr() for tensor in tensors}
+            for by_jit in (by_plan, by_plan, lambda: True):  # the first run makes the plan
+                four_bit.by_jit = by_jit
+                arena.rewind()
+                with stub.recorded() as launched:
+                    call()
+                runs.append(launched)
+            four_bit.by_jit = by_plan
+            known = lambda address, inputs=inputs: address in inputs or arena.holds(address)
+            kernels += [launched.kernel for launched in runs[1]]
+            spilling += [f"{case}: {launched.kernel}" for launched in runs[1] if launched.stack]
+            for mine, theirs in itertools.zip_longest(runs[1], runs[2]):
+                if not same(mine, theirs, known):
+                    differences.append(f"{case}: {mine} and {theirs}"[:2000])
+    plans = sum(key[0] == "four_bit" for key in linear.signature.plans)
+    counts = {"calls": 2 * len(changes), "plans": plans}
+    return {**counts, "differences": differences, "spilling": spilling, "kernels": kernels}
+
+
 class Arena:
     """Memory that is allocated from its start again after each ``rewind``, so that two runs of a call get the same
     addresses."""
@@ -699,6 +771,8 @@ COMMANDS = {
     "sample": lambda stub: launch_matrix(stub, pairwise()),
     "groups": lambda stub: launch_matrix(stub, pairwise(GROUP_DIMENSIONS), lambda case: group_of(case)[0]),
     "group_proof": group_proof,
+    "four_bit": lambda stub: four_bit_proof(stub, FOUR_BIT_CHANGES[:4]),
+    "four_bit_proof": four_bit_proof,
     "dropout": lambda stub: launch_matrix(stub, [case for case in pairwise() if case["dropout"]]),
     "proof": plan_proof,
     "spilling": spilling,

@@ -1,9 +1,10 @@
 """Compiles the catalogue's launches for every arch without a GPU and checks them against the rules of lora-fast
 inspect.
 
-By default every fourth variant of the layer's kernels, two of those of groups and one of the others are compiled at one
-rank, and one at some other ranks, for sm_90. For sm_120, and of the GEMM for sm_80, one or two variants are compiled at
-one rank. ``-m budget`` compiles all cases for all archs; test_launch.py launches layers on the limits of cards.
+By default the layer's kernels are compiled for sm_90 with every rank, dtype and value of an option. Two variants of
+those of groups and one of the others are compiled at one rank, and one at some other ranks. For sm_120, and of the GEMM
+for sm_80, one or two variants are compiled at one rank. ``-m budget`` compiles all cases for all archs; test_launch.py
+launches layers on the limits of cards.
 """
 
 import os
@@ -23,6 +24,7 @@ from lora_fast.kernels.inspection import catalogue, rules
 
 THIN, GEMM = ["project", "grad_s_b", "grad_a"], ["linear", "grad_x", "few_tokens"]
 GROUP = ["group_project", "group_linear", "group_grad_s_b", "group_grad_a", "group_grad_x"]
+FOUR_BIT = ["four_bit_linear", "four_bit_grad_x"]
 FULL = (90,)
 SHARES = {"thin": THIN, "gemm": GEMM, "group": GROUP}
 SHARES["rest"] = [op for op in catalogue.OPS if op not in THIN + GEMM + GROUP]
@@ -38,25 +40,39 @@ PLACES = [
 
 
 def sample(ops: list[str], arch: int) -> list[catalogue.Case]:
-    """Returns every fourth variant and the last (of ``GROUP`` the first and last, of ops outside a layer the last) at
-    each op's second or only rank, and one variant, in turn, at the largest rank of each dtype, of a layer's ops also at
-    every second one of the other ranks (of ``GROUP`` at none). For archs that are not in ``FULL`` it returns the first
-    and last variant (of ops outside a layer, the last) at the second rank."""
+    """Returns, of a layer's ops, cases that contain every value. Of ``GROUP`` it returns the first and last variant at
+    each op's second rank. Of ops outside a layer it returns the last variant at the second or only rank, and one, in
+    turn, at the largest rank of each dtype (of ``FOUR_BIT`` at none). For archs that are not in ``FULL`` it returns the
+    first and last variant (of ops outside a layer, the last) at the second rank."""
     chosen = []
-    for turn, op in enumerate(ops):
+    for op in ops:
+        if arch in FULL and op in THIN + GEMM:
+            chosen += with_every_value([case for case in catalogue.cases([op]) if case.runs_on(arch)])
+            continue
         ranks: dict[tuple, list[catalogue.Case]] = {}
         for case in filter(lambda case: case.runs_on(arch), catalogue.cases([op])):
             ranks.setdefault((case.dtype, case.r), []).append(case)
         largest = {dtype: (dtype, r) for dtype, r in sorted(ranks)}
-        second, of_layer = list(ranks)[:2][-1], op in THIN + GEMM
+        second = list(ranks)[:2][-1]
         for i, (place, cases) in enumerate(ranks.items()):
             ends = cases if len(cases) < 2 else [cases[0], cases[-1]]
             if place == second:
-                many = cases[:-1:4] + cases[-1:] if of_layer else ends if op in GROUP else ends[-1:]
-                chosen += many if arch in FULL else ends if of_layer else ends[-1:]
-            elif arch in FULL and op not in GROUP and (place in largest.values() or (of_layer and (i + turn) % 2 == 0)):
-                variants = cases if of_layer else ends
-                chosen.append(variants[i % len(variants)])
+                chosen += ends if op in THIN + GEMM + GROUP * (arch in FULL) else ends[-1:]
+            elif arch in FULL and op not in GROUP + FOUR_BIT and place in largest.values():
+                chosen.append(ends[i % len(ends)])
+    return chosen
+
+
+def with_every_value(cases: list[catalogue.Case]) -> list[catalogue.Case]:
+    """Returns a sample, chosen greedily, in which every rank, dtype and value of an option occurs."""
+
+    def facts(case):
+        return {("r", case.r), ("dtype", case.dtype), *case.variant.items()}
+
+    missing, chosen = set().union(*map(facts, cases)), []
+    while missing:
+        chosen.append(max(cases, key=lambda case: len(facts(case) & missing)))
+        missing -= facts(chosen[-1])
     return chosen
 
 

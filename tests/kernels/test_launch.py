@@ -87,6 +87,19 @@ def test_plans_of_groups_launch_the_same_as_the_jit():
     assert "lora_group_update_kernel" in result["kernels"]
 
 
+FOUR_BIT = [pytest.param("four_bit_proof", arch, marks=pytest.mark.budget) for arch in stub_runs.ARCHS]
+
+
+@pytest.mark.parametrize("command, arch", [("four_bit", 90), *FOUR_BIT])
+def test_plans_over_four_bit_weights_launch_the_same_as_the_jit(command, arch):
+    """A call has a plan for each of both GEMMs. Double quantisation takes a launch more for each."""
+    result = run(command, arch)
+    assert result["differences"] == [] and result["spilling"] == []
+    assert result["kernels"].count("lora_four_bit_kernel") == 2 * result["calls"]
+    assert result["kernels"].count("lora_absmax_kernel") == 2
+    assert result["plans"] >= 0.9 * result["calls"]
+
+
 def test_kernel_that_spills_is_launched_with_more_registers():
     result = run("spilling")
     assert all(result["same_launches"]) and all(result["other_cubins"]) and len(result["other_cubins"]) == 7

@@ -20,10 +20,11 @@ import lora_fast as lf
 import lora_fast.kernels
 from lora_fast import methods as M
 from lora_fast.batches.pairs import Pair
-from lora_fast.kernels import cayley, limits, linear, tiles
+from lora_fast.kernels import cayley, limits, linear, records, tiles
 from lora_fast.kernels.inspection import sanitizer
 from lora_fast.kernels.linalg import inverse, spd
 from lora_fast.kernels.linear import cublas as thin
+from lora_fast.kernels.linear import four_bit
 from lora_fast.kernels.pairs import (
     adamw,
     add_low_rank,
@@ -74,6 +75,24 @@ def run_group(
     with tiles.assume(arch=arch, strategy=strategy, thin=thin), poisoned_empty():
         _, ss = linear.group_forward(x, members)
         linear.group_backward(dys, x, ss, members, False, (True, needed, needed))
+
+
+def run_four_bit(
+    shape=(19, 192, 37), r=5, blocksize=128, nested=False, padding=3, dtype=FLOAT32, adapter=FLOAT32, dropout=0.0,
+    arch=90,
+) -> None:  # fmt: skip
+    """Runs both GEMMs over a 4-bit weight. ``shape`` is (tokens, d_in, d_out)."""
+    n_tokens, d_in, d_out = shape
+    n = -(-d_in * d_out // blocksize)
+    byte = lambda count: randn(count).abs().mul(40).to(torch.uint8)
+    second = records.NestedScales(randn(256), randn(-(-n // 256)), randn(1)) if nested else None
+    absmax = byte(n) if nested else randn(n)
+    weight = records.FourBit(byte(d_in * d_out // 2), randn(16), absmax, blocksize, (d_out, d_in), second)
+    x, dy = (randn(n_tokens, width + padding, dtype=dtype)[:, :width] for width in (d_in, d_out))
+    s, a, b = randn(n_tokens, r), randn(r, d_in, dtype=adapter), randn(d_out, r, dtype=adapter)
+    with tiles.assume(arch=arch), poisoned_empty():
+        four_bit.four_bit_linear(x, weight, None if padding else randn(d_out, dtype=dtype), s, b, 2.0)
+        four_bit.four_bit_grad_x(dy, weight, s, a, linear.draw_mask(dy, dropout, 1 << 40) if dropout else None)
 
 
 def factor_pairs(ranks, lengths, dtype=FLOAT32):
@@ -283,6 +302,10 @@ RUNS = {
     "group partial sums": partial(run_group, (290, 70), (81, 81, 5), (3, 3, 3), 3),
     "group split": partial(run_group, dtype=BFLOAT16, strategy="cublas", thin="split", padding=3, dropout=0.3),
     "group split, many columns": partial(run_group, (3, 700), ranks=(33, 5, 40), strategy="cublas", thin="split"),
+    "four bit": partial(run_four_bit, nested=True),
+    "four bit odd dropout": partial(run_four_bit, (3, 64, 1), 17, dtype=BFLOAT16, dropout=0.3),
+    "four bit TMA": partial(run_four_bit, (140, 192, 136), dtype=BFLOAT16, padding=0, nested=True, dropout=0.3),
+    "four bit without TMA": partial(run_four_bit, (33, 192, 40), 40, 64, dtype=FLOAT16, adapter=FLOAT16, arch=80),
     "halves": partial(run_halves, 5, 333),
     "gram mixed": partial(run_gram, *MIXED, FLOAT16),
     "gram chunks": partial(run_gram, (16, 3), (2100, 4100)),

@@ -6,10 +6,12 @@ from lora_fast.measure.ceilings import Ceilings, Cost, layer_cost, measure_ceili
 
 
 def test_layer_cost_counts_operations_and_each_operand_once():
-    frozen = layer_cost(10, 4, 6, 0, element=2, adapter=4)
+    frozen = layer_cost(10, 4, 6, 0, element=2, weight=2, adapter=4)
     assert frozen.operations == 2 * (2 * 10 * 4 * 6)
     assert frozen.bytes == 2 * ((10 * 4 + 4 * 6 + 10 * 6) + (10 * 6 + 4 * 6 + 10 * 4))
-    lora = layer_cost(10, 4, 6, 2, element=2, adapter=4)
+    quantized = layer_cost(10, 4, 6, 0, element=2, weight=0.5, adapter=4)
+    assert frozen.bytes - quantized.bytes == 2 * (2 - 0.5) * 4 * 6
+    lora = layer_cost(10, 4, 6, 2, element=2, weight=2, adapter=4)
     thin_in, thin_out = 2 * 10 * 4 * 2, 2 * 10 * 6 * 2  # S, da, dx; the update, dS, db
     assert lora.operations - frozen.operations == 3 * thin_in + 3 * thin_out
     assert lora.bytes - frozen.bytes == 2 * 10 * 4 + 4 * 3 * (2 * 4 + 6 * 2)

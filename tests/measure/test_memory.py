@@ -3,13 +3,23 @@ to the CPU's allocator, whose calls torch's profiler records."""
 
 from collections.abc import Callable
 from itertools import accumulate
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 import lora_fast as lf
-from lora_fast.measure.memory import PeakBytes, distinct_bytes, peak_bytes, saved_bytes
+from lora_fast.measure.memory import (
+    PeakBytes,
+    distinct_bytes,
+    elements,
+    peak_bytes,
+    saved_bytes,
+    saved_for_backward,
+    stored_bytes,
+)
 
 CPU = torch.device("cpu")
 TOKENS, WIDTH, HIDDEN = 64, 16, 32
@@ -46,6 +56,50 @@ def test_saved_bytes_exclude_some_tensors_and_add_others():
     assert saved_bytes(forward, []) == 4 * (15 + 3)
     assert saved_bytes(forward, [weight]) == 4 * 15
     assert saved_bytes(forward, [weight], lambda product: [product]) == 4 * (15 + 15)
+
+
+def test_bytes_kept_by_a_model_include_what_nodes_keep_as_attributes():
+    """Layers of 8 bits of bitsandbytes keep x so, outside autograd's saved tensors."""
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.tensors, ctx.weight = (None, x.clone()), weight
+            return x.square()
+
+    class Model(nn.Linear):
+        def forward(self, x: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(loss=Square.apply(x * self.bias, self.weight).sum())  # the product saves x
+
+    assert saved_for_backward(Model(2, 3), {"x": torch.ones(7, 3)}) == 4 * 2 * 7 * 3
+
+
+def test_bytes_of_a_four_bit_weight_count_both_levels_of_scales():
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(64, 96, bias=True, quant_type="nf4", compress_statistics=True)
+    layer.to("cpu")
+    weight, bias, blocks = 64 * 96 // 2, 4 * 96, 64 * 96 // 64
+    tables = 4 * (16 + 256)  # the values of 4 bits, and those of the scales' 8 bits
+    assert stored_bytes(layer) == weight + bias + blocks + tables + 4 + 4  # the scales' scale and their mean
+    assert elements(layer.weight) == 64 * 96
+
+
+def test_bytes_of_an_eight_bit_weight_are_the_same_after_its_first_forward():
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear8bitLt(64, 96, bias=False, has_fp16_weights=False)
+    layer.to("cpu")
+    assert stored_bytes(layer) == 64 * 96 + 4 * 96 and elements(layer.weight) == 64 * 96
+    layer(torch.ones(2, 64))
+    assert stored_bytes(layer) == 64 * 96 + 4 * 96
+
+
+def test_a_tensor_of_several_parts_counts_by_its_parts():
+    ao = pytest.importorskip("torchao.quantization")
+    layer = nn.Linear(64, 96, bias=False)
+    ao.quantize_(layer, ao.Float8WeightOnlyConfig())
+    assert stored_bytes(layer) == 64 * 96 + 4 * 96 and elements(layer.weight) == 64 * 96
+    x = torch.ones(2, 64, requires_grad=True)
+    assert saved_bytes(lambda: layer(x), layer.parameters()) >= 4 * 64 * 96  # torchao keeps the dequantised weight
 
 
 def test_peak_bytes_count_what_is_alive_at_once():

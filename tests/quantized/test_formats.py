@@ -16,7 +16,7 @@ import lora_fast as lf
 from lora_fast.quantized import quantized_weight
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-KINDS = ["nf4-nested", "int8", "torchao-int8", "torchao-nf4", "hqq-4"]  # one for each class of layers
+KINDS = ["nf4-nested", "int8", "torchao-int8", "torchao-nf4", "hqq-4", "gptq-4"]  # one for each class of layers
 CASES = {  # dtype of x and of the library's layer, of the adapter, of autocast
     "float32": (torch.float32, torch.float32, None),
     "bfloat16": (torch.bfloat16, torch.bfloat16, None),
@@ -83,7 +83,8 @@ def test_product_is_the_librarys_and_gradients_are_by_the_dequantised_weight(nam
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_dequantised_weight_is_what_the_library_multiplies_by(name):
+def test_dequantised_weight_is_what_the_library_multiplies_by(name, monkeypatch):
+    monkeypatch.setattr("lora_fast.quantized.torchao.STRIP", 96)
     base = quantized(name, bias=False)
     with torch.no_grad():
         rows = [base(row[None])[0] for row in torch.eye(D_IN)]
@@ -127,7 +128,7 @@ def compare_with_peft(name, case):
     for key in got:
         assert got[key].dtype is wanted[key].dtype, key
         if case == "float32":
-            assert budget.error(got[key], wanted[key].double()) <= 1e-6, key
+            assert budget.error(got[key], wanted[key].double()) <= FORMATS[name].apart, key
         computed, least = autocast or dtype, 0.0
         if key in ("da", "db") and not autocast:
             computed, least = factor_dtype, budget.least_error(dtype, factor_dtype)
@@ -147,7 +148,7 @@ def test_injected_layer_computes_what_peft_computes(name):
     wanted, got = run(theirs, *draw()), run(ours, *draw())
     assert ours[0].fallback_reason is None
     for key in got:
-        assert budget.error(got[key], wanted[key].double()) <= 1e-6, key
+        assert budget.error(got[key], wanted[key].double()) <= FORMATS[name].apart, key
 
 
 @pytest.mark.parametrize(("name", "backend"), [("nf4", "torch"), ("torchao-int8", "torch"), ("nf4", "triton")])
@@ -158,7 +159,7 @@ def test_dropout_drops_the_adapters_x_alone(name, backend):
     with torch.no_grad():
         model[0].lora_A.zero_()[0, 3] = 1.0
         model[0].lora_B.zero_()[7, 0] = 1.0
-    x, dy = torch.ones(300, D_IN, requires_grad=True), torch.zeros(300, D_OUT)
+    x, dy = torch.ones(100, D_IN, requires_grad=True), torch.zeros(100, D_OUT)
     dy[:, 7] = 1.0
     with lf.set_backend(backend):
         y = model(x)
@@ -166,7 +167,7 @@ def test_dropout_drops_the_adapters_x_alone(name, backend):
     added = (y - model[0].base(x)).detach()
     kept = added[:, 7] > 0.5
     torch.testing.assert_close(added[:, 7], kept / (1 - p), atol=1e-5, rtol=1e-5)
-    assert not added[:, :7].any() and abs(kept.float().mean() - (1 - p)) < 4 * (p * (1 - p) / 300) ** 0.5
+    assert not added[:, :7].any() and abs(kept.float().mean() - (1 - p)) < 4 * (p * (1 - p) / 100) ** 0.5
     through_w = quantized_weight(model[0].base).dequantized(torch.float32)[7]
     torch.testing.assert_close(x.grad[:, 3] - through_w[3], kept / (1 - p), atol=1e-5, rtol=1e-5)
     assert model.eval()(x).detach()[:, 7].sub(model[0].base(x)[:, 7]).sub(1.0).abs().max() < 1e-5
@@ -245,6 +246,17 @@ def test_a_moved_layer_computes_what_the_moved_librarys_layer_computes(name):
                 ours(x)
         else:
             assert torch.equal(ours(x), wanted) and ours(x).dtype is wanted.dtype
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["whole", "part"])
+def test_a_change_in_place_shows_in_the_version(part):
+    """torchao's tensors have a version of their own, and so have their parts."""
+    base, other = quantized("torchao-int8"), quantized("torchao-int8", seed=9)
+    weight = quantized_weight(base)
+    version, address = weight._version, weight.data_ptr()
+    with torch.no_grad():
+        (base.weight.qdata if part else base.weight).copy_(other.weight.qdata if part else other.weight)
+    assert weight._version > version and weight.data_ptr() == address != quantized_weight(other).data_ptr()
 
 
 class Heads(nn.Module):

@@ -5,6 +5,7 @@ import weakref
 
 import peft
 import pytest
+import quantized_layers
 import torch
 from peft.tuners import lora
 from quantized_models import quantized_injected_llama, quantized_linear, quantized_llama, quantized_peft_llama
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import lora_fast as lf
-from lora_fast.quantized import family_of
+from lora_fast.quantized import family_of, quantized_weight
 from lora_fast.quantized.bitsandbytes_4bit import FourBitWeight
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -57,6 +58,30 @@ def test_merging_after_it_equals_the_weight_plus_the_adapter(kind):
     torch.testing.assert_close(logits(model), before, rtol=0, atol=tolerance * before.abs().max().item())
     lf.merge_(model)
     torch.testing.assert_close(adapter.weight.double(), wanted, rtol=0, atol=2e-7 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("how", ["injected", "fused", "peft"])
+@pytest.mark.parametrize("name", quantized_layers.FORMATS)
+def test_every_format_is_replaced_by_its_values(name, how):
+    linear = quantized_layers.quantized(name)
+    weight = quantized_weight(linear).dequantized(torch.float64)
+    if how == "injected":
+        model = nn.Sequential(linear)
+        lf.inject_(model, lf.LoRAConfig(r=4, target_modules=["0"]), progress=False)
+        nn.init.normal_(model[0].lora_B)
+    else:
+        model = quantized_layers.peft_model(name, linear)
+        if how == "fused":
+            lf.fuse_(model)
+    layer, x = model[0], torch.randn(5, quantized_layers.D_IN)
+    before = model(x)
+    report = lf.dequantize_(model, torch.float32 if name.startswith("int8") else None)
+    kind = {"injected": "LoRALinear", "fused": "FusedLoraLinear", "peft": "Linear"}[how]
+    assert report.changed["0"].startswith(f"{kind} of torch.float32, from ") and type(layer).__name__ == kind
+    assert type(layer.weight) is nn.Parameter and not layer.weight.requires_grad and not report.note
+    torch.testing.assert_close(layer.weight.double(), weight, rtol=1e-6, atol=1e-7)
+    tolerance = 0.03 if name.startswith("int8") else 1e-5
+    torch.testing.assert_close(model(x), before, rtol=0, atol=tolerance * before.abs().max().item())
 
 
 def test_a_rounded_weight_is_rounded_once():
@@ -106,6 +131,34 @@ def test_transformers_takes_the_model_for_a_plain_one(tmp_path):
     again = LlamaForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16)
     assert torch.equal(logits(again), logits(model))
     assert model.float().dtype is torch.float32  # transformers refuses it for quantised models
+
+
+def test_the_dtype_is_that_of_before_or_the_config_s():
+    layers = [quantized_linear(nn.Linear(64, 64).to(dtype)) for dtype in (torch.bfloat16, torch.float32)]
+    model = nn.Sequential(*layers, quantized_linear(nn.Linear(64, 64), "int8"))
+    lf.dequantize_(model)
+    assert [layer.weight.dtype for layer in model] == [torch.bfloat16, torch.float32, torch.float16]
+    model = quantized_llama("int8", torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    lf.dequantize_(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_training_goes_on_in_groups_to_the_same_gradients():
+    model, tokens = quantized_injected_llama(), batch()
+
+    def gradients():
+        model.zero_grad()
+        model.train()(input_ids=tokens, labels=tokens).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    for _ in range(2):
+        before = gradients()
+    groups = str(lf.groups(model))
+    lf.dequantize_(model)
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, before[name], rtol=1e-4, atol=1e-6)
+    assert str(lf.groups(model)) == groups
 
 
 def test_hooks_and_tied_weights():

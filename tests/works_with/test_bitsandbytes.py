@@ -10,7 +10,7 @@ import torch
 import transformers
 import trl
 import trl_runs
-from paired_runs import adapted, assert_same, gradients, lora_config, train
+from paired_runs import adapted, assert_close, assert_same, gradients, lora_config, train
 from workflows import workflow
 
 import lora_fast as lf
@@ -69,6 +69,31 @@ def test_sft(base, tmp_path):
         return train(trainer)
 
     assert_same(run, 1e-2)
+
+
+@workflow("`lf.inject_` into a quantised model, `Trainer`", "losses, norms of the gradients, trained factors: 1e-4")
+def test_trainer_of_injected_layers(base, tmp_path):
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    data = [{"input_ids": row, "labels": row} for row in TOKENS.repeat(4, 1)]
+
+    def run(inject):
+        transformers.set_seed(1)
+        model = base(**NF4).train()
+        model.requires_grad_(False)
+        model = inject(model)
+        args = transformers.TrainingArguments(**trl_runs.options(tmp_path))
+        result = train(transformers.Trainer(model, args, train_dataset=data))
+        return result["logs"], [value for name, value in sorted(result["trained"].items()) if "lora_B" in name]
+
+    def ours(model):
+        lf.inject_(model, config)
+        return model
+
+    assert_close(run(lambda model: peft.get_peft_model(model, config)), run(ours), TOLERANCE, TOLERANCE)
+    model = ours(base(**NF4))
+    assert not model.is_quantized
+    lf.unload_(model, merge=False)
+    assert model.is_quantized
 
 
 @workflow("FP4 with a bfloat16 compute dtype, under autocast", "loss and gradients of all factors: 5e-2")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ...layers.nb_lora import NORMS
+from ..inputs import quantization
 from ..inputs.method_options import METHODS, overview, with_bounds
 from ..inputs.settings import DEFAULT_STEPS, Settings, absolute
 from ..output import run_folder
@@ -36,6 +37,11 @@ _PROMPT = "The text that the samples before and after training continue. The def
 _OUTPUT = "A new folder for the results. The default is the next free number in runs/."
 _SAVE_EVERY = "Number of steps between checkpoints. The default is a quarter of the run."
 _DTYPE = "auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16 or float16."
+_QUANTIZE = (
+    "Store the frozen weights of linear layers in fewer bits and train adapters over them (QLoRA). The formats are "
+    f"{quantization.choices()}. The output layer is not quantised. 4-bit layers compute in --dtype. A model whose "
+    "files are quantised already is loaded as it is, without this option."
+)
 _RESUME = "Continue the interrupted run in --output exactly where it stopped, with its settings."
 _METHOD = (
     f"The method that trains the adapters: {', '.join(METHODS)}. Options follow a colon, as in ilora:lam=0.1,lr=5e-4. "
@@ -84,6 +90,7 @@ def finetune(
         int, _option("Training", "Number of forward passes in one optimizer step.")
     ] = _BY_DEFAULT.accumulation,
     dtype: Annotated[str, _option("Training", _DTYPE, metavar="NAME")] = _BY_DEFAULT.dtype,
+    quantize: Annotated[str | None, _option("Training", _QUANTIZE, metavar="FORMAT")] = None,
     seed: Annotated[
         int, _option("Training", "Determines the initial adapters and the order of the blocks.")
     ] = _BY_DEFAULT.seed,
@@ -117,6 +124,10 @@ def finetune(
     - `lora-fast finetune --model Qwen/Qwen3-0.6B --data notes.txt --epochs 2 --rank 32 --alpha 64`
 
         uses your own model, text and adapter size
+
+    - `lora-fast finetune --quantize nf4 --compare`
+
+        trains over weights of 4 bits (QLoRA), by PEFT's layers and by ours
 
     - `lora-fast finetune --method ilora:lam=0.1`
 

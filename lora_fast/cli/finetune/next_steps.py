@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+from ..inputs import models, quantization
 from ..inputs.settings import Settings, option
 from ..output import run_folder
 from ..output.terminal import Display, escape_markup
@@ -27,7 +28,10 @@ def show(display: Display, outcome: Outcome) -> None:
     display.note(f"figures   {outcome.folder / run_folder.METRICS}")
     display.note(f"adapter   {adapter}")
     display.note("\nUse the adapter in Python:", style="bold")
-    base = f"AutoModelForCausalLM.from_pretrained({outcome.source!r})"
+    words = [repr(outcome.source)]
+    if settings.quantize:
+        words += [f"quantization_config={quantization.code(settings.quantize, models.choose_dtype(settings.dtype))}"]
+    base = f"AutoModelForCausalLM.from_pretrained({', '.join(words)})"
     display.note(f"  model = peft.PeftModel.from_pretrained({base}, {str(adapter)!r})", style="cyan")
     if settings.compare:
         display.note("Next, train on your own text:", style="bold")
@@ -47,7 +51,10 @@ def next_command(settings: Settings, method: str) -> str:
     user's own text."""
     method_words = ["--method", method] if (method,) != Settings().method else []
     if settings.compare:
-        return shlex.join(["lora-fast", "finetune", *method_words, "--data", "your_text.txt", "--epochs", "1"])
+        quantize_words = ["--quantize", settings.quantize] if settings.quantize else []
+        return shlex.join(
+            ["lora-fast", "finetune", *method_words, *quantize_words, "--data", "your_text.txt", "--epochs", "1"]
+        )
     defaults = Settings().as_dict()
     words = []
     for name, value in settings.as_dict().items():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ...checks import ArgumentError
 from ...measure.machine import environment
-from ..inputs import data, models
+from ..inputs import data, models, quantization
 from ..inputs.settings import Run, Settings
 from ..output import run_folder
 from ..output.terminal import Display, Interrupted
@@ -49,6 +49,7 @@ def run(settings: Settings, output: Path | None, resume: bool, display: Display)
         Interrupted: Ctrl-C was pressed.
         Diverged: the loss of the only run is no longer a finite number.
     """
+    quantization.check_installed(settings.quantize)
     source = models.locate(settings.model)
     text_path = data.locate(settings.data)
     text = data.read(text_path)
@@ -72,11 +73,11 @@ def _context(settings: Settings, source: str, text_path: Path, text: str, displa
     """Loads what all runs share, and checks the parts against each other."""
     slow = models.needs_conversion(settings.model)
     with display.working("Converting the packaged model, once (about 20 s)" if slow else "Loading libraries"):
+        models.quieten()
         from . import training  # imports torch, transformers and peft: seconds, in which the spinner turns
 
-        models.quieten()
         source = models.cached(settings.model, source)
-        config, tokenizer = models.load_config(source), models.load_tokenizer(source)
+        config, tokenizer = models.load_config(source, settings.quantize), models.load_tokenizer(source)
     longest = getattr(config, "max_position_embeddings", None) or 2**31
     if settings.seq_len > longest:
         raise ArgumentError("--seq-len", f"at most the model's {longest} positions", settings.seq_len)
@@ -89,9 +90,11 @@ def _context(settings: Settings, source: str, text_path: Path, text: str, displa
         raise ArgumentError("--prompt", f"at most {room} tokens, to leave room for a sample", "more")
     stop = training.StopRequest(display)
     context = training.RunContext(settings, source, dtype, tokenizer, tokens, prompt, display, stop)
+    quantized = f" over {settings.quantize} weights" if settings.quantize else ""
     display.note(
-        f"{Path(settings.model).name} on {Path(settings.data).name}: {context.total} steps, rank {settings.rank}; "
-        f"{len(tokens.train):,} blocks of {settings.seq_len} tokens to train on, {len(tokens.held_out)} held out"
+        f"{Path(settings.model).name} on {Path(settings.data).name}: {context.total} steps, rank {settings.rank}"
+        f"{quantized}; {len(tokens.train):,} blocks of {settings.seq_len} tokens to train on, "
+        f"{len(tokens.held_out)} held out"
     )
     return context
 

@@ -26,6 +26,9 @@ class Record:
     adapter: list[dict[str, float]] = field(default_factory=list)  # lf.hf.summary, with "step" added
     bounds: dict[str, dict] = field(default_factory=dict)  # by norm-bounded layer; see add_bounds
     change_erank: float | None = None  # stable rank of W + s b a − W₀, if training has changed W itself
+    weight_format: str = ""  # of quantised frozen weights
+    weight_bytes: int = 0  # of the frozen weights and buffers, as they are stored
+    plain_weight_bytes: int = 0  # which they would take if they were not quantised
     saved_bytes: int = 0  # kept for backward by one micro-batch, without parameters and buffers
     optimizer_bytes: int = 0  # of the optimizer's state after its first step
     optimizer_peak_bytes: int = 0  # most bytes allocated at once in the optimizer's first step, with its state
@@ -59,6 +62,16 @@ class Record:
         """Returns the mean seconds of the updates after the first. The mean, unlike the median, includes what a method
         does every few steps only."""
         return statistics.fmean(_after_first(self.optimizer_seconds))
+
+    def weights_note(self) -> str:
+        """Returns a sentence on the memory of quantised weights, or "" if they are not quantised."""
+        if not self.weight_format:
+            return ""
+        return (
+            f"The frozen weights of linear layers are quantised ({self.weight_format}). With their scales and the "
+            f"other weights, such as embeddings, they take {self.weight_bytes / 2**20:.1f} MiB in place of "
+            f"{self.plain_weight_bytes / 2**20:.1f}. All losses are those of the quantised model."
+        )
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Returns the steps and the values of one of the adapter's figures, at the steps that have it."""

@@ -57,7 +57,10 @@ def tables(settings: Settings, runs: list[Record]) -> list[Table]:
         ("tokens per second", pace, ""),
         ("kept for backward", kept, "eager / fused {saved_bytes_ratio:.3f}"),
         ("trained parameters", [f"{run.trained_parameters:,}" for run in runs], ""),
+        ("frozen weights", [f"{run.weight_bytes / 2**20:.1f} MiB" for run in runs], ""),
     ]
+    if runs[0].weight_format:
+        rows.append(("if not quantised", [f"{run.plain_weight_bytes / 2**20:.1f} MiB" for run in runs], ""))
     if runs[0].bounds:
         used = [f"{run.last('adapter/bound_used_mean'):.1%}, {run.last('adapter/bound_used_max'):.1%}" for run in runs]
         rows.append(("bound used, mean and most", used, ""))
@@ -110,6 +113,7 @@ def notes(settings: Settings, runs: list[Record]) -> list[str]:
         )
     if share_a_process(runs):
         sentences.append("The process's size is in metrics.json only, since the second run's includes the first run's.")
+    sentences += filter(None, [runs[0].weights_note()])
     return [*sentences, *(f"Layers of the {run.label} run: {run.layers}." for run in runs)]
 
 

@@ -217,6 +217,7 @@ def notes(settings: Settings, runs: list[Record]) -> list[str]:
         "Norms, ratios and ranks of the adapters are those of lora_fast.metrics.adapter_stats. Their mean over the "
         "adapters is geometric for the ratio and arithmetic for the others.",
     ]
+    sentences += filter(None, [runs[0].weights_note()])
     if any(planned.method.adapters for planned in settings.runs):
         sentences.append(
             "nb-lora and sing-lora start from initial adapters of their own. Their a and b are computed from the "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import copy
 import dataclasses
 import math
 import signal
@@ -19,11 +18,10 @@ from transformers.trainer_callback import PrinterCallback
 from ... import NBLoRAConfig, SingLoRAConfig, fuse_, hf, inject_, load_adapter, save_adapter
 from ...checks import ArgumentError
 from ...measure.clock import Stopwatch
-from ...measure.memory import PeakBytes, distinct_bytes, saved_for_backward
-from ...methods import ScaLoRA
+from ...measure.memory import PeakBytes, distinct_bytes, saved_for_backward, weight_bytes
 from ...optim import LoRAAdamW
 from ...surgery.change_report import Report
-from ..inputs import models
+from ..inputs import models, quantization
 from ..inputs.data import TokenData
 from ..inputs.method_options import NBLoRA, SingLoRA
 from ..inputs.settings import Run, Settings
@@ -94,7 +92,7 @@ def prepare(context: RunContext, run: Run) -> tuple[torch.nn.Module, str]:
         ArgumentError: the targets match nothing, nothing can be fused, or this run or a later one cannot train this
             model.
     """
-    base = models.load_model(context.source, context.dtype)
+    base = models.load_model(context.source, context.dtype, context.settings.quantize)
     check_targets(base, context.settings.target_modules)
     if not context.tried:
         for later in context.settings.runs[context.settings.runs.index(run) + 1 :]:
@@ -109,7 +107,7 @@ def prepare(context: RunContext, run: Run) -> tuple[torch.nn.Module, str]:
 def _try(context: RunContext, run: Run, base: transformers.PreTrainedModel) -> None:
     """Raises ArgumentError unless the run could begin. Works on copies of the modules over the same weights, so that
     ``base`` is unchanged and no memory is needed for a second model."""
-    modules = copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})  # the memo keeps the weights
+    modules = models.twin(base)
     if run.method.adapters is None:
         _check_methods(run, _with_adapters(context, run, modules)[0])
         return
@@ -211,7 +209,7 @@ def train(context: RunContext, run: Run, model: torch.nn.Module, layers: str, fo
         save_adapter(model, folder / "adapter")
         return record
     assert isinstance(model, PeftModel), "a method without adapters of its own trains those of PEFT"
-    if _changes_base(run):
+    if run.method.changes_base:
         record.layers += f". {save_adapter(model, folder / 'adapter').note}"
         with context.display.working("Measuring how far the weights have moved"):
             record.change_erank = mean_erank(model, models.load_model(context.source, context.dtype))
@@ -237,10 +235,6 @@ class AdapterTrainer(transformers.Trainer):
         load_adapter(self.model if model is None else model, resume_from_checkpoint)
 
 
-def _changes_base(run: Run) -> bool:
-    return any(isinstance(method, ScaLoRA) for method in run.method.instances)
-
-
 def _trainer(
     context: RunContext, run: Run, model: torch.nn.Module, folder: Path, checkpoint: Path | None
 ) -> tuple[transformers.Trainer, Recorder]:
@@ -252,11 +246,13 @@ def _trainer(
         record = Record(**run_folder.read_json(checkpoint / run_folder.RECORD))
     record.tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * context.settings.seq_len
     record.trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    record.weight_format = quantization.format_of(model, context.settings.quantize)
+    record.weight_bytes, record.plain_weight_bytes = weight_bytes(model, context.dtype)
     recorder = Recorder(context, record, Stopwatch(args.device))
     plain = not (run.method.instances or run.method.adapters)
     optimizer = None if plain else hf.optimizer_cls_and_kwargs(model, args, run.method.instances)
     trainer_class: type[transformers.Trainer] = AdapterTrainer if run.method.adapters else transformers.Trainer
-    trainer_class = ScaLoRATrainer if _changes_base(run) else trainer_class
+    trainer_class = ScaLoRATrainer if run.method.changes_base else trainer_class
     trainer = trainer_class(
         model,
         args,

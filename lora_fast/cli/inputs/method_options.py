@@ -114,6 +114,11 @@ class Choice:
         return METHODS[self.name][1]
 
     @property
+    def changes_base(self) -> bool:
+        """Whether the method changes the frozen weights."""
+        return any(isinstance(method, methods.ScaLoRA) for method in self.instances)
+
+    @property
     def options(self) -> str:
         """All options of the method with their values, as Python code."""
         return repr(self.adapters or self.instances[0]) if self.adapters or self.instances else "no options"

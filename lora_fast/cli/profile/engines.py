@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
 from ... import fuse_
+from ...measure.memory import weight_bytes
 from ...optim import LoRAAdamW
 from ...surgery.change_report import Report
 from ..finetune import training
-from ..inputs import models
+from ..inputs import models, quantization
 from ..inputs.settings import Settings
 
 BASE, EAGER, COMPILED, FUSED = "base", "PEFT eager", "PEFT compiled", "fused"
 LABELS = (BASE, EAGER, COMPILED, FUSED)
 LR = 1e-5  # small, so that the weights do not diverge while they are timed
 B_STD = 0.01  # of the random lora_B; with a fresh one, which is zero, the gradient of lora_A would be zero
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass
@@ -44,7 +42,8 @@ class Engines:
     """All engines by label, and what they share.
 
     Attributes:
-        fusing: the report of ``fuse_``. dtype: of the frozen weights. vocabulary: number of different tokens.
+        fusing: the report of ``fuse_``. dtype: of the frozen weights, if they are not quantised. vocabulary: number of
+            different tokens. weights: ``weight_bytes`` of the frozen model. weight_format: of quantised weights, or "".
     """
 
     by_label: dict[str, Engine]
@@ -52,6 +51,8 @@ class Engines:
     dtype: torch.dtype
     device: torch.device
     vocabulary: int
+    weights: tuple[int, int]
+    weight_format: str
 
     def fallbacks(self) -> dict[str, int]:
         """Returns reason → number of the fused engine's layers that ran PEFT's own forward in the last pass."""
@@ -73,30 +74,28 @@ def build(settings: Settings, source: str, dtype: torch.dtype, compiled: bool) -
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(settings.seed)
-    model = models.load_model(source, dtype).to(device).train()
+    model = models.load_model(source, dtype, settings.quantize).train()
+    if model.device != device:  # transformers moves no 8-bit model of bitsandbytes, which is loaded onto the GPU
+        model.to(device)
     model.config.use_cache = False
     training.check_targets(model, settings.target_modules)
-    frozen = twin(model).requires_grad_(False)
+    frozen = models.twin(model).requires_grad_(False)
+    weights = weight_bytes(frozen, dtype)
     frozen.enable_input_require_grads()  # without any trained parameter there would be no backward pass
     eager = get_peft_model(model, training.peft_config(settings))
     for name, parameter in eager.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=B_STD)
-    fused = twin(eager)
+    fused = models.twin(eager)
     fusing = fuse_(fused, allow_empty=True)
     by_label = {BASE: Engine(BASE, frozen, None), EAGER: Engine(EAGER, eager, _adamw(eager))}
     if compiled:
         regions = compiled_twin(eager)
         by_label[COMPILED] = Engine(COMPILED, regions, _adamw(regions))
     by_label[FUSED] = Engine(FUSED, fused, LoRAAdamW(fused, lr=LR))
-    return Engines(by_label, fusing, dtype, device, model.config.get_text_config().vocab_size)
-
-
-def twin(model: Model) -> Model:
-    """Copies the modules of a model over the same parameters and buffers."""
-    # deepcopy takes these as already copied, so the copy refers to the same tensors
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
+    vocabulary = model.config.get_text_config().vocab_size
+    weight_format = quantization.format_of(model, settings.quantize)
+    return Engines(by_label, fusing, dtype, device, vocabulary, weights, weight_format)
 
 
 def compiled_twin(model: nn.Module) -> nn.Module:
@@ -106,7 +105,7 @@ def compiled_twin(model: nn.Module) -> nn.Module:
     """
     from accelerate.utils import compile_regions
 
-    return compile_regions(twin(model))
+    return compile_regions(models.twin(model))
 
 
 def _adamw(model: nn.Module) -> torch.optim.Optimizer:

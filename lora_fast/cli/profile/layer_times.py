@@ -6,13 +6,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from peft.tuners.lora import Linear as PeftLinear
+import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ...kernels.grouping import group_by
 from ...measure.ceilings import Ceilings, layer_cost
 from ...measure.clock import Clock, Spread, flush_cache, keep_busy, turns
+from ...measure.memory import distinct_bytes, elements, stored
+from ...quantized import QuantizedWeight, quantized_weight
 from .engines import BASE, EAGER, FUSED, Engines
 
 CHECKED_TOKENS = 256  # for the errors of the gradients, since float64 is slow
@@ -53,14 +58,12 @@ def measure(
         layers = {label: engines.by_label[label].model.get_submodule(name) for label in (EAGER, FUSED)}
         x, dy = inputs[name]
         errors = gradient_errors(engines, layers, x, dy)
-        adapted = layers[EAGER]
-        assert isinstance(adapted, PeftLinear), "by_shape returns the names of PEFT's linear layers"
-        layers[BASE] = adapted.get_base_layer()
+        layers[BASE] = _base(layers[EAGER])
         seconds = {label: Spread.of(times) for label, times in timed(engines, layers, x, dy).items()}
-        share = {}
+        weight, share = _weight_bytes(layers[BASE]), {}
         for label, spread in seconds.items():
             r = 0 if label == BASE else rank
-            cost = layer_cost(x.numel() // d_in, d_in, d_out, r, engines.dtype.itemsize, adapter=4)
+            cost = layer_cost(x.numel() // d_in, d_in, d_out, r, engines.dtype.itemsize, weight, adapter=4)
             share[label] = roof.least_seconds(cost) / spread.median
         rows.append(Layer(name, len(names), d_in, d_out, seconds, share, errors))
         done()
@@ -70,7 +73,10 @@ def measure(
 def by_shape(engines: Engines) -> dict[tuple[int, int], list[str]]:
     """Returns (d_in, d_out) → names of the linear layers that PEFT has adapted."""
     modules = dict(engines.by_label[EAGER].model.named_modules())
-    names = [name for name, module in modules.items() if isinstance(module, PeftLinear)]
+    linear = (nn.Linear, Conv1D)
+    names = [
+        name for name, module in modules.items() if isinstance(module, LoraLayer) and isinstance(_base(module), linear)
+    ]
     return group_by(names, lambda name: (modules[name].in_features, modules[name].out_features))
 
 
@@ -113,7 +119,7 @@ def gradient_errors(engines: Engines, layers: dict[str, nn.Module], x: Tensor, d
     """Returns label → the largest relative L2 error of dx, da, db against PEFT's layer in float64, without dropout."""
     x, dy = (tensor.flatten(0, -2)[:CHECKED_TOKENS] for tensor in (x, dy))
     dy = dy / dy.abs().amax()  # a mean loss makes gradients so small that 16 bits would round them to zero
-    exact = gradients(copy.deepcopy(layers[EAGER]).double().eval(), x.double(), dy.double())
+    exact = gradients(_in_float64(layers[EAGER]), x.double(), dy.double())
     errors = {}
     for label, layer in layers.items():
         layer.eval()
@@ -124,6 +130,31 @@ def gradient_errors(engines: Engines, layers: dict[str, nn.Module], x: Tensor, d
             ((got.double() - true).norm() / true.norm()).item() for got, true in zip(results, exact, strict=True)
         )
     return errors
+
+
+def _base(layer: Any) -> Any:
+    """Returns the frozen layer in one of PEFT's layers."""
+    return layer.get_base_layer()
+
+
+def _weight_bytes(base: nn.Module) -> float:
+    """Returns the bytes that an element of the layer's weight takes, with its share of the scales."""
+    weight = base.get_parameter("weight")
+    return distinct_bytes(stored(weight)) / elements(weight)
+
+
+def _in_float64(layer: nn.Module) -> nn.Module:
+    """Returns a copy of one of PEFT's layers in float64, over the dequantised weight if its weight is quantised."""
+    exact: Any = copy.deepcopy(layer)
+    weight, bias = quantized_weight(_base(layer)), _base(layer).bias
+    if isinstance(weight, QuantizedWeight):
+        d_out, d_in = weight.shape
+        dense = nn.Linear(d_in, d_out, bias=False, device="meta", dtype=torch.float64)
+        dense.weight = nn.Parameter(weight.dequantized(torch.float64), requires_grad=False)
+        dense.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        exact.base_layer = dense
+    double: nn.Module = exact.double().eval()
+    return double
 
 
 def timed(engines: Engines, layers: dict[str, nn.Module], x: Tensor, dy: Tensor) -> dict[str, list[float]]:

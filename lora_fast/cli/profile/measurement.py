@@ -19,7 +19,7 @@ from .engines import FUSED, Engines
 from .profile_result import Measured, Result
 
 SKIPPED = "not requested (--no-compile)"
-OPTIONS = ("model", "rank", "alpha", "dropout", "targets", "steps", "batch", "seq_len", "dtype", "seed")
+OPTIONS = ("model", "rank", "alpha", "dropout", "targets", "steps", "batch", "seq_len", "dtype", "quantize", "seed")
 
 
 def measure(
@@ -71,6 +71,9 @@ def measure(
         fallbacks=fallbacks,
         skipped=failure if compiled else SKIPPED,
         ceilings=roof,
+        weight_format=engines.weight_format,
+        weight_bytes=engines.weights[0],
+        plain_weight_bytes=engines.weights[1],
         engines=measured,
         layers=layers,
     )

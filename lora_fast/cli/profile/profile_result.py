@@ -42,6 +42,8 @@ class Result:
         fused_layers: number of layers that were fused.
         fallbacks: reason → number of fused layers that nevertheless ran PEFT's own forward.
         skipped: why there is no compiled engine, or "".
+        weight_format: of quantised frozen weights, or "". weight_bytes: of the frozen weights and buffers, as they are
+            stored. plain_weight_bytes: which they would take if they were not quantised.
     """
 
     settings: dict[str, object]
@@ -52,6 +54,9 @@ class Result:
     fallbacks: dict[str, int]
     skipped: str
     ceilings: Ceilings
+    weight_format: str
+    weight_bytes: int
+    plain_weight_bytes: int
     engines: dict[str, Measured]
     layers: list[Layer]
 
@@ -77,6 +82,9 @@ class Result:
         memory = f"{fused:.1f} MiB are kept for backward, against {eager:.1f}"
         if fused == eager:
             memory = "as much is kept for backward as by PEFT eager"
+        if self.weight_format:
+            stored, plain = (size / 2**20 for size in (self.weight_bytes, self.plain_weight_bytes))
+            memory += f"; the frozen weights take {stored:.1f} MiB ({self.weight_format}) in place of {plain:.1f}"
         return " ".join([*sentences, f"Memory: {memory}."])
 
 

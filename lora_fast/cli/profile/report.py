@@ -103,6 +103,7 @@ def notes(result: Result) -> list[str]:
         "“Kept for backward” counts the distinct tensors that a forward pass stores, logits and loss included, weights "
         "excluded.",
         "The gradient error is the largest relative L2 error of dx, da and db against PEFT's eager layer in float64, "
+        "over the dequantised weight where the weight is quantised, "
         f"for one layer of each shape, on at most {CHECKED_TOKENS} tokens of its inputs and gradients in the model, "
         "without dropout. lora_B is random here, since a fresh one is zero.",
         "The share of the roofline (base · eager · fused) is the least time for the layer's operations and bytes, each "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch.utils._pytree import tree_leaves
 
 from ...measure.clock import Clock, turns
-from ...measure.memory import distinct_bytes
+from ...measure.memory import distinct_bytes, stored_bytes
 from ...measure.memory import peak_bytes as peak_bytes_of
 from .engines import COMPILED, Engine, Engines
 
@@ -87,5 +87,5 @@ def peak_bytes(engines: Engines, engine: Engine, batch: dict) -> int | None:
     if engine.label == COMPILED and engines.device.type != "cuda":
         return None
     state = tree_leaves(engine.optimizer.state_dict()) if engine.optimizer else []
-    resident = distinct_bytes([*engine.model.parameters(), *engine.model.buffers(), *state])
+    resident = stored_bytes(engine.model) + distinct_bytes(state)
     return resident + peak_bytes_of(lambda: step(engines, engine, batch), engines.device)

@@ -3,6 +3,7 @@ result."""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Annotated
 
 import typer
@@ -14,6 +15,7 @@ from ..output.terminal import Display, exit_codes
 
 _MODEL = "A folder or hub id of a causal language model. Only its configuration is read, not its weights."
 _TARGETS = "all-linear, or the names of the layers to adapt, such as q_proj,v_proj."
+_FOUR_BIT = "Also measure 4-bit weights: bitsandbytes' product against the fused one. Needs bitsandbytes."
 _SHOW = "Show the choices so far and the file that keeps them. Measures nothing."
 _CLEAR = "Delete all choices. Measures nothing."
 
@@ -28,6 +30,7 @@ def tune(
     batch: Annotated[int, typer.Option(help="Number of blocks in one forward pass.")] = 4,
     seq_len: Annotated[int, typer.Option(help="Number of tokens in a block.")] = 2048,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.", metavar="NAME")] = Settings.dtype,
+    four_bit: Annotated[bool, typer.Option("--four-bit", help=_FOUR_BIT)] = False,
     show: Annotated[bool, typer.Option("--show", help=_SHOW)] = False,
     clear: Annotated[bool, typer.Option("--clear", help=_CLEAR)] = False,
 ) -> None:
@@ -72,17 +75,20 @@ def tune(
                 seq_len=seq_len,
                 dtype=dtype,
             )
-            run(settings, display)
+            run(settings, display, four_bit)
 
 
-def run(settings: Settings, display: Display) -> None:
+def run(settings: Settings, display: Display, four_bit: bool = False) -> None:
     """Measures every layer shape of the model, and writes the file after each of them.
 
     Raises:
-        ArgumentError: there is no GPU, an option is out of range, or the file is damaged.
+        ArgumentError: there is no GPU, an option is out of range, bitsandbytes is missing for ``four_bit``, or the file
+            is damaged.
     """
     device = _gpu()
     settings.check()
+    if four_bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise ArgumentError("--four-bit", "an environment with bitsandbytes", "none: pip install bitsandbytes")
     from ...kernels import tuned
     from ..inputs import models
     from ..output.progress import bar
@@ -93,7 +99,7 @@ def run(settings: Settings, display: Display) -> None:
     source = models.cached(settings.model, models.locate(settings.model))
     tokens = settings.batch * settings.seq_len
     shapes = [
-        search.Shape(tokens, d_in, d_out, settings.rank, settings.dropout, dtype)
+        search.Shape(tokens, d_in, d_out, settings.rank, settings.dropout, dtype, four_bit)
         for d_in, d_out in layer_shapes(source, settings.target_modules)
     ]
     table = known.setdefault(tuned.device_name(device), {})

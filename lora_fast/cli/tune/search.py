@@ -6,6 +6,7 @@ It calls the launchers of the layer, which write only into new tensors, so that 
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ...kernels import linear, tiles, tuned
+from ...kernels.linear.four_bit import four_bit_grad_x, four_bit_linear, four_bit_strategy, takes
+from ...kernels.records import FourBit, NestedScales
 from ...measure.clock import Clock, flush_cache, turns
 
 GAIN = 0.02  # share of the default's time that a choice must save; less is noise
@@ -24,7 +27,8 @@ Timer = Callable[[list[Callable[[], object]]], list[float]]
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a layer, ``d_in`` → ``d_out`` with rank ``r``, and of its input of ``n_tokens`` tokens."""
+    """The shape of a layer, ``d_in`` → ``d_out`` with rank ``r``, and of its input of ``n_tokens`` tokens. With
+    ``four_bit`` the GEMMs over an NF4 weight are searched, too."""
 
     n_tokens: int
     d_in: int
@@ -32,6 +36,7 @@ class Shape:
     r: int
     dropout: float
     dtype: torch.dtype
+    four_bit: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,44 @@ def cases(shape: Shape, device: torch.device) -> Iterator[Case]:
     yield gemm(False, dy, d_in, lambda: linear.grad_x(dy, weight, s, a, keep))
 
 
+def four_bit_cases(shape: Shape, device: torch.device) -> Iterator[Case]:
+    """Yields the two GEMMs of a layer of this shape over an NF4 weight with double quantisation, unless the kernel does
+    not take it. The default is bitsandbytes' product and one launch that adds the adapter's part."""
+    from bitsandbytes import functional, matmul_4bit
+
+    n, d_in, d_out, r, dtype = shape.n_tokens, shape.d_in, shape.d_out, shape.r, shape.dtype
+    generator = torch.Generator(device).manual_seed(0)
+    make = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float32, device=device)
+    x, dy, s = make(n, d_in).to(dtype), make(n, d_out).to(dtype), make(n, r)
+    a, b, dropout = make(r, d_in), make(d_out, r), shape.dropout > 0
+    keep = linear.draw_mask(dy, shape.dropout, seed=1) if dropout else None
+    packed, state = functional.quantize_4bit(make(d_out, d_in).to(dtype), compress_statistics=True, quant_type="nf4")
+    nested = NestedScales(state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
+    weight = FourBit(packed, state.code, state.absmax, state.blocksize, (d_out, d_in), nested)
+    if not takes(x, weight):
+        return
+
+    def forward() -> Tensor:
+        if four_bit_strategy("forward", x, weight, r, False) == "fused":
+            return four_bit_linear(x, weight, None, s, b, 1.0)
+        return torch.addmm(matmul_4bit(x, packed, state), s.to(dtype), b.to(dtype).t())
+
+    def backward() -> Tensor:
+        if four_bit_strategy("backward", dy, weight, r, dropout) == "fused":
+            return four_bit_grad_x(dy, weight, s, a, keep)
+        with tiles.assume(strategy="cublas"):
+            return linear.grad_x(dy, functional.dequantize_4bit(packed, state), s, a, keep)
+
+    for is_forward, left, width, call in ((True, x, d_out, forward), (False, dy, d_in, backward)):
+        masked = dropout and not is_forward
+        name, tma = tiles.four_bit_op(is_forward, masked), tiles.uses_tma(left, left, width)
+        key = tuned.key(name, dtype, n, left.shape[1], width, r)
+        tile_key = key._replace(op=name + ("_tma" if tma else "_pointer"))
+        row = "four_bit" + "_tma" * tma + "_dropout" * masked
+        found = tiles.candidates(row, dtype.itemsize, tiles.limits(device), r)
+        yield Case(key, call, [{}, *({key: "fused", tile_key: tile} for tile in found)])
+
+
 def search_all(
     shapes: list[Shape],
     device: torch.device,
@@ -112,7 +155,7 @@ def search_all(
     once. Calls ``before_case`` with the key of each case, and ``after_shape`` after each shape."""
     outcomes: dict[tuned.Key, Outcome] = {}
     for shape in shapes:
-        for case in cases(shape, device):
+        for case in itertools.chain(cases(shape, device), four_bit_cases(shape, device) if shape.four_bit else ()):
             if case.key not in outcomes:
                 before_case(case.key)
                 outcomes[case.key] = search(case, timer)

@@ -20,6 +20,7 @@ from .. import cayley, launch, pointer_table, tiles
 from .. import linear as layer
 from ..linalg import inverse, spd
 from ..linear.cublas import Halves
+from ..linear.four_bit import four_bit_grad_x, four_bit_linear
 from ..linear.group import GroupProject
 from ..linear.group_grads import GroupGradA, GroupGradSB
 from ..linear.group_linear import FusedGroupLinear
@@ -27,7 +28,7 @@ from ..linear.project import Project
 from ..pairs import adamw, add_low_rank, inverse_mean, momentum, regularizers, scalora_scales, scalora_system
 from ..pairs import gram as grams
 from ..pairs.transform import Noise, transform_tables_
-from ..records import Scaled
+from ..records import FourBit, NestedScales, Scaled
 
 N_TOKENS, SHORT, FEW, D_IN, D_OUT = 8192, 1024, 16, 4096, 4096
 GROUP = 4096, 1024, 1024, 4096  # d_out of the members of a group: q, k, v and one more
@@ -154,6 +155,32 @@ def grad_x(r: int, dtype: torch.dtype, adapter: str | None, strategy: str, paddi
     ds, a = _thin(n_tokens, r, dtype, adapter), _matrix(r, D_IN, _adapter(adapter, dtype))
     with tiles.assume(strategy=strategy):
         layer.grad_x(dy, weight, ds, a, _keep(dropout))
+
+
+def _four_bit(nested: bool) -> FourBit:
+    """Returns a 4-bit weight (D_OUT, D_IN) without defined values."""
+    n = D_OUT * D_IN // 64
+    second = NestedScales(torch.empty(256), torch.empty(n // 256), torch.empty(1)) if nested else None
+    packed, absmax = torch.empty(32 * n, dtype=torch.uint8), torch.empty(n, dtype=torch.uint8 if nested else None)
+    return FourBit(packed, torch.empty(16), absmax, 64, (D_OUT, D_IN), second)
+
+
+def four_bit(
+    r: int, dtype: torch.dtype, adapter: str | None, padding: int, nested: bool = False, bias: bool = True
+) -> None:
+    """Runs the forward GEMM over a 4-bit weight."""
+    x, weight = _matrix(N_TOKENS, D_IN, dtype, padding), _four_bit(nested)
+    s, b = _thin(N_TOKENS, r, dtype, adapter), _matrix(D_OUT, r, _adapter(adapter, dtype))
+    four_bit_linear(x, weight, torch.zeros(D_OUT, dtype=dtype) if bias else None, s, b, 2.0)
+
+
+def four_bit_dx(
+    r: int, dtype: torch.dtype, adapter: str | None, padding: int, dropout: float, nested: bool = False
+) -> None:
+    """Runs the GEMM for dx over a 4-bit weight."""
+    dy, weight = _matrix(N_TOKENS, D_OUT, dtype, padding), _four_bit(nested)
+    ds, a = _thin(N_TOKENS, r, dtype, adapter), _matrix(r, D_IN, _adapter(adapter, dtype))
+    four_bit_grad_x(dy, weight, ds, a, _keep(dropout))
 
 
 def grad_s_b(r: int, dtype: torch.dtype, adapter: str | None) -> int:
@@ -352,7 +379,7 @@ def merge_weights(r: int, dtype: torch.dtype, rounding: str, scaled: bool = Fals
 
 # ---- The table
 
-_GEMMS = ("lora_linear_kernel", "lora_gluon_linear_kernel", "lora_update_kernel")
+_GEMMS = ("lora_linear_kernel", "lora_gluon_linear_kernel", "lora_four_bit_kernel", "lora_update_kernel")
 _LAYER = {"bfloat16": (8, 16, 32, 64, 128, 256), "float16": (16,), "float32": (16, 128, 256)}
 _ADAPTERS, _DROPOUT = (None, "float32"), (0.0, 0.1)
 _GEMM = variants(adapter=_ADAPTERS, strategy=("fused",), padding=(0, 4))  # rows of 4 more: no TMA
@@ -361,6 +388,8 @@ _GROUP = {"bfloat16": (8, 16, 32, 64), "float16": (16,), "float32": (16,)}
 _GROUP_GEMM = variants(strategy=("cublas",), padding=(0,), adapter=_ADAPTERS, members=(2, 4), dropout=_DROPOUT)
 _GROUP_GEMM += variants(strategy=("fused",), padding=(4, 0), adapter=_ADAPTERS, members=(2, 3, 4), dropout=_DROPOUT)
 _GROUP_LINEAR = variants(padding=(4, 0), adapter=_ADAPTERS, members=(2, 4))
+_FOUR_BIT = {"bfloat16": (8, 16, 64, 256), "float16": (16,), "float32": (16, 256)}
+_FOUR_BIT_FORMS = variants(padding=(4, 0), adapter=_ADAPTERS)  # the default tests compile the last one
 _SMALL, _SQUARE = {"float32": (16, 32, 64, 128, 256)}, {"float32": (1, 16, 64, 128)}
 _WORK = ("add", "matrix", "scale", "gram")
 _WORKS = [{name: name in on for name in _WORK} for on in ((), ("matrix",), ("gram",), ("matrix", "gram"), _WORK)]
@@ -383,6 +412,13 @@ OPS = {
     "grad_x": Op(
         grad_x, _LAYER, [form | {"dropout": p} for form in _GEMM for p in _DROPOUT],
         _GEMMS,
+    ),
+    "four_bit_linear": Op(
+        four_bit, _FOUR_BIT, [*({"bias": False} | form for form in _FOUR_BIT_FORMS[:1]), *_FOUR_BIT_FORMS], _GEMMS
+    ),
+    "four_bit_grad_x": Op(
+        four_bit_dx, _FOUR_BIT,
+        [form | {"dropout": p, "nested": p > 0} for form in _FOUR_BIT_FORMS for p in _DROPOUT], _GEMMS,
     ),
     "group_project": Op(
         group_project, _GROUP, variants(adapter=_ADAPTERS, tokens=("many", "short", "few"), members=(2, 4)),

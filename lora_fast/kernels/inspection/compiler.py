@@ -161,7 +161,8 @@ class MainLoop:
 
 
 _PRODUCT = r"ttng\.warp_group_dot %|ttng\.tc_gen5_mma|tt\.dot "
-_COPY = r"async_tma_copy_global_to_local|async_copy_global_to_local"
+_TMA_COPY = r"async_tma_copy_global_to_local"
+_COPY = rf"{_TMA_COPY}|async_copy_global_to_local"
 
 
 def main_loop(compiled) -> MainLoop:
@@ -196,7 +197,9 @@ def _steps_ahead(lines: list[str], body: list[str], first: int) -> int:
     left = [int(number) for number in re.findall(r"ttg\.async_wait .*?num = (\d+)", "\n".join(body))]
     # Those that a step needs first are issued after the loop before it.
     since = max((start + len(before) for before, start in _loops(lines) if start < first), default=0)
-    return (min(left) if left else _count(r"async_tma_copy_global_to_local", lines[since:first])) // copies
+    by_tma = _count(_TMA_COPY, body)  # a loop may have copies of both kinds
+    steps = [_count(_TMA_COPY, lines[since:first]) // by_tma] if by_tma else []
+    return min(steps + ([min(left) // (copies - by_tma)] if copies > by_tma else []))
 
 
 def _loops(lines: list[str]) -> Iterator[tuple[list[str], int]]:

@@ -10,6 +10,8 @@ from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
+from . import operators
+
 
 def patch_once() -> None:
     """Makes the interpreter faster, with the same results: it repeats much work that depends on types alone."""
@@ -17,6 +19,7 @@ def patch_once() -> None:
     _remember_shapes()
     _accept_equal_dtypes()
     _remember_dtypes()
+    operators.patch()
 
 
 def _patch_language_once() -> None:

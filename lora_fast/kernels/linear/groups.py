@@ -24,7 +24,7 @@ from .group_plans import Columns, GroupBackwardPlan, GroupForwardPlan, Members, 
 _strides, _address, _is_contiguous = Tensor.stride, Tensor.data_ptr, Tensor.is_contiguous
 
 
-def _plan(make: Callable, key: list, tensors: Sequence[Tensor], x: Tensor, *arguments):
+def planned(make: Callable, key: list, tensors: Sequence[Tensor], x: Tensor, *arguments):
     """Returns the plan with this key, to which the strides of the tensors, which of them are aligned, and the settings
     are added. ``make`` makes it from the arguments if there is none. The key has the shapes of the tensors, which are
     the strides of those that are contiguous, but for those of single rows and columns, which no address depends on."""
@@ -61,7 +61,7 @@ def group_forward(x: Tensor, members: Members, rounded: bool = False) -> tuple[l
     if by_jit():
         return _forward_plan(x, columns, rounded)(x, columns, None)
     tensors = (x, *weights, *a, *b, *[bias for bias in biases if bias is not None])
-    plan = _plan(_forward_plan, _key(x, columns, rounded), tensors, x, x, columns, rounded)
+    plan = planned(_forward_plan, _key(x, columns, rounded), tensors, x, x, columns, rounded)
     return plan(x, columns, device.stream(x))
 
 
@@ -102,7 +102,7 @@ def group_backward(
     key += [dy is None for dy in dys]
     key += [None if s is None else s.dtype for s in ss]
     tensors = [tensor for tensor in (x, *weights, *a, *b, *dys, *ss) if tensor is not None]
-    plan = _plan(_backward_plan, key, tensors, x, dys, x, ss, columns, rounded, needs)
+    plan = planned(_backward_plan, key, tensors, x, dys, x, ss, columns, rounded, needs)
     return plan(dys, x, ss, columns, device.stream(x))
 
 
@@ -142,7 +142,7 @@ def group_thin_gradients(
     key += [None if dy is None else (dy.shape, dy.dtype) for dy in dys]
     key += [None if s is None else s.dtype for s in ss]
     tensors = [tensor for tensor in (x, *a, *b, *dys, *ss) if tensor is not None]
-    plan = _plan(GroupBackwardPlan, key, tensors, x, dys, x, ss, columns, rounded, needs, True)
+    plan = planned(GroupBackwardPlan, key, tensors, x, dys, x, ss, columns, rounded, needs, True)
     return plan(dys, x, ss, columns, device.stream(x))
 
 
@@ -177,7 +177,7 @@ def thin_gradients(
     key = [dy.shape, dy.dtype, x.shape, x.dtype, device.index(x), lora_A.shape, lora_A.dtype, lora_B.dtype]
     key += s if s is None else s.dtype, keep is None, rounded, *needs
     tensors = (dy, x, lora_A, lora_B) if s is None else (dy, x, lora_A, lora_B, s)
-    plan = _plan(_thin_plan, key, tensors, x, *arguments)
+    plan = planned(_thin_plan, key, tensors, x, *arguments)
     return plan(dy, x, s, lora_A, lora_B, float(scaling), keep, device.stream(x))
 
 
@@ -206,7 +206,7 @@ def group_grad_x(x: Tensor, parts: Sequence[tuple]) -> Tensor:
     key = [len(parts), x.shape, x.dtype, device.index(x)]
     for weight, ds, a, keep in zip(weights, dss, factors, keeps, strict=True):
         key += weight.shape, ds.dtype, a.shape, a.dtype, keep is None
-    plan = _plan(_grad_x_plan, key, (*dys, *weights, *dss, *factors), x, x, columns)
+    plan = planned(_grad_x_plan, key, (*dys, *weights, *dss, *factors), x, x, columns)
     return plan(x, columns, device.stream(x))
 
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from .. import device
-from ..launch import DropoutMask, alignments, by_jit, contiguous_rows, thin_dtype
+from ..launch import DropoutMask, by_jit, contiguous_rows, thin_dtype
 from . import signature, strategies
 from .gemm import Update
 from .group_gemm import GroupUpdate, Part
 from .group_plans import ProjectPasses
+from .groups import planned
 from .signature import flat, share_memory
 
 
@@ -70,14 +71,6 @@ class GroupUpdatePlan:
         self.update.add(dx, dx, dss, factors, keeps, stream)
 
 
-def _planned(make: type, arguments: tuple, key: tuple, tensors: Sequence[Tensor], x: Tensor):
-    """Returns the plan with this key and these tensors' strides and alignments."""
-    strides = tuple([tensor.stride() for tensor in tensors])
-    whole = (make, *key, device.index(x), strides, alignments(tensors), signature.settings(x))
-    plan = signature.plans.get(whole)
-    return signature.keep(whole, make(*arguments), x) if plan is None else plan
-
-
 def group_project(x: Tensor, lora_As: Sequence[Tensor], keeps: Sequence[DropoutMask | None]) -> list[Tensor]:
     """Returns S (n_tokens, r) of each of one to four members for x (..., d_in). Twin:
     ``reference.linear.group_project``."""
@@ -90,8 +83,8 @@ def group_project(x: Tensor, lora_As: Sequence[Tensor], keeps: Sequence[DropoutM
     if by_jit():
         return ProjectPlan(x, lora_As, keeps)(x, lora_As, keeps, None)
     factors = tuple([(a.shape, a.dtype, keep is None) for a, keep in zip(lora_As, keeps, strict=True)])
-    key = x.shape, x.dtype, factors
-    plan = _planned(ProjectPlan, (x, lora_As, keeps), key, (x, *lora_As), x)
+    key = [x.shape, x.dtype, device.index(x), factors]
+    plan = planned(ProjectPlan, key, (x, *lora_As), x, x, lora_As, keeps)
     return plan(x, lora_As, keeps, device.stream(x))
 
 
@@ -110,8 +103,8 @@ def _add(rows: Tensor, thin: Tensor, factor: Tensor, scaling: float, keep: Dropo
     arguments = rows, thin, factor, keep is not None, transposed
     if by_jit():
         return UpdatePlan(*arguments)(rows, thin, factor, scaling, keep, None)
-    key = rows.shape, rows.dtype, thin.dtype, factor.shape, factor.dtype, keep is None, transposed
-    plan = _planned(UpdatePlan, arguments, key, (rows, thin, factor), rows)
+    key = [rows.shape, rows.dtype, device.index(rows), thin.dtype, factor.shape, factor.dtype, keep is None, transposed]
+    plan = planned(UpdatePlan, key, (rows, thin, factor), rows, *arguments)
     plan(rows, thin, factor, scaling, keep, device.stream(rows))
 
 
@@ -130,5 +123,6 @@ def add_to_dx(dx: Tensor, parts: Sequence[tuple]) -> None:
     if by_jit():
         return GroupUpdatePlan(dx, columns)(dx, columns, None)
     kinds = tuple([(ds.dtype, a.shape, a.dtype, keep is None) for ds, a, keep in parts])
-    plan = _planned(GroupUpdatePlan, (dx, columns), (dx.shape, dx.dtype, kinds), (dx, *dss, *factors), dx)
+    key = [dx.shape, dx.dtype, device.index(dx), kinds]
+    plan = planned(GroupUpdatePlan, key, (dx, *dss, *factors), dx, dx, columns)
     plan(dx, columns, device.stream(dx))
