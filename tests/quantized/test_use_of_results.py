@@ -3,6 +3,7 @@
 import pytest
 import torch
 from quantized_layers import D_IN, FORMATS, peft_model, quantized
+from torch import nn
 
 import lora_fast as lf
 
@@ -24,3 +25,18 @@ def test_a_result_may_be_changed_in_place(name, shape):
         results.append([y.detach(), leaf.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
     assert model[0].fallback_reason is None
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", ["nf4", "torchao-int8"])
+def test_a_bias_changed_between_the_calls_of_a_group_counts(name):
+    model, x = nn.ModuleDict({key: quantized(name) for key in "qk"}), torch.randn(5, D_IN)
+    lf.inject_(model, lf.LoRAConfig(r=2))
+    for _ in range(2):  # the second call's q computes k, too
+        read = x.clone().requires_grad_() * 1.0
+        (model["q"](read) + model["k"](read)).sum().backward()
+    read = x.clone().requires_grad_() * 1.0
+    before = model["q"](read)
+    with torch.no_grad():
+        model["k"].bias.add_(1.0)
+    torch.testing.assert_close(model["k"](read), before + 1.0)
+    assert lf.groups(model).groups == []
