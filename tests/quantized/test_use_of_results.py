@@ -4,6 +4,7 @@ import pytest
 import torch
 from quantized_layers import D_IN, FORMATS, peft_model, quantized
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import lora_fast as lf
 
@@ -40,3 +41,27 @@ def test_a_bias_changed_between_the_calls_of_a_group_counts(name):
         model["k"].bias.add_(1.0)
     torch.testing.assert_close(model["k"](read), before + 1.0)
     assert lf.groups(model).groups == []
+
+
+@pytest.mark.parametrize("kept", ["", "clone"], ids=["every-result", "clones"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["nf4", "torchao-float8"])
+def test_selective_checkpointing_may_keep_any_result(name, backend, kept):
+    model = nn.Sequential(*peft_model(name, quantized(name)), nn.Tanh())
+    lf.fuse_(model)
+    policy = lambda _, op, *args, **kwargs: (
+        CheckpointPolicy.MUST_SAVE if kept in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+    )
+    again = lambda x: checkpoint(
+        model, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)
+    )
+    x = torch.randn(2, 5, D_IN)
+    results = []
+    with lf.set_backend(backend):
+        for run in (model, again):
+            model.zero_grad()
+            leaf = x.clone().requires_grad_()
+            run(leaf).square().sum().backward()
+            results.append([leaf.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for wanted, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
