@@ -1,4 +1,4 @@
-"""What users do with results of layers over quantised weights, as they do with nn.Linear's."""
+"""What users do with results of layers over quantised weights, as they do with nn.Linear's, and with the weights."""
 
 import pytest
 import torch
@@ -65,3 +65,12 @@ def test_selective_checkpointing_may_keep_any_result(name, backend, kept):
             results.append([leaf.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
     for wanted, got in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_the_librarys_own_tensor_is_no_weight_of_the_function(name):
+    weight, a, b = quantized(name).weight, torch.zeros(2, D_IN), torch.zeros(3, 2)
+    with pytest.raises(
+        lf.ArgumentError, match="weight: expected a floating tensor or, of a quantised layer, lora_fast"
+    ):
+        lf.functional.lora_linear(torch.zeros(5, D_IN), weight, None, a, b, 1.0)
