@@ -128,6 +128,9 @@ def run_composite(x, weight, bias, lora_A, lora_B, scaling, dropout_p: float = 0
         autocast = in_autocast(x)
         number = 1.0 if isinstance(scaling, Tensor) else scaling
         checks.lora_linear(x, weight.detach(), bias, lora_A, lora_B, number, dropout_p, autocast)
+    elif isinstance(weight, Tensor) and weight.dtype not in checks.FLOATS:  # a library's own tensor
+        expected = "a floating tensor or, of a quantised layer, lora_fast.quantized.quantized_weight(layer)"
+        raise checks.ArgumentError("weight", expected, checks.shown(weight))
     if seed is not None and dropout_p > 0.0:
         seeds.check(seed)
         if x.is_nested or x.layout is not torch.strided:

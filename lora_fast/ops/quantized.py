@@ -34,7 +34,7 @@ def forward(ops, x: Tensor, members: Sequence[tuple]) -> tuple[list[Tensor], lis
     seed)."""
     four_bits = [_four_bit(ops, "forward", x, weight, len(a), False) for weight, _, a, *_ in members]
     ys: list = [
-        None if operand else _own(product(x, weight, bias), x)
+        None if operand else product(x, weight, bias)
         for operand, (weight, bias, *_) in zip(four_bits, members, strict=True)
     ]
     with torch.autocast(x.device.type, enabled=False) if _any_autocast() else nullcontext():
@@ -45,8 +45,18 @@ def forward(ops, x: Tensor, members: Sequence[tuple]) -> tuple[list[Tensor], lis
             if four_bits[i]:
                 ys[i] = four_bit_gemm().four_bit_linear(x, four_bits[i], _bias(x, weight, bias), ss[i], b, scaling)
             else:
-                ops.add_to_y(ys[i], ss[i], b, scaling)
+                ys[i] = _plus(ops, ys[i], x, ss[i], b, scaling)
     return ys, ss
+
+
+def _plus(ops, y: Tensor, x: Tensor, s: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Returns a library's product y plus scaling · S bᵀ. While a mode of torch sees the ops, as that of selective
+    checkpointing, which keeps results and uses them again, nothing is changed in place."""
+    if sees_ops():
+        return reference.plus_product(y, s, b, scaling)
+    y = _own(y, x)
+    ops.add_to_y(y, s, b, scaling)
+    return y
 
 
 def backward(ops, dys, x: Tensor, ss, members: Sequence[tuple], needs: tuple) -> tuple:
@@ -127,7 +137,9 @@ def _grad(dy: Tensor, weight: QuantizedWeight | Tensor) -> Tensor:
 
 def _own(result: Tensor, source: Tensor) -> Tensor:
     """Returns a library's result as memory that may be changed: contiguous, not seen by a mode of torch, which may use
-    it again, and not the source itself."""
+    it again, and not the source itself. It is no view, which could not be changed in place as nn.Linear's result
+    can."""
     if sees_ops() or result is source:
         return result.clone(memory_format=torch.contiguous_format)
-    return result.contiguous()
+    result = result.contiguous()
+    return torch.ops.aten._unsafe_view.default(result, result.shape) if result._is_view() else result

@@ -67,7 +67,7 @@ class TorchaoWeight(QuantizedWeight):
         return dtype
 
     @property
-    def _version(self) -> int:
+    def tensor_version(self) -> int:
         # torchao's copy_ counts as a change of the whole, a write into the part as one of the part.
         version: int = self.parameter._version + self.tensor._version
         return version

@@ -144,7 +144,13 @@ class QuantizedWeight:
         return f"{type(self).__name__}({self.format}, {tuple(self.shape)} on {self.device})"
 
     @property
-    def _version(self) -> int:
+    def _version(self) -> tuple:
+        """What a change in place of the weight changes, or one of the bias, which the library adds."""
+        bias = getattr(self.module, "bias", None)
+        return self.tensor_version, None if bias is None else (id(bias), bias._version)
+
+    @property
+    def tensor_version(self) -> int:
         return self.tensor._version
 
     def data_ptr(self) -> int:

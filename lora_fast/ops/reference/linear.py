@@ -181,6 +181,11 @@ def add_to_y(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> None:
     _put(rows, _add_product(rows, s, lora_B.t(), scaling))
 
 
+def plus_product(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Returns y + scaling · S bᵀ (..., d_out), a new tensor while a mode of torch sees the products."""
+    return _unflat(_add_product(_rows(y), s, lora_B.t(), scaling), y)
+
+
 def add_to_dx(dx: Tensor, parts: Sequence[tuple]) -> None:
     """Adds Σ keep∘(dS a) to dx (..., d_in), which is contiguous; parts (dS, lora_A, keep)."""
     rows = _rows(dx)
