@@ -87,6 +87,10 @@ class FourBitWeight(QuantizedWeight):
         dtype: torch.dtype = state.original_dtype if is_repacked else state.dtype
         return dtype
 
+    @property
+    def tensor_version(self) -> object:
+        return self.tensor._version, _quant_state(self.module).absmax._version, self.module.compute_dtype
+
     def _state(self) -> Any:
         """Returns bitsandbytes' description of the weight, as it is quantised: not repacked, and not lost where torch
         has made a new parameter of it."""

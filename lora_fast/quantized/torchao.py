@@ -67,10 +67,9 @@ class TorchaoWeight(QuantizedWeight):
         return dtype
 
     @property
-    def tensor_version(self) -> int:
+    def tensor_version(self) -> object:
         # torchao's copy_ counts as a change of the whole, a write into the part as one of the part.
-        version: int = self.parameter._version + self.tensor._version
-        return version
+        return self.parameter._version, self.tensor._version
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         weight = self.parameter

@@ -145,12 +145,13 @@ class QuantizedWeight:
 
     @property
     def _version(self) -> tuple:
-        """What a change in place of the weight changes, or one of the bias, which the library adds."""
+        """What a change of the weight changes, or one of the bias, which the library adds."""
         bias = getattr(self.module, "bias", None)
         return self.tensor_version, None if bias is None else (id(bias), bias._version)
 
     @property
-    def tensor_version(self) -> int:
+    def tensor_version(self) -> object:
+        """What a change in place of the weight changes."""
         return self.tensor._version
 
     def data_ptr(self) -> int:
