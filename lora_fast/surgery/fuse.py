@@ -37,7 +37,10 @@ def fuse_(
     hooks but those of accelerate that only move the input, …). Where it does not, PEFT's forward runs and the layer's
     ``fallback_reason`` contains the reason. In a ``repr``, a fused layer has PEFT's name and the word "fused".
 
-    Left as they are: other kinds of PEFT's layers (embeddings, convolutions, quantised bases, the parameters that
+    PEFT's layers over quantised weights of the families in ``lora_fast.quantized`` are fused, too: the library that
+    owns the format multiplies by the weight, and the adapter's part is added to its result (docs/quantized.md).
+
+    Left as they are: other kinds of PEFT's layers (embeddings, convolutions, unknown formats, the parameters that
     ``target_parameters`` names, MoE experts among them), and layers whose weight the model reads without calling them,
     so that an adapter has no effect there, neither PEFT's nor a fused one.
 
