@@ -44,11 +44,11 @@ def inject_(
     Only layers whose type is exactly ``torch.nn.Linear`` or transformers' ``Conv1D`` (GPT-2), on any device (meta
     included), with plain parameters and no hooks are replaced, and layers with quantised weights of the families in
     ``lora_fast.quantized``, whose library goes on multiplying by them (docs/quantized.md). accelerate's hooks that only
-    move a layer's input to its device (``device_map``) are carried to the new layer. Layers whose weight the model reads
-    without calling them, as fused kernels do, are left alone, because an adapter would have no effect. The report gives
-    the reason of every layer that ``config.target_modules`` names and that is left alone. A weight tied to another
-    module's may be adapted, because it is frozen and only read. Adapters are float32 over 16-bit and quantised weights,
-    else in the weight's dtype.
+    move a layer's input to its device (``device_map``) are carried to the new layer. Layers whose weight the model
+    reads without calling them, as fused kernels do, are left alone, because an adapter would have no effect. The report
+    gives the reason of every layer that ``config.target_modules`` names and that is left alone. A weight tied to
+    another module's may be adapted, because it is frozen and only read. Adapters are float32 over 16-bit and quantised
+    weights, else in the weight's dtype.
 
     Args:
         model: any module that contains nn.Linear layers.
