@@ -68,7 +68,13 @@ def backward(ops, dys, x: Tensor, ss, members: Sequence[tuple], needs: tuple) ->
         masked = dropout_p and dys[i] is not None and (need_x or need_a[i])
         keep = ops.draw_mask(x, dropout_p, seed) if masked else None
         calls.append((weight, None, a, b, scaling * keep_scale(dropout_p) if dropout_p else scaling, keep))
-    dss, das, dbs = ops.group_thin_gradients(dys, x, ss, calls, False, needs)
+    if len(calls) == 1:  # which takes the host less time
+        need_s, (_, _, a, b, scaling, keep) = need_x or need_a[0], calls[0]
+        thin_needs = need_s, need_a[0], needs[2][0]
+        one = ops.thin_gradients(dys[0], x, ss[0], a, b, scaling, keep, False, thin_needs)
+        dss, das, dbs = [[tensor] for tensor in one]
+    else:
+        dss, das, dbs = ops.group_thin_gradients(dys, x, ss, calls, False, needs)
     parts = [
         (dy, weight, ds, a, keep)
         for dy, ds, (weight, _, a, _, _, keep) in zip(dys, dss, calls, strict=True)

@@ -28,8 +28,10 @@ FOUR_BIT = ["four_bit_linear", "four_bit_grad_x"]
 FULL = (90,)
 SHARES = {"thin": THIN, "gemm": GEMM, "group": GROUP}
 SHARES["rest"] = [op for op in catalogue.OPS if op not in THIN + GEMM + GROUP]
-# By default sm_90 and sm_120, whose cards have the least shared memory, the GEMM also for sm_80, and groups for sm_90.
-RARE = {"gemm": (86, 89, 100), "group": {arch for arch in rules.ARCHS if arch not in FULL}}
+# By default sm_90 and sm_120, whose cards have the least shared memory, the GEMM also for sm_80, and groups and what is
+# no part of a layer for sm_90.
+ELSEWHERE = {arch for arch in rules.ARCHS if arch not in FULL}
+RARE = {"gemm": (86, 89, 100), "group": ELSEWHERE, "rest": ELSEWHERE}
 PLACES = [
     pytest.param(
         share, arch, id=f"{share}-sm_{arch}", marks=[pytest.mark.budget] * (arch in RARE.get(share, (80, 86, 89, 100)))
@@ -41,8 +43,8 @@ PLACES = [
 
 def sample(ops: list[str], arch: int) -> list[catalogue.Case]:
     """Returns, of a layer's ops, cases that contain every value. Of ``GROUP`` it returns the first and last variant at
-    each op's second rank. Of ops outside a layer it returns the last variant at the second or only rank, and one, in
-    turn, at the largest rank of each dtype (of ``FOUR_BIT`` at none). For archs that are not in ``FULL`` it returns the
+    each op's second rank. Of ops outside a layer it returns the last variant at the second or only rank, and one at the
+    largest rank of a dtype (of ``FOUR_BIT`` at none). For archs that are not in ``FULL`` it returns the
     first and last variant (of ops outside a layer, the last) at the second rank."""
     chosen = []
     for op in ops:
@@ -52,13 +54,13 @@ def sample(ops: list[str], arch: int) -> list[catalogue.Case]:
         ranks: dict[tuple, list[catalogue.Case]] = {}
         for case in filter(lambda case: case.runs_on(arch), catalogue.cases([op])):
             ranks.setdefault((case.dtype, case.r), []).append(case)
-        largest = {dtype: (dtype, r) for dtype, r in sorted(ranks)}
+        largest = max(ranks, key=lambda place: place[1])
         second = list(ranks)[:2][-1]
         for i, (place, cases) in enumerate(ranks.items()):
             ends = cases if len(cases) < 2 else [cases[0], cases[-1]]
             if place == second:
                 chosen += ends if op in THIN + GEMM + GROUP * (arch in FULL) else ends[-1:]
-            elif arch in FULL and op not in GROUP + FOUR_BIT and place in largest.values():
+            elif arch in FULL and op not in GROUP + FOUR_BIT and place == largest:
                 chosen.append(ends[i % len(ends)])
     return chosen
 

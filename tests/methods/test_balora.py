@@ -50,8 +50,15 @@ def test_transport_leaves_directions_in_which_b_vanishes_alone(dtype):
     torch.testing.assert_close(live.mT @ u.double() @ live, t.double(), **tolerance)
 
 
-@GAUGES
-@pytest.mark.parametrize("transport", ["none", "m", "mv"])
+EACH_ONCE = [("mv", "symmetric"), ("m", "svd"), ("none", "svd_signed")]  # by default; the others with -m budget
+TRANSPORTS = [
+    pytest.param(gauge, transport, marks=[pytest.mark.budget] * ((transport, gauge) not in EACH_ONCE))
+    for transport in ("none", "m", "mv")
+    for gauge in ops.GAUGES
+]
+
+
+@pytest.mark.parametrize("gauge, transport", TRANSPORTS)
 def test_product_moves_in_proportion_where_factors_lack_full_rank(gauge, transport):
     methods = [M.BaLoRA(gauge=gauge, transport=transport)]
     for dtype, rank in ((torch.float32, None), (torch.float64, 1)):
