@@ -54,6 +54,7 @@ if INTERPRETED:
     interpreter.patch_once()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 def pytest_collection_finish():

@@ -458,7 +458,7 @@ def injected_twin(peft_model):
 def test_training_is_as_exact_as_peft():
     """Errors of a run differ by a third from seed to seed, so the mean of their ratios to PEFT's is what counts."""
     ratios = []
-    for seed in range(6):
+    for seed in range(4):
         eager = peft_llama(seed, filled=False)
         exact, model = copy.deepcopy(eager).double(), copy.deepcopy(eager) if seed % 2 else injected_twin(eager)
         if seed % 2:
