@@ -28,7 +28,7 @@ from . import atomic_file
 from .scopes import Scopes
 
 FORMAT = 1
-STRATEGIES = ("fused", "cublas", "gluon", "library")
+STRATEGIES = ("fused", "cublas", "gluon")
 TILE_FIELDS = 5  # t, outer, inner, warps, stages, as in the rows of tiles.TABLE
 
 
