@@ -375,22 +375,9 @@ class AdapterLinear(Fallback, nn.Module):
         if f"{prefix}weight" in state_dict and merged_parameters([self._parameters.get("weight")]):
             errors.append(f"{prefix}weight is merged with the adapter of another layer: use lf.unmerge_ first")
             state_dict = {}
-        if self.base is None:
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        else:
-            self._load_with_base(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         if merged:
             self.fold_()
-
-    def _load_with_base(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
-        """Loads the adapter, and by the base's own method, which knows its scales, its weight and bias."""
-        base: Any = self.base
-        unknown: tuple[list[str], list[str]] = [], []
-        base._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unknown[0], errors)
-        self._parameters["weight"] = self._parameters["bias"] = None  # keeps their places in the order
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unknown[1], errors)
-        self._parameters |= {name: base._parameters.get(name) for name in ("weight", "bias")}
-        unexpected += [key for key in unknown[1] if key in unknown[0]]
 
     def _apply(self, fn, recurse: bool = True) -> Self:
         self._merged.is_changed()  # by others, before this change
