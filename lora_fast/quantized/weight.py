@@ -74,7 +74,7 @@ class QuantizedWeight:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the weight is quantised and has all that it needs, as far as a call has time to look."""
+        """True if the weight is quantised and has all that it needs, as far as a call has time to look."""
         return True
 
     @property
@@ -131,9 +131,6 @@ class QuantizedWeight:
         """Returns what ``dequantized`` does: a weight for plain torch ops."""
         return self.dequantized(dtype)
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, QuantizedWeight) and other.module is self.module and other.tensor is self.tensor
 
@@ -145,13 +142,13 @@ class QuantizedWeight:
 
     @property
     def _version(self) -> tuple:
-        """What a change of the weight changes, or one of the bias, which the library adds."""
+        """The versions of the weight and of the bias, which the library adds: a change in place changes them."""
         bias = getattr(self.module, "bias", None)
         return self.tensor_version, None if bias is None else (id(bias), bias._version)
 
     @property
     def tensor_version(self) -> object:
-        """What a change in place of the weight changes."""
+        """The version of the weight alone."""
         return self.tensor._version
 
     def data_ptr(self) -> int:

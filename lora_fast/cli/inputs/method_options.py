@@ -115,7 +115,7 @@ class Choice:
 
     @property
     def changes_base(self) -> bool:
-        """Whether the method changes the frozen weights."""
+        """True if the method changes the frozen weights."""
         return any(isinstance(method, methods.ScaLoRA) for method in self.instances)
 
     @property

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import checks
 from ...checks import ArgumentError, MissingPackageError
+from ...quantized import family_of
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +116,5 @@ def prepare(model: transformers.PreTrainedModel) -> None:
         raise ArgumentError("--model", "weights in a format over which transformers trains adapters", got)
     prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # On such CPUs bitsandbytes repacks a weight at its first evaluation, for good. Its scales then lose
-            # precision, and no gradient passes it any longer: later steps would train on wrong gradients.
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        if (family := family_of(module)) is not None:
+            family.take_(module)  # PEFT's own layers, too, are trained in turns with evaluations
