@@ -68,7 +68,8 @@ def weight_norms(
     kind, tensors = weight.device.type, (weight, lora_A, lora_B)
     with torch.no_grad(), torch.autocast(kind, enabled=False) if is_autocast_on(kind) else nullcontext():
         if torch.compiler.is_compiling() or sees_ops() or composite.reason_for_parameters(tensors) is not None:
-            return dora_op.reference.written_norms(weight, lora_A, lora_B, scaling)
+            norms = dora_op.reference.written_norms(weight, lora_A, lora_B, scaling)
+            return norms.detach()  # of forward-mode derivatives, too
         return backend.ops("dora", weight).weight_norms(weight, lora_A, lora_B, scaling, squares)
 
 

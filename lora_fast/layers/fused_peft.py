@@ -137,6 +137,8 @@ class FusedForward(Fallback):
             return arguments
         if _has_global_hooks(self):
             return "hooks of all modules"
+        if active in self.lora_variant and x.dim() < 2:
+            return "1-d input to DoRA"  # PEFT's result has a dimension more
         call, lora_bias = arguments
         weight, bias = call[0], call[1]
         # Autocast casts x, weight and bias to one dtype, except float64. Without it PEFT casts x for the adapter only.
