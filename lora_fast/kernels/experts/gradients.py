@@ -71,13 +71,13 @@ def lora_expert_grads_kernel(
 
 
 def grad_factors(
-    x: torch.Tensor, dy: torch.Tensor, s: torch.Tensor, ds: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor,
-    scaling: float, offsets: torch.Tensor, need_a: bool, need_b: bool,
+    x: torch.Tensor, dy: torch.Tensor, s: torch.Tensor, ds: torch.Tensor | None, lora_A: torch.Tensor,
+    lora_B: torch.Tensor, scaling: float, offsets: torch.Tensor, need_a: bool = True, need_b: bool = True,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """Returns da_e = dSᵀ x (E, r, d_in) and db_e = scaling · dyᵀ S (E, d_out, r), each None if not needed, in the
-    factors' dtypes and contiguous, for x (n, d_in), dy (n, d_out), S and dS (n, r) and offsets (E,). Twin:
-    ``reference.experts.grad_factors``."""
-    x, dy, s, ds = contiguous_rows(x), contiguous_rows(dy), s.contiguous(), ds.contiguous()
+    factors' dtypes and contiguous, for x (n, d_in), dy (n, d_out), S and dS (n, r), which may be None if da is not
+    needed, and offsets (E,). Twin: ``reference.experts.grad_factors``."""
+    x, dy, s, ds = contiguous_rows(x), contiguous_rows(dy), s.contiguous(), s if ds is None else ds.contiguous()
     (n_rows, d_in), (n_experts, d_out, r) = x.shape, lora_B.shape
     empty = torch.empty if n_rows else torch.zeros  # a grid must not be empty
     da = empty((n_experts, r, d_in), dtype=lora_A.dtype, device=x.device) if need_a else None

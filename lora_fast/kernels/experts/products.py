@@ -114,14 +114,14 @@ def _project(tall: torch.Tensor, factor: torch.Tensor, scaling: float, offsets: 
 
 def add_product(
     rows: torch.Tensor, thin: torch.Tensor, factor: torch.Tensor, scaling: float, offsets: torch.Tensor
-) -> None:
-    """Adds scaling · thin factor_e to rows (n, d), whose rows are contiguous, in place, for thin (n, r), factor
-    (E, r, d) and offsets (E,). Twin: ``reference.experts.add_product``."""
+) -> torch.Tensor:
+    """Adds scaling · thin factor_e to rows (n, d), whose rows are contiguous, in place and returns them, for thin
+    (n, r), factor (E, r, d) and offsets (E,). Twin: ``reference.experts.add_product``."""
     assert rows.stride(1) == 1 or rows.shape[1] == 1, f"rows: expected contiguous rows, got strides {rows.stride()}"
     thin, factor = thin.contiguous(), _laid_out(factor)
     (n_rows, d), (n_experts, r, _) = rows.shape, factor.shape
     if rows.numel() == 0:
-        return
+        return rows
     tile = tiles.update(rows, r, n_rows <= tiles.FEW)
     grid = programs(n_rows, n_experts, tile.t), triton.cdiv(d, tile.outer)
     with on_device(rows):
@@ -130,6 +130,7 @@ def add_product(
             (n_rows, n_experts, d, rows.stride(0), *factor.stride()[1:]),
             {"R": r, "PRECISION": precision(rows), "BLOCK_E": tiles.rank_block(n_experts), **tile.options()},
         )  # fmt: skip
+    return rows
 
 
 def _laid_out(factor: torch.Tensor) -> torch.Tensor:
