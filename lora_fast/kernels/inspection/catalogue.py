@@ -19,6 +19,7 @@ import torch
 from .. import cayley, launch, pointer_table, tiles
 from .. import linear as layer
 from ..linalg import inverse, spd
+from ..linear import dora
 from ..linear.cublas import Halves
 from ..linear.four_bit import four_bit_grad_x, four_bit_linear
 from ..linear.group import GroupProject
@@ -252,6 +253,23 @@ def halves(r: int, dtype: torch.dtype) -> int:
     return size(a, Halves(a, above=True)(a))
 
 
+def weight_norms(r: int, dtype: torch.dtype, adapter: str | None, transposed: bool = False) -> int:
+    """Runs the norms of DoRA, of a weight that is stored transposed, too."""
+    weight = _matrix(D_IN, D_OUT, dtype).t() if transposed else _matrix(D_OUT, D_IN, dtype)
+    a, b = _matrix(r, D_IN, _adapter(adapter, dtype)), _matrix(D_OUT, r, _adapter(adapter, dtype))
+    return size(weight, a, b, dora.weight_norms(weight, a, b, 2.0))
+
+
+def column_scale(r: int, dtype: torch.dtype, bias: bool, backward: bool) -> int:
+    """Runs the column scale of DoRA, or its backward."""
+    u, scale = _matrix(N_TOKENS, D_OUT, dtype), torch.empty(D_OUT)
+    if backward:
+        dy = _matrix(N_TOKENS, D_OUT, dtype)
+        return size(dy, u, scale, *dora.column_scale_backward(dy, u, scale))
+    of_bias = torch.empty(D_OUT) if bias else None
+    return size(u, scale, of_bias, dora.column_scale(u, scale, of_bias))
+
+
 # ---- The step
 
 NUMBERS = adamw.Settings((1e-3, 0.9, 0.999, 1e-8, 0.1) * 2)
@@ -436,6 +454,15 @@ OPS = {
     ),
     "group_grad_x": Op(
         group_grad_x, _GROUP, _GROUP_GEMM, ("lora_group_grad_x_kernel", "lora_group_update_kernel")
+    ),
+    "weight_norms": Op(
+        weight_norms, {"bfloat16": (16, 256), "float16": (16,), "float32": (16, 256)},
+        variants(adapter=_ADAPTERS, transposed=(True, False)), ("lora_weight_norms_kernel",), counted=True,
+    ),
+    "column_scale": Op(
+        column_scale, {"bfloat16": (1,), "float32": (1,)},
+        ({"bias": False, "backward": False}, {"bias": True, "backward": False}, {"bias": False, "backward": True}),
+        counted=True,
     ),
     "gram": Op(
         gram, {"float32": (1, 16, 32, 64, 128), "bfloat16": (8, 64)}, tensor_cores=("lora_gram_kernel",), counted=True
