@@ -2,6 +2,8 @@
 
 from ..kernels.records import StepWork
 from .cayley import cayley
+from .dora import dora_linear
+from .experts import lora_grouped_linear
 from .linear import lora_linear
 from .linear_group import LinearMember, lora_linear_group
 from .pairs import adapter_step_, add_low_rank_, gram, hyperbalance, scalora_scaling, small_inverse, spd_solve
@@ -12,8 +14,10 @@ __all__ = [
     "adapter_step_",
     "add_low_rank_",
     "cayley",
+    "dora_linear",
     "gram",
     "hyperbalance",
+    "lora_grouped_linear",
     "lora_linear",
     "lora_linear_group",
     "scalora_scaling",

@@ -1,0 +1,132 @@
+"""Plain-torch twin of the experts' ops: the specification, the oracle of the tests, and the backend on a CPU.
+
+Rows (n, d) are sorted by expert. ``offsets``, int32 (E,), holds the end of each expert's rows, so that expert e has the
+rows from offsets[e - 1] to offsets[e]. No function has a loop over experts. All but ``add_product`` are
+differentiable.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..observers import sees_ops
+
+__all__ = ["add_product", "grad_factors", "grad_s", "product", "project", "update"]
+
+_GROUPED = (torch.bfloat16, torch.float16, torch.float32)  # dtypes of torch's grouped product
+_ALIGNMENT = 16  # bytes: what it needs of strides and addresses
+
+
+def product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Returns rows_e weight_e of each expert: (n, k), (E, k, m) in the same dtype, any strides → (n, m). Rows that
+    belong to no expert, from offsets[-1] on, give 0."""
+    if len(rows) and rows.stride(1) == 1 and _takes(rows) and _takes(weight):
+        result = F.grouped_mm(rows, weight, offs=offsets)  # which leaves the rows of no expert undefined
+        return _without_rest(result, offsets)
+    return _unpadded(torch.bmm(_padded(rows, offsets), weight), offsets, len(rows))
+
+
+def project(x: Tensor, lora_A: Tensor, offsets: Tensor) -> Tensor:
+    """S_e = x_e a_eᵀ: (n, d_in), (E, r, d_in) → (n, r) in the wider of both dtypes."""
+    wide = torch.promote_types(x.dtype, lora_A.dtype)
+    return _thin(x.to(wide), lora_A.to(wide).mT, offsets)
+
+
+def update(thin: Tensor, factor: Tensor, offsets: Tensor) -> Tensor:
+    """thin_e factor_e: (n, r), (E, r, d) → (n, d) in the wider of both dtypes."""
+    wide, missing = torch.promote_types(thin.dtype, factor.dtype), _missing(thin.shape[1], thin)
+    thin, factor = F.pad(thin.to(wide), (0, missing)), F.pad(factor.to(wide), (0, 0, 0, missing))
+    return product(thin.contiguous(), factor.contiguous(), offsets)
+
+
+def add_product(rows: Tensor, thin: Tensor, factor: Tensor, scaling: float, offsets: Tensor) -> Tensor:
+    """Returns rows_e + scaling · thin_e factor_e: (n, d), (n, r), (E, r, d) → (n, d). It is in place unless a mode of
+    torch sees the products, as that of selective checkpointing, which keeps them and uses them again."""
+    return (rows.add if sees_ops() else rows.add_)(update(thin, factor, offsets), alpha=scaling)
+
+
+def grad_s(dy: Tensor, lora_B: Tensor, scaling: float, offsets: Tensor) -> Tensor:
+    """dS_e = scaling · dy_e b_e: (n, d_out), (E, d_out, r) → (n, r) in the wider of both dtypes."""
+    wide = torch.promote_types(dy.dtype, lora_B.dtype)
+    return _thin(dy.to(wide), lora_B.to(wide), offsets) * scaling
+
+
+def grad_factors(
+    x: Tensor, dy: Tensor, s: Tensor, ds: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
+    offsets: Tensor, need_a: bool = True, need_b: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """da_e = dS_eᵀ x_e: (E, r, d_in), and db_e = scaling · dy_eᵀ S_e: (E, d_out, r), in the factors' dtypes, 0 for
+    experts without rows; None where not needed."""
+    da = db = None
+    if need_a and ds is not None:
+        da = _outer(ds, x.to(ds.dtype), offsets).to(lora_A.dtype)
+    if need_b:
+        db = (_outer(s, dy.to(s.dtype), offsets).mT * scaling).to(lora_B.dtype)
+    return da, db
+
+
+def _thin(rows: Tensor, factor: Tensor, offsets: Tensor) -> Tensor:
+    """Returns rows_e factor_e of factors (E, k, r), whose rank torch's grouped product takes in multiples only."""
+    rank = factor.shape[2]
+    factor = F.pad(factor, (0, _missing(rank, factor))).contiguous()
+    return product(rows, factor, offsets)[:, :rank]
+
+
+def _outer(thin: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+    """Returns thin_eᵀ rows_e of each expert: (n, r), (n, d) in the same dtype → (E, r, d)."""
+    rank = thin.shape[1]
+    thin = F.pad(thin, (0, _missing(rank, thin))).contiguous()
+    if all(map(_takes, (thin, rows))):
+        return F.grouped_mm(thin.t(), rows, offs=offsets)[:, :rank]
+    return torch.bmm(_padded(thin, offsets).mT, _padded(rows, offsets))[:, :rank]
+
+
+def _missing(rank: int, like: Tensor) -> int:
+    """Returns how many columns are to be added to a rank, so that a row has a multiple of ``_ALIGNMENT`` bytes."""
+    return -rank % (_ALIGNMENT // like.element_size())
+
+
+def _takes(tensor: Tensor) -> bool:
+    """Returns whether torch's grouped product takes an operand: rows or columns are contiguous, all else is aligned."""
+    if tensor.dtype not in _GROUPED or tensor.data_ptr() % _ALIGNMENT or not hasattr(F, "grouped_mm"):
+        return False
+    *outer, last, inner = tensor.stride()
+    strides = [inner if last == 1 else last if inner == 1 else 1, *outer]
+    return all(stride * tensor.element_size() % _ALIGNMENT == 0 for stride in strides)
+
+
+def experts_of(offsets: Tensor, n: int) -> Tensor:
+    """Returns the expert of each of n rows, int64 (n,), E for rows of none."""
+    return torch.searchsorted(offsets, torch.arange(n, dtype=offsets.dtype, device=offsets.device), right=True)
+
+
+def _places(offsets: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Returns the expert of each row and the row's number among those of this expert."""
+    experts = experts_of(offsets, n)
+    starts = F.pad(offsets, (1, 0))
+    return experts, torch.arange(n, dtype=torch.int64, device=offsets.device) - starts[experts]
+
+
+def _padded(rows: Tensor, offsets: Tensor) -> Tensor:
+    """Returns the rows of each expert as a batch (E + 1, most rows of one, d), 0 where it has fewer. It waits for the
+    device. The last of the batch has the rows of no expert."""
+    experts, places = _places(offsets, len(rows))
+    most = int(places.max()) + 1 if len(rows) else 0
+    return rows.new_zeros((len(offsets) + 1, most, rows.shape[1])).index_put((experts, places), rows)[:-1]
+
+
+def _unpadded(batch: Tensor, offsets: Tensor, n: int) -> Tensor:
+    """Returns the rows of a batch of ``_padded``, those of no expert as 0."""
+    experts, places = _places(offsets, n)
+    rest = batch.new_zeros((1, *batch.shape[1:]))
+    return torch.cat((batch, rest))[experts, places]
+
+
+def _without_rest(rows: Tensor, offsets: Tensor) -> Tensor:
+    """Returns the rows with 0 in those that belong to no expert. On a GPU it does not wait for the device."""
+    if rows.is_cpu and int(offsets[-1]) == len(rows):
+        return rows
+    kept = torch.arange(len(rows), dtype=offsets.dtype, device=rows.device)[:, None] < offsets[-1]
+    return torch.where(kept, rows, 0)

@@ -1,0 +1,168 @@
+"""Tests of functional.lora_grouped_linear against the dense formula in float64."""
+
+import pytest
+import torch
+from budget import check, error
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import lora_fast as lf
+from lora_fast.functional import lora_grouped_linear
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROUTINGS = {"skewed": (1, 9, 0, 4, 0), "one expert": (0, 0, 13, 0, 0), "none": (0, 0, 0, 0, 0), "rest": (3, 0, 2, 0, 4)}
+
+
+def tensors(counts, dtype=torch.float32, adapter=None, rest=0, d_in=24, d_out=40, r=4, transposed=False) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    make = lambda *shape, kind=dtype: torch.randn(*shape, generator=generator).to(DEVICE, kind)
+    n_experts = len(counts)
+    weight = make(n_experts, d_in, d_out).mT if transposed else make(n_experts, d_out, d_in)
+    lora_B = make(d_out, r, n_experts, kind=adapter or dtype).permute(2, 0, 1)  # PEFT's layout
+    return {
+        "x": make(sum(counts) + rest, d_in).requires_grad_(),
+        "weight": weight,
+        "bias": make(n_experts, d_out),
+        "lora_A": make(n_experts, r, d_in, kind=adapter or dtype).requires_grad_(),
+        "lora_B": lora_B.requires_grad_(),
+        "scaling": 0.5,
+        "offsets": torch.tensor(counts, device=DEVICE).cumsum(0).int(),
+    }
+
+
+def dense(x, weight, bias, lora_A, lora_B, scaling, offsets):
+    """Returns y by a loop over the experts, as PEFT computes it: W + ΔW in the weight's dtype."""
+    starts, parts = [0, *offsets.tolist()], []
+    for e in range(len(weight)):
+        w = weight[e] + scaling * (lora_B[e].to(weight.dtype) @ lora_A[e].to(weight.dtype))
+        parts.append(x[starts[e] : starts[e + 1]] @ w.mT + bias[e])
+    return torch.cat([*parts, x.new_zeros(len(x) - starts[-1], weight.shape[1])])
+
+
+def results(run, arguments: dict) -> list[torch.Tensor]:
+    trained = [arguments[name] for name in ("x", "lora_A", "lora_B")]
+    y = run(**arguments)
+    dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=DEVICE).cos().view(y.shape).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, trained, dy)]
+
+
+def in_float64(arguments: dict) -> dict:
+    wide = {name: v.detach().double() if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
+    trained = {name: wide[name].requires_grad_() for name in ("x", "lora_A", "lora_B")}
+    return wide | trained | {"offsets": arguments["offsets"]}
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("d_in, r", [(24, 4), (23, 3)], ids=["aligned", "odd"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["(E, out, in)", "(E, in, out)"])
+def test_results_are_those_of_the_dense_formula(routing, d_in, r, transposed):
+    arguments = tensors(ROUTINGS[routing], rest=2 * (routing == "rest"), d_in=d_in, r=r, transposed=transposed)
+    for got, want in zip(results(lora_grouped_linear, arguments), results(dense, in_float64(arguments)), strict=True):
+        assert got.shape == want.shape
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, adapter", [("bfloat16", None), ("bfloat16", "float32"), ("float16", None)])
+def test_errors_in_16_bits_are_at_most_pefts(dtype, adapter):
+    dtype, adapter = getattr(torch, dtype), adapter and getattr(torch, adapter)
+    arguments = tensors((5, 0, 40, 3), dtype, adapter, d_in=64, r=8)
+    exact = results(dense, in_float64(arguments))
+    got, peft = results(lora_grouped_linear, arguments), results(dense, arguments)
+    for name, ours, theirs, want in zip(("y", "dx", "da", "db"), got, peft, exact, strict=True):
+        check(name, ours, want, error(theirs, want), dtype)
+
+
+def test_float64_and_second_derivatives():
+    arguments = in_float64(tensors((2, 0, 3), d_in=5, d_out=3, r=2))
+    for got, want in zip(results(lora_grouped_linear, arguments), results(dense, arguments), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    trained = [arguments[name] for name in ("x", "lora_A", "lora_B")]
+    weight, offsets = arguments["weight"], arguments["offsets"]
+    run = lambda x, a, b: lora_grouped_linear(x, weight, None, a, b, 0.5, offsets)
+    with lf.set_backend("torch"):
+        assert torch.autograd.gradcheck(run, trained)
+        assert torch.autograd.gradgradcheck(run, trained)
+
+
+class Calls(TorchDispatchMode):
+    """Notes torch's calls and the most elements that one of them makes."""
+
+    looks_inside = True
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.most = [], 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        self.names.append(str(operator))
+        if isinstance(result, torch.Tensor) and not operator.is_view:
+            self.most = max(self.most, result.numel())
+        return result
+
+
+def calls_of(n_experts: int) -> Calls:
+    counts = [3] * 4 + [0] * (n_experts - 4)
+    arguments = tensors(counts, d_in=64, d_out=48)
+    with Calls() as calls:
+        results(lora_grouped_linear, arguments)
+    return calls
+
+
+def test_calls_do_not_depend_on_the_number_of_experts_and_form_no_weight():
+    few, many = calls_of(4), calls_of(64)
+    assert few.names == many.names
+    assert many.most < 64 * 64 * 48 / 4
+
+
+def test_saved_are_x_and_s():
+    arguments, saved = tensors((4, 0, 5, 0)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        lora_grouped_linear(**arguments | {"bias": None})
+    own = {arguments[name].data_ptr() for name in ("x", "weight", "lora_A", "lora_B", "offsets")}
+    assert [tuple(tensor.shape) for tensor in saved if tensor.data_ptr() not in own] == [(9, 4)]
+
+
+def test_checkpointing_and_autocast():
+    arguments = tensors((4, 0, 5, 2))
+    plain = results(lora_grouped_linear, arguments)
+    again = results(lambda **named: checkpoint(lora_grouped_linear, **named, use_reentrant=False), arguments)
+    assert all(map(torch.equal, plain, again))
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        y = lora_grouped_linear(**arguments)
+    assert y.dtype is torch.bfloat16
+    assert error(y.detach(), plain[0].double()) < 0.01
+
+
+def test_a_compiled_call_has_the_op_alone():
+    arguments = tensors((4, 0, 5, 2))
+    compiled = torch.compile(lora_grouped_linear, backend="aot_eager", fullgraph=True)
+    for got, want in zip(results(compiled, arguments), results(lora_grouped_linear, arguments), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+WRONG = {
+    "weight": (lambda a: a | {"weight": a["weight"][0]}, "weight: expected shape"),
+    "transposed weight": (lambda a: a | {"weight": a["weight"].mT}, "lora_A: expected shape"),
+    "trained weight": (lambda a: a | {"weight": a["weight"].clone().requires_grad_()}, "weight: expected a frozen"),
+    "rank of b": (lambda a: a | {"lora_B": a["lora_B"][..., :3]}, "lora_B: expected shape"),
+    "experts of a": (lambda a: a | {"lora_A": a["lora_A"][:2]}, "lora_A: expected shape"),
+    "x": (lambda a: a | {"x": a["x"][None]}, "x: expected shape"),
+    "dtype of x": (lambda a: a | {"x": a["x"].half()}, "x: expected weight's dtype"),
+    "bias": (lambda a: a | {"bias": a["bias"][0]}, "bias: expected shape"),
+    "scaling": (lambda a: a | {"scaling": float("nan")}, "scaling: expected a finite number"),
+    "dtype of offsets": (lambda a: a | {"offsets": a["offsets"].long()}, "offsets: expected dtype torch.int32"),
+    "decreasing offsets": (lambda a: a | {"offsets": a["offsets"].flip(0)}, "offsets: expected the ends"),
+    "offsets past the rows": (lambda a: a | {"offsets": a["offsets"] + 3}, "offsets: expected the ends"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_input_is_named(case):
+    change, message = WRONG[case]
+    if "offsets" in case and case != "dtype of offsets" and DEVICE.type == "cuda":
+        pytest.skip("values on a GPU are not read")
+    with pytest.raises(lf.ArgumentError, match=message):
+        lora_grouped_linear(**change(tensors((4, 0, 5, 2))))
