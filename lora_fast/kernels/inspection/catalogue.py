@@ -16,10 +16,9 @@ from typing import NamedTuple
 
 import torch
 
-from .. import cayley, launch, pointer_table, tiles
+from .. import cayley, dora, launch, pointer_table, tiles
 from .. import linear as layer
 from ..linalg import inverse, spd
-from ..linear import dora
 from ..linear.cublas import Halves
 from ..linear.four_bit import four_bit_grad_x, four_bit_linear
 from ..linear.group import GroupProject
@@ -262,12 +261,12 @@ def weight_norms(r: int, dtype: torch.dtype, adapter: str | None, transposed: bo
 
 def column_scale(r: int, dtype: torch.dtype, bias: bool, backward: bool) -> int:
     """Runs the column scale of DoRA, or its backward."""
-    u, scale = _matrix(N_TOKENS, D_OUT, dtype), torch.empty(D_OUT)
+    u, (magnitude, norms, of_bias) = _matrix(N_TOKENS, D_OUT, dtype), torch.empty(3, D_OUT)
     if backward:
         dy = _matrix(N_TOKENS, D_OUT, dtype)
-        return size(dy, u, scale, *dora.column_scale_backward(dy, u, scale))
-    of_bias = torch.empty(D_OUT) if bias else None
-    return size(u, scale, of_bias, dora.column_scale(u, scale, of_bias))
+        return size(dy, u, magnitude, norms, *dora.column_scale_backward(dy, u, magnitude, norms))
+    y = dora.column_scale(u, magnitude, norms, of_bias if bias else None)
+    return size(u, magnitude, norms, of_bias if bias else None, y)
 
 
 # ---- The step

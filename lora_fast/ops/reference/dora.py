@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .linear import project
 
-__all__ = ["column_scale", "column_scale_backward", "row_squares", "weight_norms"]
+__all__ = ["column_scale", "column_scale_backward", "weight_norms"]
 
 _CANCELLED = 1e-2  # of ‖W‖²: below it the formula of squares has lost digits
 _ROWS = 256  # of a block of W + s b a, so that it stays in a CPU's caches
