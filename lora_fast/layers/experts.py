@@ -7,7 +7,6 @@ layer of the experts given to it as a function. Modules with a forward of their 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -21,7 +20,9 @@ from ..ops.routing import route, to_experts, to_tokens
 
 Linear = Callable[[str, Tensor, Tensor], Tensor]  # parameter's name, rows sorted by expert, offsets → the results
 EAGER = (None, "eager")
-GROUPED, BATCHED = "grouped_mm", "batched_mm"
+GROUPED = "grouped_mm"
+_decorated: Any = moe.use_experts_implementation(type("Experts", (nn.Module,), {"forward": lambda self: None}))
+_DISPATCHING = _decorated.forward.__code__  # of the forward that transformers' decorator gives to a class
 
 
 class RoutedExperts:
@@ -109,7 +110,7 @@ Experts = type[RoutedExperts] | type[SortedExperts]
 def experts_of(module: nn.Module) -> Experts | None:
     """Returns the kind of a module that holds experts' weights, None for a module with a forward of its own."""
     forward = getattr(type(module), "forward", None)
-    if getattr(forward, "__code__", None) is _dispatching_code():
+    if getattr(forward, "__code__", None) is _DISPATCHING:
         return RoutedExperts
     name, home = getattr(forward, "__qualname__", ""), getattr(forward, "__module__", "")
     is_sorted = name.endswith("ParallelExperts.forward") and home.startswith("transformers.models.")
@@ -123,13 +124,6 @@ def reason_against_dtype(x: Tensor, dtype: torch.dtype) -> str | None:
     if computed is dtype:
         return None
     return f"{dtype} experts under autocast to {computed}" if autocast else f"{x.dtype} input to {dtype} weights"
-
-
-@cache
-def _dispatching_code() -> Any:
-    """Returns the code of the forward that transformers' decorator gives to a class."""
-    decorated: Any = moe.use_experts_implementation(type("Experts", (nn.Module,), {"forward": lambda self: None}))
-    return decorated.forward.__code__
 
 
 def _served() -> tuple[Any, Any]:
