@@ -2,6 +2,7 @@
 
 from ..kernels.records import StepWork
 from .cayley import cayley
+from .dora import dora_linear
 from .experts import lora_grouped_linear
 from .linear import lora_linear
 from .linear_group import LinearMember, lora_linear_group
@@ -13,6 +14,7 @@ __all__ = [
     "adapter_step_",
     "add_low_rank_",
     "cayley",
+    "dora_linear",
     "gram",
     "hyperbalance",
     "lora_grouped_linear",

@@ -1,0 +1,76 @@
+"""Plain-torch twin of DoRA's ops: the specification, the oracle of the tests, and the backend on a CPU. The column
+scale and its backward are differentiable."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .linear import project
+
+__all__ = ["column_scale", "column_scale_backward", "weight_norms"]
+
+_CANCELLED = 1e-2  # of ‖W‖²: below it the formula of squares has lost digits
+_ROWS = 256  # of a block of W + s b a, so that it stays in a CPU's caches
+
+
+def row_squares(weight: Tensor) -> Tensor:
+    """Returns ‖W_i‖² of each row: (d_out, d_in) → (d_out,), in at least float32."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=1, dtype=wide).square_()
+
+
+def weight_norms(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, squares: Tensor | None = None
+) -> Tensor:
+    """‖W_i + s b_i a‖ of each row: (d_out, d_in), (r, d_in), (d_out, r) → (d_out,) in a's dtype, as PEFT rounds it.
+
+    On a CPU it is the root of ‖W_i‖² + 2 s b_i·(W aᵀ)_i + s² b_i a aᵀ b_iᵀ, which never forms b a. ``squares`` are
+    ``row_squares`` if the caller has them. Rows of which the terms cancel are computed as they are written, and so are
+    all rows on other devices, which would have to be waited for.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if not weight.is_cpu:
+        blocks = zip(weight.split(_ROWS), lora_B.split(_ROWS), strict=True)
+        return torch.cat([_norms(w, lora_A, b, scaling, wide) for w, b in blocks]).to(lora_A.dtype)
+    squares = row_squares(weight) if squares is None else squares
+    a, b = lora_A.to(wide), lora_B.to(wide)
+    cross = project(weight, lora_A).to(wide).mul_(b).sum(1)
+    result = squares + (2 * scaling) * cross + scaling**2 * ((b @ (a @ a.t())) * b).sum(1)
+    rows = (result < _CANCELLED * squares).nonzero().view(-1)
+    result = result.clamp_(min=0).sqrt_()
+    if len(rows):
+        result[rows] = _norms(weight[rows], lora_A, lora_B[rows], scaling, wide)
+    return result.to(lora_A.dtype)
+
+
+def _norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, wide: torch.dtype) -> Tensor:
+    total = torch.addmm(weight.to(wide), lora_B.to(wide), lora_A.to(wide), alpha=scaling)
+    return torch.linalg.vector_norm(total, dim=1)
+
+
+def column_scale(u: Tensor, magnitude: Tensor, norms: Tensor, bias: Tensor | None) -> Tensor:
+    """y = (magnitude / norms)∘u + bias: (..., d_out), (d_out,), (d_out,), (d_out,) or None → (..., d_out) in u's
+    dtype."""
+    scale = _scale(magnitude, norms, u)
+    y = u * scale if bias is None else torch.addcmul(bias.to(scale.dtype), u, scale)
+    return y if y.dtype is u.dtype else y.to(u.dtype)
+
+
+def column_scale_backward(
+    dy: Tensor, u: Tensor, magnitude: Tensor, norms: Tensor, need_u: bool = True, need_magnitude: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
+    """du = (magnitude / norms)∘dy: (..., d_out) in u's dtype, and the gradient of the magnitude, Σ_t dy∘u / norms:
+    (d_out,) in its dtype; None where not needed."""
+    scale = _scale(magnitude, norms, u)
+    du = (dy * scale).to(u.dtype) if need_u else None
+    if not need_magnitude:
+        return du, None
+    total = (dy.to(scale.dtype) * u).reshape(-1, u.shape[-1]).sum(0)
+    return du, (total / norms.to(scale.dtype)).to(magnitude.dtype)
+
+
+def _scale(magnitude: Tensor, norms: Tensor, u: Tensor) -> Tensor:
+    """Returns magnitude / norms in at least float32."""
+    wide = torch.promote_types(u.dtype, torch.float32)
+    return magnitude.to(wide) / norms.to(wide)
