@@ -140,7 +140,7 @@ class FusedForward(Fallback):
         arguments = fused_arguments(self, active)
         if isinstance(arguments, str):
             return arguments
-        if _has_global_hooks(self):
+        if has_global_hooks(self):
             return "hooks of all modules"
         call, lora_bias = arguments
         weight, bias = call[0], call[1]
@@ -289,7 +289,7 @@ def _quantized_weight(base: Module, bias: Tensor | None) -> Any:
     return weight
 
 
-def _has_global_hooks(layer: PeftLayer) -> bool:
+def has_global_hooks(layer: PeftLayer) -> bool:
     """Returns whether there are hooks of all modules. A checkpointed region that runs again runs what it has run at
     first, which saved the tensors that its backward needs, whatever was registered or removed meanwhile."""
     hooked = _has_any_global_hook()
