@@ -135,7 +135,7 @@ class FusedForward(Fallback):
         arguments = fused_arguments(self, active)
         if isinstance(arguments, str):
             return arguments
-        if _has_global_hooks(self):
+        if has_global_hooks(self):
             return "hooks of all modules"
         if active in self.lora_variant and x.dim() < 2:
             return "1-d input to DoRA"  # PEFT's result has a dimension more
@@ -286,7 +286,7 @@ def _quantized_weight(base: Module, bias: Tensor | None) -> Any:
     return weight
 
 
-def _has_global_hooks(layer: PeftLayer) -> bool:
+def has_global_hooks(layer: PeftLayer) -> bool:
     """Returns whether there are hooks of all modules. A checkpointed region that runs again runs what it has run at
     first, which saved the tensors that its backward needs, whatever was registered or removed meanwhile."""
     hooked = _has_any_global_hook()
