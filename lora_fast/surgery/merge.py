@@ -103,7 +103,7 @@ def unmergeable(layer: AdapterLayer) -> str | None:
         return "already merged" if present else "active adapter not in this layer"
     if layer.merged_adapters and not layer.merged_exactly:
         return "merged by PEFT, which keeps no original"
-    return next((reason for name in active if (reason := layer.inexact(name))), None)
+    return layer.inexact_together(active)
 
 
 def not_unmergeable(layer: AdapterLayer) -> str | None:
