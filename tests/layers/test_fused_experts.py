@@ -48,6 +48,16 @@ def test_results_are_those_of_peft(kind, adapters):
         torch.testing.assert_close(got[name], want[name], **WITHIN, msg=name)
 
 
+@pytest.mark.parametrize("kind", ["gated", "transposed with bias"])
+def test_results_on_the_kernels_are_those_of_peft(kind):
+    theirs, ours = pair(kind, dtype=torch.float32)
+    inputs = routed(dtype=torch.float32)
+    with lf.set_backend("triton"):
+        got = results(ours, *inputs)
+    assert reasons(ours) == [None] * 2
+    torch.testing.assert_close(got, results(theirs, *inputs), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_results_are_those_of_the_other_implementations(implementation):
     theirs, ours = pair(implementation=implementation, dtype=torch.float32)
@@ -330,6 +340,18 @@ def test_experts_with_another_forward_are_left():
     model = adapted(module, BOTH)
     with pytest.raises(lf.ArgumentError, match="Own with a forward of its own"):
         lf.fuse_(model, strict=True)
+
+
+def test_llama4_experts_are_left_with_the_reason():
+    from transformers import Llama4TextConfig
+    from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+
+    module = Llama4TextExperts(Llama4TextConfig(hidden_size=16, intermediate_size=16, num_local_experts=2))
+    report = lf.fuse_(adapted(module, BOTH), allow_empty=True)
+    assert list(report.left.values()) == [
+        f"adapter of the parameter {name!r} of 2 experts: Llama4TextExperts with a forward of its own"
+        for name in reversed(BOTH)
+    ]
 
 
 def test_functions_of_this_package_know_the_wrappers():

@@ -1,10 +1,8 @@
 """Adapters on the experts of mixtures (`target_parameters`): models of transformers, trained, generated with, saved."""
 
-import copy
-
 import pytest
 import torch
-from moe_models import MODELS, base_model, moe_model, wrappers
+from moe_models import MODELS, base_model, moe_model
 from side_by_side import assert_same, factors, train, trained
 from tiny import batch, loss_of
 from workflows import workflow
@@ -14,13 +12,7 @@ import lora_fast as lf
 peft = pytest.importorskip("peft", reason="pip install '.[works-with]'")
 
 LIBRARY = "peft"
-ONE = {"num_hidden_layers": 1}
 EXACT = 1e-12  # in float64
-
-
-def layers_of(name):
-    """Returns how many adapters of experts the model of this name has."""
-    return len(wrappers(moe_model(name)))
 
 
 @workflow(
@@ -36,19 +28,19 @@ def test_experts_train_as_with_peft(name):
         adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         return train(model, 20, adamw), factors(model)
 
-    losses, _ = assert_same(run, layers_of(name), atol=1e-5)
+    losses, _ = assert_same(run, 2, atol=1e-5)
     model = moe_model(name)
     with model.disable_adapter():  # the losses tell whether the experts' adapters take part
         assert abs(loss_of(model, batch(0)).item() - losses[0]) > 1e-4
 
 
-@workflow("The same in bfloat16 (Qwen3-MoE)", "losses of 20 steps: 2e-2")
+@workflow("The same in bfloat16 (Qwen3-MoE)", "losses of 20 steps: 3e-2")
 def test_experts_train_in_bfloat16():
     def run(prepare):
         model = prepare(moe_model("qwen3_moe", "grouped_mm", torch.bfloat16))
         return train(model, 20, loss=lambda model, step: model(input_ids=batch(), labels=batch()).loss)  # in float32
 
-    losses = assert_same(run, 4, atol=2e-2)
+    losses = assert_same(run, 2, atol=3e-2)
     assert losses[-1] < losses[0] - 0.1
 
 
@@ -57,7 +49,7 @@ def test_experts_train_in_bfloat16():
 )
 def test_router_is_trained_through_the_experts():
     def run(prepare):
-        model = moe_model("qwen3_moe", modules=["q_proj"], **ONE)
+        model = moe_model("qwen3_moe", modules=["q_proj"])
         (router,) = [module for module in model.modules() if type(module).__name__ == "Qwen3MoeTopKRouter"]
         router.weight.data.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
         router.weight.requires_grad_()
@@ -73,7 +65,7 @@ def test_router_is_trained_through_the_experts():
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_experts_under_gradient_checkpointing(reentrant):
     def run(prepare):
-        model = moe_model("gpt_oss", modules=["q_proj"], **ONE)
+        model = moe_model("gpt_oss", modules=["q_proj"])
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model = prepare(model.train())
@@ -85,7 +77,7 @@ def test_experts_under_gradient_checkpointing(reentrant):
 @workflow("`generate` with adapted experts", "tokens; logits: 1e-5, float32")
 def test_generate_with_adapted_experts():
     def run(prepare):
-        model = prepare(moe_model("mixtral", **ONE | {"use_cache": True}).eval())
+        model = prepare(moe_model("mixtral", use_cache=True).eval())
         tokens = model.generate(input_ids=batch(length=4), max_new_tokens=6, do_sample=False, pad_token_id=0)
         with torch.no_grad():
             return tokens, model(input_ids=tokens).logits
@@ -100,11 +92,11 @@ def test_adapted_experts_are_saved_and_loaded(tmp_path):
     saved = []
 
     def run(prepare):
-        model = prepare(moe_model("granitemoe", dtype=torch.float64, **ONE))
+        model = prepare(moe_model("granitemoe", dtype=torch.float64))
         folder = tmp_path / str(len(saved))
         model.save_pretrained(folder)
         saved.append((folder / "adapter_model.safetensors").read_bytes())
-        base = base_model("granitemoe", dtype=torch.float64, **ONE)
+        base = base_model("granitemoe", dtype=torch.float64)
         return prepare(peft.PeftModel.from_pretrained(base, folder))(input_ids=batch()).logits
 
     theirs = run(lambda model: model)
@@ -116,7 +108,7 @@ def test_adapted_experts_are_saved_and_loaded(tmp_path):
 @workflow("`merge_adapter`, `unmerge_adapter`, two adapters of experts in turn", "logits of each: 1e-12, float64")
 def test_methods_of_peft_with_adapted_experts():
     def run(prepare):
-        model = prepare(moe_model("olmoe", dtype=torch.float64, **ONE).eval())
+        model = prepare(moe_model("olmoe", dtype=torch.float64).eval())
         targets = [f"experts.{name}" for name in MODELS["olmoe"][2]]
         other = peft.LoraConfig(r=2, target_modules=[], target_parameters=targets, init_lora_weights=False)
         torch.manual_seed(3)
@@ -129,22 +121,3 @@ def test_methods_of_peft_with_adapted_experts():
         return [*logits, model(input_ids=batch()).logits]
 
     assert_same(run, 2, atol=EXACT)
-
-
-def test_llama4_experts_are_left_with_the_reason():
-    import transformers
-
-    size = {"hidden_size": 16, "intermediate_size": 16, "intermediate_size_mlp": 16, "num_hidden_layers": 1}
-    size |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 32, "num_local_experts": 2}
-    model = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**size, head_dim=8))
-    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["feed_forward.experts.down_proj"])
-    report = lf.fuse_(peft.get_peft_model(model, config), allow_empty=True)
-    (reason,) = report.left.values()
-    assert reason == "adapter of the parameter 'down_proj' of 2 experts: Llama4TextExperts with a forward of its own"
-
-
-def test_copies_of_a_fused_model_are_fused():
-    model = moe_model("qwen3_moe", **ONE)
-    lf.fuse_(model)
-    loss = loss_of(copy.deepcopy(model), batch())
-    assert torch.equal(loss, loss_of(model, batch()))
