@@ -65,15 +65,18 @@ def weight_norms(
     ``lora_linear``. ``squares``: ``row_squares(weight)`` if the caller keeps them; the kernels do not need them."""
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         if torch.compiler.is_compiling() or composite.transform() is not None or sees_ops():
-            return dora_op.reference.weight_norms(weight, lora_A, lora_B, scaling, squares)
+            return dora_op.reference.written_norms(weight, lora_A, lora_B, scaling)
         return backend.ops("dora", weight).weight_norms(weight, lora_A, lora_B, scaling, squares)
 
 
 def column_scale(u: Tensor, magnitude: Tensor, norms: Tensor, bias: Tensor | None) -> Tensor:
     """Returns (magnitude / norms)∘u + bias, (..., d_out) in u's dtype, differentiable in all but the norms."""
-    is_seen = modes() > 0 and sees_ops()  # what the modes see can be differentiated again
-    if is_seen or torch.compiler.is_compiling() or composite.reason(u, norms, magnitude, magnitude) is not None:
-        return dora_op.reference.column_scale(u, magnitude, norms, bias)
+    if (
+        torch.compiler.is_compiling()
+        or (modes() > 0 and sees_ops())
+        or composite.reason(u, norms, magnitude, magnitude) is not None
+    ):
+        return dora_op.reference.column_scale(u, magnitude, norms, bias)  # what modes see can be differentiated again
     return _apply(backend.load_ops("dora", backend.forward_uses_triton(u)), u, magnitude, norms, bias)
 
 

@@ -107,6 +107,8 @@ TABLE = {
     ],
     ("grad_a", 2, 100, 227): [(16, 32, 256, 0, 8, 3), (64, 64, 256, 0, 8, 3), (256, 64, 128, 0, 8, 3)],
     ("grad_a_wide", 2, 80, 99): [(16, 32, 256, 0, 8, 3), (64, 32, 128, 0, 8, 3), (256, 32, 64, 0, 8, 2)],
+    ("expert_grads", 2, 80, 99): [(16, 64, 128, 0, 4, 3), (64, 64, 128, 0, 8, 3), (256, 32, 128, 0, 8, 2)],
+    ("expert_grads_wide", 2, 80, 99): [(16, 32, 128, 0, 4, 3), (64, 32, 128, 0, 8, 3), (256, 32, 64, 0, 8, 2)],
     ("weight_norms", 2, 80, 99): [(16, 0, 32, 128, 4, 3), (256, 0, 32, 64, 4, 3)],
     ("weight_norms_wide", 2, 80, 99): [(16, 0, 32, 128, 4, 3), (256, 0, 32, 64, 4, 2)],
     ("linear", 2, 80, 99): [(256, 128, 128, 32, 8, 3)],
@@ -149,6 +151,7 @@ TABLE = {
     ("project_short", 4, 80, 99): [(256, 16, 0, 64, 4, 2)],
     ("grad_s_b", 4, 80, 99): [(16, 32, 64, 0, 4, 2), (64, 32, 64, 0, 8, 2), (256, 16, 32, 0, 8, 1)],
     ("grad_a", 4, 80, 99): [(16, 32, 64, 0, 4, 2), (128, 16, 32, 0, 8, 2), (256, 32, 64, 0, 8, 2)],
+    ("expert_grads", 4, 80, 99): [(16, 32, 64, 0, 4, 2), (128, 16, 32, 0, 8, 2), (256, 32, 64, 0, 8, 2)],
     ("weight_norms", 4, 80, 99): [(16, 0, 32, 64, 4, 3), (256, 0, 32, 32, 8, 2)],
     ("linear", 4, 80, 99): [(256, 32, 64, 32, 8, 2)],
     ("linear", 4, 90, 227): [(256, 32, 64, 32, 4, 2)],
@@ -353,6 +356,12 @@ def grad_s_b_row(dtype: torch.dtype, wide: bool) -> str:
 
 def grad_a(x: torch.Tensor, r: int, wide: bool) -> Tile:
     return _thin("grad_a", "grad_a" + "_wide" * wide, x, x.shape[1], 0, r)
+
+
+def expert_grads(x: torch.Tensor, r: int, wide: bool) -> Tile:
+    """Returns the tile of the gradients of experts' factors. Each expert has programs of its own, so they have fewer
+    columns than those of ``grad_a``."""
+    return default("expert_grads" + "_wide" * wide, x.element_size(), limits(x.device), r)
 
 
 def weight_norms(weight: torch.Tensor, r: int, wide: bool) -> Tile:

@@ -114,7 +114,8 @@ class GroupedLinearFunction(torch.autograd.Function):
 def grouped_linear_op(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, offsets: Tensor, triton: bool
 ) -> tuple[Tensor, Tensor]:
-    return forward(backend.load_ops("experts", triton), x, weight, lora_A, lora_B, scaling, offsets)
+    y, s = forward(backend.load_ops("experts", triton), x, weight, lora_A, lora_B, scaling, offsets)
+    return y.contiguous(), s.contiguous()  # the strides that graphs expect
 
 
 @grouped_linear_op.register_fake
@@ -138,7 +139,8 @@ def grouped_linear_backward_op(
 ) -> list[Tensor]:
     """Returns those of the gradients dx, da and db for which ``needs`` is True, in that order."""
     arguments = dy, x, s, weight, lora_A, lora_B, scaling, offsets, tuple(needs)
-    return [grad for grad in backward(backend.load_ops("experts", triton), *arguments) if grad is not None]
+    grads = backward(backend.load_ops("experts", triton), *arguments)
+    return [grad.contiguous() for grad in grads if grad is not None]  # the strides that graphs expect
 
 
 @grouped_linear_backward_op.register_fake

@@ -37,7 +37,7 @@ def linear_backward(dy, x, s, weight, *arguments, **keywords) -> int:
 
 def grouped_linear(x, weight, lora_A, *arguments, **keywords) -> int:
     """Returns the operations of S_e = x_e a_eᵀ and y_e = x_e W_eᵀ + S_e b_eᵀ of all experts."""
-    return linear(x, weight[1:], lora_A[1:])
+    return linear(x, weight[1:], None, lora_A[1:])
 
 
 def grouped_linear_backward(dy, x, s, weight, *arguments, **keywords) -> int:

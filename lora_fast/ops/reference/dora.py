@@ -29,10 +29,9 @@ def weight_norms(
     ``row_squares`` if the caller has them. Rows of which the terms cancel are computed as they are written, and so are
     all rows on other devices, which would have to be waited for.
     """
-    wide = torch.promote_types(weight.dtype, torch.float32)
     if not weight.is_cpu:
-        blocks = zip(weight.split(_ROWS), lora_B.split(_ROWS), strict=True)
-        return torch.cat([_norms(w, lora_A, b, scaling, wide) for w, b in blocks]).to(lora_A.dtype)
+        return written_norms(weight, lora_A, lora_B, scaling)
+    wide = torch.promote_types(weight.dtype, torch.float32)
     squares = row_squares(weight) if squares is None else squares
     a, b = lora_A.to(wide), lora_B.to(wide)
     cross = project(weight, lora_A).to(wide).mul_(b).sum(1)
@@ -42,6 +41,14 @@ def weight_norms(
     if len(rows):
         result[rows] = _norms(weight[rows], lora_A, lora_B[rows], scaling, wide)
     return result.to(lora_A.dtype)
+
+
+def written_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Returns what ``weight_norms`` does, computed as it is written, in blocks of rows. Its ops do not depend on
+    values, so that they can be traced and transformed."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    blocks = zip(weight.split(_ROWS), lora_B.split(_ROWS), strict=True)
+    return torch.cat([_norms(w, lora_A, b, scaling, wide) for w, b in blocks]).to(lora_A.dtype)
 
 
 def _norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, wide: torch.dtype) -> Tensor:
