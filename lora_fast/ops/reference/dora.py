@@ -60,7 +60,10 @@ def column_scale(u: Tensor, magnitude: Tensor, norms: Tensor, bias: Tensor | Non
     """y = (magnitude / norms)∘u + bias: (..., d_out), (d_out,), (d_out,), (d_out,) or None → (..., d_out) in u's
     dtype."""
     scale = _scale(magnitude, norms, u)
-    y = u * scale if bias is None else torch.addcmul(bias.to(scale.dtype), u, scale)
+    if bias is None or u.is_nested:  # for which torch has no addcmul
+        y = u * scale if bias is None else u * scale + bias.to(scale.dtype)
+    else:
+        y = torch.addcmul(bias.to(scale.dtype), u, scale)
     return y if y.dtype is u.dtype else y.to(u.dtype)
 
 
