@@ -7,7 +7,7 @@ from torch import nn
 
 E, TOP_K, R = 6, 2, 4
 SIZE = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "num_experts_per_tok": TOP_K, "use_cache": False,
 }  # fmt: skip
 BOTH = ("gate_up_proj", "down_proj")
@@ -18,7 +18,7 @@ MODELS = {  # class, what its config adds, adapted parameters, the modules that 
     "olmoe": ("Olmoe", {"intermediate_size": 24, "num_experts": E}, BOTH, "experts"),
     "deepseek_v3": (
         "DeepseekV3",
-        {"moe_intermediate_size": 24, "intermediate_size": 48, "n_routed_experts": E, "first_k_dense_replace": 1}
+        {"moe_intermediate_size": 24, "intermediate_size": 48, "n_routed_experts": E, "first_k_dense_replace": 0}
         | {"n_group": 2, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8}
         | {"qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4},
         BOTH,
@@ -50,9 +50,3 @@ def moe_model(name: str, implementation="eager", dtype=torch.float32, parameters
     targets = [f"{holder}.{parameter}" for parameter in parameters or all_parameters]
     config = peft.LoraConfig(r=R, lora_alpha=2 * R, target_modules=list(modules), target_parameters=targets)
     return fill(peft.get_peft_model(base_model(name, implementation, dtype, **options), config))
-
-
-def wrappers(model: nn.Module) -> list[nn.Module]:
-    import peft
-
-    return [module for module in model.modules() if isinstance(module, peft.tuners.lora.ParamWrapper)]
