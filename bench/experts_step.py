@@ -6,7 +6,7 @@ transformers' experts implementations, and the same PEFT model fused, in turns.
     python bench/experts_step.py --implementations eager grouped_mm batched_mm --experts 16
 
 A step is forward, backward and AdamW on 2 × 256 random tokens, in float32 on a CPU and in bfloat16 on a GPU. The model
-has the proportions of Qwen3-30B-A3B at an eighth of its widths, four layers and random weights. ``gate_up_proj`` and
+has the proportions of Qwen3-30B-A3B at a quarter of its widths, two layers and random weights. ``gate_up_proj`` and
 ``down_proj`` of all experts have adapters, and nothing else does. The models share the frozen weights and take turns.
 The first round is not counted. The goal is for PEFT's fastest implementation. ``batched_mm`` copies the weights of an
 expert for every token that is routed to it, which takes gigabytes.
@@ -35,9 +35,9 @@ PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 
 def base_model(experts: int, top_k: int, layers: int, device: torch.device) -> nn.Module:
     torch.manual_seed(0)
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 64}
     routing = {"num_experts": experts, "num_experts_per_tok": top_k, "norm_topk_prob": True}
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 768, "moe_intermediate_size": 96}
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 512, "intermediate_size": 1536, "moe_intermediate_size": 192}
     config = Qwen3MoeConfig(**sizes, **heads, **routing, num_hidden_layers=layers)
     return Qwen3MoeForCausalLM(config).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, nargs="+", default=[16, 64], help="experts of a layer")
     parser.add_argument("--top-k", type=int, default=8, help="experts of a token (default %(default)s)")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=["eager", "grouped_mm"])
     parser.add_argument("--pairs", type=int, default=12, help="counted rounds of steps (default %(default)s)")
     parser.add_argument("--rank", type=int, default=16)
@@ -86,7 +86,7 @@ def main() -> None:
     models.quieten()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     conditions = f"top {options.top_k}, r={options.rank}, {options.batch}×{options.seq_len} tokens, {where(device)}"
-    table = Table(title=f"Qwen3-MoE, {options.layers} layers of 256 columns, {conditions}")
+    table = Table(title=f"Qwen3-MoE, {options.layers} layers of 512 columns, {conditions}")
     for column in ("A / B", "A s/step", "B s/step", "A / B (p20–p80)", "goal", "verdict"):
         table.add_column(column, justify="right")
     results = []
