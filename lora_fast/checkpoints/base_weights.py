@@ -159,7 +159,7 @@ def _takes_further_ranks(layer: AdapterLayer) -> bool:
     """Returns whether further ranks of the adapter have the effect of a change of the weight; a variant's, as DoRA's,
     do not, nor do those of an adapter with scale 0."""
     if isinstance(layer, AdapterLinear):
-        return layer.scaling != 0
+        return layer.scaling != 0 and not layer.scales_weight
     return all(name not in layer.lora_variant and layer.scaling[name] != 0 for name in layer.active_adapters)
 
 

@@ -3,6 +3,8 @@ scale, which follows the LoRA op."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +14,7 @@ from ..ops import composite, seeds
 from ..ops import dora as dora_op
 from ..ops import linear as linear_op
 from ..ops.observers import modes, sees_ops
-from .linear import in_autocast, lora_linear
+from .linear import in_autocast, is_autocast_on, lora_linear
 
 _apply = super(torch.autograd.Function, dora_op.ColumnScaleFunction).apply  # as linear._apply
 
@@ -63,9 +65,11 @@ def weight_norms(
 ) -> Tensor:
     """Returns the norms of the rows of W + scaling · b a, (d_out,) in lora_A's dtype, detached, for arguments of
     ``lora_linear``. ``squares``: ``row_squares(weight)`` if the caller keeps them; the kernels do not need them."""
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        if torch.compiler.is_compiling() or composite.transform() is not None or sees_ops():
-            return dora_op.reference.written_norms(weight, lora_A, lora_B, scaling)
+    kind, tensors = weight.device.type, (weight, lora_A, lora_B)
+    with torch.no_grad(), torch.autocast(kind, enabled=False) if is_autocast_on(kind) else nullcontext():
+        if torch.compiler.is_compiling() or sees_ops() or composite.reason_for_parameters(tensors) is not None:
+            norms = dora_op.reference.written_norms(weight, lora_A, lora_B, scaling)
+            return norms.detach()  # of forward-mode derivatives, too
         return backend.ops("dora", weight).weight_norms(weight, lora_A, lora_B, scaling, squares)
 
 

@@ -24,7 +24,7 @@ from .. import backend
 from ..functional.dora import column_scale, plus_dropped, weight_norms
 from ..kernels import device
 from ..ops import composite
-from ..ops.reference.dora import row_squares
+from ..ops import dora as dora_op
 from ..quantized import QuantizedWeight
 from ..regions import unseen
 
@@ -80,6 +80,12 @@ def scale_of(magnitude: Tensor, rows: Tensor) -> Tensor:
     return magnitude.detach().to(wide) / rows.to(wide)
 
 
+def kept_norms(layer: Any) -> RowNorms | None:
+    """Returns the norms that a layer keeps; None for a replica of nn.DataParallel, which lives for one call."""
+    state = layer.__dict__
+    return None if "_is_replica" in state else state.setdefault("_norms", RowNorms())
+
+
 class RowNorms:
     """The norms that a layer keeps. A copy of the layer begins without any."""
 
@@ -117,7 +123,7 @@ class RowNorms:
             return None
         squares = self._squares
         if squares is None or not squares[0].is_same(weight, _sample(weight)):
-            self._squares = squares = source, row_squares(weight)
+            self._squares = squares = source, dora_op.reference.row_squares(weight)
         return squares[1]
 
 

@@ -26,7 +26,7 @@ from ..kernels.limits import LARGEST_RANK
 from ..ops.composite import QUANTIZED_TRACED
 from ..quantized import quantized_weight
 from . import groups
-from .dora import RowNorms, dora, row_norms, scale_of
+from .dora import dora, kept_norms, row_norms, scale_of
 from .exact_merge import ExactMerge, merge_scaling
 from .fallback import Fallback
 from .find import PeftLayer
@@ -81,7 +81,7 @@ class FusedForward(Fallback):
     def _compute(self, x: Tensor, call: tuple) -> Tensor:
         """Computes a call that the op serves."""
         if self.lora_variant and (magnitude := self._magnitude()) is not None:
-            return dora(x, call, magnitude, self._row_norms(), self._run)
+            return dora(x, call, magnitude, kept_norms(self), self._run)
         return self._run(x, call)
 
     def _magnitude(self) -> Tensor | None:
@@ -89,11 +89,6 @@ class FusedForward(Fallback):
         active = self._active_adapter
         active = active if type(active) is str else active[0]
         return self.lora_magnitude_vector[active].weight if active in self.lora_variant else None
-
-    def _row_norms(self) -> RowNorms | None:
-        """Returns the norms that the layer keeps, whose class was changed after its construction; None for a replica of
-        nn.DataParallel."""
-        return None if "_is_replica" in self.__dict__ else self.__dict__.setdefault("_norms", RowNorms())
 
     def _run(self, x: Tensor, call: tuple) -> Tensor:
         """Computes the op, with the layers of this x if there are any."""
@@ -142,6 +137,8 @@ class FusedForward(Fallback):
             return arguments
         if has_global_hooks(self):
             return "hooks of all modules"
+        if active in self.lora_variant and x.dim() < 2:
+            return "1-d input to DoRA"  # PEFT's result has a dimension more
         call, lora_bias = arguments
         weight, bias = call[0], call[1]
         # Autocast casts x, weight and bias to one dtype, except float64. Without it PEFT casts x for the adapter only.

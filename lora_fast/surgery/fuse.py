@@ -144,7 +144,13 @@ def unfuse_(peft_model: nn.Module, *, allow_empty: bool = False) -> Report:
             report.changed[name] = f"{layer.PEFT_CLASS.__module__}.{layer.PEFT_CLASS.__name__}"
     report.require_change("peft_model", "at least one fused layer", allow_empty)
     for name in report.changed:
-        for attribute in ("fallback_reason", "shares_weight_with", "siblings", "_merged"):  # the class has defaults
+        for attribute in (
+            "fallback_reason",
+            "shares_weight_with",
+            "siblings",
+            "_merged",
+            "_norms",
+        ):  # the class has defaults
             layers[name].__dict__.pop(attribute, None)
         change_class_(layers[name], layers[name].PEFT_CLASS)
         if (kind := family_of(base := layers[name].get_base_layer())) is not None:
