@@ -3,6 +3,8 @@ scale, which follows the LoRA op."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +14,7 @@ from ..ops import composite, seeds
 from ..ops import dora as dora_op
 from ..ops import linear as linear_op
 from ..ops.observers import modes, sees_ops
-from .linear import in_autocast, lora_linear
+from .linear import in_autocast, is_autocast_on, lora_linear
 
 _apply = super(torch.autograd.Function, dora_op.ColumnScaleFunction).apply  # as linear._apply
 
@@ -63,17 +65,22 @@ def weight_norms(
 ) -> Tensor:
     """Returns the norms of the rows of W + scaling · b a, (d_out,) in lora_A's dtype, detached, for arguments of
     ``lora_linear``. ``squares``: ``row_squares(weight)`` if the caller keeps them; the kernels do not need them."""
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        if torch.compiler.is_compiling() or composite.transform() is not None or sees_ops():
-            return dora_op.reference.weight_norms(weight, lora_A, lora_B, scaling, squares)
+    kind, tensors = weight.device.type, (weight, lora_A, lora_B)
+    with torch.no_grad(), torch.autocast(kind, enabled=False) if is_autocast_on(kind) else nullcontext():
+        if torch.compiler.is_compiling() or sees_ops() or composite.reason_for_parameters(tensors) is not None:
+            norms = dora_op.reference.written_norms(weight, lora_A, lora_B, scaling)
+            return norms.detach()  # of forward-mode derivatives, too
         return backend.ops("dora", weight).weight_norms(weight, lora_A, lora_B, scaling, squares)
 
 
 def column_scale(u: Tensor, magnitude: Tensor, norms: Tensor, bias: Tensor | None) -> Tensor:
     """Returns (magnitude / norms)∘u + bias, (..., d_out) in u's dtype, differentiable in all but the norms."""
-    is_seen = modes() > 0 and sees_ops()  # what the modes see can be differentiated again
-    if is_seen or torch.compiler.is_compiling() or composite.reason(u, norms, magnitude, magnitude) is not None:
-        return dora_op.reference.column_scale(u, magnitude, norms, bias)
+    if (
+        torch.compiler.is_compiling()
+        or (modes() > 0 and sees_ops())
+        or composite.reason(u, norms, magnitude, magnitude) is not None
+    ):
+        return dora_op.reference.column_scale(u, magnitude, norms, bias)  # what modes see can be differentiated again
     return _apply(backend.load_ops("dora", backend.forward_uses_triton(u)), u, magnitude, norms, bias)
 
 

@@ -37,12 +37,17 @@ def linear_backward(dy, x, s, weight, *arguments, **keywords) -> int:
 
 def grouped_linear(x, weight, lora_A, *arguments, **keywords) -> int:
     """Returns the operations of S_e = x_e a_eᵀ and y_e = x_e W_eᵀ + S_e b_eᵀ of all experts."""
-    return linear(x, weight[1:], lora_A[1:])
+    return linear(x, weight[1:], None, lora_A[1:])
 
 
 def grouped_linear_backward(dy, x, s, weight, *arguments, **keywords) -> int:
     """Returns the operations of ``linear_backward`` of all experts."""
     return linear_backward(dy, x, s, weight[1:], arguments[-1])
+
+
+def grouped_product(rows, weight, *arguments, **keywords) -> int:
+    """Returns the operations of rows_e W_e of all experts."""
+    return 2 * prod(rows) * weight[2]
 
 
 def cayley(free_a, free_b, *arguments, **keywords) -> int:
@@ -60,6 +65,7 @@ FORMULAS = {
     "lora_linear_backward": linear_backward,
     "grouped_linear": grouped_linear,
     "grouped_linear_backward": grouped_linear_backward,
+    "grouped_product": grouped_product,
     "cayley": cayley,
     "cayley_backward": cayley_backward,
 }

@@ -431,6 +431,7 @@ def parametrized_llama():
         (lambda: peft_llama(alpha=9), ["lora_alpha", "2.25", "got 2"]),
         (lambda: peft_llama(targets=["q_proj"]), ["an extra key"]),
         (lambda: peft_llama(use_dora=True), ["use_dora", "expected True"]),
+        (lambda: injected_llama(use_dora=True), ["use_dora", "expected True"]),
         (lambda: injected_llama().bfloat16(), ["bfloat16", "float32"]),
         (merged, ["unmerged layers"]),
         (two_active, ["one active adapter"]),
@@ -441,7 +442,7 @@ def parametrized_llama():
         (lambda: nn.Linear(8, 8), ["LoRALinear.from_linear"]),
     ],
     ids=[
-        *("layers", "rank", "alpha", "peft-alpha", "peft-layers", "peft-dora", "dtype", "merged", "two-active"),
+        *("layers", "rank", "alpha", "peft-alpha", "peft-layers", "peft-dora", "dora", "dtype", "merged", "two-active"),
         *("width", "shallower", "deeper", "unfit", "a-linear"),
     ],
 )

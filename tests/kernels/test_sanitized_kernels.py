@@ -20,7 +20,7 @@ import lora_fast as lf
 import lora_fast.kernels
 from lora_fast import methods as M
 from lora_fast.batches.pairs import Pair
-from lora_fast.kernels import cayley, experts, limits, linear, records, tiles
+from lora_fast.kernels import cayley, dora, experts, limits, linear, records, tiles
 from lora_fast.kernels.inspection import sanitizer
 from lora_fast.kernels.linalg import inverse, spd
 from lora_fast.kernels.linear import cublas as thin
@@ -110,6 +110,22 @@ def run_experts(
         experts.grad_factors(x, dy, s, ds, a, b, 2.0, offsets)
         experts.add_product(dy, s, b.mT, 2.0, offsets)
         experts.add_product(x, ds, a, 1.0, offsets)
+
+
+def run_dora(
+    shape=(33, 40, 72), r=5, padding=8, dtype=FLOAT32, adapter=None, transposed=False, bias=True, arch=90
+) -> None:  # fmt: skip
+    """Runs the norms and the column scale with its gradients. ``shape`` is (tokens, d_in, d_out)."""
+    n_tokens, d_in, d_out = shape
+    matrix = lambda rows, columns, dtype: randn(rows, columns + padding, dtype=dtype)[:, :columns]
+    weight = matrix(d_in, d_out, dtype).t() if transposed else matrix(d_out, d_in, dtype)
+    a, b = matrix(r, d_in, adapter or dtype), matrix(d_out, r, adapter or dtype)
+    u, dy, magnitude = matrix(n_tokens, d_out, dtype), matrix(n_tokens, d_out, dtype), randn(d_out)
+    with tiles.assume(arch=arch), poisoned_empty():
+        norms = dora.weight_norms(weight, a, b, 2.0)
+        dora.column_scale(u, magnitude, norms, magnitude if bias else None)
+        for need_u in (True, False):
+            dora.column_scale_backward(dy, u, magnitude, norms, need_u)
 
 
 def factor_pairs(ranks, lengths, dtype=FLOAT32):
@@ -327,6 +343,10 @@ RUNS = {
     "experts odd": partial(run_experts, (0, 19), 0, (37, 1), 17, 3, FLOAT16, arch=80),
     "experts aligned": partial(run_experts, (16, 0, 32), 0, (64, 48), 16, 0),
     "experts of wrong offsets": partial(run_experts, wrong=200),
+    "dora": partial(run_dora),
+    "dora odd": partial(run_dora, (19, 37, 53), 17, 3, FLOAT16, FLOAT32, bias=False),
+    "dora transposed": partial(run_dora, dtype=BFLOAT16, transposed=True),
+    "dora rank 100, partial sums": partial(run_dora, (590, 40, 70), 100, dtype=BFLOAT16, adapter=FLOAT32),
     "halves": partial(run_halves, 5, 333),
     "gram mixed": partial(run_gram, *MIXED, FLOAT16),
     "gram chunks": partial(run_gram, (16, 3), (2100, 4100)),

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import cayley, experts, launch, pointer_table, tiles
+from .. import cayley, dora, experts, launch, pointer_table, tiles
 from .. import linear as layer
 from ..linalg import inverse, spd
 from ..linear.cublas import Halves
@@ -288,6 +288,23 @@ def expert_grads(r: int, dtype: torch.dtype, adapter: str | None) -> int:
     return size(rows, rows, thin, thin, *gradients)
 
 
+def weight_norms(r: int, dtype: torch.dtype, adapter: str | None, transposed: bool = False) -> int:
+    """Runs the norms of DoRA, of a weight that is stored transposed, too."""
+    weight = _matrix(D_IN, D_OUT, dtype).t() if transposed else _matrix(D_OUT, D_IN, dtype)
+    a, b = _matrix(r, D_IN, _adapter(adapter, dtype)), _matrix(D_OUT, r, _adapter(adapter, dtype))
+    return size(weight, a, b, dora.weight_norms(weight, a, b, 2.0))
+
+
+def column_scale(r: int, dtype: torch.dtype, bias: bool, backward: bool) -> int:
+    """Runs the column scale of DoRA, or its backward."""
+    u, (magnitude, norms, of_bias) = _matrix(N_TOKENS, D_OUT, dtype), torch.empty(3, D_OUT)
+    if backward:
+        dy = _matrix(N_TOKENS, D_OUT, dtype)
+        return size(dy, u, magnitude, norms, *dora.column_scale_backward(dy, u, magnitude, norms))
+    y = dora.column_scale(u, magnitude, norms, of_bias if bias else None)
+    return size(u, magnitude, norms, of_bias if bias else None, y)
+
+
 # ---- The step
 
 NUMBERS = adamw.Settings((1e-3, 0.9, 0.999, 1e-8, 0.1) * 2)
@@ -484,6 +501,15 @@ OPS = {
     ),
     "expert_grads": Op(
         expert_grads, _EXPERTS, variants(adapter=_ADAPTERS), ("lora_expert_grads_kernel",), counted=True
+    ),
+    "weight_norms": Op(
+        weight_norms, {"bfloat16": (16, 256), "float16": (16,), "float32": (16, 256)},
+        variants(adapter=_ADAPTERS, transposed=(True, False)), ("lora_weight_norms_kernel",), counted=True,
+    ),
+    "column_scale": Op(
+        column_scale, {"bfloat16": (1,), "float32": (1,)},
+        ({"bias": False, "backward": False}, {"bias": True, "backward": False}, {"bias": False, "backward": True}),
+        counted=True,
     ),
     "gram": Op(
         gram, {"float32": (1, 16, 32, 64, 128), "bfloat16": (8, 64)}, tensor_cores=("lora_gram_kernel",), counted=True

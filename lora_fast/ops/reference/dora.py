@@ -1,5 +1,5 @@
-"""Plain-torch twin of DoRA's ops: the specification, the oracle of the tests, and the backend on a CPU. The column
-scale and its backward are differentiable."""
+"""Plain-torch twin of DoRA's ops: the specification, the oracle of the tests, and the backend on a CPU. None but
+``column_scale`` and ``differentiable_backward`` is differentiable."""
 
 from __future__ import annotations
 
@@ -29,10 +29,9 @@ def weight_norms(
     ``row_squares`` if the caller has them. Rows of which the terms cancel are computed as they are written, and so are
     all rows on other devices, which would have to be waited for.
     """
-    wide = torch.promote_types(weight.dtype, torch.float32)
     if not weight.is_cpu:
-        blocks = zip(weight.split(_ROWS), lora_B.split(_ROWS), strict=True)
-        return torch.cat([_norms(w, lora_A, b, scaling, wide) for w, b in blocks]).to(lora_A.dtype)
+        return written_norms(weight, lora_A, lora_B, scaling)
+    wide = torch.promote_types(weight.dtype, torch.float32)
     squares = row_squares(weight) if squares is None else squares
     a, b = lora_A.to(wide), lora_B.to(wide)
     cross = project(weight, lora_A).to(wide).mul_(b).sum(1)
@@ -44,6 +43,14 @@ def weight_norms(
     return result.to(lora_A.dtype)
 
 
+def written_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Returns what ``weight_norms`` does, computed as it is written, in blocks of rows. Its ops do not depend on
+    values, so that they can be traced and transformed."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    blocks = zip(weight.split(_ROWS), lora_B.split(_ROWS), strict=True)
+    return torch.cat([_norms(w, lora_A, b, scaling, wide) for w, b in blocks]).to(lora_A.dtype)
+
+
 def _norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, wide: torch.dtype) -> Tensor:
     total = torch.addmm(weight.to(wide), lora_B.to(wide), lora_A.to(wide), alpha=scaling)
     return torch.linalg.vector_norm(total, dim=1)
@@ -53,7 +60,10 @@ def column_scale(u: Tensor, magnitude: Tensor, norms: Tensor, bias: Tensor | Non
     """y = (magnitude / norms)∘u + bias: (..., d_out), (d_out,), (d_out,), (d_out,) or None → (..., d_out) in u's
     dtype."""
     scale = _scale(magnitude, norms, u)
-    y = u * scale if bias is None else torch.addcmul(bias.to(scale.dtype), u, scale)
+    if bias is None or u.is_nested:  # for which torch has no addcmul
+        y = u * scale if bias is None else u * scale + bias.to(scale.dtype)
+    else:
+        y = torch.addcmul(bias.to(scale.dtype), u, scale)
     return y if y.dtype is u.dtype else y.to(u.dtype)
 
 
@@ -61,13 +71,27 @@ def column_scale_backward(
     dy: Tensor, u: Tensor, magnitude: Tensor, norms: Tensor, need_u: bool = True, need_magnitude: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
     """du = (magnitude / norms)∘dy: (..., d_out) in u's dtype, and the gradient of the magnitude, Σ_t dy∘u / norms:
-    (d_out,) in its dtype; None where not needed."""
+    (d_out,) in its dtype; None where not needed. It is not differentiable: du takes the memory of dy∘u, since new
+    memory costs a CPU more than the products."""
     scale = _scale(magnitude, norms, u)
-    du = (dy * scale).to(u.dtype) if need_u else None
-    if not need_magnitude:
-        return du, None
-    total = (dy.to(scale.dtype) * u).reshape(-1, u.shape[-1]).sum(0)
-    return du, (total / norms.to(scale.dtype)).to(magnitude.dtype)
+    product = dy.to(scale.dtype) * u if need_magnitude else None
+    dm = None if product is None else _total(product, magnitude, norms)
+    return torch.mul(dy, scale, out=product).to(u.dtype) if need_u else None, dm
+
+
+def differentiable_backward(
+    dy: Tensor, u: Tensor, magnitude: Tensor, norms: Tensor, need_u: bool, need_magnitude: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns what ``column_scale_backward`` does, as functions that are differentiable again and can be mapped."""
+    scale = _scale(magnitude, norms, u)
+    dm = _total(dy.to(scale.dtype) * u, magnitude, norms) if need_magnitude else None
+    return (dy * scale).to(u.dtype) if need_u else None, dm
+
+
+def _total(product: Tensor, magnitude: Tensor, norms: Tensor) -> Tensor:
+    """Returns the gradient of the magnitude from dy∘u (..., d_out)."""
+    total = product.reshape(-1, product.shape[-1]).sum(0)
+    return (total / norms.to(total.dtype)).to(magnitude.dtype)
 
 
 def _scale(magnitude: Tensor, norms: Tensor, u: Tensor) -> Tensor:
