@@ -368,6 +368,13 @@ def grad_a(x: torch.Tensor, r: int, wide: bool) -> Tile:
     return _thin("grad_a", "grad_a" + "_wide" * wide, x, x.shape[1], 0, r)
 
 
+def expert_project(rows: torch.Tensor, r: int, wide: bool) -> Tile:
+    """Returns the tile of experts' S and dS. Float16's four products beside float32 would spill in small blocks of
+    rows."""
+    short = len(rows) <= SHORT and not (wide and rows.dtype is torch.float16)
+    return project(rows, r, short, wide)
+
+
 def expert_grads(x: torch.Tensor, r: int, wide: bool) -> Tile:
     """Returns the tile of the gradients of experts' factors. Each expert has programs of its own, so they have fewer
     columns than those of ``grad_a``."""
