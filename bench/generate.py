@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from train_step import blocks, copies, in_turns, peft_model, quotients, shown_spread, trained, where
+from train_step import base_model, blocks, copies, in_turns, peft_model, quotients, shown_spread, trained, where
 from transformers.generation.streamers import BaseStreamer
 
 from lora_fast.cli.inputs import models
@@ -94,7 +94,7 @@ def check_tokens(sides: dict[str, nn.Module], prompts: Tensor, new_tokens: int) 
 def models_of(rank: int, device: torch.device) -> dict[str, nn.Module]:
     """Returns the base model without adapters, and a model for each of ``ENGINES``."""
     torch.manual_seed(0)
-    model = peft_model(rank, 0.0, device).eval()
+    model = peft_model(base_model(device), rank, 0.0).eval()
     for parameter in trained(model):
         nn.init.normal_(parameter, std=0.02)
     sides = copies(model, ENGINES)

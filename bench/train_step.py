@@ -5,11 +5,13 @@
     python bench/train_step.py --compare nb-lora    # NB-LoRA over plain LoRA, about two minutes on a CPU
     python bench/train_step.py --compare groups     # fused layers alone over layers in groups
     python bench/train_step.py --compare compiled   # as the first, both under torch.compile, which takes minutes
+    python bench/train_step.py --compare dora       # DoRA over LoRA: PEFT's layers, and fused ones
     python bench/train_step.py --quantize nf4       # PEFT's QLoRA over the same model fused
 
 A step is forward, backward and AdamW on 2 × 256 tokens, in float32 on a CPU and in bfloat16 on a GPU. The models of a
 comparison share the frozen weights and alternate (AB, BA, AB, …), so that drift of the machine affects both alike; the
-figure is the median of the ratios. The first pair is not counted: it finds the groups. NB-LoRA's paper reports 1.07 to
+figure is the median of the ratios. The four models of ``--compare dora`` alternate, too. The first round is not
+counted: it finds the groups. NB-LoRA's paper reports 1.07 to
 1.25 over LoRA. With ``--quantize`` bitsandbytes has quantised the linear layers, in 4 bits with double quantisation and
 the model's dtype as compute dtype.
 """
@@ -41,6 +43,8 @@ FUSED_GOALS = {0.0: 1.08, 0.05: 1.05}  # dropout → PEFT's time over ours, at l
 COMPILED_GOALS = {0.0: 1.10, 0.05: 1.25}  # the same, both under torch.compile
 QUANTIZED_GOAL = 1.05  # PEFT's QLoRA over ours, at least
 NB_LORA_GOALS = {"cpu": 1.05, "cuda": 1.02}  # NB-LoRA's time over LoRA's, at most
+DORA_GOALS = {0.0: 1.10}  # dropout → DoRA's time over LoRA's, both fused, at most
+DORA_RATIOS = (("PEFT DoRA", "PEFT LoRA"), ("fused DoRA", "fused LoRA"), ("PEFT DoRA", "fused DoRA"))
 
 _PLAIN = lambda model: model
 _PEFT = {"PEFT": None, "fused": True}
@@ -59,23 +63,22 @@ class Side:
     optimizer: torch.optim.Optimizer
 
 
-def base_model(device: torch.device) -> nn.Module:
+def base_model(device: torch.device, quantize: str | None = None) -> nn.Module:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return models.load_model(models.cached(models.PACKAGED, ""), dtype).to(device).train()
+    model = models.load_model(models.cached(models.PACKAGED, ""), dtype).to(device).train()
+    return quantize_(model, quantize, dtype) if quantize else model
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def peft_model(rank: int, dropout: float, device: torch.device, quantize: str | None = None) -> nn.Module:
+def peft_model(base: nn.Module, rank: int, dropout: float, **options) -> nn.Module:
+    """Returns PEFT's model of ``base``; ``options``: further ones of ``peft.LoraConfig``."""
     import peft
 
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear")
-    base = base_model(device)
-    if quantize:
-        quantize_(base, quantize, next(base.parameters()).dtype)
-    return peft.get_peft_model(base, config).train()
+    options = {"lora_dropout": dropout, "target_modules": "all-linear"} | options
+    return peft.get_peft_model(base, peft.LoraConfig(r=rank, lora_alpha=2 * rank, **options)).train()
 
 
 def copies(model: nn.Module, engines: dict[str, bool | None]) -> dict[str, nn.Module]:
@@ -93,6 +96,16 @@ def peft_sides(model: nn.Module, engines: dict[str, bool | None], wrap: Callable
     """Returns a side for each engine of ``copies``. The pair that is not counted finds the groups, and compiles."""
     sides = copies(model, engines)
     return {name: Side(wrap(side), torch.optim.AdamW(trained(side), lr=1e-4)) for name, side in sides.items()}
+
+
+def dora_sides(rank: int, dropout: float, base: nn.Module) -> dict[str, Side]:
+    """Returns LoRA and DoRA over the frozen weights of ``base``, each by PEFT's own layers and fused."""
+    frozen = {id(p): p for p in base.requires_grad_(False).parameters()}
+    sides: dict[str, Side] = {}
+    for name, use_dora in (("LoRA", False), ("DoRA", True)):
+        model = peft_model(copy.deepcopy(base, dict(frozen)), rank, dropout, use_dora=use_dora)
+        sides |= {f"{engine} {name}": side for engine, side in peft_sides(model, _PEFT, _PLAIN).items()}
+    return sides
 
 
 def nb_lora_sides(rank: int, device: torch.device) -> dict[str, Side]:
@@ -149,8 +162,13 @@ def in_turns(
 
 def compare(sides: dict[str, Side], feed: Iterator[Tensor], pairs: int, description: str) -> dict:
     """Returns the seconds a step of both sides, and the first over the second pair by pair."""
-    seconds = in_turns(sides, feed, pairs, description, step_seconds)
-    return {"seconds": seconds, "ratios": quotients(*seconds.values())}
+    return between(in_turns(sides, feed, pairs, description, step_seconds), *sides)
+
+
+def between(seconds: dict[str, list[float]], first: str, second: str) -> dict:
+    """Returns the seconds a step of two sides, and the first over the second round by round."""
+    both = {name: seconds[name] for name in (first, second)}
+    return {"seconds": both, "ratios": quotients(*both.values())}
 
 
 def quotients(first: list[float], second: list[float]) -> list[float]:
@@ -178,9 +196,33 @@ def row(result: dict, label: str, sign: str, goal: float | None) -> list[str]:
     return [label, *medians, figures, f"{sign} {goal}", "met" if met else "missed"]
 
 
+def comparisons(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[dict, list[str]]]:
+    """Yields the figures of each comparison, and its row of the table."""
+    ids = blocks(options.seq_len, device)
+    for name, (engines, wrap, goals) in COMPARISONS.items():
+        for dropout in options.dropout if name in options.compare else ():
+            label = f"{' / '.join(engines)}{', compiled' if name == 'compiled' else ''}, dropout {dropout:g}"
+            torch.compiler.reset()
+            model = peft_model(base_model(device, options.quantize), options.rank, dropout)
+            result = compare(peft_sides(model, engines, wrap), batches(ids, options.batch), options.pairs, label)
+            goal = QUANTIZED_GOAL if options.quantize and name == "fused" else goals.get(dropout)
+            yield {"comparison": name, "dropout": dropout, **result}, row(result, label, "≥", goal)
+    for dropout in options.dropout if "dora" in options.compare else ():
+        sides = dora_sides(options.rank, dropout, base_model(device, options.quantize))
+        seconds = in_turns(sides, batches(ids, options.batch), options.pairs, "DoRA and LoRA", step_seconds)
+        for names in DORA_RATIOS:
+            result, label = between(seconds, *names), f"{' / '.join(names)}, dropout {dropout:g}"
+            goal = DORA_GOALS.get(dropout) if names == ("fused DoRA", "fused LoRA") else None
+            yield {"comparison": "dora", "dropout": dropout, **result}, row(result, label, "≤", goal)
+    if "nb-lora" in options.compare:
+        label, sides = "NB-LoRA / LoRA", nb_lora_sides(options.rank, device)
+        result = compare(sides, batches(ids, options.batch), options.pairs, label)
+        yield {"comparison": "nb-lora", **result}, row(result, label, "≤", NB_LORA_GOALS[device.type])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = (*COMPARISONS, "nb-lora")
+    choices = (*COMPARISONS, "dora", "nb-lora")
     parser.add_argument("--compare", nargs="+", choices=choices, default=["fused"], help="comparisons to run")
     parser.add_argument("--pairs", type=int, default=12, help="counted pairs of steps (default %(default)s)")
     parser.add_argument("--rank", type=int, default=16)
@@ -198,22 +240,10 @@ def main() -> None:
     table = Table(title=f"SmolLM2-135M, {conditions}")
     for column in ("A / B", "A s/step", "B s/step", "A / B (p20–p80)", "goal", "verdict"):
         table.add_column(column, justify="right")
-    ids, results = blocks(options.seq_len, device), []
-    for name, (engines, wrap, goals) in COMPARISONS.items():
-        for dropout in options.dropout if name in options.compare else ():
-            label = f"{' / '.join(engines)}{', compiled' if name == 'compiled' else ''}, dropout {dropout:g}"
-            torch.compiler.reset()
-            sides = peft_sides(peft_model(options.rank, dropout, device, options.quantize), engines, wrap)
-            result = compare(sides, batches(ids, options.batch), options.pairs, label)
-            results.append({"comparison": name, "dropout": dropout, **result})
-            goal = QUANTIZED_GOAL if options.quantize and name == "fused" else goals.get(dropout)
-            table.add_row(*row(result, label, "≥", goal))
-    if "nb-lora" in options.compare:
-        result = compare(
-            nb_lora_sides(options.rank, device), batches(ids, options.batch), options.pairs, "NB-LoRA / LoRA"
-        )
-        results.append({"comparison": "nb-lora", **result})
-        table.add_row(*row(result, "NB-LoRA / LoRA", "≤", NB_LORA_GOALS[device.type]))
+    results = []
+    for result, cells in comparisons(options, device):
+        results.append(result)
+        table.add_row(*cells)
     Console().print(table)
     if options.json:
         options.json.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1))

@@ -67,7 +67,9 @@ def lora_grouped_linear(
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     """The experts' linear layers without adapters, ``y_e = x_e W_eᵀ + bias_e``; arguments as ``lora_grouped_linear``.
     The weight may be trained."""
-    y = experts_op.reference.product(x, weight.to(x.dtype).mT, offsets)
+    is_in_graph = torch.compiler.is_compiling() and not weight.requires_grad
+    product = experts_op.grouped_product_op if is_in_graph else experts_op.reference.product
+    y = product(x, weight.to(x.dtype).mT, offsets)
     return y if bias is None else plus_bias(y, bias, offsets)
 
 

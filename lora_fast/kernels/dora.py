@@ -5,8 +5,8 @@ Math      y = c∘u + bias with u = x (W + scaling b a)ᵀ, c = magnitude / norm
           the norms, dmagnitude[o] = Σ_t dy[t, o] u[t, o] / norms[o].
 Grid      norms: one program for a block of rows of W, which walks d_in and forms W + scaling b a block by block in
           registers, so that it is never in memory. a is read once a program, from L2.
-          scale: one program for a tile of y. backward: (column chunks, token splits) as in grads.py: dmagnitude is
-          summed over token splits by partial sums and a second small launch.
+          scale: one program for a tile of y. backward: (column chunks, token splits) as in grads.py; where there are
+          several splits, a second small launch adds their partial sums of dmagnitude.
 Shapes    W (d_out, d_in), any strides; a (r, d_in), b (d_out, r), any float; norms (d_out,) in a's dtype; u, dy
           (n_tokens, d_out) f16/bf16/f32, magnitude and bias (d_out,) any float. Sums, c and the squares are float32.
           Beside a 16-bit W factors keep their precision: float32 ones go through the tensor cores as bfloat16 halves.
@@ -30,7 +30,8 @@ from .primitives import dot, dot_rounded, round_to
 __all__ = ["column_scale", "column_scale_backward", "weight_norms"]
 
 SCALE_TILE = tiles.Tile(32, 256, 0, 0, 8, 1)
-BACKWARD_TILE = tiles.Tile(16, 256, 0, 0, 8, 3)
+# Narrow chunks of columns: 4,096 columns and more need no token splits, and so no second launch.
+BACKWARD_TILE = tiles.Tile(64, 64, 0, 0, 8, 3)
 
 
 @triton.jit
@@ -114,19 +115,19 @@ def lora_column_scale_backward_kernel(
     i_split = tl.program_id(1).to(tl.int64)
     m_out = i_out < d_out
     b_scale, b_norms = load_scale(magnitude, norms, i_out, m_out)
-    b_total = tl.zeros([BLOCK_OUT], dtype=tl.float32)
+    b_total = tl.zeros([BLOCK_T, BLOCK_OUT], dtype=tl.float32)
     # As in the norms, the loop's stages let it load ahead.
     for o_t in tl.range(0, tokens_per_split, BLOCK_T, num_stages=3):
         i_t = i_split * tokens_per_split + o_t + tl.arange(0, BLOCK_T)
         mask = (i_t < n_tokens)[:, None] & m_out[None, :]
         b_dy = tl.load(dy + i_t[:, None] * stride_dy + i_out[None, :], mask=mask, other=0.0).to(tl.float32)
         b_u = tl.load(u + i_t[:, None] * stride_u + i_out[None, :], mask=mask, other=0.0).to(tl.float32)
-        b_total += tl.sum(b_dy * b_u, 0)
+        b_total += b_dy * b_u
         if NEED_U:
             b_du = round_to(b_dy * b_scale[None, :], du.dtype.element_ty)
             tl.store(du + i_t[:, None] * d_out + i_out[None, :], b_du, mask=mask)
-    b_total = round_to(tl.div_rn(b_total, b_norms), dmagnitude.dtype.element_ty)
-    tl.store(dmagnitude + i_split * d_out + i_out, b_total, mask=m_out)
+    b_part = round_to(tl.div_rn(tl.sum(b_total, 0), b_norms), dmagnitude.dtype.element_ty)
+    tl.store(dmagnitude + i_split * d_out + i_out, b_part, mask=m_out)
 
 
 class NormsPlan:

@@ -144,10 +144,13 @@ def factors_of(wrapper: Any, adapter: str) -> Factors | str:
 
 
 def reason_against_parameter(kind: Experts, module: Any, name: str) -> str | None:
-    """Returns why the op cannot compute with an adapted parameter, or None if it can."""
+    """Returns why the op cannot compute with an adapted parameter and the others of its module, or None if it can."""
     if name not in kind.parameters(module):
         return f"parameter {name!r}, which is none of its linear layers"
-    weight = getattr(module, name)
+    return next((reason for name in kind.parameters(module) if (reason := _against(getattr(module, name)))), None)
+
+
+def _against(weight: Any) -> str | None:
     if type(weight) not in PLAIN:
         return f"weight of type {type(weight).__name__}"
     if weight.dim() != 3 or weight.dtype not in FLOATS:
@@ -165,12 +168,11 @@ def _reason_against_call(kind: Experts, module: Any, adapters: dict[str, Factors
     if type(x) in PLAIN and (reason := kind.reason(module, weights[0].dtype, x, *args)):
         return reason
     for name, (a, b, _) in adapters.items():
-        weight = getattr(module, name)
-        reason = reason_against_parameter(kind, module, name) or reason_against_op(x, weight, a, b)
-        if reason is not None or a.device != x.device:
-            return reason or "adapter on another device"
-    others = (weight for weight in weights if type(weight) not in PLAIN)
-    return next((f"weight of type {type(weight).__name__}" for weight in others), None)
+        if reason := reason_against_parameter(kind, module, name) or reason_against_op(x, getattr(module, name), a, b):
+            return reason
+        if a.device != x.device:
+            return "adapter on another device"
+    return None
 
 
 def _linear(kind: Experts, module: Any, adapters: dict[str, Factors], name: str, rows: Tensor, offsets: Tensor):

@@ -165,3 +165,26 @@ def _op_backward(ctx, dy, _):
 
 
 grouped_linear_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("lora_fast::grouped_product", mutates_args=())
+def grouped_product_op(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Returns ``reference.product`` of rows (n, k) and a frozen weight (E, k, m)."""
+    return reference.product(rows, weight, offsets).contiguous()
+
+
+@grouped_product_op.register_fake
+def _(rows, weight, offsets):
+    return rows.new_empty((len(rows), weight.shape[2]))
+
+
+def _product_setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _product_backward(ctx, dy):
+    weight, offsets = ctx.saved_tensors
+    return grouped_product_op(dy.contiguous(), weight.mT, offsets), None, None
+
+
+grouped_product_op.register_autograd(_product_backward, setup_context=_product_setup_context)

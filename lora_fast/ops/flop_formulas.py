@@ -45,6 +45,11 @@ def grouped_linear_backward(dy, x, s, weight, *arguments, **keywords) -> int:
     return linear_backward(dy, x, s, weight[1:], arguments[-1])
 
 
+def grouped_product(rows, weight, *arguments, **keywords) -> int:
+    """Returns the operations of rows_e W_e of all experts."""
+    return 2 * prod(rows) * weight[2]
+
+
 def cayley(free_a, free_b, *arguments, **keywords) -> int:
     """Returns the operations of a2 a2ᵀ, bᵀ b, Wiᵀ a and b Wi of every pair."""
     return sum(2 * r * r * (2 * d_in - r + 2 * d_out) for (r, d_in), (d_out, _) in zip(free_a, free_b, strict=True))
@@ -60,6 +65,7 @@ FORMULAS = {
     "lora_linear_backward": linear_backward,
     "grouped_linear": grouped_linear,
     "grouped_linear_backward": grouped_linear_backward,
+    "grouped_product": grouped_product,
     "cayley": cayley,
     "cayley_backward": cayley_backward,
 }

@@ -33,7 +33,9 @@ class Routing(NamedTuple):
 def route(experts: Tensor, n_experts: int) -> Routing:
     """Returns the routing of tokens to experts, numbers (n, k) of any integer dtype. It does not wait for a device."""
     ordered, order = torch.sort(experts.reshape(-1), stable=True)
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), dtype=order.dtype, device=order.device))
+    places = torch.empty_like(order).scatter_(
+        0, order, torch.arange(len(order), dtype=order.dtype, device=order.device)
+    )
     numbers = torch.arange(n_experts, dtype=ordered.dtype, device=ordered.device)
     offsets = torch.searchsorted(ordered, numbers, right=True, out_int32=True)
     return Routing(order, places, offsets, experts.shape[-1])

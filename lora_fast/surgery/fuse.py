@@ -250,7 +250,9 @@ def _leave_halves(layers: dict[str, PeftLayer], report: Report) -> dict[str, str
     for name in list(report.changed):
         other = left.get(id(layers[name].get_base_layer()))
         if other is not None and is_of_parameter(layers[name]):
-            halves[name] = f"{_of_parameter(layers[name])}: beside that of {layers[other].parameter_name!r}, which is left"
+            halves[name] = (
+                f"{_of_parameter(layers[name])}: beside that of {layers[other].parameter_name!r}, which is left"
+            )
             report.left[name] = halves[name]
             del report.changed[name]
     return halves

@@ -23,7 +23,7 @@ def tiny_model(device: torch.device) -> LlamaForCausalLM:
 def tiny(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 64, (4, 5), generator=generator)
-    monkeypatch.setattr(train_step, "base_model", tiny_model)
+    monkeypatch.setattr(generate, "base_model", tiny_model)
     monkeypatch.setattr(generate, "blocks", lambda seq_len, device: ids)
     return ids
 

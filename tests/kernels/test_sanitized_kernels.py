@@ -346,7 +346,7 @@ RUNS = {
     "dora": partial(run_dora),
     "dora odd": partial(run_dora, (19, 37, 53), 17, 3, FLOAT16, FLOAT32, bias=False),
     "dora transposed": partial(run_dora, dtype=BFLOAT16, transposed=True),
-    "dora rank 100, partial sums": partial(run_dora, (290, 40, 300), 100, dtype=BFLOAT16, adapter=FLOAT32),
+    "dora rank 100, partial sums": partial(run_dora, (590, 40, 70), 100, dtype=BFLOAT16, adapter=FLOAT32),
     "halves": partial(run_halves, 5, 333),
     "gram mixed": partial(run_gram, *MIXED, FLOAT16),
     "gram chunks": partial(run_gram, (16, 3), (2100, 4100)),

@@ -144,7 +144,8 @@ def test_fuse_without_peft_names_the_pip_command(monkeypatch):
 def test_fuse_names_the_parameter_and_its_experts():
     model, wrappers = experts_model()
     report = lf.fuse_(model, allow_empty=True)
-    assert list(report.left.values()) == ["adapter of the parameter 'matrices' of 4 experts"] * len(wrappers)
+    reason = "adapter of the parameter 'matrices' of 4 experts: Experts with a forward of its own"
+    assert list(report.left.values()) == [reason] * len(wrappers)
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")

@@ -185,7 +185,7 @@ def test_target_parameters():
         sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         return train(model, optimizer=sgd), trained(model)
 
-    assert_same(run, 1, atol=1e-5)
+    assert_same(run, 2, atol=1e-5)
 
 
 @workflow(
