@@ -22,7 +22,7 @@ Linear = Callable[[str, Tensor, Tensor], Tensor]  # parameter's name, rows sorte
 EAGER = (None, "eager")
 GROUPED = "grouped_mm"
 _decorated: Any = moe.use_experts_implementation(type("Experts", (nn.Module,), {"forward": lambda self: None}))
-_DISPATCHING = _decorated.forward.__code__  # of the forward that transformers' decorator gives to a class
+_DISPATCHING: Any = _decorated.forward.__code__  # of the forward that transformers' decorator gives to a class
 
 
 class RoutedExperts:
@@ -111,7 +111,7 @@ def experts_of(module: nn.Module) -> Experts | None:
     """Returns the kind of a module that holds experts' weights, None for a module with a forward of its own."""
     forward: Any = getattr(type(module), "forward", None)
     if getattr(forward, "__code__", None) is _DISPATCHING:
-        cells = dict(zip(_DISPATCHING.co_freevars, forward.__closure__, strict=True))
+        cells: dict[str, Any] = dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True))
         own = "experts_interface" in cells and cells["experts_interface"].cell_contents is not moe.ALL_EXPERTS_FUNCTIONS
         return None if own else RoutedExperts
     name, home = getattr(forward, "__qualname__", ""), getattr(forward, "__module__", "")

@@ -358,6 +358,18 @@ def test_experts_with_another_forward_are_left():
         lf.fuse_(model, strict=True)
 
 
+def test_experts_of_another_interface_are_left():
+    from transformers.integrations import moe
+
+    if not hasattr(moe, "_can_use_grouped_mm"):
+        pytest.skip("this transformers has one interface")
+    kind = type(experts("gated"))
+    own = moe.use_experts_implementation(type("Own", (kind,), {}), experts_interface=moe.ExpertsInterface())
+    module = experts("gated")
+    module.__class__ = own
+    assert "Own with a forward of its own" in str(lf.fuse_(adapted(module, BOTH), allow_empty=True))
+
+
 def test_llama4_experts_are_left_with_the_reason():
     from transformers import Llama4TextConfig
     from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
