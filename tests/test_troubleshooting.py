@@ -222,7 +222,9 @@ ERRORS = {
     "init_lora_weights: expected an initialisation that needs": lambda: lf.inject_(
         plain(), peft.LoraConfig(target_modules=["0"], init_lora_weights="eva", eva_config=peft.EvaConfig())
     ),
-    "use_dora: expected its default": lambda: lf.inject_(plain(), peft.LoraConfig(target_modules=["0"], use_dora=True)),
+    "lora_bias: expected its default": lambda: lf.inject_(
+        plain(), peft.LoraConfig(target_modules=["0"], lora_bias=True)
+    ),
     "model: expected a model without PEFT layers": lambda: lf.inject_(
         peft.get_peft_model(plain(), peft.LoraConfig(target_modules=["0"])), lf.LoRAConfig()
     ),

@@ -19,6 +19,7 @@ from ..quantized import family_of, reason_against_merge
 from ..surgery.merge import weight_owners
 
 WHOLE = "a plain tensor"
+BEYOND_PRODUCT = "more than scaling · b a on the base weight"
 FORM = "(lora_A, lora_B[, scaling[, weight]])"
 DEFAULTS: tuple[Any, ...] = (1.0, None)  # of scaling and weight
 Entry = tuple[dict, str, object]  # a module's dictionary of parameters or of children, a key, what it holds
@@ -168,6 +169,8 @@ def find_pairs(model: nn.Module) -> list[Pair]:
             reason = "already merged" if layer.merged else _shared(layer.weight, owners)
             if layer.fan_in_fan_out:
                 reason = "weight of a Conv1D, stored as (d_in, d_out)"
+            if layer.scales_weight:
+                reason = BEYOND_PRODUCT
             if layer.base is not None:
                 reason = reason_against_merge(layer.base)
             pairs.append(Pair(name, layer.lora_A, layer.lora_B, float(layer.scaling), None, reason, layer))
@@ -295,7 +298,7 @@ def _base_weight(layer: PeftLayer, adapter: str) -> tuple[Tensor | None, str | N
     if not plain or not (has_experts or type(base) is nn.Linear):
         return None, f"base layer {type(base).__name__} with a weight of {getattr(weight, 'dtype', None)}"
     if layer.fan_in_fan_out or adapter in layer.lora_variant:
-        return None, "more than scaling · b a on the base weight"
+        return None, BEYOND_PRODUCT
     return weight, None
 
 

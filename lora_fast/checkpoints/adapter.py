@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..checks import CheckpointError
 from ..layers.base import AdapterLinear
+from ..layers.dora_linear import DoRALinear
 from ..layers.find import ADAPTER_LAYERS, key_name, peft_layers
 from ..layers.hooks import is_offloaded, loaded
 from ..surgery.change_report import Report
@@ -38,7 +39,7 @@ from . import (
     whole_modules,
 )
 from .folder import Contents
-from .peft_format import PREFIX, Change
+from .peft_format import MAGNITUDE, PREFIX, Change
 from .sidecar import FreeLayer
 
 
@@ -251,6 +252,8 @@ def _collect(model: nn.Module, exact: bool) -> tuple[list[str], Contents, dict[s
         with loaded([layer] if is_offloaded(layer) else []):
             for factor in ("lora_A", "lora_B"):
                 tensors[f"{name}.{factor}.weight"] = io.to_host(f"{name}.{factor}", getattr(layer, factor))
+            if isinstance(layer, DoRALinear):
+                tensors[f"{name}.{MAGNITUDE}"] = io.to_host(f"{name}.{MAGNITUDE}", layer.lora_magnitude_vector)
             free |= sidecar.collect({name: layer})
     beside = base_weights.unmerged(model, whole_modules.tensors(model, whole))
     tensors |= {key: io.to_host(key, tensor) for key, tensor in beside.items()}
@@ -319,7 +322,7 @@ def _config(model: nn.Module, layers: dict[str, AdapterLinear], whole: list[str]
         "lora_dropout": next(iter(layers.values())).dropout_p,
         "target_modules": peft_config.target_names(layers, [key_name(name) for name, _ in model.named_modules()]),
         "use_rslora": use_rslora,
-        "use_dora": False,
+        "use_dora": any(isinstance(layer, DoRALinear) for layer in layers.values()),
         "bias": "none",
         "lora_bias": False,
         "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),

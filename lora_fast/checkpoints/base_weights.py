@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..checks import CheckpointError
-from ..layers import merge_log
+from ..layers import merge_log, terms
 from ..layers.base import AdapterLinear
 from ..layers.find import AdapterLayer, adapter_layers, expert_count
 from ..layers.hooks import stored_tensor
 from ..layers.merge_log import Term, holder
 from ..layers.merging import CHANGED
-from ..layers.terms import merged_weight
 from ..surgery.merge import not_unmergeable, original_weight, weight_owners
 from . import io
 from .peft_format import PREFIX, Adapter, Change, check_tensor
@@ -120,7 +119,7 @@ def restore_(layer: AdapterLayer, change: Change) -> None:
         weight.copy_(change.weight)
     elif term is not None:
         b, a = (factor.to(weight.device) for factor in term)
-        weight.copy_(merged_weight(weight, [(a, b, 1.0)]))
+        weight.copy_(terms.merged_weight(weight, [terms.Term(a, b, 1.0)]))
     # Copies, because the file's tensors are mapped from the disk.
     merge_log.mark(layer, None if term is None else [(term[0].clone(), term[1].clone())])
 
@@ -160,7 +159,7 @@ def _takes_further_ranks(layer: AdapterLayer) -> bool:
     """Returns whether further ranks of the adapter have the effect of a change of the weight; a variant's, as DoRA's,
     do not, nor do those of an adapter with scale 0."""
     if isinstance(layer, AdapterLinear):
-        return layer.scaling != 0
+        return layer.scaling != 0 and not layer.scales_weight
     return all(name not in layer.lora_variant and layer.scaling[name] != 0 for name in layer.active_adapters)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..checks import CheckpointError
 from ..layers.base import AdapterLinear, sizes
+from ..layers.dora_linear import DoRALinear
 from ..layers.find import AdapterLayer, key_name
 from ..layers.lora import LoRALinear
 from ..quantized import family_of, reason_against
@@ -20,7 +21,7 @@ from ..surgery import inject, targets
 from ..surgery.weight_reads import weight_reads
 from . import base_weights, io, peft_config, sidecar, whole_modules
 from .peft_config import CONFIG
-from .peft_format import PREFIX, Adapter, Change, check_tensor
+from .peft_format import MAGNITUDE, PREFIX, Adapter, Change, check_tensor
 from .sidecar import FreeLayer
 
 
@@ -94,7 +95,7 @@ def into_our_layers(
     base_weights.check(model, layers, adapter, plan.others)
     for name, layer in layers.items():
         if not layer.SAVED_STATE:
-            plan.copies += _copies(name, layer, ("lora_A", "lora_B"), adapter.pairs[name])
+            plan.copies += _copies(name, layer, layer.TRAINABLE, _values(name, adapter))
         else:
             destinations = [io.destination(f"{name}.{role}", layer, role) for role in layer.SAVED_STATE]
             if name in free:
@@ -109,6 +110,7 @@ def check_our_layers(layers: dict[str, AdapterLinear], adapter: Adapter) -> None
     too, so that nothing is written that could not be loaded."""
     peft_config.require_plain(adapter.config)
     check_names(layers, adapter)
+    _check_magnitudes(adapter, {isinstance(layer, DoRALinear) for layer in layers.values()})
     for name, layer in layers.items():
         if not layer.SAVED_STATE:
             check_tensor(f"{name}.lora_A", adapter.pairs[name][0], (layer.r, layer.in_features), torch.float64)
@@ -127,6 +129,7 @@ def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLay
     """
     inject.check_plain(model)
     peft_config.require_plain(adapter.config)
+    _check_magnitudes(adapter, None)
     # The files have names without wrappers such as torch.compile's. get_submodule needs the model's own names.
     real_names = {key_name(name): name for name, _ in model.named_modules() if name}
     plan = Plan()
@@ -135,15 +138,15 @@ def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLay
     kinds: dict[str, tuple[type[AdapterLinear], dict]] = {}
     linears: dict[str, Any] = {}  # each is an nn.Linear, which ``targets.unsupported`` checks below
     reads = weight_reads(model)
-    for name, (a, b) in adapter.pairs.items():
+    for name in adapter.pairs:
         linear: Any = model.get_submodule(real_names[name])
         linears[name] = linear
         reason = targets.unsupported(linear, reads)
         if reason is not None or not adapter.targets(name):
             expected = "a torch.nn.Linear among the config's target_modules"
             raise CheckpointError(f"keys of {name}", expected, reason or "not among them")
-        _check_pair(name, linear, a, b)
-        kinds[real_names[name]] = _kind(adapter.settings(name), free.get(name))
+        _check_pair(name, linear, *_values(name, adapter))
+        kinds[real_names[name]] = _kind(adapter, name, free.get(name))
     base_weights.check(model, linears, adapter, plan.others)
     plan.replacements = inject.build_layers(model, kinds)
     layers = {name: plan.replacements[linear] for name, linear in linears.items()}
@@ -152,13 +155,40 @@ def into_plain_model(model: nn.Module, adapter: Adapter, free: dict[str, FreeLay
     for name, layer in layers.items():
         if isinstance(layer, LoRALinear):  # whose constructor takes no alpha of 0 or below
             layer.alpha, layer.scaling = adapter.settings(name)["alpha"], adapter.scaling(name)
-        roles = layer.SAVED_STATE if name in free else ("lora_A", "lora_B")
-        values = free[name].tensors if name in free else adapter.pairs[name]
+        roles = layer.SAVED_STATE if name in free else layer.TRAINABLE
+        values = free[name].tensors if name in free else _values(name, adapter)
         plan.copies += zip([getattr(layer, role) for role in roles], values, strict=True)
     return plan
 
 
-def _check_pair(name: str, linear: nn.Linear, a: Tensor, b: Tensor) -> None:
+def _values(name: str, adapter: Adapter) -> tuple[Tensor, ...]:
+    """Returns the values of the parameters of a LoRALinear, or of a DoRALinear, in the order of its ``TRAINABLE``."""
+    pair = adapter.pairs[name]
+    return (*pair, adapter.magnitudes[name]) if name in adapter.magnitudes else pair
+
+
+def _check_magnitudes(adapter: Adapter, in_model: set[bool] | None) -> None:
+    """Raises CheckpointError unless the file has magnitudes of all its layers, or, without ``use_dora``, of none.
+
+    Args:
+        in_model: whether the model's layers are DoRALinears, of which both kinds do not go together in one config of
+            PEFT's; None for a plain model.
+    """
+    use_dora = bool(adapter.config.get("use_dora"))
+    if in_model is not None and in_model != {use_dora}:
+        expected = "DoRALinear layers alone, or none" if len(in_model) > 1 else f"{not use_dora}, as in the model"
+        raise CheckpointError(f"use_dora in {CONFIG}", expected, "both kinds" if len(in_model) > 1 else use_dora)
+    for name in adapter.pairs:
+        if use_dora is not (name in adapter.magnitudes):
+            expected, got = ("in the file", "missing") if use_dora else ("no key without use_dora", "an extra key")
+            raise CheckpointError(f"key {PREFIX}{name}.{MAGNITUDE}", expected, got)
+        if use_dora and tuple(adapter.magnitudes[name].shape) != (shape := (len(adapter.pairs[name][1]),)):
+            raise CheckpointError(
+                f"key {PREFIX}{name}.{MAGNITUDE}", f"shape {shape}", tuple(adapter.magnitudes[name].shape)
+            )
+
+
+def _check_pair(name: str, linear: nn.Linear, a: Tensor, b: Tensor, magnitude: Tensor | None = None) -> None:
     """Raises CheckpointError unless a new layer in place of ``linear`` will hold the pair without loss."""
     dtype = torch.float32  # of the factors that ``from_linear`` creates
     if family_of(linear) is None:
@@ -169,12 +199,16 @@ def _check_pair(name: str, linear: nn.Linear, a: Tensor, b: Tensor) -> None:
     d_in, d_out = sizes(linear)
     check_tensor(f"{name}.lora_A", a, (a.shape[0], d_in), dtype)
     check_tensor(f"{name}.lora_B", b, (d_out, a.shape[0]), dtype)
+    if magnitude is not None:
+        check_tensor(f"{name}.{MAGNITUDE}", magnitude, (d_out,), dtype)
 
 
-def _kind(settings: dict, saved: FreeLayer | None) -> tuple[type[AdapterLinear], dict]:
+def _kind(adapter: Adapter, name: str, saved: FreeLayer | None) -> tuple[type[AdapterLinear], dict]:
     """Returns the class of a new layer and the arguments of its ``from_linear``."""
+    settings = adapter.settings(name)
     if saved is None:
-        return LoRALinear, settings | {"r": _rank(settings["r"]), "alpha": abs(settings["alpha"]) or 1.0}
+        kind = DoRALinear if name in adapter.magnitudes else LoRALinear
+        return kind, settings | {"r": _rank(settings["r"]), "alpha": abs(settings["alpha"]) or 1.0}
     return saved.kind, {"r": settings["r"], "dropout": settings["dropout"], **saved.settings}
 
 

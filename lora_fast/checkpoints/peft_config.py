@@ -113,11 +113,11 @@ def is_target(config: Mapping, name: str) -> bool:
 
 
 def require_plain(config: Mapping) -> None:
-    """Raises CheckpointError unless each adapter of the config is scaling · b a on an unchanged linear layer, which is
-    what a layer of this package computes. A setting of ``bias`` is no obstacle: trained biases have keys in the file,
-    and a model such as Llama has none."""
+    """Raises CheckpointError unless each adapter of the config is scaling · b a on an unchanged linear layer, or DoRA's
+    there, which is what the layers of this package compute. A setting of ``bias`` is no obstacle: trained biases have
+    keys in the file, and a model such as Llama has none."""
     for name, value in config.items():
-        if value and (name in BEYOND_LINEAR or _is_variant(name)):
+        if value and name != "use_dora" and (name in BEYOND_LINEAR or _is_variant(name)):
             raise CheckpointError(name, "unset: only a PEFT model loads more than plain LoRA", checks.shown(value))
     if not _leaves_base(config):
         expected = "an initialisation that leaves the base weights as they are, or its adapter converted by PEFT's "

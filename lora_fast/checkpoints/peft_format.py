@@ -2,7 +2,8 @@
 
 A key is ``base_model.model.<module>.<rest>``. Reading also accepts keys that contain the name of PEFT's default
 adapter, ``….lora_A.default.weight``, as PEFT does. Beside the two factors of each linear layer the file may contain
-other tensors: those of whole modules (``modules_to_save``), of embeddings, of PEFT's variants. What a model can do with
+other tensors: DoRA's magnitudes (``….lora_magnitude_vector``), those of whole modules (``modules_to_save``), of
+embeddings, of PEFT's other variants. What a model can do with
 them is decided in ``load_plan.py``.
 
 Of an embedding X in ``modules_to_save`` the file has the trained values, ``X.weight``. If the vocabulary was resized,
@@ -41,6 +42,7 @@ from .peft_config import CONFIG
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"  # in keys, after the module's name
 ROLE = re.compile(r"(.+)\.(lora_A|lora_B|base_layer|terms_A|terms_B)\.weight")
 ADAPTED = re.compile(r"(.+)\.(?:lora_A\.weight|lora_embedding_A)")  # one key of each adapted layer
 ORIGINAL, REPEATED = ".original_module.", ".modules_to_save."  # in keys of embeddings that are trained whole
@@ -71,6 +73,7 @@ class Adapter:
         pairs: module name → lora_A (r, d_in), lora_B (d_out, r); those of a convolution have more dimensions.
         base_weights: module name → the frozen weight, unchanged by merges, which the file has where PEFT adapts the
             embeddings.
+        magnitudes: module name → DoRA's magnitudes (d_out,) of a layer with such a pair.
         others: key without the prefix → any other tensor.
         changes: module name → how training changed the frozen weight.
         quantized: module name → format of the frozen weight that the adapter was trained over; None where the file does
@@ -81,6 +84,7 @@ class Adapter:
     quantized: dict[str, str] | None = None
     pairs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     base_weights: dict[str, Tensor] = field(default_factory=dict)
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
     others: dict[str, Tensor] = field(default_factory=dict)
     changes: dict[str, Change] = field(default_factory=dict)
     _own_settings: dict[str, dict] = field(default_factory=dict)  # of layers that have further ranks in the file
@@ -96,7 +100,9 @@ class Adapter:
     def tensors(self) -> dict[str, Tensor]:
         """Returns all tensors but those of changed weights, by their keys without the prefix."""
         pairs = {f"{name}.lora_{'AB'[i]}.weight": pair[i] for name, pair in self.pairs.items() for i in range(2)}
-        return pairs | {f"{name}.base_layer.weight": weight for name, weight in self.base_weights.items()} | self.others
+        magnitudes = {f"{name}.{MAGNITUDE}": tensor for name, tensor in self.magnitudes.items()}
+        weights = {f"{name}.base_layer.weight": weight for name, weight in self.base_weights.items()}
+        return pairs | magnitudes | weights | self.others
 
     def targets(self, name: str) -> bool:
         """Returns whether the file's adapter belongs on a module of this name."""
@@ -140,6 +146,8 @@ def parse(config: dict, tensors: dict[str, Tensor], metadata: dict[str, str]) ->
             adapter.others[key] = tensor
     for name, layer in roles.items():
         _add_layer(adapter, name, layer, marks.pop(name, None))
+        if name in adapter.pairs and (key := f"{name}.{MAGNITUDE}") in adapter.others:
+            adapter.magnitudes[name] = adapter.others.pop(key)
     for note, others in ((CHANGED, marks.keys()), (QUANTIZED, (adapter.quantized or {}).keys() - adapter.pairs.keys())):
         if others:
             raise CheckpointError(f"{note} in {WEIGHTS}", "layers of the file", ", ".join(sorted(others)))

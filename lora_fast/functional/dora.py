@@ -3,19 +3,20 @@ scale, which follows the LoRA op."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backend, checks
 from ..ops import composite, seeds
+from ..ops import dora as dora_op
 from ..ops import linear as linear_op
-from ..ops.dora import ColumnScaleFunction
 from ..ops.observers import modes, sees_ops
-from ..ops.reference import dora as reference
-from .linear import in_autocast, lora_linear
+from .linear import in_autocast, is_autocast_on, lora_linear
 
-_apply = super(torch.autograd.Function, ColumnScaleFunction).apply  # as linear._apply
+_apply = super(torch.autograd.Function, dora_op.ColumnScaleFunction).apply  # as linear._apply
 
 
 def dora_linear(
@@ -50,7 +51,9 @@ def dora_linear(
     """
     scaling = checks.finite(scaling, "scaling")
     dropout_p = checks.probability(dropout_p, "dropout_p")
-    check_magnitude(magnitude, weight)
+    check_row_values("magnitude", magnitude, weight)
+    if bias is not None:
+        check_row_values("bias", bias, weight)
     dropped = x if dropout_p == 0.0 else _dropout(x, dropout_p, seed)
     u = lora_linear(dropped, weight, None, lora_A, lora_B, scaling)
     y = column_scale(u, magnitude, weight_norms(weight, lora_A, lora_B, scaling), bias if dropout_p == 0.0 else None)
@@ -62,17 +65,22 @@ def weight_norms(
 ) -> Tensor:
     """Returns the norms of the rows of W + scaling · b a, (d_out,) in lora_A's dtype, detached, for arguments of
     ``lora_linear``. ``squares``: ``row_squares(weight)`` if the caller keeps them; the kernels do not need them."""
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        if torch.compiler.is_compiling() or composite.transform() is not None or sees_ops():
-            return reference.weight_norms(weight, lora_A, lora_B, scaling, squares)
+    kind, tensors = weight.device.type, (weight, lora_A, lora_B)
+    with torch.no_grad(), torch.autocast(kind, enabled=False) if is_autocast_on(kind) else nullcontext():
+        if torch.compiler.is_compiling() or sees_ops() or composite.reason_for_parameters(tensors) is not None:
+            norms = dora_op.reference.written_norms(weight, lora_A, lora_B, scaling)
+            return norms.detach()  # of forward-mode derivatives, too
         return backend.ops("dora", weight).weight_norms(weight, lora_A, lora_B, scaling, squares)
 
 
 def column_scale(u: Tensor, magnitude: Tensor, norms: Tensor, bias: Tensor | None) -> Tensor:
     """Returns (magnitude / norms)∘u + bias, (..., d_out) in u's dtype, differentiable in all but the norms."""
-    is_seen = modes() > 0 and sees_ops()  # what the modes see can be differentiated again
-    if is_seen or torch.compiler.is_compiling() or composite.reason(u, norms, magnitude, magnitude) is not None:
-        return reference.column_scale(u, magnitude, norms, bias)
+    if (
+        torch.compiler.is_compiling()
+        or (modes() > 0 and sees_ops())
+        or composite.reason(u, norms, magnitude, magnitude) is not None
+    ):
+        return dora_op.reference.column_scale(u, magnitude, norms, bias)  # what modes see can be differentiated again
     return _apply(backend.load_ops("dora", backend.forward_uses_triton(u)), u, magnitude, norms, bias)
 
 
@@ -84,13 +92,17 @@ def plus_dropped(y: Tensor, x: Tensor, kept: Tensor, weight: Tensor, bias: Tenso
     return y + F.linear(rest, weight, None if bias is None else bias.to(rest.dtype))
 
 
-def check_magnitude(magnitude: Tensor, weight: Tensor) -> None:
-    """Raises ArgumentError if the magnitude does not fit the weight."""
-    magnitude, expected = checks.tensor(magnitude, "magnitude"), (len(checks.tensor(weight, "weight")),)
-    if tuple(magnitude.shape) != expected or magnitude.dtype not in checks.FLOATS:
-        raise checks.ArgumentError("magnitude", f"floats of shape {expected} to fit weight", checks.shown(magnitude))
-    if magnitude.device != weight.device:
-        raise checks.ArgumentError("magnitude", f"a tensor on weight's device {weight.device}", magnitude.device)
+def check_row_values(name: str, values: Tensor, weight: Tensor) -> None:
+    """Raises ArgumentError if ``values`` are not one float for each row of the weight, on its device."""
+    if checks.tensor(weight, "weight").dim() != 2:
+        raise checks.ArgumentError("weight", "shape (d_out, d_in)", tuple(weight.shape))
+    expected = f"a dense tensor of floats, shape ({len(weight)},), to fit weight"
+    values = checks.tensor(values, name)
+    is_dense = values.layout is checks.STRIDED and values.dtype in checks.FLOATS
+    if not is_dense or tuple(values.shape) != (len(weight),):
+        raise checks.ArgumentError(name, expected, f"{checks.shown(values)}, {values.layout}")
+    if values.device != weight.device:
+        raise checks.ArgumentError(name, f"a tensor on weight's device {weight.device}", values.device)
 
 
 def _dropout(x: Tensor, dropout_p: float, seed: int | None) -> Tensor:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .. import backend, checks
 from ..ops import experts as experts_op
-from ..ops.reference import experts as reference
 from .linear import in_autocast, reason_against_op
 
 _apply = super(torch.autograd.Function, experts_op.GroupedLinearFunction).apply  # as linear._apply
@@ -68,20 +67,22 @@ def lora_grouped_linear(
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     """The experts' linear layers without adapters, ``y_e = x_e W_eᵀ + bias_e``; arguments as ``lora_grouped_linear``.
     The weight may be trained."""
-    y = reference.product(x, weight.to(x.dtype).mT, offsets)
+    is_in_graph = torch.compiler.is_compiling() and not weight.requires_grad
+    product = experts_op.grouped_product_op if is_in_graph else experts_op.reference.product
+    y = product(x, weight.to(x.dtype).mT, offsets)
     return y if bias is None else plus_bias(y, bias, offsets)
 
 
 def plus_bias(y: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
     """Returns y plus the bias (E, d_out) of each row's expert, 0 for rows of none."""
     rest = bias.new_zeros((1, bias.shape[1]))
-    return y + torch.cat((bias, rest))[reference.experts_of(offsets, len(y))].to(y.dtype)
+    return y + torch.cat((bias, rest))[experts_op.reference.experts_of(offsets, len(y))].to(y.dtype)
 
 
 def _composite(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, offsets: Tensor) -> Tensor:
-    s = reference.project(x, lora_A, offsets)
-    update = reference.update(s, lora_B.mT, offsets) * scaling
-    return (reference.product(x, weight.to(x.dtype).mT, offsets) + update).to(x.dtype)
+    s = experts_op.reference.project(x, lora_A, offsets)
+    update = experts_op.reference.update(s, lora_B.mT, offsets) * scaling
+    return (experts_op.reference.product(x, weight.to(x.dtype).mT, offsets) + update).to(x.dtype)
 
 
 def _check(x, weight, bias, lora_A, lora_B, scaling, offsets) -> None:
@@ -91,6 +92,8 @@ def _check(x, weight, bias, lora_A, lora_B, scaling, offsets) -> None:
             continue
         if checks.tensor(tensor, name).device != x.device:
             raise checks.ArgumentError(name, f"a tensor on x's device {x.device}", tensor.device)
+        if tensor.layout is not checks.STRIDED:
+            raise checks.ArgumentError(name, "a dense tensor", tensor.layout)
         if name != "offsets" and tensor.dtype not in checks.FLOATS:
             raise checks.ArgumentError(name, "a dtype among float16, bfloat16, float32, float64", tensor.dtype)
     if weight.dim() != 3:
@@ -110,7 +113,8 @@ def _check(x, weight, bias, lora_A, lora_B, scaling, offsets) -> None:
         raise checks.ArgumentError("x", f"weight's dtype {weight.dtype} (or an autocast region)", x.dtype)
     if weight.requires_grad:
         raise checks.ArgumentError("weight", "a frozen tensor (its gradient is never formed)", "requires_grad=True")
-    checks.finite(scaling, "scaling")
+    if not abs(checks.finite(scaling, "scaling")) <= checks.LARGEST_SCALING:
+        raise checks.ArgumentError("scaling", "a finite number, as float32 can hold it", checks.shown(scaling))
     check_offsets(offsets, len(x))
 
 

@@ -107,6 +107,13 @@ TABLE = {
     ],
     ("grad_a", 2, 100, 227): [(16, 32, 256, 0, 8, 3), (64, 64, 256, 0, 8, 3), (256, 64, 128, 0, 8, 3)],
     ("grad_a_wide", 2, 80, 99): [(16, 32, 256, 0, 8, 3), (64, 32, 128, 0, 8, 3), (256, 32, 64, 0, 8, 2)],
+    ("expert_grads", 2, 80, 99): [(16, 64, 128, 0, 4, 3), (64, 64, 128, 0, 8, 3), (256, 32, 128, 0, 8, 3)],
+    ("expert_grads_wide", 2, 80, 99): [(16, 32, 128, 0, 4, 3), (64, 32, 128, 0, 8, 3), (256, 32, 64, 0, 8, 2)],
+    # On sm_100 the accumulators of float16's four products do not fit into tensor memory, if each has 256 ranks. Blocks
+    # of fewer than 64 columns use registers instead.
+    ("expert_grads_wide", 2, 100, 227): [(64, 32, 128, 0, 8, 3), (128, 32, 64, 0, 8, 2), (256, 32, 32, 0, 8, 2)],
+    ("weight_norms", 2, 80, 99): [(16, 0, 32, 128, 4, 3), (256, 0, 32, 64, 4, 3)],
+    ("weight_norms_wide", 2, 80, 99): [(16, 0, 32, 128, 4, 3), (256, 0, 32, 64, 4, 2)],
     ("linear", 2, 80, 99): [(256, 128, 128, 32, 8, 3)],
     ("linear", 2, 120, 99): [(64, 128, 128, 32, 8, 3), (128, 64, 128, 32, 8, 3), (256, 128, 128, 32, 8, 3)],
     ("linear_dropout", 2, 80, 99): [(256, 128, 64, 32, 8, 3)],
@@ -147,6 +154,8 @@ TABLE = {
     ("project_short", 4, 80, 99): [(256, 16, 0, 64, 4, 2)],
     ("grad_s_b", 4, 80, 99): [(16, 32, 64, 0, 4, 2), (64, 32, 64, 0, 8, 2), (256, 16, 32, 0, 8, 1)],
     ("grad_a", 4, 80, 99): [(16, 32, 64, 0, 4, 2), (128, 16, 32, 0, 8, 2), (256, 32, 64, 0, 8, 2)],
+    ("expert_grads", 4, 80, 99): [(16, 32, 64, 0, 4, 2), (128, 16, 32, 0, 8, 2), (256, 32, 64, 0, 8, 2)],
+    ("weight_norms", 4, 80, 99): [(16, 0, 32, 64, 4, 3), (256, 0, 32, 32, 8, 2)],
     ("linear", 4, 80, 99): [(256, 32, 64, 32, 8, 2)],
     ("linear", 4, 90, 227): [(256, 32, 64, 32, 4, 2)],
     ("linear_dropout", 4, 80, 99): [(256, 64, 64, 32, 8, 2)],
@@ -212,6 +221,7 @@ FEW_NUMBERS = 3 << 13  # most partial sums of S that a program of the update add
 PARTIAL_NUMBERS = 1 << 18  # partial sums that a split reduction may always have: 1 MiB, which stays in L2
 GEMM_RANK = 32  # the GEMM walks larger ranks in steps of this size
 STEPPED = ("linear", "group_grad_x", "four_bit", "update")  # the ops that do so
+NORMS_RANK = 64  # most ranks in one step of the norms
 SHORT_RANK = 64  # most ranks of one program of project with small blocks of tokens
 
 _assumed: Scopes[dict] = Scopes()
@@ -349,6 +359,18 @@ def grad_s_b_row(dtype: torch.dtype, wide: bool) -> str:
 
 def grad_a(x: torch.Tensor, r: int, wide: bool) -> Tile:
     return _thin("grad_a", "grad_a" + "_wide" * wide, x, x.shape[1], 0, r)
+
+
+def expert_grads(x: torch.Tensor, r: int, wide: bool) -> Tile:
+    """Returns the tile of the gradients of experts' factors. Each expert has programs of its own, so they have fewer
+    columns than those of ``grad_a``."""
+    return default("expert_grads" + "_wide" * wide, x.element_size(), limits(x.device), r)
+
+
+def weight_norms(weight: torch.Tensor, r: int, wide: bool) -> Tile:
+    """Returns the tile of the row norms of W + b a."""
+    name = "weight_norms" + "_wide" * wide
+    return _tile(row(name, weight.element_size(), limits(weight.device), r), r, NORMS_RANK)
 
 
 def linear(left: torch.Tensor, d_out: int, r: int, forward: bool, tma: bool, dropout: bool) -> Tile:

@@ -62,6 +62,7 @@ class AdapterLinear(Fallback, nn.Module):
     SAVED_STATE: tuple[str, ...] = ()
     INIT_ARGUMENTS: tuple[str, ...]
     use_rslora = False
+    scales_weight = False  # whether the adapter also scales the rows of the weight (DoRA)
 
     weight: Tensor
     bias: Tensor | None
@@ -300,7 +301,8 @@ class AdapterLinear(Fallback, nn.Module):
         weight = self.weight if "weight" in self._parameters else None
         trained = [getattr(self, name) for name in self.TRAINABLE]
         shape = self.out_features, self.in_features
-        return unmergeable(weight, shape[::-1] if self.fan_in_fan_out else shape, trained)
+        shape = shape[::-1] if self.fan_in_fan_out else shape
+        return unmergeable(weight, shape, trained, self.scales_weight)
 
     def not_unmergeable(self) -> str | None:
         """Returns why the original weight cannot be restored, or None if it can."""

@@ -35,6 +35,15 @@ class ExactMerge:
         """Returns what an adapter adds to which parameters of the base layer, or why it is no sum of products."""
         raise NotImplementedError
 
+    def scales(self, adapter: str) -> bool:
+        """Returns whether an adapter scales the weight, as DoRA does."""
+        return False
+
+    def merge_scale(self, adapter: str) -> Tensor | None:
+        """Returns the scale of an adapter that has one, for the weight without adapters, and keeps what PEFT's
+        arithmetic needs to take it out."""
+        return None
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merges as PEFT does, but with one rounding: all merged adapters are added to the original weight, which is
         kept, that of a GPU in the host's memory. Where that is not possible, PEFT's own merge runs."""
@@ -44,7 +53,7 @@ class ExactMerge:
             return
         places = self._exactly_merged().places
         is_recorded = all(name in places for name in self.merged_adapters)
-        if is_recorded and not any(self.inexact(name) for name in names):
+        if is_recorded and self.inexact_together(names) is None:
             self.merge_exactly(names, safe_merge=safe_merge)
             return
         # Over recorded merges PEFT's is recorded, too; a bias that lora_bias changes may have no record.
@@ -62,6 +71,10 @@ class ExactMerge:
                 raise ValueError(f"NaNs detected in the merged weights. One of {', '.join(names)} seems to be broken")
 
         additions: Any = {name: self.merge_terms(name) for name in names}
+        for name in names:
+            if (scale := self.merge_scale(name)) is not None:
+                ((parameter, term),) = additions[name]
+                additions[name] = [(parameter, term._replace(scale=scale))]
         self._exactly_merged().merge(additions, keep_originals, check)
         self.merged_adapters.extend(names)
 
@@ -80,6 +93,9 @@ class ExactMerge:
             released = merged.release()
         if self.merged_exactly:
             merged.unmerge(names)
+            for name in self.merged_adapters:
+                if name not in merged.places:
+                    layer._caches.pop(f"{name}-weight_norm", None)  # of ``merge_scale``
             self.merged_adapters[:] = [name for name in self.merged_adapters if name in merged.places]
             return
         super().unmerge()  # type: ignore[misc]
@@ -96,8 +112,15 @@ class ExactMerge:
         terms = self.merge_terms(adapter)
         if isinstance(terms, str):
             return terms
-        reasons = (unmergeable(parameter, _sum_shape(term), term[:2]) for parameter, term in terms)
+        scales = self.scales(adapter)
+        reasons = (unmergeable(parameter, _sum_shape(term), term[:2], scales) for parameter, term in terms)
         return next((reason for reason in reasons if reason), None)
+
+    def inexact_together(self, names: list[str]) -> str | None:
+        """Returns why only PEFT's own arithmetic merges these adapters, or None."""
+        if len(names) > 1 and any(map(self.scales, names)):
+            return "DoRA, which scales the weight, beside another active adapter"
+        return next((reason for name in names if (reason := self.inexact(name))), None)
 
     @property
     def merged_exactly(self) -> bool:

@@ -14,6 +14,7 @@ from .nb_lora import NBLoRALinear
 from .sing_lora import SingLoRALinear
 
 if TYPE_CHECKING:
+    from .fused_experts import FusedParamWrapper
     from .fused_peft import FusedForward, FusedLoraLinear
 
 PeftLayer = Any  # a torch module and at once a mixin of PEFT, which has no types for the two together
@@ -70,7 +71,12 @@ def holders_of(model: nn.Module, modules: Container[nn.Module]) -> dict[Any, lis
 def expert_count(layer: PeftLayer) -> int:
     """Returns how many products each adapter of a PEFT layer holds: the number of experts of the parameter that
     ``target_parameters`` names, and 1 for every other layer."""
-    return layer.num_experts if hasattr(layer, "parameter_name") else 1
+    return layer.num_experts if is_of_parameter(layer) else 1
+
+
+def is_of_parameter(layer: PeftLayer) -> bool:
+    """Returns whether a PEFT layer adapts a parameter that ``target_parameters`` names."""
+    return hasattr(layer, "parameter_name")
 
 
 def is_exact(layer: PeftLayer) -> bool:
@@ -83,13 +89,16 @@ def is_fused(layer: PeftLayer) -> bool:
     return hasattr(type(layer), "PEFT_CLASS")
 
 
-def fused_class_for(layer: PeftLayer) -> type[FusedForward] | None:
+def fused_class_for(layer: PeftLayer) -> type[FusedForward] | type[FusedParamWrapper] | None:
     """Returns the fused class for a layer that is not fused, None where there is none."""
     from peft.tuners import lora
 
+    from .fused_experts import FusedParamWrapper
     from .fused_quantized import fused_class_of
 
     kind: Any = type(layer)
+    if kind is lora.ParamWrapper:
+        return FusedParamWrapper
     return fused_class() if kind is lora.Linear else fused_class_of(kind)
 
 

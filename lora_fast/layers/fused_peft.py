@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft.tuners import lora
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor
 from torch.nn import Dropout, Identity, Linear, Module, Parameter
 from torch.nn.modules.module import _has_any_global_hook
@@ -24,6 +26,7 @@ from ..kernels.limits import LARGEST_RANK
 from ..ops.composite import QUANTIZED_TRACED
 from ..quantized import quantized_weight
 from . import groups
+from .dora import dora, kept_norms, row_norms, scale_of
 from .exact_merge import ExactMerge, merge_scaling
 from .fallback import Fallback
 from .find import PeftLayer
@@ -52,6 +55,8 @@ class FusedForward(Fallback):
         lora_B: Any
         active_adapters: Any
         merged_adapters: Any
+        lora_magnitude_vector: Any
+        lora_variant: dict[str, Any]
         cast_input_dtype_enabled: bool
         _active_adapter: Any
         _disable_adapters: bool
@@ -69,9 +74,21 @@ class FusedForward(Fallback):
             self._note(None)
         base: Any = self._modules["base_layer"]
         if HOOK in base.__dict__:  # accelerate's, which would move x to the weight's device
-            y = self._run(x.to(call[0].device), call)
+            y = self._compute(x.to(call[0].device), call)
             return y.to(x.device) if y.device != x.device and returns_to_input(base) else y
+        return self._compute(x, call)
+
+    def _compute(self, x: Tensor, call: tuple) -> Tensor:
+        """Computes a call that the op serves."""
+        if self.lora_variant and (magnitude := self._magnitude()) is not None:
+            return dora(x, call, magnitude, kept_norms(self), self._run)
         return self._run(x, call)
+
+    def _magnitude(self) -> Tensor | None:
+        """Returns the magnitudes of the active adapter of a call that the op serves, None if it is plain."""
+        active = self._active_adapter
+        active = active if type(active) is str else active[0]
+        return self.lora_magnitude_vector[active].weight if active in self.lora_variant else None
 
     def _run(self, x: Tensor, call: tuple) -> Tensor:
         """Computes the op, with the layers of this x if there are any."""
@@ -84,7 +101,15 @@ class FusedForward(Fallback):
         """Returns ``functional.lora_linear``'s arguments after x if the fused op would serve a call with x, else
         None."""
         call = self._fused_call(x)
-        return None if isinstance(call, str) else call
+        if isinstance(call, str):
+            return None
+        if self.lora_variant and self._magnitude() is not None:
+            return None if call[-1] > 0.0 else (call[0], None, *call[2:])  # dropout leaves it an x of its own
+        return call
+
+    def train(self, mode: bool = True) -> Any:
+        self.__dict__.pop("_norms", None)
+        return super().train(mode)
 
     def _get_name(self) -> str:
         """Returns the name of PEFT's class, from whose repr PEFT's layer status takes the ``module_type``."""
@@ -110,8 +135,10 @@ class FusedForward(Fallback):
         arguments = fused_arguments(self, active)
         if isinstance(arguments, str):
             return arguments
-        if _has_global_hooks(self):
+        if has_global_hooks(self):
             return "hooks of all modules"
+        if active in self.lora_variant and x.dim() < 2:
+            return "1-d input to DoRA"  # PEFT's result has a dimension more
         call, lora_bias = arguments
         weight, bias = call[0], call[1]
         # Autocast casts x, weight and bias to one dtype, except float64. Without it PEFT casts x for the adapter only.
@@ -146,7 +173,7 @@ class FusedLoraLinear(FusedForward, ExactMerge, lora.Linear):
             return f"scaling of type {type(self.scaling[adapter]).__name__}"
         if type(base) not in (Linear, Conv1D):
             return f"base layer {type(base).__name__}, not torch.nn.Linear"
-        if adapter in self.lora_variant:
+        if adapter in self.lora_variant and not self.scales(adapter):
             return "adapter that is more than scaling · b a"
         factors = (b.weight.mT, a.weight.mT) if self.fan_in_fan_out else (a.weight, b.weight)
         terms = [(base.weight, Term(*factors, scaling))]
@@ -155,6 +182,19 @@ class FusedLoraLinear(FusedForward, ExactMerge, lora.Linear):
                 return "bias on lora_B over a base layer without one"
             terms.append((base.bias, Term(b.bias.new_ones((1, 1)), b.bias[:, None], scaling)))
         return terms
+
+    def scales(self, adapter: str) -> bool:
+        return type(self.lora_variant.get(adapter)) is DoraLinearVariant
+
+    def merge_scale(self, adapter: str) -> Tensor | None:
+        if not self.scales(adapter):
+            return None
+        base: Any = self.get_base_layer()
+        weight = base.weight.detach().mT if self.fan_in_fan_out else base.weight.detach()
+        rows = row_norms(weight, self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter])
+        self._cache_store(f"{adapter}-weight_norm", rows)
+        scale: Tensor = scale_of(self.lora_magnitude_vector[adapter].weight, rows)
+        return scale[None] if self.fan_in_fan_out else scale[:, None]
 
 
 def _reason_against_scaling(scaling: Any, weight: Tensor) -> str | None:
@@ -179,8 +219,9 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple[tuple, Tensor | Non
     if a is None:
         return f"no adapter {adapter!r} in this layer"
     b, dropout = modules["lora_B"]._modules[adapter], modules["lora_dropout"]._modules[adapter]
-    if adapter in layer.lora_variant:
-        return f"variant {type(layer.lora_variant[adapter]).__name__}"
+    is_plain = adapter not in layer.lora_variant
+    if not is_plain and (reason := _reason_against_variant(layer, adapter)) is not None:
+        return reason
     if type(a) is not Linear or type(b) is not Linear or type(dropout) not in DROPOUTS:
         return f"adapter of {type(a).__name__}, {type(b).__name__}, {type(dropout).__name__}"
     if is_hooked(base) or is_hooked(a) or is_hooked(b) or is_hooked(dropout):
@@ -207,9 +248,26 @@ def fused_arguments(layer: PeftLayer, adapter: str) -> tuple[tuple, Tensor | Non
         return f"rank {layer.r[adapter]}, above {LARGEST_RANK}"
     if a_parameters.get("bias") is not None:
         return "bias on lora_A"
-    dropout_p = dropout.p if dropout.training and type(dropout) is Dropout else 0.0
+    drops = dropout.training and type(dropout) is Dropout and (is_plain or layer.training)  # DoRA's looks at the layer
+    dropout_p = dropout.p if drops else 0.0
     arguments = weight, bias, lora_a, lora_b, layer.scaling[adapter], dropout_p
     return arguments, b_parameters.get("bias")
+
+
+def _reason_against_variant(layer: PeftLayer, adapter: str) -> str | None:
+    """Returns why the op does not compute a variant of LoRA, None for DoRA."""
+    variant = layer.lora_variant[adapter]
+    if type(variant) is not DoraLinearVariant:
+        return f"variant {type(variant).__name__}"
+    if layer.ephemeral_gpu_offload:
+        return "DoRA with ephemeral_gpu_offload"
+    holder = layer._modules["lora_magnitude_vector"]._modules[adapter]
+    if is_hooked(holder):
+        return HOOKED
+    magnitude = holder._parameters.get("weight") if "_is_replica" not in layer.__dict__ else holder.weight
+    if type(holder) is not DoraLinearLayer or type(magnitude) not in PLAIN:
+        return f"magnitudes in a {type(holder).__name__} of {type(magnitude).__name__}"
+    return None
 
 
 def _quantized_weight(base: Module, bias: Tensor | None) -> Any:
@@ -228,7 +286,7 @@ def _quantized_weight(base: Module, bias: Tensor | None) -> Any:
     return weight
 
 
-def _has_global_hooks(layer: PeftLayer) -> bool:
+def has_global_hooks(layer: PeftLayer) -> bool:
     """Returns whether there are hooks of all modules. A checkpointed region that runs again runs what it has run at
     first, which saved the tensors that its backward needs, whatever was registered or removed meanwhile."""
     hooked = _has_any_global_hook()

@@ -34,7 +34,7 @@ class LoRALinear(AdapterLinear):
         ArgumentError: r, alpha, dropout, use_rslora or init out of range.
     """
 
-    TRAINABLE = ("lora_A", "lora_B")
+    TRAINABLE: tuple[str, ...] = ("lora_A", "lora_B")
     INIT_ARGUMENTS = ("alpha", "use_rslora", "init")
 
     lora_A: Tensor

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..kernels.grouping import group_by
-from .terms import Term, fingerprint, merged_weight, negative
+from .terms import Term, fingerprint, merged_weight, without_terms
 
 KEEP_ORIGINALS = ("host", "device")
 CHANGED = "weight changed by others while it was merged"
@@ -92,9 +92,7 @@ class MergedParameter:
             self.original = to_host(self.original)
         elif not self.terms and self._is_shared():
             self.original = self.original.clone()
-        added: dict[Key, Term | None] = {
-            Key(): Term(term.a.detach().clone(), term.b.detach().clone(), term.scaling) for term in terms
-        }
+        added: dict[Key, Term | None] = {Key(): term.copied() for term in terms}
         self.set(self.terms | added, value)
         return list(added)
 
@@ -198,7 +196,7 @@ class Merged:
     def subtract(self, term: Term) -> None:
         """Takes the one adapter of a layer out of its parameter by subtracting its present term, as PEFT does."""
         (target,) = self.targets()
-        value = merged_weight(target.parameter.data, [negative(term)])
+        value = without_terms(target.parameter.data, [self._with_scale(term)])
         self.release()
         target.set(target.terms, value)
 
@@ -225,7 +223,13 @@ class Merged:
         changed them: all terms are subtracted, of the layer's own adapter the present one."""
         ((target, keys),) = self._keys()
         others = [other for key, other in target.terms.items() if other is not None and key not in keys]
-        return merged_weight(target.parameter.data, map(negative, [term, *others]))
+        return without_terms(target.parameter.data, [self._with_scale(term), *others])
+
+    def _with_scale(self, term: Term) -> Term:
+        """Returns the present term of a layer with one adapter, with the scale by which it was merged."""
+        ((target, key),) = self.places[""]
+        merged = target.terms[key]
+        return term if merged is None else term._replace(scale=merged.scale)
 
     def is_changed(self) -> bool:
         """Returns whether others have changed a parameter while it was merged."""
@@ -287,8 +291,15 @@ def unmergeable_parameter(parameter: Tensor | None) -> str | None:
     return None
 
 
-def unmergeable(parameter: Tensor | None, shape: tuple[int, int], factors: Iterable[Tensor]) -> str | None:
-    """Returns why an adapter cannot be merged into a weight of this shape, or None if it can."""
+def unmergeable(
+    parameter: Tensor | None, shape: tuple[int, int], factors: Iterable[Tensor], scales: bool = False
+) -> str | None:  # fmt: skip
+    """Returns why an adapter cannot be merged into a weight of this shape, or None if it can.
+
+    Args:
+        factors: what is trained of the adapter.
+        scales: whether it scales the weight, as DoRA does.
+    """
     if reason := unmergeable_parameter(parameter):
         return reason
     assert parameter is not None
@@ -301,6 +312,8 @@ def unmergeable(parameter: Tensor | None, shape: tuple[int, int], factors: Itera
     target = MergedParameter.of(cast(nn.Parameter, parameter))
     if not target.restorable():
         return CHANGED if target.is_changed else "weight into which PEFT has merged another adapter"
+    if target.terms and (scales or any(term.scale is not None for term in target.terms.values() if term)):
+        return "DoRA, which scales the weight, beside another merged adapter"
     return None
 
 

@@ -1,13 +1,12 @@
 """The column scale of a DoRA layer (Liu et al., arXiv 2402.09353) as a differentiable op:
 y = (magnitude / norms)∘u + bias, where u = x (W + s b a)ᵀ is the result of the LoRA op, and the norms are those of the
-rows of W + s b a. No gradient flows through the norms (section 4.3). u, magnitude and norms are saved. Second derivatives
-are those of the twin, whose ops torch differentiates.
+rows of W + s b a. No gradient flows through the norms (section 4.3). u, magnitude and norms are saved. Second
+derivatives are those of the twin, whose ops torch differentiates.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from . import composite, linear
 from .observers import named, not_compiled

@@ -114,7 +114,8 @@ class GroupedLinearFunction(torch.autograd.Function):
 def grouped_linear_op(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, offsets: Tensor, triton: bool
 ) -> tuple[Tensor, Tensor]:
-    return forward(backend.load_ops("experts", triton), x, weight, lora_A, lora_B, scaling, offsets)
+    y, s = forward(backend.load_ops("experts", triton), x, weight, lora_A, lora_B, scaling, offsets)
+    return y.contiguous(), s.contiguous()  # the strides that graphs expect
 
 
 @grouped_linear_op.register_fake
@@ -138,7 +139,8 @@ def grouped_linear_backward_op(
 ) -> list[Tensor]:
     """Returns those of the gradients dx, da and db for which ``needs`` is True, in that order."""
     arguments = dy, x, s, weight, lora_A, lora_B, scaling, offsets, tuple(needs)
-    return [grad for grad in backward(backend.load_ops("experts", triton), *arguments) if grad is not None]
+    grads = backward(backend.load_ops("experts", triton), *arguments)
+    return [grad.contiguous() for grad in grads if grad is not None]  # the strides that graphs expect
 
 
 @grouped_linear_backward_op.register_fake
@@ -163,3 +165,26 @@ def _op_backward(ctx, dy, _):
 
 
 grouped_linear_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("lora_fast::grouped_product", mutates_args=())
+def grouped_product_op(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Returns ``reference.product`` of rows (n, k) and a frozen weight (E, k, m)."""
+    return reference.product(rows, weight, offsets).contiguous()
+
+
+@grouped_product_op.register_fake
+def _(rows, weight, offsets):
+    return rows.new_empty((len(rows), weight.shape[2]))
+
+
+def _product_setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _product_backward(ctx, dy):
+    weight, offsets = ctx.saved_tensors
+    return grouped_product_op(dy.contiguous(), weight.mT, offsets), None, None
+
+
+grouped_product_op.register_autograd(_product_backward, setup_context=_product_setup_context)

@@ -14,6 +14,7 @@ import torch
 
 from ..at_import import after_import
 from . import cayley as _cayley  # noqa: F401  (defines its ops)
+from . import experts as _experts  # noqa: F401
 from . import linear as _linear  # noqa: F401
 
 COUNTER = "torch.utils.flop_counter"
@@ -34,6 +35,21 @@ def linear_backward(dy, x, s, weight, *arguments, **keywords) -> int:
     return 2 * tokens * (r * (products_of_d_out * d_out + products_of_d_in * d_in) + need_x * d_out * d_in)
 
 
+def grouped_linear(x, weight, lora_A, *arguments, **keywords) -> int:
+    """Returns the operations of S_e = x_e a_eᵀ and y_e = x_e W_eᵀ + S_e b_eᵀ of all experts."""
+    return linear(x, weight[1:], None, lora_A[1:])
+
+
+def grouped_linear_backward(dy, x, s, weight, *arguments, **keywords) -> int:
+    """Returns the operations of ``linear_backward`` of all experts."""
+    return linear_backward(dy, x, s, weight[1:], arguments[-1])
+
+
+def grouped_product(rows, weight, *arguments, **keywords) -> int:
+    """Returns the operations of rows_e W_e of all experts."""
+    return 2 * prod(rows) * weight[2]
+
+
 def cayley(free_a, free_b, *arguments, **keywords) -> int:
     """Returns the operations of a2 a2ᵀ, bᵀ b, Wiᵀ a and b Wi of every pair."""
     return sum(2 * r * r * (2 * d_in - r + 2 * d_out) for (r, d_in), (d_out, _) in zip(free_a, free_b, strict=True))
@@ -47,6 +63,9 @@ def cayley_backward(free_a, free_b, *arguments, **keywords) -> int:
 FORMULAS = {
     "lora_linear": linear,
     "lora_linear_backward": linear_backward,
+    "grouped_linear": grouped_linear,
+    "grouped_linear_backward": grouped_linear_backward,
+    "grouped_product": grouped_product,
     "cayley": cayley,
     "cayley_backward": cayley_backward,
 }

@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import checks
 from ..layers.base import AdapterLinear
+from ..layers.dora_linear import DoRALinear
 from ..layers.lora import LoRALinear
 from ..layers.nb_lora import NBLoRALinear, check_bound_ratio
 from ..layers.sing_lora import SingLoRALinear
@@ -25,9 +26,11 @@ class AdapterConfig:
 
     Attributes:
         layer: the class of the layers.
+        SELECTING: fields that are no arguments of the layer's.
     """
 
-    layer: ClassVar[type[AdapterLinear]]
+    layer: type[AdapterLinear]
+    SELECTING: ClassVar[tuple[str, ...]] = ("target_modules", "use_dora")
     r: int
     target_modules: str | list[str]
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
@@ -42,7 +45,7 @@ class AdapterConfig:
 
     def layer_settings(self, name: str = "") -> dict:
         """Returns the arguments of ``from_linear`` of the layer with this name."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "target_modules"}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in self.SELECTING}
 
     def left_alone(self, model: nn.Module, candidates: dict[str, nn.Module]) -> dict[str, str]:
         """Returns the name of each candidate that gets no adapter → the reason."""
@@ -97,12 +100,11 @@ class LoRAConfig(AdapterConfig):
             names (``["q_proj", "v_proj"]``), or a regular expression for whole names, as in PEFT.
         use_rslora: rank-stabilised scaling (Kalajdzievski, arXiv 2312.03732).
         init: initialisation of lora_A, ``"kaiming"`` or ``"gaussian"``; lora_B starts at 0.
+        use_dora: also train the norm of each row of the adapted weight (see ``DoRALinear``).
 
     Raises:
         ArgumentError: a value out of range, or a field under both of its names.
     """
-
-    layer = LoRALinear
 
     r: int = 16
     alpha: float = 32
@@ -110,6 +112,15 @@ class LoRAConfig(AdapterConfig):
     target_modules: str | list[str] = targets.ALL_LINEAR
     use_rslora: bool = False
     init: str = "kaiming"
+    use_dora: bool = False
+
+    @property
+    def layer(self) -> type[LoRALinear]:  # type: ignore[override]
+        return DoRALinear if self.use_dora else LoRALinear
+
+    def check(self) -> None:
+        checks.flag(self.use_dora, "use_dora")
+        super().check()
 
 
 @takes_peft_names

@@ -7,18 +7,28 @@ layer that changed and, for every other candidate, the reason.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from .. import checks
 from ..kernels.grouping import group_by
-from ..layers.find import PeftLayer, expert_count, fused_class, fused_class_for, is_fused, peft_layers
+from ..layers.find import (
+    PeftLayer,
+    expert_count,
+    fused_class,
+    fused_class_for,
+    is_fused,
+    is_of_parameter,
+    peft_layers,
+)
 from ..layers.hooks import change_class_, has_replaced_forward
 from ..quantized import family_of, over_format, reason_against, reason_against_unknown
 from .change_report import Report
 from .groups import pair_
 from .weight_reads import weight_reads
+
+FUSED = "already fused"
 
 
 def fuse_(
@@ -40,9 +50,12 @@ def fuse_(
     PEFT's layers over quantised weights of the families in ``lora_fast.quantized`` are fused, too: the library that
     owns the format multiplies by the weight, and the adapter's part is added to its result (docs/quantized.md).
 
-    Left as they are: other kinds of PEFT's layers (embeddings, convolutions, unknown formats, the parameters that
-    ``target_parameters`` names, MoE experts among them), and layers whose weight the model reads without calling them,
-    so that an adapter has no effect there, neither PEFT's nor a fused one.
+    So are adapters of experts' parameters (``target_parameters``), where the module is one of transformers' experts:
+    each parameter has a line in the report, and those of one module are fused together or not at all.
+
+    Left as they are: other kinds of PEFT's layers (embeddings, convolutions, unknown formats, other parameters), and
+    layers whose weight the model reads without calling them, so that an adapter has no effect there, neither PEFT's nor
+    a fused one.
 
     Args:
         peft_model: any module that holds PEFT layers: a PeftModel, or a model after ``add_adapter``.
@@ -63,32 +76,45 @@ def fuse_(
         raise checks.ArgumentError("filter_fn", "a function or None", checks.shown(filter_fn))
     strict, group = checks.flag(strict, "strict"), checks.flag(group, "group")
     fused_class()  # PEFT is installed
-    report, chosen, unfusable = Report("fused"), [], {}
+    report, unfusable = Report("fused"), {}
     layers, reads = peft_layers(peft_model), weight_reads(peft_model)
     for name, layer in layers.items():
         if filter_fn is not None and not filter_fn(name, layer):
             report.left[name] = "excluded by filter_fn"
         elif is_fused(layer):
-            report.left[name] = "already fused"
+            report.left[name] = FUSED
         elif (reason := _unfusable(layer) or reads.get(layer)) is not None:
             report.left[name] = unfusable[name] = reason
         else:
-            fused: Any = fused_class_for(layer)
-            report.changed[name] = fused.__name__ + over_format(layer.get_base_layer())
-            chosen.append((layer, fused))
+            report.changed[name] = _becomes(layer)
+    unfusable |= _leave_halves(layers, report)
     if strict and unfusable:
         got = Report("fused", left=unfusable).reasons()
         raise checks.ArgumentError("peft_model", "only layers that can be fused (strict=True)", got)
     report.require_change("peft_model", "at least one LoRA layer of PEFT to fuse", allow_empty)
-    for layer, fused in chosen:
-        change_class_(layer, fused)
+    chosen = [layers[name] for name in report.changed]
+    for layer in chosen:
+        change_class_(layer, cast(Any, fused_class_for(layer)))
         if (kind := family_of(base := layer.get_base_layer())) is not None:
             kind.take_(base)
     if group:
-        pair_(peft_model, {layer for layer, _ in chosen})
+        pair_(peft_model, set(chosen))
     share_merges_(peft_model, report)
-    report.note_fallbacks([layer for layer, _ in chosen])
+    report.note_fallbacks(chosen)
     return report
+
+
+def _becomes(layer: PeftLayer) -> str:
+    """Returns what a layer will be, for the report."""
+    fused: Any = fused_class_for(layer)
+    return fused.__qualname__ + (
+        f", {_of_parameter(layer)}" if is_of_parameter(layer) else over_format(layer.get_base_layer())
+    )
+
+
+def _of_parameter(layer: PeftLayer) -> str:
+    experts = expert_count(layer)
+    return f"adapter of the parameter {layer.parameter_name!r}" + (f" of {experts} experts" if experts > 1 else "")
 
 
 def unfuse_(peft_model: nn.Module, *, allow_empty: bool = False) -> Report:
@@ -118,7 +144,13 @@ def unfuse_(peft_model: nn.Module, *, allow_empty: bool = False) -> Report:
             report.changed[name] = f"{layer.PEFT_CLASS.__module__}.{layer.PEFT_CLASS.__name__}"
     report.require_change("peft_model", "at least one fused layer", allow_empty)
     for name in report.changed:
-        for attribute in ("fallback_reason", "shares_weight_with", "siblings", "_merged"):  # the class has defaults
+        for attribute in (
+            "fallback_reason",
+            "shares_weight_with",
+            "siblings",
+            "_merged",
+            "_norms",
+        ):  # the class has defaults
             layers[name].__dict__.pop(attribute, None)
         change_class_(layers[name], layers[name].PEFT_CLASS)
         if (kind := family_of(base := layers[name].get_base_layer())) is not None:
@@ -162,9 +194,9 @@ def _unfusable(layer: PeftLayer) -> str | None:
 
     from ..layers.fused_peft import HOOKED, fused_arguments, offloaded_modules
 
-    if (parameter := getattr(layer, "parameter_name", None)) is not None:  # of target_parameters
-        experts = expert_count(layer)
-        return f"adapter of the parameter {parameter!r}" + (f" of {experts} experts" if experts > 1 else "")
+    if is_of_parameter(layer):
+        reason = _unfusable_parameter(layer)
+        return None if reason is None else f"{_of_parameter(layer)}: {reason}"
     if fused_class_for(layer) is None:
         base, kind = layer.get_base_layer(), f"PEFT layer {type(layer).__module__}.{type(layer).__name__}"
         return f"{kind} over a {type(base).__name__}" if isinstance(layer, lora.LoraLayer) else kind
@@ -189,3 +221,38 @@ def _unfusable(layer: PeftLayer) -> str | None:
     if len(reasons) < len(calls):
         return None
     return reasons[0] if reasons else "no adapter"
+
+
+def _unfusable_parameter(layer: PeftLayer) -> str | None:
+    """Returns why an adapter of a parameter cannot run fused, or None if it can."""
+    from ..layers.experts import experts_of
+    from ..layers.fused_experts import factors_of, reason_against_parameter
+
+    module = layer.get_base_layer()
+    if (kind := experts_of(module)) is None:
+        return f"{type(module).__name__} with a forward of its own"
+    if layer.merged_adapters:
+        return "merged: unmerge it first"
+    if has_replaced_forward(layer):
+        return "its forward was replaced"
+    if reason := reason_against_parameter(kind, module, layer.parameter_name):
+        return reason
+    found = [factors_of(layer, adapter) for adapter in layer.lora_A]
+    reasons = [factors for factors in found if isinstance(factors, str)]
+    return None if len(reasons) < len(found) else reasons[0] if reasons else "no adapter"
+
+
+def _leave_halves(layers: dict[str, PeftLayer], report: Report) -> dict[str, str]:
+    """Leaves the adapters of a module's parameters of which another one is left, and returns their names and reasons.
+    The outermost computes all of them."""
+    left = {id(layers[name].get_base_layer()): name for name, reason in report.left.items() if reason != FUSED}
+    halves = {}
+    for name in list(report.changed):
+        other = left.get(id(layers[name].get_base_layer()))
+        if other is not None and is_of_parameter(layers[name]):
+            halves[name] = (
+                f"{_of_parameter(layers[name])}: beside that of {layers[other].parameter_name!r}, which is left"
+            )
+            report.left[name] = halves[name]
+            del report.changed[name]
+    return halves

@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import checks
 from ..layers.fallback import Fallback
-from ..layers.find import adapter_layers
+from ..layers.find import adapter_layers, is_of_parameter
 from ..layers.groups import Siblings
 from .change_report import Report
 
@@ -65,6 +65,8 @@ def _alone(layer: Any) -> str:
     """Returns why a layer is in no group."""
     if not isinstance(layer, Fallback):
         return "not fused"
+    if is_of_parameter(layer):
+        return f"adapter of the parameter {layer.parameter_name!r}"
     if not layer.takes_siblings:
         return f"factors of a {type(layer).__name__}, which are computed"
     if layer.siblings is None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..kernels.grouping import group_by
-from ..layers.find import ADAPTER_LAYERS, AdapterLayer, adapter_layers, is_exact, is_fused
+from ..layers.find import ADAPTER_LAYERS, AdapterLayer, adapter_layers, is_exact, is_fused, is_of_parameter
 from ..layers.merging import CHANGED, KEEP_ORIGINALS
 from ..quantized import reason_against_merge
 from .change_report import Report
@@ -91,6 +91,8 @@ def unmergeable(layer: AdapterLayer) -> str | None:
         return layer.unmergeable()
     if not is_fused(layer):
         return "not fused: use lf.fuse_ first (PEFT's own merge does not restore every bit)"
+    if is_of_parameter(layer):
+        return f"adapter of the parameter {layer.parameter_name!r}, which PEFT merges (model.merge_adapter)"
     if not is_exact(layer):
         return reason_against_merge(layer.get_base_layer())
     if layer.disable_adapters:
@@ -101,7 +103,7 @@ def unmergeable(layer: AdapterLayer) -> str | None:
         return "already merged" if present else "active adapter not in this layer"
     if layer.merged_adapters and not layer.merged_exactly:
         return "merged by PEFT, which keeps no original"
-    return next((reason for name in active if (reason := layer.inexact(name))), None)
+    return layer.inexact_together(active)
 
 
 def not_unmergeable(layer: AdapterLayer) -> str | None:

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from .. import checks
 from ..layers import merge_log
 from ..layers.base import AdapterLinear, sizes
+from ..layers.dora_linear import DoRALinear
 from ..layers.lora import LoRALinear
 from ..quantized import quantized_weight
 from . import peft_targets, targets, tasks
 from .configs import AdapterConfig
 
 TAKEN = (  # fields of PEFT's LoraConfig, whatever their values
-    "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern",
     "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "inference_mode",
     "fan_in_fan_out",  # which follows from each layer's class
     "runtime_config",  # where DoRA computes
@@ -40,11 +41,13 @@ NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout"}  # ours → PEFT's, f
 
 
 class Initial(NamedTuple):
-    """The initial values that PEFT gives a layer: a (r, d_in), b (d_out, r), and the base weight where that changes."""
+    """The initial values that PEFT gives a layer: a (r, d_in), b (d_out, r), the base weight where that changes, and
+    DoRA's magnitudes."""
 
     a: Tensor
     b: Tensor
     weight: Tensor | None
+    magnitude: Tensor | None  # DoRA's (d_out,); None also over a quantised weight, whose norms the layer computes
 
 
 def is_peft_config(config: object) -> bool:
@@ -69,12 +72,11 @@ class PeftLoRAConfig(AdapterConfig):
         ArgumentError: a config of another tuner; a field with a value that the layers of this library do not have.
     """
 
-    layer = LoRALinear
-
     def __init__(self, config: Any, model: nn.Module):
         from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 
         _check_fields(config)
+        self.layer = DoRALinear if config.use_dora else LoRALinear
         _check_selection(config)
         self.config = copy.copy(config)  # with target_modules as names or a regular expression, as PEFT resolves them
         if config.target_modules is None:
@@ -194,8 +196,8 @@ class PeftLoRAConfig(AdapterConfig):
             got = f"{init!r} ({name}: {str(error)[:300]})"
             raise checks.ArgumentError("init_lora_weights", expected, got) from error
         adapted: Any = holder["layer"]
-        if adapted.lora_variant:
-            variant = type(next(iter(adapted.lora_variant.values()))).__name__
+        variant = next((type(variant).__name__ for variant in adapted.lora_variant.values()), None)
+        if variant != ("DoraLinearVariant" if self.config.use_dora else None):
             raise checks.ArgumentError("init_lora_weights", "plain LoRA", f"{init!r} ({variant})")
         (a,), (b,) = adapted.lora_A.values(), adapted.lora_B.values()
         d_in, d_out = sizes(linear)
@@ -205,7 +207,9 @@ class PeftLoRAConfig(AdapterConfig):
             expected = f"an initialisation with factors of shape {(r, d_in)} and {(d_out, r)}"
             raise checks.ArgumentError("init_lora_weights", expected, got)
         changed = changes and not torch.equal(twin.weight, weight)
-        return Initial(a.weight.detach(), b.weight.detach(), twin.weight.detach() if changed else None)
+        has_magnitude = self.config.use_dora and quantized is None
+        magnitude = next(iter(adapted.lora_magnitude_vector.values())).weight.detach() if has_magnitude else None
+        return Initial(a.weight.detach(), b.weight.detach(), twin.weight.detach() if changed else None, magnitude)
 
     def _for_one_layer(self, name: str, linear: nn.Linear) -> Any:
         """Returns PEFT's config for a model that consists of one layer, called ``layer``."""
@@ -223,10 +227,14 @@ class PeftLoRAConfig(AdapterConfig):
         Returns:
             Name of each such module → what it became, for the report.
         """
-        for name, (a, b, weight) in initial.items():
-            layer = layers[name]
+        for name, (a, b, weight, magnitude) in initial.items():
+            layer: Any = layers[name]
             layer.lora_A.copy_(a)
             layer.lora_B.copy_(b)
+            if magnitude is not None:
+                layer.lora_magnitude_vector.copy_(magnitude)
+            elif self.config.use_dora:
+                layer.reset_magnitude()
             if weight is not None:
                 layer.weight.copy_(weight)
                 merge_log.mark(layer)  # so that save_adapter saves the weight, without which the adapter is wrong

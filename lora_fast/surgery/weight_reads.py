@@ -20,6 +20,7 @@ from .source_reader import DEPTH, modules_read
 from .source_syntax import WEIGHT
 from .source_values import PARAMETERS, global_of, inside, of_class, python_function
 
+LAYERS = "peft.", f"{__name__.partition('.')[0]}."  # packages whose modules are layers with adapters
 READ_NAMES = {WEIGHT, "_parameters", *PARAMETERS}  # one of them is in the code of every function that reads a weight
 NOT_IN_FORWARD = re.compile(
     r"__(?!call__)\w+__|_?(init|reset|resize|tie|load|save|prune|convert)|set_|get_|from_|extra_|fuse_projections"
@@ -47,8 +48,8 @@ def _methods_that_read(kind: Any) -> list[FunctionType]:
     """Returns the methods of a class that may read a weight in a forward pass."""
     methods: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
-        # PEFT's classes read weights to merge and to initialise; its forwards are those of layers.
-        if issubclass(base, nn.Module) and base is not nn.Module and not base.__module__.startswith("peft."):
+        # PEFT's classes and ours read weights to merge and to initialise; their forwards are those of layers.
+        if issubclass(base, nn.Module) and base is not nn.Module and not base.__module__.startswith(LAYERS):
             methods |= vars(base)
     wanted = [python_function(value) for name, value in methods.items() if not NOT_IN_FORWARD.match(name)]
     return [function for function in wanted if function is not None and _may_read(function, kind)]

@@ -15,6 +15,7 @@ import pytest
 import readme_table
 import torch
 import triton
+from collecting import collected_here
 
 from gpu_sections import compile_cache, counters, goals, memcheck, native_tests, plot, section, stages, timings
 from lora_fast.measure.ceilings import Cost
@@ -24,12 +25,19 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
 SETTING = comparison.Setting(torch.device("cpu"), triton=False)
 
-# ---- Failures
-
-PROGRAM = f"""
+# What runs sections in processes needs nothing of these, and importing them takes seconds a process.
+LIGHT = f"""
 import os, signal, sys, time
 from pathlib import Path
+from unittest.mock import MagicMock
 sys.path.insert(0, {str(BENCH)!r})
+measure = ("lora_fast", "lora_fast.measure", "lora_fast.measure.ceilings", "lora_fast.measure.clock")
+sys.modules.update(dict.fromkeys(("torch", "gpu_sections.compile_cache", *measure), MagicMock()))
+"""
+
+# ---- Failures
+
+PROGRAM = f"""{LIGHT}
 import torch
 from gpu_sections.section import Figures, Options, Progress, Section, work
 from suite.comparison import Provider, Unavailable
@@ -121,8 +129,8 @@ def test_processes_share_the_jobs_of_a_section(in_processes):
 
 
 def test_a_lane_out_of_time_keeps_its_figures(in_processes):
-    figures = in_processes(["slow"], 15)["slow"]
-    assert figures == {"first": {"ok": True}, "slow": {"ok": None, "error": "out of time: ended after 15 s"}}
+    figures = in_processes(["slow"], 6)["slow"]
+    assert figures == {"first": {"ok": True}, "slow": {"ok": None, "error": "out of time: ended after 6 s"}}
 
 
 def test_a_section_out_of_time_names_the_jobs_not_begun(in_processes):
@@ -214,9 +222,7 @@ def test_native_tests_collect_every_file_marked_gpu():
     """A second ``pytestmark`` would replace the first one, and the file would not run."""
     files = {path for path in native_tests.TESTS.rglob("test_*.py") if "pytest.mark.gpu" in path.read_text()}
     marked = sorted(str(path.relative_to(ROOT)) for path in files - {Path(__file__).resolve()})
-    command = [sys.executable, "-m", "pytest", *native_tests.SELECTION, "--collect-only", "-q", *marked]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    collected = {line.partition("::")[0] for line in done.stdout.splitlines() if line.startswith("tests/")}
+    collected = {node.partition("::")[0] for node in collected_here(marked, *native_tests.SELECTION)}
     assert len(marked) > 10 and sorted(collected) == marked
 
 
@@ -350,12 +356,8 @@ def test_plan_adds_up(number):
 # ---- A whole stage
 
 
-STAND_IN = f"""
-import sys
-from pathlib import Path
-sys.path.insert(0, {str(BENCH)!r})
+STAND_IN = f"""{LIGHT}
 from gpu_sections.section import Figures, Progress
-import os
 
 at = lambda name: sys.argv[sys.argv.index(name) + 1]
 names = sys.argv[sys.argv.index("--work") + 1 : sys.argv.index("--share")]

@@ -13,6 +13,7 @@ import peft
 import peft.optimizers
 import pytest
 import torch
+from collecting import collected_here
 
 from gpu_sections import timings
 from lora_fast.kernels import tiles
@@ -203,12 +204,9 @@ def test_every_test_of_the_registry_is_collected():
     """A node id that no longer exists would stop ``bench/run.py`` before it measures anything."""
     nodes = dict.fromkeys(node for op in registry.OPS for node in registry.TESTS[op])
     files = dict.fromkeys(node.partition("::")[0] for node in nodes)
-    options = ["-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider", "--collect-only", "-q"]
-    command = [sys.executable, "-m", "pytest", *options, *files]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    collected = {line for line in done.stdout.splitlines() if "::" in line}
-    collected |= {line.partition("[")[0] for line in collected}
-    assert not [node for node in nodes if node not in collected], done.stdout[-2000:] + done.stderr[-2000:]
+    collected = set(collected_here(files, "-o", "addopts=--import-mode=importlib"))
+    collected |= {node.partition("[")[0] for node in collected}
+    assert not [node for node in nodes if node not in collected]
 
 
 def test_run_measures_nothing_after_a_failed_test(tmp_path):
@@ -221,17 +219,16 @@ def test_run_measures_nothing_after_a_failed_test(tmp_path):
     assert done.returncode == 1 and "a test failed" in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_bench_command_runs_the_suite(tmp_path):
+def test_bench_command_runs_the_suite(monkeypatch, tmp_path, capfd):
     from typer.testing import CliRunner
 
     from lora_fast.cli import app
 
     shown = CliRunner().invoke(app, ["bench", "--help"])
     assert shown.exit_code == 0 and "lora-fast bench --quick" in shown.output
-    code = "from lora_fast.cli import main; main()"
-    command = [sys.executable, "-c", code, "bench", "nothing"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and "expected some of project" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(app, ["bench", "nothing"]).exit_code == 2
+    assert "expected some of project" in capfd.readouterr().err
 
 
 def test_bench_command_without_the_repository_explains_itself(monkeypatch, tmp_path):

@@ -358,7 +358,7 @@ BAD = {
     "config-not-utf8": (write_bytes(CONFIG, b"\xff\xfe{"), [CONFIG, "a JSON object"]),
     "config-a-list": (write_bytes(CONFIG, b"[]"), [CONFIG, "list"]),
     "not-lora": (edit_config(peft_type="IA3"), ["peft_type", "LORA", "IA3"]),
-    "dora": (edit_config(use_dora=True), ["use_dora"]),
+    "dora": (edit_config(use_dora=True), ["lora_magnitude_vector", "missing"]),
     "lora-bias": (edit_config(lora_bias=True), ["lora_bias"]),
     "modules-to-save": (edit_config(modules_to_save=["lm_head"]), ["lm_head", "modules_to_save"]),
     "unknown-variant": (edit_config(new_config={"a": 1}), ["new_config"]),
@@ -431,6 +431,7 @@ def parametrized_llama():
         (lambda: peft_llama(alpha=9), ["lora_alpha", "2.25", "got 2"]),
         (lambda: peft_llama(targets=["q_proj"]), ["an extra key"]),
         (lambda: peft_llama(use_dora=True), ["use_dora", "expected True"]),
+        (lambda: injected_llama(use_dora=True), ["use_dora", "expected True"]),
         (lambda: injected_llama().bfloat16(), ["bfloat16", "float32"]),
         (merged, ["unmerged layers"]),
         (two_active, ["one active adapter"]),
@@ -441,7 +442,7 @@ def parametrized_llama():
         (lambda: nn.Linear(8, 8), ["LoRALinear.from_linear"]),
     ],
     ids=[
-        *("layers", "rank", "alpha", "peft-alpha", "peft-layers", "peft-dora", "dtype", "merged", "two-active"),
+        *("layers", "rank", "alpha", "peft-alpha", "peft-layers", "peft-dora", "dora", "dtype", "merged", "two-active"),
         *("width", "shallower", "deeper", "unfit", "a-linear"),
     ],
 )

@@ -106,8 +106,9 @@ module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 gemm.lora_linear_kernel = module.lora_linear_kernel
 command = sys.modules["lora_fast.cli.inspect"]
-command._in_parallel = lambda work, jobs, *options: [work(job) for job in jobs if job[0].dtype == "bfloat16"]
-command._jobs = lambda *options, jobs=command._jobs: [job for job in jobs(*options) if job[0].dtype == "bfloat16"]
+command._in_parallel = lambda work, jobs, *options: [work(job) for job in jobs]
+chosen = lambda case: case.dtype == "bfloat16" and case.variant["strategy"] == "fused"
+command._jobs = lambda *options, jobs=command._jobs: [job for job in jobs(*options) if chosen(job[0])]
 app(["inspect", "--op", "linear", "--arch", "90", "--rank", "16", "--no-traffic"])
 """
 

@@ -4,6 +4,7 @@ from tiny import peft_llama
 from torch import nn
 
 import lora_fast as lf
+from lora_fast.layers.fused_experts import FusedParamWrapper
 from lora_fast.layers.fused_peft import FusedLoraLinear
 
 LLAMA_LINEARS = 14  # in two layers
@@ -17,7 +18,7 @@ def fused_llama(group=True, **options):
 
 
 def fused_layers(model):
-    return [module for module in model.modules() if type(module) is FusedLoraLinear]
+    return [module for module in model.modules() if type(module) in (FusedLoraLinear, FusedParamWrapper)]
 
 
 def probe_model(**options):

@@ -106,7 +106,6 @@ FEATURES = {  # name → how the model is built, the config's fields
 PEFT_ONLY = {  # what layers of this package do not have: a plain model refuses the file
     *(
         "rank-300",
-        "dora",
         "lora-bias",
         "bias-all",
         "bias-lora-only",

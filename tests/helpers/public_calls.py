@@ -111,6 +111,47 @@ def linear_group_judge(kwargs, ys):
     return len(ys) == len(wanted) and all(map(close, ys, wanted))
 
 
+def grouped_linear():
+    factors = {"lora_A": tensor(2, 4, 6), "lora_B": tensor(2, 5, 4)}
+    offsets = torch.tensor([1, 3], dtype=torch.int32)
+    weights = {"weight": tensor(2, 5, 6), "bias": tensor(2, 5)}
+    return LF.lora_grouped_linear, {"x": tensor(3, 6)} | weights | factors | {"scaling": 0.5, "offsets": offsets}
+
+
+OFFSETS_NEVER = frozenset(("offsets", name) for name in ("NaN", "infinite", "huge", "trained"))  # integers are none
+
+
+def grouped_linear_judge(kwargs, y):
+    x, weight, bias, a, b = (wide(kwargs[name]) for name in ("x", "weight", "bias", "lora_A", "lora_B"))
+    scaling = float(plain(kwargs["scaling"]))
+    if y.is_meta:
+        return y.shape == (len(x), weight.shape[1])
+    wanted, start = y.new_zeros(y.shape, dtype=torch.float64), 0
+    for e, end in enumerate(kwargs["offsets"].tolist()):
+        rows = x[start:end]
+        wanted[start:end] = F.linear(rows, weight[e], None if bias is None else bias[e]) + scaling * (
+            rows @ a[e].T @ b[e].T
+        )
+        start = end
+    return close(y, wanted) and y.dtype == kwargs["x"].dtype
+
+
+def dora():
+    return LF.dora_linear, linear()[1] | {"magnitude": tensor(5).abs() + 1}
+
+
+def dora_judge(kwargs, y):
+    x, weight, bias, a, b = (wide(kwargs[name]) for name in ("x", "weight", "bias", "lora_A", "lora_B"))
+    if float(plain(kwargs["dropout_p"])) > 0:
+        return y.shape == (*x.shape[:-1], len(weight))
+    total = weight + float(plain(kwargs["scaling"])) * b @ a
+    if not total.is_meta and not total.abs().max() < 1e18:  # whose squares overflow in float32, as PEFT's
+        return y.shape == (*x.shape[:-1], len(weight))
+    scale = wide(kwargs["magnitude"]) / total.norm(dim=1)
+    wanted = scale * (x @ total.T)
+    return close(y, wanted if bias is None else wanted + bias) and y.dtype == kwargs["x"].dtype
+
+
 def gram():
     return LF.gram, {"tensors": [tensor(4, 6), tensor(3, 5)], "dim": 1}
 
@@ -489,6 +530,8 @@ def rows(folder: Path, backend: str) -> list[Row]:
     functions = [
         Row("lora_linear", linear, {}, linear_judge),
         Row("lora_linear_group", linear_group, {}, linear_group_judge),
+        Row("lora_grouped_linear", grouped_linear, {}, grouped_linear_judge, OFFSETS_NEVER),
+        Row("dora_linear", dora, {}, dora_judge),
         Row("gram", gram, {}, gram_judge),
         Row("spd_solve", solve, {}, solve_judge),
         Row("small_inverse", inverse, {}, inverse_judge),

@@ -239,27 +239,75 @@ def four_bit_proof(stub: stub_driver.Stub, changes: list[dict] = FOUR_BIT_CHANGE
     from lora_fast.kernels import linear
     from lora_fast.kernels.linear import four_bit
 
-    arena, differences, kernels, spilling, by_plan = Arena(1 << 28), [], [], [], four_bit.by_jit
+    result = compared(stub, four_bit, four_bit_of, changes)
+    plans = sum(key[0] == "four_bit" for key in linear.signature.plans)
+    return {**result, "calls": 2 * len(changes), "plans": plans}
+
+
+def compared(stub: stub_driver.Stub, module, of_case, changes: list[dict]) -> dict:
+    """Compares the launches of each case and of the usual one, {}, by plans and by the JIT. ``of_case`` returns a
+    function and its tensors, and ``module`` holds ``by_jit``."""
+    arena, differences, kernels, spilling, by_plan = Arena(1 << 28), [], [], [], module.by_jit
     for change in changes:
         for case in (change, {}):
-            (call, tensors), runs = four_bit_of(case), []
+            (call, tensors), runs = of_case(case), []
             inputs = {tensor.data_ptr() for tensor in tensors}
             for by_jit in (by_plan, by_plan, lambda: True):  # the first run makes the plan
-                four_bit.by_jit = by_jit
+                module.by_jit = by_jit
                 arena.rewind()
                 with stub.recorded() as launched:
                     call()
                 runs.append(launched)
-            four_bit.by_jit = by_plan
+            module.by_jit = by_plan
             known = lambda address, inputs=inputs: address in inputs or arena.holds(address)
             kernels += [launched.kernel for launched in runs[1]]
             spilling += [f"{case}: {launched.kernel}" for launched in runs[1] if launched.stack]
             for mine, theirs in itertools.zip_longest(runs[1], runs[2]):
                 if not same(mine, theirs, known):
                     differences.append(f"{case}: {mine} and {theirs}"[:2000])
-    plans = sum(key[0] == "four_bit" for key in linear.signature.plans)
-    counts = {"calls": 2 * len(changes), "plans": plans}
-    return {**counts, "differences": differences, "spilling": spilling, "kernels": kernels}
+    return {"differences": differences, "spilling": spilling, "kernels": kernels}
+
+
+DORA_CHANGES = [
+    {}, {"tokens": 1, "lead": True}, {"moved": "weight"}, {"d_out": 768}, {"moved": "u"},
+    {"transposed": True, "bias": True}, {"padding": 3}, {"r": 256}, {"dtype": "float32"}, {"adapter": "bfloat16"},
+    {"needs": (False, True)}, {"needs": (True, False)},
+]  # fmt: skip
+
+
+def dora_of(case: dict, d_in: int = 512):
+    """Returns a function that runs the norms and the column scale both ways, and their tensors."""
+    import torch
+
+    from lora_fast.kernels import dora
+
+    dtype, adapter = getattr(torch, case.get("dtype", "bfloat16")), getattr(torch, case.get("adapter", "float32"))
+    tokens, d_out, r, padding = (
+        case.get(name, usual) for name, usual in (("tokens", 8192), ("d_out", 4096), ("r", 16), ("padding", 0))
+    )
+    tensor = lambda rows, columns, dtype, name="": laid_out(
+        rows, columns, dtype, padding, 4 * (case.get("moved") == name)
+    )
+    shape = (d_in, d_out) if case.get("transposed") else (d_out, d_in)
+    stored, a, b = tensor(*shape, dtype, "weight"), tensor(r, d_in, adapter, "a"), tensor(d_out, r, adapter)
+    weight = stored.t() if case.get("transposed") else stored
+    u, dy = (tensor(tokens, d_out, dtype, "u") for _ in range(2))
+    u, dy = (t.unsqueeze(0) if case.get("lead") else t for t in (u, dy))
+    magnitude, bias = torch.zeros(d_out), torch.zeros(d_out, dtype=dtype) if case.get("bias") else None
+
+    def call():
+        norms = dora.weight_norms(weight, a, b, 2.0)
+        dora.column_scale(u, magnitude, norms, bias)
+        dora.column_scale_backward(dy, u, magnitude, norms, *case.get("needs", (True, True)))
+
+    return call, [t for t in (weight, a, b, u, dy, magnitude, bias) if t is not None]
+
+
+def dora_proof(stub: stub_driver.Stub, changes: list[dict] = DORA_CHANGES) -> dict:
+    """Compares DoRA's launches as ``four_bit_proof`` does."""
+    from lora_fast.kernels import dora, linear
+
+    return {**compared(stub, dora, dora_of, changes), "plans": len(linear.signature.plans)}
 
 
 class Arena:
@@ -773,6 +821,8 @@ COMMANDS = {
     "group_proof": group_proof,
     "four_bit": lambda stub: four_bit_proof(stub, FOUR_BIT_CHANGES[:4]),
     "four_bit_proof": four_bit_proof,
+    "dora": lambda stub: dora_proof(stub, DORA_CHANGES[:4]),
+    "dora_proof": dora_proof,
     "dropout": lambda stub: launch_matrix(stub, [case for case in pairwise() if case["dropout"]]),
     "proof": plan_proof,
     "spilling": spilling,

@@ -87,6 +87,7 @@ def test_plans_of_groups_launch_the_same_as_the_jit():
     assert "lora_group_update_kernel" in result["kernels"]
 
 
+DORA_KERNELS = "weight_norms", "column_scale", "column_scale_backward", "sum_partials"
 FOUR_BIT = [pytest.param("four_bit_proof", arch, marks=pytest.mark.budget) for arch in stub_runs.ARCHS]
 
 
@@ -98,6 +99,19 @@ def test_plans_over_four_bit_weights_launch_the_same_as_the_jit(command, arch):
     assert result["kernels"].count("lora_four_bit_kernel") == 2 * result["calls"]
     assert result["kernels"].count("lora_absmax_kernel") == 2
     assert result["plans"] >= 0.9 * result["calls"]
+
+
+DORA = [pytest.param("dora_proof", arch, marks=pytest.mark.budget) for arch in stub_runs.ARCHS]
+
+
+@pytest.mark.parametrize("command, arch", [("dora", 90), *DORA])
+def test_plans_of_dora_launch_the_same_as_the_jit(command, arch):
+    """A call has a plan for each of its three functions. 768 columns take token splits, whose sum is a launch more."""
+    result = run(command, arch)
+    assert result["differences"] == [] and result["spilling"] == []
+    assert {*result["kernels"]} == {f"lora_{name}_kernel" for name in DORA_KERNELS}
+    assert result["kernels"][:3] == [f"lora_{name}_kernel" for name in DORA_KERNELS[:3]]
+    assert result["plans"] >= 9
 
 
 def test_kernel_that_spills_is_launched_with_more_registers():

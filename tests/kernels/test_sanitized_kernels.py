@@ -20,7 +20,7 @@ import lora_fast as lf
 import lora_fast.kernels
 from lora_fast import methods as M
 from lora_fast.batches.pairs import Pair
-from lora_fast.kernels import cayley, limits, linear, records, tiles
+from lora_fast.kernels import cayley, dora, experts, limits, linear, records, tiles
 from lora_fast.kernels.inspection import sanitizer
 from lora_fast.kernels.linalg import inverse, spd
 from lora_fast.kernels.linear import cublas as thin
@@ -93,6 +93,39 @@ def run_four_bit(
     with tiles.assume(arch=arch), poisoned_empty():
         four_bit.four_bit_linear(x, weight, None if padding else randn(d_out, dtype=dtype), s, b, 2.0)
         four_bit.four_bit_grad_x(dy, weight, s, a, linear.draw_mask(dy, dropout, 1 << 40) if dropout else None)
+
+
+def run_experts(
+    counts=(3, 0, 40, 17, 0), rest=5, shape=(40, 72), r=5, padding=8, dtype=FLOAT32, adapter=None, wrong=0, arch=90
+) -> None:
+    """Runs the products and gradients of experts with these numbers of rows. ``shape`` is (d_in, d_out). The offsets
+    are by ``wrong`` too large."""
+    n, (d_in, d_out), n_experts = sum(counts) + rest, shape, len(counts)
+    offsets = torch.tensor(counts).cumsum(0).int() + wrong
+    x, dy = (randn(n, d + padding, dtype=dtype)[:, :d] for d in shape)
+    a, b = randn(n_experts, r, d_in, dtype=adapter or dtype), randn(d_out, r, n_experts, dtype=adapter or dtype)
+    b = b.permute(2, 0, 1)
+    with tiles.assume(arch=arch), poisoned_empty():
+        s, ds = experts.project(x, a, offsets), experts.grad_s(dy, b, 2.0, offsets)
+        experts.grad_factors(x, dy, s, ds, a, b, 2.0, offsets)
+        experts.add_product(dy, s, b.mT, 2.0, offsets)
+        experts.add_product(x, ds, a, 1.0, offsets)
+
+
+def run_dora(
+    shape=(33, 40, 72), r=5, padding=8, dtype=FLOAT32, adapter=None, transposed=False, bias=True, arch=90
+) -> None:  # fmt: skip
+    """Runs the norms and the column scale with its gradients. ``shape`` is (tokens, d_in, d_out)."""
+    n_tokens, d_in, d_out = shape
+    matrix = lambda rows, columns, dtype: randn(rows, columns + padding, dtype=dtype)[:, :columns]
+    weight = matrix(d_in, d_out, dtype).t() if transposed else matrix(d_out, d_in, dtype)
+    a, b = matrix(r, d_in, adapter or dtype), matrix(d_out, r, adapter or dtype)
+    u, dy, magnitude = matrix(n_tokens, d_out, dtype), matrix(n_tokens, d_out, dtype), randn(d_out)
+    with tiles.assume(arch=arch), poisoned_empty():
+        norms = dora.weight_norms(weight, a, b, 2.0)
+        dora.column_scale(u, magnitude, norms, magnitude if bias else None)
+        for need_u in (True, False):
+            dora.column_scale_backward(dy, u, magnitude, norms, need_u)
 
 
 def factor_pairs(ranks, lengths, dtype=FLOAT32):
@@ -306,6 +339,14 @@ RUNS = {
     "four bit odd dropout": partial(run_four_bit, (3, 64, 1), 17, dtype=BFLOAT16, dropout=0.3),
     "four bit TMA": partial(run_four_bit, (140, 192, 136), dtype=BFLOAT16, padding=0, nested=True, dropout=0.3),
     "four bit without TMA": partial(run_four_bit, (33, 192, 40), 40, 64, dtype=FLOAT16, adapter=FLOAT16, arch=80),
+    "experts": partial(run_experts, dtype=BFLOAT16, adapter=FLOAT32),
+    "experts odd": partial(run_experts, (0, 19), 0, (37, 1), 17, 3, FLOAT16, arch=80),
+    "experts aligned": partial(run_experts, (16, 0, 32), 0, (64, 48), 16, 0),
+    "experts of wrong offsets": partial(run_experts, wrong=200),
+    "dora": partial(run_dora),
+    "dora odd": partial(run_dora, (19, 37, 53), 17, 3, FLOAT16, FLOAT32, bias=False),
+    "dora transposed": partial(run_dora, dtype=BFLOAT16, transposed=True),
+    "dora rank 100, partial sums": partial(run_dora, (590, 40, 70), 100, dtype=BFLOAT16, adapter=FLOAT32),
     "halves": partial(run_halves, 5, 333),
     "gram mixed": partial(run_gram, *MIXED, FLOAT16),
     "gram chunks": partial(run_gram, (16, 3), (2100, 4100)),
@@ -345,6 +386,7 @@ def large_runs() -> dict:
         "layer, programs on three axes": partial(run_layer, (40, 2000, 300), 100, strategy="cublas", thin="split"),
         "group, tiles and splits": partial(run_group, (700, 600), (1100, 40, 300), (16, 16, 16), dtype=BFLOAT16),
         "group, ranks": partial(run_group, (150, 300), (70, 40), (100, 100), 3, FLOAT16, FLOAT32),
+        "experts, tiles": partial(run_experts, (0, 700, 1, 64), 70, (600, 300), 100, 3, FLOAT16, FLOAT32),
         "gram, blocks and chunks": partial(run_gram, (100,), (8200,)),
         "step, chunks": partial(run_step, (16, 16), (5000, 4100), want_gram=True),
     }

@@ -21,6 +21,7 @@ import lora_fast as lf
 aten = torch.ops.aten
 CONFIGS = {
     "LoRALinear": lf.LoRAConfig(r=4, dropout=0.3),
+    "DoRALinear": lf.LoRAConfig(r=4, use_dora=True),
     "NBLoRALinear": lf.NBLoRAConfig(r=4, dropout=0.3),
     "SingLoRALinear": lf.SingLoRAConfig(r=4, dropout=0.3, ramp_steps=0),
 }
@@ -31,13 +32,13 @@ CASES = [*((kind, "torch") for kind in KINDS), ("LoRALinear", "triton")]
 EACH_KIND_AND_BACKEND = pytest.mark.parametrize(("kind", "backend"), CASES, ids=[" ".join(case) for case in CASES])
 
 
-def model_of(kind: str, bias: bool = True, fuse: bool = True) -> nn.Module:
+def model_of(kind: str, bias: bool = True, fuse: bool = True, use_dora: bool = False) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 12, bias), nn.GELU(), nn.Linear(12, 8, bias))
     if kind in CONFIGS:
         lf.inject_(model, CONFIGS[kind], progress=False)
     else:
-        config = peft.LoraConfig(r=4, lora_dropout=0.3, target_modules=["0", "2"])
+        config = peft.LoraConfig(r=4, lora_dropout=0.3, target_modules=["0", "2"], use_dora=use_dora)
         model = peft.get_peft_model(model, config)
         if fuse:
             lf.fuse_(model)
@@ -217,7 +218,7 @@ def states(model, x):
 def test_inference_mode_is_as_for_plain_layers(kind, backend):
     """What PEFT's layers can do, ours can, with equal results; what is torch's own error with them is one with ours."""
     x = torch.randn(3, 8)
-    plain = [call for _, call in states(model_of("fused PEFT", fuse=False).eval(), x)]
+    plain = [call for _, call in states(model_of("fused PEFT", fuse=False, use_dora=kind == "DoRALinear").eval(), x)]
     for (name, call), reference in zip(states(model_of(kind).eval(), x), plain, strict=True):
         outcomes = []
         for run in (reference, call):

@@ -19,6 +19,7 @@ from lora_fast.layers.fused_peft import FusedLoraLinear
 TARGETS = ["0", "2"]
 INJECTED = {
     "LoRALinear": lf.LoRAConfig(r=4),
+    "DoRALinear": lf.LoRAConfig(r=4, use_dora=True),
     "NBLoRALinear": lf.NBLoRAConfig(r=4),
     "SingLoRALinear": lf.SingLoRAConfig(r=4, ramp_steps=0),
 }

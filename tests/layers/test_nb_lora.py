@@ -229,17 +229,17 @@ class SideBySide(nn.ModuleList):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_training_never_exceeds_the_bound(norm):
-    """Trains for 1,000 steps towards a target far outside the bound, at learning rates from 1e-3 to 10. The bound is
-    checked at each of the first 100 steps, in which the largest rates reach it, and at every third one after them."""
-    rates = (1e-3, 0.1, 1.0, 10.0)
+    """Trains for 250 steps towards a target far outside the bound, at learning rates from 4e-3 to 40. The bound is
+    checked at each of the first 50 steps, in which the largest rates reach it, and at every third one after them."""
+    rates = (4e-3, 0.4, 4.0, 40.0)
     layers = SideBySide(layer_of(norm) for _ in rates)
     nb_lora.share_factors_(layers)
     groups = [{"params": trained(layer), "lr": lr} for layer, lr in zip(layers, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, fused=True)
     x, target = inputs().detach(), 100 * torch.randn(5, 12, generator=torch.Generator().manual_seed(5)).to(DEVICE)
-    for i in range(1000):
+    for i in range(250):
         (layers(x) - target).pow(2).mean((1, 2)).sum().backward()
-        if i < 100 or i % 3 == 0:
+        if i < 50 or i % 3 == 0:
             assert_bounded(*layers)
         optimizer.step()
         optimizer.zero_grad()

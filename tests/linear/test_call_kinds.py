@@ -34,6 +34,14 @@ class Formula(nn.Module):
         return self.lora_A, self.lora_B
 
 
+class DoRAFormula(Formula):
+    def forward(self, x):
+        weight = self.weight + self.scaling * (self.lora_B @ self.lora_A)
+        kept = nn.functional.dropout(x, self.dropout_p, self.training)
+        y = linear(kept, weight) * (self.lora_magnitude_vector / weight.detach().norm(dim=1))
+        return y + self.bias if self.dropout_p == 0 else y + linear(x - kept, self.weight, self.bias)
+
+
 class SingFormula(Formula):
     def factors(self):
         return self.free_s[: self.weight.shape[1]].t(), self.free_s[: self.weight.shape[0]]
@@ -64,8 +72,8 @@ def ours(kind, formula, **settings):
     return layer, formula(layer)
 
 
-def fused():
-    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["0"], init_lora_weights=False)
+def fused(**options):
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["0"], init_lora_weights=False, **options)
     plain = peft.get_peft_model(nn.Sequential(nn.Linear(WIDTH, 5)), config)
     model = copy.deepcopy(plain)
     lf.fuse_(model)
@@ -74,7 +82,9 @@ def fused():
 
 LAYERS = {
     "fused PEFT": fused,
+    "fused PEFT DoRA": lambda: fused(use_dora=True),
     "LoRALinear": lambda: ours(lf.LoRALinear, Formula, alpha=3),
+    "DoRALinear": lambda: ours(lf.DoRALinear, DoRAFormula, alpha=3),
     "NBLoRALinear": lambda: ours(lf.NBLoRALinear, NBFormula),
     "SingLoRALinear": lambda: ours(lf.SingLoRALinear, SingFormula, alpha=3),
 }

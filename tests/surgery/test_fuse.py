@@ -67,8 +67,9 @@ def shard_base(model):
     base.weight = nn.Parameter(base.weight.data.as_subclass(ShardedTensor), requires_grad=False)
 
 
+ALORA = {"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"}
 UNFUSABLE = {
-    "dora": ({"use_dora": True}, None, "variant DoraLinearVariant"),
+    "variant": (ALORA, None, "variant ALoraLinearVariant"),
     "rank": ({"r": 257}, None, "rank 257"),
     "hook": ({}, hook_base, "hooks"),
     "replaced-base-forward": ({}, patch_base, "replaced forward"),
@@ -104,12 +105,12 @@ def test_fuse_reports_the_reason_of_each_layer_left_alone(case):
         (lf.fuse_, llama, ["peft_model", "at least one LoRA layer of PEFT"]),
         (lf.fuse_, injected_llama, ["peft_model", "at least one LoRA layer of PEFT"]),
         (lf.fuse_, fused_llama, ["already fused"]),
-        (lf.fuse_, lambda: probe_model(use_dora=True), ["DoraLinearVariant"]),
+        (lf.fuse_, lambda: probe_model(**ALORA), ["ALoraLinearVariant"]),
         (lf.unfuse_, peft_llama, ["peft_model", "at least one fused layer", "not fused"]),
         (lf.merge_, peft_llama, ["not fused: use lf.fuse_ first"]),
         (lf.unmerge_, fused_llama, ["not merged"]),
     ],
-    ids=["plain", "injected", "twice", "dora", "unfuse-unfused", "merge-unfused", "unmerge-unmerged"],
+    ids=["plain", "injected", "twice", "variant", "unfuse-unfused", "merge-unfused", "unmerge-unmerged"],
 )
 def test_surgery_without_a_layer_to_change_is_refused(act, build, says):
     model = build()
@@ -143,7 +144,8 @@ def test_fuse_without_peft_names_the_pip_command(monkeypatch):
 def test_fuse_names_the_parameter_and_its_experts():
     model, wrappers = experts_model()
     report = lf.fuse_(model, allow_empty=True)
-    assert list(report.left.values()) == ["adapter of the parameter 'matrices' of 4 experts"] * len(wrappers)
+    reason = "adapter of the parameter 'matrices' of 4 experts: Experts with a forward of its own"
+    assert list(report.left.values()) == [reason] * len(wrappers)
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")

@@ -207,7 +207,6 @@ def small():
 
 REFUSALS = {
     "small-pissa": (small, {"init_lora_weights": "pissa", "target_modules": ["0", "1"], "r": 4}, "init_lora_weights"),
-    "dora": (llama, {"use_dora": True}, "use_dora"),
     "bias": (llama, {"bias": "all"}, "bias"),
     "lora-bias": (llama, {"lora_bias": True}, "lora_bias"),
     "replication": (llama, {"layer_replication": [(0, 2)]}, "layer_replication"),

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import cayley, launch, pointer_table, tiles
+from .. import cayley, dora, experts, launch, pointer_table, tiles
 from .. import linear as layer
 from ..linalg import inverse, spd
 from ..linear.cublas import Halves
@@ -32,6 +32,7 @@ from ..records import FourBit, NestedScales, Scaled
 
 N_TOKENS, SHORT, FEW, D_IN, D_OUT = 8192, 1024, 16, 4096, 4096
 GROUP = 4096, 1024, 1024, 4096  # d_out of the members of a group: q, k, v and one more
+EXPERTS = 8
 PAIRS = ((4096, 4096), (4096, 1024))  # (d_in, d_out) of the adapter pairs of a grouped launch
 SEED = 1 << 40
 
@@ -252,6 +253,58 @@ def halves(r: int, dtype: torch.dtype) -> int:
     return size(a, Halves(a, above=True)(a))
 
 
+# ---- Experts
+
+
+def _experts(
+    r: int, dtype: torch.dtype, adapter: str | None, n_rows: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns rows of x or dy, a, b, S or dS, and the offsets of experts with as many rows each."""
+    a, b = (torch.empty(EXPERTS, *shape, dtype=_adapter(adapter, dtype)) for shape in ((r, D_IN), (D_OUT, r)))
+    offsets = torch.arange(1, EXPERTS + 1, dtype=torch.int32) * (n_rows // EXPERTS)
+    return _matrix(n_rows, D_IN, dtype), a, b, _thin(n_rows, r, dtype, adapter), offsets
+
+
+def expert_project(r: int, dtype: torch.dtype, adapter: str | None, tokens: str, forward: bool) -> int:
+    """Runs the product for S, or backward for dS. ``tokens`` is "many" or "short" (small blocks of rows)."""
+    rows, a, b, thin, offsets = _experts(r, dtype, adapter, {"many": N_TOKENS, "short": SHORT}[tokens])
+    if forward:
+        experts.project(rows, a, offsets)
+    else:
+        experts.grad_s(rows, b, 2.0, offsets)
+    return size(rows, a, thin)
+
+
+def expert_update(r: int, dtype: torch.dtype, adapter: str | None, forward: bool) -> int:
+    """Runs the update of y, or backward of dx."""
+    rows, a, b, thin, offsets = _experts(r, dtype, adapter, N_TOKENS)
+    experts.add_product(rows, thin, b.mT if forward else a, 2.0, offsets)
+    return size(rows, rows, a, thin)
+
+
+def expert_grads(r: int, dtype: torch.dtype, adapter: str | None) -> int:
+    rows, a, b, thin, offsets = _experts(r, dtype, adapter, N_TOKENS)
+    gradients = experts.grad_factors(rows, rows, thin, thin, a, b, 2.0, offsets, True, True)
+    return size(rows, rows, thin, thin, *gradients)
+
+
+def weight_norms(r: int, dtype: torch.dtype, adapter: str | None, transposed: bool = False) -> int:
+    """Runs the norms of DoRA, of a weight that is stored transposed, too."""
+    weight = _matrix(D_IN, D_OUT, dtype).t() if transposed else _matrix(D_OUT, D_IN, dtype)
+    a, b = _matrix(r, D_IN, _adapter(adapter, dtype)), _matrix(D_OUT, r, _adapter(adapter, dtype))
+    return size(weight, a, b, dora.weight_norms(weight, a, b, 2.0))
+
+
+def column_scale(r: int, dtype: torch.dtype, bias: bool, backward: bool) -> int:
+    """Runs the column scale of DoRA, or its backward."""
+    u, (magnitude, norms, of_bias) = _matrix(N_TOKENS, D_OUT, dtype), torch.empty(3, D_OUT)
+    if backward:
+        dy = _matrix(N_TOKENS, D_OUT, dtype)
+        return size(dy, u, magnitude, norms, *dora.column_scale_backward(dy, u, magnitude, norms))
+    y = dora.column_scale(u, magnitude, norms, of_bias if bias else None)
+    return size(u, magnitude, norms, of_bias if bias else None, y)
+
+
 # ---- The step
 
 NUMBERS = adamw.Settings((1e-3, 0.9, 0.999, 1e-8, 0.1) * 2)
@@ -384,6 +437,7 @@ _LAYER = {"bfloat16": (8, 16, 32, 64, 128, 256), "float16": (16,), "float32": (1
 _ADAPTERS, _DROPOUT = (None, "float32"), (0.0, 0.1)
 _GEMM = variants(adapter=_ADAPTERS, strategy=("fused",), padding=(0, 4))  # rows of 4 more: no TMA
 _GEMM += variants(adapter=_ADAPTERS, strategy=("cublas", "gluon"), padding=(0,))
+_EXPERTS = {"bfloat16": (8, 16, 64, 256), "float16": (16, 256), "float32": (16, 256)}
 _GROUP = {"bfloat16": (8, 16, 32, 64), "float16": (16,), "float32": (16,)}
 _GROUP_GEMM = variants(strategy=("cublas",), padding=(0,), adapter=_ADAPTERS, members=(2, 4), dropout=_DROPOUT)
 _GROUP_GEMM += variants(strategy=("fused",), padding=(4, 0), adapter=_ADAPTERS, members=(2, 3, 4), dropout=_DROPOUT)
@@ -436,6 +490,26 @@ OPS = {
     ),
     "group_grad_x": Op(
         group_grad_x, _GROUP, _GROUP_GEMM, ("lora_group_grad_x_kernel", "lora_group_update_kernel")
+    ),
+    "expert_project": Op(
+        expert_project, _EXPERTS, variants(adapter=_ADAPTERS, tokens=("many", "short"), forward=(True, False)),
+        ("lora_expert_project_kernel",), counted=True,
+    ),
+    "expert_update": Op(
+        expert_update, _EXPERTS, variants(adapter=_ADAPTERS, forward=(True, False)), ("lora_expert_update_kernel",),
+        counted=True,
+    ),
+    "expert_grads": Op(
+        expert_grads, _EXPERTS, variants(adapter=_ADAPTERS), ("lora_expert_grads_kernel",), counted=True
+    ),
+    "weight_norms": Op(
+        weight_norms, {"bfloat16": (16, 256), "float16": (16,), "float32": (16, 256)},
+        variants(adapter=_ADAPTERS, transposed=(True, False)), ("lora_weight_norms_kernel",), counted=True,
+    ),
+    "column_scale": Op(
+        column_scale, {"bfloat16": (1,), "float32": (1,)},
+        ({"bias": False, "backward": False}, {"bias": True, "backward": False}, {"bias": False, "backward": True}),
+        counted=True,
     ),
     "gram": Op(
         gram, {"float32": (1, 16, 32, 64, 128), "bfloat16": (8, 64)}, tensor_cores=("lora_gram_kernel",), counted=True

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .linear import project
 
-__all__ = ["column_scale", "column_scale_backward", "row_squares", "weight_norms"]
+__all__ = ["column_scale", "column_scale_backward", "weight_norms"]
 
 _CANCELLED = 1e-2  # of ‖W‖²: below it the formula of squares has lost digits
 _ROWS = 256  # of a block of W + s b a, so that it stays in a CPU's caches
@@ -29,10 +29,9 @@ def weight_norms(
     ``row_squares`` if the caller has them. Rows of which the terms cancel are computed as they are written, and so are
     all rows on other devices, which would have to be waited for.
     """
-    wide = torch.promote_types(weight.dtype, torch.float32)
     if not weight.is_cpu:
-        blocks = zip(weight.split(_ROWS), lora_B.split(_ROWS), strict=True)
-        return torch.cat([_norms(w, lora_A, b, scaling, wide) for w, b in blocks]).to(lora_A.dtype)
+        return written_norms(weight, lora_A, lora_B, scaling)
+    wide = torch.promote_types(weight.dtype, torch.float32)
     squares = row_squares(weight) if squares is None else squares
     a, b = lora_A.to(wide), lora_B.to(wide)
     cross = project(weight, lora_A).to(wide).mul_(b).sum(1)
@@ -44,6 +43,14 @@ def weight_norms(
     return result.to(lora_A.dtype)
 
 
+def written_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Returns what ``weight_norms`` does, computed as it is written, in blocks of rows. Its ops do not depend on
+    values, so that they can be traced and transformed."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    blocks = zip(weight.split(_ROWS), lora_B.split(_ROWS), strict=True)
+    return torch.cat([_norms(w, lora_A, b, scaling, wide) for w, b in blocks]).to(lora_A.dtype)
+
+
 def _norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, wide: torch.dtype) -> Tensor:
     total = torch.addmm(weight.to(wide), lora_B.to(wide), lora_A.to(wide), alpha=scaling)
     return torch.linalg.vector_norm(total, dim=1)
@@ -53,7 +60,10 @@ def column_scale(u: Tensor, magnitude: Tensor, norms: Tensor, bias: Tensor | Non
     """y = (magnitude / norms)∘u + bias: (..., d_out), (d_out,), (d_out,), (d_out,) or None → (..., d_out) in u's
     dtype."""
     scale = _scale(magnitude, norms, u)
-    y = u * scale if bias is None else torch.addcmul(bias.to(scale.dtype), u, scale)
+    if bias is None or u.is_nested:  # for which torch has no addcmul
+        y = u * scale if bias is None else u * scale + bias.to(scale.dtype)
+    else:
+        y = torch.addcmul(bias.to(scale.dtype), u, scale)
     return y if y.dtype is u.dtype else y.to(u.dtype)
 
 

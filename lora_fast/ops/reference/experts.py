@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..observers import sees_ops
 
-__all__ = ["add_product", "grad_factors", "grad_s", "product", "project", "update"]
+__all__ = ["add_product", "grad_factors", "grad_s", "project"]
 
 _GROUPED = (torch.bfloat16, torch.float16, torch.float32)  # dtypes of torch's grouped product
 _ALIGNMENT = 16  # bytes: what it needs of strides and addresses
