@@ -5,8 +5,8 @@ launches, and the bytes that they move.
 
 The frozen layer is bfloat16 and the adapters are float32. Launches and bytes are those of forward and backward. Torch's
 operators, cuBLAS's product among them, count with each operand once, and our kernels with what the interpreter loads
-and stores. A layer computes its norms once for each version of its weights, so the later micro-batches of a step have
-fewer launches than the first one. train_step.py times whole steps.
+and stores. Ours is the function that the layers call, which computes the norms in every call, as layers on a GPU do in
+training. train_step.py times whole steps.
 """
 
 import os
@@ -53,10 +53,15 @@ def drawn(tokens: int, d: int) -> tuple[Tensor, Tensor]:
     return draw().requires_grad_(), draw()
 
 
-def step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], object]:
-    """Returns what computes forward and all gradients."""
-    wanted = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
-    return lambda: torch.autograd.grad(layer(x), wanted, dy)
+def forward_of(engine: str, layer: nn.Module, dropout: float) -> Callable[[Tensor], Tensor]:
+    """Returns PEFT's layer, or our function of the same tensors."""
+    if engine == "PEFT":
+        return layer
+    a, b = (getattr(layer, name)["default"].weight for name in ("lora_A", "lora_B"))
+    weight, magnitude = layer.base_layer.weight, layer.lora_magnitude_vector
+    if "default" not in magnitude:
+        return lambda x: lf.functional.lora_linear(x, weight, None, a, b, 2.0, dropout)
+    return lambda x: lf.functional.dora_linear(x, weight, None, a, b, magnitude["default"].weight, 2.0, dropout)
 
 
 def saved(console: Console) -> None:
@@ -71,35 +76,28 @@ def saved(console: Console) -> None:
     console.print(table)
 
 
-def micro_batches(layer: nn.Module, tokens: int, d: int, strategy: str) -> list[tuple[int, int]]:
-    """Returns the launches and bytes of a step's first micro-batch and of a later one."""
+def counts(engine: str, layer: nn.Module, dropout: float, tokens: int, strategy: str) -> tuple[int, int]:
+    """Returns the launches and bytes of forward and all gradients."""
+    forward, (x, dy) = forward_of(engine, layer, dropout), drawn(tokens, layer.in_features)
+    wanted = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
     with lf.set_backend("triton"), tiles.assume(arch=90, thin="pass", strategy=strategy):
-        run = step(layer, *drawn(tokens, d))
-        run()
-        for parameter in layer.parameters():
-            if parameter.requires_grad:
-                with torch.no_grad():
-                    parameter.add_(0)  # as an optimizer's step does: the norms are those of another version
-        return [counted(run), counted(run)]
+        return counted(lambda: torch.autograd.grad(forward(x), wanted, dy))
 
 
 def moved(console: Console) -> None:
     """Prints launches and bytes, and those of DoRA over LoRA."""
-    title = f"Forward and backward, first and later micro-batches (bytes: {MIDDLE}×{MIDDLE}, {SOME:,} tokens, cuBLAS)"
+    title = f"Launches and bytes of forward and backward (bytes: {MIDDLE}×{MIDDLE}, {SOME:,} tokens, cuBLAS)"
     table = Table(title=title)
     for column in ("dropout", "", "adapter", "launches, fused GEMM", "launches, cuBLAS", "MiB", "over LoRA"):
         table.add_column(column, justify="right")
     for dropout in (0.0, 0.1):
-        plain: list[int] = []
+        least = 0
         for (engine, adapter, small), (*_, large) in zip(layers(SMALL, dropout), layers(MIDDLE, dropout), strict=True):
-            fused, cublas = (
-                "{[0]}, {[0]}".format(*micro_batches(small, FEW, SMALL, name)) for name in ("fused", "cublas")
-            )
-            sizes = [size for _, size in micro_batches(large, SOME, MIDDLE, "cublas")]
-            plain = sizes if adapter == "LoRA" else plain
-            ratios = ", ".join(f"{size / least:.2f}" for size, least in zip(sizes, plain, strict=True))
-            mebibytes = ", ".join(f"{size / MIB:.1f}" for size in sizes)
-            table.add_row(f"{dropout:g}", engine, adapter, fused, cublas, mebibytes, ratios)
+            fused, cublas = (counts(engine, small, dropout, FEW, name)[0] for name in ("fused", "cublas"))
+            _, size = counts(engine, large, dropout, SOME, "cublas")
+            least = size if adapter == "LoRA" else least
+            figures = str(fused), str(cublas), f"{size / MIB:.2f}", f"{size / least:.2f}"
+            table.add_row(f"{dropout:g}", engine, adapter, *figures)
     console.print(table)
 
 
