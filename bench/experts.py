@@ -31,9 +31,9 @@ from lora_fast.measure.memory import peak_bytes, saved_bytes
 
 CPU, DTYPE, MIB = torch.device("cpu"), torch.float16, 2**20
 SECTIONS = ("memory", "launches")
-HIDDEN, INNER, TOP_K, RANK = 512, 192, 4, 16
-EXPERTS, TOKENS = 64, 1024  # of the section on memory
-COUNTS, FEW = (4, 16, 64, 128), 32  # numbers of experts and tokens for launches
+HIDDEN, INNER, TOP_K, RANK = 256, 96, 4, 16  # an eighth of Qwen3-30B-A3B's widths
+EXPERTS, TOKENS = 16, 256  # of the section on memory
+COUNTS, FEW = (4, 16, 64, 128), 16  # numbers of experts and tokens for launches
 PARAMETERS = ("gate_up_proj", "down_proj")
 
 
@@ -96,7 +96,7 @@ def launches(console: Console) -> None:
     for name, fused, backend in (("PEFT", False, "torch"), ("torch ops", True, "torch"), ("kernels", True, "triton")):
         cells = []
         for count in COUNTS:
-            _, both = step(experts(count, 8, fused), count, FEW, HIDDEN // 8)
+            _, both = step(experts(count, 4, fused), count, FEW, HIDDEN // 4)
             with lf.set_backend(backend), tiles.assume(arch=90):
                 cells.append(str(counted(both)[0]))
         table.add_row(name, *cells)
