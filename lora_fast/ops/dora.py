@@ -20,7 +20,7 @@ class ColumnScaleFunction(torch.autograd.Function):
         with named("lora_fast::column_scale"):
             y = ops.column_scale(u, magnitude, norms, bias)
         ctx.save_for_backward(u if ctx.needs_input_grad[2] else None, magnitude, norms)
-        ctx.ops, ctx.u_dtype, ctx.bias_dtype = ops, u.dtype, None if bias is None else bias.dtype
+        ctx.ops, ctx.bias_dtype = ops, None if bias is None else bias.dtype
         return y
 
     @staticmethod
@@ -29,7 +29,7 @@ class ColumnScaleFunction(torch.autograd.Function):
         u, magnitude, norms = ctx.saved_tensors
         _, need_u, need_magnitude, _, need_bias = ctx.needs_input_grad
         is_plain = not torch.is_grad_enabled() and composite.is_plain(dy) and not torch.compiler.is_compiling()
-        compute = ctx.ops.column_scale_backward if is_plain else reference.column_scale_backward
+        compute = ctx.ops.column_scale_backward if is_plain else reference.differentiable_backward
         with named("lora_fast::column_scale_backward"):
             du, dm = compute(dy, dy if u is None else u, magnitude, norms, need_u, need_magnitude)
         return None, du, dm, None, linear.bias_gradient(dy, ctx.bias_dtype) if need_bias else None

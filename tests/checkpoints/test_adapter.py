@@ -358,7 +358,7 @@ BAD = {
     "config-not-utf8": (write_bytes(CONFIG, b"\xff\xfe{"), [CONFIG, "a JSON object"]),
     "config-a-list": (write_bytes(CONFIG, b"[]"), [CONFIG, "list"]),
     "not-lora": (edit_config(peft_type="IA3"), ["peft_type", "LORA", "IA3"]),
-    "dora": (edit_config(use_dora=True), ["lora_magnitude_vector", "missing"]),
+    "dora": (edit_config(use_dora=True), ["use_dora"]),
     "lora-bias": (edit_config(lora_bias=True), ["lora_bias"]),
     "modules-to-save": (edit_config(modules_to_save=["lm_head"]), ["lm_head", "modules_to_save"]),
     "unknown-variant": (edit_config(new_config={"a": 1}), ["new_config"]),

