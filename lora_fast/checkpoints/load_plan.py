@@ -180,7 +180,9 @@ def _check_magnitudes(adapter: Adapter, in_model: set[bool] | None) -> None:
         raise CheckpointError(f"use_dora in {CONFIG}", expected, "both kinds" if len(in_model) > 1 else use_dora)
     for name in adapter.pairs:
         if use_dora is not (name in adapter.magnitudes):
-            expected, got = ("in the file, for use_dora", "missing") if use_dora else ("no key without use_dora", "an extra key")
+            expected, got = (
+                ("in the file, for use_dora", "missing") if use_dora else ("no key without use_dora", "an extra key")
+            )
             raise CheckpointError(f"key {PREFIX}{name}.{MAGNITUDE}", expected, got)
         if use_dora and tuple(adapter.magnitudes[name].shape) != (shape := (len(adapter.pairs[name][1]),)):
             raise CheckpointError(
