@@ -44,8 +44,9 @@ def fuse_(
     layers.
 
     A fused layer checks at every call whether the fused op computes the same as PEFT (one active adapter, plain or
-    DoRA's, no hooks but those of accelerate that only move the input, …). Where it does not, PEFT's forward runs and the layer's
-    ``fallback_reason`` contains the reason. In a ``repr``, a fused layer has PEFT's name and the word "fused".
+    DoRA's, no hooks but those of accelerate that only move the input, …). Where it does not, PEFT's forward runs and
+    the layer's ``fallback_reason`` contains the reason. In a ``repr``, a fused layer has PEFT's name and the word
+    "fused".
 
     PEFT's layers over quantised weights of the families in ``lora_fast.quantized`` are fused, too: the library that
     owns the format multiplies by the weight, and the adapter's part is added to its result (docs/quantized.md).
