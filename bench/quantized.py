@@ -18,24 +18,21 @@ from collections.abc import Callable
 import peft
 import torch
 from bases import quantize_
+from operators import counted
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 import lora_fast as lf
 from lora_fast.kernels import tiles
-from lora_fast.kernels.inspection import interpreter
 from lora_fast.measure.memory import peak_bytes, saved_bytes
 from suite.comparison import relative_error
 
 CPU, BFLOAT16, MIB = torch.device("cpu"), torch.bfloat16, 2**20
 DROPOUTS = (0.0, 0.1)
 D, TOKENS, FEW, RANK = 1024, 4096, 64, 16
-NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view"}
-NO_LAUNCH |= {"promote_types", "randint", "_local_scalar_dense"}  # the last two draw our seed, on a GPU on the host
 
 
 class Linear(nn.Module):
@@ -59,20 +56,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         positions = torch.arange(x.shape[1], device=CPU)[None]
         return self.block(x, position_embeddings=self.rotary(x, positions), position_ids=positions)
-
-
-class Launches(TorchDispatchMode):
-    """Counts the operators that launch a kernel on a GPU. One of the library counts once."""
-
-    looks_inside = True
-    count = 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        is_view = any(
-            argument.alias_info and not argument.alias_info.is_write for argument in operator._schema.arguments
-        )
-        self.count += not is_view and operator.overloadpacket.__name__ not in NO_LAUNCH
-        return operator(*args, **(kwargs or {}))
 
 
 def models(make: Callable[[], nn.Module], dropout: float) -> tuple[nn.Module, nn.Module]:
@@ -126,9 +109,8 @@ def launched(model: nn.Module, x: Tensor, dy: Tensor) -> int:
     wanted = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
     torch.autograd.grad(model(x), wanted, dy)  # finds the groups
     tiling = tiles.assume(arch=90, thin="pass")
-    with lf.set_backend("triton"), tiling, interpreter.traffic() as ours, Launches() as operators:
-        torch.autograd.grad(model(x), wanted, dy)
-    return operators.count + len(ours.launches)
+    with lf.set_backend("triton"), tiling:
+        return counted(lambda: torch.autograd.grad(model(x), wanted, dy))[0]
 
 
 def launches(console: Console) -> None:

@@ -22,6 +22,14 @@ TESTS: dict[str, tuple[str, ...]] = {
     "grads": (*LAYER, "tests/linear/test_kernels.py::test_gradients_that_are_not_needed_are_none"),
     "layer": (*LAYER, "tests/linear/test_kernels.py::test_error_budget[0]"),
     "decode": (*LAYER, "tests/linear/test_kernels.py::test_zero_or_one_token_gives_eagers_shapes"),
+    "dora": (
+        "tests/dora/test_dora_linear.py::test_errors_are_at_most_pefts",
+        "tests/dora/test_dora_kernels.py::test_launches_and_bytes",
+    ),
+    "experts": (
+        "tests/experts/test_grouped_linear.py::test_results_are_those_of_the_dense_formula",
+        "tests/experts/test_expert_kernels.py::test_results_are_those_of_float64",
+    ),
     "gram": ("tests/pairs/test_pair_kernels.py::test_gram_computes_only_the_wanted_grams",),
     "solve": (
         "tests/pairs/test_reference.py::test_spd_solve_has_a_small_residual",

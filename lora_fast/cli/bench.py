@@ -14,8 +14,8 @@ from .output.terminal import Display, exit_codes
 SUITE = Path(__file__).resolve().parents[2] / "bench" / "run.py"
 
 _OPS = (
-    "The ops to time: project, linear, grads, layer, decode, gram, solve, hadamard, cayley, step, merge. "
-    "The default is all."
+    "The ops to time: project, linear, grads, layer, decode, dora, experts, gram, solve, hadamard, cayley, step, "
+    "merge. The default is all."
 )
 _QUICK = "Time one case of each op, for rough figures within a minute on a CPU."
 _COMPARE = "An earlier bench.json. Changes beyond noise are marked."

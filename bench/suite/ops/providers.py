@@ -165,8 +165,15 @@ def frozen(op: Operands) -> Provider:
     )
 
 
-def peft(op: Operands, case: Case, adapter: torch.dtype, autocast: bool = False) -> Provider:
-    """Returns a provider of PEFT's layer over the same frozen weight, with copies of a and b in dtype ``adapter``."""
+def peft(
+    op: Operands,
+    case: Case,
+    adapter: torch.dtype,
+    autocast: bool = False,
+    magnitude: nn.Parameter | None = None,
+) -> Provider:
+    """Returns a provider of PEFT's layer over the same frozen weight, with copies of a and b in dtype ``adapter``, and
+    DoRA's magnitude if there is one."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -174,12 +181,15 @@ def peft(op: Operands, case: Case, adapter: torch.dtype, autocast: bool = False)
     d_in, d_out = case.shape
     base = nn.Linear(d_in, d_out, bias=False, device="meta")
     base.weight = nn.Parameter(op.weight, requires_grad=False)
-    config = LoraConfig(r=case.r, lora_alpha=op.scaling * case.r, lora_dropout=case.dropout, target_modules=["base"])
+    options = {"lora_dropout": case.dropout, "target_modules": ["base"], "use_dora": magnitude is not None}
+    config = LoraConfig(r=case.r, lora_alpha=op.scaling * case.r, **options)
     module = inject_adapter_in_model(config, nn.ModuleDict({"base": base}))["base"].train()
     trained = []
     for factor, value in ((module.lora_A, op.lora_A), (module.lora_B, op.lora_B)):
         factor["default"].weight = nn.Parameter(value.detach().to(adapter, copy=True))
         trained.append(factor["default"].weight)
+    if magnitude is not None:
+        module.lora_magnitude_vector["default"].weight = magnitude
     context = lambda: torch.autocast(op.x.device.type, op.x.dtype, enabled=autocast)
     return provider(op, lambda: module(op.x), context, tuple(trained))
 
