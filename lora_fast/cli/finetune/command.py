@@ -32,6 +32,11 @@ _DATA = (
 _MODEL = "A folder or hub id of a causal language model. smollm2 is SmolLM2-135M, which is installed as a package."
 _ALPHA = "The adapters are scaled by alpha / rank. nb-lora uses its bound instead."
 _TARGETS = "all-linear, or the names of the layers to adapt, such as q_proj,v_proj."
+_TARGET_PARAMETERS = (
+    "Parameters of a mixture's experts to adapt beside --targets, such as experts.gate_up_proj,experts.down_proj. Each "
+    "expert gets an adapter."
+)
+_DORA = "Train DoRA: a magnitude for each row of W + ΔW, whose direction LoRA trains."
 _STEPS = f"Number of optimizer steps. The default is {DEFAULT_STEPS}, unless --epochs is given."
 _PROMPT = "The text that the samples before and after training continue. The default is the start of the held-out text."
 _OUTPUT = "A new folder for the results. The default is the next free number in runs/."
@@ -77,6 +82,8 @@ def finetune(
         float, _option("Adapter", "Probability that an input of an adapter is dropped.")
     ] = _BY_DEFAULT.dropout,
     targets: Annotated[str, _option("Adapter", _TARGETS)] = _BY_DEFAULT.targets,
+    target_parameters: Annotated[str | None, _option("Adapter", _TARGET_PARAMETERS, metavar="NAMES")] = None,
+    dora: Annotated[bool, _option("Adapter", _DORA, "--dora")] = _BY_DEFAULT.dora,
     steps: Annotated[int | None, _option("Training", _STEPS)] = None,
     epochs: Annotated[int | None, _option("Training", "Number of passes over the text, instead of --steps.")] = None,
     lr: Annotated[

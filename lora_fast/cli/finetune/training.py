@@ -93,7 +93,7 @@ def prepare(context: RunContext, run: Run) -> tuple[torch.nn.Module, str]:
             model.
     """
     base = models.load_model(context.source, context.dtype, context.settings.quantize)
-    check_targets(base, context.settings.target_modules)
+    check_targets(base, context.settings.target_modules, context.settings.expert_parameters)
     if not context.tried:
         for later in context.settings.runs[context.settings.runs.index(run) + 1 :]:
             _try(context, later, base)
@@ -133,6 +133,8 @@ def peft_config(settings: Settings) -> LoraConfig:
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
         task_type="CAUSAL_LM",
+        target_parameters=settings.expert_parameters,
+        use_dora=settings.dora,
     )
 
 
@@ -169,12 +171,18 @@ def _with_method(run: Run, error: ArgumentError) -> ArgumentError:
     return ArgumentError(f"--method {run.method.text}: {error.argument}", error.expected, error.got)
 
 
-def check_targets(model: torch.nn.Module, targets: str | list[str]) -> None:
-    """Checks that each name matches a linear layer. PEFT complains only if no name matches any layer.
+def check_targets(model: torch.nn.Module, targets: str | list[str], parameters: list[str] | None = None) -> None:
+    """Checks that each name matches a linear layer, or a parameter of experts. PEFT complains only if no name matches
+    anything.
 
     Raises:
-        ArgumentError: a name matches no linear layer.
+        ArgumentError: a name matches no linear layer, or no parameter of three dimensions.
     """
+    stacked = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+    for target in parameters or ():
+        if not any(name == target or name.endswith("." + target) for name in stacked):
+            known = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in stacked)) or "none in this model"
+            raise ArgumentError("--target-parameters", f"some of {known}", repr(target))
     linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
     names = [name for name, module in model.named_modules() if isinstance(module, linear)]
     for target in () if targets == "all-linear" else targets:

@@ -44,6 +44,8 @@ class Settings:
     alpha: float = 32.0
     dropout: float = 0.0
     targets: str = "all-linear"
+    target_parameters: str | None = None
+    dora: bool = False
     steps: int | None = None
     epochs: int | None = None
     lr: float = 1e-3
@@ -83,11 +85,28 @@ class Settings:
         """The targets in the form that ``peft.LoraConfig`` takes."""
         return "all-linear" if self.targets == "all-linear" else [name.strip() for name in self.targets.split(",")]
 
+    @property
+    def expert_parameters(self) -> list[str] | None:
+        """The parameters of experts in the form that ``peft.LoraConfig(target_parameters=…)`` takes."""
+        return None if self.target_parameters is None else [name.strip() for name in self.target_parameters.split(",")]
+
     def total_steps(self, blocks: int) -> int:
         """Returns the number of optimizer steps of a run on ``blocks`` training blocks."""
         if self.epochs is None:
             return self.steps or DEFAULT_STEPS
         return self.epochs * math.ceil(math.ceil(blocks / self.batch) / self.accumulation)
+
+    def _check_expert_parameters(self) -> None:
+        """Raises ArgumentError if the experts' adapters have a name missing, or a setting that PEFT refuses."""
+        if self.expert_parameters is None:
+            return
+        if not all(self.expert_parameters):
+            got = repr(self.target_parameters)
+            raise ArgumentError("--target-parameters", "parameter names separated by commas", got)
+        if self.dora:
+            raise ArgumentError("--dora", "plain LoRA with --target-parameters, as PEFT", "both")
+        if self.dropout:
+            raise ArgumentError("--dropout", "0 with --target-parameters, as PEFT", self.dropout)
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -127,6 +146,10 @@ class Settings:
             raise ArgumentError("--method", expected, f"{changing[0]}, which merges into them")
         if not all(self.target_modules):
             raise ArgumentError("--targets", "all-linear, or module names separated by commas", repr(self.targets))
+        if unknown_to_peft and (self.dora or self.target_parameters):
+            option_name = "--dora" if self.dora else "--target-parameters"
+            raise ArgumentError(option_name, "a method that trains PEFT's adapters", unknown_to_peft[0])
+        self._check_expert_parameters()
         for name in ("model", "data", "prompt"):
             if getattr(self, name) is not None and not getattr(self, name).strip():
                 raise ArgumentError(option(name), "some text", repr(getattr(self, name)))

@@ -19,6 +19,7 @@ STEPS = 5
 
 _MODEL = "A folder or hub id of a causal language model; smollm2 is SmolLM2-135M from its package."
 _TARGETS = "all-linear, or the names of the layers to adapt, such as q_proj,v_proj."
+_TARGET_PARAMETERS = "Parameters of experts to adapt too, such as experts.gate_up_proj,experts.down_proj."
 _BATCH = "Blocks in one forward pass; by default 4 on a GPU and 2 on a CPU."
 _SEQ_LEN = "Tokens in a block; by default 2048 on a GPU and 256 on a CPU, or the model's maximum if that is less."
 _DTYPE = "Dtype of the frozen weights: auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16 or float16."
@@ -35,6 +36,8 @@ def profile(
     rank: Annotated[int, typer.Option(help="Rank of the adapters, 1 to 256.")] = Settings.rank,
     dropout: Annotated[float, typer.Option(help="Dropout probability of an adapter's inputs.")] = Settings.dropout,
     targets: Annotated[str, typer.Option(help=_TARGETS)] = Settings.targets,
+    target_parameters: Annotated[str | None, typer.Option(help=_TARGET_PARAMETERS, metavar="NAMES")] = None,
+    dora: Annotated[bool, typer.Option("--dora", help="Profile DoRA in place of LoRA.")] = Settings.dora,
     batch: Annotated[int | None, typer.Option(help=_BATCH)] = None,
     seq_len: Annotated[int | None, typer.Option(help=_SEQ_LEN)] = None,
     dtype: Annotated[str, typer.Option(help=_DTYPE, metavar="NAME")] = Settings.dtype,
@@ -76,6 +79,8 @@ def profile(
             rank=rank,
             dropout=dropout,
             targets=targets,
+            target_parameters=target_parameters,
+            dora=dora,
             dtype=dtype,
             quantize=quantize,
             steps=steps,

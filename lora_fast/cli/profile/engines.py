@@ -78,7 +78,7 @@ def build(settings: Settings, source: str, dtype: torch.dtype, compiled: bool) -
     if model.device != device:  # transformers moves no 8-bit model of bitsandbytes, which is loaded onto the GPU
         model.to(device)
     model.config.use_cache = False
-    training.check_targets(model, settings.target_modules)
+    training.check_targets(model, settings.target_modules, settings.expert_parameters)
     frozen = models.twin(model).requires_grad_(False)
     weights = weight_bytes(frozen, dtype)
     frozen.enable_input_require_grads()  # without any trained parameter there would be no backward pass

@@ -19,7 +19,8 @@ from .engines import FUSED, Engines
 from .profile_result import Measured, Result
 
 SKIPPED = "not requested (--no-compile)"
-OPTIONS = ("model", "rank", "alpha", "dropout", "targets", "steps", "batch", "seq_len", "dtype", "quantize", "seed")
+ADAPTER = ("rank", "alpha", "dropout", "targets", "target_parameters", "dora")
+OPTIONS = ("model", *ADAPTER, "steps", "batch", "seq_len", "dtype", "quantize", "seed")
 
 
 def measure(
