@@ -60,7 +60,7 @@ def lora_grouped_linear(
         y = experts_op.grouped_linear_op(x, weight, lora_A, lora_B, float(scaling), offsets, triton)[0]
     else:
         ops = backend.load_ops("experts", backend.forward_uses_triton(x))
-        y = _apply(ops, x.contiguous(), weight, lora_A, lora_B, float(scaling), offsets)
+        y = _apply(ops, x.contiguous(), weight, lora_A, lora_B, float(scaling), offsets.contiguous())
     return y if bias is None else plus_bias(y, bias, offsets)
 
 
