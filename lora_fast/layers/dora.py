@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ class RowNorms:
         trains = _grad() and place.type != "cpu"
         rerun = _graph_task() != -1  # a forward inside a backward is the second run of a checkpointed region
         kept = self._kept  # read once: another thread may replace it at any time
-        with unseen():
+        with unseen(), _outside_inference():
             if kept is None or (not rerun and (trains or kept.trained)) or not kept.matches(weight, a, b, scaling):
                 # Sources are read before the norms: a change by another thread after this makes them invalid.
                 sources = _Source(weight, _sample(weight)), _Source(a, a), _Source(b, b)
@@ -179,6 +180,11 @@ class _Source:
             and _layout(tensor) == self.layout
             and (self.values is None or torch.equal(compared, self.values))
         )
+
+
+def _outside_inference() -> AbstractContextManager:
+    """Returns a context in which the norms become tensors that a later call with gradients can save."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def _layout(tensor: Tensor) -> tuple:

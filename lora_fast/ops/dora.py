@@ -48,8 +48,7 @@ class DoRALinearFunction(torch.autograd.Function):
         with named("lora_fast::dora_linear"):
             y, s, kept = forward(ops, x, weight, bias, lora_A, lora_B, magnitude, norms, scaling, rounded)
         read, ctx.unread = linear.read_and_unread(weight, lora_A, lora_B, need_x, need_a or need_m)
-        x = x if need_a or need_m else None
-        ctx.save_for_backward(x, s, kept if need_m else None, *read, magnitude, norms)
+        ctx.save_for_backward(x if need_a else None, s, kept if need_m else None, *read, magnitude, norms)
         ctx.ops, ctx.scaling, ctx.rounded = ops, scaling, rounded
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -62,7 +61,7 @@ class DoRALinearFunction(torch.autograd.Function):
         if any(needs):
             x, s, kept, weight, lora_A, lora_B, magnitude, norms = ctx.saved_tensors
             weight, lora_A, lora_B = linear.restored((weight, lora_A, lora_B), ctx.unread)
-            x = linear.unread_x(dy, lora_A, need_x and need_b) if x is None else x
+            x = linear.unread_x(dy, lora_A, need_x and (need_b or need_m)) if x is None else x
             kept = dy.reshape(-1, dy.shape[-1]) if kept is None else kept  # it is not read
             is_seen = modes() > 0 and sees_ops()
             plain = not (torch.is_grad_enabled() or is_seen or torch.compiler.is_compiling()) and composite.is_plain(dy)
@@ -93,7 +92,11 @@ def backward(ops, dy, x, s, kept, weight, lora_A, lora_B, magnitude, norms, scal
 def differentiable_backward(ops, dy, x, s, kept, weight, a, b, magnitude, norms, scaling, rounded, needs) -> tuple:
     """Returns what ``backward`` does, as functions that are differentiable again, or by ops that modes see."""
     need_x, need_a, need_b, need_m = needs
-    u = composite.linear(x, weight.to(x.dtype), None, a, b, scaling, 0.0) if need_m else dy
+    u = dy
+    if need_m and torch.is_grad_enabled() and (need_x or need_a):
+        u = composite.linear(x, weight.to(x.dtype), None, a, b, scaling, 0.0)
+    elif need_m:
+        u = _product(ops, s, kept, b, scaling).view(dy.shape)
     du, dm = reference.differentiable_backward(dy, u, magnitude, norms, need_x or need_a or need_b, need_m)
     if du is None:
         return None, None, None, dm
@@ -102,3 +105,11 @@ def differentiable_backward(ops, dy, x, s, kept, weight, a, b, magnitude, norms,
     linear_ops = backend.load_ops("linear", ops is not reference)
     arguments = du, x, s, weight, a, b, scaling, 0.0, None, rounded
     return *compute(linear_ops, *arguments, (need_x, need_a, need_b)), dm
+
+
+def _product(ops, s: Tensor, kept: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Returns u (n_tokens, d_out) from what forward has kept of it, as a function of b."""
+    if ops is reference and not torch.is_grad_enabled():
+        return kept
+    b = b - b.detach() if ops is reference else b  # u itself has been kept
+    return kept + (scaling * (s @ b.to(s.dtype).mT)).to(kept.dtype)

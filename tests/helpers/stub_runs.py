@@ -239,26 +239,31 @@ def four_bit_proof(stub: stub_driver.Stub, changes: list[dict] = FOUR_BIT_CHANGE
     from lora_fast.kernels import linear
     from lora_fast.kernels.linear import four_bit
 
-    result = compared(stub, four_bit, four_bit_of, changes)
+    result = compared(stub, (four_bit,), four_bit_of, changes)
     plans = sum(key[0] == "four_bit" for key in linear.signature.plans)
     return {**result, "calls": 2 * len(changes), "plans": plans}
 
 
-def compared(stub: stub_driver.Stub, module, of_case, changes: list[dict]) -> dict:
+def compared(stub: stub_driver.Stub, modules, of_case, changes: list[dict]) -> dict:
     """Compares the launches of each case and of the usual one, {}, by plans and by the JIT. ``of_case`` returns a
-    function and its tensors, and ``module`` holds ``by_jit``."""
-    arena, differences, kernels, spilling, by_plan = Arena(1 << 28), [], [], [], module.by_jit
+    function and its tensors, and ``modules`` hold ``by_jit``."""
+    arena, differences, kernels, spilling, by_plan = Arena(1 << 28), [], [], [], modules[0].by_jit
+
+    def choose(by_jit) -> None:
+        for module in modules:
+            module.by_jit = by_jit
+
     for change in changes:
         for case in (change, {}):
             (call, tensors), runs = of_case(case), []
             inputs = {tensor.data_ptr() for tensor in tensors}
             for by_jit in (by_plan, by_plan, lambda: True):  # the first run makes the plan
-                module.by_jit = by_jit
+                choose(by_jit)
                 arena.rewind()
                 with stub.recorded() as launched:
                     call()
                 runs.append(launched)
-            module.by_jit = by_plan
+            choose(by_plan)
             known = lambda address, inputs=inputs: address in inputs or arena.holds(address)
             kernels += [launched.kernel for launched in runs[1]]
             spilling += [f"{case}: {launched.kernel}" for launched in runs[1] if launched.stack]
@@ -269,14 +274,15 @@ def compared(stub: stub_driver.Stub, module, of_case, changes: list[dict]) -> di
 
 
 DORA_CHANGES = [
-    {}, {"tokens": 1, "lead": True}, {"moved": "weight"}, {"d_out": 768}, {"moved": "u"},
+    {}, {"tokens": 1, "lead": True}, {"moved": "weight"}, {"d_out": 768}, {"moved": "u"}, {"rounded": True},
     {"transposed": True, "bias": True}, {"padding": 3}, {"r": 256}, {"dtype": "float32"}, {"adapter": "bfloat16"},
-    {"needs": (False, True)}, {"needs": (True, False)},
+    {"needs": (False, True)}, {"needs": (True, False)}, {"needs": (False, False)},
 ]  # fmt: skip
 
 
-def dora_of(case: dict, d_in: int = 512):
-    """Returns a function that runs the norms and the column scale both ways, and their tensors."""
+def dora_of(case: dict, d_in: int = 64):
+    """Returns a function that runs the norms, the column scale both ways, and a layer of at most 512 tokens, whose
+    products torch computes, both ways, and their tensors."""
     import torch
 
     from lora_fast.kernels import dora
@@ -291,23 +297,29 @@ def dora_of(case: dict, d_in: int = 512):
     shape = (d_in, d_out) if case.get("transposed") else (d_out, d_in)
     stored, a, b = tensor(*shape, dtype, "weight"), tensor(r, d_in, adapter, "a"), tensor(d_out, r, adapter)
     weight = stored.t() if case.get("transposed") else stored
-    u, dy = (tensor(tokens, d_out, dtype, "u") for _ in range(2))
-    u, dy = (t.unsqueeze(0) if case.get("lead") else t for t in (u, dy))
+    u, dy, x = (tensor(tokens, columns, dtype, "u") for columns in (d_out, d_out, d_in))
+    few_x, few_dy = x[:512], dy[:512]
+    u, dy, few_x, few_dy = (t.unsqueeze(0) if case.get("lead") else t for t in (u, dy, few_x, few_dy))
     magnitude, bias = torch.zeros(d_out), torch.zeros(d_out, dtype=dtype) if case.get("bias") else None
+    need_u, need_magnitude = case.get("needs", (True, True))
+    needs, rounded = (need_u, True, need_u, need_magnitude), case.get("rounded", False)
 
     def call():
         norms = dora.weight_norms(weight, a, b, 2.0)
         dora.column_scale(u, magnitude, norms, bias)
-        dora.column_scale_backward(dy, u, magnitude, norms, *case.get("needs", (True, True)))
+        dora.column_scale_backward(dy, u, magnitude, norms, need_u, need_magnitude)
+        _, s, kept = dora.forward(few_x, weight, bias, a, b, magnitude, norms, 2.0, rounded)
+        dora.backward(few_dy, few_x, s, kept, weight, a, b, magnitude, norms, 2.0, rounded, needs)
 
-    return call, [t for t in (weight, a, b, u, dy, magnitude, bias) if t is not None]
+    return call, [t for t in (weight, a, b, u, dy, x, magnitude, bias) if t is not None]
 
 
 def dora_proof(stub: stub_driver.Stub, changes: list[dict] = DORA_CHANGES) -> dict:
     """Compares DoRA's launches as ``four_bit_proof`` does."""
-    from lora_fast.kernels import dora, linear
+    from lora_fast.kernels import linear
+    from lora_fast.kernels.dora import columns, layer
 
-    return {**compared(stub, dora, dora_of, changes), "plans": len(linear.signature.plans)}
+    return {**compared(stub, (columns, layer), dora_of, changes), "plans": len(linear.signature.plans)}
 
 
 class Arena:

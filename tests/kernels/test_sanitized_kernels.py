@@ -115,17 +115,21 @@ def run_experts(
 def run_dora(
     shape=(33, 40, 72), r=5, padding=8, dtype=FLOAT32, adapter=None, transposed=False, bias=True, arch=90
 ) -> None:  # fmt: skip
-    """Runs the norms and the column scale with its gradients. ``shape`` is (tokens, d_in, d_out)."""
+    """Runs the norms, the column scale and a layer, with their gradients. ``shape`` is (tokens, d_in, d_out)."""
     n_tokens, d_in, d_out = shape
     matrix = lambda rows, columns, dtype: randn(rows, columns + padding, dtype=dtype)[:, :columns]
     weight = matrix(d_in, d_out, dtype).t() if transposed else matrix(d_out, d_in, dtype)
     a, b = matrix(r, d_in, adapter or dtype), matrix(d_out, r, adapter or dtype)
     u, dy, magnitude = matrix(n_tokens, d_out, dtype), matrix(n_tokens, d_out, dtype), randn(d_out)
+    x, bias, rounded = matrix(n_tokens, d_in, dtype), magnitude if bias else None, not bias and adapter is not None
     with tiles.assume(arch=arch), poisoned_empty():
         norms = dora.weight_norms(weight, a, b, 2.0)
-        dora.column_scale(u, magnitude, norms, magnitude if bias else None)
+        dora.column_scale(u, magnitude, norms, bias)
         for need_u in (True, False):
             dora.column_scale_backward(dy, u, magnitude, norms, need_u)
+        _, s, kept = dora.forward(x, weight, bias, a, b, magnitude, norms, 2.0, rounded)
+        for needs in ((True,) * 4, (False, True, False, True), (True, False, True, False)):
+            dora.backward(dy, x, s, kept, weight, a, b, magnitude, norms, 2.0, rounded, needs)
 
 
 def factor_pairs(ranks, lengths, dtype=FLOAT32):

@@ -64,13 +64,20 @@ def lora_scaled_update_kernel(
     tl.store(result + o_result, round_to(b_acc, dtype), mask=mask)
 
 
+@triton.jit
+def load_b(p_b, m_b, dtype: tl.constexpr, ROUNDED: tl.constexpr):
+    """Loads a block of b, which ROUNDED rounds to the activations' dtype."""
+    b_b = tl.load(p_b, mask=m_b, other=0.0)
+    return round_to(b_b.to(tl.float32), dtype) if ROUNDED else b_b
+
+
 @triton.jit(do_not_specialize=["n_tokens", "tokens_per_split"])
 def lora_scaled_grads_kernel(
     dy, base, s, b, magnitude, norms, du, ds, db, dmagnitude,
     scaling,
     n_tokens, d_out, stride_dy, stride_b, tokens_per_split,
     R: tl.constexpr, NEED_U: tl.constexpr, NEED_S: tl.constexpr, NEED_B: tl.constexpr, NEED_M: tl.constexpr,
-    ROUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    ROUNDED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Stores du of a column chunk and a token range, and what they add to dS (chunk, n_tokens, r), db (split, d_out, r)
@@ -81,13 +88,13 @@ def lora_scaled_grads_kernel(
     m_out, m_r = i_out < d_out, i_r < R
     m_b = m_out[:, None] & m_r[None, :]
     b_scale, b_norms = load_scale(magnitude, norms, i_out, m_out)
-    b_b = tl.load(b + i_out[:, None] * stride_b + i_r[None, :], mask=m_b, other=0.0)
-    if ROUNDED:
-        b_b = round_to(b_b.to(tl.float32), dy.dtype.element_ty)
+    p_b = b + i_out[:, None] * stride_b + i_r[None, :]
+    b_b = load_b(p_b, m_b, dy.dtype.element_ty, ROUNDED)
     b_scaled = round_to(b_b.to(tl.float32) * b_scale[:, None], b_b.dtype)
     b_g = tl.zeros([BLOCK_OUT, BLOCK_R], dtype=tl.float32)
     b_product = tl.zeros([BLOCK_T, BLOCK_OUT], dtype=tl.float32)  # of dy and base, added up over steps
-    for o_t in range(0, tokens_per_split, BLOCK_T):
+    # Triton loads a block that is no operand of a product ahead only where the loop's stages are given here.
+    for o_t in tl.range(0, tokens_per_split, BLOCK_T, num_stages=STAGES):
         i_t = i_split * tokens_per_split + o_t + tl.arange(0, BLOCK_T)
         m_t = i_t < n_tokens
         m_s, mask = m_t[:, None] & m_r[None, :], m_t[:, None] & m_out[None, :]
@@ -110,9 +117,69 @@ def lora_scaled_grads_kernel(
         p_db = db + (i_split * d_out + i_out[:, None]) * R + i_r[None, :]
         tl.store(p_db, round_to(b_g * b_scale[:, None], db.dtype.element_ty), mask=m_b)
     if NEED_M:
+        b_b = load_b(p_b, m_b, dy.dtype.element_ty, ROUNDED)  # again, which frees its registers in the loop
         b_total = tl.sum(b_product, 0) + tl.sum(b_g * b_b.to(tl.float32), 1)
         b_total = tl.div_rn(b_total, b_norms)
         tl.store(dmagnitude + i_split * d_out + i_out, round_to(b_total, dmagnitude.dtype.element_ty), mask=m_out)
+
+
+class ScaledUpdate:
+    """Computes y from base and S, (n_tokens, d_out) and (n_tokens, r), for one signature."""
+
+    def __init__(self, rows, lora_B, shape: tuple[int, ...], has_bias: bool):
+        (d_out, r), n_tokens, tile = lora_B.shape, len(rows), tiles.update(rows, lora_B.shape[1], False)
+        self.empty = allocator(shape, rows.dtype, rows.device)
+        self.launch = Launch(
+            lora_scaled_update_kernel, (triton.cdiv(n_tokens, tile.t) * triton.cdiv(d_out, tile.outer),),
+            (n_tokens, d_out, lora_B.stride(0)),
+            {"R": r, "HAS_BIAS": has_bias, "PRECISION": precision(rows), **tile.options()},
+        )  # fmt: skip
+
+    def __call__(self, base, s, lora_B, magnitude, norms, bias, scaling: float, stream: int | None = None) -> Tensor:
+        y = self.empty()
+        tensors = base, y, s, lora_B, magnitude, norms, norms if bias is None else bias  # norms stand in for no bias
+        self.launch.go(stream, tensors, (scaling,))
+        return y
+
+
+class ScaledGrads:
+    """Computes du, dS, db and dmagnitude by one pass over dy, for one signature.
+
+    Args:
+        needs: whether each of them is needed; a call returns None for one that is not.
+        rounded: whether b is rounded to dy's dtype, which dS then has (as under autocast).
+    """
+
+    def __init__(self, dy, s, lora_B, magnitude, needs: tuple[bool, bool, bool, bool], rounded: bool = False):
+        (n_tokens, d_out), r, place = dy.shape, lora_B.shape[1], dy.device
+        tile = tiles.scaled_grads(dy, r, is_wide(dy, s) or is_wide(dy, lora_B))
+        n_chunks, n_splits, tokens_per_split = tiles.splits(n_tokens, d_out, r, tile)
+        self.results = (
+            Split((n_tokens, d_out), dy.dtype, 1, place, needs[0]),
+            Split((n_tokens, r), thin_dtype(dy, lora_B, rounded), n_chunks, place, needs[1]),
+            Split((d_out, r), lora_B.dtype, n_splits, place, needs[2]),
+            Split((d_out,), magnitude.dtype, n_splits, place, needs[3]),
+        )
+        flags = dict(zip(("NEED_U", "NEED_S", "NEED_B", "NEED_M"), needs, strict=True))
+        self.launch = Launch(
+            lora_scaled_grads_kernel, (n_chunks, n_splits),
+            (n_tokens, d_out, dy.stride(0), lora_B.stride(0), tokens_per_split),
+            {"R": r, **flags, "ROUNDED": rounded, "PRECISION": precision(dy), "STAGES": tile.stages, **tile.options()},
+        )  # fmt: skip
+        _, ds, db, dm = self.results
+        self.add, self.add_m = sum_launch(ds.sizes, db.sizes), sum_launch(dm.sizes)
+
+    def __call__(self, dy, base, s, lora_B, magnitude, norms, scaling: float, stream: int | None = None) -> tuple:
+        # dy stands in for a result that is not needed: the kernel takes a pointer, but does not write to it.
+        results = [split.empty() if split.needed else dy for split in self.results]
+        splits = zip(self.results, results, strict=True)
+        parts = [split.empty_parts() if split.in_parts else result for split, result in splits]
+        self.launch.go(stream, (dy, base, s, lora_B, magnitude, norms, *parts), (scaling,))
+        if self.add is not None:
+            self.add.go(stream, (parts[1], results[1], parts[2], results[2]), ())
+        if self.add_m is not None:
+            self.add_m.go(stream, (parts[3], results[3], parts[3], results[3]), ())
+        return tuple(t if split.needed else None for split, t in zip(self.results, results, strict=True))
 
 
 class ForwardPlan:
@@ -122,29 +189,20 @@ class ForwardPlan:
         arguments = x, bias, lora_A, lora_B, magnitude, norms
         laid_out = rows, _, a, b, *_ = self._lay_out(*arguments)
         self.needs_layout = not share_memory(arguments, laid_out)
-        d_out, r = len(weight), len(a)
         factor = x.dtype if rounded else signature.wider(a, b)
-        thin = strategies.way("forward", rows, weight, factor, r, False).thin
+        thin = strategies.way("forward", rows, weight, factor, len(a), False).thin
         self.project = (
             CublasProject(rows, a, rounded) if thin == "cublas" else Project(rows, a, False, rounded, thin != "pass")
         )
-        tile = tiles.update(rows, r, False)
-        self.empty = allocator((*x.shape[:-1], d_out), x.dtype, x.device)
-        self.launch = Launch(
-            lora_scaled_update_kernel, (triton.cdiv(len(rows), tile.t) * triton.cdiv(d_out, tile.outer),),
-            (len(rows), d_out, b.stride(0)),
-            {"R": r, "HAS_BIAS": bias is not None, "PRECISION": precision(rows), **tile.options()},
-        )  # fmt: skip
+        self.update = ScaledUpdate(rows, b, (*x.shape[:-1], len(weight)), bias is not None)
 
     def __call__(self, x, weight, bias, lora_A, lora_B, magnitude, norms, scaling: float, stream: int | None):
         if self.needs_layout:
             x, bias, lora_A, lora_B, magnitude, norms = self._lay_out(x, bias, lora_A, lora_B, magnitude, norms)
         rows = flat(x)  # cuBLAS reads its shape
         s = self.project(rows, lora_A, None, stream)
-        base, y = F.linear(rows, weight), self.empty()
-        tensors = base, y, s, lora_B, magnitude, norms, norms if bias is None else bias  # norms stand in for no bias
-        self.launch.go(stream, tensors, (scaling,))
-        return y, s, base
+        base = F.linear(rows, weight)
+        return self.update(base, s, lora_B, magnitude, norms, bias, scaling, stream), s, base
 
     def _lay_out(self, x, bias, lora_A, lora_B, magnitude, norms):
         """Returns the arguments with the shapes and strides that the kernels need."""
@@ -168,48 +226,20 @@ class BackwardPlan:
         laid_out = dy, x_rows, weight, a, b, magnitude, _ = self._lay_out(*arguments)
         self.needs_layout = not share_memory(arguments, laid_out)
         need_x, need_a, need_b, need_m = needs
-        self._split(dy, s, b, magnitude, rounded, (need_x, need_x or need_a, need_b, need_m))
+        self.grads = ScaledGrads(dy, s, b, magnitude, (need_x, need_x or need_a, need_b, need_m), rounded)
         self.grad_a = GradA(x_rows, thin_dtype(dy, b, rounded), a, False) if need_a else None
         left = dy if dy.is_contiguous() else torch.empty_like(dy, memory_format=torch.contiguous_format)
         gemm = signature.gemm_of(way, a, b)
         self.grad_x = gemm(left, weight, None, a, r, False, False, x.shape) if need_x else None
 
-    def _split(self, dy, s, b, magnitude, rounded: bool, needs: tuple[bool, bool, bool, bool]) -> None:
-        """Prepares the pass over dy. ``needs``: of du, dS, db and dmagnitude."""
-        (n_tokens, d_out), r, place = dy.shape, b.shape[1], dy.device
-        need_u, need_s, need_b, need_m = needs
-        tile = tiles.scaled_grads(dy, r, is_wide(dy, s) or is_wide(dy, b))
-        n_chunks, n_splits, tokens_per_split = tiles.splits(n_tokens, d_out, r, tile)
-        self.need_u, self.empty_u = need_u, allocator((n_tokens, d_out), dy.dtype, place)
-        self.ds = Split((n_tokens, r), thin_dtype(dy, b, rounded), n_chunks, place, need_s)
-        self.db = Split((d_out, r), b.dtype, n_splits, place, need_b)
-        self.dm = Split((d_out,), magnitude.dtype, n_splits, place, need_m)
-        flags = {"NEED_U": need_u, "NEED_S": need_s, "NEED_B": need_b, "NEED_M": need_m, "ROUNDED": rounded}
-        self.launch = Launch(
-            lora_scaled_grads_kernel, (n_chunks, n_splits),
-            (n_tokens, d_out, dy.stride(0), b.stride(0), tokens_per_split),
-            {"R": r, **flags, "PRECISION": precision(dy), **tile.options()},
-        )  # fmt: skip
-        self.add, self.add_m = sum_launch(self.ds.sizes, self.db.sizes), sum_launch(self.dm.sizes)
-
     def __call__(self, dy, x, s, base, weight, lora_A, lora_B, magnitude, norms, scaling: float, stream: int | None):
         if self.needs_layout:
             arguments = dy, x, weight, lora_A, lora_B, magnitude, norms
             dy, x, weight, lora_A, lora_B, magnitude, norms = self._lay_out(*arguments)
-        # dy stands in for a result that is not needed: the kernel takes a pointer, but does not write to it.
-        du = self.empty_u() if self.need_u else dy
-        results = [split.empty() if split.needed else dy for split in (self.ds, self.db, self.dm)]
-        splits = zip((self.ds, self.db, self.dm), results, strict=True)
-        parts = [split.empty_parts() if split.in_parts else result for split, result in splits]
-        self.launch.go(stream, (dy, base, s, lora_B, magnitude, norms, du, *parts), (scaling,))
-        ds, db, dm = results
-        if self.add is not None:
-            self.add.go(stream, (parts[0], ds, parts[1], db), ())
-        if self.add_m is not None:
-            self.add_m.go(stream, (parts[2], dm, parts[2], dm), ())
+        du, ds, db, dm = self.grads(dy, base, s, lora_B, magnitude, norms, scaling, stream)
         da = None if self.grad_a is None else self.grad_a(x, ds, lora_A, None, stream)
         dx = None if self.grad_x is None else self.grad_x(du, weight, None, ds, lora_A, 1.0, None, stream)
-        return dx, da, db if self.db.needed else None, dm if self.dm.needed else None
+        return dx, da, db, dm
 
     def _lay_out(self, dy, x, weight, lora_A, lora_B, magnitude, norms):
         """Returns the arguments with the shapes and strides that the kernels need."""

@@ -18,6 +18,7 @@ import torch
 
 from .. import cayley, dora, experts, launch, pointer_table, tiles
 from .. import linear as layer
+from ..dora.layer import ScaledGrads, ScaledUpdate
 from ..linalg import inverse, spd
 from ..linear.cublas import Halves
 from ..linear.four_bit import four_bit_grad_x, four_bit_linear
@@ -305,6 +306,22 @@ def column_scale(r: int, dtype: torch.dtype, bias: bool, backward: bool) -> int:
     return size(u, magnitude, norms, of_bias if bias else None, y)
 
 
+def scaled_update(r: int, dtype: torch.dtype, adapter: str | None, bias: bool) -> int:
+    """Runs what follows the product x Wᵀ of a DoRA layer."""
+    base, s = _matrix(N_TOKENS, D_OUT, dtype), _thin(N_TOKENS, r, dtype, adapter)
+    b, (magnitude, norms, of_bias) = _matrix(D_OUT, r, _adapter(adapter, dtype)), torch.empty(3, D_OUT)
+    vectors = magnitude, norms, of_bias if bias else None
+    return size(base, s, b, *vectors, ScaledUpdate(base, b, base.shape, bias)(base, s, b, *vectors, 2.0))
+
+
+def scaled_grads(r: int, dtype: torch.dtype, adapter: str | None) -> int:
+    """Runs the pass over dy of a DoRA layer."""
+    dy, base, s = (*(_matrix(N_TOKENS, D_OUT, dtype) for _ in range(2)), _thin(N_TOKENS, r, dtype, adapter))
+    b, (magnitude, norms) = _matrix(D_OUT, r, _adapter(adapter, dtype)), torch.empty(2, D_OUT)
+    operands = dy, base, s, b, magnitude, norms
+    return size(*operands, *ScaledGrads(dy, s, b, magnitude, (True,) * 4)(*operands, 2.0))
+
+
 # ---- The step
 
 NUMBERS = adamw.Settings((1e-3, 0.9, 0.999, 1e-8, 0.1) * 2)
@@ -438,6 +455,7 @@ _ADAPTERS, _DROPOUT = (None, "float32"), (0.0, 0.1)
 _GEMM = variants(adapter=_ADAPTERS, strategy=("fused",), padding=(0, 4))  # rows of 4 more: no TMA
 _GEMM += variants(adapter=_ADAPTERS, strategy=("cublas", "gluon"), padding=(0,))
 _EXPERTS = {"bfloat16": (8, 16, 64, 256), "float16": (16, 256), "float32": (16, 256)}
+_DORA = {"bfloat16": (16, 64, 256), "float16": (16, 64, 256), "float32": (16, 64, 256)}
 _GROUP = {"bfloat16": (8, 16, 32, 64), "float16": (16,), "float32": (16,)}
 _GROUP_GEMM = variants(strategy=("cublas",), padding=(0,), adapter=_ADAPTERS, members=(2, 4), dropout=_DROPOUT)
 _GROUP_GEMM += variants(strategy=("fused",), padding=(4, 0), adapter=_ADAPTERS, members=(2, 3, 4), dropout=_DROPOUT)
@@ -510,6 +528,13 @@ OPS = {
         column_scale, {"bfloat16": (1,), "float32": (1,)},
         ({"bias": False, "backward": False}, {"bias": True, "backward": False}, {"bias": False, "backward": True}),
         counted=True,
+    ),
+    "scaled_update": Op(
+        scaled_update, _DORA, variants(adapter=_ADAPTERS, bias=(False, True)), ("lora_scaled_update_kernel",),
+        counted=True,
+    ),
+    "scaled_grads": Op(
+        scaled_grads, _DORA, variants(adapter=_ADAPTERS), ("lora_scaled_grads_kernel",), counted=True
     ),
     "gram": Op(
         gram, {"float32": (1, 16, 32, 64, 128), "bfloat16": (8, 64)}, tensor_cores=("lora_gram_kernel",), counted=True
