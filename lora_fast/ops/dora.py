@@ -8,6 +8,8 @@ library that multiplies by a quantised weight. Second derivatives are those of p
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ from .. import backend
 from . import composite, linear
 from .observers import modes, named, not_compiled, sees_ops
 from .reference import dora as reference
+
+_any_autocast = torch._C._is_any_autocast_enabled  # looked up once; a context costs host time in every layer's call
 
 
 class ColumnScaleFunction(torch.autograd.Function):
@@ -66,7 +70,8 @@ class DoRALinearFunction(torch.autograd.Function):
             is_seen = modes() > 0 and sees_ops()
             plain = not (torch.is_grad_enabled() or is_seen or torch.compiler.is_compiling()) and composite.is_plain(dy)
             arguments = weight, lora_A, lora_B, magnitude, norms, ctx.scaling, ctx.rounded, needs
-            with named("lora_fast::dora_linear_backward"), torch.autocast(dy.device.type, enabled=False):
+            without = torch.autocast(dy.device.type, enabled=False) if _any_autocast() else nullcontext()
+            with named("lora_fast::dora_linear_backward"), without:
                 compute = backward if plain else differentiable_backward
                 grads = compute(ctx.ops, dy, x, s, kept, *arguments)
         dx, da, db, dm = grads
