@@ -14,9 +14,10 @@ from ..ops import composite, seeds
 from ..ops import dora as dora_op
 from ..ops import linear as linear_op
 from ..ops.observers import modes, sees_ops
-from .linear import in_autocast, is_autocast_on, lora_linear
+from .linear import casts, checked, in_autocast, is_autocast_on, lora_linear, reason_against_op
 
 _apply = super(torch.autograd.Function, dora_op.ColumnScaleFunction).apply  # as linear._apply
+_apply_linear = super(torch.autograd.Function, dora_op.DoRALinearFunction).apply
 
 
 def dora_linear(
@@ -55,8 +56,8 @@ def dora_linear(
     if bias is not None:
         check_row_values("bias", bias, weight)
     dropped = x if dropout_p == 0.0 else _dropout(x, dropout_p, seed)
-    u = lora_linear(dropped, weight, None, lora_A, lora_B, scaling)
-    y = column_scale(u, magnitude, weight_norms(weight, lora_A, lora_B, scaling), bias if dropout_p == 0.0 else None)
+    norms = weight_norms(weight, lora_A, lora_B, scaling)
+    y = scaled_linear(dropped, weight, bias if dropout_p == 0.0 else None, lora_A, lora_B, magnitude, norms, scaling)
     return y if dropout_p == 0.0 else plus_dropped(y, x, dropped, weight, bias)
 
 
@@ -71,6 +72,25 @@ def weight_norms(
             norms = dora_op.reference.written_norms(weight, lora_A, lora_B, scaling)
             return norms.detach()  # of forward-mode derivatives, too
         return backend.ops("dora", weight).weight_norms(weight, lora_A, lora_B, scaling, squares)
+
+
+def scaled_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norms: Tensor,
+    scaling: float | Tensor,
+) -> Tensor:  # fmt: skip
+    """Returns (magnitude / norms)∘u + bias with u = x (W + scaling · b a)ᵀ, for arguments of ``dora_linear`` and the
+    norms of the rows. One op computes it, or in graphs, transforms and under modes of torch ``lora_linear`` and
+    ``column_scale``."""
+    is_seen = torch.compiler.is_compiling() or (modes() > 0 and sees_ops())
+    if is_seen or (reason_against_op(x, weight, lora_A, lora_B) or reason_against_op(x, weight, magnitude, norms)):
+        return column_scale(lora_linear(x, weight, None, lora_A, lora_B, scaling), magnitude, norms, bias)
+    rounded = casts(x, weight)
+    weight, bias, lora_A, lora_B, scaling, _ = checked(x, rounded, weight, bias, lora_A, lora_B, scaling, 0.0)
+    if rounded:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    ops = backend.load_ops("dora", backend.forward_uses_triton(x))
+    arguments = x, weight, bias, lora_A, lora_B, magnitude, norms, scaling, rounded
+    return _apply_linear(ops, *arguments) if torch.is_grad_enabled() else dora_op.forward(ops, *arguments)[0]
 
 
 def column_scale(u: Tensor, magnitude: Tensor, norms: Tensor, bias: Tensor | None) -> Tensor:

@@ -357,8 +357,22 @@ def grad_s_b_row(dtype: torch.dtype, wide: bool) -> str:
     return "grad_s_b" + "_wide" * wide + "_float16" * (wide and dtype is torch.float16)
 
 
+def scaled_grads(dy: torch.Tensor, r: int, wide: bool) -> Tile:
+    """Returns the tile of the pass over dy of a DoRA layer, which reads a second matrix beside dy: that of
+    ``grad_s_b`` with half as many tokens a step."""
+    tile = default(grad_s_b_row(dy.dtype, wide), dy.element_size(), limits(dy.device), r)
+    return tile._replace(t=max(16, tile.t // 2))
+
+
 def grad_a(x: torch.Tensor, r: int, wide: bool) -> Tile:
     return _thin("grad_a", "grad_a" + "_wide" * wide, x, x.shape[1], 0, r)
+
+
+def expert_project(rows: torch.Tensor, r: int, wide: bool) -> Tile:
+    """Returns the tile of experts' S and dS. Float16's four products beside float32 would spill in small blocks of
+    rows."""
+    short = len(rows) <= SHORT and not (wide and rows.dtype is torch.float16)
+    return project(rows, r, short, wide)
 
 
 def expert_grads(x: torch.Tensor, r: int, wide: bool) -> Tile:

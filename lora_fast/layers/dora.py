@@ -1,5 +1,5 @@
-"""DoRA (arXiv 2402.09353) on the op of a layer: y = c∘U + bias, where U is the layer's result without its bias and
-c = magnitude / ‖W + s b a‖, the norm of each row, through which no gradient flows.
+"""DoRA (arXiv 2402.09353): y = c∘U + bias, where U is the layer's result without its bias and c = magnitude /
+‖W + s b a‖, the norm of each row, through which no gradient flows.
 
 The norms are kept until a tensor that they depend on changes. On a CPU the values of a and b are compared, and of W its
 memory, its version and at least one entry of each row and column, so that writing single entries of a frozen weight
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import backend
-from ..functional.dora import column_scale, plus_dropped, weight_norms
+from ..functional.dora import column_scale, plus_dropped, scaled_linear, weight_norms
 from ..kernels import device
 from ..ops import composite
 from ..ops import dora as dora_op
@@ -40,17 +40,25 @@ def dora(
         call: ``functional.lora_linear``'s arguments after x.
         magnitude: (d_out,).
         norms: those that the layer keeps; None computes them.
-        linear: computes the op from x and such arguments, alone or with the layer's group.
+        linear: computes U over a quantised weight from x and such arguments, alone or with the layer's group. Layers
+            over plain weights have an op each: a group's would write U and read it again, which moves more bytes than
+            reading x once saves.
     """
     weight, bias, a, b, scaling, dropout_p = call
     rows = row_norms(weight, a, b, scaling) if norms is None else norms.of(weight, a, b, scaling)
     kept = F.dropout(x, dropout_p) if dropout_p > 0.0 else x  # as PEFT's layer, whose base result gets it, too
-    u = linear(kept, (weight, None, a, b, scaling, 0.0))
     if isinstance(weight, QuantizedWeight):
+        u = linear(kept, (weight, None, a, b, scaling, 0.0))
         return _over_quantized(u, magnitude, rows, weight, None if kept is x else x - kept)
-    if kept is x:
-        return column_scale(u, magnitude, rows, bias)
-    return plus_dropped(column_scale(u, magnitude, rows, None), x, kept, weight, bias)
+    y = scaled_linear(kept, weight, bias if kept is x else None, a, b, magnitude, rows, scaling)
+    return y if kept is x else plus_dropped(y, x, kept, weight, bias)
+
+
+def group_arguments(call: tuple) -> tuple | None:
+    """Returns the arguments with which a group computes a DoRA layer's U, None where it does not."""
+    weight, _, *rest, dropout_p = call
+    is_apart = not isinstance(weight, QuantizedWeight) or dropout_p > 0.0  # dropout leaves the layer an x of its own
+    return None if is_apart else (weight, None, *rest, dropout_p)
 
 
 def _over_quantized(

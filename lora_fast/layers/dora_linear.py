@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import composite
-from .dora import dora, kept_norms, row_norms, scale_of
+from .dora import dora, group_arguments, kept_norms, row_norms, scale_of
 from .lora import LoRALinear
 from .terms import Term
 
@@ -74,9 +74,7 @@ class DoRALinear(LoRALinear):
 
     def call_arguments(self, x: Tensor) -> tuple | None:
         call = super().call_arguments(x)
-        if call is None or call[-1] > 0.0:  # dropout leaves the layer an x of its own
-            return None
-        return call[0], None, *call[2:]
+        return None if call is None else group_arguments(call)
 
     def merge_term(self) -> Term:
         term = super().merge_term()

@@ -22,7 +22,7 @@ Linear = Callable[[str, Tensor, Tensor], Tensor]  # parameter's name, rows sorte
 EAGER = (None, "eager")
 GROUPED = "grouped_mm"
 _decorated: Any = moe.use_experts_implementation(type("Experts", (nn.Module,), {"forward": lambda self: None}))
-_DISPATCHING = _decorated.forward.__code__  # of the forward that transformers' decorator gives to a class
+_DISPATCHING: Any = _decorated.forward.__code__  # of the forward that transformers' decorator gives to a class
 
 
 class RoutedExperts:
@@ -44,7 +44,7 @@ class RoutedExperts:
     @staticmethod
     def reason(module: Any, dtype: torch.dtype, x: Tensor, *routing: Any) -> str | None:
         """Returns why a call with weights of this dtype is left to the module's own forward, or None."""
-        if getattr(module, "_is_expert_parallel", False):
+        if getattr(module, "_is_expert_parallel", False) or len(module.down_proj) != module.num_experts:
             return "expert parallelism"
         implementation = module.config._experts_implementation
         if implementation in EAGER:
@@ -109,9 +109,11 @@ Experts = type[RoutedExperts] | type[SortedExperts]
 
 def experts_of(module: nn.Module) -> Experts | None:
     """Returns the kind of a module that holds experts' weights, None for a module with a forward of its own."""
-    forward = getattr(type(module), "forward", None)
+    forward: Any = getattr(type(module), "forward", None)
     if getattr(forward, "__code__", None) is _DISPATCHING:
-        return RoutedExperts
+        cells: dict[str, Any] = dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True))
+        own = "experts_interface" in cells and cells["experts_interface"].cell_contents is not moe.ALL_EXPERTS_FUNCTIONS
+        return None if own else RoutedExperts
     name, home = getattr(forward, "__qualname__", ""), getattr(forward, "__module__", "")
     is_sorted = name.endswith("ParallelExperts.forward") and home.startswith("transformers.models.")
     return SortedExperts if is_sorted else None

@@ -8,7 +8,6 @@ the same; if not, PEFT's forward runs and ``fallback_reason`` contains the reaso
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ import torch
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 
-from ..checks import FLOATS, PLAIN
+from ..checks import FLOATS, LARGEST_SCALING, NUMBERS, PLAIN
 from ..functional.experts import grouped_linear, lora_grouped_linear
 from ..functional.linear import is_autocast_on, reason_against_op
 from ..kernels.limits import LARGEST_RANK
@@ -27,7 +26,7 @@ from .fused_peft import has_global_hooks
 from .hooks import is_hooked
 
 HOOKED = "hooks, or a replaced forward, on the experts"
-INSIDE = "called by PEFT's forward of another parameter"
+INSIDE = "parametrized experts, as within PEFT's forward of another parameter"
 
 
 class Factors(NamedTuple):
@@ -128,15 +127,17 @@ def factors_of(wrapper: Any, adapter: str) -> Factors | str:
         return "bias on the adapter"
     if type(a.weight) not in PLAIN or type(b.weight) not in PLAIN:
         return f"adapter of {type(a.weight).__name__}, {type(b.weight).__name__}"
-    if experts == 1 or len(a.weight) != experts * rank or b.weight.shape[1] != experts * rank:
+    if experts == 1:
+        return "a single expert"
+    if len(a.weight) != experts * rank or b.weight.shape[1] != experts * rank:
         return f"adapter of {len(a.weight)} ranks for {experts} experts of rank {rank}"
     if rank > LARGEST_RANK:
         return f"rank {rank}, above {LARGEST_RANK}"
     scaling = wrapper.scaling[adapter]
-    if type(scaling) not in (float, int) or not -math.inf < scaling < math.inf:
+    if type(scaling) not in NUMBERS or not abs(scaling) <= LARGEST_SCALING:
         return f"scaling {scaling!r}" if isinstance(scaling, float) else f"scaling of type {type(scaling).__name__}"
-    lora_a = a.weight.view(experts, rank, -1)
-    lora_b = b.weight.view(-1, rank, experts).permute(2, 0, 1)
+    lora_a = a.weight.reshape(experts, rank, -1)
+    lora_b = b.weight.reshape(-1, rank, experts).permute(2, 0, 1)
     takes_out_in = getattr(wrapper, "_did_swap_in_out_features", False)
     if takes_out_in == getattr(wrapper.get_base_layer(), "is_transposed", False):
         lora_a, lora_b = lora_b.mT, lora_a.mT

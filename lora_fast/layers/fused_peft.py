@@ -26,7 +26,7 @@ from ..kernels.limits import LARGEST_RANK
 from ..ops.composite import QUANTIZED_TRACED
 from ..quantized import quantized_weight
 from . import groups
-from .dora import dora, kept_norms, row_norms, scale_of
+from .dora import dora, group_arguments, kept_norms, row_norms, scale_of
 from .exact_merge import ExactMerge, merge_scaling
 from .fallback import Fallback
 from .find import PeftLayer
@@ -104,7 +104,7 @@ class FusedForward(Fallback):
         if isinstance(call, str):
             return None
         if self.lora_variant and self._magnitude() is not None:
-            return None if call[-1] > 0.0 else (call[0], None, *call[2:])  # dropout leaves it an x of its own
+            return group_arguments(call)
         return call
 
     def train(self, mode: bool = True) -> Any:

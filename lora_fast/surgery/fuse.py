@@ -43,9 +43,10 @@ def fuse_(
     state_dict keys stay as they are, so PEFT works with them as before. Call it again after adding adapters to new
     layers.
 
-    A fused layer checks at every call whether the fused op computes the same as PEFT (one active, plain adapter, no
-    hooks but those of accelerate that only move the input, …). Where it does not, PEFT's forward runs and the layer's
-    ``fallback_reason`` contains the reason. In a ``repr``, a fused layer has PEFT's name and the word "fused".
+    A fused layer checks at every call whether the fused op computes the same as PEFT (one active adapter, plain or
+    DoRA's, no hooks but those of accelerate that only move the input, …). Where it does not, PEFT's forward runs and
+    the layer's ``fallback_reason`` contains the reason. In a ``repr``, a fused layer has PEFT's name and the word
+    "fused".
 
     PEFT's layers over quantised weights of the families in ``lora_fast.quantized`` are fused, too: the library that
     owns the format multiplies by the weight, and the adapter's part is added to its result (docs/quantized.md).

@@ -159,3 +159,54 @@ def test_launches_and_bytes():
     with interpreter.traffic() as backward:
         dora.column_scale_backward(randn(512, 4096), randn(512, 4096), randn(4096), randn(4096))
     assert list(backward.launches) == ["lora_column_scale_backward_kernel"]
+
+
+# dtypes of x and of the factors, (n_tokens, d_in, d_out), r, bias, arch
+LAYERS = {
+    "float32": (FLOAT32, FLOAT32, (37, 24, 40), 4, True, 80),
+    "bfloat16, float32 factors": (BFLOAT16, FLOAT32, (70, 64, 136), 8, True, 90),
+    "bfloat16": (BFLOAT16, BFLOAT16, (300, 64, 72), 17, False, 90),
+    "float16, float32 factors": (HALF, FLOAT32, (19, 33, 41), 3, True, 89),
+    "partial sums": (BFLOAT16, FLOAT32, (600, 40, 35), 2, True, 90),
+    "rank 100": (BFLOAT16, FLOAT32, (40, 40, 72), 100, False, 90),
+    "one token": (FLOAT32, FLOAT32, (1, 8, 16), 1, True, 90),
+}
+
+
+@pytest.mark.parametrize("dtype, factor, shape, r, has_bias, arch", LAYERS.values(), ids=LAYERS)
+def test_a_layer_and_its_gradients(dtype, factor, shape, r, has_bias, arch):
+    """Gradients of float32 factors beside 16 bits have errors of products of halves alone. One magnitude is 0."""
+    n_tokens, d_in, d_out = shape
+    x, dy, weight = randn(n_tokens, d_in, dtype=dtype), randn(n_tokens, d_out, seed=1, dtype=dtype), randn(d_out, d_in)
+    weight, bias = weight.to(dtype), randn(d_out, seed=2, dtype=dtype) if has_bias else None
+    a, b = randn(r, d_in, seed=3, dtype=factor), randn(d_out, r, seed=4, dtype=factor)
+    magnitude, norms = randn(d_out, seed=5, dtype=factor), randn(d_out, seed=6).abs().add(0.5).to(factor)
+    magnitude[0] = 0
+    tensors = weight, a, b, magnitude, norms
+    with tiles.assume(arch=None if DEVICE.type == "cuda" else arch), poisoned_empty():
+        y, s, kept = dora.forward(x, weight, bias, *tensors[1:], SCALING)
+        got = y, *dora.backward(dy, x, s, kept, *tensors, SCALING)
+        again = dora.backward(dy, x, s, kept, *tensors, SCALING)
+    assert all(map(torch.equal, got[1:], again))
+    x, dy, weight, a, b, magnitude, norms = (tensor.double() for tensor in (x, dy, *tensors))
+    scale = magnitude / norms
+    u, g = x @ (weight + SCALING * b @ a).T, dy * scale
+    y = u * scale + (0 if bias is None else bias.double())
+    dx, da, db = g @ (weight + SCALING * b @ a), SCALING * (g @ b).T @ x, SCALING * g.T @ (x @ a.T)
+    exact = {"y": y, "dx": dx, "da": da, "db": db, "dmagnitude": (dy * u).sum(0) / norms}
+    for (name, wanted), result in zip(exact.items(), got, strict=True):
+        rounding = torch.finfo(dtype if name in ("y", "dx", "dmagnitude") else factor).eps
+        allowed = rounding + (1e-5 if dtype is not FLOAT32 else 0) + 5e-7
+        difference = (result.double() - wanted).norm() / wanted.norm()
+        assert result.shape == wanted.shape and difference < allowed, f"{name}: {difference:.1e}"
+
+
+@pytest.mark.parametrize("needed", range(4), ids=["x", "a", "b", "magnitude"])
+def test_a_gradient_of_a_layer_alone_has_the_bits_of_all_together(needed):
+    x, dy, weight, a, b = randn(33, 24), randn(33, 40, seed=1), randn(40, 24), randn(4, 24), randn(40, 4)
+    magnitude, norms = randn(40, seed=2), randn(40, seed=3).abs() + 0.5
+    _, s, kept = dora.forward(x, weight, None, a, b, magnitude, norms, SCALING)
+    run = lambda needs: dora.backward(dy, x, s, kept, weight, a, b, magnitude, norms, SCALING, needs=needs)
+    alone = run(tuple(i == needed for i in range(4)))
+    assert [grad is not None for grad in alone] == [i == needed for i in range(4)]
+    assert torch.equal(alone[needed], run((True,) * 4)[needed])

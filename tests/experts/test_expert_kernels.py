@@ -195,17 +195,18 @@ def test_experts_without_rows_have_zero_gradients(counts):
 
 
 def test_addresses_beyond_int32_are_correct():
-    """The two rows are 2³¹ elements apart, so that an offset in 32 bits would overflow."""
+    """The first and the last row are 2³¹ elements apart, so that an offset in 32 bits would overflow. Each number of
+    the strides fits into 32 bits."""
     if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 6 << 30:
         pytest.skip("needs 6 GiB of GPU memory")
-    stride = (1 << 31) + 64
-    far = torch.empty(stride + 64, dtype=FLOAT16, device=DEVICE).as_strided((2, 64), (stride, 1))
-    far.copy_(torch.arange(128).view(2, 64))
+    stride = (1 << 30) + 64
+    far = torch.empty(2 * stride + 64, dtype=FLOAT16, device=DEVICE).as_strided((3, 64), (stride, 1))
+    far.copy_(torch.arange(192).view(3, 64))
     before, eye = far.clone(), torch.eye(64, dtype=FLOAT16, device=DEVICE)[None]
-    offsets = torch.tensor([2], dtype=torch.int32, device=DEVICE)
+    offsets = torch.tensor([3], dtype=torch.int32, device=DEVICE)
     assert torch.equal(experts.project(far, eye, offsets), before)
-    da, db = experts.grad_factors(far, far, eye[0, :2], eye[0, :2], eye, eye, 1.0, offsets)
-    assert torch.equal(da[0, :2], before) and torch.equal(db[0, :, :2], before.T)
+    da, db = experts.grad_factors(far, far, eye[0, :3], eye[0, :3], eye, eye, 1.0, offsets)
+    assert torch.equal(da[0, :3], before) and torch.equal(db[0, :, :3], before.T)
     assert torch.equal(experts.add_product(far, before, eye, 1.0, offsets), 2 * before)
 
 

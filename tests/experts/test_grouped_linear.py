@@ -166,3 +166,22 @@ def test_bad_input_is_named(case):
         pytest.skip("values on a GPU are not read")
     with pytest.raises(lf.ArgumentError, match=message):
         lora_grouped_linear(**change(tensors((4, 0, 5, 2))))
+
+
+def test_registered_ops_return_what_graphs_expect():
+    arguments = tensors((5, 0, 3), d_in=24, d_out=40, r=3)
+    x, weight, a, b, offsets = (arguments[name] for name in ("x", "weight", "lora_A", "lora_B", "offsets"))
+    dy, s = torch.randn(8, 40, device=DEVICE), torch.randn(8, 3, device=DEVICE)
+    ops, checks = torch.ops.lora_fast, ("test_schema", "test_faketensor")
+    factors = x.detach(), a.detach(), b.detach()
+    torch.library.opcheck(
+        ops.grouped_linear.default, (factors[0], weight, *factors[1:], 0.5, offsets, False), test_utils=checks
+    )
+    for needs in ([True, True, True], [False, True, False]):
+        call = (dy, factors[0], s, weight, *factors[1:], 0.5, offsets, False, needs)
+        torch.library.opcheck(ops.grouped_linear_backward.default, call, test_utils=checks)
+    torch.library.opcheck(ops.grouped_product.default, (factors[0], weight.mT, offsets), test_utils=checks)
+    y = ops.grouped_product(x, weight.mT, offsets)
+    want = lf.functional.experts.grouped_linear(x, weight, None, offsets)
+    assert torch.equal(y, want)
+    assert torch.equal(*(torch.autograd.grad(result, x, dy)[0] for result in (y, want)))

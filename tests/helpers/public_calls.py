@@ -544,6 +544,7 @@ def rows(folder: Path, backend: str) -> list[Row]:
         Row("cayley", cayley, {}, cayley_judge),
         Row("cayley of lists", cayley_of_lists, {}, cayley_judge),
         Row("LoRALinear", layer(lf.LoRALinear, alpha=8, use_rslora=False, init="kaiming"), SIZES | PLACE | LORA),
+        Row("DoRALinear", layer(lf.DoRALinear, alpha=8, use_rslora=False, init="kaiming"), SIZES | PLACE | LORA),
         Row(
             "NBLoRALinear", layer(lf.NBLoRALinear, norm="nuclear", bound=1.0, learn_scale=True), SIZES | PLACE | BOUNDED
         ),
@@ -554,6 +555,7 @@ def rows(folder: Path, backend: str) -> list[Row]:
         Row(f"{cls.__name__}.from_linear", from_linear(cls, **settings), SIZES | legit | {"linear": linears})
         for cls, settings, legit in (
             (lf.LoRALinear, {"alpha": 8}, LORA),
+            (lf.DoRALinear, {"alpha": 8}, LORA),
             (
                 lf.NBLoRALinear,
                 {"norm": "spectral", "bound": None, "bound_ratio": 0.1},

@@ -44,8 +44,9 @@ PLACES = [
 def sample(ops: list[str], arch: int) -> list[catalogue.Case]:
     """Returns, of a layer's ops, cases that contain every value. Of ``GROUP`` it returns the first and last variant at
     each op's second rank. Of ops outside a layer it returns the last variant at the second or only rank, and one at the
-    largest rank of a dtype (of ``FOUR_BIT`` at none). For archs that are not in ``FULL`` it returns the
-    first and last variant (of ops outside a layer, the last) at the second rank."""
+    largest rank of a dtype (of ``FOUR_BIT`` at none). Where an op has a stochastic form, which is the same kernel, it
+    returns the op's at the largest rank and the stochastic form's at the second. For archs that are not in ``FULL`` it
+    returns the first and last variant (of ops outside a layer, the last) at the second rank."""
     chosen = []
     for op in ops:
         if arch in FULL and op in THIN + GEMM:
@@ -54,13 +55,14 @@ def sample(ops: list[str], arch: int) -> list[catalogue.Case]:
         ranks: dict[tuple, list[catalogue.Case]] = {}
         for case in filter(lambda case: case.runs_on(arch), catalogue.cases([op])):
             ranks.setdefault((case.dtype, case.r), []).append(case)
+        without_noise = arch in FULL and f"{op}_stochastic" in ops
         largest = max(ranks, key=lambda place: place[1])
         second = list(ranks)[:2][-1]
         for i, (place, cases) in enumerate(ranks.items()):
             ends = cases if len(cases) < 2 else [cases[0], cases[-1]]
-            if place == second:
+            if place == second and not without_noise:
                 chosen += ends if op in THIN + GEMM + GROUP * (arch in FULL) else ends[-1:]
-            elif arch in FULL and op not in GROUP + FOUR_BIT and place == largest:
+            elif arch in FULL and op not in GROUP + FOUR_BIT and place == largest and not op.endswith("_stochastic"):
                 chosen.append(ends[i % len(ends)])
     return chosen
 

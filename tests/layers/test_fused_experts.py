@@ -201,6 +201,7 @@ STATES = {
     "rank 257, above 256": large_rank,
     "expert parallelism": parallel,
     "scaling of type Tensor": lambda model: wrapper_of(model).scaling.update(default=torch.tensor(0.5)),
+    "scaling 1e+39": lambda model: wrapper_of(model).scaling.update(default=1e39),
     "scaling inf": lambda model: wrapper_of(model).scaling.update(default=float("inf")),
 }
 
@@ -242,7 +243,7 @@ def test_wrapper_within_one_of_peft_runs_pefts_forward():
     ours = copy.deepcopy(theirs)
     wrapper_of(ours).base_layer.__class__ = FusedParamWrapper
     torch.testing.assert_close(results(ours, *routed()), results(theirs, *routed()), rtol=0, atol=0)
-    assert reasons(ours) == ["called by PEFT's forward of another parameter"]
+    assert reasons(ours) == ["parametrized experts, as within PEFT's forward of another parameter"]
     ours = copy.deepcopy(theirs)
     ours.base_model.model["experts"].__class__ = FusedParamWrapper
     torch.testing.assert_close(results(ours, *routed()), results(theirs, *routed()), rtol=0, atol=0)
@@ -302,10 +303,17 @@ def test_files_are_pefts(tmp_path):
     theirs.save_pretrained(tmp_path / "theirs"), ours.save_pretrained(tmp_path / "ours")
     files = [(tmp_path / who / "adapter_model.safetensors").read_bytes() for who in ("theirs", "ours")]
     assert files[0] == files[1] and theirs.state_dict().keys() == ours.state_dict().keys()
-    base = nn.ModuleDict({"experts": experts("gated")})
-    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "ours")
-    lf.fuse_(loaded)
-    torch.testing.assert_close(wrapper_of(loaded)(*routed()), wrapper_of(ours)(*routed()), rtol=0, atol=0)
+    lf.save_adapter(ours, tmp_path / "by us")
+    for folder in ("ours", "by us"):
+        loaded = peft.PeftModel.from_pretrained(nn.ModuleDict({"experts": experts("gated")}), tmp_path / folder)
+        lf.fuse_(loaded)
+        torch.testing.assert_close(wrapper_of(loaded)(*routed()), wrapper_of(ours)(*routed()), rtol=0, atol=0)
+    another = adapted(experts("gated"), BOTH)
+    for parameter in another.parameters():
+        parameter.data.mul_(1.0 if parameter.dim() == 3 else 2.0)
+    lf.fuse_(another)
+    lf.load_adapter(another, tmp_path / "by us")
+    torch.testing.assert_close(wrapper_of(another)(*routed()), wrapper_of(ours)(*routed()), rtol=0, atol=0)
 
 
 # surgery
@@ -313,8 +321,9 @@ def test_files_are_pefts(tmp_path):
 
 def test_fuse_reports_each_parameter_and_unfuse_restores_the_classes():
     model = adapted(experts("gated"), BOTH)
-    before = snapshot(model)
+    before, status = snapshot(model), str(model.get_layer_status())
     report = lf.fuse_(model)
+    assert str(model.get_layer_status()) == status
     assert list(report.changed.values()) == [
         f"FusedParamWrapper, adapter of the parameter {name!r} of {E} experts" for name in ("down_proj", "gate_up_proj")
     ]
@@ -347,6 +356,18 @@ def test_experts_with_another_forward_are_left():
     model = adapted(module, BOTH)
     with pytest.raises(lf.ArgumentError, match="Own with a forward of its own"):
         lf.fuse_(model, strict=True)
+
+
+def test_experts_of_another_interface_are_left():
+    from transformers.integrations import moe
+
+    if not hasattr(moe, "_can_use_grouped_mm"):
+        pytest.skip("this transformers has one interface")
+    kind = type(experts("gated"))
+    own = moe.use_experts_implementation(type("Own", (kind,), {}), experts_interface=moe.ExpertsInterface())
+    module = experts("gated")
+    module.__class__ = own
+    assert "Own with a forward of its own" in str(lf.fuse_(adapted(module, BOTH), allow_empty=True))
 
 
 def test_llama4_experts_are_left_with_the_reason():

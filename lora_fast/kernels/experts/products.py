@@ -101,7 +101,7 @@ def _project(tall: torch.Tensor, factor: torch.Tensor, scaling: float, offsets: 
     thin = torch.empty((n_rows, r), dtype=thin_dtype(tall, factor, False), device=tall.device)
     if n_rows == 0 or d == 0:
         return thin.zero_()
-    tile = tiles.project(tall, r, n_rows <= tiles.SHORT, is_wide(tall, factor))
+    tile = tiles.expert_project(tall, r, is_wide(tall, factor))
     grid = programs(n_rows, n_experts + 1, tile.t), triton.cdiv(r, tile.r)
     with on_device(tall):
         launch(

@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .linear import project
+from . import linear
 
-__all__ = ["column_scale", "column_scale_backward", "weight_norms"]
+__all__ = ["backward", "column_scale", "column_scale_backward", "forward", "weight_norms"]
 
 _CANCELLED = 1e-2  # of ‖W‖²: below it the formula of squares has lost digits
 _ROWS = 256  # of a block of W + s b a, so that it stays in a CPU's caches
@@ -34,7 +34,7 @@ def weight_norms(
     wide = torch.promote_types(weight.dtype, torch.float32)
     squares = row_squares(weight) if squares is None else squares
     a, b = lora_A.to(wide), lora_B.to(wide)
-    cross = project(weight, lora_A).to(wide).mul_(b).sum(1)
+    cross = linear.project(weight, lora_A).to(wide).mul_(b).sum(1)
     result = squares + (2 * scaling) * cross + scaling**2 * ((b @ (a @ a.t())) * b).sum(1)
     rows = (result < _CANCELLED * squares).nonzero().view(-1)
     result = result.clamp_(min=0).sqrt_()
@@ -98,3 +98,31 @@ def _scale(magnitude: Tensor, norms: Tensor, u: Tensor) -> Tensor:
     """Returns magnitude / norms in at least float32."""
     wide = torch.promote_types(u.dtype, torch.float32)
     return magnitude.to(wide) / norms.to(wide)
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norms: Tensor,
+    scaling: float, rounded: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns y = (magnitude / norms)∘u + bias (..., d_out), S (n_tokens, r) and what backward needs of the product,
+    (n_tokens, d_out): here u = x Wᵀ + scaling S bᵀ."""
+    u, s = linear.forward(x, weight, None, lora_A, lora_B, scaling, None, rounded)
+    return column_scale(u, magnitude, norms, bias), s, u.view(-1, u.shape[-1])
+
+
+def backward(
+    dy: Tensor, x: Tensor, s: Tensor, kept: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor,
+    norms: Tensor, scaling: float, rounded: bool = False,
+    needs: tuple[bool, bool, bool, bool] = (True, True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Returns dx (..., d_in), da, db and the gradient of the magnitude, each None where ``needs`` (of x, a, b and the
+    magnitude) is False."""
+    need_x, need_a, need_b, need_m = needs
+    rows, scale = dy.reshape(kept.shape), _scale(magnitude, norms, x)[:, None]
+    du, dm = column_scale_backward(rows, kept, magnitude, norms, need_x, need_m)
+    # Float32 factors keep their gradients' precision: du has been rounded to dy's dtype.
+    scaled_b = (scale * lora_B).to(lora_B.dtype)
+    thin_needs = need_x or need_a, need_a, need_b
+    ds, da, db = linear.thin_gradients(rows, x, s, lora_A, scaled_b, scaling, None, rounded, thin_needs)
+    dx = None if du is None or ds is None else linear.grad_x(du, weight, ds, lora_A).view(x.shape)
+    return dx, da, None if db is None else (scale * db).to(db.dtype), dm

@@ -19,15 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device, tiles
-from .launch import Launch, allocator, by_jit, contiguous_rows, is_wide, precision
-from .linear.gemm import load_factor
-from .linear.grads import Split, sum_launch
-from .linear.groups import planned
-from .linear.signature import flat, share_memory
-from .primitives import dot, dot_rounded, round_to
-
-__all__ = ["column_scale", "column_scale_backward", "weight_norms"]
+from .. import device, tiles
+from ..launch import Launch, allocator, by_jit, contiguous_rows, is_wide, precision
+from ..linear.gemm import load_factor
+from ..linear.grads import Split, sum_launch
+from ..linear.groups import planned
+from ..linear.signature import flat, share_memory
+from ..primitives import dot, dot_rounded, round_to
 
 SCALE_TILE = tiles.Tile(32, 256, 0, 0, 8, 1)
 # Narrow chunks of columns: 4,096 columns and more need no token splits, and so no second launch.
