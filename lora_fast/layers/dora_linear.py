@@ -7,6 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from ..functional.linear import reason_against_op
 from ..ops import composite
 from .dora import dora, group_arguments, kept_norms, row_norms, scale_of
 from .lora import LoRALinear
@@ -63,7 +64,11 @@ class DoRALinear(LoRALinear):
         """x: (..., d_in) → (..., d_out)."""
         if self.is_plain:
             return self.plain_forward(x)
-        return dora(x, self.arguments(), self.lora_magnitude_vector, kept_norms(self), self._linear)
+        call = weight, _, a, b, *_ = self.arguments()
+        reason = None if self.base is not None else reason_against_op(x, weight, a, b)
+        if reason is not self.fallback_reason:  # nn.Module.__setattr__ is slow, so it runs only for a change
+            self._note(reason)
+        return dora(x, call, self.lora_magnitude_vector, kept_norms(self), self._linear)
 
     def _linear(self, x: Tensor, call: tuple) -> Tensor:
         """Computes the op from x and its arguments, alone or with the layer's group."""

@@ -116,7 +116,7 @@ def test_an_evaluated_layer_with_a_trained_dropout_drops_nothing():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2], ids=["", "dropout"])
 def test_a_model_trains_as_with_peft(dropout):
-    """20 steps in float64 with micro-batches."""
+    """20 steps in float64 with micro-batches, and q, k, v and gate, up in groups."""
     theirs = peft_llama(dtype=torch.float64, use_dora=True, dropout=dropout)
     ours = copy.deepcopy(theirs)
     lf.fuse_(ours)
@@ -133,7 +133,7 @@ def test_a_model_trains_as_with_peft(dropout):
             optimizer.zero_grad()
     assert losses[20:] == pytest.approx(losses[:20], rel=1e-10) and losses[19] < losses[0]
     assert {module.fallback_reason for module in fused_layers(ours)} == {None}
-    assert not lf.groups(ours).changed  # each has an op of its own
+    assert len(lf.groups(ours).changed) == (0 if dropout else 10)  # dropout gives each layer an x of its own
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
@@ -444,7 +444,7 @@ def test_a_weight_that_others_changed_while_it_was_merged_is_divided_and_subtrac
 @pytest.mark.parametrize("name", ["nf4", "fp4-nested-stored-in-float32", "int8", "hqq-4"])
 def test_quantised_layers_are_those_of_peft(name, dropout):
     """The library adds its bias to the product, which is not scaled."""
-    _, ours = models = [peft_model(name, quantized(name), use_dora=True, lora_dropout=dropout) for _ in range(2)]
+    theirs, ours = models = [peft_model(name, quantized(name), use_dora=True, lora_dropout=dropout) for _ in range(2)]
     for model in models:
         model[0].lora_magnitude_vector["default"].weight.data.copy_(torch.linspace(0.5, 1.5, 64))
     lf.fuse_(ours)
