@@ -307,6 +307,14 @@ def test_norms_are_computed_once_a_step(monkeypatch):
     assert next(calls) == 5
 
 
+def test_norms_of_a_call_in_inference_mode_serve_later_calls():
+    theirs, ours = pair()
+    x = torch.randn(5, D_IN)
+    with torch.inference_mode():
+        ours(x)
+    assert_near(run(ours, x), run(theirs, x), run(copy.deepcopy(theirs).double(), x.double()), extra=1e-6)
+
+
 @pytest.mark.parametrize("way", COPIES)
 def test_norms_are_neither_saved_nor_copied(way):
     ours, x = pair()[1], torch.randn(5, D_IN)
