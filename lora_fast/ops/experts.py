@@ -28,7 +28,7 @@ def forward(ops, x, weight, lora_A, lora_B, scaling, offsets) -> tuple[Tensor, T
         with torch.autocast(x.device.type, enabled=False):
             return forward(ops, x, weight, lora_A, lora_B, scaling, offsets)
     s = ops.project(x, lora_A, offsets)
-    y = reference.product(x, weight.to(x.dtype).mT, offsets)
+    y = reference.product(x, weight.to(x.dtype).mT, offsets, zero_rest=False)
     return ops.add_product(y, s, lora_B.mT, scaling, offsets), s
 
 
@@ -44,7 +44,8 @@ def backward(ops, dy, x, s, weight, lora_A, lora_B, scaling, offsets, needs) -> 
     da, db = ops.grad_factors(x, dy, s, ds, lora_A, lora_B, scaling, offsets, need_a, need_b)
     dx = None
     if need_x:
-        dx = ops.add_product(reference.product(dy, weight.to(dy.dtype), offsets), ds, lora_A, 1.0, offsets)
+        dx = reference.product(dy, weight.to(dy.dtype), offsets, zero_rest=False)
+        dx = ops.add_product(dx, ds, lora_A, 1.0, offsets)
     return dx, da, db
 
 

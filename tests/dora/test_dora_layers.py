@@ -307,6 +307,14 @@ def test_norms_are_computed_once_a_step(monkeypatch):
     assert next(calls) == 5
 
 
+def test_norms_of_a_call_in_inference_mode_serve_later_calls():
+    theirs, ours = pair()
+    x = torch.randn(5, D_IN)
+    with torch.inference_mode():
+        ours(x)
+    assert_near(run(ours, x), run(theirs, x), run(copy.deepcopy(theirs).double(), x.double()), extra=1e-6)
+
+
 @pytest.mark.parametrize("way", COPIES)
 def test_norms_are_neither_saved_nor_copied(way):
     ours, x = pair()[1], torch.randn(5, D_IN)
@@ -444,7 +452,7 @@ def test_a_weight_that_others_changed_while_it_was_merged_is_divided_and_subtrac
 @pytest.mark.parametrize("name", ["nf4", "fp4-nested-stored-in-float32", "int8", "hqq-4"])
 def test_quantised_layers_are_those_of_peft(name, dropout):
     """The library adds its bias to the product, which is not scaled."""
-    theirs, ours = models = [peft_model(name, quantized(name), use_dora=True, lora_dropout=dropout) for _ in range(2)]
+    _, ours = models = [peft_model(name, quantized(name), use_dora=True, lora_dropout=dropout) for _ in range(2)]
     for model in models:
         model[0].lora_magnitude_vector["default"].weight.data.copy_(torch.linspace(0.5, 1.5, 64))
     lf.fuse_(ours)

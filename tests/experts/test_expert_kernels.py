@@ -92,8 +92,6 @@ def exact_results(case: dict, t: dict, got: dict) -> dict[str, tuple[torch.Tenso
     # A bfloat16 result is computed from S and dS in bfloat16 (primitives.dot_rounded).
     s, ds = (got[name].to(BFLOAT16 if case["dtype"] is BFLOAT16 else None).double() for name in ("S", "dS"))
     results = {name: (torch.zeros_like(wide[name]), torch.zeros_like(wide[name])) for name in NAMES}
-    for rows in ("y", "dx"):
-        results[rows][0].copy_(t[rows])
 
     def put(name: str, place: slice | int, left: torch.Tensor, right: torch.Tensor, base: torch.Tensor | float = 0.0):
         exact, sizes = results[name]
@@ -121,8 +119,8 @@ def check_case(case: dict) -> None:
         smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
         allowed = torch.finfo(dtype).eps / 2 * exact.abs() + part * sizes + smallest
         wrong = (got[name].double() - exact).abs() > allowed
-        # Rows of no expert are NaN in y and dx, and stay so.
-        assert not wrong.any() and torch.equal(got[name].isnan(), exact.isnan()), f"{name} of {case}"
+        # Rows of no expert are NaN in y and dx before, and 0 after.
+        assert not wrong.any() and not got[name].isnan().any(), f"{name} of {case}"
     assert got["da"].is_contiguous() and got["db"].is_contiguous()
 
 
@@ -191,7 +189,7 @@ def test_experts_without_rows_have_zero_gradients(counts):
     case = plain_case(counts)
     results = run_kernels(case, make_tensors(case))
     assert all(len(results[name]) == counts[-1] for name in ("S", "dS", "y", "dx"))
-    assert all(not results[name].any() for name in ("S", "dS", "da", "db"))
+    assert all(not results[name].any() for name in NAMES)
 
 
 def test_addresses_beyond_int32_are_correct():

@@ -3,7 +3,8 @@
 Math      project       S[t, :] = Σ_i x[t, i] a_e[:, i], for each row t of expert e
           grad_s        dS[t, :] = scaling Σ_o dy[t, o] b_e[o, :]
           add_product   rows[t, :] += scaling thin[t, :] factor_e: S and b_eᵀ for y, dS and a_e for dx
-          Rows of no expert have S = dS = 0 and are not changed by add_product.
+          Rows of no expert have S = dS = 0, and add_product sets them to 0: torch's grouped product, which makes the
+          rows, leaves them undefined.
 Grid      (programs of segments.py, blocks of ranks) for S and dS, (programs, blocks of columns) for add_product. A
           program of S or dS walks all columns for one tile of rows, as in linear/project.py. Columns are not split for
           few rows: S would have partial sums, and rows of different experts give programs enough.
@@ -61,16 +62,18 @@ def lora_expert_update_kernel(
     R: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Adds scaling · thin factor_e to rows in place, for a factor of (n_experts, r, d) in any order."""
+    """Adds scaling · thin factor_e to rows in place, for a factor of (n_experts, r, d) in any order, and sets the rows
+    of no expert to 0."""
     dtype: tl.constexpr = rows.dtype.element_ty
     i_expert, o_t, end = tile_of(offsets, tl.program_id(0), n_rows, n_experts, BLOCK_T, BLOCK_E)
-    if (i_expert < n_experts) & (o_t < end):
+    if o_t < end:
+        is_routed = i_expert < n_experts
         i_t = o_t + tl.arange(0, BLOCK_T)
         i_out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         m_t, m_out = i_t < end, i_out < d
         p_factor = factor + i_expert * R * d + i_out[None, :] * stride_d
         b_acc = tl.zeros([BLOCK_T, BLOCK_OUT], dtype=tl.float32)
-        for o_r in tl.range(0, R, BLOCK_R, num_stages=1):
+        for o_r in tl.range(0, tl.where(is_routed, R, 0), BLOCK_R, num_stages=1):
             i_r = o_r + tl.arange(0, BLOCK_R)
             m_r = i_r < R
             b_thin = tl.load(thin + i_t[:, None] * R + i_r[None, :], mask=m_t[:, None] & m_r[None, :], other=0.0)
@@ -78,7 +81,7 @@ def lora_expert_update_kernel(
             b_acc = dot_rounded(b_thin, b_factor, b_acc, dtype, PRECISION)
         p_rows = rows + i_t[:, None] * stride_rows + i_out[None, :]
         m_rows = m_t[:, None] & m_out[None, :]
-        b_acc = b_acc * scaling + tl.load(p_rows, mask=m_rows, other=0.0).to(tl.float32)
+        b_acc = b_acc * scaling + tl.load(p_rows, mask=m_rows & is_routed, other=0.0).to(tl.float32)
         tl.store(p_rows, round_to(b_acc, dtype), mask=m_rows)
 
 
@@ -116,14 +119,14 @@ def add_product(
     rows: torch.Tensor, thin: torch.Tensor, factor: torch.Tensor, scaling: float, offsets: torch.Tensor
 ) -> torch.Tensor:
     """Adds scaling · thin factor_e to rows (n, d), whose rows are contiguous, in place and returns them, for thin
-    (n, r), factor (E, r, d) and offsets (E,). Twin: ``reference.experts.add_product``."""
+    (n, r), factor (E, r, d) and offsets (E,). Rows of no expert become 0. Twin: ``reference.experts.add_product``."""
     assert rows.stride(1) == 1 or rows.shape[1] == 1, f"rows: expected contiguous rows, got strides {rows.stride()}"
     thin, factor = thin.contiguous(), _laid_out(factor)
     (n_rows, d), (n_experts, r, _) = rows.shape, factor.shape
     if rows.numel() == 0:
         return rows
     tile = tiles.update(rows, r, n_rows <= tiles.FEW)
-    grid = programs(n_rows, n_experts, tile.t), triton.cdiv(d, tile.outer)
+    grid = programs(n_rows, n_experts + 1, tile.t), triton.cdiv(d, tile.outer)
     with on_device(rows):
         launch(
             lora_expert_update_kernel, grid, (rows, thin, factor, offsets), (float(scaling),),

@@ -19,12 +19,12 @@ _GROUPED = (torch.bfloat16, torch.float16, torch.float32)  # dtypes of torch's g
 _ALIGNMENT = 16  # bytes: what it needs of strides and addresses
 
 
-def product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def product(rows: Tensor, weight: Tensor, offsets: Tensor, zero_rest: bool = True) -> Tensor:
     """Returns rows_e weight_e of each expert: (n, k), (E, k, m) in the same dtype, any strides → (n, m). Rows that
-    belong to no expert, from offsets[-1] on, give 0."""
+    belong to no expert, from offsets[-1] on, give 0, or with ``zero_rest=False`` may be undefined."""
     if len(rows) and rows.stride(1) == 1 and _takes(rows) and _takes(weight):
-        result = F.grouped_mm(rows, weight, offs=offsets)  # which leaves the rows of no expert undefined
-        return _without_rest(result, offsets)
+        result = F.grouped_mm(rows, weight, offs=offsets)
+        return _without_rest(result, offsets) if zero_rest else result
     return _unpadded(torch.bmm(_padded(rows, offsets), weight), offsets, len(rows))
 
 
@@ -42,9 +42,11 @@ def update(thin: Tensor, factor: Tensor, offsets: Tensor) -> Tensor:
 
 
 def add_product(rows: Tensor, thin: Tensor, factor: Tensor, scaling: float, offsets: Tensor) -> Tensor:
-    """Returns rows_e + scaling · thin_e factor_e: (n, d), (n, r), (E, r, d) → (n, d). It is in place unless a mode of
-    torch sees the products, as that of selective checkpointing, which keeps them and uses them again."""
-    return (rows.add if sees_ops() else rows.add_)(update(thin, factor, offsets), alpha=scaling)
+    """Returns rows_e + scaling · thin_e factor_e: (n, d), (n, r), (E, r, d) → (n, d), 0 in rows of no expert. It is in
+    place unless a mode of torch sees the products, as that of selective checkpointing, which keeps them and uses them
+    again."""
+    result = (rows.add if sees_ops() else rows.add_)(update(thin, factor, offsets), alpha=scaling)
+    return _without_rest(result, offsets)
 
 
 def grad_s(dy: Tensor, lora_B: Tensor, scaling: float, offsets: Tensor) -> Tensor:
