@@ -14,7 +14,7 @@ from ..ops import composite, seeds
 from ..ops import dora as dora_op
 from ..ops import linear as linear_op
 from ..ops.observers import modes, sees_ops
-from .linear import casts, checked, in_autocast, is_autocast_on, lora_linear, reason_against_op
+from .linear import casts, check, checked, in_autocast, is_autocast_on, lora_linear, narrow, reason_against_op
 
 _apply = super(torch.autograd.Function, dora_op.ColumnScaleFunction).apply  # as linear._apply
 _apply_linear = super(torch.autograd.Function, dora_op.DoRALinearFunction).apply
@@ -55,6 +55,9 @@ def dora_linear(
     check_row_values("magnitude", magnitude, weight)
     if bias is not None:
         check_row_values("bias", bias, weight)
+    for name, tensor in (("x", x), ("lora_A", lora_A), ("lora_B", lora_B)):
+        checks.tensor(tensor, name)
+    check(x, weight, None, lora_A, lora_B, scaling, dropout_p)
     dropped = x if dropout_p == 0.0 else _dropout(x, dropout_p, seed)
     norms = weight_norms(weight, lora_A, lora_B, scaling)
     y = scaled_linear(dropped, weight, bias if dropout_p == 0.0 else None, lora_A, lora_B, magnitude, norms, scaling)
@@ -71,7 +74,10 @@ def weight_norms(
         if torch.compiler.is_compiling() or sees_ops() or composite.reason_for_parameters(tensors) is not None:
             norms = dora_op.reference.written_norms(weight, lora_A, lora_B, scaling)
             return norms.detach()  # of forward-mode derivatives, too
-        return backend.ops("dora", weight).weight_norms(weight, lora_A, lora_B, scaling, squares)
+        triton = backend.uses_triton(weight)
+        a, b = (narrow(factor) if triton else factor for factor in (lora_A, lora_B))
+        norms = backend.load_ops("dora", triton).weight_norms(weight, a, b, scaling, squares)
+        return norms.to(lora_A.dtype)
 
 
 def scaled_linear(

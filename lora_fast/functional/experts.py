@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import backend, checks
 from ..ops import experts as experts_op
-from .linear import in_autocast, reason_against_op
+from .linear import in_autocast, narrow, reason_against_op
 
 _apply = super(torch.autograd.Function, experts_op.GroupedLinearFunction).apply  # as linear._apply
 
@@ -57,9 +57,12 @@ def lora_grouped_linear(
         y = _composite(x, weight, lora_A, lora_B, scaling, offsets)
     elif torch.compiler.is_compiling():
         triton = backend.uses_triton(x)
+        lora_A, lora_B = (narrow(factor) if triton else factor for factor in (lora_A, lora_B))
         y = experts_op.grouped_linear_op(x, weight, lora_A, lora_B, float(scaling), offsets, triton)[0]
     else:
-        ops = backend.load_ops("experts", backend.forward_uses_triton(x))
+        triton = backend.forward_uses_triton(x)
+        lora_A, lora_B = (narrow(factor) if triton else factor for factor in (lora_A, lora_B))
+        ops = backend.load_ops("experts", triton)
         y = _apply(ops, x.contiguous(), weight, lora_A, lora_B, float(scaling), offsets.contiguous())
     return y if bias is None else plus_bias(y, bias, offsets)
 

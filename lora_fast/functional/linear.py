@@ -123,14 +123,7 @@ def run_composite(x, weight, bias, lora_A, lora_B, scaling, dropout_p: float = 0
     weight may be trained."""
     scaling, dropout_p = _plain_numbers(scaling, dropout_p, x)
     keep = None
-    is_plain = all(type(tensor) in checks.PLAIN for tensor in (x, weight, lora_A, lora_B))
-    if is_plain and not x.is_nested and (_traced() or composite.transform() != composite.JIT_TRACE):
-        autocast = in_autocast(x)
-        number = 1.0 if isinstance(scaling, Tensor) else scaling
-        checks.lora_linear(x, weight.detach(), bias, lora_A, lora_B, number, dropout_p, autocast)
-    elif isinstance(weight, Tensor) and weight.dtype not in checks.FLOATS:  # a library's own tensor
-        expected = "a floating tensor or, of a quantised layer, lora_fast.quantized.quantized_weight(layer)"
-        raise checks.ArgumentError("weight", expected, checks.shown(weight))
+    check(x, weight, bias, lora_A, lora_B, 1.0 if isinstance(scaling, Tensor) else scaling, dropout_p)
     if seed is not None and dropout_p > 0.0:
         seeds.check(seed)
         if x.is_nested or x.layout is not torch.strided:
@@ -139,12 +132,28 @@ def run_composite(x, weight, bias, lora_A, lora_B, scaling, dropout_p: float = 0
     return composite.linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, keep)
 
 
+def check(x, weight, bias, lora_A, lora_B, scaling: float, dropout_p: float) -> None:
+    """Raises ArgumentError if the arguments do not fit, except that the weight may be trained, where x has a shape to
+    check and no tensor is of a subclass."""
+    is_plain = all(type(tensor) in checks.PLAIN for tensor in (x, weight, lora_A, lora_B))
+    if is_plain and not x.is_nested and (_traced() or composite.transform() != composite.JIT_TRACE):
+        checks.lora_linear(x, weight.detach(), bias, lora_A, lora_B, scaling, dropout_p, in_autocast(x))
+    elif isinstance(weight, Tensor) and weight.dtype not in checks.FLOATS:  # a library's own tensor
+        expected = "a floating tensor or, of a quantised layer, lora_fast.quantized.quantized_weight(layer)"
+        raise checks.ArgumentError("weight", expected, checks.shown(weight))
+
+
 def _plain_numbers(scaling, dropout_p, x: Tensor) -> tuple[float | Tensor, float]:
     """Returns the numbers as Python's, and a scaling in a tensor without dimensions. A ``dropout_p`` in a tensor is
     read on the host, as by nn.Dropout."""
     p = checks.plain_number(dropout_p)
     device = getattr(x, "device", None)  # what x is, is checked later
     return checks.scaling(scaling, device), checks.probability(float(p) if isinstance(p, bool) else p, "dropout_p")
+
+
+def narrow(factor: Tensor) -> Tensor:
+    """Returns a factor in a dtype that all kernels load: float32 for float64."""
+    return factor.float() if factor.dtype is torch.float64 else factor
 
 
 def is_autocast_on(device_type: str) -> bool:

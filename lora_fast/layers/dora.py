@@ -122,7 +122,8 @@ class RowNorms:
             if kept is None or (not rerun and (trains or kept.trained)) or not kept.matches(weight, a, b, scaling):
                 # Sources are read before the norms: a change by another thread after this makes them invalid.
                 sources = _Source(weight, _sample(weight)), _Source(a, a), _Source(b, b)
-                rows = row_norms(weight, a, b, scaling, self._squares_of(weight, sources[0]))
+                with torch.inference_mode(False):  # a later call may save them for its backward
+                    rows = row_norms(weight, a, b, scaling, self._squares_of(weight, sources[0]))
                 self._kept = kept = _Kept(rows, sources, scaling, trains, device.stream_on(place))
         return kept.rows
 

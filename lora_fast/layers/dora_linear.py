@@ -70,6 +70,10 @@ class DoRALinear(LoRALinear):
             self._note(reason)
         return dora(x, call, self.lora_magnitude_vector, kept_norms(self), self._linear)
 
+    @property
+    def has_own_op(self) -> bool:  # type: ignore[override]
+        return self.base is None
+
     def _linear(self, x: Tensor, call: tuple) -> Tensor:
         """Computes the op from x and its arguments, alone or with the layer's group."""
         if self.base is not None and _traced():  # the library's own ops are in the graph

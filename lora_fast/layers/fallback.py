@@ -35,6 +35,7 @@ class Fallback(Module):
     fallback_reason: str | None = None
     siblings: groups.Siblings | None = None
     takes_siblings = True  # whether its factors are parameters, which tell whether a result is still the right one
+    has_own_op = False  # whether an op of its own computes it, so that it is in no group
 
     def _call(self, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling, dropout_p) -> Tensor:
         """Returns what ``functional.lora_linear`` returns, and notes the reason if plain ops compute it."""

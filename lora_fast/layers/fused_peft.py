@@ -90,6 +90,11 @@ class FusedForward(Fallback):
         active = active if type(active) is str else active[0]
         return self.lora_magnitude_vector[active].weight if active in self.lora_variant else None
 
+    @property
+    def has_own_op(self) -> bool:  # type: ignore[override]
+        is_dora = bool(self.lora_variant) and self._magnitude() is not None
+        return is_dora and type(self._modules["base_layer"]) in (Linear, Conv1D)
+
     def _run(self, x: Tensor, call: tuple) -> Tensor:
         """Computes the op, with the layers of this x if there are any."""
         if _traced() or self.siblings is None:

@@ -69,6 +69,8 @@ def _alone(layer: Any) -> str:
         return f"adapter of the parameter {layer.parameter_name!r}"
     if not layer.takes_siblings:
         return f"factors of a {type(layer).__name__}, which are computed"
+    if layer.has_own_op:
+        return "DoRA, of which each layer has an op of its own"
     if layer.siblings is None:
         return "group=False, or the only one of its parent"
     if id(layer) in layer.siblings.unfit:

@@ -62,6 +62,7 @@ def test_engines_train_experts_alike(mixture, tmp_path):
         (("--target-parameters", "a,,b"), "--target-parameters: expected parameter names separated by commas"),
         (("--target-parameters", PARAMETERS, "--dora"), "--dora: expected plain LoRA with --target-parameters"),
         (("--target-parameters", PARAMETERS, "--dropout", 0.1), "--dropout: expected 0 with --target-parameters"),
+        (("--dora",), "--targets: expected parts of the model that PEFT adapts with these options, got"),
         (("--dora", "--method", "nb-lora"), "--dora: expected a method that trains PEFT's adapters"),
     ],
 )

@@ -138,13 +138,26 @@ def peft_config(settings: Settings) -> LoraConfig:
     )
 
 
+def peft_model(base: transformers.PreTrainedModel, settings: Settings) -> PeftModel:
+    """Returns PEFT's model of the settings' adapters.
+
+    Raises:
+        ArgumentError: PEFT has no such adapters for a part of the model, as DoRA or dropout for experts, which
+            all-linear includes where transformers stacks them.
+    """
+    try:
+        return get_peft_model(base, peft_config(settings))
+    except ValueError as error:
+        raise ArgumentError("--targets", "parts of the model that PEFT adapts with these options", error) from error
+
+
 def _with_adapters(context: RunContext, run: Run, base: transformers.PreTrainedModel) -> tuple[torch.nn.Module, str]:
     """Returns the model with fresh adapters in ``base``, and the report of what was injected or fused."""
     if run.method.adapters is not None:
         report = _inject(run, base, _config(context, run.method.adapters))
         report.note = ". ".join(filter(None, (run.method.adapters.note(base), report.note)))
         return base, str(report)
-    model = get_peft_model(base, peft_config(context.settings))
+    model = peft_model(base, context.settings)
     if run.engine == "eager":
         return model, "PEFT's own layers"
     try:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import Tensor, nn
 
 from ... import fuse_
@@ -82,7 +81,7 @@ def build(settings: Settings, source: str, dtype: torch.dtype, compiled: bool) -
     frozen = models.twin(model).requires_grad_(False)
     weights = weight_bytes(frozen, dtype)
     frozen.enable_input_require_grads()  # without any trained parameter there would be no backward pass
-    eager = get_peft_model(model, training.peft_config(settings))
+    eager = training.peft_model(model, settings)
     for name, parameter in eager.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=B_STD)
