@@ -359,8 +359,8 @@ def grad_s_b_row(dtype: torch.dtype, wide: bool) -> str:
 
 def scaled_grads(dy: torch.Tensor, r: int, wide: bool) -> Tile:
     """Returns the tile of the pass over dy of a DoRA layer, which reads a second matrix beside dy: that of
-    ``grad_s_b`` with half as many tokens a step. Before sm_90 wide factors of more than 16 ranks leave registers for two
-    stages."""
+    ``grad_s_b`` with half as many tokens a step. Before sm_90 wide factors of more than 16 ranks leave registers for
+    two stages."""
     card = limits(dy.device)
     tile = default(grad_s_b_row(dy.dtype, wide), dy.element_size(), card, r)
     most = 2 if wide and tile.r > 16 and card.arch < 90 else tile.stages
