@@ -207,6 +207,10 @@ def test_a_compiled_call_has_the_op_alone():
 
 WRONG = {
     "weight": (lambda a: a | {"weight": a["weight"][0]}, "weight: expected shape"),
+    "no experts": (
+        lambda a: a | {name: a[name][:0] for name in ("weight", "bias", "lora_A", "lora_B", "offsets")},
+        "weight: expected shape .* at least one expert",
+    ),
     "transposed weight": (lambda a: a | {"weight": a["weight"].mT}, "lora_A: expected shape"),
     "trained weight": (lambda a: a | {"weight": a["weight"].clone().requires_grad_()}, "weight: expected a frozen"),
     "rank of b": (lambda a: a | {"lora_B": a["lora_B"][..., :3]}, "lora_B: expected shape"),
