@@ -75,11 +75,14 @@ lint: env
 bench: env
 	$(BIN)/python bench/counts.py
 	$(BIN)/python bench/quantized.py
+	$(BIN)/python bench/dora.py
+	$(BIN)/python bench/experts.py
 	$(BIN)/python bench/memory_step.py
 	$(BIN)/python bench/host.py
 	$(BIN)/python bench/host_step.py
 	$(BIN)/python bench/precision.py
-	$(BIN)/python bench/train_step.py --compare fused nb-lora
+	$(BIN)/python bench/train_step.py --compare fused nb-lora dora
+	$(BIN)/python bench/experts_step.py
 	$(BIN)/python bench/train_step.py --quantize nf4
 	$(BIN)/python bench/generate.py
 	$(BIN)/python bench/run.py
