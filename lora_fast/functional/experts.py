@@ -99,8 +99,8 @@ def _check(x, weight, bias, lora_A, lora_B, scaling, offsets) -> None:
             raise checks.ArgumentError(name, "a dense tensor", tensor.layout)
         if name != "offsets" and tensor.dtype not in checks.FLOATS:
             raise checks.ArgumentError(name, "a dtype among float16, bfloat16, float32, float64", tensor.dtype)
-    if weight.dim() != 3:
-        raise checks.ArgumentError("weight", "shape (E, d_out, d_in)", tuple(weight.shape))
+    if weight.dim() != 3 or len(weight) == 0:
+        raise checks.ArgumentError("weight", "shape (E, d_out, d_in) of at least one expert", tuple(weight.shape))
     if lora_A.dim() != 3 or not 1 <= lora_A.shape[1] <= checks.LARGEST_RANK:
         expected = f"shape (E, r, d_in) with r from 1 to {checks.LARGEST_RANK}"
         raise checks.ArgumentError("lora_A", expected, tuple(lora_A.shape))

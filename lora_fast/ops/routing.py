@@ -61,7 +61,8 @@ class _ToExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         order, places = ctx.saved_tensors
-        return _ToTokens.apply(dy, order, places).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
+        rows = _ToTokens.apply(dy, order, places)  # of which legacy vmap (is_grads_batched) can view, not unflatten
+        return rows.view(-1, ctx.top_k, rows.shape[1]).sum(1), None, None, None
 
 
 class _ToTokens(torch.autograd.Function):

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_fast as lf
 from lora_fast.functional import lora_grouped_linear
+from lora_fast.functional.experts import grouped_linear
 
 pytestmark = pytest.mark.gpu
 
@@ -86,6 +87,67 @@ def test_float64_and_second_derivatives():
         assert torch.autograd.gradgradcheck(run, trained)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("d_in, d_out", [(24, 7), (7, 24), (24, 40)])
+def test_gradients_of_layers_without_an_adapter(d_in, d_out, dtype):
+    """Torch's own derivative of its grouped product refuses some sizes, and a gradient that is expanded."""
+    arguments = tensors((1, 9, 0, 4, 0), dtype, d_in=d_in, d_out=d_out, rest=2)
+    x, weight, bias, offsets = (arguments[name] for name in ("x", "weight", "bias", "offsets"))
+    grouped_linear(x, weight, bias, offsets).sum().backward()
+    counts = torch.diff(offsets, prepend=offsets.new_zeros(1), append=offsets.new_full((1,), len(x)))
+    want = torch.cat((weight.double().sum(1), weight.new_zeros((1, d_in)).double())).repeat_interleave(counts, 0)
+    torch.testing.assert_close(x.grad.double(), want, rtol=1e-2, atol=1e-2 if dtype is torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("d_in, d_out", [(24, 40), (24, 7)])
+def test_second_derivatives_in_float32(d_in, d_out):
+    arguments = tensors((1, 9, 0, 4), d_in=d_in, d_out=d_out)
+
+    def penalty(run, arguments):
+        trained = [arguments[name] for name in ("x", "lora_A", "lora_B")]
+        grads = torch.autograd.grad(run(**arguments).square().sum(), trained, create_graph=True)
+        return torch.autograd.grad(sum(grad.sin().sum() for grad in grads), trained)
+
+    with lf.set_backend("torch"):
+        exact = penalty(dense, in_float64(arguments))
+        ours, theirs = penalty(lora_grouped_linear, arguments), penalty(dense, arguments)
+    for got, other, want in zip(ours, theirs, exact, strict=True):
+        assert error(got, want) <= 4 * error(other, want) + 1e-6
+
+
+def batched_gradients(run, x):
+    x = x.clone().requires_grad_()
+    y = run(x)
+    return torch.autograd.grad(y, x, torch.stack([y.detach(), y.detach().sin()]), is_grads_batched=True)[0]
+
+
+def tangent(run, x):
+    with torch.autograd.forward_ad.dual_level():
+        return torch.autograd.forward_ad.unpack_dual(run(torch.autograd.forward_ad.make_dual(x, x.cos()))).tangent
+
+
+TRANSFORMS = {
+    "grad": lambda run, x: torch.func.grad(lambda x: run(x).sin().sum())(x),
+    "vmap": lambda run, x: torch.func.vmap(run)(torch.stack([x, x.sin()])),
+    "jvp": lambda run, x: torch.func.jvp(run, (x,), (x.cos(),))[1],
+    "hessian": lambda run, x: torch.func.hessian(lambda x: run(x).sin().sum())(x),
+    "forward mode": tangent,
+    "batched gradients": batched_gradients,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms(transform):
+    """In float32, of whose grouped product torch has no rules for transforms."""
+    arguments = tensors((1, 3, 0, 2), d_in=8, d_out=12)
+    x, exact = arguments.pop("x").detach(), in_float64(arguments | {"x": arguments["weight"]})
+    del exact["x"]
+    with lf.set_backend("torch"):
+        got = TRANSFORMS[transform](lambda x: lora_grouped_linear(x, **arguments), x)
+        want = TRANSFORMS[transform](lambda x: dense(x, **exact), x.double())
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
 class Calls(TorchDispatchMode):
     """Notes torch's calls and the most elements that one of them makes."""
 
@@ -145,6 +207,10 @@ def test_a_compiled_call_has_the_op_alone():
 
 WRONG = {
     "weight": (lambda a: a | {"weight": a["weight"][0]}, "weight: expected shape"),
+    "no experts": (
+        lambda a: a | {name: a[name][:0] for name in ("weight", "bias", "lora_A", "lora_B", "offsets")},
+        "weight: expected shape .* at least one expert",
+    ),
     "transposed weight": (lambda a: a | {"weight": a["weight"].mT}, "lora_A: expected shape"),
     "trained weight": (lambda a: a | {"weight": a["weight"].clone().requires_grad_()}, "weight: expected a frozen"),
     "rank of b": (lambda a: a | {"lora_B": a["lora_B"][..., :3]}, "lora_B: expected shape"),

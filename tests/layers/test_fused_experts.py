@@ -94,6 +94,16 @@ def test_factors_in_the_other_layout_as_in_peft_0_18():
     torch.testing.assert_close(got, want, **WITHIN)
 
 
+def test_batched_gradients_are_those_of_peft():
+    gradients = []
+    for model in pair(dtype=torch.float32):
+        x, index, weights = routed(dtype=torch.float32)
+        y = wrapper_of(model)(x.requires_grad_(), index, weights)
+        batch = torch.stack([torch.ones_like(y), y.detach()])
+        gradients.append(torch.autograd.grad(y, x, batch, is_grads_batched=True)[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
+
+
 # routing
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..observers import sees_ops
 
@@ -22,10 +23,29 @@ _ALIGNMENT = 16  # bytes: what it needs of strides and addresses
 def product(rows: Tensor, weight: Tensor, offsets: Tensor, zero_rest: bool = True) -> Tensor:
     """Returns rows_e weight_e of each expert: (n, k), (E, k, m) in the same dtype, any strides → (n, m). Rows that
     belong to no expert, from offsets[-1] on, give 0, or with ``zero_rest=False`` may be undefined."""
+    if _needs_node(rows, weight):
+        return _Product.apply(rows, weight, offsets)
     if len(rows) and rows.stride(1) == 1 and _takes(rows) and _takes(weight):
         result = F.grouped_mm(rows, weight, offs=offsets)
         return _without_rest(result, offsets) if zero_rest else result
     return _unpadded(torch.bmm(_padded(rows, offsets), weight), offsets, len(rows))
+
+
+class _Product(torch.autograd.Function):
+    """``product``. Torch's derivative of its grouped product does not take the strides of every gradient."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, offsets):
+        ctx.save_for_backward(rows, weight, offsets)
+        return product(rows, weight, offsets)
+
+    @staticmethod
+    def backward(ctx, dy):
+        rows, weight, offsets = ctx.saved_tensors
+        need_rows, need_weight, _ = ctx.needs_input_grad
+        dy = dy.contiguous()
+        d_rows = product(dy, weight.mT, offsets) if need_rows else None
+        return d_rows, _outer(rows, dy, offsets) if need_weight else None, None
 
 
 def project(x: Tensor, lora_A: Tensor, offsets: Tensor) -> Tensor:
@@ -73,16 +93,47 @@ def _thin(rows: Tensor, factor: Tensor, offsets: Tensor) -> Tensor:
     """Returns rows_e factor_e of factors (E, k, r), whose rank torch's grouped product takes in multiples only."""
     rank = factor.shape[2]
     factor = F.pad(factor, (0, _missing(rank, factor))).contiguous()
-    return product(rows, factor, offsets)[:, :rank]
+    return product(rows, factor, offsets).narrow(1, 0, rank)  # legacy vmap has no rule for a full slice
 
 
 def _outer(thin: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
     """Returns thin_eᵀ rows_e of each expert: (n, r), (n, d) in the same dtype → (E, r, d)."""
+    if _needs_node(thin, rows):
+        return _Outer.apply(thin, rows, offsets)
     rank = thin.shape[1]
     thin = F.pad(thin, (0, _missing(rank, thin))).contiguous()
     if all(map(_takes, (thin, rows))):
-        return F.grouped_mm(thin.t(), rows, offs=offsets)[:, :rank]
-    return torch.bmm(_padded(thin, offsets).mT, _padded(rows, offsets))[:, :rank]
+        return F.grouped_mm(thin.t(), rows, offs=offsets).narrow(1, 0, rank)
+    return torch.bmm(_padded(thin, offsets).mT, _padded(rows, offsets)).narrow(1, 0, rank)
+
+
+class _Outer(torch.autograd.Function):
+    """``_outer``, likewise."""
+
+    @staticmethod
+    def forward(ctx, thin, rows, offsets):
+        ctx.save_for_backward(thin, rows, offsets)
+        return _outer(thin, rows, offsets)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        thin, rows, offsets = ctx.saved_tensors
+        need_thin, need_rows, _ = ctx.needs_input_grad
+        d_thin = product(rows, gradient.mT, offsets) if need_thin else None
+        return d_thin, product(thin, gradient, offsets) if need_rows else None, None
+
+
+def _needs_node(first: Tensor, second: Tensor) -> bool:
+    """Returns whether autograd records a product of these, other than under a transform, which takes torch's ops."""
+    return torch.is_grad_enabled() and (first.requires_grad or second.requires_grad) and not _is_transformed(first)
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Returns whether a transform of functions, forward-mode differentiation or ``is_grads_batched`` runs, of which
+    torch's grouped product has no rule."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def _missing(rank: int, like: Tensor) -> int:
@@ -92,7 +143,9 @@ def _missing(rank: int, like: Tensor) -> int:
 
 def _takes(tensor: Tensor) -> bool:
     """Returns whether torch's grouped product takes an operand: rows or columns are contiguous, all else is aligned."""
-    if tensor.dtype not in _GROUPED or tensor.data_ptr() % _ALIGNMENT or not hasattr(F, "grouped_mm"):
+    if tensor.dtype not in _GROUPED or not hasattr(F, "grouped_mm") or _is_transformed(tensor):
+        return False
+    if tensor.data_ptr() % _ALIGNMENT:
         return False
     *outer, last, inner = tensor.stride()
     strides = [inner if last == 1 else last if inner == 1 else 1, *outer]
