@@ -161,20 +161,22 @@ def test_launches_and_bytes():
     assert list(backward.launches) == ["lora_column_scale_backward_kernel"]
 
 
-# dtypes of x and of the factors, (n_tokens, d_in, d_out), r, bias, arch
+# dtypes of x and of the factors, (n_tokens, d_in, d_out), r, bias, arch, thin products
 LAYERS = {
-    "float32": (FLOAT32, FLOAT32, (37, 24, 40), 4, True, 80),
-    "bfloat16, float32 factors": (BFLOAT16, FLOAT32, (70, 64, 136), 8, True, 90),
-    "bfloat16": (BFLOAT16, BFLOAT16, (300, 64, 72), 17, False, 90),
-    "float16, float32 factors": (HALF, FLOAT32, (19, 33, 41), 3, True, 89),
-    "partial sums": (BFLOAT16, FLOAT32, (600, 40, 35), 2, True, 90),
-    "rank 100": (BFLOAT16, FLOAT32, (40, 40, 72), 100, False, 90),
-    "one token": (FLOAT32, FLOAT32, (1, 8, 16), 1, True, 90),
+    "float32": (FLOAT32, FLOAT32, (37, 24, 40), 4, True, 80, None),
+    "bfloat16, float32 factors": (BFLOAT16, FLOAT32, (70, 64, 136), 8, True, 90, None),
+    "bfloat16": (BFLOAT16, BFLOAT16, (300, 64, 72), 17, False, 90, None),
+    "float16, float32 factors": (HALF, FLOAT32, (19, 33, 41), 3, True, 89, None),
+    "partial sums": (BFLOAT16, FLOAT32, (600, 40, 35), 2, True, 90, None),
+    "rank 100": (BFLOAT16, FLOAT32, (40, 40, 72), 100, False, 90, None),
+    "one token": (FLOAT32, FLOAT32, (1, 8, 16), 1, True, 90, None),
+    "by cuBLAS": (BFLOAT16, FLOAT32, (70, 64, 136), 8, True, 90, "cublas"),
+    "bfloat16 by cuBLAS": (BFLOAT16, BFLOAT16, (40, 33, 72), 17, False, 90, "cublas"),
 }
 
 
-@pytest.mark.parametrize("dtype, factor, shape, r, has_bias, arch", LAYERS.values(), ids=LAYERS)
-def test_a_layer_and_its_gradients(dtype, factor, shape, r, has_bias, arch):
+@pytest.mark.parametrize("dtype, factor, shape, r, has_bias, arch, thin", LAYERS.values(), ids=LAYERS)
+def test_a_layer_and_its_gradients(dtype, factor, shape, r, has_bias, arch, thin):
     """Gradients of float32 factors beside 16 bits have errors of products of halves alone. One magnitude is 0."""
     n_tokens, d_in, d_out = shape
     x, dy, weight = randn(n_tokens, d_in, dtype=dtype), randn(n_tokens, d_out, seed=1, dtype=dtype), randn(d_out, d_in)
@@ -183,7 +185,7 @@ def test_a_layer_and_its_gradients(dtype, factor, shape, r, has_bias, arch):
     magnitude, norms = randn(d_out, seed=5, dtype=factor), randn(d_out, seed=6).abs().add(0.5).to(factor)
     magnitude[0] = 0
     tensors = weight, a, b, magnitude, norms
-    with tiles.assume(arch=None if DEVICE.type == "cuda" else arch), poisoned_empty():
+    with tiles.assume(arch=None if DEVICE.type == "cuda" else arch, thin=thin), poisoned_empty():
         y, s, kept = dora.forward(x, weight, bias, *tensors[1:], SCALING)
         got = y, *dora.backward(dy, x, s, kept, *tensors, SCALING)
         again = dora.backward(dy, x, s, kept, *tensors, SCALING)

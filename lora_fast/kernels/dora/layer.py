@@ -5,7 +5,8 @@ Math      u = base + scaling S bᵀ, where cuBLAS computes base = x Wᵀ, and y 
               dmagnitude = Σ_t dy∘u / norms = (Σ_t dy∘base + scaling Σ_r b∘G) / norms
           so that base, which cuBLAS has written in any case, is kept for backward, and u is in memory nowhere.
 Grid      update: as in gemm.py. grads: (column chunks, token splits) as in grads.py: one read of dy and of base gives
-          du, dS, db and dmagnitude, and one or two more launches add their partial sums.
+          du, dS, db and dmagnitude, and one more launch adds their partial sums. Where LoRA's dS is cuBLAS's, for many
+          ranks, this one is, too.
 Shapes    x (n_tokens, d_in), W (d_out, d_in), S and dS (n_tokens, r), base, dy, du and y (n_tokens, d_out) in x's
           dtype; magnitude, norms and bias (d_out,) any float. Sums and c are float32.
 Roofline  update: base and y once. grads: dy, base and du once, plus partials as in grads.py.
@@ -24,9 +25,9 @@ from torch import Tensor
 from .. import device, tiles
 from ..launch import Launch, allocator, by_jit, contiguous_rows, is_wide, precision, thin_dtype
 from ..linear import signature, strategies
-from ..linear.cublas import CublasProject
+from ..linear.cublas import CublasGradSB, CublasProject
 from ..linear.gemm import load_factor, load_thin
-from ..linear.grads import GradA, Split, sum_launch
+from ..linear.grads import GradA, Split, sum_block
 from ..linear.groups import planned
 from ..linear.project import Project
 from ..linear.signature import flat, share_memory
@@ -123,6 +124,23 @@ def lora_scaled_grads_kernel(
         tl.store(dmagnitude + i_split * d_out + i_out, round_to(b_total, dmagnitude.dtype.element_ty), mask=m_out)
 
 
+@triton.jit(do_not_specialize=["n_parts_s", "n_parts_b", "n_parts_m"])
+def lora_scaled_sum_kernel(
+    parts_s, ds, parts_b, db, parts_m, dmagnitude,
+    numel_s, n_parts_s, numel_b, n_parts_b, numel_m, n_parts_m,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds the partial sums of dS, db and dmagnitude, in order, of those that have any."""
+    i_block = tl.program_id(0)
+    n_blocks_s, n_blocks_b = tl.cdiv(numel_s, BLOCK), tl.cdiv(numel_b, BLOCK)
+    if i_block < n_blocks_s:
+        sum_block(parts_s, ds, numel_s, n_parts_s, i_block, BLOCK)
+    elif i_block < n_blocks_s + n_blocks_b:
+        sum_block(parts_b, db, numel_b, n_parts_b, i_block - n_blocks_s, BLOCK)
+    else:
+        sum_block(parts_m, dmagnitude, numel_m, n_parts_m, i_block - n_blocks_s - n_blocks_b, BLOCK)
+
+
 class ScaledUpdate:
     """Computes y from base and S, (n_tokens, d_out) and (n_tokens, r), for one signature."""
 
@@ -166,8 +184,10 @@ class ScaledGrads:
             (n_tokens, d_out, dy.stride(0), lora_B.stride(0), tokens_per_split),
             {"R": r, **flags, "ROUNDED": rounded, "PRECISION": precision(dy), "STAGES": tile.stages, **tile.options()},
         )  # fmt: skip
-        _, ds, db, dm = self.results
-        self.add, self.add_m = sum_launch(ds.sizes, db.sizes), sum_launch(dm.sizes)
+        sizes = [size for split in self.results[1:] for size in split.sizes]
+        n_blocks, options = sum(triton.cdiv(numel, tiles.SUM_BLOCK) for numel in sizes[::2]), {"num_warps": 4}
+        options["BLOCK"] = tiles.SUM_BLOCK
+        self.add = Launch(lora_scaled_sum_kernel, (n_blocks,), tuple(sizes), options) if n_blocks else None
 
     def __call__(self, dy, base, s, lora_B, magnitude, norms, scaling: float, stream: int | None = None) -> tuple:
         # dy stands in for a result that is not needed: the kernel takes a pointer, but does not write to it.
@@ -176,9 +196,8 @@ class ScaledGrads:
         parts = [split.empty_parts() if split.in_parts else result for split, result in splits]
         self.launch.go(stream, (dy, base, s, lora_B, magnitude, norms, *parts), (scaling,))
         if self.add is not None:
-            self.add.go(stream, (parts[1], results[1], parts[2], results[2]), ())
-        if self.add_m is not None:
-            self.add_m.go(stream, (parts[3], results[3], parts[3], results[3]), ())
+            pairs = zip(parts[1:], results[1:], strict=True)
+            self.add.go(stream, tuple(tensor for pair in pairs for tensor in pair), ())
         return tuple(t if split.needed else None for split, t in zip(self.results, results, strict=True))
 
 
@@ -226,7 +245,9 @@ class BackwardPlan:
         laid_out = dy, x_rows, weight, a, b, magnitude, _ = self._lay_out(*arguments)
         self.needs_layout = not share_memory(arguments, laid_out)
         need_x, need_a, need_b, need_m = needs
-        self.grads = ScaledGrads(dy, s, b, magnitude, (need_x, need_x or need_a, need_b, need_m), rounded)
+        need_s, by_cublas = need_x or need_a, way.thin == "cublas"  # the parts of a dS of many ranks would be large
+        self.grads = ScaledGrads(dy, s, b, magnitude, (need_x, need_s and not by_cublas, need_b, need_m), rounded)
+        self.grad_s = CublasGradSB(dy, s, b, (True, False), rounded) if need_s and by_cublas else None
         self.grad_a = GradA(x_rows, thin_dtype(dy, b, rounded), a, False) if need_a else None
         left = dy if dy.is_contiguous() else torch.empty_like(dy, memory_format=torch.contiguous_format)
         gemm = signature.gemm_of(way, a, b)
@@ -237,6 +258,9 @@ class BackwardPlan:
             arguments = dy, x, weight, lora_A, lora_B, magnitude, norms
             dy, x, weight, lora_A, lora_B, magnitude, norms = self._lay_out(*arguments)
         du, ds, db, dm = self.grads(dy, base, s, lora_B, magnitude, norms, scaling, stream)
+        if self.grad_s is not None:
+            scaled = (magnitude.float() / norms.float())[:, None] * lora_B
+            ds, _ = self.grad_s(dy, s, scaled.to(lora_B.dtype), scaling, stream)
         da = None if self.grad_a is None else self.grad_a(x, ds, lora_A, None, stream)
         dx = None if self.grad_x is None else self.grad_x(du, weight, None, ds, lora_A, 1.0, None, stream)
         return dx, da, db, dm
