@@ -36,7 +36,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, weight, offsets):
-        ctx.save_for_backward(rows, weight, offsets)
+        need_rows, need_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if need_weight else None, weight if need_rows else None, offsets)
         return product(rows, weight, offsets)
 
     @staticmethod
@@ -112,7 +113,8 @@ class _Outer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, thin, rows, offsets):
-        ctx.save_for_backward(thin, rows, offsets)
+        need_thin, need_rows, _ = ctx.needs_input_grad
+        ctx.save_for_backward(thin if need_rows else None, rows if need_thin else None, offsets)
         return _outer(thin, rows, offsets)
 
     @staticmethod
