@@ -11,6 +11,7 @@ import torch
 import transformers
 from finetune_runs import held_out_loss_in_peft, invoke, metrics, refused
 
+from lora_fast.cli.finetune.next_steps import next_command
 from lora_fast.cli.inputs.settings import Settings
 from lora_fast.cli.profile import engines
 
@@ -53,6 +54,14 @@ def test_engines_train_experts_alike(mixture, tmp_path):
     adapter = tmp_path / "out/fused"
     trained = figures["runs"]["fused"]["held_out"][-1][1]
     assert held_out_loss_in_peft(mixture, adapter) == pytest.approx(trained, abs=1e-5)
+
+
+def test_the_next_commands_have_the_adapters_options():
+    settings = Settings(dora=True, target_parameters=PARAMETERS, steps=4)
+    words = next_command(settings, *Settings().method).split()
+    assert words == ["lora-fast", "finetune", "--target-parameters", PARAMETERS, "--dora", "--steps", "4", "--compare"]
+    words = next_command(Settings(dora=True, compare=True), *Settings().method).split()
+    assert words[:3] == ["lora-fast", "finetune", "--dora"] and "your_text.txt" in words
 
 
 @pytest.mark.parametrize(

@@ -50,14 +50,16 @@ def next_command(settings: Settings, method: str) -> str:
     """Returns the command to try next: the same settings with --compare or, after a comparison, ``method`` on the
     user's own text."""
     method_words = ["--method", method] if (method,) != Settings().method else []
-    if settings.compare:
-        quantize_words = ["--quantize", settings.quantize] if settings.quantize else []
-        return shlex.join(
-            ["lora-fast", "finetune", *method_words, *quantize_words, "--data", "your_text.txt", "--epochs", "1"]
-        )
     defaults = Settings().as_dict()
-    words = []
-    for name, value in settings.as_dict().items():
-        if value != defaults[name] and name not in ("engine", "method"):
-            words += [option(name), str(value)]
-    return shlex.join(["lora-fast", "finetune", *words, *method_words, "--compare"])
+    changed = {name: value for name, value in settings.as_dict().items() if value != defaults[name]}
+    words = lambda *names: [word for name in names if name in changed for word in _words(name, changed[name])]
+    if settings.compare:
+        kept = words("quantize", "dora", "target_parameters")
+        return shlex.join(["lora-fast", "finetune", *method_words, *kept, "--data", "your_text.txt", "--epochs", "1"])
+    kept = words(*[name for name in changed if name not in ("engine", "method")])
+    return shlex.join(["lora-fast", "finetune", *kept, *method_words, "--compare"])
+
+
+def _words(name: str, value: object) -> list[str]:
+    """Returns the words of an option; those of a flag that is on are its name alone."""
+    return [option(name)] if value is True else [option(name), str(value)]
