@@ -3,8 +3,7 @@
 A key is ``base_model.model.<module>.<rest>``. Reading also accepts keys that contain the name of PEFT's default
 adapter, ``….lora_A.default.weight``, as PEFT does. Beside the two factors of each linear layer the file may contain
 other tensors: DoRA's magnitudes (``….lora_magnitude_vector``), those of whole modules (``modules_to_save``), of
-embeddings, of PEFT's other variants. What a model can do with
-them is decided in ``load_plan.py``.
+embeddings, of PEFT's other variants. What a model can do with them is decided in ``load_plan.py``.
 
 Of an embedding X in ``modules_to_save`` the file has the trained values, ``X.weight``. If the vocabulary was resized,
 PEFT adds the frozen original, ``X.original_module.weight``, and repeats the trained values as
