@@ -13,16 +13,13 @@ expert for every token that is routed to it, which takes gigabytes.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
-from train_step import Side, batches, between, copies, in_turns, peft_model, row, step_seconds, trained, where
+from train_step import Side, batches, between, copies, in_turns, peft_model, row, show, step_seconds, trained, where
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lora_fast.cli.inputs import models
@@ -86,16 +83,8 @@ def main() -> None:
     models.quieten()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     conditions = f"top {options.top_k}, r={options.rank}, {options.batch}×{options.seq_len} tokens, {where(device)}"
-    table = Table(title=f"Qwen3-MoE, {options.layers} layers of 512 columns, {conditions}")
-    for column in ("A / B", "A s/step", "B s/step", "A / B (p20–p80)", "goal", "verdict"):
-        table.add_column(column, justify="right")
-    results = []
-    for result, cells in comparisons(options, device):
-        results.append(result)
-        table.add_row(*cells)
-    Console().print(table)
-    if options.json:
-        options.json.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1))
+    title = f"Qwen3-MoE, {options.layers} layers of 512 columns, {conditions}"
+    show(title, conditions, comparisons(options, device), options.json)
 
 
 if __name__ == "__main__":

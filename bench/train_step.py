@@ -220,6 +220,19 @@ def comparisons(options: argparse.Namespace, device: torch.device) -> Iterator[t
         yield {"comparison": "nb-lora", **result}, row(result, label, "≤", NB_LORA_GOALS[device.type])
 
 
+def show(title: str, conditions: str, compared: Iterator[tuple[dict, list[str]]], path: Path | None) -> None:
+    """Prints the table of some comparisons, and writes their figures to a file if there is a path."""
+    table, results = Table(title=title), []
+    for column in ("A / B", "A s/step", "B s/step", "A / B (p20–p80)", "goal", "verdict"):
+        table.add_column(column, justify="right")
+    for result, cells in compared:
+        results.append(result)
+        table.add_row(*cells)
+    Console().print(table)
+    if path:
+        path.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = (*COMPARISONS, "dora", "nb-lora")
@@ -237,16 +250,7 @@ def main() -> None:
     conditions = f"r={options.rank}, {options.batch}×{options.seq_len} tokens, {where(device)}"
     if options.quantize:
         conditions = f"{options.quantize}, {conditions}"
-    table = Table(title=f"SmolLM2-135M, {conditions}")
-    for column in ("A / B", "A s/step", "B s/step", "A / B (p20–p80)", "goal", "verdict"):
-        table.add_column(column, justify="right")
-    results = []
-    for result, cells in comparisons(options, device):
-        results.append(result)
-        table.add_row(*cells)
-    Console().print(table)
-    if options.json:
-        options.json.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1))
+    show(f"SmolLM2-135M, {conditions}", conditions, comparisons(options, device), options.json)
 
 
 if __name__ == "__main__":

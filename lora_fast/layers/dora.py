@@ -159,8 +159,8 @@ class _Kept:
 
 
 class _Source:
-    """What tells whether a tensor has changed. It does not keep the tensor's memory, only the address from being used
-    again.
+    """This object tells whether a tensor has changed. It does not keep the tensor's memory, only the address from being
+    used again.
 
     Attributes:
         values: on a CPU, a copy of the values that are compared.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Routing(NamedTuple):
-    """Where the n·k pairs of a token and an expert are.
+    """This record says where the n·k pairs of a token and an expert are.
 
     Attributes:
         order: int64 (n·k,), the pair in each sorted row; pair i · k + j is the j-th expert of token i.

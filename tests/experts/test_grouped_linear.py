@@ -187,6 +187,17 @@ def test_saved_are_x_and_s():
     assert [tuple(tensor.shape) for tensor in saved if tensor.data_ptr() not in own] == [(9, 4)]
 
 
+def test_a_product_without_an_adapter_keeps_no_rows():
+    """A frozen weight needs them for no gradient."""
+    arguments, saved = tensors((4, 0, 5, 0)), []
+    x, weight, offsets = (arguments[name] for name in ("x", "weight", "offsets"))
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        y = grouped_linear(x, weight, None, offsets)
+    assert {tensor.data_ptr() for tensor in saved} == {weight.data_ptr(), offsets.data_ptr()}
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(dx, weight.sum(1).repeat_interleave(torch.tensor((4, 0, 5, 0), device=DEVICE), 0))
+
+
 def test_checkpointing_and_autocast():
     arguments = tensors((4, 0, 5, 2))
     plain = results(lora_grouped_linear, arguments)
