@@ -297,7 +297,7 @@ def _text(value) -> str:
 
 def _params(kernel) -> list[str]:
     """Returns name:type of every parameter."""
-    params = [f"{name}:{kind}" for name, kind in kernel.src.signature.items() if kind != "constexpr"]
+    params = [f"{name}:{_text(kind)}" for name, kind in kernel.src.signature.items() if kind != "constexpr"]
     entry = re.search(r"\.entry[^{]*", kernel.asm["ptx"])[0]
     count = sum(5 if "tensordesc" in param else 1 for param in params)
     if entry.count(".param ") != count + 2:
