@@ -123,6 +123,13 @@ int lora_fast_check_addresses(const char *function, const char *names, int count
     CALL(lora_fast_check_addresses(__func__, #__VA_ARGS__,                                                             \
                                    (int)(sizeof((const void *[]){__VA_ARGS__}) / sizeof(void *)),                      \
                                    (const void *[]){__VA_ARGS__}))
+/* Fails for an address of a number of 64 bits that is no multiple of 8. */
+#define CHECK_MULTIPLE_OF_8(pointer)                                                                                   \
+    do {                                                                                                               \
+        if ((uintptr_t)(pointer) % 8)                                                                                  \
+            return lora_fast_fail(LORA_FAST_MISALIGNED, "%s: %s: expected a multiple of 8, got %p", __func__,          \
+                                  #pointer, (const void *)(pointer));                                                  \
+    } while (0)
 /* Fails for a struct that is NULL, smaller than this library's, or larger with a field that is not 0. */
 int lora_fast_check_struct(const char *function, const char *name, const void *structure, size_t known);
 #define CHECK_STRUCT(pointer) CALL(lora_fast_check_struct(__func__, #pointer, pointer, sizeof *(pointer)))
