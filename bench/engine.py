@@ -4,9 +4,9 @@
     python bench/engine.py --build build/aot    # takes a library that CMake has built, with its tests
 
 The library launches into the tests' stub driver (aot/tests/stub_cuda.c), which reports an H100 and computes nothing. A
-call's own time is what remains of it without the driver's functions for launches and tensor maps, which are called again
-with the same arguments. The figures are CPU times of one thread in interleaved rounds: the lower quartile of the rounds'
-means (aot/tests/host_time.c). CUDA's own driver takes microseconds a launch, which are not in the figures.
+call's own time is what remains of it without the driver's functions for launches and tensor maps, which are called
+again with the same arguments. The figures are CPU times of one thread in interleaved rounds: the lower quartile of the
+rounds' means (aot/tests/host_time.c). CUDA's own driver takes microseconds a launch, which are not in the figures.
 """
 
 import argparse
