@@ -21,19 +21,19 @@
 
 /* A kernel of an op: what a key is about, besides dtypes, rank and options. */
 enum kind {
-    PROJECT, LINEAR, GRAD_X, ADD_TO_Y, ADD_TO_DX, GRAD_S_B, GRAD_A, SUM_S_B, SUM_A, BATCH_PROJECT, BATCH_ADD, GRAM,
+    PROJECT, LINEAR, GRAD_X, ADD_TO_Y, ADD_TO_DX, GRAD_S_B, GRAD_A, SUM, BATCH_PROJECT, BATCH_ADD, GRAM,
     STEP, TRANSFORM, MERGE, CAYLEY_SUMS, CAYLEY_INVERSE, CAYLEY_BACKWARD, CAYLEY_PRODUCTS, SPD_SOLVE, SPD_INVERSE,
     SMALL_INVERSE, SCALORA_SOLVE, SCALORA_SCALES, IMBALANCE, SCALE_REG
 };
 /* Options of a key. Those with the value 0 are the first of several. */
 enum option {
-    DROPOUT = 1, BIAS = 1, ACCUMULATE = 2, BACKWARD = 1,
+    DROPOUT = 1, BIAS = 1, BACKWARD = 1, ACCUMULATE_NONE = 0, ACCUMULATE_FIRST = 1, ACCUMULATE_SECOND = 2,
     TOKENS_MANY = 0, TOKENS_SHORT = 2,
     ADD = 1, MATRIX = 2, SCALE = 4, GRAMS = 8, STOCHASTIC = 16,
     ROUNDING_NEAREST = 0, ROUNDING_STOCHASTIC = 1, ROUNDING_COMPENSATED = 2, SEED_IN_MEMORY = 4,
     SOLVER_NNLS = 0, SOLVER_PAPER = 1, SOLVER_COLUMN = 2, SOLVER_SCALAR = 3
 };
-/* dtype and adapter: of lora_fast_dtype; both the same where a kernel has one. */
+/* dtype and adapter: of lora_fast_dtype; both the same where a kernel has one. r: 0 for a kernel of all ranks. */
 #define KEY(kind, dtype, adapter, r, options)                                                                          \
     ((uint64_t)(kind) << 32 | (uint64_t)(dtype) << 28 | (uint64_t)(adapter) << 24 | (uint64_t)(r) << 8 | (options))
 
@@ -123,6 +123,13 @@ int lora_fast_check_addresses(const char *function, const char *names, int count
     CALL(lora_fast_check_addresses(__func__, #__VA_ARGS__,                                                             \
                                    (int)(sizeof((const void *[]){__VA_ARGS__}) / sizeof(void *)),                      \
                                    (const void *[]){__VA_ARGS__}))
+/* Fails for an address of a number of 64 bits that is no multiple of 8. */
+#define CHECK_MULTIPLE_OF_8(pointer)                                                                                   \
+    do {                                                                                                               \
+        if ((uintptr_t)(pointer) % 8)                                                                                  \
+            return lora_fast_fail(LORA_FAST_MISALIGNED, "%s: %s: expected a multiple of 8, got %p", __func__,          \
+                                  #pointer, (const void *)(pointer));                                                  \
+    } while (0)
 /* Fails for a struct that is NULL, smaller than this library's, or larger with a field that is not 0. */
 int lora_fast_check_struct(const char *function, const char *name, const void *structure, size_t known);
 #define CHECK_STRUCT(pointer) CALL(lora_fast_check_struct(__func__, #pointer, pointer, sizeof *(pointer)))

@@ -45,6 +45,7 @@ static int check(const char *function, const lora_fast_layer *layer, int least_t
 #define CHECK_LAYER(least_tokens) CALL(check(__func__, layer, least_tokens))
 
 #define LAYER_KEY(kind, options) KEY(kind, layer->dtype, layer->adapter, layer->r, options)
+#define SUM_KEY(options) KEY(SUM, layer->adapter, layer->adapter, 0, options)
 #define MASKED (layer->drop_level > 0 ? DROPOUT : 0)
 #define MASK                                                                                                           \
     [P_seed] = {.i = layer->device_seed ? (int64_t)(uintptr_t)layer->device_seed : layer->seed},                       \
@@ -253,7 +254,7 @@ API int lora_fast_grad_s_b(const lora_fast_layer *layer, const void *dy, const v
     float *ds_parts = workspace, *db_parts = ds_parts + room_for_ds(layer, parts);
     const struct sum of_ds = {ds_parts, ds, (int64_t)layer->n_tokens * layer->r, parts.chunks};
     const struct sum of_db = {db_parts, db, (int64_t)layer->d_out * layer->r, parts.splits};
-    CALL(prepare_sum(__func__, &add, LAYER_KEY(SUM_S_B, layer->accumulate ? ACCUMULATE : 0), &of_ds, &of_db));
+    CALL(prepare_sum(__func__, &add, SUM_KEY(layer->accumulate ? ACCUMULATE_SECOND : ACCUMULATE_NONE), &of_ds, &of_db));
     const union value values[N_PARAMETERS] = {
         [P_dy] = {dy}, [P_s] = {s}, [P_b] = {b}, [P_ds] = {ds_parts}, [P_db] = {db_parts},
         [P_scaling] = {.f = layer->scaling}, [P_n_tokens] = {.i = layer->n_tokens}, [P_d_out] = {.i = layer->d_out},
@@ -273,7 +274,7 @@ API int lora_fast_grad_a(const lora_fast_layer *layer, const void *x, const void
     CALL(prepare_grad_a(__func__, &pass, layer, &parts));
     const struct sum of_da = {workspace, da, (int64_t)layer->r * layer->d_in, parts.splits};
     const struct sum none = {workspace, da, 0, 0};
-    CALL(prepare_sum(__func__, &add, LAYER_KEY(SUM_A, layer->accumulate ? ACCUMULATE : 0), &of_da, &none));
+    CALL(prepare_sum(__func__, &add, SUM_KEY(layer->accumulate ? ACCUMULATE_FIRST : ACCUMULATE_NONE), &of_da, &none));
     const union value values[N_PARAMETERS] = {
         [P_x] = {x}, [P_ds] = {ds}, [P_da] = {workspace}, MASK, [P_n_tokens] = {.i = layer->n_tokens},
         [P_d_in] = {.i = layer->d_in}, [P_stride_x] = {.i = distance(layer->ld_x, layer->d_in)},
