@@ -47,6 +47,7 @@ from lora_fast.kernels.inspection.catalogue import OPS, variants
 from lora_fast.kernels.limits import LARGEST_RANK
 from lora_fast.kernels.linalg import spd
 from lora_fast.kernels.linear import grads, strategies
+from lora_fast.kernels.pairs import regularizers
 from lora_fast.kernels.records import AdapterTable
 
 SOURCE = Path(__file__).resolve().parents[1]
@@ -61,7 +62,9 @@ IMPLIED = {"strategy", "padding", "forward"}  # options with one value each, whi
 PROGRESS_INTERVAL = 5  # seconds between lines of progress
 SMALL = (16, 32, 64, 128, 256)  # rank classes of spd_solve, spd_inverse and small_inverse
 SCALORA = (8, 16, 32, 64, 128)  # of ScaLoRA's system
-STEPS = ((), ("add",), ("matrix",), ("scale",), ("gram",), ("matrix", "gram"))
+# What the methods add to AdamW: ScaleReg additive, with the matrices of ScaledAdamW and RefLoRA or alone; ScaLoRA
+# scales; iLoRA, BaLoRA, πLoRA and decoupled ScaleReg Grams.
+STEPS = ((), ("add",), ("matrix",), ("add", "matrix"), ("scale",), ("gram",), ("matrix", "gram"))
 MOST_ADAPTERS = 1024  # in a batch
 D = 4096  # d_in and d_out of the launches that are compiled
 FLAGS = {"gram": "GRAMS"}  # options whose name in kernels.h is not their own in capitals
@@ -123,7 +126,19 @@ def batch(r: int, dtype: torch.dtype, adapter: str, tokens: str, forward: bool) 
         batched.add_product(y, torch.empty(n_rows, r, dtype=a.dtype), table, rows, ends)
 
 
-OWN_OPS: dict[str, Callable] = {"add_to_y": add_to_y, "add_to_dx": add_to_dx, "batch": batch, "sum": sum_partials}
+def imbalance(r: int, dtype: torch.dtype) -> None:
+    """Runs iLoRA's algebra with learning rates in device memory."""
+    square, lr = torch.empty(3, r, r, dtype=dtype), torch.ones((), dtype=torch.float64)
+    regularizers.imbalance(square, square, torch.empty(3), lr, lr, 0.1)
+
+
+OWN_OPS: dict[str, Callable] = {
+    "add_to_y": add_to_y,
+    "add_to_dx": add_to_dx,
+    "batch": batch,
+    "sum": sum_partials,
+    "imbalance": imbalance,
+}
 
 
 class Case(NamedTuple):
@@ -141,23 +156,7 @@ class Case(NamedTuple):
 
 def cases(ops: list[str] | None, dtypes: list[str], ranks: list[int]) -> list[Case]:
     """Returns the calls whose launches the library embeds for each arch."""
-    every = {**dict.fromkeys(dtypes), "float32": None}
-    chosen = layer_cases(dtypes, ranks)
-    chosen += [Case("sum", dtype, 1, {"accumulate": which}) for dtype in every for which in ("none", "first", "second")]
-    names = ("add", "matrix", "scale", "gram")
-    steps = [{name: name in on for name in names} for on in STEPS]
-    for dtype in every:
-        chosen += _cases("gram", dtype, ranks, [{}])
-        stepping = _cases("adamw_step", dtype, ranks, steps)
-        chosen += [case for case in stepping if case.r <= factor_tiles.GRAM_RANK or not case.variant["gram"]]
-        chosen += _cases("transform", dtype, ranks, variants(add=(False, True)))
-        chosen += _cases("cayley", dtype, ranks, variants(backward=(False, True)))
-    for dtype in dtypes:
-        roundings = ("nearest",) if dtype == "float32" else ("nearest", "stochastic", "compensated")
-        chosen += _cases("merge", dtype, ranks, variants(rounding=roundings))
-    chosen += _cases("spd_solve", "float32", SMALL, [{}])
-    chosen += _cases("small_inverse", "float32", SMALL, [{}])
-    chosen += _cases("scalora", "float32", SCALORA, variants(solver=("nnls", "paper", "column", "scalar")))
+    chosen = layer_cases(dtypes, ranks) + step_cases(dtypes, ranks) + algebra_cases(ranks)
     return [case for case in chosen if ops is None or case.op in ops]
 
 
@@ -180,6 +179,37 @@ def layer_cases(dtypes: list[str], ranks: list[int]) -> list[Case]:
         for case in _cases(op, dtype, ranks, variants(adapter=tuple({dtype: 0, "float32": 0}), **choices))
         if (case.variant.get("tokens"), case.variant.get("forward")) not in (("few", True), ("short", False))
     ]
+
+
+def step_cases(dtypes: list[str], ranks: list[int]) -> list[Case]:
+    """Returns the sums of the layer's gradients, the step, and Cayley's transform, for factors of these dtypes and of
+    float32. Only factors of 16 bits are rounded stochastically."""
+    chosen = []
+    for dtype in {**dict.fromkeys(dtypes), "float32": None}:
+        chosen += [Case("sum", dtype, 1, {"accumulate": which}) for which in ("none", "first", "second")]
+        chosen += _cases("gram", dtype, ranks, [{}])
+        noise = (False,) if dtype == "float32" else (False, True)
+        names = ("add", "matrix", "scale", "gram")
+        steps = [{name: name in on for name in names} | {"stochastic": yes} for on in STEPS for yes in noise]
+        stepping = _cases("adamw_step", dtype, ranks, steps)
+        chosen += [case for case in stepping if case.r <= factor_tiles.GRAM_RANK or not case.variant["gram"]]
+        chosen += _cases("transform", dtype, ranks, [{"add": False}, *variants(add=(True,), stochastic=noise)])
+        chosen += _cases("cayley", dtype, ranks, variants(backward=(False, True)))
+    for dtype in dtypes:
+        merges = [{"rounding": "nearest"}]
+        if dtype != "float32":
+            merges += [*variants(rounding=("stochastic",), seed_in_memory=(False, True)), {"rounding": "compensated"}]
+        chosen += _cases("merge", dtype, ranks, merges)
+    return chosen
+
+
+def algebra_cases(ranks: list[int]) -> list[Case]:
+    """Returns the methods' algebra, whose kernels are those of a rank class."""
+    classes = sorted({1 << (r - 1).bit_length() for r in ranks})
+    chosen = _cases("imbalance", "float32", classes, [{}]) + _cases("scale_reg", "float32", classes, [{}])
+    for op in ("spd_solve", "spd_inverse", "small_inverse"):
+        chosen += _cases(op, "float32", SMALL, [{}])
+    return chosen + _cases("scalora", "float32", SCALORA, variants(solver=("nnls", "paper", "column", "scalar")))
 
 
 def _cases(op: str, dtype: str, ranks: Iterable[int], options: list[dict]) -> list[Case]:
