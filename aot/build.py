@@ -40,13 +40,15 @@ from triton import knobs
 from triton.backends.nvidia import compiler as nvidia
 
 import lora_fast
-from lora_fast.kernels import device, factor_tiles, launch, tiles
+from lora_fast.kernels import batched, device, factor_tiles, launch, tiles
 from lora_fast.kernels import linear as layer
 from lora_fast.kernels.inspection import compiler
 from lora_fast.kernels.inspection.catalogue import OPS, variants
 from lora_fast.kernels.limits import LARGEST_RANK
 from lora_fast.kernels.linalg import spd
-from lora_fast.kernels.linear import grads
+from lora_fast.kernels.linear import grads, strategies
+from lora_fast.kernels.pairs import regularizers
+from lora_fast.kernels.records import AdapterTable
 
 SOURCE = Path(__file__).resolve().parents[1]
 # Arguments that the header's rules make multiples of 16. A stride is a length, or the rank that a kernel is built for.
@@ -56,11 +58,14 @@ BLOCKS = ("BLOCK", "BLOCK_T", "BLOCK_OUT", "BLOCK_IN", "BLOCK_R", "BLOCK_D", "BL
 TARGETS = {100: "sm_100f", 120: "sm_120"}  # what ptxas assembles for; other archs: Triton's choice
 SAME_CODE = ((80, 86, 89),)  # generations within which a later arch runs an earlier one's code
 PTX_ARCHS = (80, 86, 89, 120)  # whose kernels use no instruction of one arch alone
-IMPLIED = {"strategy", "padding"}  # options with one value each, which keys leave out
+IMPLIED = {"strategy", "padding", "forward"}  # options with one value each, which keys leave out
 PROGRESS_INTERVAL = 5  # seconds between lines of progress
 SMALL = (16, 32, 64, 128, 256)  # rank classes of spd_solve, spd_inverse and small_inverse
 SCALORA = (8, 16, 32, 64, 128)  # of ScaLoRA's system
-STEPS = ((), ("add",), ("matrix",), ("scale",), ("gram",), ("matrix", "gram"))
+# What the methods add to AdamW: ScaleReg additive, with the matrices of ScaledAdamW and RefLoRA or alone; ScaLoRA
+# scales; iLoRA, BaLoRA, πLoRA and decoupled ScaleReg Grams.
+STEPS = ((), ("add",), ("matrix",), ("add", "matrix"), ("scale",), ("gram",), ("matrix", "gram"))
+MOST_ADAPTERS = 1024  # in a batch
 D = 4096  # d_in and d_out of the launches that are compiled
 FLAGS = {"gram": "GRAMS"}  # options whose name in kernels.h is not their own in capitals
 # kernel → enum kind of kernels.h. Where it depends on the op, the entry is (op, kernel).
@@ -68,7 +73,8 @@ KINDS = {
     "lora_project_kernel": "PROJECT", ("linear", "lora_linear_kernel"): "LINEAR",
     ("grad_x", "lora_linear_kernel"): "GRAD_X", ("add_to_y", "lora_update_kernel"): "ADD_TO_Y",
     ("add_to_dx", "lora_update_kernel"): "ADD_TO_DX", "lora_grad_s_b_kernel": "GRAD_S_B",
-    "lora_grad_a_kernel": "GRAD_A", ("sum", "lora_sum_partials_kernel"): "SUM", "lora_gram_kernel": "GRAM",
+    "lora_grad_a_kernel": "GRAD_A", "lora_batched_project_kernel": "BATCH_PROJECT",
+    "lora_batched_update_kernel": "BATCH_ADD", ("sum", "lora_sum_partials_kernel"): "SUM", "lora_gram_kernel": "GRAM",
     "lora_step_kernel": "STEP", "lora_transform_kernel": "TRANSFORM", "lora_merge_kernel": "MERGE",
     "lora_cayley_sums_kernel": "CAYLEY_SUMS", "lora_cayley_inverse_kernel": "CAYLEY_INVERSE",
     "lora_cayley_backward_kernel": "CAYLEY_BACKWARD", "lora_cayley_products_kernel": "CAYLEY_PRODUCTS",
@@ -106,7 +112,33 @@ def sum_partials(r: int, dtype: torch.dtype, accumulate: str) -> None:
     add.go(None, (parts, total, parts, total), ())
 
 
-OWN_OPS: dict[str, Callable] = {"add_to_y": add_to_y, "add_to_dx": add_to_dx, "sum": sum_partials}
+def batch(r: int, dtype: torch.dtype, adapter: str, tokens: str, forward: bool) -> None:
+    """Runs S of several adapters (``forward``), or the update of y. ``tokens`` chooses the tile."""
+    n_rows = {"many": tiles.SHORT + 1, "short": tiles.SHORT, "few": tiles.FEW}[tokens]
+    x, y = (torch.empty(1, D, dtype=dtype).expand(n_rows, D) for _ in range(2))
+    a, b = (torch.empty(*shape, dtype=getattr(torch, adapter)) for shape in ((r, D), (D, r)))
+    entries = torch.empty(MOST_ADAPTERS, 4, dtype=torch.int64)
+    table = AdapterTable([a] * MOST_ADAPTERS, [b] * MOST_ADAPTERS, [2.0] * MOST_ADAPTERS, entries)
+    rows, ends = (torch.empty(n, dtype=torch.int32) for n in (n_rows, MOST_ADAPTERS))
+    if forward:
+        batched.project(x, table, rows, ends)
+    else:
+        batched.add_product(y, torch.empty(n_rows, r, dtype=a.dtype), table, rows, ends)
+
+
+def imbalance(r: int, dtype: torch.dtype) -> None:
+    """Runs iLoRA's algebra with learning rates in device memory."""
+    square, lr = torch.empty(3, r, r, dtype=dtype), torch.ones((), dtype=torch.float64)
+    regularizers.imbalance(square, square, torch.empty(3), lr, lr, 0.1)
+
+
+OWN_OPS: dict[str, Callable] = {
+    "add_to_y": add_to_y,
+    "add_to_dx": add_to_dx,
+    "batch": batch,
+    "sum": sum_partials,
+    "imbalance": imbalance,
+}
 
 
 class Case(NamedTuple):
@@ -124,23 +156,7 @@ class Case(NamedTuple):
 
 def cases(ops: list[str] | None, dtypes: list[str], ranks: list[int]) -> list[Case]:
     """Returns the calls whose launches the library embeds for each arch."""
-    every = {**dict.fromkeys(dtypes), "float32": None}
-    chosen = layer_cases(dtypes, ranks)
-    chosen += [Case("sum", dtype, 1, {"accumulate": which}) for dtype in every for which in ("none", "first", "second")]
-    names = ("add", "matrix", "scale", "gram")
-    steps = [{name: name in on for name in names} for on in STEPS]
-    for dtype in every:
-        chosen += _cases("gram", dtype, ranks, [{}])
-        stepping = _cases("adamw_step", dtype, ranks, steps)
-        chosen += [case for case in stepping if case.r <= factor_tiles.GRAM_RANK or not case.variant["gram"]]
-        chosen += _cases("transform", dtype, ranks, variants(add=(False, True)))
-        chosen += _cases("cayley", dtype, ranks, variants(backward=(False, True)))
-    for dtype in dtypes:
-        roundings = ("nearest",) if dtype == "float32" else ("nearest", "stochastic", "compensated")
-        chosen += _cases("merge", dtype, ranks, variants(rounding=roundings))
-    chosen += _cases("spd_solve", "float32", SMALL, [{}])
-    chosen += _cases("small_inverse", "float32", SMALL, [{}])
-    chosen += _cases("scalora", "float32", SCALORA, variants(solver=("nnls", "paper", "column", "scalar")))
+    chosen = layer_cases(dtypes, ranks) + step_cases(dtypes, ranks) + algebra_cases(ranks)
     return [case for case in chosen if ops is None or case.op in ops]
 
 
@@ -154,13 +170,46 @@ def layer_cases(dtypes: list[str], ranks: list[int]) -> list[Case]:
         "grad_a": masks,
         "grad_x": gemm | masks,
         "add_to_dx": masks,
+        "batch": {"tokens": ("many", "short", "few"), "forward": (True, False)},
     }
     return [
         case
         for op, choices in ops.items()
         for dtype in dtypes
         for case in _cases(op, dtype, ranks, variants(adapter=tuple({dtype: 0, "float32": 0}), **choices))
+        if (case.variant.get("tokens"), case.variant.get("forward")) not in (("few", True), ("short", False))
     ]
+
+
+def step_cases(dtypes: list[str], ranks: list[int]) -> list[Case]:
+    """Returns the sums of the layer's gradients, the step, and Cayley's transform, for factors of these dtypes and of
+    float32. Only factors of 16 bits are rounded stochastically."""
+    chosen = []
+    for dtype in {**dict.fromkeys(dtypes), "float32": None}:
+        chosen += [Case("sum", dtype, 1, {"accumulate": which}) for which in ("none", "first", "second")]
+        chosen += _cases("gram", dtype, ranks, [{}])
+        noise = (False,) if dtype == "float32" else (False, True)
+        names = ("add", "matrix", "scale", "gram")
+        steps = [{name: name in on for name in names} | {"stochastic": yes} for on in STEPS for yes in noise]
+        stepping = _cases("adamw_step", dtype, ranks, steps)
+        chosen += [case for case in stepping if case.r <= factor_tiles.GRAM_RANK or not case.variant["gram"]]
+        chosen += _cases("transform", dtype, ranks, [{"add": False}, *variants(add=(True,), stochastic=noise)])
+        chosen += _cases("cayley", dtype, ranks, variants(backward=(False, True)))
+    for dtype in dtypes:
+        merges = [{"rounding": "nearest"}]
+        if dtype != "float32":
+            merges += [*variants(rounding=("stochastic",), seed_in_memory=(False, True)), {"rounding": "compensated"}]
+        chosen += _cases("merge", dtype, ranks, merges)
+    return chosen
+
+
+def algebra_cases(ranks: list[int]) -> list[Case]:
+    """Returns the methods' algebra, whose kernels are those of a rank class."""
+    classes = sorted({1 << (r - 1).bit_length() for r in ranks})
+    chosen = _cases("imbalance", "float32", classes, [{}]) + _cases("scale_reg", "float32", classes, [{}])
+    for op in ("spd_solve", "spd_inverse", "small_inverse"):
+        chosen += _cases(op, "float32", SMALL, [{}])
+    return chosen + _cases("scalora", "float32", SCALORA, variants(solver=("nnls", "paper", "column", "scalar")))
 
 
 def _cases(op: str, dtype: str, ranks: Iterable[int], options: list[dict]) -> list[Case]:
@@ -401,11 +450,26 @@ def _constants_of_library(rows: list[dict], dtypes: list[str], ranks: list[int],
         f"const lora_fast_dtype lora_fast_built_dtypes[] = {{{names}}};",
         f"const int lora_fast_n_archs = {len(archs)}, lora_fast_n_ranks = {len(ranks)};",
         f"const int lora_fast_n_dtypes = {len(dtypes)}, lora_fast_built_ptx = {ptx or 0};",
-        f"const int lora_fast_short_tokens = {tiles.SHORT}, lora_fast_programs = {tiles.PROGRAMS};",
+        f"const int lora_fast_short_tokens = {tiles.SHORT}, lora_fast_few_tokens = {tiles.FEW};",
+        f"const int lora_fast_most_adapters = {MOST_ADAPTERS}, lora_fast_programs = {tiles.PROGRAMS};",
         f"const int lora_fast_split_steps = {tiles.SPLIT_STEPS};",
         f"const int lora_fast_partial_numbers = {tiles.PARTIAL_NUMBERS};",
         f"const int lora_fast_slots = {spd.SLOTS}, lora_fast_in_registers = {spd.IN_REGISTERS};",
+        *_estimate(),
     ]
+
+
+def _estimate() -> list[str]:
+    """Returns the numbers by which ``lora_fast_faster`` estimates times."""
+    rates = [f"    {{{arch}, {', '.join(map(repr, rates))}}}," for arch, rates in sorted(strategies.RATES.items())]
+    cublas_tiles = ", ".join(f"{{{t}, {n}, {share}}}" for t, n, share in strategies.CUBLAS_TILES)
+    names = "LAUNCH_SECONDS", "L2_SPEEDUP", "MASK_RATE", "STREAM_SHARE", "SINGLE_SHARE", "SPLIT_K_SHARE"
+    numbers = ", ".join(repr(getattr(strategies, name)) for name in names)
+    counts = f"{len(rates)}, {len(strategies.CUBLAS_TILES)}"
+    return [
+        "const struct rates lora_fast_rates[] = {", *rates, "};",
+        f"const struct estimate lora_fast_estimate = {{{counts}, {{{cublas_tiles}}}, {numbers}}};",
+    ]  # fmt: skip
 
 
 def _symbol(row: dict) -> str:

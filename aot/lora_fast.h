@@ -159,7 +159,8 @@ typedef struct {
 
 typedef struct {
     size_t size;                       /* sizeof(lora_fast_batch) */
-    int n_rows, n_adapters, d_in, d_out;
+    int n_rows, d_in, d_out;
+    int n_adapters;                    /* at most 1024 */
     int r;                             /* at least the rank of every adapter; one of lora_fast_ranks */
     lora_fast_dtype dtype;             /* of x and y */
     lora_fast_dtype adapter;           /* of every a and b and of s: dtype or float32 */

@@ -44,12 +44,12 @@ static int check_factor(const char *function, const lora_fast_group *group, cons
         n_tensors(group->op), (const void *const *)factor->tensors);
 }
 
+#define GROUP_KEY(kind, options) KEY(kind, group->dtype, group->dtype, group->r, options)
+
 /* The key of one of the kernels that work on such a group. All of them have the same CHUNK. */
 static uint64_t key_of_any(const lora_fast_group *group) {
     static const enum kind kinds[] = {GRAM, STEP, TRANSFORM, MERGE};
-    lora_fast_dtype adapter = group->op == LORA_FAST_MERGE ? LORA_FAST_FLOAT32 : group->dtype;
-    int options = group->op == LORA_FAST_STEP && !group->flat ? MATRIX : 0;
-    return KEY(kinds[group->op], group->dtype, adapter, group->r, options);
+    return GROUP_KEY(kinds[group->op], group->op == LORA_FAST_STEP && !group->flat ? MATRIX : 0);
 }
 
 /* The number of programs of a factor. */
@@ -160,8 +160,6 @@ static int prepare(const char *function, struct launch *launch, const lora_fast_
     return lora_fast_set_grid(function, launch, group->n_programs, 1, 1);
 }
 
-#define GROUP_KEY(kind, options) KEY(kind, group->dtype, group->dtype, group->r, options)
-
 /* Whether keys make results round stochastically: those of 16 bits. */
 static int is_stochastic(const lora_fast_group *group, const int64_t *keys) {
     return keys && group->dtype != LORA_FAST_FLOAT32;
@@ -265,7 +263,7 @@ API int lora_fast_merge(const lora_fast_group *group, const float *scale, lora_f
     int options = group->dtype == LORA_FAST_FLOAT32 ? ROUNDING_NEAREST : (int)rounding; /* float32 is always nearest */
     if (options != ROUNDING_STOCHASTIC) device_seed = NULL;
     if (device_seed) options |= SEED_IN_MEMORY;
-    CALL(prepare(__func__, &launch, group, KEY(MERGE, group->dtype, LORA_FAST_FLOAT32, group->r, options)));
+    CALL(prepare(__func__, &launch, group, GROUP_KEY(MERGE, options)));
     /* Python's ScaLoRA passes alpha and beta for 16-bit factors; the kernel ignores them. */
     const union value values[N_PARAMETERS] = {
         TABLE, [P_scale] = {scale}, [P_alpha] = {scale}, [P_beta] = {scale},

@@ -31,17 +31,26 @@ class Layer(Structure):
     _fields_ += [("scaling", c_float), ("drop_level", c_int), ("seed", c_int64), ("device_seed", c_void_p)]
 
 
+class Sized(Structure):
+    """A structure whose first field is its size."""
+
+    def __init__(self, *values, **fields):
+        super().__init__(ctypes.sizeof(type(self)), *values, **fields)
+
+
 class Factor(Structure):
     _fields_ = [("tensors", c_void_p * 4), ("d", c_int64), ("d_in", c_int64), ("is_a", c_int), ("index", c_int)]
 
 
-class Group(Structure):
-    _fields_ = [(name, c_int) for name in ("op", "dtype", "r", "n_factors", "flat", "n_programs", "chunk")]
+class Group(Sized):
+    _fields_ = [("size", c_size_t)]
+    _fields_ += [(name, c_int) for name in ("op", "dtype", "r", "n_factors", "n_rows", "flat", "n_programs", "chunk")]
     _fields_ += [("bytes", c_size_t), ("device", c_void_p)]
 
 
-class StepWork(Structure):
-    _fields_ = [(name, c_void_p) for name in ("additive", "matrices", "scale_p", "scale_g", "grams")]
+class StepWork(Sized):
+    _fields_ = [("size", c_size_t)]
+    _fields_ += [(name, c_void_p) for name in ("additive", "matrices", "scale_p", "scale_g", "grams", "keys")]
 
 
 class CayleyPair(Structure):
@@ -50,8 +59,9 @@ class CayleyPair(Structure):
     _fields_ += [("d_in", c_int64), ("d_out", c_int64)]
 
 
-class CayleyGroup(Structure):
-    _fields_ = [(name, c_int) for name in ("dtype", "r", "n_pairs", "backward")]
+class CayleyGroup(Sized):
+    _fields_ = [("size", c_size_t)]
+    _fields_ += [(name, c_int) for name in ("dtype", "r", "n_pairs", "backward")]
     _fields_ += [("n_programs", c_int * 2), ("chunk", c_int * 2), ("bytes", c_size_t), ("workspace", c_size_t)]
     _fields_ += [("device", c_void_p)]
 
@@ -78,8 +88,6 @@ class Library:
         self.library, self.stream = ctypes.CDLL(path), stream
         self.library.lora_fast_error_name.restype = c_char_p
         self.library.lora_fast_kernels.restype = POINTER(Kernel)
-        for name in ("gram_workspace", "scalora_workspace", "small_workspace"):
-            getattr(self.library, f"lora_fast_{name}").restype = c_size_t
         count = c_int()
         self.kernels = self.library.lora_fast_kernels(byref(count))[: count.value]
 
@@ -94,18 +102,17 @@ class Library:
         if status:
             raise Refused(f"{name}: {self.error_name(status)}", status)
 
-    def gram_workspace(self, group: Group) -> int:
-        return self.library.lora_fast_gram_workspace(byref(group))
+    def workspace(self, name: str, *arguments) -> int:
+        """Returns the size that the function of workspace of this name stores."""
+        size = c_size_t()
+        status = getattr(self.library, f"lora_fast_{name}workspace")(*map(_argument, arguments), byref(size))
+        if status:
+            raise Refused(f"{name}workspace: {self.error_name(status)}", status)
+        return size.value
 
-    def small_workspace(self, n: int, r: int) -> int:
-        return self.library.lora_fast_small_workspace(n, r)
-
-    def scalora_workspace(self, n: int, r: int) -> int:
-        return self.library.lora_fast_scalora_workspace(n, r)
-
-    def group(self, op: int, dtype: torch.dtype, r: int, factors: list[Factor], flat: bool = False) -> tuple:
+    def group(self, op: int, dtype: torch.dtype, r: int, n_rows: int, factors: list[Factor], flat=False) -> tuple:
         """Returns the group, and its table as bytes in host memory."""
-        group = Group(op, DTYPES.index(dtype), r, len(factors), int(flat))
+        group = Group(op, DTYPES.index(dtype), r, len(factors), n_rows, int(flat))
         return group, self._filled("", group, (Factor * len(factors))(*factors))
 
     def cayley_group(self, dtype: torch.dtype, r: int, backward: int, pairs: list[CayleyPair]) -> tuple:
