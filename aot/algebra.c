@@ -152,9 +152,12 @@ API int lora_fast_scalora_solve(int n, int r, const float *grams, lora_fast_solv
     if (!n) return LORA_FAST_OK;
     CHECK_ADDRESSES(grams, x, active, info);
     if (r > SCALORA_IN_REGISTERS) CHECK_ADDRESSES(workspace);
+    int64_t size = (int64_t)n * r * r;
+    if (size % 4) /* the five parts of grams are addresses of their own */
+        return lora_fast_fail(LORA_FAST_MISALIGNED, "%s: grams: expected n r^2 to be a multiple of 4, got %lld", __func__,
+                              (long long)size);
     PREPARE(&launch, SQUARE_KEY(SCALORA_SOLVE, lora_fast_rank_class(r, SMALLEST_SCALORA_CLASS), (uint64_t)solver));
     SET_GRID(&launch, n, 1, 1);
-    int64_t size = (int64_t)n * r * r;
     const union value values[N_PARAMETERS] = {
         [P_ka] = {grams}, [P_kb] = {grams + size}, [P_kp] = {grams + 2 * size}, [P_kq] = {grams + 3 * size},
         [P_k] = {grams + 4 * size}, [P_x] = {x}, [P_active] = {active}, [P_info] = {info}, [P_scratch] = {workspace},

@@ -7,7 +7,8 @@
 static int check(const char *function, const lora_fast_batch *batch) {
     CALL(lora_fast_check_struct(function, "batch", batch, sizeof *batch));
     CHECK_SIZE_IN(function, batch->n_rows, "batch.n_rows", 0);
-    CHECK_SIZE_IN(function, batch->n_adapters, "batch.n_adapters", 1);
+    CHECK_IN(function, batch->n_adapters >= 1 && batch->n_adapters <= lora_fast_most_adapters, "batch.n_adapters",
+             "1 to 1024", batch->n_adapters);
     CHECK_SIZE_IN(function, batch->d_in, "batch.d_in", 1);
     CHECK_SIZE_IN(function, batch->d_out, "batch.d_out", 1);
     CHECK_RANK_IN(function, batch->r, "batch.r");
@@ -26,9 +27,44 @@ static int check(const char *function, const lora_fast_batch *batch) {
     CALL(check(__func__, batch));                                                                                      \
     CHECK_ADDRESSES(batch->adapters, batch->rows, batch->ends)
 
+/* The number of programs for the tiles of all adapters' rows, as in kernels/segments.py. */
+static int64_t programs(const lora_fast_batch *batch, const struct launch *launch) {
+    return batch->n_rows / launch->tile->BLOCK_T + (batch->n_rows ? batch->n_adapters : 0);
+}
+
+#define BATCH_KEY(kind, options) KEY(kind, batch->dtype, batch->adapter, batch->r, options)
+#define TABLE [P_table] = {batch->adapters}, [P_rows] = {batch->rows}, [P_ends] = {batch->ends}
+#define SIZES [P_n_rows] = {.i = batch->n_rows}, [P_n_adapters] = {.i = batch->n_adapters}
+
+API int lora_fast_batch_project(const lora_fast_batch *batch, const void *x, void *s, lora_fast_stream stream) {
+    struct launch launch;
+    CHECK_BATCH;
+    CHECK_ADDRESSES(x, s);
+    PREPARE(&launch, BATCH_KEY(BATCH_PROJECT, batch->n_rows <= lora_fast_short_tokens ? TOKENS_SHORT : TOKENS_MANY));
+    SET_GRID(&launch, programs(batch, &launch), divide_up(batch->r, launch.tile->BLOCK_R), 1);
+    const union value values[N_PARAMETERS] = {
+        [P_x] = {x}, TABLE, [P_s] = {s}, SIZES, [P_d_in] = {.i = batch->d_in},
+        [P_stride_x] = {.i = batch->ld_x ? batch->ld_x : batch->d_in},
+    };
+    return lora_fast_submit(&launch, values, NULL, stream);
+}
+
+API int lora_fast_batch_add_to_y(const lora_fast_batch *batch, const void *s, void *y, lora_fast_stream stream) {
+    struct launch launch;
+    CHECK_BATCH;
+    CHECK_ADDRESSES(s, y);
+    PREPARE(&launch, BATCH_KEY(BATCH_ADD, batch->n_rows <= lora_fast_few_tokens ? TOKENS_FEW : TOKENS_MANY));
+    SET_GRID(&launch, programs(batch, &launch), divide_up(batch->d_out, launch.tile->BLOCK_OUT), 1);
+    const union value values[N_PARAMETERS] = {
+        [P_y] = {y}, [P_s] = {s}, TABLE, SIZES, [P_d_out] = {.i = batch->d_out},
+        [P_stride_y] = {.i = batch->ld_y ? batch->ld_y : batch->d_out},
+    };
+    return lora_fast_submit(&launch, values, NULL, stream);
+}
+
 API int lora_fast_sort_rows(int n_rows, int n_adapters, const int32_t *indices, int32_t *rows, int32_t *ends) {
     CHECK_SIZE(n_rows, "n_rows", 0);
-    CHECK_SIZE(n_adapters, "n_adapters", 1);
+    CHECK(n_adapters >= 1 && n_adapters <= lora_fast_most_adapters, "n_adapters", "1 to 1024", n_adapters);
     if (n_rows) {
         CHECK_POINTER(indices);
         CHECK_POINTER(rows);

@@ -28,7 +28,7 @@ enum kind {
 /* Options of a key. Those with the value 0 are the first of several. */
 enum option {
     DROPOUT = 1, BIAS = 1, BACKWARD = 1, ACCUMULATE_NONE = 0, ACCUMULATE_FIRST = 1, ACCUMULATE_SECOND = 2,
-    TOKENS_MANY = 0, TOKENS_SHORT = 2,
+    TOKENS_MANY = 0, TOKENS_SHORT = 2, TOKENS_FEW = 4,
     ADD = 1, MATRIX = 2, SCALE = 4, GRAMS = 8, STOCHASTIC = 16,
     ROUNDING_NEAREST = 0, ROUNDING_STOCHASTIC = 1, ROUNDING_COMPENSATED = 2, SEED_IN_MEMORY = 4,
     SOLVER_NNLS = 0, SOLVER_PAPER = 1, SOLVER_COLUMN = 2, SOLVER_SCALAR = 3
@@ -87,11 +87,27 @@ extern const int lora_fast_table_length;
 extern const int lora_fast_built_archs[], lora_fast_n_archs, lora_fast_built_ranks[], lora_fast_n_ranks;
 extern const lora_fast_dtype lora_fast_built_dtypes[];
 extern const int lora_fast_n_dtypes, lora_fast_built_ptx;
-/* SHORT, PROGRAMS, SPLIT_STEPS and PARTIAL_NUMBERS of kernels/tiles.py. */
-extern const int lora_fast_short_tokens, lora_fast_programs, lora_fast_split_steps, lora_fast_partial_numbers;
+/* SHORT, FEW, PROGRAMS, SPLIT_STEPS and PARTIAL_NUMBERS of kernels/tiles.py. */
+extern const int lora_fast_short_tokens, lora_fast_few_tokens, lora_fast_programs, lora_fast_split_steps,
+    lora_fast_partial_numbers;
+/* The largest number of adapters in a batch. */
+extern const int lora_fast_most_adapters;
 /* IN_REGISTERS of kernels/linalg/spd.py, the largest rank whose matrix fits in registers, and SLOTS, the number of
    programs above, each with a scratch matrix. */
 extern const int lora_fast_in_registers, lora_fast_slots;
+
+/* The numbers of kernels/linear/strategies.py: those of each arch, in ascending order, and those of all. */
+struct rates {
+    int arch;
+    double bandwidth, half, single, fused;
+};
+struct estimate {
+    int n_rates, n_cublas_tiles;
+    double cublas_tiles[4][3]; /* tokens, columns, share of the rate */
+    double launch_seconds, l2_speedup, mask_rate, stream_share, single_share, split_k_share;
+};
+extern const struct rates lora_fast_rates[];
+extern const struct estimate lora_fast_estimate;
 
 /* ---- Errors */
 
@@ -143,6 +159,9 @@ enum { LARGEST_SIZE = 1 << 30, LARGEST_RANK = 256 };
 #define CHECK_SIZE(value, argument, least) CHECK_SIZE_IN(__func__, value, argument, least)
 #define CHECK_RANK(value, argument) CHECK_RANK_IN(__func__, value, argument)
 #define CHECK_DTYPE(value, argument) CHECK_DTYPE_IN(__func__, value, argument)
+
+/* Checks every field of a layer. */
+int lora_fast_check_layer(const char *function, const lora_fast_layer *layer, int least_tokens);
 
 /* ---- Launches */
 

@@ -17,7 +17,7 @@ static int check_distance(const char *function, const char *argument, int64_t di
     return LORA_FAST_OK;
 }
 
-static int check(const char *function, const lora_fast_layer *layer, int least_tokens) {
+int lora_fast_check_layer(const char *function, const lora_fast_layer *layer, int least_tokens) {
     CALL(lora_fast_check_struct(function, "layer", layer, sizeof *layer));
     CHECK_IN(function, layer->n_tokens >= least_tokens && layer->n_tokens <= LARGEST_SIZE, "layer.n_tokens",
              least_tokens ? "1 to 2^30" : "0 to 2^30", layer->n_tokens);
@@ -42,7 +42,7 @@ static int check(const char *function, const lora_fast_layer *layer, int least_t
                               (const void *)layer->device_seed);
     return LORA_FAST_OK;
 }
-#define CHECK_LAYER(least_tokens) CALL(check(__func__, layer, least_tokens))
+#define CHECK_LAYER(least_tokens) CALL(lora_fast_check_layer(__func__, layer, least_tokens))
 
 #define LAYER_KEY(kind, options) KEY(kind, layer->dtype, layer->adapter, layer->r, options)
 #define SUM_KEY(options) KEY(SUM, layer->adapter, layer->adapter, 0, options)

@@ -159,7 +159,8 @@ typedef struct {
 
 typedef struct {
     size_t size;                       /* sizeof(lora_fast_batch) */
-    int n_rows, n_adapters, d_in, d_out;
+    int n_rows, d_in, d_out;
+    int n_adapters;                    /* at most 1024 */
     int r;                             /* at least the rank of every adapter; one of lora_fast_ranks */
     lora_fast_dtype dtype;             /* of x and y */
     lora_fast_dtype adapter;           /* of every a and b and of s: dtype or float32 */
@@ -283,9 +284,9 @@ LORA_FAST_API int lora_fast_spd_inverse(int n, int r, const float *matrices, flo
 LORA_FAST_API int lora_fast_small_inverse(int n, int r, const float *matrices, float *inverses, void *workspace,
                                           lora_fast_stream stream);
 
-/* Solves ScaLoRA's Hadamard system of every pair. grams: the result of lora_fast_gram, (5, n, r, r), r up to 128.
-   x (n, 2r): alpha² then beta² for kappa = 1; active (n, 2r): 0 where a coordinate keeps scale 1; info (n): 0 where the
-   unconstrained optimum is valid. */
+/* Solves ScaLoRA's Hadamard system of every pair. grams: the result of lora_fast_gram, (5, n, r, r), r up to 128 and
+   n r² a multiple of 4. x (n, 2r): alpha² then beta² for kappa = 1; active (n, 2r): 0 where a coordinate keeps scale 1;
+   info (n): 0 where the unconstrained optimum is valid. */
 typedef enum { LORA_FAST_NNLS, LORA_FAST_PAPER, LORA_FAST_COLUMN, LORA_FAST_SCALAR } lora_fast_solver;
 LORA_FAST_API int lora_fast_scalora_workspace(int n, int r, size_t *bytes);
 LORA_FAST_API int lora_fast_scalora_solve(int n, int r, const float *grams, lora_fast_solver solver, float *x,

@@ -182,8 +182,9 @@ def _fallback_text(device: torch.device) -> str:
 
 
 def ops(family: str, tensor: torch.Tensor) -> ModuleType:
-    """Returns the module that computes a family of ops ("linear", "dora", "experts", "pairs" or "cayley") on this
-    tensor: the kernels (``lora_fast.kernels.<family>``) or their torch twins (``lora_fast.ops.reference.<family>``).
+    """Returns the module that computes a family of ops ("linear", "dora", "experts", "batched", "pairs" or "cayley") on
+    this tensor: the kernels (``lora_fast.kernels.<family>``) or their torch twins
+    (``lora_fast.ops.reference.<family>``).
     Both modules have the same functions with the same arguments.
 
     Raises:

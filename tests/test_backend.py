@@ -19,7 +19,7 @@ import lora_fast as lf
 from lora_fast import backend, platforms
 
 
-@pytest.mark.parametrize("family", ["linear", "pairs", "cayley", "dora", "experts"])
+@pytest.mark.parametrize("family", ["linear", "pairs", "cayley", "dora", "experts", "batched"])
 def test_families_have_the_same_functions_and_signatures(family):
     kernels, twins = (backend.load_ops(family, triton) for triton in (True, False))
     assert sorted(kernels.__all__) == sorted(twins.__all__)

@@ -1,5 +1,6 @@
 """Records that the kernels exchange with the code around them. This module does not import Triton."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -69,3 +70,23 @@ class FourBit(NamedTuple):
     blocksize: int
     shape: tuple[int, int]
     nested: NestedScales | None = None
+
+
+class AdapterTable(NamedTuple):
+    """The adapters of one layer that a batch chooses among.
+
+    Attributes:
+        lora_A, lora_B: a (r, d_in) and b (d_out, r) of each adapter, contiguous, of one dtype; the ranks may differ.
+        scaling: of each adapter.
+        entries: int64 (n_adapters, 4), the table that the kernels read (kernels/batched), None for their twins.
+    """
+
+    lora_A: Sequence[Tensor]
+    lora_B: Sequence[Tensor]
+    scaling: Sequence[float]
+    entries: Tensor | None = None
+
+    @property
+    def r(self) -> int:
+        """Returns the largest rank."""
+        return max(len(a) for a in self.lora_A)

@@ -378,6 +378,13 @@ def expert_project(rows: torch.Tensor, r: int, wide: bool) -> Tile:
     return project(rows, r, short, wide)
 
 
+def batched_project(x: torch.Tensor, r: int, wide: bool, aligned: bool) -> Tile:
+    """Returns the tile of S of several adapters: that of experts, or a smaller one for factors that are loaded by
+    elements, whose addresses take registers."""
+    tile = expert_project(x, r, wide)
+    return tile if aligned else tile._replace(inner=max(16, tile.inner // 2), r=min(tile.r, SHORT_RANK))
+
+
 def expert_grads(x: torch.Tensor, r: int, wide: bool) -> Tile:
     """Returns the tile of the gradients of experts' factors. Each expert has programs of its own, so they have fewer
     columns than those of ``grad_a``."""

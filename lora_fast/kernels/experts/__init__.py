@@ -2,7 +2,7 @@
 
 ``offsets`` (n_experts,), int32 on the device, has the end of each expert's rows, so that expert e has the rows
 ``offsets[e - 1]`` … ``offsets[e]``. The host never reads it: grids depend on the numbers of rows and experts alone
-(segments.py), and an op is one launch however many experts there are and wherever the rows go. Rows from
+(kernels/segments.py), and an op is one launch however many experts there are and wherever the rows go. Rows from
 ``offsets[-1]`` on belong to no expert.
 """
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from .. import tiles
 from ..launch import contiguous_rows, is_wide, launch, on_device, precision
 from ..primitives import dot_wide, round_to
-from .segments import begins_at, ends_at
+from ..segments import begins_at, ends_at
 
 
 @triton.jit

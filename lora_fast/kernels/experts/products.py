@@ -24,7 +24,7 @@ import triton.language as tl
 from .. import tiles
 from ..launch import contiguous_rows, is_wide, launch, on_device, precision, thin_dtype
 from ..primitives import dot_rounded, dot_wide, round_to
-from .segments import programs, tile_of
+from ..segments import programs, tile_of
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_experts"])

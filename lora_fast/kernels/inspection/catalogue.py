@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import cayley, dora, experts, launch, pointer_table, tiles
+from .. import batched, cayley, dora, experts, launch, pointer_table, tiles
 from .. import linear as layer
 from ..dora.layer import ScaledGrads, ScaledUpdate
 from ..linalg import inverse, spd
@@ -29,7 +29,7 @@ from ..linear.project import Project
 from ..pairs import adamw, add_low_rank, inverse_mean, momentum, regularizers, scalora_scales, scalora_system
 from ..pairs import gram as grams
 from ..pairs.transform import Noise, transform_tables_
-from ..records import FourBit, NestedScales, Scaled
+from ..records import AdapterTable, FourBit, NestedScales, Scaled
 
 N_TOKENS, SHORT, FEW, D_IN, D_OUT = 8192, 1024, 16, 4096, 4096
 GROUP = 4096, 1024, 1024, 4096  # d_out of the members of a group: q, k, v and one more
@@ -289,6 +289,38 @@ def expert_grads(r: int, dtype: torch.dtype, adapter: str | None) -> int:
     return size(rows, rows, thin, thin, *gradients)
 
 
+def _batched(
+    r: int, dtype: torch.dtype, adapter: str | None, n_rows: int, aligned: bool
+) -> tuple[torch.Tensor, AdapterTable, torch.Tensor, torch.Tensor]:
+    """Returns rows of x or y, the table of as many adapters as there are experts, and rows and ends of as many rows
+    each. The factors start at multiples of 16 bytes if ``aligned``."""
+    factor = lambda *shape: torch.empty(r * D_IN + 1, dtype=_adapter(adapter, dtype))[not aligned :][: r * D_IN].view(
+        shape
+    )
+    a, b = ([factor(*shape) for _ in range(EXPERTS)] for shape in ((r, D_IN), (D_OUT, r)))
+    rows, offsets = torch.arange(n_rows, dtype=torch.int32), torch.arange(1, EXPERTS + 1, dtype=torch.int32)
+    return (
+        _matrix(n_rows, D_IN, dtype),
+        batched.adapter_table(a, b, [2.0] * EXPERTS),
+        rows,
+        offsets * (n_rows // EXPERTS),
+    )
+
+
+def batched_project(r: int, dtype: torch.dtype, adapter: str | None, tokens: str, aligned: bool) -> int:
+    """Runs S of several adapters. ``tokens`` is "many" or "short" (small blocks of rows)."""
+    x, table, *places = _batched(r, dtype, adapter, {"many": N_TOKENS, "short": SHORT}[tokens], aligned)
+    return size(x, *table.lora_A, *places, batched.project(x, table, *places))
+
+
+def batched_update(r: int, dtype: torch.dtype, adapter: str | None, tokens: str, aligned: bool) -> int:
+    """Runs the update of y of several adapters. ``tokens`` is "many" or "few" (small blocks of rows)."""
+    y, table, *places = _batched(r, dtype, adapter, {"many": N_TOKENS, "few": FEW}[tokens], aligned)
+    s = _thin(len(y), r, dtype, adapter)
+    batched.add_product(y, s, table, *places)
+    return size(y, y, *table.lora_B, *places, s)
+
+
 def weight_norms(r: int, dtype: torch.dtype, adapter: str | None, transposed: bool = False) -> int:
     """Runs the norms of DoRA, of a weight that is stored transposed, too."""
     weight = _matrix(D_IN, D_OUT, dtype).t() if transposed else _matrix(D_OUT, D_IN, dtype)
@@ -456,6 +488,7 @@ _ADAPTERS, _DROPOUT = (None, "float32"), (0.0, 0.1)
 _GEMM = variants(adapter=_ADAPTERS, strategy=("fused",), padding=(0, 4))  # rows of 4 more: no TMA
 _GEMM += variants(adapter=_ADAPTERS, strategy=("cublas", "gluon"), padding=(0,))
 _EXPERTS = {"bfloat16": (8, 16, 64, 256), "float16": (16, 256), "float32": (16, 256)}
+_BATCHED = {"bfloat16": (16, 64, 256), "float16": (16, 256), "float32": (16, 256)}
 _DORA = {"bfloat16": (16, 64, 256), "float16": (16, 64, 256), "float32": (16, 64, 256)}
 _GROUP = {"bfloat16": (8, 16, 32, 64), "float16": (16,), "float32": (16,)}
 _GROUP_GEMM = variants(strategy=("cublas",), padding=(0,), adapter=_ADAPTERS, members=(2, 4), dropout=_DROPOUT)
@@ -520,6 +553,14 @@ OPS = {
     ),
     "expert_grads": Op(
         expert_grads, _EXPERTS, variants(adapter=_ADAPTERS), ("lora_expert_grads_kernel",), counted=True
+    ),
+    "batched_project": Op(
+        batched_project, _BATCHED, variants(adapter=_ADAPTERS, tokens=("many", "short"), aligned=(True, False)),
+        ("lora_batched_project_kernel",), counted=True,
+    ),
+    "batched_update": Op(
+        batched_update, _BATCHED, variants(adapter=_ADAPTERS, tokens=("many", "few"), aligned=(True, False)),
+        ("lora_batched_update_kernel",), counted=True,
     ),
     "weight_norms": Op(
         weight_norms, {"bfloat16": (16, 256), "float16": (16,), "float32": (16, 256)},

@@ -1,0 +1,54 @@
+"""Plain-torch twin of the thin products of several adapters in one batch: the specification, the oracle of the tests,
+and the backend on a CPU.
+
+``rows`` int32 (n_rows,) has the numbers of x's rows, sorted by adapter; ``ends`` int32 (n_adapters,) has the end of
+each adapter's range in it. From ``ends[-1]`` on rows belong to no adapter. The twins loop over the adapters that have
+rows, so on a GPU they wait for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ...kernels.records import AdapterTable
+
+__all__ = ["adapter_table", "add_product", "project"]
+
+
+def adapter_table(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float]) -> AdapterTable:
+    """Returns the adapters' record, without the kernels' table."""
+    return AdapterTable(lora_A, lora_B, scaling)
+
+
+def project(x: Tensor, table: AdapterTable, rows: Tensor, ends: Tensor) -> Tensor:
+    """S[t] = x[rows[t]] a_kᵀ for each sorted row t of adapter k: (n, d_in) → (n_rows, R) in the wider of x's dtype and
+    the factors', 0 in the columns beyond the adapter's own rank and in rows of no adapter."""
+    wide = torch.promote_types(x.dtype, table.lora_A[0].dtype)
+    s = x.new_zeros((len(rows), table.r), dtype=wide)
+    for adapter, own in ranges(ends):
+        a = table.lora_A[adapter].to(wide)
+        s[own, : len(a)] = x.index_select(0, rows[own]).to(wide) @ a.mT
+    return s
+
+
+def add_product(y: Tensor, s: Tensor, table: AdapterTable, rows: Tensor, ends: Tensor) -> Tensor:
+    """y[rows[t]] += scaling_k · S[t] b_kᵀ for each sorted row t of adapter k, in place: (n, d_out). It is rounded
+    once."""
+    for adapter, own in ranges(ends):
+        a, b = table.lora_A[adapter], table.lora_B[adapter].to(s.dtype)
+        base = y.index_select(0, rows[own]).to(s.dtype)
+        sum_ = torch.addmm(base, s[own, : len(a)], b.mT, alpha=table.scaling[adapter])
+        y.index_copy_(0, rows[own].long(), sum_.to(y.dtype))
+    return y
+
+
+def ranges(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yields each adapter that has rows, and its range among the sorted ones."""
+    begin = 0
+    for adapter, end in enumerate(ends.tolist()):
+        if end > begin:
+            yield adapter, slice(begin, end)
+        begin = end
