@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choices that the library makes by estimates of time are Python's: the fused GEMM or an update behind cuBLAS, and S
-whole or in parts."""
+"""The choices that the library makes by estimates of time are Python's: the fused GEMM or an update behind cuBLAS, and
+S whole or in parts."""
 
 import itertools
 from ctypes import byref, c_int, c_size_t
