@@ -128,6 +128,13 @@ LORA_FAST_API int lora_fast_linear(const lora_fast_layer *layer, const void *x, 
 LORA_FAST_API int lora_fast_add_to_y(const lora_fast_layer *layer, const void *s, const void *b, void *y,
                                      lora_fast_stream stream);
 
+/* y += scaling (x aᵀ) bᵀ, the whole adapter in two launches behind your own GEMM, without dropout. Where n_tokens is so
+   small that few programs would read x and a, as in decoding, d_in is split between programs. s is stored as by
+   project. workspace may be NULL where the bytes that adapter_workspace stores are 0. */
+LORA_FAST_API int lora_fast_adapter_workspace(const lora_fast_layer *layer, size_t *bytes);
+LORA_FAST_API int lora_fast_add_adapter(const lora_fast_layer *layer, const void *x, const void *a, const void *b,
+                                        void *s, void *y, void *workspace, lora_fast_stream stream);
+
 /* Stores the bytes of workspace that grad_s_b and grad_a need on this device; they may share it. */
 LORA_FAST_API int lora_fast_workspace(const lora_fast_layer *layer, size_t *bytes);
 LORA_FAST_API int lora_fast_grad_s_b(const lora_fast_layer *layer, const void *dy, const void *s, const void *b,
