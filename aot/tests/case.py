@@ -5,6 +5,10 @@ from functools import lru_cache
 
 import torch
 from library import Library
+from triton import knobs
+
+# Sizes (d_in, d_out) of two pairs: small in Triton's interpreter, else such that a factor takes several programs.
+PAIRS = ((272, 208), (528, 96)) if knobs.runtime.interpret else ((1152, 1280), (5008, 2064))
 
 
 class Case:

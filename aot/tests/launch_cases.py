@@ -132,12 +132,18 @@ CASES = {
 }
 
 
+def options_of(name: str) -> tuple[str, torch.dtype, int, dict]:
+    """Returns op, dtype, rank and options of a kernel, "project bfloat16 r16 adapter=float32 dropout=0"."""
+    op, dtype, r, *words = name.split(" ")
+    options = {key: int(value) if value.isdigit() else value for key, value in (word.split("=") for word in words)}
+    return op, getattr(torch, dtype), int(r[1:]), options
+
+
 def embedded(library: Library, device: torch.device, arch: int):
     """Yields the name and the case of every kernel that the library has for an arch."""
     names = {kernel.key.decode().split(" ", 1)[1] for kernel in library.kernels if kernel.arch == arch}
     for name in sorted(names):
-        op, dtype, r, *words = name.split(" ")
-        variant = {key: int(value) if value.isdigit() else value for key, value in (word.split("=") for word in words)}
+        op, dtype, r, variant = options_of(name)
         for call in layer_calls(variant) if "adapter" in variant else [{}]:
-            case = CASES[op](library, device, getattr(torch, dtype), int(r[1:]), **variant, **call)
+            case = CASES[op](library, device, dtype, r, **variant, **call)
             yield " ".join([name, *(f"{key}={value}" for key, value in call.items())]), case

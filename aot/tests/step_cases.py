@@ -4,7 +4,7 @@
 from ctypes import c_int64, c_void_p
 
 import torch
-from case import Case
+from case import PAIRS, Case
 from library import CayleyPair, Factor, Group, StepWork
 
 from lora_fast.kernels import cayley, limits
@@ -12,7 +12,6 @@ from lora_fast.kernels.pairs import adamw, add_low_rank, gram
 from lora_fast.kernels.pairs.transform import Noise, transform_tables_
 from lora_fast.kernels.pointer_table import find_tables
 
-PAIRS = ((1152, 1280), (5008, 2064))  # (d_in, d_out)
 SEED = (1 << 40) + 3
 
 
