@@ -64,13 +64,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=_numbers, default=[8, 16, 32, 64, 128], help="of 1 to 256")
     parser.add_argument("--ops", type=_words, help="of the catalogue and of this file; default: all")
     parser.add_argument("--ptx", type=int, default=0, help="arch whose PTX is embedded, too; 0: none")
-    parser.add_argument("--out", type=Path, help="folder for kernels.c, kernels.S and the code")
+    parser.add_argument("--out", type=Path, required=True, help="folder for kernels.c, kernels.S and the code")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="number of compilations in parallel")
-    parser.add_argument("--check-source", action="store_true", help="only check that lora_fast is the one beside this")
     options = parser.parse_args()
     check_source()
-    if options.check_source:
-        return
     _check(parser, options)
     chosen, ptx = cases(options.ops, options.dtypes, options.ranks), options.ptx or None
     started = time.monotonic()
@@ -80,8 +77,6 @@ def main() -> None:
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    if options.out is None:
-        parser.error("--out: expected a folder")
     if set(options.archs) - set(device.CARDS):
         parser.error(f"--archs: expected some of {sorted(device.CARDS)}, got {options.archs}")
     if set(options.dtypes) - {"bfloat16", "float16", "float32"}:

@@ -8,9 +8,9 @@
 #include <string.h>
 
 enum { COLUMNS = 8, COUNTERS = 16 };
-enum { MOST_PAIRS = 1 << 25 };           /* kernels multiply a factor's number by COUNTERS in 32 bits */
+enum { MOST_PAIRS = 1 << 25 };                /* kernels multiply a factor's number by COUNTERS in 32 bits */
 enum { FORWARD_ROWS = 4, BACKWARD_ROWS = 7 }; /* addresses of a pair in the list of cayley/addresses.py */
-enum { SUMS, PRODUCTS }; /* the launches on all factors, each with its own tiles */
+enum { SUMS, PRODUCTS };                      /* the launches on all factors, each with its own tiles */
 
 static size_t aligned(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
@@ -152,7 +152,8 @@ API int lora_fast_cayley_fill(const lora_fast_cayley_group *group, const lora_fa
 API int lora_fast_cayley(const lora_fast_cayley_group *group, void *workspace, lora_fast_stream stream) {
     struct launch sums, algebra, products;
     CALL(check(__func__, group));
-    CHECK_ADDRESSES(group->device, workspace);
+    CALL(lora_fast_check_addresses(__func__, "group.device, workspace", 2,
+                                   (const void *[]){group->device, workspace}));
     PREPARE(&sums, CAYLEY_KEY(CAYLEY_SUMS));
     PREPARE(&algebra, CAYLEY_KEY(group->backward ? CAYLEY_BACKWARD : CAYLEY_INVERSE));
     PREPARE(&products, CAYLEY_KEY(CAYLEY_PRODUCTS));

@@ -17,6 +17,7 @@ from lora_fast.kernels import linear as layer
 from lora_fast.kernels.inspection import compiler
 from lora_fast.kernels.inspection.catalogue import OPS, variants
 from lora_fast.kernels.linear import grads
+from lora_fast.kernels.linear.gemm import Update
 from lora_fast.kernels.pairs import regularizers
 from lora_fast.kernels.records import AdapterTable
 
@@ -31,6 +32,7 @@ D = 4096  # d_in and d_out of the launches that are compiled
 KINDS = {
     "lora_project_kernel": "PROJECT", ("linear", "lora_linear_kernel"): "LINEAR",
     ("grad_x", "lora_linear_kernel"): "GRAD_X", ("add_to_y", "lora_update_kernel"): "ADD_TO_Y",
+    ("add_parts_to_y", "lora_update_kernel"): "ADD_TO_Y",
     ("add_to_dx", "lora_update_kernel"): "ADD_TO_DX", "lora_grad_s_b_kernel": "GRAD_S_B",
     "lora_grad_a_kernel": "GRAD_A", "lora_batched_project_kernel": "BATCH_PROJECT",
     "lora_batched_update_kernel": "BATCH_ADD", ("sum", "lora_sum_partials_kernel"): "SUM", "lora_gram_kernel": "GRAM",
@@ -50,6 +52,18 @@ def add_to_y(r: int, dtype: torch.dtype, adapter: str) -> None:
     """Runs the update of y behind another library's product."""
     y, b = torch.empty(1, D, dtype=dtype), torch.empty(D, r, dtype=getattr(torch, adapter))
     layer.add_to_y(y, torch.empty(1, r, dtype=b.dtype), b, 2.0)
+
+
+def project_parts(r: int, dtype: torch.dtype, adapter: str, tokens: str) -> None:
+    """Runs project for few tokens, which stores partial sums of S."""
+    OPS["project"].run(r, dtype, adapter, 0.0, tokens)
+
+
+def add_parts_to_y(r: int, dtype: torch.dtype, adapter: str, tokens: str) -> None:
+    """Runs the update of y that adds the partial sums of S of few tokens."""
+    y, b = torch.empty(1, D, dtype=dtype), torch.empty(D, r, dtype=getattr(torch, adapter))
+    parts, s = torch.empty(2, 1, r), torch.empty(1, r, dtype=b.dtype)
+    Update(y, b, r, False, True, D, n_parts=2)(y, y, parts, b, 2.0, None, None, s)
 
 
 def add_to_dx(r: int, dtype: torch.dtype, adapter: str, dropout: float) -> None:
@@ -96,6 +110,8 @@ def imbalance(r: int, dtype: torch.dtype) -> None:
 
 OWN_OPS: dict[str, Callable] = {
     "add_to_y": add_to_y,
+    "project_parts": project_parts,
+    "add_parts_to_y": add_parts_to_y,
     "add_to_dx": add_to_dx,
     "batch_project": batch_project,
     "batch_add": batch_add,
@@ -127,8 +143,10 @@ def layer_cases(dtypes: list[str], ranks: list[int]) -> list[Case]:
     masks, gemm = {"dropout": (0.0, 0.1)}, {"strategy": ("fused",), "padding": (0,)}
     ops = {
         "project": masks | {"tokens": ("many", "short")},
+        "project_parts": {"tokens": ("few",)},
         "linear": gemm | {"bias": (False, True)},
         "add_to_y": {},
+        "add_parts_to_y": {"tokens": ("few",)},
         "grad_s_b": {},
         "grad_a": masks,
         "grad_x": gemm | masks,

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
 
-   Which is faster, the fused GEMM or cuBLAS with an update: the estimate of kernels/linear/strategies.py, whose numbers
-   build.py writes. ctest compares the two. */
+   Which way is faster: the fused GEMM or cuBLAS with an update, S whole or in parts. It is the estimate of
+   kernels/linear/strategies.py, whose numbers build.py writes. ctest compares the two. */
 
 #include "kernels.h"
 
@@ -49,21 +49,39 @@ static double cublas(const struct call *call) {
     return ESTIMATE.launch_seconds + most(seconds, moving(call));
 }
 
-static double update(const struct call *call, const struct tile *tile) {
-    const struct rates *rates = call->rates;
-    int is_wide = call->bytes == 2 && call->layer->adapter == LORA_FAST_FLOAT32, r = call->layer->r;
-    double products = !is_wide ? 1 : call->layer->dtype == LORA_FAST_BFLOAT16 ? 2 : 4;
-    double factor_bytes = is_wide ? 4 : call->bytes, t = call->t, n = call->n;
-    double columns = (double)divide_up((int64_t)n, tile->BLOCK_OUT);
-    double programs = columns * (double)divide_up((int64_t)t, tile->BLOCK_T);
+static int is_wide(const struct call *call) { return call->bytes == 2 && call->layer->adapter == LORA_FAST_FLOAT32; }
+
+static double factor_bytes(const struct call *call) { return is_wide(call) ? 4 : call->bytes; }
+
+/* Returns the seconds of one launch of our kernels that moves bytes from memory and, again, from L2, with as many
+   programs, which multiply elements by the rank columns. */
+static double passing(const struct call *call, double moved, double elements, double programs, double again) {
+    double products = !is_wide(call) ? 1 : call->layer->dtype == LORA_FAST_BFLOAT16 ? 2 : 4;
     programs = least(programs, call->device->multiprocessors);
     double busy = least(1.0, ESTIMATE.l2_speedup * programs / call->device->multiprocessors);
-    double moved = t * (2.0 * n * call->bytes + r * 4.0) + r * n * factor_bytes, again = (columns - 1) * t * r * 4.0;
-    double reading = moved / (ESTIMATE.stream_share * rates->bandwidth);
-    reading += again / (ESTIMATE.l2_speedup * rates->bandwidth) / 2; /* half of it overlaps with reads from memory */
-    double multiplying = 2.0 * t * n * lora_fast_rank_class(r, 16) * products / rate_of(call, ESTIMATE.single_share);
-    double drawing = call->masked ? t * n / (ESTIMATE.mask_rate * programs) : 0;
-    return ESTIMATE.launch_seconds + most(most(reading / busy, multiplying), drawing);
+    double reading = moved / (ESTIMATE.stream_share * call->rates->bandwidth);
+    reading += again / (ESTIMATE.l2_speedup * call->rates->bandwidth) / 2; /* half of it overlaps with memory's reads */
+    double multiplying = 2.0 * elements * lora_fast_rank_class(call->layer->r, 16) * products;
+    double drawing = call->masked ? elements / (ESTIMATE.mask_rate * programs) : 0;
+    return ESTIMATE.launch_seconds +
+           most(most(reading / busy, multiplying / rate_of(call, ESTIMATE.single_share)), drawing);
+}
+
+/* Returns the seconds of the update from n_parts partial sums of S. */
+static double update(const struct call *call, const struct tile *tile, int64_t n_parts) {
+    double t = call->t, n = call->n, r = call->layer->r, columns = (double)divide_up((int64_t)n, tile->BLOCK_OUT);
+    double parts = t * (double)n_parts * r * 4.0;
+    double moved = t * 2.0 * n * call->bytes + parts + r * n * factor_bytes(call);
+    return passing(call, moved, t * n, columns * (double)divide_up((int64_t)t, tile->BLOCK_T), (columns - 1) * parts);
+}
+
+/* Returns the seconds of S, or of its partial sums, by one pass over x. */
+static double project(const struct call *call, const struct tile *tile, int64_t splits) {
+    double t = call->t, k = call->k, r = call->layer->r, blocks = (double)divide_up((int64_t)t, tile->BLOCK_T);
+    double rank_blocks = (double)divide_up(call->layer->r, tile->BLOCK_R);
+    double moved = t * k * call->bytes + r * k * factor_bytes(call) + (double)splits * t * r * factor_bytes(call);
+    double again = (blocks - 1) * r * k * factor_bytes(call) + (rank_blocks - 1) * t * k * call->bytes;
+    return passing(call, moved, t * k, blocks * (double)splits * rank_blocks, again);
 }
 
 static double fused(const struct call *call, const struct tile *tile) {
@@ -74,6 +92,16 @@ static double fused(const struct call *call, const struct tile *tile) {
     return ESTIMATE.launch_seconds + most(seconds, moving(call));
 }
 
+static struct call call_of(const lora_fast_layer *layer, const struct device *device, int backward) {
+    const struct rates *rates = lora_fast_rates;
+    for (int i = 1; i < ESTIMATE.n_rates && lora_fast_rates[i].arch <= device->arch; i++) rates = &lora_fast_rates[i];
+    return (struct call){
+        .layer = layer, .device = device, .rates = rates, .t = layer->n_tokens, .masked = backward && layer->drop_level,
+        .k = backward ? layer->d_out : layer->d_in, .n = backward ? layer->d_in : layer->d_out,
+        .bytes = layer->dtype == LORA_FAST_FLOAT32 ? 4 : 2,
+    };
+}
+
 API int lora_fast_faster(const lora_fast_layer *layer, int backward, lora_fast_strategy *strategy) {
     const struct device *device;
     struct launch gemm, add;
@@ -81,16 +109,18 @@ API int lora_fast_faster(const lora_fast_layer *layer, int backward, lora_fast_s
     CHECK((unsigned)backward <= 1, "backward", "0 or 1", backward);
     CHECK_POINTER(strategy);
     CALL(lora_fast_current_device(__func__, &device));
-    int masked = backward && layer->drop_level > 0;
-    PREPARE(&gemm, KEY(backward ? GRAD_X : LINEAR, layer->dtype, layer->adapter, layer->r, masked ? DROPOUT : 0));
-    PREPARE(&add, KEY(backward ? ADD_TO_DX : ADD_TO_Y, layer->dtype, layer->adapter, layer->r, masked ? DROPOUT : 0));
-    const struct rates *rates = lora_fast_rates;
-    for (int i = 1; i < ESTIMATE.n_rates && lora_fast_rates[i].arch <= device->arch; i++) rates = &lora_fast_rates[i];
-    const struct call call = {
-        .layer = layer, .device = device, .rates = rates, .t = layer->n_tokens, .masked = masked,
-        .k = backward ? layer->d_out : layer->d_in, .n = backward ? layer->d_in : layer->d_out,
-        .bytes = layer->dtype == LORA_FAST_FLOAT32 ? 4 : 2,
-    };
-    *strategy = fused(&call, gemm.tile) <= cublas(&call) + update(&call, add.tile) ? LORA_FAST_FUSED : LORA_FAST_UPDATE;
+    const struct call call = call_of(layer, device, backward);
+    uint64_t options = call.masked ? DROPOUT : 0;
+    PREPARE(&gemm, KEY(backward ? GRAD_X : LINEAR, layer->dtype, layer->adapter, layer->r, options));
+    PREPARE(&add, KEY(backward ? ADD_TO_DX : ADD_TO_Y, layer->dtype, layer->adapter, layer->r, options));
+    int is_fused = fused(&call, gemm.tile) <= cublas(&call) + update(&call, add.tile, 1);
+    *strategy = is_fused ? LORA_FAST_FUSED : LORA_FAST_UPDATE;
     return LORA_FAST_OK;
+}
+
+int lora_fast_split_is_faster(const lora_fast_layer *layer, const struct device *device, const struct tile *tiles[4],
+                              int64_t splits) {
+    const struct call call = call_of(layer, device, 0);
+    double whole = project(&call, tiles[0], 1) + update(&call, tiles[1], 1);
+    return project(&call, tiles[2], splits) + update(&call, tiles[3], splits) < whole;
 }

@@ -87,8 +87,8 @@ extern const int lora_fast_table_length;
 extern const int lora_fast_built_archs[], lora_fast_n_archs, lora_fast_built_ranks[], lora_fast_n_ranks;
 extern const lora_fast_dtype lora_fast_built_dtypes[];
 extern const int lora_fast_n_dtypes, lora_fast_built_ptx;
-/* SHORT, FEW, PROGRAMS, SPLIT_STEPS and PARTIAL_NUMBERS of kernels/tiles.py. */
-extern const int lora_fast_short_tokens, lora_fast_few_tokens, lora_fast_programs, lora_fast_split_steps,
+/* SHORT, FEW, FEW_NUMBERS, PROGRAMS, SPLIT_STEPS and PARTIAL_NUMBERS of kernels/tiles.py. */
+extern const int lora_fast_short_tokens, lora_fast_few_tokens, lora_fast_few_numbers, lora_fast_programs, lora_fast_split_steps,
     lora_fast_partial_numbers;
 /* The largest number of adapters in a batch. */
 extern const int lora_fast_most_adapters;
@@ -203,6 +203,11 @@ struct device {
     int ordinal, arch, multiprocessors, shared; /* shared: bytes that a block may have */
 };
 int lora_fast_current_device(const char *function, const struct device **device);
+
+/* Whether S in so many parts is estimated to be faster than S whole. tiles: of project and of the update, for S whole
+   and in parts. */
+int lora_fast_split_is_faster(const lora_fast_layer *layer, const struct device *device, const struct tile *tiles[4],
+                              int64_t splits);
 
 static inline int64_t divide_up(int64_t number, int64_t by) { return (number + by - 1) / by; }
 

@@ -128,6 +128,13 @@ LORA_FAST_API int lora_fast_linear(const lora_fast_layer *layer, const void *x, 
 LORA_FAST_API int lora_fast_add_to_y(const lora_fast_layer *layer, const void *s, const void *b, void *y,
                                      lora_fast_stream stream);
 
+/* y += scaling (x aᵀ) bᵀ, the whole adapter in two launches behind your own GEMM, without dropout. Where n_tokens is so
+   small that few programs would read x and a, as in decoding, d_in is split between programs. s is stored as by
+   project. workspace may be NULL where the bytes that adapter_workspace stores are 0. */
+LORA_FAST_API int lora_fast_adapter_workspace(const lora_fast_layer *layer, size_t *bytes);
+LORA_FAST_API int lora_fast_add_adapter(const lora_fast_layer *layer, const void *x, const void *a, const void *b,
+                                        void *s, void *y, void *workspace, lora_fast_stream stream);
+
 /* Stores the bytes of workspace that grad_s_b and grad_a need on this device; they may share it. */
 LORA_FAST_API int lora_fast_workspace(const lora_fast_layer *layer, size_t *bytes);
 LORA_FAST_API int lora_fast_grad_s_b(const lora_fast_layer *layer, const void *dy, const void *s, const void *b,
@@ -204,8 +211,8 @@ typedef struct {
     int r;                  /* of every factor, one of lora_fast_ranks */
     int n_factors;
     int n_rows;             /* rows of the launch's other arguments: every index is below it */
-    int flat;               /* 1 for a STEP without matrices, scales, Grams and keys with additive, which is elementwise
-                               work; else 0 */
+    int flat;               /* 1 for a STEP without matrices, scales, Grams and (of 16 bits) keys with additive, which is
+                               elementwise work; else 0 */
     int n_programs, chunk;  /* filled in */
     size_t bytes;           /* filled in: size of the table */
     void *device;           /* the address of its copy on the device, which launches change (counters) */
@@ -245,14 +252,14 @@ typedef struct {
 LORA_FAST_API int lora_fast_adamw_step(const lora_fast_group *group, const double *hyper, int hyper_rows, float *steps,
                                        const lora_fast_work *work, void *workspace, lora_fast_stream stream);
 /* TRANSFORM: p = M p for a, p M for b, in place; with add, p += M p, p M. matrices float32 (n, r, r). keys and steps
-   (n): NULL, or with add, 16-bit results are rounded stochastically, by the keys and steps of the STEP before. */
+   (n): both NULL, or with add, 16-bit results are rounded stochastically, by the keys and steps of the STEP before. */
 LORA_FAST_API int lora_fast_transform(const lora_fast_group *group, const float *matrices, int add,
                                       const int64_t *keys, const float *steps, lora_fast_stream stream);
 
 typedef enum { LORA_FAST_NEAREST, LORA_FAST_STOCHASTIC, LORA_FAST_COMPENSATED } lora_fast_rounding;
-/* MERGE: weight += b diag(scale) a for every layer, in place, rounded once. scale float32 (n, r). seed: for
-   STOCHASTIC; device_seed replaces it where it is not NULL, as in lora_fast_layer. COMPENSATED: the rounding error is
-   stored in the residuals, zero at first, for the next merge. */
+/* MERGE: weight += b diag(scale) a for every layer, in place, rounded once, float32 weights always to nearest. No weight
+   may be twice in a group. scale float32 (n, r). seed: for STOCHASTIC; device_seed replaces it where it is not NULL, as
+   in lora_fast_layer. COMPENSATED: the rounding error is stored in the residuals, zero at first, for the next merge. */
 LORA_FAST_API int lora_fast_merge(const lora_fast_group *group, const float *scale, lora_fast_rounding rounding,
                                   int64_t seed, const int64_t *device_seed, lora_fast_stream stream);
 

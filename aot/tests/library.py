@@ -146,7 +146,7 @@ class Stub:
     def on_launch(self, function):
         """Sets the function that every launch calls with its note. The caller keeps the returned object."""
         hook = self.HOOK(lambda note: function(note.contents)) if function else self.HOOK()
-        self.HOOK.in_dll(self.library, "stub_on_launch").value = ctypes.cast(hook, c_void_p).value
+        self._variable("on_launch", c_void_p).value = ctypes.cast(hook, c_void_p).value
         return hook
 
 
