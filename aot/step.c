@@ -1,39 +1,62 @@
-/* The step and the small matrices. Tables have the layout of kernels/pointer_table.py and pairs/add_low_rank.py; grids
-   are those of kernels/pairs/{gram,adamw,transform,add_low_rank,scalora_system,scalora_scales}.py and of
-   kernels/linalg/{spd,inverse}.py. */
+/* SPDX-License-Identifier: Apache-2.0
+
+   The step. Tables have the layout of kernels/pointer_table.py and pairs/add_low_rank.py; grids are those of
+   kernels/pairs/{gram,adamw,transform,add_low_rank}.py. */
 
 #include "kernels.h"
 
 #include <string.h>
 
-enum { COLUMNS = 8, MERGE_COLUMNS = 12, COUNTERS = 16, HYPER = 5 };
-enum { LARGEST_RANK = 256, LARGEST_SCALORA_RANK = 128, SCALORA_IN_REGISTERS = 32 };
-enum { SCRATCHES = 3 }; /* scratch matrices of a program of kernels/linalg/inverse.py; spd.py takes one */
+enum { COLUMNS = 8, MERGE_COLUMNS = 12, COUNTERS = 16, HYPER = 5, GRAMS_OF_PAIR = 5 };
+enum { MOST_FACTORS = 1 << 26 }; /* kernels multiply a factor's number by COUNTERS in 32 bits */
+enum { GRAM_RANK = 64 };         /* of kernels/factor_tiles.py */
 
-static int find_any(const lora_fast_group *group, int *row) {
-    const char *dtype = lora_fast_dtype_name(group->dtype);
-    if (!dtype || group->r < 1) return LORA_FAST_BAD_ARGUMENT;
-    switch (group->op) {
-    case LORA_FAST_GRAM: return lora_fast_find_any(row, "lora_gram_kernel gram %s r%d", dtype, group->r);
-    case LORA_FAST_TRANSFORM:
-        return lora_fast_find_any(row, "lora_transform_kernel transform %s r%d add=0", dtype, group->r);
-    case LORA_FAST_MERGE:
-        return lora_fast_find_any(row, "lora_merge_kernel merge %s r%d rounding=nearest", dtype, group->r);
-    case LORA_FAST_STEP:
-        return lora_fast_find_any(row, "lora_step_kernel adamw_step %s r%d add=0 matrix=%d scale=0 gram=0", dtype,
-                                  group->r, !group->flat);
-    }
-    return LORA_FAST_BAD_ARGUMENT;
-}
+/* ---- Groups and their tables */
 
-/* The number of programs of a factor. */
-static int64_t programs_of(const lora_fast_group *group, const lora_fast_factor *factor, int block_in) {
-    int64_t d = group->op == LORA_FAST_STEP && group->flat ? factor->d * group->r : factor->d;
-    int64_t programs = divide_up(d, group->chunk);
-    return group->op == LORA_FAST_MERGE ? programs * divide_up(factor->d_in, block_in) : programs;
+static int check(const char *function, const lora_fast_group *group) {
+    CALL(lora_fast_check_struct(function, "group", group, sizeof *group));
+    CHECK_IN(function, (unsigned)group->op <= LORA_FAST_MERGE, "group.op", "a lora_fast_op", group->op);
+    CHECK_DTYPE_IN(function, group->dtype, "group.dtype");
+    CHECK_RANK_IN(function, group->r, "group.r");
+    CHECK_IN(function, group->n_factors >= 1 && group->n_factors <= MOST_FACTORS, "group.n_factors", "1 to 2^26",
+             group->n_factors);
+    CHECK_SIZE_IN(function, group->n_rows, "group.n_rows", 1);
+    CHECK_IN(function, group->flat == 0 || (group->flat == 1 && group->op == LORA_FAST_STEP), "group.flat",
+             "0, or 1 for a STEP", group->flat);
+    return LORA_FAST_OK;
 }
 
 static int n_tensors(lora_fast_op op) { return (const int[]){2, 4, 1, 4}[op]; }
+
+static int check_factor(const char *function, const lora_fast_group *group, const lora_fast_factor *factor) {
+    CHECK_SIZE_IN(function, factor->d, "factors.d", 1);
+    CHECK_IN(function, (unsigned)factor->is_a <= 1, "factors.is_a", "0 or 1", factor->is_a);
+    CHECK_IN(function, factor->index >= 0 && factor->index < group->n_rows, "factors.index", "0 to group.n_rows - 1",
+             factor->index);
+    if (group->op == LORA_FAST_MERGE) {
+        CHECK_SIZE_IN(function, factor->d_in, "factors.d_in", 1);
+        CHECK_MULTIPLE_IN(function, factor->d_in, "factors.d_in");
+    } else {
+        CHECK_MULTIPLE_IN(function, factor->d, "factors.d");
+    }
+    return lora_fast_check_addresses(
+        function, "factors.tensors[0], factors.tensors[1], factors.tensors[2], factors.tensors[3]",
+        n_tensors(group->op), (const void *const *)factor->tensors);
+}
+
+#define GROUP_KEY(kind, options) KEY(kind, group->dtype, group->dtype, group->r, options)
+
+/* The key of one of the kernels that work on such a group. All of them have the same CHUNK. */
+static uint64_t key_of_any(const lora_fast_group *group) {
+    static const enum kind kinds[] = {GRAM, STEP, TRANSFORM, MERGE};
+    return GROUP_KEY(kinds[group->op], group->op == LORA_FAST_STEP && !group->flat ? MATRIX : 0);
+}
+
+/* The number of programs of a factor. */
+static int64_t programs_of(const lora_fast_group *group, const lora_fast_factor *factor, const struct tile *tile) {
+    int64_t programs = divide_up(group->flat ? factor->d * group->r : factor->d, tile->CHUNK);
+    return group->op == LORA_FAST_MERGE ? programs * divide_up(factor->d_in, tile->BLOCK_IN) : programs;
+}
 
 /* The length of a factor's row in the table. */
 static int64_t columns(const lora_fast_group *group) { return group->op == LORA_FAST_MERGE ? MERGE_COLUMNS : COLUMNS; }
@@ -47,221 +70,204 @@ static int64_t numbers(const lora_fast_group *group) {
     return columns(group) * n + (has_gradients(group->op) ? (n + 1) / 2 * 2 : 0);
 }
 
-API int lora_fast_plan(lora_fast_group *group, const lora_fast_factor *factors) {
-    int row;
+/* Checks the factors and sets the fields that are filled in. */
+static int plan(const char *function, lora_fast_group *group, const lora_fast_factor *factors,
+                const struct tile **tile) {
     int64_t programs = 0;
-    CALL(find_any(group, &row));
-    group->chunk = lora_fast_table[row].tile.CHUNK;
-    if (group->n_factors < 1) return LORA_FAST_BAD_ARGUMENT;
+    CALL(lora_fast_tile_of(function, tile, key_of_any(group)));
     for (int i = 0; i < group->n_factors; i++) {
-        const lora_fast_factor *factor = &factors[i];
-        int merge = group->op == LORA_FAST_MERGE;
-        if (factor->d < 1 || factor->index < 0 || (merge && factor->d_in < 1)) return LORA_FAST_BAD_ARGUMENT;
-        if ((merge ? factor->d_in : factor->d) % 16) return LORA_FAST_MISALIGNED;
-        CALL(lora_fast_check_addresses(n_tensors(group->op), factor->tensors));
-        programs += programs_of(group, factor, lora_fast_table[row].tile.BLOCK_IN);
+        CALL(check_factor(function, group, &factors[i]));
+        programs += programs_of(group, &factors[i], *tile);
+        CHECK_IN(function, programs <= LARGEST_SIZE, "factors", "at most 2^30 chunks", programs);
     }
-    if (programs > INT32_MAX) return LORA_FAST_BAD_ARGUMENT;
-    group->n_programs = (int)programs;
-    group->bytes = numbers(group) * sizeof(int64_t) + group->n_factors * COUNTERS * sizeof(int32_t) +
-                   group->n_programs * 2 * sizeof(int32_t);
+    group->n_programs = (int)programs, group->chunk = (*tile)->CHUNK;
+    group->bytes = (size_t)numbers(group) * sizeof(int64_t) +
+                   ((size_t)group->n_factors * COUNTERS + (size_t)programs * 2) * sizeof(int32_t);
+    return LORA_FAST_OK;
+}
+
+API int lora_fast_plan(lora_fast_group *group, const lora_fast_factor *factors) {
+    const struct tile *tile;
+    CALL(check(__func__, group));
+    CHECK_POINTER(factors);
+    lora_fast_group planned = *group;
+    CALL(plan(__func__, &planned, factors, &tile));
+    *group = planned;
     return LORA_FAST_OK;
 }
 
 API int lora_fast_fill(const lora_fast_group *group, const lora_fast_factor *factors, void *host) {
-    int row;
-    CALL(find_any(group, &row));
-    int merge = group->op == LORA_FAST_MERGE;
+    const struct tile *tile;
+    CALL(check(__func__, group));
+    CHECK_POINTER(factors);
+    CHECK_POINTER(host);
+    CHECK_MULTIPLE_OF_8(host);
+    lora_fast_group planned = *group;
+    CALL(plan(__func__, &planned, factors, &tile));
+    CHECK(planned.n_programs == group->n_programs && planned.chunk == group->chunk && planned.bytes == group->bytes,
+          "group.bytes", "what lora_fast_plan sets for these factors", group->bytes);
     int64_t *entry = host, *gradients = entry + columns(group) * group->n_factors;
     int32_t *counters = (int32_t *)(entry + numbers(group));
-    int32_t *tile = counters + COUNTERS * (int64_t)group->n_factors;
+    int32_t *tiles = counters + COUNTERS * (int64_t)group->n_factors;
     memset(host, 0, group->bytes);
     for (int i = 0; i < group->n_factors; i++, entry += columns(group)) {
         const lora_fast_factor *factor = &factors[i];
-        int64_t count = programs_of(group, factor, lora_fast_table[row].tile.BLOCK_IN), r = group->r;
+        int64_t count = programs_of(group, factor, tile), r = group->r, d_in = factor->d_in;
         int column = 0;
         for (int j = 0; j < n_tensors(group->op); j++) {
             int64_t address = (int64_t)(uintptr_t)factor->tensors[j];
             if (has_gradients(group->op) && j == 1) gradients[i] = address;
             else entry[column++] = address;
         }
-        if (merge) {
-            int64_t sizes[] = {factor->d, r, factor->d_in, factor->index, factor->d_in, 1, r, 1};
-            memcpy(entry + 4, sizes, sizeof sizes);
-        } else {
-            int64_t sizes[] = {factor->d, r, factor->is_a != 0, factor->index};
-            memcpy(entry + 3, sizes, sizeof sizes);
-        }
-        for (int64_t j = 0; j < count; j++) *tile++ = i, *tile++ = (int32_t)j;
+        if (group->op == LORA_FAST_MERGE)
+            memcpy(entry + 4, (const int64_t[]){factor->d, r, d_in, factor->index, d_in, 1, r, 1}, 8 * sizeof *entry);
+        else memcpy(entry + 3, (const int64_t[]){factor->d, r, factor->is_a, factor->index}, 4 * sizeof *entry);
+        for (int64_t j = 0; j < count; j++) *tiles++ = i, *tiles++ = (int32_t)j;
     }
     return LORA_FAST_OK;
 }
 
-/* The parts of a table in device memory. */
-#define TABLE                                                                                                          \
-    NAMED_POINTER("entries", group->device),                                                                           \
-        NAMED_POINTER("gradients", (const int64_t *)group->device + columns(group) * group->n_factors),                \
-        NAMED_POINTER("counters", counters_of(group)),                                                                 \
-        NAMED_POINTER("tiles", counters_of(group) + COUNTERS * (int64_t)group->n_factors)
+/* ---- Launches on a table */
 
 static const int32_t *counters_of(const lora_fast_group *group) {
     return (const int32_t *)((const int64_t *)group->device + numbers(group));
 }
 
-static int check(const lora_fast_group *group, lora_fast_op op) {
-    if (group->op != op || !lora_fast_dtype_name(group->dtype) || group->r < 1) return LORA_FAST_BAD_ARGUMENT;
-    return CHECK_ADDRESSES(group->device);
+/* The parts of a table in device memory. */
+#define TABLE                                                                                                          \
+    [P_entries] = {group->device},                                                                                     \
+    [P_gradients] = {(const int64_t *)group->device + columns(group) * group->n_factors},                              \
+    [P_counters] = {counters_of(group)},                                                                               \
+    [P_tiles] = {counters_of(group) + COUNTERS * (int64_t)group->n_factors}
+
+static int check_planned(const char *function, const lora_fast_group *group) {
+    CALL(check(function, group));
+    CHECK_IN(function, group->n_programs >= group->n_factors && group->n_programs <= LARGEST_SIZE, "group.n_programs",
+             "what lora_fast_plan sets", group->n_programs);
+    return LORA_FAST_OK;
 }
 
-API size_t lora_fast_gram_workspace(const lora_fast_group *group) {
-    size_t grams = group->op == LORA_FAST_GRAM ? 3 : 1;
-    return grams * group->n_programs * group->r * group->r * sizeof(float);
+static int check_launch(const char *function, const lora_fast_group *group, lora_fast_op op) {
+    static const char *const names[] = {"LORA_FAST_GRAM", "LORA_FAST_STEP", "LORA_FAST_TRANSFORM", "LORA_FAST_MERGE"};
+    CALL(check_planned(function, group));
+    CHECK_IN(function, group->op == op, "group.op", names[op], group->op);
+    return lora_fast_check_addresses(function, "group.device", 1, (const void *[]){group->device});
 }
 
-API int lora_fast_gram(const lora_fast_group *group, int n_pairs, float *grams, void *workspace,
-                       lora_fast_stream stream) {
-    int row;
-    CALL(check(group, LORA_FAST_GRAM));
-    CALL(CHECK_ADDRESSES(grams, workspace));
-    CALL(lora_fast_find(&row, "lora_gram_kernel gram %s r%d", lora_fast_dtype_name(group->dtype), group->r));
-    int64_t blocks = divide_up(group->r, lora_fast_table[row].tile.BLOCK_R);
-    return lora_fast_launch(row, group->n_programs, blocks * blocks, 1,
-                            (struct argument[]){TABLE, NAMED_POINTER("partials", workspace),
-                                                NAMED_POINTER("totals", grams), INTEGER(n_pairs), END},
-                            stream);
+static int prepare(const char *function, struct launch *launch, const lora_fast_group *group, uint64_t key) {
+    CALL(lora_fast_prepare(function, launch, key));
+    CHECK_IN(function, group->chunk == launch->tile->CHUNK, "group.chunk", "what lora_fast_plan sets", group->chunk);
+    return lora_fast_set_grid(function, launch, group->n_programs, 1, 1);
+}
+
+/* Whether keys make results round stochastically: those of 16 bits. */
+static int is_stochastic(const lora_fast_group *group, const int64_t *keys) {
+    return keys && group->dtype != LORA_FAST_FLOAT32;
+}
+
+API int lora_fast_gram_workspace(const lora_fast_group *group, size_t *bytes) {
+    CALL(check_planned(__func__, group));
+    CHECK(group->op == LORA_FAST_GRAM || group->op == LORA_FAST_STEP, "group.op", "LORA_FAST_GRAM or LORA_FAST_STEP",
+          group->op);
+    CHECK_POINTER(bytes);
+    int in_step = !group->flat && group->r <= GRAM_RANK;
+    size_t partials = group->op == LORA_FAST_GRAM ? 3 : (size_t)in_step;
+    *bytes = partials * (size_t)group->n_programs * (size_t)(group->r * group->r) * sizeof(float);
+    return LORA_FAST_OK;
+}
+
+API int lora_fast_gram(const lora_fast_group *group, float *grams, void *workspace, lora_fast_stream stream) {
+    struct launch launch;
+    CALL(check_launch(__func__, group, LORA_FAST_GRAM));
+    CHECK_ADDRESSES(grams, workspace);
+    int64_t results = GRAMS_OF_PAIR * (int64_t)group->n_rows * group->r * group->r; /* the kernel counts in 32 bits */
+    CHECK(results <= INT32_MAX, "group.n_rows", "at most 2^31 - 1 numbers in grams", results);
+    CALL(prepare(__func__, &launch, group, GROUP_KEY(GRAM, 0)));
+    int64_t blocks = divide_up(group->r, launch.tile->BLOCK_R);
+    SET_GRID(&launch, group->n_programs, blocks * blocks, 1);
+    const union value values[N_PARAMETERS] = {
+        TABLE, [P_partials] = {workspace}, [P_totals] = {grams}, [P_n_pairs] = {.i = group->n_rows},
+    };
+    return lora_fast_submit(&launch, values, NULL, stream);
+}
+
+static int check_work(const char *function, const lora_fast_group *group, const lora_fast_work *work) {
+    CALL(lora_fast_check_struct(function, "work", work, sizeof *work));
+    static const char *const names[] = {"work.additive", "work.matrices", "work.scale_p",
+                                        "work.scale_g",  "work.grams",    "work.keys"};
+    const void *const arrays[] = {work->additive, work->matrices, work->scale_p,
+                                  work->scale_g,  work->grams,    work->keys};
+    for (int i = 0; i < 6; i++)
+        if (arrays[i]) CALL(lora_fast_check_addresses(function, names[i], 1, &arrays[i]));
+    CHECK_IN(function, !work->scale_p == !work->scale_g, "work.scale_g", "an address with work.scale_p, else NULL",
+             (intptr_t)work->scale_g);
+    if (work->grams && group->r > GRAM_RANK)
+        return lora_fast_fail(LORA_FAST_BAD_ARGUMENT,
+                              "%s: work.grams: expected NULL above rank %d, where lora_fast_gram computes them after the "
+                              "step, got an address",
+                              function, GRAM_RANK);
+    int by_rank = work->matrices || work->scale_p || work->grams ||
+                  (work->additive && is_stochastic(group, work->keys));
+    CHECK_IN(function, group->flat == !by_rank, "group.flat", by_rank ? "0 for this work" : "1 for this work",
+             group->flat);
+    return LORA_FAST_OK;
 }
 
 API int lora_fast_adamw_step(const lora_fast_group *group, const double *hyper, int hyper_rows, float *steps,
                              const lora_fast_work *work, void *workspace, lora_fast_stream stream) {
-    static const lora_fast_work none;
-    int row;
+    static const lora_fast_work none = {.size = sizeof none};
+    struct launch launch;
     if (!work) work = &none;
-    int add = work->additive != NULL, matrix = work->matrices != NULL, gram = work->grams != NULL;
-    int scale = work->scale_p != NULL;
-    CALL(check(group, LORA_FAST_STEP));
-    CALL(CHECK_ADDRESSES(hyper, steps));
-    if (scale != (work->scale_g != NULL) || group->flat == (matrix || scale || gram) || hyper_rows < 1)
-        return LORA_FAST_BAD_ARGUMENT;
-    if (gram) CALL(CHECK_ADDRESSES(workspace));
-    CALL(lora_fast_find(&row, "lora_step_kernel adamw_step %s r%d add=%d matrix=%d scale=%d gram=%d",
-                        lora_fast_dtype_name(group->dtype), group->r, add, matrix, scale, gram));
-    return lora_fast_launch(
-        row, group->n_programs, 1, 1,
-        (struct argument[]){TABLE, POINTER(hyper), POINTER(steps), NAMED_POINTER("additive", work->additive),
-                            NAMED_POINTER("matrices", work->matrices), NAMED_POINTER("scale_p", work->scale_p),
-                            NAMED_POINTER("scale_g", work->scale_g), NAMED_POINTER("partials", workspace),
-                            NAMED_POINTER("totals", work->grams),
-                            /* Of stochastic rounding, which this library does not offer. The kernel ignores it. */
-                            NAMED_POINTER("keys", steps),
-                            NAMED_INTEGER("stride_hyper", hyper_rows > 1 ? HYPER : 0),
-                            /* Python's optimizer passes these in place of hyper; the kernel ignores them. */
-                            NAMED_POINTER("p_lr_b", steps), NAMED_POINTER("p_lr_a", steps), NAMED_NUMBER("lr_b", 0),
-                            NAMED_NUMBER("beta1_b", 0), NAMED_NUMBER("beta2_b", 0), NAMED_NUMBER("eps_b", 0),
-                            NAMED_NUMBER("decay_b", 0), NAMED_NUMBER("lr_a", 0), NAMED_NUMBER("beta1_a", 0),
-                            NAMED_NUMBER("beta2_a", 0), NAMED_NUMBER("eps_a", 0), NAMED_NUMBER("decay_a", 0), END},
-        stream);
+    CALL(check_launch(__func__, group, LORA_FAST_STEP));
+    CHECK_ADDRESSES(hyper, steps);
+    CHECK(hyper_rows == 1 || hyper_rows == group->n_rows, "hyper_rows", "1 or group.n_rows", hyper_rows);
+    CALL(check_work(__func__, group, work));
+    if (work->grams) CHECK_ADDRESSES(workspace);
+    int options = (work->additive ? ADD : 0) | (work->matrices ? MATRIX : 0) | (work->scale_p ? SCALE : 0) |
+                  (work->grams ? GRAMS : 0) | (is_stochastic(group, work->keys) ? STOCHASTIC : 0);
+    CALL(prepare(__func__, &launch, group, GROUP_KEY(STEP, options)));
+    /* Python's optimizer passes the numbers of each side in place of hyper; the kernel ignores them. */
+    const union value values[N_PARAMETERS] = {
+        TABLE, [P_hyper] = {hyper}, [P_steps] = {steps}, [P_additive] = {work->additive},
+        [P_matrices] = {work->matrices}, [P_scale_p] = {work->scale_p}, [P_scale_g] = {work->scale_g},
+        [P_partials] = {workspace}, [P_totals] = {work->grams}, [P_keys] = {work->keys},
+        [P_stride_hyper] = {.i = hyper_rows > 1 ? HYPER : 0},
+    };
+    return lora_fast_submit(&launch, values, NULL, stream);
 }
 
-API int lora_fast_transform(const lora_fast_group *group, const float *matrices, int add, lora_fast_stream stream) {
-    int row;
-    CALL(check(group, LORA_FAST_TRANSFORM));
-    CALL(CHECK_ADDRESSES(matrices));
-    CALL(lora_fast_find(&row, "lora_transform_kernel transform %s r%d add=%d", lora_fast_dtype_name(group->dtype),
-                        group->r, add != 0));
-    return lora_fast_launch(row, group->n_programs, 1, 1,
-                            (struct argument[]){TABLE, POINTER(matrices), /* ignored: */
-                                                NAMED_POINTER("steps", matrices), NAMED_POINTER("keys", matrices), END},
-                            stream);
+API int lora_fast_transform(const lora_fast_group *group, const float *matrices, int add, const int64_t *keys,
+                            const float *steps, lora_fast_stream stream) {
+    struct launch launch;
+    CALL(check_launch(__func__, group, LORA_FAST_TRANSFORM));
+    CHECK_ADDRESSES(matrices);
+    CHECK((unsigned)add <= 1, "add", "0 or 1", add);
+    CHECK(add || !keys, "keys", "NULL without add", (intptr_t)keys);
+    CHECK(keys || !steps, "steps", "NULL without keys", (intptr_t)steps);
+    if (keys) CHECK_ADDRESSES(keys, steps);
+    int options = (add ? ADD : 0) | (is_stochastic(group, keys) ? STOCHASTIC : 0);
+    CALL(prepare(__func__, &launch, group, GROUP_KEY(TRANSFORM, options)));
+    const union value values[N_PARAMETERS] = {
+        TABLE, [P_matrices] = {matrices}, [P_steps] = {steps}, [P_keys] = {keys},
+    };
+    return lora_fast_submit(&launch, values, NULL, stream);
 }
 
 API int lora_fast_merge(const lora_fast_group *group, const float *scale, lora_fast_rounding rounding, int64_t seed,
-                        lora_fast_stream stream) {
-    static const char *const names[] = {"nearest", "stochastic", "compensated"};
-    int row;
-    CALL(check(group, LORA_FAST_MERGE));
-    CALL(CHECK_ADDRESSES(scale));
-    if ((unsigned)rounding > 2) return LORA_FAST_BAD_ARGUMENT;
-    CALL(lora_fast_find(&row, "lora_merge_kernel merge %s r%d rounding=%s", lora_fast_dtype_name(group->dtype),
-                        group->r, names[rounding]));
-    return lora_fast_launch(row, group->n_programs, 1, 1,
-                            (struct argument[]){TABLE, POINTER(scale), /* ignored: */ NAMED_POINTER("alpha", scale),
-                                                NAMED_POINTER("beta", scale), INTEGER(seed), END},
-                            stream);
-}
-
-static int blocked(int r) { return r > lora_fast_in_registers; }
-
-static int slots(int n) { return n < lora_fast_slots ? n : lora_fast_slots; }
-
-API size_t lora_fast_small_workspace(int n, int r) {
-    size_t side = lora_fast_rank_class(r, 16);
-    return blocked(r) ? slots(n) * SCRATCHES * side * side * sizeof(float) : 0;
-}
-
-API int lora_fast_spd_solve(int n, int r, int k, const float *matrices, const float *rhs, float damping, float *x,
-                            int32_t *info, void *workspace, lora_fast_stream stream) {
-    int row;
-    if (n < 0 || r < 1 || r > LARGEST_RANK || k < 1) return LORA_FAST_BAD_ARGUMENT;
-    CALL(CHECK_ADDRESSES(matrices, rhs, x, info, blocked(r) ? workspace : x));
-    CALL(lora_fast_find(&row, "lora_spd_solve%s_kernel spd_solve float32 r%d", blocked(r) ? "_blocked" : "",
-                        lora_fast_rank_class(r, 16)));
-    int64_t columns = blocked(r) ? 1 : divide_up(k, lora_fast_table[row].tile.BLOCK_K);
-    return lora_fast_launch(row, blocked(r) ? slots(n) : n, columns, 1,
-                            (struct argument[]){POINTER(matrices), POINTER(rhs), NAMED_POINTER("solutions", x),
-                                                POINTER(info), NAMED_POINTER("uppers", workspace),
-                                                NAMED_NUMBER("damping", damping), INTEGER(n), INTEGER(r), INTEGER(k),
-                                                END},
-                            stream);
-}
-
-API int lora_fast_small_inverse(int n, int r, const float *matrices, float *inverses, void *workspace,
-                                lora_fast_stream stream) {
-    int row;
-    if (n < 0 || r < 1 || r > LARGEST_RANK) return LORA_FAST_BAD_ARGUMENT;
-    CALL(CHECK_ADDRESSES(matrices, inverses, blocked(r) ? workspace : inverses));
-    CALL(lora_fast_find(&row, "lora_small_inverse%s_kernel small_inverse float32 r%d", blocked(r) ? "_blocked" : "",
-                        lora_fast_rank_class(r, 16)));
-    return lora_fast_launch(row, blocked(r) ? slots(n) : n, 1, 1,
-                            (struct argument[]){POINTER(matrices), POINTER(inverses),
-                                                NAMED_POINTER("scratch", workspace), INTEGER(n), INTEGER(r), END},
-                            stream);
-}
-
-API size_t lora_fast_scalora_workspace(int n, int r) {
-    return r > SCALORA_IN_REGISTERS ? sizeof(float) * n * 2 * (2 * r) * (2 * r) : 0;
-}
-
-API int lora_fast_scalora_solve(int n, int r, const float *grams, lora_fast_solver solver, float *x,
-                                unsigned char *active, int32_t *info, void *workspace, lora_fast_stream stream) {
-    static const char *const names[] = {"nnls", "paper", "column", "scalar"};
-    int row;
-    if (n < 0 || r < 1 || (unsigned)solver > 3) return LORA_FAST_BAD_ARGUMENT;
-    if (r > LARGEST_SCALORA_RANK) return LORA_FAST_NO_KERNEL;
-    CALL(CHECK_ADDRESSES(grams, x, active, info, r > SCALORA_IN_REGISTERS ? workspace : grams));
-    CALL(lora_fast_find(&row, "lora_scalora_solve_kernel scalora float32 r%d solver=%s", lora_fast_rank_class(r, 8),
-                        names[solver]));
-    int64_t size = (int64_t)n * r * r;
-    return lora_fast_launch(row, n, 1, 1,
-                            (struct argument[]){NAMED_POINTER("ka", grams), NAMED_POINTER("kb", grams + size),
-                                                NAMED_POINTER("kp", grams + 2 * size),
-                                                NAMED_POINTER("kq", grams + 3 * size),
-                                                NAMED_POINTER("k", grams + 4 * size), POINTER(x), POINTER(active),
-                                                POINTER(info), NAMED_POINTER("scratch", workspace), INTEGER(r), END},
-                            stream);
-}
-
-API int lora_fast_scalora_scales(int n, int r, const float *x, const unsigned char *active, const double *kappa,
-                                 const float *scaling, float low, float high, float *scale_p, float *scale_g,
-                                 float *residual_scale, lora_fast_stream stream) {
-    int row;
-    if (n < 0 || r < 1 || (int64_t)n * r > INT32_MAX) return LORA_FAST_BAD_ARGUMENT;
-    CALL(CHECK_ADDRESSES(x, active, kappa, scaling, scale_p, scale_g, residual_scale));
-    CALL(lora_fast_find(&row, "lora_scales_kernel scalora float32 r8 solver=nnls")); /* one kernel for all ranks */
-    int64_t size = (int64_t)n * r;
-    return lora_fast_launch(row, divide_up(size, lora_fast_table[row].tile.BLOCK), 1, 1,
-                            (struct argument[]){POINTER(x), POINTER(active), POINTER(kappa), POINTER(scaling),
-                                                POINTER(scale_p), POINTER(scale_g), POINTER(residual_scale),
-                                                NAMED_NUMBER("low", low), NAMED_NUMBER("high", high), INTEGER(size),
-                                                INTEGER(r), END},
-                            stream);
+                        const int64_t *device_seed, lora_fast_stream stream) {
+    struct launch launch;
+    CALL(check_launch(__func__, group, LORA_FAST_MERGE));
+    CHECK_ADDRESSES(scale);
+    CHECK((unsigned)rounding <= LORA_FAST_COMPENSATED, "rounding", "a lora_fast_rounding", rounding);
+    CHECK_MULTIPLE_OF_8(device_seed);
+    int options = group->dtype == LORA_FAST_FLOAT32 ? ROUNDING_NEAREST : (int)rounding; /* float32 is always nearest */
+    if (options != ROUNDING_STOCHASTIC) device_seed = NULL;
+    if (device_seed) options |= SEED_IN_MEMORY;
+    CALL(prepare(__func__, &launch, group, GROUP_KEY(MERGE, options)));
+    /* Python's ScaLoRA passes alpha and beta for 16-bit factors; the kernel ignores them. */
+    const union value values[N_PARAMETERS] = {
+        TABLE, [P_scale] = {scale}, [P_alpha] = {scale}, [P_beta] = {scale},
+        [P_seed] = {.i = device_seed ? (int64_t)(uintptr_t)device_seed : seed},
+    };
+    return lora_fast_submit(&launch, values, NULL, stream);
 }

@@ -23,7 +23,8 @@ import torch
 from launch_cases import N_TOKENS, Case, embedded, layer_case
 from library import BAD_ARGUMENT, MISALIGNED, NO_ARCH, NO_DRIVER, NO_KERNEL, Kernel, Library, Note, Refused
 
-from build import LENGTHS, as_embedded, name_of_cubin
+from compiling import LENGTHS, name_of_code
+from embedded import as_embedded
 from lora_fast.kernels.inspection import compiler
 from lora_fast.kernels.launch import MOST_REGISTERS
 from lora_fast.kernels.limits import LARGEST_RANK
@@ -135,7 +136,7 @@ def compare(
 def is_cubin_of(launch: compiler.Launch, arch: int, address: int, cubins: Path) -> bool:
     """Returns whether the cubin at an address is the build's cubin of this launch, as it is or with more registers."""
     roomy = dataclasses.replace(launch, options=launch.options | {"maxnreg": MOST_REGISTERS})
-    names = (name_of_cubin(compiler.compile_for(each, arch, LENGTHS)) for each in (launch, roomy))
+    names = (name_of_code(compiler.compile_for(each, arch, LENGTHS), arch) for each in (launch, roomy))
     candidates = (path.read_bytes() for path in (cubins / f"{name}.cubin" for name in names) if path.exists())
     return any(ctypes.string_at(address, len(cubin)) == cubin for cubin in candidates)
 

@@ -1,7 +1,10 @@
-"""The functions and structures of aot/lora_fast.h for Python, by ctypes."""
+# SPDX-License-Identifier: Apache-2.0
+"""The functions and structures of aot/lora_fast.h for Python, by ctypes, and the stub of the driver."""
 
 import ctypes
+from contextlib import contextmanager
 from ctypes import (
+    CFUNCTYPE,
     POINTER,
     Structure,
     byref,
@@ -13,6 +16,7 @@ from ctypes import (
     c_ubyte,
     c_uint,
     c_uint64,
+    c_ulonglong,
     c_void_p,
 )
 
@@ -23,25 +27,53 @@ NO_DRIVER, BAD_ARGUMENT, MISALIGNED, NO_ARCH, NO_KERNEL = -1, -2, -3, -4, -5
 
 
 class Kernel(Structure):
-    _fields_ = [("key", c_char_p), ("params", c_char_p), ("arch", c_int), ("cubin", c_void_p)]
+    _fields_ = [(name, c_char_p) for name in ("key", "params", "constants")]
+    _fields_ += [("arch", c_int), ("is_ptx", c_int), ("code", c_void_p)]
+
+    @property
+    def form(self) -> str:
+        """Returns the device code's form: "sm_90" or "ptx_90"."""
+        return f"{'ptx' if self.is_ptx else 'sm'}_{self.arch}"
 
 
-class Layer(Structure):
-    _fields_ = [(name, c_int) for name in ("n_tokens", "d_in", "d_out", "r", "dtype", "adapter")]
+class Sized(Structure):
+    """A structure whose first field is its size."""
+
+    def __init__(self, *values, **fields):
+        super().__init__(ctypes.sizeof(type(self)), *values, **fields)
+
+
+class Layer(Sized):
+    _fields_ = [("size", c_size_t), *((name, c_int) for name in ("n_tokens", "d_in", "d_out", "r", "dtype", "adapter"))]
     _fields_ += [("scaling", c_float), ("drop_level", c_int), ("seed", c_int64), ("device_seed", c_void_p)]
+    _fields_ += [(name, c_int64) for name in ("ld_x", "ld_y", "ld_dx", "ld_dy", "ld_weight")]
+    _fields_ += [("accumulate", c_int)]
+
+
+class Adapter(Structure):
+    _fields_ = [("a", c_void_p), ("b", c_void_p), ("r", c_int64), ("scaling", c_float), ("reserved", c_int)]
+
+
+class Batch(Sized):
+    _fields_ = [("size", c_size_t)]
+    _fields_ += [(name, c_int) for name in ("n_rows", "d_in", "d_out", "n_adapters", "r", "dtype", "adapter")]
+    _fields_ += [("ld_x", c_int64), ("ld_y", c_int64)]
+    _fields_ += [(name, c_void_p) for name in ("adapters", "rows", "ends")]
 
 
 class Factor(Structure):
     _fields_ = [("tensors", c_void_p * 4), ("d", c_int64), ("d_in", c_int64), ("is_a", c_int), ("index", c_int)]
 
 
-class Group(Structure):
-    _fields_ = [(name, c_int) for name in ("op", "dtype", "r", "n_factors", "flat", "n_programs", "chunk")]
+class Group(Sized):
+    _fields_ = [("size", c_size_t)]
+    _fields_ += [(name, c_int) for name in ("op", "dtype", "r", "n_factors", "n_rows", "flat", "n_programs", "chunk")]
     _fields_ += [("bytes", c_size_t), ("device", c_void_p)]
 
 
-class StepWork(Structure):
-    _fields_ = [(name, c_void_p) for name in ("additive", "matrices", "scale_p", "scale_g", "grams")]
+class StepWork(Sized):
+    _fields_ = [("size", c_size_t)]
+    _fields_ += [(name, c_void_p) for name in ("additive", "matrices", "scale_p", "scale_g", "grams", "keys")]
 
 
 class CayleyPair(Structure):
@@ -50,17 +82,72 @@ class CayleyPair(Structure):
     _fields_ += [("d_in", c_int64), ("d_out", c_int64)]
 
 
-class CayleyGroup(Structure):
-    _fields_ = [(name, c_int) for name in ("dtype", "r", "n_pairs", "backward")]
+class CayleyGroup(Sized):
+    _fields_ = [("size", c_size_t)]
+    _fields_ += [(name, c_int) for name in ("dtype", "r", "n_pairs", "backward")]
     _fields_ += [("n_programs", c_int * 2), ("chunk", c_int * 2), ("bytes", c_size_t), ("workspace", c_size_t)]
     _fields_ += [("device", c_void_p)]
 
 
 class Note(Structure):
-    _fields_ = [("function", c_void_p), ("cubin", c_void_p), ("name", c_char_p), ("grid", c_uint * 3)]
+    _fields_ = [("function", c_void_p), ("code", c_void_p), ("name", c_char_p), ("grid", c_uint * 3)]
     _fields_ += [("block", c_uint * 3), ("shared", c_uint), ("count", c_uint), ("stack", c_uint)]
     _fields_ += [("stream", c_uint64)]
     _fields_ += [("sizes", c_uint * 96), ("values", (c_ubyte * 128) * 96)]
+
+    def argument(self, i: int) -> bytes:
+        return bytes(self.values[i][: self.sizes[i]])
+
+
+class TensorMap(Structure):
+    """What the stub writes in place of the driver's encoding of a matrix."""
+
+    _fields_ = [(name, c_uint64) for name in ("address", "type", "rank", "swizzle", "promotion", "fill")]
+    _fields_ += [(name, c_uint64 * 2) for name in ("sizes", "strides", "box")]
+
+
+class Stub:
+    """The driver of stub_cuda.c, which liblora_fast.so finds as libcuda.so.1 once it is loaded."""
+
+    MOST, HOOK = 1024, CFUNCTYPE(None, POINTER(Note))
+
+    def __init__(self, path: str, arch: int = 80):
+        self.library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        self.set("arch", arch)
+
+    def _variable(self, name: str, kind):
+        return kind.in_dll(self.library, f"stub_{name}")
+
+    def set(self, name: str, value: int) -> None:
+        """Sets "arch", "capturing", "noting" or "fail_after"."""
+        self._variable(name, c_int).value = value
+
+    def counter(self, name: str) -> int:
+        """Returns the number of "launches", "loads" or "unloads" so far."""
+        return self._variable(name, c_ulonglong).value
+
+    @property
+    def retained(self) -> int:
+        return self._variable("retained", c_int).value
+
+    @property
+    def failed(self) -> str:
+        """Returns the name of the call that failed by fail_after."""
+        return (self._variable("failed", c_char_p).value or b"").decode()
+
+    @contextmanager
+    def recorded(self):
+        """Records the launches inside the context. They are in the list that it yields once the context has ended."""
+        count, notes = self._variable("count", c_int), []
+        count.value = 0
+        yield notes
+        notes += (Note * self.MOST).in_dll(self.library, "stub_notes")[: count.value]
+
+    def on_launch(self, function):
+        """Sets the function that every launch calls with its note. The caller keeps the returned object."""
+        hook = self.HOOK(lambda note: function(note.contents)) if function else self.HOOK()
+        self._variable("on_launch", c_void_p).value = ctypes.cast(hook, c_void_p).value
+        return hook
 
 
 class Refused(Exception):
@@ -77,11 +164,16 @@ class Library:
     def __init__(self, path: str, stream: int | None = None):
         self.library, self.stream = ctypes.CDLL(path), stream
         self.library.lora_fast_error_name.restype = c_char_p
+        self.library.lora_fast_error_message.restype = c_char_p
         self.library.lora_fast_kernels.restype = POINTER(Kernel)
-        for name in ("gram_workspace", "scalora_workspace", "small_workspace"):
-            getattr(self.library, f"lora_fast_{name}").restype = c_size_t
-        count = c_int()
-        self.kernels = self.library.lora_fast_kernels(byref(count))[: count.value]
+        self.kernels = self.built("kernels")
+
+    def built(self, name: str) -> list:
+        """Returns what lora_fast_kernels, archs, dtypes or ranks return."""
+        function, count = getattr(self.library, f"lora_fast_{name}"), c_int()
+        if name != "kernels":
+            function.restype = POINTER(c_int)
+        return function(byref(count))[: count.value]
 
     def status(self, name: str, *arguments) -> int:
         return getattr(self.library, f"lora_fast_{name}")(*map(_argument, arguments), c_void_p(self.stream))
@@ -89,23 +181,26 @@ class Library:
     def error_name(self, status: int) -> str:
         return self.library.lora_fast_error_name(status).decode()
 
+    @property
+    def message(self) -> str:
+        return self.library.lora_fast_error_message().decode()
+
     def __call__(self, name: str, *arguments) -> None:
         status = self.status(name, *arguments)
         if status:
-            raise Refused(f"{name}: {self.error_name(status)}", status)
+            raise Refused(f"{self.error_name(status)}: {self.message}", status)
 
-    def gram_workspace(self, group: Group) -> int:
-        return self.library.lora_fast_gram_workspace(byref(group))
+    def workspace(self, name: str, *arguments) -> int:
+        """Returns the size that the function of workspace of this name stores."""
+        size = c_size_t()
+        status = getattr(self.library, f"lora_fast_{name}workspace")(*map(_argument, arguments), byref(size))
+        if status:
+            raise Refused(f"{self.error_name(status)}: {self.message}", status)
+        return size.value
 
-    def small_workspace(self, n: int, r: int) -> int:
-        return self.library.lora_fast_small_workspace(n, r)
-
-    def scalora_workspace(self, n: int, r: int) -> int:
-        return self.library.lora_fast_scalora_workspace(n, r)
-
-    def group(self, op: int, dtype: torch.dtype, r: int, factors: list[Factor], flat: bool = False) -> tuple:
+    def group(self, op: int, dtype: torch.dtype, r: int, n_rows: int, factors: list[Factor], flat=False) -> tuple:
         """Returns the group, and its table as bytes in host memory."""
-        group = Group(op, DTYPES.index(dtype), r, len(factors), int(flat))
+        group = Group(op, DTYPES.index(dtype), r, len(factors), n_rows, int(flat))
         return group, self._filled("", group, (Factor * len(factors))(*factors))
 
     def cayley_group(self, dtype: torch.dtype, r: int, backward: int, pairs: list[CayleyPair]) -> tuple:

@@ -29,7 +29,7 @@ MULTIPROCESSOR_COUNT, MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 16, 97  # of cuda.h's 
 class Note(ctypes.Structure):
     """A launch as the C file records it."""
 
-    _fields_ = [("function", ctypes.c_void_p), ("cubin", ctypes.c_void_p), ("name", ctypes.c_char_p)]
+    _fields_ = [("function", ctypes.c_void_p), ("code", ctypes.c_void_p), ("name", ctypes.c_char_p)]
     _fields_ += [("grid", ctypes.c_uint * 3)]
     _fields_ += [("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("count", ctypes.c_uint)]
     _fields_ += [("stack", ctypes.c_uint), ("stream", ctypes.c_uint64), ("sizes", ctypes.c_uint * SLOTS)]
@@ -109,7 +109,7 @@ class Stub:
 def _launched(note: Note) -> Launched:
     arguments = tuple(bytes(note.values[i][: note.sizes[i]]) for i in range(note.count))
     where = tuple(note.grid), tuple(note.block), note.shared, note.stack, note.stream
-    return Launched(note.name.decode(), note.function, note.cubin, *where, arguments)
+    return Launched(note.name.decode(), note.function, note.code, *where, arguments)
 
 
 def build(folder: Path) -> Path:

@@ -134,11 +134,11 @@ def lora_scaled_sum_kernel(
     i_block = tl.program_id(0)
     n_blocks_s, n_blocks_b = tl.cdiv(numel_s, BLOCK), tl.cdiv(numel_b, BLOCK)
     if i_block < n_blocks_s:
-        sum_block(parts_s, ds, numel_s, n_parts_s, i_block, BLOCK)
+        sum_block(parts_s, ds, numel_s, n_parts_s, i_block, False, BLOCK)
     elif i_block < n_blocks_s + n_blocks_b:
-        sum_block(parts_b, db, numel_b, n_parts_b, i_block - n_blocks_s, BLOCK)
+        sum_block(parts_b, db, numel_b, n_parts_b, i_block - n_blocks_s, False, BLOCK)
     else:
-        sum_block(parts_m, dmagnitude, numel_m, n_parts_m, i_block - n_blocks_s - n_blocks_b, BLOCK)
+        sum_block(parts_m, dmagnitude, numel_m, n_parts_m, i_block - n_blocks_s - n_blocks_b, False, BLOCK)
 
 
 class ScaledUpdate:

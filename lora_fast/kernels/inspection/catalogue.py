@@ -468,14 +468,15 @@ def scalora(r: int, dtype: torch.dtype, solver: str) -> None:
     scalora_scales.scales(x, active, torch.ones((), dtype=torch.float64), torch.ones(3), 0.25, None)
 
 
-def merge_weights(r: int, dtype: torch.dtype, rounding: str, scaled: bool = False) -> int:
+def merge_weights(r: int, dtype: torch.dtype, rounding: str, scaled: bool = False, seed_in_memory: bool = False) -> int:
     """Merges adapters into weights of ``dtype``: float32 ones, or with ``scaled`` what those of 16 bits lose."""
     a, b = _pairs(r, dtype if scaled else torch.float32)
     weights = [_matrix(d_out, d_in, dtype) for d_in, d_out in PAIRS]
     residuals = [torch.empty_like(w) for w in weights] if rounding == "compensated" else []
     scale = torch.zeros(len(a), r)
     scales = Scaled(torch.ones(len(a)), scale, scale) if scaled else None
-    add_low_rank.add_low_rank_(weights, a, b, scale, rounding, SEED, residuals or None, scales)
+    seed = torch.full((), SEED, dtype=torch.int64) if seed_in_memory else SEED
+    add_low_rank.add_low_rank_(weights, a, b, scale, rounding, seed, residuals or None, scales)
     return 2 * size(*weights, *residuals) + size(*a, *b, scale)
 
 

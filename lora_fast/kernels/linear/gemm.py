@@ -101,7 +101,7 @@ def add_products(
 def store_tile(
     result, b_acc,
     o_t, o_out, i_t, i_out, m_t, m_out,
-    d_out,
+    stride_result,
     dtype: tl.constexpr, TMA: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
     """Stores a tile of the result, rounded. A TMA result is stored in halves of the columns."""
@@ -111,7 +111,7 @@ def store_tile(
         result.store([o_t, o_out], round_to(low, dtype))
         result.store([o_t, o_out + BLOCK_OUT // 2], round_to(high, dtype))
     else:
-        p_result = result + i_t[:, None] * d_out + i_out[None, :]
+        p_result = result + i_t[:, None] * stride_result + i_out[None, :]
         tl.store(p_result, round_to(b_acc, dtype), mask=m_t[:, None] & m_out[None, :])
 
 
@@ -119,7 +119,7 @@ def store_tile(
 def linear_tile(
     left, weight, result, bias, thin, factor,
     scaling, seed, in_memory, drop_level,
-    tile, n_tokens, d_out, d_in, stride_left, stride_weight, stride_factor,
+    tile, n_tokens, d_out, d_in, stride_left, stride_weight, stride_result, stride_factor,
     R: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
     BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
@@ -148,14 +148,14 @@ def linear_tile(
         d_in, stride_left, stride_weight,
         TRANSPOSED, TMA, PRECISION, BLOCK_IN,
     )  # fmt: skip
-    store_tile(result, b_acc, o_t, o_out, i_t, i_out, m_t, m_out, d_out, dtype, TMA, BLOCK_T, BLOCK_OUT)
+    store_tile(result, b_acc, o_t, o_out, i_t, i_out, m_t, m_out, stride_result, dtype, TMA, BLOCK_T, BLOCK_OUT)
 
 
 @triton.jit(do_not_specialize=["seed", "in_memory", "drop_level", "n_tokens"])
 def lora_linear_kernel(
     left, weight, result, bias, thin, factor,
     scaling, seed: tl.int64, in_memory: tl.int32, drop_level: tl.int32,
-    n_tokens, d_out, d_in, stride_left, stride_weight, stride_factor,
+    n_tokens, d_out, d_in, stride_left, stride_weight, stride_result, stride_factor,
     R: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
     BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
@@ -169,7 +169,7 @@ def lora_linear_kernel(
         linear_tile(
             left, weight, result, bias, thin, factor,
             scaling, seed, in_memory, drop_level,
-            tile, n_tokens, d_out, d_in, stride_left, stride_weight, stride_factor,
+            tile, n_tokens, d_out, d_in, stride_left, stride_weight, stride_result, stride_factor,
             R, TRANSPOSED, HAS_BIAS, DROPOUT, TMA, PRECISION, BLOCK_T, BLOCK_OUT, BLOCK_IN, BLOCK_R, GROUP,
         )  # fmt: skip
 
@@ -178,11 +178,12 @@ def lora_linear_kernel(
 def lora_update_kernel(
     base, result, thin, factor, s,
     scaling, seed: tl.int64, in_memory: tl.int32, drop_level: tl.int32,
-    n_tokens, d_out, n_parts, stride_factor,
+    n_tokens, d_out, n_parts, stride_result, stride_factor,
     R: tl.constexpr, TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Stores result = base + keep∘(thin · factor). With PARTS thin holds partial sums of S, and S is written to s."""
+    """Stores result = base + keep∘(thin · factor), for a base and a result of one stride. With PARTS thin holds partial
+    sums of S, and S is written to s."""
     dtype: tl.constexpr = result.dtype.element_ty
     n_tiles_out = tl.cdiv(d_out, BLOCK_OUT)
     i_tile_out = tl.program_id(0) % n_tiles_out
@@ -204,7 +205,7 @@ def lora_update_kernel(
         b_acc *= scaling
     if DROPOUT:
         b_acc = drop(b_acc, keep_mask(seed, in_memory, drop_level, i_t, o_out, BLOCK_OUT))
-    o_result = i_t[:, None] * d_out + i_out[None, :]
+    o_result = i_t[:, None] * stride_result + i_out[None, :]
     mask = m_t[:, None] & m_out[None, :]
     b_acc += tl.load(base + o_result, mask=mask, other=0.0).to(tl.float32)
     tl.store(result + o_result, round_to(b_acc, dtype), mask=mask)
@@ -233,7 +234,7 @@ class FusedGemm:
         self.empty = allocator(shape, left.dtype, left.device)
         self.launch = Launch(
             lora_linear_kernel, (min(n_tiles, tiles.programs(left.device)),),
-            (n_tokens, d_out, d_in, left.stride(0), weight.stride(0), factor.stride(0)),
+            (n_tokens, d_out, d_in, left.stride(0), weight.stride(0), d_out, factor.stride(0)),
             {**flags, "PRECISION": precision(left), "GROUP": tiles.GROUP, **tile.options()},
             matrices if tma else (),
         )  # fmt: skip
@@ -257,7 +258,7 @@ class Update:
         flags = {"R": r, "TRANSPOSED": transposed, "DROPOUT": dropout, "PARTS": n_parts > 0}
         self.launch = Launch(
             lora_update_kernel, (triton.cdiv(n_tokens, tile.t) * triton.cdiv(d_out, tile.outer),),
-            (n_tokens, d_out, n_parts, factor.stride(0)),
+            (n_tokens, d_out, n_parts, d_out, factor.stride(0)),
             {**flags, "PRECISION": precision(left), **tile.options()},
         )  # fmt: skip
 

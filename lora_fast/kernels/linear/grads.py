@@ -113,19 +113,20 @@ def lora_grad_a_kernel(
 def lora_sum_partials_kernel(
     partial0, total0, partial1, total1,
     numel0, n_partials0, numel1, n_partials1,
-    BLOCK: tl.constexpr,
+    ACCUMULATE0: tl.constexpr, ACCUMULATE1: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Computes total[i] = Σ_k partial[k, i], k ascending, for two buffers in one launch."""
+    """Computes total[i] = Σ_k partial[k, i], k ascending, for two buffers in one launch. A total that accumulates is
+    added to the sum in float32, before its one rounding."""
     i_block = tl.program_id(0)
     n_blocks0 = tl.cdiv(numel0, BLOCK)
     if i_block < n_blocks0:
-        sum_block(partial0, total0, numel0, n_partials0, i_block, BLOCK)
+        sum_block(partial0, total0, numel0, n_partials0, i_block, ACCUMULATE0, BLOCK)
     else:
-        sum_block(partial1, total1, numel1, n_partials1, i_block - n_blocks0, BLOCK)
+        sum_block(partial1, total1, numel1, n_partials1, i_block - n_blocks0, ACCUMULATE1, BLOCK)
 
 
 @triton.jit
-def sum_block(partial, total, numel, n_partials, i_block, BLOCK: tl.constexpr):
+def sum_block(partial, total, numel, n_partials, i_block, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr):
     i = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_i = i < numel
     p_partial = partial + i
@@ -135,6 +136,8 @@ def sum_block(partial, total, numel, n_partials, i_block, BLOCK: tl.constexpr):
     for _ in range(1, n_partials):
         p_partial += numel
         b_total += tl.load(p_partial, mask=m_i, other=0.0).to(tl.float32)
+    if ACCUMULATE:
+        b_total += tl.load(total + i, mask=m_i, other=0.0).to(tl.float32)
     tl.store(total + i, round_to(b_total, total.dtype.element_ty), mask=m_i)
 
 
@@ -151,12 +154,15 @@ class Split:
         self.empty_parts = allocator((count, *shape), torch.float32, device)
 
 
-def sum_launch(first: tuple[int, int], second: tuple[int, int] = (0, 0)) -> Launch | None:
+def sum_launch(
+    first: tuple[int, int], second: tuple[int, int] = (0, 0), accumulate: tuple[bool, bool] = (False, False)
+) -> Launch | None:
     """Returns the launch that adds the partial sums of one or two results, given the number of elements and of partial
-    sums of each, or None if there are no partial sums."""
+    sums of each, or None if there are no partial sums. ``accumulate``: whether each is added to what its result
+    holds."""
     (numel0, _), (numel1, _) = first, second
     n_blocks = triton.cdiv(numel0, tiles.SUM_BLOCK) + triton.cdiv(numel1, tiles.SUM_BLOCK)
-    options = {"BLOCK": tiles.SUM_BLOCK, "num_warps": 4}
+    options = {"ACCUMULATE0": accumulate[0], "ACCUMULATE1": accumulate[1], "BLOCK": tiles.SUM_BLOCK, "num_warps": 4}
     return Launch(lora_sum_partials_kernel, (n_blocks,), (*first, *second), options) if n_blocks else None
 
 

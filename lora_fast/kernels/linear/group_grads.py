@@ -109,7 +109,7 @@ def sum_member(
         of_member(i, total0, total1, total2, total3, n0, n1, n2),
         of_member(i, numel0, numel1, numel2, numel3, n0, n1, n2),
         of_member(i, n_parts0, n_parts1, n_parts2, n_parts3, n0, n1, n2),
-        i - of_member(i, 0, n0, n0 + n1, n0 + n1 + n2, n0, n1, n2), BLOCK,
+        i - of_member(i, 0, n0, n0 + n1, n0 + n1 + n2, n0, n1, n2), False, BLOCK,
     )  # fmt: skip
 
 

@@ -42,27 +42,27 @@ def lora_group_linear_kernel(
         if tile < end0:
             linear_tile(
                 x, weight0, y0, bias0, s0, b0, scaling0, 0, 0, 0,
-                tile, n_tokens, d_out0, d_in, stride_x, stride_weight0, stride_b0,
+                tile, n_tokens, d_out0, d_in, stride_x, stride_weight0, d_out0, stride_b0,
                 R0, True, BIAS0, False, TMA, PRECISION, BLOCK_T, BLOCK_OUT, BLOCK_IN, BLOCK_R, GROUP,
             )  # fmt: skip
         if (tile >= end0) & (tile < end1):
             linear_tile(
                 x, weight1, y1, bias1, s1, b1, scaling1, 0, 0, 0,
-                tile - end0, n_tokens, d_out1, d_in, stride_x, stride_weight1, stride_b1,
+                tile - end0, n_tokens, d_out1, d_in, stride_x, stride_weight1, d_out1, stride_b1,
                 R1, True, BIAS1, False, TMA, PRECISION, BLOCK_T, BLOCK_OUT, BLOCK_IN, BLOCK_R, GROUP,
             )  # fmt: skip
         if R2 > 0:  # noqa: SIM102  # known when it is compiled, unlike the next condition
             if (tile >= end1) & (tile < end2):
                 linear_tile(
                     x, weight2, y2, bias2, s2, b2, scaling2, 0, 0, 0,
-                    tile - end1, n_tokens, d_out2, d_in, stride_x, stride_weight2, stride_b2,
+                    tile - end1, n_tokens, d_out2, d_in, stride_x, stride_weight2, d_out2, stride_b2,
                     R2, True, BIAS2, False, TMA, PRECISION, BLOCK_T, BLOCK_OUT, BLOCK_IN, BLOCK_R, GROUP,
                 )  # fmt: skip
         if R3 > 0:  # noqa: SIM102
             if tile >= end2:
                 linear_tile(
                     x, weight3, y3, bias3, s3, b3, scaling3, 0, 0, 0,
-                    tile - end2, n_tokens, d_out3, d_in, stride_x, stride_weight3, stride_b3,
+                    tile - end2, n_tokens, d_out3, d_in, stride_x, stride_weight3, d_out3, stride_b3,
                     R3, True, BIAS3, False, TMA, PRECISION, BLOCK_T, BLOCK_OUT, BLOCK_IN, BLOCK_R, GROUP,
                 )  # fmt: skip
 

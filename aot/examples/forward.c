@@ -1,4 +1,6 @@
-/* The forward pass of one LoRA layer, as an engine would call it. It uses no device memory, so that it builds and runs
+/* SPDX-License-Identifier: Apache-2.0
+
+   The forward pass of one LoRA layer, as an engine would call it. It uses no device memory, so that it builds and runs
    anywhere. With a GPU, take the addresses from cudaMalloc and the stream from cudaStreamCreate. */
 
 #include "lora_fast.h"

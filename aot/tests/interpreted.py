@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The check ``interpret``: for every row of the library's table for an arch a call in C, computed by the interpreter."""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from case import Case
+from formulas import LayerCall
+from interpreter import Interpreter
+from launch_cases import CASES, options_of
+from library import Library, Stub
+
+from lora_fast.kernels import tiles
+
+LAYER = ("project", "linear", "grad_x", "add_to_y", "add_to_dx", "grad_s_b", "grad_a")
+SUMS = ("grad_s_b", "grad_a")  # ops with a second launch
+PROGRESS_INTERVAL = 5  # seconds
+
+
+def calls_of(op: str, options: dict) -> list[dict]:
+    """Returns the calls of a layer's op: one token, few, and so many that a gradient is the sum of several parts; rows
+    with and without gaps, seeds by value and in memory."""
+    dropout = bool(options.get("dropout"))
+    if options.get("tokens") == "many":
+        return [{"n_tokens": tiles.SHORT + 1, "gap": 48, "dropout": dropout}]
+    calls = [{"n_tokens": 67}, {"n_tokens": 515, "gap": 48, "in_memory": dropout, "accumulate": True}]
+    if op not in SUMS:
+        calls[1]["n_tokens"] = 130
+    return [{"n_tokens": 1, "dropout": dropout}, *({**call, "dropout": dropout} for call in calls)]
+
+
+def runs(library: Library, form: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Yields the name and a function for every call to check, for the rows of a form ("sm_90")."""
+    device = torch.device("cpu")
+    for name in sorted({kernel.key.decode().split(" ", 1)[1] for kernel in library.kernels if kernel.form == form}):
+        op, dtype, r, options = options_of(name)
+        if op in LAYER:
+            for call in calls_of(op, options):
+                adapter = getattr(torch, options["adapter"])
+                bias = {"bias": bool(options["bias"])} if "bias" in options else {}
+                layer = LayerCall(library, dtype, adapter, r, **call, **bias)
+                yield f"{name} {call}", getattr(layer, op)
+        elif op in CASES:
+            case = CASES[op](library, device, dtype, r, **options)
+            yield name, lambda case=case: compare_bits(case)
+
+
+def compare_bits(case: Case) -> None:
+    copy = {key: None if t is None else t.clone() for key, t in case.tensors.items()}
+    got = case.c(case.tensors)
+    for i, (mine, theirs) in enumerate(zip(got, case.python(copy), strict=True)):
+        same = mine.dtype is theirs.dtype and bytes(mine.contiguous().view(-1).view(torch.uint8)) == bytes(
+            theirs.contiguous().view(-1).view(torch.uint8)
+        )
+        assert same, f"result {i} has other bits than Python's launch gives"
+
+
+def interpret(library: Library, stub: Stub, arch: int, form: str, only: str) -> str:
+    """Runs every call on a card of the arch and returns what was run."""
+    stub.set("arch", arch), stub.set("noting", 0)
+    interpreter, count, last_report = Interpreter(library, stub), 0, time.monotonic()
+    rows = {i for i, kernel in enumerate(library.kernels) if kernel.form == form}
+    with tiles.assume(arch=arch):
+        for name, run in runs(library, form):
+            if not re.search(only, name):
+                continue
+            try:
+                run()
+                interpreter.check()
+            except Exception as error:
+                error.add_note(f"in {form}: {name}")
+                raise
+            count += 1
+            if time.monotonic() - last_report > PROGRESS_INTERVAL:
+                print(f"{form}: {count} calls, {len(interpreter.executed & rows)} of {len(rows)} kernels", flush=True)
+                last_report = time.monotonic()
+    missing = [library.kernels[i].key.decode() for i in sorted(rows - interpreter.executed)]
+    assert only or not missing, f"{form}: no call has run {missing}"
+    return f"{form}: {count} calls have run {len(rows & interpreter.executed)} of {len(rows)} kernels"
