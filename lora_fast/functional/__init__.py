@@ -1,6 +1,7 @@
 """Public functions on tensors. Each checks its arguments, then runs the op."""
 
 from ..kernels.records import StepWork
+from .batched import lora_linear_batched
 from .cayley import cayley
 from .dora import dora_linear
 from .experts import lora_grouped_linear
@@ -19,6 +20,7 @@ __all__ = [
     "hyperbalance",
     "lora_grouped_linear",
     "lora_linear",
+    "lora_linear_batched",
     "lora_linear_group",
     "scalora_scaling",
     "small_inverse",

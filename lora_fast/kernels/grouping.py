@@ -15,6 +15,23 @@ def group_by(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, lis
     return groups
 
 
+def sorted_places(adapters: Sequence[int], n_adapters: int, size: int) -> tuple[list[int], list[int]]:
+    """Returns the numbers of a batch's rows, sorted by adapter, and the end of each adapter's range among them.
+
+    Args:
+        adapters: the adapter of each sample, below 0 for none, whose rows come last.
+        size: the number of rows of a sample, which follow each other.
+    """
+    samples = group_by(range(len(adapters)), lambda i: adapters[i] if adapters[i] >= 0 else n_adapters)
+    rows: list[int] = []
+    ends = []
+    for adapter in range(n_adapters + 1):
+        for sample in samples.get(adapter, ()):
+            rows += range(sample * size, (sample + 1) * size)
+        ends.append(len(rows))
+    return rows, ends[:-1]
+
+
 def map_groups(compute: Callable, key: Callable[..., Hashable], *lists: Sequence) -> list[tuple]:
     """Calls ``compute`` once for all positions of the lists that have the same key, and restores the order of its
     results.

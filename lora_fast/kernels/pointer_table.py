@@ -41,6 +41,7 @@ COLUMNS = tl.constexpr(8)  # rows start at multiples of 64 bytes
 SIDE_A = tl.constexpr(1)
 BLOCKS = 16  # arrivals that a kernel may count for each tensor: 4 × 4 blocks of 64 at rank 256
 CACHE_SIZE = 32  # tables of each kind; one is a few kilobytes
+SMALL_CACHE_SIZE = 4096  # of a kind of which every layer of a model has its own, some hundred bytes each
 ALIGNMENT = 16  # bytes: the widest load of a thread
 
 TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -401,9 +402,9 @@ def check_not_captured() -> None:
         )
 
 
-Entry = tuple[list, Any]  # a key, which begins with the stream, and the result
-_recent: dict[tuple[str, torch.device], list[Entry]] = {}  # of a kind on a device, the last used first
-_captured: dict[tuple[str, torch.device], list[Entry]] = {}  # entries that graphs read at every replay: never removed
+Place = tuple[str, torch.device]
+_recent: dict[Place, dict[tuple, Any]] = {}  # results of a kind on a device by their key, the last used last
+_captured: dict[Place, dict[tuple, Any]] = {}  # what graphs read at every replay, by the key without the stream
 _held_for_graphs: list[object] = []  # objects outside the caches that graphs read, too
 # For these three; not held while a result is built. A finalizer that the garbage collector calls may enter it again.
 _lock = threading.RLock()
@@ -416,50 +417,48 @@ def hold_for_graphs(owner: object) -> None:
             _held_for_graphs.append(owner)
 
 
-def cached(kind: str, key: list, build: Callable):
-    """Returns what ``build`` returned for this key on the current stream. The result is kept until ``CACHE_SIZE``
-    others of its kind were used on its device since, or for good where a CUDA graph has used it.
+def cached(kind: str, key: list, build: Callable, most: int = CACHE_SIZE):
+    """Returns what ``build`` returned for this key on the current stream. The result is kept until ``most`` others of
+    its kind were used on its device since, or for good where a CUDA graph has used it.
 
     A capture has a stream of its own. It takes the result of any stream, on which the step has run before, from the
     calls outside graphs.
 
     Args:
-        key: begins with the device.
+        key: begins with the device. Its lists may have no lists in them.
     """
-    place, key, captures = (kind, key[0]), [device.stream_on(key[0]), *key], capturing()
+    place = kind, key[0]
+    words = tuple([tuple(part) if type(part) is list else part for part in key])
+    known = (device.stream_on(key[0]), *words)
     with _lock:
-        entry = _captured_entry(place, key) if captures else _recent_entry(place, key)
-    if entry is not None:
-        return entry[1]
+        found = _captured_result(place, words) if capturing() else _recent_result(place, known)
+    if found is not None:
+        return found
     check_not_captured()
     result = build()
     with _lock:
-        entry = _recent_entry(place, key)  # another thread may have been first
-        if entry is not None:
-            return entry[1]
-        recent = _recent.setdefault(place, [])
-        recent.insert(0, (key, result))
-        del recent[CACHE_SIZE:]
-    return result
+        found = _recent_result(place, known)  # another thread may have been first
+        if found is not None:
+            return found
+        recent = _recent.setdefault(place, {})
+        recent[known] = result
+        while len(recent) > most:
+            del recent[next(iter(recent))]
+        return result
 
 
-def _recent_entry(place: tuple[str, torch.device], key: list) -> Entry | None:
-    """Returns the entry with this key after moving it to the front. The caller holds the lock."""
-    recent = _recent.get(place, [])
-    for i, entry in enumerate(recent):
-        if entry[0] == key:
-            recent.insert(0, recent.pop(i))
-            return entry
-    return None
+def _recent_result(place: Place, known: tuple) -> Any | None:
+    """Returns the result with this key, now the last used one, or None. The caller holds the lock."""
+    recent = _recent.get(place, {})
+    if known in recent:
+        recent[known] = recent.pop(known)
+    return recent.get(known)
 
 
-def _captured_entry(place: tuple[str, torch.device], key: list) -> Entry | None:
-    """Returns the entry with this key on any stream after moving it to the captured ones. The caller holds the lock."""
-    captured, recent = _captured.setdefault(place, []), _recent.get(place, [])
-    for entries in (captured, recent):
-        for i, entry in enumerate(entries):
-            if entry[0][1:] == key[1:]:
-                if entries is recent:
-                    captured.append(recent.pop(i))
-                return entry
-    return None
+def _captured_result(place: Place, words: tuple) -> Any | None:
+    """Returns the result with this key on any stream, from now on kept for good, or None. The caller holds the lock."""
+    captured, recent = _captured.setdefault(place, {}), _recent.get(place, {})
+    known = next((known for known in reversed(recent) if known[1:] == words), None)  # the last used first
+    if words not in captured and known is not None:
+        captured[words] = recent.pop(known)
+    return captured.get(words)

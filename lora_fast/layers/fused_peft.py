@@ -25,7 +25,7 @@ from ..functional.linear import is_autocast_on, reason_against_op, run_op
 from ..kernels.limits import LARGEST_RANK
 from ..ops.composite import QUANTIZED_TRACED
 from ..quantized import quantized_weight
-from . import groups
+from . import groups, mixed_batch
 from .dora import dora, group_arguments, kept_norms, row_norms, scale_of
 from .exact_merge import ExactMerge, merge_scaling
 from .fallback import Fallback
@@ -37,6 +37,7 @@ from .terms import Term
 _traced, _in_backward = torch.compiler.is_compiling, torch._C._current_graph_task_id
 DROPOUTS = (Identity, Dropout)
 CASTING_OFF = "casting of the input is off"
+HOOKED_ALL = "hooks of all modules"
 HOOKED = "hooks, or a replaced forward, on the base layer or the adapter"
 
 
@@ -63,13 +64,15 @@ class FusedForward(Fallback):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x: (..., d_in) → (..., d_out) in the dtype of the base layer's result."""
-        call = "extra arguments" if args or kwargs else self._fused_call(x)
+        if args or kwargs:
+            return self._forward_with_arguments(x, *args, **kwargs)
+        call = self._fused_call(x)
         if isinstance(call, str):
             if call == HOOKED and (offloaded := offloaded_modules(self, self.active_adapters[0])):
                 with loaded(offloaded):
                     return self.forward(x)
             self._note(call)
-            return super().forward(x, *args, **kwargs)
+            return super().forward(x)
         if self.fallback_reason is not None:  # nn.Module.__setattr__ is slow, so it runs only for a change
             self._note(None)
         base: Any = self._modules["base_layer"]
@@ -77,6 +80,17 @@ class FusedForward(Fallback):
             y = self._compute(x.to(call[0].device), call)
             return y.to(x.device) if y.device != x.device and returns_to_input(base) else y
         return self._compute(x, call)
+
+    def _forward_with_arguments(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """Computes a batch with an adapter for each sample, or what PEFT's forward does with other arguments."""
+        call: Any = "extra arguments"
+        if not args and kwargs.keys() == {"adapter_names"}:
+            call = mixed_batch.mixed_call(self, x, kwargs["adapter_names"], fused_arguments)
+            call = HOOKED_ALL if has_global_hooks(self) else call
+        reason = call if isinstance(call, str) else None
+        if reason is not self.fallback_reason:
+            self._note(reason)
+        return super().forward(x, *args, **kwargs) if isinstance(call, str) else mixed_batch.run(x, call)
 
     def _compute(self, x: Tensor, call: tuple) -> Tensor:
         """Computes a call that the op serves."""
@@ -141,7 +155,7 @@ class FusedForward(Fallback):
         if isinstance(arguments, str):
             return arguments
         if has_global_hooks(self):
-            return "hooks of all modules"
+            return HOOKED_ALL
         if active in self.lora_variant and x.dim() < 2:
             return "1-d input to DoRA"  # PEFT's result has a dimension more
         call, lora_bias = arguments

@@ -136,6 +136,25 @@ def grouped_linear_judge(kwargs, y):
     return close(y, wanted) and y.dtype == kwargs["x"].dtype
 
 
+def linear_batched():
+    factors = {"lora_A": [tensor(4, 6), tensor(2, 6)], "lora_B": [tensor(5, 4), tensor(5, 2)], "scaling": [0.5, 2.0]}
+    base = {"x": tensor(3, 2, 6), "weight": tensor(5, 6), "bias": tensor(5)}
+    return LF.lora_linear_batched, base | factors | {"adapter_indices": torch.tensor([1, -1, 0])}
+
+
+INDICES_NEVER = frozenset(("adapter_indices", name) for name in ("NaN", "infinite", "huge", "trained"))
+
+
+def linear_batched_judge(kwargs, y):
+    x, weight, bias = (wide(kwargs[name]) for name in ("x", "weight", "bias"))
+    wanted, indices = F.linear(x, weight, bias), kwargs["adapter_indices"]
+    if y.is_meta:
+        return y.shape == wanted.shape
+    for i, (a, b, scale) in enumerate(zip(kwargs["lora_A"], kwargs["lora_B"], kwargs["scaling"], strict=True)):
+        wanted[indices == i] += float(plain(scale)) * (x[indices == i] @ wide(a).T @ wide(b).T)
+    return close(y, wanted) and y.dtype == kwargs["x"].dtype
+
+
 def dora():
     return LF.dora_linear, linear()[1] | {"magnitude": tensor(5).abs() + 1}
 
@@ -531,6 +550,7 @@ def rows(folder: Path, backend: str) -> list[Row]:
         Row("lora_linear", linear, {}, linear_judge),
         Row("lora_linear_group", linear_group, {}, linear_group_judge),
         Row("lora_grouped_linear", grouped_linear, {}, grouped_linear_judge, OFFSETS_NEVER),
+        Row("lora_linear_batched", linear_batched, {}, linear_batched_judge, INDICES_NEVER),
         Row("dora_linear", dora, {}, dora_judge),
         Row("gram", gram, {}, gram_judge),
         Row("spd_solve", solve, {}, solve_judge),

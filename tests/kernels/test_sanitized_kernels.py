@@ -20,7 +20,7 @@ import lora_fast as lf
 import lora_fast.kernels
 from lora_fast import methods as M
 from lora_fast.batches.pairs import Pair
-from lora_fast.kernels import cayley, dora, experts, limits, linear, records, tiles
+from lora_fast.kernels import batched, cayley, dora, experts, limits, linear, records, tiles
 from lora_fast.kernels.inspection import sanitizer
 from lora_fast.kernels.linalg import inverse, spd
 from lora_fast.kernels.linear import cublas as thin
@@ -110,6 +110,24 @@ def run_experts(
         experts.grad_factors(x, dy, s, ds, a, b, 2.0, offsets)
         experts.add_product(dy, s, b.mT, 2.0, offsets)
         experts.add_product(x, ds, a, 1.0, offsets)
+
+
+def run_batched(
+    counts=(3, 0, 40, 17), rest=5, shape=(40, 72), ranks=(5, 16, 3, 8), padding=8, dtype=FLOAT32, adapter=None, wrong=0,
+    arch=90,
+) -> None:  # fmt: skip
+    """Runs S and the update of several adapters with these numbers of rows. ``shape`` is (d_in, d_out). The ends are by
+    ``wrong`` too large."""
+    n, (d_in, d_out) = sum(counts) + rest, shape
+    x, y = (randn(n, d + padding, dtype=dtype)[:, :d] for d in shape)
+    a, b = (
+        [randn(*s, dtype=adapter or dtype) for s in sizes]
+        for sizes in ([(r, d_in) for r in ranks], [(d_out, r) for r in ranks])
+    )
+    rows, ends = torch.arange(n).flip(0).int(), torch.tensor(counts).cumsum(0).int() + wrong
+    with tiles.assume(arch=arch), poisoned_empty():
+        table = batched.adapter_table(a, b, [2.0] * len(ranks))
+        batched.add_product(y, batched.project(x, table, rows, ends), table, rows, ends)
 
 
 def run_dora(
@@ -347,6 +365,10 @@ RUNS = {
     "experts odd": partial(run_experts, (0, 19), 0, (37, 1), 17, 3, FLOAT16, arch=80),
     "experts aligned": partial(run_experts, (16, 0, 32), 0, (64, 48), 16, 0),
     "experts of wrong offsets": partial(run_experts, wrong=200),
+    "batched": partial(run_batched, dtype=BFLOAT16, adapter=FLOAT32),
+    "batched odd": partial(run_batched, (0, 19), 0, (37, 1), (17, 1), 3, FLOAT16, arch=80),
+    "batched aligned": partial(run_batched, (16, 0, 32), 0, (64, 48), (16, 8, 16), 0),
+    "batched of wrong ends": partial(run_batched, wrong=200),
     "dora": partial(run_dora),
     "dora odd": partial(run_dora, (19, 37, 53), 17, 3, FLOAT16, FLOAT32, bias=False),
     "dora transposed": partial(run_dora, dtype=BFLOAT16, transposed=True),
@@ -391,6 +413,7 @@ def large_runs() -> dict:
         "group, tiles and splits": partial(run_group, (700, 600), (1100, 40, 300), (16, 16, 16), dtype=BFLOAT16),
         "group, ranks": partial(run_group, (150, 300), (70, 40), (100, 100), 3, FLOAT16, FLOAT32),
         "experts, tiles": partial(run_experts, (0, 700, 1, 64), 70, (600, 300), 100, 3, FLOAT16, FLOAT32),
+        "batched, tiles": partial(run_batched, (0, 700, 1, 64), 70, (600, 300), (100, 3, 16, 7), 3, FLOAT16, FLOAT32),
         "gram, blocks and chunks": partial(run_gram, (100,), (8200,)),
         "step, chunks": partial(run_step, (16, 16), (5000, 4100), want_gram=True),
     }

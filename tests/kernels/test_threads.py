@@ -25,7 +25,7 @@ def empty_caches(monkeypatch):
 
 
 def test_cached_results_belong_to_their_keys():
-    """First two keys in turns, which always move the last entry to the front, then more keys than are kept."""
+    """First two keys in turns, which always move the last used entry, then more keys than are kept."""
 
     def look_up(first: int) -> None:
         for i in range(4000):
@@ -58,7 +58,7 @@ def test_captured_entry_is_kept_while_other_threads_use_the_cache(monkeypatch):
             pointer_table.cached("lists", [CPU, name, i % 8], object)
 
     run_together(capture, *[functools.partial(look_up, name) for name in "abc"])
-    kept = {entry[0][-1]: entry[1] for entry in pointer_table._captured["lists", CPU]}
+    kept = {key[-1]: found for key, found in pointer_table._captured["lists", CPU].items()}
     assert all(built is captured is kept[i] for i, built, captured in used)
 
 

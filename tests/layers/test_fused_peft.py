@@ -235,7 +235,7 @@ def test_other_dtypes_fall_back_to_peft(dtype):
     assert torch.equal(*results) and ours.fallback_reason == f"{dtype} input"
 
 
-def test_adapter_names_per_row_fall_back_to_peft():
+def test_adapter_names_per_row_with_gradients_fall_back_to_peft():
     theirs, ours = probe_model().eval(), probe_model().eval()
     lf.fuse_(ours)
     for model in (theirs, ours):
@@ -243,7 +243,7 @@ def test_adapter_names_per_row_fall_back_to_peft():
         model.eval()
     names = ["second", "default"]
     assert torch.equal(ours(batch(), adapter_names=names).logits, theirs(batch(), adapter_names=names).logits)
-    assert ours.get_submodule(PROBE).fallback_reason == "extra arguments"
+    assert ours.get_submodule(PROBE).fallback_reason == "adapter_names with gradients"
 
 
 def test_fallback_reason_is_cleared_by_a_fused_call():

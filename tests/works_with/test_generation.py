@@ -151,7 +151,7 @@ def test_switching_adapters():
     assert_same(workflow)
 
 
-@workflow("`generate(adapter_names=[…])`, another adapter for each row: PEFT's forward runs", "tokens; scores: 1e-12")
+@workflow("`generate(adapter_names=[…])`, another adapter for each row", "tokens; scores: 1e-12")
 def test_adapters_by_row():
     def workflow(change):
         model = adapted(base())

@@ -11,6 +11,6 @@ Grid      depends on n_rows and n_adapters alone (kernels/segments.py). A CUDA g
 """
 
 from .products import add_product, project
-from .table import adapter_table
+from .table import adapter_table, sorted_rows
 
-__all__ = ["adapter_table", "add_product", "project"]
+__all__ = ["adapter_table", "add_product", "project", "sorted_rows"]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from ..device import to_device
-from ..pointer_table import cached, check_storage, is_aligned
+from ..grouping import sorted_places
+from ..pointer_table import SMALL_CACHE_SIZE, cached, check_storage, is_aligned
 from ..records import AdapterTable
 
 
@@ -22,8 +23,21 @@ def adapter_table(
         (a.data_ptr(), b.data_ptr(), len(a), _bits(scale)) for a, b, scale in zip(lora_A, lora_B, scaling, strict=True)
     ]
     device = lora_A[0].device
-    entries = cached("adapters", [device, numbers], lambda: to_device(numbers, torch.int64, device))
+    build = lambda: to_device(numbers, torch.int64, device)
+    entries = cached("adapters", [device, numbers], build, SMALL_CACHE_SIZE)
     return AdapterTable(lora_A, lora_B, scaling, entries)
+
+
+def sorted_rows(
+    adapters: Sequence[int], n_adapters: int, size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ``rows`` and ``ends`` on the device for samples of ``size`` rows each, whose adapters the host knows; a
+    number below 0 stands for none. They are kept like tables. Twin: ``reference.batched.sorted_rows``."""
+
+    def build() -> tuple[torch.Tensor, ...]:
+        return tuple(to_device(numbers, torch.int32, device) for numbers in sorted_places(adapters, n_adapters, size))
+
+    return cached("rows", [device, list(adapters), n_adapters, size], build)
 
 
 def is_table_aligned(table: AdapterTable) -> bool:

@@ -13,14 +13,24 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ...kernels.grouping import sorted_places
 from ...kernels.records import AdapterTable
 
-__all__ = ["adapter_table", "add_product", "project"]
+__all__ = ["adapter_table", "add_product", "project", "sorted_rows"]
 
 
 def adapter_table(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float]) -> AdapterTable:
     """Returns the adapters' record, without the kernels' table."""
     return AdapterTable(lora_A, lora_B, scaling)
+
+
+def sorted_rows(adapters: Sequence[int], n_adapters: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns ``rows`` and ``ends`` for samples of ``size`` rows each, whose adapters the host knows; a number below 0
+    stands for none."""
+    rows, ends = (
+        torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in sorted_places(adapters, n_adapters, size)
+    )
+    return rows, ends
 
 
 def project(x: Tensor, table: AdapterTable, rows: Tensor, ends: Tensor) -> Tensor:
