@@ -1,5 +1,5 @@
-"""The ahead-of-time library builds, passes its own tests (ctest), is installed and found by other projects, and runs the
-C snippets of the pages. It is built for one arch and one rank with some ops; make aot builds all."""
+"""The ahead-of-time library builds, passes its own tests (ctest), is installed and found by other projects, and runs
+the C snippets of the pages. It is built for one arch and one rank with some ops; make aot builds all."""
 
 import os
 import re
