@@ -452,6 +452,12 @@ def update(left: torch.Tensor, r: int, few: bool) -> Tile:
     return default("update" + "_few" * few, left.element_size(), limits(left.device), r)
 
 
+def batched_update(y: torch.Tensor, r: int, few: bool, aligned: bool) -> Tile:
+    """Returns the tile of the update of several adapters, a smaller one for factors that are loaded by elements."""
+    tile = update(y, r, few)
+    return tile if aligned else tile._replace(outer=tile.outer // 2)
+
+
 def uses_tma(left: torch.Tensor, weight: torch.Tensor, d_out: int) -> bool:
     """Returns whether the GEMM loads and stores with TMA: 16-bit matrices on sm_90 or later whose addresses and rows
     are multiples of 16 bytes. The rows of the result must be such multiples too, because a TMA store writes whole

@@ -128,7 +128,7 @@ def add_product(
     assert y.stride(1) == 1 or y.shape[1] == 1, f"y: expected contiguous rows, got strides {y.stride()}"
     n_rows, n_adapters, d_out = len(rows), len(ends), y.shape[1]
     if n_rows:
-        tile = tiles.update(y, table.r, n_rows <= tiles.FEW)
+        tile = tiles.batched_update(y, table.r, n_rows <= tiles.FEW, is_table_aligned(table))
         grid = programs(n_rows, n_adapters, tile.t), triton.cdiv(d_out, tile.outer)
         sizes = n_rows, n_adapters, d_out, y.stride(0)
         with on_device(y):

@@ -8,7 +8,7 @@ rows, so on a GPU they wait for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -39,26 +39,25 @@ def project(x: Tensor, table: AdapterTable, rows: Tensor, ends: Tensor) -> Tenso
     wide = torch.promote_types(x.dtype, table.lora_A[0].dtype)
     s = x.new_zeros((len(rows), table.r), dtype=wide)
     for adapter, own in ranges(ends):
-        a = table.lora_A[adapter].to(wide)
-        s[own, : len(a)] = x.index_select(0, rows[own]).to(wide) @ a.mT
+        a = table.lora_A[adapter]
+        s[own, : len(a)] = torch.mm(x.index_select(0, rows[own]).to(wide), a.to(wide).t())
     return s
 
 
 def add_product(y: Tensor, s: Tensor, table: AdapterTable, rows: Tensor, ends: Tensor) -> Tensor:
     """y[rows[t]] += scaling_k · S[t] b_kᵀ for each sorted row t of adapter k, in place: (n, d_out). It is rounded
     once."""
+    rows = rows.long()
     for adapter, own in ranges(ends):
-        a, b = table.lora_A[adapter], table.lora_B[adapter].to(s.dtype)
-        base = y.index_select(0, rows[own]).to(s.dtype)
-        sum_ = torch.addmm(base, s[own, : len(a)], b.mT, alpha=table.scaling[adapter])
-        y.index_copy_(0, rows[own].long(), sum_.to(y.dtype))
+        b, scaling = table.lora_B[adapter].to(s.dtype), table.scaling[adapter]
+        result = y.index_select(0, rows[own]).to(s.dtype)
+        result.addmm_(s[own, : b.shape[1]], b.t(), alpha=scaling)
+        y.index_copy_(0, rows[own], result.to(y.dtype))
     return y
 
 
-def ranges(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yields each adapter that has rows, and its range among the sorted ones."""
-    begin = 0
-    for adapter, end in enumerate(ends.tolist()):
-        if end > begin:
-            yield adapter, slice(begin, end)
-        begin = end
+def ranges(ends: Tensor) -> list[tuple[int, slice]]:
+    """Returns each adapter that has rows, and its range among the sorted ones."""
+    places = [0, *ends.tolist()]
+    own = enumerate(zip(places, places[1:], strict=False))
+    return [(adapter, slice(begin, end)) for adapter, (begin, end) in own if end > begin]
