@@ -19,7 +19,10 @@ class BatchCall(LayerCall):
         ranks = [r, max(1, r - 3), 1, r, max(1, r // 2)]
         self.factors = [(self.thin(rank, self.d_in), self.thin(self.d_out, rank)) for rank in ranks]
         self.adapters = (Adapter * len(ranks))(
-            *(Adapter(a.data_ptr(), b.data_ptr(), len(a), scaling) for (a, b), scaling in zip(self.factors, SCALINGS))
+            *(
+                Adapter(a.data_ptr(), b.data_ptr(), len(a), scaling)
+                for (a, b), scaling in zip(self.factors, SCALINGS, strict=False)
+            )
         )
         indices = torch.randint(-1, len(ranks), (n_tokens,), generator=self.generator, dtype=torch.int32)
         indices[indices == 3] = 0

@@ -5,8 +5,8 @@
 
 contents    Every function of the header is exported, the table has the archs it was built for, and without a GPU a
             launch returns an error with a name.
-launches    With a stub of the driver that records launches: kernel, code, grid, block, every constant and every argument
-            with its type are those of the Python launchers; tables are those of kernels/pointer_table.py,
+launches    With a stub of the driver that records launches: kernel, code, grid, block, every constant and every
+            argument with its type are those of the Python launchers; tables are those of kernels/pointer_table.py,
             cayley/addresses.py and pairs/add_low_rank.py, number for number. The estimates are Python's, too.
 interpret   Triton's interpreter computes a call of every kernel, typed as the machine code is: the layer's and batches'
             equal formulas in float64, all others have the bits of Python's launchers.

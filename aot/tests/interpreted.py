@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check ``interpret``: for every row of the library's table for an arch a call in C, computed by the interpreter."""
+"""The check ``interpret``: for every row of the library's table for an arch a call in C that the interpreter computes."""
 
 import re
 import time
@@ -88,7 +88,7 @@ def interpret(library: Library, stub: Stub, arch: int, form: str, only: str) -> 
     stub.set("arch", arch), stub.set("noting", 0)
     interpreter, count, last_report = Interpreter(library, stub), 0, time.monotonic()
     rows = {i for i, kernel in enumerate(library.kernels) if kernel.form == form}
-    with tiles.assume(arch=min(arch, int(form.split('_')[1]))):
+    with tiles.assume(arch=min(arch, int(form.split("_")[1]))):
         for name, run in runs(library, form, only):
             try:
                 run()

@@ -5,7 +5,7 @@ nothing launched by a call that fails."""
 import ctypes
 import os
 from collections.abc import Iterator
-from ctypes import byref, c_int, c_int32, c_size_t, c_void_p
+from ctypes import byref, c_int32, c_size_t, c_void_p
 
 from library import BAD_ARGUMENT, DTYPES, MISALIGNED, NO_ARCH, NO_KERNEL, Adapter, Batch, Layer, Library, Stub
 
@@ -166,7 +166,10 @@ def of_devices(library: Library, stub: Stub, arch: int) -> int:
     assert f"rank 255, options 2 on sm_{arch}" in library.message, library.message
     stub.library.cuCtxSetCurrent(None)
     status, text = call(library, "project", layer, pointers)
-    assert (status, text) == (INVALID_CONTEXT, "lora_fast_project: the current CUDA context: CUDA_ERROR_INVALID_CONTEXT")
+    assert (status, text) == (
+        INVALID_CONTEXT,
+        "lora_fast_project: the current CUDA context: CUDA_ERROR_INVALID_CONTEXT",
+    )
     stub.library.cuCtxSetCurrent(c_void_p(0x10))
     too_large = [kernel for kernel in library.kernels if kernel.arch == 80]
     return refused_for_memory(library, stub) if too_large and 86 not in library.built("archs") else 0

@@ -8,6 +8,7 @@ rows, so on a GPU they wait for the device.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -59,5 +60,5 @@ def add_product(y: Tensor, s: Tensor, table: AdapterTable, rows: Tensor, ends: T
 def ranges(ends: Tensor) -> list[tuple[int, slice]]:
     """Returns each adapter that has rows, and its range among the sorted ones."""
     places = [0, *ends.tolist()]
-    own = enumerate(zip(places, places[1:], strict=False))
+    own = enumerate(itertools.pairwise(places))
     return [(adapter, slice(begin, end)) for adapter, (begin, end) in own if end > begin]
