@@ -22,6 +22,7 @@ from ctypes import (
 
 import torch
 
+SWIZZLED = 128  # bytes of the longest swizzled row
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NO_DRIVER, BAD_ARGUMENT, MISALIGNED, NO_ARCH, NO_KERNEL = -1, -2, -3, -4, -5
 
@@ -109,6 +110,11 @@ class TensorMap(Structure):
 
     _fields_ = [(name, c_uint64) for name in ("address", "type", "rank", "swizzle", "promotion", "fill")]
     _fields_ += [(name, c_uint64 * 2) for name in ("sizes", "strides", "box")]
+
+
+def box_of(block: list[int], dtype: torch.dtype) -> list[int]:
+    """Returns the columns and rows that one copy of a block moves: at most a swizzled row of 128 bytes."""
+    return [min(block[1], SWIZZLED // dtype.itemsize), block[0]]
 
 
 class Stub:
