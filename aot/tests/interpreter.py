@@ -15,7 +15,7 @@ import threading
 
 import torch
 import triton.language as tl
-from library import Kernel, Library, Note, Stub, TensorMap
+from library import Kernel, Library, Note, Stub, TensorMap, box_of
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -107,14 +107,15 @@ def _descriptor(kind: str, arguments: list[bytes]) -> TensorDescriptor:
     """Returns the matrix of a tensor map, which two sizes and two strides follow."""
     tensor_map = TensorMap.from_buffer_copy(arguments[0])
     dtype = ENCODED[tensor_map.type]
-    element, box = re.fullmatch(r"tensordesc<(\w+)\[([\d,]+)\].*>", kind).groups()
-    box = [int(size) for size in box.split(",")]
-    assert TYPES[element] is dtype and [*tensor_map.box][::-1] == box, f"{kind}: encoded {dtype} {[*tensor_map.box]}"
+    element, block = re.fullmatch(r"tensordesc<(\w+)\[([\d,]+)\].*>", kind).groups()
+    block = [int(size) for size in block.split(",")]
+    encoded = f"{kind}: encoded {dtype} {[*tensor_map.box]}"
+    assert TYPES[element] is dtype and [*tensor_map.box] == box_of(block, dtype), encoded
     shape = [*tensor_map.sizes][::-1]
     strides = [tensor_map.strides[1] // dtype.itemsize, 1]
     passed = [int.from_bytes(memory, "little") for memory in arguments[1:]]
     assert passed == shape + strides, f"{kind}: the map has {shape}, {strides}, the arguments are {passed}"
-    return TensorDescriptor(_at(tensor_map.address, dtype), shape, strides, box)
+    return TensorDescriptor(_at(tensor_map.address, dtype), shape, strides, block)
 
 
 def _jit_kernels() -> dict[str, InterpretedFunction]:

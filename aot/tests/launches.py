@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from case import Case
 from launch_cases import embedded
-from library import DTYPES, Kernel, Library, Note, Stub, TensorMap
+from library import DTYPES, Kernel, Library, Note, Stub, TensorMap, box_of
 from triton.runtime.jit import mangle_type
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -164,7 +164,7 @@ def compare_map(name: str, theirs: TensorDescriptor, mine: torch.Tensor | None, 
     assert base.dtype is theirs.base.dtype and base.dtype in DTYPES
     got = tensor_map.address, tensor_map.type, [*tensor_map.sizes], [*tensor_map.strides], [*tensor_map.box]
     strides = [0, theirs.strides[0] * bytes_of]
-    expected = base.data_ptr(), ENCODED[base.dtype], [*theirs.shape][::-1], strides, [*theirs.block_shape][::-1]
+    expected = base.data_ptr(), ENCODED[base.dtype], [*theirs.shape][::-1], strides, box_of(theirs.block_shape, base.dtype)
     assert got == expected, f"{name}: the tensor map has {got}, from Python {expected}"
     swizzle = min(128, theirs.block_shape[1] * bytes_of)
     assert tensor_map.swizzle == {32: 1, 64: 2, 128: 3}[swizzle], f"{name}: swizzle {tensor_map.swizzle}"

@@ -16,7 +16,7 @@ HEADER = (ROOT / "aot" / "lora_fast.h").read_text(encoding="utf-8")
 VERSION = ".".join(re.findall(r"#define LORA_FAST_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", HEADER))
 CUDA = Path(triton.__file__).parent / "backends" / "nvidia" / "include"  # has cuda.h
 ARCH = 90
-OPS = "project;linear;add_to_y;grad_s_b;grad_a;add_to_dx;sum;batch_project;batch_add"
+OPS = "project;project_parts;linear;add_to_y;add_parts_to_y;grad_s_b;grad_a;add_to_dx;sum;batch_project;batch_add"
 NOT_BUILT = {"adamw"}  # functions of snippets whose kernels take too long to compile here
 NO_KERNEL = -5
 MISSING = [program for program in ("cmake", "ctest", "cc", "c++", "nm", "pkg-config") if shutil.which(program) is None]
