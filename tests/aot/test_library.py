@@ -63,7 +63,12 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def configure(folder: Path, *choices: str) -> None:
-    choices = (f"-DPython3_EXECUTABLE={sys.executable}", f"-DLORA_FAST_ARCHS={ARCH}", *choices)
+    choices = (
+        f"-DPython3_EXECUTABLE={sys.executable}",
+        f"-DLORA_FAST_ARCHS={ARCH}",
+        "-DCMAKE_BUILD_TYPE=Debug",
+        *choices,
+    )
     run("cmake", "-S", ROOT, "-B", folder, "-DLORA_FAST_RANKS=16", f"-DLORA_FAST_OPS={OPS}", *choices)
 
 
