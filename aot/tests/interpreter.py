@@ -109,8 +109,8 @@ def _descriptor(kind: str, arguments: list[bytes]) -> TensorDescriptor:
     dtype = ENCODED[tensor_map.type]
     element, block = re.fullmatch(r"tensordesc<(\w+)\[([\d,]+)\].*>", kind).groups()
     block = [int(size) for size in block.split(",")]
-    box = box_of(block, dtype)
-    assert TYPES[element] is dtype and [*tensor_map.box] == box, f"{kind}: encoded {dtype} {[*tensor_map.box]}"
+    encoded = f"{kind}: encoded {dtype} {[*tensor_map.box]}"
+    assert TYPES[element] is dtype and [*tensor_map.box] == box_of(block, dtype), encoded
     shape = [*tensor_map.sizes][::-1]
     strides = [tensor_map.strides[1] // dtype.itemsize, 1]
     passed = [int.from_bytes(memory, "little") for memory in arguments[1:]]

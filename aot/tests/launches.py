@@ -164,10 +164,15 @@ def compare_map(name: str, theirs: TensorDescriptor, mine: torch.Tensor | None, 
     assert base.dtype is theirs.base.dtype and base.dtype in DTYPES
     got = tensor_map.address, tensor_map.type, [*tensor_map.sizes], [*tensor_map.strides], [*tensor_map.box]
     strides = [0, theirs.strides[0] * bytes_of]
-    box = box_of([*theirs.block_shape], base.dtype)
-    expected = base.data_ptr(), ENCODED[base.dtype], [*theirs.shape][::-1], strides, box
+    expected = (
+        base.data_ptr(),
+        ENCODED[base.dtype],
+        [*theirs.shape][::-1],
+        strides,
+        box_of(theirs.block_shape, base.dtype),
+    )
     assert got == expected, f"{name}: the tensor map has {got}, from Python {expected}"
-    swizzle = box[0] * bytes_of
+    swizzle = min(128, theirs.block_shape[1] * bytes_of)
     assert tensor_map.swizzle == {32: 1, 64: 2, 128: 3}[swizzle], f"{name}: swizzle {tensor_map.swizzle}"
     numbers = [int.from_bytes(slot, "little") for slot in slots[1:]]
     assert numbers == [*theirs.shape, *theirs.strides], f"{name}: {numbers} behind the map"

@@ -22,7 +22,6 @@ from ctypes import (
 
 import torch
 
-SWIZZLED = 128  # bytes of the longest swizzled row
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NO_DRIVER, BAD_ARGUMENT, MISALIGNED, NO_ARCH, NO_KERNEL = -1, -2, -3, -4, -5
 
@@ -113,8 +112,8 @@ class TensorMap(Structure):
 
 
 def box_of(block: list[int], dtype: torch.dtype) -> list[int]:
-    """Returns the columns and rows that one copy of a block moves: at most a swizzled row of 128 bytes."""
-    return [min(block[1], SWIZZLED // dtype.itemsize), block[0]]
+    """Returns the box, columns first, that one copy moves of a block (rows, columns): at most 128 bytes of a row."""
+    return [min(block[1], 128 // dtype.itemsize), block[0]]
 
 
 class Stub:
