@@ -9,6 +9,7 @@ rows, so on a GPU they wait for the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ __all__ = ["adapter_table", "add_product", "project", "sorted_rows"]
 
 def adapter_table(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float]) -> AdapterTable:
     """Returns the adapters' record, without the kernels' table."""
-    return AdapterTable(lora_A, lora_B, scaling)
+    return AdapterTable(lora_A, lora_B, scaling, max(a.shape[0] for a in lora_A))
 
 
 def sorted_rows(adapters: Sequence[int], n_adapters: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -59,5 +60,5 @@ def add_product(y: Tensor, s: Tensor, table: AdapterTable, rows: Tensor, ends: T
 def ranges(ends: Tensor) -> list[tuple[int, slice]]:
     """Returns each adapter that has rows, and its range among the sorted ones."""
     places = [0, *ends.tolist()]
-    own = enumerate(zip(places, places[1:], strict=False))
+    own = enumerate(pairwise(places))
     return [(adapter, slice(begin, end)) for adapter, (begin, end) in own if end > begin]
