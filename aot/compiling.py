@@ -7,6 +7,7 @@ import re
 from contextlib import contextmanager
 from unittest import mock
 
+os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: it would leave nothing to compile
 os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # a third of a cubin
 
 from triton import knobs
@@ -64,8 +65,8 @@ def _row(case: Case, arch: int, each: compiler.Launch) -> dict:
     row = {"text": " ".join([name, case.op, case.dtype, f"r{case.r}", *words]), "name": name, "arch": arch}
     with assembled_for(TARGETS.get(arch)):
         kernel, used = compiler.compile_as_launched(each, arch, LENGTHS)
-    if used.spills or used.stack or used.shared > device.CARDS[arch].shared_memory:
-        raise SystemExit(f"{row['text']}, sm_{arch}: {used.spills} spills, stack {used.stack}, shared {used.shared}")
+    if used.stack or used.shared > device.CARDS[arch].shared_memory:  # what spills has a stack
+        raise SystemExit(f"{row['text']}, sm_{arch}: stack {used.stack}, shared {used.shared}")
     if kernel.metadata.global_scratch_size or kernel.metadata.profile_scratch_size:
         raise SystemExit(f"{row['text']}, sm_{arch}: needs scratch memory, which the library does not pass")
     adapter = variant.pop("adapter", case.dtype)

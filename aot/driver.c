@@ -97,6 +97,9 @@ int lora_fast_check_addresses(const char *function, const char *names, int count
         if (!addresses[i])
             return lora_fast_fail(LORA_FAST_BAD_ARGUMENT, "%s: %.*s: expected an address, got NULL", function, length,
                                   names);
+        if ((intptr_t)addresses[i] < 0) /* adding an offset could overflow */
+            return lora_fast_fail(LORA_FAST_BAD_ARGUMENT, "%s: %.*s: expected an address below 2^63, got %p", function,
+                                  length, names, addresses[i]);
         if ((uintptr_t)addresses[i] % 16)
             return lora_fast_fail(LORA_FAST_MISALIGNED, "%s: %.*s: expected a multiple of 16, got %p", function,
                                   length, names, addresses[i]);
@@ -473,8 +476,9 @@ API int lora_fast_unload(void) {
     int status = LORA_FAST_OK;
     pthread_mutex_lock(&changing);
     for (int i = 0; loaded && i < lora_fast_table_length; i++) {
-        if (loaded[i].library && !status)
-            status = check_driver(__func__, "cuLibraryUnload", driver.unload(loaded[i].library));
+        int failure = 0;
+        if (loaded[i].library) failure = check_driver(__func__, "cuLibraryUnload", driver.unload(loaded[i].library));
+        if (!status) status = failure;
         loaded[i].library = NULL, loaded[i].kernel = NULL;
     }
     for (int i = 0; i < MOST_DEVICES; i++) free_device(atomic_exchange(&devices[i], NULL));

@@ -234,8 +234,7 @@ API int lora_fast_workspace(const lora_fast_layer *layer, size_t *bytes) {
     struct split parts;
     CHECK_LAYER(0);
     CHECK_POINTER(bytes);
-    *bytes = 0;
-    if (layer->n_tokens == 0) return LORA_FAST_OK;
+    if (layer->n_tokens == 0) return *bytes = 0, LORA_FAST_OK;
     CALL(prepare_grad_s_b(__func__, &launch, layer, &parts));
     int64_t s_b = room_for_ds(layer, parts) + parts.splits * layer->d_out * layer->r;
     CALL(prepare_grad_a(__func__, &launch, layer, &parts));

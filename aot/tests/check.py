@@ -1,187 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of the built library, which ctest runs.
+
+    check.py liblora_fast.so CHECK [ARCH] [--stub libcuda.so.1] [--codes FOLDER] [--example ilora.so] [--only PATTERN]
 
 contents    Every function of the header is exported, the table has the archs it was built for, and without a GPU a
             launch returns an error with a name.
-launches    With a stub of libcuda that records launches: kernel, grid, block and every argument are those of the Python
-            launchers; tables are those of kernels/pointer_table.py, cayley/addresses.py and pairs/add_low_rank.py,
-            number for number; the cubin is what Python's launch compiles to.
+launches    With a stub of the driver that records launches: kernel, code, grid, block, every constant and every
+            argument with its type are those of the Python launchers; tables are those of kernels/pointer_table.py,
+            cayley/addresses.py and pairs/add_low_rank.py, number for number. The estimates are Python's, too.
+interpret   Triton's interpreter computes a call of every kernel, typed as the machine code is: the layer's and batches'
+            equal formulas in float64, all others have the bits of Python's launchers.
+refusals    Every status with its message; a call that fails launches nothing.
+threads     The first calls in several threads at once.
+unload      Everything that was loaded is unloaded.
+graphs      A captured stream takes every launch after lora_fast_load.
+ilora       aot/examples/ilora.c trains the bits that Python trains.
 reference   On a GPU: each op returns the bits of the Python launcher (exit code 77: no GPU, skipped).
 """
 
 import argparse
 import ctypes
-import dataclasses
 import os
 import re
 import sys
 from pathlib import Path
 
-os.environ.pop("TRITON_INTERPRET", None)  # launches are recorded, not interpreted
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of build.py
-
-import torch
-from launch_cases import N_TOKENS, Case, embedded, layer_case
-from library import BAD_ARGUMENT, MISALIGNED, NO_ARCH, NO_DRIVER, NO_KERNEL, Kernel, Library, Note, Refused
-
-from compiling import LENGTHS, name_of_code
-from embedded import as_embedded
-from lora_fast.kernels.inspection import compiler
-from lora_fast.kernels.launch import MOST_REGISTERS
-from lora_fast.kernels.limits import LARGEST_RANK
-
 SKIPPED = 77
-SIZES = {"p": 8, "l": 8, "d": 8, "i": 4, "f": 4}  # bytes of a parameter, by kind
+INTERPRETED = ("interpret", "threads", "graphs", "ilora")  # graphs: for its small sizes
+NEED_ARCH = ("launches", "refusals", "unload", *INTERPRETED)
 
 
-def contents(library: Library, archs: list[str]) -> None:
+def contents(library, archs: list[int]) -> str:
+    from library import NO_DRIVER, NO_KERNEL
+
     header = Path(__file__).resolve().parents[1].joinpath("lora_fast.h").read_text(encoding="utf-8")
     functions = set(re.findall(r"(lora_fast_\w+)\(", header))
-    assert len(functions) >= 20, functions
+    assert len(functions) >= 30, functions
     for name in functions:
         getattr(library.library, name)
-    embedded_archs = {kernel.arch for kernel in library.kernels}
-    assert embedded_archs == {int(arch) for arch in archs}, f"built for {archs}, has {embedded_archs}"
+    version = int("".join(f"{int(x):02}" for x in re.findall(r"define LORA_FAST_VERSION_\w+ (\d+)", header)))
+    assert library.library.lora_fast_version() == version
+    assert library.built("archs") == archs and {k.arch for k in library.kernels} <= {*archs}, library.built("archs")
     for kernel in library.kernels:
-        assert ctypes.string_at(kernel.cubin, 4) == b"\x7fELF", kernel.key
-    case, config = layer_case(library, torch.device("cpu"), torch.bfloat16, 16, "bfloat16")
-    t, s = case.tensors, torch.empty(N_TOKENS, 16, dtype=torch.bfloat16)
-    status = library.status("project", config, t["x"], t["a"], s)
-    assert status < 0 or library.error_name(status).startswith("CUDA_ERROR"), status
-    print(f"{len(library.kernels)} kernels; a launch here: {library.error_name(status)}")
-    assert library.status("project", config, t["x"][:, 1:], t["a"], s) == MISALIGNED
-    assert library.status("project", config, None, t["a"], s) == BAD_ARGUMENT
-    config.r = 0
-    assert library.status("project", config, t["x"], t["a"], s) == BAD_ARGUMENT
-    assert [library.error_name(code) for code in (0, NO_DRIVER, 1 << 20)][:2] == ["LORA_FAST_OK", "LORA_FAST_NO_DRIVER"]
+        start = ctypes.string_at(kernel.code, 4)
+        assert start == b"\x7fELF" or (kernel.is_ptx and start[:2] in (b"//", b".v")), kernel.key
+    ranks = library.built("ranks")
+    padded = [library.library.lora_fast_padded_rank(r) for r in (-1, 0, 1, ranks[-1], ranks[-1] + 1)]
+    assert padded == [0, 0, ranks[0], ranks[-1], 0], padded
+    status = library.library.lora_fast_load(-1)  # without the stub, so without a driver or with the machine's
+    assert status < 0 or library.error_name(status).startswith("CUDA_ERROR") or not status, status
+    assert [library.error_name(code) for code in (0, NO_DRIVER, NO_KERNEL, -99)] == [
+        "LORA_FAST_OK", "LORA_FAST_NO_DRIVER", "LORA_FAST_NO_KERNEL", "unknown error",
+    ]  # fmt: skip
+    return f"{len(library.kernels)} kernels; loading them here: {library.error_name(status)}"
 
 
-def launches(path: str, arch: int, stub_path: str, cubins: Path) -> None:
-    stub = ctypes.CDLL(stub_path, mode=ctypes.RTLD_GLOBAL)  # the library finds it as libcuda.so.1
-    card, count = (ctypes.c_int.in_dll(stub, name) for name in ("stub_arch", "stub_count"))
-    card.value, notes = arch, (Note * 64).in_dll(stub, "stub_notes")
-    library, checked = Library(path), 0
-    rows = {kernel.cubin: kernel for kernel in library.kernels}
-    for name, case in embedded(library, torch.device("cpu"), arch):
-        count.value = 0
-        with as_embedded(arch):
-            with compiler.recorded() as expected:
-                theirs = case.python(case.tensors)
-            mine = case.c(case.tensors)
-        recorded = notes[: count.value]
-        assert [note.name.decode() for note in recorded] == [e.kernel.__name__ for e in expected], name
-        for i, (note, launch) in enumerate(zip(recorded, expected, strict=True)):
-            results = {x.data_ptr(): y.data_ptr() for x, y in zip(theirs, mine, strict=True)}
-            where = f"{name}: {note.name.decode()}"
-            compare(where, case, i, note, rows[note.cubin], launch, results)
-            assert is_cubin_of(launch, arch, note.cubin, cubins), f"{where}: not what Python's launch compiles to"
-            checked += 1
-    assert checked, f"nothing embedded for sm_{arch}"
-    if arch == 80:
-        card.value = 86
-        fit_or_are_refused(library, count)
-    too_large = LARGEST_RANK + 1
-    case, config = layer_case(library, torch.device("cpu"), torch.bfloat16, too_large, "bfloat16")
-    s = torch.empty(N_TOKENS, too_large, dtype=torch.bfloat16)
-    assert library.status("project", config, case.tensors["x"], case.tensors["weight"], s) == NO_KERNEL
-    card.value = 70
-    assert library.status("project", config, case.tensors["x"], case.tensors["weight"], s) == NO_ARCH
-    print(f"sm_{arch}: {checked} launches as from Python")
-
-
-def fit_or_are_refused(library: Library, count: ctypes.c_int) -> None:
-    """Launches sm_80's kernels on a card with less shared memory, where the library refuses what the driver would."""
-    for _, case in embedded(library, torch.device("cpu"), 80):
-        count.value = 0
-        try:
-            case.c(case.tensors)
-        except Refused as refusal:
-            assert refusal.status == NO_KERNEL, refusal
-
-
-def compare(
-    name: str, case: Case, i: int, note: Note, kernel: Kernel, launch: compiler.Launch, results: dict[int, int]
-) -> None:
-    """Compares grid, warps and every argument. ``results``: addresses of Python's results → of C's."""
-    table = case.tables[i % len(case.tables)] if case.tables else {}
-    grid = (*launch.grid, 1, 1)[:3]
-    assert tuple(note.grid) == grid, f"{name}: grid {tuple(note.grid)}, from Python {grid}"
-    assert tuple(note.block) == (32 * launch.options.get("num_warps", 4), 1, 1), name
-    params = [param.split(":") for param in kernel.params.decode().split()]
-    assert list(note.sizes[: note.count]) == [SIZES[kind] for _, kind in params] + [8, 8], (
-        name
-    )  # Triton's two scratch pointers
-    for (param, kind), size, memory in zip(params, note.sizes, note.values, strict=False):
-        value, where = launch.arguments[param], f"{name}: {param}"
-        slot = int.from_bytes(memory[:size], "little", signed=kind in "il")
-        if param in table:
-            address, contents = table[param]
-            assert slot == address, where
-            if contents is not None:
-                assert [results.get(x, x) for x in value.flatten().tolist()] == contents, f"{where}: the tables differ"
-        elif kind == "p":
-            expected = case.memory[i].get(param, value) if case.memory else value
-            if expected is None:
-                assert slot == 0, where
-                continue
-            assert slot == expected.data_ptr(), where
-            assert expected.nbytes >= value.nbytes, f"{where}: room for {expected.nbytes} bytes, needs {value.nbytes}"
-        elif kind == "f":
-            assert ctypes.c_float.from_buffer_copy(ctypes.c_uint(slot)).value == ctypes.c_float(value).value, where
-        elif kind == "d":
-            assert ctypes.c_double.from_buffer_copy(ctypes.c_uint64(slot)).value == value, where
-        else:
-            assert slot == value, f"{where}: {slot}, from Python {value}"
-
-
-def is_cubin_of(launch: compiler.Launch, arch: int, address: int, cubins: Path) -> bool:
-    """Returns whether the cubin at an address is the build's cubin of this launch, as it is or with more registers."""
-    roomy = dataclasses.replace(launch, options=launch.options | {"maxnreg": MOST_REGISTERS})
-    names = (name_of_code(compiler.compile_for(each, arch, LENGTHS), arch) for each in (launch, roomy))
-    candidates = (path.read_bytes() for path in (cubins / f"{name}.cubin" for name in names) if path.exists())
-    return any(ctypes.string_at(address, len(cubin)) == cubin for cubin in candidates)
-
-
-def reference(path: str) -> None:
+def reference(library) -> str:
     """Compares results with those of the Python launchers, which the test suite compares with the torch twins."""
-    if not torch.cuda.is_available():
-        print("no GPU")
-        sys.exit(SKIPPED)
-    device = torch.device("cuda")
-    library = Library(path, torch.cuda.current_stream().cuda_stream)
+    import torch
+    from launch_cases import embedded
+    from library import NO_KERNEL, Refused
+
+    from embedded import as_embedded
+
+    device, checked = torch.device("cuda"), 0
+    library.stream = torch.cuda.current_stream().cuda_stream
     major, minor = torch.cuda.get_device_capability()
-    device_arch = 10 * major + minor
-    arch = max((k.arch for k in library.kernels if k.arch // 10 == major and k.arch <= device_arch), default=0)
-    checked = 0
+    arch = 10 * major + minor
+    built = max((k.arch for k in library.kernels if k.runs_on(arch)), default=0)
     for name, case in embedded(library, device, arch):
         copy = {key: None if t is None else t.clone() for key, t in case.tensors.items()}
         try:
             got = case.c(case.tensors)
         except Refused as refusal:
-            if refusal.status != NO_KERNEL or arch == device_arch:
+            if refusal.status != NO_KERNEL or built == arch:
                 raise
-            continue  # a kernel of sm_80 that needs more shared memory than this device has
-        with as_embedded(arch):
+            continue  # a kernel of an earlier arch that needs more shared memory than this device has
+        with as_embedded(built):
             expected = case.python(copy)
         torch.cuda.synchronize()
         for i, (mine, theirs) in enumerate(zip(got, expected, strict=True)):
             assert torch.equal(mine, theirs), f"{name}: result {i} is not what Python's launch gives"
         checked += 1
-    assert checked, f"nothing embedded for sm_{device_arch}"
-    print(f"{checked} ops with the bits of the Python launchers")
+    assert checked, f"nothing is built for sm_{arch}"
+    return f"{checked} ops with the bits of the Python launchers"
+
+
+def launches(library, stub, options) -> str:
+    from estimates import estimates
+    from launches import launches
+
+    compared = launches(library, stub, options.arch, options.codes)
+    return f"{compared}, {estimates(library, options.arch)} estimates"
+
+
+def refusals(library, stub, arch: int) -> str:
+    import layer_refusals
+    import refusals
+
+    of_layers = layer_refusals.check(library, stub, arch)
+    return f"{of_layers}, {refusals.check(library, stub)} refusals of the step"
+
+
+def run(options: argparse.Namespace) -> str:
+    from library import Library, Stub
+
+    if options.check == "contents":
+        return contents(Library(options.library), options.archs)
+    if options.check == "reference":
+        import torch
+
+        if not torch.cuda.is_available():
+            print("no GPU")
+            sys.exit(SKIPPED)
+        return reference(Library(options.library))
+    stub, arch = Stub(options.stub, options.arch), options.arch  # before the library, which finds it as libcuda.so.1
+    library = Library(options.library)
+    if options.check == "launches":
+        return launches(library, stub, options)
+    if options.check == "refusals":
+        return refusals(library, stub, arch)
+    if options.check == "ilora":
+        import ilora
+
+        return ilora.compare(library, stub, arch, options.example)
+    if options.check == "interpret":
+        import interpreted
+
+        return interpreted.interpret_all(library, stub, arch, options.only)
+    import lifetime
+
+    return getattr(lifetime, options.check)(library, stub, arch)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", help="liblora_fast.so")
-    parser.add_argument("what", choices=("contents", "launches", "reference"))
-    parser.add_argument("more", nargs="*", help="contents: the archs; launches: the arch, the stub, the cubins")
+    parser.add_argument("check", choices=("contents", "reference", *NEED_ARCH))
+    parser.add_argument("archs", nargs="*", type=int, help="contents: the archs; others: the arch of the card")
+    parser.add_argument("--stub", help="libcuda.so.1 of stub_cuda.c")
+    parser.add_argument("--codes", type=Path, help="launches: the folder where build.py has written the code")
+    parser.add_argument("--example", help="ilora: ilora.c as a shared library")
+    parser.add_argument("--only", default="", help="interpret: a pattern of the kernels' names")
     options = parser.parse_args()
-    if options.what == "contents":
-        contents(Library(options.library), options.more)
-    elif options.what == "launches":
-        launches(options.library, int(options.more[0]), options.more[1], Path(options.more[2]))
+    if options.check in NEED_ARCH and (len(options.archs) != 1 or not options.stub):
+        parser.error(f"{options.check}: expected an arch and --stub")
+    options.arch = options.archs[0] if options.archs else 0
+    os.environ.pop("TRITON_INTERPRET", None)
+    if options.check in INTERPRETED:
+        os.environ["TRITON_INTERPRET"] = "1"
     else:
-        reference(options.library)
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of build.py's modules
+    print(run(options))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ SEED, DROP, SCALING, GUARD = (1 << 40) + 3, 0.25, 1.5, 173
 FLOAT32_SUMS, HALVES = 2.0**-20, 2.0**-15
 
 
-def compare(name: str, got: torch.Tensor, exact: torch.Tensor, size: torch.Tensor, halves: bool) -> None:
-    """Raises an error unless ``got`` is ``exact`` but for roundings. ``size``: the sum of the terms' magnitudes."""
+def compare(name: str, got: torch.Tensor, exact: torch.Tensor, size: torch.Tensor, halves: bool, more=0.0) -> None:
+    """Raises an error unless ``got`` is ``exact`` but for roundings. ``size``: the sum of the terms' magnitudes;
+    ``more``: what the terms' own roundings allow besides."""
     limits = torch.finfo(got.dtype)
     rounding = limits.eps / 2 * exact.abs() + limits.smallest_normal * limits.eps
-    allowed = rounding + size * (FLOAT32_SUMS + halves * HALVES)
+    allowed = rounding + size * (FLOAT32_SUMS + halves * HALVES) + more
     error = (got.double() - exact).abs()
     worst = (error / allowed).nan_to_num(torch.inf).max().item() if got.numel() else 0.0
     assert worst <= 1, f"{name}: an error of {worst:.3g} times what roundings allow"
@@ -142,4 +143,18 @@ class LayerCall:
         self.library("grad_a", self.config, self.x, self.ds, da, parts)
         kept, ds = self.x.double() * self.keep, self.ds.double()
         compare("da", da, before + ds.T @ kept, before.abs() + ds.abs().T @ kept.abs(), self.halves)
+        assert (parts[-GUARD:] == GUARD).all(), "written behind the workspace"
+
+    def add_adapter(self) -> None:
+        s, y = torch.full_like(self.s, torch.nan), self.rows(self.n_tokens, self.d_out)
+        size, before = self.library.workspace("adapter_", self.config), y.double()
+        parts = torch.full((size + GUARD,), GUARD, dtype=torch.uint8)
+        self.library("add_adapter", self.config, self.x, self.a, self.b, s, y, parts)
+        x, a, b = self.x.double(), self.a.double(), self.b.double()
+        exact, of_s = x @ a.T, x.abs() @ a.abs().T
+        compare("s", s, exact, of_s, self.halves)
+        size = before.abs() + SCALING * (of_s @ b.abs().T)
+        of_rounding = torch.finfo(self.dtype).eps * SCALING * (exact.abs() @ b.abs().T)  # of S, which is stored between
+        compare("y", y, before + SCALING * (exact @ b.T), size, self.halves, of_rounding)
+        self.check_gaps("y", y)
         assert (parts[-GUARD:] == GUARD).all(), "written behind the workspace"

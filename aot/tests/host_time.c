@@ -35,11 +35,12 @@ extern int stub_arch, stub_count, stub_noting;
 
 /* ---- The calls. No kernel runs, so every tensor may have the same address. */
 
-static void *const memory = (void *)(1 << 20);
+#define memory ((void *)(1 << 20))
 static lora_fast_layer layer = {.size = sizeof layer, .n_tokens = 4096, .d_in = D, .d_out = D, .r = R, .scaling = 2.0f,
                                 .dtype = LORA_FAST_BFLOAT16, .adapter = LORA_FAST_FLOAT32};
 static lora_fast_batch batch = {.size = sizeof batch, .n_rows = 64, .n_adapters = 8, .d_in = D, .d_out = D, .r = R,
-                                .dtype = LORA_FAST_BFLOAT16, .adapter = LORA_FAST_BFLOAT16};
+                                .dtype = LORA_FAST_BFLOAT16, .adapter = LORA_FAST_BFLOAT16, .adapters = memory,
+                                .rows = memory, .ends = memory};
 static lora_fast_group grams, steps, flat_steps;
 
 static int plan(lora_fast_group *group, lora_fast_op op, int flat) {

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check ``interpret``: for every row of the library's table for an arch a call in C, computed by the interpreter."""
+"""The check ``interpret``: for every row of the library's table for an arch a call in C that the interpreter computes."""
 
 import re
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
+from batch_formulas import BatchCall
 from case import Case
 from formulas import LayerCall
 from interpreter import Interpreter
@@ -14,15 +16,21 @@ from library import Library, Stub
 
 from lora_fast.kernels import tiles
 
-LAYER = ("project", "linear", "grad_x", "add_to_y", "add_to_dx", "grad_s_b", "grad_a")
+# op of the table → function of LayerCall
+LAYER = {op: op for op in ("project", "linear", "grad_x", "add_to_y", "add_to_dx", "grad_s_b", "grad_a")}
+LAYER |= {"project_parts": "add_adapter", "add_parts_to_y": "add_adapter"}
+BATCHED = {"batch_project": "project", "batch_add": "add_to_y"}  # op → function of BatchCall
 SUMS = ("grad_s_b", "grad_a")  # ops with a second launch
 PROGRESS_INTERVAL = 5  # seconds
+LATER = 130  # an arch of the future
 
 
 def calls_of(op: str, options: dict) -> list[dict]:
     """Returns the calls of a layer's op: one token, few, and so many that a gradient is the sum of several parts; rows
     with and without gaps, seeds by value and in memory."""
     dropout = bool(options.get("dropout"))
+    if options.get("tokens") == "few":  # d_in such that S is split
+        return [{"n_tokens": 1, "d_in": 4096, "d_out": 64}, {"n_tokens": 2, "d_in": 4096, "d_out": 64, "gap": 48}]
     if options.get("tokens") == "many":
         return [{"n_tokens": tiles.SHORT + 1, "gap": 48, "dropout": dropout}]
     calls = [{"n_tokens": 67}, {"n_tokens": 515, "gap": 48, "in_memory": dropout, "accumulate": True}]
@@ -31,20 +39,30 @@ def calls_of(op: str, options: dict) -> list[dict]:
     return [{"n_tokens": 1, "dropout": dropout}, *({**call, "dropout": dropout} for call in calls)]
 
 
-def runs(library: Library, form: str) -> Iterator[tuple[str, Callable[[], None]]]:
+def runs(library: Library, form: str, only: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """Yields the name and a function for every call to check, for the rows of a form ("sm_90")."""
-    device = torch.device("cpu")
     for name in sorted({kernel.key.decode().split(" ", 1)[1] for kernel in library.kernels if kernel.form == form}):
+        if not re.search(only, name):
+            continue
         op, dtype, r, options = options_of(name)
         if op in LAYER:
+            bias = {"bias": bool(options["bias"])} if "bias" in options else {}
             for call in calls_of(op, options):
-                adapter = getattr(torch, options["adapter"])
-                bias = {"bias": bool(options["bias"])} if "bias" in options else {}
-                layer = LayerCall(library, dtype, adapter, r, **call, **bias)
-                yield f"{name} {call}", getattr(layer, op)
+                layer = LayerCall(library, dtype, getattr(torch, options["adapter"]), r, **call, **bias)
+                yield f"{name} {call}", getattr(layer, LAYER[op])
+        elif op in BATCHED:
+            for call in batches_of(op, options):
+                batch = BatchCall(library, dtype, getattr(torch, options["adapter"]), r, **call)
+                yield f"{name} {call}", getattr(batch, BATCHED[op])
         elif op in CASES:
-            case = CASES[op](library, device, dtype, r, **options)
-            yield name, lambda case=case: compare_bits(case)
+            case = CASES[op](library, torch.device("cpu"), dtype, r, **options)
+            yield name, partial(compare_bits, case)
+
+
+def batches_of(op: str, options: dict) -> list[dict]:
+    if options["tokens"] == "many":
+        return [{"n_tokens": (tiles.SHORT if op == "batch_project" else tiles.FEW) + 1, "gap": 48}]
+    return [{"n_tokens": 1}, {"n_tokens": 67}, {"n_tokens": 130, "gap": 48}]
 
 
 def compare_bits(case: Case) -> None:
@@ -57,15 +75,21 @@ def compare_bits(case: Case) -> None:
         assert same, f"result {i} has other bits than Python's launch gives"
 
 
+def interpret_all(library: Library, stub: Stub, arch: int, only: str) -> str:
+    """Runs what was built for an arch on its card, and the PTX of an arch on a later card."""
+    forms = sorted({kernel.form for kernel in library.kernels if kernel.arch == arch}, reverse=True)
+    assert forms, f"nothing is built for sm_{arch}"
+    return "; ".join(interpret(library, stub, arch if form == f"sm_{arch}" else LATER, form, only) for form in forms)
+
+
 def interpret(library: Library, stub: Stub, arch: int, form: str, only: str) -> str:
     """Runs every call on a card of the arch and returns what was run."""
+    assert library.library.lora_fast_unload() == 0  # the card before
     stub.set("arch", arch), stub.set("noting", 0)
     interpreter, count, last_report = Interpreter(library, stub), 0, time.monotonic()
     rows = {i for i, kernel in enumerate(library.kernels) if kernel.form == form}
-    with tiles.assume(arch=arch):
-        for name, run in runs(library, form):
-            if not re.search(only, name):
-                continue
+    with tiles.assume(arch=min(arch, int(form.split("_")[1]))):
+        for name, run in runs(library, form, only):
             try:
                 run()
                 interpreter.check()

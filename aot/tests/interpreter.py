@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Computes the launches of liblora_fast.so on tensors in host memory: the stub of the driver hands each launch over, and
-Triton's interpreter runs the package's kernel of that name.
+"""Computes the launches of liblora_fast.so on tensors in host memory: the stub of the driver hands each launch over,
+and Triton's interpreter runs the package's kernel of that name.
 
 Everything is as the machine code has it. A row of the library's table tells the types of the parameters and the
 constants; values are the bytes that the library passed. So a kernel that was compiled for another dtype than the

@@ -35,6 +35,11 @@ class Kernel(Structure):
         """Returns the device code's form: "sm_90" or "ptx_90"."""
         return f"{'ptx' if self.is_ptx else 'sm'}_{self.arch}"
 
+    def runs_on(self, arch: int) -> bool:
+        """Returns whether a card of an arch runs the machine code: its own, or an earlier arch's of its family."""
+        of_family = self.arch // 10 == arch // 10 and self.arch <= arch
+        return not self.is_ptx and (self.arch == arch if self.arch == 90 else of_family)
+
 
 class Sized(Structure):
     """A structure whose first field is its size."""
@@ -135,6 +140,12 @@ class Stub:
         """Returns the name of the call that failed by fail_after."""
         return (self._variable("failed", c_char_p).value or b"").decode()
 
+    def failed_now(self) -> bool:
+        """Returns whether a call has failed since fail_after was set, and lets no later one fail."""
+        failed = self._variable("fail_after", c_int).value == 0
+        self.set("fail_after", 0)
+        return failed
+
     @contextmanager
     def recorded(self):
         """Records the launches inside the context. They are in the list that it yields once the context has ended."""
@@ -190,12 +201,16 @@ class Library:
         if status:
             raise Refused(f"{self.error_name(status)}: {self.message}", status)
 
+    def host(self, name: str, *arguments) -> None:
+        """Calls a function that takes no stream."""
+        status = getattr(self.library, f"lora_fast_{name}")(*map(_argument, arguments))
+        if status:
+            raise Refused(f"{self.error_name(status)}: {self.message}", status)
+
     def workspace(self, name: str, *arguments) -> int:
         """Returns the size that the function of workspace of this name stores."""
         size = c_size_t()
-        status = getattr(self.library, f"lora_fast_{name}workspace")(*map(_argument, arguments), byref(size))
-        if status:
-            raise Refused(f"{self.error_name(status)}: {self.message}", status)
+        self.host(f"{name}workspace", *arguments, size)
         return size.value
 
     def group(self, op: int, dtype: torch.dtype, r: int, n_rows: int, factors: list[Factor], flat=False) -> tuple:
@@ -219,7 +234,7 @@ class Library:
 def _argument(value):
     if isinstance(value, torch.Tensor):
         return c_void_p(value.data_ptr())
-    if isinstance(value, Structure):
+    if isinstance(value, Structure | c_size_t):
         return byref(value)
     if isinstance(value, float):
         return c_float(value)

@@ -499,7 +499,8 @@ _FOUR_BIT_FORMS = variants(padding=(4, 0), adapter=_ADAPTERS)  # the default tes
 _SMALL, _SQUARE = {"float32": (16, 32, 64, 128, 256)}, {"float32": (1, 16, 64, 128)}
 _WORK = ("add", "matrix", "scale", "gram")
 _WORKS = [{name: name in on for name in _WORK} for on in ((), ("matrix",), ("gram",), ("matrix", "gram"), _WORK)]
-_STOCHASTIC = [work | {"numbers": True, "stochastic": True} for work in (_WORKS[0], _WORKS[2], _WORKS[-1])]
+_ADD_MATRIX = _WORKS[1] | {"add": True}  # of ScaleReg and ScaledAdamW together
+_STOCHASTIC = [w | {"numbers": True, "stochastic": True} for w in (_WORKS[0], _WORKS[2], _ADD_MATRIX, _WORKS[-1])]
 _NARROW = {"bfloat16": (16, 64, 128), "float16": (16,)}
 _STEPS = [work | {"numbers": True} for work in _WORKS] + [_WORKS[0], _WORKS[-1]]
 

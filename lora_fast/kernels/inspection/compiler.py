@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -56,7 +57,14 @@ class Resources:
     shared: int  # bytes of a block
     tensor_memory: int  # columns of a block
     warps: int  # of a block
-    instructions: Counter  # how often each instruction occurs, with its modifiers (LDG.E.128)
+    cubin: bytes = dataclasses.field(repr=False)
+
+    @cached_property
+    def instructions(self) -> Counter:
+        """How often each instruction occurs, with its modifiers (LDG.E.128). Disassembling takes longer than all else
+        that is read from a kernel."""
+        sass = _run_tool("cuobjdump", "-sass", self.cubin)
+        return Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.M))
 
     def count(self, pattern: str) -> int:
         return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
@@ -135,19 +143,14 @@ def compile_as_launched(launch: Launch, arch: int, lengths: Collection[str] | No
 
 def resources(compiled) -> Resources:
     """Returns the resources of a kernel compiled by ``compile_for``."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _cuobjdump("-res-usage", cubin)
-        sass = _cuobjdump("-sass", cubin)
-    instructions = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.M))
+    usage = _run_tool("cuobjdump", "-res-usage", compiled.asm["cubin"])
     return Resources(
         registers=int(re.findall(r"REG:(\d+)", usage)[0]),
         stack=int(re.findall(r"STACK:(\d+)", usage)[0]),
         shared=compiled.metadata.shared,
         tensor_memory=compiled.metadata.tmem_size,
         warps=compiled.metadata.num_warps,
-        instructions=instructions,
+        cubin=compiled.asm["cubin"],
     )
 
 
@@ -220,10 +223,7 @@ def _count(pattern: str, lines: list[str]) -> int:
 
 def machine_code(compiled) -> str:
     """Returns a kernel's machine code as text with labels."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        return _run_tool("nvdisasm", "-c", cubin)
+    return _run_tool("nvdisasm", "-c", compiled.asm["cubin"])
 
 
 def _step_instructions(compiled) -> int:
@@ -248,10 +248,9 @@ def _step_instructions(compiled) -> int:
     return len(max(loops, key=score))
 
 
-def _cuobjdump(flag: str, cubin: Path) -> str:
-    return _run_tool("cuobjdump", flag, cubin)
-
-
-def _run_tool(name: str, *arguments: str | Path) -> str:
+def _run_tool(name: str, flag: str, cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout

@@ -377,7 +377,7 @@ class _StepLaunch:
             | {"UNIFORM_R": 1 if flat else factors.uniform_r, "ALIGNED": factors.aligned, "EXPERTS": factors.experts}
             | {"R_MAX": 1 if flat else r_max}
             | tile.options(BLOCK_K=block_k(tile))
-            | _register_limit(tile, matrix, gram, stochastic),
+            | _register_limit(tile, add, matrix, gram, stochastic),
         )
 
     def __call__(
@@ -408,10 +408,10 @@ class _StepLaunch:
         )  # fmt: skip
 
 
-def _register_limit(tile: GroupedTile, matrix: bool, gram: bool, stochastic: bool) -> dict[str, int]:
+def _register_limit(tile: GroupedTile, add: bool, matrix: bool, gram: bool, stochastic: bool) -> dict[str, int]:
     """Returns the limit of a thread's registers, where ptxas by itself spills to fit one more program on a
     multiprocessor."""
-    if gram and tile.r >= 64:
+    if (gram or (add and matrix and stochastic)) and tile.r >= 64:
         return {"maxnreg": 255}
     if tile.r <= 64 and (matrix or (gram and stochastic)):
         return {"maxnreg": 128}

@@ -8,8 +8,8 @@ rows, so on a GPU they wait for the device.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ __all__ = ["adapter_table", "add_product", "project", "sorted_rows"]
 
 def adapter_table(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float]) -> AdapterTable:
     """Returns the adapters' record, without the kernels' table."""
-    return AdapterTable(lora_A, lora_B, scaling, max(a.shape[0] for a in lora_A))
+    return AdapterTable(lora_A, lora_B, scaling)
 
 
 def sorted_rows(adapters: Sequence[int], n_adapters: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -60,5 +60,5 @@ def add_product(y: Tensor, s: Tensor, table: AdapterTable, rows: Tensor, ends: T
 def ranges(ends: Tensor) -> list[tuple[int, slice]]:
     """Returns each adapter that has rows, and its range among the sorted ones."""
     places = [0, *ends.tolist()]
-    own = enumerate(pairwise(places))
+    own = enumerate(itertools.pairwise(places))
     return [(adapter, slice(begin, end)) for adapter, (begin, end) in own if end > begin]
