@@ -2,7 +2,7 @@
 # make test   format, lint, types and the whole suite (14 to 25 minutes on 2 CPU cores)
 # make quick  the tests that are not marked slow (three minutes)
 # make lint   format, lint and types alone (a minute)
-# make aot    the kernels without Python: build/aot/liblora_fast.so and its tests (cmake and a C compiler needed)
+# make aot    the kernels without Python: build/aot/liblora_fast.so and its tests (cmake and a C compiler needed; docs/engine.md)
 # make env    the environment alone: .venv with the versions of constraints.txt
 # make test-oldest, make test-newest  the suite with the versions of constraints-oldest.txt, constraints-newest.txt, each
 #             in an environment of its own below build/: 7 GB, of which CUDA's packages are 5, unless pip finds builds of
@@ -65,7 +65,7 @@ quick: env
 aot: env
 	cmake -S . -B build/aot -DPython3_EXECUTABLE=$(abspath $(BIN))/python
 	cmake --build build/aot
-	ctest --test-dir build/aot --output-on-failure
+	ctest --test-dir build/aot --output-on-failure --parallel 2
 
 lint: env
 	$(BIN)/ruff format --check --quiet .
@@ -80,6 +80,7 @@ bench: env
 	$(BIN)/python bench/memory_step.py
 	$(BIN)/python bench/host.py
 	$(BIN)/python bench/host_step.py
+	$(BIN)/python bench/engine.py
 	$(BIN)/python bench/precision.py
 	$(BIN)/python bench/train_step.py --compare fused nb-lora dora
 	$(BIN)/python bench/experts_step.py

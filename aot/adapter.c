@@ -74,9 +74,9 @@ API int lora_fast_add_adapter(const lora_fast_layer *layer, const void *x, const
         [P_d_in_per_split] = {.i = ways.d_in_per_split},
     };
     const union value adding[N_PARAMETERS] = {
-        [P_base] = {y}, [P_result] = {y}, [P_thin] = {thin}, [P_factor] = {b}, [P_s] = {s},
+        [P_base] = {y}, [P_result] = {y}, [P_thin] = {thin}, [P_factor] = {b}, [P_s] = {ways.splits > 1 ? s : y},
         [P_scaling] = {.f = layer->scaling}, [P_n_tokens] = {.i = layer->n_tokens}, [P_d_out] = {.i = layer->d_out},
-        [P_n_parts] = {.i = ways.splits}, [P_stride_factor] = {.i = layer->r},
+        [P_n_parts] = {.i = ways.splits > 1 ? ways.splits : 0}, [P_stride_factor] = {.i = layer->r},
         [P_stride_result] = {.i = layer->ld_y ? layer->ld_y : layer->d_out},
     };
     CALL(lora_fast_submit(&ways.project, projecting, NULL, stream));

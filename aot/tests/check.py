@@ -14,7 +14,7 @@ refusals    Every status with its message; a call that fails launches nothing.
 threads     The first calls in several threads at once.
 unload      Everything that was loaded is unloaded.
 graphs      A captured stream takes every launch after lora_fast_load.
-ilora       aot/examples/ilora.c trains the bits that Python trains.
+ilora       aot/examples/ilora.c trains the bits that Python trains (exit code 77: its kernels are not built, skipped).
 reference   On a GPU: each op returns the bits of the Python launcher (exit code 77: no GPU, skipped).
 """
 
@@ -123,6 +123,9 @@ def run(options: argparse.Namespace) -> str:
     if options.check == "ilora":
         import ilora
 
+        if not ilora.is_built(library):
+            print(f"not built for {', '.join(sorted(ilora.OPS))} in float32 at rank {ilora.R}")
+            sys.exit(SKIPPED)
         return ilora.compare(library, stub, arch, options.example)
     if options.check == "interpret":
         import interpreted

@@ -60,6 +60,9 @@ static int plan(lora_fast_group *group, lora_fast_op op, int flat) {
 static int project(void) { return lora_fast_project(&layer, memory, memory, memory, NULL); }
 static int linear(void) { return lora_fast_linear(&layer, memory, memory, NULL, memory, memory, memory, NULL); }
 static int add_to_y(void) { return lora_fast_add_to_y(&layer, memory, memory, memory, NULL); }
+static int add_adapter(void) {
+    return lora_fast_add_adapter(&layer, memory, memory, memory, memory, memory, memory, NULL);
+}
 static int grad_s_b(void) {
     return lora_fast_grad_s_b(&layer, memory, memory, memory, memory, memory, memory, NULL);
 }
@@ -155,7 +158,7 @@ static int prepare(struct call *call) {
 int main(int count, char **arguments) {
 #define ROW(name) {#name, name, 0, {{0}}, {0}, {0}}
     static struct call calls[] = {
-        ROW(project), ROW(linear), ROW(add_to_y), ROW(grad_s_b), ROW(grad_a), ROW(grad_x), ROW(add_to_dx),
+        ROW(project), ROW(linear), ROW(add_to_y), ROW(add_adapter), ROW(grad_s_b), ROW(grad_a), ROW(grad_x), ROW(add_to_dx),
         ROW(batch_project), ROW(batch_add_to_y), ROW(gram), ROW(adamw_step), ROW(adamw_step_with_grams),
         ROW(imbalance), ROW(spd_inverse),
     };

@@ -10,12 +10,20 @@ import torch
 from interpreter import Interpreter
 from library import Library, Stub
 
+from lora_fast.backend import set_backend
 from lora_fast.kernels import tiles
 from lora_fast.layers.lora import LoRALinear
 from lora_fast.methods import ILoRA
 from lora_fast.optim import LoRAAdamW
 
 N_TOKENS, D_IN, D_OUT, R, STEPS = 128, 64, 96, 16, 10  # as in ilora.c, as all that follows
+OPS = {"project", "linear", "grad_s_b", "grad_a", "adamw_step", "imbalance", "transform"}
+
+
+def is_built(library: Library) -> bool:
+    """Returns whether the library has the example's kernels."""
+    words = [kernel.key.decode().split() for kernel in library.kernels]
+    return {op for _, op, dtype, r, *_ in words if dtype == "float32" and r == f"r{R}"} >= OPS
 
 
 def numbers() -> dict[str, torch.Tensor]:
@@ -62,7 +70,7 @@ def compare(library: Library, stub: Stub, arch: int, example: str) -> str:
     interpreter = Interpreter(library, stub)
     got = trained_by_example(example)
     interpreter.check()
-    with tiles.assume(arch=arch, strategy="fused", thin="pass"):
+    with set_backend("triton"), tiles.assume(arch=arch, strategy="fused", thin="pass"):
         expected = trained_in_python()
     assert got.shape == expected.shape, f"expected {expected.numel()} numbers, got {got.numel()}"
     different = (got.view(torch.int32) != expected.view(torch.int32)).sum().item()

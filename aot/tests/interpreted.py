@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check ``interpret``: for every row of the library's table for an arch a call in C that the interpreter computes."""
+"""The check ``interpret``: the interpreter computes a call in C of every row of the library's table for an arch."""
 
 import re
 import time

@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import pkgutil
 import re
+import threading
 
 import torch
 import triton.language as tl
@@ -36,6 +37,7 @@ class Interpreter:
         interpreter.patch_once()
         self.executed: set[int] = set()
         self._failure: Exception | None = None
+        self._one_at_a_time = threading.Lock()  # Triton's interpreter has one state
         self._kernels = _jit_kernels()
         self._rows: dict[int, list[int]] = {}
         for i, row in enumerate(library.kernels):
@@ -51,8 +53,9 @@ class Interpreter:
     def _launched(self, note: Note) -> None:
         try:
             rows = self._rows[note.code]
-            self._run(self._library.kernels[rows[0]], note)
-            self.executed |= set(rows)
+            with self._one_at_a_time:
+                self._run(self._library.kernels[rows[0]], note)
+                self.executed |= set(rows)
         except Exception as error:  # C, which called this, cannot pass it on
             self._failure = self._failure or error
 

@@ -133,7 +133,7 @@ def add_adapter(library, device, dtype, r, adapter, tokens, **call):
     def python(t):
         project = Project(t["x"], t["a"], False, False, short=True, split=size > 0)
         update = Update(t["y"], t["b"], r, False, True, D_OUT, n_parts=project.splits if size else 0)
-        update(t["y"], t["y"], project(t["x"], t["a"]), t["b"], 2.0, None, None, t["s"])
+        update(t["y"], t["y"], project(t["x"], t["a"]), t["b"], 2.0, None, None, t["s"] if size else None)
         return [t["y"], *([t["s"]] if size else [])]
 
     def c(t):

@@ -185,7 +185,7 @@ def calls(code: str) -> list[tuple[str, str]]:
     """Returns the name and a call of every function of a snippet that is not static. An array of numbers is one of
     zeros, every other pointer is an address of addresses."""
     found = []
-    for name, parameters in re.findall(r"^int (\w+)\(([^)]+)\) \{", code, re.MULTILINE):
+    for name, parameters in re.findall(r"^int (?!main)(\w+)\(([^)]+)\) \{", code, re.MULTILINE):
         arguments = []
         for parameter in parameters.split(","):
             is_array = "*" in parameter or "[" in parameter
@@ -210,8 +210,8 @@ def test_snippets_run(code, built, installed, tmp_path):
         source += "\n".join([
             "#include <stdio.h>",
             "extern int stub_arch;",
-            "static int32_t zeros[4096];",
-            "_Alignas(16) static void *addresses[4096];",
+            "int32_t zeros[4096];",
+            "_Alignas(16) void *addresses[4096];",
             "int main(void) {",
             f"    stub_arch = {ARCH};",
             "    for (int i = 0; i < 4096; i++) addresses[i] = addresses;",
