@@ -34,7 +34,7 @@ def calls_of(op: str, options: dict) -> list[dict]:
         return [{"n_tokens": 1, "d_in": 4096, "d_out": 64}, {"n_tokens": 2, "d_in": 4096, "d_out": 64, "gap": 48}]
     if options.get("tokens") == "many":
         return [{"n_tokens": tiles.SHORT + 1, "gap": 48, "dropout": dropout}]
-    calls = [{"n_tokens": 67}, {"n_tokens": 515, "gap": 48, "in_memory": dropout, "accumulate": True}]
+    calls = [{"n_tokens": 67}, {"n_tokens": 1100, "gap": 48, "in_memory": dropout, "accumulate": True}]
     if op not in SUMS:
         calls[1]["n_tokens"] = 130
     return [{"n_tokens": 1, "dropout": dropout}, *({**call, "dropout": dropout} for call in calls)]
@@ -94,8 +94,10 @@ def interpret(library: Library, stub: Stub, arch: int, form: str, only: str) -> 
     with tiles.assume(arch=min(arch, int(form.split("_")[1]))):
         for name, run in runs(library, form, only):
             try:
-                run()
-                interpreter.check()
+                try:
+                    run()
+                finally:
+                    interpreter.check()  # the error of a launch comes before that of its result
             except Exception as error:
                 error.add_note(f"in {form}: {name}")
                 raise

@@ -15,7 +15,7 @@ import threading
 
 import torch
 import triton.language as tl
-from library import Kernel, Library, Note, Stub, TensorMap, box_of
+from library import Kernel, Library, Note, Stub, TensorMap
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -28,6 +28,7 @@ TYPES |= {"i32": torch.int32, "i64": torch.int64, "u8": torch.uint8, "u1": torch
 SCALARS = {"fp32": ctypes.c_float, "fp64": ctypes.c_double, "i32": ctypes.c_int32, "i64": ctypes.c_int64}
 ENCODED = {6: torch.float16, 9: torch.bfloat16, 7: torch.float32}  # CUtensorMapDataType → dtype
 SCRATCH_POINTERS = 2
+SWIZZLED = 128  # bytes of a row that one copy moves at most
 
 
 class Interpreter:
@@ -107,10 +108,10 @@ def _descriptor(kind: str, arguments: list[bytes]) -> TensorDescriptor:
     """Returns the matrix of a tensor map, which two sizes and two strides follow."""
     tensor_map = TensorMap.from_buffer_copy(arguments[0])
     dtype = ENCODED[tensor_map.type]
-    element, block = re.fullmatch(r"tensordesc<(\w+)\[([\d,]+)\].*>", kind).groups()
-    block = [int(size) for size in block.split(",")]
-    encoded = f"{kind}: encoded {dtype} {[*tensor_map.box]}"
-    assert TYPES[element] is dtype and [*tensor_map.box] == box_of(block, dtype), encoded
+    element, sizes = re.fullmatch(r"tensordesc<(\w+)\[([\d,]+)\].*>", kind).groups()
+    block = [int(size) for size in sizes.split(",")]
+    box = [block[0], min(block[1], SWIZZLED // dtype.itemsize)]  # several copies move a wider block
+    assert TYPES[element] is dtype and [*tensor_map.box][::-1] == box, f"{kind}: encoded {dtype} {[*tensor_map.box]}"
     shape = [*tensor_map.sizes][::-1]
     strides = [tensor_map.strides[1] // dtype.itemsize, 1]
     passed = [int.from_bytes(memory, "little") for memory in arguments[1:]]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from case import Case
 from launch_cases import embedded
-from library import DTYPES, Kernel, Library, Note, Stub, TensorMap, box_of
+from library import DTYPES, Kernel, Library, Note, Stub, TensorMap
 from triton.runtime.jit import mangle_type
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -19,6 +19,7 @@ from lora_fast.kernels.inspection import compiler
 
 SIZES = {"i32": 4, "i64": 8, "fp32": 4, "fp64": 8}
 COMPILED = {"num_warps", "num_stages", "maxnreg"}  # constants that the compiler may have chosen
+SWIZZLED = 128  # bytes of a row that one copy of a tensor map moves at most
 ENCODED = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
 
 
@@ -164,15 +165,10 @@ def compare_map(name: str, theirs: TensorDescriptor, mine: torch.Tensor | None, 
     assert base.dtype is theirs.base.dtype and base.dtype in DTYPES
     got = tensor_map.address, tensor_map.type, [*tensor_map.sizes], [*tensor_map.strides], [*tensor_map.box]
     strides = [0, theirs.strides[0] * bytes_of]
-    expected = (
-        base.data_ptr(),
-        ENCODED[base.dtype],
-        [*theirs.shape][::-1],
-        strides,
-        box_of(theirs.block_shape, base.dtype),
-    )
+    box = [min(theirs.block_shape[1], SWIZZLED // bytes_of), theirs.block_shape[0]]
+    expected = base.data_ptr(), ENCODED[base.dtype], [*theirs.shape][::-1], strides, box
     assert got == expected, f"{name}: the tensor map has {got}, from Python {expected}"
-    swizzle = min(128, theirs.block_shape[1] * bytes_of)
-    assert tensor_map.swizzle == {32: 1, 64: 2, 128: 3}[swizzle], f"{name}: swizzle {tensor_map.swizzle}"
+    swizzle = {32: 1, 64: 2, SWIZZLED: 3}[box[0] * bytes_of]
+    assert tensor_map.swizzle == swizzle, f"{name}: swizzle {tensor_map.swizzle}"
     numbers = [int.from_bytes(slot, "little") for slot in slots[1:]]
     assert numbers == [*theirs.shape, *theirs.strides], f"{name}: {numbers} behind the map"

@@ -129,7 +129,7 @@ class Stub:
         return kind.in_dll(self.library, f"stub_{name}")
 
     def set(self, name: str, value: int) -> None:
-        """Sets "arch", "capturing", "noting" or "fail_after"."""
+        """Sets "arch", "capturing", "noting", "fail_after" or "load_time"."""
         self._variable(name, c_int).value = value
 
     def counter(self, name: str) -> int:

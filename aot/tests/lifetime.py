@@ -24,7 +24,7 @@ def layer_ops(library: Library) -> list[str]:
 
 def threads(library: Library, stub: Stub, arch: int) -> str:
     """Makes the first calls in several threads at once; Triton's interpreter computes their results, one at a time."""
-    stub.set("arch", arch), stub.set("noting", 0)
+    stub.set("arch", arch), stub.set("noting", 0), stub.set("load_time", 20_000)
     interpreter, barrier, errors = Interpreter(library, stub), threading.Barrier(THREADS), []
     dtype, r, ops = DTYPES[library.built("dtypes")[0]], library.built("ranks")[0], layer_ops(library)
 
@@ -108,4 +108,4 @@ def contexts(library: Library, stub: Stub) -> None:
     stub.library.cuCtxSetCurrent(None)
     assert load(-1) == INVALID_CONTEXT
     stub.library.cuCtxSetCurrent(c_void_p(0x10))
-    assert library.library.lora_fast_unload() == 0
+    assert library.library.lora_fast_unload() == 0 and stub.counter("loads") == stub.counter("unloads")

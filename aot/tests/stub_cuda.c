@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define EXPORT __attribute__((visibility("default")))
 #define COUNT(counter) __atomic_fetch_add(&(counter), 1, __ATOMIC_RELAXED)
@@ -58,6 +59,7 @@ struct note {
 };
 EXPORT struct note stub_notes[MOST];
 EXPORT int stub_count, stub_noting = 1, stub_capturing;
+EXPORT int stub_load_time; /* in microseconds, in which other threads run */
 EXPORT unsigned long long stub_launches, stub_loads, stub_unloads; /* that succeeded */
 EXPORT void (*stub_on_launch)(const struct note *);
 
@@ -182,6 +184,7 @@ static CUresult load(void **handle, const void *code) {
     int ptx = is_ptx(code);
     if (!ptx && memcmp(code, "\177ELF", 4)) return CUDA_ERROR_INVALID_IMAGE;
     if (ptx ? !ptx_arch(code) || ptx_arch(code) > stub_arch : !runs(code)) return CUDA_ERROR_NO_BINARY_FOR_GPU;
+    if (stub_load_time) usleep((unsigned)stub_load_time);
     struct image *image = calloc(1, sizeof *image);
     image->code = code, image->is_ptx = ptx;
     pthread_mutex_lock(&changing);
