@@ -10,7 +10,7 @@ import algebra_cases
 import torch
 from batch_formulas import BatchCall
 from case import Case
-from formulas import LayerCall
+from formulas import LayerCall, padded
 from interpreter import Interpreter
 from launch_cases import CASES, options_of
 from library import Library, Stub
@@ -42,7 +42,11 @@ def calls_of(op: str, options: dict) -> list[dict]:
 
 def runs(library: Library, form: str, only: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """Yields the name and a function for every call to check, for the rows of a form ("sm_90")."""
-    for name in sorted({kernel.key.decode().split(" ", 1)[1] for kernel in library.kernels if kernel.form == form}):
+    names = sorted({kernel.key.decode().split(" ", 1)[1] for kernel in library.kernels if kernel.form == form})
+    for dtype, r in {options_of(name)[1:3] for name in names if name.startswith("linear ")}:
+        if re.search(only, "padded"):
+            yield f"padded {dtype} r{r}", partial(padded, library, dtype, r)
+    for name in names:
         if not re.search(only, name):
             continue
         op, dtype, r, options = options_of(name)
