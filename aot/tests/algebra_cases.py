@@ -125,7 +125,18 @@ def scalora(library, device, dtype, r, solver):
         library("scalora_solve", count(r), r, t["matrices"], limits.SOLVERS.index(solver), x, active, info, parts)
         scale_p, scale_g, residual_scale = case.empty(2 * n, r), case.empty(2 * n, r), case.empty(n, r)
         library(
-            "scalora_scales", count(r), r, x, active, t["kappa"], t["scaling"], 0.25, 4.0, scale_p, scale_g, residual_scale
+            "scalora_scales",
+            count(r),
+            r,
+            x,
+            active,
+            t["kappa"],
+            t["scaling"],
+            0.25,
+            4.0,
+            scale_p,
+            scale_g,
+            residual_scale,
         )
         case.memory = [{"x": x, "active": active, "info": info, "scratch": parts}]
         case.memory += [
