@@ -98,7 +98,8 @@ def _batch(r: int, adapter: str, n_rows: int) -> tuple[AdapterTable, torch.Tenso
     """Returns the table of as many adapters as the library allows, and rows and ends without defined values."""
     a, b = (torch.empty(*shape, dtype=getattr(torch, adapter)) for shape in ((r, D), (D, r)))
     entries = torch.empty(MOST_ADAPTERS, 4, dtype=torch.int64)
-    table = AdapterTable([a] * MOST_ADAPTERS, [b] * MOST_ADAPTERS, [2.0] * MOST_ADAPTERS, entries)
+    lists = [a] * MOST_ADAPTERS, [b] * MOST_ADAPTERS, [2.0] * MOST_ADAPTERS
+    table = AdapterTable(*lists, r, entries, aligned=True)
     return table, torch.empty(n_rows, dtype=torch.int32), torch.empty(MOST_ADAPTERS, dtype=torch.int32)
 
 

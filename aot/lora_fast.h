@@ -283,8 +283,9 @@ LORA_FAST_API int lora_fast_small_workspace(int n, int r, size_t *bytes);
    256. info (n): 0, or the order of the first leading minor that is not positive, where x is NaN. */
 LORA_FAST_API int lora_fast_spd_solve(int n, int r, int k, const float *matrices, const float *rhs, float damping,
                                       float *x, int32_t *info, void *workspace, lora_fast_stream stream);
-/* Inverts Grams (n, r, r) plus damping I: ScaledAdamW's preconditioners, the matrices of a step (from Ka for b, from Kb
-   for a). A Gram that rounding left indefinite gets r ε tr more damping. info as in spd_solve. */
+/* Inverts Grams (n, r, r) plus damping I: ScaledAdamW's preconditioners. From the first two Grams of lora_fast_gram, as
+   twice as many, it computes the matrices of a step: from a aᵀ for b, then from bᵀb for a. A Gram that rounding left
+   indefinite gets r ε tr more damping. info as in spd_solve. */
 LORA_FAST_API int lora_fast_spd_inverse(int n, int r, const float *matrices, float damping, float *inverses,
                                         int32_t *info, void *workspace, lora_fast_stream stream);
 /* Inverts matrices (n, r, r) whose symmetric part is at least I. */

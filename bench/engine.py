@@ -20,7 +20,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCH, ROUNDS, GOAL = 90, 200, 1500  # nanoseconds
-OPS = "project;linear;add_to_y;grad_s_b;grad_a;grad_x;add_to_dx;sum;gram;adamw_step"
+OPS = "project;linear;add_to_y;grad_s_b;grad_a;grad_x;add_to_dx;sum;batch_project;batch_add;gram;adamw_step;imbalance"
 
 
 def build(folder: Path) -> None:

@@ -6,6 +6,7 @@ import itertools
 from ctypes import byref, c_int, c_size_t
 
 import torch
+from layer_refusals import has
 from library import DTYPES, Layer, Library
 
 from lora_fast.kernels import device, tiles
@@ -13,11 +14,13 @@ from lora_fast.kernels.linear.strategies import Call, CostModel, Way, best, esti
 
 N_TOKENS, WIDTHS = (1, 2, 16, 17, 100, 512, 2048, 8192), ((64, 1024), (4096, 4096), (4096, 14336), (14336, 4096))
 DROP_LEVEL = 6554
+GEMMS = (("linear", "add_to_y"), ("grad_x", "add_to_dx"))  # forward, backward
 
 
 def estimates(library: Library, arch: int) -> int:
     """Returns how many choices were compared on the stub's card of this arch."""
-    checked = 0
+    checked, has_split = 0, has(library, "project_parts")
+    directions = [backward for backward, ops in enumerate(GEMMS) if all(has(library, op) for op in ops)]
     dtypes = [DTYPES[i] for i in library.built("dtypes")]
     ranks, adapters = library.built("ranks"), lambda dtype: {dtype, torch.float32}
     for dtype, r, n_tokens, (d_in, d_out) in itertools.product(dtypes, ranks, N_TOKENS, WIDTHS):
@@ -25,11 +28,11 @@ def estimates(library: Library, arch: int) -> int:
             kinds = DTYPES.index(dtype), DTYPES.index(adapter)
             layer = Layer(n_tokens, d_in, d_out, r, *kinds, 2.0, drop_level)
             call = Call(n_tokens, d_in, d_out, r, dtype, adapter, drop_level > 0)
-            for backward in (0, 1):
+            for backward in directions:
                 _compare_gemm(library, layer, call, backward, arch)
-            if not drop_level:
+            if has_split and not drop_level:
                 _compare_split(library, layer, call, arch)
-            checked += 3 - (drop_level > 0)
+            checked += len(directions) + (has_split and not drop_level)
     return checked
 
 

@@ -19,7 +19,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { SLOTS = 96, LARGEST = 128, CALLS = 500, MOST_LAUNCHES = 8, MOST_ROUNDS = 10000, R = 16, D = 4096, PAIRS = 224 };
+enum { SLOTS = 96, LARGEST = 128, CALLS = 500, MOST_LAUNCHES = 2, MOST_ROUNDS = 1000, R = 16, D = 4096, PAIRS = 224 };
 
 /* Of the stub, stub_cuda.c. */
 struct note {
@@ -43,7 +43,7 @@ static lora_fast_batch batch = {.size = sizeof batch, .n_rows = 64, .n_adapters 
                                 .rows = memory, .ends = memory};
 static lora_fast_group grams, steps, flat_steps;
 
-static int plan(lora_fast_group *group, lora_fast_op op, int flat) {
+static void plan(lora_fast_group *group, lora_fast_op op, int flat) {
     lora_fast_factor *factors = calloc(2 * PAIRS, sizeof *factors);
     for (int i = 0; i < 2 * PAIRS; i++) {
         factors[i] = (lora_fast_factor){.d = D, .is_a = i % 2, .index = op == LORA_FAST_GRAM ? i / 2 : i};
@@ -51,10 +51,9 @@ static int plan(lora_fast_group *group, lora_fast_op op, int flat) {
     }
     *group = (lora_fast_group){.size = sizeof *group, .op = op, .dtype = LORA_FAST_FLOAT32, .r = R,
                                .n_factors = 2 * PAIRS, .n_rows = op == LORA_FAST_GRAM ? PAIRS : 2 * PAIRS, .flat = flat};
-    int status = lora_fast_plan(group, factors);
+    lora_fast_plan(group, factors);
     group->device = memory;
     free(factors);
-    return status;
 }
 
 static int project(void) { return lora_fast_project(&layer, memory, memory, memory, NULL); }
@@ -89,6 +88,7 @@ static int spd_inverse(void) {
 struct call {
     const char *name;
     int (*run)(void);
+    const lora_fast_group *group; /* which it needs, or NULL */
     int launches;
     struct note notes[MOST_LAUNCHES]; /* what the stub received */
     double of_call[MOST_ROUNDS], of_driver[MOST_ROUNDS];
@@ -142,6 +142,7 @@ static double lower_quartile(double *values, int count) {
 
 /* Runs a call once and keeps its launches; returns whether its kernels were built. */
 static int prepare(struct call *call) {
+    if (call->group && !call->group->n_programs) return 0; /* plan found no kernel */
     stub_count = 0, stub_noting = 1;
     int status = call->run();
     stub_noting = 0;
@@ -156,15 +157,16 @@ static int prepare(struct call *call) {
 }
 
 int main(int count, char **arguments) {
-#define ROW(name) {#name, name, 0, {{0}}, {0}, {0}}
+#define ROW(name, group) {#name, name, group, 0, {{0}}, {0}, {0}}
     static struct call calls[] = {
-        ROW(project), ROW(linear), ROW(add_to_y), ROW(add_adapter), ROW(grad_s_b), ROW(grad_a), ROW(grad_x), ROW(add_to_dx),
-        ROW(batch_project), ROW(batch_add_to_y), ROW(gram), ROW(adamw_step), ROW(adamw_step_with_grams),
-        ROW(imbalance), ROW(spd_inverse),
+        ROW(project, NULL), ROW(linear, NULL), ROW(add_to_y, NULL), ROW(add_adapter, NULL), ROW(grad_s_b, NULL),
+        ROW(grad_a, NULL), ROW(grad_x, NULL), ROW(add_to_dx, NULL), ROW(batch_project, NULL),
+        ROW(batch_add_to_y, NULL), ROW(gram, &grams), ROW(adamw_step, &flat_steps),
+        ROW(adamw_step_with_grams, &steps), ROW(imbalance, NULL), ROW(spd_inverse, NULL),
     };
     enum { N = sizeof calls / sizeof *calls };
     int rounds = count == 3 ? atoi(arguments[2]) : 0, built[N];
-    if (rounds < 1 || rounds > MOST_ROUNDS) return fprintf(stderr, "host_time ARCH ROUNDS (1 to 10000)\n"), 1;
+    if (rounds < 1 || rounds > MOST_ROUNDS) return fprintf(stderr, "host_time ARCH ROUNDS (1 to 1000)\n"), 1;
     stub_arch = atoi(arguments[1]);
     plan(&grams, LORA_FAST_GRAM, 0), plan(&steps, LORA_FAST_STEP, 0), plan(&flat_steps, LORA_FAST_STEP, 1);
     for (int i = 0; i < N; i++) built[i] = prepare(&calls[i]);

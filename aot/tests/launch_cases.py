@@ -202,7 +202,7 @@ def batch_case(library, device, dtype, r, adapter, n_tokens, gap=0, **_) -> tupl
     places = (case.tensors[name].data_ptr() for name in ("table", "rows", "ends"))
     batch = Batch(n_tokens, D_IN, D_OUT, N_ADAPTERS, r, *kinds, *distances, *places)
     lists = [a] * N_ADAPTERS, [b] * N_ADAPTERS, [2.0] * N_ADAPTERS
-    return case, batch, AdapterTable(*lists, case.tensors["table"])
+    return case, batch, AdapterTable(*lists, r, case.tensors["table"], aligned=True)
 
 
 def batch_project(library, device, dtype, r, adapter, tokens, **call):

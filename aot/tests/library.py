@@ -111,6 +111,11 @@ class TensorMap(Structure):
     _fields_ += [(name, c_uint64 * 2) for name in ("sizes", "strides", "box")]
 
 
+def box_of(block: list[int], dtype: torch.dtype) -> list[int]:
+    """Returns the box, columns first, that one copy moves of a block (rows, columns): at most 128 bytes of a row."""
+    return [min(block[1], 128 // dtype.itemsize), block[0]]
+
+
 class Stub:
     """The driver of stub_cuda.c, which liblora_fast.so finds as libcuda.so.1 once it is loaded."""
 

@@ -104,8 +104,7 @@ def of_launches(library: Library) -> Iterator[tuple]:
     yield BAD_ARGUMENT, "group.op: expected LORA_FAST_MERGE, got 1", "merge", *merge
 
 
-def of_algebra() -> Iterator[tuple]:
-    address, rank = "expected an address, got NULL", "r: expected 1 to 256, got 257"
+def of_numbers_of_matrices() -> Iterator[tuple]:
     for n in (-1, 2**31 - 1):
         text = f"n: expected 0 to 2^30, got {n}"
         yield BAD_ARGUMENT, text, "small_workspace", n, R, SOME
@@ -117,6 +116,10 @@ def of_algebra() -> Iterator[tuple]:
         yield BAD_ARGUMENT, text, "scalora_workspace", n, R, SOME
         yield BAD_ARGUMENT, text, "scalora_solve", n, R, SOME, 0, SOME, SOME, SOME, SOME, NONE
         yield BAD_ARGUMENT, text, "scalora_scales", n, R, *[SOME] * 4, ZERO, ZERO, SOME, SOME, SOME, NONE
+
+
+def of_algebra() -> Iterator[tuple]:
+    address, rank = "expected an address, got NULL", "r: expected 1 to 256, got 257"
     yield BAD_ARGUMENT, "r: expected 1 to 256, got 2147483647", "small_workspace", 1, 2**31 - 1, SOME
     yield BAD_ARGUMENT, f"bytes: {address}", "small_workspace", 1, R, NONE
     yield BAD_ARGUMENT, rank, "imbalance", 1, 257, *[SOME] * 5, ZERO, SOME, NONE
@@ -167,7 +170,7 @@ def check(library: Library, stub: Stub) -> int:
     """Makes every call and returns their number. The group of a step and Cayley's pairs need their kernels."""
     keys = {kernel.key.decode().split(" ", 1)[1] for kernel in library.kernels}
     has = lambda start: any(key.startswith(f"{start} float32 r{R} ") for key in keys)
-    rows = [*of_algebra()]
+    rows = [*of_numbers_of_matrices(), *of_algebra()]
     if has("adamw_step"):
         rows += [*of_groups(library), *of_launches(library)]
     if has("cayley"):

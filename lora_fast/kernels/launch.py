@@ -207,9 +207,10 @@ def launch(
 
 
 def takes_more_registers(compiled, options: dict) -> bool:
-    """Returns whether a multiprocessor has ``MOST_REGISTERS`` for each thread of the kernel and ``options`` do not set
-    another number."""
-    return "maxnreg" not in options and compiled.metadata.num_warps * 32 * MOST_REGISTERS <= REGISTERS
+    """Returns whether a multiprocessor has ``MOST_REGISTERS`` for each thread of the kernel and ``options`` have set
+    fewer or none."""
+    has_fewer = options.get("maxnreg", 0) < MOST_REGISTERS
+    return has_fewer and compiled.metadata.num_warps * 32 * MOST_REGISTERS <= REGISTERS
 
 
 # The kernels' description of a dropout mask, which is never stored: (seed, in_memory, drop_level). If in_memory is 1,

@@ -78,15 +78,14 @@ class AdapterTable(NamedTuple):
     Attributes:
         lora_A, lora_B: a (r, d_in) and b (d_out, r) of each adapter, contiguous, of one dtype; the ranks may differ.
         scaling: of each adapter.
+        r: the largest rank.
         entries: int64 (n_adapters, 4), the table that the kernels read (kernels/batched), None for their twins.
+        aligned: whether all factors start at multiples of 16 bytes, for the kernels.
     """
 
     lora_A: Sequence[Tensor]
     lora_B: Sequence[Tensor]
     scaling: Sequence[float]
+    r: int
     entries: Tensor | None = None
-
-    @property
-    def r(self) -> int:
-        """Returns the largest rank."""
-        return max(len(a) for a in self.lora_A)
+    aligned: bool = False

@@ -139,14 +139,16 @@ def test_each_op_is_one_launch_and_repeats_its_bits():
     assert torch.equal(first[0][own], again[0][own]) and torch.equal(first[1], again[1])
 
 
-def test_nan_stays_with_its_row():
-    case = plain_case([20, 18, 0], [8, 3], d_in=8)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_stay_with_their_row(value):
+    """An infinite row of an adapter of rank 1 stays infinite beside one of rank 8, and does not become NaN."""
+    case = plain_case([20, 18, 0], [8, 1], d_in=8)
     t = make(case)
-    clean, own = run(batched, case, t)[1], 7
-    t["x"][own] = torch.nan
+    clean, own = run(batched, case, t)[1], int(t["places"][0][25])
+    t["x"][own, 0] = value
     y = run(batched, case, t)[1]
     others = torch.arange(len(y), device=DEVICE) != own
-    assert y[own].isnan().all() and torch.equal(y[others], clean[others])
+    assert (y[own].isnan() if value != value else y[own].isinf()).all() and torch.equal(y[others], clean[others])
 
 
 def test_table_is_the_struct_of_c():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,8 @@ if sys.platform != "linux":
 
 import stub_driver
 import stub_runs
+
+from lora_fast.kernels.launch import MOST_REGISTERS, takes_more_registers
 
 pytestmark = pytest.mark.skipif(stub_driver.COMPILER is None, reason="needs a C compiler, which builds the stub driver")
 RUNS = Path(stub_runs.__file__)
@@ -118,6 +121,21 @@ def test_plans_of_dora_launch_the_same_as_the_jit(command, arch):
 def test_kernel_that_spills_is_launched_with_more_registers():
     result = run("spilling")
     assert all(result["same_launches"]) and all(result["other_cubins"]) and len(result["other_cubins"]) == 7
+
+
+@pytest.mark.parametrize(
+    "options, warps, more",
+    [
+        ({}, 8, True),
+        ({"maxnreg": 128}, 8, True),
+        ({"maxnreg": MOST_REGISTERS}, 8, False),
+        ({"maxnreg": 128}, 16, False),
+    ],
+)
+def test_kernel_takes_more_registers_where_its_limit_is_lower(options, warps, more):
+    """Such a kernel is spd_inverse above rank 64, which spills at its limit on sm_120."""
+    compiled = SimpleNamespace(metadata=SimpleNamespace(num_warps=warps))
+    assert takes_more_registers(compiled, options) is more
 
 
 def test_backward_under_autocast_computes_in_forwards_dtypes():

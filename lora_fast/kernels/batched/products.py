@@ -21,7 +21,6 @@ from ..pointer_table import TL_DTYPE, pointer_at
 from ..primitives import dot_rounded, dot_wide, round_to
 from ..records import AdapterTable
 from ..segments import programs, tile_of
-from .table import is_table_aligned
 
 A, B, RANK, SCALING = (tl.constexpr(column) for column in range(4))
 COLUMNS = tl.constexpr(4)
@@ -109,10 +108,10 @@ def project(x: torch.Tensor, table: AdapterTable, rows: torch.Tensor, ends: torc
     """Returns S (n_rows, R) of x (n, d_in) for the largest rank R, in the wider of x's dtype and the factors'. Rows of
     no adapter are undefined. Twin: ``reference.batched.project``."""
     x, factor = contiguous_rows(x), table.lora_A[0]
-    n_rows, n_adapters, r = len(rows), len(ends), table.r
+    n_rows, n_adapters, r = rows.shape[0], ends.shape[0], table.r
     s = torch.empty((n_rows, r), dtype=thin_dtype(x, factor, False), device=x.device)
     if n_rows:
-        tile = tiles.batched_project(x, r, is_wide(x, factor), is_table_aligned(table))
+        tile = tiles.batched_project(x, r, is_wide(x, factor), table.aligned)
         grid = programs(n_rows, n_adapters, tile.t), triton.cdiv(r, tile.r)
         sizes = n_rows, n_adapters, x.shape[1], x.stride(0)
         with on_device(x):
@@ -126,9 +125,9 @@ def add_product(
     """Adds scaling · S bᵀ to the adapters' rows of y (n, d_out), whose rows are contiguous, in place and returns y, for
     S (n_rows, R). Twin: ``reference.batched.add_product``."""
     assert y.stride(1) == 1 or y.shape[1] == 1, f"y: expected contiguous rows, got strides {y.stride()}"
-    n_rows, n_adapters, d_out = len(rows), len(ends), y.shape[1]
-    if n_rows:
-        tile = tiles.batched_update(y, table.r, n_rows <= tiles.FEW, is_table_aligned(table))
+    n_rows, n_adapters, d_out = rows.shape[0], ends.shape[0], y.shape[1]
+    if n_rows and d_out:
+        tile = tiles.batched_update(y, table.r, n_rows <= tiles.FEW, table.aligned)
         grid = programs(n_rows, n_adapters, tile.t), triton.cdiv(d_out, tile.outer)
         sizes = n_rows, n_adapters, d_out, y.stride(0)
         with on_device(y):
@@ -140,6 +139,6 @@ def _launch(
     kernel, grid: tuple[int, int], tensors: tuple, sizes: tuple[int, ...], table: AdapterTable, tile: tiles.Tile
 ) -> None:
     report_addresses(table.entries, (*table.lora_A, *table.lora_B))
-    flags = {"R": table.r, "FACTOR": TL_DTYPE[table.lora_A[0].dtype], "ALIGNED": is_table_aligned(table)}
+    flags = {"R": table.r, "FACTOR": TL_DTYPE[table.lora_A[0].dtype], "ALIGNED": table.aligned}
     blocks = {"PRECISION": precision(tensors[0]), "BLOCK_E": tiles.rank_block(len(table.scaling)), **tile.options()}
     launch(kernel, grid, tensors, (), sizes, flags | blocks)

@@ -7,7 +7,7 @@ import torch
 
 from ..device import to_device
 from ..grouping import sorted_places
-from ..pointer_table import SMALL_CACHE_SIZE, cached, check_storage, is_aligned
+from ..pointer_table import ALIGNMENT, SMALL_CACHE_SIZE, cached, check_storage
 from ..records import AdapterTable
 
 
@@ -16,16 +16,20 @@ def adapter_table(
 ) -> AdapterTable:
     """Returns the table of adapters with factors a (r, d_in) and b (d_out, r) of one dtype, all contiguous. The table
     of the same factors and scalings is kept, as in pointer_table.py. Twin: ``reference.batched.adapter_table``."""
+    dtype, device = lora_A[0].dtype, lora_A[0].device
     for factor in (*lora_A, *lora_B):
-        assert factor.dtype is lora_A[0].dtype, f"dtype: expected {lora_A[0].dtype} of all, got {factor.dtype}"
+        assert factor.dtype is dtype, f"dtype: expected {dtype} of all, got {factor.dtype}"
         check_storage(factor)
-    numbers = [
-        (a.data_ptr(), b.data_ptr(), len(a), _bits(scale)) for a, b, scale in zip(lora_A, lora_B, scaling, strict=True)
-    ]
-    device = lora_A[0].device
-    build = lambda: to_device(numbers, torch.int64, device)
-    entries = cached("adapters", [device, numbers], build, SMALL_CACHE_SIZE)
-    return AdapterTable(lora_A, lora_B, scaling, entries)
+    adapters = zip(lora_A, lora_B, scaling, strict=True)
+    numbers = [(a.data_ptr(), b.data_ptr(), a.shape[0], scale) for a, b, scale in adapters]
+
+    def build() -> tuple[torch.Tensor, int, bool]:
+        rows = [(a, b, r, _bits(scale)) for a, b, r, scale in numbers]
+        aligned = all(address % ALIGNMENT == 0 for row in rows for address in row[:2])
+        return to_device(rows, torch.int64, device), max(r for *_, r, _ in rows), aligned
+
+    entries, r, aligned = cached("adapters", [device, numbers], build, SMALL_CACHE_SIZE)
+    return AdapterTable(lora_A, lora_B, scaling, r, entries, aligned)
 
 
 def sorted_rows(
@@ -38,11 +42,6 @@ def sorted_rows(
         return tuple(to_device(numbers, torch.int32, device) for numbers in sorted_places(adapters, n_adapters, size))
 
     return cached("rows", [device, list(adapters), n_adapters, size], build)
-
-
-def is_table_aligned(table: AdapterTable) -> bool:
-    """Returns whether all factors start at multiples of 16 bytes."""
-    return all(map(is_aligned, (*table.lora_A, *table.lora_B)))
 
 
 def _bits(scaling: float) -> int:

@@ -22,7 +22,7 @@ __all__ = ["adapter_table", "add_product", "project", "sorted_rows"]
 
 def adapter_table(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float]) -> AdapterTable:
     """Returns the adapters' record, without the kernels' table."""
-    return AdapterTable(lora_A, lora_B, scaling)
+    return AdapterTable(lora_A, lora_B, scaling, max(a.shape[0] for a in lora_A))
 
 
 def sorted_rows(adapters: Sequence[int], n_adapters: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ def weight_norms(
     squares = row_squares(weight) if squares is None else squares
     a, b = lora_A.to(wide), lora_B.to(wide)
     cross = linear.project(weight, lora_A).to(wide).mul_(b).sum(1)
-    result = squares + (2 * scaling) * cross + scaling**2 * ((b @ (a @ a.t())) * b).sum(1)
+    result = squares + (2 * scaling) * cross + scaling * scaling * ((b @ (a @ a.t())) * b).sum(1)
     rows = (result < _CANCELLED * squares).nonzero().view(-1)
     result = result.clamp_(min=0).sqrt_()
     if len(rows):
