@@ -89,11 +89,12 @@ class LayerCall:
         whole = torch.as_strided(rows, (len(rows), rows.stride(0)), rows.stride())
         assert whole[:, rows.shape[1] :].isnan().all(), f"{name}: written between the rows"
 
-    def project(self) -> None:
+    def project(self) -> torch.Tensor:
         s = torch.full_like(self.s, torch.nan)
         self.library("project", self.config, self.x, self.a, s)
         kept, a = self.x.double() * self.keep, self.a.double()
         compare("s", s, kept @ a.T, kept.abs() @ a.abs().T, self.halves)
+        return s
 
     def linear(self) -> None:
         y = self.rows(self.n_tokens, self.d_out, torch.nan)
@@ -127,7 +128,7 @@ class LayerCall:
         compare("dx", dx, before + self.keep * (ds @ a), before.abs() + ds.abs() @ a.abs(), self.halves)
         self.check_gaps("dx", dx)
 
-    def grad_s_b(self) -> None:
+    def grad_s_b(self) -> tuple[torch.Tensor, torch.Tensor]:
         ds, db, parts = torch.full_like(self.s, torch.nan), self.result(self.d_out, self.r), self.workspace()
         before = db.double().nan_to_num()
         self.library("grad_s_b", self.config, self.dy, self.s, self.b, ds, db, parts)
@@ -136,14 +137,16 @@ class LayerCall:
         size = before.abs() + SCALING * (dy.abs().T @ s.abs())
         compare("db", db, before + SCALING * (dy.T @ s), size, self.halves)
         assert (parts[-GUARD:] == GUARD).all(), "written behind the workspace"
+        return ds, db
 
-    def grad_a(self) -> None:
+    def grad_a(self) -> torch.Tensor:
         da, parts = self.result(self.r, self.d_in), self.workspace()
         before = da.double().nan_to_num()
         self.library("grad_a", self.config, self.x, self.ds, da, parts)
         kept, ds = self.x.double() * self.keep, self.ds.double()
         compare("da", da, before + ds.T @ kept, before.abs() + ds.abs().T @ kept.abs(), self.halves)
         assert (parts[-GUARD:] == GUARD).all(), "written behind the workspace"
+        return da
 
     def add_adapter(self) -> None:
         s, y = torch.full_like(self.s, torch.nan), self.rows(self.n_tokens, self.d_out)
@@ -158,3 +161,16 @@ class LayerCall:
         compare("y", y, before + SCALING * (exact @ b.T), size, self.halves, of_rounding)
         self.check_gaps("y", y)
         assert (parts[-GUARD:] == GUARD).all(), "written behind the workspace"
+
+
+def padded(library: Library, dtype: torch.dtype, r: int) -> None:
+    """Runs a layer forward and backward for an adapter of rank r - 4, padded to r. Formulas of rank r with zeros are
+    those of rank r - 4, and what the padding gets is zero."""
+    layer = LayerCall(library, dtype, dtype, r, 67, padded=4)
+    layer.s = layer.project()
+    layer.linear()
+    layer.ds, db = layer.grad_s_b()
+    da = layer.grad_a()
+    layer.grad_x()
+    for name, padding in {"s": layer.s[:, -4:], "ds": layer.ds[:, -4:], "db": db[:, -4:], "da": da[-4:]}.items():
+        assert (padding == 0).all(), f"{name}: padding that is not zero"

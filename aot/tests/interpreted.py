@@ -10,7 +10,7 @@ import algebra_cases
 import torch
 from batch_formulas import BatchCall
 from case import Case
-from formulas import LayerCall
+from formulas import LayerCall, padded
 from interpreter import Interpreter
 from launch_cases import CASES, options_of
 from library import Library, Stub
@@ -20,6 +20,7 @@ from lora_fast.kernels import tiles
 # op of the table → function of LayerCall
 LAYER = {op: op for op in ("project", "linear", "grad_x", "add_to_y", "add_to_dx", "grad_s_b", "grad_a")}
 LAYER |= {"project_parts": "add_adapter", "add_parts_to_y": "add_adapter"}
+WHOLE_LAYER = ("project", "linear", "grad_s_b", "grad_a", "grad_x")
 BATCHED = {"batch_project": "project", "batch_add": "add_to_y"}  # op → function of BatchCall
 SUMS = ("grad_s_b", "grad_a")  # ops with a second launch
 PROGRESS_INTERVAL = 5  # seconds
@@ -42,7 +43,12 @@ def calls_of(op: str, options: dict) -> list[dict]:
 
 def runs(library: Library, form: str, only: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """Yields the name and a function for every call to check, for the rows of a form ("sm_90")."""
-    for name in sorted({kernel.key.decode().split(" ", 1)[1] for kernel in library.kernels if kernel.form == form}):
+    names = sorted({kernel.key.decode().split(" ", 1)[1] for kernel in library.kernels if kernel.form == form})
+    has = {options_of(name)[:3] for name in names}
+    for _, dtype, r in sorted((kind for kind in has if kind[0] == "linear"), key=str):
+        if all((op, dtype, r) in has for op in WHOLE_LAYER) and re.search(only, "padded"):
+            yield f"padded {dtype} r{r}", partial(padded, library, dtype, r)
+    for name in names:
         if not re.search(only, name):
             continue
         op, dtype, r, options = options_of(name)

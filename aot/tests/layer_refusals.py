@@ -3,6 +3,7 @@
 nothing launched by a call that fails."""
 
 import ctypes
+import itertools
 import os
 from collections.abc import Iterator
 from ctypes import byref, c_int32, c_size_t, c_void_p
@@ -11,6 +12,7 @@ from library import BAD_ARGUMENT, DTYPES, MISALIGNED, NO_ARCH, NO_KERNEL, Adapte
 
 SOME = 1 << 20  # an address; no call here reads memory
 UNKNOWN, INVALID_CONTEXT = 999, 201  # CUDA's errors: what the stub's failing call returns, and without a context
+LITTLE = 16 << 10  # bytes of shared memory
 LARGEST, BEYOND = 1 << 30, (1 << 30) + 16
 # The pointers of every function that takes a layer, in order.
 LAYER_FUNCTIONS = {
@@ -57,8 +59,9 @@ def call(library: Library, name: str, structure, pointers: dict[str, int | None]
     return status, library.message if status else ""
 
 
-def has(library: Library, op: str) -> bool:
-    """Returns whether the library has the kernels of an op of a layer for the first dtype and rank."""
+def has(library: Library, name: str) -> bool:
+    """Returns whether the library has the kernels of a function of a layer for the first dtype and rank."""
+    op = "add_parts_to_y" if name == "add_adapter" else name
     dtype, r = DTYPES[library.built("dtypes")[0]], library.built("ranks")[0]
     start = f"{op} {str(dtype).removeprefix('torch.')} r{r} "
     return any(kernel.key.decode().split(" ", 1)[1].startswith(start) for kernel in library.kernels)
@@ -81,7 +84,7 @@ def of_pointers(library: Library, name: str, structure, kind: str, names: tuple[
 
 def of_layers(library: Library) -> Iterator[tuple]:
     for name, names in LAYER_FUNCTIONS.items():
-        if not has(library, "project" if name == "add_adapter" else name):
+        if not has(library, name):
             continue
         good = dict.fromkeys(names, SOME)
         yield from of_pointers(library, name, layer_of(library), "layer", names)
@@ -171,20 +174,22 @@ def of_devices(library: Library, stub: Stub, arch: int) -> int:
         "lora_fast_project: the current CUDA context: CUDA_ERROR_INVALID_CONTEXT",
     )
     stub.library.cuCtxSetCurrent(c_void_p(0x10))
-    too_large = [kernel for kernel in library.kernels if kernel.arch == 80]
-    return refused_for_memory(library, stub) if too_large and 86 not in library.built("archs") else 0
+    return refused_for_memory(library, stub, arch)
 
 
-def refused_for_memory(library: Library, stub: Stub) -> int:
-    on_card(library, stub, 86)
+def refused_for_memory(library: Library, stub: Stub, arch: int) -> int:
+    on_card(library, stub, arch), stub.set("shared", LITTLE)
     names, refused = [name for name in LAYER_FUNCTIONS if has(library, name)], 0
-    for r in library.built("ranks"):
-        for name in names:
-            status, text = call(library, name, layer_of(library, r=r), dict.fromkeys(LAYER_FUNCTIONS[name], SOME))
-            assert status in (0, NO_KERNEL), text
-            if status:
-                assert f" r{r} " in text and "bytes of shared memory a block, this device (sm_86) has 101376" in text
+    for r, dtype, name in itertools.product(library.built("ranks"), library.built("dtypes"), names):
+        for adapter, drop_level in itertools.product({dtype, 0}, (0, 1)):
+            layer = layer_of(library, r=r, dtype=dtype, adapter=adapter, drop_level=drop_level)
+            status, text = call(library, name, layer, dict.fromkeys(LAYER_FUNCTIONS[name], SOME))
+            if status == NO_KERNEL:
+                assert f" r{r} " in text, text
+                assert f"bytes of shared memory a block, this device (sm_{arch}) has {LITTLE}" in text, text
                 refused += 1
+    stub.set("shared", 0)
+    assert refused, "no kernel needs much shared memory"
     return refused
 
 

@@ -27,8 +27,9 @@ static const struct card {
     int arch, shared, multiprocessors; /* shared: bytes a block may opt in to */
 } cards[] = {
     {80, 166912, 108}, {86, 101376, 82}, {89, 101376, 128}, {90, 232448, 132}, {100, 232448, 148}, {120, 101376, 170},
+    {130, 232448, 160}, /* a later one, on which PTX runs */
 };
-EXPORT int stub_arch = 80;
+EXPORT int stub_arch = 80, stub_shared; /* stub_shared: bytes that a block may have, 0: what the card has */
 
 /* Code that was loaded. Images and kernels are never freed, because notes point to them. */
 struct image {
@@ -82,6 +83,8 @@ static const struct card *card(void) {
     other = (struct card){stub_arch, SHARED_BY_DEFAULT, 1};
     return &other;
 }
+
+static int shared_limit(void) { return stub_shared ? stub_shared : card()->shared; }
 
 /* ---- Contexts: each thread has a stack of them. Unlike a real thread, it starts with the primary context of device 0,
    as if the runtime API had been used. */
@@ -231,7 +234,7 @@ static CUresult bring_in(struct kernel *kernel) {
 
 static CUresult request_shared(struct kernel *kernel, CUfunction_attribute attribute, int value) {
     if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_ERROR_INVALID_VALUE;
-    if (value < 0 || value > card()->shared) return CUDA_ERROR_INVALID_VALUE;
+    if (value < 0 || value > shared_limit()) return CUDA_ERROR_INVALID_VALUE;
     kernel->shared = value;
     return CUDA_SUCCESS;
 }
@@ -249,7 +252,7 @@ static CUresult launch(struct kernel *kernel, const unsigned *grid, const unsign
                        CUstream stream, void **params) {
     unsigned threads = block[0] * block[1] * block[2];
     if (!threads || threads > 1024 || (unsigned)kernel->registers * threads > 65536) return CUDA_ERROR_INVALID_VALUE;
-    if (shared > (unsigned)kernel->shared || shared > (unsigned)card()->shared) return CUDA_ERROR_INVALID_VALUE;
+    if (shared > (unsigned)kernel->shared || shared > (unsigned)shared_limit()) return CUDA_ERROR_INVALID_VALUE;
     if (!grid[0] || !grid[1] || !grid[2] || grid[0] > INT32_MAX || grid[1] > 65535 || grid[2] > 65535)
         return CUDA_ERROR_INVALID_VALUE;
     CUresult status = bring_in(kernel);
@@ -352,8 +355,8 @@ EXPORT CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, C
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = stub_arch / 10; break;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = stub_arch % 10; break;
     case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = card()->multiprocessors; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = card()->shared; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *value = card()->shared + 1024; break;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = shared_limit(); break;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *value = shared_limit() + 1024; break;
     case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK: *value = 65536; break;
     case CU_DEVICE_ATTRIBUTE_WARP_SIZE: *value = 32; break;
     case CU_DEVICE_ATTRIBUTE_CLOCK_RATE:
