@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import backend, checks
 from ..ops import batched as batched_op
+from ..ops.composite import transform
 from ..ops.observers import sees_ops
 from .linear import in_autocast, narrow, reason_against_op
 
@@ -128,11 +129,12 @@ def check_indices(indices: Tensor, x: Tensor, n_adapters: int) -> None:
         raise checks.ArgumentError("adapter_indices", f"a tensor on x's device {x.device}", indices.device)
     if indices.layout is not checks.STRIDED:
         raise checks.ArgumentError("adapter_indices", "a dense tensor", indices.layout)
-    shapes = {x.shape[:-1], x.shape[: min(1, x.dim() - 1)]}
-    if indices.shape not in shapes:
-        expected = f"a shape among {sorted(map(tuple, shapes))} to fit x {tuple(x.shape)}"
+    shapes = x.shape[: min(1, x.dim() - 1)], x.shape[:-1]
+    if indices.shape not in shapes:  # not of a set: traced sizes have no hash
+        expected = f"a shape among {[*dict.fromkeys(map(tuple, shapes))]} to fit x {tuple(x.shape)}"
         raise checks.ArgumentError("adapter_indices", expected, tuple(indices.shape))
-    if type(indices) is Tensor and indices.is_cpu and indices.numel() and not torch.compiler.is_compiling():
+    is_traced = torch.compiler.is_compiling() or transform() is not None
+    if type(indices) is Tensor and indices.is_cpu and not is_traced and indices.numel():
         low, high = indices.min().item(), indices.max().item()
         if low < -1 or high >= n_adapters:
             expected = f"numbers from -1 to {n_adapters - 1}"

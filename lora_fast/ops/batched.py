@@ -21,7 +21,7 @@ def forward(
 ) -> Tensor:
     """Returns y (..., d_out) of x (..., d_in), without gradients."""
     with named("lora_fast::lora_linear_batched"):
-        x_rows = x.reshape(-1, x.shape[-1])
+        x_rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         y = F.linear(x_rows, weight, bias)
         s = ops.project(x_rows, table, rows, ends)
         return ops.add_product(y, s, table, rows, ends).view(*x.shape[:-1], len(weight))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from budget import check, eager_lora_linear, error
 from launching import DEVICE, randn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lora_fast as lf
 from lora_fast.functional import lora_linear_batched
@@ -130,6 +131,31 @@ def test_compiled_call_is_one_graph():
     t = tensors()
     compiled = torch.compile(lora_linear_batched, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(**t), lora_linear_batched(**t))
+
+
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
+def test_transforms_and_traces_take_plain_ops(mode):
+    t = tensors()
+    x, indices = t["x"], t["adapter_indices"][:, None].repeat(1, 7)
+    fixed = t["weight"], t["bias"], *t["lora_A"], *t["lora_B"]
+
+    def call(x, indices, weight, bias, *factors):
+        return lora_linear_batched(x, weight, bias, factors[:3], factors[3:], SCALING, indices)
+
+    traced = make_fx(call, tracing_mode=mode)(x, indices, *fixed)
+    torch.testing.assert_close(traced(x.neg(), indices, *fixed), call(x.neg(), indices, *fixed))
+    each = torch.func.vmap(call, in_dims=(0, 0, *[None] * len(fixed)))
+    torch.testing.assert_close(each(x, indices, *fixed), call(x, indices, *fixed))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 24), (5, 0), (0, 0)])
+def test_empty_sizes(backend, shape):
+    n_tokens, d_in = shape
+    t = tensors((n_tokens,), d_in=d_in) | {"bias": None}
+    with lf.set_backend(backend), torch.no_grad():
+        y = lora_linear_batched(**t)
+    assert y.shape == (n_tokens, 40) and not y.any()
 
 
 def test_meta_and_float64():
