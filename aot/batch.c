@@ -4,6 +4,8 @@
 
 #include "kernels.h"
 
+#include <stdio.h>
+
 static int check(const char *function, const lora_fast_batch *batch) {
     CALL(lora_fast_check_struct(function, "batch", batch, sizeof *batch));
     CHECK_SIZE_IN(function, batch->n_rows, "batch.n_rows", 0);
@@ -68,6 +70,7 @@ API int lora_fast_sort_rows(int n_rows, int n_adapters, const int32_t *indices, 
     if (n_rows) {
         CHECK_POINTER(indices);
         CHECK_POINTER(rows);
+        CHECK(rows != indices, "rows", "other memory than indices", (intptr_t)rows);
     }
     CHECK_POINTER(ends);
     for (int t = 0; t < n_rows; t++)
@@ -90,8 +93,12 @@ API int lora_fast_check_adapters(const lora_fast_batch *batch, const lora_fast_a
     CALL(check(__func__, batch));
     CHECK_POINTER(adapters);
     for (int k = 0; k < batch->n_adapters; k++) {
-        CHECK(adapters[k].r >= 1 && adapters[k].r <= batch->r, "adapters.r", "1 to batch.r", adapters[k].r);
-        CHECK_ADDRESSES(adapters[k].a, adapters[k].b);
+        const lora_fast_adapter *adapter = &adapters[k];
+        char name[64];
+        snprintf(name, sizeof name, "adapters[%d].r", k);
+        CHECK(adapter->r >= 1 && adapter->r <= batch->r, name, "1 to batch.r", adapter->r);
+        snprintf(name, sizeof name, "adapters[%d].a, adapters[%d].b", k, k);
+        CALL(lora_fast_check_addresses(__func__, name, 2, (const void *[]){adapter->a, adapter->b}));
     }
     return LORA_FAST_OK;
 }

@@ -164,6 +164,7 @@ API int lora_fast_cayley(const lora_fast_cayley_group *group, void *workspace, l
         CHECK(group->n_programs[i] >= 2 * group->n_pairs && group->n_programs[i] <= LARGEST_SIZE, "group.n_programs",
               "what lora_fast_cayley_plan sets", group->n_programs[i]);
     }
+    CHECK(group->bytes == parts_of(group).end, "group.bytes", "what lora_fast_cayley_plan sets", group->bytes);
     int64_t blocks = divide_up(group->r, sums.tile->BLOCK_R);
     SET_GRID(&sums, group->n_programs[SUMS], blocks * blocks, 1);
     SET_GRID(&algebra, slots(group), 1, 1);

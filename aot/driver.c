@@ -267,6 +267,16 @@ static void list_archs(char *text, size_t size) {
         length += snprintf(text + length, size - (size_t)length, " sm_%d", lora_fast_built_archs[i]);
 }
 
+static int find_row(const struct known_device *known, uint64_t key) {
+    int low = 0, high = known->n_rows;
+    while (low < high) {
+        int middle = (low + high) / 2;
+        if (lora_fast_table[known->rows[middle]].key < key) low = middle + 1;
+        else high = middle;
+    }
+    return low < known->n_rows && lora_fast_table[known->rows[low]].key == key ? known->rows[low] : -1;
+}
+
 /* Tells why no row of the table has this key on a device. */
 static int explain(const char *function, const struct known_device *known, uint64_t key) {
     char archs[16 * 16] = "";
@@ -285,20 +295,14 @@ static int explain(const char *function, const struct known_device *known, uint6
                                   "build for its own arch, too",
                                   function, lora_fast_public_table[i].key, lora_fast_public_table[i].arch,
                                   lora_fast_table[i].shared, known->limits.arch, known->limits.shared);
+    int padded = lora_fast_padded_rank(r);
+    if (padded > r && find_row(known, (key & ~(0xffffull << 8)) | (uint64_t)padded << 8) >= 0)
+        return lora_fast_fail(LORA_FAST_NO_KERNEL, "%s: rank %d was not built, rank %d was (lora_fast_padded_rank)",
+                              function, r, padded);
     return lora_fast_fail(LORA_FAST_NO_KERNEL,
                           "%s: nothing was built for %s with %s adapters, rank %d, options %d on sm_%d "
                           "(lora_fast_kernels lists what was)",
                           function, dtype, adapter, r, options, known->limits.arch);
-}
-
-static int find_row(const struct known_device *known, uint64_t key) {
-    int low = 0, high = known->n_rows;
-    while (low < high) {
-        int middle = (low + high) / 2;
-        if (lora_fast_table[known->rows[middle]].key < key) low = middle + 1;
-        else high = middle;
-    }
-    return low < known->n_rows && lora_fast_table[known->rows[low]].key == key ? known->rows[low] : -1;
 }
 
 /* Loads a row of the table, under the lock. */
@@ -472,23 +476,35 @@ API int lora_fast_load(int device) {
     return status;
 }
 
-API int lora_fast_unload(void) {
+/* Unloads every library, under the lock, and returns the first error. */
+static int unload_libraries(const char *function) {
     int status = LORA_FAST_OK;
-    pthread_mutex_lock(&changing);
+    for (int i = 0; i < MOST_DEVICES; i++) {
+        struct known_device *known = atomic_load(&devices[i]);
+        for (int row = 0; known && row < lora_fast_table_length; row++) atomic_store(&known->ready[row], 0);
+    }
     for (int i = 0; loaded && i < lora_fast_table_length; i++) {
         int failure = 0;
-        if (loaded[i].library) failure = check_driver(__func__, "cuLibraryUnload", driver.unload(loaded[i].library));
+        if (loaded[i].library) failure = check_driver(function, "cuLibraryUnload", driver.unload(loaded[i].library));
         if (!status) status = failure;
         loaded[i].library = NULL, loaded[i].kernel = NULL;
     }
+    return status;
+}
+
+API int lora_fast_unload(void) {
+    pthread_mutex_lock(&changing);
+    int status = unload_libraries(__func__);
     for (int i = 0; i < MOST_DEVICES; i++) free_device(atomic_exchange(&devices[i], NULL));
     pthread_mutex_unlock(&changing);
     return status;
 }
 
-/* Runs at dlclose and at exit, where the driver may have gone before: its error then tells nobody anything. */
+/* Runs at dlclose and at exit, where other threads may still be in a call, and where a forked child has a lock that
+   nobody will release: what calls read is not freed, and the lock is not waited for. The driver may have gone before;
+   its error then tells nobody anything. */
 __attribute__((destructor)) static void unload_at_end(void) {
-    lora_fast_unload();
-    free(loaded);
-    loaded = NULL;
+    if (pthread_mutex_trylock(&changing)) return;
+    unload_libraries(__func__);
+    pthread_mutex_unlock(&changing);
 }

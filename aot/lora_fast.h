@@ -16,7 +16,8 @@
              are multiples of 16 elements; n_tokens is any number. Sizes are at most 2^30.
    Kernels   The library contains the kernels that it was built for; lora_fast_archs, lora_fast_dtypes and
              lora_fast_ranks tell which. For a rank between two of them, take the next larger one
-             (lora_fast_padded_rank) and pad a with rows of zeros and b with columns of zeros: results are the same.
+             (lora_fast_padded_rank) and pad a with rows of zeros and b with columns of zeros: results are the same,
+             but not those of lora_fast_cayley.
    Graphs    A kernel is loaded at its first launch, which a stream that is being captured does not allow, so call
              lora_fast_load before. Seeds and learning rates may be in device memory, which replays read anew.
    Structs   The first field is the struct's size in your header (`.size = sizeof(lora_fast_layer)`). A library that is

@@ -70,6 +70,12 @@ static int64_t numbers(const lora_fast_group *group) {
     return columns(group) * n + (has_gradients(group->op) ? (n + 1) / 2 * 2 : 0);
 }
 
+/* The size of a table, whose number of programs is known. */
+static size_t bytes_of(const lora_fast_group *group) {
+    return (size_t)numbers(group) * sizeof(int64_t) +
+           ((size_t)group->n_factors * COUNTERS + (size_t)group->n_programs * 2) * sizeof(int32_t);
+}
+
 /* Checks the factors and sets the fields that are filled in. */
 static int plan(const char *function, lora_fast_group *group, const lora_fast_factor *factors,
                 const struct tile **tile) {
@@ -81,8 +87,7 @@ static int plan(const char *function, lora_fast_group *group, const lora_fast_fa
         CHECK_IN(function, programs <= LARGEST_SIZE, "factors", "at most 2^30 chunks", programs);
     }
     group->n_programs = (int)programs, group->chunk = (*tile)->CHUNK;
-    group->bytes = (size_t)numbers(group) * sizeof(int64_t) +
-                   ((size_t)group->n_factors * COUNTERS + (size_t)programs * 2) * sizeof(int32_t);
+    group->bytes = bytes_of(group);
     return LORA_FAST_OK;
 }
 
@@ -144,6 +149,7 @@ static int check_planned(const char *function, const lora_fast_group *group) {
     CALL(check(function, group));
     CHECK_IN(function, group->n_programs >= group->n_factors && group->n_programs <= LARGEST_SIZE, "group.n_programs",
              "what lora_fast_plan sets", group->n_programs);
+    CHECK_IN(function, group->bytes == bytes_of(group), "group.bytes", "what lora_fast_plan sets", group->bytes);
     return LORA_FAST_OK;
 }
 

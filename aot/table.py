@@ -14,13 +14,13 @@ BLOCKS = ("BLOCK", "BLOCK_T", "BLOCK_OUT", "BLOCK_IN", "BLOCK_R", "BLOCK_D", "BL
 FLAGS = {"gram": "GRAMS"}  # options whose name in kernels.h is not their own in capitals
 # Triton's number of an element type, by its size → CUtensorMapDataType, as in Triton's launcher.
 TYPES = {2: {6: 6, 8: 10, 9: 8, 10: 9}}
+DTYPES = ("float32", "float16", "bfloat16")  # in the order of lora_fast_dtype
 
 
 def key(kind: str, dtype: str, adapter: str, r: int, variant: dict) -> int:
     """Returns the key of a kernel, as the macro KEY of kernels.h."""
-    dtypes = ("float32", "float16", "bfloat16")
     options = sum(ENUMS["option"][name] for name in _flags(variant))
-    return ENUMS["kind"][kind] << 32 | dtypes.index(dtype) << 28 | dtypes.index(adapter) << 24 | r << 8 | options
+    return ENUMS["kind"][kind] << 32 | DTYPES.index(dtype) << 28 | DTYPES.index(adapter) << 24 | r << 8 | options
 
 
 def _flags(variant: dict) -> list[str]:
@@ -97,14 +97,14 @@ def _private(row: dict) -> str:
 
 
 def _constants_of_library(rows: list[dict], dtypes: list[str], ranks: list[int], archs: list[int], ptx) -> list[str]:
-    names = ", ".join(f"LORA_FAST_{dtype.upper()}" for dtype in sorted(dtypes))
+    names = ", ".join(f"LORA_FAST_{dtype.upper()}" for dtype in DTYPES if dtype in dtypes)
     return [
         f"const int lora_fast_table_length = {len(rows)};",
         f"const int lora_fast_built_archs[] = {{{', '.join(map(str, sorted(archs)))}}};",
         f"const int lora_fast_built_ranks[] = {{{', '.join(map(str, sorted(ranks)))}}};",
         f"const lora_fast_dtype lora_fast_built_dtypes[] = {{{names}}};",
         f"const int lora_fast_n_archs = {len(archs)}, lora_fast_n_ranks = {len(ranks)};",
-        f"const int lora_fast_n_dtypes = {len(dtypes)}, lora_fast_built_ptx = {ptx or 0};",
+        f"const int lora_fast_n_dtypes = {len(set(dtypes))}, lora_fast_built_ptx = {ptx or 0};",
         f"const int lora_fast_short_tokens = {tiles.SHORT}, lora_fast_few_tokens = {tiles.FEW};",
         f"const int lora_fast_few_numbers = {tiles.FEW_NUMBERS};",
         f"const int lora_fast_most_adapters = {MOST_ADAPTERS}, lora_fast_programs = {tiles.PROGRAMS};",

@@ -13,6 +13,7 @@ interpret   Triton's interpreter computes a call of every kernel, typed as the m
 refusals    Every status with its message; a call that fails launches nothing.
 threads     The first calls in several threads at once.
 unload      Everything that was loaded is unloaded.
+ending      A thread may still call while the process exits.
 graphs      A captured stream takes every launch after lora_fast_load.
 ilora       aot/examples/ilora.c trains the bits that Python trains (exit code 77: its kernels are not built, skipped).
 reference   On a GPU: each op returns the bits of the Python launcher (exit code 77: no GPU, skipped).
@@ -27,7 +28,7 @@ from pathlib import Path
 
 SKIPPED = 77
 INTERPRETED = ("interpret", "threads", "graphs", "ilora")  # graphs: for its small sizes
-NEED_ARCH = ("launches", "refusals", "unload", *INTERPRETED)
+NEED_ARCH = ("launches", "refusals", "unload", "ending", *INTERPRETED)
 
 
 def contents(library, archs: list[int]) -> str:
@@ -40,6 +41,8 @@ def contents(library, archs: list[int]) -> str:
         getattr(library.library, name)
     version = int("".join(f"{int(x):02}" for x in re.findall(r"define LORA_FAST_VERSION_\w+ (\d+)", header)))
     assert library.library.lora_fast_version() == version
+    for name in ("archs", "dtypes", "ranks"):
+        assert library.built(name) == sorted(set(library.built(name))), f"{name}: {library.built(name)}"
     assert library.built("archs") == archs and {k.arch for k in library.kernels} <= {*archs}, library.built("archs")
     for kernel in library.kernels:
         start = ctypes.string_at(kernel.code, 4)
@@ -114,8 +117,8 @@ def run(options: argparse.Namespace) -> str:
             print("no GPU")
             sys.exit(SKIPPED)
         return reference(Library(options.library))
-    stub, arch = Stub(options.stub, options.arch), options.arch  # before the library, which finds it as libcuda.so.1
-    library = Library(options.library)
+    library = Library(options.library)  # finds the stub as libcuda.so.1 at its first call of the driver
+    stub, arch = Stub(options.stub, options.arch), options.arch  # loaded later, so it ends later
     if options.check == "launches":
         return launches(library, stub, options)
     if options.check == "refusals":

@@ -140,11 +140,13 @@ def of_host(library: Library) -> None:
     assert c.lora_fast_sort_rows(4, 2, (c_int32 * 4)(1, -1, 2, 1), rows, ends) == BAD_ARGUMENT
     assert library.message == "lora_fast_sort_rows: indices: expected -1 to n_adapters - 1, got 2"
     assert ([*rows], [*ends]) == ([2, 0, 3, 1], [1, 3]), "a refused call has written"
+    assert c.lora_fast_sort_rows(4, 2, rows, rows, ends) == BAD_ARGUMENT
+    assert library.message.startswith("lora_fast_sort_rows: rows: expected other memory than indices, got ")
     batch = batch_of(library)
     assert c.lora_fast_check_adapters(byref(batch), adapters) == 0, library.message
     adapters[1].r = batch.r + 1
     assert c.lora_fast_check_adapters(byref(batch), adapters) == BAD_ARGUMENT
-    assert library.message == f"lora_fast_check_adapters: adapters.r: expected 1 to batch.r, got {batch.r + 1}"
+    assert library.message == f"lora_fast_check_adapters: adapters[1].r: expected 1 to batch.r, got {batch.r + 1}"
     newer = (ctypes.c_ubyte * (ctypes.sizeof(Layer) + 16)).from_buffer_copy(bytes(layer_of(library)) + bytes(16))
     c_size_t.from_buffer(newer).value = len(newer)
     size = c_size_t()

@@ -165,6 +165,12 @@ class Stub:
         self._variable("on_launch", c_void_p).value = ctypes.cast(hook, c_void_p).value
         return hook
 
+    def at_end(self, function):
+        """Sets the function that is called when the process ends. The caller keeps the returned object."""
+        hook = CFUNCTYPE(None)(function)
+        self._variable("at_end", c_void_p).value = ctypes.cast(hook, c_void_p).value
+        return hook
+
 
 class Refused(Exception):
     """A status other than 0."""

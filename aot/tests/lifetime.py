@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks ``threads``, ``unload`` and ``graphs``: when kernels are loaded and unloaded."""
+"""The checks ``threads``, ``unload``, ``ending`` and ``graphs``: when kernels are loaded and unloaded."""
 
 import _ctypes
+import ctypes
 import itertools
+import os
 import threading
 from ctypes import c_void_p
 
@@ -71,6 +73,23 @@ def unload(library: Library, stub: Stub, arch: int) -> str:
     _ctypes.dlclose(library.library._handle)
     assert before == count + 1 and loaded() == 1, f"{loaded() - 1} of {before - 1} are loaded after dlclose"
     return f"sm_{arch}: {count} kernels are unloaded by lora_fast_unload and by dlclose"
+
+
+def ending(library: Library, stub: Stub, arch: int) -> str:
+    """Ends the process, and makes a call after the library's destructor has run, as other threads of an engine may."""
+    stub.set("arch", arch)
+    arguments = "project", layer_of(library), dict.fromkeys("xas", 1 << 20)
+    assert call(library, *arguments) == (0, "")
+
+    def at_end() -> None:
+        unloaded, got = stub.counter("unloads"), call(library, *arguments)
+        ok = unloaded == 1 and got == (0, "")
+        os.write(1, f"sm_{arch}: at exit {unloaded} kernel is unloaded, then a call returns {got}\n".encode())
+        os._exit(0 if ok else 1)
+
+    hook = stub.at_end(at_end)
+    ctypes.CDLL(None).exit(1)  # at_end, which the hook calls, exits with 0
+    return str(hook)
 
 
 def graphs(library: Library, stub: Stub, arch: int) -> str:

@@ -69,6 +69,10 @@ def of_groups(library: Library) -> Iterator[tuple]:
     yield BAD_ARGUMENT, f"group.bytes: {plan_of}, got 0", "fill", group(), factors(), SOME
     yield BAD_ARGUMENT, "group.n_programs: expected what lora_fast_plan sets, got 0", "gram_workspace", group(), SOME
     yield BAD_ARGUMENT, f"bytes: {address}", "gram_workspace", planned(library, group()), NONE
+    fewer = planned(library, group())
+    fewer.n_factors = 1
+    text = f"group.bytes: expected what lora_fast_plan sets, got {fewer.bytes}"
+    yield BAD_ARGUMENT, text, "gram_workspace", fewer, SOME
 
 
 def of_launches(library: Library) -> Iterator[tuple]:

@@ -63,6 +63,11 @@ EXPORT int stub_count, stub_noting = 1, stub_capturing;
 EXPORT int stub_load_time; /* in microseconds, in which other threads run */
 EXPORT unsigned long long stub_launches, stub_loads, stub_unloads; /* that succeeded */
 EXPORT void (*stub_on_launch)(const struct note *);
+/* Called at exit, after the destructors of libraries that were loaded later. */
+EXPORT void (*stub_at_end)(void);
+__attribute__((destructor)) static void end(void) {
+    if (stub_at_end) stub_at_end();
+}
 
 /* The call of the driver that fails, counted from the next one; 0: none. Functions that describe an error do not count.
    stub_failed is the name of the call that failed. */
