@@ -182,6 +182,15 @@ def test_kernels_of_another_source_are_refused(tmp_path):
     assert f"expected the package beside it, {ROOT / 'lora_fast'}, got {copy}" in message
 
 
+@pytest.mark.parametrize("choice", ["ARCHS=80,86", "ARCHS=sm_80", "RANKS=", "RANKS=16 32"])
+def test_choices_that_are_no_numbers_are_refused(choice, tmp_path):
+    name, value = choice.split("=")
+    message = refused(
+        "cmake", "-S", ROOT, "-B", tmp_path, f"-DPython3_EXECUTABLE={sys.executable}", f"-DLORA_FAST_{choice}"
+    )
+    assert f"LORA_FAST_{name}: expected numbers with semicolons between them, got {value}".strip() in message
+
+
 SNIPPETS = [
     pytest.param(code, id=f"{Path(page).stem}-{i}")
     for page in ("README.md", "docs/engine.md")
