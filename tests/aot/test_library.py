@@ -37,9 +37,10 @@ int main(void) {
     return 0;
 }
 """
-PRINT_TARGETS = """
+PRINT_PARTS = """
 get_property(TARGETS DIRECTORY "${lora_fast_SOURCE_DIR}" PROPERTY BUILDSYSTEM_TARGETS)
-message(STATUS "targets: ${TARGETS}.")
+get_directory_property(OPS DIRECTORY "${lora_fast_SOURCE_DIR}" DEFINITION LORA_FAST_OPS)
+message(STATUS "targets: ${TARGETS}, ops: ${OPS}.")
 """
 PRINTED = "LORA_FAST_BAD_ARGUMENT\n"
 
@@ -158,13 +159,14 @@ def test_library_is_found_by_pkg_config(library, request, tmp_path):
 
 
 def test_library_is_part_of_another_project(tmp_path):
-    """It adds its library alone: no tests, no examples, no build type, no cached choice of shared libraries."""
+    """It takes the project's choices and adds its library alone: no tests, no examples, no build type, no cached choice
+    of shared libraries."""
     (use,) = (block for block in blocks("docs/engine.md", "cmake") if "FetchContent" in block)
-    (tmp_path / "CMakeLists.txt").write_text(CONSUMER.format(use=use) + PRINT_TARGETS)
+    (tmp_path / "CMakeLists.txt").write_text(CONSUMER.format(use=f"set(LORA_FAST_OPS scale_reg)\n{use}") + PRINT_PARTS)
     (tmp_path / "engine.c").write_text(ENGINE)
     choices = (f"-DFETCHCONTENT_SOURCE_DIR_LORA_FAST={ROOT}", f"-DPython3_EXECUTABLE={sys.executable}")
     output = run("cmake", "-S", tmp_path, "-B", tmp_path / "build", *choices)
-    assert "targets: lora_fast." in output
+    assert "targets: lora_fast, ops: scale_reg." in output
     cache = (tmp_path / "build" / "CMakeCache.txt").read_text()
     assert "BUILD_SHARED_LIBS" not in cache and "CMAKE_BUILD_TYPE:STRING=\n" in cache
 
