@@ -25,7 +25,8 @@ static int check(const char *function, const lora_fast_batch *batch) {
 }
 #define CHECK_BATCH                                                                                                    \
     CALL(check(__func__, batch));                                                                                      \
-    CHECK_ADDRESSES(batch->adapters, batch->rows, batch->ends)
+    CALL(lora_fast_check_addresses(__func__, "batch.adapters, batch.rows, batch.ends", 3,                              \
+                                   (const void *const[]){batch->adapters, batch->rows, batch->ends}))
 
 /* The number of programs for the tiles of all adapters' rows, as in kernels/segments.py. */
 static int64_t programs(const lora_fast_batch *batch, const struct launch *launch) {
@@ -91,7 +92,8 @@ API int lora_fast_check_adapters(const lora_fast_batch *batch, const lora_fast_a
     CHECK_POINTER(adapters);
     for (int k = 0; k < batch->n_adapters; k++) {
         CHECK(adapters[k].r >= 1 && adapters[k].r <= batch->r, "adapters.r", "1 to batch.r", adapters[k].r);
-        CHECK_ADDRESSES(adapters[k].a, adapters[k].b);
+        CALL(lora_fast_check_addresses(__func__, "adapters.a, adapters.b", 2,
+                                       (const void *const[]){adapters[k].a, adapters[k].b}));
     }
     return LORA_FAST_OK;
 }
