@@ -27,7 +27,8 @@ static int check(const char *function, const lora_fast_batch *batch) {
 }
 #define CHECK_BATCH                                                                                                    \
     CALL(check(__func__, batch));                                                                                      \
-    CHECK_ADDRESSES(batch->adapters, batch->rows, batch->ends)
+    CALL(lora_fast_check_addresses(__func__, "batch.adapters, batch.rows, batch.ends", 3,                              \
+                                   (const void *const[]){batch->adapters, batch->rows, batch->ends}))
 
 /* The number of programs for the tiles of all adapters' rows, as in kernels/segments.py. */
 static int64_t programs(const lora_fast_batch *batch, const struct launch *launch) {

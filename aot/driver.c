@@ -308,6 +308,7 @@ static int explain(const char *function, const struct known_device *known, uint6
 /* Loads a row of the table, under the lock. */
 static int load_row(const char *function, struct known_device *known, int row) {
     const struct kernel *kernel = &lora_fast_table[row];
+    if (atomic_load_explicit(&known->ready[row], memory_order_relaxed)) return LORA_FAST_OK; /* by another thread */
     if (!loaded[row].kernel) {
         CUlibrary library;
         CUkernel found;

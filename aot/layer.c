@@ -190,11 +190,13 @@ struct sum {
     int64_t numel, n_partials;
 };
 
+enum { MOST_SUMMED = INT32_MAX - 0xffff }; /* the kernel rounds the number up to whole blocks in 32 bits */
+
 /* Prepares both launches of a gradient. */
 static int prepare_sum(const char *function, struct launch *launch, uint64_t key, const struct sum *first,
                        const struct sum *second) {
-    CHECK_IN(function, first->numel <= INT32_MAX && second->numel <= INT32_MAX, "sizes",
-             "at most 2^31 - 1 numbers in ds, da and db", larger(first->numel, second->numel));
+    int64_t numel = larger(first->numel, second->numel);
+    CHECK_IN(function, numel <= MOST_SUMMED, "sizes", "at most 2^31 - 2^16 numbers in ds, da and db", numel);
     CALL(lora_fast_prepare(function, launch, key));
     int64_t block = launch->tile->BLOCK;
     return lora_fast_set_grid(function, launch, divide_up(first->numel, block) + divide_up(second->numel, block), 1, 1);

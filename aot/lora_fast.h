@@ -93,7 +93,9 @@ typedef struct {
 LORA_FAST_API const lora_fast_kernel *lora_fast_kernels(int *count);
 
 /* Loads every kernel for a device (its ordinal; -1: that of the current context), so that later launches can be
-   captured. It loads in the current context if that is on the device, else in the device's primary context. */
+   captured. It loads in the current context if that is on the device, else in the device's primary context, which must
+   be in use (cudaFree(0) creates it), since what was loaded goes with it. On a device that runs the PTX alone the driver
+   compiles all of it, which takes minutes once. */
 LORA_FAST_API int lora_fast_load(int device);
 /* Unloads all kernels, as does dlclose. No launch may be running or be captured in a graph that is still used. */
 LORA_FAST_API int lora_fast_unload(void);

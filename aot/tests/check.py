@@ -9,12 +9,14 @@ launches    With a stub of the driver that records launches: kernel, code, grid,
             argument with its type are those of the Python launchers; tables are those of kernels/pointer_table.py,
             cayley/addresses.py and pairs/add_low_rank.py, number for number. The estimates are Python's, too.
 interpret   Triton's interpreter computes a call of every kernel, typed as the machine code is: the layer's and batches'
-            equal formulas in float64, all others have the bits of Python's launchers.
+            equal formulas in float64, all others have the bits of Python's launchers. A kernel with the types and
+            constants of an earlier arch's is run for that arch.
 refusals    Every status with its message; a call that fails launches nothing.
 threads     The first calls in several threads at once.
 unload      Everything that was loaded is unloaded.
 ending      A thread may still call while the process exits.
-graphs      A captured stream takes every launch after lora_fast_load.
+graphs      A captured stream takes every launch after lora_fast_load, and parameters have the sizes of the code's; so
+            do a later card's, which runs PTX.
 ilora       aot/examples/ilora.c trains the bits that Python trains (exit code 77: its kernels are not built, skipped).
 reference   On a GPU: each op returns the bits of the Python launcher (exit code 77: no GPU, skipped).
 """
@@ -133,7 +135,7 @@ def run(options: argparse.Namespace) -> str:
     if options.check == "interpret":
         import interpreted
 
-        return interpreted.interpret_all(library, stub, arch, options.only)
+        return interpreted.interpret(library, stub, arch, options.only)
     import lifetime
 
     return getattr(lifetime, options.check)(library, stub, arch)

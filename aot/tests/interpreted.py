@@ -11,7 +11,7 @@ import torch
 from batch_formulas import BatchCall
 from case import Case
 from formulas import LayerCall, padded
-from interpreter import Interpreter
+from interpreter import Interpreter, constants_of
 from launch_cases import CASES, options_of
 from library import Library, Stub
 
@@ -24,7 +24,6 @@ WHOLE_LAYER = ("project", "linear", "grad_s_b", "grad_a", "grad_x")
 BATCHED = {"batch_project": "project", "batch_add": "add_to_y"}  # op → function of BatchCall
 SUMS = ("grad_s_b", "grad_a")  # ops with a second launch
 PROGRESS_INTERVAL = 5  # seconds
-LATER = 130  # an arch of the future
 
 
 def calls_of(op: str, options: dict) -> list[dict]:
@@ -41,9 +40,9 @@ def calls_of(op: str, options: dict) -> list[dict]:
     return [{"n_tokens": 1, "dropout": dropout}, *({**call, "dropout": dropout} for call in calls)]
 
 
-def runs(library: Library, form: str, only: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yields the name and a function for every call to check, for the rows of a form ("sm_90")."""
-    names = sorted({kernel.key.decode().split(" ", 1)[1] for kernel in library.kernels if kernel.form == form})
+def runs(library: Library, rows: set[int], only: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Yields the name and a function for every call to check."""
+    names = sorted({library.kernels[i].key.decode().split(" ", 1)[1] for i in rows})
     has = {options_of(name)[:3] for name in names}
     for _, dtype, r in sorted((kind for kind in has if kind[0] == "linear"), key=str):
         if all((op, dtype, r) in has for op in WHOLE_LAYER) and re.search(only, "padded"):
@@ -84,33 +83,40 @@ def compare_bits(case: Case) -> None:
         assert same, f"result {i} has other bits than Python's launch gives"
 
 
-def interpret_all(library: Library, stub: Stub, arch: int, only: str) -> str:
-    """Runs what was built for an arch on its card, and the PTX of an arch on a later card."""
-    forms = sorted({kernel.form for kernel in library.kernels if kernel.arch == arch}, reverse=True)
-    assert forms, f"nothing is built for sm_{arch}"
-    return "; ".join(interpret(library, stub, arch if form == f"sm_{arch}" else LATER, form, only) for form in forms)
+def rows_to_run(library: Library, arch: int) -> set[int]:
+    """Returns the rows of an arch whose types and constants no earlier arch has: the interpreter would compute the same
+    for the others. The code for a later arch (PTX) has those of its machine code."""
+    new, known = set(), set()
+    for i, kernel in sorted(enumerate(library.kernels), key=lambda row: row[1].arch):
+        meaning = kernel.key, kernel.params, tuple(constants_of(kernel).items())
+        if kernel.arch == arch and not kernel.is_ptx and meaning not in known:
+            new.add(i)
+        elif kernel.arch < arch:
+            known.add(meaning)
+    return new
 
 
-def interpret(library: Library, stub: Stub, arch: int, form: str, only: str) -> str:
+def interpret(library: Library, stub: Stub, arch: int, only: str) -> str:
     """Runs every call on a card of the arch and returns what was run."""
-    assert library.library.lora_fast_unload() == 0  # the card before
-    stub.set("arch", arch), stub.set("noting", 0)
+    stub.set("noting", 0)
     interpreter, count, last_report = Interpreter(library, stub), 0, time.monotonic()
-    rows = {i for i, kernel in enumerate(library.kernels) if kernel.form == form}
-    with tiles.assume(arch=min(arch, int(form.split("_")[1]))):
-        for name, run in runs(library, form, only):
+    rows = rows_to_run(library, arch)
+    with tiles.assume(arch=arch):
+        for name, run in runs(library, rows, only):
             try:
                 try:
                     run()
                 finally:
                     interpreter.check()  # the error of a launch comes before that of its result
             except Exception as error:
-                error.add_note(f"in {form}: {name}")
+                error.add_note(f"in sm_{arch}: {name}")
                 raise
             count += 1
             if time.monotonic() - last_report > PROGRESS_INTERVAL:
-                print(f"{form}: {count} calls, {len(interpreter.executed & rows)} of {len(rows)} kernels", flush=True)
+                done = len(interpreter.executed & rows)
+                print(f"sm_{arch}: {count} calls, {done} of {len(rows)} kernels", flush=True)
                 last_report = time.monotonic()
     missing = [library.kernels[i].key.decode() for i in sorted(rows - interpreter.executed)]
-    assert only or not missing, f"{form}: no call has run {missing}"
-    return f"{form}: {count} calls have run {len(rows & interpreter.executed)} of {len(rows)} kernels"
+    assert only or not missing, f"sm_{arch}: no call has run {missing}"
+    same = sum(kernel.form == f"sm_{arch}" for kernel in library.kernels) - len(rows)
+    return f"sm_{arch}: {count} calls have run {len(rows & interpreter.executed)} kernels; {same} are an earlier arch's"

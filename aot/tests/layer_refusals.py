@@ -6,7 +6,7 @@ import ctypes
 import itertools
 import os
 from collections.abc import Iterator
-from ctypes import byref, c_int32, c_size_t, c_void_p
+from ctypes import byref, c_int, c_int32, c_size_t, c_void_p
 
 from library import BAD_ARGUMENT, DTYPES, MISALIGNED, NO_ARCH, NO_KERNEL, Adapter, Batch, Layer, Library, Stub
 
@@ -106,6 +106,11 @@ def of_layers(library: Library) -> Iterator[tuple]:
         if name in ("grad_s_b", "grad_a"):
             text = "layer.n_tokens: expected 1 to 2^30, got 0"
             yield name, layer_of(library, n_tokens=0), good, BAD_ARGUMENT, text
+        if name == "grad_s_b":
+            layer = layer_of(library)
+            layer.n_tokens = min(LARGEST, (2**31 - 1) // layer.r)
+            text = f"sizes: expected at most 2^31 - 2^16 numbers in ds, da and db, got {layer.n_tokens * layer.r}"
+            yield (name, layer, good, *((BAD_ARGUMENT, text) if layer.r > 1 else (0, "")))
 
 
 def of_batches(library: Library) -> Iterator[tuple]:
@@ -115,9 +120,9 @@ def of_batches(library: Library) -> Iterator[tuple]:
         good = dict.fromkeys(names, SOME)
         yield from of_pointers(library, name, batch_of(library), "batch", names)
         for field in ("adapters", "rows", "ends"):
-            text = f"batch->{field}: expected an address, got NULL"
+            text = f"batch.{field}: expected an address, got NULL"
             yield name, batch_of(library, **{field: None}), good, BAD_ARGUMENT, text
-            text = f"batch->{field}: expected a multiple of 16, got {SOME + 4:#x}"
+            text = f"batch.{field}: expected a multiple of 16, got {SOME + 4:#x}"
             yield name, batch_of(library, **{field: SOME + 4}), good, MISALIGNED, text
         for value in (0, -1, 1025, 2**31 - 1):
             text = f"batch.n_adapters: expected 1 to 1024, got {value}"
@@ -150,12 +155,27 @@ def of_host(library: Library) -> None:
     newer = (ctypes.c_ubyte * (ctypes.sizeof(Layer) + 16)).from_buffer_copy(bytes(layer_of(library)) + bytes(16))
     c_size_t.from_buffer(newer).value = len(newer)
     size = c_size_t()
-    assert c.lora_fast_workspace(newer, byref(size)) == 0, library.message
+    assert c.lora_fast_workspace(newer, byref(size)) in (0, NO_KERNEL), library.message
     newer[-1] = 1
     assert c.lora_fast_workspace(newer, byref(size)) == BAD_ARGUMENT
     assert "expected 0 in fields that are newer than this library" in library.message, library.message
+    adapters[1].r, adapters[2].b = 1, SOME + 8
+    assert c.lora_fast_check_adapters(byref(batch), adapters) == MISALIGNED
+    assert library.message == f"lora_fast_check_adapters: adapters[2].b: expected a multiple of 16, got {SOME + 8:#x}"
+    of_results(library)
     for error in (*range(-300, 1200), 2**31 - 1, -(2**31)):
         assert library.library.lora_fast_error_name(error), error
+
+
+def of_results(library: Library) -> None:
+    """Checks the functions that store a result in host memory."""
+    layer, result = layer_of(library), c_int(77)
+    for name, *arguments in (("workspace", None), ("adapter_workspace", None), ("faster", 0, None)):
+        assert getattr(library.library, f"lora_fast_{name}")(byref(layer), *arguments) == BAD_ARGUMENT, name
+        argument = "strategy" if name == "faster" else "bytes"
+        assert library.message == f"lora_fast_{name}: {argument}: expected an address, got NULL", library.message
+    assert library.library.lora_fast_faster(byref(layer), 2, byref(result)) == BAD_ARGUMENT
+    assert library.message == "lora_fast_faster: backward: expected 0 or 1, got 2" and result.value == 77
 
 
 def of_devices(library: Library, stub: Stub, arch: int) -> int:

@@ -12,10 +12,12 @@ import torch
 from formulas import LayerCall
 from interpreter import Interpreter
 from launch_cases import CASES, layer_calls, options_of
-from layer_refusals import INVALID_CONTEXT, call, has, layer_of
-from library import BAD_ARGUMENT, DTYPES, Library, Stub
+from layer_refusals import INVALID_CONTEXT, call, has, layer_of, on_card
+from library import BAD_ARGUMENT, DTYPES, Kernel, Library, Note, Stub
 
 THREADS, CAPTURE_UNSUPPORTED = 8, 900
+LATER = 130  # an arch of the future, which runs PTX
+SIZES = {"i32": 4, "fp32": 4}  # of parameters; others take 8 bytes
 OPS = ("project", "linear", "add_to_y", "grad_s_b", "grad_a", "grad_x", "add_to_dx")
 
 
@@ -102,17 +104,40 @@ def graphs(library: Library, stub: Stub, arch: int) -> str:
     assert stub.counter("launches") == 0
     stub.set("capturing", 0)
     contexts(library, stub)
+    count = captured(library, stub, arch)
+    if library.library.lora_fast_ptx_arch():
+        count += captured(library, stub, LATER)
+    return f"sm_{arch}: {count} launches in a captured stream after {stub.counter('loads')} loads"
+
+
+def captured(library: Library, stub: Stub, arch: int) -> int:
+    """Captures a call of every kernel that runs on a card, and returns the number of launches."""
+    on_card(library, stub, arch)
     assert library.library.lora_fast_load(-1) == 0, library.message
-    stub.set("capturing", 1), stub.set("noting", 0)
-    loads, names = stub.counter("loads"), {k.key.decode().split(" ", 1)[1] for k in library.kernels if k.runs_on(arch)}
-    for name in sorted(names):
+    stub.set("capturing", 1)
+    rows = [k for k in library.kernels if (k.is_ptx if arch == LATER else k.runs_on(arch))]
+    loads, launches = stub.counter("loads"), stub.counter("launches")
+    for name in sorted({row.key.decode().split(" ", 1)[1] for row in rows}):
         op, dtype, r, options = options_of(name)
         if op in CASES:
             more = layer_calls(options)[0] if "adapter" in options else {}
             case = CASES[op](library, torch.device("cpu"), dtype, r, **options, **more)
-            case.c(case.tensors)
+            with stub.recorded() as notes:
+                case.c(case.tensors)
+            for note in notes:
+                check_sizes(note, next(row for row in rows if row.code == note.code))
     assert stub.counter("loads") == loads
-    return f"sm_{arch}: {stub.counter('launches')} launches in a captured stream after {loads} loads"
+    stub.set("capturing", 0)
+    return stub.counter("launches") - launches
+
+
+def check_sizes(note: Note, row: Kernel) -> None:
+    """Checks that the code takes the parameters that the table tells, and two pointers to scratch memory."""
+    sizes = []
+    for param in row.params.decode().split():
+        kind = param.split(":")[1]
+        sizes += [128, 4, 4, 8, 8] if kind.startswith("tensordesc") else [SIZES.get(kind, 8)]
+    assert list(note.sizes[: note.count]) == [*sizes, 8, 8], row.key.decode()
 
 
 def contexts(library: Library, stub: Stub) -> None:

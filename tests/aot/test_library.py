@@ -17,6 +17,7 @@ VERSION = ".".join(re.findall(r"#define LORA_FAST_VERSION_(?:MAJOR|MINOR|PATCH) 
 CUDA = Path(triton.__file__).parent / "backends" / "nvidia" / "include"  # has cuda.h
 ARCH = 90
 OPS = "project;project_parts;linear;add_to_y;add_parts_to_y;grad_s_b;grad_a;add_to_dx;sum;batch_project;batch_add"
+OPS_OF_ILORA = "project;linear;grad_s_b;grad_a;sum;adamw_step;imbalance;transform"
 NOT_BUILT = {"adamw"}  # functions of snippets whose kernels take too long to compile here
 NO_KERNEL = -5
 MISSING = [program for program in ("cmake", "ctest", "cc", "c++", "nm", "pkg-config") if shutil.which(program) is None]
@@ -100,10 +101,17 @@ def static(built, installed, tmp_path_factory) -> Path:
 
 
 def test_library_passes_its_own_tests(built):
-    """``reference`` needs a GPU and ``ilora`` kernels that are not built here."""
+    """``reference`` needs a GPU and ``ilora`` other kernels."""
     output = run("ctest", "--test-dir", built, "--output-on-failure", "--verbose", "--exclude-regex", "reference|ilora")
     assert "100% tests passed" in output
     assert re.search(rf"sm_{ARCH}: \d+ launches", output)
+
+
+def test_example_trains_the_bits_that_python_trains(tmp_path):
+    configure(tmp_path, "-DLORA_FAST_DTYPES=float32", f"-DLORA_FAST_OPS={OPS_OF_ILORA}")
+    run("cmake", "--build", tmp_path, "--target", "lora_fast", "lora_fast_stub_cuda", "lora_fast_ilora_module")
+    output = run("ctest", "--test-dir", tmp_path, "--output-on-failure", "--verbose", "--tests-regex", "^ilora$")
+    assert "100% tests passed" in output and "Skipped" not in output
 
 
 def test_library_exports_its_functions_alone(installed):
