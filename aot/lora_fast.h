@@ -246,7 +246,8 @@ typedef struct {
     const float *matrices;          /* (n, r, r): g = M g for a, g M for b */
     const float *scale_p, *scale_g; /* (n, r), both or neither: p *= scale_p, g, m *= scale_g, v *= scale_g² */
     float *grams;                   /* (n, r, r): out, p pᵀ or pᵀp of the new p */
-    const int64_t *keys;            /* (n): the new 16-bit p is rounded stochastically, by these keys and the steps */
+    const int64_t *keys;            /* (n): the new 16-bit p is rounded stochastically, by these keys (any numbers, another
+                                       one for each factor) and the steps */
 } lora_fast_work;
 /* STEP: AdamW on every factor (p, g, m, v), in place; m and v are float32. hyper: double (n, 5), or (1, 5) for all
    (hyper_rows 1), of learning rate, beta1, beta2, eps, weight decay; steps: float (n), the steps taken, incremented
