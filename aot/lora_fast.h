@@ -202,7 +202,8 @@ typedef struct {
     int64_t d;              /* b: d_out; a: d_in; MERGE: d_out */
     int64_t d_in;           /* MERGE only: the weight's row length */
     int is_a;               /* 1: the tensors are (r, d), like a; 0: (d, r), like b */
-    int index;              /* its row in the launch's other arguments: the pair for GRAM and MERGE, else the factor */
+    int index;              /* its row in the launch's other arguments: the pair for GRAM and MERGE, else the factor, which
+                               no other factor has */
 } lora_fast_factor;
 
 typedef enum { LORA_FAST_GRAM, LORA_FAST_STEP, LORA_FAST_TRANSFORM, LORA_FAST_MERGE } lora_fast_op;

@@ -5,6 +5,7 @@
 
 #include "kernels.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 enum { COLUMNS = 8, MERGE_COLUMNS = 12, COUNTERS = 16, HYPER = 5, GRAMS_OF_PAIR = 5 };
@@ -70,6 +71,23 @@ static int64_t numbers(const lora_fast_group *group) {
     return columns(group) * n + (has_gradients(group->op) ? (n + 1) / 2 * 2 : 0);
 }
 
+/* Fails where two factors have one row of the launch's other arguments, or one pair has two factors of a side. */
+static int check_rows(const char *function, const lora_fast_group *group, const lora_fast_factor *factors) {
+    size_t sides = group->op == LORA_FAST_GRAM ? 2 : 1;
+    int64_t repeated = -1;
+    if (group->op == LORA_FAST_MERGE) return LORA_FAST_OK; /* which reads its rows */
+    unsigned char *seen = calloc(sides * (size_t)group->n_rows / 8 + 1, 1);
+    if (!seen) return lora_fast_fail(LORA_FAST_NO_MEMORY, "%s: no memory on the host", function);
+    for (int i = 0; i < group->n_factors; i++) {
+        size_t row = sides * (size_t)factors[i].index + (sides == 2 ? (size_t)factors[i].is_a : 0);
+        if (seen[row / 8] >> row % 8 & 1) repeated = factors[i].index;
+        seen[row / 8] |= (unsigned char)(1u << row % 8);
+    }
+    free(seen);
+    CHECK_IN(function, repeated < 0, "factors.index", sides == 2 ? "a pair's once for each side" : "each once", repeated);
+    return LORA_FAST_OK;
+}
+
 /* The size of a table, whose number of programs is known. */
 static size_t bytes_of(const lora_fast_group *group) {
     return (size_t)numbers(group) * sizeof(int64_t) +
@@ -86,6 +104,7 @@ static int plan(const char *function, lora_fast_group *group, const lora_fast_fa
         programs += programs_of(group, &factors[i], *tile);
         CHECK_IN(function, programs <= LARGEST_SIZE, "factors", "at most 2^30 chunks", programs);
     }
+    CALL(check_rows(function, group, factors));
     group->n_programs = (int)programs, group->chunk = (*tile)->CHUNK;
     group->bytes = bytes_of(group);
     return LORA_FAST_OK;

@@ -123,8 +123,9 @@ static int rows_of_array(void) {
 static const lora_fast_factor *factors(lora_fast_op op, int n_rows) {
     static lora_fast_factor factors[COUNT];
     for (int i = 0; i < COUNT; i++) {
-        factors[i] = (lora_fast_factor){.d = width(), .d_in = op == LORA_FAST_MERGE ? width() : 0, .is_a = flag()};
-        factors[i].index = integer(n_rows > 0 ? below(n_rows) : 0);
+        int is_gram = op == LORA_FAST_GRAM, row = is_gram ? i / 2 : i; /* another one for each factor */
+        factors[i] = (lora_fast_factor){.d = width(), .d_in = op == LORA_FAST_MERGE ? width() : 0};
+        factors[i].is_a = is_gram ? i % 2 : flag(), factors[i].index = integer(n_rows > 0 ? row % n_rows : 0);
         for (int j = 0; j < 4; j++) factors[i].tensors[j] = address();
     }
     return OR_NULL(factors);
@@ -135,7 +136,7 @@ static lora_fast_group *group(lora_fast_op op, int flat) {
     STRUCT(lora_fast_group, group);
     group->op = hostile() ? (lora_fast_op)ONE_OF(-1, 4, INT_MAX, below(4)) : op;
     group->dtype = below(4) ? dtype() : LORA_FAST_FLOAT32, group->r = rank();
-    group->n_factors = rows_of_array(), group->n_rows = count(COUNT), group->flat = hostile() ? flag() : flat;
+    group->n_factors = rows_of_array(), group->n_rows = below(4) ? COUNT : count(COUNT), group->flat = hostile() ? flag() : flat;
     left_message |= lora_fast_plan(group, factors(op, group->n_rows));
     group->device = address();
     if (hostile()) group->n_programs = integer(0);

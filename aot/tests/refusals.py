@@ -59,6 +59,7 @@ def of_groups(library: Library) -> Iterator[tuple]:
         for i in (-1, 2):
             text = f"factors.index: expected 0 to group.n_rows - 1, got {i}"
             yield BAD_ARGUMENT, text, verb, group(), factors(index=i), *more
+        yield BAD_ARGUMENT, "factors.index: expected each once, got 0", verb, group(), factors(index=0), *more
         tensors = factors(tensors=(256, 256, 0, 256))
         yield BAD_ARGUMENT, f"factors.tensors[2]: {address}", verb, group(), tensors, *more
         tensors = factors(tensors=(256, 256, 256, 264))
