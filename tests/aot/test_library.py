@@ -207,17 +207,17 @@ SNIPPETS = [
 
 
 def calls(code: str) -> list[tuple[str, str]]:
-    """Returns the name and a call of every function of a snippet that is not static. An array of numbers is one of
-    zeros, every other pointer is an address of addresses."""
+    """Returns the name and a call of every function of a snippet that is not static. An array of numbers is zeros
+    of its own, every other pointer is an address of addresses."""
     found = []
     for name, parameters in re.findall(r"^int (?!main)(\w+)\(([^)]+)\) \{", code, re.MULTILINE):
         arguments = []
-        for parameter in parameters.split(","):
+        for i, parameter in enumerate(parameters.split(",")):
             is_array = "*" in parameter or "[" in parameter
             if "lora_fast_stream" in parameter:
                 arguments.append("NULL")
             elif is_array:
-                arguments.append("(void *)zeros" if "int32_t" in parameter else "(void *)addresses")
+                arguments.append(f"(void *)(zeros + {256 * i})" if "int32_t" in parameter else "(void *)addresses")
             else:
                 arguments.append("16")
         found.append((name, f"{name}({', '.join(arguments)})"))
