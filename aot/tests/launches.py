@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from compiling import LENGTHS, TARGETS, assembled_for, name_of_code
 from embedded import as_embedded
 from lora_fast.kernels.inspection import compiler
+from lora_fast.kernels.launch import MOST_REGISTERS
 
 SIZES = {"i32": 4, "i64": 8, "fp32": 4, "fp64": 8}
 COMPILED = {"num_warps", "num_stages", "maxnreg"}  # constants that the compiler may have chosen
@@ -112,6 +113,8 @@ def _constants(row: Kernel, launch: compiler.Launch) -> str | None:
     theirs = {p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr}
     theirs |= {name: value for name, value in launch.arguments.items() if value is None}
     words = {name: _text(value) for name, value in (theirs | launch.options).items()}
+    if mine.get("maxnreg") == str(MOST_REGISTERS):  # it was compiled again with all of them
+        words.pop("maxnreg", None)
     differences = {name: (mine.get(name), word) for name, word in words.items() if mine.get(name) != word}
     differences |= {name: (word, None) for name, word in mine.items() if name not in words and name not in COMPILED}
     return f"{row.key.decode()}: constants (C's, Python's) {differences}" if differences else None
