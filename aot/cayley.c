@@ -97,11 +97,16 @@ static int plan(const char *function, lora_fast_cayley_group *group, const lora_
     return LORA_FAST_OK;
 }
 
+static int stamp(const lora_fast_cayley_group *group) {
+    return lora_fast_stamp(4, (const int[]){(int)group->dtype, group->r, group->n_pairs, group->backward});
+}
+
 API int lora_fast_cayley_plan(lora_fast_cayley_group *group, const lora_fast_cayley_pair *pairs) {
     CALL(check(__func__, group));
     CHECK_POINTER(pairs);
     lora_fast_cayley_group planned = *group;
     CALL(plan(__func__, &planned, pairs));
+    planned.planned = stamp(&planned);
     *group = planned;
     return LORA_FAST_OK;
 }
@@ -165,6 +170,8 @@ API int lora_fast_cayley(const lora_fast_cayley_group *group, void *workspace, l
               "what lora_fast_cayley_plan sets", group->n_programs[i]);
     }
     CHECK(group->bytes == parts_of(group).end, "group.bytes", "what lora_fast_cayley_plan sets", group->bytes);
+    CHECK(group->planned == stamp(group), "group.planned",
+          "the dtype, r, n_pairs and backward that lora_fast_cayley_plan was given", group->planned);
     int64_t blocks = divide_up(group->r, sums.tile->BLOCK_R);
     SET_GRID(&sums, group->n_programs[SUMS], blocks * blocks, 1);
     SET_GRID(&algebra, slots(group), 1, 1);

@@ -209,6 +209,13 @@ int lora_fast_current_device(const char *function, const struct device **device)
 int lora_fast_split_is_faster(const lora_fast_layer *layer, const struct device *device, const struct tile *tiles[4],
                               int64_t splits);
 
+/* Returns a number that stands for some others, which a plan was made for. */
+static inline int lora_fast_stamp(int count, const int *numbers) {
+    uint32_t stamp = 2166136261u; /* FNV-1a */
+    for (int i = 0; i < count; i++) stamp = (stamp ^ (uint32_t)numbers[i]) * 16777619u;
+    return (int)(stamp >> 1);
+}
+
 static inline int64_t divide_up(int64_t number, int64_t by) { return (number + by - 1) / by; }
 
 /* Returns the smallest of least, 2 least, 4 least, … that is at least r. */

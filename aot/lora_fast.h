@@ -218,6 +218,7 @@ typedef struct {
     int flat;               /* 1 for a STEP without matrices, scales, Grams and (of 16 bits) keys with additive, which is
                                elementwise work; else 0 */
     int n_programs, chunk;  /* filled in */
+    int planned;            /* filled in: stands for the fields above, which must not change after the plan */
     size_t bytes;           /* filled in: size of the table */
     void *device;           /* the address of its copy on the device, which launches change (counters) */
 } lora_fast_group;
@@ -335,6 +336,7 @@ typedef struct {
     int n_pairs;
     int backward;                 /* 0: forward, 1: backward */
     int n_programs[2], chunk[2];  /* filled in */
+    int planned;                  /* filled in: stands for the fields above, which must not change after the plan */
     size_t bytes;                 /* filled in: size of the table */
     size_t workspace;             /* filled in: bytes of workspace that lora_fast_cayley needs */
     void *device;                 /* the address of the table's copy on the device, which launches change */

@@ -110,12 +110,18 @@ static int plan(const char *function, lora_fast_group *group, const lora_fast_fa
     return LORA_FAST_OK;
 }
 
+static int stamp(const lora_fast_group *group) {
+    return lora_fast_stamp(6, (const int[]){(int)group->op, (int)group->dtype, group->r, group->n_factors,
+                                            group->n_rows, group->flat});
+}
+
 API int lora_fast_plan(lora_fast_group *group, const lora_fast_factor *factors) {
     const struct tile *tile;
     CALL(check(__func__, group));
     CHECK_POINTER(factors);
     lora_fast_group planned = *group;
     CALL(plan(__func__, &planned, factors, &tile));
+    planned.planned = stamp(&planned);
     *group = planned;
     return LORA_FAST_OK;
 }
@@ -169,6 +175,8 @@ static int check_planned(const char *function, const lora_fast_group *group) {
     CHECK_IN(function, group->n_programs >= group->n_factors && group->n_programs <= LARGEST_SIZE, "group.n_programs",
              "what lora_fast_plan sets", group->n_programs);
     CHECK_IN(function, group->bytes == bytes_of(group), "group.bytes", "what lora_fast_plan sets", group->bytes);
+    CHECK_IN(function, group->planned == stamp(group), "group.planned",
+             "the op, dtype, r, n_factors, n_rows and flat that lora_fast_plan was given", group->planned);
     return LORA_FAST_OK;
 }
 

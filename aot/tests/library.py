@@ -72,7 +72,9 @@ class Factor(Structure):
 
 class Group(Sized):
     _fields_ = [("size", c_size_t)]
-    _fields_ += [(name, c_int) for name in ("op", "dtype", "r", "n_factors", "n_rows", "flat", "n_programs", "chunk")]
+    _fields_ += [
+        (name, c_int) for name in ("op", "dtype", "r", "n_factors", "n_rows", "flat", "n_programs", "chunk", "planned")
+    ]
     _fields_ += [("bytes", c_size_t), ("device", c_void_p)]
 
 
@@ -90,7 +92,8 @@ class CayleyPair(Structure):
 class CayleyGroup(Sized):
     _fields_ = [("size", c_size_t)]
     _fields_ += [(name, c_int) for name in ("dtype", "r", "n_pairs", "backward")]
-    _fields_ += [("n_programs", c_int * 2), ("chunk", c_int * 2), ("bytes", c_size_t), ("workspace", c_size_t)]
+    _fields_ += [("n_programs", c_int * 2), ("chunk", c_int * 2), ("planned", c_int)]
+    _fields_ += [("bytes", c_size_t), ("workspace", c_size_t)]
     _fields_ += [("device", c_void_p)]
 
 

@@ -74,6 +74,10 @@ def of_groups(library: Library) -> Iterator[tuple]:
     fewer.n_factors = 1
     text = f"group.bytes: expected what lora_fast_plan sets, got {fewer.bytes}"
     yield BAD_ARGUMENT, text, "gram_workspace", fewer, SOME
+    other = planned(library, group())
+    other.n_rows += 1
+    text = "group.planned: expected the op, dtype, r, n_factors, n_rows and flat that lora_fast_plan was given"
+    yield BAD_ARGUMENT, f"{text}, got {other.planned}", "gram_workspace", other, SOME
 
 
 def of_launches(library: Library) -> Iterator[tuple]:
