@@ -18,18 +18,20 @@ ending      A thread may still call while the process exits.
 graphs      A captured stream takes every launch after lora_fast_load, and parameters have the sizes of the code's; so
             do a later card's, which runs PTX.
 ilora       aot/examples/ilora.c trains the bits that Python trains (exit code 77: its kernels are not built, skipped).
+methods     A step of each method, called in C, has the bits of LoRAAdamW's (skipped likewise).
 reference   On a GPU: each op returns the bits of the Python launcher (exit code 77: no GPU, skipped).
 """
 
 import argparse
 import ctypes
+import importlib
 import os
 import re
 import sys
 from pathlib import Path
 
 SKIPPED = 77
-INTERPRETED = ("interpret", "threads", "graphs", "ilora")  # graphs: for its small sizes
+INTERPRETED = ("interpret", "threads", "graphs", "ilora", "methods")  # graphs: for its small sizes
 NEED_ARCH = ("launches", "refusals", "unload", "ending", *INTERPRETED)
 
 
@@ -125,13 +127,13 @@ def run(options: argparse.Namespace) -> str:
         return launches(library, stub, options)
     if options.check == "refusals":
         return refusals(library, stub, arch)
-    if options.check == "ilora":
-        import ilora
-
-        if not ilora.is_built(library):
-            print(f"not built for {', '.join(sorted(ilora.OPS))} in float32 at rank {ilora.R}")
+    if options.check in ("ilora", "methods"):
+        module = importlib.import_module(options.check)
+        if not module.is_built(library):
+            print(f"not built for {', '.join(sorted(module.OPS))} at rank {module.R}")
             sys.exit(SKIPPED)
-        return ilora.compare(library, stub, arch, options.example)
+        more = [options.example] if options.check == "ilora" else []
+        return module.compare(library, stub, arch, *more)
     if options.check == "interpret":
         import interpreted
 
