@@ -72,8 +72,8 @@ API const char *lora_fast_error_message(void) { return message; }
 
 API const char *lora_fast_error_name(int error) {
     static const char *const names[] = {
-        "LORA_FAST_OK",        "LORA_FAST_NO_DRIVER", "LORA_FAST_BAD_ARGUMENT", "LORA_FAST_MISALIGNED",
-        "LORA_FAST_NO_ARCH",   "LORA_FAST_NO_KERNEL", "LORA_FAST_NO_MEMORY",    "LORA_FAST_INTERNAL",
+        "LORA_FAST_OK",      "LORA_FAST_NO_DRIVER", "LORA_FAST_BAD_ARGUMENT", "LORA_FAST_MISALIGNED",
+        "LORA_FAST_NO_ARCH", "LORA_FAST_NO_KERNEL", "LORA_FAST_NO_MEMORY",
     };
     const char *name = NULL;
     if (error <= 0) {

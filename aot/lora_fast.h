@@ -54,8 +54,7 @@ typedef enum {
     LORA_FAST_NO_ARCH = -4,      /* nothing was built for this device's arch; the message names what was */
     LORA_FAST_NO_KERNEL = -5,    /* not built for this rank, dtype or combination, or only for a device with more shared
                                     memory a block; the message names the kernel */
-    LORA_FAST_NO_MEMORY = -6,    /* of the host */
-    LORA_FAST_INTERNAL = -7      /* a bug */
+    LORA_FAST_NO_MEMORY = -6     /* of the host */
 } lora_fast_error;
 
 typedef enum { LORA_FAST_FLOAT32, LORA_FAST_FLOAT16, LORA_FAST_BFLOAT16 } lora_fast_dtype;
