@@ -376,7 +376,7 @@ static void print_counts(void) {
 }
 
 int main(int argc, char **argv) {
-    int calls = argc > 1 ? atoi(argv[1]) : 100000, n_archs;
+    int calls = argc > 1 ? atoi(argv[1]) : 20000, n_archs;
     state = 0x9e3779b97f4a7c15ull ^ (uint64_t)(argc > 2 ? atoll(argv[2]) : 1);
     const int *archs = lora_fast_archs(&n_archs);
     alarm(SECONDS); /* a call that hangs ends the process */
