@@ -380,8 +380,11 @@ def expert_project(rows: torch.Tensor, r: int, wide: bool) -> Tile:
 
 def batched_project(x: torch.Tensor, r: int, wide: bool, aligned: bool) -> Tile:
     """Returns the tile of S of several adapters: that of experts, or a smaller one for factors that are loaded by
-    elements, whose addresses take registers."""
+    elements, whose addresses take registers, and for float32 sums of 256 ranks, which would spill beside the ends of
+    1,024 adapters."""
     tile = expert_project(x, r, wide)
+    if x.element_size() == 4 and tile.r > 128:
+        tile = tile._replace(r=SHORT_RANK)
     return tile if aligned else tile._replace(inner=max(16, tile.inner // 2), r=min(tile.r, SHORT_RANK))
 
 

@@ -102,7 +102,9 @@ def static(built, installed, tmp_path_factory) -> Path:
 
 def test_library_passes_its_own_tests(built):
     """``reference`` needs a GPU, ``ilora`` and ``methods`` other kernels."""
-    output = run("ctest", "--test-dir", built, "--output-on-failure", "--verbose", "--exclude-regex", "reference|ilora|methods")
+    output = run(
+        "ctest", "--test-dir", built, "--output-on-failure", "--verbose", "--exclude-regex", "reference|ilora|methods"
+    )
     assert "100% tests passed" in output
     assert re.search(rf"sm_{ARCH}: \d+ launches", output)
 
