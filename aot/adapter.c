@@ -12,8 +12,6 @@ struct ways {
     int64_t splits, d_in_per_split;
 };
 
-#define LAYER_KEY(kind, options) KEY(kind, layer->dtype, layer->adapter, layer->r, options)
-
 static int check(const char *function, const lora_fast_layer *layer) {
     CALL(lora_fast_check_layer(function, layer, 0));
     CHECK_IN(function, layer->drop_level == 0, "layer.drop_level", "0, since a mask needs s of lora_fast_project",
@@ -70,14 +68,14 @@ API int lora_fast_add_adapter(const lora_fast_layer *layer, const void *x, const
     void *thin = ways.splits > 1 ? workspace : s;
     const union value projecting[N_PARAMETERS] = {
         [P_x] = {x}, [P_a] = {a}, [P_s] = {thin}, [P_n_tokens] = {.i = layer->n_tokens}, [P_d_in] = {.i = layer->d_in},
-        [P_stride_x] = {.i = layer->ld_x ? layer->ld_x : layer->d_in}, [P_stride_a] = {.i = layer->d_in},
+        [P_stride_x] = {.i = row_distance(layer->ld_x, layer->d_in)}, [P_stride_a] = {.i = layer->d_in},
         [P_d_in_per_split] = {.i = ways.d_in_per_split},
     };
     const union value adding[N_PARAMETERS] = {
         [P_base] = {y}, [P_result] = {y}, [P_thin] = {thin}, [P_factor] = {b}, [P_s] = {ways.splits > 1 ? s : y},
         [P_scaling] = {.f = layer->scaling}, [P_n_tokens] = {.i = layer->n_tokens}, [P_d_out] = {.i = layer->d_out},
         [P_n_parts] = {.i = ways.splits > 1 ? ways.splits : 0}, [P_stride_factor] = {.i = layer->r},
-        [P_stride_result] = {.i = layer->ld_y ? layer->ld_y : layer->d_out},
+        [P_stride_result] = {.i = row_distance(layer->ld_y, layer->d_out)},
     };
     CALL(lora_fast_submit(&ways.project, projecting, NULL, stream));
     return lora_fast_submit(&ways.add, adding, NULL, stream);

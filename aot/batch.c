@@ -11,18 +11,7 @@ static int check(const char *function, const lora_fast_batch *batch) {
     CHECK_SIZE_IN(function, batch->n_rows, "batch.n_rows", 0);
     CHECK_IN(function, batch->n_adapters >= 1 && batch->n_adapters <= lora_fast_most_adapters, "batch.n_adapters",
              "1 to 1024", batch->n_adapters);
-    CHECK_SIZE_IN(function, batch->d_in, "batch.d_in", 1);
-    CHECK_SIZE_IN(function, batch->d_out, "batch.d_out", 1);
-    CHECK_RANK_IN(function, batch->r, "batch.r");
-    CHECK_DTYPE_IN(function, batch->dtype, "batch.dtype");
-    CHECK_IN(function, batch->adapter == batch->dtype || batch->adapter == LORA_FAST_FLOAT32, "batch.adapter",
-             "batch.dtype or LORA_FAST_FLOAT32", batch->adapter);
-    const int64_t rows[] = {batch->d_in, batch->d_out, batch->ld_x, batch->ld_y};
-    const char *const names[] = {"batch.d_in", "batch.d_out", "batch.ld_x", "batch.ld_y"};
-    for (int i = 0; i < 4; i++) CHECK_MULTIPLE_IN(function, rows[i], names[i]);
-    for (int i = 0; i < 2; i++)
-        CHECK_IN(function, rows[2 + i] == 0 || (rows[2 + i] >= rows[i] && rows[2 + i] <= LARGEST_SIZE), names[2 + i],
-                 "0, or the row's length to 2^30", rows[2 + i]);
+    CHECK_SHARED_IN(function, batch, "batch");
     return LORA_FAST_OK;
 }
 #define CHECK_BATCH                                                                                                    \
@@ -47,7 +36,7 @@ API int lora_fast_batch_project(const lora_fast_batch *batch, const void *x, voi
     SET_GRID(&launch, programs(batch, &launch), divide_up(batch->r, launch.tile->BLOCK_R), 1);
     const union value values[N_PARAMETERS] = {
         [P_x] = {x}, TABLE, [P_s] = {s}, SIZES, [P_d_in] = {.i = batch->d_in},
-        [P_stride_x] = {.i = batch->ld_x ? batch->ld_x : batch->d_in},
+        [P_stride_x] = {.i = row_distance(batch->ld_x, batch->d_in)},
     };
     return lora_fast_submit(&launch, values, NULL, stream);
 }
@@ -60,7 +49,7 @@ API int lora_fast_batch_add_to_y(const lora_fast_batch *batch, const void *s, vo
     SET_GRID(&launch, programs(batch, &launch), divide_up(batch->d_out, launch.tile->BLOCK_OUT), 1);
     const union value values[N_PARAMETERS] = {
         [P_y] = {y}, [P_s] = {s}, TABLE, SIZES, [P_d_out] = {.i = batch->d_out},
-        [P_stride_y] = {.i = batch->ld_y ? batch->ld_y : batch->d_out},
+        [P_stride_y] = {.i = row_distance(batch->ld_y, batch->d_out)},
     };
     return lora_fast_submit(&launch, values, NULL, stream);
 }

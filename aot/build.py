@@ -21,6 +21,7 @@ import argparse
 import os
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,7 +31,7 @@ from compiling import compile_case, generations
 from embedded import Case, cases
 from lora_fast.kernels import device
 from lora_fast.kernels.limits import LARGEST_RANK
-from table import write
+from table import DTYPES, unique, write
 
 SOURCE = Path(__file__).resolve().parents[1]
 PTX_ARCHS = (80, 86, 89, 120)  # whose kernels use no instruction of one arch alone
@@ -47,11 +48,11 @@ def _numbers(text: str) -> list[int]:
 
 def check_source() -> None:
     """Ends the build unless the kernels to compile are those of this source."""
-    found = Path(lora_fast.__file__).resolve().parent
-    if found != SOURCE / "lora_fast":
+    imported = Path(lora_fast.__file__).resolve().parent
+    if imported != SOURCE / "lora_fast":
         sys.exit(
-            f"build.py: lora_fast: expected the package beside it, {SOURCE / 'lora_fast'}, got {found}: install this "
-            "source for the Python of the build (pip install -e .), or set PYTHONPATH to it"
+            f"build.py: lora_fast: expected the package beside it, {SOURCE / 'lora_fast'}, got {imported}: install "
+            "this source for the Python of the build (pip install -e .), or set PYTHONPATH to it"
         )
 
 
@@ -62,7 +63,7 @@ def main() -> None:
         "--dtypes", type=_words, default=["bfloat16"], help="of activations; adapters have the same dtype or float32"
     )
     parser.add_argument("--ranks", type=_numbers, default=[8, 16, 32, 64, 128], help="of 1 to 256")
-    parser.add_argument("--ops", type=_words, help="of the catalogue and of this file; default: all")
+    parser.add_argument("--ops", type=_words, help="of embedded.py; default: all")
     parser.add_argument("--ptx", type=int, default=0, help="arch whose PTX is embedded, too; 0: none")
     parser.add_argument("--out", type=Path, required=True, help="folder for kernels.c, kernels.S and the code")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="number of compilations in parallel")
@@ -71,16 +72,19 @@ def main() -> None:
     _check(parser, options)
     chosen, ptx = cases(options.ops, options.dtypes, options.ranks), options.ptx or None
     started = time.monotonic()
-    rows = compile_all(chosen, options.archs, ptx, options.processes)
+    rows = unique(compile_all(chosen, options.archs, ptx, options.processes))
     write(rows, options.dtypes, options.ranks, options.archs, ptx, options.out)
-    print(f"compiled {len(rows)} kernels in {time.monotonic() - started:.0f} s", flush=True)
+    seconds, minutes_of_cpu = time.monotonic() - started, sum(os.times()[:4]) / 60  # with the processes that compiled
+    counts = Counter(f"{'PTX of ' if row['is_ptx'] else ''}sm_{row['arch']}" for row in rows)
+    parts = ", ".join(f"{count} for {form}" for form, count in counts.items())
+    print(f"compiled kernels in {seconds:.0f} s ({minutes_of_cpu:.1f} minutes of CPU time): {parts}", flush=True)
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if set(options.archs) - set(device.CARDS):
         parser.error(f"--archs: expected some of {sorted(device.CARDS)}, got {options.archs}")
-    if set(options.dtypes) - {"bfloat16", "float16", "float32"}:
-        parser.error(f"--dtypes: expected some of bfloat16, float16, float32, got {options.dtypes}")
+    if set(options.dtypes) - {*DTYPES}:
+        parser.error(f"--dtypes: expected some of {DTYPES}, got {options.dtypes}")
     if not all(1 <= r <= LARGEST_RANK for r in options.ranks):
         parser.error(f"--ranks: expected 1 to {LARGEST_RANK}, got {options.ranks}")
     if options.ptx and options.ptx not in {*PTX_ARCHS} & {*options.archs}:

@@ -111,8 +111,8 @@ API int lora_fast_faster(const lora_fast_layer *layer, int backward, lora_fast_s
     CALL(lora_fast_current_device(__func__, &device));
     const struct call call = call_of(layer, device, backward);
     uint64_t options = call.masked ? DROPOUT : 0;
-    PREPARE(&gemm, KEY(backward ? GRAD_X : LINEAR, layer->dtype, layer->adapter, layer->r, options));
-    PREPARE(&add, KEY(backward ? ADD_TO_DX : ADD_TO_Y, layer->dtype, layer->adapter, layer->r, options));
+    PREPARE(&gemm, LAYER_KEY(backward ? GRAD_X : LINEAR, options));
+    PREPARE(&add, LAYER_KEY(backward ? ADD_TO_DX : ADD_TO_Y, options));
     int is_fused = fused(&call, gemm.tile) <= cublas(&call) + update(&call, add.tile, 1);
     *strategy = is_fused ? LORA_FAST_FUSED : LORA_FAST_UPDATE;
     return LORA_FAST_OK;

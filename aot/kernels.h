@@ -160,6 +160,23 @@ enum { LARGEST_SIZE = 1 << 30, LARGEST_RANK = 256 };
 #define CHECK_RANK(value, argument) CHECK_RANK_IN(__func__, value, argument)
 #define CHECK_DTYPE(value, argument) CHECK_DTYPE_IN(__func__, value, argument)
 
+/* Fails for a distance of rows that is neither 0 nor a multiple of 16 from the row's length on. */
+int lora_fast_check_distance(const char *function, const char *argument, int64_t distance, int width);
+/* Check the fields that a layer and a batch have in common. name: "layer" or "batch". */
+#define CHECK_SHARED_IN(function, structure, name)                                                                     \
+    do {                                                                                                               \
+        CHECK_SIZE_IN(function, (structure)->d_in, name ".d_in", 1);                                                   \
+        CHECK_SIZE_IN(function, (structure)->d_out, name ".d_out", 1);                                                 \
+        CHECK_RANK_IN(function, (structure)->r, name ".r");                                                            \
+        CHECK_DTYPE_IN(function, (structure)->dtype, name ".dtype");                                                   \
+        CHECK_IN(function,                                                                                             \
+                 (structure)->adapter == (structure)->dtype || (structure)->adapter == LORA_FAST_FLOAT32,              \
+                 name ".adapter", name ".dtype or LORA_FAST_FLOAT32", (structure)->adapter);                           \
+        CHECK_MULTIPLE_IN(function, (structure)->d_in, name ".d_in");                                                  \
+        CHECK_MULTIPLE_IN(function, (structure)->d_out, name ".d_out");                                                \
+        CALL(lora_fast_check_distance(function, name ".ld_x", (structure)->ld_x, (structure)->d_in));                  \
+        CALL(lora_fast_check_distance(function, name ".ld_y", (structure)->ld_y, (structure)->d_out));                 \
+    } while (0)
 /* Checks every field of a layer. */
 int lora_fast_check_layer(const char *function, const lora_fast_layer *layer, int least_tokens);
 
@@ -215,6 +232,11 @@ static inline int lora_fast_stamp(int count, const int *numbers) {
     for (int i = 0; i < count; i++) stamp = (stamp ^ (uint32_t)numbers[i]) * 16777619u;
     return (int)(stamp >> 1);
 }
+
+#define LAYER_KEY(kind, options) KEY(kind, layer->dtype, layer->adapter, layer->r, options)
+
+/* Returns the elements between two rows: what was set, or where that is 0 the row's length. */
+static inline int64_t row_distance(int64_t set, int width) { return set ? set : width; }
 
 static inline int64_t divide_up(int64_t number, int64_t by) { return (number + by - 1) / by; }
 

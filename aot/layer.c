@@ -10,7 +10,7 @@ static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-static int check_distance(const char *function, const char *argument, int64_t distance, int width) {
+int lora_fast_check_distance(const char *function, const char *argument, int64_t distance, int width) {
     CHECK_IN(function, distance == 0 || (distance >= width && distance <= LARGEST_SIZE), argument,
              "0, or the row's length to 2^30", distance);
     CHECK_MULTIPLE_IN(function, distance, argument);
@@ -21,22 +21,13 @@ int lora_fast_check_layer(const char *function, const lora_fast_layer *layer, in
     CALL(lora_fast_check_struct(function, "layer", layer, sizeof *layer));
     CHECK_IN(function, layer->n_tokens >= least_tokens && layer->n_tokens <= LARGEST_SIZE, "layer.n_tokens",
              least_tokens ? "1 to 2^30" : "0 to 2^30", layer->n_tokens);
-    CHECK_SIZE_IN(function, layer->d_in, "layer.d_in", 1);
-    CHECK_SIZE_IN(function, layer->d_out, "layer.d_out", 1);
-    CHECK_RANK_IN(function, layer->r, "layer.r");
-    CHECK_DTYPE_IN(function, layer->dtype, "layer.dtype");
-    CHECK_IN(function, layer->adapter == layer->dtype || layer->adapter == LORA_FAST_FLOAT32, "layer.adapter",
-             "layer.dtype or LORA_FAST_FLOAT32", layer->adapter);
+    CHECK_SHARED_IN(function, layer, "layer");
     CHECK_IN(function, layer->drop_level >= 0 && layer->drop_level <= 1 << 16, "layer.drop_level", "0 to 65536",
              layer->drop_level);
     CHECK_IN(function, (unsigned)layer->accumulate <= 1, "layer.accumulate", "0 or 1", layer->accumulate);
-    CHECK_MULTIPLE_IN(function, layer->d_in, "layer.d_in");
-    CHECK_MULTIPLE_IN(function, layer->d_out, "layer.d_out");
-    CALL(check_distance(function, "layer.ld_x", layer->ld_x, layer->d_in));
-    CALL(check_distance(function, "layer.ld_y", layer->ld_y, layer->d_out));
-    CALL(check_distance(function, "layer.ld_dx", layer->ld_dx, layer->d_in));
-    CALL(check_distance(function, "layer.ld_dy", layer->ld_dy, layer->d_out));
-    CALL(check_distance(function, "layer.ld_weight", layer->ld_weight, layer->d_in));
+    CALL(lora_fast_check_distance(function, "layer.ld_dx", layer->ld_dx, layer->d_in));
+    CALL(lora_fast_check_distance(function, "layer.ld_dy", layer->ld_dy, layer->d_out));
+    CALL(lora_fast_check_distance(function, "layer.ld_weight", layer->ld_weight, layer->d_in));
     if ((uintptr_t)layer->device_seed % sizeof(int64_t))
         return lora_fast_fail(LORA_FAST_MISALIGNED, "%s: layer.device_seed: expected a multiple of 8, got %p", function,
                               (const void *)layer->device_seed);
@@ -44,14 +35,11 @@ int lora_fast_check_layer(const char *function, const lora_fast_layer *layer, in
 }
 #define CHECK_LAYER(least_tokens) CALL(lora_fast_check_layer(__func__, layer, least_tokens))
 
-#define LAYER_KEY(kind, options) KEY(kind, layer->dtype, layer->adapter, layer->r, options)
 #define SUM_KEY(options) KEY(SUM, layer->adapter, layer->adapter, 0, options)
 #define MASKED (layer->drop_level > 0 ? DROPOUT : 0)
 #define MASK                                                                                                           \
     [P_seed] = {.i = layer->device_seed ? (int64_t)(uintptr_t)layer->device_seed : layer->seed},                       \
     [P_in_memory] = {.i = layer->device_seed != NULL}, [P_drop_level] = {.i = layer->drop_level}
-
-static int64_t distance(int64_t set, int width) { return set ? set : width; }
 
 API int lora_fast_project(const lora_fast_layer *layer, const void *x, const void *a, void *s,
                           lora_fast_stream stream) {
@@ -62,7 +50,7 @@ API int lora_fast_project(const lora_fast_layer *layer, const void *x, const voi
     SET_GRID(&launch, divide_up(layer->n_tokens, launch.tile->BLOCK_T), 1, divide_up(layer->r, launch.tile->BLOCK_R));
     const union value values[N_PARAMETERS] = {
         [P_x] = {x}, [P_a] = {a}, [P_s] = {s}, MASK, [P_n_tokens] = {.i = layer->n_tokens},
-        [P_d_in] = {.i = layer->d_in}, [P_stride_x] = {.i = distance(layer->ld_x, layer->d_in)},
+        [P_d_in] = {.i = layer->d_in}, [P_stride_x] = {.i = row_distance(layer->ld_x, layer->d_in)},
         [P_stride_a] = {.i = layer->d_in}, [P_d_in_per_split] = {.i = layer->d_in},
     };
     return lora_fast_submit(&launch, values, NULL, stream);
@@ -87,7 +75,7 @@ static int gemm(const char *function, uint64_t key, const lora_fast_layer *layer
     int64_t tiles = divide_up(layer->n_tokens, launch.tile->BLOCK_T) * divide_up(product->d_out, launch.tile->BLOCK_OUT);
     CHECK_IN(function, tiles <= INT32_MAX, "sizes", "at most 2^31 - 1 tiles of the result", tiles);
     CALL(lora_fast_set_grid(function, &launch, smaller(tiles, device->multiprocessors), 1, 1));
-    int64_t stride_weight = distance(layer->ld_weight, layer->d_in);
+    int64_t stride_weight = row_distance(layer->ld_weight, layer->d_in);
     const union value values[N_PARAMETERS] = {
         [P_left] = {product->left}, [P_weight] = {product->weight}, [P_result] = {product->result},
         [P_bias] = {product->bias ? product->bias : product->left}, [P_thin] = {product->thin},
@@ -126,8 +114,8 @@ API int lora_fast_linear(const lora_fast_layer *layer, const void *x, const void
     if (bias) CHECK_ADDRESSES(bias);
     const struct product product = {
         .left = x, .weight = weight, .bias = bias, .thin = s, .factor = b, .result = y, .d_in = layer->d_in,
-        .d_out = layer->d_out, .stride_left = distance(layer->ld_x, layer->d_in),
-        .stride_result = distance(layer->ld_y, layer->d_out), .stride_factor = layer->r, .scaling = layer->scaling,
+        .d_out = layer->d_out, .stride_left = row_distance(layer->ld_x, layer->d_in),
+        .stride_result = row_distance(layer->ld_y, layer->d_out), .stride_factor = layer->r, .scaling = layer->scaling,
     };
     return gemm(__func__, LAYER_KEY(LINEAR, bias ? BIAS : 0), layer, &product, stream);
 }
@@ -138,8 +126,8 @@ API int lora_fast_grad_x(const lora_fast_layer *layer, const void *dy, const voi
     CHECK_ADDRESSES(dy, weight, ds, a, dx);
     const struct product product = {
         .left = dy, .weight = weight, .thin = ds, .factor = a, .result = dx, .d_in = layer->d_out,
-        .d_out = layer->d_in, .stride_left = distance(layer->ld_dy, layer->d_out),
-        .stride_result = distance(layer->ld_dx, layer->d_in), .stride_factor = layer->d_in, .scaling = 1.0f,
+        .d_out = layer->d_in, .stride_left = row_distance(layer->ld_dy, layer->d_out),
+        .stride_result = row_distance(layer->ld_dx, layer->d_in), .stride_factor = layer->d_in, .scaling = 1.0f,
     };
     return gemm(__func__, LAYER_KEY(GRAD_X, MASKED), layer, &product, stream);
 }
@@ -150,7 +138,7 @@ API int lora_fast_add_to_y(const lora_fast_layer *layer, const void *s, const vo
     CHECK_ADDRESSES(s, b, y);
     const struct product product = {
         .thin = s, .factor = b, .result = y, .d_out = layer->d_out, .scaling = layer->scaling,
-        .stride_result = distance(layer->ld_y, layer->d_out), .stride_factor = layer->r,
+        .stride_result = row_distance(layer->ld_y, layer->d_out), .stride_factor = layer->r,
     };
     return update(__func__, LAYER_KEY(ADD_TO_Y, 0), layer, &product, stream);
 }
@@ -161,7 +149,7 @@ API int lora_fast_add_to_dx(const lora_fast_layer *layer, const void *ds, const 
     CHECK_ADDRESSES(ds, a, dx);
     const struct product product = {
         .thin = ds, .factor = a, .result = dx, .d_out = layer->d_in, .scaling = 1.0f,
-        .stride_result = distance(layer->ld_dx, layer->d_in), .stride_factor = layer->d_in,
+        .stride_result = row_distance(layer->ld_dx, layer->d_in), .stride_factor = layer->d_in,
     };
     return update(__func__, LAYER_KEY(ADD_TO_DX, MASKED), layer, &product, stream);
 }
@@ -259,7 +247,7 @@ API int lora_fast_grad_s_b(const lora_fast_layer *layer, const void *dy, const v
     const union value values[N_PARAMETERS] = {
         [P_dy] = {dy}, [P_s] = {s}, [P_b] = {b}, [P_ds] = {ds_parts}, [P_db] = {db_parts},
         [P_scaling] = {.f = layer->scaling}, [P_n_tokens] = {.i = layer->n_tokens}, [P_d_out] = {.i = layer->d_out},
-        [P_stride_dy] = {.i = distance(layer->ld_dy, layer->d_out)}, [P_stride_b] = {.i = layer->r},
+        [P_stride_dy] = {.i = row_distance(layer->ld_dy, layer->d_out)}, [P_stride_b] = {.i = layer->r},
         [P_tokens_per_split] = {.i = parts.tokens},
     };
     CALL(lora_fast_submit(&pass, values, NULL, stream));
@@ -278,7 +266,7 @@ API int lora_fast_grad_a(const lora_fast_layer *layer, const void *x, const void
     CALL(prepare_sum(__func__, &add, SUM_KEY(layer->accumulate ? ACCUMULATE_FIRST : ACCUMULATE_NONE), &of_da, &none));
     const union value values[N_PARAMETERS] = {
         [P_x] = {x}, [P_ds] = {ds}, [P_da] = {workspace}, MASK, [P_n_tokens] = {.i = layer->n_tokens},
-        [P_d_in] = {.i = layer->d_in}, [P_stride_x] = {.i = distance(layer->ld_x, layer->d_in)},
+        [P_d_in] = {.i = layer->d_in}, [P_stride_x] = {.i = row_distance(layer->ld_x, layer->d_in)},
         [P_tokens_per_split] = {.i = parts.tokens},
     };
     CALL(lora_fast_submit(&pass, values, NULL, stream));

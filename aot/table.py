@@ -48,9 +48,8 @@ ENUMS = _enums()
 
 
 def write(rows: list[dict], dtypes: list[str], ranks: list[int], archs: list[int], ptx: int | None, out: Path) -> None:
-    """Writes kernels.c, kernels.S and the code that kernels.S includes."""
+    """Writes kernels.c, kernels.S and the code that kernels.S includes. ``rows``: as ``unique`` returns them."""
     out.mkdir(parents=True, exist_ok=True)
-    rows = _unique(rows)
     symbols = {_symbol(row): row for row in rows}
     assembly = ['.section .rodata, "a"']
     for symbol, row in sorted(symbols.items()):
@@ -70,7 +69,7 @@ def write(rows: list[dict], dtypes: list[str], ranks: list[int], archs: list[int
     (out / "kernels.c").write_text("\n".join(c) + "\n")
 
 
-def _unique(rows: list[dict]) -> list[dict]:
+def unique(rows: list[dict]) -> list[dict]:
     """Returns the rows in the table's order, one for each key, arch and form."""
     unique = {(row["key"], row["arch"], row["is_ptx"]): row for row in rows}
     return [unique[place] for place in sorted(unique)]

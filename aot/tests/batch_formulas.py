@@ -47,8 +47,8 @@ class BatchCall(LayerCall):
         s = torch.full_like(self.s, torch.nan)
         self.library("batch_project", self.batch, self.x, s)
         x, exact, size = self.x.double()[self.order.long()], torch.zeros(2, *s.shape).double(), None
-        for own, a, _, _ in self.ranges():
-            exact[0, own, : len(a)], exact[1, own, : len(a)] = x[own] @ a.T, x[own].abs() @ a.abs().T
+        for mask, a, _, _ in self.ranges():
+            exact[0, mask, : len(a)], exact[1, mask, : len(a)] = x[mask] @ a.T, x[mask].abs() @ a.abs().T
         served = self.sorted >= 0
         exact, size = exact[:, served]
         compare("s", s[served], exact, size, self.halves)
@@ -57,12 +57,12 @@ class BatchCall(LayerCall):
     def add_to_y(self) -> None:
         y = self.rows(self.n_tokens, self.d_out)
         before, s = y.clone(), self.rounded(self.s)
-        for own, a, _, _ in self.ranges():
-            self.s[own, len(a) :] = 0
+        for mask, a, _, _ in self.ranges():
+            self.s[mask, len(a) :] = 0
         self.library("batch_add_to_y", self.batch, self.s, y)
         exact, size = before.double(), before.double().abs()
-        for own, a, b, scaling in self.ranges():
-            thin, rows = s[own, : len(a)], self.order[own].long()
+        for mask, a, b, scaling in self.ranges():
+            thin, rows = s[mask, : len(a)], self.order[mask].long()
             exact[rows] += scaling * (thin @ b.T)
             size[rows] += abs(scaling) * (thin.abs() @ b.abs().T)
         compare("y", y, exact, size, self.halves)

@@ -121,9 +121,9 @@ def _descriptor(kind: str, arguments: list[bytes]) -> TensorDescriptor:
 
 def _jit_kernels() -> dict[str, InterpretedFunction]:
     """Returns the package's kernels by name."""
-    found = {}
+    by_name = {}
     for module in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
         for name, value in vars(importlib.import_module(module.name)).items():
             if isinstance(value, InterpretedFunction) and name.endswith("_kernel"):
-                found[name] = value
-    return found
+                by_name[name] = value
+    return by_name

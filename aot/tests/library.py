@@ -108,7 +108,7 @@ class Note(Structure):
 
 
 class TensorMap(Structure):
-    """What the stub writes in place of the driver's encoding of a matrix."""
+    """A tensor map as the stub writes it, in place of the driver's encoding of a matrix."""
 
     _fields_ = [(name, c_uint64) for name in ("address", "type", "rank", "swizzle", "promotion", "fill")]
     _fields_ += [(name, c_uint64 * 2) for name in ("sizes", "strides", "box")]

@@ -32,8 +32,8 @@ def lora_linear_batched(
 
     The base product is torch's own. The adapters are two launches, however many there are and whatever their ranks, and
     the update is added to y in place. Rows are sorted by adapter on the device, and the host does not wait for it. A
-    CUDA graph captures the call after one call with these factors outside; its replays take other x and indices. Under
-    autocast x, weight and bias are cast to the autocast dtype; the factors keep their own.
+    CUDA graph captures the call after one call with these factors outside; its replays take other x and indices (not
+    verified on a GPU). Under autocast x, weight and bias are cast to the autocast dtype; the factors keep their own.
 
     It is made for inference. If a gradient is needed, plain torch ops compute the same, differentiably, one adapter
     after another for all rows. They also run where the op cannot serve the call, as in ``lora_linear``.

@@ -144,7 +144,9 @@ def test_sources_name_their_licence():
 def test_header_is_cpp(tmp_path):
     (tmp_path / "engine.cpp").write_text("#include <lora_fast.h>\nint main() { return lora_fast_version() == 0; }\n")
     flags = ("-std=c++11", "-Wall", "-Wextra", "-Wpedantic", "-Werror")
-    run("c++", *flags, "-fsyntax-only", f"-I{ROOT / 'aot'}", tmp_path / "engine.cpp")
+    assert (
+        run("c++", *flags, "-fsyntax-only", f"-I{ROOT / 'aot'}", tmp_path / "engine.cpp") == ""
+    )  # run() checks the status
 
 
 @pytest.mark.parametrize("library", ["installed", "static"])

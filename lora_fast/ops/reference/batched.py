@@ -60,5 +60,5 @@ def add_product(y: Tensor, s: Tensor, table: AdapterTable, rows: Tensor, ends: T
 def ranges(ends: Tensor) -> list[tuple[int, slice]]:
     """Returns each adapter that has rows, and its range among the sorted ones."""
     places = [0, *ends.tolist()]
-    own = enumerate(itertools.pairwise(places))
-    return [(adapter, slice(begin, end)) for adapter, (begin, end) in own if end > begin]
+    bounds = enumerate(itertools.pairwise(places))
+    return [(adapter, slice(begin, end)) for adapter, (begin, end) in bounds if end > begin]
